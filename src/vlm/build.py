@@ -1,0 +1,301 @@
+"""From a `ModelConfig` to a model and its processor: the only file that knows both the schema and the models.
+
+`compose` reads the parts' configurations and tokenizer and settles everything about the composition, in seconds and
+without weights; `build_model` then loads the weights. `load_processor` and `load_model` do the same for a checkpoint.
+"""
+
+import importlib
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TimmWrapperImageProcessor,
+)
+from transformers.utils import is_flash_attn_2_available
+
+from vlm.config.schema import ModelConfig, VisualEncoderConfig
+from vlm.data.encode import template_text
+from vlm.models.configuration_vlm import VLMConfig
+from vlm.models.connectors import CONNECTORS, connector_options, count_tokens
+from vlm.models.modeling_vlm import VLMForConditionalGeneration
+from vlm.models.processing_vlm import VLMProcessor
+
+ENDS_EARLY = ("clip_vision_model", "siglip_vision_model")
+"""Encoders whose `hidden_states[k]` is what `k` layers alone give: layers past the selected one are not built."""
+
+
+def compose(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[VLMConfig, VLMProcessor]:
+    """Settle the composition: configuration and processor, without weights.
+
+    Args:
+        model: the three parts.
+        template: see `DatasetConfig.template`.
+        image_mode: see `DatasetConfig.image_mode`.
+
+    Raises:
+        ValueError: parts that do not fit together, with the key, what was given and what is allowed.
+    """
+    add_connector_class(model.connector.type)
+    options = connector_options(model.connector.type, model.connector.options)
+    vision_config = _part_config("visual_encoder", model.visual_encoder)
+    text_config = _part_config("language_model", model.language_model).get_text_config()
+    tokenizer = _tokenizer(model)
+    image_processor = _image_processor(model.visual_encoder)
+    config = VLMConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        connector={"type": model.connector.type, "options": options},
+        image_token_id=tokenizer.convert_tokens_to_ids(model.image_token),
+        recipe=asdict(model),
+    )
+    _settle_features(config, model.visual_encoder, image_size(image_processor))
+    processor = VLMProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=chat_template(template or "tokenizer", tokenizer),
+        image_token=model.image_token,
+        image_start=model.image_start_token,
+        image_end=model.image_end_token,
+        tokens_per_image=count_tokens(config.connector["type"], config.num_features, options),
+        image_mode=image_mode or "square",
+    )
+    return config, processor
+
+
+def build_model(
+    model: ModelConfig, config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype
+) -> VLMForConditionalGeneration:
+    """Load the parts' weights and compose them; embeddings grow where the tokenizer did."""
+    attention = choose_attention(model.attn_implementation, dtype)
+    encoder = _load_part(AutoModel, model.visual_encoder, config.vision_config, dtype, attention)
+    language_model = _load_part(AutoModelForCausalLM, model.language_model, config.text_config, dtype, attention)
+    if len(processor.tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+    config.text_config = language_model.config
+    config.dtype = dtype
+    built = VLMForConditionalGeneration(config, encoder, language_model)
+    built.connector.to(dtype)
+    if language_model.generation_config is not None:
+        built.generation_config = language_model.generation_config
+    return built
+
+
+def load_processor(checkpoint: str, template: str | None, image_mode: str | None) -> VLMProcessor:
+    """The processor of a checkpoint, with another template or image mode where one is named."""
+    processor = VLMProcessor.from_pretrained(checkpoint)
+    if template is not None:
+        processor.chat_template = chat_template(template, processor.tokenizer)
+    if image_mode is not None:
+        processor.image_mode = image_mode
+    return processor
+
+
+def load_config(checkpoint: str, connector_type: str | None = None) -> VLMConfig:
+    """The configuration of a checkpoint of this framework.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    if connector_type is not None:
+        add_connector_class(connector_type)
+    config = AutoConfig.from_pretrained(checkpoint)
+    if not isinstance(config, VLMConfig):
+        raise ValueError(f"{checkpoint} is a {config.model_type} checkpoint, not one of this framework")
+    return config
+
+
+def load_model(
+    checkpoint: str, config: VLMConfig, dtype: torch.dtype, attn_implementation: str = "auto"
+) -> VLMForConditionalGeneration:
+    """The model of a checkpoint."""
+    attention = choose_attention(attn_implementation, dtype)
+    return VLMForConditionalGeneration.from_pretrained(
+        checkpoint, config=config, dtype=dtype, attn_implementation=attention
+    )
+
+
+def add_connector_class(kind: str) -> None:
+    """Import `package.module:Class` and put it in the table under that name; other names are left alone.
+
+    Raises:
+        ValueError: the module or the class does not exist.
+    """
+    module, _, name = kind.partition(":")
+    if name and kind not in CONNECTORS:
+        try:
+            CONNECTORS[kind] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"model.connector.type={kind}: {error}") from error
+
+
+def choose_attention(name: str, dtype: torch.dtype) -> str:
+    """`auto` as the best implementation that runs here, any other name as it is."""
+    if name != "auto":
+        return name
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a template: a packaged one, a file, or the tokenizer's own.
+
+    Raises:
+        ValueError: the tokenizer brings none.
+    """
+    if name != "tokenizer":
+        return template_text(name)
+    if not isinstance(tokenizer.chat_template, str):
+        raise ValueError(
+            f"dataset.template=tokenizer: {tokenizer.name_or_path} brings no chat template. Name one, such as plain or v1."
+        )
+    return tokenizer.chat_template
+
+
+def image_size(image_processor: Any) -> tuple[int, int]:
+    """Height and width of the pixels that an image processor gives."""
+    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
+    if "height" not in size:
+        raise ValueError(f"the visual encoder's image processor gives pictures of no fixed size: {size}")
+    return size["height"], size["width"]
+
+
+def _part_config(part: str, source: Any) -> PreTrainedConfig:
+    """A part's own configuration; the vision half of a two-tower one.
+
+    Raises:
+        ValueError: nothing loads from its `hf_name`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.{part}.hf_name={source.hf_name}: no model configuration there (a Hub name or a local folder with a "
+            f"config.json is needed): {str(error).splitlines()[0]}"
+        ) from error
+    return config.vision_config if part == "visual_encoder" and hasattr(config, "vision_config") else config
+
+
+def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer, with the image tokens that it lacks and a padding token."""
+    source = model.language_model
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    wanted = [model.image_token, model.image_start_token, model.image_end_token]
+    known = tokenizer.get_vocab()
+    new = [token for token in wanted if token is not None and token not in known]
+    tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _image_processor(source: VisualEncoderConfig) -> Any:
+    """The encoder's image processor; timm's is rewritten as one that loads out of any folder."""
+    processor = AutoImageProcessor.from_pretrained(
+        source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    if not isinstance(processor, TimmWrapperImageProcessor):
+        return processor
+    data = processor.data_config
+    height, width = data["input_size"][1:]
+    return CLIPImageProcessor(
+        size={"shortest_edge": int(min(height, width) / data.get("crop_pct", 1.0))},
+        crop_size={"height": height, "width": width},
+        resample={"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[data["interpolation"]],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+    )
+
+
+def _settle_features(config: VLMConfig, source: VisualEncoderConfig, size: tuple[int, int]) -> None:
+    """Find out what the encoder gives for one image, by running it without weights, and write it into `config`.
+
+    Raises:
+        ValueError: the feature layer is out of range, or the strategy asks for a CLS token that there is not.
+    """
+    with torch.device("meta"):
+        encoder = AutoModel.from_config(config.vision_config, trust_remote_code=source.trust_remote_code)
+        outputs = encoder.eval()(torch.empty(1, 3, *size), output_hidden_states=True, return_dict=True)
+    features, states = outputs.last_hidden_state, outputs.hidden_states
+    if source.feature_layer is not None:
+        count = len(states)
+        if not -count <= source.feature_layer < count:
+            raise ValueError(
+                f"model.visual_encoder.feature_layer={source.feature_layer}: {source.hf_name} has {count} hidden "
+                f"states; allowed are {-count} to {count - 1}, or null for its own output"
+            )
+        config.feature_layer = source.feature_layer % count
+        features = states[config.feature_layer]
+        if config.vision_config.model_type in ENDS_EARLY:
+            config.vision_config.num_hidden_layers = max(config.feature_layer, 1)
+    config.feature_strategy = source.feature_strategy
+    if features.ndim == 4:  # a feature map: (1, width, rows, columns)
+        config.vision_dim, config.num_patches = features.shape[1], features.shape[2] * features.shape[3]
+    else:
+        config.vision_dim = features.shape[2]
+        config.num_prefix_tokens = _prefix_tokens(encoder, features.shape[1], size)
+        config.num_patches = features.shape[1] - config.num_prefix_tokens
+    if "cls" in source.feature_strategy and config.num_prefix_tokens == 0:
+        raise ValueError(
+            f"model.visual_encoder.feature_strategy={source.feature_strategy}: {source.hf_name} has no CLS token; "
+            "allowed are patch and full"
+        )
+
+
+def _prefix_tokens(encoder: Any, tokens: int, size: tuple[int, int]) -> int:
+    """How many tokens (CLS, registers) stand before the patches."""
+    if hasattr(encoder, "timm_model"):
+        return encoder.timm_model.num_prefix_tokens
+    patch = encoder.config.patch_size
+    return tokens - (size[0] // patch) * (size[1] // patch)
+
+
+def _load_part(auto: Any, source: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Any:
+    """One part's weights. A folder that holds less than the part is an error, not a random initialisation."""
+    part, info = auto.from_pretrained(
+        source.hf_name,
+        config=config,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{source.hf_name} lacks {len(missing)} of the weights that {type(part).__name__} needs: {missing[:5]}"
+        )
+    return part
+
+
+def recipe_differences(config: VLMConfig, model: ModelConfig, touched: list[str]) -> list[tuple[str, Any, Any]]:
+    """Where `model` contradicts a checkpoint under the touched keys: (key, wanted, the checkpoint's)."""
+    recorded, wanted = _flat(config.recipe), _flat(asdict(model))
+    return [
+        (f"model.{key}", wanted[key], recorded.get(key))
+        for key in wanted
+        if any(key == name or key.startswith(f"{name}.") for name in touched)
+        and wanted[key] != recorded.get(key)
+        and key != "attn_implementation"
+        and not (wanted[key] is None and key.startswith("connector.options."))
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

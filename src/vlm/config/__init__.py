@@ -1,0 +1,1 @@
+"""The configuration: a typed schema, the YAML files that fill it, and the checks between its fields."""

@@ -1,0 +1,264 @@
+"""Every key that a run's YAML or command line may set, with its type, its default and what it means.
+
+Imports nothing of `vlm` and not torch, so that a mistyped key is refused in a second. A new key is a field here; a
+default lives here and nowhere else. `null` in a YAML file means what the field's docstring says it means.
+
+The keys of `transformers.TrainingArguments` are not copied: they are read out of its source (`training_argument_fields`),
+so whatever the installed version takes can be set as `trainer.<name>`.
+"""
+
+import ast
+import importlib.util
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+PARTS = ("visual_encoder", "connector", "language_model")
+"""The parts of a model: Hydra groups, dataclass fields, submodules, parameter groups and table rows alike."""
+
+TRAIN_FLAGS = {
+    "visual_encoder": "train_vision_model",
+    "connector": "train_connector",
+    "language_model": "train_language_model",
+}
+"""The key of `trainer.unfreeze` that switches each part."""
+
+
+@dataclass
+class VisualEncoderConfig:
+    """Where the image features come from."""
+
+    hf_name: str = MISSING
+    """Hub name or local folder of an encoder: CLIP, SigLIP, DINOv2, any timm model (`timm/…`)."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; null is the default branch."""
+    trust_remote_code: bool = False
+    """Whether code out of the encoder's repository may run."""
+    feature_layer: int | None = None
+    """Hidden state to read, counted as `hidden_states` is (-2: before the last layer); null: the encoder's own output."""
+    feature_strategy: str = "patch"
+    """Which tokens of it: `patch`, `cls+patch`, `cls` or `full` (all, registers included)."""
+
+
+@dataclass
+class LanguageModelConfig:
+    """The causal language model that reads image features among its text embeddings."""
+
+    hf_name: str = MISSING
+    """Hub name or local folder of any `AutoModelForCausalLM` with its tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; null is the default branch."""
+    trust_remote_code: bool = False
+    """Whether code out of the model's repository may run."""
+
+
+@dataclass
+class ConnectorConfig:
+    """What maps image features to the language model's embedding space."""
+
+    type: str = MISSING
+    """A name of the table `CONNECTORS`, or `package.module:Class` for a class of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword parameters of that class; null leaves a parameter at the class's own default."""
+
+
+@dataclass
+class ModelConfig:
+    """The three parts, and what belongs to their composition."""
+
+    visual_encoder: VisualEncoderConfig = field(default_factory=VisualEncoderConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    image_token: str = "<image>"
+    """The placeholder token that image features replace; added to the tokenizer where it does not know it."""
+    image_start_token: str | None = None
+    """A token before each image (`<|vision_start|>`, `<im_start>`); null: none."""
+    image_end_token: str | None = None
+    """A token after each image; null: none."""
+    attn_implementation: str = "auto"
+    """`auto` (the best that is installed), `flash_attention_2`, `sdpa`, `flex_attention` or `eager`."""
+
+
+@dataclass
+class UnfreezeConfig:
+    """Which parts train."""
+
+    train_vision_model: bool = False
+    train_connector: bool = True
+    train_language_model: bool = False
+
+
+@dataclass
+class LearningRateConfig:
+    """Peak learning rate of each part; a part that trains needs one."""
+
+    visual_encoder_learning_rate: float | None = None
+    connector_learning_rate: float | None = None
+    language_model_learning_rate: float | None = None
+
+
+@dataclass
+class WeightDecayConfig:
+    """Weight decay of each part's matrices; biases and norms are never decayed."""
+
+    visual_encoder_weight_decay: float = 0.0
+    connector_weight_decay: float = 0.0
+    language_model_weight_decay: float = 0.0
+
+
+@dataclass
+class TrainerOptions:
+    """Our own keys of `trainer`; every field of `TrainingArguments` stands beside them in `TrainerConfig`."""
+
+    output_dir: str | None = None
+    """The run directory; null: `outputs/<config name>-<time>`."""
+    from_pretrained: str | None = None
+    """A checkpoint of this framework to start from; its architecture wins over `model`."""
+    resume_from_checkpoint: str | None = None
+    """`true` for the newest complete checkpoint in `output_dir`, or the path of one."""
+    unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)
+    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    weight_decay: WeightDecayConfig = field(default_factory=WeightDecayConfig)
+    deepspeed: Any = None
+    """A DeepSpeed configuration: `zero0` to `zero3`, the path of a JSON file, a mapping, or null for none."""
+    loss_average: str = "token"
+    """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
+    num_samples: int = 4
+    """How many evaluation (else training) samples are answered into `samples.md` at each evaluation and at the end."""
+
+
+OWN_TRAINER_FIELDS = frozenset(f.name for f in fields(TrainerOptions))
+
+
+@cache
+def training_argument_fields() -> dict[str, tuple[Any, Any]]:
+    """Name -> (type, default) of every field of the installed `TrainingArguments`, without importing it.
+
+    Types that OmegaConf cannot hold (unions of several, enums) become `Any`; a default that is no literal becomes
+    `None`, which leaves the field to `TrainingArguments`.
+    """
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    source = Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
+    simple = {"str": str, "int": int, "float": float, "bool": bool}
+    found: dict[str, tuple[Any, Any]] = {}
+    for node in body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        options = [option.strip() for option in ast.unparse(node.annotation).split("|")]
+        concrete = [simple.get(option) for option in options if option != "None"]
+        kind: Any = concrete[0] if len(concrete) == 1 and concrete[0] else Any
+        default = _literal_default(node.value)
+        found[node.target.id] = (kind if default is not None or kind is Any else kind | None, default)
+    return found
+
+
+def _literal_default(value: ast.expr | None) -> Any:
+    """The default written in `name: type = field(default=…)` or `= …` where it is a literal, else None."""
+    if isinstance(value, ast.Call):
+        value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+    try:
+        return None if value is None else ast.literal_eval(value)
+    except ValueError:
+        return None
+
+
+PASSED_THROUGH = {name: kind for name, kind in training_argument_fields().items() if name not in OWN_TRAINER_FIELDS}
+"""The `trainer` keys that go to `TrainingArguments` as they are."""
+
+OUR_DEFAULTS = {
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,
+    "report_to": "tensorboard",
+    "remove_unused_columns": False,
+    "dataloader_num_workers": 2,
+    "save_total_limit": 2,
+    "eval_strategy": "no",
+}
+"""Where our default differs from `TrainingArguments`': log often, show a NaN as NaN, keep two checkpoints."""
+
+TrainerConfig = make_dataclass(
+    "TrainerConfig",
+    [
+        (name, kind, field(default=OUR_DEFAULTS.get(name, default)))
+        for name, (kind, default) in PASSED_THROUGH.items()
+    ],
+    bases=(TrainerOptions,),
+)
+TrainerConfig.__module__ = __name__
+
+
+@dataclass
+class DatasetConfig:
+    """The records, and how they become tokens."""
+
+    path: str = MISSING
+    """The training records: a LLaVA JSON or JSONL file."""
+    format: str = "llava"
+    """A name of the table `FORMATS`."""
+    image_folder: str | None = None
+    """What the records' image paths are relative to; null: the folder of `path`."""
+    eval_path: str | None = None
+    """Records for the evaluation loss; null: none, or `eval_split`."""
+    eval_image_folder: str | None = None
+    """What their image paths are relative to; null: `image_folder`, else the folder of `eval_path`."""
+    eval_split: float = 0.0
+    """Share of `path` to hold out for evaluation where there is no `eval_path`, drawn with `trainer.seed`."""
+    max_eval_samples: int | None = None
+    """Evaluate on the first so many records only; null: all."""
+    template: str | None = None
+    """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file;
+    null: the checkpoint's, else the tokenizer's own."""
+    image_mode: str | None = None
+    """`square`: as the encoder's image processor does it; `pad`: padded to a square first; null: the checkpoint's,
+    else `square`."""
+    max_length: int | None = 2048
+    """Longest sample in tokens, image tokens counted; null: as long as the language model's positions."""
+    over_length: str = "error"
+    """A longer sample: `error`, `skip` (listed in `skipped.jsonl`) or `truncate` (replies only, never image tokens)."""
+    on_bad_sample: str = "error"
+    """A record that cannot be used: `error`, or `skip` (listed in `skipped.jsonl` with the reason)."""
+
+
+@dataclass
+class InferenceConfig:
+    """How answers are drawn, for `samples.md` and as defaults for generation."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    num_beams: int = 1
+    max_new_tokens: int = 128
+
+
+@dataclass
+class RunConfig:
+    """One run: what is built, how it is trained, on what."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    trainer: TrainerOptions = field(default_factory=TrainerConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+def key_names(path: str) -> list[str]:
+    """The keys that a dotted path into the schema may continue with (`"trainer.unfreeze"` -> its fields)."""
+    node: Any = RunConfig
+    for name in [step for step in path.split(".") if step]:
+        found = next((f for f in fields(node) if f.name == name), None)
+        if found is None or found.default_factory is NO_DEFAULT or found.default_factory is dict:
+            return []
+        node = found.default_factory
+    return [f.name for f in fields(node)]
+
+
+def from_mapping(kind: type[Any], values: dict[str, Any]) -> Any:
+    """A schema dataclass out of nested mappings, such as a checkpoint's recorded `model` section."""
+    merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values))
+    return OmegaConf.to_object(merged)

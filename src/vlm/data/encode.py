@@ -1,0 +1,197 @@
+"""From a conversation to ids and labels: exactly the replies are supervised, each with the token that ends it.
+
+Works on any processor whose `apply_chat_template` renders messages and whose `tokenize` gives ids with character
+spans. The replies are found in the rendered text by marks around them, so that no template's habits (thinking blocks
+dropped, system turns moved, text trimmed) can shift the mask, and nothing is tokenised twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlm.data.sample import BadSample, OverLong, Sample, Turn
+
+IGNORED = -100
+MARKS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+"""Unicode noncharacters around what people said while a template renders it; they never occur in text."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation, with the character spans of what people said and of the replies in it."""
+
+    text: str
+    spoken: list[tuple[int, int]]
+    replies: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids and labels of one sample, both of length `tokens`."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def template_text(name: str) -> str:
+    """A packaged template by name, or the text of a `.jinja` file."""
+    if name.endswith(".jinja"):
+        return Path(name).read_text(encoding="utf-8")
+    return resources.files("vlm.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@cache
+def template_names() -> list[str]:
+    """The packaged templates."""
+    files = resources.files("vlm.data").joinpath("templates").iterdir()
+    return sorted(file.name.removesuffix(".jinja") for file in files if file.name.endswith(".jinja"))
+
+
+def render(processor: Any, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False) -> Rendered:
+    """Render turns with the processor's template; `prompt` adds what precedes an answer.
+
+    Raises:
+        BadSample: the template refuses the turns, or drops a reply.
+    """
+    said = [(turn.role, part) for turn in turns for part in turn.content if isinstance(part, str)]
+    if any(mark in part for _, part in said for mark in MARKS):
+        raise BadSample(sample_id, "contains one of the Unicode noncharacters U+FDD0 to U+FDD2")
+    numbers = iter(range(len(said)))
+    marked = [
+        Turn(turn.role, tuple(_mark(part, next(numbers)) if isinstance(part, str) else part for part in turn.content))
+        for turn in turns
+    ]
+    messages = [turn.as_message(processor.image_token) for turn in marked]
+    try:
+        marked_text = processor.apply_chat_template(messages, add_generation_prompt=prompt)
+    except Exception as error:  # Jinja raises whatever the template wants
+        raise BadSample(sample_id, f"its template refuses it: {error}") from error
+    text, spans = _unmark(marked_text)
+    replies = []
+    for number, (role, part) in enumerate(said):
+        if role == "assistant":
+            if number not in spans:
+                raise BadSample(sample_id, f"its template drops the reply {part[:60]!r}")
+            replies.append(_with_blanks(text, spans[number], part))
+    return Rendered(text, sorted(spans.values()), replies)
+
+
+def _mark(part: str, number: int) -> str:
+    """Marks around the text proper: blanks at its ends stay outside, where a template may trim them."""
+    before, core, after = _strip(part)
+    return f"{before}{OPEN}{number}{NUMBERED}{core}{CLOSE}{after}"
+
+
+def _strip(part: str) -> tuple[str, str, str]:
+    """Leading blanks, the text proper, trailing blanks."""
+    core = part.strip()
+    start = part.index(core) if core else len(part)
+    return part[:start], core, part[start + len(core) :]
+
+
+def _unmark(marked: str) -> tuple[str, dict[int, tuple[int, int]]]:
+    """The text without marks, and the span that each numbered pair of marks enclosed."""
+    text, *pieces = marked.split(OPEN)
+    spans = {}
+    for piece in pieces:
+        number, _, rest = piece.partition(NUMBERED)
+        inside, _, after = rest.partition(CLOSE)
+        spans[int(number)] = (len(text), len(text) + len(inside))
+        text += inside + after
+    return text, spans
+
+
+def _with_blanks(text: str, span: tuple[int, int], part: str) -> tuple[int, int]:
+    """The span of a reply, widened by the blanks at its ends that the template kept."""
+    before, _, after = _strip(part)
+    start, end = span
+    return (
+        start - (len(before) if text.endswith(before, 0, start) else 0),
+        end + (len(after) if text.startswith(after, end) else 0),
+    )
+
+
+def reply_end(processor: Any, text: str, end: int) -> int:
+    """Where the end of a reply is over: behind the special token that follows it, else behind the white space.
+
+    Raises:
+        ValueError: neither follows; the template needs a token that the tokenizer does not know.
+    """
+    if match := processor.special_tokens.match(text, end):
+        return match.end()
+    rest = text[end:]
+    blank = len(rest) - len(rest.lstrip())
+    if match := processor.special_tokens.match(text, end + blank):
+        return match.end()
+    if not blank:
+        raise ValueError(
+            f"the template ends a reply with {rest[:20]!r}, which is no special token of the tokenizer. Choose the "
+            "template that the language model was trained with (dataset.template=tokenizer)."
+        )
+    return end + blank
+
+
+def encode(processor: Any, sample: Sample) -> Encoded:
+    """Ids of a whole conversation, and labels: the id within replies and their ends, -100 elsewhere.
+
+    Raises:
+        BadSample: the template refuses the turns or drops a reply, or nothing would be supervised.
+    """
+    rendered = render(processor, sample.turns, sample.id)
+    supervised = [(start, reply_end(processor, rendered.text, end)) for start, end in rendered.replies]
+    ids, spans = processor.tokenize(rendered.text, rendered.spoken)
+    labels = [IGNORED] * len(ids)
+    waiting = iter([*supervised, (len(rendered.text) + 1,) * 2])
+    start, stop = next(waiting)
+    for position, (a, b) in enumerate(spans):
+        while a >= stop:
+            start, stop = next(waiting)
+        if b > start and a < stop:
+            labels[position] = ids[position]
+    if all(label == IGNORED for label in labels):
+        raise BadSample(sample.id, "no supervised token")
+    return Encoded(ids, labels)
+
+
+def encode_prompt(processor: Any, turns: Sequence[Turn]) -> list[int]:
+    """Ids of a conversation that waits for an answer."""
+    rendered = render(processor, turns, prompt=True)
+    return processor.tokenize(rendered.text, rendered.spoken)[0]
+
+
+def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *, truncate: bool) -> Encoded:
+    """The sample if it has at most `longest` tokens; with `truncate`, its beginning.
+
+    Raises:
+        OverLong: it is longer, or cutting it would cut an image or every reply.
+    """
+    length = len(encoded.input_ids)
+    if length <= longest:
+        return encoded
+    if not truncate:
+        raise OverLong(sample_id, f"{length} tokens, dataset.max_length is {longest}")
+    cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest])
+    if image_token_id in encoded.input_ids[longest:]:
+        raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image")
+    if all(label == IGNORED for label in cut.labels):
+        raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut every reply")
+    return cut
+
+
+def open_picture(path: Path, sample_id: str) -> Image.Image:
+    """A picture, decoded.
+
+    Raises:
+        BadSample: it does not open, with the record's id and the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSample(sample_id, f"image {path} does not open: {error}", str(path)) from error

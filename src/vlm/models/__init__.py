@@ -1,0 +1,19 @@
+"""Hub code: the model, its processor and their configuration, as they travel with every checkpoint.
+
+The files here are flat and import torch, transformers and their siblings only (`from .x import Y`), because
+`save_pretrained` copies them into checkpoints that load where `vlm` is not installed. Importing this package makes
+the auto classes know the `vlm` model type, so its own checkpoints load here without any remote code.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_vlm import VLMConfig
+from .modeling_vlm import VLMForConditionalGeneration
+from .processing_vlm import VLMProcessor
+
+AutoConfig.register("vlm", VLMConfig, exist_ok=True)
+AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto.register(VLMConfig, VLMForConditionalGeneration, exist_ok=True)
+
+__all__ = ["VLMConfig", "VLMForConditionalGeneration", "VLMProcessor"]

@@ -1,0 +1,86 @@
+"""The configuration of a composed model: its parts, and how image features become tokens.
+
+Hub code: imports transformers only. The parts' own configurations are nested as they are (`vision_config`,
+`text_config`), so whatever encoder or language model transformers knows needs no field here.
+"""
+
+from transformers import AutoConfig, CONFIG_MAPPING, PreTrainedConfig
+
+FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_vlm.VLMConfig",
+    "AutoModel": "modeling_vlm.VLMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_vlm.VLMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_vlm.VLMForConditionalGeneration",
+    "AutoProcessor": "processing_vlm.VLMProcessor",
+}
+"""Which class answers for which auto class where a checkpoint's own code is trusted: the only place that says so."""
+
+
+class VLMConfig(PreTrainedConfig):
+    """Configuration of `VLMForConditionalGeneration`.
+
+    Args:
+        vision_config: configuration of the visual encoder, with its `model_type`.
+        text_config: configuration of the causal language model, with its `model_type`.
+        connector: `{"type": name, "options": {…}}`, see `connectors.py`.
+        feature_layer: index into the encoder's `hidden_states` (0: embeddings); None: the encoder's own output.
+        feature_strategy: `patch`, `cls+patch`, `cls` or `full`.
+        num_prefix_tokens: tokens that the encoder puts before the patches (CLS, registers).
+        num_patches: patches of one image.
+        vision_dim: width of the features that the connector reads.
+        image_token_id: id of the placeholder token.
+        recipe: the `model` section of the run that built it.
+    """
+
+    model_type = "vlm"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    _auto_class = "AutoConfig"
+
+    def __init__(
+        self,
+        vision_config: dict | PreTrainedConfig | None = None,
+        text_config: dict | PreTrainedConfig | None = None,
+        connector: dict | None = None,
+        feature_layer: int | None = None,
+        feature_strategy: str = "patch",
+        num_prefix_tokens: int = 0,
+        num_patches: int = 0,
+        vision_dim: int = 0,
+        image_token_id: int = 0,
+        recipe: dict | None = None,
+        **kwargs,
+    ):
+        self.vision_config = as_config(vision_config, "siglip_vision_model")
+        self.text_config = as_config(text_config, "llama")
+        self.connector = connector or {"type": "linear", "options": {}}
+        self.feature_layer = feature_layer
+        self.feature_strategy = feature_strategy
+        self.num_prefix_tokens = num_prefix_tokens
+        self.num_patches = num_patches
+        self.vision_dim = vision_dim
+        self.image_token_id = image_token_id
+        self.recipe = recipe or {}
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs["tie_word_embeddings"] = False  # the language model ties its own, nested
+        super().__init__(**kwargs)
+
+    @property
+    def num_features(self) -> int:
+        """Features of one image that the connector reads."""
+        strategies = {
+            "patch": self.num_patches,
+            "cls+patch": self.num_patches + 1,
+            "cls": 1,
+            "full": self.num_patches + self.num_prefix_tokens,
+        }
+        return strategies[self.feature_strategy]
+
+
+def as_config(config: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
+    """A nested configuration as an object, whatever form it came in."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    values = dict(config or {})
+    return CONFIG_MAPPING[values.pop("model_type", default_type)](**values)

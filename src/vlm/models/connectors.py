@@ -1,0 +1,131 @@
+"""Connectors: what maps image features to the language model's embedding space.
+
+Hub code: imports torch and transformers only. To add one, write a class here, add a line to `CONNECTORS` and a YAML
+file in `config/model/connector/`. A class takes `vision_dim` and `text_dim` and its own keyword options, maps
+`(images, features, vision_dim) -> (images, tokens, text_dim)`, and says in `num_tokens` how many tokens come of how
+many features, since the processor writes that many placeholders.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class Connector(nn.Module):
+    """What every connector is: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
+
+    @classmethod
+    def num_tokens(cls, num_features: int, **options: Any) -> int:  # noqa: ARG003 - options are for subclasses
+        """Tokens for an image of `num_features` features; as many, unless a subclass says otherwise."""
+        return num_features
+
+
+class IdentityConnector(Connector):
+    """Features as they are, for an encoder whose width is the language model's."""
+
+    def __init__(self, vision_dim: int, text_dim: int):
+        super().__init__()
+        if vision_dim != text_dim:
+            raise ValueError(
+                f"model.connector.type=identity needs equal widths: the visual encoder has {vision_dim}, the language "
+                f"model {text_dim}. Choose model/connector=linear or mlp."
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+class LinearConnector(Connector):
+    """One affine map, as in LLaVA (Liu et al. 2023, arXiv:2304.08485, section 4.1)."""
+
+    def __init__(self, vision_dim: int, text_dim: int, *, bias: bool = True, input_norm: bool = False):
+        super().__init__()
+        self.norm = nn.LayerNorm(vision_dim) if input_norm else nn.Identity()
+        self.linear = nn.Linear(vision_dim, text_dim, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(self.norm(features))
+
+
+class MLPConnector(Connector):
+    """`num_layers` affine maps with an activation between, as in LLaVA-1.5 (Liu et al. 2023, arXiv:2310.03744).
+
+    `num_layers=2, activation="gelu"` is its `mlp2x_gelu`. `input_norm` puts a LayerNorm before the first map, for
+    encoders whose features are badly scaled.
+    """
+
+    def __init__(
+        self,
+        vision_dim: int,
+        text_dim: int,
+        *,
+        num_layers: int = 2,
+        activation: str = "gelu",
+        hidden_dim: int | None = None,
+        bias: bool = True,
+        input_norm: bool = False,
+    ):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"model.connector.options.num_layers={num_layers}: at least 1 is needed")
+        if activation not in ACT2FN:
+            raise ValueError(
+                f"model.connector.options.activation={activation}: allowed are {', '.join(sorted(ACT2FN))}"
+            )
+        widths = [vision_dim, *[hidden_dim or text_dim] * (num_layers - 1), text_dim]
+        layers: list[nn.Module] = [nn.LayerNorm(vision_dim)] if input_norm else []
+        for index, (wide, next_wide) in enumerate(zip(widths, widths[1:], strict=False)):
+            if index:
+                layers.append(ACT2FN[activation])
+            layers.append(nn.Linear(wide, next_wide, bias=bias))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+def connector_class(kind: str) -> type[Connector]:
+    """The class behind `model.connector.type`; a class of the user's own must have been added to the table."""
+    if kind not in CONNECTORS:
+        raise ValueError(
+            f"model.connector.type={kind}: allowed are {', '.join(CONNECTORS)}, or package.module:Class for a class of "
+            "your own. A checkpoint with such a class loads once you have named it in your own configuration, or with "
+            "trust_remote_code=True."
+        )
+    return CONNECTORS[kind]
+
+
+def connector_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` without the nulls, completed with the class's own defaults.
+
+    Raises:
+        ValueError: an option that the class does not take, or one without a value and without a default.
+    """
+    parameters = inspect.signature(connector_class(kind).__init__).parameters
+    taken = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in taken:
+            allowed = ", ".join(taken) or "none"
+            raise ValueError(f"model.connector.options.{name}: {kind} does not take it. Allowed: {allowed}")
+    complete = {name: given.get(name, p.default) for name, p in taken.items()}
+    for name, value in complete.items():
+        if value is inspect.Parameter.empty:
+            raise ValueError(f"model.connector.options.{name}: {kind} needs a value for it")
+    return complete
+
+
+def count_tokens(kind: str, num_features: int, options: Mapping[str, Any]) -> int:
+    """Tokens that one image of `num_features` features becomes; a class without `num_tokens` keeps their number."""
+    count = getattr(connector_class(kind), "num_tokens", None)
+    return count(num_features, **options) if count else num_features
+
+
+CONNECTORS: dict[str, type[Connector]] = {
+    "identity": IdentityConnector,
+    "linear": LinearConnector,
+    "mlp": MLPConnector,
+}

@@ -1,0 +1,257 @@
+"""A vision-language model composed of a visual encoder, a connector and a causal language model.
+
+Hub code: imports torch, transformers and its siblings only.
+
+Shapes: B rows, T tokens a row, I images in the batch, P features an image, N tokens an image, V vision width,
+D text width, S supervised positions.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_vlm import VLMConfig
+from .connectors import CONNECTORS, connector_class, connector_options
+
+IGNORED = -100
+"""The label of a position that is not supervised."""
+
+
+@dataclass
+class VLMOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Args:
+        loss: mean cross-entropy over the supervised positions, or their sum over `num_items_in_batch`; a scalar.
+        logits: with `labels`, `(S, vocabulary)`: the supervised positions in order; else `(B, kept, vocabulary)`.
+        past_key_values: the language model's cache.
+        hidden_states: the language model's, where asked for.
+        attentions: the language model's, where asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Image features, mapped by a connector, stand among the text embeddings of a language model.
+
+    Args:
+        config: the composition.
+        visual_encoder: a loaded encoder; None builds one from `config.vision_config`.
+        language_model: a loaded causal language model; None builds one from `config.text_config`.
+    """
+
+    config_class = VLMConfig
+    base_model_prefix = "vlm"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _auto_class = "AutoModelForImageTextToText"
+
+    def __init__(
+        self,
+        config: VLMConfig,
+        visual_encoder: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        kind, options = config.connector["type"], config.connector["options"]
+        if kind not in CONNECTORS and type(self).__module__.startswith("transformers_modules."):
+            CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], config.name_or_path)
+        self.visual_encoder = visual_encoder or AutoModel.from_config(config.vision_config)
+        self.connector = connector_class(kind)(
+            config.vision_dim, config.text_config.hidden_size, **connector_options(kind, options)
+        )
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Parts initialise themselves; a connector's modules keep PyTorch's own initialisation."""
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def train(self, mode: bool = True) -> "VLMForConditionalGeneration":
+        """As usual, but an encoder that does not train stays in evaluation mode (its batch statistics too)."""
+        super().train(mode)
+        if not _trains(self.visual_encoder):
+            self.visual_encoder.eval()
+        return self
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> Tensor:
+        """Encode images and map them: `(I, 3, height, width) -> (I, N, D)`.
+
+        A frozen encoder runs without a gradient graph; only the selected hidden state is kept.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.visual_encoder)):
+            features = self._encode(pixel_values.to(self.visual_encoder.dtype))  # (I, P, V)
+        return self.connector(features.to(_dtype(self.connector, features)))
+
+    def _encode(self, pixel_values: Tensor) -> Tensor:
+        """The selected tokens of the selected hidden state: `(I, 3, height, width) -> (I, P, V)`."""
+        config = self.config
+        if config.feature_layer is None:
+            features = self.visual_encoder(pixel_values, return_dict=True).last_hidden_state
+        else:
+            layer = config.feature_layer
+            states = self.visual_encoder(pixel_values, output_hidden_states=[layer], return_dict=True).hidden_states
+            kept = [state for state in states if state is not None]  # an encoder may keep only what was asked for
+            features = kept[0] if len(kept) == 1 else states[layer]
+        if features.ndim == 4:
+            features = features.flatten(2).transpose(1, 2)  # (I, V, rows, columns) -> (I, rows * columns, V)
+        prefix = config.num_prefix_tokens
+        match config.feature_strategy:
+            case "patch":
+                return features[:, prefix:]
+            case "cls":
+                return features[:, :1]
+            case "cls+patch":
+                return torch.cat([features[:, :1], features[:, prefix:]], dim=1)
+            case _:
+                return features
+
+    def merge_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Text embeddings with image features at the placeholders: `(B, T), (I, 3, h, w) -> (B, T, D)`.
+
+        Raises:
+            ValueError: the placeholders are not as many as the images have features; says for which rows.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return embeddings
+        placeholders = input_ids == self.config.image_token_id  # (B, T)
+        features = self.get_image_features(pixel_values).to(embeddings.dtype)  # (I, N, D)
+        images, tokens = features.shape[:2]
+        if not torch.compiler.is_compiling() and int(placeholders.sum()) != images * tokens:
+            counts = {row: count for row, count in enumerate(placeholders.sum(1).tolist()) if count}
+            raise ValueError(
+                f"{images} images of {tokens} tokens each need {images * tokens} placeholders "
+                f"(id {self.config.image_token_id}), but the batch has {sum(counts.values())}: row -> count {counts}. "
+                "Prepare the inputs with this model's own processor."
+            )
+        return embeddings.masked_scatter(placeholders.unsqueeze(-1), features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: object | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> VLMOutput:
+        """One pass of the model.
+
+        Args:
+            input_ids: `(B, T)`, with `N` placeholders for each image, in the order of `pixel_values`.
+            pixel_values: `(I, 3, height, width)`, the images of all rows one after the other.
+            attention_mask: `(B, T)`, 0 at padding.
+            position_ids: `(B, T)`.
+            past_key_values: the cache of earlier tokens.
+            inputs_embeds: `(B, T, D)` instead of `input_ids` and `pixel_values`.
+            labels: `(B, T)`, -100 where not supervised; position t is predicted from t - 1. Logits are computed for
+                supervised positions alone.
+            logits_to_keep: without `labels`, as the language model takes it.
+            num_items_in_batch: what the summed loss is divided by; None: the supervised positions of this batch.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.merge_images(input_ids, pixel_values)
+        if labels is not None:
+            targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # (B, T): what each position predicts
+            logits_to_keep = targets != IGNORED
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **{**kwargs, "return_dict": True},
+        )
+        loss = None
+        if labels is not None:
+            loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch)
+        return VLMOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs):
+        """As `GenerationMixin.generate`; images are encoded once, before the first token.
+
+        Returns what it returns for token inputs: the prompts' ids followed by the answers'.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if pixel_values is not None:
+            kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values)
+        return super().generate(input_ids=input_ids, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As usual; the file of a connector class of the user's own travels with the hub code."""
+        source = sys.modules[type(self.connector).__module__].__file__
+        if type(self.connector).__module__ != connector_class.__module__ and source is not None:
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            copy = folder / Path(source).name
+            if copy.resolve() != Path(source).resolve():
+                shutil.copyfile(source, copy)
+            self.config.auto_map["Connector"] = f"{copy.stem}.{type(self.connector).__name__}"
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Cross-entropy in float32 at the supervised positions: `(S, vocabulary), (S,) -> ()`.
+
+    The sum over `num_items`, or the mean; 0 where nothing is supervised.
+    """
+    total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+    return total / (max(targets.numel(), 1) if num_items is None else num_items)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _dtype(module: nn.Module, fallback: Tensor) -> torch.dtype:
+    """The dtype of a module's parameters, or of a tensor where it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), fallback.dtype)

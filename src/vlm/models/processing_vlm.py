@@ -1,0 +1,201 @@
+"""The processor: the one place where conversations become tokens and pictures become pixels.
+
+Hub code: imports torch, Pillow and transformers only. It travels with the checkpoint, so training, inference,
+evaluation and other people's programs all read the same ids.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
+
+IMAGE_MODES = ("square", "pad")
+FROZEN_DATE = "26 Jul 2024"
+"""Given to templates that would write today's date (Llama-3.2), so that a prompt is the same every day."""
+
+
+class VLMProcessor(ProcessorMixin):
+    """Tokenizer and image processor of a composed model.
+
+    Args:
+        image_processor: the visual encoder's.
+        tokenizer: the language model's; a fast one, since supervision is found by character offsets.
+        chat_template: the Jinja template of conversations.
+        image_token: the placeholder; `<image>` in a rendered conversation.
+        image_start: a token before each image, or None.
+        image_end: a token after each image, or None.
+        tokens_per_image: placeholders that one image takes; the model's own count.
+        image_mode: `square` (as the image processor does it) or `pad` (to a square in its mean colour first).
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        image_start: str | None = None,
+        image_end: str | None = None,
+        tokens_per_image: int = 1,
+        image_mode: str = "square",
+        **kwargs: Any,
+    ):
+        if image_mode not in IMAGE_MODES:
+            raise ValueError(f"dataset.image_mode={image_mode}: allowed are {', '.join(IMAGE_MODES)}")
+        if tokenizer is None or not tokenizer.is_fast:
+            raise ValueError("VLMProcessor needs a fast tokenizer: supervision is found by character offsets")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token = image_token
+        self.image_start = image_start
+        self.image_end = image_end
+        self.tokens_per_image = tokens_per_image
+        self.image_mode = image_mode
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = re.compile("|".join(map(re.escape, sorted(special | {image_token}, key=len, reverse=True))))
+
+    def image_ids(self) -> list[int]:
+        """The ids that one image takes in a conversation, its start and end token included."""
+        marks = [self.image_start], [self.image_token] * self.tokens_per_image, [self.image_end]
+        return self.tokenizer.convert_tokens_to_ids([token for mark in marks for token in mark if token])
+
+    def tokenize(
+        self, text: str, spoken: Sequence[tuple[int, int]] = ()
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a rendered conversation, and the character span that each came from.
+
+        The text between two images is tokenised on its own, and so is what follows a leading BOS token, as LLaVA
+        does. A special token that somebody spelled within a `spoken` span is read as plain text.
+
+        Args:
+            text: a rendered conversation; each `image_token` outside `spoken` stands for one image.
+            spoken: character spans that people wrote, in order.
+        """
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for start, end, literal in self._pieces(text, spoken):
+            piece = text[start:end]
+            if piece == self.image_token and not literal:
+                new = self.image_ids()
+                ids += new
+                spans += [(start, end)] * len(new)
+            else:
+                encoded = self.tokenizer(
+                    piece, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=literal
+                )
+                ids += encoded["input_ids"]
+                spans += [(start + a, start + b) for a, b in encoded["offset_mapping"]]
+        return ids, spans
+
+    def _pieces(self, text: str, spoken: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+        """Cut `text` at its images, after its BOS and around spelled special tokens: (start, end, as plain text)."""
+        bos = self.tokenizer.bos_token
+        cuts: list[tuple[int, int, bool]] = []
+        for match in self.special_tokens.finditer(text):
+            start, end = match.span()
+            literal = any(a <= start and end <= b for a, b in spoken)
+            leads = start == 0 and match.group() == bos
+            if literal or leads or match.group() == self.image_token:
+                cuts.append((start, end, literal))
+        pieces: list[tuple[int, int, bool]] = []
+        position = 0
+        for start, end, literal in [*cuts, (len(text), len(text), False)]:
+            if position < start:
+                pieces.append((position, start, False))
+            if start < end:
+                pieces.append((start, end, literal))
+            position = end
+        return pieces
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Pixels as the visual encoder reads them: `(images, 3, height, width)`."""
+        pictures = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
+        if self.image_mode == "pad":
+            colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
+            pictures = [pad_to_square(picture, colour) for picture in pictures]
+        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        padding_side: str = "left",
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Rendered conversations and their pictures as model inputs.
+
+        Returns:
+            `input_ids` and `attention_mask` of shape `(texts, tokens)`, padded on the left for generation, and
+            `pixel_values` of shape `(images, 3, height, width)`.
+
+        Raises:
+            ValueError: the texts have more or fewer image tokens than there are images.
+        """
+        data: dict[str, Any] = {}
+        pictures = [] if images is None else make_flat_list_of_images(self.image_processor.fetch_images(images))
+        if pictures:
+            data["pixel_values"] = self.pixel_values([as_picture(picture) for picture in pictures])
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            wanted = sum(one.count(self.image_token) for one in texts)
+            if wanted != len(pictures):
+                raise ValueError(f"{len(pictures)} images given, but the text has {wanted} {self.image_token}")
+            encoded = [{"input_ids": self.tokenize(one)[0]} for one in texts]
+            data |= self.tokenizer.pad(encoded, padding_side=padding_side, return_tensors=return_tensors)
+        return BatchFeature(data)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As usual; contents may be strings or lists of text and image items, whatever the template reads."""
+        many = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if many else [conversation]
+        if kwargs.pop("tokenize", False):
+            images = [item for talk in conversations for item in images_of(talk)]
+            text = self.apply_chat_template(
+                conversation, *args, **{k: v for k, v in kwargs.items() if k not in ("return_dict", "return_tensors")}
+            )
+            inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
+            return inputs if kwargs.get("return_dict") else inputs["input_ids"]
+        flat = [[{**turn, "content": self._flatten(turn["content"])} for turn in talk] for talk in conversations]
+        frozen = {"date_string": FROZEN_DATE, "enable_thinking": False, "image_token": self.image_token}
+        rendered = self.tokenizer.apply_chat_template(
+            flat, *args, tokenize=False, chat_template=kwargs.pop("chat_template", self.chat_template),
+            **{**frozen, **{k: v for k, v in kwargs.items() if k not in ("return_dict", "return_tensors")}},
+        )  # fmt: skip
+        return rendered if many else rendered[0]
+
+    def _flatten(self, content: str | list[dict[str, Any]]) -> str:
+        """A content list as one string, an image token for each image."""
+        if isinstance(content, str):
+            return content
+        return "".join(item["text"] if item["type"] == "text" else self.image_token for item in content)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def images_of(conversation: Sequence[dict[str, Any]]) -> list[Any]:
+    """The pictures (objects, paths, addresses) that a conversation's content lists name, in order."""
+    items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
+    keys = ("image", "path", "url", "base64")
+    return [next(item[key] for key in keys if key in item) for item in items if item["type"] == "image"]
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of its longer side, as LLaVA-1.5 prepares it."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def as_picture(image: Any) -> Image.Image:
+    """A picture as Pillow's, out of Pillow's own or an array of `(height, width, 3)` bytes."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)

@@ -1,0 +1,83 @@
+"""From the `trainer` section to `TrainingArguments`, and from a DeepSpeed name to its configuration."""
+
+import json
+import os
+import socket
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from transformers import TrainingArguments
+
+from vlm.config.schema import PARTS, PASSED_THROUGH, TrainerOptions
+from vlm.data.sampling import GROUPED
+from vlm.train.parts import trains
+
+
+def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
+    """The run's `TrainingArguments`; the process group exists afterwards, as ZeRO-3 needs it before building.
+
+    Under DeepSpeed without a launcher, this process becomes the only rank.
+    """
+    given = {name: getattr(trainer, name) for name in PASSED_THROUGH}
+    values = {name: value for name, value in given.items() if value is not None}
+    if values["train_sampling_strategy"] == GROUPED:
+        values["train_sampling_strategy"] = "random"  # our own sampler takes its place
+    deepspeed = deepspeed_config(trainer.deepspeed)
+    if deepspeed is not None:
+        _be_the_only_rank_if_unlaunched()
+    rates = [getattr(trainer.learning_rate, f"{part}_learning_rate") for part in PARTS if trains(trainer, part)]
+    try:
+        arguments = TrainingArguments(
+            output_dir="outputs", deepspeed=deepspeed, learning_rate=max(rates), weight_decay=0.0, **values
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"trainer: {error}") from error
+    _ = arguments.device  # sets up the process group
+    return arguments
+
+
+def deepspeed_config(value: Any) -> dict[str, Any] | None:
+    """What `trainer.deepspeed` stands for: a packaged name, a JSON file, a mapping, or nothing.
+
+    Raises:
+        ValueError: neither a packaged name nor a file; or a configuration that would override the parts' optimiser
+            groups.
+    """
+    if not value:
+        return None
+    if isinstance(value, str):
+        if value in deepspeed_names():
+            text = resources.files("vlm.config").joinpath("trainer", "deepspeed", f"{value}.yaml").read_text("utf-8")
+            value = OmegaConf.to_container(OmegaConf.create(text))
+        elif Path(value).is_file():
+            value = json.loads(Path(value).read_text(encoding="utf-8"))
+        else:
+            raise ValueError(
+                f"trainer.deepspeed={value}: allowed are {', '.join(deepspeed_names())} or the path of a JSON file"
+            )
+    for block in ("optimizer", "scheduler"):
+        if block in value:
+            raise ValueError(
+                f"trainer.deepspeed.{block}: DeepSpeed would use it instead of each part's learning rate and weight "
+                f"decay. Remove it; trainer.optim and trainer.lr_scheduler_type choose them."
+            )
+    return dict(value)
+
+
+def deepspeed_names() -> list[str]:
+    """The packaged DeepSpeed configurations."""
+    folder = resources.files("vlm.config").joinpath("trainer", "deepspeed")
+    names = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return sorted(name for name in names if name != "none")
+
+
+def _be_the_only_rank_if_unlaunched() -> None:
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,0 +1,199 @@
+"""One run, told as a story."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from vlm.build import (
+    build_model,
+    compose,
+    load_config,
+    load_model,
+    load_processor,
+    recipe_differences,
+)
+from vlm.config.schema import ModelConfig, RunConfig, from_mapping
+from vlm.data.collate import Collator
+from vlm.data.dataset import SampleDataset, blank_pixels, load_dataset, split_dataset
+from vlm.data.encode import open_picture
+from vlm.data.sample import Turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
+from vlm.train.arguments import training_arguments
+from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
+from vlm.train.parts import freeze, split_parts, table
+from vlm.train.plots import write_answers, write_first_batch
+from vlm.train.run_directory import choose_directory, describe, describe_data
+from vlm.train.trainer import VLMTrainer, newest_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
+    """Build or load the model, train it, leave a run directory behind.
+
+    Args:
+        config: the resolved configuration.
+        name: the configuration's name, for the run directory.
+        overrides: the keys set on the command line; a checkpoint's architecture may not be contradicted by them.
+
+    Returns:
+        The run directory; its `final` holds the complete model.
+    """
+    model_config, processor = settle(config, overrides)
+    args = training_arguments(config.trainer)
+    args.output_dir = str(folder := choose_directory(config, name))
+    if first := args.process_index == 0:
+        describe(folder, config)
+
+    train_data, eval_data = load_data(config, model_config, processor, show_progress=first)
+    if first:
+        roles = {"train": (config.dataset.path, train_data), "eval": (config.dataset.eval_path or config.dataset.path, eval_data)}
+        describe_data(folder, roles)
+
+    set_seed(args.seed)
+    model = load(config, model_config, processor, compute_dtype(args))
+    parts = split_parts(model, config.trainer)
+    freeze(parts)
+    if not is_deepspeed_zero3_enabled():
+        for part in parts:
+            part.module.to(torch.float32 if part.trains and args.deepspeed is None else compute_dtype(args))
+    log.info("Run directory: %s\n\n%s\n", folder, table(parts))
+
+    trainer = VLMTrainer(
+        model=model,
+        args=args,
+        parts=parts,
+        loss_average=config.trainer.loss_average,
+        sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
+        on_first_batch=(lambda batch: write_first_batch(batch, processor, folder)) if first else None,
+        data_collator=collator(processor, alone=args.world_size == 1 and args.deepspeed is None),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=processor,
+        callbacks=[MetricsFile(folder), StopAtNaN()],
+    )
+    trainer.add_callback(EpochOrder(lambda: trainer.order))
+    if config.trainer.num_samples:
+        trainer.add_callback(SampleAnswers(sampler(config, trainer, processor, eval_data or train_data, folder)))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
+    trainer.save_model(str(folder / "final"))
+    log.info("Done. Ask it:  vlm generate %s --image FILE --prompt 'What is in this picture?'", folder / "final")
+    return folder
+
+
+def settle(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[VLMConfig, VLMProcessor]:
+    """Configuration and processor of the model, from parts or from a checkpoint, without weights.
+
+    With `trainer.from_pretrained`, `config.model` becomes what the checkpoint was built with.
+
+    Raises:
+        ValueError: the parts do not fit, or the command line contradicts the checkpoint.
+    """
+    checkpoint = config.trainer.from_pretrained
+    if not checkpoint:
+        return compose(config.model, config.dataset.template, config.dataset.image_mode)
+    touched = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
+    named = config.model.connector.type if "connector" in touched or "connector.type" in touched else None
+    model_config = load_config(checkpoint, named)
+    if different := recipe_differences(model_config, config.model, touched):
+        said = "; ".join(f"{key}={wanted!r}, but the checkpoint has {has!r}" for key, wanted, has in different)
+        raise ValueError(f"trainer.from_pretrained={checkpoint}: its architecture is fixed. You asked for {said}")
+    attention = config.model.attn_implementation
+    config.model = from_mapping(ModelConfig, model_config.recipe)
+    config.model.attn_implementation = attention
+    return model_config, load_processor(checkpoint, config.dataset.template, config.dataset.image_mode)
+
+
+def load(
+    config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype
+) -> VLMForConditionalGeneration:
+    """The model with its weights. Without DeepSpeed, parts that train are loaded in float32."""
+    dtype = dtype if config.trainer.deepspeed else torch.float32
+    if config.trainer.from_pretrained:
+        return load_model(config.trainer.from_pretrained, model_config, dtype, config.model.attn_implementation)
+    return build_model(config.model, model_config, processor, dtype)
+
+
+def load_data(
+    config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, *, show_progress: bool
+) -> tuple[SampleDataset, SampleDataset | None]:
+    """The training and the evaluation samples."""
+    data = config.dataset
+    positions = model_config.text_config.max_position_embeddings
+    longest = min(data.max_length or positions, positions)
+    train = load_dataset(data, data.path, data.image_folder, processor, longest, show_progress=show_progress)
+    if data.eval_path:
+        folder = data.eval_image_folder or data.image_folder
+        most = data.max_eval_samples
+        return train, load_dataset(
+            data, data.eval_path, folder, processor, longest, show_progress=show_progress, most=most
+        )
+    if data.eval_split:
+        train, held_out = split_dataset(train, data.eval_split, config.trainer.seed)  # pyright: ignore[reportAttributeAccessIssue] - passed through
+        return train, held_out.subset(list(range(len(held_out)))[: data.max_eval_samples])
+    return train, None
+
+
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    """What matrix products run in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def collator(processor: VLMProcessor, *, alone: bool) -> Collator:
+    """Pads batches; where ranks train together, batches without images get a dummy one."""
+    pad = processor.tokenizer.pad_token_id
+    return Collator(pad, None if alone else (processor.image_ids(), blank_pixels(processor)))
+
+
+def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
+    """What `trainer.resume_from_checkpoint` stands for."""
+    wanted = config.trainer.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    return str(newest_checkpoint(folder)) if wanted.lower() == "true" else wanted
+
+
+def sampler(
+    config: RunConfig, trainer: VLMTrainer, processor: VLMProcessor, dataset: SampleDataset, folder: Path
+) -> Any:
+    """What answers a few samples into `samples.md`. All ranks generate, since ZeRO-3 needs them; rank 0 writes."""
+    samples = dataset.samples[: config.trainer.num_samples]
+    pictures = [[open_picture(picture.path, sample.id) for picture in sample.pictures] for sample in samples]
+    prompts = [_until_last_reply(sample.turns) for sample in samples]
+    # A prompt that ends before the last reply may not show the last pictures.
+    shown = [found[: sum(not isinstance(part, str) for turn in turns for part in turn.content)]
+             for found, turns in zip(pictures, prompts, strict=True)]  # fmt: skip
+
+    def answer(step: int) -> None:
+        training = trainer.model.training
+        trainer.model.eval()
+        ready = VisionLanguageModel(trainer.model, processor)
+        with trainer.compute_loss_context_manager():
+            answers = ready.answer(prompts, shown, config.inference, synced_gpus=dist.is_initialized())
+        trainer.model.train(training)
+        if trainer.is_world_process_zero():
+            rows = [
+                (_spoken(turns[-1:]), _spoken(sample.turns[len(turns) : len(turns) + 1]), said, found[0] if found else None)
+                for turns, sample, said, found in zip(prompts, samples, answers, shown, strict=True)
+            ]
+            write_answers(step, rows, folder)
+
+    return answer
+
+
+def _until_last_reply(turns: Sequence[Turn]) -> list[Turn]:
+    """The conversation up to its last reply, which is left for the model to give."""
+    last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+    return list(turns[:last])
+
+
+def _spoken(turns: Sequence[Turn]) -> str:
+    return "".join(part for turn in turns for part in turn.content if isinstance(part, str))
+

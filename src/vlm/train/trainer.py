@@ -1,0 +1,229 @@
+"""A thin subclass of transformers' `Trainer`: parts as optimiser groups, two loss averages, and small checkpoints.
+
+What it adds, and nothing else: one optimiser group for each part and decay class; LLaVA's mean of micro-batch means
+beside the mean over tokens; grouping by modality and length; evaluation exact to the token, with the loss on blank
+pictures; checkpoints that hold what trains.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+
+from vlm.data.dataset import BlankPictures, SampleDataset
+from vlm.data.encode import IGNORED
+from vlm.data.sampling import GROUPED, ModalityLengthSampler
+from vlm.train.parts import Part, parameter_groups
+
+WEIGHTS = "trained.safetensors"
+COMPLETE = "complete"
+
+
+class VLMTrainer(Trainer):
+    """Trains a model whose parts have learning rates of their own.
+
+    Args:
+        parts: the model's parts, see `train/parts.py`.
+        loss_average: `token` or `micro_batch`.
+        sampling: `trainer.train_sampling_strategy`.
+        on_first_batch: called with the first batch of this rank, before its forward pass.
+        kwargs: as `Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        parts: list[Part],
+        loss_average: str,
+        sampling: str,
+        on_first_batch: Callable[[dict[str, Tensor]], None] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.parts = parts
+        self.loss_average = loss_average
+        self.sampling = sampling
+        self.on_first_batch = on_first_batch
+        self.order: ModalityLengthSampler | None = None
+
+    # --- optimisation -------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The chosen optimiser over one group for each part and decay class."""
+        if self.optimizer is None:
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & kwargs.keys():
+                raise ValueError(
+                    f"trainer.optim={self.args.optim}: it makes parameter groups of its own, which would lose each "
+                    "part's learning rate. Choose another, such as adamw_torch_fused."
+                )
+            decayed = set(self.get_decay_parameter_names(self.model))
+            self.optimizer = kind(parameter_groups(self.parts, decayed), **kwargs)
+        return self.optimizer
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """None leaves the mean to each micro-batch; `Trainer` then averages over accumulation steps and ranks."""
+        if self.loss_average == "micro_batch":
+            return None
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.sampling != GROUPED:
+            return super()._get_train_sampler(dataset)
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.order = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, args.data_seed or args.seed)
+        return self.order
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As usual; the first batch is shown to `on_first_batch`."""
+        if self.on_first_batch is not None:
+            self.on_first_batch(inputs)
+            self.on_first_batch = None
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As usual, with each part's own learning rate beside the loss."""
+        if "loss" in logs and self.lr_scheduler is not None:
+            logs.pop("learning_rate", None)
+            names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
+            logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, self._rates(), strict=True)}
+        super().log(logs, start_time)
+
+    def _rates(self) -> list[float]:
+        return [float(rate) for rate in self.lr_scheduler.get_last_lr()]
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: SampleDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss per supervised token, and the same on blank pictures: does the model use the image at all?
+
+        Returns:
+            `eval_loss`, `eval_blank_loss`, and over the samples with pictures `eval_image_gain`: the mean of blank
+            minus real loss, each the mean over its sample's tokens, with half the width of its 95% interval.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        start = time.time()
+        sums, counts = self._losses(dataset, "evaluating")
+        metrics = {f"{metric_key_prefix}_loss": (sums.sum() / counts.sum()).item()}
+        with_images = torch.tensor(dataset.num_images) > 0
+        if with_images.any():
+            blank_sums, _ = self._losses(BlankPictures(dataset), "evaluating on blank pictures")
+            gains = ((blank_sums - sums) / counts)[with_images]
+            metrics[f"{metric_key_prefix}_blank_loss"] = (blank_sums.sum() / counts.sum()).item()
+            metrics[f"{metric_key_prefix}_image_gain"] = gains.mean().item()
+            if len(gains) > 1:
+                metrics[f"{metric_key_prefix}_image_gain_ci95"] = 1.96 * gains.std().item() / math.sqrt(len(gains))
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _losses(self, dataset: Any, title: str) -> tuple[Tensor, Tensor]:
+        """Summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU."""
+        loader: DataLoader = self.get_eval_dataloader(dataset)
+        self.model.eval()
+        sums, counts = [], []
+        for batch in tqdm(loader, title, leave=False, disable=self.args.disable_tqdm or not self.args.should_save):
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits = self.model(**inputs).logits
+            row_sums, row_counts = row_losses(logits, inputs["labels"])
+            sums.append(self.accelerator.gather_for_metrics(row_sums).cpu())
+            counts.append(self.accelerator.gather_for_metrics(row_counts).cpu())
+        return torch.cat(sums), torch.cat(counts)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The complete model with its processor; within a checkpoint, only what trains."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not _internal_call:
+            state = self.accelerator.get_state_dict(self.model_wrapped)  # on every rank: ZeRO-3 gathers
+            if self.args.should_save:
+                self.model.save_pretrained(folder, state_dict=state)
+                self.processing_class.save_pretrained(folder)
+        elif self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not self.is_deepspeed_enabled:  # DeepSpeed writes weights beside its optimiser states
+                save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / WEIGHTS)
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As usual; a mark in the folder says that every rank is done with it."""
+        super()._save_checkpoint(model, trial)
+        if dist.is_initialized():
+            dist.barrier()
+        if self.args.should_save:
+            Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put a checkpoint's trained weights over those that the run began with.
+
+        Raises:
+            ValueError: the checkpoint trained other parameters than this run does.
+        """
+        state = load_file(Path(resume_from_checkpoint, WEIGHTS))
+        trained = {name for name, _ in self._trained()}
+        if different := sorted(trained ^ state.keys()):
+            raise ValueError(
+                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it does not train what this run does, for "
+                f"example {different[:3]}. Resume with the trainer.unfreeze that it was made with."
+            )
+        self.model.load_state_dict(state, strict=False)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As usual; DeepSpeed checkpoints without the frozen parameters are read as such."""
+        partial = resume_from_checkpoint is not None and self.is_deepspeed_enabled
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if partial else resume_from_checkpoint
+        )
+        if partial:
+            self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and supervised tokens of each row: `(S, vocabulary), (B, T) -> (B,), (B,)`."""
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
+    sums = losses.new_zeros(len(labels)).index_add_(0, rows, losses)
+    return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
+
+
+def newest_checkpoint(run_directory: Path) -> Path:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    if not complete:
+        raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")
+    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
