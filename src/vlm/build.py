@@ -49,7 +49,7 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
     vision_config = _part_config("visual_encoder", model.visual_encoder)
     text_config = _part_config("language_model", model.language_model).get_text_config()
     tokenizer = _tokenizer(model)
-    image_processor = _image_processor(model.visual_encoder)
+    image_processor = _image_processor(model.visual_encoder, vision_config.model_type)
     config = VLMConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -72,9 +72,12 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
 
 
 def build_model(
-    model: ModelConfig, config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype
+    model: ModelConfig, config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype, seed: int
 ) -> VLMForConditionalGeneration:
-    """Load the parts' weights and compose them; embeddings grow where the tokenizer did."""
+    """Load the parts' weights and compose them; embeddings grow where the tokenizer did.
+
+    The connector's first weights depend on `seed` alone, not on what the parts drew before it.
+    """
     attention = choose_attention(model.attn_implementation, dtype)
     encoder = _load_part(AutoModel, model.visual_encoder, config.vision_config, dtype, attention)
     language_model = _load_part(AutoModelForCausalLM, model.language_model, config.text_config, dtype, attention)
@@ -82,6 +85,7 @@ def build_model(
         language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
     config.text_config = language_model.config
     config.dtype = dtype
+    torch.manual_seed(seed)
     built = VLMForConditionalGeneration(config, encoder, language_model)
     built.connector.to(dtype)
     if language_model.generation_config is not None:
@@ -201,13 +205,13 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _image_processor(source: VisualEncoderConfig) -> Any:
+def _image_processor(source: VisualEncoderConfig, model_type: str) -> Any:
     """The encoder's image processor; timm's is rewritten as one that loads out of any folder."""
-    processor = AutoImageProcessor.from_pretrained(
-        source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
-    if not isinstance(processor, TimmWrapperImageProcessor):
-        return processor
+    if model_type != "timm_wrapper":
+        return AutoImageProcessor.from_pretrained(
+            source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision)
     data = processor.data_config
     height, width = data["input_size"][1:]
     return CLIPImageProcessor(

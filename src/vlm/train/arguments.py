@@ -24,17 +24,21 @@ def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
     values = {name: value for name, value in given.items() if value is not None}
     if values["train_sampling_strategy"] == GROUPED:
         values["train_sampling_strategy"] = "random"  # our own sampler takes its place
-    deepspeed = deepspeed_config(trainer.deepspeed)
-    if deepspeed is not None:
+    settings = deepspeed_config(trainer.deepspeed)
+    if settings is not None:
         _be_the_only_rank_if_unlaunched()
     rates = [getattr(trainer.learning_rate, f"{part}_learning_rate") for part in PARTS if trains(trainer, part)]
     try:
         arguments = TrainingArguments(
-            output_dir="outputs", deepspeed=deepspeed, learning_rate=max(rates), weight_decay=0.0, **values
+            output_dir="outputs", deepspeed=settings, learning_rate=max(rates), weight_decay=0.0, **values
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error
     _ = arguments.device  # sets up the process group
+    if settings is not None:
+        import deepspeed  # slow to import, and only some runs need it
+
+        deepspeed.init_distributed()  # ZeRO-3 builds the model sharded, and would take a world of one otherwise
     return arguments
 
 

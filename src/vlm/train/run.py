@@ -58,7 +58,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         describe_data(folder, roles)
 
     set_seed(args.seed)
-    model = load(config, model_config, processor, compute_dtype(args))
+    model = load(config, model_config, processor, compute_dtype(args), args.seed)
     parts = split_parts(model, config.trainer)
     freeze(parts)
     if not is_deepspeed_zero3_enabled():
@@ -112,13 +112,13 @@ def settle(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[VLMConfig,
 
 
 def load(
-    config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype
+    config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype, seed: int
 ) -> VLMForConditionalGeneration:
     """The model with its weights. Without DeepSpeed, parts that train are loaded in float32."""
     dtype = dtype if config.trainer.deepspeed else torch.float32
     if config.trainer.from_pretrained:
         return load_model(config.trainer.from_pretrained, model_config, dtype, config.model.attn_implementation)
-    return build_model(config.model, model_config, processor, dtype)
+    return build_model(config.model, model_config, processor, dtype, seed)
 
 
 def load_data(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,8 +21,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from vlm.data.dataset import BlankPictures, SampleDataset
-from vlm.data.encode import IGNORED
 from vlm.data.sampling import GROUPED, ModalityLengthSampler
+from vlm.inference.metrics import row_losses
 from vlm.train.parts import Part, parameter_groups
 
 WEIGHTS = "trained.safetensors"
@@ -206,15 +205,6 @@ class VLMTrainer(Trainer):
             self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
-
-
-def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss and supervised tokens of each row: `(S, vocabulary), (B, T) -> (B,), (B,)`."""
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-    losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
-    sums = losses.new_zeros(len(labels)).index_add_(0, rows, losses)
-    return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
 
 
 def newest_checkpoint(run_directory: Path) -> Path:

@@ -1,0 +1,82 @@
+"""What a checkpoint knows about captioned pictures that it has not seen.
+
+    python benchmarks/captions.py CHECKPOINT --data val.json --image-folder images [--output report.json]
+
+Prints the loss per supervised token with the pictures and with blank ones, the paired difference over samples with its
+95% interval, how often a picture's own caption has the lowest loss among ten, and ten answers as they came.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vlm import VisionLanguageModel
+from vlm.config.schema import DatasetConfig, InferenceConfig
+from vlm.data.collate import Collator
+from vlm.data.dataset import BlankPictures, SampleDataset, load_dataset
+from vlm.data.encode import open_picture
+from vlm.inference.metrics import caption_retrieval, reply_text, row_losses
+
+
+@torch.no_grad()
+def losses(ready: VisionLanguageModel, dataset: SampleDataset | BlankPictures, batch: int) -> torch.Tensor:
+    """Summed loss and supervised tokens of each sample: `(samples, 2)`."""
+    collate = Collator(ready.processor.tokenizer.pad_token_id)
+    rows = []
+    for start in tqdm(range(0, len(dataset), batch), "loss"):
+        inputs = collate([dataset[i] for i in range(start, min(start + batch, len(dataset)))])
+        inputs = {name: value.to(ready.model.device) for name, value in inputs.items()}
+        rows.append(torch.stack(row_losses(ready.model(**inputs).logits, inputs["labels"]), dim=1).cpu())
+    return torch.cat(rows)
+
+
+def report(args: argparse.Namespace) -> dict:
+    """Measure."""
+    ready = VisionLanguageModel.load(args.checkpoint, dtype=args.dtype)
+    data = load_dataset(DatasetConfig(path=args.data), args.data, args.image_folder, ready.processor, 2048)
+    seen, blank = losses(ready, data, args.batch), losses(ready, BlankPictures(data), args.batch)
+    gains = (blank[:, 0] - seen[:, 0]) / seen[:, 1]
+    found = caption_retrieval(ready.model, ready.processor, data.samples, ways=args.ways)
+    answers = []
+    for sample in data.samples[:: max(len(data) // args.answers, 1)][: args.answers]:
+        pictures = [open_picture(picture.path, sample.id) for picture in sample.pictures]
+        answer = ready.answer([sample.turns[:-1]], [pictures], InferenceConfig(max_new_tokens=40))[0]
+        answers.append({"id": sample.id, "reference": reply_text(sample), "answer": answer})
+    return {
+        "checkpoint": str(args.checkpoint),
+        "samples": len(data),
+        "loss": (seen[:, 0].sum() / seen[:, 1].sum()).item(),
+        "blank_loss": (blank[:, 0].sum() / blank[:, 1].sum()).item(),
+        "image_gain": gains.mean().item(),
+        "image_gain_ci95": 1.96 * gains.std().item() / math.sqrt(len(gains)),
+        "retrieval_ways": args.ways,
+        "retrieval_accuracy": sum(found) / len(found),
+        "answers": answers,
+    }
+
+
+def main() -> None:
+    """Parse the command line, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--image-folder", default=None)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--ways", type=int, default=10)
+    parser.add_argument("--answers", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=None)
+    args = parser.parse_args()
+    result = report(args)
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

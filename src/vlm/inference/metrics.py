@@ -1,0 +1,65 @@
+"""Measures of what a model knows about pictures, from its loss."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from vlm.data.collate import Collator
+from vlm.data.encode import IGNORED, encode, open_picture
+from vlm.data.sample import Sample, Turn
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and supervised tokens of each row: `(S, vocabulary), (B, T) -> (B,), (B,)`."""
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
+    sums = losses.new_zeros(len(labels)).index_add_(0, rows, losses)
+    return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
+
+
+@torch.no_grad()
+def caption_retrieval(
+    model: Any, processor: Any, samples: Sequence[Sample], *, ways: int = 10, seed: int = 0
+) -> list[bool]:
+    """Whether each picture's own last reply has the lowest loss among those of other samples.
+
+    Args:
+        model: the model, in evaluation mode.
+        processor: its processor.
+        samples: one picture and one last reply each; replies that read the same are never set against each other.
+        ways: candidates for a picture, its own included; by chance 1 / ways are found.
+        seed: chooses the others.
+
+    Returns:
+        One value a sample.
+    """
+    draw = random.Random(seed)
+    collate = Collator(processor.tokenizer.pad_token_id)
+    texts = [reply_text(sample) for sample in samples]
+    found = []
+    for sample, own in zip(tqdm(samples, "caption retrieval"), texts, strict=True):
+        others = draw.sample(sorted({text for text in texts if text != own}), ways - 1)
+        pixels = processor.pixel_values([open_picture(p.path, sample.id) for p in sample.pictures])
+        encoded = [encode(processor, with_reply(sample, text)) for text in [own, *others]]
+        batch = collate([{"input_ids": e.input_ids, "labels": e.labels, "pixel_values": pixels} for e in encoded])
+        inputs = {name: value.to(model.device) for name, value in batch.items()}
+        sums, counts = row_losses(model(**inputs).logits, inputs["labels"])
+        found.append(int((sums / counts).argmin()) == 0)
+    return found
+
+
+def reply_text(sample: Sample) -> str:
+    """The text of a sample's last reply."""
+    return "".join(part for part in sample.turns[-1].content if isinstance(part, str))
+
+
+def with_reply(sample: Sample, text: str) -> Sample:
+    """The sample with another last reply."""
+    return replace(sample, turns=(*sample.turns[:-1], Turn("assistant", (text,))))
