@@ -1,0 +1,127 @@
+"""Tiny parts and records on disk, and a way to run a shipped run on them in this process."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from vlm.config.schema import RunConfig
+from vlm.data.encode import template_text
+from vlm.train.run import run
+
+COLOURS = ("red", "blue", "green")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `visual_encoder`, `language_model`, `records.json` (24 records, 6 of text only) and `images`."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=24, patch_size=8
+    )
+    CLIPVisionModel(vision).save_pretrained(root / "visual_encoder")
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(
+        root / "visual_encoder"
+    )
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(root / "language_model")
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(text).save_pretrained(root / "language_model")
+    (root / "images").mkdir()
+    records = [record(index, root / "images") for index in range(24)]
+    (root / "records.json").write_text(json.dumps(records))
+    return root
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that knows ChatML."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    model.train_from_iterator(["what is in this picture? a red circle, a blue square"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = template_text("chatml")
+    return tokenizer
+
+
+def record(index: int, images: Path) -> dict:
+    """A record of one plain colour; every fourth has no picture."""
+    colour = COLOURS[index % 3]
+    if index % 4 == 3:
+        turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a circle" + " blue" * (index % 5)}]
+        return {"id": str(index), "conversations": turns}
+    Image.new("RGB", (30, 20 + index), colour).save(images / f"{index}.png")
+    turns = [
+        {"from": "human", "value": "<image>\nwhat is in this picture?"},
+        {"from": "gpt", "value": f"a {colour} square" * (1 + index % 2)},
+    ]
+    return {"id": str(index), "image": f"{index}.png", "conversations": turns}
+
+
+@pytest.fixture(scope="session")
+def common(world: Path) -> list[str]:
+    """Overrides that put a shipped run on the tiny world."""
+    return [
+        f"model.visual_encoder.hf_name={world / 'visual_encoder'}",
+        f"model.language_model.hf_name={world / 'language_model'}",
+        f"dataset.path={world / 'records.json'}",
+        f"dataset.image_folder={world / 'images'}",
+        "trainer.use_cpu=true",
+        "trainer.logging_steps=1",
+        "trainer.dataloader_num_workers=0",
+        "trainer.per_device_train_batch_size=8",
+        "trainer.learning_rate.connector_learning_rate=1e-3",
+        "trainer.num_samples=2",
+        "inference.max_new_tokens=3",
+        "trainer.disable_tqdm=true",
+    ]
+
+
+@pytest.fixture(scope="session")
+def train(common: list[str]) -> Callable[..., Path]:
+    """`train(name, output_dir, *overrides)` runs a shipped run to its end and returns its directory."""
+
+    def start(name: str, output_dir: Path, *overrides: str) -> Path:
+        words = [*common, f"trainer.output_dir={output_dir}", *overrides]
+        keys = [word.split("=")[0].replace("/", ".") for word in words]
+        return run(config_of(name, words), name, keys)
+
+    return start
+
+
+def config_of(name: str, overrides: list[str]) -> RunConfig:
+    """A shipped run's configuration under overrides."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    with initialize_config_module("vlm.config", version_base="1.3"):
+        config = OmegaConf.to_object(compose(name, overrides))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def losses(run_directory: Path) -> list[float]:
+    """The training losses that a run logged."""
+    lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]

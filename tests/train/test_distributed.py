@@ -1,0 +1,70 @@
+"""Two ranks on the CPU, through DeepSpeed's own launcher: ZeRO-2 and ZeRO-3 reach the single process's losses."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import losses
+from vlm.train.trainer import newest_checkpoint
+
+FINETUNE = [
+    "trainer.learning_rate.language_model_learning_rate=1e-3",
+    "trainer.num_train_epochs=2",
+    "trainer.train_sampling_strategy=sequential",
+    "trainer.eval_strategy=epoch",
+    "trainer.save_strategy=steps",
+    "trainer.save_steps=3",
+]
+
+
+@pytest.fixture(scope="module")
+def pretrained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that every run here begins with."""
+    return train("pretrain-smol", tmp_path_factory.mktemp("runs") / "pretrain", "trainer.max_steps=1") / "final"
+
+
+@pytest.fixture(scope="module")
+def single(train: Callable[..., Path], pretrained: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same finetuning in one process."""
+    folder = tmp_path_factory.mktemp("runs") / "single"
+    return train("finetune-smol", folder, *FINETUNE, *start(pretrained, world))
+
+
+def start(pretrained: Path, world: Path) -> list[str]:
+    return [f"trainer.from_pretrained={pretrained}", f"dataset.eval_path={world / 'records.json'}"]
+
+
+def launch(words: list[str]) -> None:
+    """Start two ranks and wait."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run([*launcher, "--module", "vlm", *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_ranks_reach_the_single_process(
+    common: list[str], single: Path, pretrained: Path, world: Path, tmp_path: Path, stage: str
+):
+    """Image and text-only rows mixed; losses, evaluation and the resumed second half are the same."""
+    words = [
+        "-cn", "finetune-smol", *common, *FINETUNE, *start(pretrained, world), f"trainer.deepspeed={stage}",
+        f"trainer.output_dir={tmp_path}", "trainer.per_device_train_batch_size=4",
+    ]  # fmt: skip
+    launch(words)
+    assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
+    assert (tmp_path / "final" / "model.safetensors").is_file()
+    for late in tmp_path.glob("checkpoint-6/complete"):
+        late.unlink()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
+    launch([*words, "trainer.resume_from_checkpoint=true"])
+    assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)

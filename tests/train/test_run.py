@@ -1,0 +1,137 @@
+"""A run from the first batch to the folder that loads alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from tests.train.conftest import config_of, losses
+from vlm.train.run import run
+from vlm.train.trainer import newest_checkpoint
+
+FILES = (
+    "config.yaml", "command.txt", "versions.json", "data.json", "metrics.jsonl", "loss.png", "samples.md",
+    "first_batch.html", "skipped.jsonl", "final/config.json", "final/model.safetensors", "final/processor_config.json",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pretrained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrain run over the tiny world, evaluated at its end."""
+    folder = tmp_path_factory.mktemp("runs") / "pretrain"
+    return train(
+        "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.eval_split=0.25", "trainer.eval_strategy=epoch"
+    )
+
+
+def test_a_run_leaves_everything_behind(pretrained: Path):
+    for name in FILES:
+        assert (pretrained / name).is_file(), name
+    assert list(pretrained.glob("runs/*/events.out.tfevents.*"))
+    data = json.loads((pretrained / "data.json").read_text())
+    assert (data["train"]["samples"], data["eval"]["samples"]) == (18, 6)
+    page = (pretrained / "first_batch.html").read_text()
+    assert "<mark>" in page
+    assert "image token" in page
+    assert "**answer**" in (pretrained / "samples.md").read_text()
+
+
+def test_evaluation_logs_the_loss_on_blank_pictures(pretrained: Path):
+    lines = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
+    logged = next(line for line in lines if "eval_loss" in line)
+    assert {"eval_blank_loss", "eval_image_gain", "eval_image_gain_ci95"} <= logged.keys()
+    assert logged["eval_blank_loss"] != logged["eval_loss"]
+
+
+def test_connector_checkpoints_hold_the_connector_alone(pretrained: Path):
+    state = load_file(newest_checkpoint(pretrained) / "trained.safetensors")
+    assert state
+    assert all(name.startswith("connector.") for name in state)
+
+
+def test_only_the_connector_moved(pretrained: Path, world: Path):
+    with (
+        safe_open(pretrained / "final" / "model.safetensors", "pt") as final,
+        safe_open(world / "language_model" / "model.safetensors", "pt") as before,
+    ):
+        for name in before.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            rows = len(before.get_tensor(name))
+            assert torch.equal(final.get_tensor(f"language_model.{name}")[:rows], before.get_tensor(name)), name
+
+
+def test_finetuning_continues_from_the_pretrained_model(pretrained: Path, train: Callable[..., Path], tmp_path: Path):
+    folder = train(
+        "finetune-smol", tmp_path / "finetune", f"trainer.from_pretrained={pretrained / 'final'}",
+        "trainer.max_steps=2", "trainer.learning_rate.language_model_learning_rate=1e-3",
+    )  # fmt: skip
+    before = load_file(pretrained / "final" / "model.safetensors")
+    after = load_file(folder / "final" / "model.safetensors")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"connector", "language_model"}
+    model = AutoModelForImageTextToText.from_pretrained(folder / "final")
+    assert model.config.recipe["visual_encoder"]["hf_name"]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model/connector=linear", "model.connector.type"),
+        ("model.visual_encoder.hf_name=openai/other", "model.visual_encoder.hf_name"),
+        ("model.connector.options.num_layers=3", "model.connector.options.num_layers"),
+    ],
+)
+def test_a_checkpoints_architecture_is_not_contradicted(
+    pretrained: Path, common: list[str], tmp_path: Path, override: str, named: str
+):
+    words = [*common, f"trainer.from_pretrained={pretrained / 'final'}", f"trainer.output_dir={tmp_path}", override]
+    config = config_of("finetune-smol", words)
+    with pytest.raises(ValueError, match=named) as refused:
+        run(config, "finetune-smol", [word.split("=")[0].replace("/", ".") for word in words])
+    assert "checkpoint has" in str(refused.value)
+
+
+@pytest.mark.parametrize("sampling", ["random", "group_by_modality_length"])
+def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], tmp_path: Path, sampling: str):
+    options = [
+        "trainer.num_train_epochs=3", "trainer.save_strategy=steps", "trainer.save_steps=4",
+        f"trainer.train_sampling_strategy={sampling}", "trainer.save_total_limit=5",
+    ]  # fmt: skip
+    whole = train("pretrain-smol", tmp_path / "run", *options)
+    expected, weights = losses(whole), load_file(whole / "final" / "model.safetensors")
+    (whole / "checkpoint-8" / "complete").unlink()  # a torn checkpoint is not resumed from
+    (whole / "checkpoint-9" / "complete").unlink()
+    assert newest_checkpoint(whole).name == "checkpoint-4"
+    resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    assert losses(resumed) == pytest.approx(expected, abs=1e-6)
+    again = load_file(resumed / "final" / "model.safetensors")
+    for name, weight in weights.items():
+        assert torch.allclose(weight, again[name], atol=1e-6), name
+
+
+def test_resuming_with_other_parts_is_refused(pretrained: Path, train: Callable[..., Path], tmp_path: Path):
+    checkpoint = newest_checkpoint(pretrained)
+    with pytest.raises(ValueError, match=r"trainer\.unfreeze"):
+        train(
+            "finetune-smol", tmp_path / "other", f"trainer.resume_from_checkpoint={checkpoint}",
+            "trainer.max_steps=9", "trainer.learning_rate.language_model_learning_rate=1e-3",
+        )  # fmt: skip
+
+
+def test_bad_records_are_listed_when_skipped(train: Callable[..., Path], world: Path, tmp_path: Path):
+    records = json.loads((world / "records.json").read_text())
+    records[0]["image"] = "missing.png"
+    records[1]["conversations"][1]["value"] = "long " * 400
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    folder = train(
+        "pretrain-smol", tmp_path / "run", f"dataset.path={tmp_path / 'records.json'}", "trainer.max_steps=1",
+        "dataset.on_bad_sample=skip",
+    )  # fmt: skip
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in skipped] == ["0", "1"]
+    assert "does not exist" in skipped[0]["reason"]
+    assert "max_length" in skipped[1]["reason"]
