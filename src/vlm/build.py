@@ -78,7 +78,7 @@ def build_model(
 
     The connector's first weights depend on `seed` alone, not on what the parts drew before it.
     """
-    attention = choose_attention(model.attn_implementation, dtype)
+    attention = model.attn_implementation
     encoder = _load_part(AutoModel, model.visual_encoder, config.vision_config, dtype, attention)
     language_model = _load_part(AutoModelForCausalLM, model.language_model, config.text_config, dtype, attention)
     if len(processor.tokenizer) > language_model.get_input_embeddings().num_embeddings:
@@ -121,7 +121,10 @@ def load_model(
     checkpoint: str, config: VLMConfig, dtype: torch.dtype, attn_implementation: str = "auto"
 ) -> VLMForConditionalGeneration:
     """The model of a checkpoint."""
-    attention = choose_attention(attn_implementation, dtype)
+    parts = {"vision_config": AutoModel, "text_config": AutoModelForCausalLM}
+    attention = {
+        name: choose_attention(attn_implementation, dtype, getattr(config, name), auto) for name, auto in parts.items()
+    }
     return VLMForConditionalGeneration.from_pretrained(
         checkpoint, config=config, dtype=dtype, attn_implementation=attention
     )
@@ -141,12 +144,15 @@ def add_connector_class(kind: str) -> None:
             raise ValueError(f"model.connector.type={kind}: {error}") from error
 
 
-def choose_attention(name: str, dtype: torch.dtype) -> str:
-    """`auto` as the best implementation that runs here, any other name as it is."""
+def choose_attention(name: str, dtype: torch.dtype, config: PreTrainedConfig, auto: Any) -> str:
+    """`auto` as the best implementation that is installed and that this part takes, any other name as it is."""
     if name != "auto":
         return name
+    model_class = auto._model_mapping.get(type(config), None)
     half = dtype in (torch.bfloat16, torch.float16)
-    return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    if half and torch.cuda.is_available() and is_flash_attn_2_available() and model_class._supports_flash_attn:
+        return "flash_attention_2"
+    return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
 def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -274,7 +280,7 @@ def _load_part(auto: Any, source: Any, config: PreTrainedConfig, dtype: torch.dt
         revision=source.revision,
         trust_remote_code=source.trust_remote_code,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=choose_attention(attention, dtype, config, auto),
         output_loading_info=True,
     )
     if missing := sorted(info["missing_keys"]):

@@ -7,7 +7,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from vlm.config.schema import PARTS, TRAIN_FLAGS, RunConfig
+from vlm.config.schema import PARTS, TRAIN_FLAGS, RunConfig, training_argument_choices
 
 CHOICES = {
     "model.visual_encoder.feature_strategy": ("patch", "cls+patch", "cls", "full"),
@@ -41,12 +41,16 @@ def check(config: RunConfig) -> None:
 
 
 def check_choices(config: RunConfig) -> None:
-    """Every key of `CHOICES` has one of its values."""
+    """Every key of `CHOICES`, and every enumeration of `TrainingArguments`, has one of its values."""
     for key, allowed in CHOICES.items():
         value = value_of(config, key)
         if value not in allowed:
             names = ", ".join("null" if choice is None else choice for choice in allowed)
             raise ConfigError(f"{key}={value}: allowed are {names}")
+    for name, values in training_argument_choices().items():
+        value = value_of(config, f"trainer.{name}")
+        if value is not None and value not in values:
+            raise ConfigError(f"trainer.{name}={value}: allowed are {', '.join(values)}")
 
 
 def check_template(name: str | None) -> None:

@@ -141,10 +141,7 @@ def training_argument_fields() -> dict[str, tuple[Any, Any]]:
     Types that OmegaConf cannot hold (unions of several, enums) become `Any`; a default that is no literal becomes
     `None`, which leaves the field to `TrainingArguments`.
     """
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.submodule_search_locations
-    source = Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
-    tree = ast.parse(source)
+    tree = ast.parse(_transformers_source("training_args.py"))
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
     simple = {"str": str, "int": int, "float": float, "bool": bool}
     found: dict[str, tuple[Any, Any]] = {}
@@ -157,6 +154,28 @@ def training_argument_fields() -> dict[str, tuple[Any, Any]]:
         default = _literal_default(node.value)
         found[node.target.id] = (kind if default is not None or kind is Any else kind | None, default)
     return found
+
+
+@cache
+def training_argument_choices() -> dict[str, list[str]]:
+    """Name -> allowed values of every field of `TrainingArguments` that holds one of an enumeration's strings."""
+    trees = [ast.parse(_transformers_source(name)) for name in ("training_args.py", "trainer_utils.py")]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    choices = {}
+    for node in classes["TrainingArguments"].body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            options = [option.strip() for option in ast.unparse(node.annotation).split("|")]
+            if len(options) == 2 and options[1] == "str" and options[0] in classes:
+                lines = (line.value for line in classes[options[0]].body if isinstance(line, ast.Assign))
+                choices[node.target.id] = [line.value for line in lines if isinstance(line, ast.Constant)]
+    return choices
+
+
+def _transformers_source(name: str) -> str:
+    """The text of a file of the installed transformers, which is not imported."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0], name).read_text(encoding="utf-8")
 
 
 def _literal_default(value: ast.expr | None) -> Any:

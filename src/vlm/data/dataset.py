@@ -38,16 +38,18 @@ class SampleDataset(Dataset[dict[str, Any]]):
         lengths: tokens of each sample, image tokens counted.
         num_images: pictures of each sample.
         skipped: the records left out.
+        num_truncated: samples whose last replies are cut to `dataset.max_length`.
     """
 
     def __init__(self, samples: list[Sample], lengths: list[int], encode_sample: Callable[[Sample], Encoded],
-                 processor: Any, skipped: Iterable[Skipped] = ()):  # fmt: skip
+                 processor: Any, skipped: Iterable[Skipped] = (), num_truncated: int = 0):  # fmt: skip
         self.samples = samples
         self.lengths = lengths
         self.num_images = [len(sample.pictures) for sample in samples]
         self.encode_sample = encode_sample
         self.processor = processor
         self.skipped = list(skipped)
+        self.num_truncated = num_truncated
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -117,20 +119,25 @@ def load_dataset(
     folder = Path(image_folder) if image_folder else source.parent
     read = FORMATS[config.format]
 
-    def encode_sample(sample: Sample) -> Encoded:
+    def shorten(sample: Sample, encoded: Encoded) -> Encoded:
         truncate = config.over_length == "truncate"
-        return limit(encode(processor, sample), longest, processor.image_token_id, sample.id, truncate=truncate)
+        return limit(encoded, longest, processor.image_token_id, sample.id, truncate=truncate)
+
+    def encode_sample(sample: Sample) -> Encoded:
+        return shorten(sample, encode(processor, sample))
 
     samples: list[Sample] = []
     lengths: list[int] = []
     skipped: list[Skipped] = []
+    num_truncated = 0
     records = read_records(source)[:most]
     for number, record in enumerate(tqdm(records, f"checking {source.name}", disable=not show_progress)):
         try:
             sample = read(record, folder)
             for picture in sample.pictures:
                 check_picture(picture.path, sample.id)
-            encoded = encode_sample(sample)
+            whole = encode(processor, sample)
+            encoded = shorten(sample, whole)
         except BadSample as error:
             key = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
             if getattr(config, key) == "error":
@@ -141,9 +148,10 @@ def load_dataset(
         else:
             samples.append(sample)
             lengths.append(len(encoded.input_ids))
+            num_truncated += encoded is not whole
     if not samples:
         raise ValueError(f"{source}: none of its {len(records)} records can be used; {_reasons(skipped)}")
-    return SampleDataset(samples, lengths, encode_sample, processor, skipped)
+    return SampleDataset(samples, lengths, encode_sample, processor, skipped, num_truncated)
 
 
 def check_picture(path: Path, sample_id: str) -> None:
@@ -173,5 +181,5 @@ def split_dataset(dataset: SampleDataset, share: float, seed: int) -> tuple[Samp
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     held = min(max(round(share * len(dataset)), 1), len(dataset) - 1)
     rest = dataset.subset(sorted(order[held:]))
-    rest.skipped = dataset.skipped
+    rest.skipped, rest.num_truncated = dataset.skipped, dataset.num_truncated
     return rest, dataset.subset(sorted(order[:held]))

@@ -90,6 +90,7 @@ def describe_data(folder: Path, datasets: dict[str, tuple[str, SampleDataset | N
                 "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
                 "samples": len(dataset),
                 "skipped": len(dataset.skipped),
+                "truncated": dataset.num_truncated,
                 "images": sum(dataset.num_images),
                 "tokens": sum(dataset.lengths),
                 "longest": max(dataset.lengths),
