@@ -126,7 +126,9 @@ def explain(error: BaseException) -> str:
         if not allowed and ".options" in key:
             listing = f" Declare it in the connector's YAML, or write +{key}=…."
         return f"{key}: no such key.{hint}{listing}"
-    lines = next((str(one) for one in chain if "full_key" in str(one)), str(error).split("Config search path")[0]).splitlines()
+    lines = next(
+        (str(one) for one in chain if "full_key" in str(one)), str(error).split("Config search path")[0]
+    ).splitlines()
     key = next((line.split(": ", 1)[1] for line in lines if line.strip().startswith("full_key")), None)
     kept = [line for line in lines if not re.match(r"\s*(full_key|reference_type|object_type)", line)]
     return f"{key}: {' '.join(kept)}" if key else "\n".join(kept).strip()

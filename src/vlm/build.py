@@ -54,7 +54,7 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
         vision_config=vision_config,
         text_config=text_config,
         connector={"type": model.connector.type, "options": options},
-        image_token_id=tokenizer.convert_tokens_to_ids(model.image_token),
+        image_token_id=tokenizer.get_vocab()[model.image_token],
         recipe=asdict(model),
     )
     _settle_features(config, model.visual_encoder, image_size(image_processor))
@@ -165,7 +165,7 @@ def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return template_text(name)
     if not isinstance(tokenizer.chat_template, str):
         raise ValueError(
-            f"dataset.template=tokenizer: {tokenizer.name_or_path} brings no chat template. Name one, such as plain or v1."
+            f"dataset.template=tokenizer: {tokenizer.name_or_path} brings no chat template. Name one, such as plain."
         )
     return tokenizer.chat_template
 
@@ -217,7 +217,7 @@ def _image_processor(source: VisualEncoderConfig, model_type: str) -> Any:
         return AutoImageProcessor.from_pretrained(
             source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision)
+    processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision or "main")
     data = processor.data_config
     height, width = data["input_size"][1:]
     return CLIPImageProcessor(

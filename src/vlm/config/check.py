@@ -6,6 +6,7 @@ A check that concerns one value where it is used sits there; here is what must b
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from vlm.config.schema import PARTS, TRAIN_FLAGS, RunConfig, training_argument_choices
 
@@ -68,7 +69,7 @@ def check_connector(kind: str) -> None:
     names = packaged("vlm.config", "model/connector", ".yaml")
     if kind not in names and not re.fullmatch(r"[\w.]+:\w+", kind):
         raise ConfigError(
-            f"model.connector.type={kind}: allowed are {', '.join(names)}, or package.module:Class for a class of your own"
+            f"model.connector.type={kind}: allowed are {', '.join(names)}, or package.module:Class for your own"
         )
 
 
@@ -149,9 +150,9 @@ def check_evaluation(config: RunConfig) -> None:
         raise ConfigError(f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split")
 
 
-def value_of(config: RunConfig, key: str):  # noqa: ANN201 - whatever the key holds
+def value_of(config: RunConfig, key: str) -> Any:
     """The value at a dotted key."""
-    node = config
+    node: Any = config
     for name in key.split("."):
         node = getattr(node, name)
     return node

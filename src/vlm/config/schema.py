@@ -3,8 +3,8 @@
 Imports nothing of `vlm` and not torch, so that a mistyped key is refused in a second. A new key is a field here; a
 default lives here and nowhere else. `null` in a YAML file means what the field's docstring says it means.
 
-The keys of `transformers.TrainingArguments` are not copied: they are read out of its source (`training_argument_fields`),
-so whatever the installed version takes can be set as `trainer.<name>`.
+The keys of `transformers.TrainingArguments` are not copied: they are read out of its source
+(`training_argument_fields`), so whatever the installed version takes can be set as `trainer.<name>`.
 """
 
 import ast
@@ -39,7 +39,7 @@ class VisualEncoderConfig:
     trust_remote_code: bool = False
     """Whether code out of the encoder's repository may run."""
     feature_layer: int | None = None
-    """Hidden state to read, counted as `hidden_states` is (-2: before the last layer); null: the encoder's own output."""
+    """Hidden state to read, counted as `hidden_states` is (-2: before the last layer); null: the encoder's output."""
     feature_strategy: str = "patch"
     """Which tokens of it: `patch`, `cls+patch`, `cls` or `full` (all, registers included)."""
 
@@ -174,7 +174,8 @@ def training_argument_choices() -> dict[str, list[str]]:
 def _transformers_source(name: str) -> str:
     """The text of a file of the installed transformers, which is not imported."""
     spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0], name).read_text(encoding="utf-8")
 
 
@@ -204,10 +205,7 @@ OUR_DEFAULTS = {
 
 TrainerConfig = make_dataclass(
     "TrainerConfig",
-    [
-        (name, kind, field(default=OUR_DEFAULTS.get(name, default)))
-        for name, (kind, default) in PASSED_THROUGH.items()
-    ],
+    [(name, kind, field(default=OUR_DEFAULTS.get(name, default))) for name, (kind, default) in PASSED_THROUGH.items()],
     bases=(TrainerOptions,),
 )
 TrainerConfig.__module__ = __name__

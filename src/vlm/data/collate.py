@@ -23,7 +23,7 @@ class Collator:
         self.dummy = dummy
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Samples as `input_ids`, `attention_mask`, `labels` `(rows, tokens)` and `pixel_values` `(images, 3, h, w)`."""
+        """Lay samples out as ids, mask and labels `(rows, tokens)`, and `pixel_values` `(images, 3, h, w)`."""
         rows = [list(sample["input_ids"]) for sample in samples]
         lengths = [len(row) for row in rows]
         pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]

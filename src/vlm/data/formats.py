@@ -75,7 +75,9 @@ def _pictures(value: Any, folder: Path, sample_id: str) -> list[Picture]:
     pictures = []
     for name in names:
         if "://" in name:
-            raise BadSample(sample_id, f"{name}: addresses are not fetched in training; download the picture first", name)
+            raise BadSample(
+                sample_id, f"{name}: addresses are not fetched in training; download the picture first", name
+            )
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise BadSample(sample_id, f"{name} leaves the image folder {folder}", name)

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextIterato
 
 from vlm.config.schema import InferenceConfig
 from vlm.data.encode import encode_prompt, open_picture, render, reply_end
-from vlm.data.sample import Picture, Turn
+from vlm.data.sample import BadSample, Picture, Turn
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 PLACEHOLDER = "<image>"
@@ -47,7 +47,7 @@ class VisionLanguageModel:
         """
         if not Path(checkpoint, "config.json").is_file() and Path(checkpoint).exists():
             raise ValueError(f"{checkpoint} holds no config.json; a run's complete model is its folder `final`")
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=dtype, trust_remote_code=trust_remote_code
         )
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
@@ -115,7 +115,7 @@ class VisionLanguageModel:
         def work() -> None:
             try:
                 self.model.generate(**options)
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            except BaseException as error:
                 failure.append(error)
                 streamer.end()
 
@@ -138,7 +138,7 @@ class VisionLanguageModel:
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
-        """transformers' options for our settings; generation ends where the template ends a reply."""
+        """Transformers' options for our settings; generation ends where the template ends a reply."""
         options: dict[str, Any] = asdict(settings)
         options["use_cache"] = True  # training switches it off in the configuration
         options["do_sample"] = settings.temperature > 0
@@ -182,5 +182,12 @@ def user_turn(prompt: str, num_images: int) -> Turn:
 
 
 def opened(images: Sequence[Any]) -> list[Image.Image]:
-    """Pictures, opened where they are paths."""
-    return [image if isinstance(image, Image.Image) else open_picture(Path(image), str(image)) for image in images]
+    """Pictures, opened where they are paths.
+
+    Raises:
+        ValueError: one does not open.
+    """
+    try:
+        return [image if isinstance(image, Image.Image) else open_picture(Path(image), str(image)) for image in images]
+    except BadSample as error:
+        raise ValueError(error.reason) from error

@@ -4,7 +4,7 @@ Hub code: imports transformers only. The parts' own configurations are nested as
 `text_config`), so whatever encoder or language model transformers knows needs no field here.
 """
 
-from transformers import AutoConfig, CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
 
@@ -35,7 +35,7 @@ class VLMConfig(PreTrainedConfig):
     """
 
     model_type = "vlm"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012  # pyright: ignore[reportAssignmentType] - as transformers wants it
     _auto_class = "AutoConfig"
 
     def __init__(

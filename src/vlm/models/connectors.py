@@ -8,6 +8,7 @@ many features, since the processor writes that many placeholders.
 
 import inspect
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Connector(nn.Module):
     """What every connector is: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
 
     @classmethod
-    def num_tokens(cls, num_features: int, **options: Any) -> int:  # noqa: ARG003 - options are for subclasses
+    def num_tokens(cls, num_features: int, **options: Any) -> int:
         """Tokens for an image of `num_features` features; as many, unless a subclass says otherwise."""
         return num_features
 
@@ -35,6 +36,7 @@ class IdentityConnector(Connector):
             )
 
     def forward(self, features: Tensor) -> Tensor:
+        """Map features, see the class."""
         return features
 
 
@@ -47,6 +49,7 @@ class LinearConnector(Connector):
         self.linear = nn.Linear(vision_dim, text_dim, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Map features, see the class."""
         return self.linear(self.norm(features))
 
 
@@ -77,13 +80,14 @@ class MLPConnector(Connector):
             )
         widths = [vision_dim, *[hidden_dim or text_dim] * (num_layers - 1), text_dim]
         layers: list[nn.Module] = [nn.LayerNorm(vision_dim)] if input_norm else []
-        for index, (wide, next_wide) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (wide, next_wide) in enumerate(pairwise(widths)):
             if index:
                 layers.append(ACT2FN[activation])
             layers.append(nn.Linear(wide, next_wide, bias=bias))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Map features, see the class."""
         return self.layers(features)
 
 

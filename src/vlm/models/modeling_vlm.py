@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils import ModelOutput
 
 from .configuration_vlm import VLMConfig
 from .connectors import CONNECTORS, connector_class, connector_options
@@ -56,13 +56,13 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = VLMConfig
     base_model_prefix = "vlm"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers declares it
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
     _auto_class = "AutoModelForImageTextToText"
 
     def __init__(
@@ -74,7 +74,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         kind, options = config.connector["type"], config.connector["options"]
         if kind not in CONNECTORS and type(self).__module__.startswith("transformers_modules."):
-            CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], config.name_or_path)
+            CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], str(config.name_or_path))
         self.visual_encoder = visual_encoder or AutoModel.from_config(config.vision_config)
         self.connector = connector_class(kind)(
             config.vision_dim, config.text_config.hidden_size, **connector_options(kind, options)
@@ -84,22 +84,27 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Parts initialise themselves; a connector's modules keep PyTorch's own initialisation."""
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The language model's."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the language model other ones."""
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language model's vocabulary head."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the language model another one."""
         self.language_model.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
+        """The language model without its vocabulary head."""
         return self.language_model.get_decoder()
 
     def train(self, mode: bool = True) -> "VLMForConditionalGeneration":
@@ -188,11 +193,14 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 supervised positions alone.
             logits_to_keep: without `labels`, as the language model takes it.
             num_items_in_batch: what the summed loss is divided by; None: the supervised positions of this batch.
+            kwargs: for the language model, such as `use_cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.merge_images(input_ids, pixel_values)
+        targets = None
         if labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # (B, T): what each position predicts
             logits_to_keep = targets != IGNORED
@@ -205,7 +213,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **{**kwargs, "return_dict": True},
         )
         loss = None
-        if labels is not None:
+        if targets is not None:
             loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch)
         return VLMOutput(
             loss=loss,
@@ -224,7 +232,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if pixel_values is not None:
             kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values)
-        return super().generate(input_ids=input_ids, **kwargs)
+        return super().generate(input_ids=input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As usual; the file of a connector class of the user's own travels with the hub code."""

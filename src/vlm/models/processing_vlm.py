@@ -58,16 +58,16 @@ class VLMProcessor(ProcessorMixin):
         self.image_mode = image_mode
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.special_tokens = re.compile("|".join(map(re.escape, sorted(special | {image_token}, key=len, reverse=True))))
+        self.special_tokens = re.compile(
+            "|".join(map(re.escape, sorted(special | {image_token}, key=len, reverse=True)))
+        )
 
     def image_ids(self) -> list[int]:
         """The ids that one image takes in a conversation, its start and end token included."""
         marks = [self.image_start], [self.image_token] * self.tokens_per_image, [self.image_end]
         return self.tokenizer.convert_tokens_to_ids([token for mark in marks for token in mark if token])
 
-    def tokenize(
-        self, text: str, spoken: Sequence[tuple[int, int]] = ()
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def tokenize(self, text: str, spoken: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered conversation, and the character span that each came from.
 
         The text between two images is tokenised on its own, and so is what follows a leading BOS token, as LLaVA
@@ -139,7 +139,9 @@ class VLMProcessor(ProcessorMixin):
             ValueError: the texts have more or fewer image tokens than there are images.
         """
         data: dict[str, Any] = {}
-        pictures = [] if images is None else make_flat_list_of_images(self.image_processor.fetch_images(images))
+        pictures: list[Any] = []
+        if images is not None:
+            pictures += make_flat_list_of_images(self.image_processor.fetch_images(images))  # pyright: ignore[reportOperatorIssue, reportArgumentType] - a list
         if pictures:
             data["pixel_values"] = self.pixel_values([as_picture(picture) for picture in pictures])
         if text is not None:
@@ -178,6 +180,7 @@ class VLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """What `__call__` returns."""
         return ["input_ids", "attention_mask", "pixel_values"]
 
 

@@ -78,8 +78,10 @@ def table(parts: list[Part]) -> str:
     """The table that a run begins with: part, parameters, trainable, learning rate, weight decay."""
     rows = [("part", "parameters", "trainable", "learning rate", "weight decay"), *_rows(parts)]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

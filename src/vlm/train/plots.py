@@ -51,7 +51,9 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
         images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
         supervised = int((labels != IGNORED).sum())
         facts = f"{int(mask.sum())} tokens, {supervised} supervised, {len(mask) - int(mask.sum())} padding"
-        rows.append(f"<section>{images}<p><small>{facts}</small></p><p>{_tokens(ids, labels, mask, processor)}</p></section>")
+        rows.append(
+            f"<section>{images}<p><small>{facts}</small></p><p>{_tokens(ids, labels, mask, processor)}</p></section>"
+        )
     page = (
         f"<!doctype html><meta charset=utf-8><title>First batch</title><style>{STYLE}</style><h1>First batch</h1>"
         f"<p>As the model sees it. <mark>Marked</mark> tokens are supervised.</p>{''.join(rows)}"
@@ -80,7 +82,9 @@ def _tokens(ids: Tensor, labels: Tensor, mask: Tensor, processor: Any) -> str:
 
 def picture_of(pixels: Tensor, image_processor: Any) -> Image.Image:
     """Normalised pixels `(3, height, width)` as a picture again."""
-    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std))
+    mean, std = (
+        pixels.new_tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
+    )
     return to_pil_image((pixels * std + mean).clamp(0, 1).float().cpu())
 
 

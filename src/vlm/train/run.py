@@ -54,7 +54,10 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
 
     train_data, eval_data = load_data(config, model_config, processor, show_progress=first)
     if first:
-        roles = {"train": (config.dataset.path, train_data), "eval": (config.dataset.eval_path or config.dataset.path, eval_data)}
+        roles = {
+            "train": (config.dataset.path, train_data),
+            "eval": (config.dataset.eval_path or config.dataset.path, eval_data),
+        }
         describe_data(folder, roles)
 
     set_seed(args.seed)
@@ -180,7 +183,12 @@ def sampler(
         trainer.model.train(training)
         if trainer.is_world_process_zero():
             rows = [
-                (_spoken(turns[-1:]), _spoken(sample.turns[len(turns) : len(turns) + 1]), said, found[0] if found else None)
+                (
+                    _spoken(turns[-1:]),
+                    _spoken(sample.turns[len(turns) : len(turns) + 1]),
+                    said,
+                    found[0] if found else None,
+                )
                 for turns, sample, said, found in zip(prompts, samples, answers, shown, strict=True)
             ]
             write_answers(step, rows, folder)
@@ -196,4 +204,3 @@ def _until_last_reply(turns: Sequence[Turn]) -> list[Turn]:
 
 def _spoken(turns: Sequence[Turn]) -> str:
     return "".join(part for turn in turns for part in turn.content if isinstance(part, str))
-

@@ -40,6 +40,15 @@ class VLMTrainer(Trainer):
         kwargs: as `Trainer`.
     """
 
+    # `Trainer` declares these as unions; here each is what a run makes it.
+    args: Any
+    model: Any
+    model_wrapped: Any
+    lr_scheduler: Any
+    accelerator: Any
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(
         self,
         *,
@@ -78,7 +87,7 @@ class VLMTrainer(Trainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.sampling != GROUPED:
             return super()._get_train_sampler(dataset)
         args = self.args
@@ -136,7 +145,8 @@ class VLMTrainer(Trainer):
         """Summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU."""
         loader: DataLoader = self.get_eval_dataloader(dataset)
         self.model.eval()
-        sums, counts = [], []
+        sums: list[Tensor] = []
+        counts: list[Tensor] = []
         for batch in tqdm(loader, title, leave=False, disable=self.args.disable_tqdm or not self.args.should_save):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():

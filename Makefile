@@ -1,0 +1,42 @@
+# What there is to do with a clone. Needs Python 3.11+, git, make and a C++ compiler; uv is brought along if missing.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+RUN := .venv/bin/python
+
+help: ## Say what there is to do
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/installed ## Install the locked versions and this package into .venv
+
+.venv/installed: requirements.lock pyproject.toml
+	@test -x "$(UV)" || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	$(UV) pip install --quiet --python .venv --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python .venv --no-deps -e .
+	@touch $@
+
+demo: install ## Train a small model from nothing and ask it about pictures (minutes, CPU)
+	$(RUN) -m vlm.demo
+
+test: install ## Run the tests
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: install ## Run the tests that take minutes each
+	$(RUN) -m pytest -m slow
+
+lint: install ## Check style and types
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/basedpyright
+
+lock: ## Renew requirements.lock from the ranges in pyproject.toml
+	@test -x "$(UV)" || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
+	$(UV) lock --upgrade
+	$(UV) export --frozen --no-emit-project --no-header --quiet --output-file requirements.lock
+
+wheel: install ## Build the wheel into dist/
+	$(RUN) -m build --wheel
+
+clean: ## Remove what make made, except outputs/
+	rm -rf .venv .uv dist .pytest_cache .ruff_cache
+
+.PHONY: help install demo test test-slow lint lock wheel clean
