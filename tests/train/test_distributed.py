@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import losses
+from tests.conftest import losses
 from vlm.train.trainer import newest_checkpoint
 
 FINETUNE = [

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.train.conftest import config_of, losses
+from tests.conftest import config_of, losses
 from vlm.train.run import run
 from vlm.train.trainer import newest_checkpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.conftest import config_of, losses
+from tests.conftest import config_of, losses
 from vlm.data.collate import Collator
 from vlm.train.parts import freeze, parameter_groups, split_parts, table
 from vlm.train.run import load, load_data, settle

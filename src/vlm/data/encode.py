@@ -5,10 +5,12 @@ spans. The replies are found in the rendered text by marks around them, so that 
 dropped, system turns moved, text trimmed) can shift the mask, and nothing is tokenised twice.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from vlm.data.sample import BadSample, OverLong, Sample, Turn
 IGNORED = -100
 MARKS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 """Unicode noncharacters around what people said while a template renders it; they never occur in text."""
+MARK = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
+THINKING = re.compile(r".*</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -55,65 +59,108 @@ def template_names() -> list[str]:
 def render(processor: Any, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False) -> Rendered:
     """Render turns with the processor's template; `prompt` adds what precedes an answer.
 
+    A template may drop what a reply says up to its last `</think>`; the rest is the reply then.
+
     Raises:
         BadSample: the template refuses the turns, or drops a reply.
     """
     said = [(turn.role, part) for turn in turns for part in turn.content if isinstance(part, str)]
     if any(mark in part for _, part in said for mark in MARKS):
         raise BadSample(sample_id, "contains one of the Unicode noncharacters U+FDD0 to U+FDD2")
-    numbers = iter(range(len(said)))
-    marked = [
-        Turn(turn.role, tuple(_mark(part, next(numbers)) if isinstance(part, str) else part for part in turn.content))
-        for turn in turns
-    ]
-    messages = [turn.as_message(processor.image_token) for turn in marked]
-    try:
-        marked_text = processor.apply_chat_template(messages, add_generation_prompt=prompt)
-    except Exception as error:  # Jinja raises whatever the template wants
-        raise BadSample(sample_id, f"its template refuses it: {error}") from error
-    text, spans = _unmark(marked_text)
+    text, spans = _render_marked(processor, turns, sample_id, prompt)
+    kept = {}
+    if any(role == "assistant" and part != part.strip() for role, part in said):
+        bare = _render_marked(processor, [_without_blanks(turn) for turn in turns], sample_id, prompt)
+        kept = _kept_blanks((text, spans), bare)
     replies = []
     for number, (role, part) in enumerate(said):
         if role == "assistant":
             if number not in spans:
                 raise BadSample(sample_id, f"its template drops the reply {part[:60]!r}")
-            replies.append(_with_blanks(text, spans[number], part))
+            before, after = kept.get(number, (0, 0))
+            replies.append((spans[number][0] - before, spans[number][1] + after))
     return Rendered(text, sorted(spans.values()), replies)
 
 
-def _mark(part: str, number: int) -> str:
-    """Marks around the text proper: blanks at its ends stay outside, where a template may trim them."""
-    before, core, after = _strip(part)
-    return f"{before}{OPEN}{number}{NUMBERED}{core}{CLOSE}{after}"
+def _render_marked(
+    processor: Any, turns: Sequence[Turn], sample_id: str, prompt: bool
+) -> tuple[str, dict[int, tuple[int, int]]]:
+    """Render with marks around each text; the rendered text without them, and where each numbered text stands."""
+    numbers, image = count(), processor.image_token
+    marked = [
+        Turn(turn.role, tuple(_mark(p, next(numbers), image) if isinstance(p, str) else p for p in turn.content))
+        for turn in turns
+    ]
+    messages = [turn.as_message(image) for turn in marked]
+    try:
+        return _unmark(processor.apply_chat_template(messages, add_generation_prompt=prompt))
+    except Exception as error:  # Jinja raises whatever the template wants
+        raise BadSample(sample_id, f"its template refuses it: {error}") from error
 
 
-def _strip(part: str) -> tuple[str, str, str]:
-    """Leading blanks, the text proper, trailing blanks."""
+def _mark(part: str, number: int, image_token: str) -> str:
+    """Marks around the text proper, and once more behind its thinking, which some templates drop.
+
+    Blanks at the ends stay outside, where a template may trim them. An image token that somebody spelled is broken up
+    by a mark, so that a template does not take it for a picture.
+    """
     core = part.strip()
     start = part.index(core) if core else len(part)
-    return part[:start], core, part[start + len(core) :]
+    opened, closed = f"{OPEN}{number}{NUMBERED}", f"{CLOSE}{number}{NUMBERED}"
+    text = THINKING.sub(lambda thinking: thinking[0] + opened, core, count=1)
+    text = text.replace(image_token, f"{image_token[0]}{NUMBERED}{image_token[1:]}")
+    return f"{part[:start]}{opened}{text}{closed}{part[start + len(core) :]}"
 
 
 def _unmark(marked: str) -> tuple[str, dict[int, tuple[int, int]]]:
     """The text without marks, and the span that each numbered pair of marks enclosed."""
-    text, *pieces = marked.split(OPEN)
-    spans = {}
-    for piece in pieces:
-        number, _, rest = piece.partition(NUMBERED)
-        inside, _, after = rest.partition(CLOSE)
-        spans[int(number)] = (len(text), len(text) + len(inside))
-        text += inside + after
-    return text, spans
+    text, position = "", 0
+    opened: dict[int, int] = {}
+    spans: dict[int, tuple[int, int]] = {}
+    for match in MARK.finditer(marked):
+        text += marked[position : match.start()]
+        position = match.end()
+        number = int(match[2] or -1)
+        if match[1] == OPEN:
+            opened.setdefault(number, len(text))
+        elif number in opened:
+            spans[number] = (opened[number], len(text))
+    return text + marked[position:], spans
 
 
-def _with_blanks(text: str, span: tuple[int, int], part: str) -> tuple[int, int]:
-    """The span of a reply, widened by the blanks at its ends that the template kept."""
-    before, _, after = _strip(part)
-    start, end = span
-    return (
-        start - (len(before) if text.endswith(before, 0, start) else 0),
-        end + (len(after) if text.startswith(after, end) else 0),
-    )
+def _without_blanks(turn: Turn) -> Turn:
+    """A reply without the blanks at its ends; other turns as they are."""
+    if turn.role != "assistant":
+        return turn
+    return Turn(turn.role, tuple(part.strip() if isinstance(part, str) else part for part in turn.content))
+
+
+def _kept_blanks(
+    full: tuple[str, dict[int, tuple[int, int]]], bare: tuple[str, dict[int, tuple[int, int]]]
+) -> dict[int, tuple[int, int]]:
+    """How many blanks at the ends of each text the template kept: what its neighbours are further away for them."""
+    (gaps, bare_gaps) = (_gaps(text, spans) for text, spans in (full, bare))
+    return {
+        number: (before - bare_gaps[number][0], after - bare_gaps[number][1])
+        for number, (before, after) in gaps.items()
+        if number in bare_gaps
+    }
+
+
+def _gaps(text: str, spans: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """Characters between each span and the one before it, and the one after it."""
+    order = sorted(spans, key=lambda number: spans[number])
+    ends = [0, *(spans[number][1] for number in order)]
+    starts = [*(spans[number][0] for number in order), len(text)]
+    return {
+        number: (spans[number][0] - ends[place], starts[place + 1] - spans[number][1])
+        for place, number in enumerate(order)
+    }
+
+
+def reply_start(text: str, start: int) -> int:
+    """Where what a model writes begins: with the blank before a reply, which prompts end without (`ASSISTANT:`)."""
+    return start - text[:start].endswith(" ")
 
 
 def reply_end(processor: Any, text: str, end: int) -> int:
@@ -143,10 +190,11 @@ def encode(processor: Any, sample: Sample) -> Encoded:
         BadSample: the template refuses the turns or drops a reply, or nothing would be supervised.
     """
     rendered = render(processor, sample.turns, sample.id)
-    supervised = [(start, reply_end(processor, rendered.text, end)) for start, end in rendered.replies]
-    ids, spans = processor.tokenize(rendered.text, rendered.spoken)
+    text = rendered.text
+    supervised = [(reply_start(text, start), reply_end(processor, text, end)) for start, end in rendered.replies]
+    ids, spans = processor.tokenize(text, rendered.spoken)
     labels = [IGNORED] * len(ids)
-    waiting = iter([*supervised, (len(rendered.text) + 1,) * 2])
+    waiting = iter([*supervised, (len(text) + 1,) * 2])
     start, stop = next(waiting)
     for position, (a, b) in enumerate(spans):
         while a >= stop:

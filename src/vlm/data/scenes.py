@@ -9,12 +9,9 @@ Imports the standard library, numpy and Pillow only. A kind of question is a lin
 of `_answer`.
 """
 
-import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 48
@@ -31,7 +28,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "bar")
-PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right"))
+PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
 """Quarters of the picture, by (lower half, right half)."""
 NUMBERS = ("one", "two", "three", "four")
 KINDS = ("colour", "shape", "count", "place")
@@ -42,7 +39,8 @@ CAPTION_PROMPT = "Describe the picture."
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 import os
-HOLD = eval(os.environ.get('HOLD','(2,)'))
+
+HOLD = eval(os.environ.get("HOLD", "(2,)"))
 HELD_OUT_PAIRS = tuple(
     (colour, shape)
     for row, colour in enumerate(COLOURS)
@@ -118,7 +116,30 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
 
 
 def caption(scene: Scene, rng) -> str:
-    return ", ".join(f"{thing.place} {thing.colour} {thing.shape}" for thing in scene)
+    raster = [f"{thing.place} {thing.colour} {thing.shape}" for thing in scene]
+    mode = os.environ.get("MODE")
+    if mode:
+        P = float(os.environ.get("P", "0.5"))
+        out = [f"{t.colour} {t.shape} {t.place}" if rng.random() < P else f"{t.place} {t.colour} {t.shape}" for t in scene]
+        if mode == "once": rng.shuffle(out)
+        if mode == "sorted": out.sort()
+        if os.environ.get("CNT"):
+            cnt = [f"{c} {NUMBERS[min(n, 4)-1]}" for c in COLOURS if (n := sum(t.colour == c for t in scene))]
+            rng.shuffle(cnt); out = cnt + out
+        return ", ".join(out)
+    K = int(os.environ.get("K", "4"))
+    KC = int(os.environ.get("KC", "1"))
+    clauses = list(raster) * int(os.environ.get("KR", "1"))
+    for i, name in enumerate(("colour", "shape")[:int(os.environ.get("KK", "2"))]):
+        for v in sorted({getattr(t, name) for t in scene}):
+            same = [t for t in scene if getattr(t, name) == v]
+            noun = v + " thing" if name == "colour" else v
+            if len(same) == 1:
+                clauses.append(f"{noun} {same[0].place}")
+            if len(same) <= 4 and KC:
+                clauses.append(f"{noun}s {NUMBERS[len(same) - 1]}")
+    rng.shuffle(clauses)
+    return ", ".join(clauses[:K] + (raster if int(os.environ.get("R", "1")) else []))
 
 
 def questions(scene: Scene) -> list[Question]:
@@ -159,7 +180,7 @@ def make_scene(rng: random.Random, kind: str, pair: Pair, answer: int, by_shape:
         cells = [cell for cell in cells if Thing(*pair, *cell).place != wanted]
     rng.shuffle(cells)
     things = list(asked)
-    for other in rng.sample(others, rng.randint(1, 3)):
-        repeats = min(len(cells), rng.choice((1, 1, 2)))
-        things += [Thing(*other, *cells.pop()) for _ in range(repeats)]
+    total = rng.randint(4, 7)
+    while len(things) < total and cells:
+        things.append(Thing(*rng.choice(others), *cells.pop()))
     return tuple(sorted(things, key=lambda thing: (thing.row, thing.column))), asked[0]

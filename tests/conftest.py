@@ -1,8 +1,16 @@
-"""Tiny parts and records on disk, and a way to run a shipped run on them in this process."""
+"""Tiny parts and records on disk, and a way to run a shipped run on them in this process.
+
+The tests need no network, no GPU and no trained weights. `world` is one composition with its records, for runs;
+`parts` has every kind of part, for contract tests.
+"""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
@@ -20,11 +28,24 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.tiny_parts import Parts
 from vlm.config.schema import RunConfig
 from vlm.data.encode import template_text
 from vlm.train.run import run
 
 COLOURS = ("red", "blue", "green")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same chance for each test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """Folders of tiny encoders and language models, each made when it is first asked for."""
+    return Parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="session")
