@@ -8,7 +8,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig
 
-from tests.tiny_parts import IGNORED, Parts, save_sentencepiece
+from tests.tiny_parts import IGNORED, Parts, runs, save_sentencepiece
 from vlm.data.encode import encode, encode_prompt
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.models import VLMProcessor
@@ -121,6 +121,18 @@ def test_v1_prompt_is_where_training_begins_to_learn(processors: dict[str, VLMPr
     encoded = encode(processors["v1"], whole)
     first = next(index for index, label in enumerate(encoded.labels) if label != IGNORED)
     assert encode_prompt(processors["v1"], whole.turns[:1]) == encoded.input_ids[:first]
+
+
+@pytest.mark.parametrize("said", ["a</s>b", "</s>", "is <s> or </s>?", "<image>", " <unk>\n</s></s> "])
+def test_spelled_special_tokens_are_text_and_nothing_is_added_to_them(processors: dict[str, VLMProcessor], said: str):
+    """LLaVA itself reads a `</s>` that somebody wrote as the end of a turn; ours never does."""
+    processor = processors["v1"]
+    encoded = encode(processor, sample([("<image>\nwhat?", said), ("so?", "yes")]))
+    assert encoded.input_ids.count(EOS) == 2
+    assert encoded.input_ids.count(processor.image_token_id) == 9
+    first, last = runs(encoded.labels)
+    assert processor.tokenizer.decode(first) == f"{said}</s>"
+    assert processor.tokenizer.decode(last) == "yes</s>"
 
 
 def test_image_tokens_and_padding_stand_behind_the_vocabulary(processors: dict[str, VLMProcessor]):

@@ -6,6 +6,7 @@ evaluation and other people's programs all read the same ids.
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,39 +80,33 @@ class VLMProcessor(ProcessorMixin):
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        for start, end, literal in self._pieces(text, spoken):
+        for start, end, goes_on in self._pieces(text, spoken):
             piece = text[start:end]
-            if piece == self.image_token and not literal:
+            if piece == self.image_token:
                 new = self.image_ids()
                 ids += new
                 spans += [(start, end)] * len(new)
             else:
-                encoded = self.tokenizer(
-                    piece, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=literal
-                )
-                ids += encoded["input_ids"]
-                spans += [(start + a, start + b) for a, b in encoded["offset_mapping"]]
+                lead = self.image_token if goes_on else ""  # behind a token, no tokenizer begins a word of its own
+                encoded = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
+                origin = start - len(lead)
+                ids += encoded["input_ids"][goes_on:]
+                spans += [(origin + a, origin + b) for a, b in encoded["offset_mapping"][goes_on:]]
         return ids, spans
 
     def _pieces(self, text: str, spoken: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
-        """Cut `text` at its images, after its BOS and around spelled special tokens: (start, end, as plain text)."""
-        bos = self.tokenizer.bos_token
-        cuts: list[tuple[int, int, bool]] = []
+        """Cut `text` at images, after its BOS and within spelled special tokens: (start, end, whether text goes on)."""
+        starts = [(0, False)]
         for match in self.special_tokens.finditer(text):
             start, end = match.span()
-            literal = any(a <= start and end <= b for a, b in spoken)
-            leads = start == 0 and match.group() == bos
-            if literal or leads or match.group() == self.image_token:
-                cuts.append((start, end, literal))
-        pieces: list[tuple[int, int, bool]] = []
-        position = 0
-        for start, end, literal in [*cuts, (len(text), len(text), False)]:
-            if position < start:
-                pieces.append((position, start, False))
-            if start < end:
-                pieces.append((start, end, literal))
-            position = end
-        return pieces
+            if any(a <= start and end <= b for a, b in spoken):
+                starts.append((start + 1, True))  # neither half is a special token
+            elif match.group() == self.image_token:
+                starts += [(start, False), (end, False)]
+            elif start == 0 and match.group() == self.tokenizer.bos_token:
+                starts.append((end, False))
+        pairs = pairwise([*starts, (len(text), False)])
+        return [(start, end, goes_on) for (start, goes_on), (end, _) in pairs if start < end]
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Pixels as the visual encoder reads them: `(images, 3, height, width)`."""
