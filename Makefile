@@ -9,12 +9,16 @@ help: ## Say what there is to do
 
 install: .venv/installed ## Install the locked versions and this package into .venv
 
-.venv/installed: requirements.lock pyproject.toml
-	@test -x "$(UV)" || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
+.venv/installed: requirements.lock pyproject.toml | $(UV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=python3.12")'
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
 	$(UV) pip install --quiet --python .venv --require-hashes -r requirements.lock
-	$(UV) pip install --quiet --python .venv --no-deps -e .
+	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation -e .
 	@touch $@
+
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv
+	.uv/bin/python -m pip install --quiet uv
 
 demo: install ## Train a small model from nothing and ask it about pictures (minutes, CPU)
 	$(RUN) -m vlm.demo
@@ -26,15 +30,16 @@ test-slow: install ## Run the tests that take minutes each
 	$(RUN) -m pytest -m slow
 
 lint: install ## Check style and types
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/basedpyright
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/basedpyright
 
-lock: ## Renew requirements.lock from the ranges in pyproject.toml
-	@test -x "$(UV)" || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv; }
-	$(UV) lock --upgrade
+lock: $(UV) ## Renew requirements.lock from the ranges in pyproject.toml
+	$(UV) lock --quiet
 	$(UV) export --frozen --no-emit-project --no-header --quiet --output-file requirements.lock
 
 wheel: install ## Build the wheel into dist/
-	$(RUN) -m build --wheel
+	$(RUN) -m build --wheel --no-isolation
 
 clean: ## Remove what make made, except outputs/
 	rm -rf .venv .uv dist .pytest_cache .ruff_cache

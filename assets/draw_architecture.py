@@ -4,85 +4,123 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
-INK = "#1f2933"
-PARTS = {
-    "visual_encoder": ("#d6e6ff", "visual_encoder", "CLIP, SigLIP, DINOv2,\nany timm model"),
-    "connector": ("#ffe3c2", "connector", "identity, linear, mlp,\nor your own class"),
-    "language_model": ("#d5f2dc", "language_model", "any causal language model\nof transformers"),
-}
+INK, FAINT = "#22303c", "#66788a"
+BLUE, ORANGE, GREEN, GREY = "#dbe8fb", "#fde3c4", "#d9f0dc", "#eef1f4"
+IMAGE_TOKEN, REPLY_TOKEN = "#fbd3a2", "#aee0b5"
+FROZEN, TRAINED = "#ffffff", "#ffd65c"
+SIZE = (13.2, 6.5)
+ROW = 3.0
+"""Height at which the tokens stand."""
+
+TOKENS = (
+    ("USER:", GREY, 0.95), ("img", IMAGE_TOKEN, 0.62), ("img", IMAGE_TOKEN, 0.62), ("…", IMAGE_TOKEN, 0.62),
+    ("img", IMAGE_TOKEN, 0.62), ("What is this?", GREY, 1.6), ("ASSISTANT:", GREY, 1.32),
+    ("A red boat", REPLY_TOKEN, 1.3), ("</s>", REPLY_TOKEN, 0.72),
+)  # fmt: skip
+"""Text, colour and width of each."""
+
+SCENE = ("sssssssy", "skksrsss", "ssssrrss", "ssssrrrs", "ssssrsss", "wddddddw", "wwddddww", "wwwwwwww")
+COLOURS = {"s": "#a9d6f5", "k": "#e6f2fb", "y": "#ffd65c", "r": "#e4572e", "w": "#3f88c5", "d": "#7a4a2b"}
+"""A boat, in 8 x 8 pixels."""
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str) -> None:
+def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, corner: float = 0.1) -> None:
     """A rounded box with its lower left corner at (x, y)."""
-    style = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.12", fc=colour, ec=INK, lw=1.2)
-    axes.add_patch(style)
+    style = f"round,pad=0,rounding_size={corner}"
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=colour, edgecolor=INK, lw=1.1))
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """An arrow."""
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.4, "shrinkA": 0, "shrinkB": 0})
+    """An arrow from start to end."""
+    style = {"arrowstyle": "-|>", "color": INK, "lw": 1.5, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 14}
+    axes.annotate("", end, start, arrowprops=style)
 
 
-def part(axes: Axes, name: str, x: float, y: float, width: float, height: float) -> None:
-    """A part of the model with its name and what it can be."""
-    colour, title, choices = PARTS[name]
-    box(axes, x, y, width, height, colour)
-    axes.text(x + width / 2, y + height * 0.68, title, ha="center", va="center", fontsize=12, weight="bold", color=INK)
-    axes.text(x + width / 2, y + height * 0.3, choices, ha="center", va="center", fontsize=9.5, color=INK)
+def words(axes: Axes, x: float, y: float, text: str, size: float = 10, **style: str) -> None:
+    """Text, centred unless `ha` says otherwise."""
+    axes.text(x, y, text, fontsize=size, **{"ha": "center", "va": "center", "color": INK, **style})
 
 
-def picture(axes: Axes, x: float, y: float, size: float) -> None:
-    """A picture cut into patches."""
-    step = size / 4
-    colours = ["#8ecae6", "#8ecae6", "#ffd166", "#8ecae6", "#8ecae6", "#219ebc", "#8ecae6", "#8ecae6",
-               "#90be6d", "#577590", "#577590", "#90be6d", "#90be6d", "#90be6d", "#43aa8b", "#90be6d"]  # fmt: skip
-    for index, colour in enumerate(colours):
-        row, column = divmod(index, 4)
-        axes.add_patch(
-            FancyBboxPatch((x + column * step, y + size - (row + 1) * step), step, step, boxstyle="square,pad=0",
-                           fc=colour, ec="white", lw=1)
-        )  # fmt: skip
+def part(axes: Axes, x: float, y: float, width: float, name: str, choices: str, colour: str, rates: str) -> None:
+    """A part of the model: its name, what it can be, and its learning rate in each of the two stages."""
+    box(axes, x, y, width, 1.55, colour)
+    middle = x + width / 2
+    words(axes, middle, y + 1.24, name, 13, weight="bold")
+    words(axes, middle, y + 0.84, choices, 9.5)
+    for number, (stage, rate) in enumerate(zip(("pretrain", "finetune"), rates.split(), strict=True)):
+        left = middle + (number - 1) * 1.22 + 0.04
+        box(axes, left, y + 0.14, 1.14, 0.42, FROZEN if rate == "frozen" else TRAINED, 0.08)
+        words(axes, left + 0.57, y + 0.45, stage, 7, color=FAINT)
+        words(axes, left + 0.57, y + 0.27, rate, 8.5)
 
 
-def tokens(axes: Axes, x: float, y: float, row: list[tuple[str, str]]) -> None:
-    """A row of tokens: (text, colour)."""
-    for text, colour in row:
-        width = 0.28 + 0.098 * len(text)
-        box(axes, x, y, width, 0.44, colour)
-        axes.text(x + width / 2, y + 0.22, text, ha="center", va="center", fontsize=9.5, family="monospace", color=INK)
-        x += width + 0.1
+def scene(axes: Axes, x: float, y: float, size: float) -> None:
+    """The picture."""
+    step = size / len(SCENE)
+    for row, line in enumerate(SCENE):
+        for column, letter in enumerate(line):
+            corner = (x + column * step, y + size - (row + 1) * step)
+            axes.add_patch(Rectangle(corner, step, step, facecolor=COLOURS[letter], edgecolor="white", lw=0.4))
+
+
+def tokens(axes: Axes, x: float) -> list[float]:
+    """The row of tokens, from x on; returns their middles."""
+    middles = []
+    for text, colour, width in TOKENS:
+        box(axes, x, ROW, width, 0.46, colour, 0.06)
+        words(axes, x + width / 2, ROW + 0.22, text, 9.5, family="monospace")
+        middles.append(x + width / 2)
+        x += width + 0.085
+    return middles
 
 
 def draw(path: Path) -> None:
     """The whole picture."""
-    figure = Figure(figsize=(11, 5.4))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    axes.set_xlim(0, 11)
-    axes.set_ylim(0, 5.4)
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, SIZE[0])
+    axes.set_ylim(0, SIZE[1])
     axes.axis("off")
-    picture(axes, 0.35, 0.55, 1.3)
-    axes.text(1.0, 0.3, "a picture", ha="center", fontsize=10, color=INK)
-    part(axes, "visual_encoder", 2.3, 0.55, 2.5, 1.3)
-    part(axes, "connector", 5.5, 0.55, 2.3, 1.3)
-    arrow(axes, (1.7, 1.2), (2.26, 1.2))
-    arrow(axes, (4.84, 1.2), (5.46, 1.2))
-    axes.text(5.15, 1.3, "features", ha="center", fontsize=8.5, color=INK)
-    image, text, reply = PARTS["connector"][0], "#eef1f4", "#b7ebc0"
-    tokens(axes, 2.0, 2.45, [("USER:", text), ("<image>", image), ("<image>", image), ("…", image),
-                             ("What is this?", text), ("ASSISTANT:", text), ("A boat", reply), ("</s>", reply)])  # fmt: skip
-    arrow(axes, (6.65, 1.9), (3.3, 2.4))
-    axes.text(6.9, 2.1, "one masked scatter at the placeholders\nthat the processor wrote", fontsize=8.5, va="center", color=INK)
-    axes.text(0.35, 2.67, "processor", fontsize=12, weight="bold", va="center", color=INK)
-    part(axes, "language_model", 2.0, 3.3, 8.3, 0.95)
-    for x in (3.5, 6.1, 8.8):
-        arrow(axes, (x, 2.93), (x, 3.26))
-    arrow(axes, (9.45, 4.29), (9.45, 4.66))
-    axes.text(9.45, 4.85, "A boat</s>", ha="center", fontsize=11, family="monospace", color=INK)
-    axes.text(9.45, 5.12, "loss: exactly the replies", ha="center", fontsize=9.5, color="#1a7f37")
-    axes.text(0.35, 4.95, "Each part has its own learning rate, weight decay and freezing;\na stage is a YAML file that says which parts train, on what.",
-              fontsize=10, va="center", color=INK)  # fmt: skip
+
+    scene(axes, 0.35, 0.62, 1.3)
+    words(axes, 1.0, 0.38, "picture")
+    part(axes, 2.15, 0.5, 2.75, "visual_encoder", "CLIP, SigLIP, DINOv2, timm", BLUE, "frozen frozen")
+    part(axes, 5.55, 0.5, 2.75, "connector", "mlp, linear, or a class of yours", ORANGE, "1e-3 2e-5")
+    box(axes, 9.0, 0.5, 3.83, 1.55, "white")
+    words(axes, 10.92, 1.74, "processor", 13, weight="bold")
+    words(axes, 10.92, 1.34, "renders the chat template", 9.5)
+    words(axes, 10.92, 0.8, "the same in training and generation,\nand saved with the model", 9, color=FAINT)
+    arrow(axes, (1.75, 1.27), (2.1, 1.27))
+    arrow(axes, (4.95, 1.27), (5.5, 1.27))
+    words(axes, 5.22, 1.45, "features", 8)
+
+    middles = tokens(axes, 3.75)
+    first, last = middles[1] - 0.31, middles[4] + 0.31
+    axes.plot([first, first, last, last], [ROW - 0.08, ROW - 0.2, ROW - 0.2, ROW - 0.08], color=INK, lw=1.2)
+    arrow(axes, (6.2, 2.1), (6.2, ROW - 0.22))
+    words(axes, 6.32, 2.42, "features take the placeholders' place", 8.5, ha="left")
+    arrow(axes, (middles[7], 2.1), (middles[7], ROW - 0.06))
+    words(axes, middles[7] + 0.12, 2.42, "writes every token", 8.5, ha="left")
+
+    part(axes, 3.75, 4.0, 9.08, "language_model", "any causal language model of transformers", GREEN, "frozen 2e-5")
+    for middle in middles:
+        arrow(axes, (middle, ROW + 0.5), (middle, 3.96))
+    for source, target in ((6, 7), (7, 8)):
+        text, colour, width = TOKENS[target]
+        arrow(axes, (middles[source], 5.58), (middles[source], 5.86))
+        box(axes, middles[source] - width / 2, 5.88, width, 0.4, colour, 0.06)
+        words(axes, middles[source], 6.08, text, 9.5, family="monospace")
+    words(axes, 8.85, 6.08, "the loss is on exactly the replies", 10, ha="right", color="#2a7d3b")
+
+    words(axes, 0.35, 5.95, "Three parts, each with its own", 10.5, ha="left")
+    words(axes, 0.35, 5.66, "learning rate, weight decay and freezing.", 10.5, ha="left")
+    words(axes, 0.35, 5.1, "A stage is a YAML file;", 10.5, ha="left")
+    words(axes, 0.35, 4.81, "here LLaVA-1.5's two:", 10.5, ha="left")
+    for y, colour, text in ((4.3, TRAINED, "trains, at this rate"), (3.85, FROZEN, "does not train")):
+        box(axes, 0.37, y, 0.45, 0.28, colour, 0.06)
+        words(axes, 0.97, y + 0.14, text, 9.5, ha="left")
     figure.savefig(path, dpi=130)
 
 

@@ -1,12 +1,14 @@
-"""Write a small data set in LLaVA's format: python examples/make_data.py [FOLDER].
+"""Write a small data set in LLaVA's format: python examples/make_data.py [FOLDER] [--parts].
 
-Twelve plain pictures with a caption each, two conversations of several turns, and one record of text only. With
-`--parts`, small untrained parts too, so that the commands of examples/README.md run without a network.
+`captions.json` has twelve pictures with a caption each; `train.json` questions, conversations of several turns, a
+record of two pictures and one of text only; `val.json` questions about other pictures. With `--parts`, small untrained
+parts too, so that the commands of examples/README.md run without a network.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -27,38 +29,66 @@ def picture(colour: str, shape: str) -> Image.Image:
     return image
 
 
-def turns(*texts: str) -> list[dict[str, str]]:
-    """Texts of human and model in turn."""
-    return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+def record(name: str, image: str | list[str] | None, *texts: str) -> dict[str, Any]:
+    """A record out of what human and model say in turn."""
+    turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+    return {"id": name, **({"image": image} if image else {}), "conversations": turns}
+
+
+def captions() -> list[dict[str, Any]]:
+    """A caption for each picture."""
+    return [
+        record(f"{colour}-{shape}", f"{colour}-{shape}.png", "<image>\nDescribe the picture.", f"A {colour} {shape}.")
+        for colour in COLOURS
+        for shape in SHAPES
+    ]
+
+
+def conversations() -> list[dict[str, Any]]:
+    """Every kind of record that the format knows."""
+    records = [
+        record(f"talk-{colour}", f"{colour}-circle.png", "<image>\nWhich shape is it?", "A circle.", "And its colour?",
+               f"It is {colour}.")
+        for colour in COLOURS
+    ]  # fmt: skip
+    for shape in SHAPES:
+        records.append(record(f"colour-{shape}", f"red-{shape}.png", f"What colour is the {shape}?\n<image>", "Red."))
+    both = ["red-square.png", "blue-square.png"]
+    records.append(record("two", both, "<image>\n<image>\nDo they differ?", "Yes: one is red, the other one blue."))
+    records.append(record("text", None, "Name a shape without corners.", "A circle."))
+    return records
+
+
+def questions() -> list[dict[str, Any]]:
+    """What to evaluate on."""
+    return [
+        record(f"shape-{shape}", f"green-{shape}.png", "<image>\nWhich shape is it?", f"A {shape}.") for shape in SHAPES
+    ]
 
 
 def write(folder: Path) -> None:
-    """Write `images/`, `train.json` and `val.json`."""
+    """Write `images/`, `captions.json`, `train.json` and `val.json`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    records = []
     for colour in COLOURS:
         for shape in SHAPES:
-            name = f"{colour}-{shape}.png"
-            picture(colour, shape).save(folder / "images" / name)
-            talk = turns("<image>\nWhat is in this picture?", f"A {colour} {shape}.")
-            records.append({"id": name, "image": name, "conversations": talk})
-    for colour in COLOURS[:2]:
-        name = f"{colour}-circle.png"
-        talk = turns("<image>\nWhich shape is it?", "A circle.", "And its colour?", f"It is {colour}.")
-        records.append({"id": f"talk-{colour}", "image": name, "conversations": talk})
-    records.append({"id": "text", "conversations": turns("Name a shape without corners.", "A circle.")})
-    (folder / "train.json").write_text(json.dumps(records[1:], indent=1))
-    (folder / "val.json").write_text(json.dumps(records[:3], indent=1))
-    print(f"{len(records) - 1} training records and 3 for validation in {folder}")
+            picture(colour, shape).save(folder / "images" / f"{colour}-{shape}.png")
+    for name, records in (("captions", captions()), ("train", conversations()), ("val", questions())):
+        (folder / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+        print(f"{len(records):3} records  {folder / name}.json")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).with_name("data"))
     parser.add_argument("--parts", action="store_true", help="write small untrained parts into FOLDER/parts as well")
     args = parser.parse_args()
     write(args.folder)
     if args.parts:
-        from vlm.tiny import build_tiny_parts
+        from vlm.tiny import build_tiny_parts  # torch comes with it
 
         build_tiny_parts(args.folder / "parts")
+
+
+if __name__ == "__main__":
+    main()

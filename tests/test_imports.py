@@ -1,6 +1,8 @@
-"""Who may import whom: read from the source."""
+"""Who may import whom: read from the source, imports within functions included."""
 
 import ast
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,52 +10,67 @@ import pytest
 import vlm
 
 SOURCE = Path(vlm.__file__).parent
-MAY = {
+ROOMS = {
     "models": {"models"},
     "config.schema": set(),
     "config.check": {"config.schema"},
+    "config.explain": {"config.schema", "config.check"},
+    "config.overview": {"config.check"},
     "data": {"data", "config.schema"},
     "build": {"models", "config.schema", "data"},
     "inference": {"inference", "models", "data", "config.schema"},
     "train": {"train", "build", "data", "config.schema", "models", "inference.generate", "inference.metrics"},
+    "tiny": {"data"},
 }
-EVERYTHING = ("__init__", "__main__", "cli", "demo", "tiny")
-"""The entry points."""
+"""Module or package -> what of `vlm` it may import."""
+
+ENTRIES = ("__init__", "__main__", "cli", "demo")
+"""What sees everything."""
+
+HUB_CODE = {"torch", "transformers", "PIL", *sys.stdlib_module_names}
+"""What the files that travel with checkpoints may import, besides their siblings."""
+
+FILES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}
 
 
-def modules() -> list[tuple[str, Path]]:
-    files = sorted(SOURCE.rglob("*.py"))
-    return [(".".join(file.relative_to(SOURCE).with_suffix("").parts), file) for file in files]
-
-
-def imported(file: Path) -> set[str]:
-    """The modules of `vlm` that a file imports, `vlm.` taken off."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports(file: Path) -> Iterator[tuple[int, str]]:
+    """Level (0: absolute) and module of every import."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module)
-    return {name.removeprefix("vlm.") for name in names if name.split(".")[0] == "vlm"}
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+            if node.module in ("vlm", "vlm.config"):  # `from vlm import data`
+                yield from ((0, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def within(name: str, allowed: set[str]) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in allowed)
+def within(name: str, rooms: set[str]) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
 
 
-@pytest.mark.parametrize(("name", "file"), modules(), ids=[name for name, _ in modules()])
-def test_imports_keep_to_the_frame(name: str, file: Path):
-    if name in EVERYTHING:
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ENTRIES])
+def test_imports_keep_to_the_frame(name: str):
+    if name.endswith("__init__") and name != "models.__init__":
+        assert not [module for _, module in imports(FILES[name])], "a package's own file imports nothing"
         return
-    rule = next((rule for rule in MAY if within(name, {rule})), None)
-    assert rule is not None or name == "config.__init__", f"{name} belongs to no room"
-    for other in imported(file):
-        assert within(other, MAY[rule or "config.schema"]), f"{name} may not import vlm.{other}"
+    room = next((room for room in ROOMS if within(name, {room})), None)
+    assert room is not None, f"{name} is in no room: say in ROOMS what it may import"
+    for level, module in imports(FILES[name]):
+        if level == 0 and module.split(".")[0] == "vlm" and module != "vlm":
+            assert within(module.removeprefix("vlm."), ROOMS[room]), f"{name} may not import {module}"
 
 
-def test_hub_code_imports_its_siblings_in_the_one_form_that_travels():
-    for file in (SOURCE / "models").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1
-                assert node.module is not None, f"{file.name}: write `from .x import Y`"
+@pytest.mark.parametrize("name", [name for name in FILES if within(name, {"models"})])
+def test_hub_code_imports_what_travels_with_it(name: str):
+    siblings = {name.removeprefix("models.") for name in FILES if within(name, {"models"})}
+    for level, module in imports(FILES[name]):
+        if level:
+            assert level == 1, f"{name}: only siblings are copied into checkpoints"
+            assert module in siblings, f"{name}: write `from .x import Y`; other forms are not copied"
+        else:
+            assert module.split(".")[0] in HUB_CODE, f"{name} may not import {module}"
+
+
+def test_every_room_exists():
+    assert all(any(within(name, {room}) for name in FILES) for room in ROOMS)
+    assert set(ENTRIES) <= set(FILES)

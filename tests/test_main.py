@@ -1,5 +1,6 @@
-"""The command line: it says no quickly and clearly, and every way of starting reaches it."""
+"""The entry: every way of starting reaches it, and what it refuses it refuses before torch is imported."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,84 +8,76 @@ from pathlib import Path
 
 import pytest
 
-from vlm.__main__ import run_names, take_launcher_words
-from vlm.config.check import packaged
+from tests.command_line import refusal
+from tests.config import test_check, test_explain
+from vlm.__main__ import is_users, take_launcher_words
+from vlm.models.connectors import connector_class
 
-REFUSALS = {
-    "trainer.bf61=true": ("trainer.bf61", "trainer.bf16"),
-    "trainer.learning_rate.connector_learning_rat=1": ("connector_learning_rate",),
-    "trainer.max_steps=many": ("trainer.max_steps", "many", "Integer"),
-    "model/language_model=qwen2.5-0.6b": ("model/language_model/qwen2.5-0.6b", "qwen2.5-0.5b"),
-    "model.connector.type=mpl": ("model.connector.type=mpl", "identity, linear, mlp", "package.module:Class"),
-    "model.connector.options.deep=3": ("model.connector.options.deep",),
-    "model.visual_encoder.feature_strategy=pooled": ("feature_strategy=pooled", "cls+patch"),
-    "model.visual_encoder.hf_name=/nowhere": ("model.visual_encoder.hf_name=/nowhere", "no such folder"),
-    "dataset.path=/nowhere.json": ("dataset.path=/nowhere.json", "no such file"),
-    "dataset.image_folder=/nowhere": ("dataset.image_folder=/nowhere", "no such folder"),
-    "dataset.template=v7": ("dataset.template=v7", "chatml", "v1", ".jinja"),
-    "dataset.image_mode=crop": ("dataset.image_mode=crop", "square, pad"),
-    "dataset.format=csv": ("dataset.format=csv", "llava"),
-    "dataset.eval_split=2": ("dataset.eval_split=2",),
-    "trainer.loss_average=sum": ("trainer.loss_average=sum", "token, micro_batch"),
-    "trainer.lr_scheduler_type=cosin": ("trainer.lr_scheduler_type=cosin", "cosine"),
-    "trainer.deepspeed=zero9": ("trainer.deepspeed=zero9", "zero0, zero1, zero2, zero3"),
-    "trainer.unfreeze.train_connector=false": ("nothing trains", "trainer.unfreeze.train_connector"),
-    "trainer.unfreeze.train_vision_model=true": ("visual_encoder_learning_rate", "train_vision_model=true"),
-    "trainer.from_pretrained=/nowhere/final": ("trainer.from_pretrained=/nowhere/final", "config.json"),
-    "trainer.resume_from_checkpoint=true": ("trainer.output_dir",),
-    "trainer.eval_strategy=epoch": ("trainer.eval_strategy=epoch", "dataset.eval_path"),
-    "trainer.fsdp=full_shard": ("trainer.fsdp", "zero3"),
-}
-REPORT = """
-import sys
+SECONDS = 20
+"""Longest time for an answer that needs no model: a second or two, and more where the machine is busy."""
+
+ASK_ALL = """
+import json, sys
 from vlm.cli import main
-try:
-    main(sys.argv[1:])
-except SystemExit as stop:
-    print(stop.code or "")
-print("torch imported:", "torch" in sys.modules)
+for words in json.load(sys.stdin):
+    try:
+        main(words)
+    except SystemExit as stop:
+        said = str(stop.code or "")
+        assert said.startswith("vlm: ") or "--help" in words or "--cfg" in words, words
+print([name for name in ("torch", "transformers", "deepspeed") if name in sys.modules])
 """
 
 
-def answer(*words: str) -> str:
-    """What a command line prints, and whether it imported torch."""
-    done = subprocess.run([sys.executable, "-c", REPORT, *words], capture_output=True, text=True, timeout=60)
-    return done.stdout + done.stderr
+def start(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run Python and wait."""
+    command = [sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, **options)  # type: ignore[call-overload] - passed on
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> str:
-    (tmp_path / "data.json").write_text("[]")
-    return f"dataset.path={tmp_path / 'data.json'}"
+def records(tmp_path: Path) -> str:
+    (tmp_path / "records.json").write_text("[]")
+    return f"dataset.path={tmp_path / 'records.json'}"
 
 
-@pytest.mark.parametrize(("override", "said"), REFUSALS.items(), ids=REFUSALS)
-def test_a_refusal_names_the_key_the_value_and_what_is_allowed(override: str, said: tuple[str, ...], data: str):
-    printed = answer("-cn", "pretrain-smol", data, override)
-    for words in said:
-        assert words in printed
-    assert "torch imported: False" in printed
-    assert "Traceback" not in printed
+def test_all_that_is_refused_and_shown_needs_no_torch(records: str):
+    run = ["-cn", "pretrain-smol"]
+    refusals = [[*run, records, *overrides] for overrides, _ in test_check.REFUSALS.values()]
+    refusals += [[*run, records, override] for override in test_explain.REFUSALS]
+    shown = [["--help"], ["--version"], [*run, "--help"], [*run, records, "--cfg", "job"]]
+    done = start("-c", ASK_ALL, input=json.dumps([*refusals, *shown, run, []]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_what_is_missing_is_named():
-    assert "dataset.path: a value is needed" in answer("-cn", "pretrain-smol")
-    assert "choose a run: -cn" in answer()
+@pytest.mark.parametrize("rank", [[], ["--local_rank=0"], ["--local-rank", "0"]], ids=str)
+def test_python_m_reaches_the_entry(rank: list[str]):
+    done = start("-m", "vlm", *rank, "-cn", "pretrain-smol")
+    assert (done.returncode, done.stderr) == (1, "vlm: dataset.path: a value is needed, for example dataset.path=…\n")
 
 
-def test_help_and_cfg_come_without_torch():
-    printed = answer("--help")
-    for name in run_names():
-        assert name in printed
-    assert "torch imported: False" in printed
-    shown = answer("-cn", "finetune-llava", "--cfg", "job")
-    assert "hf_name: lmsys/vicuna-7b-v1.5" in shown
-    assert "torch imported: False" in shown
+def test_the_console_script_reaches_the_entry():
+    done = start(str(Path(sys.executable).parent / "vlm"), "-cn", "pretrain-smol")
+    assert done.stderr.startswith("vlm: dataset.path")
 
 
-def test_importing_the_package_imports_nothing_heavy():
-    code = "import sys, vlm; print([name for name in ('torch', 'transformers', 'hydra') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+def test_cfg_shows_the_composed_run():
+    done = start("-m", "vlm", "-cn", "finetune-llava", "--cfg", "job")
+    assert done.returncode == 0
+    assert "hf_name: lmsys/vicuna-7b-v1.5" in done.stdout
+    assert "run:" not in done.stdout.splitlines()
+
+
+def test_importing_the_package_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; start = time.perf_counter(); import vlm; took = time.perf_counter() - start\n"
+        "print(took, [name for name in ('torch', 'transformers', 'hydra', 'numpy') if name in sys.modules])"
+    )
+    answers = [start("-c", code).stdout.split(maxsplit=1) for _ in range(3)]
+    assert {heavy.strip() for _, heavy in answers} == {"[]"}
+    assert min(float(took) for took, _ in answers) < 0.3
 
 
 def test_launchers_words_are_taken(monkeypatch: pytest.MonkeyPatch):
@@ -92,20 +85,27 @@ def test_launchers_words_are_taken(monkeypatch: pytest.MonkeyPatch):
     assert take_launcher_words(["--local_rank=3", "-cn", "x"]) == ["-cn", "x"]
     assert os.environ["LOCAL_RANK"] == "3"
     assert take_launcher_words(["--local-rank", "1", "a=b"]) == ["a=b"]
+    assert os.environ["LOCAL_RANK"] == "3"
 
 
-@pytest.mark.parametrize("start", [["-m", "vlm"], ["-m", "vlm", "--local_rank=0"]])
-def test_python_m_reaches_the_entry(start: list[str]):
-    done = subprocess.run([sys.executable, *start, "-cn", "pretrain-smol"], capture_output=True, text=True)
-    assert "dataset.path: a value is needed" in done.stderr
-    assert done.returncode == 1
+def test_what_a_model_refuses_later_ends_without_a_traceback(records: str, tmp_path: Path):
+    said = refusal("-cn", "pretrain-smol", records, f"model.visual_encoder.hf_name={tmp_path}")
+    assert said.startswith(f"vlm: model.visual_encoder.hf_name={tmp_path}: no model configuration there")
 
 
-def test_the_console_script_reaches_the_entry():
-    script = Path(sys.executable).parent / "vlm"
-    done = subprocess.run([script, "-cn", "pretrain-smol"], capture_output=True, text=True)
-    assert "dataset.path: a value is needed" in done.stderr
+def test_a_connector_class_is_found_beside_the_run(records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    words = ["-cn", "pretrain-smol", records, f"model.visual_encoder.hf_name={tmp_path}"]
+    missing = refusal(*words, "model.connector.type=connector_beside:Mine")
+    assert missing == "vlm: model.connector.type=connector_beside:Mine: No module named 'connector_beside'"
+    (tmp_path / "connector_beside.py").write_text("class Mine:\n    pass\n")
+    said = refusal(*words, "model.connector.type=connector_beside:Mine")
+    assert said.startswith("vlm: model.connector.options.input_norm: connector_beside:Mine does not take it")
 
 
-def test_packaged_files_are_found():
-    assert "zero3" in packaged("vlm.config", "trainer/deepspeed", ".yaml")
+def test_errors_of_ours_are_told_from_those_of_others():
+    for ours, cause in ((True, lambda: connector_class("mpl")), (False, lambda: int("x"))):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - which one is what is asked
+            cause()
+        assert is_users(error.value) is ours

@@ -23,8 +23,10 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
-    GemmaConfig,
-    GemmaForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -34,6 +36,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -173,9 +177,19 @@ def save_qwen2(folder: Path) -> None:
     _save_language_model(folder, Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=True)
 
 
-def save_gemma(folder: Path) -> None:
-    """A Gemma, which scales its embeddings."""
-    _save_language_model(folder, GemmaForCausalLM, GemmaConfig, head_dim=16)
+def save_qwen3(folder: Path) -> None:
+    """A Qwen3 whose embeddings are not tied."""
+    _save_language_model(folder, Qwen3ForCausalLM, Qwen3Config, head_dim=16)
+
+
+def save_gemma2(folder: Path) -> None:
+    """A Gemma 2, which scales its inputs and caps its logits."""
+    _save_language_model(folder, Gemma2ForCausalLM, Gemma2Config, head_dim=16, sliding_window=16)
+
+
+def save_gemma3(folder: Path) -> None:
+    """A Gemma 3, which scales its embeddings."""
+    _save_language_model(folder, Gemma3ForCausalLM, Gemma3TextConfig, head_dim=16, sliding_window=16)
 
 
 def save_mistral(folder: Path) -> None:
@@ -199,7 +213,9 @@ LANGUAGE_MODELS: dict[str, Callable[[Path], None]] = {
     "llama": save_llama,
     "tied_llama": save_tied_llama,
     "qwen2": save_qwen2,
-    "gemma": save_gemma,
+    "qwen3": save_qwen3,
+    "gemma2": save_gemma2,
+    "gemma3": save_gemma3,
     "mistral": save_mistral,
     "phi3": save_phi3,
 }
@@ -208,13 +224,13 @@ LANGUAGE_MODELS: dict[str, Callable[[Path], None]] = {
 # Tokenizers
 
 
-def byte_tokenizer(template: str | None = None, *, bos: str = "<s>", eos: str = "<|im_end|>",
+def byte_tokenizer(template: str | None = None, *, bos: str | None = "<s>", eos: str = "<|im_end|>",
                    pad: str | None = "<|endoftext|>") -> PreTrainedTokenizerFast:  # fmt: skip
     """A byte-level BPE tokenizer that knows all special tokens of the packaged templates.
 
     Args:
         template: the name of a packaged template, which becomes its own; or the text of one.
-        bos: its BOS token.
+        bos: its BOS token; None: it has none.
         eos: its EOS token.
         pad: its padding token.
     """

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPImageProcessor,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     TimmWrapperImageProcessor,
@@ -47,6 +48,8 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
     add_connector_class(model.connector.type)
     options = connector_options(model.connector.type, model.connector.options)
     vision_config = _part_config("visual_encoder", model.visual_encoder)
+    if vision_config.model_type == "siglip_vision_model":
+        vision_config.vision_use_head = False  # its pooled output is read by nobody here
     text_config = _part_config("language_model", model.language_model).get_text_config()
     tokenizer = _tokenizer(model)
     image_processor = _image_processor(model.visual_encoder, vision_config.model_type)
@@ -61,7 +64,8 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
     processor = VLMProcessor(
         image_processor,
         tokenizer,
-        chat_template=chat_template(template or "tokenizer", tokenizer),
+        chat_template=chat_template(template or "tokenizer", tokenizer.chat_template, tokenizer.name_or_path),
+        own_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         image_token=model.image_token,
         image_start=model.image_start_token,
         image_end=model.image_end_token,
@@ -88,16 +92,21 @@ def build_model(
     torch.manual_seed(seed)
     built = VLMForConditionalGeneration(config, encoder, language_model)
     built.connector.to(dtype)
-    if language_model.generation_config is not None:
-        built.generation_config = language_model.generation_config
+    built.generation_config = answer_settings(language_model.generation_config)
     return built
+
+
+def answer_settings(given: GenerationConfig | None) -> GenerationConfig:
+    """A language model's own generation settings without its taste in sampling, which every caller here chooses."""
+    tokens = {} if given is None else {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id")}
+    return GenerationConfig(pad_token_id=None if given is None else given.pad_token_id, **tokens)
 
 
 def load_processor(checkpoint: str, template: str | None, image_mode: str | None) -> VLMProcessor:
     """The processor of a checkpoint, with another template or image mode where one is named."""
     processor = VLMProcessor.from_pretrained(checkpoint)
     if template is not None:
-        processor.chat_template = chat_template(template, processor.tokenizer)
+        processor.chat_template = chat_template(template, processor.own_template, checkpoint)
     if image_mode is not None:
         processor.image_mode = image_mode
     return processor
@@ -155,19 +164,24 @@ def choose_attention(name: str, dtype: torch.dtype, config: PreTrainedConfig, au
     return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
-def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_template(name: str, own: Any, source: str) -> str:
     """The text of a template: a packaged one, a file, or the tokenizer's own.
+
+    Args:
+        name: `dataset.template`, or `tokenizer`.
+        own: the template that the tokenizer brought along, if any.
+        source: where the tokenizer comes from, for the message.
 
     Raises:
         ValueError: the tokenizer brings none.
     """
     if name != "tokenizer":
         return template_text(name)
-    if not isinstance(tokenizer.chat_template, str):
+    if not isinstance(own, str):
         raise ValueError(
-            f"dataset.template=tokenizer: {tokenizer.name_or_path} brings no chat template. Name one, such as plain."
+            f"dataset.template=tokenizer: {source} brings no chat template. Name one, such as plain or v1."
         )
-    return tokenizer.chat_template
+    return own
 
 
 def image_size(image_processor: Any) -> tuple[int, int]:
@@ -212,7 +226,11 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def _image_processor(source: VisualEncoderConfig, model_type: str) -> Any:
-    """The encoder's image processor; timm's is rewritten as one that loads out of any folder."""
+    """The encoder's image processor; timm's is rewritten as one that loads out of any folder.
+
+    Raises:
+        ValueError: timm prepares pictures for it in a way that there is no such processor for.
+    """
     if model_type != "timm_wrapper":
         return AutoImageProcessor.from_pretrained(
             source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -220,8 +238,15 @@ def _image_processor(source: VisualEncoderConfig, model_type: str) -> Any:
     processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision or "main")
     data = processor.data_config
     height, width = data["input_size"][1:]
+    scaled = {side: int(length / data["crop_pct"]) for side, length in (("height", height), ("width", width))}
+    sizes = {"center": {"shortest_edge": min(scaled.values())}, "squash": scaled}
+    if data["crop_mode"] not in sizes:
+        raise ValueError(
+            f"model.visual_encoder.hf_name={source.hf_name}: timm's crop_mode={data['crop_mode']} is not supported; "
+            f"supported are {', '.join(sizes)}"
+        )
     return CLIPImageProcessor(
-        size={"shortest_edge": int(min(height, width) / data.get("crop_pct", 1.0))},
+        size=sizes[data["crop_mode"]],
         crop_size={"height": height, "width": width},
         resample={"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[data["interpolation"]],
         image_mean=list(data["mean"]),

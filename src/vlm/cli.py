@@ -1,13 +1,22 @@
-"""The console script `vlm`: subcommands, and the training entry for everything else."""
+"""The console script `vlm`: subcommands, the overview, and the training entry for everything else."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+
+from vlm.config.overview import overview
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`vlm generate …` asks a model; any other command line goes to the Hydra entry (`vlm -cn pretrain-smol …`)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["--help"], ["-h"], ["help"]):
+        print(overview())
+        return
+    if words == ["--version"]:
+        print(version("small-vlm"))
+        return
     if words and words[0] in COMMANDS:
         COMMANDS[words[0]](words[1:])
         return

@@ -1,12 +1,30 @@
 """The schema knows what `TrainingArguments` takes, from its source."""
 
+import dataclasses
 from dataclasses import fields
+from typing import Any
 
+import pytest
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from tests.conftest import config_of
-from vlm.config.schema import key_names, training_argument_choices, training_argument_fields
+from vlm.config.schema import (
+    OUR_DEFAULTS,
+    OWN_TRAINER_FIELDS,
+    PASSED_THROUGH,
+    ConnectorConfig,
+    ModelConfig,
+    TrainerConfig,
+    from_mapping,
+    key_names,
+    training_argument_choices,
+    training_argument_fields,
+)
+
+DATA = "dataset.path=data.json"
+SHADOWED = {"output_dir", "learning_rate", "weight_decay", "deepspeed", "resume_from_checkpoint"}
+"""Keys of ours that stand in place of a field of `TrainingArguments`."""
 
 
 def test_fields_are_those_of_training_arguments():
@@ -27,12 +45,43 @@ def test_enumerations_are_those_of_training_arguments():
     assert "adamw_torch_fused" in choices["optim"]
 
 
-def test_any_field_is_set_without_a_plus():
-    config = config_of("pretrain-smol", ["dataset.path=x", "trainer.adam_beta2=0.95", "trainer.max_steps=3"])
-    assert vars(config.trainer)["adam_beta2"] == 0.95
+def test_every_field_is_a_key_of_the_trainer():
+    names = {field.name for field in fields(TrainerConfig)}
+    assert names == set(training_argument_fields()) | OWN_TRAINER_FIELDS
+    assert set(training_argument_fields()) - set(PASSED_THROUGH) == SHADOWED & set(training_argument_fields())
+
+
+def test_our_defaults_are_keys_that_pass_through():
+    assert set(OUR_DEFAULTS) <= set(PASSED_THROUGH)
+    trainer: Any = config_of("pretrain-smol", [DATA]).trainer
+    assert {name: getattr(trainer, name) for name in OUR_DEFAULTS} == OUR_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("adam_beta2=0.95", 0.95),
+        ("max_steps=3", 3),
+        ("report_to=[tensorboard,wandb]", ["tensorboard", "wandb"]),
+        ("lr_scheduler_kwargs={num_cycles: 2}", {"num_cycles": 2}),
+        ("dataloader_prefetch_factor=null", None),
+        ("optim=adamw_torch", "adamw_torch"),
+        ("eval_strategy=epoch", "epoch"),
+    ],
+)
+def test_any_field_is_set_without_a_plus(override: str, value: Any):
+    trainer = config_of("pretrain-smol", [DATA, f"trainer.{override}"]).trainer
+    assert getattr(trainer, override.split("=")[0]) == value
 
 
 def test_key_names_follow_the_tree():
-    assert "trainer" in key_names("")
-    assert "train_connector" in key_names("trainer.unfreeze")
+    assert key_names("") == ["model", "trainer", "dataset", "inference"]
+    assert key_names("trainer.unfreeze") == ["train_vision_model", "train_connector", "train_language_model"]
     assert key_names("model.connector.options") == []
+    assert key_names("no.such") == []
+
+
+def test_a_section_comes_back_out_of_a_mapping():
+    model = ModelConfig(connector=ConnectorConfig("linear", {"bias": False}))
+    model.visual_encoder.hf_name, model.language_model.hf_name = "a", "b"
+    assert from_mapping(ModelConfig, dataclasses.asdict(model)) == model

@@ -2,47 +2,119 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import vlm.config
 from tests.conftest import config_of
-from vlm.__main__ import run_names
-from vlm.config.check import CHOICES
+from vlm.config.check import CHOICES, check_choices, group_names, packaged, packaged_connectors, run_names, value_of
+from vlm.config.overview import overview
+from vlm.config.schema import RunConfig
 from vlm.data.formats import FORMATS
 from vlm.data.sampling import GROUPED
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
-from vlm.models.connectors import CONNECTORS
+from vlm.models.connectors import CONNECTORS, connector_options
 from vlm.models.processing_vlm import IMAGE_MODES
 
 FOLDER = Path(vlm.config.__file__).parent
 DATA = "dataset.path=data.json"
-OPTIONS = [
-    (str(file.parent.relative_to(FOLDER)), file.stem)
-    for group in ("model", "trainer")
-    for file in sorted((FOLDER / group).rglob("*.yaml"))
-]
+OPTIONS = [(group, option) for group in group_names() for option in packaged("vlm.config", group, ".yaml")]
+
+CLIP_VICUNA = {
+    "model.visual_encoder.hf_name": "openai/clip-vit-large-patch14-336",
+    "model.visual_encoder.feature_layer": -2,
+    "model.visual_encoder.feature_strategy": "patch",
+    "model.language_model.hf_name": "lmsys/vicuna-7b-v1.5",
+    "model.connector.type": "mlp",
+}
+BOTH_STAGES = {
+    **CLIP_VICUNA,
+    "dataset.max_length": 2048,
+    "trainer.num_train_epochs": 1.0,
+    "trainer.gradient_accumulation_steps": 1,
+    "trainer.adam_beta1": 0.9,
+    "trainer.adam_beta2": 0.999,
+    "trainer.max_grad_norm": 1.0,
+    "trainer.lr_scheduler_type": "cosine",
+    "trainer.warmup_steps": 0.03,
+    "trainer.weight_decay.visual_encoder_weight_decay": 0.0,
+    "trainer.weight_decay.connector_weight_decay": 0.0,
+    "trainer.weight_decay.language_model_weight_decay": 0.0,
+    "trainer.bf16": True,
+    "trainer.tf32": True,
+    "trainer.activation_checkpointing": True,
+    "trainer.loss_average": "micro_batch",
+    "trainer.unfreeze.train_vision_model": False,
+    "trainer.unfreeze.train_connector": True,
+}
+RECIPES = {
+    "pretrain-llava": {
+        **BOTH_STAGES,
+        "dataset.template": "plain",
+        "dataset.image_mode": "square",
+        "trainer.per_device_train_batch_size": 256 // 8,
+        "trainer.train_sampling_strategy": "random",
+        "trainer.unfreeze.train_language_model": False,
+        "trainer.learning_rate.connector_learning_rate": 1e-3,
+    },
+    "finetune-llava": {
+        **BOTH_STAGES,
+        "dataset.template": "v1",
+        "dataset.image_mode": "pad",
+        "trainer.per_device_train_batch_size": 128 // 8,
+        "trainer.train_sampling_strategy": GROUPED,
+        "trainer.unfreeze.train_language_model": True,
+        "trainer.learning_rate.connector_learning_rate": 2e-5,
+        "trainer.learning_rate.language_model_learning_rate": 2e-5,
+    },
+}
+"""LLaVA-1.5 (Liu et al. 2023, arXiv:2310.03744) on 8 GPUs: key -> value."""
+
+ZERO_STAGES = {"pretrain-llava": 2, "finetune-llava": 3}
 
 
 @pytest.mark.parametrize("name", run_names())
 def test_every_run_composes(name: str):
     config = config_of(name, [DATA])
-    assert config.model.language_model.hf_name
-    assert config.dataset.path
+    assert isinstance(config, RunConfig)
+    check_choices(config)
+
+
+@pytest.mark.parametrize("name", run_names())
+def test_every_run_says_what_it_is_for(name: str):
+    assert (FOLDER / f"{name}.yaml").read_text().startswith("# ")
+    assert name in overview()
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, option: str):
-    config_of("pretrain-smol", [DATA, f"{group}={option}"])
+    check_choices(config_of("pretrain-smol", [DATA, f"{group}={option}"]))
 
 
-@pytest.mark.parametrize("name", sorted(CONNECTORS))
+def test_every_yaml_is_a_run_or_an_option():
+    known = {f"{name}.yaml" for name in [*run_names(), "base"]} | {
+        f"{group}/{option}.yaml" for group, option in OPTIONS
+    }
+    assert known == {str(file.relative_to(FOLDER)) for file in FOLDER.rglob("*.yaml")}
+
+
+def test_only_base_configures_hydra():
+    loaded = {file: OmegaConf.load(file) for file in FOLDER.rglob("*.yaml")}
+    assert [file.name for file, yaml in loaded.items() if isinstance(yaml, DictConfig) and "hydra" in yaml] == [
+        "base.yaml"
+    ]
+
+
+def test_the_table_of_connectors_is_the_group():
+    assert set(packaged_connectors()) == set(CONNECTORS) == set(packaged("vlm.config", "model/connector", ".yaml"))
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
 def test_a_connectors_yaml_declares_its_options(name: str):
-    declared = OmegaConf.load(FOLDER / "model" / "connector" / f"{name}.yaml")
     parameters = inspect.signature(CONNECTORS[name].__init__).parameters.values()
-    assert declared.type == name
-    assert set(declared.options) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert packaged_connectors()[name] == [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def test_choices_are_the_tables():
@@ -52,49 +124,24 @@ def test_choices_are_the_tables():
     assert GROUPED in CHOICES["trainer.train_sampling_strategy"]
 
 
-def test_llava_pretrain_recipe():
-    config = config_of("pretrain-llava", [DATA])
-    trainer = vars(config.trainer)
-    assert config.model.visual_encoder.hf_name == "openai/clip-vit-large-patch14-336"
-    assert config.model.visual_encoder.feature_layer == -2
-    assert config.model.visual_encoder.feature_strategy == "patch"
-    assert config.model.language_model.hf_name == "lmsys/vicuna-7b-v1.5"
-    assert (config.model.connector.type, config.dataset.template, config.dataset.image_mode) == ("mlp", "plain", "square")
-    assert vars(config.trainer.unfreeze) == {
-        "train_vision_model": False, "train_connector": True, "train_language_model": False,
-    }  # fmt: skip
-    assert config.trainer.learning_rate.connector_learning_rate == 1e-3
-    assert trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"] * 8 == 256
-    recipe_of_both_stages(config)
-    assert config.trainer.deepspeed["zero_optimization"]["stage"] == 2
-
-
-def test_llava_finetune_recipe():
-    config = config_of("finetune-llava", [DATA])
-    trainer = vars(config.trainer)
-    assert (config.dataset.template, config.dataset.image_mode) == ("v1", "pad")
-    assert vars(config.trainer.unfreeze) == {
-        "train_vision_model": False, "train_connector": True, "train_language_model": True,
-    }  # fmt: skip
-    assert config.trainer.learning_rate.connector_learning_rate == 2e-5
-    assert config.trainer.learning_rate.language_model_learning_rate == 2e-5
-    assert trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"] * 8 == 128
-    assert trainer["train_sampling_strategy"] == GROUPED
-    recipe_of_both_stages(config)
-    assert config.trainer.deepspeed["zero_optimization"]["stage"] == 3
-
-
-def recipe_of_both_stages(config):
-    """What LLaVA-1.5's two stages share."""
-    trainer = vars(config.trainer)
-    assert (trainer["bf16"], trainer["tf32"], trainer["activation_checkpointing"]) == (True, True, True)
-    assert (trainer["num_train_epochs"], trainer["lr_scheduler_type"], trainer["warmup_steps"]) == (1, "cosine", 0.03)
-    assert set(vars(config.trainer.weight_decay).values()) == {0.0}
-    assert config.dataset.max_length == 2048
-    assert config.trainer.loss_average == "micro_batch"
-    assert (trainer["adam_beta1"], trainer["adam_beta2"], trainer["max_grad_norm"]) == (0.9, 0.999, 1.0)
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_is_llavas(name: str):
+    config = config_of(name, [DATA])
+    assert {key: value_of(config, key) for key in RECIPES[name]} == RECIPES[name]
+    assert config.trainer.deepspeed["zero_optimization"]["stage"] == ZERO_STAGES[name]
+    options = connector_options(config.model.connector.type, config.model.connector.options)
+    assert {key: options[key] for key in ("num_layers", "activation")} == {"num_layers": 2, "activation": "gelu"}
 
 
 def test_13b_is_one_override():
+    expected: dict[str, Any] = {**RECIPES["pretrain-llava"], "model.language_model.hf_name": "lmsys/vicuna-13b-v1.5"}
     config = config_of("pretrain-llava", [DATA, "model/language_model=vicuna-13b-v1.5"])
-    assert config.model.language_model.hf_name == "lmsys/vicuna-13b-v1.5"
+    assert {key: value_of(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", packaged("vlm.config", "trainer/deepspeed", ".yaml"))
+def test_deepspeed_leaves_the_optimiser_to_the_parts(name: str):
+    settings = config_of("pretrain-smol", [DATA, f"trainer/deepspeed={name}"]).trainer.deepspeed
+    assert not {"optimizer", "scheduler"} & set(settings)
+    if name != "none":
+        assert settings["zero_optimization"]["stage"] == int(name.removeprefix("zero"))

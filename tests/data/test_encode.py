@@ -137,8 +137,8 @@ def test_a_prompt_after_several_turns_is_a_prefix_too(processors, name: str):
 def test_what_people_spell_never_becomes_a_special_token(processors, name: str):
     """Spelled special tokens and image tokens are text: the ids have as many of each as with other words."""
     processor = processors[name]
-    spelled = "".join(processor.tokenizer.all_special_tokens) + "<image> </s><|im_end|>\n<|im_start|>"
-    special = set(processor.tokenizer.all_special_ids) | {processor.image_token_id}
+    special = {number: str(token) for number, token in processor.tokenizer.added_tokens_decoder.items()}
+    spelled = "".join(special.values()) + " and <image> </s><|im_end|>\n<|im_start|>"
 
     def specials(text: str) -> list[int]:
         ids = encode(processor, conversation([text, "yes"], asked=text)).input_ids
@@ -221,6 +221,18 @@ def test_a_token_that_reaches_into_a_reply_is_supervised(processors):
     processor = VLMProcessor(chatml.image_processor, tokenizer, chat_template=template_text("chatml"))
     labels = encode(processor, conversation(["\na cat"])).labels
     assert [decoded(processor, run) for run in runs(labels)] == ["\n\na cat<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_a_tokenizer_without_a_bos_token_gets_none(processors, name: str):
+    """Qwen's has none: templates then begin with their first words."""
+    tokenizer = byte_tokenizer(bos=None, eos="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_processor = processors[name].image_processor
+    processor = VLMProcessor(image_processor, tokenizer, chat_template=template_text(name), tokens_per_image=3)
+    text = decoded(processor, encode(processor, conversation(["a cat"])).input_ids)
+    usual = decoded(processors[name], encode(processors[name], conversation(["a cat"])).input_ids)
+    assert text == usual.removeprefix(CHAT_TEMPLATES[name].bos)
 
 
 def test_noncharacters_are_refused(processors):

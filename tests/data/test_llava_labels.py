@@ -93,7 +93,7 @@ def reference(pieces: sentencepiece.SentencePieceProcessor, segments: list[tuple
 
 
 def tokens(pieces: sentencepiece.SentencePieceProcessor, run: str, *, word_start: bool):
-    """(id, start, end) of a run of text; without a word start it is encoded behind a token, which is taken off again."""
+    """(id, start, end) of a run of text; without a word start it is encoded behind a token, which is taken off."""
     if not run:
         return
     lead = "" if word_start else "<unk>"
@@ -132,19 +132,19 @@ def test_v1(folder: Path, pieces, tmp_path: Path, answers: list[str]):
     record = sample(tmp_path, *[text for pair in zip(questions, answers, strict=True) for text in pair])
     segments = [(f"{SYSTEM} ", False)]
     for question, answer in zip(questions, answers, strict=True):
-        segments += [(f"USER: {question} ASSISTANT: ", False), (f"{answer}</s>", True)]
+        segments += [(f"USER: {question} ASSISTANT:", False), (f" {answer}</s>", True)]
     assert ours(folder, "v1", record) == reference(pieces, segments)
 
 
 def test_v1_moves_a_lone_image_to_the_start_of_its_turn(folder: Path, pieces, tmp_path: Path):
     record = sample(tmp_path, "what is in the picture?\n<image>", "two cats")
-    segments = [(f"{SYSTEM} USER: <image>\nwhat is in the picture? ASSISTANT: ", False), ("two cats</s>", True)]
+    segments = [(f"{SYSTEM} USER: <image>\nwhat is in the picture? ASSISTANT:", False), (" two cats</s>", True)]
     assert ours(folder, "v1", record) == reference(pieces, segments)
 
 
 def test_v1_without_a_picture(folder: Path, pieces, tmp_path: Path):
     record = sample(tmp_path, "what is red?", "a sofa", images=0)
-    segments = [(f"{SYSTEM} USER: what is red? ASSISTANT: ", False), ("a sofa</s>", True)]
+    segments = [(f"{SYSTEM} USER: what is red? ASSISTANT:", False), (" a sofa</s>", True)]
     assert ours(folder, "v1", record) == reference(pieces, segments)
 
 

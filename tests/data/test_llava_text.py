@@ -8,8 +8,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig
 
-from tests.tiny_parts import IGNORED, Parts, runs, save_sentencepiece
+from tests.tiny_parts import IGNORED, Parts, picture, runs, save_sentencepiece
 from vlm.data.encode import encode, encode_prompt
+from vlm.data.formats import read_llava
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.models import VLMProcessor
 
@@ -106,6 +107,17 @@ def test_v1_takes_a_system_text_of_the_record(processors: dict[str, VLMProcessor
     turns = V1["several turns"]
     encoded = encode(processors["v1"], sample(turns, system="Answer in one word."))
     assert (encoded.input_ids, encoded.labels) == reference.v1(turns, system="Answer in one word.")
+
+
+@pytest.mark.parametrize("asked", ["what is it?\n<image>", "<image>\nwhat is it?", "<image> what is it?"])
+def test_a_records_lone_image_stands_at_the_start_of_its_turn(
+    processors: dict[str, VLMProcessor], reference: Reference, tmp_path: Path, asked: str
+):
+    """Out of LLaVA's own form of a record."""
+    picture().save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "a cat"}]
+    encoded = encode(processors["v1"], read_llava({"image": "a.png", "conversations": turns}, tmp_path))
+    assert (encoded.input_ids, encoded.labels) == reference.v1([("<image>\nwhat is it?", "a cat")])
 
 
 @pytest.mark.parametrize("caption", PLAIN)

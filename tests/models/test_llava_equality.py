@@ -10,7 +10,10 @@ from vlm.build import build_model, compose
 from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.models import VLMForConditionalGeneration
 
-NAMES = {"connector.layers.0": "model.multi_modal_projector.linear_1", "connector.layers.2": "model.multi_modal_projector.linear_2"}  # fmt: skip
+NAMES = {
+    "connector.layers.0": "model.multi_modal_projector.linear_1",
+    "connector.layers.2": "model.multi_modal_projector.linear_2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,13 @@ def test_loss_and_gradients_equal_transformers_llava(ours, theirs):
                 assert torch.allclose(parameter.grad, expected[name].grad, atol=1e-5), name
                 compared += 1
     assert compared > 30
+
+
+def test_loss_over_a_steps_items_equals_transformers_llava(ours, theirs):
+    """`num_items_in_batch` is what Trainer counts over the whole accumulated batch."""
+    inputs = batch(ours)
+    mine, other = (model.eval()(**inputs, num_items_in_batch=torch.tensor(17)).loss for model in (ours, theirs))
+    assert torch.allclose(mine, other, atol=1e-5)
 
 
 def test_logits_are_computed_at_supervised_positions_alone(ours):

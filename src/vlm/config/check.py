@@ -3,12 +3,19 @@
 A check that concerns one value where it is used sits there; here is what must be refused before anything is imported.
 """
 
+import json
 import re
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from vlm.config.schema import PARTS, TRAIN_FLAGS, RunConfig, training_argument_choices
+from omegaconf import OmegaConf
+
+from vlm.config.schema import PARTS, TRAIN_FLAGS, ConnectorConfig, RunConfig, training_argument_choices
+
+NOT_RUNS = ("base",)
+"""Top-level YAML files that others build on."""
 
 CHOICES = {
     "model.visual_encoder.feature_strategy": ("patch", "cls+patch", "cls", "full"),
@@ -35,7 +42,7 @@ def check(config: RunConfig) -> None:
     """
     check_choices(config)
     check_template(config.dataset.template)
-    check_connector(config.model.connector.type)
+    check_connector(config.model.connector)
     check_paths(config)
     check_training(config)
     check_evaluation(config)
@@ -46,8 +53,7 @@ def check_choices(config: RunConfig) -> None:
     for key, allowed in CHOICES.items():
         value = value_of(config, key)
         if value not in allowed:
-            names = ", ".join("null" if choice is None else choice for choice in allowed)
-            raise ConfigError(f"{key}={value}: allowed are {names}")
+            raise ConfigError(f"{key}={shown(value)}: allowed are {', '.join(map(shown, allowed))}")
     for name, values in training_argument_choices().items():
         value = value_of(config, f"trainer.{name}")
         if value is not None and value not in values:
@@ -64,13 +70,33 @@ def check_template(name: str | None) -> None:
     need_file("dataset.template", name)
 
 
-def check_connector(kind: str) -> None:
-    """A connector is one of the table's (each has a YAML file) or `package.module:Class`."""
-    names = packaged("vlm.config", "model/connector", ".yaml")
-    if kind not in names and not re.fullmatch(r"[\w.]+:\w+", kind):
-        raise ConfigError(
-            f"model.connector.type={kind}: allowed are {', '.join(names)}, or package.module:Class for your own"
-        )
+def check_connector(connector: ConnectorConfig) -> None:
+    """A connector is a packaged one with options that it takes, or `package.module:Class`."""
+    options = packaged_connectors()
+    if connector.type not in options:
+        if not re.fullmatch(r"[\w.]+:\w+", connector.type):
+            raise ConfigError(
+                f"model.connector.type={connector.type}: allowed are {', '.join(options)}, or package.module:Class for "
+                "your own"
+            )
+        return
+    for name, value in connector.options.items():
+        if value is not None and name not in options[connector.type]:
+            allowed = ", ".join(options[connector.type]) or "none"
+            raise ConfigError(
+                f"model.connector.options.{name}={shown(value)}: {connector.type} does not take it; "
+                f"model.connector.options.{name}=null leaves it out. Allowed: {allowed}"
+            )
+
+
+def packaged_connectors() -> dict[str, list[str]]:
+    """Type -> options of the packaged connectors. Each YAML declares all options of its class; a test holds that."""
+    folder = resources.files("vlm.config").joinpath("model", "connector")
+    found = {}
+    for name in packaged("vlm.config", "model/connector", ".yaml"):
+        declared: Any = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+        found[declared.type] = list(declared.options)
+    return found
 
 
 def check_paths(config: RunConfig) -> None:
@@ -88,11 +114,30 @@ def check_paths(config: RunConfig) -> None:
             raise ConfigError(f"model.{part}.hf_name={name}: no such folder (seen from {Path.cwd()})")
     if trainer.from_pretrained is not None:
         _need_checkpoint(trainer.from_pretrained)
-    resume = trainer.resume_from_checkpoint
-    if resume is not None and resume.lower() not in ("true", "false") and not Path(resume).is_dir():
-        raise ConfigError(f"trainer.resume_from_checkpoint={resume}: `true` or an existing checkpoint folder is needed")
-    if resume is not None and resume.lower() == "true" and trainer.output_dir is None:
-        raise ConfigError("trainer.resume_from_checkpoint=true: name the run with trainer.output_dir")
+    if trainer.resume_from_checkpoint is not None and trainer.resume_from_checkpoint.lower() != "false":
+        _need_resumable(trainer.resume_from_checkpoint, trainer.output_dir)
+    elif trainer.output_dir is not None:
+        _need_unused(trainer.output_dir)
+
+
+def _need_resumable(resume: str, output_dir: str | None) -> None:
+    key = f"trainer.resume_from_checkpoint={resume.lower() if resume.lower() == 'true' else resume}"
+    if resume.lower() == "true":
+        if output_dir is None:
+            raise ConfigError(f"{key}: name the run with trainer.output_dir")
+        if not any(Path(output_dir).glob("checkpoint-*/complete")):
+            raise ConfigError(f"{key}: no complete checkpoint in trainer.output_dir={output_dir}")
+    elif not Path(resume, "complete").is_file():
+        raise ConfigError(f"{key}: `true` or the folder of a complete checkpoint is needed")
+
+
+def _need_unused(output_dir: str) -> None:
+    """A fresh run writes into no other run's directory, whose checkpoints it would rotate away."""
+    if any(Path(output_dir).glob("checkpoint-*")) or Path(output_dir, "final").exists():
+        raise ConfigError(
+            f"trainer.output_dir={output_dir}: holds another run. Choose another folder, or go on with it by "
+            "trainer.resume_from_checkpoint=true"
+        )
 
 
 def _need_checkpoint(path: str) -> None:
@@ -114,13 +159,15 @@ def check_training(config: RunConfig) -> None:
         key = f"trainer.learning_rate.{part}_learning_rate"
         if (rate := value_of(config, key)) is None or rate <= 0:
             raise ConfigError(
-                f"{key}={rate}: a positive number is needed, since trainer.unfreeze.{TRAIN_FLAGS[part]}=true"
+                f"{key}={shown(rate)}: a positive number is needed, since trainer.unfreeze.{TRAIN_FLAGS[part]}=true"
             )
     if value_of(config, "trainer.bf16") and value_of(config, "trainer.fp16"):
         raise ConfigError("trainer.bf16=true and trainer.fp16=true: choose one")
-    for name in ("fsdp", "push_to_hub", "auto_find_batch_size", "use_liger_kernel", "label_smoothing_factor"):
+    if not value_of(config, "trainer.average_tokens_across_devices"):
+        raise ConfigError("trainer.average_tokens_across_devices=false: trainer.loss_average says how losses average")
+    for name, reason in UNSUPPORTED.items():
         if value_of(config, f"trainer.{name}"):
-            raise ConfigError(f"trainer.{name}={value_of(config, f'trainer.{name}')}: {UNSUPPORTED[name]}")
+            raise ConfigError(f"trainer.{name}={shown(value_of(config, f'trainer.{name}'))}: {reason}")
     if isinstance(trainer.deepspeed, str):
         names = [name for name in packaged("vlm.config", "trainer/deepspeed", ".yaml") if name != "none"]
         if trainer.deepspeed not in names and not Path(trainer.deepspeed).is_file():
@@ -135,7 +182,10 @@ UNSUPPORTED = {
     "auto_find_batch_size": "it restarts the loop with another batch, which the recipes' step counts do not survive",
     "use_liger_kernel": "it does not know composed models; logits are computed at supervised positions only anyway",
     "label_smoothing_factor": "it needs logits at every position, which are not computed",
+    "load_best_model_at_end": "checkpoints hold what a run resumes from; compare eval_loss in metrics.jsonl instead",
+    "save_only_model": "a checkpoint is there to resume from; the complete model is the run's folder final",
 }
+"""Keys of `TrainingArguments` that would do something else here than they promise, and what to do."""
 
 
 def check_evaluation(config: RunConfig) -> None:
@@ -148,6 +198,8 @@ def check_evaluation(config: RunConfig) -> None:
     strategy = value_of(config, "trainer.eval_strategy")
     if strategy != "no" and not (data.eval_path or data.eval_split):
         raise ConfigError(f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split")
+    if strategy == "no" and (data.eval_path or data.eval_split):
+        raise ConfigError("trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps")
 
 
 def value_of(config: RunConfig, key: str) -> Any:
@@ -156,6 +208,30 @@ def value_of(config: RunConfig, key: str) -> Any:
     for name in key.split("."):
         node = getattr(node, name)
     return node
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in YAML."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def run_names() -> list[str]:
+    """The shipped runs."""
+    return [name for name in packaged("vlm.config", ".", ".yaml") if name not in NOT_RUNS]
+
+
+def group_names() -> list[str]:
+    """The shipped groups, such as `trainer/deepspeed`: every folder that holds YAML files."""
+
+    def walk(folder: Traversable, path: str) -> list[str]:
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+        found = [path] if path and any(entry.name.endswith(".yaml") for entry in entries) else []
+        for entry in entries:
+            if entry.is_dir():
+                found += walk(entry, f"{path}/{entry.name}" if path else entry.name)
+        return found
+
+    return walk(resources.files("vlm.config"), "")
 
 
 def packaged(package: str, folder: str, suffix: str) -> list[str]:

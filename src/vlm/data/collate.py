@@ -14,8 +14,9 @@ class Collator:
 
     Args:
         pad_token_id: id at padded places (their attention is 0, their label -100).
-        dummy: ids of one image and its pixels, for a batch without images: where several ranks train together, each
-            must run the same modules, whatever its data. The placeholders are attended by nothing. None: no dummy.
+        dummy: ids of one image and its pixels, for a batch without images: every batch then runs the same modules,
+            without which ranks would wait for each other, and a connector that trains alone would get no gradient.
+            The placeholders are attended by nothing. None: no dummy.
     """
 
     def __init__(self, pad_token_id: int, dummy: tuple[Sequence[int], Tensor] | None = None):

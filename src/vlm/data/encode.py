@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from PIL import Image
 
 from vlm.data.sample import BadSample, OverLong, Sample, Turn
@@ -94,7 +95,7 @@ def _render_marked(
     messages = [turn.as_message(image) for turn in marked]
     try:
         return _unmark(processor.apply_chat_template(messages, add_generation_prompt=prompt))
-    except Exception as error:  # Jinja raises whatever the template wants
+    except jinja2.TemplateError as error:
         raise BadSample(sample_id, f"its template refuses it: {error}") from error
 
 

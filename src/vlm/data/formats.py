@@ -5,6 +5,7 @@ Imports the in-memory form only. To add a format, write a function `(record, ima
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def read_records(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         records = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     records.append(json.loads(line))
@@ -79,10 +80,10 @@ def _pictures(value: Any, folder: Path, sample_id: str) -> list[Picture]:
                 sample_id, f"{name}: addresses are not fetched in training; download the picture first", name
             )
         path = folder / name
+        if not os.path.isfile(path):  # unlike pathlib's, false for names that no file can have, such as base64
+            raise BadSample(sample_id, f"image file {path} does not exist", name)
         if not path.resolve().is_relative_to(folder.resolve()):
             raise BadSample(sample_id, f"{name} leaves the image folder {folder}", name)
-        if not path.is_file():
-            raise BadSample(sample_id, f"image file {path} does not exist", name)
         pictures.append(Picture(path))
     return pictures
 

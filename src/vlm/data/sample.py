@@ -15,6 +15,10 @@ class BadSample(ValueError):
         self.reason = reason
         self.file = file
 
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str | None]]:
+        """Pickled with what it was made of, so that it comes out of a data worker whole."""
+        return type(self), (self.sample_id, self.reason, self.file)
+
 
 class OverLong(BadSample):
     """A record that has more tokens than a sample may have."""

@@ -1,56 +1,45 @@
-"""A generated set of scenes with captions and questions: small enough to learn in minutes, and with a test inside.
+"""A generated set of scenes with captions and questions: small enough to learn in minutes, with a test inside.
 
-A scene is a 48 x 48 picture of 4 x 4 cells of 12 pixels, each empty or with one coloured shape. Half of the pairs of a
-colour and a shape (`HELD_OUT_PAIRS`) never occur in training; every question of `heldout.json` asks about one of them,
-so that a model answers well only if it reads colour and shape apart from each other. Answers are spread evenly over
-every exact question text, so that a question alone says little about its answer.
+A scene is a picture of 4 x 4 cells, a few of which hold a coloured shape; no two things of a scene share a colour or a
+shape, so that either names the thing. Some pairs of colour and shape (`HELD_OUT_PAIRS`) never occur in training, and
+every scene of `heldout.json` has one of them. Captions say of each thing what the questions ask later, so that the
+first stage learns to look and the second to answer.
 
-Imports the standard library, numpy and Pillow only. A kind of question is a line of `KINDS`, a case of `_question` and one
-of `_answer`.
+Imports the standard library and Pillow only.
 """
 
+import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
-IMAGE_SIZE = 48
-CELLS = 3
-"""Cells in a row and in a column."""
-CELL_SIZE = IMAGE_SIZE // CELLS
+CELLS = 4
+CELL = 12
+"""Cells in a row, and pixels in a cell's side; a patch of the tiny encoder is one cell."""
 
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
     "blue": (50, 80, 230),
-    "yellow": (240, 220, 40),
-    "purple": (160, 50, 190),
-    "white": (245, 245, 245),
+    "yellow": (240, 210, 40),
+    "pink": (250, 130, 200),
+    "white": (250, 250, 250),
 }
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "bar")
-PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
-"""Quarters of the picture, by (lower half, right half)."""
+SHAPES = ("square", "triangle", "cross", "circle")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three", "four")
 KINDS = ("colour", "shape", "count", "place")
-
+HELD_OUT_PAIRS = frozenset(zip(COLOURS, SHAPES, strict=False))
+"""Red squares, green triangles, blue crosses and yellow circles."""
 BACKGROUND = (128, 128, 128)
-OUTLINE = (20, 20, 20)
-CAPTION_PROMPT = "Describe the picture."
-
-PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-import os
-
-HOLD = eval(os.environ.get("HOLD", "(2,)"))
-HELD_OUT_PAIRS = tuple(
-    (colour, shape)
-    for row, colour in enumerate(COLOURS)
-    for column, shape in enumerate(SHAPES)
-    if (column - row) % len(SHAPES) in HOLD
-)
-"""Three shapes of every colour and three colours of every shape: naming the commonest one is right a third of the time."""
-TRAINED_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
-
-Pair = tuple[str, str]
+CAPTION_PROMPT = "<image>\nDescribe the picture."
+ASKED_ABOUT_HELD_OUT = 0.3
+"""Share of the held-out questions about a thing that ask about the held-out pair itself, the others about what stands
+beside it; with more, always giving the held-out colour would be right too often."""
 
 
 @dataclass(frozen=True)
@@ -63,124 +52,126 @@ class Thing:
     column: int
 
     @property
-    def pair(self) -> Pair:
-        return self.colour, self.shape
+    def place(self) -> str:
+        """The quarter of the picture that it lies in."""
+        return PLACES[2 * (self.row >= CELLS // 2) + (self.column >= CELLS // 2)]
 
     @property
-    def place(self) -> str:
-        return PLACES[CELLS * self.row + self.column]
+    def held_out(self) -> bool:
+        """Whether its pair of colour and shape never occurs in training."""
+        return (self.colour, self.shape) in HELD_OUT_PAIRS
 
 
-Scene = tuple[Thing, ...]
-"""Its things in reading order."""
+def random_scene(rng: random.Random, number: int, *, held_out: bool) -> list[Thing]:
+    """So many things in reading order, the first of them drawn a held-out pair or none at all."""
+    cells = rng.sample(range(CELLS * CELLS), number)
+    while True:
+        pairs = list(zip(rng.sample(list(COLOURS), number), rng.sample(SHAPES, number), strict=True))
+        if sum(pair in HELD_OUT_PAIRS for pair in pairs) == held_out:
+            things = [Thing(*pair, *divmod(cell, CELLS)) for pair, cell in zip(pairs, cells, strict=True)]
+            return sorted(things, key=lambda thing: (thing.row, thing.column))
 
 
-@dataclass(frozen=True)
-class Question:
-    kind: str
-    text: str
-    answer: str
-
-
-def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """The picture: every shape a little off its cell's centre, a little larger or smaller, lighter or darker."""
-    fine = 4  # drawn so many times larger, then averaged: smooth edges
-    picture = Image.new("RGB", (IMAGE_SIZE * fine, IMAGE_SIZE * fine), BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    for thing in scene:
-        x = (thing.column + 0.5) * CELL_SIZE + rng.uniform(-1, 1)
-        y = (thing.row + 0.5) * CELL_SIZE + rng.uniform(-1, 1)
-        radius = rng.uniform(5.5, 7.0)
+def draw(things: list[Thing], rng: random.Random) -> Image.Image:
+    """The picture: every shape a little off its cell's centre, a little lighter or darker."""
+    fine = 4  # drawn so many times larger and averaged, for smooth edges
+    image = Image.new("RGB", (CELLS * CELL * fine, CELLS * CELL * fine), BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    for thing in things:
+        x, y = ((index + 0.5) * CELL + rng.uniform(-0.5, 0.5) for index in (thing.column, thing.row))
         shade = rng.uniform(0.85, 1.0)
-        fill = tuple(round(shade * value) for value in COLOURS[thing.colour])
-        _draw_shape(draw, thing.shape, x * fine, y * fine, radius * fine, fill)
-    return picture.reduce(fine)
+        draw_shape(pen, thing.shape, x * fine, y * fine, 5 * fine, tuple(int(c * shade) for c in COLOURS[thing.colour]))
+    return image.reduce(fine)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, ...]) -> None:
-    style = {"fill": fill, "outline": OUTLINE, "width": 3}
+def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
+    """A shape of radius `r` around (x, y) with a black outline, which is the same whatever its colour."""
+    style: dict[str, Any] = {"fill": colour, "outline": (0, 0, 0), "width": int(r * 0.3)}
+    third = r / 3
     if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), **style)
-    elif shape == "bar":
-        draw.rectangle((x - r, y - 0.4 * r, x + r, y + 0.4 * r), **style)
+        pen.ellipse((x - r, y - r, x + r, y + r), **style)
+    elif shape == "square":
+        pen.rectangle((x - r, y - r, x + r, y + r), **style)
+    elif shape == "triangle":
+        pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], **style)
     else:
-        s, t = 0.85 * r, 0.33 * r
-        corners = {
-            "square": [(-s, -s), (s, -s), (s, s), (-s, s)],
-            "diamond": [(0, -r), (r, 0), (0, r), (-r, 0)],
-            "triangle": [(0, -r), (r, s), (-r, s)],
-            "cross": [(-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t)]
-            + [(t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t)],
-        }[shape]
-        draw.polygon([(x + dx, y + dy) for dx, dy in corners], **style)
+        quarter = [(third, -r), (third, -third), (r, -third)]
+        corners = [(sx * a, sy * b) for sx, sy in ((1, 1), (1, -1), (-1, -1), (-1, 1)) for a, b in quarter]
+        right, below, left, above = corners[:3], corners[3:6][::-1], corners[6:9], corners[9:][::-1]
+        pen.polygon([(x + a, y + b) for a, b in [*right, *below, *left, *above]], **style)
 
 
-def caption(scene: Scene, rng) -> str:
-    raster = [f"{thing.place} {thing.colour} {thing.shape}" for thing in scene]
-    mode = os.environ.get("MODE")
-    if mode:
-        P = float(os.environ.get("P", "0.5"))
-        out = [f"{t.colour} {t.shape} {t.place}" if rng.random() < P else f"{t.place} {t.colour} {t.shape}" for t in scene]
-        if mode == "once": rng.shuffle(out)
-        if mode == "sorted": out.sort()
-        if os.environ.get("CNT"):
-            cnt = [f"{c} {NUMBERS[min(n, 4)-1]}" for c in COLOURS if (n := sum(t.colour == c for t in scene))]
-            rng.shuffle(cnt); out = cnt + out
-        return ", ".join(out)
-    K = int(os.environ.get("K", "4"))
-    KC = int(os.environ.get("KC", "1"))
-    clauses = list(raster) * int(os.environ.get("KR", "1"))
-    for i, name in enumerate(("colour", "shape")[:int(os.environ.get("KK", "2"))]):
-        for v in sorted({getattr(t, name) for t in scene}):
-            same = [t for t in scene if getattr(t, name) == v]
-            noun = v + " thing" if name == "colour" else v
-            if len(same) == 1:
-                clauses.append(f"{noun} {same[0].place}")
-            if len(same) <= 4 and KC:
-                clauses.append(f"{noun}s {NUMBERS[len(same) - 1]}")
-    rng.shuffle(clauses)
-    return ", ".join(clauses[:K] + (raster if int(os.environ.get("R", "1")) else []))
+def caption(things: list[Thing], rng: random.Random, facts: int = 8) -> str:
+    """How many things there are, each in its place, and some facts in the words in which questions ask for them."""
+    number = f"{NUMBERS[len(things) - 1]} thing{'s' if len(things) > 1 else ''}."
+    listed = [f"{thing.place}: {thing.colour} {thing.shape}." for thing in things]
+    found = [f"{question} {answer}." for _, _, question, answer in questions(things)]
+    return " ".join([number, *listed, *rng.sample(found, min(facts, len(found)))])
 
 
-def questions(scene: Scene) -> list[Question]:
-    """Every question that has exactly one answer in this scene."""
-    found = [question_about(scene, thing, kind) for thing in scene for kind in KINDS for _ in (0,)]
-    extra = [question_about(scene, thing, kind, by_shape=True) for thing in scene for kind in ("count", "place")]
-    return list(dict.fromkeys(q for q in found + extra if q))
+def questions(things: list[Thing]) -> list[tuple[str, Thing | None, str, str]]:
+    """All that can be asked about a scene: (kind, the thing it is about, question, answer)."""
+    found: list[tuple[str, Thing | None, str, str]] = [
+        ("count", None, "How many things are there?", NUMBERS[len(things) - 1])
+    ]
+    for thing in things:
+        found.append(("colour", thing, f"What colour is the {thing.shape}?", thing.colour))
+        found.append(("shape", thing, f"What shape is {thing.colour}?", thing.shape))
+        found.append(("place", thing, f"Where is the {thing.shape}?", thing.place))
+        found.append(("place", thing, f"Where is {thing.colour}?", thing.place))
+    return found
 
 
-def question_about(scene: Scene, thing: Thing, kind: str, by_shape: bool = False) -> Question | None:
-    """The question of this kind about this thing, or None where it would be ambiguous."""
-    if kind in ("colour", "shape"):
-        if sum(t.place == thing.place for t in scene) > 1:
-            return None
-        return Question(kind, f"What {kind} is in the {thing.place}?", getattr(thing, kind))
-    name = f"{thing.shape}" if by_shape else f"{thing.colour} thing"
-    same = sum(t.shape == thing.shape for t in scene) if by_shape else sum(t.colour == thing.colour for t in scene)
-    if kind == "count":
-        return Question(kind, f"How many {name}s are there?", NUMBERS[same - 1]) if same <= len(NUMBERS) else None
-    return Question(kind, f"Where is the {name}?", thing.place) if same == 1 else None
+def held_out_question(kind: str, rng: random.Random) -> tuple[list[Thing], str, str, bool]:
+    """A scene with one held-out pair, a question of a kind, its answer, and whether it is about that pair."""
+    about = kind != "count" and rng.random() < ASKED_ABOUT_HELD_OUT
+    things = random_scene(rng, rng.randint(1 if about or kind == "count" else 2, len(NUMBERS)), held_out=True)
+    fitting = [
+        (question, answer)
+        for one, thing, question, answer in questions(things)
+        if one == kind and (thing is None or thing.held_out == about)
+    ]
+    return things, *rng.choice(fitting), about
 
 
-def make_scene(rng: random.Random, kind: str, pair: Pair, answer: int, by_shape: bool = False):
-    """(scene, thing): a scene in which a question of `kind` about `thing` of `pair` has one answer.
+def write_scenes(
+    folder: Path, *, num_train: int = 6000, num_val: int = 200, num_heldout: int = 1200, asked: int = 8, seed: int = 0
+) -> None:
+    """Write `images/*.png`, and in LLaVA's format `pretrain.json`, `finetune.json`, `val.json` and `heldout.json`.
 
-    `answer` spreads the answers evenly: the number of such things for `count`, the quarter for the other kinds.
+    Args:
+        folder: where to.
+        num_train: scenes for training, each with a caption (`pretrain.json`) and questions (`finetune.json`).
+        num_val: scenes for the evaluation loss, drawn as those for training.
+        num_heldout: scenes with a held-out pair, one question each, with its `kind` and whether it is about the pair.
+        asked: most questions about one training scene.
+        seed: decides everything.
     """
-    number = 1 + answer % len(NUMBERS) if kind == "count" else 1
-    cells = rng.sample([(row, column) for row in range(CELLS) for column in range(CELLS)], CELLS * CELLS)
-    if kind != "count":
-        wanted = PLACES[answer % len(PLACES)]
-        cells.sort(key=lambda cell: Thing(*pair, *cell).place != wanted)
-    asked = [Thing(*pair, *cells.pop(0)) for _ in range(number)]
-    others = [other for other in TRAINED_PAIRS if other != pair]
-    if kind in ("count", "place"):
-        others = [other for other in others if other[by_shape] != pair[by_shape]]
-    else:
-        cells = [cell for cell in cells if Thing(*pair, *cell).place != wanted]
-    rng.shuffle(cells)
-    things = list(asked)
-    total = rng.randint(4, 7)
-    while len(things) < total and cells:
-        things.append(Thing(*rng.choice(others), *cells.pop()))
-    return tuple(sorted(things, key=lambda thing: (thing.row, thing.column))), asked[0]
+    rng = random.Random(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    files: dict[str, list[dict[str, Any]]] = {"pretrain": [], "finetune": [], "val": [], "heldout": []}
+    for index in tqdm(range(num_train + num_val + num_heldout), "scenes"):
+        name = f"{index:05d}.png"
+        if index >= num_train + num_val:
+            kind = KINDS[index % len(KINDS)]
+            things, question, answer, about = held_out_question(kind, rng)
+            files["heldout"].append({**record(name, [(question, answer)]), "kind": kind, "about_held_out": about})
+        else:
+            things = random_scene(rng, rng.randint(1, len(NUMBERS)), held_out=False)
+            found = [(question, answer) for _, _, question, answer in questions(things)]
+            talk = record(name, rng.sample(found, min(asked, len(found))))
+            files["val" if index >= num_train else "finetune"].append(talk)
+            if index < num_train:
+                files["pretrain"].append(record(name, [(CAPTION_PROMPT, caption(things, rng))]))
+        draw(things, rng).save(folder / "images" / name, compress_level=1)
+    for split, records in files.items():
+        (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+def record(name: str, talk: list[tuple[str, str]]) -> dict[str, Any]:
+    """A record of questions and answers about one picture."""
+    turns = []
+    for number, (question, answer) in enumerate(talk):
+        lead = "" if number or question.startswith("<image>") else "<image>\n"
+        turns += [{"from": "human", "value": lead + question}, {"from": "gpt", "value": answer}]
+    return {"id": Path(name).stem, "image": name, "conversations": turns}

@@ -101,7 +101,7 @@ class VisionLanguageModel:
     ) -> list[str]:  # fmt: skip
         """The next reply of each conversation; rows are padded on the left, so each gets what it would get alone."""
         inputs = self.inputs(conversations, images)
-        output = self.model.generate(**inputs, **self.generation_options(settings), **kwargs)
+        output = self.model.generate(**inputs, **{**self.generation_options(settings), **kwargs})
         return [self._text(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
     def stream(

@@ -114,7 +114,9 @@ def connector_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in taken:
             allowed = ", ".join(taken) or "none"
-            raise ValueError(f"model.connector.options.{name}: {kind} does not take it. Allowed: {allowed}")
+            raise ValueError(
+                f"model.connector.options.{name}: {kind} does not take it; null leaves it out. Allowed: {allowed}"
+            )
     complete = {name: given.get(name, p.default) for name, p in taken.items()}
     for name, value in complete.items():
         if value is inspect.Parameter.empty:

@@ -240,7 +240,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if type(self.connector).__module__ != connector_class.__module__ and source is not None:
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
-            copy = folder / Path(source).name
+            copy = folder / "user_connector.py"
             if copy.resolve() != Path(source).resolve():
                 shutil.copyfile(source, copy)
             self.config.auto_map["Connector"] = f"{copy.stem}.{type(self.connector).__name__}"

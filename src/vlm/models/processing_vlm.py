@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image
 
 IMAGE_MODES = ("square", "pad")
 FROZEN_DATE = "26 Jul 2024"
@@ -30,6 +31,7 @@ class VLMProcessor(ProcessorMixin):
         image_start: a token before each image, or None.
         image_end: a token after each image, or None.
         tokens_per_image: placeholders that one image takes; the model's own count.
+        own_template: the language model's own template, kept for a stage that wants it after one that did not.
         image_mode: `square` (as the image processor does it) or `pad` (to a square in its mean colour first).
     """
 
@@ -45,6 +47,7 @@ class VLMProcessor(ProcessorMixin):
         image_end: str | None = None,
         tokens_per_image: int = 1,
         image_mode: str = "square",
+        own_template: str | None = None,
         **kwargs: Any,
     ):
         if image_mode not in IMAGE_MODES:
@@ -57,6 +60,7 @@ class VLMProcessor(ProcessorMixin):
         self.image_end = image_end
         self.tokens_per_image = tokens_per_image
         self.image_mode = image_mode
+        self.own_template = own_template
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = re.compile(
@@ -134,11 +138,9 @@ class VLMProcessor(ProcessorMixin):
             ValueError: the texts have more or fewer image tokens than there are images.
         """
         data: dict[str, Any] = {}
-        pictures: list[Any] = []
-        if images is not None:
-            pictures += make_flat_list_of_images(self.image_processor.fetch_images(images))  # pyright: ignore[reportOperatorIssue, reportArgumentType] - a list
+        pictures = [] if images is None else as_pictures(images)
         if pictures:
-            data["pixel_values"] = self.pixel_values([as_picture(picture) for picture in pictures])
+            data["pixel_values"] = self.pixel_values(pictures)
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             wanted = sum(one.count(self.image_token) for one in texts)
@@ -160,7 +162,12 @@ class VLMProcessor(ProcessorMixin):
             inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
             return inputs if kwargs.get("return_dict") else inputs["input_ids"]
         flat = [[{**turn, "content": self._flatten(turn["content"])} for turn in talk] for talk in conversations]
-        frozen = {"date_string": FROZEN_DATE, "enable_thinking": False, "image_token": self.image_token}
+        frozen = {
+            "date_string": FROZEN_DATE,
+            "strftime_now": lambda _: FROZEN_DATE,
+            "enable_thinking": False,
+            "image_token": self.image_token,
+        }
         rendered = self.tokenizer.apply_chat_template(
             flat, *args, tokenize=False, chat_template=kwargs.pop("chat_template", self.chat_template),
             **{**frozen, **{k: v for k, v in kwargs.items() if k not in ("return_dict", "return_tensors")}},
@@ -194,6 +201,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     return square
 
 
-def as_picture(image: Any) -> Image.Image:
-    """A picture as Pillow's, out of Pillow's own or an array of `(height, width, 3)` bytes."""
-    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+def as_pictures(images: Any) -> list[Image.Image]:
+    """Pictures as Pillow's: out of one, or lists, of paths, addresses, base64 texts, arrays and Pillow's own."""
+    if isinstance(images, (list, tuple)):
+        return [picture for image in images for picture in as_pictures(image)]
+    return [load_image(images) if isinstance(images, str) else to_pil_image(images)]

@@ -35,6 +35,11 @@ def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error
     _ = arguments.device  # sets up the process group
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible to one process. Start one process for each (torchrun --nproc-per-node "
+            f"{arguments.n_gpu} -m vlm …, or deepspeed --module vlm …), or choose one: CUDA_VISIBLE_DEVICES=0"
+        )
     if settings is not None:
         import deepspeed  # slow to import, and only some runs need it
 
@@ -67,6 +72,12 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
                 f"trainer.deepspeed.{block}: DeepSpeed would use it instead of each part's learning rate and weight "
                 f"decay. Remove it; trainer.optim and trainer.lr_scheduler_type choose them."
             )
+    zero = value.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "trainer.deepspeed.zero_optimization.stage3_gather_16bit_weights_on_model_save: true is needed, or the "
+            "trained model could not be saved at the end"
+        )
     return dict(value)
 
 

@@ -100,8 +100,9 @@ def write_answers(step: int, rows: Sequence[tuple[str, str, str, Image.Image | N
     lines = [f"## Step {step}\n"]
     for index, (question, reference, answer, picture) in enumerate(rows):
         if picture is not None:
-            picture.thumbnail((224, 224))
-            picture.convert("RGB").save(folder / "samples" / f"{index}.png")
+            small = picture.convert("RGB")
+            small.thumbnail((224, 224))
+            small.save(folder / "samples" / f"{index}.png")
             lines.append(f"![sample {index}](samples/{index}.png)\n")
         quoted = {"question": question, "reference": reference, "answer": answer}
         lines += [f"- **{label}**: {' '.join(text.split())}" for label, text in quoted.items()] + [""]

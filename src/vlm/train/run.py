@@ -76,7 +76,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         loss_average=config.trainer.loss_average,
         sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         on_first_batch=(lambda batch: write_first_batch(batch, processor, folder)) if first else None,
-        data_collator=collator(processor, alone=args.world_size == 1 and args.deepspeed is None),
+        data_collator=Collator(processor.tokenizer.pad_token_id, (processor.image_ids(), blank_pixels(processor))),
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=processor,
@@ -147,12 +147,6 @@ def load_data(
 def compute_dtype(args: TrainingArguments) -> torch.dtype:
     """What matrix products run in."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
-def collator(processor: VLMProcessor, *, alone: bool) -> Collator:
-    """Pads batches; where ranks train together, batches without images get a dummy one."""
-    pad = processor.tokenizer.pad_token_id
-    return Collator(pad, None if alone else (processor.image_ids(), blank_pixels(processor)))
 
 
 def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:

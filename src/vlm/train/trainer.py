@@ -196,7 +196,13 @@ class VLMTrainer(Trainer):
         Raises:
             ValueError: the checkpoint trained other parameters than this run does.
         """
-        state = load_file(Path(resume_from_checkpoint, WEIGHTS))
+        path = Path(resume_from_checkpoint, WEIGHTS)
+        if not path.is_file():
+            raise ValueError(
+                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: no {WEIGHTS} in it; a checkpoint written "
+                "under DeepSpeed is resumed with the same trainer.deepspeed."
+            )
+        state = load_file(path)
         trained = {name for name, _ in self._trained()}
         if different := sorted(trained ^ state.keys()):
             raise ValueError(
@@ -212,7 +218,12 @@ class VLMTrainer(Trainer):
             max_steps, train_dataloader, None if partial else resume_from_checkpoint
         )
         if partial:
-            self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            if loaded is None:
+                raise ValueError(
+                    f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it was not written under DeepSpeed, and "
+                    "this run trains with it. Resume with the trainer.deepspeed that it was made with."
+                )
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 

@@ -1,0 +1,38 @@
+"""What `vlm --help` prints, read from the YAML files. Imports neither torch nor Hydra."""
+
+from importlib import resources
+from textwrap import fill
+
+from vlm.config.check import group_names, packaged, run_names
+
+USAGE = """\
+vlm composes, trains and asks vision-language models.
+
+  vlm -cn RUN dataset.path=RECORDS [key=value …]            train
+  vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; vlm generate --help
+
+On several GPUs: torchrun --nproc-per-node 8 -m vlm -cn RUN …, or deepspeed --module vlm -cn RUN …"""
+
+HINTS = """\
+Any key can be set (trainer.num_train_epochs=2), any group exchanged (model/language_model=qwen2.5-0.5b).
+vlm -cn RUN --cfg job shows every key with its value and trains nothing; --config-dir FOLDER adds your YAML files."""
+
+
+def overview() -> str:
+    """Usage, the shipped runs with what they are for, and the groups with their choices."""
+    runs = "\n".join(_entry(name, _description(name), 18) for name in run_names())
+    groups = "\n".join(_entry(group, ", ".join(packaged("vlm.config", group, ".yaml")), 24) for group in group_names())
+    return f"{USAGE}\n\nRuns\n{runs}\n\nGroups and their choices\n{groups}\n\n{HINTS}"
+
+
+def _entry(name: str, text: str, width: int) -> str:
+    """A name and what belongs to it, in two columns."""
+    lead = f"  {name:<{width - 2}}"
+    return fill(text, 118, initial_indent=lead, subsequent_indent=" " * width, break_on_hyphens=False)
+
+
+def _description(run: str) -> str:
+    """The comment at the head of a run's YAML."""
+    lines = resources.files("vlm.config").joinpath(f"{run}.yaml").read_text(encoding="utf-8").splitlines()
+    head = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+    return " ".join(line.lstrip("# ") for line in head)

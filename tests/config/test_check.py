@@ -1,0 +1,174 @@
+"""Every refusal of the checks: the full key, what was given, what is allowed. In this process, to the letter."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import config_of
+from vlm.config.check import CHOICES, UNSUPPORTED, ConfigError, check, group_names, packaged, run_names, shown
+
+CHOSEN = {
+    "model.visual_encoder.feature_strategy": "patch, cls+patch, cls, full",
+    "model.attn_implementation": "auto, flash_attention_2, sdpa, flex_attention, eager",
+    "trainer.loss_average": "token, micro_batch",
+    "trainer.train_sampling_strategy": "random, sequential, group_by_modality_length",
+    "dataset.format": "llava",
+    "dataset.image_mode": "null, square, pad",
+    "dataset.over_length": "error, skip, truncate",
+    "dataset.on_bad_sample": "error, skip",
+}
+"""What each closed list says is allowed."""
+
+LINEAR = ["model/connector=linear"]
+EVAL_SPLIT = "a share from 0 to below 1 is needed"
+NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
+REFUSALS = {
+    "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
+    "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),
+    "connector": (
+        ["model.connector.type=mpl"],
+        "model.connector.type=mpl: allowed are identity, linear, mlp, or package.module:Class for your own",
+    ),
+    "connector's option": (
+        [*LINEAR, "+model.connector.options.num_layers=3"],
+        "model.connector.options.num_layers=3: linear does not take it; model.connector.options.num_layers=null leaves "
+        "it out. Allowed: bias, input_norm",
+    ),
+    "records": (["dataset.path=no.json"], "dataset.path=no.json: no such file (seen from "),
+    "evaluation records": (["dataset.eval_path=no.json"], "dataset.eval_path=no.json: no such file (seen from "),
+    "pictures": (["dataset.image_folder=no"], "dataset.image_folder=no: no such folder (seen from "),
+    "evaluation pictures": (["dataset.eval_image_folder=no"], "dataset.eval_image_folder=no: no such folder (seen"),
+    "encoder's folder": (
+        ["model.visual_encoder.hf_name=./no"],
+        "model.visual_encoder.hf_name=./no: no such folder (seen from ",
+    ),
+    "language model's folder": (
+        ["model.language_model.hf_name=/no/such"],
+        "model.language_model.hf_name=/no/such: no such folder (seen from ",
+    ),
+    "checkpoint": (["trainer.from_pretrained=./no"], "trainer.from_pretrained=./no: no config.json there"),
+    "what to resume": (
+        ["trainer.resume_from_checkpoint=no"],
+        "trainer.resume_from_checkpoint=no: `true` or an existing checkpoint folder is needed",
+    ),
+    "resuming a run without a name": (
+        ["trainer.resume_from_checkpoint=true"],
+        "trainer.resume_from_checkpoint=true: name the run with trainer.output_dir",
+    ),
+    "resuming what did not begin": (
+        ["trainer.resume_from_checkpoint=true", "trainer.output_dir=no"],
+        "trainer.resume_from_checkpoint=true: no checkpoint in trainer.output_dir=no",
+    ),
+    "nothing trains": (
+        ["trainer.unfreeze.train_connector=false"],
+        "nothing trains: set one of trainer.unfreeze.train_vision_model, trainer.unfreeze.train_connector, "
+        "trainer.unfreeze.train_language_model to true",
+    ),
+    "no rate": (
+        ["trainer.unfreeze.train_vision_model=true"],
+        f"trainer.learning_rate.visual_encoder_learning_rate=null: {NEEDS_RATE}.train_vision_model=true",
+    ),
+    "rate of zero": (
+        ["trainer.learning_rate.connector_learning_rate=0"],
+        f"trainer.learning_rate.connector_learning_rate=0.0: {NEEDS_RATE}.train_connector=true",
+    ),
+    "precisions": (
+        ["trainer.bf16=true", "trainer.fp16=true"],
+        "trainer.bf16=true and trainer.fp16=true: choose one",
+    ),
+    "DeepSpeed": (
+        ["trainer.deepspeed=zero9"],
+        "trainer.deepspeed=zero9: allowed are zero0, zero1, zero2, zero3 or the path of a JSON file",
+    ),
+    "share above one": (["dataset.eval_split=1.5"], f"dataset.eval_split=1.5: {EVAL_SPLIT}"),
+    "share below zero": (["dataset.eval_split=-0.5"], f"dataset.eval_split=-0.5: {EVAL_SPLIT}"),
+    "evaluating on nothing": (
+        ["trainer.eval_strategy=epoch"],
+        "trainer.eval_strategy=epoch: give dataset.eval_path or dataset.eval_split",
+    ),
+    "scheduler": (["trainer.lr_scheduler_type=cosin"], "trainer.lr_scheduler_type=cosin: allowed are linear, cosine,"),
+    "optimiser": (["trainer.optim=adam"], "trainer.optim=adam: allowed are "),
+}
+"""Overrides -> how the message begins."""
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    (tmp_path / "records.json").write_text("[]")
+    return tmp_path / "records.json"
+
+
+def refused(records: Path, *overrides: str) -> str:
+    config = config_of("pretrain-smol", [f"dataset.path={records}", *overrides])
+    with pytest.raises(ConfigError) as error:
+        check(config)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_says_the_key_the_value_and_what_is_allowed(records: Path, overrides: list[str], message: str):
+    assert refused(records, *overrides).startswith(message)
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_closed_lists_are_listed(records: Path, key: str):
+    assert refused(records, f"{key}=nonsense") == f"{key}=nonsense: allowed are {CHOSEN[key]}"
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_not_supported_says_what_to_do(records: Path, name: str):
+    value = {"fsdp": "full_shard", "label_smoothing_factor": "0.1"}.get(name, "true")
+    assert refused(records, f"trainer.{name}={value}") == f"trainer.{name}={value}: {UNSUPPORTED[name]}"
+
+
+def test_a_run_directory_given_for_its_model_gets_a_hint(records: Path, tmp_path: Path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    message = refused(records, f"trainer.from_pretrained={tmp_path / 'run'}")
+    assert message.endswith("no config.json there (a run's complete model is its folder final)")
+
+
+def test_evaluation_records_and_a_share_contradict(records: Path):
+    message = refused(records, f"dataset.eval_path={records}", "dataset.eval_split=0.1")
+    assert message == "dataset.eval_path and dataset.eval_split: choose one"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.connector.type=my_package.my_module:MyConnector"],
+        ["+model.connector.options.depth=3", "model.connector.type=mine:Connector"],
+        ["model.connector.options.num_layers=3", "model.connector.options.input_norm=null"],
+        ["model/connector=identity", "model.connector.options.input_norm=null"],
+        ["dataset.template=tokenizer"],
+        ["dataset.template=null", "dataset.image_mode=pad"],
+        ["trainer.from_pretrained=somebody/some-model"],
+        ["trainer.resume_from_checkpoint=false"],
+        ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1"],
+        ["trainer.deepspeed=zero3"],
+        ["trainer/deepspeed=zero2", "trainer/unfreeze=all", "trainer/learning_rate=smol-finetune",
+         "trainer.learning_rate.visual_encoder_learning_rate=1e-6"],
+    ],
+)  # fmt: skip
+def test_what_can_be_run_passes(records: Path, overrides: list[str]):
+    check(config_of("pretrain-smol", [f"dataset.path={records}", *overrides]))
+
+
+def test_a_run_with_a_checkpoint_may_be_resumed(records: Path, tmp_path: Path):
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    words = [f"dataset.path={records}", f"trainer.output_dir={tmp_path / 'run'}"]
+    check(config_of("pretrain-smol", [*words, "trainer.resume_from_checkpoint=true"]))
+    check(config_of("pretrain-smol", [*words, f"trainer.resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-4'}"]))
+
+
+def test_packaged_names():
+    assert "pretrain-llava" in run_names()
+    assert "base" not in run_names()
+    assert {"model/connector", "trainer/deepspeed"} <= set(group_names())
+    assert "zero3" in packaged("vlm.config", "trainer/deepspeed", ".yaml")
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), (1, "1"), (0.0, "0.0"), ("x", "x")])
+def test_values_are_shown_as_yaml_writes_them(value: object, text: str):
+    assert shown(value) == text

@@ -1,0 +1,93 @@
+"""Measures out of the loss: per row, and whether a picture's own caption is the likeliest."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_parts import IGNORED, Parts, picture
+from vlm.data.collate import Collator
+from vlm.data.dataset import SampleDataset
+from vlm.data.encode import encode
+from vlm.data.sample import Picture, Sample, Turn
+from vlm.inference.metrics import caption_retrieval, reply_text, row_losses, with_reply
+
+CAPTIONS = ("red", "a blue square", "two cats on a mat", "12", "a blue square")
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> list[Sample]:
+    """Five pictures with captions, two of which read the same."""
+    made = []
+    for number, caption in enumerate(CAPTIONS):
+        path = tmp_path / f"{number}.png"
+        picture(number).save(path)
+        made.append(Sample(str(number), (Turn("user", (Picture(path), "\nwhat?")), Turn("assistant", (caption,)))))
+    return made
+
+
+def test_row_losses_are_those_of_each_row_alone(parts: Parts, samples: list[Sample]):
+    """Sums and counts; together they are the batch's loss."""
+    model, processor = parts.model()
+    data = SampleDataset(samples, [0] * 5, lambda sample: encode(processor, sample), processor)
+    collate = Collator(processor.tokenizer.pad_token_id)
+    batch = collate([data[index] for index in range(5)])
+    with torch.no_grad():
+        output = model.eval()(**batch)
+        sums, counts = row_losses(output.logits, batch["labels"])
+        for row in range(5):
+            alone = collate([data[row]])
+            assert counts[row] == (alone["labels"] != IGNORED).sum()
+            assert torch.allclose(sums[row] / counts[row], model(**alone).loss, atol=1e-5)
+    assert torch.allclose(sums.sum() / counts.sum(), output.loss, atol=1e-5)
+
+
+def test_a_row_without_supervision_counts_nothing():
+    labels = torch.tensor([[IGNORED, 1, 2], [IGNORED] * 3])
+    sums, counts = row_losses(torch.zeros(2, 4), labels)
+    assert counts.tolist() == [2, 0]
+    assert torch.allclose(sums, torch.tensor([2 * torch.log(torch.tensor(4.0)), 0.0]))
+
+
+class Knowing:
+    """A model whose loss is low where the pixels' mean is the caption's place in `known`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, known: dict[float, list[int]]):
+        self.known = known
+
+    def __call__(self, pixel_values: torch.Tensor, labels: torch.Tensor, **_: torch.Tensor):
+        targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        logits = []
+        for row, pixels in enumerate(pixel_values):
+            wanted = [target for target in targets[row].tolist() if target != IGNORED]
+            own = self.known[round(pixels.mean().item(), 4)] == wanted
+            logits += [torch.nn.functional.one_hot(torch.tensor(t), 512) * (9.0 if own else 1.0) for t in wanted]
+        return type("Output", (), {"logits": torch.stack(logits)})
+
+
+def test_captions_are_found_by_a_model_that_knows_them(parts: Parts, samples: list[Sample]):
+    """Never set against one that reads the same; one that knows another picture's is wrong."""
+    processor = parts.processor()
+    known = {}
+    for sample in samples:
+        pixels = processor.pixel_values([picture(int(sample.id))])
+        ids = [label for label in encode(processor, sample).labels if label != IGNORED]
+        known[round(pixels.mean().item(), 4)] = ids
+    assert caption_retrieval(Knowing(known), processor, samples, ways=4) == [True] * 5
+    keys = list(known)
+    known[keys[0]] = known[keys[2]]
+    assert caption_retrieval(Knowing(known), processor, samples, ways=4) == [False, *[True] * 4]
+
+
+def test_retrieval_is_the_same_for_a_seed(parts: Parts, samples: list[Sample]):
+    model, processor = parts.model()
+    first = caption_retrieval(model.eval(), processor, samples, ways=3, seed=1)
+    assert first == caption_retrieval(model, processor, samples, ways=3, seed=1)
+
+
+def test_a_reply_is_replaced(samples: list[Sample]):
+    changed = with_reply(samples[0], "green")
+    assert (reply_text(samples[0]), reply_text(changed)) == ("red", "green")
+    assert changed.pictures == samples[0].pictures

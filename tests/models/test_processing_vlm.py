@@ -1,0 +1,234 @@
+"""The processor: pixels, placeholders, and what travels with a checkpoint."""
+
+import shutil
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+from transformers import AutoProcessor, CLIPImageProcessor
+
+from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, PATCHES, PREFIX_TOKENS, Parts, byte_tokenizer, picture
+from vlm.build import compose
+from vlm.models import VLMProcessor
+from vlm.models.configuration_vlm import FEATURE_STRATEGIES
+from vlm.models.connectors import CONNECTORS
+from vlm.models.processing_vlm import FROZEN_DATE, IMAGE_MODES, images_of, pad_to_square
+
+FITTING = [
+    (encoder, strategy, connector)
+    for encoder, strategy, connector in product(ENCODERS, FEATURE_STRATEGIES, CONNECTORS)
+    if not ("cls" in strategy and PREFIX_TOKENS[encoder] == 0)  # refused: there is no CLS token
+    and not (connector == "identity" and encoder == "timm_convnet")  # refused: the widths differ
+]
+
+
+@pytest.fixture(scope="module")
+def processor(parts: Parts) -> VLMProcessor:
+    """CLIP at 24 pixels (9 patches), Llama, ChatML."""
+    return parts.processor()
+
+
+# The count
+
+
+@pytest.mark.parametrize(("encoder", "strategy", "connector"), FITTING)
+def test_an_image_has_as_many_placeholders_as_the_model_gives_features(
+    parts: Parts, encoder: str, strategy: str, connector: str
+):
+    model, processor = parts.model(encoder, connector=connector, strategy=strategy)
+    expected = {
+        "patch": PATCHES[encoder],
+        "cls+patch": PATCHES[encoder] + 1,
+        "cls": 1,
+        "full": PATCHES[encoder] + PREFIX_TOKENS[encoder],
+    }
+    with torch.no_grad():
+        features = model.get_image_features(processor.pixel_values([picture(0), picture(1, (20, 50))]))
+    assert features.shape == (2, expected[strategy], model.config.text_config.hidden_size)
+    assert processor.tokens_per_image == expected[strategy]
+    ids = processor.tokenize("a <image> b")[0]
+    assert ids.count(processor.image_token_id) == expected[strategy]
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("mode", IMAGE_MODES)
+def test_pixels_have_the_encoders_shape(parts: Parts, mode: str):
+    processor = parts.processor(image_mode=mode)
+    assert processor.pixel_values([picture(0, (50, 20)), picture(1, (7, 70))]).shape == (2, 3, 24, 24)
+
+
+def test_square_is_what_the_image_processor_does(processor: VLMProcessor):
+    one = picture(0, (50, 20))
+    expected = processor.image_processor([one], return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.pixel_values([one]), expected)
+
+
+@pytest.mark.parametrize(("size", "corner"), [((50, 20), (0, 15)), ((20, 51), (15, 0)), ((30, 30), (0, 0))])
+def test_padding_puts_the_picture_in_the_middle_of_a_square_of_its_colour(size, corner):
+    colour = (122, 116, 104)
+    one = picture(0, size)
+    padded = pad_to_square(one, colour)
+    assert padded.size == (max(size),) * 2
+    assert padded.crop((*corner, corner[0] + size[0], corner[1] + size[1])).tobytes() == one.tobytes()
+    blank = Image.new("RGB", size, colour)
+    padded.paste(blank, corner)
+    assert padded.tobytes() == Image.new("RGB", padded.size, colour).tobytes()
+
+
+def test_pad_pads_in_the_mean_colour(parts: Parts):
+    """`int(mean * 255)`, for CLIP (122, 116, 104): what is padded is all but zero behind the normalisation."""
+    processor = parts.processor(image_mode="pad")
+    white = Image.new("RGB", (240, 80), "white")
+    assert tuple(int(mean * 255) for mean in processor.image_processor.image_mean) == (122, 116, 104)
+    square = pad_to_square(white, (122, 116, 104))
+    expected = processor.image_processor([square], return_tensors="pt")["pixel_values"]
+    pixels = processor.pixel_values([white])
+    assert torch.equal(pixels, expected)
+    assert pixels[..., :6, :].abs().max() < 0.04  # above the picture
+    assert pixels[..., 11:13, :].min() > 1.5
+
+
+def test_a_rotated_photograph_is_turned_upright(processor: VLMProcessor, tmp_path: Path):
+    """Cameras store how they were held (EXIF 6: turn by 90 degrees)."""
+    upright = picture(0, (30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as stored:
+        assert stored.size == (40, 30)
+        assert torch.equal(processor.pixel_values([stored]), processor.pixel_values([upright]))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_pictures_of_any_colour_mode_are_read(processor: VLMProcessor, mode: str):
+    assert processor.pixel_values([picture().convert(mode)]).shape == (1, 3, 24, 24)
+
+
+# Calling it
+
+
+def test_texts_are_padded_on_the_left_with_their_mask(processor: VLMProcessor):
+    inputs = processor(text=["a cat", "<image> and <image>"], images=[picture(0), picture(1)])
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape
+    assert inputs["pixel_values"].shape == (2, 3, 24, 24)
+    for row, text in enumerate(["a cat", "<image> and <image>"]):
+        mask = inputs["attention_mask"][row].bool()
+        assert inputs["input_ids"][row][mask].tolist() == processor.tokenize(text)[0]
+        assert mask.tolist() == sorted(mask.tolist())
+    right = processor(text=["a cat", "<image>"], images=[picture()], padding_side="right")["attention_mask"][0].tolist()
+    assert right == sorted(right, reverse=True)
+
+
+def test_a_text_or_a_picture_alone(processor: VLMProcessor):
+    assert "pixel_values" not in processor(text="a cat")
+    assert set(processor(images=picture())) == {"pixel_values"}
+
+
+@pytest.mark.parametrize(("text", "images", "slots"), [("a cat", 1, 0), ("<image> <image>", 1, 2), (["<image>"], 0, 1)])
+def test_texts_and_pictures_that_do_not_match_are_an_error(processor: VLMProcessor, text, images: int, slots: int):
+    with pytest.raises(ValueError, match=f"{images} images given, but the text has {slots} <image>"):
+        processor(text=text, images=[picture(n) for n in range(images)] or None)
+
+
+def test_chat_template_to_model_inputs(processor: VLMProcessor, tmp_path: Path):
+    """Messages as transformers' pipelines write them: text and images, an image as object, path, array or tensor."""
+    picture(0).save(tmp_path / "a.png")
+    messages = [[
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "image": seen}, {"type": "text", "text": "what is it?"}]},
+    ] for seen in (picture(0), str(tmp_path / "a.png"), np.asarray(picture(0)), pil_to_tensor(picture(0)))]  # fmt: skip
+    text = processor.apply_chat_template(messages[0], add_generation_prompt=True)
+    assert text.endswith("user\n<image>what is it?<|im_end|>\n<|im_start|>assistant\n")
+    for talk in messages:
+        inputs = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True)
+        assert inputs["input_ids"].tolist() == [processor.tokenize(text)[0]]
+        assert torch.equal(inputs["pixel_values"], processor.pixel_values([picture(0)]))
+    batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert batch["input_ids"].shape[0] == batch["pixel_values"].shape[0] == 4
+    ids = processor.apply_chat_template(messages[0], tokenize=True)
+    assert torch.equal(
+        ids, processor(text=processor.apply_chat_template(messages[0]), images=[picture(0)])["input_ids"]
+    )
+
+
+def test_images_of_a_conversation_in_order():
+    talk = [
+        {"role": "user", "content": [{"type": "image", "path": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": [{"type": "image", "url": "d"}, {"type": "image", "image": "e"}]},
+    ]
+    assert images_of(talk) == ["a", "d", "e"]
+
+
+def test_dates_and_thinking_are_the_same_every_day(parts: Parts):
+    processor = parts.processor()
+    processor.chat_template = "{{ date_string }}|{{ enable_thinking }}|{{ image_token }}"
+    assert processor.apply_chat_template([{"role": "user", "content": "?"}]) == f"{FROZEN_DATE}|False|<image>"
+    asked = processor.apply_chat_template([{"role": "user", "content": "?"}], enable_thinking=True)
+    assert asked == f"{FROZEN_DATE}|True|<image>"
+
+
+# What it is made of
+
+
+def test_offsets_are_where_each_token_stands_in_the_text(processor: VLMProcessor):
+    text = "one <image> twö </s> <image>three"
+    ids, spans = processor.tokenize(text)
+    assert len(ids) == len(spans)
+    assert spans == sorted(spans)
+    assert "".join(dict.fromkeys(text[a:b] for a, b in spans if text[a:b] == "<image>")) == "<image>"
+    covered = {position for a, b in spans for position in range(a, b)}
+    assert covered == set(range(len(text)))
+
+
+@pytest.mark.parametrize("language_model", [*LANGUAGE_MODELS, "vicuna"])
+def test_saved_and_reloaded_it_is_the_same(parts: Parts, language_model: str, tmp_path: Path):
+    template = "v1" if language_model == "vicuna" else None
+    processor = parts.processor(
+        "clip", language_model, template=template, image_mode="pad", start="<im_start>", end="<im_end>"
+    )
+    processor.save_pretrained(tmp_path)
+    text = "<image>\nUSER: a</s>b<|im_end|> 12 猫\n<image>"
+    seen = [picture(0), picture(1, (30, 60))]
+    for loaded in (VLMProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert isinstance(loaded, VLMProcessor)
+        assert isinstance(loaded.image_processor, CLIPImageProcessor)
+        for name in ("image_token", "image_start", "image_end", "tokens_per_image", "image_mode", "chat_template"):
+            assert getattr(loaded, name) == getattr(processor, name), name
+        assert loaded.image_token_id == processor.image_token_id
+        assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+        assert loaded.tokenize(text) == processor.tokenize(text)
+        assert loaded.tokenize(text, [(8, 40)]) == processor.tokenize(text, [(8, 40)])
+        assert torch.equal(loaded.pixel_values(seen), processor.pixel_values(seen))
+
+
+def test_an_unknown_image_mode_names_the_choices(processor: VLMProcessor):
+    with pytest.raises(ValueError, match=r"dataset.image_mode=stretch: allowed are square, pad"):
+        VLMProcessor(processor.image_processor, processor.tokenizer, image_mode="stretch")
+
+
+def test_a_slow_tokenizer_is_refused(processor: VLMProcessor):
+    with pytest.raises(ValueError, match="fast tokenizer"):
+        VLMProcessor(processor.image_processor, None)
+
+
+def test_tokens_that_the_tokenizer_knows_are_not_added_again(parts: Parts, tmp_path: Path):
+    """A tokenizer that brings `<image>` keeps its id; one that does not gets the missing tokens alone."""
+    folder = tmp_path / "language_model"
+    shutil.copytree(parts.language_model("llama"), folder)
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<other>"]})
+    tokenizer.save_pretrained(folder)
+    recipe = parts.recipe(end="<|im_end|>", start="<im_start>")
+    recipe.language_model.hf_name = str(folder)
+    processor = compose(recipe, None, None)[1]
+    assert processor.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
+    assert len(processor.tokenizer) == len(tokenizer) + 1
+    assert {"<image>", "<other>", "<im_start>"} <= set(processor.tokenizer.all_special_tokens)
+    assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id

@@ -1,0 +1,110 @@
+"""The console script: the overview, and asking a model."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import vlm
+from tests.tiny_parts import Parts, picture
+from vlm.cli import COMMANDS, main
+from vlm.config.check import group_names, packaged, run_names
+
+
+@pytest.fixture(scope="module")
+def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model, as a run leaves it in `final`."""
+    folder = tmp_path_factory.mktemp("model") / "final"
+    model, processor = parts.model("clip", "llama", template="chatml")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    picture().save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"]])
+def test_the_overview_lists_what_there_is(capsys: pytest.CaptureFixture[str], words: list[str]):
+    main(words)
+    printed = capsys.readouterr().out
+    wanted = [*run_names(), *group_names(), *(f"vlm {name}" for name in COMMANDS), "--config-dir", "--cfg job"]
+    wanted += [option for group in group_names() for option in packaged("vlm.config", group, ".yaml")]
+    assert [text for text in wanted if text not in printed] == []
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    main(["--version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def ask(*words: object) -> None:
+    main(["generate", *map(str, words)])
+
+
+def test_generate_answers_as_three_lines_of_python_do(
+    checkpoint: Path, image: Path, capsys: pytest.CaptureFixture[str]
+):
+    ask(checkpoint, "--image", image, "--prompt", "What is this?", "--max-new-tokens", 5, "--device", "cpu")
+    model = vlm.load(checkpoint, device="cpu")
+    assert capsys.readouterr().out.strip() == model.generate("What is this?", [image], max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--num-beams", "2"],
+        ["--temperature", "0.8", "--top-p", "0.95", "--seed", "3"],
+        ["--temperature", "0.8", "--top_p", "0.95", "--num_beams", "1", "--max_new_tokens", "4", "--dtype", "float32"],
+    ],
+    ids=str,
+)
+def test_generate_takes_options(checkpoint: Path, image: Path, options: list[str], capsys: pytest.CaptureFixture[str]):
+    said = []
+    for _ in range(2 if "--seed" in options else 1):
+        ask(checkpoint, "--image", image, "--prompt", "What?", "--device", "cpu", "--max-new-tokens", 5, *options)
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1
+    assert said[0].endswith("\n")
+
+
+def test_generate_takes_no_picture_and_several(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture[str]):
+    short = ["--max-new-tokens", 2, "--device", "cpu"]
+    ask(checkpoint, "--prompt", "Hello", *short)
+    ask(checkpoint, "--image", image, "--image", image, "--prompt", "<image> or <image>?", *short)
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image", "no.png", "--prompt", "What?"], "no.png does not open: "),
+        (["--image", "IMAGE", "--prompt", "<image><image>?"], "the prompt has 2 <image>, but 1 images were given"),
+    ],
+)
+def test_generate_refuses_clearly(checkpoint: Path, image: Path, words: list[str], message: str):
+    with pytest.raises(SystemExit) as stopped:
+        ask(checkpoint, *[str(image) if word == "IMAGE" else word for word in words])
+    assert str(stopped.value.code).startswith("vlm generate: ")
+    assert message in str(stopped.value.code)
+
+
+def test_generate_hints_at_the_complete_model_of_a_run(tmp_path: Path, image: Path):
+    with pytest.raises(SystemExit) as stopped:
+        ask(tmp_path, "--prompt", "What?", "--image", image)
+    assert str(stopped.value.code) == (
+        f"vlm generate: {tmp_path} holds no config.json; a run's complete model is its folder `final`"
+    )
+
+
+def test_public_names_load_when_asked_for():
+    assert Image.open  # Pillow is there, and what follows needs torch
+    for name in vlm.__all__:
+        assert getattr(vlm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = vlm.nothing

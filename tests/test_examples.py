@@ -1,0 +1,57 @@
+"""The commands of examples/README.md do what it says."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every command of the README has been run, in order."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "examples").mkdir()
+    shutil.copy(EXAMPLES / "make_data.py", folder / "examples")
+    blocks = re.findall(r"```sh\n(.*?)```", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = "\n".join(["set -e", *blocks])
+    environment = {**os.environ, "PATH": programs, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "answer.txt").write_text(done.stdout.splitlines()[-1])
+    return folder
+
+
+def test_the_data_has_every_kind_of_record(place: Path):
+    data = place / "examples" / "data"
+    assert len(list((data / "images").iterdir())) == len(json.loads((data / "captions.json").read_text())) == 12
+    records = json.loads((data / "train.json").read_text())
+    images = [record.get("image") for record in records]
+    assert None in images
+    assert any(isinstance(image, list) for image in images)
+    assert max(len(record["conversations"]) for record in records) == 4
+
+
+def test_both_stages_leave_a_complete_model_and_what_the_readme_names(place: Path):
+    for run in ("example-pretrain", "example-finetune"):
+        assert (place / "outputs" / run / "final" / "model.safetensors").is_file()
+    run = place / "outputs" / "example-finetune"
+    assert "<mark>" in (run / "first_batch.html").read_text()
+    assert "**answer**" in (run / "samples.md").read_text()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any({"eval_loss", "eval_blank_loss"} <= line.keys() for line in lines)
+
+
+def test_every_record_was_used(place: Path):
+    for run, count in (("example-pretrain", 12), ("example-finetune", 9)):
+        data = json.loads((place / "outputs" / run / "data.json").read_text())
+        assert (data["train"]["samples"], data["train"]["skipped"]) == (count, 0)
