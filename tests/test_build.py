@@ -15,6 +15,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPVisionModel,
+    GenerationConfig,
     SiglipVisionModel,
     TimmWrapperImageProcessor,
 )
@@ -56,8 +57,9 @@ def test_parts_arrive_with_their_weights(parts: Parts, encoder: str, language_mo
         (model.language_model, AutoModelForCausalLM.from_pretrained(parts.language_model(language_model))),
     ):
         values = ours.state_dict()
-        assert values.keys() == theirs.state_dict().keys()
-        for name, value in theirs.state_dict().items():
+        expected = {k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")}  # SigLIP's pooling head
+        assert values.keys() == expected.keys()
+        for name, value in expected.items():
             assert torch.equal(values[name][: len(value)] if value.ndim else values[name], value), name
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert len(processor.tokenizer) <= model.get_input_embeddings().num_embeddings
@@ -101,6 +103,23 @@ def test_the_connectors_weights_depend_on_the_seed_alone(parts: Parts):
     weights = [model.connector.state_dict() for model in (one, same, other)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert not any(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+
+
+def test_a_language_models_taste_in_sampling_is_left_behind(parts: Parts, tmp_path: Path):
+    """Its end tokens stay; temperature and the like are what the caller says, in a reloaded model too."""
+    folder = tmp_path / "language_model"
+    shutil.copytree(parts.language_model("llama"), folder)
+    taste = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1}
+    GenerationConfig(eos_token_id=[2, 0], bos_token_id=3, pad_token_id=0, **taste).save_pretrained(folder)
+    recipe = parts.recipe()
+    recipe.language_model.hf_name = str(folder)
+    config, processor = compose(recipe, None, None)
+    model = build_model(recipe, config, processor, torch.float32, 0)
+    model.save_pretrained(tmp_path / "saved")
+    for one in (model, load_model(str(tmp_path / "saved"), load_config(str(tmp_path / "saved")), torch.float32)):
+        settings = one.generation_config
+        assert (settings.eos_token_id, settings.bos_token_id, settings.pad_token_id) == ([2, 0], 3, 0)
+        assert not any(getattr(settings, name) == value for name, value in taste.items())
 
 
 def test_every_part_is_built_in_the_dtype_asked_for(parts: Parts):
@@ -193,7 +212,7 @@ REFUSED = {
         {"encoder": "timm_convnet", "connector": "identity"},
         r"model.connector.type=identity needs equal widths: the visual encoder has 256, the language model 32",
     ),
-    "connector": ({"connector": "conv"}, r"model.connector.type=conv: allowed are identity, linear, mlp, or package"),
+    "connector": ({"connector": "conv"}, r"model.connector.type=conv: allowed are identity, linear, mlp"),
     "option": ({"options": {"depth": 2}}, r"model.connector.options.depth: mlp does not take it.* Allowed: num_layers"),
     "layers": ({"options": {"num_layers": 0}}, r"model.connector.options.num_layers=0: at least 1 is needed"),
     "activation": ({"options": {"activation": "sine"}}, r"options.activation=sine: allowed are .*gelu"),
@@ -293,6 +312,17 @@ def test_a_checkpoints_processor_takes_another_template_and_mode(checkpoint: Pat
     assert changed.image_mode == "square"
     assert "ASSISTANT: " in changed.chat_template
     assert load_processor(str(checkpoint), "tokenizer", None).chat_template == changed.tokenizer.chat_template
+
+
+def test_a_later_stage_may_go_back_to_the_tokenizers_own_template(parts: Parts, tmp_path: Path):
+    """A pretraining on captions leaves the language model's template in the checkpoint."""
+    own = compose(parts.recipe(), None, None)[1].chat_template
+    parts.processor(template="plain").save_pretrained(tmp_path / "a")
+    assert "<|im_start|>" not in load_processor(str(tmp_path / "a"), None, None).chat_template
+    assert load_processor(str(tmp_path / "a"), "tokenizer", None).chat_template == own
+    parts.processor("clip", "vicuna", template="plain").save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"dataset.template=tokenizer: .*b brings no chat template"):
+        load_processor(str(tmp_path / "b"), "tokenizer", None)
 
 
 def test_another_kind_of_checkpoint_is_refused(parts: Parts):

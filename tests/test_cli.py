@@ -1,15 +1,27 @@
 """The console script: the overview, and asking a model."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from transformers import dynamic_module_utils
 
 import vlm
 from tests.tiny_parts import Parts, picture
 from vlm.cli import COMMANDS, main
 from vlm.config.check import group_names, packaged, run_names
+from vlm.inference.generate import VisionLanguageModel
+from vlm.models.connectors import CONNECTORS
+
+OWN_CONNECTOR = """
+from torch import nn
+
+
+class Mine(nn.Linear):
+    def __init__(self, vision_dim: int, text_dim: int):
+        super().__init__(vision_dim, text_dim)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +114,28 @@ def test_generate_hints_at_the_complete_model_of_a_run(tmp_path: Path, image: Pa
     )
 
 
+def test_a_connector_class_that_travels_is_used_where_it_is_trusted(
+    parts: Parts, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "travels.py").write_text(OWN_CONNECTOR)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "cache")])
+    model, processor = parts.model("clip", "llama", template="chatml", connector="travels:Mine")
+    model.save_pretrained(tmp_path / "final")
+    processor.save_pretrained(tmp_path / "final")
+    del CONNECTORS["travels:Mine"]  # as in a process that has not built it
+    words = [tmp_path / "final", "--image", image, "--prompt", "What?", "--max-new-tokens", 3, "--device", "cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        ask(*words)
+    assert "model.connector.type=travels:Mine: allowed are identity, linear, mlp" in str(stopped.value.code)
+    ask(*words, "--trust-remote-code")
+    expected = VisionLanguageModel(model, processor).generate("What?", [image], max_new_tokens=3)
+    assert capsys.readouterr().out.strip() == expected
+    del CONNECTORS["travels:Mine"]
+
+
 def test_public_names_load_when_asked_for():
-    assert Image.open  # Pillow is there, and what follows needs torch
     for name in vlm.__all__:
         assert getattr(vlm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

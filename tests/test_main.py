@@ -29,10 +29,10 @@ print([name for name in ("torch", "transformers", "deepspeed") if name in sys.mo
 """
 
 
-def start(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+def start(*words: str, given: str = "", seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
     """Run Python and wait."""
     command = [sys.executable, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, **options)  # type: ignore[call-overload] - passed on
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, input=given)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_all_that_is_refused_and_shown_needs_no_torch(records: str):
     refusals = [[*run, records, *overrides] for overrides, _ in test_check.REFUSALS.values()]
     refusals += [[*run, records, override] for override in test_explain.REFUSALS]
     shown = [["--help"], ["--version"], [*run, "--help"], [*run, records, "--cfg", "job"]]
-    done = start("-c", ASK_ALL, input=json.dumps([*refusals, *shown, run, []]))
+    done = start("-c", ASK_ALL, given=json.dumps([*refusals, *shown, run, []]), seconds=10 * SECONDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert "Traceback" not in done.stdout + done.stderr
@@ -81,14 +81,18 @@ def test_importing_the_package_is_fast_and_imports_nothing_heavy():
 
 
 def test_launchers_words_are_taken(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "")  # so that what the launcher's word sets is taken back afterwards
+    monkeypatch.delenv("LOCAL_RANK")
     assert take_launcher_words(["--local_rank=3", "-cn", "x"]) == ["-cn", "x"]
     assert os.environ["LOCAL_RANK"] == "3"
     assert take_launcher_words(["--local-rank", "1", "a=b"]) == ["a=b"]
     assert os.environ["LOCAL_RANK"] == "3"
 
 
-def test_what_a_model_refuses_later_ends_without_a_traceback(records: str, tmp_path: Path):
+def test_what_a_model_refuses_later_ends_without_a_traceback(
+    records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     said = refusal("-cn", "pretrain-smol", records, f"model.visual_encoder.hf_name={tmp_path}")
     assert said.startswith(f"vlm: model.visual_encoder.hf_name={tmp_path}: no model configuration there")
 

@@ -50,13 +50,15 @@ def _generate(args: argparse.Namespace) -> None:
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
+    from vlm.config.check import check_inference
     from vlm.config.schema import InferenceConfig
     from vlm.inference.generate import VisionLanguageModel, opened, user_turn
 
     disable_progress_bar()
+    settings = InferenceConfig(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    check_inference(settings, prefix="")
     images = opened(args.image)
     conversation = [user_turn(args.prompt, len(images))]
-    settings = InferenceConfig(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
     model = VisionLanguageModel.load(
         args.checkpoint, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code
     )

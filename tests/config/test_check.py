@@ -49,7 +49,7 @@ REFUSALS = {
     "checkpoint": (["trainer.from_pretrained=./no"], "trainer.from_pretrained=./no: no config.json there"),
     "what to resume": (
         ["trainer.resume_from_checkpoint=no"],
-        "trainer.resume_from_checkpoint=no: `true` or an existing checkpoint folder is needed",
+        "trainer.resume_from_checkpoint=no: `true` or the folder of a complete checkpoint is needed",
     ),
     "resuming a run without a name": (
         ["trainer.resume_from_checkpoint=true"],
@@ -57,7 +57,7 @@ REFUSALS = {
     ),
     "resuming what did not begin": (
         ["trainer.resume_from_checkpoint=true", "trainer.output_dir=no"],
-        "trainer.resume_from_checkpoint=true: no checkpoint in trainer.output_dir=no",
+        "trainer.resume_from_checkpoint=true: no complete checkpoint in trainer.output_dir=no",
     ),
     "nothing trains": (
         ["trainer.unfreeze.train_connector=false"],
@@ -76,6 +76,10 @@ REFUSALS = {
         ["trainer.bf16=true", "trainer.fp16=true"],
         "trainer.bf16=true and trainer.fp16=true: choose one",
     ),
+    "average": (
+        ["trainer.average_tokens_across_devices=false"],
+        "trainer.average_tokens_across_devices=false: trainer.loss_average says how losses average",
+    ),
     "DeepSpeed": (
         ["trainer.deepspeed=zero9"],
         "trainer.deepspeed=zero9: allowed are zero0, zero1, zero2, zero3 or the path of a JSON file",
@@ -85,6 +89,10 @@ REFUSALS = {
     "evaluating on nothing": (
         ["trainer.eval_strategy=epoch"],
         "trainer.eval_strategy=epoch: give dataset.eval_path or dataset.eval_split",
+    ),
+    "not evaluating on something": (
+        ["dataset.eval_split=0.5"],
+        "trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps",
     ),
     "scheduler": (["trainer.lr_scheduler_type=cosin"], "trainer.lr_scheduler_type=cosin: allowed are linear, cosine,"),
     "optimiser": (["trainer.optim=adam"], "trainer.optim=adam: allowed are "),
@@ -155,11 +163,25 @@ def test_what_can_be_run_passes(records: Path, overrides: list[str]):
     check(config_of("pretrain-smol", [f"dataset.path={records}", *overrides]))
 
 
-def test_a_run_with_a_checkpoint_may_be_resumed(records: Path, tmp_path: Path):
-    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
-    words = [f"dataset.path={records}", f"trainer.output_dir={tmp_path / 'run'}"]
-    check(config_of("pretrain-smol", [*words, "trainer.resume_from_checkpoint=true"]))
-    check(config_of("pretrain-smol", [*words, f"trainer.resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-4'}"]))
+def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
+    torn, whole = tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "checkpoint-2"
+    for folder in (torn, whole):
+        folder.mkdir(parents=True)
+    output = f"trainer.output_dir={tmp_path / 'run'}"
+    assert "no complete checkpoint" in refused(records, output, "trainer.resume_from_checkpoint=true")
+    assert "complete checkpoint is needed" in refused(records, output, f"trainer.resume_from_checkpoint={torn}")
+    (whole / "complete").touch()
+    for value in ("true", whole):
+        check(
+            config_of("pretrain-smol", [f"dataset.path={records}", output, f"trainer.resume_from_checkpoint={value}"])
+        )
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "final"])
+def test_another_runs_directory_is_not_written_into(records: Path, tmp_path: Path, name: str):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    said = refused(records, f"trainer.output_dir={tmp_path / 'run'}")
+    assert said.startswith(f"trainer.output_dir={tmp_path / 'run'}: holds another run.")
 
 
 def test_packaged_names():

@@ -54,6 +54,12 @@ RUNS = {
 """A run's YAML -> how the message begins."""
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra leaves files behind for a YAML that does not build on ours."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(("override", "message"), REFUSALS.items(), ids=REFUSALS)
 def test_an_override_is_refused_in_the_users_terms(override: str, message: str):
     assert refusal("-cn", "pretrain-smol", DATA, override).startswith(f"vlm: {message}")
@@ -64,6 +70,11 @@ def test_a_yaml_of_the_users_own_is_refused_alike(tmp_path: Path, yaml: str, mes
     (tmp_path / "mine.yaml").write_text(yaml)
     said = refusal("--config-dir", str(tmp_path), "-cn", "mine")
     assert said.startswith(f"vlm: {message}")
+
+
+def test_a_refusal_leaves_nothing_behind(tmp_path: Path):
+    refusal("-cn", "pretrain-smol", DATA)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistyped_run_is_refused_with_the_nearest():

@@ -296,7 +296,8 @@ def test_a_run_directory_is_no_checkpoint(tmp_path: Path):
 def test_training_switched_the_cache_off(ours: VisionLanguageModel):
     """Gradient checkpointing leaves `use_cache=False` in the configuration; answers use the cache all the same."""
     before = ours.generate("what?", [picture(0)], max_new_tokens=6)
-    ours.model.config.use_cache = ours.model.language_model.config.use_cache = False
+    for settings in (ours.model.config, ours.model.language_model.config, ours.model.generation_config):
+        settings.use_cache = False
     lengths: list[int] = []
     handle = ours.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True

@@ -192,7 +192,7 @@ def test_a_connector_of_the_users_own_trains_and_comes_back(parts: Parts, own_co
     assert model(**inputs, labels=inputs["input_ids"]).loss < before
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert (tmp_path / "my_connector.py").read_text() == OWN_CONNECTOR
+    assert (tmp_path / "user_connector.py").read_text() == OWN_CONNECTOR
     add_connector_class(own_connector)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, AutoProcessor.from_pretrained(tmp_path)), logits(model, processor))
@@ -234,7 +234,7 @@ def test_checkpoints_load_where_this_package_is_not_installed(parts: Parts, own_
         assert 1 <= found[f"{folder} generate"] <= 3
     again = VLMForConditionalGeneration.from_pretrained(tmp_path / "tied" / "again")
     assert torch.equal(logits(again, made["tied"][1]), torch.load(tmp_path / "tied" / "logits.pt"))
-    assert (tmp_path / "own" / "again" / "my_connector.py").read_text() == OWN_CONNECTOR
+    assert (tmp_path / "own" / "again" / "user_connector.py").read_text() == OWN_CONNECTOR
     for folder in folders:
         names = {path.name for path in Path(folder, "again").glob("*.py")}
         assert {"configuration_vlm.py", "connectors.py", "modeling_vlm.py", "processing_vlm.py"} <= names

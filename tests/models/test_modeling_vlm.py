@@ -110,6 +110,12 @@ def test_layers_past_the_selected_one_are_not_built(parts: Parts, encoder: str):
     assert len(layers) == model.config.vision_config.num_hidden_layers == 1
 
 
+def test_siglips_pooling_head_is_not_built(parts: Parts):
+    """Nobody reads its output."""
+    model = parts.model("siglip")[0]
+    assert not any("head" in name for name in model.visual_encoder.state_dict())
+
+
 # The merge
 
 

@@ -168,10 +168,12 @@ def test_images_of_a_conversation_in_order():
 
 def test_dates_and_thinking_are_the_same_every_day(parts: Parts):
     processor = parts.processor()
-    processor.chat_template = "{{ date_string }}|{{ enable_thinking }}|{{ image_token }}"
-    assert processor.apply_chat_template([{"role": "user", "content": "?"}]) == f"{FROZEN_DATE}|False|<image>"
+    dates = "{{ date_string }}|{{ strftime_now('%d %b %Y') }}"
+    processor.chat_template = f"{dates}|{{{{ enable_thinking }}}}|{{{{ image_token }}}}"
+    frozen = f"{FROZEN_DATE}|{FROZEN_DATE}"
+    assert processor.apply_chat_template([{"role": "user", "content": "?"}]) == f"{frozen}|False|<image>"
     asked = processor.apply_chat_template([{"role": "user", "content": "?"}], enable_thinking=True)
-    assert asked == f"{FROZEN_DATE}|True|<image>"
+    assert asked == f"{frozen}|True|<image>"
 
 
 # What it is made of

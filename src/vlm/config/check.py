@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vlm.config.schema import PARTS, TRAIN_FLAGS, ConnectorConfig, RunConfig, training_argument_choices
+from vlm.config.schema import PARTS, TRAIN_FLAGS, ConnectorConfig, InferenceConfig, RunConfig, training_argument_choices
 
 NOT_RUNS = ("base",)
 """Top-level YAML files that others build on."""
@@ -46,6 +46,7 @@ def check(config: RunConfig) -> None:
     check_paths(config)
     check_training(config)
     check_evaluation(config)
+    check_inference(config.inference)
 
 
 def check_choices(config: RunConfig) -> None:
@@ -200,6 +201,19 @@ def check_evaluation(config: RunConfig) -> None:
         raise ConfigError(f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split")
     if strategy == "no" and (data.eval_path or data.eval_split):
         raise ConfigError("trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps")
+
+
+def check_inference(settings: InferenceConfig, prefix: str = "inference.") -> None:
+    """How answers are drawn is within bounds; `prefix` is what stands before a key where the user wrote it."""
+    bounds = {
+        "temperature": (settings.temperature >= 0, "0 (greedy) or more"),
+        "top_p": (0 < settings.top_p <= 1, "a share above 0, at most 1"),
+        "num_beams": (settings.num_beams >= 1, "at least 1"),
+        "max_new_tokens": (settings.max_new_tokens >= 1, "at least 1"),
+    }
+    for name, (fits, needed) in bounds.items():
+        if not fits:
+            raise ConfigError(f"{prefix}{name}={getattr(settings, name)}: {needed} is needed")
 
 
 def value_of(config: RunConfig, key: str) -> Any:

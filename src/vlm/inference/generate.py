@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlm.config.schema import InferenceConfig
 from vlm.data.encode import encode_prompt, open_picture, render, reply_end
 from vlm.data.sample import BadSample, Picture, Turn
-from vlm.models import VLMForConditionalGeneration, VLMProcessor
+from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
+from vlm.models.connectors import CONNECTORS
 
 PLACEHOLDER = "<image>"
 
@@ -45,8 +47,9 @@ class VisionLanguageModel:
         Raises:
             ValueError: it is no checkpoint of this framework.
         """
-        if not Path(checkpoint, "config.json").is_file() and Path(checkpoint).exists():
-            raise ValueError(f"{checkpoint} holds no config.json; a run's complete model is its folder `final`")
+        config = checkpoint_config(checkpoint)
+        if trust_remote_code:
+            add_travelled_connector(config, str(checkpoint))
         model: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -131,6 +134,8 @@ class VisionLanguageModel:
     ) -> dict[str, torch.Tensor]:
         """Model inputs of conversations that wait for a reply, padded on the left."""
         rows = [{"input_ids": encode_prompt(self.processor, turns)} for turns in conversations]
+        if not all(row["input_ids"] for row in rows):
+            raise ValueError("the model's template leaves nothing of this prompt (plain keeps pictures only)")
         inputs = dict(self.processor.tokenizer.pad(rows, padding_side="left", return_tensors="pt"))
         pictures = [picture for found in images for picture in found]
         if pictures:
@@ -161,6 +166,34 @@ class VisionLanguageModel:
 
     def _text(self, ids: torch.Tensor) -> str:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def checkpoint_config(checkpoint: str | Path) -> VLMConfig:
+    """The configuration of a checkpoint of this framework.
+
+    Raises:
+        ValueError: it is none, or there is no such folder.
+    """
+    folder = Path(checkpoint)
+    if not folder.joinpath("config.json").is_file():
+        if folder.exists():
+            raise ValueError(f"{checkpoint} holds no config.json; a run's complete model is its folder `final`")
+        if len(folder.parts) != 2 or str(checkpoint).startswith((".", "/", "~")):
+            raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
+    config = AutoConfig.from_pretrained(checkpoint)
+    if not isinstance(config, VLMConfig):
+        raise ValueError(f"{checkpoint} is a {config.model_type} checkpoint, not one of this framework")
+    return config
+
+
+def add_travelled_connector(config: VLMConfig, checkpoint: str) -> None:
+    """Put the connector class that travels with a checkpoint, if one does, in the table under its own name.
+
+    This package's model class takes the place of the checkpoint's own code, which would have done it.
+    """
+    kind = config.connector["type"]
+    if kind not in CONNECTORS and "Connector" in config.auto_map:
+        CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], checkpoint)
 
 
 def user_turn(prompt: str, num_images: int) -> Turn:

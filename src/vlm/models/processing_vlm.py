@@ -18,6 +18,8 @@ from transformers.image_utils import load_image
 IMAGE_MODES = ("square", "pad")
 FROZEN_DATE = "26 Jul 2024"
 """Given to templates that would write today's date (Llama-3.2), so that a prompt is the same every day."""
+FROZEN_CLOCK = f"{{% macro strftime_now(format) %}}{FROZEN_DATE}{{% endmacro +%}}"
+"""Stands before templates that ask what day it is: transformers hands them its own clock, and no function of ours."""
 
 
 class VLMProcessor(ProcessorMixin):
@@ -162,14 +164,12 @@ class VLMProcessor(ProcessorMixin):
             inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
             return inputs if kwargs.get("return_dict") else inputs["input_ids"]
         flat = [[{**turn, "content": self._flatten(turn["content"])} for turn in talk] for talk in conversations]
-        frozen = {
-            "date_string": FROZEN_DATE,
-            "strftime_now": lambda _: FROZEN_DATE,
-            "enable_thinking": False,
-            "image_token": self.image_token,
-        }
+        frozen = {"date_string": FROZEN_DATE, "enable_thinking": False, "image_token": self.image_token}
+        template = kwargs.pop("chat_template", self.chat_template)
+        if template and "strftime_now" in template:
+            template = FROZEN_CLOCK + template
         rendered = self.tokenizer.apply_chat_template(
-            flat, *args, tokenize=False, chat_template=kwargs.pop("chat_template", self.chat_template),
+            flat, *args, tokenize=False, chat_template=template,
             **{**frozen, **{k: v for k, v in kwargs.items() if k not in ("return_dict", "return_tensors")}},
         )  # fmt: skip
         return rendered if many else rendered[0]
