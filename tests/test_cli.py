@@ -97,6 +97,8 @@ def test_generate_takes_no_picture_and_several(checkpoint: Path, image: Path, ca
     [
         (["--image", "no.png", "--prompt", "What?"], "no.png does not open: "),
         (["--image", "IMAGE", "--prompt", "<image><image>?"], "the prompt has 2 <image>, but 1 images were given"),
+        (["--prompt", "What?", "--temperature", "-1"], "temperature=-1.0: 0 (greedy) or more is needed"),
+        (["--prompt", "What?", "--max-new-tokens", "0"], "max_new_tokens=0: at least 1 is needed"),
     ],
 )
 def test_generate_refuses_clearly(checkpoint: Path, image: Path, words: list[str], message: str):
@@ -112,6 +114,14 @@ def test_generate_hints_at_the_complete_model_of_a_run(tmp_path: Path, image: Pa
     assert str(stopped.value.code) == (
         f"vlm generate: {tmp_path} holds no config.json; a run's complete model is its folder `final`"
     )
+
+
+def test_generate_refuses_what_is_no_checkpoint_of_ours(parts: Parts):
+    other = parts.language_model("llama")
+    for name, message in (("./no", "./no: no such folder"), (other, f"{other} is a llama checkpoint, not one of this")):
+        with pytest.raises(SystemExit) as stopped:
+            ask(name, "--prompt", "What?")
+        assert str(stopped.value.code).startswith(f"vlm generate: {message}")
 
 
 def test_a_connector_class_that_travels_is_used_where_it_is_trusted(

@@ -94,6 +94,13 @@ REFUSALS = {
         ["dataset.eval_split=0.5"],
         "trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps",
     ),
+    "temperature": (
+        ["inference.temperature=-1"],
+        "inference.temperature=-1.0: 0 (greedy) or more is needed",
+    ),
+    "top_p": (["inference.top_p=0"], "inference.top_p=0.0: a share above 0, at most 1 is needed"),
+    "beams": (["inference.num_beams=0"], "inference.num_beams=0: at least 1 is needed"),
+    "length": (["inference.max_new_tokens=0"], "inference.max_new_tokens=0: at least 1 is needed"),
     "scheduler": (["trainer.lr_scheduler_type=cosin"], "trainer.lr_scheduler_type=cosin: allowed are linear, cosine,"),
     "optimiser": (["trainer.optim=adam"], "trainer.optim=adam: allowed are "),
 }

@@ -1,5 +1,6 @@
 """Answers: batched as alone, streamed as whole, and errors for what cannot be asked."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from vlm.data.encode import encode_prompt
 from vlm.data.sample import Picture, Turn
 from vlm.inference.generate import VisionLanguageModel, opened, user_turn
 from vlm.models import VLMProcessor
+from vlm.models.connectors import CONNECTORS
 
 GREEDY = InferenceConfig(max_new_tokens=12)
 
@@ -293,15 +295,61 @@ def test_a_run_directory_is_no_checkpoint(tmp_path: Path):
         VisionLanguageModel.load(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "said"), [("/no/such/folder", "no such folder"), ("final", "no such folder"),
+                                            ("./a/b", "no such folder")])  # fmt: skip
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str, said: str):
+    with pytest.raises(ValueError, match=said):
+        VisionLanguageModel.load(name)
+
+
+def test_another_kind_of_checkpoint_is_refused(parts: Parts):
+    with pytest.raises(ValueError, match="is a llama checkpoint, not one of this framework"):
+        VisionLanguageModel.load(parts.language_model("llama"))
+
+
+def test_a_connector_that_travels_with_a_checkpoint_is_loaded_where_it_is_trusted(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "their_connector.py").write_text(
+        "from torch import nn\n\n\nclass Theirs(nn.Linear):\n    def __init__(self, vision_dim, text_dim):\n"
+        "        super().__init__(vision_dim, text_dim)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model, processor = parts.model(connector="their_connector:Theirs")
+    made = VisionLanguageModel(model.eval(), processor)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    monkeypatch.delitem(CONNECTORS, "their_connector:Theirs")
+    monkeypatch.delitem(sys.modules, "their_connector")
+    with pytest.raises(ValueError, match=r"model.connector.type=their_connector:Theirs: allowed are"):
+        VisionLanguageModel.load(tmp_path / "saved", device="cpu")
+    loaded = VisionLanguageModel.load(tmp_path / "saved", device="cpu", trust_remote_code=True)
+    assert loaded.generate("what?", [picture()]) == made.generate("what?", [picture()])
+    monkeypatch.delitem(CONNECTORS, "their_connector:Theirs")
+
+
+def test_a_prompt_of_which_the_template_leaves_nothing_is_an_error(parts: Parts):
+    """`plain` keeps pictures alone; a tokenizer without BOS then has no token to begin with."""
+    processor = parts.processor()
+    tokenizer = byte_tokenizer("plain", bos=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    bare = VLMProcessor(processor.image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    with pytest.raises(ValueError, match="leaves nothing of this prompt"):
+        VisionLanguageModel(parts.model()[0], bare).generate("what?")
+
+
 def test_training_switched_the_cache_off(ours: VisionLanguageModel):
-    """Gradient checkpointing leaves `use_cache=False` in the configuration; answers use the cache all the same."""
-    before = ours.generate("what?", [picture(0)], max_new_tokens=6)
+    """Gradient checkpointing leaves `use_cache=False` in the configuration; answers use the cache all the same.
+
+    With pictures transformers insists on it; here there is none.
+    """
+    before = ours.generate("what?", max_new_tokens=6)
     for settings in (ours.model.config, ours.model.language_model.config, ours.model.generation_config):
         settings.use_cache = False
     lengths: list[int] = []
     handle = ours.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    assert ours.generate("what?", [picture(0)], max_new_tokens=6) == before
+    assert ours.generate("what?", max_new_tokens=6) == before
     handle.remove()
     assert set(lengths[1:]) <= {1}

@@ -174,6 +174,8 @@ def test_dates_and_thinking_are_the_same_every_day(parts: Parts):
     assert processor.apply_chat_template([{"role": "user", "content": "?"}]) == f"{frozen}|False|<image>"
     asked = processor.apply_chat_template([{"role": "user", "content": "?"}], enable_thinking=True)
     assert asked == f"{frozen}|True|<image>"
+    processor.chat_template = "\n {{ strftime_now('%d') }} \n"  # nothing else of the template changes
+    assert processor.apply_chat_template([{"role": "user", "content": "?"}]) == f"\n {FROZEN_DATE} "
 
 
 # What it is made of

@@ -135,3 +135,15 @@ def test_bad_records_are_listed_when_skipped(train: Callable[..., Path], world: 
     assert [one["id"] for one in skipped] == ["0", "1"]
     assert "does not exist" in skipped[0]["reason"]
     assert "max_length" in skipped[1]["reason"]
+
+
+def test_samples_of_which_the_template_leaves_no_prompt_are_passed_over(
+    train: Callable[..., Path], world: Path, tmp_path: Path
+):
+    records = json.loads((world / "records.json").read_text())
+    text_only = [record for record in records if "image" not in record]
+    (tmp_path / "records.json").write_text(json.dumps(text_only))
+    folder = train(
+        "pretrain-smol", tmp_path / "run", f"dataset.path={tmp_path / 'records.json'}", "trainer.max_steps=1"
+    )
+    assert (folder / "final" / "model.safetensors").is_file()

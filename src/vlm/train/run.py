@@ -21,7 +21,7 @@ from vlm.build import (
 from vlm.config.schema import ModelConfig, RunConfig, from_mapping
 from vlm.data.collate import Collator
 from vlm.data.dataset import SampleDataset, blank_pixels, load_dataset, split_dataset
-from vlm.data.encode import open_picture
+from vlm.data.encode import encode_prompt, open_picture
 from vlm.data.sample import Turn
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
@@ -160,8 +160,12 @@ def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
 def sampler(
     config: RunConfig, trainer: VLMTrainer, processor: VLMProcessor, dataset: SampleDataset, folder: Path
 ) -> Any:
-    """What answers a few samples into `samples.md`. All ranks generate, since ZeRO-3 needs them; rank 0 writes."""
-    samples = dataset.samples[: config.trainer.num_samples]
+    """What answers a few samples into `samples.md`. All ranks generate, since ZeRO-3 needs them; rank 0 writes.
+
+    Samples of which a template leaves no prompt (`plain`, text only) are passed over.
+    """
+    samples = [sample for sample in dataset.samples[: config.trainer.num_samples]
+               if encode_prompt(processor, _until_last_reply(sample.turns))]  # fmt: skip
     pictures = [[open_picture(picture.path, sample.id) for picture in sample.pictures] for sample in samples]
     prompts = [_until_last_reply(sample.turns) for sample in samples]
     # A prompt that ends before the last reply may not show the last pictures.
@@ -169,6 +173,8 @@ def sampler(
              for found, turns in zip(pictures, prompts, strict=True)]  # fmt: skip
 
     def answer(step: int) -> None:
+        if not samples:
+            return
         training = trainer.model.training
         trainer.model.eval()
         ready = VisionLanguageModel(trainer.model, processor)

@@ -1,0 +1,89 @@
+"""What README.md and installation.md tell people to type: commands compose, keys exist, code runs."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.config.test_explain import elsewhere  # noqa: F401 - Hydra leaves files behind
+from tests.conftest import config_of
+from tests.tiny_parts import Parts
+from vlm.__main__ import take_launcher_words
+from vlm.config.check import check_choices, run_names
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "installation.md", "examples/README.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+START = re.compile(r"(?:-m|--module) vlm |^vlm -cn ")
+KEYS = re.compile(r"(?:model|trainer|dataset|inference)[./][\w./-]+=[^\s`…]+")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", TEXTS[page], re.DOTALL)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Page and command line of every training command, its lines joined."""
+    lines = [(page, line.split("  #")[0]) for page in PAGES for block in blocks(page, "sh")
+             for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
+    return [(page, line) for page, line in lines if START.search(line)]
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=str)
+def test_every_training_command_composes(page: str, line: str):
+    words = take_launcher_words(shlex.split(START.split(line, maxsplit=1)[1]))
+    name = words[0] if line.startswith("vlm -cn ") else words[words.index("-cn") + 1]
+    overrides = [word for word in words if "=" in word]
+    assert name in run_names()
+    check_choices(config_of(name, overrides))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_key_in_the_text_is_one(page: str):
+    text = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
+    found = KEYS.findall(text)
+    assert found or page == "examples/README.md"
+    for override in found:
+        check_choices(config_of("pretrain-smol", ["dataset.path=x", override.rstrip(".,;:)'")]))
+
+
+def test_every_make_target_and_file_is_there():
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for text in TEXTS.values():
+        assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    for page, text in TEXTS.items():
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / page).parent.joinpath(link).is_file(), link
+    for folder in re.findall(r"^(\S+[/.]\S*)  ", blocks("README.md", "")[-1], re.MULTILINE):
+        assert (ROOT / folder).exists(), folder
+
+
+def test_the_connector_of_ones_own_works(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = next(block for block in blocks("README.md", "python") if "class PoolingConnector" in block)
+    (tmp_path / "my_connector.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        model, processor = parts.model(
+            "siglip", "llama", connector="my_connector:PoolingConnector", options={"width": 2}
+        )
+    finally:
+        sys.modules.pop("my_connector", None)
+    features = model.get_image_features(torch.zeros(2, 3, 24, 24))
+    assert features.shape[:2] == (2, processor.tokens_per_image)
+    assert processor.tokens_per_image == 9 // 2
+
+
+def test_the_run_of_ones_own_composes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from vlm.cli import main
+
+    (tmp_path / "dinov2.yaml").write_text(blocks("README.md", "yaml")[0])
+    main(["--config-dir", str(tmp_path), "-cn", "dinov2", "dataset.path=x.json", "--cfg", "job"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["visual_encoder"]["hf_name"] == "facebook/dinov2-base"
+    assert shown["trainer"]["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert (shown["trainer"]["num_train_epochs"], shown["trainer"]["bf16"]) == (1.0, True)
