@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
     SiglipVisionModel,
@@ -224,6 +225,51 @@ def test_parts_that_do_not_fit_are_refused_by_key(parts: Parts, name: str):
     wanted, said = REFUSED[name]
     with pytest.raises(ValueError, match=said):
         parts.model(wanted.pop("encoder", "clip"), **wanted)
+
+
+UNREAD = {
+    ("clip", None): {"post_layernorm"},
+    ("clip", -2): {"post_layernorm"},
+    ("siglip", None): set(),
+    ("siglip", -2): {"post_layernorm"},
+    ("dinov2", None): set(),
+    ("dinov2", -2): {"layers.2", "layernorm"},
+}
+"""Encoder and feature layer -> modules that the features do not depend on."""
+
+
+@pytest.mark.parametrize(("encoder", "layer"), UNREAD)
+def test_what_features_do_not_depend_on_is_known_beforehand(parts: Parts, encoder: str, layer: int | None):
+    """It gets no gradient: the same names as a backward pass of the whole model shows."""
+    recipe = parts.recipe(encoder)
+    recipe.visual_encoder.feature_layer = layer
+    config, processor = compose(recipe, "chatml", None)
+    for name in config.unread_parameters:
+        assert any(module in name for module in UNREAD[encoder, layer]), name
+    assert all(any(module in name for name in config.unread_parameters) for module in UNREAD[encoder, layer])
+    model = build_model(recipe, config, processor, torch.float32, seed=0)
+    model.get_image_features(processor.pixel_values([picture()])).sum().backward()
+    without = [name for name, weight in model.visual_encoder.named_parameters() if weight.grad is None]
+    assert without == config.unread_parameters
+    assert len(model.unread_parameters()) == len(without)
+
+
+def test_a_language_model_without_a_tokenizer_is_refused_by_key(parts: Parts, tmp_path: Path):
+    recipe = parts.recipe()
+    shutil.copy(Path(recipe.language_model.hf_name, "config.json"), tmp_path)
+    recipe.language_model.hf_name = str(tmp_path)
+    with pytest.raises(ValueError, match=rf"model.language_model.hf_name={re.escape(str(tmp_path))}: no tokenizer"):
+        compose(recipe, None, None)
+
+
+def test_a_part_that_transformers_does_not_know_is_refused_by_key(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its checkpoint could not be loaded again."""
+    recipe = parts.recipe()
+    monkeypatch.setattr(CLIPVisionConfig, "model_type", "someones_own")
+    with pytest.raises(ValueError, match=r"model.visual_encoder.hf_name=.*model_type=someones_own"):
+        compose(recipe, None, None)
 
 
 @pytest.mark.parametrize("part", ["visual_encoder", "language_model"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -207,15 +208,29 @@ def _part_config(part: str, source: Any) -> PreTrainedConfig:
             f"model.{part}.hf_name={source.hf_name}: no model configuration there (a Hub name or a local folder with a "
             f"config.json is needed): {str(error).splitlines()[0]}"
         ) from error
+    if config.model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.{part}.hf_name={source.hf_name}: transformers itself does not know model_type={config.model_type}, "
+            "so a checkpoint with this part could not be loaded again"
+        )
     return config.vision_config if part == "visual_encoder" and hasattr(config, "vision_config") else config
 
 
 def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer, with the image tokens that it lacks and a padding token."""
+    """The language model's tokenizer, with the image tokens that it lacks and a padding token.
+
+    Raises:
+        ValueError: there is none beside the language model.
+    """
     source = model.language_model
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.language_model.hf_name={source.hf_name}: no tokenizer loads from there: {str(error).splitlines()[0]}"
+        ) from error
     wanted = [model.image_token, model.image_start_token, model.image_end_token]
     known = tokenizer.get_vocab()
     new = [token for token in wanted if token is not None and token not in known]
@@ -260,9 +275,7 @@ def _settle_features(config: VLMConfig, source: VisualEncoderConfig, size: tuple
     Raises:
         ValueError: the feature layer is out of range, or the strategy asks for a CLS token that there is not.
     """
-    with torch.device("meta"):
-        encoder = AutoModel.from_config(config.vision_config, trust_remote_code=source.trust_remote_code)
-        outputs = encoder.eval()(torch.empty(1, 3, *size), output_hidden_states=True, return_dict=True)
+    encoder, outputs = _dry_run(config, source, size)
     features, states = outputs.last_hidden_state, outputs.hidden_states
     if source.feature_layer is not None:
         count = len(states)
@@ -275,6 +288,11 @@ def _settle_features(config: VLMConfig, source: VisualEncoderConfig, size: tuple
         features = states[config.feature_layer]
         if config.vision_config.model_type in ENDS_EARLY:
             config.vision_config.num_hidden_layers = max(config.feature_layer, 1)
+            encoder, outputs = _dry_run(config, source, size)
+            features = outputs.hidden_states[config.feature_layer]
+    named = dict(encoder.named_parameters())
+    slopes = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
+    config.unread_parameters = [name for name, slope in zip(named, slopes, strict=True) if slope is None]
     config.feature_strategy = source.feature_strategy
     if features.ndim == 4:  # a feature map: (1, width, rows, columns)
         config.vision_dim, config.num_patches = features.shape[1], features.shape[2] * features.shape[3]
@@ -287,6 +305,13 @@ def _settle_features(config: VLMConfig, source: VisualEncoderConfig, size: tuple
             f"model.visual_encoder.feature_strategy={source.feature_strategy}: {source.hf_name} has no CLS token; "
             "allowed are patch and full"
         )
+
+
+def _dry_run(config: VLMConfig, source: VisualEncoderConfig, size: tuple[int, int]) -> tuple[Any, Any]:
+    """The encoder without weights, and what it gives for one image: shapes and dependencies, no numbers."""
+    with torch.device("meta"):
+        encoder = AutoModel.from_config(config.vision_config, trust_remote_code=source.trust_remote_code)
+        return encoder, encoder.eval()(torch.empty(1, 3, *size), output_hidden_states=True, return_dict=True)
 
 
 def _prefix_tokens(encoder: Any, tokens: int, size: tuple[int, int]) -> int:
@@ -323,7 +348,7 @@ def recipe_differences(config: VLMConfig, model: ModelConfig, touched: list[str]
         for key in wanted
         if any(key == name or key.startswith(f"{name}.") for name in touched)
         and wanted[key] != recorded.get(key)
-        and key != "attn_implementation"
+        and key not in ("attn_implementation", "connector.name")
         and not (wanted[key] is None and key.startswith("connector.options."))
     ]
 

@@ -27,14 +27,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def generate(words: Sequence[str]) -> None:
     """`vlm generate CHECKPOINT --image F --prompt T`."""
+    from vlm.config.schema import InferenceConfig as Defaults
+
     parser = argparse.ArgumentParser("vlm generate", description="Ask a trained model about pictures.")
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     parser.add_argument("--prompt", required=True, help="the question; <image> in it says where a picture stands")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", "--top_p", type=float, default=1.0, help="nucleus sampling (default 1)")
-    parser.add_argument("--num-beams", "--num_beams", type=int, default=1, help="beam search where above 1")
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128, help="longest answer (128)")
+    parser.add_argument("--temperature", type=float, default=Defaults.temperature, help="0 is greedy (%(default)s)")
+    top_p, beams, longest = Defaults.top_p, Defaults.num_beams, Defaults.max_new_tokens
+    parser.add_argument("--top-p", "--top_p", type=float, default=top_p, help="nucleus sampling (%(default)s)")
+    parser.add_argument("--num-beams", "--num_beams", type=int, default=beams, help="beam search where above 1")
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=longest, help="longest answer (%(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])

@@ -12,7 +12,6 @@ CHOSEN = {
     "model.attn_implementation": "auto, flash_attention_2, sdpa, flex_attention, eager",
     "trainer.loss_average": "token, micro_batch",
     "trainer.train_sampling_strategy": "random, sequential, group_by_modality_length",
-    "dataset.format": "llava",
     "dataset.image_mode": "null, square, pad",
     "dataset.over_length": "error, skip, truncate",
     "dataset.on_bad_sample": "error, skip",
@@ -23,6 +22,10 @@ LINEAR = ["model/connector=linear"]
 EVAL_SPLIT = "a share from 0 to below 1 is needed"
 NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
 REFUSALS = {
+    "format": (
+        ["dataset.format=lava"],
+        "dataset.format=lava: allowed are llava, or package.module:function for your own",
+    ),
     "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),
     "connector": (

@@ -1,6 +1,7 @@
 """Records of a file as samples: checked and counted at the start, with a policy for those that are bad or too long."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,13 @@ def test_a_bad_record_is_left_out_and_listed(load, name: str, tmp_path: Path):
     assert isinstance(skipped, Skipped)
     assert said in skipped.reason
     assert skipped.source == str(tmp_path / "records.json")
+    assert skipped.record == 1
     assert skipped.id == ("r5" if isinstance(bad, dict) else "?")
     assert Path(skipped.file).name == file if file else skipped.file is None
 
 
 def test_an_overlong_record_stops_the_run(load):
-    with pytest.raises(ValueError, match=rf"record 1: record 'r9': \d+ tokens, dataset.max_length is {LONGEST}.*"
+    with pytest.raises(ValueError, match=rf"record 1: record 'r9': \d+ tokens, at most {LONGEST} are allowed.*"
                                          r"dataset.over_length=skip leaves such records out"):  # fmt: skip
         load([GOOD[0], LONG], on_bad_sample="skip")
 
@@ -235,3 +237,11 @@ def test_labels_cover_the_replies(load, processor: VLMProcessor):
     data = load(GOOD)
     said = [processor.tokenizer.decode([i for i in data[n]["labels"] if i != IGNORED]) for n in range(4)]
     assert said == ["a cat<|im_end|>", "two<|im_end|>", "a mat<|im_end|>", "a cat<|im_end|>"]
+
+
+def test_a_dataset_travels_to_a_data_worker(load):
+    """Workers that are spawned get it pickled."""
+    data = load(GOOD)
+    assert pickle.loads(pickle.dumps(data.encode_sample)) == data.encode_sample
+    again = pickle.loads(pickle.dumps(data))
+    assert again[0]["input_ids"] == data[0]["input_ids"]

@@ -267,7 +267,7 @@ def test_a_sample_within_the_limit_is_left_alone():
 
 
 def test_an_overlong_sample_is_refused_with_its_length():
-    with pytest.raises(OverLong, match=r"record 'x': 6 tokens, dataset.max_length is 5"):
+    with pytest.raises(OverLong, match=r"record 'x': 6 tokens, at most 5 are allowed"):
         limit(WHOLE, 5, 9, "x", truncate=False)
 
 

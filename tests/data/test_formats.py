@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.tiny_parts import picture
-from vlm.data.formats import FORMATS, read_llava, read_records
+from vlm.config import check
+from vlm.data.formats import FORMATS, read_llava, read_records, reader_of
 from vlm.data.sample import ROLES, BadSample, OverLong, Picture, Sample, Turn
 
 
@@ -168,10 +169,13 @@ def test_a_path_that_is_no_picture_of_the_folder_is_refused_by_name(folder: Path
     assert caught.value.file == path
 
 
-def test_a_link_out_of_the_folder_is_refused(folder: Path):
-    (folder / "link.png").symlink_to(folder.parent / "outside.png")
-    with pytest.raises(BadSample, match="leaves the image folder"):
-        read(folder, "<image>", "b", image="link.png")
+def test_a_folder_linked_into_the_image_folder_is_part_of_it(folder: Path, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    picture().save(elsewhere / "0.png")
+    (folder / "linked").symlink_to(elsewhere)
+    sample = read(folder, "<image>", "b", image="linked/0.png")
+    assert sample.pictures == [Picture(folder / "linked" / "0.png")]
 
 
 def test_errors_are_value_errors():
@@ -180,7 +184,9 @@ def test_errors_are_value_errors():
 
 
 def test_the_table_of_formats():
+    """What is checked before a run is what there is."""
     assert FORMATS["llava"] is read_llava
+    assert tuple(FORMATS) == check.FORMATS
 
 
 # Files
@@ -216,3 +222,17 @@ def test_a_file_that_is_no_list_of_records_says_where_it_breaks(tmp_path: Path, 
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=said):
         read_records(tmp_path / name)
+
+
+# Which reader
+
+
+def test_a_reader_of_the_users_own_is_named_by_its_function():
+    assert reader_of("llava") is read_llava
+    assert reader_of("vlm.data.formats:read_llava") is read_llava
+
+
+@pytest.mark.parametrize("name", ["no.such.module:read", "vlm.data.formats:read_nothing"])
+def test_a_reader_that_does_not_exist_is_refused_by_key(name: str):
+    with pytest.raises(ValueError, match=f"dataset.format={name}: "):
+        reader_of(name)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.conftest import config_of, losses
+from tests.tiny_parts import Parts
+
 from vlm.train.run import run
-from vlm.train.trainer import newest_checkpoint
+from vlm.train.trainer import VLMTrainer, newest_checkpoint
 
 FILES = (
     "config.yaml", "command.txt", "versions.json", "data.json", "metrics.jsonl", "loss.png", "samples.md",
@@ -77,6 +79,19 @@ def test_finetuning_continues_from_the_pretrained_model(pretrained: Path, train:
     assert model.config.recipe["visual_encoder"]["hf_name"]
 
 
+def test_a_stage_without_a_template_of_its_own_takes_the_language_models(
+    pretrained: Path, train: Callable[..., Path], world: Path, tmp_path: Path
+):
+    """`plain` in the first stage does not replace it for the second."""
+    assert config_of("finetune-smol", ["dataset.path=x"]).dataset.template == "tokenizer"
+    start = f"trainer.from_pretrained={pretrained / 'final'}"
+    rates = "trainer.learning_rate.language_model_learning_rate=1e-3"
+    folder = train("finetune-smol", tmp_path / "finetune", start, rates, "trainer.max_steps=1")
+    own = AutoTokenizer.from_pretrained(world / "language_model").chat_template
+    assert (pretrained / "final" / "chat_template.jinja").read_text() != own
+    assert (folder / "final" / "chat_template.jinja").read_text() == own
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
@@ -111,6 +126,49 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], t
     again = load_file(resumed / "final" / "model.safetensors")
     for name, weight in weights.items():
         assert torch.allclose(weight, again[name], atol=1e-6), name
+
+
+def test_a_checkpoint_that_is_torn_costs_no_older_one(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Older checkpoints go when the new one is complete, not before."""
+    options = ["trainer.num_train_epochs=3", "trainer.save_strategy=steps", "trainer.save_steps=4",
+               "trainer.save_total_limit=1"]  # fmt: skip
+    saved = VLMTrainer._save_rng_state
+
+    def dies(self: VLMTrainer, folder: str) -> None:
+        if folder.endswith("checkpoint-8"):
+            raise KeyboardInterrupt
+        saved(self, folder)
+
+    monkeypatch.setattr(VLMTrainer, "_save_rng_state", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train("pretrain-smol", tmp_path / "run", *options)
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    monkeypatch.undo()
+    train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-9"]
+    assert len((tmp_path / "run" / "command.txt").read_text().splitlines()) == 2
+
+
+def test_batch_statistics_of_an_encoder_that_trains_are_kept(train: Callable[..., Path], parts: Parts, tmp_path: Path):
+    """They are buffers, which no optimiser knows of."""
+    options = [
+        f"model.visual_encoder.hf_name={parts.encoder('timm_convnet')}", "trainer.unfreeze.train_vision_model=true",
+        "trainer.learning_rate.visual_encoder_learning_rate=1e-3", "trainer.num_train_epochs=2",
+        "trainer.save_strategy=steps", "trainer.save_steps=3",
+    ]  # fmt: skip
+    whole = train("pretrain-smol", tmp_path / "run", *options)
+    expected = load_file(whole / "final" / "model.safetensors")
+    for checkpoint in whole.glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-3":
+            (checkpoint / "complete").unlink()
+    resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    again = load_file(resumed / "final" / "model.safetensors")
+    statistics = [name for name in expected if name.endswith("running_mean")]
+    assert statistics
+    for name in statistics:
+        assert torch.allclose(expected[name], again[name], atol=1e-5), name
 
 
 def test_resuming_with_other_parts_is_refused(pretrained: Path, train: Callable[..., Path], tmp_path: Path):

@@ -9,7 +9,7 @@ import torch
 from tests.conftest import config_of, losses
 from vlm.data.collate import Collator
 from vlm.train.parts import freeze, parameter_groups, split_parts, table
-from vlm.train.run import load, load_data, settle
+from vlm.train.run import load_data, load_weights, settle_model
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def built(common: list[str]):
         "finetune-smol", [*common, "trainer.learning_rate.language_model_learning_rate=1e-4",
                           "trainer.weight_decay.connector_weight_decay=0.1"],
     )  # fmt: skip
-    model_config, processor = settle(config)
-    model = load(config, model_config, processor, torch.float32, 42)
+    model_config, processor = settle_model(config)
+    model = load_weights(config, model_config, processor, torch.float32, 42)
     return config, model, processor, load_data(config, model_config, processor, show_progress=False)[0]
 
 
@@ -52,7 +52,7 @@ def test_loss_averages(built, train: Callable[..., Path], tmp_path: Path, averag
 
 def test_every_trainable_parameter_is_in_exactly_one_group(built):
     config, model, _, _ = built
-    parts = split_parts(model, config.trainer)
+    parts = split_parts(model, config.trainer, config.model)
     freeze(parts)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {name for name in names.values() if not name.endswith("bias") and "norm" not in name}
@@ -70,8 +70,10 @@ def test_every_trainable_parameter_is_in_exactly_one_group(built):
 
 def test_the_table_shows_each_part(built):
     config, model, _, _ = built
-    shown = table(split_parts(model, config.trainer)).splitlines()
+    config.model.connector.name = "two-layers"
+    shown = table(split_parts(model, config.trainer, config.model)).splitlines()
     assert [line.split()[0] for line in shown[2:]] == ["visual_encoder", "connector", "language_model", "total"]
     count = sum(parameter.numel() for parameter in model.connector.parameters())
-    assert shown[3].split()[1:] == [f"{count:,}", f"{count:,}", "0.001", "0.1"]
-    assert shown[2].split()[2:] == ["0", "-", "-"]
+    assert shown[3].split()[1:] == ["two-layers", f"{count:,}", f"{count:,}", "0.001", "0.1"]
+    assert shown[2].split()[1] == config.model.visual_encoder.hf_name
+    assert shown[2].split()[3:] == ["0", "-", "-"]

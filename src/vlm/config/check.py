@@ -22,12 +22,18 @@ CHOICES = {
     "model.attn_implementation": ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager"),
     "trainer.loss_average": ("token", "micro_batch"),
     "trainer.train_sampling_strategy": ("random", "sequential", "group_by_modality_length"),
-    "dataset.format": ("llava",),
     "dataset.image_mode": (None, "square", "pad"),
     "dataset.over_length": ("error", "skip", "truncate"),
     "dataset.on_bad_sample": ("error", "skip"),
 }
 """Keys with closed lists of values. A test holds those that come from a table against the table."""
+
+
+FORMATS = ("llava",)
+"""The names of `data.formats.FORMATS`, which a test holds against it."""
+
+OWN = re.compile(r"[\w.]+:\w+")
+"""How a class or function of the user's own is named."""
 
 
 class ConfigError(ValueError):
@@ -41,6 +47,7 @@ def check(config: RunConfig) -> None:
         ConfigError: with the full key, the value and what is allowed.
     """
     check_choices(config)
+    check_format(config.dataset.format)
     check_template(config.dataset.template)
     check_connector(config.model.connector)
     check_paths(config)
@@ -61,6 +68,14 @@ def check_choices(config: RunConfig) -> None:
             raise ConfigError(f"trainer.{name}={value}: allowed are {', '.join(values)}")
 
 
+def check_format(name: str) -> None:
+    """A format is a packaged one, or `package.module:function`."""
+    if name not in FORMATS and not OWN.fullmatch(name):
+        raise ConfigError(
+            f"dataset.format={name}: allowed are {', '.join(FORMATS)}, or package.module:function for your own"
+        )
+
+
 def check_template(name: str | None) -> None:
     """A template is a packaged one, the tokenizer's own, or a file that exists."""
     names = [*packaged("vlm.data", "templates", ".jinja"), "tokenizer"]
@@ -75,7 +90,7 @@ def check_connector(connector: ConnectorConfig) -> None:
     """A connector is a packaged one with options that it takes, or `package.module:Class`."""
     options = packaged_connectors()
     if connector.type not in options:
-        if not re.fullmatch(r"[\w.]+:\w+", connector.type):
+        if not OWN.fullmatch(connector.type):
             raise ConfigError(
                 f"model.connector.type={connector.type}: allowed are {', '.join(options)}, or package.module:Class for "
                 "your own"

@@ -64,6 +64,8 @@ class ConnectorConfig:
     """A name of the table `CONNECTORS`, or `package.module:Class` for a class of your own."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword parameters of that class; null leaves a parameter at the class's own default."""
+    name: str | None = None
+    """What the table of parts calls it; null: its type."""
 
 
 @dataclass
@@ -218,7 +220,7 @@ class DatasetConfig:
     path: str = MISSING
     """The training records: a LLaVA JSON or JSONL file."""
     format: str = "llava"
-    """A name of the table `FORMATS`."""
+    """A name of the table `FORMATS`, or `package.module:function` for a reader of your own."""
     image_folder: str | None = None
     """What the records' image paths are relative to; null: the folder of `path`."""
     eval_path: str | None = None

@@ -12,18 +12,54 @@ from tqdm import tqdm
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.encode import Encoded, encode, limit, open_picture
-from vlm.data.formats import FORMATS, read_records
+from vlm.data.formats import read_records, reader_of
 from vlm.data.sample import BadSample, OverLong, Sample
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that was left out, and why."""
+    """A record that was left out, and why.
 
+    Attributes:
+        record: its place in the file, from 0.
+        id: its own name, if it has one.
+        reason: why.
+        file: the picture that it is about, if it is about one.
+        source: the file of records.
+    """
+
+    record: int
     id: str
     reason: str
     file: str | None
     source: str
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Encodes samples for one run.
+
+    Attributes:
+        processor: decides every token.
+        longest: most tokens that a sample may have.
+        truncate: whether a longer one loses its end, instead of being refused.
+    """
+
+    processor: Any
+    longest: int
+    truncate: bool
+
+    def __call__(self, sample: Sample) -> Encoded:
+        """Ids and labels of a sample.
+
+        Raises:
+            BadSample: it cannot be used, or is too long.
+        """
+        return self.shorten(encode(self.processor, sample), sample.id)
+
+    def shorten(self, encoded: Encoded, sample_id: str) -> Encoded:
+        """The sample within the limit; the very same object where it was."""
+        return limit(encoded, self.longest, self.processor.image_token_id, sample_id, truncate=self.truncate)
 
 
 class SampleDataset(Dataset[dict[str, Any]]):
@@ -117,15 +153,8 @@ def load_dataset(
     """
     source = Path(path)
     folder = Path(image_folder) if image_folder else source.parent
-    read = FORMATS[config.format]
-
-    def shorten(sample: Sample, encoded: Encoded) -> Encoded:
-        truncate = config.over_length == "truncate"
-        return limit(encoded, longest, processor.image_token_id, sample.id, truncate=truncate)
-
-    def encode_sample(sample: Sample) -> Encoded:
-        return shorten(sample, encode(processor, sample))
-
+    read = reader_of(config.format)
+    encoder = SampleEncoder(processor, longest, truncate=config.over_length == "truncate")
     samples: list[Sample] = []
     lengths: list[int] = []
     skipped: list[Skipped] = []
@@ -137,21 +166,21 @@ def load_dataset(
             for picture in sample.pictures:
                 check_picture(picture.path, sample.id)
             whole = encode(processor, sample)
-            encoded = shorten(sample, whole)
+            encoded = encoder.shorten(whole, sample.id)
         except BadSample as error:
             key = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
             if getattr(config, key) == "error":
                 raise ValueError(
                     f"{source}, record {number}: {error}. dataset.{key}=skip leaves such records out and lists them."
                 ) from error
-            skipped.append(Skipped(error.sample_id, error.reason, error.file, str(source)))
+            skipped.append(Skipped(number, error.sample_id, error.reason, error.file, str(source)))
         else:
             samples.append(sample)
             lengths.append(len(encoded.input_ids))
             num_truncated += encoded is not whole
     if not samples:
         raise ValueError(f"{source}: none of its {len(records)} records can be used; {_reasons(skipped)}")
-    return SampleDataset(samples, lengths, encode_sample, processor, skipped, num_truncated)
+    return SampleDataset(samples, lengths, encoder, processor, skipped, num_truncated)
 
 
 def check_picture(path: Path, sample_id: str) -> None:

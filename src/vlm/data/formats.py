@@ -1,19 +1,19 @@
 """Readers: one record of a file as a `Sample`.
 
 Imports the in-memory form only. To add a format, write a function `(record, image_folder) -> Sample` that raises
-`BadSample`, and add it to `FORMATS`.
+`BadSample`, and add it to `FORMATS`; a user's own needs no line there (`dataset.format=package.module:function`).
 """
 
+import importlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm.data.sample import BadSample, Picture, Sample, Turn
+from vlm.data.sample import PLACEHOLDER, BadSample, Picture, Sample, Turn
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PLACEHOLDER = "<image>"
 
 
 def read_records(path: Path) -> list[Any]:
@@ -82,7 +82,7 @@ def _pictures(value: Any, folder: Path, sample_id: str) -> list[Picture]:
         path = folder / name
         if not os.path.isfile(path):  # unlike pathlib's, false for names that no file can have, such as base64
             raise BadSample(sample_id, f"image file {path} does not exist", name)
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):  # links are the user's own
             raise BadSample(sample_id, f"{name} leaves the image folder {folder}", name)
         pictures.append(Picture(path))
     return pictures
@@ -103,4 +103,20 @@ def _content(text: str, pictures: Any, sample_id: str) -> tuple[str | Picture, .
     return tuple(part for part in content if part != "")
 
 
-FORMATS: dict[str, Callable[[Any, Path], Sample]] = {"llava": read_llava}
+Reader = Callable[[Any, Path], Sample]
+FORMATS: dict[str, Reader] = {"llava": read_llava}
+
+
+def reader_of(name: str) -> Reader:
+    """The reader that `dataset.format` names: one of `FORMATS`, or a function `package.module:function`.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"dataset.format={name}: {error}") from error

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROLES = ("system", "user", "assistant")
+PLACEHOLDER = "<image>"
+"""What stands for a picture in text that people write, whatever token the model has for it."""
 
 
 class BadSample(ValueError):

@@ -13,11 +13,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlm.config.schema import InferenceConfig
 from vlm.data.encode import encode_prompt, open_picture, render, reply_end
-from vlm.data.sample import BadSample, Picture, Turn
+from vlm.data.sample import PLACEHOLDER, BadSample, Picture, Turn
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 from vlm.models.connectors import CONNECTORS
-
-PLACEHOLDER = "<image>"
 
 
 class VisionLanguageModel:
@@ -62,10 +60,10 @@ class VisionLanguageModel:
         prompt: str | Sequence[str],
         images: Sequence[Any] = (),
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        num_beams: int = 1,
-        max_new_tokens: int = 128,
+        temperature: float = InferenceConfig.temperature,
+        top_p: float = InferenceConfig.top_p,
+        num_beams: int = InferenceConfig.num_beams,
+        max_new_tokens: int = InferenceConfig.max_new_tokens,
         **kwargs: Any,
     ) -> Any:
         """Answer one prompt, or several at once.

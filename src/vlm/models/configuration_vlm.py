@@ -30,6 +30,8 @@ class VLMConfig(PreTrainedConfig):
         num_prefix_tokens: tokens that the encoder puts before the patches (CLS, registers).
         num_patches: patches of one image.
         vision_dim: width of the features that the connector reads.
+        unread_parameters: names of encoder parameters that the features do not depend on (norms behind them, layers
+            after the selected one).
         image_token_id: id of the placeholder token.
         recipe: the `model` section of the run that built it.
     """
@@ -48,6 +50,7 @@ class VLMConfig(PreTrainedConfig):
         num_prefix_tokens: int = 0,
         num_patches: int = 0,
         vision_dim: int = 0,
+        unread_parameters: list[str] | None = None,
         image_token_id: int = 0,
         recipe: dict | None = None,
         **kwargs,
@@ -60,6 +63,7 @@ class VLMConfig(PreTrainedConfig):
         self.num_prefix_tokens = num_prefix_tokens
         self.num_patches = num_patches
         self.vision_dim = vision_dim
+        self.unread_parameters = unread_parameters or []
         self.image_token_id = image_token_id
         self.recipe = recipe or {}
         kwargs.setdefault("auto_map", dict(AUTO_MAP))

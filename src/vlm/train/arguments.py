@@ -1,6 +1,5 @@
 """From the `trainer` section to `TrainingArguments`, and from a DeepSpeed name to its configuration."""
 
-import json
 import os
 import socket
 from importlib import resources
@@ -51,21 +50,14 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
     """What `trainer.deepspeed` stands for: a packaged name, a JSON file, a mapping, or nothing.
 
     Raises:
-        ValueError: neither a packaged name nor a file; or a configuration that would override the parts' optimiser
-            groups.
+        ValueError: it would override the parts' optimiser groups, or could not save the trained model.
     """
     if not value:
         return None
     if isinstance(value, str):
-        if value in deepspeed_names():
-            text = resources.files("vlm.config").joinpath("trainer", "deepspeed", f"{value}.yaml").read_text("utf-8")
-            value = OmegaConf.to_container(OmegaConf.create(text))
-        elif Path(value).is_file():
-            value = json.loads(Path(value).read_text(encoding="utf-8"))
-        else:
-            raise ValueError(
-                f"trainer.deepspeed={value}: allowed are {', '.join(deepspeed_names())} or the path of a JSON file"
-            )
+        packaged = resources.files("vlm.config").joinpath("trainer", "deepspeed", f"{value}.yaml")
+        file = packaged if packaged.is_file() else Path(value)
+        value = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))  # YAML reads JSON too
     for block in ("optimizer", "scheduler"):
         if block in value:
             raise ValueError(
@@ -79,13 +71,6 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
             "trained model could not be saved at the end"
         )
     return dict(value)
-
-
-def deepspeed_names() -> list[str]:
-    """The packaged DeepSpeed configurations."""
-    folder = resources.files("vlm.config").joinpath("trainer", "deepspeed")
-    names = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    return sorted(name for name in names if name != "none")
 
 
 def _be_the_only_rank_if_unlaunched() -> None:

@@ -25,9 +25,10 @@ class MetricsFile(TrainerCallback):
             self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
-        """One line a log: the step, the epoch and what was logged."""
+        """One line a log: the step, the epoch and what was logged; null where it was no number."""
         if state.is_world_process_zero and logs:
-            line = {"step": state.global_step, **logs}
+            shown = {key: value if math.isfinite(value) else None for key, value in logs.items()}  # JSON has no NaN
+            line = {"step": state.global_step, **shown}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(line)}\n")
 
@@ -61,7 +62,7 @@ class StopAtNaN(TrainerCallback):
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             raise FloatingPointError(
                 f"the loss is {logs['loss'] if logs else None} at step {state.global_step}: lower the learning rate, "
-                "or train in bf16 or fp32 instead of fp16. The last checkpoint in the run directory is from before."
+                "or train in bf16 or fp32 instead of fp16. Checkpoints in the run directory, if any, are from before."
             )
 
 

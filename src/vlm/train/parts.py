@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vlm.config.schema import PARTS, TRAIN_FLAGS, TrainerOptions
+from vlm.config.schema import PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Part:
 
     Attributes:
         name: its name, which is its submodule's too.
+        source: where it comes from: its Hub name or folder, a connector's name.
         module: the submodule.
         trains: whether its parameters train.
         learning_rate: its peak learning rate; None where it does not train.
@@ -21,17 +22,24 @@ class Part:
     """
 
     name: str
+    source: str
     module: nn.Module
     trains: bool
     learning_rate: float | None
     weight_decay: float
 
 
-def split_parts(model: nn.Module, trainer: TrainerOptions) -> list[Part]:
+def split_parts(model: nn.Module, trainer: TrainerOptions, sources: ModelConfig) -> list[Part]:
     """The parts of a composed model with the run's settings for them."""
+    named = {
+        "visual_encoder": sources.visual_encoder.hf_name,
+        "connector": sources.connector.name or sources.connector.type,
+        "language_model": sources.language_model.hf_name,
+    }
     return [
         Part(
             name=name,
+            source=named[name],
             module=model.get_submodule(name),
             trains=trains(trainer, name),
             learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate") if trains(trainer, name) else None,
@@ -46,10 +54,12 @@ def trains(trainer: TrainerOptions, part: str) -> bool:
     return getattr(trainer.unfreeze, TRAIN_FLAGS[part])
 
 
-def freeze(parts: list[Part]) -> None:
-    """Set every parameter's `requires_grad` as its part says."""
+def freeze(parts: list[Part], unread: Collection[nn.Parameter] = ()) -> None:
+    """Set every parameter's `requires_grad` as its part says; what the model never reads gets no gradient either."""
     for part in parts:
         part.module.requires_grad_(part.trains)
+    for parameter in unread:
+        parameter.requires_grad_(False)
 
 
 def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
@@ -75,12 +85,12 @@ def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
 
 
 def table(parts: list[Part]) -> str:
-    """The table that a run begins with: part, parameters, trainable, learning rate, weight decay."""
-    rows = [("part", "parameters", "trainable", "learning rate", "weight decay"), *_rows(parts)]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    """The table that a run begins with: part, source, parameters, trainable, learning rate, weight decay."""
+    rows = [("part", "from", "parameters", "trainable", "learning rate", "weight decay"), *_rows(parts)]
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+    for row in rows:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
@@ -88,10 +98,11 @@ def table(parts: list[Part]) -> str:
 def _rows(parts: list[Part]) -> Iterator[tuple[str, ...]]:
     total = trainable = 0
     for part in parts:
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in part.module.parameters())  # ds_numel: a ZeRO-3 shard
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in part.module.parameters()]  # ds_: ZeRO-3
+        count, training = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
         total += count
-        trainable += count if part.trains else 0
+        trainable += training
         rate = f"{part.learning_rate:g}" if part.trains else "-"
         decay = f"{part.weight_decay:g}" if part.trains else "-"
-        yield part.name, f"{count:,}", f"{count if part.trains else 0:,}", rate, decay
-    yield "total", f"{total:,}", f"{trainable:,}", "", ""
+        yield part.name, part.source, f"{count:,}", f"{training:,}", rate, decay
+    yield "total", "", f"{total:,}", f"{trainable:,}", "", ""

@@ -25,7 +25,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in CURVES.items():
-        points = [(line["step"], line[key]) for line in metrics if key in line]
+        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="" if key == "loss" else "o")
     axes.set_xlabel("step")

@@ -46,7 +46,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     Returns:
         The run directory; its `final` holds the complete model.
     """
-    model_config, processor = settle(config, overrides)
+    model_config, processor = settle_model(config, overrides)
     args = training_arguments(config.trainer)
     args.output_dir = str(folder := choose_directory(config, name))
     if first := args.process_index == 0:
@@ -61,9 +61,9 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         describe_data(folder, roles)
 
     set_seed(args.seed)
-    model = load(config, model_config, processor, compute_dtype(args), args.seed)
-    parts = split_parts(model, config.trainer)
-    freeze(parts)
+    model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
+    parts = split_parts(model, config.trainer, config.model)
+    freeze(parts, model.unread_parameters())
     if not is_deepspeed_zero3_enabled():
         for part in parts:
             part.module.to(torch.float32 if part.trains and args.deepspeed is None else compute_dtype(args))
@@ -84,14 +84,14 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     )
     trainer.add_callback(EpochOrder(lambda: trainer.order))
     if config.trainer.num_samples:
-        trainer.add_callback(SampleAnswers(sampler(config, trainer, processor, eval_data or train_data, folder)))
+        trainer.add_callback(SampleAnswers(answerer(config, trainer, processor, eval_data or train_data, folder)))
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
     trainer.save_model(str(folder / "final"))
     log.info("Done. Ask it:  vlm generate %s --image FILE --prompt 'What is in this picture?'", folder / "final")
     return folder
 
 
-def settle(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[VLMConfig, VLMProcessor]:
+def settle_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[VLMConfig, VLMProcessor]:
     """Configuration and processor of the model, from parts or from a checkpoint, without weights.
 
     With `trainer.from_pretrained`, `config.model` becomes what the checkpoint was built with.
@@ -114,7 +114,7 @@ def settle(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[VLMConfig,
     return model_config, load_processor(checkpoint, config.dataset.template, config.dataset.image_mode)
 
 
-def load(
+def load_weights(
     config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype, seed: int
 ) -> VLMForConditionalGeneration:
     """The model with its weights. Without DeepSpeed, parts that train are loaded in float32."""
@@ -157,7 +157,7 @@ def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
     return str(newest_checkpoint(folder)) if wanted.lower() == "true" else wanted
 
 
-def sampler(
+def answerer(
     config: RunConfig, trainer: VLMTrainer, processor: VLMProcessor, dataset: SampleDataset, folder: Path
 ) -> Any:
     """What answers a few samples into `samples.md`. All ranks generate, since ZeRO-3 needs them; rank 0 writes.

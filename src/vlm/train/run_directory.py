@@ -38,10 +38,15 @@ def choose_directory(config: RunConfig, name: str) -> Path:
 
 
 def describe(folder: Path, config: RunConfig) -> None:
-    """Write the resolved configuration, the command and the versions; called on one rank."""
+    """Write the resolved configuration, the command and the versions; called on one rank.
+
+    A resumed run adds its command to those before it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
-    (folder / "command.txt").write_text(f"{shlex.join([sys.executable, *sys.orig_argv[1:]])}\n", encoding="utf-8")
+    resumed = config.trainer.resume_from_checkpoint
+    with (folder / "command.txt").open("a" if resumed else "w", encoding="utf-8") as file:
+        file.write(f"{shlex.join([sys.executable, *sys.orig_argv[1:]])}\n")
     write_json(folder / "versions.json", versions())
 
 

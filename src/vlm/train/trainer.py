@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
 
 from vlm.data.dataset import BlankPictures, SampleDataset
 from vlm.data.sampling import GROUPED, ModalityLengthSampler
@@ -169,10 +169,14 @@ class VLMTrainer(Trainer):
         elif self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.is_deepspeed_enabled:  # DeepSpeed writes weights beside its optimiser states
-                save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / WEIGHTS)
+                save_file({name: t.detach().contiguous() for name, t in self._trained().items()}, folder / WEIGHTS)
 
-    def _trained(self) -> list[tuple[str, Tensor]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    def _trained(self) -> dict[str, Tensor]:
+        """What training changes: parameters with a gradient, and the buffers (batch statistics) of parts that train."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        saved = self.model.state_dict().keys()
+        training = tuple(f"{part.name}." for part in self.parts if part.trains)
+        return named | {name: b for name, b in self.model.named_buffers() if name in saved and name.startswith(training)}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -183,12 +187,15 @@ class VLMTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As usual; a mark in the folder says that every rank is done with it."""
+        """As usual; a mark in the folder says that every rank is done with it, and only then older ones go."""
+        most, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = most
         if dist.is_initialized():
             dist.barrier()
         if self.args.should_save:
             Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", COMPLETE).touch()
+            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=most)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put a checkpoint's trained weights over those that the run began with.
@@ -203,7 +210,7 @@ class VLMTrainer(Trainer):
                 "under DeepSpeed is resumed with the same trainer.deepspeed."
             )
         state = load_file(path)
-        trained = {name for name, _ in self._trained()}
+        trained = self._trained().keys()
         if different := sorted(trained ^ state.keys()):
             raise ValueError(
                 f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it does not train what this run does, for "
