@@ -229,7 +229,8 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model.language_model.hf_name={source.hf_name}: no tokenizer loads from there: {str(error).splitlines()[0]}"
+            f"model.language_model.hf_name={source.hf_name}: no tokenizer loads from there: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     wanted = [model.image_token, model.image_start_token, model.image_end_token]
     known = tokenizer.get_vocab()

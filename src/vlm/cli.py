@@ -37,7 +37,9 @@ def generate(words: Sequence[str]) -> None:
     top_p, beams, longest = Defaults.top_p, Defaults.num_beams, Defaults.max_new_tokens
     parser.add_argument("--top-p", "--top_p", type=float, default=top_p, help="nucleus sampling (%(default)s)")
     parser.add_argument("--num-beams", "--num_beams", type=int, default=beams, help="beam search where above 1")
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=longest, help="longest answer (%(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=int, default=longest, help="longest answer (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])

@@ -88,5 +88,6 @@ def texts() -> Iterator[str]:
     for number in range(300):
         things = scenes.random_scene(rng, 1 + number % len(scenes.NUMBERS), held_out=False)
         yield scenes.caption(things, rng)
+        yield scenes.cells_caption(things)
         for _, _, question, answer in scenes.questions(things):
             yield f"{question}\n{answer}\nuser\nassistant\nsystem\nDescribe the picture."

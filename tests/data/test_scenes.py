@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -57,16 +59,56 @@ def test_held_out_records_ask_one_question_of_each_kind_alike(folder: Path) -> N
 
 
 def test_questions_are_about_pictures_whose_captions_are_checked(folder: Path) -> None:
-    """Captions name every thing, so that the test below sees a held-out pair in any training picture."""
+    """Captions tell each thing's pair, so that the test below sees a held-out pair in any training picture."""
     captioned = {record["image"] for record in records(folder, "pretrain")}
     assert {record["image"] for record in records(folder, "finetune")} == captioned
     assert not captioned & {record["image"] for record in records(folder, "heldout")}
 
 
+def told(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """The questions and answers of a record, those in its caption too."""
+    texts = said(record)
+    if texts[0] == scenes.CAPTION_PROMPT:
+        return re.findall(r"([^.?]+\?) ([^.?]+)\.", texts[1])
+    return [
+        (question.removeprefix("<image>\n"), answer) for question, answer in zip(texts[::2], texts[1::2], strict=True)
+    ]
+
+
+def pairs(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """The pairs of colour and shape that a record tells."""
+    if cells := re.fullmatch(r"colours (.+)\. shapes (.+)\.", said(record)[1]):
+        colours, shapes = (group.split() for group in cells.groups())
+        return [pair for pair in zip(colours, shapes, strict=True) if pair != ("none", "none")]
+    found = []
+    for question, answer in told(record):
+        if match := re.fullmatch(r"\s*What colour is the (\w+)\?", question):
+            found.append((answer, match[1]))
+        if match := re.fullmatch(r"\s*What shape is the (\w+) thing\?", question):
+            found.append((match[1], answer))
+    return found
+
+
 @pytest.mark.parametrize("split", ["pretrain", "finetune", "val"])
-def test_training_text_never_names_a_held_out_pair(folder: Path, split: str) -> None:
-    named = " ".join(text for record in records(folder, split) for text in said(record))
-    assert not [pair for pair in HELD_OUT_PAIRS if " ".join(pair) in named]
+def test_training_text_never_tells_a_held_out_pair(folder: Path, split: str) -> None:
+    for record in records(folder, split):
+        assert not HELD_OUT_PAIRS & set(pairs(record))
+        if split == "pretrain" and (number := dict(told(record)).get("How many things are there?")):
+            assert len(pairs(record)) == scenes.NUMBERS.index(number) + 1
+
+
+def test_held_out_questions_say_whether_they_are_about_the_pair(folder: Path) -> None:
+    for record in records(folder, "heldout"):
+        assert record["about_held_out"] == bool(HELD_OUT_PAIRS & set(pairs(record)))
+
+
+def test_all_things_lie_in_the_corner_that_is_told() -> None:
+    rng = random.Random(0)
+    for number in range(1, len(scenes.NUMBERS) + 1):
+        things = scenes.random_scene(rng, number, held_out=False)
+        assert len({thing.place for thing in things}) == 1
+        assert len({(thing.row, thing.column) for thing in things}) == number
+        assert ("place", None, "In which corner?", things[0].place) in scenes.questions(things)
 
 
 @pytest.mark.parametrize("kind", KINDS)

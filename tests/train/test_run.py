@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.conftest import config_of, losses
 from tests.tiny_parts import Parts
-
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer, newest_checkpoint
 

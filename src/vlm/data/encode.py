@@ -223,7 +223,10 @@ def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *
     if length <= longest:
         return encoded
     if not truncate:
-        raise OverLong(sample_id, f"{length} tokens, at most {longest} are allowed (dataset.max_length, or the language model's positions)")
+        raise OverLong(
+            sample_id,
+            f"{length} tokens, at most {longest} are allowed (dataset.max_length, or the language model's positions)",
+        )
     cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest])
     if image_token_id in encoded.input_ids[longest:]:
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image")

@@ -1,9 +1,12 @@
 """A generated set of scenes with captions and questions: small enough to learn in minutes, with a test inside.
 
-A scene is a picture of 4 x 4 cells, a few of which hold a coloured shape; no two things of a scene share a colour or a
-shape, so that either names the thing. Some pairs of colour and shape (`HELD_OUT_PAIRS`) never occur in training, and
-every scene of `heldout.json` has one of them. Captions say of each thing what the questions ask later, so that the
-first stage learns to look and the second to answer.
+A scene is a picture of 4 x 4 cells; up to four coloured shapes lie in the cells of one of its corners. No two things of
+a scene share a colour or a shape, so that either names the thing. Some pairs of colour and shape (`HELD_OUT_PAIRS`)
+never occur in training, and every scene of `heldout.json` has one of them.
+
+Captions are dense. Half of them go through all cells, first for colours and then for shapes, which teaches to see each
+on its own. The others answer questions, one about each thing: what stands in the text already would be copied from
+there instead of being seen.
 
 Imports the standard library and Pillow only.
 """
@@ -37,7 +40,7 @@ HELD_OUT_PAIRS = frozenset(zip(COLOURS, SHAPES, strict=False))
 """Red squares, green triangles, blue crosses and yellow circles."""
 BACKGROUND = (128, 128, 128)
 CAPTION_PROMPT = "<image>\nDescribe the picture."
-ASKED_ABOUT_HELD_OUT = 0.3
+ASKED_ABOUT_HELD_OUT = 0.25
 """Share of the held-out questions about a thing that ask about the held-out pair itself, the others about what stands
 beside it; with more, always giving the held-out colour would be right too often."""
 
@@ -53,7 +56,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """The quarter of the picture that it lies in."""
+        """The corner of the picture that it lies in."""
         return PLACES[2 * (self.row >= CELLS // 2) + (self.column >= CELLS // 2)]
 
     @property
@@ -63,12 +66,14 @@ class Thing:
 
 
 def random_scene(rng: random.Random, number: int, *, held_out: bool) -> list[Thing]:
-    """So many things in reading order, the first of them drawn a held-out pair or none at all."""
-    cells = rng.sample(range(CELLS * CELLS), number)
+    """So many things in one corner, in reading order; one of them is a held-out pair, or none."""
+    half = CELLS // 2
+    top, left = rng.choice((0, half)), rng.choice((0, half))
+    cells = [(top + cell // half, left + cell % half) for cell in rng.sample(range(half * half), number)]
     while True:
         pairs = list(zip(rng.sample(list(COLOURS), number), rng.sample(SHAPES, number), strict=True))
         if sum(pair in HELD_OUT_PAIRS for pair in pairs) == held_out:
-            things = [Thing(*pair, *divmod(cell, CELLS)) for pair, cell in zip(pairs, cells, strict=True)]
+            things = [Thing(*pair, *cell) for pair, cell in zip(pairs, cells, strict=True)]
             return sorted(things, key=lambda thing: (thing.row, thing.column))
 
 
@@ -101,41 +106,61 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: floa
         pen.polygon([(x + a, y + b) for a, b in [*right, *below, *left, *above]], **style)
 
 
-def caption(things: list[Thing], rng: random.Random, facts: int = 8) -> str:
-    """How many things there are, each in its place, and some facts in the words in which questions ask for them."""
-    number = f"{NUMBERS[len(things) - 1]} thing{'s' if len(things) > 1 else ''}."
-    listed = [f"{thing.place}: {thing.colour} {thing.shape}." for thing in things]
-    found = [f"{question} {answer}." for _, _, question, answer in questions(things)]
-    return " ".join([number, *listed, *rng.sample(found, min(facts, len(found)))])
+def caption(things: list[Thing], rng: random.Random) -> str:
+    """What a picture shows: the content of all its cells, or answers about all of it and each thing."""
+    if rng.random() < 0.5:
+        return cells_caption(things)
+    of_all = [(question, answer) for _, thing, question, answer in questions(things) if thing is None]
+    return " ".join(f"{question} {answer}." for question, answer in [*of_all, *once_each(things, rng)])
+
+
+def cells_caption(things: list[Thing]) -> str:
+    """The colour of every cell in reading order, then the shape of every cell."""
+    at = {(thing.row, thing.column): thing for thing in things}
+    cells = [at.get(divmod(cell, CELLS)) for cell in range(CELLS * CELLS)]
+    colours = " ".join(thing.colour if thing else "none" for thing in cells)
+    shapes = " ".join(thing.shape if thing else "none" for thing in cells)
+    return f"colours {colours}. shapes {shapes}."
+
+
+def once_each(things: list[Thing], rng: random.Random) -> list[tuple[str, str]]:
+    """One question about each thing, for its colour or for its shape: neither is told by another answer."""
+    return [(question, answer) for thing in rng.sample(things, len(things))
+            for _, _, question, answer in [rng.choice(about(thing))]]  # fmt: skip
 
 
 def questions(things: list[Thing]) -> list[tuple[str, Thing | None, str, str]]:
     """All that can be asked about a scene: (kind, the thing it is about, question, answer)."""
-    found: list[tuple[str, Thing | None, str, str]] = [
-        ("count", None, "How many things are there?", NUMBERS[len(things) - 1])
+    return [
+        ("count", None, "How many things are there?", NUMBERS[len(things) - 1]),
+        ("place", None, "In which corner?", things[0].place),
+        *(asked for thing in things for asked in about(thing)),
     ]
-    for thing in things:
-        found.append(("colour", thing, f"What colour is the {thing.shape}?", thing.colour))
-        found.append(("shape", thing, f"What shape is {thing.colour}?", thing.shape))
-        found.append(("place", thing, f"Where is the {thing.shape}?", thing.place))
-        found.append(("place", thing, f"Where is {thing.colour}?", thing.place))
-    return found
+
+
+def about(thing: Thing) -> list[tuple[str, Thing | None, str, str]]:
+    """What can be asked about one thing."""
+    return [
+        ("colour", thing, f"What colour is the {thing.shape}?", thing.colour),
+        ("shape", thing, f"What shape is the {thing.colour} thing?", thing.shape),
+    ]
 
 
 def held_out_question(kind: str, rng: random.Random) -> tuple[list[Thing], str, str, bool]:
     """A scene with one held-out pair, a question of a kind, its answer, and whether it is about that pair."""
-    about = kind != "count" and rng.random() < ASKED_ABOUT_HELD_OUT
-    things = random_scene(rng, rng.randint(1 if about or kind == "count" else 2, len(NUMBERS)), held_out=True)
+    of_all = kind in ("count", "place")
+    about_it = not of_all and rng.random() < ASKED_ABOUT_HELD_OUT
+    things = random_scene(rng, rng.randint(1 if of_all or about_it else 2, len(NUMBERS)), held_out=True)
     fitting = [
         (question, answer)
         for one, thing, question, answer in questions(things)
-        if one == kind and (thing is None or thing.held_out == about)
+        if one == kind and (thing is None or thing.held_out == about_it)
     ]
-    return things, *rng.choice(fitting), about
+    return things, *rng.choice(fitting), about_it
 
 
 def write_scenes(
-    folder: Path, *, num_train: int = 6000, num_val: int = 200, num_heldout: int = 1200, asked: int = 8, seed: int = 0
+    folder: Path, *, num_train: int = 6000, num_val: int = 200, num_heldout: int = 1200, seed: int = 0
 ) -> None:
     """Write `images/*.png`, and in LLaVA's format `pretrain.json`, `finetune.json`, `val.json` and `heldout.json`.
 
@@ -144,7 +169,6 @@ def write_scenes(
         num_train: scenes for training, each with a caption (`pretrain.json`) and questions (`finetune.json`).
         num_val: scenes for the evaluation loss, drawn as those for training.
         num_heldout: scenes with a held-out pair, one question each, with its `kind` and whether it is about the pair.
-        asked: most questions about one training scene.
         seed: decides everything.
     """
     rng = random.Random(seed)
@@ -154,12 +178,12 @@ def write_scenes(
         name = f"{index:05d}.png"
         if index >= num_train + num_val:
             kind = KINDS[index % len(KINDS)]
-            things, question, answer, about = held_out_question(kind, rng)
-            files["heldout"].append({**record(name, [(question, answer)]), "kind": kind, "about_held_out": about})
+            things, question, answer, about_it = held_out_question(kind, rng)
+            files["heldout"].append({**record(name, [(question, answer)]), "kind": kind, "about_held_out": about_it})
         else:
             things = random_scene(rng, rng.randint(1, len(NUMBERS)), held_out=False)
-            found = [(question, answer) for _, _, question, answer in questions(things)]
-            talk = record(name, rng.sample(found, min(asked, len(found))))
+            of_all = [(question, answer) for _, thing, question, answer in questions(things) if thing is None]
+            talk = record(name, rng.sample(of_all, rng.randint(0, 1)) + once_each(things, rng))
             files["val" if index >= num_train else "finetune"].append(talk)
             if index < num_train:
                 files["pretrain"].append(record(name, [(CAPTION_PROMPT, caption(things, rng))]))

@@ -176,7 +176,9 @@ class VLMTrainer(Trainer):
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         saved = self.model.state_dict().keys()
         training = tuple(f"{part.name}." for part in self.parts if part.trains)
-        return named | {name: b for name, b in self.model.named_buffers() if name in saved and name.startswith(training)}
+        return named | {
+            name: b for name, b in self.model.named_buffers() if name in saved and name.startswith(training)
+        }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
