@@ -52,6 +52,11 @@ def test_all_that_is_refused_and_shown_needs_no_torch(records: str):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_what_every_rank_finds_one_says():
+    done = start("-m", "vlm", "--local_rank=1", "-cn", "pretrain-smol")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize("rank", [[], ["--local_rank=0"], ["--local-rank", "0"]], ids=str)
 def test_python_m_reaches_the_entry(rank: list[str]):
     done = start("-m", "vlm", *rank, "-cn", "pretrain-smol")

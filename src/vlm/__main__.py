@@ -22,6 +22,10 @@ from vlm.config.explain import NO_BASE, explain, unknown_key
 from vlm.config.schema import RunConfig
 
 
+class RunError(ConfigError):
+    """What a run refused once it had begun, on this rank."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Compose the configuration that the command line asks for, check it, and run it."""
     words = take_launcher_words(sys.argv[1:] if argv is None else argv)
@@ -41,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refused.append(error)
     if refused:
-        sys.exit(f"vlm: {explain(refused[0])}")
+        # What every rank of a machine finds before the run, one says; what only one may find later, each says.
+        silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
+        sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
 
 
 def _run(composed: DictConfig) -> None:
@@ -67,7 +73,7 @@ def _run(composed: DictConfig) -> None:
         run(config, name, overrides)
     except (ValueError, FloatingPointError) as error:
         if is_users(error):
-            raise ConfigError(str(error)) from error
+            raise RunError(str(error)) from error
         raise
 
 

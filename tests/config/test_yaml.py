@@ -12,7 +12,6 @@ from tests.conftest import config_of
 from vlm.config.check import CHOICES, check_choices, group_names, packaged, packaged_connectors, run_names, value_of
 from vlm.config.overview import overview
 from vlm.config.schema import RunConfig
-from vlm.data.formats import FORMATS
 from vlm.data.sampling import GROUPED
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.connectors import CONNECTORS, connector_options
@@ -118,7 +117,6 @@ def test_a_connectors_yaml_declares_its_options(name: str):
 
 
 def test_choices_are_the_tables():
-    assert CHOICES["dataset.format"] == tuple(FORMATS)
     assert CHOICES["dataset.image_mode"] == (None, *IMAGE_MODES)
     assert CHOICES["model.visual_encoder.feature_strategy"] == FEATURE_STRATEGIES
     assert GROUPED in CHOICES["trainer.train_sampling_strategy"]

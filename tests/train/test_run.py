@@ -179,6 +179,25 @@ def test_resuming_with_other_parts_is_refused(pretrained: Path, train: Callable[
         )  # fmt: skip
 
 
+def test_records_of_another_form_are_read_by_a_function_of_the_users_own(
+    train: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "captions_reader.py").write_text(
+        "from vlm.data.sample import Picture, Sample, Turn\n"
+        "def read(record, image_folder):\n"
+        "    picture = Picture(image_folder / record['file'])\n"
+        "    return Sample(record['file'], (Turn('user', (picture,)), Turn('assistant', (record['text'],))))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "records.json").write_text(json.dumps([{"file": "0.png", "text": "red"}, {"file": "1.png"}]))
+    options = ["dataset.format=captions_reader:read", f"dataset.path={tmp_path / 'records.json'}"]
+    with pytest.raises(KeyError, match="text"):  # an error of the reader's own is not taken for a bad record
+        train("pretrain-smol", tmp_path / "bad", *options, "trainer.max_steps=1")
+    (tmp_path / "records.json").write_text(json.dumps([{"file": "0.png", "text": "red"}] * 8))
+    folder = train("pretrain-smol", tmp_path / "run", *options, "trainer.max_steps=1")
+    assert json.loads((folder / "data.json").read_text())["train"]["samples"] == 8
+
+
 def test_bad_records_are_listed_when_skipped(train: Callable[..., Path], world: Path, tmp_path: Path):
     records = json.loads((world / "records.json").read_text())
     records[0]["image"] = "missing.png"

@@ -71,7 +71,9 @@ def test_every_trainable_parameter_is_in_exactly_one_group(built):
 def test_the_table_shows_each_part(built):
     config, model, _, _ = built
     config.model.connector.name = "two-layers"
-    shown = table(split_parts(model, config.trainer, config.model)).splitlines()
+    parts = split_parts(model, config.trainer, config.model)
+    freeze(parts)
+    shown = table(parts).splitlines()
     assert [line.split()[0] for line in shown[2:]] == ["visual_encoder", "connector", "language_model", "total"]
     count = sum(parameter.numel() for parameter in model.connector.parameters())
     assert shown[3].split()[1:] == ["two-layers", f"{count:,}", f"{count:,}", "0.001", "0.1"]

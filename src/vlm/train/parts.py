@@ -85,7 +85,7 @@ def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
 
 
 def table(parts: list[Part]) -> str:
-    """The table that a run begins with: part, source, parameters, trainable, learning rate, weight decay."""
+    """The table that a run begins with, once `freeze` has settled what trains."""
     rows = [("part", "from", "parameters", "trainable", "learning rate", "weight decay"), *_rows(parts)]
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = []
