@@ -88,7 +88,6 @@ def examine(checkpoint: Path, folder: Path) -> dict[str, Any]:
         },
         "blank_picture_accuracy": blank["all"],
         "constant_answer_accuracy": constant["all"],
-        "held_out_pair_accuracy": accuracy(*only_held_out(records, answers))["all"],
         "questions": len(records),
     }  # fmt: skip
 
@@ -121,12 +120,6 @@ def accuracy(records: list[dict], answers: list[str]) -> dict[str, float]:
         for key in (record["kind"], "all"):
             right[key].append(answer.strip() == reference(record))
     return {key: round(sum(values) / len(values), 4) for key, values in right.items()}
-
-
-def only_held_out(records: list[dict], answers: list[str]) -> tuple[list[dict], list[str]]:
-    """The questions that ask about the held-out pair itself."""
-    kept = [pair for pair in zip(records, answers, strict=True) if pair[0]["about_held_out"]]
-    return [record for record, _ in kept], [answer for _, answer in kept]
 
 
 def best_constants(records: list[dict]) -> dict[str, float]:

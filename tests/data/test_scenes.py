@@ -8,11 +8,27 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data import scenes
-from vlm.data.scenes import HELD_OUT_PAIRS, KINDS, write_scenes
+from vlm.data.scenes import (
+    BACKGROUND,
+    CELL,
+    CELLS,
+    COLOURS,
+    HELD_OUT_PAIRS,
+    KINDS,
+    NUMBERS,
+    PLACES,
+    SHAPES,
+    Scene,
+    caption,
+    draw,
+    questions,
+    random_scene,
+    write_scenes,
+)
 from vlm.tiny import word_tokenizer
 
 SPLITS = ("pretrain", "finetune", "val", "heldout")
@@ -49,7 +65,7 @@ def test_records_are_well_formed(folder: Path, split: str) -> None:
         assert sum(text.count("<image>") for text in said(record)) == 1
         assert all(text.strip() for text in said(record))
         with Image.open(folder / "images" / record["image"]) as image:
-            assert image.size == (scenes.CELLS * scenes.CELL,) * 2
+            assert image.size == (CELLS * CELL,) * 2
 
 
 def test_held_out_records_ask_one_question_of_each_kind_alike(folder: Path) -> None:
@@ -58,57 +74,51 @@ def test_held_out_records_ask_one_question_of_each_kind_alike(folder: Path) -> N
     assert Counter(record["kind"] for record in held_out) == dict.fromkeys(KINDS, len(held_out) // len(KINDS))
 
 
-def test_questions_are_about_pictures_whose_captions_are_checked(folder: Path) -> None:
-    """Captions tell each thing's pair, so that the test below sees a held-out pair in any training picture."""
+def test_no_picture_is_in_two_splits(folder: Path) -> None:
     captioned = {record["image"] for record in records(folder, "pretrain")}
     assert {record["image"] for record in records(folder, "finetune")} == captioned
-    assert not captioned & {record["image"] for record in records(folder, "heldout")}
+    others = [{record["image"] for record in records(folder, split)} for split in ("val", "heldout")]
+    assert not captioned & others[0]
+    assert not (captioned | others[0]) & others[1]
 
 
-def told(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The questions and answers of a record, those in its caption too."""
-    texts = said(record)
-    if texts[0] == scenes.CAPTION_PROMPT:
-        return re.findall(r"([^.?]+\?) ([^.?]+)\.", texts[1])
-    return [
-        (question.removeprefix("<image>\n"), answer) for question, answer in zip(texts[::2], texts[1::2], strict=True)
-    ]
+def test_held_out_pairs_are_drawn_where_they_are_asked_for_alone() -> None:
+    rng = random.Random(0)
+    drawn = {held_out: [random_scene(rng, held_out=held_out) for _ in range(500)] for held_out in (True, False)}
+    for held_out, found in drawn.items():
+        assert {(scene.colour, scene.shape) in HELD_OUT_PAIRS for scene in found} == {held_out}
+        assert {len(scene.cells) for scene in found} == {1, 2, 3, 4}
+        assert {scene.place for scene in found} == set(PLACES)
+    pairs = {(scene.colour, scene.shape) for scene in drawn[False]}
+    assert len(pairs) == len(COLOURS) * len(SHAPES) - len(HELD_OUT_PAIRS)
 
 
-def pairs(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The pairs of colour and shape that a record tells."""
-    if cells := re.fullmatch(r"colours (.+)\. shapes (.+)\.", said(record)[1]):
-        colours, shapes = (group.split() for group in cells.groups())
-        return [pair for pair in zip(colours, shapes, strict=True) if pair != ("none", "none")]
-    found = []
-    for question, answer in told(record):
-        if match := re.fullmatch(r"\s*What colour is the (\w+)\?", question):
-            found.append((answer, match[1]))
-        if match := re.fullmatch(r"\s*What shape is the (\w+) thing\?", question):
-            found.append((match[1], answer))
-    return found
+def test_things_lie_in_the_cells_that_are_told() -> None:
+    """As many as counted, in one corner, each inside its cell."""
+    rng = random.Random(0)
+    for _ in range(50):
+        scene = random_scene(rng, held_out=False)
+        changed = np.any(np.asarray(draw(scene, rng)) != np.array(BACKGROUND), axis=2)
+        seen = changed.reshape(CELLS, CELL, CELLS, CELL).sum(axis=(1, 3)) > 20
+        assert sorted(zip(*(index.tolist() for index in seen.nonzero()), strict=True)) == sorted(scene.cells)
+        assert questions(scene)["count"][1] == NUMBERS[len(scene.cells) - 1]
+        assert {Scene(scene.colour, scene.shape, (cell,)).place for cell in scene.cells} == {scene.place}
 
 
 @pytest.mark.parametrize("split", ["pretrain", "finetune", "val"])
-def test_training_text_never_tells_a_held_out_pair(folder: Path, split: str) -> None:
+def test_no_text_of_training_tells_both_colour_and_shape(folder: Path, split: str) -> None:
     for record in records(folder, split):
-        assert not HELD_OUT_PAIRS & set(pairs(record))
-        if split == "pretrain" and (number := dict(told(record)).get("How many things are there?")):
-            assert len(pairs(record)) == scenes.NUMBERS.index(number) + 1
+        words = set(re.findall(r"\w+", " ".join(said(record))))
+        assert bool(words & set(COLOURS)) != bool(words & set(SHAPES))
 
 
-def test_held_out_questions_say_whether_they_are_about_the_pair(folder: Path) -> None:
-    for record in records(folder, "heldout"):
-        assert record["about_held_out"] == bool(HELD_OUT_PAIRS & set(pairs(record)))
-
-
-def test_all_things_lie_in_the_corner_that_is_told() -> None:
+def test_a_caption_goes_through_all_cells() -> None:
     rng = random.Random(0)
-    for number in range(1, len(scenes.NUMBERS) + 1):
-        things = scenes.random_scene(rng, number, held_out=False)
-        assert len({thing.place for thing in things}) == 1
-        assert len({(thing.row, thing.column) for thing in things}) == number
-        assert ("place", None, "In which corner?", things[0].place) in scenes.questions(things)
+    scene = Scene("red", "circle", ((0, 2), (1, 3)))
+    found = {caption(scene, rng).rpartition("? ")[2].partition(". ")[2] for _ in range(20)}
+    assert found == {
+        " ".join(word if cell in (2, 7) else "none" for cell in range(CELLS**2)) + "." for word in ("red", "circle")
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
