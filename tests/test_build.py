@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     CLIPConfig,
@@ -232,8 +234,8 @@ UNREAD = {
     ("clip", -2): {"post_layernorm"},
     ("siglip", None): set(),
     ("siglip", -2): {"post_layernorm"},
-    ("dinov2", None): set(),
-    ("dinov2", -2): {"layers.2", "layernorm"},
+    ("dinov2", None): {"mask_token"},
+    ("dinov2", -2): {"mask_token", "layer.2.", "layernorm"},
 }
 """Encoder and feature layer -> modules that the features do not depend on."""
 
@@ -262,14 +264,12 @@ def test_a_language_model_without_a_tokenizer_is_refused_by_key(parts: Parts, tm
         compose(recipe, None, None)
 
 
-def test_a_part_that_transformers_does_not_know_is_refused_by_key(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_part_that_transformers_does_not_know_is_refused_by_key(parts: Parts, monkeypatch: pytest.MonkeyPatch):
     """Its checkpoint could not be loaded again."""
-    recipe = parts.recipe()
-    monkeypatch.setattr(CLIPVisionConfig, "model_type", "someones_own")
-    with pytest.raises(ValueError, match=r"model.visual_encoder.hf_name=.*model_type=someones_own"):
-        compose(recipe, None, None)
+    monkeypatch.delitem(CONFIG_MAPPING._mapping, "clip_vision_model")  # as if its code came out of a repository
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: CLIPVisionConfig())
+    with pytest.raises(ValueError, match=r"model.visual_encoder.hf_name=.*model_type=clip_vision_model"):
+        compose(parts.recipe(), None, None)
 
 
 @pytest.mark.parametrize("part", ["visual_encoder", "language_model"])

@@ -75,6 +75,16 @@ def _run(composed: DictConfig) -> None:
         if is_users(error):
             raise RunError(str(error)) from error
         raise
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Wait for the other ranks and close what connects them: a rank that exits while another works may abort."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def need_known_keys(node: DictConfig, path: str = "") -> None:
