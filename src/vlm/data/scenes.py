@@ -91,10 +91,9 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: floa
     elif shape == "triangle":
         pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], **style)
     else:
-        quarter = [(third, -r), (third, -third), (r, -third)]
-        corners = [(sx * a, sy * b) for sx, sy in ((1, 1), (1, -1), (-1, -1), (-1, 1)) for a, b in quarter]
-        right, below, left, above = corners[:3], corners[3:6][::-1], corners[6:9], corners[9:][::-1]
-        pen.polygon([(x + a, y + b) for a, b in [*right, *below, *left, *above]], **style)
+        quarter = [(third, -r), (third, -third), (r, -third)]  # the others are this one, turned by right angles
+        turned = [quarter, [(-b, a) for a, b in quarter], [(-a, -b) for a, b in quarter], [(b, -a) for a, b in quarter]]
+        pen.polygon([(x + a, y + b) for corner in turned for a, b in corner], **style)
 
 
 def questions(scene: Scene) -> dict[str, tuple[str, str]]:
@@ -108,7 +107,7 @@ def questions(scene: Scene) -> dict[str, tuple[str, str]]:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Dense: the colour or the shape in every cell in reading order, then some answers in the questions' words."""
+    """Dense: answers in the questions' words, then the colour or the shape in every cell in reading order."""
     kind = rng.choice(("colour", "shape"))
     word = questions(scene)[kind][1]
     cells = [word if divmod(cell, CELLS) in scene.cells else "none" for cell in range(CELLS * CELLS)]
@@ -153,10 +152,10 @@ def write_scenes(
         (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
-def record(name: str, talk: list[tuple[str, str]]) -> dict[str, Any]:
+def record(name: str, asked: list[tuple[str, str]]) -> dict[str, Any]:
     """A record of questions and answers about one picture."""
     turns = []
-    for number, (question, answer) in enumerate(talk):
+    for number, (question, answer) in enumerate(asked):
         lead = "" if number or question.startswith(PLACEHOLDER) else f"{PLACEHOLDER}\n"
         turns += [{"from": "human", "value": lead + question}, {"from": "gpt", "value": answer}]
     return {"id": Path(name).stem, "image": name, "conversations": turns}
