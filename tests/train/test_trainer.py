@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import config_of, losses
 from vlm.data.collate import Collator
+from vlm.train.arguments import deepspeed_config
 from vlm.train.parts import freeze, parameter_groups, split_parts, table
 from vlm.train.run import load_data, load_weights, settle_model
 
@@ -66,6 +67,16 @@ def test_every_trainable_parameter_is_in_exactly_one_group(built):
     assert by_name["connector.no_decay"]["weight_decay"] == 0.0
     assert by_name["connector.decay"]["lr"] == 1e-3
     assert by_name["language_model.decay"]["lr"] == 1e-4
+
+
+def test_a_deepspeed_configuration_is_packaged_or_a_json_file(tmp_path: Path):
+    """A JSON file may be indented by tabs, which YAML does not read."""
+    (tmp_path / "own.json").write_text('{\n\t"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}\n}')
+    assert deepspeed_config(str(tmp_path / "own.json")) == {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}
+    }
+    assert deepspeed_config("zero3")["zero_optimization"]["stage"] == 3  # pyright: ignore[reportOptionalSubscript]
+    assert deepspeed_config(None) is None
 
 
 def test_the_table_shows_each_part(built):

@@ -1,5 +1,6 @@
 """From the `trainer` section to `TrainingArguments`, and from a DeepSpeed name to its configuration."""
 
+import json
 import os
 import socket
 from importlib import resources
@@ -56,8 +57,10 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
         return None
     if isinstance(value, str):
         packaged = resources.files("vlm.config").joinpath("trainer", "deepspeed", f"{value}.yaml")
-        file = packaged if packaged.is_file() else Path(value)
-        value = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))  # YAML reads JSON too
+        if packaged.is_file():
+            value = OmegaConf.to_container(OmegaConf.create(packaged.read_text(encoding="utf-8")))
+        else:
+            value = json.loads(Path(value).read_text(encoding="utf-8"))
     for block in ("optimizer", "scheduler"):
         if block in value:
             raise ValueError(
