@@ -18,7 +18,7 @@ from vlm import VisionLanguageModel
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.collate import Collator
 from vlm.data.dataset import BlankPictures, SampleDataset, load_dataset
-from vlm.data.encode import open_picture
+from vlm.data.pictures import open_pictures
 from vlm.inference.metrics import caption_retrieval, reply_text, row_losses
 
 
@@ -30,6 +30,7 @@ def losses(ready: VisionLanguageModel, dataset: SampleDataset | BlankPictures, b
     for start in tqdm(range(0, len(dataset), batch), "loss"):
         inputs = collate([dataset[i] for i in range(start, min(start + batch, len(dataset)))])
         inputs = {name: value.to(ready.model.device) for name, value in inputs.items()}
+        inputs["pixel_values"] = ready.processor.normalise(inputs["pixel_values"])
         rows.append(torch.stack(row_losses(ready.model(**inputs).logits, inputs["labels"]), dim=1).cpu())
     return torch.cat(rows)
 
@@ -37,13 +38,15 @@ def losses(ready: VisionLanguageModel, dataset: SampleDataset | BlankPictures, b
 def report(args: argparse.Namespace) -> dict:
     """Measure."""
     ready = VisionLanguageModel.load(args.checkpoint, dtype=args.dtype)
-    data = load_dataset(DatasetConfig(path=args.data), args.data, args.image_folder, ready.processor, 2048)
+    config = DatasetConfig(path=args.data, image_folder=args.image_folder)
+    data = load_dataset(config, ready.processor, 2048, evaluates=True)
+    samples = [data.sample(index) for index in range(len(data))]
     seen, blank = losses(ready, data, args.batch), losses(ready, BlankPictures(data), args.batch)
     gains = (blank[:, 0] - seen[:, 0]) / seen[:, 1]
-    found = caption_retrieval(ready.model, ready.processor, data.samples, ways=args.ways)
+    found = caption_retrieval(ready.model, ready.processor, samples, ways=args.ways)
     answers = []
-    for sample in data.samples[:: max(len(data) // args.answers, 1)][: args.answers]:
-        pictures = [open_picture(picture.path, sample.id) for picture in sample.pictures]
+    for sample in samples[:: max(len(data) // args.answers, 1)][: args.answers]:
+        pictures = open_pictures(sample)
         answer = ready.answer([sample.turns[:-1]], [pictures], InferenceConfig(max_new_tokens=40))[0]
         answers.append({"id": sample.id, "reference": reply_text(sample), "answer": answer})
     return {

@@ -6,10 +6,14 @@ The tests need no network, no GPU and no trained weights. `world` is one composi
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ["HF_HOME"] = CACHES = tempfile.mkdtemp(prefix="small-vlm-tests-")  # indices and counts go there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -34,6 +38,11 @@ from vlm.data.encode import template_text
 from vlm.train.run import run
 
 COLOURS = ("red", "blue", "green")
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """What the tests cached goes."""
+    shutil.rmtree(CACHES, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

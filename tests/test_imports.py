@@ -13,7 +13,7 @@ SOURCE = Path(vlm.__file__).parent
 ROOMS = {
     "models": {"models"},
     "config.schema": set(),
-    "config.check": {"config.schema"},
+    "config.check": {"config.schema", "data.formats", "data.paths"},
     "config.explain": {"config.schema", "config.check"},
     "config.overview": {"config.check"},
     "data": {"data", "config.schema"},
@@ -27,7 +27,7 @@ ROOMS = {
 ENTRIES = ("__init__", "__main__", "cli", "demo")
 """What sees everything."""
 
-HUB_CODE = {"torch", "transformers", "PIL", *sys.stdlib_module_names}
+HUB_CODE = {"numpy", "torch", "transformers", "PIL", *sys.stdlib_module_names}
 """What the files that travel with checkpoints may import, besides their siblings."""
 
 FILES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}

@@ -28,7 +28,7 @@ class RunError(ConfigError):
 
 def main(argv: list[str] | None = None) -> None:
     """Compose the configuration that the command line asks for, check it, and run it."""
-    words = take_launcher_words(sys.argv[1:] if argv is None else argv)
+    words = [opened(word) for word in take_launcher_words(sys.argv[1:] if argv is None else argv)]
     sys.argv = ["vlm", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
     ConfigStore.instance().store(name="schema", node=RunConfig)
@@ -124,6 +124,11 @@ def is_users(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("vlm.")
+
+
+def opened(word: str) -> str:
+    """A word of the command line; `++` stands before keys of mappings whose names are the user's to choose."""
+    return f"++{word}" if re.match(r"dataset\.(options|sources)\b[\w.]*=", word) else word
 
 
 def take_launcher_words(words: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
 REFUSALS = {
     "format": (
         ["dataset.format=lava"],
-        "dataset.format=lava: allowed are llava, or package.module:function for your own",
+        "dataset.format=lava: allowed are llava, messages, caption, question, head, or package.module:function",
     ),
     "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),

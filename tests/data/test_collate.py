@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.tiny_parts import IGNORED, Parts, picture
-from vlm.data.collate import Collator
-from vlm.data.dataset import blank_pixels
+from vlm.data.collate import SKIPPED, Collator
+from vlm.data.dataset import Skipped, blank_pixels
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 PAD = 99
@@ -65,6 +65,25 @@ def test_a_batch_with_pictures_gets_no_dummy():
     }
 
 
+LEFT_OUT = Skipped(3, "x", "it is torn", "a.png", "records.json", "on_bad_sample")
+
+
+def test_a_record_that_was_left_out_is_no_row():
+    batch = Collator(PAD)([sample([1, 2]), LEFT_OUT, sample([3])])
+    assert batch.pop(SKIPPED) == [LEFT_OUT]
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        name: value.tolist() for name, value in Collator(PAD)([sample([1, 2]), sample([3])]).items()
+    }
+
+
+def test_a_batch_of_which_nothing_is_left_supervises_nothing():
+    batch = Collator(PAD, ([7, 8], torch.ones(1, 3, 2, 2)))([LEFT_OUT, LEFT_OUT])
+    assert batch[SKIPPED] == [LEFT_OUT, LEFT_OUT]
+    assert batch["input_ids"].tolist() == [[PAD, 7, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0]]
+    assert (batch["labels"] == IGNORED).all()
+
+
 @pytest.fixture(scope="module")
 def built(parts: Parts) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     return parts.model(start="<im_start>", end="<im_end>")
@@ -78,7 +97,7 @@ def test_a_dummy_changes_neither_loss_nor_gradients(built, attention: str):
     model.zero_grad()
     texts = ["a cat on the mat", "two", "what is it? a red circle"]
     rows = [sample(processor.tokenize(text)[0]) for text in texts]
-    dummy = (processor.image_ids(), blank_pixels(processor))
+    dummy = (processor.image_ids(), processor.normalise(blank_pixels(processor)))
     found = []
     for collate in (Collator(PAD), Collator(PAD, dummy)):
         model.zero_grad()
@@ -108,7 +127,7 @@ def test_padding_changes_nothing(built):
 
 def test_a_blank_picture_is_the_processors_mean(built):
     """All but zero behind the normalisation, the same in every mode."""
-    pixels = blank_pixels(built[1])
+    pixels = built[1].normalise(blank_pixels(built[1]))
     assert pixels.shape == (1, 3, 24, 24)
     assert pixels.abs().max() < 0.02
     assert not torch.equal(pixels, built[1].pixel_values([picture()]))

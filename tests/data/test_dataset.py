@@ -2,19 +2,19 @@
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.tiny_parts import IGNORED, Parts, picture
-from vlm.config.schema import DatasetConfig
-from vlm.data.dataset import BlankPictures, SampleDataset, Skipped, check_picture, load_dataset, split_dataset
+from vlm.config.schema import DatasetConfig, MixtureSourceConfig
+from vlm.data import counts
+from vlm.data.dataset import BlankPictures, SampleDataset, Skipped, load_dataset, split_dataset
 from vlm.data.encode import encode
-from vlm.data.sample import BadSample
 from vlm.models import VLMProcessor
 
 LONGEST = 60
@@ -35,18 +35,18 @@ def record(number: int, images: list[str], reply: str = "a cat") -> dict[str, An
 
 @pytest.fixture
 def load(tmp_path: Path, processor: VLMProcessor) -> Callable[..., SampleDataset]:
-    """`load(records, most=None, **policies)`: a dataset of these records, whose pictures are `0.png` to `3.png`."""
+    """`load(records, first=None, **policies)`: a dataset of these records, whose pictures are `0.png` to `3.png`."""
     for number in range(4):
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "text.png").write_text("no picture")
     whole = (tmp_path / "3.png").read_bytes()
     (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
 
-    def make(records: list[Any], most: int | None = None, **policies: Any) -> SampleDataset:
+    def make(records: list[Any], first: int | None = None, **policies: Any) -> SampleDataset:
         path = tmp_path / "records.json"
         path.write_text(json.dumps(records))
-        config = DatasetConfig(path=str(path), **policies)
-        return load_dataset(config, str(path), None, processor, LONGEST, show_progress=False, most=most)
+        config = DatasetConfig(path=str(path), **{"max_skipped": 1.0, **policies})
+        return load_dataset(config, processor, LONGEST, first=first)
 
     return make
 
@@ -56,6 +56,16 @@ LONG = record(9, ["0.png"], "a cat " * 40)
 HUGE_PROMPT = {**record(8, ["0.png"]), "conversations": [
     {"from": "human", "value": "<image>\n" + "what? " * 60}, {"from": "gpt", "value": "a cat"},
 ]}  # fmt: skip
+
+
+def ids(data: SampleDataset) -> list[str]:
+    return [data.sample(index).id for index in range(len(data))]
+
+
+def truncated(data: SampleDataset) -> int:
+    return sum(one.truncated for one in data.contributions)
+
+
 MANY_PICTURES = record(7, [f"{number % 4}.png" for number in range(8)])
 
 
@@ -65,33 +75,34 @@ MANY_PICTURES = record(7, [f"{number % 4}.png" for number in range(8)])
 def test_lengths_and_pictures_are_known_beforehand(load, processor: VLMProcessor):
     data = load(GOOD)
     assert len(data) == 4
-    assert data.lengths == [len(data[index]["input_ids"]) for index in range(4)]
-    assert data.num_images == [1, 0, 2, 1]
-    assert (data.skipped, data.num_truncated) == ([], 0)
+    assert data.lengths.tolist() == [len(data[index]["input_ids"]) for index in range(4)]
+    assert data.num_images.tolist() == [1, 0, 2, 1]
+    assert (data.skipped, truncated(data)) == ([], 0)
 
 
 def test_a_sample_is_its_ids_labels_and_pixels(load, processor: VLMProcessor):
     data = load(GOOD)
     for index, names in enumerate((["0"], [], ["1", "2"], ["3"])):
-        encoded, sample = encode(processor, data.samples[index]), data[index]
+        encoded, sample = encode(processor, data.sample(index)), data[index]
         assert (sample["input_ids"], sample["labels"]) == (encoded.input_ids, encoded.labels)
         if not names:
             assert sample["pixel_values"] is None
         else:
             expected = processor.pixel_values([picture(int(name)) for name in names])
-            assert torch.equal(sample["pixel_values"], expected)
+            assert sample["pixel_values"].dtype == torch.uint8
+            assert torch.equal(processor.normalise(sample["pixel_values"]), expected)
 
 
 def test_the_first_records_alone(load):
-    assert [sample.id for sample in load(GOOD, most=2).samples] == ["r0", "r1"]
+    assert ids(load(GOOD, first=2)) == ["r0", "r1"]
 
 
 def test_pictures_are_looked_for_in_the_image_folder(load, tmp_path: Path, processor: VLMProcessor):
     load(GOOD)
     (tmp_path / "else").mkdir()
-    config = DatasetConfig(path=str(tmp_path / "records.json"))
+    config = DatasetConfig(path=str(tmp_path / "records.json"), image_folder=str(tmp_path / "else"))
     with pytest.raises(ValueError, match=r"image file .*else/0.png does not exist"):
-        load_dataset(config, config.path, str(tmp_path / "else"), processor, LONGEST, show_progress=False)
+        load_dataset(config, processor, LONGEST)
 
 
 # Policies
@@ -117,7 +128,7 @@ def test_a_bad_record_stops_the_run_before_it_begins(load, name: str, tmp_path: 
 def test_a_bad_record_is_left_out_and_listed(load, name: str, tmp_path: Path):
     bad, said, file = BAD[name]
     data = load([*GOOD[:2], bad, *GOOD[2:]], on_bad_sample="skip")
-    assert [sample.id for sample in data.samples] == ["r0", "r1", "r2", "r3"]
+    assert ids(data) == ["r0", "r1", "r2", "r3"]
     (skipped,) = data.skipped
     assert isinstance(skipped, Skipped)
     assert said in skipped.reason
@@ -135,14 +146,14 @@ def test_an_overlong_record_stops_the_run(load):
 
 def test_an_overlong_record_is_left_out_and_listed(load):
     data = load([GOOD[0], LONG, GOOD[1]], over_length="skip")
-    assert [sample.id for sample in data.samples] == ["r0", "r1"]
+    assert ids(data) == ["r0", "r1"]
     assert [skipped.id for skipped in data.skipped] == ["r9"]
 
 
 def test_an_overlong_record_is_truncated_and_counted(load):
     """To the limit, its image whole, some of its reply left; as often as it is asked for."""
     data = load([GOOD[0], LONG, GOOD[1]], over_length="truncate")
-    assert data.num_truncated == 1
+    assert truncated(data) == 1
     assert data.lengths[1] == LONGEST
     for _ in range(2):
         sample = data[1]
@@ -151,32 +162,150 @@ def test_an_overlong_record_is_truncated_and_counted(load):
         assert sample["input_ids"].count(data.processor.image_token_id) == 9
 
 
-@pytest.mark.parametrize(("bad", "said"), [(HUGE_PROMPT, "cut every reply"), (MANY_PICTURES, "cut an image")])
+@pytest.mark.parametrize(("bad", "said"), [(HUGE_PROMPT, "or every reply"), (MANY_PICTURES, "cut an image")])
 def test_what_cannot_be_truncated_is_left_out_and_listed(load, bad: dict[str, Any], said: str):
     """Neither an image nor all that is learnt may be cut."""
     data = load([GOOD[0], bad], over_length="truncate")
-    assert [sample.id for sample in data.samples] == ["r0"]
+    assert ids(data) == ["r0"]
     assert said in data.skipped[0].reason
 
 
 def test_a_file_without_a_usable_record_is_an_error(load):
-    with pytest.raises(ValueError, match="the file is empty"):
+    with pytest.raises(ValueError, match="none of 0 records can be used; there are none"):
         load([])
-    with pytest.raises(ValueError, match=r"none of its 2 records can be used; the first was left out because.*z.png"):
+    with pytest.raises(ValueError, match=r"none of 2 records can be used; the commonest reason is: .*z.png"):
         load([record(5, ["z.png"]), ["x"]], on_bad_sample="skip")
 
 
+TORN = record(4, ["torn.png"])
+
+
+def test_pictures_of_the_first_records_are_decoded_beforehand(load):
+    with pytest.raises(ValueError, match=r"record 1: record 'r4': image .*torn.png does not open"):
+        load([GOOD[0], TORN], check_samples=2)
+    assert len(load([GOOD[0], TORN], check_samples=1)) == 2
+    with pytest.raises(ValueError, match=r"torn.png does not open"):
+        load([GOOD[0], TORN], check_samples=None)
+
+
 def test_a_picture_that_is_torn_behind_its_header_names_its_record_when_it_is_read(load):
-    """Only headers are opened beforehand."""
-    data = load([record(4, ["torn.png"])])
-    with pytest.raises(BadSample, match=r"record 'r4': image .*torn.png does not open"):
-        data[0]
+    """Of later records, only headers are opened beforehand."""
+    data = load([GOOD[0], TORN], check_samples=0)
+    assert isinstance(data[0], dict)
+    assert isinstance(data[1], Skipped)
+    assert (data[1].record, data[1].id, data[1].policy) == (1, "r4", "on_bad_sample")
+    assert data[1].reason.startswith(f"image {data[1].file} does not open")
+    said = r"records.json, record 1: record 'r4': image .*torn.png does not open.*on_bad_sample=skip leaves"
+    with pytest.raises(ValueError, match=said):
+        raise data[1].refusal()
 
 
-def test_a_header_is_read_without_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    picture().save(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
-    check_picture(tmp_path / "a.png", "x")
+def test_more_bad_records_than_allowed_stop_the_run(load):
+    bad = [*GOOD, ["x"], record(5, ["z.png"]), ["x"]]
+    assert len(load(bad, on_bad_sample="skip", max_skipped=0.43)) == 4
+    said = (
+        r"3 of 7 records cannot be used, more than dataset.max_skipped=0.4 allows. Reasons: a mapping .*\(2\); image f"
+    )
+    with pytest.raises(ValueError, match=said):
+        load(bad, on_bad_sample="skip", max_skipped=0.4)
+
+
+# Counting
+
+
+def test_what_was_counted_is_not_counted_again(load, monkeypatch: pytest.MonkeyPatch):
+    first = load([*GOOD, ["x"]], on_bad_sample="skip")
+    monkeypatch.setattr("vlm.data.counts.count_one", lambda *_, **__: pytest.fail("counted again"))
+    again = load([*GOOD, ["x"]], on_bad_sample="skip")
+    assert again.lengths.tolist() == first.lengths.tolist()
+    assert again.skipped == first.skipped
+
+
+@pytest.mark.parametrize("change", [{"max_frames": 9}, {"system_prompt": "Be brief."}, {"check_samples": 1}])
+def test_another_setting_is_counted_anew(load, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]):
+    load(GOOD)
+    counted = []
+    real = counts.count_one
+    monkeypatch.setattr(counts, "count_one", lambda *a, **k: counted.append(1) or real(*a, **k))
+    load(GOOD)
+    assert not counted
+    load(GOOD, **change)
+    assert len(counted) == 4
+
+
+def test_processes_count_the_same(load, monkeypatch: pytest.MonkeyPatch):
+    records = [record(number, [f"{number % 4}.png"], "a cat " * (number % 5 + 1)) for number in range(40)] + [["x"]]
+    alone = load(records, on_bad_sample="skip", num_workers=0)
+    monkeypatch.setattr(counts, "FEW", 0)
+    monkeypatch.setattr(counts, "CHUNK", 7)
+    together = load(records, on_bad_sample="skip", num_workers=2, check_samples=99)
+    assert together.lengths.tolist() == alone.lengths.tolist()
+    assert together.places.tolist() == alone.places.tolist()
+    assert together.skipped == alone.skipped
+
+
+# Several sources
+
+
+@pytest.fixture
+def mixture(load, tmp_path: Path, processor: VLMProcessor) -> Callable[..., SampleDataset]:
+    """`mixture(a={…}, b={…})`: two sources of ten records each, of different formats."""
+    load(GOOD)  # writes the pictures
+    captions = [{"id": f"c{number}", "picture": f"{number % 4}.png", "text": f"cat {number}"} for number in range(10)]
+    (tmp_path / "captions.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in captions))
+    (tmp_path / "talk.json").write_text(json.dumps([record(number, []) for number in range(10)]))
+
+    def make(a: dict[str, Any], b: dict[str, Any], **policies: Any) -> SampleDataset:
+        keys = {"image_key": "picture", "caption_key": "text"}
+        sources = {
+            "captions": MixtureSourceConfig(
+                path=str(tmp_path / "captions.jsonl"), format="caption", options=keys, **a
+            ),
+            "talk": MixtureSourceConfig(path=str(tmp_path / "talk.json"), **b),
+        }  # fmt: skip
+        return load_dataset(DatasetConfig(sources=sources, **policies), processor, LONGEST, seed=1)
+
+    return make
+
+
+def test_sources_have_their_own_formats(mixture):
+    data = mixture({}, {})
+    assert ids(data) == [f"c{number}" for number in range(10)] + [f"r{number}" for number in range(10)]
+    assert [one.source for one in data.contributions] == ["captions", "talk"]
+    assert [one.samples for one in data.contributions] == [10, 10]
+    assert [one.images for one in data.contributions] == [10, 0]
+    assert data.lengths.tolist() == [len(data[index]["input_ids"]) for index in range(20)]
+
+
+def test_a_weight_says_how_often_each_sample_is_taken(mixture):
+    taken = Counter(ids(mixture({"weight": 2.5}, {"weight": 0.3})))
+    captions = [taken[f"c{number}"] for number in range(10)]
+    assert sorted(captions) == [2] * 5 + [3] * 5
+    assert sorted(taken[f"r{number}"] for number in range(10)) == [0] * 7 + [1] * 3
+    assert taken == Counter(ids(mixture({"weight": 2.5}, {"weight": 0.3})))
+
+
+def test_a_cap_draws_so_many_records(mixture):
+    data = mixture({"max_samples": 4}, {"max_samples": 99})
+    assert [one.samples for one in data.contributions] == [4, 10]
+    assert len(set(ids(data))) == 14
+    assert ids(data)[:4] != ["c0", "c1", "c2", "c3"]
+
+
+def test_a_source_may_have_a_template_and_a_system_prompt_of_its_own(mixture, processor: VLMProcessor):
+    data = mixture({"template": "plain"}, {"system_prompt": "Be brief."})
+    said = [processor.tokenizer.decode(data[index]["input_ids"]) for index in (0, 10)]
+    assert said[0] == "<s>" + "<image>" * 9 + "cat 0\n"
+    assert "Be brief." in said[1]
+    assert "<|im_start|>" in said[1]
+
+
+def test_held_out_records_are_trained_on_by_no_repetition(mixture):
+    rest, held = split_dataset(mixture({"weight": 3}, {}), 0.3, seed=0)
+    assert len(held) == 6
+    assert len(set(ids(held))) == 6
+    assert not set(ids(held)) & set(ids(rest))
+    assert len(set(ids(rest))) == 14
 
 
 # Parts of it
@@ -185,7 +314,9 @@ def test_a_header_is_read_without_its_pixels(tmp_path: Path, monkeypatch: pytest
 def test_blank_pictures_change_the_pixels_alone(load, processor: VLMProcessor):
     data = load(GOOD)
     blank = BlankPictures(data)
-    assert (len(blank), blank.lengths, blank.num_images) == (len(data), data.lengths, data.num_images)
+    assert len(blank) == len(data)
+    assert blank.lengths is data.lengths
+    assert blank.num_images is data.num_images
     for index in range(len(data)):
         sample, plain = blank[index], data[index]
         assert (sample["input_ids"], sample["labels"]) == (plain["input_ids"], plain["labels"])
@@ -193,15 +324,12 @@ def test_blank_pictures_change_the_pixels_alone(load, processor: VLMProcessor):
             assert sample["pixel_values"] is None
         else:
             assert sample["pixel_values"].shape == plain["pixel_values"].shape
-            assert sample["pixel_values"].abs().max() < 0.02
+            assert processor.normalise(sample["pixel_values"]).abs().max() < 0.02
 
 
 def test_a_share_is_held_out_by_seed(load):
     """Both parts together are the whole, in order; the same seed holds out the same."""
     data = load([record(number, [f"{number % 4}.png"] if number % 3 else []) for number in range(20)])
-
-    def ids(one: SampleDataset) -> list[str]:
-        return [sample.id for sample in one.samples]
 
     rest, held = split_dataset(data, 0.25, seed=1)
     assert (len(rest), len(held)) == (15, 5)
@@ -210,8 +338,8 @@ def test_a_share_is_held_out_by_seed(load):
     assert ids(split_dataset(data, 0.25, seed=1)[1]) == ids(held)
     assert ids(split_dataset(data, 0.25, seed=2)[1]) != ids(held)
     for one in (rest, held):
-        assert one.lengths == [len(one[index]["input_ids"]) for index in range(len(one))]
-        assert one.num_images == [len(sample.pictures) for sample in one.samples]
+        assert one.lengths.tolist() == [len(one[index]["input_ids"]) for index in range(len(one))]
+        assert one.num_images.tolist() == [len(one.sample(index).pictures) for index in range(len(one))]
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.001, 1), (0.5, 2), (1.0, 3)])
@@ -223,8 +351,8 @@ def test_both_parts_have_at_least_one_sample(load, share: float, held: int):
 def test_what_was_left_out_is_told_once(load):
     rest, held = split_dataset(load([*GOOD, ["x"], LONG], on_bad_sample="skip", over_length="truncate"), 0.4, seed=0)
     assert [skipped.id for skipped in rest.skipped] == ["?"]
-    assert rest.num_truncated == 1
-    assert (held.skipped, held.num_truncated) == ([], 0)
+    assert truncated(rest) == 1
+    assert (held.skipped, held.contributions) == ([], [])
 
 
 def test_one_sample_cannot_be_split(load):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from tokenizers import Regex, pre_tokenizers
 
 from tests.tiny_parts import (
@@ -13,7 +12,6 @@ from tests.tiny_parts import (
     QWEN3,
     ChatTemplate,
     byte_tokenizer,
-    picture,
     runs,
 )
 from vlm.data.encode import (
@@ -21,7 +19,6 @@ from vlm.data.encode import (
     encode,
     encode_prompt,
     limit,
-    open_picture,
     render,
     reply_end,
     template_names,
@@ -279,27 +276,3 @@ def test_truncation_keeps_the_beginning():
 def test_truncation_cuts_neither_images_nor_all_replies(longest: int, what: str):
     with pytest.raises(OverLong, match=rf"cutting it to {longest} would cut {what}"):
         limit(WHOLE, longest, 9, "x", truncate=True)
-
-
-# Pictures
-
-
-def test_pictures_open_decoded(tmp_path: Path):
-    picture(size=(5, 4)).save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png", "x").size == (5, 4)
-
-
-def test_a_picture_that_does_not_open_names_the_record_and_the_file(tmp_path: Path):
-    (tmp_path / "a.png").write_text("no picture")
-    picture(size=(60, 60)).save(tmp_path / "b.png")
-    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:200])
-    for name in ("a.png", "b.png", "missing.png"):
-        with pytest.raises(BadSample, match=rf"record '7': image .*{name} does not open"):
-            open_picture(tmp_path / name, "7")
-
-
-def test_a_decompression_bomb_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    picture(size=(60, 60)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadSample, match="does not open"):
-        open_picture(tmp_path / "a.png", "7")

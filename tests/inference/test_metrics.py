@@ -1,42 +1,55 @@
 """Measures out of the loss: per row, and whether a picture's own caption is the likeliest."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.tiny_parts import IGNORED, Parts, picture
+from vlm.config.schema import DatasetConfig
 from vlm.data.collate import Collator
-from vlm.data.dataset import SampleDataset
+from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encode import encode
-from vlm.data.sample import Picture, Sample, Turn
+from vlm.data.sample import Sample
 from vlm.inference.metrics import caption_retrieval, reply_text, row_losses, with_reply
 
 CAPTIONS = ("red", "a blue square", "two cats on a mat", "12", "a blue square")
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> list[Sample]:
+def data(parts: Parts, tmp_path: Path) -> SampleDataset:
     """Five pictures with captions, two of which read the same."""
-    made = []
+    records = []
     for number, caption in enumerate(CAPTIONS):
-        path = tmp_path / f"{number}.png"
-        picture(number).save(path)
-        made.append(Sample(str(number), (Turn("user", (Picture(path), "\nwhat?")), Turn("assistant", (caption,)))))
-    return made
+        picture(number).save(tmp_path / f"{number}.png")
+        records.append({"id": str(number), "image": f"{number}.png", "caption": caption})
+    (tmp_path / "captions.json").write_text(json.dumps(records))
+    config = DatasetConfig(path=str(tmp_path / "captions.json"), format="caption", options={"prompt": "what?"})
+    return load_dataset(config, parts.model()[1], 200)
 
 
-def test_row_losses_are_those_of_each_row_alone(parts: Parts, samples: list[Sample]):
+@pytest.fixture
+def samples(data: SampleDataset) -> list[Sample]:
+    return [data.sample(index) for index in range(len(data))]
+
+
+def test_row_losses_are_those_of_each_row_alone(parts: Parts, data: SampleDataset):
     """Sums and counts; together they are the batch's loss."""
     model, processor = parts.model()
-    data = SampleDataset(samples, [0] * 5, lambda sample: encode(processor, sample), processor)
     collate = Collator(processor.tokenizer.pad_token_id)
-    batch = collate([data[index] for index in range(5)])
+
+    def batch_of(*rows: int) -> dict[str, Any]:
+        batch = collate([data[row] for row in rows])
+        return {**batch, "pixel_values": processor.normalise(batch["pixel_values"])}
+
+    batch = batch_of(*range(5))
     with torch.no_grad():
         output = model.eval()(**batch)
         sums, counts = row_losses(output.logits, batch["labels"])
         for row in range(5):
-            alone = collate([data[row]])
+            alone = batch_of(row)
             assert counts[row] == (alone["labels"] != IGNORED).sum()
             assert torch.allclose(sums[row] / counts[row], model(**alone).loss, atol=1e-5)
     assert torch.allclose(sums.sum() / counts.sum(), output.loss, atol=1e-5)

@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import config_of, losses
 from vlm.data.collate import Collator
-from vlm.train.arguments import deepspeed_config
+from vlm.train.arguments import deepspeed_config, training_arguments
 from vlm.train.parts import freeze, parameter_groups, split_parts, table
 from vlm.train.run import load_data, load_weights, settle_model
 
@@ -22,7 +22,8 @@ def built(common: list[str]):
     )  # fmt: skip
     model_config, processor = settle_model(config)
     model = load_weights(config, model_config, processor, torch.float32, 42)
-    return config, model, processor, load_data(config, model_config, processor, show_progress=False)[0]
+    data, _ = load_data(config, model_config, processor, training_arguments(config.trainer))
+    return config, model, processor, data
 
 
 @pytest.mark.parametrize("average", ["token", "micro_batch"])
@@ -35,6 +36,7 @@ def test_loss_averages(built, train: Callable[..., Path], tmp_path: Path, averag
     with torch.no_grad():
         for start in (0, 3):
             batch = collate([data[i] for i in range(start, start + 3)])
+            batch["pixel_values"] = processor.normalise(batch["pixel_values"])
             counts.append(int((batch["labels"] != -100).sum()))
             means.append(model(**batch).loss.item())
     assert counts[0] != counts[1]

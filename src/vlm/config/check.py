@@ -1,18 +1,31 @@
 """Checks between fields and against the file system, in milliseconds: imports neither torch nor a model.
 
 A check that concerns one value where it is used sits there; here is what must be refused before anything is imported.
+Of the data it reads the table of formats, which needs the standard library only.
 """
 
 import json
 import re
 from importlib import resources
 from importlib.resources.abc import Traversable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from vlm.config.schema import PARTS, TRAIN_FLAGS, ConnectorConfig, InferenceConfig, RunConfig, training_argument_choices
+from vlm.config.schema import (
+    PARTS,
+    TRAIN_FLAGS,
+    ConnectorConfig,
+    DatasetConfig,
+    InferenceConfig,
+    RunConfig,
+    SourceConfig,
+    training_argument_choices,
+)
+from vlm.data.formats import FORMATS
+from vlm.data.paths import is_stream_only, kind_problem
 
 NOT_RUNS = ("base",)
 """Top-level YAML files that others build on."""
@@ -27,10 +40,6 @@ CHOICES = {
     "dataset.on_bad_sample": ("error", "skip"),
 }
 """Keys with closed lists of values. A test holds those that come from a table against the table."""
-
-
-FORMATS = ("llava",)
-"""The names of `data.formats.FORMATS`, which a test holds against it."""
 
 OWN = re.compile(r"[\w.]+:\w+")
 """How a class or function of the user's own is named."""
@@ -47,7 +56,7 @@ def check(config: RunConfig) -> None:
         ConfigError: with the full key, the value and what is allowed.
     """
     check_choices(config)
-    check_format(config.dataset.format)
+    check_dataset(config)
     check_template(config.dataset.template)
     check_connector(config.model.connector)
     check_paths(config)
@@ -68,22 +77,107 @@ def check_choices(config: RunConfig) -> None:
             raise ConfigError(f"trainer.{name}={value}: allowed are {', '.join(values)}")
 
 
-def check_format(name: str) -> None:
-    """A format is a packaged one, or `package.module:function`."""
-    if name not in FORMATS and not OWN.fullmatch(name):
+def check_dataset(config: RunConfig) -> None:
+    """The sources are there, in known formats, and a stream has what it needs."""
+    data = config.dataset
+    if (data.path is None) == (not data.sources):
         raise ConfigError(
-            f"dataset.format={name}: allowed are {', '.join(FORMATS)}, or package.module:function for your own"
+            "dataset.path: a value is needed, for example dataset.path=…" if data.path is None else
+            "dataset.path and dataset.sources: choose one (dataset.path=null leaves it out)"
+        )  # fmt: skip
+    sources = {f"dataset.sources.{name}": one for name, one in data.sources.items()} or {"dataset": data}
+    for key, source in sources.items():
+        check_source(key, source, data)
+    for name, one in data.sources.items():
+        if one.weight <= 0:
+            raise ConfigError(f"dataset.sources.{name}.weight={one.weight}: a number above 0 is needed")
+        check_template(one.template, f"dataset.sources.{name}.template")
+    need_folder("dataset.image_folder", data.image_folder)
+    need_folder("dataset.eval_image_folder", data.eval_image_folder)
+    if data.eval_path is not None:
+        need_records("dataset.eval_path", data.eval_path)
+    for name, (fits, needed) in _dataset_bounds(data).items():
+        if not fits:
+            raise ConfigError(f"dataset.{name}={shown(getattr(data, name))}: {needed} is needed")
+    if data.streaming:
+        check_stream(config)
+
+
+def check_source(key: str, source: SourceConfig, data: DatasetConfig) -> None:
+    """A source's path, format, options and image folder."""
+    path = str(source.path)
+    if path.startswith("pipe:"):
+        if not data.allow_pipe:
+            raise ConfigError(f"{key}.path={path}: a shell would run this; dataset.allow_pipe=true says that it may")
+    elif "{" not in path:
+        need_records(f"{key}.path", path)
+    if is_stream_only(path) and not data.streaming:
+        raise ConfigError(f"{key}.path={path}: tar shards are read one after the other: dataset.streaming=true")
+    if source.format not in FORMATS and not OWN.fullmatch(source.format):
+        allowed = ", ".join(FORMATS)
+        raise ConfigError(
+            f"{key}.format={source.format}: allowed are {allowed}, or package.module:function for your own"
         )
+    if source.format in FORMATS:
+        known = [p.name for p in signature(FORMATS[source.format]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for name in source.options:
+            if name not in known:
+                raise ConfigError(
+                    f"{key}.options.{name}: {source.format} does not take it; allowed are {', '.join(known) or 'none'}"
+                )
+    if source.max_samples is not None and source.max_samples < 1:
+        raise ConfigError(f"{key}.max_samples={source.max_samples}: at least 1 is needed")
+    need_folder(f"{key}.image_folder", source.image_folder)
 
 
-def check_template(name: str | None) -> None:
+def check_stream(config: RunConfig) -> None:
+    """A stream has no length and no order but its own."""
+    data = config.dataset
+    if value_of(config, "trainer.max_steps") < 1:
+        raise ConfigError("dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…")
+    if data.eval_split:
+        raise ConfigError("dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path")
+    sampling = value_of(config, "trainer.train_sampling_strategy")
+    if sampling == "group_by_modality_length":
+        raise ConfigError(f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random")
+    for key, source in {"dataset": data, **{f"dataset.sources.{k}": v for k, v in data.sources.items()}}.items():
+        if source.max_samples is not None:
+            raise ConfigError(f"{key}.max_samples: not with dataset.streaming=true; trainer.max_steps says how many")
+
+
+def _dataset_bounds(data: DatasetConfig) -> dict[str, tuple[bool, str]]:
+    return {
+        "max_frames": (data.max_frames >= 1, "at least 1"),
+        "shuffle_buffer": (data.shuffle_buffer >= 0, "0 or more"),
+        "max_skipped": (0 <= data.max_skipped <= 1, "a share from 0 to 1"),
+        "check_samples": (data.check_samples is None or data.check_samples >= 0, "0 or more, or null,"),
+        "num_workers": (data.num_workers is None or data.num_workers >= 0, "0 or more, or null,"),
+        "max_eval_samples": (data.max_eval_samples is None or data.max_eval_samples >= 1, "at least 1, or null,"),
+    }
+
+
+def need_records(key: str, path: str) -> None:
+    """Raise ConfigError where a path names neither a file, a folder nor a data set on the Hub."""
+    if "://" not in path and not Path(path).exists():
+        raise ConfigError(f"{key}={path}: no such file (seen from {Path.cwd()})")
+    if problem := kind_problem(path):
+        raise ConfigError(f"{key}={path}: {problem}")
+
+
+def need_folder(key: str, path: str | None) -> None:
+    """Raise ConfigError where a folder that is named does not exist."""
+    if path is not None and not Path(path).is_dir():
+        raise ConfigError(f"{key}={path}: no such folder (seen from {Path.cwd()})")
+
+
+def check_template(name: str | None, key: str = "dataset.template") -> None:
     """A template is a packaged one, the tokenizer's own, or a file that exists."""
     names = [*packaged("vlm.data", "templates", ".jinja"), "tokenizer"]
     if name is None or name in names:
         return
     if not name.endswith(".jinja"):
-        raise ConfigError(f"dataset.template={name}: allowed are {', '.join(names)}, or the path of a .jinja file")
-    need_file("dataset.template", name)
+        raise ConfigError(f"{key}={name}: allowed are {', '.join(names)}, or the path of a .jinja file")
+    need_file(key, name)
 
 
 def check_connector(connector: ConnectorConfig) -> None:
@@ -117,13 +211,7 @@ def packaged_connectors() -> dict[str, list[str]]:
 
 def check_paths(config: RunConfig) -> None:
     """Whatever names a file or folder of this machine names one that exists."""
-    data, trainer = config.dataset, config.trainer
-    need_file("dataset.path", data.path)
-    if data.eval_path is not None:
-        need_file("dataset.eval_path", data.eval_path)
-    for key in ("image_folder", "eval_image_folder"):
-        if (folder := getattr(data, key)) is not None and not Path(folder).is_dir():
-            raise ConfigError(f"dataset.{key}={folder}: no such folder (seen from {Path.cwd()})")
+    trainer = config.trainer
     for part in ("visual_encoder", "language_model"):
         name = value_of(config, f"model.{part}.hf_name")
         if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir() and not trainer.from_pretrained:

@@ -214,17 +214,60 @@ TrainerConfig.__module__ = __name__
 
 
 @dataclass
-class DatasetConfig:
-    """The records, and how they become tokens."""
+class SourceConfig:
+    """Records of one file, folder or data set, and how they are read."""
 
-    path: str = MISSING
-    """The training records: a LLaVA JSON or JSONL file."""
+    path: str | None = None
+    """A `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file, a folder of a Hugging Face data set, `hf://owner/name`
+    for one on the Hub; where `dataset.streaming` is on, tar shards too (`shards/{000..127}.tar`, a folder of them)."""
     format: str = "llava"
-    """A name of the table `FORMATS`, or `package.module:function` for a reader of your own."""
+    """What a record looks like: a name of the table `FORMATS`, or `package.module:function` for your own reader."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword parameters of that reader, such as `caption_key` of `caption`."""
     image_folder: str | None = None
     """What the records' image paths are relative to; null: the folder of `path`."""
+    split: str = "train"
+    """Of a Hugging Face data set that has several."""
+    subset: str | None = None
+    """Of a data set on the Hub that has several."""
+    max_samples: int | None = None
+    """Use so many records only, drawn with `trainer.seed`; null: all."""
+    system_prompt: str | None = None
+    """Said at the start of conversations that have no system turn of their own; null: nothing."""
+
+
+@dataclass
+class MixtureSourceConfig(SourceConfig):
+    """One of several sources; without an image folder of its own it has the run's."""
+
+    weight: float = 1.0
+    """How often an epoch takes each of its samples: 2 is twice, 0.5 a half of them, drawn with `trainer.seed`. In a
+    stream, how often it is drawn from, in relation to the others."""
+    template: str | None = None
+    """A template for its records alone, named as `dataset.template` is; null: the run's."""
+
+
+@dataclass
+class DatasetConfig(SourceConfig):
+    """The records, and how they become tokens."""
+
+    sources: dict[str, MixtureSourceConfig] = field(default_factory=dict)
+    """Several sources under names of your choice, in place of `path`."""
+    streaming: bool = False
+    """Read records one after the other, and never ask for one by its number: for tar shards, and for data sets that
+    are not to be stored here. Needs `trainer.max_steps`."""
+    shuffle_buffer: int = 1000
+    """How many records of a stream wait to be drawn from."""
+    allow_pipe: bool = False
+    """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
+    max_frames: int = 8
+    """Most frames of a video that a model which knows pictures only gets to see, evenly spread."""
+    cache_dir: str | None = None
+    """Where indices and token counts are kept; null: `vlm` in the folder of Hugging Face's caches (`HF_HOME`)."""
+    num_workers: int | None = None
+    """Processes that count tokens before the first run on a data set; null: as many as there are cores."""
     eval_path: str | None = None
-    """Records for the evaluation loss; null: none, or `eval_split`."""
+    """Records for the evaluation loss, of the same format; null: none, or `eval_split`."""
     eval_image_folder: str | None = None
     """What their image paths are relative to; null: `image_folder`, else the folder of `eval_path`."""
     eval_split: float = 0.0
@@ -243,6 +286,11 @@ class DatasetConfig:
     """A longer sample: `error`, `skip` (listed in `skipped.jsonl`) or `truncate` (replies only, never image tokens)."""
     on_bad_sample: str = "error"
     """A record that cannot be used: `error`, or `skip` (listed in `skipped.jsonl` with the reason)."""
+    max_skipped: float = 0.1
+    """The run stops where more than this share of the records cannot be used."""
+    check_samples: int | None = 100
+    """Pictures of the first so many records of each source are decoded before training, and of all evaluation records;
+    of the others, whether they are there and begin like pictures. null: all are decoded."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Samples into batches: padding, and a dummy image where a batch has none."""
+"""Samples into batches: padding, a dummy image where a batch has none, and a list of the records left out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.data.dataset import Skipped
 from vlm.data.encode import IGNORED
+
+SKIPPED = "skipped"
+"""The key of a batch under which the records stand that were left out of it; the training loop takes them out."""
 
 
 class Collator:
@@ -23,8 +27,15 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.dummy = dummy
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Lay samples out as ids, mask and labels `(rows, tokens)`, and `pixel_values` `(images, 3, h, w)`."""
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """Lay samples out as ids, mask and labels `(rows, tokens)`, and `pixel_values` `(images, 3, h, w)`.
+
+        A record that was left out is no row, and no other stands in for it. Where none is left, one row without a
+        supervised token keeps the ranks together.
+        """
+        skipped = [sample for sample in samples if isinstance(sample, Skipped)]
+        samples = [sample for sample in samples if not isinstance(sample, Skipped)]
+        samples = samples or [{"input_ids": [self.pad_token_id], "labels": [IGNORED], "pixel_values": None}]
         rows = [list(sample["input_ids"]) for sample in samples]
         lengths = [len(row) for row in rows]
         pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
@@ -39,7 +50,9 @@ class Collator:
             input_ids[index, : len(row)] = torch.tensor(row)
             labels[index, :length] = torch.tensor(sample["labels"])
             attention_mask[index, :length] = 1
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if pixels:
             batch["pixel_values"] = torch.cat(list(pixels))
+        if skipped:
+            batch[SKIPPED] = skipped
         return batch

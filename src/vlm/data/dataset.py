@@ -1,19 +1,23 @@
-"""Records as training samples: checked and counted once at the start, encoded when they are asked for."""
+"""Records as training samples: counted before anything trains, read and encoded when they are asked for."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.encode import Encoded, encode, limit, open_picture
-from vlm.data.formats import read_records, reader_of
+from vlm.data.counts import Counts, count
+from vlm.data.pictures import open_pictures
 from vlm.data.sample import BadSample, OverLong, Sample
+from vlm.data.sources import SampleEncoder, Source, sources_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,89 +25,119 @@ class Skipped:
     """A record that was left out, and why.
 
     Attributes:
-        record: its place in the file, from 0.
+        record: its place in the source, from 0; None in a stream.
         id: its own name, if it has one.
         reason: why.
         file: the picture that it is about, if it is about one.
         source: the file of records.
+        policy: the key of `dataset` that says what happens with such records.
     """
 
-    record: int
+    record: int | None
     id: str
     reason: str
     file: str | None
     source: str
+    policy: str = "on_bad_sample"
+
+    @classmethod
+    def by(cls, error: BadSample, source: Source, record: int | None = None) -> "Skipped":
+        """The record of a source that an error is about."""
+        policy = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
+        return cls(record, error.sample_id, error.reason, error.file, source.path, policy)
+
+    def refusal(self) -> ValueError:
+        """The error where such records are not left out."""
+        place = self.source if self.record is None else f"{self.source}, record {self.record}"
+        hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
+        return ValueError(f"{place}: record {self.id!r}: {self.reason}. {hint}")
 
 
 @dataclass(frozen=True)
-class SampleEncoder:
-    """Encodes samples for one run.
+class Contribution:
+    """What a source gives to a run.
 
     Attributes:
-        processor: decides every token.
-        longest: most tokens that a sample may have.
-        truncate: whether a longer one loses its end, instead of being refused.
+        source: its name.
+        path: where its records are.
+        fingerprint: of its content.
+        records: how many it has.
+        samples: how many of them an epoch takes, repetitions counted.
+        images: their pictures.
+        tokens: their tokens, image tokens counted.
+        skipped: records left out.
+        truncated: samples whose last replies are cut to `dataset.max_length`.
     """
 
-    processor: Any
-    longest: int
-    truncate: bool
-
-    def __call__(self, sample: Sample) -> Encoded:
-        """Ids and labels of a sample.
-
-        Raises:
-            BadSample: it cannot be used, or is too long.
-        """
-        return self.shorten(encode(self.processor, sample), sample.id)
-
-    def shorten(self, encoded: Encoded, sample_id: str) -> Encoded:
-        """The sample within the limit; the very same object where it was."""
-        return limit(encoded, self.longest, self.processor.image_token_id, sample_id, truncate=self.truncate)
+    source: str
+    path: str
+    fingerprint: str
+    records: int
+    samples: int
+    images: int
+    tokens: int
+    skipped: int
+    truncated: int
 
 
-class SampleDataset(Dataset[dict[str, Any]]):
-    """Encoded samples, with their lengths known beforehand.
+class SampleDataset(Dataset[Any]):
+    """Encoded samples of one or several sources, with their lengths known beforehand.
 
     Args:
-        samples: the conversations.
-        encode_sample: `Sample` -> ids and labels.
-        processor: gives `pixel_values`.
-
-    Attributes:
-        lengths: tokens of each sample, image tokens counted.
-        num_images: pictures of each sample.
-        skipped: the records left out.
-        num_truncated: samples whose last replies are cut to `dataset.max_length`.
+        sources: where the samples come from.
+        places: `(samples, 2)`: the number of each sample's source, and of its record there.
+        lengths: `(samples,)`: its tokens, image tokens counted.
+        num_images: `(samples,)`: its pictures.
+        skipped: the records left out before.
+        contributions: what each source gives.
     """
 
-    def __init__(self, samples: list[Sample], lengths: list[int], encode_sample: Callable[[Sample], Encoded],
-                 processor: Any, skipped: Iterable[Skipped] = (), num_truncated: int = 0):  # fmt: skip
-        self.samples = samples
+    def __init__(
+        self, sources: Sequence[Source], places: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, *,
+        skipped: Iterable[Skipped] = (), contributions: Iterable[Contribution] = (),
+    ):  # fmt: skip
+        self.sources = list(sources)
+        self.places = places
         self.lengths = lengths
-        self.num_images = [len(sample.pictures) for sample in samples]
-        self.encode_sample = encode_sample
-        self.processor = processor
+        self.num_images = num_images
         self.skipped = list(skipped)
-        self.num_truncated = num_truncated
+        self.contributions = list(contributions)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.places)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.samples[index]
-        encoded = self.encode_sample(sample)
-        pictures = [open_picture(picture.path, sample.id) for picture in sample.pictures]
-        return {
-            "input_ids": encoded.input_ids,
-            "labels": encoded.labels,
-            "pixel_values": self.processor.pixel_values(pictures) if pictures else None,
-        }
+    def sample(self, index: int) -> Sample:
+        """The conversation, as it was read.
 
-    def subset(self, indices: list[int]) -> "SampleDataset":
+        Raises:
+            BadSample: its record cannot be used any more.
+        """
+        source, record = self.places[index].tolist()
+        return self.sources[source].sample(record)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
+        """Ids, labels and pixels; `Skipped` for a record that turns out to be unusable, which a loop may not ignore."""
+        number, record = self.places[index].tolist()
+        source = self.sources[number]
+        try:
+            return encoded_item(source, source.sample(record))
+        except BadSample as error:
+            return Skipped.by(error, source, record)
+
+    def encoded(self, index: int) -> Any:
+        """Ids and labels without the pictures."""
+        source, record = self.places[index].tolist()
+        return self.sources[source].encoder(self.sources[source].sample(record))
+
+    @property
+    def processor(self) -> Any:
+        """The run's processor."""
+        return self.sources[0].encoder.processor
+
+    def subset(self, indices: "Sequence[int] | np.ndarray") -> "SampleDataset":
         """The samples at these places, as a dataset of its own."""
-        chosen = [self.samples[i] for i in indices]
-        return SampleDataset(chosen, [self.lengths[i] for i in indices], self.encode_sample, self.processor)
+        chosen = np.asarray(indices, dtype=np.int64)
+        return SampleDataset(self.sources, self.places[chosen], self.lengths[chosen], self.num_images[chosen])
 
 
 class BlankPictures(Dataset[dict[str, Any]]):
@@ -118,97 +152,144 @@ class BlankPictures(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        encoded = self.dataset.encode_sample(self.dataset.samples[index])
-        number = self.num_images[index]
+        encoded = self.dataset.encoded(index)
+        number = int(self.num_images[index])
         pixels = self.blank.expand(number, -1, -1, -1) if number else None
         return {"input_ids": encoded.input_ids, "labels": encoded.labels, "pixel_values": pixels}
+
+
+def encoded_item(source: Source, sample: Sample) -> dict[str, Any]:
+    """A sample as a data worker hands it on.
+
+    Raises:
+        BadSample: it is too long, or a picture does not open.
+    """
+    encoded = source.encoder(sample)
+    pictures = open_pictures(sample)
+    pixels = source.encoder.processor.raw_pixels(pictures) if pictures else None
+    return {"input_ids": encoded.input_ids, "labels": encoded.labels, "pixel_values": pixels}
 
 
 def blank_pixels(processor: Any) -> torch.Tensor:
     """Pixels of a picture of the image processor's mean colour: `(1, 3, height, width)`."""
     colour = tuple(int(mean * 255) for mean in processor.image_processor.image_mean)
-    return processor.pixel_values([Image.new("RGB", (64, 64), colour)])
+    return processor.raw_pixels([Image.new("RGB", (64, 64), colour)])
 
 
 def load_dataset(
-    config: DatasetConfig, path: str, image_folder: str | None, processor: Any, longest: int, *,
-    show_progress: bool = True, most: int | None = None,
+    config: DatasetConfig, processor: Any, longest: int, *, seed: int = 0, first: int | None = None,
+    evaluates: bool = False,
 ) -> SampleDataset:  # fmt: skip
-    """Read, check and count the records of one file.
+    """Read, check and count the records of a run's sources.
 
-    Every record is parsed, its pictures' headers opened and its tokens counted before anything trains.
+    Every record is parsed, its pictures looked at and its tokens counted before anything trains; what was found is
+    kept in the cache.
 
     Args:
-        config: policies for records that are bad or too long.
-        path: the file of records.
-        image_folder: what their image paths are relative to; None: the file's folder.
+        config: the sources, and the policies for records that are bad or too long.
         processor: the checkpoint's processor.
         longest: most tokens that a sample may have.
-        show_progress: whether to draw a progress bar.
-        most: read the first so many records only.
+        seed: draws records where a source gives a part of them.
+        first: take the first so many records only.
+        evaluates: whether every sample has to be there to the end: all pictures are decoded now.
 
     Raises:
-        BadSample: a record that cannot be used, where the policy is `error`.
-        ValueError: the file has no usable record.
+        ValueError: a record cannot be used and the policy is `error`; or too many cannot; or none can.
     """
-    source = Path(path)
-    folder = Path(image_folder) if image_folder else source.parent
-    read = reader_of(config.format)
     encoder = SampleEncoder(processor, longest, truncate=config.over_length == "truncate")
-    samples: list[Sample] = []
-    lengths: list[int] = []
-    skipped: list[Skipped] = []
-    num_truncated = 0
-    records = read_records(source)[:most]
-    for number, record in enumerate(tqdm(records, f"checking {source.name}", disable=not show_progress)):
-        try:
-            sample = read(record, folder)
-            for picture in sample.pictures:
-                check_picture(picture.path, sample.id)
-            whole = encode(processor, sample)
-            encoded = encoder.shorten(whole, sample.id)
-        except BadSample as error:
-            key = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
-            if getattr(config, key) == "error":
-                raise ValueError(
-                    f"{source}, record {number}: {error}. dataset.{key}=skip leaves such records out and lists them."
-                ) from error
-            skipped.append(Skipped(number, error.sample_id, error.reason, error.file, str(source)))
-        else:
-            samples.append(sample)
-            lengths.append(len(encoded.input_ids))
-            num_truncated += encoded is not whole
-    if not samples:
-        raise ValueError(f"{source}: none of its {len(records)} records can be used; {_reasons(skipped)}")
-    return SampleDataset(samples, lengths, encoder, processor, skipped, num_truncated)
+    sources = sources_of(config, encoder)
+    places, lengths, images, skipped, contributions = [], [], [], [], []
+    for number, source in enumerate(sources):
+        records = drawn(len(source), source.config.max_samples, seed)[:first]
+        decode = None if evaluates else config.check_samples
+        counts = count(source, records, decode, config.num_workers)
+        left_out = unusable(source, counts, config)
+        need_few(source.path, list(counts.problems.values()), len(records), config.max_skipped)
+        kept = np.setdiff1d(np.arange(len(records)), list(left_out))
+        kept = repeated(kept, source.weight, seed)
+        places.append(np.stack([np.full(len(kept), number), counts.record[kept]], axis=1))
+        lengths.append(np.minimum(counts.length[kept], longest))
+        images.append(counts.images[kept])
+        skipped += [left_out[place] for place in sorted(left_out)]
+        contributions.append(Contribution(
+            source.name, source.path, source.records.fingerprint, len(source), len(kept), int(images[-1].sum()),
+            int(lengths[-1].sum()), len(left_out), int((counts.length[kept] > longest).sum()),
+        ))  # fmt: skip
+    if not sum(map(len, places)):
+        names = ", ".join(source.path for source in sources)
+        raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {_reasons(skipped)}")
+    return SampleDataset(
+        sources, np.concatenate(places), np.concatenate(lengths), np.concatenate(images),
+        skipped=skipped, contributions=contributions,
+    )  # fmt: skip
 
 
-def check_picture(path: Path, sample_id: str) -> None:
-    """Open a picture's header.
+def unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict[int, Skipped]:
+    """Which of the counted records are left out, and why: those with a problem, and those that are too long.
 
     Raises:
-        BadSample: it is no picture.
+        ValueError: there is one, and the policy is `error`.
     """
-    try:
-        Image.open(path).close()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(sample_id, f"image {path} does not open: {error}", str(path)) from error
+    longest, truncate = source.encoder.longest, source.encoder.truncate
+    too_long = counts.needed > longest if truncate else counts.length > longest
+    errors = dict(counts.problems)
+    for place in np.flatnonzero(too_long).tolist():
+        length = int(counts.length[place])
+        errors[place] = OverLong(counts.id_of(place), (
+            f"{length} tokens: cutting it to {longest} would cut an image or every reply" if truncate else
+            f"{length} tokens, at most {longest} are allowed (dataset.max_length, or the language model's positions)"
+        ))  # fmt: skip
+    found = {}
+    for place, error in sorted(errors.items()):
+        found[place] = Skipped.by(error, source, int(counts.record[place]))
+        if getattr(config, found[place].policy) == "error":
+            raise found[place].refusal()
+    return found
+
+
+def need_few(path: str, bad: Sequence[BadSample | Skipped], total: int, share: float) -> None:
+    """Raise ValueError where more records cannot be used than `dataset.max_skipped` allows."""
+    if len(bad) > share * total:
+        reasons = Counter(one.reason for one in bad).most_common(3)
+        listing = "; ".join(f"{reason} ({number})" if number > 1 else reason for reason, number in reasons)
+        raise ValueError(
+            f"{path}: {len(bad)} of {total} records cannot be used, more than dataset.max_skipped={share} allows. "
+            f"Reasons: {listing}{' …' if len(bad) > sum(number for _, number in reasons) else ''}"
+        )
+
+
+def drawn(number: int, most: int | None, seed: int) -> np.ndarray:
+    """Numbers of `most` of `number` records, in order; all where there are no more."""
+    if most is None or most >= number:
+        return np.arange(number)
+    return np.sort(np.random.default_rng(seed).choice(number, most, replace=False))
+
+
+def repeated(places: np.ndarray, weight: float, seed: int) -> np.ndarray:
+    """Each place `weight` times; of a broken number, the rest goes to as many as are drawn."""
+    whole = np.repeat(places, int(weight))
+    rest = round((weight - int(weight)) * len(places))
+    return np.sort(np.concatenate([whole, np.random.default_rng(seed).choice(places, rest, replace=False)]))
 
 
 def _reasons(skipped: list[Skipped]) -> str:
-    return f"the first was left out because of: {skipped[0].reason}" if skipped else "the file is empty"
+    commonest = Counter(one.reason for one in skipped).most_common(1)
+    return f"the commonest reason is: {commonest[0][0]}" if commonest else "there are none"
 
 
 def split_dataset(dataset: SampleDataset, share: float, seed: int) -> tuple[SampleDataset, SampleDataset]:
-    """Hold out a share, drawn with a seed: (rest, held out), at least one sample in each.
+    """Hold out a share of the records, drawn with a seed: (rest, held out), at least one in each.
+
+    A record that is taken several times is on one side only.
 
     Raises:
-        ValueError: there are fewer than two samples.
+        ValueError: there are fewer than two records.
     """
-    if len(dataset) < 2:
-        raise ValueError(f"dataset.eval_split={share}: at least two records are needed, got {len(dataset)}")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = min(max(round(share * len(dataset)), 1), len(dataset) - 1)
-    rest = dataset.subset(sorted(order[held:]))
-    rest.skipped, rest.num_truncated = dataset.skipped, dataset.num_truncated
-    return rest, dataset.subset(sorted(order[:held]))
+    distinct, first, which = np.unique(dataset.places, axis=0, return_index=True, return_inverse=True)
+    if len(distinct) < 2:
+        raise ValueError(f"dataset.eval_split={share}: at least two records are needed, got {len(distinct)}")
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).numpy()
+    held = order[: min(max(round(share * len(distinct)), 1), len(distinct) - 1)]
+    rest = dataset.subset(np.flatnonzero(~np.isin(which.ravel(), held)))
+    rest.skipped, rest.contributions = dataset.skipped, dataset.contributions
+    return rest, dataset.subset(np.sort(first[held]))

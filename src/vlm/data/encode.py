@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 from vlm.data.sample import BadSample, OverLong, Sample, Turn
 
@@ -233,17 +232,3 @@ def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *
     if all(label == IGNORED for label in cut.labels):
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut every reply")
     return cut
-
-
-def open_picture(path: Path, sample_id: str) -> Image.Image:
-    """A picture, decoded.
-
-    Raises:
-        BadSample: it does not open, with the record's id and the file.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(sample_id, f"image {path} does not open: {error}", str(path)) from error

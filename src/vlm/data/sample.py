@@ -1,11 +1,14 @@
 """The one in-memory form of a record: a `Sample` of `Turn`s, whatever file it came from. Imports nothing of `vlm`."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROLES = ("system", "user", "assistant")
 PLACEHOLDER = "<image>"
 """What stands for a picture in text that people write, whatever token the model has for it."""
+VIDEO_PLACEHOLDER = "<video>"
+"""What stands for a video in such text."""
 
 
 class BadSample(ValueError):
@@ -28,21 +31,43 @@ class OverLong(BadSample):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file in a turn."""
+    """A picture in a turn: an image file, the bytes of one, or a frame of a video file.
+
+    Attributes:
+        path: the file; with `content`, only its name, and None where it has none.
+        content: the bytes of the image file, where the record itself holds them.
+        frame: the number of the frame, from 0, where `path` is a video.
+    """
+
+    path: Path | None = None
+    content: bytes | None = field(default=None, repr=False)
+    frame: int | None = None
+
+    def __str__(self) -> str:
+        name = "in the record itself" if self.path is None else str(self.path)
+        return name if self.frame is None else f"{name}, frame {self.frame}"
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file in a turn. A model that knows pictures only gets some of its frames, see `data.video`."""
 
     path: Path
 
 
+Part = str | Picture | Video
+
+
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: texts and pictures in the order in which they stand."""
+    """What one side says: texts, pictures and videos in the order in which they stand."""
 
     role: str
-    content: tuple[str | Picture, ...]
+    content: tuple[Part, ...]
 
     def as_message(self, image_token: str) -> dict[str, str]:
         """The turn as chat templates read it, an image token for each picture."""
-        parts = [image_token if isinstance(part, Picture) else part for part in self.content]
+        parts = [part if isinstance(part, str) else image_token for part in self.content]
         return {"role": self.role, "content": "".join(parts)}
 
 
@@ -57,3 +82,20 @@ class Sample:
     def pictures(self) -> list[Picture]:
         """All pictures, in the order in which they stand in the text."""
         return [part for turn in self.turns for part in turn.content if isinstance(part, Picture)]
+
+    @property
+    def videos(self) -> list[Video]:
+        """All videos, in the order in which they stand in the text."""
+        return [part for turn in self.turns for part in turn.content if isinstance(part, Video)]
+
+    def with_videos(self, replace_video: Callable[[Video], tuple[Part, ...]]) -> "Sample":
+        """The sample with other parts in place of each video."""
+        if not self.videos:
+            return self
+        turns = [
+            replace(turn, content=tuple(
+                new for part in turn.content for new in (replace_video(part) if isinstance(part, Video) else (part,))
+            ))
+            for turn in self.turns
+        ]  # fmt: skip
+        return replace(self, turns=tuple(turns))

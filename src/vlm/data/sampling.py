@@ -54,7 +54,8 @@ class ModalityLengthSampler(Sampler[int]):
     """
 
     def __init__(self, lengths: Sequence[int], num_images: Sequence[int], batch: int, seed: int):
-        self.lengths, self.num_images, self.batch, self.seed = lengths, num_images, batch, seed
+        self.lengths, self.num_images = list(lengths), list(num_images)
+        self.batch, self.seed = batch, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlm.config.schema import InferenceConfig
-from vlm.data.encode import encode_prompt, open_picture, render, reply_end
+from vlm.data.encode import encode_prompt, render, reply_end
+from vlm.data.pictures import open_picture
 from vlm.data.sample import PLACEHOLDER, BadSample, Picture, Turn
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 from vlm.models.connectors import CONNECTORS
@@ -219,6 +220,9 @@ def opened(images: Sequence[Any]) -> list[Image.Image]:
         ValueError: one does not open.
     """
     try:
-        return [image if isinstance(image, Image.Image) else open_picture(Path(image), str(image)) for image in images]
+        return [
+            image if isinstance(image, Image.Image) else open_picture(Picture(Path(image)), str(image))
+            for image in images
+        ]
     except BadSample as error:
         raise ValueError(error.reason) from error

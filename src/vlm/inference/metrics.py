@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlm.data.collate import Collator
-from vlm.data.encode import IGNORED, encode, open_picture
+from vlm.data.encode import IGNORED, encode
+from vlm.data.pictures import open_pictures
 from vlm.data.sample import Sample, Turn
 
 
@@ -46,7 +47,7 @@ def caption_retrieval(
     found = []
     for sample, own in zip(tqdm(samples, "caption retrieval"), texts, strict=True):
         others = draw.sample(sorted({text for text in texts if text != own}), ways - 1)
-        pixels = processor.pixel_values([open_picture(p.path, sample.id) for p in sample.pictures])
+        pixels = processor.pixel_values(open_pictures(sample))
         encoded = [encode(processor, with_reply(sample, text)) for text in [own, *others]]
         batch = collate([{"input_ids": e.input_ids, "labels": e.labels, "pixel_values": pixels} for e in encoded])
         inputs = {name: value.to(model.device) for name, value in batch.items()}

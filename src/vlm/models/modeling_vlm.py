@@ -154,11 +154,14 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Text embeddings with image features at the placeholders: `(B, T), (I, 3, h, w) -> (B, T, D)`.
 
         Raises:
-            ValueError: the placeholders are not as many as the images have features; says for which rows.
+            ValueError: the placeholders are not as many as the images have features; says for which rows. Or pixels
+                are whole numbers, which the processor has yet to normalise.
         """
         embeddings = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeddings
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values are {pixel_values.dtype}: processor.normalise(pixels) is missing")
         placeholders = input_ids == self.config.image_token_id  # (B, T)
         features = self.get_image_features(pixel_values).to(embeddings.dtype)  # (I, N, D)
         images, tokens = features.shape[:2]

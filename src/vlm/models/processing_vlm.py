@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -116,11 +117,40 @@ class VLMProcessor(ProcessorMixin):
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Pixels as the visual encoder reads them: `(images, 3, height, width)`."""
-        pictures = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
+        return self.normalise(self.raw_pixels(images))
+
+    def raw_pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Pixels before `normalise`, as data workers hand them on: `(images, 3, height, width)`.
+
+        Whole numbers from 0 to 255 where all that the image processor has left to do is to rescale and normalise: a
+        quarter of the bytes. Else they are what `normalise` returns.
+        """
+        pictures = [as_rgb(image) for image in images]
         if self.image_mode == "pad":
             colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
             pictures = [pad_to_square(picture, colour) for picture in pictures]
-        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        if not is_plain(self.image_processor):
+            return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return torch.stack([self._resized(picture) for picture in pictures])
+
+    def _resized(self, picture: Image.Image) -> torch.Tensor:
+        """The image processor's own resizing and cropping, without what its call does around them."""
+        steps = self.image_processor
+        # Pixel by pixel, as Pillow holds them: torchvision resizes this layout fastest.
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, height, width)
+        if steps.do_resize:
+            pixels = steps.resize(pixels, steps.size, resample=steps.resample)
+        if steps.do_center_crop:
+            pixels = steps.center_crop(pixels, steps.crop_size)
+        return pixels
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What `raw_pixels` gave as the visual encoder reads it, on the device where it is."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        steps = self.image_processor
+        mean, std = tuple(steps.image_mean), tuple(steps.image_std)
+        return steps.rescale_and_normalize(pixels, True, steps.rescale_factor, True, mean, std)
 
     def __call__(
         self,
@@ -191,6 +221,26 @@ def images_of(conversation: Sequence[dict[str, Any]]) -> list[Any]:
     items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
     keys = ("image", "path", "url", "base64")
     return [next(item[key] for key in keys if key in item) for item in items if item["type"] == "image"]
+
+
+def is_plain(image_processor: Any) -> bool:
+    """Whether an image processor resizes, crops, rescales and normalises, and does nothing else."""
+    kind = type(image_processor)
+    inherited = getattr(kind, "_preprocess", None), getattr(kind, "preprocess", None)
+    modules = {getattr(method, "__module__", "").rpartition(".")[2] for method in inherited}
+    return (
+        modules <= {"image_processing_backends", "image_processing_utils"}
+        and not getattr(image_processor, "do_pad", None)
+        and bool(image_processor.do_rescale and image_processor.do_normalize)
+    )
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture upright and in RGB; of 16 bits a channel, the upper 8 are kept, which Pillow would cut off at 255."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return image.convert("RGB")
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

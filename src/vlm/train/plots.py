@@ -41,7 +41,7 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
     pictures = folder / "first_batch"
     pictures.mkdir(parents=True, exist_ok=True)
     names = []
-    for index, pixels in enumerate(batch.get("pixel_values", [])):
+    for index, pixels in enumerate(processor.normalise(batch["pixel_values"]) if "pixel_values" in batch else []):
         names.append(f"first_batch/{index}.png")
         picture_of(pixels, processor.image_processor).save(folder / names[-1])
     waiting = iter(names)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,24 @@ from vlm.build import (
 from vlm.config.schema import ModelConfig, RunConfig, from_mapping
 from vlm.data.collate import Collator
 from vlm.data.dataset import SampleDataset, blank_pixels, load_dataset, split_dataset
-from vlm.data.encode import encode_prompt, open_picture
-from vlm.data.sample import Turn
+from vlm.data.encode import encode_prompt
+from vlm.data.files import attempt
+from vlm.data.pictures import open_pictures
+from vlm.data.sample import BadSample, Sample, Turn
+from vlm.data.stream import SampleStream, open_stream
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 from vlm.train.arguments import training_arguments
 from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
 from vlm.train.parts import freeze, split_parts, table
 from vlm.train.plots import write_answers, write_first_batch
-from vlm.train.run_directory import choose_directory, describe, describe_data
+from vlm.train.run_directory import (
+    SkippedRecords,
+    choose_directory,
+    contribution_table,
+    describe,
+    describe_data,
+)
 from vlm.train.trainer import VLMTrainer, newest_checkpoint
 
 log = logging.getLogger(__name__)
@@ -52,13 +62,11 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if first := args.process_index == 0:
         describe(folder, config)
 
-    train_data, eval_data = load_data(config, model_config, processor, show_progress=first)
+    train_data, eval_data = load_data(config, model_config, processor, args)
     if first:
-        roles = {
-            "train": (config.dataset.path, train_data),
-            "eval": (config.dataset.eval_path or config.dataset.path, eval_data),
-        }
-        describe_data(folder, roles)
+        describe_data(folder, {"train": train_data, "eval": eval_data})
+    if isinstance(train_data, SampleDataset):
+        log.info("Training data:\n\n%s\n", contribution_table(train_data.contributions))
 
     set_seed(args.seed)
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
@@ -76,6 +84,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         loss_average=config.trainer.loss_average,
         sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         on_first_batch=(lambda batch: write_first_batch(batch, processor, folder)) if first else None,
+        on_skipped=SkippedRecords(folder, train_data, config.dataset, args.world_size),
         data_collator=Collator(processor.tokenizer.pad_token_id, (processor.image_ids(), blank_pixels(processor))),
         train_dataset=train_data,
         eval_dataset=eval_data,
@@ -84,7 +93,8 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     )
     trainer.add_callback(EpochOrder(lambda: trainer.order))
     if config.trainer.num_samples:
-        trainer.add_callback(SampleAnswers(answerer(config, trainer, processor, eval_data or train_data, folder)))
+        shown = first_samples(eval_data or train_data, config.trainer.num_samples)
+        trainer.add_callback(SampleAnswers(answerer(config, trainer, processor, shown, folder)))
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
     trainer.save_model(str(folder / "final"))
     log.info("Done. Ask it:  vlm generate %s --image FILE --prompt 'What is in this picture?'", folder / "final")
@@ -125,23 +135,32 @@ def load_weights(
 
 
 def load_data(
-    config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, *, show_progress: bool
-) -> tuple[SampleDataset, SampleDataset | None]:
+    config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, args: TrainingArguments
+) -> tuple[SampleDataset | SampleStream, SampleDataset | None]:
     """The training and the evaluation samples."""
     data = config.dataset
     positions = model_config.text_config.max_position_embeddings
     longest = min(data.max_length or positions, positions)
-    train = load_dataset(data, data.path, data.image_folder, processor, longest, show_progress=show_progress)
+    held_out = None
     if data.eval_path:
         folder = data.eval_image_folder or data.image_folder
-        most = data.max_eval_samples
-        return train, load_dataset(
-            data, data.eval_path, folder, processor, longest, show_progress=show_progress, most=most
-        )
+        evaluated = replace(data, path=data.eval_path, image_folder=folder, sources={}, max_samples=None)
+        held_out = load_dataset(evaluated, processor, longest, first=data.max_eval_samples, evaluates=True)
+    if data.streaming:
+        rank, ranks = args.process_index, args.world_size
+        return open_stream(data, processor, longest, seed=args.seed, rank=rank, world_size=ranks), held_out
+    train = load_dataset(data, processor, longest, seed=args.seed)
     if data.eval_split:
-        train, held_out = split_dataset(train, data.eval_split, config.trainer.seed)  # pyright: ignore[reportAttributeAccessIssue] - passed through
-        return train, held_out.subset(list(range(len(held_out)))[: data.max_eval_samples])
-    return train, None
+        train, held_out = split_dataset(train, data.eval_split, args.seed)
+        held_out = held_out.subset(range(len(held_out))[: data.max_eval_samples])
+    return train, held_out
+
+
+def first_samples(dataset: SampleDataset | SampleStream, most: int) -> list[Sample]:
+    """The first samples of a dataset."""
+    if isinstance(dataset, SampleStream):
+        return dataset.samples(most)
+    return [dataset.sample(index) for index in range(min(most, len(dataset)))]
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:
@@ -158,15 +177,16 @@ def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
 
 
 def answerer(
-    config: RunConfig, trainer: VLMTrainer, processor: VLMProcessor, dataset: SampleDataset, folder: Path
+    config: RunConfig, trainer: VLMTrainer, processor: VLMProcessor, samples: list[Sample], folder: Path
 ) -> Any:
     """What answers a few samples into `samples.md`. All ranks generate, since ZeRO-3 needs them; rank 0 writes.
 
-    Samples of which a template leaves no prompt (`plain`, text only) are passed over.
+    Samples of which a template leaves no prompt (`plain`, text only), or whose pictures are torn, are passed over.
     """
-    samples = [sample for sample in dataset.samples[: config.trainer.num_samples]
-               if encode_prompt(processor, _until_last_reply(sample.turns))]  # fmt: skip
-    pictures = [[open_picture(picture.path, sample.id) for picture in sample.pictures] for sample in samples]
+    samples = [sample for sample in samples if encode_prompt(processor, _until_last_reply(sample.turns))]
+    opened = [(sample, attempt(open_pictures, sample)) for sample in samples]
+    samples = [sample for sample, found in opened if not isinstance(found, BadSample)]
+    pictures = [found for _, found in opened if not isinstance(found, BadSample)]
     prompts = [_until_last_reply(sample.turns) for sample in samples]
     # A prompt that ends before the last reply may not show the last pictures.
     shown = [found[: sum(not isinstance(part, str) for turn in turns for part in turn.content)]

@@ -1,6 +1,5 @@
 """The run directory: everything that a run needs to be repeated, resumed or explained lies in it."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -8,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -18,12 +18,17 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from transformers.utils import is_torchvision_available
 
-from vlm.config.schema import RunConfig
-from vlm.data.dataset import SampleDataset
+from vlm.config.schema import DatasetConfig, RunConfig
+from vlm.data.dataset import Contribution, SampleDataset, Skipped, need_few
+from vlm.data.stream import SampleStream
+
+SKIPPED_FILE = "skipped.jsonl"
+FIRST_OF_STREAM = 1000
+"""So many records of a stream are waited for before a share of them says anything."""
 
 PACKAGES = (
     "small-vlm", "torch", "torchvision", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "timm",
-    "hydra-core", "omegaconf", "safetensors", "numpy", "pillow", "flash-attn",
+    "hydra-core", "omegaconf", "safetensors", "numpy", "pillow", "pyarrow", "datasets", "flash-attn",
 )  # fmt: skip
 
 
@@ -79,31 +84,94 @@ def _git(*words: str) -> str | None:
         return None
 
 
-def describe_data(folder: Path, datasets: dict[str, tuple[str, SampleDataset | None]]) -> None:
-    """Write what each data file gave (`data.json`) and what was left out (`skipped.jsonl`).
+def describe_data(folder: Path, datasets: dict[str, SampleDataset | SampleStream | None]) -> None:
+    """Write what each source gave (`data.json`) and what was left out (`skipped.jsonl`).
 
     Args:
         folder: the run directory.
-        datasets: role -> (path, dataset).
+        datasets: role -> dataset.
     """
-    facts = {}
+    facts: dict[str, Any] = {}
     skipped = []
-    for role, (path, dataset) in datasets.items():
-        if dataset is not None:
+    for role, dataset in datasets.items():
+        if isinstance(dataset, SampleStream):
+            facts[role] = {"streamed": [{"source": one.name, "path": one.path} for one in dataset.sources]}
+        elif dataset is not None:
             facts[role] = {
-                "path": path,
-                "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
                 "samples": len(dataset),
                 "skipped": len(dataset.skipped),
-                "truncated": dataset.num_truncated,
-                "images": sum(dataset.num_images),
-                "tokens": sum(dataset.lengths),
-                "longest": max(dataset.lengths),
+                "images": int(dataset.num_images.sum()),
+                "tokens": int(dataset.lengths.sum()),
+                "longest": int(dataset.lengths.max()),
+                "sources": [asdict(one) for one in dataset.contributions],
             }
-            skipped += [asdict(one) for one in dataset.skipped]
+            skipped += dataset.skipped
     write_json(folder / "data.json", facts)
-    lines = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in skipped)
-    (folder / "skipped.jsonl").write_text(lines, encoding="utf-8")
+    (folder / SKIPPED_FILE).write_text("".join(map(skipped_line, skipped)), encoding="utf-8")
+
+
+def contribution_table(contributions: Sequence[Contribution]) -> str:
+    """What each source gives, for the log."""
+    total = sum(one.samples for one in contributions) or 1
+    rows = [("source", "records", "samples", "share", "images", "tokens", "skipped", "truncated")]
+    rows += [
+        (one.source, f"{one.records:,}", f"{one.samples:,}", f"{one.samples / total:.1%}", f"{one.images:,}",
+         f"{one.tokens:,}", f"{one.skipped:,}", f"{one.truncated:,}")
+        for one in contributions
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def skipped_line(one: Skipped) -> str:
+    """A record that was left out, as a line of `skipped.jsonl`."""
+    return f"{json.dumps(asdict(one), ensure_ascii=False)}\n"
+
+
+class SkippedRecords:
+    """Adds to `skipped.jsonl` what is left out while a run goes on, and stops it where that is not allowed.
+
+    Args:
+        folder: the run directory.
+        dataset: what is trained on.
+        config: the policies, and how many may be left out.
+        world_size: ranks; each sees its own part of the records.
+    """
+
+    def __init__(self, folder: Path, dataset: SampleDataset | SampleStream, config: DatasetConfig, world_size: int):
+        self.path = folder / SKIPPED_FILE
+        self.dataset, self.config, self.world_size = dataset, config, world_size
+        self.known: set[Skipped] = set()
+        self.seen = 0
+
+    def __call__(self, left_out: list[Skipped], number: int) -> None:
+        """Take note of a batch of `number` samples.
+
+        Raises:
+            ValueError: the policy is `error`, or more records cannot be used than `dataset.max_skipped` allows.
+        """
+        self.seen += number
+        for one in left_out:
+            if getattr(self.config, one.policy) == "error":
+                raise one.refusal()
+        new = [one for one in left_out if one not in self.known]
+        if not new:
+            return
+        self.known.update(new)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(map(skipped_line, new)))
+        if isinstance(self.dataset, SampleDataset):
+            total = (len(self.dataset) + len(self.dataset.skipped)) / self.world_size
+        else:
+            total = max(self.seen, FIRST_OF_STREAM)
+        bad = [one for one in self.known if one.policy == "on_bad_sample"]
+        need_few(new[0].source, bad, round(total), self.config.max_skipped)
 
 
 def write_json(path: Path, content: Any) -> None:

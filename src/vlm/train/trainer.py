@@ -20,8 +20,10 @@ from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
 
-from vlm.data.dataset import BlankPictures, SampleDataset
+from vlm.data.collate import SKIPPED
+from vlm.data.dataset import BlankPictures, SampleDataset, Skipped
 from vlm.data.sampling import GROUPED, ModalityLengthSampler
+from vlm.data.stream import SampleStream
 from vlm.inference.metrics import row_losses
 from vlm.train.parts import Part, parameter_groups
 
@@ -37,6 +39,7 @@ class VLMTrainer(Trainer):
         loss_average: `token` or `micro_batch`.
         sampling: `trainer.train_sampling_strategy`.
         on_first_batch: called with the first batch of this rank, before its forward pass.
+        on_skipped: called with the records that a batch leaves out, and how many samples it has.
         kwargs: as `Trainer`.
     """
 
@@ -46,6 +49,7 @@ class VLMTrainer(Trainer):
     model_wrapped: Any
     lr_scheduler: Any
     accelerator: Any
+    processing_class: Any
     train_dataset: Any
     eval_dataset: Any
 
@@ -56,6 +60,7 @@ class VLMTrainer(Trainer):
         loss_average: str,
         sampling: str,
         on_first_batch: Callable[[dict[str, Tensor]], None] | None = None,
+        on_skipped: Callable[[list[Skipped], int], None],
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -63,6 +68,7 @@ class VLMTrainer(Trainer):
         self.loss_average = loss_average
         self.sampling = sampling
         self.on_first_batch = on_first_batch
+        self.on_skipped = on_skipped
         self.order: ModalityLengthSampler | None = None
 
     # --- optimisation -------------------------------------------------------------------------------------------
@@ -84,16 +90,8 @@ class VLMTrainer(Trainer):
         """None leaves the mean to each micro-batch; `Trainer` then averages over accumulation steps and ranks."""
         if self.loss_average == "micro_batch":
             return None
-        return super()._get_num_items_in_batch(batch_samples, device)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.sampling != GROUPED:
-            return super()._get_train_sampler(dataset)
-        args = self.args
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.order = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, args.data_seed or args.seed)
-        return self.order
+        number = super()._get_num_items_in_batch(batch_samples, device)
+        return number.clamp(min=1) if isinstance(number, Tensor) else number  # a step whose records were all left out
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As usual; the first batch is shown to `on_first_batch`."""
@@ -113,6 +111,43 @@ class VLMTrainer(Trainer):
     def _rates(self) -> list[float]:
         return [float(rate) for rate in self.lr_scheduler.get_last_lr()]
 
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As usual; a stream deals its records to ranks and workers itself."""
+        if not isinstance(self.train_dataset, SampleStream):
+            return super().get_train_dataloader()
+        args = self.args
+        workers = args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator, num_workers=workers,
+            pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        )  # fmt: skip
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As usual; what a batch says of records left out is taken out of it and told."""
+        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self.on_skipped(batch.pop(SKIPPED, []), len(batch["input_ids"]))
+        return batches, number
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As usual; pixels are normalised on the device, where data workers left that to it."""
+        inputs = super()._prepare_inputs(inputs)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = self.processing_class.normalise(inputs["pixel_values"])
+        return inputs
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.sampling != GROUPED:
+            return super()._get_train_sampler(dataset)
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.order = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, args.data_seed or args.seed)
+        return self.order
+
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(
@@ -128,7 +163,7 @@ class VLMTrainer(Trainer):
         start = time.time()
         sums, counts = self._losses(dataset, "evaluating")
         metrics = {f"{metric_key_prefix}_loss": (sums.sum() / counts.sum()).item()}
-        with_images = torch.tensor(dataset.num_images) > 0
+        with_images = torch.as_tensor(dataset.num_images) > 0
         if with_images.any():
             blank_sums, _ = self._losses(BlankPictures(dataset), "evaluating on blank pictures")
             gains = ((blank_sums - sums) / counts)[with_images]
@@ -148,6 +183,8 @@ class VLMTrainer(Trainer):
         sums: list[Tensor] = []
         counts: list[Tensor] = []
         for batch in tqdm(loader, title, leave=False, disable=self.args.disable_tqdm or not self.args.should_save):
+            for one in batch.pop(SKIPPED, []):
+                raise one.refusal()
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 logits = self.model(**inputs).logits

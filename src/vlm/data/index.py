@@ -1,0 +1,128 @@
+"""JSON and JSONL files as Arrow files: indexed once, then opened by memory map, whatever their size.
+
+A record is kept as the bytes that stood in the file and parsed when it is asked for, so that one which is broken is
+one record's trouble, and records of one file may differ in their keys.
+"""
+
+import json
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import pyarrow as pa
+
+from vlm.data.cache import content_hash, made_once
+from vlm.data.sample import BadSample
+
+SCHEMA = pa.schema([("record", pa.large_binary())])
+BATCH = 4096
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class IndexedRecords:
+    """The records of a JSON or JSONL file, parsed one by one.
+
+    Args:
+        path: a file named `.json` (one list) or `.jsonl` (one record a line).
+        cache: the cache's folder.
+
+    Attributes:
+        fingerprint: of the file's content.
+
+    Raises:
+        ValueError: the file is no such thing; says where it breaks.
+    """
+
+    def __init__(self, path: Path, cache: Path):
+        digest = content_hash(path, cache)
+        kind = "lines" if path.suffix == ".jsonl" else "list"
+        index = made_once(cache / "records" / f"{digest}.{kind}.arrow", lambda partial: write_index(path, partial))
+        self.fingerprint = digest
+        self._file = index
+        self._column = self._open()
+
+    def _open(self) -> pa.ChunkedArray:
+        return pa.ipc.open_file(pa.memory_map(str(self._file))).read_all().column("record")
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: int) -> Any:
+        """A record.
+
+        Raises:
+            BadSample: its bytes are no JSON.
+        """
+        return parsed(self._column[index].as_buffer().to_pybytes())
+
+    def __getstate__(self) -> Path:
+        return self._file
+
+    def __setstate__(self, file: Path) -> None:
+        """A process of its own maps the file again."""
+        self._file = file
+        self.fingerprint = file.name.partition(".")[0]
+        self._column = self._open()
+
+
+def write_index(source: Path, target: Path) -> None:
+    """Write the records of a JSON or JSONL file as an Arrow file with one column of bytes.
+
+    Raises:
+        ValueError: the JSON file is no list of records.
+    """
+    if source.stat().st_size == 0:
+        raise ValueError(f"{source}: the file is empty")
+    with source.open("rb") as file, pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        records = _lines(file) if source.suffix == ".jsonl" else _list_items(file, source)
+        for part in _batched(records):
+            writer.write_batch(pa.record_batch([pa.array(part, pa.large_binary())], schema=SCHEMA))
+
+
+def _batched(records: Iterable[Any]) -> Iterator[list[Any]]:
+    waiting: list[Any] = []
+    for record in records:
+        waiting.append(record)
+        if len(waiting) == BATCH:
+            yield waiting
+            waiting = []
+    yield waiting
+
+
+def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a JSONL file, except empty ones."""
+    for number, line in enumerate(file):
+        if bare := line.removeprefix(BYTE_ORDER_MARK if number == 0 else b"").strip():
+            yield bare
+
+
+def _list_items(file: BinaryIO, source: Path) -> Iterator[memoryview]:
+    """The items of a JSON list, as they stand in the file, which is mapped and not read."""
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = len(BYTE_ORDER_MARK) if content[:3] == BYTE_ORDER_MARK else 0
+    try:
+        items = msgspec.json.decode(memoryview(content)[start:], type=list[msgspec.Raw])
+    except msgspec.ValidationError as error:
+        kind = str(error).rpartition("got ")[2]
+        raise ValueError(f"{source}: a list of records is needed, got {kind}; vlm data convert knows some") from None
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{source}: not JSON ({error}); one record a line is read from a file named .jsonl") from None
+    content.madvise(mmap.MADV_DONTNEED)
+    for item in items:
+        yield memoryview(item)
+
+
+def parsed(line: bytes, sample_id: str = "?") -> Any:
+    """A record out of its bytes.
+
+    Raises:
+        BadSample: they are no JSON.
+    """
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise BadSample(sample_id, f"not UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and thousands of brackets too
+        raise BadSample(sample_id, f"not JSON: {error}") from None

@@ -1,0 +1,97 @@
+"""Where a record's pictures and videos are: paths that stay within the image folder, or bytes in the record itself.
+
+Imports the in-memory form and the standard library only, since configurations are checked with it.
+"""
+
+import base64
+import binascii
+import os
+from pathlib import Path
+from typing import Any
+
+from vlm.data.sample import BadSample, Picture, Video
+
+REFERENCES = ("path", "url", "image", "video", "file")
+"""Keys under which an item of a message names its file, besides its own type."""
+
+
+def pictures_of(value: Any, folder: Path, sample_id: str, key: str = "image") -> list[Picture]:
+    """The pictures that a record names: none, one or a list.
+
+    Each is a path within `folder`, a `data:` address, or a mapping with `bytes` or `path`, as Hugging Face data sets
+    hold pictures.
+
+    Raises:
+        BadSample: one is neither, does not exist, or leaves the folder.
+    """
+    return [picture_of(one, folder, sample_id, key) for one in _listed(value, sample_id, key)]
+
+
+def videos_of(value: Any, folder: Path, sample_id: str, key: str = "video") -> list[Video]:
+    """The videos that a record names, as paths within `folder`: none, one or a list.
+
+    Raises:
+        BadSample: one is no path, does not exist, or leaves the folder.
+    """
+    return [video_of(one, folder, sample_id, key) for one in _listed(value, sample_id, key)]
+
+
+def picture_of(value: Any, folder: Path, sample_id: str, key: str = "image") -> Picture:
+    """One picture, as `pictures_of` takes it."""
+    if isinstance(value, dict):
+        content, name = value.get("bytes"), value.get("path")
+        if isinstance(content, bytes):
+            return Picture(Path(name) if isinstance(name, str) else None, content)
+        value = name
+    if not isinstance(value, str):
+        raise BadSample(
+            sample_id, f"`{key}` must be a path, a list of paths, or hold the bytes of a picture, got {value!r:.60}"
+        )
+    if value.startswith("data:image/"):
+        return Picture(None, _decoded(value, sample_id))
+    return Picture(file_of(value, folder, sample_id))
+
+
+def video_of(value: Any, folder: Path, sample_id: str, key: str = "video") -> Video:
+    """One video, as `videos_of` takes it."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if not isinstance(value, str):
+        raise BadSample(sample_id, f"`{key}` must be a path or a list of paths, got {value!r:.60}")
+    return Video(file_of(value, folder, sample_id))
+
+
+def file_of(name: str, folder: Path, sample_id: str) -> Path:
+    """A file within a folder.
+
+    Raises:
+        BadSample: it is an address, does not exist, or leaves the folder.
+    """
+    if "://" in name:
+        raise BadSample(sample_id, f"{name}: addresses are not fetched in training; download the picture first", name)
+    path = folder / name
+    if not os.path.isfile(path):  # unlike pathlib's, false for names that no file can have, such as base64
+        raise BadSample(sample_id, f"image file {path} does not exist", name)
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
+        raise BadSample(sample_id, f"{name} leaves the image folder {folder}", name)
+    return path
+
+
+def _listed(value: Any, sample_id: str, key: str) -> list[Any]:
+    """A record's value as a list; what is neither nothing, one thing nor a list is refused."""
+    if value is None or isinstance(value, list):
+        return value or []
+    if isinstance(value, (str, dict)):
+        return [value]
+    raise BadSample(sample_id, f"`{key}` must be a path or a list of paths, got {value!r:.60}")
+
+
+def _decoded(address: str, sample_id: str) -> bytes:
+    """The bytes of a `data:image/…;base64,…` address."""
+    head, _, body = address.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise binascii.Error("only base64 is read")
+        return base64.b64decode(body, validate=True)
+    except ValueError as error:  # binascii.Error is one; letters beyond ASCII raise a plain one
+        raise BadSample(sample_id, f"a picture in a data: address does not decode: {error}") from None

@@ -1,0 +1,87 @@
+"""Opening pictures: files, bytes and frames of videos, with errors that name the record and the file."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from itertools import groupby
+
+from PIL import Image, UnidentifiedImageError
+
+from vlm.data.sample import BadSample, Picture, Sample
+from vlm.data.video import read_frames
+
+ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow raises for files that are no pictures, or not whole."""
+
+
+def open_pictures(sample: Sample) -> list[Image.Image]:
+    """The pictures of a sample, decoded; a video's frames in one pass over it.
+
+    Raises:
+        BadSample: one does not open.
+    """
+    opened = []
+    for (path, is_frame), group in groupby(sample.pictures, lambda picture: (picture.path, picture.frame is not None)):
+        if is_frame:
+            assert path is not None
+            frames = [picture.frame for picture in group if picture.frame is not None]
+            opened += read_frames(path, frames, sample.id)
+        else:
+            opened += [open_picture(picture, sample.id) for picture in group]
+    return opened
+
+
+def open_picture(picture: Picture, sample_id: str) -> Image.Image:
+    """A picture, decoded; of an animated one the first frame.
+
+    Raises:
+        BadSample: it does not open, with the record's id and the file.
+    """
+    if picture.frame is not None:
+        assert picture.path is not None
+        return read_frames(picture.path, [picture.frame], sample_id)[0]
+    with _errors_named(picture, sample_id), Image.open(_source(picture)) as image:
+        image.load()
+        return image
+
+
+def check_picture(picture: Picture, sample_id: str) -> tuple[int, int]:
+    """Open a picture's header only: its width and height.
+
+    Raises:
+        BadSample: it is no picture.
+    """
+    with _errors_named(picture, sample_id), Image.open(_source(picture)) as image:
+        return image.size
+
+
+def _source(picture: Picture) -> BytesIO | str:
+    return BytesIO(picture.content) if picture.content is not None else str(picture.path)
+
+
+@contextmanager
+def _errors_named(picture: Picture, sample_id: str) -> Iterator[None]:
+    """Pillow's errors as ours; its warning before what it refuses as a bomb is not heard."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except ERRORS as error:
+        reason = _kind(picture) or str(error) if isinstance(error, UnidentifiedImageError) else str(error)
+        name = None if picture.path is None else str(picture.path)
+        raise BadSample(sample_id, f"image {picture} does not open: {reason}", name) from error
+
+
+def _kind(picture: Picture) -> str | None:
+    """What a file that is no picture looks like, where that can be said."""
+    if picture.content is not None:
+        head = picture.content[:64]
+    else:
+        with open(str(picture.path), "rb") as file:
+            head = file.read(64)
+    if not head:
+        return "the file is empty"
+    if head.lstrip()[:1] == b"<":
+        return f"it is text that begins with {head.lstrip()[:14].decode(errors='replace')!r}, not a picture"
+    return None

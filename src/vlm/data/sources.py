@@ -1,0 +1,182 @@
+"""A source: where records are, how one becomes a sample, and how a sample becomes ids and labels."""
+
+import copy
+import hashlib
+import importlib.metadata
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from vlm.config.schema import DatasetConfig, MixtureSourceConfig, SourceConfig
+from vlm.data.cache import cache_folder, digest_of
+from vlm.data.encode import Encoded, encode, limit, template_text
+from vlm.data.files import Records, open_records, stream_records
+from vlm.data.formats import reader_of
+from vlm.data.pictures import check_picture, open_pictures
+from vlm.data.sample import BadSample, Part, Sample, Turn, Video
+from vlm.data.video import frames_of
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Encodes samples for one run.
+
+    Attributes:
+        processor: decides every token.
+        longest: most tokens that a sample may have.
+        truncate: whether a longer one loses its end, instead of being refused.
+    """
+
+    processor: Any
+    longest: int
+    truncate: bool
+
+    def __call__(self, sample: Sample) -> Encoded:
+        """Ids and labels of a sample.
+
+        Raises:
+            BadSample: it cannot be used, or is too long.
+        """
+        encoded = encode(self.processor, sample)
+        return limit(encoded, self.longest, self.processor.image_token_id, sample.id, truncate=self.truncate)
+
+
+@dataclass
+class Source:
+    """Records of one file or data set, as samples.
+
+    Attributes:
+        name: what the log calls it.
+        config: where the records are and how they are read.
+        cache: the cache's folder.
+        encoder: the run's, with the source's own template where it has one.
+        max_frames: of a video.
+        weight: how often its samples are taken.
+    """
+
+    name: str
+    config: SourceConfig
+    cache: Path
+    encoder: SampleEncoder
+    max_frames: int
+    weight: float = 1.0
+
+    def __post_init__(self):
+        assert self.config.path is not None
+        self.path = self.config.path
+        place = Path(self.path)
+        self.folder = Path(self.config.image_folder or (place if place.is_dir() else place.parent))
+        options = {name: value for name, value in self.config.options.items() if value is not None}
+        self._read = partial(reader_of(self.config.format), **options)
+
+    @cached_property
+    def records(self) -> Records:
+        """The records by number."""
+        return open_records(self.path, self.cache, split=self.config.split, subset=self.config.subset)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a record.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+        return self.read(self.records[index])
+
+    def stream(self, shard: int, num_shards: int, seed: int | None) -> Iterator[Any]:
+        """A share of the records one after the other, read anew each time; a `BadSample` for one that is no record."""
+        where = {"split": self.config.split, "subset": self.config.subset}
+        return stream_records(self.path, self.cache, **where, shard=shard, num_shards=num_shards, seed=seed)
+
+    def read(self, record: Any) -> Sample:
+        """A record as a sample, with the source's system prompt, and frames in place of videos.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+        if isinstance(record, BadSample):
+            raise record
+        try:
+            sample = self._read(record, self.folder)
+        except BadSample:
+            raise
+        except Exception as error:  # whatever a reader of the user's own trips over belongs to this record
+            name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}, line {place.lineno}"
+            raise BadSample(name, f"its reader raised {type(error).__name__}: {error} ({where})") from error
+        prompt = self.config.system_prompt
+        if prompt and sample.turns[0].role != "system":
+            sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
+        return sample.with_videos(lambda video: self._frames(video, sample.id))
+
+    def _frames(self, video: Video, sample_id: str) -> tuple[Part, ...]:
+        return frames_of(video.path, self.max_frames, sample_id)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that a sample's ids depend on: records, reader, processor, and the code in between."""
+        reader = inspect.getsource(inspect.getmodule(reader_of(self.config.format)) or sys)
+        settings = (self.config.format, self.config.options, str(self.folder), self.config.system_prompt)
+        return digest_of(
+            self.records.fingerprint, reader, settings, self.max_frames, processor_digest(self.encoder.processor)
+        )
+
+
+def sources_of(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
+    """The sources of a run: those that are named, or the one that `dataset.path` is."""
+    cache = cache_folder(config.cache_dir)
+    if not config.sources:
+        assert config.path is not None
+        return [Source(Path(config.path).name, config, cache, encoder, config.max_frames)]
+    return [
+        Source(name, replace(one, image_folder=one.image_folder or config.image_folder), cache,
+               _with_template(encoder, one), config.max_frames, one.weight)
+        for name, one in config.sources.items()
+    ]  # fmt: skip
+
+
+def _with_template(encoder: SampleEncoder, source: MixtureSourceConfig) -> SampleEncoder:
+    """The encoder, rendering with the source's own template where it has one."""
+    if source.template is None:
+        return encoder
+    processor = copy.copy(encoder.processor)
+    own = source.template == "tokenizer"
+    if own and processor.own_template is None:
+        raise ValueError("dataset.sources: template=tokenizer, but the language model's tokenizer has no template")
+    processor.chat_template = processor.own_template if own else template_text(source.template)
+    return replace(encoder, processor=processor)
+
+
+def processor_digest(processor: Any) -> str:
+    """A name for what a processor makes of text: its tokenizer, template and settings, and the code that runs."""
+    versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    code = hashlib.sha256()
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(type(processor)))]
+    for file in files:
+        code.update(file.read_bytes())
+    return digest_of(
+        processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_ids(),
+        processor.image_token, versions, code.hexdigest(),
+    )  # fmt: skip
+
+
+def check_pictures(sample: Sample, *, decode: bool) -> None:
+    """Whether a sample's pictures open: as a whole, or their headers.
+
+    Raises:
+        BadSample: one does not.
+    """
+    if decode:
+        open_pictures(sample)
+        return
+    for picture in sample.pictures:
+        if picture.frame is None:
+            check_picture(picture, sample.id)
