@@ -19,6 +19,7 @@ from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.collate import Collator
 from vlm.data.dataset import BlankPictures, SampleDataset, load_dataset
 from vlm.data.pictures import open_pictures
+from vlm.data.sources import SampleEncoder
 from vlm.inference.metrics import caption_retrieval, reply_text, row_losses
 
 
@@ -39,7 +40,7 @@ def report(args: argparse.Namespace) -> dict:
     """Measure."""
     ready = VisionLanguageModel.load(args.checkpoint, dtype=args.dtype)
     config = DatasetConfig(path=args.data, image_folder=args.image_folder)
-    data = load_dataset(config, ready.processor, 2048, evaluates=True)
+    data = load_dataset(config, SampleEncoder(ready.processor, 2048, truncate=False), evaluates=True)
     samples = [data.sample(index) for index in range(len(data))]
     seen, blank = losses(ready, data, args.batch), losses(ready, BlankPictures(data), args.batch)
     gains = (blank[:, 0] - seen[:, 0]) / seen[:, 1]

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 
 import hydra
@@ -28,6 +29,16 @@ class RunError(ConfigError):
 
 def main(argv: list[str] | None = None) -> None:
     """Compose the configuration that the command line asks for, check it, and run it."""
+    with_config(argv, train)
+
+
+def with_config(argv: list[str] | None, act: Callable[[RunConfig, str, list[str]], object]) -> None:
+    """Compose and check a configuration, and act on it; what the user has to mend ends the program with a message.
+
+    Args:
+        argv: the command line; None: this process's.
+        act: what is done with the configuration, its name and the keys that the command line sets.
+    """
     words = [opened(word) for word in take_launcher_words(sys.argv[1:] if argv is None else argv)]
     sys.argv = ["vlm", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
@@ -36,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def job(composed: DictConfig) -> None:
         try:
-            _run(composed)
+            _checked(composed, act)
         except (OmegaConfBaseException, ConfigError) as error:
             refused.append(error)  # Hydra would print the whole command line before it
 
@@ -50,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
 
 
-def _run(composed: DictConfig) -> None:
+def _checked(composed: DictConfig, act: Callable[[RunConfig, str, list[str]], object]) -> None:
     """From the composed configuration on, everything is plain dataclasses."""
     hydra_config = HydraConfig.get()
     name = hydra_config.job.config_name or "base"
@@ -67,14 +78,19 @@ def _run(composed: DictConfig) -> None:
     speaks = os.environ.get("RANK", "0") == "0"
     logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
     sys.path.append(os.getcwd())  # where a connector class of the user's own may lie; `python -m` has it anyway
-    from vlm.train.run import run  # torch comes with it
-
     try:
-        run(config, name, overrides)
+        act(config, name, overrides)
     except (ValueError, FloatingPointError) as error:
         if is_users(error):
             raise RunError(str(error)) from error
         raise
+
+
+def train(config: RunConfig, name: str, overrides: list[str]) -> None:
+    """Run it, with every other rank."""
+    from vlm.train.run import run  # torch comes with it
+
+    run(config, name, overrides)
     leave_process_group()
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HOME
 
 from tests.tiny_parts import IGNORED, Parts, picture
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig
 from vlm.data import counts
 from vlm.data.dataset import BlankPictures, SampleDataset, Skipped, load_dataset, split_dataset
 from vlm.data.encode import encode
+from vlm.data.sources import SampleEncoder
 from vlm.models import VLMProcessor
 
 LONGEST = 60
@@ -46,7 +48,8 @@ def load(tmp_path: Path, processor: VLMProcessor) -> Callable[..., SampleDataset
         path = tmp_path / "records.json"
         path.write_text(json.dumps(records))
         config = DatasetConfig(path=str(path), **{"max_skipped": 1.0, **policies})
-        return load_dataset(config, processor, LONGEST, first=first)
+        encoder = SampleEncoder(processor, LONGEST, truncate=config.over_length == "truncate")
+        return load_dataset(config, encoder, first=first)
 
     return make
 
@@ -102,7 +105,7 @@ def test_pictures_are_looked_for_in_the_image_folder(load, tmp_path: Path, proce
     (tmp_path / "else").mkdir()
     config = DatasetConfig(path=str(tmp_path / "records.json"), image_folder=str(tmp_path / "else"))
     with pytest.raises(ValueError, match=r"image file .*else/0.png does not exist"):
-        load_dataset(config, processor, LONGEST)
+        load_dataset(config, SampleEncoder(processor, LONGEST, truncate=False))
 
 
 # Policies
@@ -263,7 +266,9 @@ def mixture(load, tmp_path: Path, processor: VLMProcessor) -> Callable[..., Samp
             ),
             "talk": MixtureSourceConfig(path=str(tmp_path / "talk.json"), **b),
         }  # fmt: skip
-        return load_dataset(DatasetConfig(sources=sources, **policies), processor, LONGEST, seed=1)
+        return load_dataset(
+            DatasetConfig(sources=sources, **policies), SampleEncoder(processor, LONGEST, truncate=False), seed=1
+        )
 
     return make
 
@@ -372,3 +377,31 @@ def test_a_dataset_travels_to_a_data_worker(load):
     data = load(GOOD)
     again = pickle.loads(pickle.dumps(data))
     assert again[0]["input_ids"] == data[0]["input_ids"]
+
+
+def test_a_count_that_was_stopped_goes_on(load, monkeypatch: pytest.MonkeyPatch):
+    """Chunks that are whole stay; the torn end is counted again."""
+    records = [record(number, [f"{number % 4}.png"], "a cat " * (number % 5 + 1)) for number in range(40)]
+    monkeypatch.setattr(counts, "CHUNK", 7)
+    counted = []
+    real = counts.count_one
+
+    def until(number: int) -> Callable[..., Any]:
+        def one(source: Any, record: int, **options: Any) -> Any:
+            if record == number:
+                raise KeyboardInterrupt
+            counted.append(record)
+            return real(source, record, **options)
+
+        return one
+
+    monkeypatch.setattr(counts, "count_one", until(24))
+    with pytest.raises(KeyboardInterrupt):
+        load(records, num_workers=0)
+    (partial,) = Path(HF_HOME, "vlm", "counts").glob("*.partial")
+    partial.write_bytes(partial.read_bytes()[:-9])
+    counted.clear()
+    monkeypatch.setattr(counts, "count_one", until(99))
+    data = load(records, num_workers=0)
+    assert counted == list(range(14, 40))
+    assert data.lengths.tolist() == [len(data[index]["input_ids"]) for index in range(40)]

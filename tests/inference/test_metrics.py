@@ -13,6 +13,7 @@ from vlm.data.collate import Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encode import encode
 from vlm.data.sample import Sample
+from vlm.data.sources import SampleEncoder
 from vlm.inference.metrics import caption_retrieval, reply_text, row_losses, with_reply
 
 CAPTIONS = ("red", "a blue square", "two cats on a mat", "12", "a blue square")
@@ -27,7 +28,7 @@ def data(parts: Parts, tmp_path: Path) -> SampleDataset:
         records.append({"id": str(number), "image": f"{number}.png", "caption": caption})
     (tmp_path / "captions.json").write_text(json.dumps(records))
     config = DatasetConfig(path=str(tmp_path / "captions.json"), format="caption", options={"prompt": "what?"})
-    return load_dataset(config, parts.model()[1], 200)
+    return load_dataset(config, SampleEncoder(parts.model()[1], 200, truncate=False))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ vlm composes, trains and asks vision-language models.
 
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train
   vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; vlm generate --help
+  vlm data TOOL …                                           download, convert, clean, stats, show; vlm data --help
 
 On several GPUs: torchrun --nproc-per-node 8 -m vlm -cn RUN …, or deepspeed --module vlm -cn RUN …"""
 

@@ -4,7 +4,6 @@ Whatever makes a record unusable is found here too, as far as it can be without 
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,15 @@ from tqdm import tqdm
 
 from vlm.data.cache import digest_of, made_once
 from vlm.data.encode import IGNORED, Encoded, encode
-from vlm.data.sample import BadSample
-from vlm.data.sources import Source, check_pictures
+from vlm.data.pictures import check_picture, open_pictures
+from vlm.data.processes import num_cores
+from vlm.data.sample import BadSample, Sample
+from vlm.data.sources import Source
 
 SCHEMA = pa.schema(
     [
-        ("record", pa.int64()), ("length", pa.int32()), ("needed", pa.int32()), ("images", pa.int32()),
+        ("record", pa.int64()), ("length", pa.int32()), ("needed", pa.int32()), ("supervised", pa.int32()),
+        ("replies", pa.int32()), ("images", pa.int32()), ("width", pa.int32()), ("height", pa.int32()),
         ("id", pa.string()), ("problem", pa.string()), ("file", pa.string()),
     ]
 )  # fmt: skip
@@ -39,7 +41,11 @@ class Counts:
         record: its number in the source.
         length: its tokens, image tokens counted; 0 for one that cannot be used.
         needed: the fewest tokens that it may be cut to: up to its last image, and its first supervised token.
+        supervised: its supervised tokens.
+        replies: how often it lets the assistant speak.
         images: its pictures.
+        width: of its first picture, in pixels; 0 where it has none, or is a video's frame.
+        height: as width.
         problems: place in these arrays -> why the record cannot be used.
         ids: what the records call themselves.
     """
@@ -47,7 +53,11 @@ class Counts:
     record: np.ndarray
     length: np.ndarray
     needed: np.ndarray
+    supervised: np.ndarray
+    replies: np.ndarray
     images: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
     problems: dict[int, BadSample]
     ids: pa.ChunkedArray
 
@@ -68,41 +78,68 @@ def count(source: Source, records: np.ndarray, decode: int | None, workers: int 
     key = digest_of(source.fingerprint, decode, str(SCHEMA), hashlib.sha256(records.tobytes()).hexdigest())
     path = source.cache / "counts" / f"{key}.arrow"
 
-    def make(partial: Path) -> None:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for rows in _counted(source, records, len(records) if decode is None else decode, workers):
-                writer.write_batch(pa.record_batch(list(zip(*rows, strict=True)), schema=SCHEMA))
-
-    table = pa.ipc.open_file(pa.memory_map(str(made_once(path, make)))).read_all()
-    record, length, needed, images = (table.column(name).to_numpy() for name in SCHEMA.names[:4])
-    places = np.flatnonzero(length == 0).tolist()
+    whole = len(records) if decode is None else decode
+    made_once(path, lambda partial: _write(source, records, whole, workers, partial))
+    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    columns = {name: table.column(name).to_numpy() for name in SCHEMA.names[:8]}
+    places = np.flatnonzero(columns["length"] == 0).tolist()
     bad = table.select(["id", "problem", "file"]).take(pa.array(places, pa.int64())).to_pylist()
     problems = {place: BadSample(*row.values()) for place, row in zip(places, bad, strict=True)}
-    return Counts(record, length, needed, images, problems, table.column("id"))
+    return Counts(**columns, problems=problems, ids=table.column("id"))
+
+
+def _write(source: Source, records: np.ndarray, decode: int, workers: int | None, path: Path) -> None:
+    """Count into a file; whole chunks that a stopped count left there are not counted again."""
+    before = _whole_batches(path)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for batch in before:
+            writer.write_batch(batch)
+        done = sum(map(len, before))
+        for rows in _counted(source, records, done, decode, workers):
+            writer.write_batch(pa.record_batch(list(zip(*rows, strict=True)), schema=SCHEMA))
+            sink.flush()
+
+
+def _whole_batches(path: Path) -> list[pa.RecordBatch]:
+    """The chunks of a file that was not finished, up to where it is torn."""
+    batches = []
+    if path.exists():
+        try:
+            with pa.ipc.open_stream(path.read_bytes()) as reader:
+                batches += reader  # one by one, so that those before a tear stay
+        except (pa.ArrowInvalid, OSError):
+            pass
+    return batches
 
 
 class _Chunks(Dataset[Any]):
     """Chunks of records, counted when they are asked for; an error comes as a value, since it crosses processes."""
 
-    def __init__(self, source: Source, records: np.ndarray, decode: int):
+    def __init__(self, source: Source, records: np.ndarray, done: int, decode: int):
         self.source, self.records, self.decode = source, records, decode
+        self.starts = range(done, len(records), CHUNK)
 
     def __len__(self) -> int:
-        return -(-len(self.records) // CHUNK)
+        return len(self.starts)
 
     def __getitem__(self, chunk: int) -> list[tuple[Any, ...]] | Exception:
-        places = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.records)))
+        start = self.starts[chunk]
+        places = range(start, min(start + CHUNK, len(self.records)))
         try:
             return [count_one(self.source, int(self.records[place]), decode=place < self.decode) for place in places]
         except Exception as error:
             return error
 
 
-def _counted(source: Source, records: np.ndarray, decode: int, workers: int | None) -> Iterator[list[tuple[Any, ...]]]:
-    """Rows of the table of counts, chunk by chunk in order."""
-    number = 0 if len(records) <= FEW else num_cores() if workers is None else workers
-    loader = DataLoader(_Chunks(source, records, decode), batch_size=None, num_workers=number)
-    with tqdm(total=len(records), desc=f"counting {source.name}", unit="record", disable=len(records) <= FEW) as bar:
+def _counted(
+    source: Source, records: np.ndarray, done: int, decode: int, workers: int | None
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Rows of the table of counts, chunk by chunk in order, from a record on."""
+    few = len(records) <= FEW
+    number = 0 if few else num_cores() if workers is None else workers
+    loader = DataLoader(_Chunks(source, records, done, decode), batch_size=None, num_workers=number)
+    title = f"counting {source.name}"
+    with tqdm(total=len(records), initial=done, desc=title, unit="record", disable=few) as bar:
         for rows in loader:
             if isinstance(rows, Exception):
                 raise rows
@@ -110,21 +147,19 @@ def _counted(source: Source, records: np.ndarray, decode: int, workers: int | No
             yield rows
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def count_one(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
-    """A record's row: its number, tokens, needed tokens, pictures, and what is wrong with it."""
+    """A record's row, as in `SCHEMA`; of one that cannot be used all counts are 0."""
     try:
         sample = source.sample(number)
-        check_pictures(sample, decode=decode)
+        width, height = look_at_pictures(sample, decode=decode)
         encoded = encode(source.encoder.processor, sample)
     except BadSample as error:
-        return number, 0, 0, 0, error.sample_id, error.reason, error.file
+        return number, *[0] * 7, error.sample_id, error.reason, error.file
     needed = needed_tokens(encoded, source.encoder.processor.image_token_id)
-    return number, len(encoded.input_ids), needed, len(sample.pictures), sample.id, None, None
+    supervised = sum(label != IGNORED for label in encoded.labels)
+    replies = sum(turn.role == "assistant" for turn in sample.turns)
+    images = len(sample.pictures)
+    return number, len(encoded.input_ids), needed, supervised, replies, images, width, height, sample.id, None, None
 
 
 def needed_tokens(encoded: Encoded, image_token_id: int) -> int:
@@ -133,3 +168,15 @@ def needed_tokens(encoded: Encoded, image_token_id: int) -> int:
     first = next(place for place, label in enumerate(labels) if label != IGNORED)
     last_image = next((place for place in reversed(range(len(ids))) if ids[place] == image_token_id), -1)
     return max(first, last_image) + 1
+
+
+def look_at_pictures(sample: Sample, *, decode: bool) -> tuple[int, int]:
+    """Whether a sample's pictures open, as a whole or their headers; width and height of the first, else zeros.
+
+    Raises:
+        BadSample: one does not.
+    """
+    if decode:
+        open_pictures(sample)
+    sizes = [check_picture(picture, sample.id) for picture in sample.pictures if picture.frame is None]
+    return sizes[0] if sizes else (0, 0)

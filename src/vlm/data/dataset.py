@@ -177,9 +177,8 @@ def blank_pixels(processor: Any) -> torch.Tensor:
 
 
 def load_dataset(
-    config: DatasetConfig, processor: Any, longest: int, *, seed: int = 0, first: int | None = None,
-    evaluates: bool = False,
-) -> SampleDataset:  # fmt: skip
+    config: DatasetConfig, encoder: SampleEncoder, *, seed: int = 0, first: int | None = None, evaluates: bool = False
+) -> SampleDataset:
     """Read, check and count the records of a run's sources.
 
     Every record is parsed, its pictures looked at and its tokens counted before anything trains; what was found is
@@ -187,8 +186,7 @@ def load_dataset(
 
     Args:
         config: the sources, and the policies for records that are bad or too long.
-        processor: the checkpoint's processor.
-        longest: most tokens that a sample may have.
+        encoder: the run's.
         seed: draws records where a source gives a part of them.
         first: take the first so many records only.
         evaluates: whether every sample has to be there to the end: all pictures are decoded now.
@@ -196,7 +194,6 @@ def load_dataset(
     Raises:
         ValueError: a record cannot be used and the policy is `error`; or too many cannot; or none can.
     """
-    encoder = SampleEncoder(processor, longest, truncate=config.over_length == "truncate")
     sources = sources_of(config, encoder)
     places, lengths, images, skipped, contributions = [], [], [], [], []
     for number, source in enumerate(sources):
@@ -208,12 +205,12 @@ def load_dataset(
         kept = np.setdiff1d(np.arange(len(records)), list(left_out))
         kept = repeated(kept, source.weight, seed)
         places.append(np.stack([np.full(len(kept), number), counts.record[kept]], axis=1))
-        lengths.append(np.minimum(counts.length[kept], longest))
+        lengths.append(np.minimum(counts.length[kept], encoder.longest))
         images.append(counts.images[kept])
         skipped += [left_out[place] for place in sorted(left_out)]
         contributions.append(Contribution(
             source.name, source.path, source.records.fingerprint, len(source), len(kept), int(images[-1].sum()),
-            int(lengths[-1].sum()), len(left_out), int((counts.length[kept] > longest).sum()),
+            int(lengths[-1].sum()), len(left_out), int((counts.length[kept] > encoder.longest).sum()),
         ))  # fmt: skip
     if not sum(map(len, places)):
         names = ", ".join(source.path for source in sources)

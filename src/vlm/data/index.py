@@ -98,7 +98,7 @@ def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
             yield bare
 
 
-def _list_items(file: BinaryIO, source: Path) -> Iterator[memoryview]:
+def _list_items(file: BinaryIO, source: Path) -> Iterator[memoryview | bytes]:
     """The items of a JSON list, as they stand in the file, which is mapped and not read."""
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = len(BYTE_ORDER_MARK) if content[:3] == BYTE_ORDER_MARK else 0
@@ -107,11 +107,45 @@ def _list_items(file: BinaryIO, source: Path) -> Iterator[memoryview]:
     except msgspec.ValidationError as error:
         kind = str(error).rpartition("got ")[2]
         raise ValueError(f"{source}: a list of records is needed, got {kind}; vlm data convert knows some") from None
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{source}: not JSON ({error}); one record a line is read from a file named .jsonl") from None
+    except msgspec.DecodeError:
+        yield from _lenient_items(content[start:], source)
+        return
     content.madvise(mmap.MADV_DONTNEED)
     for item in items:
         yield memoryview(item)
+
+
+def _lenient_items(content: bytes, source: Path) -> Iterator[bytes]:
+    """The items of a list that only Python's own reader takes for JSON, such as one with NaN: slower, and in memory.
+
+    Raises:
+        ValueError: it does not either; says where the file breaks.
+    """
+    text = content.decode("utf-8", "surrogateescape")
+    decoder = json.JSONDecoder()
+
+    def behind_blanks(place: int) -> int:
+        return next((i for i in range(place, len(text)) if text[i] not in " \t\r\n"), len(text))
+
+    begin = behind_blanks(0)
+    place = behind_blanks(begin + 1)
+    try:
+        if text[begin : begin + 1] != "[":
+            raise json.JSONDecodeError("Expecting '['", text, begin)
+        while text[place : place + 1] != "]":
+            _, end = decoder.raw_decode(text, place)
+            yield text[place:end].encode("utf-8", "surrogateescape")
+            place = behind_blanks(end)
+            if text[place : place + 1] == ",":
+                place = behind_blanks(place + 1)
+                if text[place : place + 1] == "]":
+                    raise json.JSONDecodeError("Illegal trailing comma", text, place)
+            elif text[place : place + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        if (place := behind_blanks(place + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, place)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: not JSON ({error}); one record a line is read from a file named .jsonl") from None
 
 
 def parsed(line: bytes, sample_id: str = "?") -> Any:

@@ -17,7 +17,6 @@ from vlm.data.cache import cache_folder, digest_of
 from vlm.data.encode import Encoded, encode, limit, template_text
 from vlm.data.files import Records, open_records, stream_records
 from vlm.data.formats import reader_of
-from vlm.data.pictures import check_picture, open_pictures
 from vlm.data.sample import BadSample, Part, Sample, Turn, Video
 from vlm.data.video import frames_of
 
@@ -166,17 +165,3 @@ def processor_digest(processor: Any) -> str:
         processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_ids(),
         processor.image_token, versions, code.hexdigest(),
     )  # fmt: skip
-
-
-def check_pictures(sample: Sample, *, decode: bool) -> None:
-    """Whether a sample's pictures open: as a whole, or their headers.
-
-    Raises:
-        BadSample: one does not.
-    """
-    if decode:
-        open_pictures(sample)
-        return
-    for picture in sample.pictures:
-        if picture.frame is None:
-            check_picture(picture, sample.id)

@@ -91,14 +91,13 @@ class SampleStream(IterableDataset[Any]):
 
 
 def open_stream(
-    config: DatasetConfig, processor: Any, longest: int, *, seed: int, rank: int, world_size: int
+    config: DatasetConfig, encoder: SampleEncoder, *, seed: int, rank: int, world_size: int
 ) -> SampleStream:
     """The stream of a run's sources, once the first records of each were looked at.
 
     Raises:
         ValueError: a source does not open or is empty, or one of its first records cannot be used.
     """
-    encoder = SampleEncoder(processor, longest, truncate=config.over_length == "truncate")
     stream = SampleStream(sources_of(config, encoder), config.shuffle_buffer, seed, rank, world_size)
     for source in stream.sources:
         record = next(source.stream(0, 1, None), None)

@@ -1,7 +1,6 @@
 """What people look at: the loss as a picture, the first batch as a page, answers as a list."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from vlm.data.encode import IGNORED
+from vlm.data.pages import page, thumbnail, tokens_as_html
 
 CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
-STYLE = (
-    "body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-    "mark{background:#b7ebc0}.pad{color:#bbb}.image{color:#06c}img{height:96px;margin:2px}"
-    "section{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}"
-)
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
@@ -51,33 +46,10 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
         images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
         supervised = int((labels != IGNORED).sum())
         facts = f"{int(mask.sum())} tokens, {supervised} supervised, {len(mask) - int(mask.sum())} padding"
-        rows.append(
-            f"<section>{images}<p><small>{facts}</small></p><p>{_tokens(ids, labels, mask, processor)}</p></section>"
-        )
-    page = (
-        f"<!doctype html><meta charset=utf-8><title>First batch</title><style>{STYLE}</style><h1>First batch</h1>"
-        f"<p>As the model sees it. <mark>Marked</mark> tokens are supervised.</p>{''.join(rows)}"
-    )
-    (folder / "first_batch.html").write_text(page, encoding="utf-8")
-
-
-def _tokens(ids: Tensor, labels: Tensor, mask: Tensor, processor: Any) -> str:
-    """A row's tokens as HTML; runs of the image token and of padding as counts."""
-    pieces: list[tuple[str, list[int]]] = []
-    for token, label, attended in zip(ids.tolist(), labels.tolist(), mask.tolist(), strict=True):
-        kind = "pad" if not attended else "image" if token == processor.image_token_id else ""
-        kind = kind or ("mark" if label != IGNORED else "text")
-        if not pieces or pieces[-1][0] != kind:
-            pieces.append((kind, []))
-        pieces[-1][1].append(token)
-    html = []
-    for kind, run in pieces:
-        if kind in ("pad", "image"):
-            html.append(f'<span class="{kind}">[{len(run)} × {"padding" if kind == "pad" else "image token"}]</span>')
-        else:
-            text = escape(processor.tokenizer.decode(run)).replace("\n", "⏎<br>")
-            html.append(f"<mark>{text}</mark>" if kind == "mark" else text)
-    return "".join(html)
+        tokens = tokens_as_html(ids.tolist(), labels.tolist(), mask.tolist(), processor)
+        rows.append(f"{images}<p><small>{facts}</small></p><p>{tokens}</p>")
+    html = page("First batch", "As the model sees it. <mark>Marked</mark> tokens are supervised.", rows)
+    (folder / "first_batch.html").write_text(html, encoding="utf-8")
 
 
 def picture_of(pixels: Tensor, image_processor: Any) -> Image.Image:
@@ -100,9 +72,7 @@ def write_answers(step: int, rows: Sequence[tuple[str, str, str, Image.Image | N
     lines = [f"## Step {step}\n"]
     for index, (question, reference, answer, picture) in enumerate(rows):
         if picture is not None:
-            small = picture.convert("RGB")
-            small.thumbnail((224, 224))
-            small.save(folder / "samples" / f"{index}.png")
+            thumbnail(picture, 224).save(folder / "samples" / f"{index}.png")
             lines.append(f"![sample {index}](samples/{index}.png)\n")
         quoted = {"question": question, "reference": reference, "answer": answer}
         lines += [f"- **{label}**: {' '.join(text.split())}" for label, text in quoted.items()] + [""]

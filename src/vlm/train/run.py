@@ -26,6 +26,7 @@ from vlm.data.encode import encode_prompt
 from vlm.data.files import attempt
 from vlm.data.pictures import open_pictures
 from vlm.data.sample import BadSample, Sample, Turn
+from vlm.data.sources import SampleEncoder
 from vlm.data.stream import SampleStream, open_stream
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
@@ -139,21 +140,27 @@ def load_data(
 ) -> tuple[SampleDataset | SampleStream, SampleDataset | None]:
     """The training and the evaluation samples."""
     data = config.dataset
-    positions = model_config.text_config.max_position_embeddings
-    longest = min(data.max_length or positions, positions)
+    encoder = sample_encoder(config, model_config, processor)
     held_out = None
     if data.eval_path:
         folder = data.eval_image_folder or data.image_folder
         evaluated = replace(data, path=data.eval_path, image_folder=folder, sources={}, max_samples=None)
-        held_out = load_dataset(evaluated, processor, longest, first=data.max_eval_samples, evaluates=True)
+        held_out = load_dataset(evaluated, encoder, first=data.max_eval_samples, evaluates=True)
     if data.streaming:
         rank, ranks = args.process_index, args.world_size
-        return open_stream(data, processor, longest, seed=args.seed, rank=rank, world_size=ranks), held_out
-    train = load_dataset(data, processor, longest, seed=args.seed)
+        return open_stream(data, encoder, seed=args.seed, rank=rank, world_size=ranks), held_out
+    train = load_dataset(data, encoder, seed=args.seed)
     if data.eval_split:
         train, held_out = split_dataset(train, data.eval_split, args.seed)
         held_out = held_out.subset(range(len(held_out))[: data.max_eval_samples])
     return train, held_out
+
+
+def sample_encoder(config: RunConfig, model_config: VLMConfig, processor: VLMProcessor) -> SampleEncoder:
+    """What encodes the samples of a run: at most as long as it says, and as the language model has positions."""
+    positions = model_config.text_config.max_position_embeddings
+    longest = min(config.dataset.max_length or positions, positions)
+    return SampleEncoder(processor, longest, truncate=config.dataset.over_length == "truncate")
 
 
 def first_samples(dataset: SampleDataset | SampleStream, most: int) -> list[Sample]:

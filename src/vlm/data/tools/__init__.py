@@ -1,0 +1,1 @@
+"""`vlm data …`: what is done to data before a run, and what shows what a run will see."""

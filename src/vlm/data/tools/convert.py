@@ -1,0 +1,392 @@
+"""`vlm data convert`: annotations of many kinds as records of LLaVA's form or chat messages, in a file of any kind.
+
+To add a conversion, write a generator `(source, context, **options)` of records that a reader of `formats.FORMATS`
+takes, and add it to `CONVERSIONS`; a record that cannot be used is yielded as the `BadSample` that says why. Its
+keyword parameters are options of the command; a new one needs a line in `OPTIONS`.
+
+Imports tqdm, msgspec, the standard library and siblings only.
+"""
+
+import argparse
+import inspect
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tqdm import tqdm
+
+from vlm.data.cache import cache_folder
+from vlm.data.files import attempt, stream_records
+from vlm.data.formats import FORMATS
+from vlm.data.sample import BadSample, Sample
+from vlm.data.tools.corpora import SHORT_ANSWER, Context, coco_captions, conceptual_captions, decoded, vqa
+from vlm.data.tools.exports import LabelStudioReader, UbiaiReader
+from vlm.data.tools.forms import FORMS, is_moved_by_llava
+from vlm.data.tools.write import NAMES, SHARD_SIZE, RecordWriter, writer_for
+
+STRUCTURE = ("id", "image", "images", "video", "videos", "conversations", "messages")
+"""Keys of a record that its form speaks of; others of one in LLaVA's form or of chat messages are kept as they are."""
+ON_BAD = ("error", "skip")
+URL_COLUMN = "a table's header that is a URL"
+STRINGS = "conversations of strings"
+"""What stands for keys where these do not tell what a record is."""
+
+
+# Conversions, besides those in `data.corpora`
+
+
+def records_of(source: str, context: Context, *, split: str = "train", subset: str | None = None) -> Iterator[Any]:
+    """Records that a reader takes as they are, out of any file that `data.files` opens."""
+    return stream_records(source, context.cache, split=split, subset=subset)
+
+
+def ubiai(
+    source: str, context: Context, *, question_label: str = "QUESTION", answer_label: str = "ANSWER"
+) -> Iterator[Any]:
+    """UBIAI's export, see `exports.UbiaiReader`."""
+    reader = UbiaiReader(context.folder, context.left_out, question_label=question_label, answer_label=answer_label)
+    return _made(reader, source, context)
+
+
+def label_studio(
+    source: str, context: Context, *, image_field: str = "image", question_field: str | None = None,
+    prompt: str | None = None, from_name: str | None = None,
+) -> Iterator[Any]:  # fmt: skip
+    """Label Studio's export, see `exports.LabelStudioReader`."""
+    reader = LabelStudioReader(
+        context.folder, context.left_out, image_field=image_field, question_field=question_field, prompt=prompt,
+        from_name=from_name,
+    )  # fmt: skip
+    return _made(reader, source, context)
+
+
+def _made(make: Callable[[Any], Any], source: str, context: Context) -> Iterator[Any]:
+    """What a function makes of each record of a file, without those of which it makes nothing."""
+    for record in stream_records(source, context.cache):
+        made = record if isinstance(record, BadSample) else attempt(make, record)
+        if made is not None:
+            yield made
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What can be converted.
+
+    Attributes:
+        records: yields its records.
+        form: whose reader takes them, a name of `FORMATS`.
+        marks: keys by which it is told: its first record has them; empty: it cannot be told.
+        is_list: whether it is a list of records; else the file itself has the marks.
+    """
+
+    records: Callable[..., Iterator[Any]]
+    form: str
+    marks: frozenset[str] = frozenset()
+    is_list: bool = True
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The keyword parameters of `records` and of the reader."""
+        functions = (FORMATS[self.form], self.records)
+        return {name: one for function in functions for name, one in keywords(function).items()}
+
+
+CONVERSIONS = {
+    "llava": Conversion(records_of, "llava", frozenset({"conversations"})),
+    "messages": Conversion(records_of, "messages", frozenset({"messages"})),
+    "caption": Conversion(records_of, "caption", frozenset({"image", "caption"})),
+    "question": Conversion(records_of, "question", frozenset({"question", "answer"})),
+    "head": Conversion(records_of, "head", frozenset({STRINGS})),
+    "conceptual-captions": Conversion(conceptual_captions, "caption", frozenset({URL_COLUMN})),
+    "coco-captions": Conversion(coco_captions, "caption", frozenset({"images", "annotations"}), is_list=False),
+    "vqa": Conversion(vqa, "llava", frozenset({"questions"}), is_list=False),
+    "ubiai": Conversion(ubiai, "llava", frozenset({"documentName"})),
+    "label-studio": Conversion(label_studio, "question", frozenset({"data", "annotations"})),
+}
+
+
+def keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function that are given by keyword only."""
+    parameters = inspect.signature(function).parameters
+    return {name: one for name, one in parameters.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def detected(source: str, cache: Path) -> str:
+    """The one conversion that a file is for, by the keys of its first record.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    keys, is_list = _first_keys(source, cache)
+    fits = [name for name, one in CONVERSIONS.items() if one.marks and one.marks <= keys and one.is_list == is_list]
+    if len(fits) != 1:
+        found = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
+        raise ValueError(f"{source}: its records {found}; say with --from what they are: {', '.join(CONVERSIONS)}")
+    return fits[0]
+
+
+def _first_keys(source: str, cache: Path) -> tuple[set[str], bool]:
+    """The keys of the first record, or of the file where that is no list; and whether it is one."""
+    if source.endswith(".json") and Path(source).is_file():
+        with open(source, "rb") as file:
+            if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+                return set(decoded(Path(source), dict[str, msgspec.Raw])), False
+    first = next(iter(stream_records(source, cache)), None)
+    if not isinstance(first, dict):
+        return set(), True
+    turns = first.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], str):
+        return {STRINGS}, True
+    if source.endswith(".tsv") and len(first) == 2 and any(key.startswith(("http://", "https://")) for key in first):
+        return {URL_COLUMN}, True
+    return {key for key, value in first.items() if value is not None}, True
+
+
+# Converting
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a record is read and written with.
+
+    Attributes:
+        read: the reader, with its options.
+        write: one of `FORMS`.
+        folder: the image folder.
+        drops: keys of a record that are not kept as they are; None: no key is.
+    """
+
+    read: Callable[[Any, Path], Sample]
+    write: Callable[[Sample, Path], dict[str, Any]]
+    folder: Path
+    drops: frozenset[str] | None
+
+    def written(self, item: Any, number: int) -> tuple[Sample, dict[str, Any]]:
+        """A record as a sample and as it is written; one without an id gets its number.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+        if isinstance(item, BadSample):
+            raise item
+        sample = self.read(item, self.folder)
+        if sample.id == "?":
+            sample = replace(sample, id=str(number))
+        record = self.write(sample, self.folder)
+        if self.drops is not None:
+            record |= {key: value for key, value in item.items() if key not in self.drops and value is not None}
+        return sample, record
+
+
+def convert(
+    source: str, output: str, conversion: str, *, to: str = "llava", image_folder: str | None = None,
+    cache: Path, options: Mapping[str, Any] | None = None, on_bad: str = "error", embed_images: bool = False,
+    shard_size: int | None = None, force: bool = False,
+) -> str:  # fmt: skip
+    """Convert records from one file to another, one at a time; says what came of it.
+
+    Args:
+        source: where they are.
+        output: where they go; its name says what is written, see `write.NAMES`.
+        conversion: a name of `CONVERSIONS`.
+        to: a name of `FORMS`.
+        image_folder: what paths of pictures are relative to; None: the folder of `source`.
+        cache: the cache's folder, for the index of a `.json` file.
+        options: of the conversion, and of the reader that takes what it yields.
+        on_bad: `error` stops at a record that cannot be used; `skip` lists them in `OUTPUT.skipped.jsonl`.
+        embed_images: see `write.writer_for`.
+        shard_size: see `write.writer_for`.
+        force: replaces what is there.
+
+    Raises:
+        ValueError: it cannot be done, or a record cannot be used.
+    """
+    if Path(source).resolve() == Path(output).resolve():
+        raise ValueError(f"{output}: that is the input; name another output")
+    folder = _folder(source, image_folder)
+    chosen = CONVERSIONS[conversion]
+    own, of_reader = arranged(conversion, options or {})
+    drops = frozenset((*STRUCTURE, str(of_reader.get("key")))) if chosen.form in FORMS else None
+    form = Form(partial(FORMATS[chosen.form], **of_reader), FORMS[to], folder, drops)
+    writer = writer_for(output, folder, embed_images=embed_images, shard_size=shard_size, force=force)
+    tally = Tally()
+    records = chosen.records(source, Context(folder, cache, tally.left_out), **own)
+    skipped = Path(f"{output.rstrip('/')}.skipped.jsonl")
+    _write_all(records, form, writer, skipped if on_bad == "skip" else None, tally)
+    told = [f"{writer.number} records written to {output}, paths of pictures relative to {folder}", *tally.told()]
+    if tally.bad:
+        told.append(f"{tally.bad} skipped, see {skipped}")
+    else:
+        skipped.unlink(missing_ok=True)  # of a run before
+    if tally.moved and to == "llava":
+        told.append(f"{tally.moved} turns have their only picture after text, which LLaVA's form reads before it")
+    return "; ".join(told)
+
+
+def _folder(source: str, image_folder: str | None) -> Path:
+    """The image folder: that of the records, or the working directory where they are in none."""
+    place = Path(source)
+    near = place if place.is_dir() else place.parent if place.parent.is_dir() else Path()
+    if image_folder is not None and not Path(image_folder).is_dir():
+        raise ValueError(f"--image-folder {image_folder}: there is no such folder")
+    return near if image_folder is None else Path(image_folder)
+
+
+@dataclass
+class Tally:
+    """What came of the records that are not simply written.
+
+    Attributes:
+        left_out: what gave no record, and why.
+        bad: records that cannot be used.
+        first: the first of them, in words.
+        moved: turns whose picture LLaVA's form moves.
+    """
+
+    left_out: Counter[str] = field(default_factory=Counter)
+    bad: int = 0
+    first: str = ""
+    moved: int = 0
+
+    def told(self) -> list[str]:
+        """What was left out, in words."""
+        return [f"left out: {number} {what}" for what, number in self.left_out.items() if number]
+
+
+def _write_all(records: Iterator[Any], form: Form, writer: RecordWriter, skipped: Path | None, tally: Tally) -> None:
+    """Write records; list those that cannot be used in a file, or stop at the first where there is none."""
+    with ExitStack() as stack:
+        stack.enter_context(writer)
+        journal: RecordWriter | None = None
+        for number, item in enumerate(tqdm(records, "records", unit="record", disable=None)):
+            try:
+                sample, record = form.written(item, number)
+                writer.write(record)
+                tally.moved += sum(map(is_moved_by_llava, sample.turns))
+            except BadSample as error:
+                tally.first = tally.first or f"record {number} ({error.sample_id!r}): {error.reason}"
+                if skipped is None:
+                    raise ValueError(f"{tally.first}; --on-bad skip lists such records and goes on") from error
+                if journal is None:
+                    journal = stack.enter_context(writer_for(str(skipped), skipped.parent, force=True))
+                journal.write({"record": number, "id": error.sample_id, "reason": error.reason})
+                tally.bad += 1
+        if not writer.number:
+            raise ValueError(f"there is no record to write; {'; '.join([*tally.told(), tally.first])}")
+
+
+def arranged(conversion: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the conversion itself, and of the reader.
+
+    Raises:
+        ValueError: there is no such option, or one is missing.
+    """
+    chosen = CONVERSIONS[conversion]
+    known = chosen.options
+    if unknown := [name for name in options if name not in known]:
+        takes = ", ".join(known) or "none"
+        raise ValueError(f"--from {conversion} has no option {', '.join(unknown)}; it has {takes}")
+    if missing := [name for name, one in known.items() if one.default is one.empty and name not in options]:
+        raise ValueError(f"--from {conversion} needs {', '.join(map(flag, missing))}")
+    own = keywords(chosen.records)
+    return (
+        {name: value for name, value in options.items() if name in own},
+        {name: value for name, value in options.items() if name not in own},
+    )
+
+
+# The command
+
+OPTIONS = {
+    "split": ("NAME", "of a data set that has several (train)"),
+    "subset": ("NAME", "of a data set on the Hub that has several"),
+    "prompt": ("TEXT", "what is asked about every picture"),
+    "annotations": ("FILE", "vqa: the file of answers"),
+    "image_pattern": ("NAME", "vqa: name of a picture, such as COCO_train2014_{image_id:012d}.jpg"),
+    "instruction": ("TEXT", f"a line after questions; vqa: after the first of a record ({SHORT_ANSWER})"),
+    "url_column": ("NAME", "conceptual-captions: the column of URLs; its number, from 1, where there is no header"),
+    "caption_column": ("NAME", "conceptual-captions: the column of captions, likewise"),
+    "question_label": ("LABEL", "ubiai: what questions are marked as (QUESTION)"),
+    "answer_label": ("LABEL", "ubiai: what answers are marked as (ANSWER)"),
+    "image_field": ("FIELD", "label-studio: the field of a task's data that has the picture (image)"),
+    "question_field": ("FIELD", "label-studio: the field of a task's data that has the question"),
+    "from_name": ("CONTROL", "label-studio: the control that has the answer (the only one)"),
+}
+"""Options of conversions that have a flag of their own -> what it takes, and help."""
+
+
+def flag(name: str) -> str:
+    """What an option is given as."""
+    return f"--{name.replace('_', '-')}" if name in OPTIONS else f"--option {name}=VALUE"
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm data convert INPUT OUTPUT --from FORM`."""
+    args = _parser().parse_args(words)
+    given = {name: getattr(args, name) for name in (*OPTIONS, "group") if getattr(args, name) is not None}
+    cache = cache_folder(args.cache_dir)
+    try:
+        print(convert(
+            args.input, args.output, args.conversion or detected(args.input, cache), to=args.to, cache=cache,
+            image_folder=args.image_folder, options={**given, **dict(args.option)}, on_bad=args.on_bad,
+            embed_images=args.embed_images, shard_size=args.shard_size, force=args.force,
+        ))  # fmt: skip
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm data convert: {error}")
+    except KeyboardInterrupt:
+        sys.exit("vlm data convert: stopped; nothing was written")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "vlm data convert", description="Convert annotations of many kinds to records that are trained on.",
+        epilog=f"Kinds (--from): {', '.join(CONVERSIONS)}.",
+    )  # fmt: skip
+    parser.add_argument("input", metavar="INPUT", help=".json, .jsonl, .parquet, tar shards …; .tsv or .json of a kind")
+    parser.add_argument("output", metavar="OUTPUT", help=NAMES.replace("%", "%%"))
+    parser.add_argument(
+        "--from",
+        dest="conversion",
+        choices=CONVERSIONS,
+        metavar="KIND",
+        help="what INPUT is (as its first record tells)",
+    )
+    parser.add_argument("--to", choices=FORMS, default="llava", help="form of the records (%(default)s)")
+    parser.add_argument("--image-folder", metavar="FOLDER", help="what paths are relative to (the folder of INPUT)")
+    parser.add_argument("--embed-images", action="store_true", help=".parquet: hold the pictures themselves")
+    parser.add_argument("--shard-size", type=int, metavar="N", help=f"samples in a tar shard ({SHARD_SIZE})")
+    parser.add_argument(
+        "--on-bad", choices=ON_BAD, default=ON_BAD[0],
+        help="what to do at a record that cannot be used; skip lists them in OUTPUT.skipped.jsonl (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace an OUTPUT that exists")
+    parser.add_argument("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
+    options = parser.add_argument_group("options of some kinds")
+    for name, (metavar, text) in OPTIONS.items():
+        options.add_argument(flag(name), metavar=metavar, help=text.replace("%", "%%"))
+    options.add_argument(
+        "--no-group", dest="group", action="store_false", default=None, help="vqa: a record a question"
+    )
+    options.add_argument(
+        "--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
+        help="any other option of the reader, such as caption_key=text; may be repeated",
+    )  # fmt: skip
+    return parser
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`name=value`, the value as JSON where it is that, else as it stands."""
+    name, sign, value = text.partition("=")
+    if not (sign and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

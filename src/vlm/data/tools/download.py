@@ -1,0 +1,375 @@
+"""`vlm data download`: the pictures of a table of URL and caption, as a folder that training reads in LLaVA's form.
+
+`OUT/images/00001/000012345.jpg` is the picture of row 12345 (from 0, without the header), in its own bytes;
+`OUT/records.jsonl` has a line for each that was got, `OUT/failures.jsonl` one for each that was not, both in the order
+in which they came. A line is written when all about its row is done, so a run may be killed anywhere and the same
+command goes on; `OUT/download.json` tells to what table the folder belongs.
+
+`table` reads the table, `fetch` knows servers and pictures.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from queue import Queue, SimpleQueue
+from typing import Any, BinaryIO, Self
+
+import httpx2
+from PIL import Image
+from tqdm import tqdm
+
+from vlm.data.sample import PLACEHOLDER
+from vlm.data.tools.fetch import Fetcher, FetchError, Stopped, picture_suffix
+from vlm.data.tools.table import FOLDER_SIZE, Row, Table
+
+LONGEST_GOODBYE = 2.0
+"""Seconds that a stopped run waits for what is under way."""
+MOST_WORKERS = 256
+"""Each may hold three files open, and processes often may open no more than 1024."""
+
+
+def option(default: Any, words: str) -> Any:
+    """A field with the words that `--help` has for it."""
+    return field(default=default, metadata={"help": words})
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to download; each field is a flag of the same name."""
+
+    url_column: str | None = option(None, "name of the column of URLs; in a file without header its number, from 1")
+    caption_column: str | None = option(None, "the same of the captions")
+    workers: int = option(32, f"pictures that are fetched at the same time, at most {MOST_WORKERS} (%(default)s)")
+    retries: int = option(2, "further tries after timeouts, broken connections and servers' troubles (%(default)s)")
+    timeout: float = option(10.0, "seconds that one try may take in all (%(default)s)")
+    max_bytes: int = option(20 * 2**20, "the largest file (%(default)s)")
+    min_size: int = option(0, "pixels that the shorter side must have (%(default)s)")
+    limit: int | None = option(None, "take so many rows from the table's beginning only")
+    allow_private: bool = option(False, "fetch from this machine and private networks too: for tables that you trust")
+    retry_failed: bool = option(False, "try again what failed in earlier runs")
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "workers": (1, MOST_WORKERS), "retries": (0, 20), "timeout": (0.1, 3600), "max_bytes": (1, 2**31),
+            "min_size": (0, 2**16), "limit": (1, 2**40),
+        }  # fmt: skip
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name}={value}; allowed are {least} to {most}")
+
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a folder holds after a run, earlier runs included.
+
+    Attributes:
+        output: the folder.
+        got: pictures.
+        failed: reason -> rows.
+    """
+
+    output: Path
+    got: int
+    failed: dict[str, int]
+
+    def __str__(self) -> str:
+        missing = sum(self.failed.values())
+        lines = [f"{self.got} pictures got, {missing} failed"]
+        lines += [f"{count:>9}  {reason}" for reason, count in Counter(self.failed).most_common()]
+        if missing:
+            lines.append(f"each with its URL in {self.output / 'failures.jsonl'}; --retry-failed tries them again")
+        lines.append(f"to train: dataset.path={self.output / 'records.jsonl'} ")
+        return "\n".join(lines) + f"dataset.image_folder={self.output / 'images'}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: an image's path in the folder of images, or why there is none."""
+
+    row: Row
+    image: str | None = None
+    reason: str = ""
+    detail: str = ""
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm data download TABLE OUT`."""
+    parser = argparse.ArgumentParser("vlm data download", description="Fetch the pictures of a table of captions.")
+    parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(KINDS)}")
+    parser.add_argument("output", type=Path, help="a new folder, or the same as before to go on")
+    for field_ in fields(Options):
+        flag, default = f"--{field_.name}", field_.default
+        style: dict[str, Any] = {"action": "store_true"}
+        if not isinstance(default, bool):
+            kind = int if field_.name == "limit" else str if default is None else type(default)
+            style = {"type": kind, "default": default, "metavar": "COLUMN" if kind is str else "N"}
+        names = dict.fromkeys((flag.replace("_", "-"), flag))
+        parser.add_argument(*names, help=field_.metadata["help"], **style)
+    args = vars(parser.parse_args(words))
+    try:
+        print(download(args.pop("table"), args.pop("output"), Options(**args)))
+    except KeyboardInterrupt:
+        print("\nstopped; what was got stays, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm data download: {error}")
+
+
+def download(table: Path, output: Path, options: Options = DEFAULTS) -> Summary:
+    """Fetch what a folder does not have yet of a table's pictures.
+
+    Args:
+        table: a file of one of `KINDS`.
+        output: the folder; made where it is missing.
+        options: how.
+
+    Raises:
+        ValueError: the table cannot be read, its columns cannot be told, or the folder is another table's.
+        OSError: the disk is full, and the like.
+    """
+    source = Table(table, options.url_column, options.caption_column)
+    claim(output, source)
+    with Ledger(output) as ledger, Workers(output, options) as workers, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+        if options.retry_failed:
+            ledger.forget_failures()
+        rows = (row for row in islice(source.rows(), options.limit) if not ledger.is_done(row.number))
+        total = min(source.num_rows, options.limit or source.num_rows)
+        with tqdm(total=total, initial=min(total, ledger.num_done), desc="pictures", unit="") as bar:
+            for outcome in workers.outcomes(rows):
+                ledger.add(outcome)
+                bar.set_postfix(got=ledger.got, failed=ledger.failed.total(), refresh=False)
+                bar.update()
+    return Summary(output, ledger.got, dict(ledger.failed))
+
+
+def claim(output: Path, table: Table) -> None:
+    """Make the folder this table's, or make sure that it is.
+
+    Raises:
+        ValueError: it is another's.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "download.json"
+    ours = table.identity()
+    if not file.exists():
+        if taken := [name for name in ("images", "records.jsonl", "failures.jsonl") if (output / name).exists()]:
+            raise ValueError(f"{output} has {taken[0]} but no download.json: it is no download; choose another folder")
+        partial = output / "download.json.partial"
+        partial.write_text(json.dumps({"table": table.path.name, **ours}, indent=2), encoding="utf-8")
+        partial.replace(file)
+        return
+    theirs = json.loads(file.read_text(encoding="utf-8"))
+    if changed := [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]]:
+        raise ValueError(
+            f"{output} holds pictures of another table, {theirs.get('table')}, or of other columns"
+            f" ({'; '.join(changed)}): choose another folder"
+        )
+
+
+class Ledger:
+    """The two files of lines of a folder: which rows are done, and the only one who adds to them.
+
+    Attributes:
+        got: rows that have a picture.
+        failed: reason -> rows.
+
+    Raises:
+        ValueError: another process writes to the folder, or a file was changed in a way that makes no sense.
+    """
+
+    def __init__(self, output: Path):
+        self.got = 0
+        self.failed: Counter[str] = Counter()
+        self._done = bytearray()  # a byte a row
+        self._records = (output / "records.jsonl").open("a+b")
+        self._failures = (output / "failures.jsonl").open("a+b")
+        try:
+            fcntl.flock(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        except BlockingIOError as error:
+            raise ValueError(f"another download writes to {output}: wait for it, or stop it") from error
+        for number, _ in whole_lines(self._records, "id"):
+            self._mark(number)
+            self.got += 1
+        for number, failure in whole_lines(self._failures, "row"):
+            self._mark(number)
+            self.failed[failure["reason"]] += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._records.close()
+        self._failures.close()
+
+    @property
+    def num_done(self) -> int:
+        """Rows that need no fetching."""
+        return self.got + self.failed.total()
+
+    def is_done(self, number: int) -> bool:
+        """Whether a row was got, or failed for good."""
+        return number < len(self._done) and self._done[number] == 1
+
+    def forget_failures(self) -> None:
+        """Take failed rows for new ones."""
+        for number, _ in whole_lines(self._failures, "row"):
+            self._done[number] = 0
+        self._failures.truncate(0)
+        self.failed.clear()
+
+    def add(self, outcome: Outcome) -> None:
+        """Write down what became of a row."""
+        row = outcome.row
+        if outcome.image is None:
+            line = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
+            write_line(self._failures, line)
+            self.failed[outcome.reason] += 1
+        else:
+            turns = [{"from": "human", "value": PLACEHOLDER}, {"from": "gpt", "value": row.caption}]
+            write_line(self._records, {"id": f"{row.number:09d}", "image": outcome.image, "conversations": turns})
+            self.got += 1
+        self._mark(row.number)
+
+    def _mark(self, number: int) -> None:
+        self._done.extend(bytes(max(0, number + 1 - len(self._done))))
+        self._done[number] = 1
+
+
+def write_line(file: BinaryIO, line: dict[str, Any]) -> None:
+    """Add a line; once this returns, it outlives the process."""
+    file.write(json.dumps(line).encode() + b"\n")
+    file.flush()
+
+
+def whole_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a file, each with the number of its row; a torn one at the end, which a kill leaves, is cut off.
+
+    Raises:
+        ValueError: a line before the end is broken.
+    """
+    end = 0
+    file.seek(0)
+    for line in file:
+        try:
+            record = json.loads(line if line.endswith(b"\n") else b"")
+            number = int(record[key])
+        except (ValueError, KeyError, TypeError) as error:
+            if file.read(1):
+                raise ValueError(f"{file.name}: the line at byte {end} is broken; mend or remove it") from error
+            file.truncate(end)
+            return
+        end += len(line)
+        yield number, record
+
+
+class Workers:
+    """Threads that make files of rows. They are daemons: nobody waits long for a server when all is to stop.
+
+    Args:
+        output: the folder.
+        options: how many, and how they fetch.
+    """
+
+    def __init__(self, output: Path, options: Options):
+        self._images, self._partial = output / "images", output / "partial"
+        self._options = options
+        self._ssl_context = httpx2.create_ssl_context()
+        self._stop = threading.Event()
+        self._decoders = threading.BoundedSemaphore(os.cpu_count() or 1)  # a picture unpacked may be large
+        self._tasks: Queue[Row | None] = Queue()
+        self._results: SimpleQueue[Outcome | Exception] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(options.workers)]
+
+    def __enter__(self) -> Self:
+        Image.init()  # so that no two threads do
+        shutil.rmtree(self._partial, ignore_errors=True)  # what a killed run left
+        self._partial.mkdir()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for _ in self._threads:
+            self._tasks.put(None)
+        end = time.monotonic() + LONGEST_GOODBYE
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
+        """What became of each row, in the order in which that is known; only few are taken from `rows` ahead of it."""
+        under_way = 0
+        for row in rows:
+            self._tasks.put(row)
+            under_way += 1
+            if under_way == 2 * len(self._threads):
+                yield self._next()
+                under_way -= 1
+        for _ in range(under_way):
+            yield self._next()
+
+    def _next(self) -> Outcome:
+        result = self._results.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _work(self) -> None:
+        chosen = self._options
+        fetcher = Fetcher(
+            timeout=chosen.timeout, retries=chosen.retries, max_bytes=chosen.max_bytes,
+            allow_private=chosen.allow_private, ssl_context=self._ssl_context, stop=self._stop,
+        )  # fmt: skip
+        try:
+            while not self._stop.is_set() and (row := self._tasks.get()) is not None:
+                self._results.put(self._outcome(row, fetcher))
+        except Stopped:
+            pass
+        except Exception as error:  # a full disk, say: the end of the run, not of a row
+            self._results.put(error)
+        finally:
+            fetcher.close()
+
+    def _outcome(self, row: Row, fetcher: Fetcher) -> Outcome:
+        try:
+            check_text(row)
+            content = fetcher.fetch(row.url)
+            with self._decoders:
+                suffix = picture_suffix(content, self._options.min_size)
+        except FetchError as error:
+            return Outcome(row, reason=error.reason, detail=error.detail)
+        image = f"{row.number // FOLDER_SIZE:05d}/{row.number:09d}.{suffix}"
+        partial, final = self._partial / f"{row.number:09d}", self._images / image
+        partial.write_bytes(content)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(final)
+        return Outcome(row, image)
+
+
+def check_text(row: Row) -> None:
+    """Raise `FetchError` where a row is none before anything is fetched."""
+    if not row.url:
+        raise FetchError("no URL")
+    if not row.caption:
+        raise FetchError("empty caption")
+    try:
+        f"{row.url}{row.caption}".encode()
+    except UnicodeEncodeError as error:
+        raise FetchError("not UTF-8") from error

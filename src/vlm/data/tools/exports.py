@@ -1,0 +1,337 @@
+"""What annotation tools export, one document or task at a time, as records: UBIAI and Label Studio.
+
+Imports msgspec, the standard library and siblings only.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from os.path import isfile
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import msgspec
+from msgspec import Struct, field
+
+from vlm.data.files import PICTURES
+from vlm.data.sample import PLACEHOLDER, BadSample
+
+Kind = TypeVar("Kind")
+
+
+def typed(value: Any, kind: type[Kind], sample_id: str = "?") -> Kind:
+    """A record as a structure with types.
+
+    Raises:
+        BadSample: it is none; says where it differs.
+    """
+    if isinstance(value, dict):
+        sample_id = next((str(value[key]) for key in ("id", "documentName") if value.get(key) is not None), sample_id)
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise BadSample(sample_id, str(error)) from None
+
+
+def conversation(sample_id: str, image: str, asked: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """A record of LLaVA's form: questions about one picture with their answers."""
+    turns: list[dict[str, str]] = []
+    for question, answer in asked:
+        lead = "" if turns else f"{PLACEHOLDER}\n"
+        turns += [{"from": "human", "value": lead + question}, {"from": "gpt", "value": answer}]
+    return {"id": sample_id, "image": image, "conversations": turns}
+
+
+# UBIAI
+
+
+class Entity(Struct):
+    """A marked span of a document, under any of the names that exports have had."""
+
+    text: str | None = None
+    start: int | None = None
+    end: int | None = None
+    token_start: int | None = None
+    token_end: int | None = None
+    id: int | str | None = None
+    entity_label: str | None = field(default=None, name="entityLabel")
+    snake_label: str | None = field(default=None, name="entity_label")
+    plain_label: str | None = field(default=None, name="label")
+
+    @property
+    def label(self) -> str | None:
+        """What it is marked as."""
+        return self.entity_label or self.snake_label or self.plain_label
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """By which entities stand in reading order."""
+        return (self.start or 0, self.token_start or 0)
+
+
+class Relation(Struct):
+    """A link between two entities."""
+
+    head: int | str
+    child: int | str
+
+
+class Document(Struct):
+    """What is read of a document."""
+
+    name: str = field(name="documentName")
+    text: str = field(default="", name="document")
+    tokens: list[Entity] | None = None
+    entities: list[Entity] | None = None
+    relations: list[Relation] | None = None
+
+
+def _tokens(entity: Entity) -> Iterable[int]:
+    return (
+        ()
+        if entity.token_start is None or entity.token_end is None
+        else range(entity.token_start, entity.token_end + 1)
+    )
+
+
+ADDRESSES: dict[str, Callable[[Entity], Iterable[int | str | None]]] = {
+    "token_start": lambda entity: [entity.token_start],
+    "start": lambda entity: [entity.start],
+    "token_start to token_end": lambda entity: _tokens(entity),
+    "id": lambda entity: [entity.id],
+}
+"""What a relation may name an entity by. A document's is the first by which all of its relations lead somewhere."""
+
+
+class UbiaiReader:
+    """Reads documents of a UBIAI export (JSON): `{"documentName", "document", "tokens", "relations"}`.
+
+    `documentName` is the picture's file; where it is no picture's name (a PDF's, say), the picture of that stem is
+    taken. `tokens` (in some exports `entities`) are the marked spans: `text` (else cut out of `document`), `start` and
+    `end` in characters, `token_start` and `token_end`, and the label as `entityLabel`, `entity_label` or `label`. A
+    relation links two of them as `head` and `child`, either way round, each given as in `ADDRESSES`; what the relation
+    is called (`relationLabel`, `relation`) does not matter.
+
+    Args:
+        folder: the image folder.
+        left_out: counts questions without an answer, and documents without a question that has one.
+        question_label: what questions are marked as.
+        answer_label: what answers are marked as.
+    """
+
+    def __init__(self, folder: Path, left_out: Counter[str], *, question_label: str, answer_label: str):
+        if question_label == answer_label:
+            raise ValueError(f"--question-label and --answer-label are both {answer_label}; links could not be told")
+        self._folder, self._left_out = folder, left_out
+        self._labels = (question_label, answer_label)
+
+    def __call__(self, value: Any) -> dict[str, Any] | None:
+        """A document as a record of LLaVA's form; None where nothing is asked and answered in it.
+
+        Raises:
+            BadSample: it is no such document.
+        """
+        document = typed(value, Document)
+        entities = document.entities or document.tokens or []
+        asked = [entity for entity in entities if entity.label == self._labels[0]]
+        answers = self._answers(document, entities)
+        pairs = []
+        for question in sorted(asked, key=lambda entity: entity.place):
+            found = sorted(answers.get(id(question), []), key=lambda entity: entity.place)
+            if found:
+                pairs.append((_span(question, document), " ".join(_span(answer, document) for answer in found)))
+        self._left_out["questions without an answer"] += len(asked) - len(pairs)
+        self._left_out["documents without an answered question"] += not pairs
+        if not pairs:
+            return None
+        return conversation(document.name, picture_name(document.name, self._folder), pairs)
+
+    def _answers(self, document: Document, entities: list[Entity]) -> dict[int, list[Entity]]:
+        """The answers that each question is linked with, by the question's identity."""
+        answers: dict[int, list[Entity]] = {}
+        relations = document.relations or []
+        places = _addressed(relations, entities, document.name)
+        for relation in relations:
+            for one in places[relation.head]:
+                for other in places[relation.child]:
+                    question, answer = (one, other) if one.label == self._labels[0] else (other, one)
+                    known = answers.setdefault(id(question), [])
+                    if (question.label, answer.label) == self._labels and answer not in known:
+                        known.append(answer)
+        return answers
+
+
+def _addressed(relations: list[Relation], entities: list[Entity], name: str) -> dict[int | str, list[Entity]]:
+    """The entities by what relations name them by."""
+    named = {end for relation in relations for end in (relation.head, relation.child)}
+    for addresses in ADDRESSES.values():
+        places: dict[int | str, list[Entity]] = {}
+        for entity in entities:
+            for address in addresses(entity):
+                if address is not None:
+                    places.setdefault(address, []).append(entity)
+        if named <= places.keys():
+            return places
+    raise BadSample(name, f"relations name {sorted(map(str, named))}, which no entities have as {', '.join(ADDRESSES)}")
+
+
+def _span(entity: Entity, document: Document) -> str:
+    text = entity.text if entity.text is not None else document.text[entity.start or 0 : entity.end or 0]
+    if not text.strip():
+        raise BadSample(document.name, f"an entity at {entity.start} has no text")
+    return " ".join(text.split())
+
+
+def picture_name(name: str, folder: Path) -> str:
+    """A picture's name, or for that of another file the picture of the same stem in a folder."""
+    path = PurePosixPath(name)
+    if path.suffix.lower().removeprefix(".") in PICTURES:
+        return name
+    found = (str(path.with_suffix(f".{kind}")) for kind in PICTURES)
+    return next((picture for picture in found if isfile(folder / picture)), name)
+
+
+# Label Studio
+
+
+class Result(Struct):
+    """What an annotator did with one control."""
+
+    type: str = ""
+    from_name: str = ""
+    value: dict[str, Any] = field(default_factory=dict)
+
+
+class Annotation(Struct):
+    """One annotator's work on a task."""
+
+    result: list[Result] | None = None
+    was_cancelled: bool | None = None
+
+
+class LabelTask(Struct):
+    """What is read of a task."""
+
+    data: dict[str, Any]
+    id: int | str = "?"
+    annotations: list[Annotation] | None = None
+
+
+CONTROLS = {"textarea": "text", "choices": "choices", "rating": "rating", "number": "number"}
+"""Type of a control whose result can be an answer -> where its value stands."""
+MIN_FIELDS = frozenset((
+    "id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "was_cancelled", "ground_truth",
+    "annotators", "agreement", "inner_id", "comment_count", "unresolved_comment_count", "comment_authors",
+))  # fmt: skip
+"""Fields of the JSON-MIN form that are neither data nor a control's."""
+
+
+class LabelStudioReader:
+    """Reads tasks of Label Studio's exports JSON and JSON-MIN.
+
+    JSON: `{"id", "data": {…}, "annotations": [{"was_cancelled", "result": [{"type", "from_name", "value"}]}]}`; the
+    first annotation counts that was not cancelled. JSON-MIN: data and controls side by side, `{"id", "image",
+    "caption": …}`. An answer is what was written into a text area (several texts line by line), or chosen (several
+    choices with commas), or a rating or number.
+
+    Args:
+        folder: the image folder; see `local_name`.
+        left_out: counts tasks without a completed annotation, and those without an answer.
+        image_field: the data field that has the picture.
+        question_field: the data field that has the question; None: `prompt` is it.
+        prompt: the question.
+        from_name: the control that has the answer; None: the only one.
+
+    Raises:
+        ValueError: there is not one of `question_field` and `prompt`.
+    """
+
+    def __init__(
+        self, folder: Path, left_out: Counter[str], *, image_field: str, question_field: str | None,
+        prompt: str | None, from_name: str | None,
+    ):  # fmt: skip
+        if (question_field is None) == (prompt is None):
+            raise ValueError("label-studio needs the question: either --prompt or --question-field (a field of `data`)")
+        self._folder, self._left_out = folder, left_out
+        self._image_field, self._question_field, self._prompt = image_field, question_field, prompt
+        self._control = from_name
+        self._is_given = from_name is not None
+
+    def __call__(self, value: Any) -> dict[str, Any] | None:
+        """A task as `{"id", "image", "question", "answer"}`; None where it was not done.
+
+        Raises:
+            BadSample: it is no such task.
+            ValueError: there are several controls, and none is named.
+        """
+        if isinstance(value, dict) and "data" not in value:
+            task, answer = typed({"data": value, "id": value.get("id", "?")}, LabelTask), self._min_answer(value)
+        else:
+            task = typed(value, LabelTask)
+            answer = self._answer(task)
+        if not answer:
+            return None
+        question = self._prompt if self._question_field is None else task.data.get(self._question_field)
+        image = task.data.get(self._image_field)
+        if not isinstance(image, str) or not isinstance(question, str):
+            name = self._image_field if not isinstance(image, str) else self._question_field
+            raise BadSample(str(task.id), f"`{name}` must be a string of its data, which has {', '.join(task.data)}")
+        return {"id": task.id, "image": local_name(image, self._folder), "question": question, "answer": answer}
+
+    def _answer(self, task: LabelTask) -> str:
+        done = next((one for one in task.annotations or [] if not one.was_cancelled), None)
+        if done is None:
+            self._left_out["tasks without a completed annotation"] += 1
+            return ""
+        results = [result for result in done.result or [] if result.type in CONTROLS]
+        control = self._only({result.from_name for result in results})
+        chosen = [result.value for result in results if result.from_name == control]
+        return self._counted("\n".join(filter(None, map(_text, chosen))))
+
+    def _min_answer(self, fields: dict[str, Any]) -> str:
+        if fields.get("was_cancelled"):
+            self._left_out["tasks without a completed annotation"] += 1
+            return ""
+        others = {name for name in fields if name not in (*MIN_FIELDS, self._image_field, self._question_field)}
+        control = self._only(others)
+        return self._counted(_text(fields.get(control)) if control else "")
+
+    def _only(self, controls: set[str]) -> str | None:
+        """The control that has the answer, the same in every task."""
+        if self._is_given:
+            return self._control
+        known = controls if self._control is None else controls | {self._control}
+        if len(known) > 1:
+            raise ValueError(f"--from-name: which control has the answer? There are {', '.join(sorted(known))}")
+        self._control = next(iter(known), None)
+        return self._control
+
+    def _counted(self, answer: str) -> str:
+        self._left_out["tasks without an answer"] += not answer
+        return answer
+
+
+def _text(value: Any) -> str:
+    """A control's value as text."""
+    if isinstance(value, dict):
+        if isinstance(choices := value.get("choices"), list):
+            return ", ".join(map(str, choices))
+        return next((_text(value[key]) for key in CONTROLS.values() if key in value), "")
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_text, value)))
+    return "" if value is None else str(value).strip()
+
+
+def local_name(address: str, folder: Path) -> str:
+    """Where the picture that Label Studio names stands in the image folder.
+
+    `/data/local-files/?d=a/b.jpg` is `a/b.jpg` (as the folder is that of local files), `/data/upload/7/b.jpg` is
+    `7/b.jpg` (Label Studio's `media/upload`), or else `b.jpg`. Anything else is as it stands.
+    """
+    parts = urlsplit(address)
+    if parts.scheme or parts.netloc or not parts.path.startswith("/data/"):
+        return address
+    if parts.path.startswith("/data/local-files"):
+        return next(iter(parse_qs(parts.query).get("d", [])), address).lstrip("/")
+    name = unquote(parts.path).removeprefix("/data/").removeprefix("upload/")
+    return name if isfile(folder / name) or not isfile(folder / Path(name).name) else Path(name).name

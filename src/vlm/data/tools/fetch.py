@@ -1,0 +1,376 @@
+"""Fetching what a stranger's URL names: checked addresses, limits of time and size, retries; and is it a picture?
+
+A table of URLs from the web names whatever its author liked, and so may every redirect, with the machine that reads it
+inside a network of its own. So a name is looked up once, every address it has must be public, and the connection goes
+to an address of that very answer, while TLS and the header `Host` still carry the name. The environment's proxies
+(`HTTPS_PROXY` and the like) are not used: a proxy looks names up itself, which would make the check say nothing; where
+the network has no other way out, fetching fails. No cookies, no `.netrc`, and user names in URLs are not sent.
+
+Imports httpx2, the transport it brings with it, Pillow and the standard library only.
+"""
+
+import errno
+import ipaddress
+import math
+import random
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from io import BytesIO
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import httpcore2
+import httpx2
+from PIL import Image, UnidentifiedImageError
+
+HEADERS = (
+    ("User-Agent", "Mozilla/5.0 (compatible; small-vlm; vlm data download)"),
+    ("Accept", "image/jpeg,image/png,image/webp,image/gif;q=0.9,*/*;q=0.1"),
+    ("Accept-Encoding", "identity"),  # pictures do not compress, and an answer that grows when unpacked is a trap
+)
+REDIRECTS = 5
+TEMPORARY = (408, 425, 429)
+"""Statuses that are worth a retry, besides those of 500 and above."""
+FIRST_WAIT = 1.0
+LONGEST_WAIT = 30.0
+"""Seconds before the first retry (each one waits twice as long as the one before), and before any."""
+
+FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+"""Pillow's name of a format -> suffix of its files. An MPO is a JPEG with more behind it, and opened as one."""
+
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
+"""An answer of `getaddrinfo`: family, type, protocol, canonical name, address."""
+
+
+class FetchError(Exception):
+    """Why a URL gave nothing: a reason short enough to count by, and a detail.
+
+    Attributes:
+        temporary: another try may do better.
+        wait: seconds that the server asks for before it.
+    """
+
+    def __init__(self, reason: str, detail: str = "", *, temporary: bool = False, wait: float = 0.0):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+        self.temporary = temporary
+        self.wait = wait
+
+
+class Stopped(Exception):
+    """The one who wanted the picture no longer does."""
+
+
+class Clock:
+    """What is left of a try's time, whatever it is spent on: a server that drips has no more of it than a silent one.
+
+    Args:
+        stop: ends every try when it is set.
+    """
+
+    def __init__(self, stop: threading.Event):
+        self.stop = stop
+        self._end = 0.0
+
+    def start(self, seconds: float) -> None:
+        """Begin a try that may take so long."""
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds, above 0.
+
+        Raises:
+            TimeoutError: none.
+            Stopped: nobody waits any more.
+        """
+        if self.stop.is_set():
+            raise Stopped
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the time for one try is over")
+        return left
+
+
+class Fetcher:
+    """Fetches one URL after another. Every thread needs its own, with a clock and connections that are kept open.
+
+    Args:
+        timeout: seconds that one try may take, from the look-up of the name to the last byte, redirects included.
+        retries: how often to try again what may be a passing trouble.
+        max_bytes: the largest answer.
+        allow_private: take addresses within private networks and this machine too.
+        ssl_context: what to trust; may be shared.
+        stop: set by another thread, it ends what is under way with `Stopped`.
+    """
+
+    def __init__(
+        self, *, timeout: float, retries: int, max_bytes: int, allow_private: bool, ssl_context: ssl.SSLContext,
+        stop: threading.Event,
+    ):  # fmt: skip
+        self.timeout = timeout
+        self.retries = retries
+        self.max_bytes = max_bytes
+        self._clock = Clock(stop)
+        self._pool = httpcore2.ConnectionPool(
+            ssl_context,
+            max_connections=2,
+            keepalive_expiry=10.0,
+            network_backend=CheckedNetwork(self._clock, allow_private),
+        )
+
+    def fetch(self, url: str) -> bytes:
+        """What the URL names.
+
+        Raises:
+            FetchError: nothing; says why.
+            Stopped: `stop` was set.
+        """
+        for number in range(self.retries + 1):
+            try:
+                return self._try(url)
+            except FetchError as error:
+                if number == self.retries or not error.temporary:
+                    raise
+                wait = min(LONGEST_WAIT, max(error.wait, FIRST_WAIT * 2**number * random.uniform(0.5, 1.5)))
+            if self._clock.stop.wait(wait):
+                raise Stopped
+        raise AssertionError("retries must be 0 or more")
+
+    def close(self) -> None:
+        """Close the connections that were kept."""
+        self._pool.close()
+
+    def _try(self, url: str) -> bytes:
+        """One try, with every trouble as a `FetchError`."""
+        self._clock.start(self.timeout)
+        try:
+            return self._follow(url)
+        except ssl.SSLCertVerificationError as error:
+            raise FetchError("bad certificate", error.verify_message) from error
+        except socket.gaierror as error:
+            passing = error.errno in (socket.EAI_AGAIN, socket.EAI_SYSTEM)
+            raise FetchError("look-up failed" if passing else "no such host", str(error), temporary=passing) from error
+        except TimeoutError as error:
+            raise FetchError("timed out", f"after {self.timeout:g} s", temporary=True) from error
+        except (httpx2.InvalidURL, httpcore2.LocalProtocolError, ValueError) as error:  # names that no DNS allows too
+            raise FetchError("bad URL", str(error)) from error
+        except (OSError, httpcore2.RemoteProtocolError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # this machine's trouble, not the picture's
+            raise FetchError("connection failed", str(error), temporary=True) from error
+
+    def _follow(self, url: str) -> bytes:
+        target = parsed(url)
+        for _ in range(REDIRECTS + 1):
+            answer = self._ask(target)
+            if isinstance(answer, bytes):
+                return answer
+            target = parsed(target.join(answer))
+        raise FetchError("too many redirects", f"more than {REDIRECTS}")
+
+    def _ask(self, url: httpx2.URL) -> bytes | str:
+        """The body, or where the server says that it is."""
+        target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        with self._pool.stream("GET", target, headers=[("Host", url.netloc), *HEADERS]) as response:
+            headers = {name.lower(): value.decode("utf-8", "replace") for name, value in response.headers}
+            if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
+                return headers[b"location"]
+            if response.status != 200:
+                temporary = response.status in TEMPORARY or response.status >= 500
+                wait = retry_after(headers.get(b"retry-after", "")) if temporary else 0.0
+                raise FetchError(f"HTTP {response.status}", temporary=temporary, wait=wait)
+            return self._body(response, int(headers.get(b"content-length", 0)))
+
+    def _body(self, response: httpcore2.Response, announced: int) -> bytes:
+        body = bytearray()
+        chunks = response.iter_stream()
+        while max(len(body), announced) <= self.max_bytes:  # what is announced need not be what comes
+            self._clock.left()  # chunks that lie ready in a buffer cost no read
+            chunk = next(chunks, None)
+            if chunk is None:
+                return bytes(body)
+            body += chunk
+        raise FetchError("too large", f"more than {self.max_bytes} bytes")
+
+
+class CheckedNetwork(httpcore2.NetworkBackend):
+    """Connects to addresses that were looked at, and within a clock's time (the transport's timeouts are not used).
+
+    Args:
+        clock: the time that is left.
+        allow_private: leave the look out.
+    """
+
+    def __init__(self, clock: Clock, allow_private: bool):
+        self._clock = clock
+        self._allow_private = allow_private
+
+    def connect_tcp(
+        self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> "ClockedStream":  # fmt: skip
+        """Look the name up, look at what it means, and connect to that.
+
+        Raises:
+            FetchError: an address is not public.
+            OSError: no address answers in time.
+        """
+        found = look_up(host, port, self._clock.left())
+        for *_, address in found:
+            if not (self._allow_private or is_public(address[0])):
+                raise FetchError("private address", f"{host} is {address[0]}")
+        failure = OSError(f"{host} has no address")
+        for number, (family, kind, protocol, _, address) in enumerate(found):
+            seconds = self._clock.left() / (len(found) - number)  # an address that swallows all leaves the next some
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.settimeout(seconds)
+                connection.connect(address)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return ClockedStream(connection, self._clock)
+            except OSError as error:
+                connection.close()
+                failure = error
+        raise failure
+
+
+class ClockedStream(httpcore2.NetworkStream):
+    """A connection on which every wait ends when the clock's time does."""
+
+    def __init__(self, connection: socket.socket, clock: Clock):
+        self._connection = connection
+        self._clock = clock
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """What has come; waits for it to."""
+        self._connection.settimeout(self._clock.left())
+        return self._connection.recv(max_bytes)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send all of it."""
+        self._connection.settimeout(self._clock.left())
+        self._connection.sendall(buffer)
+
+    def close(self) -> None:
+        """Close it."""
+        self._connection.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> "ClockedStream":
+        """The same with TLS; the certificate must be the name's, whatever address it was found at."""
+        try:
+            self._connection.settimeout(self._clock.left())
+            wrapped = ssl_context.wrap_socket(self._connection, server_hostname=server_hostname)
+        except BaseException:
+            self._connection.close()
+            raise
+        return ClockedStream(wrapped, self._clock)
+
+    def get_extra_info(self, info: str) -> Any:
+        """Whether something waits to be read, which on an idle connection means that the server has closed it."""
+        if info != "is_readable":
+            return None
+        waiting = select.poll()
+        waiting.register(self._connection, select.POLLIN)
+        return bool(waiting.poll(0))
+
+
+def parsed(url: str | httpx2.URL) -> httpx2.URL:
+    """A URL that may be asked for.
+
+    Raises:
+        FetchError: it is not one of the web.
+    """
+    parts = httpx2.URL(url)
+    if parts.scheme not in ("http", "https"):
+        raise FetchError("not http or https", parts.scheme or "a URL without a scheme")
+    if not parts.host or not 0 < (parts.port or 80) < 2**16:
+        raise FetchError("bad URL", "no host" if not parts.host else f"port {parts.port}")
+    return parts
+
+
+def look_up(host: str, port: int, seconds: float) -> Sequence[Found]:
+    """The addresses of a name. The system's look-up knows no time limit, so a thread does it that may be left behind.
+
+    Raises:
+        OSError: there are none (`socket.gaierror`), or not in time (`TimeoutError`).
+        UnicodeError: no name can read so.
+    """
+    answers: SimpleQueue[Sequence[Found] | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"nobody says in time where {host} is") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def is_public(text: str) -> bool:
+    """Whether an address is one of the internet's: not private, loopback, link-local, multicast, reserved and so on.
+
+    IPv6 addresses that stand for an IPv4 address (mapped, NAT64, 6to4) are as public as that is.
+    """
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_multicast and not address.is_reserved
+    if address.ipv4_mapped is not None:
+        return is_public(str(address.ipv4_mapped))
+    if address in NAT64:
+        return is_public(str(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)))
+    if address in SIX_TO_FOUR:
+        return is_public(str(address.sixtofour))
+    return address in GLOBAL_UNICAST and address.is_global
+
+
+def retry_after(text: str) -> float:
+    """Seconds that a `Retry-After` header asks for, as a number or a date; 0 where it cannot be read."""
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def picture_suffix(content: bytes, min_size: int) -> str:
+    """The suffix of a picture's format, once it is unpacked whole (of an animated one the first frame).
+
+    Raises:
+        FetchError: it is no picture, or not one to train with.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=[name for name in FORMATS if name != "MPO"]) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            if min(image.size) < min_size:
+                raise FetchError("too small", f"{image.width} x {image.height} pixels")
+            image.load()
+            return FORMATS[image.format or ""]
+    except FetchError:
+        raise
+    except UnidentifiedImageError as error:
+        raise FetchError("not a picture", f"begins with {content[:20]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise FetchError("too many pixels", str(error)) from error
+    except Exception as error:  # Pillow's readers fail in many ways on bytes that someone chose
+        raise FetchError("broken picture", str(error)) from error

@@ -1,0 +1,102 @@
+"""Forms: a sample as a record, the way back from `data.formats`.
+
+To add a form, write a function `(sample, image_folder) -> dict` that raises `BadSample`, and add it to `FORMS` under
+the name that its reader has in `formats.FORMATS`.
+
+Imports the in-memory form and the standard library only.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn, Video
+
+LLAVA_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def to_llava(sample: Sample, image_folder: Path) -> dict[str, Any]:
+    """A sample as a record of LLaVA's form, which `formats.read_llava` reads.
+
+    That form moves the only picture of a turn to its start, on a line of its own; a sample whose turns have it so
+    (`is_moved_by_llava` tells) is read back as it was.
+
+    Args:
+        sample: the sample.
+        image_folder: what paths are written relative to.
+
+    Raises:
+        BadSample: its text holds `<image>` or `<video>` itself, or a picture has no name to be written.
+    """
+    record: dict[str, Any] = {"id": sample.id}
+    for key, names in _media(sample, image_folder).items():
+        record[key] = names[0] if len(names) == 1 else names
+    record["conversations"] = [{"from": LLAVA_NAMES[turn.role], "value": _llava_text(turn, sample.id)}
+                               for turn in sample.turns]  # fmt: skip
+    return record
+
+
+def to_messages(sample: Sample, image_folder: Path) -> dict[str, Any]:
+    """A sample as chat messages, which `formats.read_messages` reads: content in lists, in the order of the turn.
+
+    Args:
+        sample: the sample.
+        image_folder: what paths are written relative to.
+
+    Raises:
+        BadSample: a picture has no name to be written.
+    """
+    media = {f"{key}s": names for key, names in _media(sample, image_folder).items()}
+    messages = [{"role": turn.role, "content": [_item(part) for part in turn.content]} for turn in sample.turns]
+    return {"id": sample.id, **media, "messages": messages}
+
+
+FORMS: dict[str, Callable[[Sample, Path], dict[str, Any]]] = {"llava": to_llava, "messages": to_messages}
+"""Forms that records are written in."""
+
+
+def is_moved_by_llava(turn: Turn) -> bool:
+    """Whether a turn has one picture, and LLaVA's form reads it before what stands before it here."""
+    return sum(isinstance(part, Picture) for part in turn.content) == 1 and not isinstance(turn.content[0], Picture)
+
+
+def _media(sample: Sample, folder: Path) -> dict[str, list[Any]]:
+    pictures = [named(picture, folder, sample.id) for picture in sample.pictures]
+    found = {"image": pictures, "video": [_relative(video.path, folder) for video in sample.videos]}
+    return {key: names for key, names in found.items() if names}
+
+
+def named(picture: Picture, folder: Path, sample_id: str) -> str | dict[str, Any]:
+    """What a record has for a picture: a path relative to a folder, or its bytes with their name.
+
+    Raises:
+        BadSample: it is a frame of a video.
+    """
+    if picture.content is not None:
+        return {"bytes": picture.content, "path": None if picture.path is None else str(picture.path)}
+    if picture.path is None or picture.frame is not None:
+        raise BadSample(sample_id, f"image {picture} is no file of its own, and records name files")
+    return _relative(picture.path, folder)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _llava_text(turn: Turn, sample_id: str) -> str:
+    texts = [part for part in turn.content if isinstance(part, str)]
+    if turn.role == "user" and (mark := re.search(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}", "\n".join(texts))):
+        raise BadSample(sample_id, f"its text holds {mark[0]}, which LLaVA's form takes for a picture or video")
+    return "".join(part if isinstance(part, str) else _mark(part) for part in turn.content)
+
+
+def _mark(part: Picture | Video) -> str:
+    return PLACEHOLDER if isinstance(part, Picture) else VIDEO_PLACEHOLDER
+
+
+def _item(part: Part) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image" if isinstance(part, Picture) else "video"}

@@ -1,0 +1,111 @@
+"""`vlm data show`: records as a run would train on them, supervised tokens marked, in the terminal and on a page."""
+
+import base64
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from vlm.config.schema import DatasetConfig
+from vlm.data.dataset import drawn
+from vlm.data.encode import IGNORED, Encoded
+from vlm.data.pages import page, thumbnail, tokens_as_html, tokens_as_text
+from vlm.data.pictures import open_pictures
+from vlm.data.sample import BadSample
+from vlm.data.sources import SampleEncoder, Source, sources_of
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A record that is shown: as ids, labels and pictures, or why it cannot be used."""
+
+    source: Source
+    record: int | None
+    id: str
+    encoded: Encoded | None
+    pictures: Sequence[Image.Image]
+    problem: str | None = None
+
+    def title(self) -> str:
+        """Where it is from, its name, and its counts."""
+        place = self.source.name if self.record is None else f"{self.source.name}, record {self.record}"
+        if self.encoded is None:
+            return f"{place}, id {self.id}"
+        supervised = sum(label != IGNORED for label in self.encoded.labels)
+        sizes = ", ".join(f"{image.width}×{image.height}" for image in self.pictures) or "no picture"
+        return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {supervised} supervised; {sizes}"
+
+
+def shown_records(
+    config: DatasetConfig, encoder: SampleEncoder, *, number: int, records: Sequence[int] = (), seed: int | None = None
+) -> Iterable[Shown]:
+    """Records of each source of a run.
+
+    Args:
+        config: the sources.
+        encoder: the run's.
+        number: how many of each source.
+        records: the numbers of those that are wanted, in place of `number`.
+        seed: draws them; None: the first ones. Not for streams, of which the first are shown.
+
+    Raises:
+        ValueError: a source does not open, or has no record of such a number.
+    """
+    for source in sources_of(config, encoder):
+        if config.streaming:
+            for _, record in zip(range(number), source.stream(0, 1, None), strict=False):
+                yield _shown(source, None, record)
+            continue
+        total = len(source)
+        if beyond := [one for one in records if not 0 <= one < total]:
+            raise ValueError(f"--records {beyond[0]}: {source.path} has {total} records, numbered from 0")
+        some = range(min(number, total)) if seed is None else drawn(total, number, seed).tolist()
+        for one in records or some:
+            try:
+                yield _shown(source, one, source.records[one])
+            except BadSample as error:
+                yield Shown(source, one, error.sample_id, None, [], error.reason)
+
+
+def _shown(source: Source, number: int | None, record: object) -> Shown:
+    pictures: list[Image.Image] = []
+    try:
+        sample = source.read(record)
+        pictures = open_pictures(sample)
+        return Shown(source, number, sample.id, source.encoder(sample), pictures)
+    except BadSample as error:
+        return Shown(source, number, error.sample_id, None, pictures, error.reason)
+
+
+def as_text(shown: Shown, *, colours: bool) -> str:
+    """A record for the terminal."""
+    if shown.encoded is None:
+        return f"── {shown.title()}\n   cannot be used: {shown.problem}\n"
+    ids, labels = shown.encoded.input_ids, shown.encoded.labels
+    return f"── {shown.title()}\n{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
+
+
+def write_page(records: Sequence[Shown], path: Path) -> None:
+    """All records on one HTML page that needs no other file."""
+    sections = []
+    for shown in records:
+        images = "".join(f'<img src="{_address(picture)}" alt="">' for picture in shown.pictures)
+        head = f"<h2>{escape(shown.title())}</h2>{images}"
+        if shown.encoded is None:
+            sections.append(f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>')
+            continue
+        ids, labels = shown.encoded.input_ids, shown.encoded.labels
+        sections.append(f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>")
+    intro = "As a run would train on them. <mark>Marked</mark> tokens are supervised."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page("Records", intro, sections), encoding="utf-8")
+
+
+def _address(picture: Image.Image) -> str:
+    """A thumbnail as a `data:` address."""
+    buffer = BytesIO()
+    thumbnail(picture).save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,126 @@
+"""`vlm data stats`: what a run's records amount to, as a table and as a picture. Counted once, see `data.counts`."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vlm.config.schema import DatasetConfig
+from vlm.data.counts import Counts, count
+from vlm.data.dataset import drawn
+from vlm.data.sources import SampleEncoder, sources_of
+
+
+@dataclass(frozen=True)
+class SourceStats:
+    """What a source amounts to.
+
+    Attributes:
+        name: its name.
+        counts: what was counted of its records.
+        longest: most tokens that a sample may have.
+        truncate: whether longer ones are cut.
+    """
+
+    name: str
+    counts: Counts
+    longest: int
+    truncate: bool
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Which records can be used, long ones included."""
+        return self.counts.length > 0
+
+    def facts(self) -> dict[str, Any]:
+        """The figures."""
+        counts, good = self.counts, self.usable
+        length = counts.length[good]
+        over, fixed = length > self.longest, counts.needed[good] > self.longest
+        quantiles = np.quantile(length, (0.5, 0.9, 0.99)).tolist() if good.any() else [0, 0, 0]
+        reasons = Counter(_kind_of(error.reason, error.file) for error in counts.problems.values())
+        return {
+            "records": len(good),
+            "usable": int(good.sum()),
+            "with pictures": int((counts.images[good] > 0).sum()),
+            "pictures": int(counts.images[good].sum()),
+            "replies": int(counts.replies[good].sum()),
+            "tokens": int(length.sum()),
+            "supervised tokens": int(counts.supervised[good].sum()),
+            "tokens a record (median, 90%, 99%, most)": [*map(round, quantiles), int(length.max(initial=0))],
+            f"longer than {self.longest} tokens": int(over.sum()),
+            "of them left out": int(fixed.sum()) if self.truncate else int(over.sum()),
+            "cannot be used, by reason": dict(reasons.most_common(10)),
+        }
+
+
+def gather(config: DatasetConfig, encoder: SampleEncoder, seed: int = 0) -> list[SourceStats]:
+    """The figures of each source of a run; records that cannot be used are counted, not refused."""
+    found = []
+    for source in sources_of(config, encoder):
+        records = drawn(len(source), source.config.max_samples, seed)
+        counts = count(source, records, config.check_samples, config.num_workers)
+        found.append(SourceStats(source.name, counts, encoder.longest, encoder.truncate))
+    return found
+
+
+def as_text(found: list[SourceStats]) -> str:
+    """The figures for a terminal."""
+    lines = []
+    for stats in found:
+        lines.append(f"── {stats.name}")
+        for name, value in stats.facts().items():
+            if isinstance(value, dict):
+                lines += [f"  {name}:"] * bool(value)
+                lines += [f"    {number:>9,}  {reason}" for reason, number in value.items()]
+            else:
+                shown = ", ".join(f"{one:,}" for one in value) if isinstance(value, list) else f"{value:,}"
+                lines.append(f"  {name:<42} {shown:>14}")
+    return "\n".join(lines)
+
+
+def draw(found: list[SourceStats], path: Path) -> None:
+    """Token lengths with the limit, replies, supervised tokens and picture sizes, as a PNG."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (lengths, replies), (supervised, sizes) = figure.subplots(2, 2)
+    names = [stats.name for stats in found]
+    for axes, title, field in ((lengths, "tokens of a record, image tokens counted", "length"),
+                               (supervised, "supervised tokens of a record", "supervised")):  # fmt: skip
+        values = [getattr(stats.counts, field)[stats.usable] for stats in found]
+        top = max((int(one.max(initial=1)) for one in values), default=1)
+        axes.hist(values, bins=np.linspace(0, top + 1, min(top + 2, 60)), stacked=True, label=names)
+        axes.set_xlabel(title)
+        axes.set_ylabel("records")
+    longest = max(stats.longest for stats in found)
+    if longest <= 1.5 * lengths.get_xlim()[1]:
+        lengths.axvline(longest, color="black", linestyle="--", label=f"dataset.max_length: {longest}")
+    lengths.legend()
+    turns = [stats.counts.replies[stats.usable] for stats in found]
+    most = max((int(one.max(initial=1)) for one in turns), default=1)
+    replies.hist(turns, bins=np.arange(most + 2) - 0.5 if most < 60 else 60, stacked=True, label=names)
+    replies.set_xlabel("replies of a record")
+    replies.set_ylabel("records")
+    _draw_sizes(found, sizes)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_sizes(found: list[SourceStats], axes: Any) -> None:
+    """Width and height of first pictures; where there are many, a part of them drawn by chance."""
+    draw_from = np.random.default_rng(0)
+    for stats in found:
+        places = np.flatnonzero(stats.counts.width > 0)
+        if len(places) > 5000:
+            places = draw_from.choice(places, 5000, replace=False)
+        axes.scatter(stats.counts.width[places], stats.counts.height[places], s=8, alpha=0.3, label=stats.name)
+    axes.set_xlabel("width of the first picture, pixels")
+    axes.set_ylabel("height, pixels")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+
+
+def _kind_of(reason: str, file: str | None) -> str:
+    """A reason without the name of the file, so that like reasons are counted together."""
+    return reason.replace(str(file), "…") if file else reason

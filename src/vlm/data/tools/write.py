@@ -1,0 +1,416 @@
+"""Writing records as a file, whose kind follows from its name.
+
+A file is written under another name and gets its own when it is complete, so what stands there is whole. To add a kind
+of file, derive from `RecordWriter` and name it in `writer_for`.
+
+Imports the standard library, Pillow, pyarrow and siblings only.
+"""
+
+import base64
+import json
+import re
+import shutil
+import tarfile
+from abc import ABC, abstractmethod
+from datetime import date, datetime, time
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from vlm.data.files import PICTURES
+from vlm.data.media import pictures_of
+from vlm.data.pictures import ERRORS
+from vlm.data.sample import BadSample, Picture
+from vlm.data.tools.forms import named
+
+NAMES = "NAME.jsonl, NAME.json, NAME.parquet, FOLDER/ or FOLDER/%06d.tar (tar shards), NAME.tar (one of them)"
+SHARD_NAME = "shard-%06d.tar"
+SHARD_SIZE = 1000
+"""Samples in a tar shard."""
+ROWS = 1000
+ROW_BYTES = 64 << 20
+"""Most records, and about the most bytes of pictures, that wait to become a row group of a Parquet file."""
+COLUMNS = {
+    "id": pa.string(),
+    "videos": pa.list_(pa.string()),
+    "conversations": pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())])),
+    "messages": pa.list_(pa.struct([
+        ("role", pa.string()), ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))),
+    ])),
+}  # fmt: skip
+"""Types of the columns that are known before a record has shown them."""
+EMBEDDED = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+class RecordWriter(ABC):
+    """Writes records, for use in a `with` statement: what is written appears at its end, unless that is an error's.
+
+    Pictures are those that a record lists as `image` or `images`, as `data.media.pictures_of` takes them.
+
+    Args:
+        path: the file to be.
+        image_folder: what paths of pictures are relative to.
+        force: replaces what is there.
+
+    Attributes:
+        number: how many records were written.
+
+    Raises:
+        ValueError: something is there, and `force` is not given.
+    """
+
+    def __init__(self, path: Path, image_folder: Path, *, force: bool):
+        self.path = path
+        self.image_folder = image_folder
+        self.number = 0
+        self.partial = path.with_name(f"{path.name.replace('%', '')}.partial")
+        if not force and (there := self.existing()):
+            raise ValueError(f"{there[0]} exists; name another output, or give --force to replace it")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; for tar shards in it, write {path}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def existing(self) -> list[Path]:
+        """What the output would replace."""
+        return [self.path] if self.path.exists() else []
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.close(complete=kind is None)
+            if kind is None:
+                if not self.number:
+                    raise ValueError(f"{self.path}: there was no record to write")
+                self.finish()
+        finally:
+            self.discard()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write a record.
+
+        Raises:
+            BadSample: it cannot be written; nothing of it was, and others can follow.
+            ValueError: it does not go with those before it.
+        """
+        self.add(record)
+        self.number += 1
+
+    @abstractmethod
+    def open(self) -> None:
+        """Begin the partial file."""
+
+    @abstractmethod
+    def add(self, record: dict[str, Any]) -> None:
+        """Write a record, as `write` does."""
+
+    @abstractmethod
+    def close(self, *, complete: bool) -> None:
+        """End the partial file; where it is not complete, it goes away."""
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        self.partial.replace(self.path)
+
+    def discard(self) -> None:
+        """Remove what is left of the partial file."""
+        self.partial.unlink(missing_ok=True)
+
+    def pictures(self, record: dict[str, Any]) -> list[Picture]:
+        """The pictures that a record lists."""
+        listed = record.get("image") if record.get("image") is not None else record.get("images")
+        return pictures_of(listed, self.image_folder, str(record.get("id", "?")))
+
+
+class JsonLinesWriter(RecordWriter):
+    """One record a line. Pictures that are held as bytes become `data:` addresses."""
+
+    def open(self) -> None:
+        """Begin the partial file."""
+        self._file = self.partial.open("wb")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write a line."""
+        self._file.write(as_json(record) + b"\n")
+
+    def close(self, *, complete: bool) -> None:
+        """End the partial file."""
+        self._file.close()
+
+
+class JsonWriter(JsonLinesWriter):
+    """One list of records, a line each."""
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write an item of the list."""
+        line = as_json(record)
+        self._file.write((b",\n" if self.number else b"[\n") + line)
+
+    def close(self, *, complete: bool) -> None:
+        """End the list."""
+        self._file.write(b"\n]\n")
+        super().close(complete=complete)
+
+
+class ParquetWriter(RecordWriter):
+    """Rows, with pictures under `images`: as paths, or embedded as `{bytes, path}`.
+
+    Columns are `images` and those of the first `ROWS` records; others later, or of other types, are an error.
+    """
+
+    def __init__(self, path: Path, image_folder: Path, *, force: bool, embed_images: bool):
+        super().__init__(path, image_folder, force=force)
+        self._embed = embed_images
+        self._rows: list[dict[str, Any]] = []
+        self._waiting = 0
+        self._file: pq.ParquetWriter | None = None
+
+    def open(self) -> None:
+        """Nothing yet: the columns are not known."""
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write a row, together with others."""
+        row = {key: value for key, value in record.items() if key not in ("image", "images", "video")}
+        if isinstance(video := record.get("video", []), (str, list)) and video:
+            row["videos"] = [video] if isinstance(video, str) else video
+        if pictures := self.pictures(record):
+            row["images"] = [self._cell(picture, str(record.get("id", "?"))) for picture in pictures]
+        if not self._rows:
+            self._first = self.number + 1
+        self._rows.append(row)
+        if len(self._rows) >= ROWS or self._waiting >= ROW_BYTES:
+            self._flush()
+
+    def _cell(self, picture: Picture, sample_id: str) -> str | dict[str, Any]:
+        if not self._embed and picture.content is not None:
+            raise BadSample(sample_id, "its pictures are no files but held as bytes; --embed-images writes them so")
+        name = named(picture, self.image_folder, sample_id)
+        if not self._embed:
+            return name
+        content = content_of(picture, sample_id)
+        self._waiting += len(content)
+        return {"bytes": content, "path": name["path"] if isinstance(name, dict) else name}
+
+    def _flush(self) -> None:
+        try:
+            found = pa.schema(list(pa.array(self._rows).type))
+            if self._file is None:
+                known = pa.schema([(name, kind) for name, kind in COLUMNS.items() if name in found.names])
+                images = pa.schema([("images", EMBEDDED if self._embed else pa.list_(pa.string()))])
+                schema = pa.unify_schemas([known, found, images], promote_options="permissive")
+                self._file = pq.ParquetWriter(self.partial, schema, compression="zstd")
+            schema = self._file.schema
+            if not (same := pa.unify_schemas([schema, found], promote_options="permissive")).equals(schema):
+                differ = [field.name for field in same if field not in schema]
+                raise pa.ArrowInvalid(f"{', '.join(differ)}: columns or types that the records before do not have")
+            self._file.write_table(pa.Table.from_pylist(self._rows, schema))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError(
+                f"{self.path}: one of the {len(self._rows)} records from {self._first} on does not go into a table "
+                f"with the others ({error}); a .jsonl file takes records of any keys"
+            ) from error
+        self._rows, self._waiting = [], 0
+
+    def close(self, *, complete: bool) -> None:
+        """Write what waits."""
+        try:
+            if complete and self._rows:
+                self._flush()
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+
+class TarWriter(RecordWriter):
+    """Tar shards, as WebDataset has them: `000000012.json` and beside it `000000012.jpg`, or `.000.jpg`, `.001.jpg` …
+
+    The same records give the same bytes, as no member has a time or an owner.
+
+    Args:
+        path: of a shard, with `%06d` or the like in its name for the shard's number; without, all go into one.
+        image_folder: what paths of pictures are relative to.
+        force: replaces shards that are there.
+        shard_size: samples in a shard; None: any number.
+    """
+
+    def __init__(self, path: Path, image_folder: Path, *, force: bool, shard_size: int | None):
+        before, number, after = re.fullmatch(r"(.*?)((?:%\d*d)?)([^%]*)", path.name).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        self._names = re.compile(re.escape(before) + (r"\d+" if number else "") + re.escape(after))
+        self._size = shard_size
+        self._shard: tarfile.TarFile | None = None
+        super().__init__(path, image_folder, force=force)
+
+    def existing(self) -> list[Path]:
+        """Shards of such names."""
+        folder = self.path.parent
+        return sorted(file for file in folder.iterdir() if self._names.fullmatch(file.name)) if folder.is_dir() else []
+
+    def open(self) -> None:
+        """Begin a folder, in which shards are kept until all are there."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write the files of a sample."""
+        name, sample_id = f"{self.number:09d}", str(record.get("id", "?"))
+        pictures = [(content_of(picture, sample_id), picture) for picture in self.pictures(record)]
+        kinds = [_ending(picture, content, sample_id) for content, picture in pictures]
+        digits = max(3, len(str(len(kinds))))  # members are taken in the order of their names
+        endings = kinds if len(kinds) == 1 else [f"{place:0{digits}d}.{kind}" for place, kind in enumerate(kinds)]
+        rest = as_json({key: value for key, value in record.items() if key not in ("image", "images")})
+        if self._shard is None or (self._size and self.number % self._size == 0):
+            self._next_shard()
+        self._member(f"{name}.json", rest)
+        for ending, (content, _) in zip(endings, pictures, strict=True):
+            self._member(f"{name}.{ending}", content)
+
+    def _next_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+        name = self.path.name % (self.number // (self._size or 1)) if "%" in self.path.name else self.path.name
+        self._shard = tarfile.open(self.partial / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, more follow
+
+    def _member(self, name: str, content: bytes) -> None:
+        assert self._shard is not None
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        self._shard.addfile(member, BytesIO(content))
+
+    def close(self, *, complete: bool) -> None:
+        """End the last shard."""
+        if self._shard is not None:
+            self._shard.close()
+
+    def finish(self) -> None:
+        """Put the shards in the place of those before."""
+        for file in self.existing():
+            file.unlink()
+        for file in sorted(self.partial.iterdir()):
+            file.rename(self.path.parent / file.name)
+        self.partial.rmdir()
+
+    def discard(self) -> None:
+        """Remove shards that have no name yet."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def writer_for(
+    output: str, image_folder: Path, *, embed_images: bool = False, shard_size: int | None = None, force: bool = False
+) -> RecordWriter:
+    """What writes a file of that name.
+
+    Args:
+        output: a name as `NAMES` has them.
+        image_folder: what paths of pictures are relative to.
+        embed_images: of `.parquet`: holds the pictures themselves. Tar shards always do.
+        shard_size: samples in a tar shard; None: `SHARD_SIZE`.
+        force: replaces what is there.
+
+    Raises:
+        ValueError: there is no such kind, it has no such option, or something is there.
+    """
+    path = Path(output)
+    is_tar = output.endswith("/") or path.suffix == ".tar"
+    if embed_images and path.suffix != ".parquet":
+        raise ValueError(
+            f"--embed-images: only .parquet has the choice (tar shards always hold pictures), not {output}"
+        )
+    if shard_size is not None and not (is_tar and (output.endswith("/") or "%" in path.name)):
+        raise ValueError(f"--shard-size: only FOLDER/ and FOLDER/%06d.tar are cut into shards, not {output}")
+    if is_tar:
+        return _tar_writer(output, image_folder, force=force, shard_size=shard_size)
+    if path.suffix == ".parquet":
+        return ParquetWriter(path, image_folder, force=force, embed_images=embed_images)
+    if path.suffix in (".json", ".jsonl"):
+        return (JsonWriter if path.suffix == ".json" else JsonLinesWriter)(path, image_folder, force=force)
+    raise ValueError(f"{output}: its name must say what to write: {NAMES}")
+
+
+def _tar_writer(output: str, image_folder: Path, *, force: bool, shard_size: int | None) -> TarWriter:
+    if shard_size is not None and shard_size < 1:
+        raise ValueError(f"--shard-size={shard_size}: it must be at least 1")
+    path = Path(output, SHARD_NAME) if output.endswith("/") else Path(output)
+    if "%" in output and not re.fullmatch(r"[^%]*%\d*d[^%]*", path.name):
+        raise ValueError(f"{output}: a % must be the shard's number, once and in the file's name, such as %06d")
+    size = (shard_size or SHARD_SIZE) if "%" in path.name else None
+    return TarWriter(path, image_folder, force=force, shard_size=size)
+
+
+# Records and pictures as bytes
+
+
+def as_json(record: dict[str, Any]) -> bytes:
+    """A record as one line of JSON, pictures that are held as bytes as `data:` addresses, dates as ISO 8601.
+
+    Raises:
+        BadSample: JSON cannot hold it.
+    """
+    sample_id = str(record.get("id", "?"))
+    plain = {
+        key: _addresses(value, sample_id) if key in ("image", "images") else value for key, value in record.items()
+    }
+    try:
+        return json.dumps(plain, ensure_ascii=False, allow_nan=False, default=_plain).encode()
+    except UnicodeEncodeError:
+        raise BadSample(sample_id, "its text is not UTF-8, or has half of a surrogate pair") from None
+    except (TypeError, ValueError) as error:
+        raise BadSample(sample_id, f"JSON cannot hold it: {error}") from None
+
+
+def _addresses(value: Any, sample_id: str) -> Any:
+    if isinstance(value, list):
+        return [_addresses(one, sample_id) for one in value]
+    if isinstance(value, dict) and isinstance(content := value.get("bytes"), bytes):
+        return f"data:image/{_kind(content, sample_id)};base64,{base64.b64encode(content).decode()}"
+    return value
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, (date, datetime, time)):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} {value!r:.40}")
+
+
+def content_of(picture: Picture, sample_id: str) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        BadSample: it cannot be read.
+    """
+    if picture.content is not None:
+        return picture.content
+    if picture.path is None or picture.frame is not None:
+        raise BadSample(sample_id, f"image {picture} is no file of its own")
+    try:
+        return picture.path.read_bytes()
+    except OSError as error:
+        raise BadSample(sample_id, f"image {picture} does not open: {error}", str(picture.path)) from error
+
+
+def _ending(picture: Picture, content: bytes, sample_id: str) -> str:
+    """What a picture's name ends with in a tar shard: its own ending where readers know it."""
+    own = picture.path.suffix.lower().removeprefix(".") if picture.path else ""
+    return own if own in PICTURES else _kind(content, sample_id)
+
+
+def _kind(content: bytes, sample_id: str) -> str:
+    """The kind of picture that bytes are, as `PICTURES` has it.
+
+    Raises:
+        BadSample: none of these.
+    """
+    try:
+        with Image.open(BytesIO(content)) as image:
+            kind = str(image.format).lower().replace("mpo", "jpeg")  # cameras' JPEG with a second one behind it
+    except ERRORS as error:
+        raise BadSample(sample_id, f"one of its pictures does not open: {error}") from error
+    if kind not in PICTURES:
+        raise BadSample(sample_id, f"one of its pictures is {kind}; allowed are {', '.join(PICTURES)}")
+    return kind
