@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from vlm.data.sample import PLACEHOLDER
 from vlm.data.tools.fetch import Fetcher, FetchError, Stopped, picture_suffix
-from vlm.data.tools.table import FOLDER_SIZE, Row, Table
+from vlm.data.tools.table import FOLDER_SIZE, KINDS, Row, Table
 
 LONGEST_GOODBYE = 2.0
 """Seconds that a stopped run waits for what is under way."""
