@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from vlm.data.dataset import Skipped
 from vlm.data.encode import IGNORED
@@ -36,23 +38,35 @@ class Collator:
         skipped = [sample for sample in samples if isinstance(sample, Skipped)]
         samples = [sample for sample in samples if not isinstance(sample, Skipped)]
         samples = samples or [{"input_ids": [self.pad_token_id], "labels": [IGNORED], "pixel_values": None}]
-        rows = [list(sample["input_ids"]) for sample in samples]
-        lengths = [len(row) for row in rows]
         pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
+        rows = [np.array(sample["input_ids"], dtype=np.int64) for sample in samples]
+        lengths = [len(row) for row in rows]
         if not pixels and self.dummy is not None:
-            rows[lengths.index(min(lengths))] += self.dummy[0]
+            shortest = lengths.index(min(lengths))
+            rows[shortest] = np.concatenate([rows[shortest], np.array(self.dummy[0], dtype=np.int64)])
             pixels = [self.dummy[1]]
-        longest = max(map(len, rows))
-        input_ids = torch.full((len(rows), longest), self.pad_token_id)
-        labels = torch.full((len(rows), longest), IGNORED)
-        attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        shape = len(rows), max(map(len, rows))
+        input_ids = np.full(shape, self.pad_token_id)
+        labels = np.full(shape, IGNORED)
+        attention_mask = np.zeros(shape, dtype=np.int64)
         for index, (row, sample, length) in enumerate(zip(rows, samples, lengths, strict=True)):
-            input_ids[index, : len(row)] = torch.tensor(row)
-            labels[index, :length] = torch.tensor(sample["labels"])
+            input_ids[index, : len(row)] = row
+            labels[index, :length] = sample["labels"]
             attention_mask[index, :length] = 1
-        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if pixels:
-            batch["pixel_values"] = torch.cat(list(pixels))
+            batch["pixel_values"] = _joined(pixels)
         if skipped:
             batch[SKIPPED] = skipped
         return batch
+
+
+def _joined(pixels: Sequence[Tensor]) -> Tensor:
+    """Images one after the other; in a data worker at once in the memory that it shares with its parent."""
+    if get_worker_info() is None:
+        return torch.cat(list(pixels))
+    number = sum(map(len, pixels))
+    shared = pixels[0].untyped_storage()._new_shared(pixels[0][0].nbytes * number)
+    out = pixels[0].new(shared).view(number, *pixels[0].shape[1:])
+    return torch.cat(list(pixels), out=out)

@@ -81,11 +81,18 @@ def count(source: Source, records: np.ndarray, decode: int | None, workers: int 
     whole = len(records) if decode is None else decode
     made_once(path, lambda partial: _write(source, records, whole, workers, partial))
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    columns = {name: table.column(name).to_numpy() for name in SCHEMA.names[:8]}
-    places = np.flatnonzero(columns["length"] == 0).tolist()
-    bad = table.select(["id", "problem", "file"]).take(pa.array(places, pa.int64())).to_pylist()
-    problems = {place: BadSample(*row.values()) for place, row in zip(places, bad, strict=True)}
+    columns = {name: _numbers(table.column(name)) for name in SCHEMA.names[:8]}
+    places = np.flatnonzero(columns["length"] == 0)
+    bad = table.select(["id", "problem", "file"]).take(pa.array(places)).to_pylist() if len(places) else []
+    problems = {place: BadSample(*row.values()) for place, row in zip(places.tolist(), bad, strict=True)}
     return Counts(**columns, problems=problems, ids=table.column("id"))
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of whole numbers; `to_numpy` would import pandas, which takes a second and has no part in this."""
+    kind = np.dtype(str(column.type))
+    parts = [np.frombuffer(one.buffers()[1], kind, len(one), one.offset * kind.itemsize) for one in column.chunks]
+    return np.concatenate(parts) if parts else np.empty(0, kind)
 
 
 def _write(source: Source, records: np.ndarray, decode: int, workers: int | None, path: Path) -> None:
@@ -156,7 +163,7 @@ def count_one(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
     except BadSample as error:
         return number, *[0] * 7, error.sample_id, error.reason, error.file
     needed = needed_tokens(encoded, source.encoder.processor.image_token_id)
-    supervised = sum(label != IGNORED for label in encoded.labels)
+    supervised = len(encoded.labels) - encoded.labels.count(IGNORED)
     replies = sum(turn.role == "assistant" for turn in sample.turns)
     images = len(sample.pictures)
     return number, len(encoded.input_ids), needed, supervised, replies, images, width, height, sample.id, None, None
@@ -166,8 +173,8 @@ def needed_tokens(encoded: Encoded, image_token_id: int) -> int:
     """The fewest tokens that a sample may be cut to: up to its last image token, and its first supervised one."""
     ids, labels = encoded.input_ids, encoded.labels
     first = next(place for place, label in enumerate(labels) if label != IGNORED)
-    last_image = next((place for place in reversed(range(len(ids))) if ids[place] == image_token_id), -1)
-    return max(first, last_image) + 1
+    behind_images = len(ids) - ids[::-1].index(image_token_id) if image_token_id in ids else 0
+    return max(first + 1, behind_images)
 
 
 def look_at_pictures(sample: Sample, *, decode: bool) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.counts import Counts, count
-from vlm.data.pictures import open_pictures
+from vlm.data.pixels import raw_pixels
 from vlm.data.sample import BadSample, OverLong, Sample
 from vlm.data.sources import SampleEncoder, Source, sources_of
 
@@ -165,8 +165,7 @@ def encoded_item(source: Source, sample: Sample) -> dict[str, Any]:
         BadSample: it is too long, or a picture does not open.
     """
     encoded = source.encoder(sample)
-    pictures = open_pictures(sample)
-    pixels = source.encoder.processor.raw_pixels(pictures) if pictures else None
+    pixels = raw_pixels(sample, source.encoder.processor)
     return {"input_ids": encoded.input_ids, "labels": encoded.labels, "pixel_values": pixels}
 
 

@@ -201,7 +201,7 @@ def encode(processor: Any, sample: Sample) -> Encoded:
             start, stop = next(waiting)
         if b > start and a < stop:
             labels[position] = ids[position]
-    if all(label == IGNORED for label in labels):
+    if labels.count(IGNORED) == len(labels):
         raise BadSample(sample.id, "no supervised token")
     return Encoded(ids, labels)
 
@@ -229,6 +229,6 @@ def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *
     cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest])
     if image_token_id in encoded.input_ids[longest:]:
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image")
-    if all(label == IGNORED for label in cut.labels):
+    if cut.labels.count(IGNORED) == longest:
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut every reply")
     return cut

@@ -6,11 +6,12 @@ one record's trouble, and records of one file may differ in their keys.
 
 import json
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from vlm.data.cache import content_hash, made_once
@@ -78,7 +79,15 @@ def write_index(source: Path, target: Path) -> None:
     with source.open("rb") as file, pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         records = _lines(file) if source.suffix == ".jsonl" else _list_items(file, source)
         for part in _batched(records):
-            writer.write_batch(pa.record_batch([pa.array(part, pa.large_binary())], schema=SCHEMA))
+            writer.write_batch(pa.record_batch([_as_column(part)], schema=SCHEMA))
+
+
+def _as_column(records: Sequence[bytes | memoryview]) -> pa.Array:
+    """Bytes as an Arrow column; `pa.array` would import pandas to find out that they are no series of its."""
+    offsets = np.zeros(len(records) + 1, dtype=np.int64)
+    np.cumsum([len(record) for record in records], out=offsets[1:])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(records))]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(records), buffers)
 
 
 def _batched(records: Iterable[Any]) -> Iterator[list[Any]]:

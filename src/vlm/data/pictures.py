@@ -41,7 +41,7 @@ def open_picture(picture: Picture, sample_id: str) -> Image.Image:
     if picture.frame is not None:
         assert picture.path is not None
         return read_frames(picture.path, [picture.frame], sample_id)[0]
-    with _errors_named(picture, sample_id), Image.open(_source(picture)) as image:
+    with errors_named(picture, sample_id), Image.open(_source(picture)) as image:
         image.load()
         return image
 
@@ -52,7 +52,7 @@ def check_picture(picture: Picture, sample_id: str) -> tuple[int, int]:
     Raises:
         BadSample: it is no picture.
     """
-    with _errors_named(picture, sample_id), Image.open(_source(picture)) as image:
+    with errors_named(picture, sample_id), Image.open(_source(picture)) as image:
         return image.size
 
 
@@ -61,7 +61,7 @@ def _source(picture: Picture) -> BytesIO | str:
 
 
 @contextmanager
-def _errors_named(picture: Picture, sample_id: str) -> Iterator[None]:
+def errors_named(picture: Picture, sample_id: str) -> Iterator[None]:
     """Pillow's errors as ours; its warning before what it refuses as a bomb is not heard."""
     try:
         with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
@@ -72,8 +72,9 @@ class VLMProcessor(ProcessorMixin):
 
     def image_ids(self) -> list[int]:
         """The ids that one image takes in a conversation, its start and end token included."""
-        marks = [self.image_start], [self.image_token] * self.tokens_per_image, [self.image_end]
-        return self.tokenizer.convert_tokens_to_ids([token for mark in marks for token in mark if token])
+        around: list[Any] = [[token] if token else [] for token in (self.image_start, self.image_end)]
+        start, end = map(self.tokenizer.convert_tokens_to_ids, around)
+        return start + [self.image_token_id] * self.tokens_per_image + end
 
     def tokenize(self, text: str, spoken: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered conversation, and the character span that each came from.
@@ -119,13 +120,21 @@ class VLMProcessor(ProcessorMixin):
         """Pixels as the visual encoder reads them: `(images, 3, height, width)`."""
         return self.normalise(self.raw_pixels(images))
 
-    def raw_pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    @property
+    def reads_tensors(self) -> bool:
+        """Whether `raw_pixels` takes decoded pictures as tensors too."""
+        return is_plain(self.image_processor)
+
+    def raw_pixels(self, images: Sequence[Image.Image | torch.Tensor]) -> torch.Tensor:
         """Pixels before `normalise`, as data workers hand them on: `(images, 3, height, width)`.
 
         Whole numbers from 0 to 255 where all that the image processor has left to do is to rescale and normalise: a
         quarter of the bytes. Else they are what `normalise` returns.
+
+        Args:
+            images: Pillow's, or, where `reads_tensors`, whole numbers `(3, height, width)`.
         """
-        pictures = [as_rgb(image) for image in images]
+        pictures = [image if isinstance(image, torch.Tensor) else as_rgb(image) for image in images]
         if self.image_mode == "pad":
             colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
             pictures = [pad_to_square(picture, colour) for picture in pictures]
@@ -133,11 +142,12 @@ class VLMProcessor(ProcessorMixin):
             return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return torch.stack([self._resized(picture) for picture in pictures])
 
-    def _resized(self, picture: Image.Image) -> torch.Tensor:
+    def _resized(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
         """The image processor's own resizing and cropping, without what its call does around them."""
         steps = self.image_processor
         # Pixel by pixel, as Pillow holds them: torchvision resizes this layout fastest.
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, height, width)
+        # (3, height, width)
+        pixels = picture if isinstance(picture, torch.Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         if steps.do_resize:
             pixels = steps.resize(pixels, steps.size, resample=steps.resample)
         if steps.do_center_crop:
@@ -237,14 +247,24 @@ def is_plain(image_processor: Any) -> bool:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """A picture upright and in RGB; of 16 bits a channel, the upper 8 are kept, which Pillow would cut off at 255."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of its longer side, as LLaVA-1.5 prepares it."""
+def pad_to_square(image: Any, colour: tuple[int, ...]) -> Any:
+    """The image, Pillow's or a tensor, in the middle of a square of its longer side, as LLaVA-1.5 prepares it."""
+    if isinstance(image, torch.Tensor):
+        _, height, width = image.shape
+        side = max(height, width)
+        padded = image.new_tensor(colour).repeat(side, side, 1).permute(2, 0, 1)  # (3, side, side), pixel by pixel
+        top, left = (side - height) // 2, (side - width) // 2
+        padded[:, top : top + height, left : left + width] = image
+        return padded
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.counts import Counts, count
@@ -100,7 +101,9 @@ def draw(found: list[SourceStats], path: Path) -> None:
     lengths.legend()
     turns = [stats.counts.replies[stats.usable] for stats in found]
     most = max((int(one.max(initial=1)) for one in turns), default=1)
-    replies.hist(turns, bins=np.arange(most + 2) - 0.5 if most < 60 else 60, stacked=True, label=names)
+    replies.hist(turns, bins=np.arange(most + 1) + 0.5 if most < 60 else 60, stacked=True, label=names, rwidth=0.8)
+    replies.xaxis.set_major_locator(MaxNLocator(integer=True))
+    replies.set_xlim(left=0)
     replies.set_xlabel("replies of a record")
     replies.set_ylabel("records")
     _draw_sizes(found, sizes)
@@ -117,6 +120,7 @@ def _draw_sizes(found: list[SourceStats], axes: Any) -> None:
         axes.scatter(stats.counts.width[places], stats.counts.height[places], s=8, alpha=0.3, label=stats.name)
     axes.set_xlabel("width of the first picture, pixels")
     axes.set_ylabel("height, pixels")
+    axes.margins(0.1)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
 

@@ -1,0 +1,51 @@
+"""Pictures on their way into a model: plain JPEGs go from file to tensor in one step, the rest through Pillow."""
+
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from vlm.data.pictures import errors_named, open_picture, open_pictures
+from vlm.data.sample import Picture, Sample
+
+JPEG = b"\xff\xd8\xff"
+
+
+def raw_pixels(sample: Sample, processor: Any) -> Tensor | None:
+    """The pixels of a sample's pictures, as `processor.raw_pixels` gives them; None where it has none.
+
+    Raises:
+        BadSample: one does not open.
+    """
+    if not sample.pictures:
+        return None
+    if not processor.reads_tensors or any(picture.frame is not None for picture in sample.pictures):
+        return processor.raw_pixels(open_pictures(sample))
+    return processor.raw_pixels([tensor_or_picture(picture, sample.id) for picture in sample.pictures])
+
+
+def tensor_or_picture(picture: Picture, sample_id: str) -> Tensor | Image.Image:
+    """A plain JPEG as `(3, height, width)` whole numbers, the very ones that Pillow reads; another as Pillow opens it.
+
+    Raises:
+        BadSample: it does not open.
+    """
+    with errors_named(picture, sample_id):
+        assert picture.path is not None or picture.content is not None
+        content = picture.path.read_bytes() if picture.content is None else picture.content  # pyright: ignore[reportOptionalMemberAccess]
+        if content.startswith(JPEG) and _is_plain(content):
+            try:
+                pixels: Any = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+                return pixels
+            except RuntimeError:
+                pass  # Pillow says what is wrong with it
+    return open_picture(Picture(picture.path, content), sample_id)
+
+
+def _is_plain(content: bytes) -> bool:
+    """Whether a JPEG is in colour, upright, and no bomb."""
+    with Image.open(BytesIO(content)) as header:
+        return header.mode == "RGB" and header.getexif().get(ExifTags.Base.Orientation, 1) == 1
