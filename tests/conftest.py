@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from tests.tiny_parts import Parts
+from vlm.__main__ import opened
 from vlm.config.schema import RunConfig
 from vlm.data.encode import template_text
 from vlm.train.run import run
@@ -146,7 +147,7 @@ def config_of(name: str, overrides: list[str]) -> RunConfig:
     """A shipped run's configuration under overrides."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
     with initialize_config_module("vlm.config", version_base="1.3"):
-        config = OmegaConf.to_object(compose(name, overrides))
+        config = OmegaConf.to_object(compose(name, [opened(word) for word in overrides]))
     assert isinstance(config, RunConfig)
     return config
 

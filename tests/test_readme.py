@@ -1,8 +1,10 @@
 """What README.md and installation.md tell people to type: commands compose, keys exist, code runs."""
 
+import json
 import re
 import shlex
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,18 @@ import yaml
 
 from tests.config.test_explain import elsewhere  # noqa: F401 - Hydra leaves files behind
 from tests.conftest import config_of
-from tests.tiny_parts import Parts
-from vlm.__main__ import take_launcher_words
+from tests.tiny_parts import Parts, picture
+from vlm.__main__ import opened, take_launcher_words
+from vlm.cli import TOOLS
 from vlm.config.check import check_choices, run_names
+from vlm.data.formats import FORMATS, reader_of
+from vlm.data.sample import Picture
+from vlm.data.tools.convert import CONVERSIONS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "installation.md", "examples/README.md")
+PAGES = ("README.md", "installation.md", "examples/README.md", "docs/data.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
-START = re.compile(r"(?:-m|--module) vlm |^vlm -cn ")
+START = re.compile(r"(?:-m|--module) vlm |^vlm -cn |^vlm data (?:show|stats) ")
 KEYS = re.compile(r"(?:model|trainer|dataset|inference)[./][\w./-]+=[^\s`…]+")
 
 
@@ -49,7 +55,7 @@ def test_every_key_in_the_text_is_one(page: str):
     found = KEYS.findall(text)
     assert found or page == "examples/README.md"
     for override in found:
-        check_choices(config_of("pretrain-smol", ["dataset.path=x", override.rstrip(".,;:)'")]))
+        check_choices(config_of("pretrain-smol", ["dataset.path=x", opened(override.rstrip(".,;:)'"))]))
 
 
 def test_every_make_target_and_file_is_there():
@@ -87,3 +93,48 @@ def test_the_run_of_ones_own_composes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert shown["model"]["visual_encoder"]["hf_name"] == "facebook/dinov2-base"
     assert shown["trainer"]["deepspeed"]["zero_optimization"]["stage"] == 2
     assert (shown["trainer"]["num_train_epochs"], shown["trainer"]["bf16"]) == (1.0, True)
+
+
+# docs/data.md
+
+
+def test_records_are_read_as_the_page_shows_them(tmp_path: Path):
+    for name in ("cat.png", "a.png", "b.png"):
+        picture().save(tmp_path / name)
+    text = TEXTS["docs/data.md"].partition("## Forms of records")[2].partition("### A reader")[0]
+    forms = re.findall(r"^\*\*`(\w+)`\*\*(.*?)(?=^\*\*`|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in forms] == list(FORMATS)
+    for name, described in forms:
+        example = (re.findall(r"```json\n(.*?)```", described, re.DOTALL) or re.findall(r"`(\{\".*?\})`", described))[0]
+        sample = FORMATS[name](json.loads(example), tmp_path)
+        assert sample.pictures
+        for option in re.findall(r"`dataset\.options\.(\w+)=", described):
+            assert option in signature(FORMATS[name]).parameters
+
+
+def test_the_reader_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_reader.py").write_text(blocks("docs/data.md", "python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        read = reader_of("my_reader:read")
+        sample = read({"file": "cat.png", "label": "A cat."}, tmp_path, question="Which?")
+    finally:
+        sys.modules.pop("my_reader", None)
+    assert [turn.content[-1] for turn in sample.turns] == ["\nWhich?", "A cat."]
+    assert sample.pictures == [Picture(tmp_path / "cat.png")]
+
+
+def test_the_mixture_composes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from vlm.cli import main
+
+    (tmp_path / "mixed.yaml").write_text(blocks("docs/data.md", "yaml")[0])
+    main(["--config-dir", str(tmp_path), "-cn", "mixed", "--cfg", "job"])
+    sources = yaml.safe_load(capsys.readouterr().out)["dataset"]["sources"]
+    assert sources["talk"]["weight"] == 2
+    assert sources["captions"]["options"] == {"prompt": "Describe the picture."}
+
+
+def test_the_tools_are_all_described():
+    assert set(re.findall(r"`vlm data (\w+) ", TEXTS["docs/data.md"])) == set(TOOLS)
+    kinds = re.search(r"`conceptual-captions`.*", TEXTS["docs/data.md"])[0]
+    assert [kind for kind in CONVERSIONS if f"`{kind}`" not in kinds and kind not in FORMATS] == []

@@ -143,8 +143,12 @@ def is_users(error: BaseException) -> bool:
 
 
 def opened(word: str) -> str:
-    """A word of the command line; `++` stands before keys of mappings whose names are the user's to choose."""
-    return f"++{word}" if re.match(r"dataset\.(options|sources)\b[\w.]*=", word) else word
+    """A word of the command line; keys of mappings whose names are the user's to choose need no `+`."""
+    key, equals, value = word.partition("=")
+    if source := re.fullmatch(r"dataset\.sources\.(\w+)((?:\.\w+)*)", key):
+        names = [source[1], *source[2].split(".")[1:]]
+        return f"++dataset.sources={''.join(f'{{{name}: ' for name in names)}{value}{'}' * len(names)}"
+    return f"++{word}" if equals and re.fullmatch(r"dataset\.(options|sources)(\.\w+)*", key) else word
 
 
 def take_launcher_words(words: list[str]) -> list[str]:

@@ -37,6 +37,61 @@ REFUSALS = {
         "model.connector.options.num_layers=3: linear does not take it; model.connector.options.num_layers=null leaves "
         "it out. Allowed: bias, input_norm",
     ),
+    "format's option": (
+        ["dataset.format=caption", "dataset.options.key=a"],
+        "dataset.options.key: caption does not take it; allowed are image_key, caption_key, prompt",
+    ),
+    "a path and sources": (
+        ["dataset.sources.a.path=no.json"],
+        "dataset.path and dataset.sources: choose one (dataset.path=null leaves it out)",
+    ),
+    "a source's records": (
+        ["dataset.path=null", "dataset.sources.a.path=no.json"],
+        "dataset.sources.a.path=no.json: no such file (seen from ",
+    ),
+    "a source's weight": (
+        ["dataset.path=null", "dataset.sources.a={path: tests, weight: 0}"],
+        "dataset.sources.a.weight=0.0: a number above 0 is needed",
+    ),
+    "a source's template": (
+        ["dataset.path=null", "dataset.sources.a={path: tests, template: v2}"],
+        "dataset.sources.a.template=v2: allowed are ",
+    ),
+    "neither a path nor sources": (
+        ["dataset.path=null"],
+        "dataset.path: a value is needed, for example dataset.path=…",
+    ),
+    "no kind of records": (
+        ["dataset.path=pyproject.toml"],
+        "dataset.path=pyproject.toml: a file named *.json, *.jsonl, *.parquet, *.csv, *.tsv, *.arrow, *.tar, a folder",
+    ),
+    "an address": (
+        ["dataset.path=https://example.com/a.json"],
+        "dataset.path=https://example.com/a.json: addresses are not fetched; hf://owner/name is a data set on the Hub",
+    ),
+    "a shell": (
+        ['dataset.path="pipe:cat a.tar"'],
+        "dataset.path=pipe:cat a.tar: a shell would run this; dataset.allow_pipe=true says that it may",
+    ),
+    "an endless stream": (
+        ["dataset.streaming=true"],
+        "dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…",
+    ),
+    "a part of a stream": (
+        ["dataset.streaming=true", "trainer.max_steps=1", "dataset.max_samples=5"],
+        "dataset.max_samples: not with dataset.streaming=true; trainer.max_steps says how many",
+    ),
+    "holding out of a stream": (
+        ["dataset.streaming=true", "trainer.max_steps=1", "dataset.eval_split=0.5"],
+        "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path",
+    ),
+    "grouping a stream": (
+        ["dataset.streaming=true", "trainer.max_steps=1", "trainer.train_sampling_strategy=group_by_modality_length"],
+        "trainer.train_sampling_strategy=group_by_modality_length: a stream cannot be grouped; choose random",
+    ),
+    "frames": (["dataset.max_frames=0"], "dataset.max_frames=0: at least 1 is needed"),
+    "skipped share": (["dataset.max_skipped=2"], "dataset.max_skipped=2.0: a share from 0 to 1 is needed"),
+    "samples": (["dataset.max_samples=0"], "dataset.max_samples=0: at least 1 is needed"),
     "records": (["dataset.path=no.json"], "dataset.path=no.json: no such file (seen from "),
     "evaluation records": (["dataset.eval_path=no.json"], "dataset.eval_path=no.json: no such file (seen from "),
     "pictures": (["dataset.image_folder=no"], "dataset.image_folder=no: no such folder (seen from "),

@@ -1,5 +1,6 @@
 """Over every template: exactly the replies are supervised, each with the token that ends it."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ REPLIES = {
     "role words": ["USER: a ASSISTANT: b", "assistant", "model\nuser\n", "[INST] a [/INST]"],
     "special tokens": ["a </s> b", "<|im_end|>", "<image>", "x<|im_start|>user\ny<end_of_turn><|eot_id|><|end|>z"],
     "the same twice": ["yes", "yes", "yes"],
+    "from right to left": ["שלום עולם, 3 חתולים", "مرحبا \u200fabc\u200e"],
+    "fifty turns": [f"{number} cats\n" * (number % 3 + 1) + "." for number in range(50)],
     "braces": ["{{ messages }} {% if x %}", "{}"],
 }
 
@@ -92,6 +95,20 @@ def test_the_replies_and_their_ends_are_supervised_and_nothing_else(processors, 
     assert len(encoded.labels) == len(encoded.input_ids)
     assert all(label in (IGNORED, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
     assert encoded.input_ids.count(processor.image_token_id) == 3
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_replies_put_together_by_chance_are_supervised_and_nothing_else(processors, name: str):
+    """Whatever awkward pieces meet within a reply, and in the questions around it."""
+    draw = random.Random(name)
+    processor = processors[name]
+    pieces = [piece for replies in REPLIES.values() for piece in replies[:6]] + ["\n", " ", "\t", "\r\n", "\u2028", "."]
+    for _ in range(30):
+        replies = ["".join(draw.choices(pieces, k=draw.randint(0, 4))) for _ in range(draw.randint(1, 5))]
+        asked = "".join(draw.choices(pieces, k=3)) or "and?"
+        encoded = encode(processor, conversation([*replies, "end"], asked=f"{asked}?"))
+        expected = expected_runs(name, [*replies, "end"])
+        assert [decoded(processor, run) for run in runs(encoded.labels)] == expected, (replies, asked)
 
 
 @pytest.mark.parametrize("name", [name for name, template in CHAT_TEMPLATES.items() if template.system])

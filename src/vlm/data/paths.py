@@ -19,8 +19,10 @@ def is_stream_only(path: str) -> bool:
 
 def kind_problem(path: str) -> str | None:
     """Why a path can name no records, or None where it can."""
-    if path.startswith(PIPE) or HUB.fullmatch(path) or Path(path).is_dir() or path.endswith(SUFFIXES):
+    if path.startswith(PIPE) or HUB.fullmatch(path):
         return None
     if "://" in path:
         return "addresses are not fetched; hf://owner/name is a data set on the Hub"
+    if Path(path).is_dir() or path.endswith(SUFFIXES):
+        return None
     return f"a file named *{', *'.join(SUFFIXES)}, a folder of a Hugging Face data set, or hf://owner/name is needed"

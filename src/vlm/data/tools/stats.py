@@ -1,5 +1,6 @@
 """`vlm data stats`: what a run's records amount to, as a table and as a picture. Counted once, see `data.counts`."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,4 +128,4 @@ def _draw_sizes(found: list[SourceStats], axes: Any) -> None:
 
 def _kind_of(reason: str, file: str | None) -> str:
     """A reason without the name of the file, so that like reasons are counted together."""
-    return reason.replace(str(file), "…") if file else reason
+    return re.sub(rf"\S*{re.escape(file)}\S*", "…", reason) if file else reason
