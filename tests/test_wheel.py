@@ -60,6 +60,6 @@ def test_the_unpacked_wheel_composes_runs_and_has_its_templates(unpacked: Path):
     assert file == str(unpacked / "vlm" / "__init__.py")
     shown = vlm(unpacked, "-m", "vlm", "-cn", "pretrain-llava", "dataset.path=x.json", "--cfg", "job")
     assert "hf_name: lmsys/vicuna-7b-v1.5" in shown.stdout, shown.stderr
-    refused = vlm(unpacked, "-m", "vlm", "-cn", "pretrain-llava", f"dataset.path={ROOT / 'LICENSE'}",
+    refused = vlm(unpacked, "-m", "vlm", "-cn", "pretrain-llava", f"dataset.path={unpacked}",
                   "dataset.template=nothing")  # fmt: skip
     assert "allowed are chatml, gemma, llama3, mistral, phi, plain, v1, tokenizer" in refused.stderr

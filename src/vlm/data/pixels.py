@@ -3,10 +3,10 @@
 from io import BytesIO
 from typing import Any
 
+import simplejpeg
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from vlm.data.pictures import errors_named, open_picture, open_pictures
 from vlm.data.sample import Picture, Sample
@@ -38,10 +38,9 @@ def tensor_or_picture(picture: Picture, sample_id: str) -> Tensor | Image.Image:
         content = picture.path.read_bytes() if picture.content is None else picture.content  # pyright: ignore[reportOptionalMemberAccess]
         if content.startswith(JPEG) and _is_plain(content):
             try:
-                pixels: Any = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-                return pixels
-            except RuntimeError:
-                pass  # Pillow says what is wrong with it
+                return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
+            except ValueError:
+                pass  # Pillow forgives some damage, and says what is wrong with the rest
     return open_picture(Picture(picture.path, content), sample_id)
 
 
