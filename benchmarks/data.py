@@ -1,6 +1,6 @@
 """Data: how fast samples come out of the loader, and what a set of 665 thousand records costs to open.
 
-    python benchmarks/data.py [--records 665000] [--workers 2] [--folder FOLDER]
+    python -m benchmarks.data [--records 665000] [--workers 2] [--folder FOLDER]
 
 Everything is generated with a fixed seed: 640x480 JPEGs, and a LLaVA JSON of about the size of LLaVA-665k's. About
 eight minutes on two cores, most of them the first count of all tokens. Each variant runs in processes of its own, in
@@ -9,7 +9,6 @@ turns with the one that it is set against.
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -191,9 +190,8 @@ def start_rows(folder: Path) -> list[Any]:
 
 def measure(name: str, folder: Path) -> dict[str, float]:
     """Run a measurement of `opening.py` in a process of its own."""
-    words = [sys.executable, str(Path(__file__).with_name("opening.py")), name, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    words = [sys.executable, "-m", "benchmarks.opening", name, str(folder.resolve())]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,6 @@
 """Opening a large set of records, in a process of its own: seconds and memory as one line of JSON. See `data.py`.
 
-    python benchmarks/opening.py index|json|start|empty FOLDER
+    python -m benchmarks.opening index|json|start|empty FOLDER
 
 What a measurement needs is imported before its clock starts, and nothing else.
 """
