@@ -289,6 +289,13 @@ def test_truncation_keeps_the_beginning():
     assert limit(WHOLE, 5, 9, "x", truncate=True) == Encoded([1, 9, 9, 4, 5], [IGNORED] * 4 + [5])
 
 
+@pytest.mark.parametrize(("second", "kept"), [([6, 7, 8], 5), ([6, 9, 8], 7)])
+def test_nothing_is_left_of_a_question_whose_answer_is_cut(second: list[int], kept: int):
+    """Unless an image stands in it."""
+    two = Encoded([1, 9, 9, 4, 5, *second, 3, 2], [IGNORED] * 4 + [5] + [IGNORED] * 4 + [2])
+    assert limit(two, 8, 9, "x", truncate=True) == Encoded(two.input_ids[:kept], two.labels[:kept])
+
+
 @pytest.mark.parametrize(("longest", "what"), [(4, "every reply"), (2, "an image")])
 def test_truncation_cuts_neither_images_nor_all_replies(longest: int, what: str):
     with pytest.raises(OverLong, match=rf"cutting it to {longest} would cut {what}"):

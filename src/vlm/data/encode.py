@@ -215,6 +215,9 @@ def encode_prompt(processor: Any, turns: Sequence[Turn]) -> list[int]:
 def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *, truncate: bool) -> Encoded:
     """The sample if it has at most `longest` tokens; with `truncate`, its beginning.
 
+    The beginning ends within a reply or with one: what would be left of a question that is not answered goes too,
+    unless an image stands in it.
+
     Raises:
         OverLong: it is longer, or cutting it would cut an image or every reply.
     """
@@ -231,4 +234,7 @@ def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image")
     if cut.labels.count(IGNORED) == longest:
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut every reply")
+    while cut.labels[-1] == IGNORED and cut.input_ids[-1] != image_token_id:
+        cut.input_ids.pop()
+        cut.labels.pop()
     return cut
