@@ -218,10 +218,42 @@ def test_more_bad_records_than_allowed_stop_the_run(load):
 
 def test_what_was_counted_is_not_counted_again(load, monkeypatch: pytest.MonkeyPatch):
     first = load([*GOOD, ["x"]], on_bad_sample="skip")
-    monkeypatch.setattr("vlm.data.counts.count_one", lambda *_, **__: pytest.fail("counted again"))
+    real = counts.count_one
+    monkeypatch.setattr(counts, "count_one", lambda source, record, **options: (
+        real(source, record, **options) if record == 4 else pytest.fail("counted again")
+    ))  # fmt: skip
     again = load([*GOOD, ["x"]], on_bad_sample="skip")
     assert again.lengths.tolist() == first.lengths.tolist()
     assert again.skipped == first.skipped
+
+
+def test_a_picture_that_was_missing_is_looked_for_again(load, tmp_path: Path):
+    records = [*GOOD[:2], record(5, ["late.png", "0.png"]), record(6, ["never.png"])]
+    before = load(records, on_bad_sample="skip")
+    assert [skipped.id for skipped in before.skipped] == ["r5", "r6"]
+    picture().save(tmp_path / "late.png")
+    after = load(records, on_bad_sample="skip")
+    assert [skipped.id for skipped in after.skipped] == ["r6"]
+    assert ids(after) == ["r0", "r1", "r5"]
+    assert after.lengths.tolist() == [len(after[index]["input_ids"]) for index in range(3)]
+    assert after.num_images.tolist() == [1, 0, 2]
+    with pytest.raises(ValueError, match=r"record 3: record 'r6': image file .*never.png does not exist"):
+        load(records)
+
+
+def test_the_first_bad_record_stops_the_count(load, monkeypatch: pytest.MonkeyPatch):
+    """What was counted up to there is kept."""
+    records = [record(number, []) for number in range(30)]
+    broken = [*records[:16], ["x"], *records[17:]]
+    monkeypatch.setattr(counts, "CHUNK", 7)
+    counted: list[int] = []
+    real = counts.count_one
+    monkeypatch.setattr(counts, "count_one", lambda s, record, **o: counted.append(record) or real(s, record, **o))
+    for expected in (21, 7):
+        counted.clear()
+        with pytest.raises(ValueError, match=r"record 16: record '\?': a mapping is needed"):
+            load(broken, num_workers=0)
+        assert len(counted) == expected
 
 
 @pytest.mark.parametrize("change", [{"max_frames": 9}, {"system_prompt": "Be brief."}, {"check_samples": 1}])
@@ -398,7 +430,7 @@ def test_a_count_that_was_stopped_goes_on(load, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(counts, "count_one", until(24))
     with pytest.raises(KeyboardInterrupt):
         load(records, num_workers=0)
-    (partial,) = Path(HF_HOME, "vlm", "counts").glob("*.partial")
+    partial = max(Path(HF_HOME, "vlm", "counts").glob("*.partial"), key=lambda file: file.stat().st_mtime_ns)
     partial.write_bytes(partial.read_bytes()[:-9])
     counted.clear()
     monkeypatch.setattr(counts, "count_one", until(99))

@@ -4,7 +4,7 @@ Whatever makes a record unusable is found here too, as far as it can be without 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,26 +66,55 @@ class Counts:
         return self.ids[place].as_py()
 
 
-def count(source: Source, records: np.ndarray, decode: int | None, workers: int | None) -> Counts:
+def count(
+    source: Source, records: np.ndarray, decode: int | None, workers: int | None,
+    on_problem: Callable[[int, BadSample], None] = lambda number, problem: None,
+) -> Counts:  # fmt: skip
     """Count records of a source, or find what was counted before.
+
+    Records that could not be used then are looked at again: a picture that was missing may be there now.
 
     Args:
         source: the source.
         records: the numbers of the records, in order.
         decode: of so many of them, from the first on, the pictures are decoded; None: of all.
         workers: processes that count; None: as many as there are cores.
+        on_problem: told of each record that cannot be used, as soon as it is found; where it raises, what was counted
+            up to there is kept.
     """
     key = digest_of(source.fingerprint, decode, str(SCHEMA), hashlib.sha256(records.tobytes()).hexdigest())
     path = source.cache / "counts" / f"{key}.arrow"
 
+    known = path.exists()
     whole = len(records) if decode is None else decode
-    made_once(path, lambda partial: _write(source, records, whole, workers, partial))
+    made_once(path, lambda partial: _write(source, records, whole, workers, on_problem, partial))
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     columns = {name: _numbers(table.column(name)) for name in SCHEMA.names[:8]}
     places = np.flatnonzero(columns["length"] == 0)
-    bad = table.select(["id", "problem", "file"]).take(pa.array(places)).to_pylist() if len(places) else []
-    problems = {place: BadSample(*row.values()) for place, row in zip(places.tolist(), bad, strict=True)}
-    return Counts(**columns, problems=problems, ids=table.column("id"))
+    if known:
+        rows = _again(source, columns, places, int(np.searchsorted(places, whole)), workers)
+    else:
+        rows = table.take(pa.array(places)).to_pylist() if len(places) else []
+    bad = {place: _problem(row) for place, row in zip(places.tolist(), rows, strict=True) if row["problem"]}
+    for place, problem in bad.items():
+        on_problem(int(columns["record"][place]), problem)
+    return Counts(**columns, problems=bad, ids=table.column("id"))
+
+
+def _again(
+    source: Source, columns: dict[str, np.ndarray], places: np.ndarray, decode: int, workers: int | None
+) -> list[dict[str, Any]]:
+    """Rows of records that could not be used once, counted anew; the columns take on what is different."""
+    found = _counted(source, columns["record"][places], 0, decode, workers)
+    rows = [dict(zip(SCHEMA.names, row, strict=True)) for chunk in found for row in chunk]
+    for place, row in zip(places.tolist(), rows, strict=True):
+        for name, column in columns.items():
+            column[place] = row[name]
+    return rows
+
+
+def _problem(row: dict[str, Any]) -> BadSample:
+    return BadSample(row["id"], row["problem"], row["file"])
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
@@ -95,7 +124,10 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, kind)
 
 
-def _write(source: Source, records: np.ndarray, decode: int, workers: int | None, path: Path) -> None:
+def _write(
+    source: Source, records: np.ndarray, decode: int, workers: int | None,
+    on_problem: Callable[[int, BadSample], None], path: Path,
+) -> None:  # fmt: skip
     """Count into a file; whole chunks that a stopped count left there are not counted again."""
     before = _whole_batches(path)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
@@ -103,6 +135,9 @@ def _write(source: Source, records: np.ndarray, decode: int, workers: int | None
             writer.write_batch(batch)
         done = sum(map(len, before))
         for rows in _counted(source, records, done, decode, workers):
+            for row in rows:
+                if row[-2]:
+                    on_problem(row[0], BadSample(*row[-3:]))
             writer.write_batch(pa.record_batch(list(zip(*rows, strict=True)), schema=SCHEMA))
             sink.flush()
 

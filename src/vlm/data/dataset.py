@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -198,7 +199,7 @@ def load_dataset(
     for number, source in enumerate(sources):
         records = drawn(len(source), source.config.max_samples, seed)[:first]
         decode = None if evaluates else config.check_samples
-        counts = count(source, records, decode, config.num_workers)
+        counts = count(source, records, decode, config.num_workers, partial(_stop_where_asked, source, config))
         left_out = unusable(source, counts, config)
         need_few(source.path, list(counts.problems.values()), len(records), config.max_skipped)
         kept = np.setdiff1d(np.arange(len(records)), list(left_out))
@@ -218,6 +219,12 @@ def load_dataset(
         sources, np.concatenate(places), np.concatenate(lengths), np.concatenate(images),
         skipped=skipped, contributions=contributions,
     )  # fmt: skip
+
+
+def _stop_where_asked(source: Source, config: DatasetConfig, record: int, problem: BadSample) -> None:
+    """Raise ValueError at the first record that cannot be used, where such are not left out."""
+    if config.on_bad_sample == "error":
+        raise Skipped.by(problem, source, record).refusal()
 
 
 def unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict[int, Skipped]:
