@@ -183,6 +183,14 @@ def test_a_refusal_says_the_key_the_value_and_what_is_allowed(records: Path, ove
     assert refused(records, *overrides).startswith(message)
 
 
+def test_shards_are_streamed_and_not_evaluated_on(records: Path, tmp_path: Path):
+    (tmp_path / "0.tar").touch()
+    said = refused(records, f"dataset.eval_path={tmp_path}", "trainer.eval_strategy=epoch")
+    assert said == f"dataset.eval_path={tmp_path}: tar shards cannot be evaluated on, only streamed"
+    said = refused(records, f"dataset.path={tmp_path / '0.tar'}")
+    assert said.endswith("tar shards are read one after the other: dataset.streaming=true")
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_closed_lists_are_listed(records: Path, key: str):
     assert refused(records, f"{key}=nonsense") == f"{key}=nonsense: allowed are {CHOSEN[key]}"

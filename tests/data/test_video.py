@@ -1,5 +1,6 @@
 """Videos as frames: how many there are, which are taken, and files that are none."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,3 +162,13 @@ def test_a_video_whose_frames_are_broken_is_told(folder: Path, tmp_path: Path):
     (tmp_path / "a.avi").write_bytes(whole)
     with pytest.raises(BadSample, match=r"video .*a.avi (does not decode|ends before)"):
         read_frames(tmp_path / "a.avi", list(range(20)), "7")
+
+
+def test_without_the_library_what_to_install_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    for read in (lambda: num_frames(tmp_path / "a.mp4", "7"), lambda: read_frames(tmp_path / "a.mp4", [0], "7")):
+        with pytest.raises(
+            ValueError, match=r"a.mp4 is a video; reading one needs PyAV: pip install small-vlm\[video\]"
+        ):
+            read()

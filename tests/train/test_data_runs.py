@@ -236,6 +236,19 @@ def test_a_torn_picture_found_on_the_way_is_listed(start, tmp_path: Path):
     assert "truncated" in skipped["reason"]
 
 
+def test_what_was_left_out_before_a_run_was_resumed_stays_listed(start, tmp_path: Path):
+    words = llava(tmp_path)
+    (tmp_path / "0.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:700])
+    words += ["dataset.on_bad_sample=skip", "dataset.check_samples=0", "trainer.save_strategy=steps",
+              "trainer.save_steps=3"]  # fmt: skip
+    output = start(*words, steps=3)
+    listed = (output / "skipped.jsonl").read_text()
+    assert "0.jpg" in listed
+    shutil.rmtree(output / "final")
+    start(*words, "trainer.resume_from_checkpoint=true", steps=3)
+    assert (output / "skipped.jsonl").read_text() == listed
+
+
 def test_a_torn_picture_found_on_the_way_stops_a_run_that_skips_nothing(start, tmp_path: Path):
     words = llava(tmp_path)
     (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:700])

@@ -96,6 +96,8 @@ def check_dataset(config: RunConfig) -> None:
     need_folder("dataset.eval_image_folder", data.eval_image_folder)
     if data.eval_path is not None:
         need_records("dataset.eval_path", data.eval_path)
+        if is_stream_only(data.eval_path):
+            raise ConfigError(f"dataset.eval_path={data.eval_path}: tar shards cannot be evaluated on, only streamed")
     for name, (fits, needed) in _dataset_bounds(data).items():
         if not fits:
             raise ConfigError(f"dataset.{name}={shown(getattr(data, name))}: {needed} is needed")

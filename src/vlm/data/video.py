@@ -31,8 +31,7 @@ def num_frames(path: Path, sample_id: str) -> int:
     Raises:
         BadSample: it is no video, or has no frame.
     """
-    import av
-
+    av = _av(path)
     with _opened(path, sample_id) as container:
         try:
             number = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
@@ -49,8 +48,7 @@ def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image
     Raises:
         BadSample: the file does not decode as far as that.
     """
-    import av
-
+    av = _av(path)
     wanted, found = set(frames), {}
     with _opened(path, sample_id) as container:
         try:
@@ -66,12 +64,22 @@ def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image
     return [found[number] for number in frames]
 
 
-def _opened(path: Path, sample_id: str) -> Any:
-    """An open container with a video stream."""
+def _av(path: Path) -> Any:
+    """The library.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         import av
     except ImportError as error:
         raise ValueError(f"{path} is a video; reading one needs PyAV: pip install small-vlm[video]") from error
+    return av
+
+
+def _opened(path: Path, sample_id: str) -> Any:
+    """An open container with a video stream."""
+    av = _av(path)
     try:
         container = av.open(str(path), metadata_errors="replace")  # titles may be in any encoding
     except (av.FFmpegError, OSError) as error:

@@ -145,8 +145,7 @@ class VLMProcessor(ProcessorMixin):
     def _resized(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
         """The image processor's own resizing and cropping, without what its call does around them."""
         steps = self.image_processor
-        # Pixel by pixel, as Pillow holds them: torchvision resizes this layout fastest.
-        # (3, height, width)
+        # (3, height, width), but pixel by pixel in memory, as Pillow has it: torchvision resizes that fastest.
         pixels = picture if isinstance(picture, torch.Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         if steps.do_resize:
             pixels = steps.resize(pixels, steps.size, resample=steps.resample)

@@ -65,7 +65,8 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
 
     train_data, eval_data = load_data(config, model_config, processor, args)
     if first:
-        describe_data(folder, {"train": train_data, "eval": eval_data})
+        resumed = checkpoint_to_resume(config, folder) is not None
+        describe_data(folder, {"train": train_data, "eval": eval_data}, resumed=resumed)
     if isinstance(train_data, SampleDataset):
         log.info("Training data:\n\n%s\n", contribution_table(train_data.contributions))
 

@@ -84,12 +84,15 @@ def _git(*words: str) -> str | None:
         return None
 
 
-def describe_data(folder: Path, datasets: dict[str, SampleDataset | SampleStream | None]) -> None:
+def describe_data(
+    folder: Path, datasets: dict[str, SampleDataset | SampleStream | None], *, resumed: bool = False
+) -> None:
     """Write what each source gave (`data.json`) and what was left out (`skipped.jsonl`).
 
     Args:
         folder: the run directory.
         datasets: role -> dataset.
+        resumed: whether what was left out before, on the way, stays listed.
     """
     facts: dict[str, Any] = {}
     skipped = []
@@ -107,7 +110,9 @@ def describe_data(folder: Path, datasets: dict[str, SampleDataset | SampleStream
             }
             skipped += dataset.skipped
     write_json(folder / "data.json", facts)
-    (folder / SKIPPED_FILE).write_text("".join(map(skipped_line, skipped)), encoding="utf-8")
+    file = folder / SKIPPED_FILE
+    before = file.read_text(encoding="utf-8").splitlines(keepends=True) if resumed and file.exists() else []
+    file.write_text("".join(dict.fromkeys([*before, *map(skipped_line, skipped)])), encoding="utf-8")
 
 
 def contribution_table(contributions: Sequence[Contribution]) -> str:

@@ -1,6 +1,6 @@
 """The tool `vlm data clean`: leaves out the records that cannot be used, and those that say the same again.
 
-Every record is looked at once, in parallel (`data.verdicts`), and its verdict is appended to a journal beside the
+Every record is looked at once, in parallel (`verdicts`), and its verdict is appended to a journal beside the
 output, so that a run which was stopped, whatever stopped it, goes on where it was. What repeats another record follows
 from the verdicts in their order.
 """

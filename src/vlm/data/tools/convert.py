@@ -39,7 +39,7 @@ STRINGS = "conversations of strings"
 """What stands for keys where these do not tell what a record is."""
 
 
-# Conversions, besides those in `data.corpora`
+# Conversions, besides those in `corpora`
 
 
 def records_of(source: str, context: Context, *, split: str = "train", subset: str | None = None) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """A verdict on each record: whether it can be used, and digests by which those that say the same again are found.
 
-Records are looked at in parallel, in order; `data.clean` acts on the verdicts. To add a reason, add it to `REASONS` and
+Records are looked at in parallel, in order; `clean` acts on the verdicts. To add a reason, add it to `REASONS` and
 find it in `Checker`.
 """
 

@@ -3,16 +3,13 @@
 A file is written under another name and gets its own when it is complete, so what stands there is whole. To add a kind
 of file, derive from `RecordWriter` and name it in `writer_for`.
 
-Imports the standard library, Pillow, pyarrow and siblings only.
+Imports the standard library, pyarrow and siblings only.
 """
 
-import base64
-import json
 import re
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
-from datetime import date, datetime, time
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +17,10 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from vlm.data.files import PICTURES
 from vlm.data.media import pictures_of
-from vlm.data.pictures import ERRORS
 from vlm.data.sample import BadSample, Picture
+from vlm.data.tools.contents import as_json, content_of, ending_of
 from vlm.data.tools.forms import named
 
 NAMES = "NAME.jsonl, NAME.json, NAME.parquet, FOLDER/ or FOLDER/%06d.tar (tar shards), NAME.tar (one of them)"
@@ -261,7 +256,7 @@ class TarWriter(RecordWriter):
         """Write the files of a sample."""
         name, sample_id = f"{self.number:09d}", str(record.get("id", "?"))
         pictures = [(content_of(picture, sample_id), picture) for picture in self.pictures(record)]
-        kinds = [_ending(picture, content, sample_id) for content, picture in pictures]
+        kinds = [ending_of(picture, content, sample_id) for content, picture in pictures]
         digits = max(3, len(str(len(kinds))))  # members are taken in the order of their names
         endings = kinds if len(kinds) == 1 else [f"{place:0{digits}d}.{kind}" for place, kind in enumerate(kinds)]
         rest = as_json({key: value for key, value in record.items() if key not in ("image", "images")})
@@ -341,76 +336,3 @@ def _tar_writer(output: str, image_folder: Path, *, force: bool, shard_size: int
         raise ValueError(f"{output}: a % must be the shard's number, once and in the file's name, such as %06d")
     size = (shard_size or SHARD_SIZE) if "%" in path.name else None
     return TarWriter(path, image_folder, force=force, shard_size=size)
-
-
-# Records and pictures as bytes
-
-
-def as_json(record: dict[str, Any]) -> bytes:
-    """A record as one line of JSON, pictures that are held as bytes as `data:` addresses, dates as ISO 8601.
-
-    Raises:
-        BadSample: JSON cannot hold it.
-    """
-    sample_id = str(record.get("id", "?"))
-    plain = {
-        key: _addresses(value, sample_id) if key in ("image", "images") else value for key, value in record.items()
-    }
-    try:
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False, default=_plain).encode()
-    except UnicodeEncodeError:
-        raise BadSample(sample_id, "its text is not UTF-8, or has half of a surrogate pair") from None
-    except (TypeError, ValueError) as error:
-        raise BadSample(sample_id, f"JSON cannot hold it: {error}") from None
-
-
-def _addresses(value: Any, sample_id: str) -> Any:
-    if isinstance(value, list):
-        return [_addresses(one, sample_id) for one in value]
-    if isinstance(value, dict) and isinstance(content := value.get("bytes"), bytes):
-        return f"data:image/{_kind(content, sample_id)};base64,{base64.b64encode(content).decode()}"
-    return value
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, (date, datetime, time)):
-        return value.isoformat()
-    raise TypeError(f"{type(value).__name__} {value!r:.40}")
-
-
-def content_of(picture: Picture, sample_id: str) -> bytes:
-    """The bytes of a picture's file.
-
-    Raises:
-        BadSample: it cannot be read.
-    """
-    if picture.content is not None:
-        return picture.content
-    if picture.path is None or picture.frame is not None:
-        raise BadSample(sample_id, f"image {picture} is no file of its own")
-    try:
-        return picture.path.read_bytes()
-    except OSError as error:
-        raise BadSample(sample_id, f"image {picture} does not open: {error}", str(picture.path)) from error
-
-
-def _ending(picture: Picture, content: bytes, sample_id: str) -> str:
-    """What a picture's name ends with in a tar shard: its own ending where readers know it."""
-    own = picture.path.suffix.lower().removeprefix(".") if picture.path else ""
-    return own if own in PICTURES else _kind(content, sample_id)
-
-
-def _kind(content: bytes, sample_id: str) -> str:
-    """The kind of picture that bytes are, as `PICTURES` has it.
-
-    Raises:
-        BadSample: none of these.
-    """
-    try:
-        with Image.open(BytesIO(content)) as image:
-            kind = str(image.format).lower().replace("mpo", "jpeg")  # cameras' JPEG with a second one behind it
-    except ERRORS as error:
-        raise BadSample(sample_id, f"one of its pictures does not open: {error}") from error
-    if kind not in PICTURES:
-        raise BadSample(sample_id, f"one of its pictures is {kind}; allowed are {', '.join(PICTURES)}")
-    return kind
