@@ -17,9 +17,20 @@ ROOMS = {
     "config.explain": {"config.schema", "config.check"},
     "config.overview": {"config.check"},
     "data": {"data", "config.schema"},
-    "build": {"models", "config.schema", "data"},
-    "inference": {"inference", "models", "data", "config.schema"},
-    "train": {"train", "build", "data", "config.schema", "models", "inference.generate", "inference.metrics"},
+    "build": {"models", "config.schema", "data", "families"},
+    "inference": {"inference", "models", "data", "families", "config.schema"},
+    "families.table": set(),
+    "families": {"families", "models", "data"},
+    "train": {
+        "train",
+        "build",
+        "data",
+        "families",
+        "config.schema",
+        "models",
+        "inference.generate",
+        "inference.metrics",
+    },
     "tiny": {"data"},
 }
 """Module or package -> what of `vlm` it may import."""

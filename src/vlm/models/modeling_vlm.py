@@ -114,10 +114,6 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.visual_encoder.eval()
         return self
 
-    def unread_parameters(self) -> list[nn.Parameter]:
-        """Encoder parameters that no image feature depends on, so that they never get a gradient."""
-        return [self.visual_encoder.get_parameter(name) for name in self.config.unread_parameters]
-
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> Tensor:
         """Encode images and map them: `(I, 3, height, width) -> (I, N, D)`.
 

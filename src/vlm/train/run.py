@@ -32,7 +32,7 @@ from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 from vlm.train.arguments import training_arguments
 from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
-from vlm.train.parts import freeze, split_parts, table
+from vlm.train.parts import cast, freeze, split_parts, table
 from vlm.train.plots import write_answers, write_first_batch
 from vlm.train.run_directory import (
     SkippedRecords,
@@ -73,10 +73,9 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     set_seed(args.seed)
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
     parts = split_parts(model, config.trainer, config.model)
-    freeze(parts, model.unread_parameters())
+    freeze(parts)
     if not is_deepspeed_zero3_enabled():
-        for part in parts:
-            part.module.to(torch.float32 if part.trains and args.deepspeed is None else compute_dtype(args))
+        cast(model, parts, torch.float32 if args.deepspeed is None else compute_dtype(args), compute_dtype(args))
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
     trainer = VLMTrainer(

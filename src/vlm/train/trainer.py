@@ -24,6 +24,7 @@ from vlm.data.collate import SKIPPED
 from vlm.data.dataset import BlankPictures, SampleDataset, Skipped
 from vlm.data.sampling import GROUPED, ModalityLengthSampler
 from vlm.data.stream import SampleStream
+from vlm.families.table import part_names
 from vlm.inference.metrics import row_losses
 from vlm.train.parts import Part, parameter_groups
 
@@ -212,9 +213,10 @@ class VLMTrainer(Trainer):
         """What training changes: parameters with a gradient, and the buffers (batch statistics) of parts that train."""
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         saved = self.model.state_dict().keys()
-        training = tuple(f"{part.name}." for part in self.parts if part.trains)
+        names = part_names(self.model.config)
+        training = {part.name for part in self.parts if part.trains}
         return named | {
-            name: b for name, b in self.model.named_buffers() if name in saved and name.startswith(training)
+            name: b for name, b in self.model.named_buffers() if name in saved and names.part_of(name) in training
         }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,0 +1,162 @@
+"""The table of families: `model_type -> part -> parameter prefixes`, and what else is particular to each.
+
+Imports the standard library only. To add a family, add a row to `FAMILIES`: the contract tests then train it, save it
+and load it again. Prefixes are those of `named_parameters()`; the longest one that fits wins.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+CROSS_ATTENTION = "{cross_attention_layers}"
+"""In a prefix: each of the layers that the language model's configuration lists under that name."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of vision-language model.
+
+    Attributes:
+        name: what people call it.
+        parts: part -> prefixes of its parameters.
+        unread: prefixes of parameters that no answer about a picture depends on.
+        rows: inputs with one row for each sample, whatever number of images it has; the others have one for each
+            image, or for each of its patches.
+        videos: whether it knows videos as such.
+        multi_image: whether a sample may have several images.
+        template: the packaged chat template where its processor brings none.
+    """
+
+    name: str
+    parts: dict[str, tuple[str, ...]]
+    unread: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    videos: bool = False
+    multi_image: bool = True
+    template: str | None = None
+
+
+COMPOSED = Family(
+    "composed",
+    {
+        "visual_encoder": ("visual_encoder.",),
+        "connector": ("connector.", "image_newline"),
+        "language_model": ("language_model.",),
+    },
+)
+"""A model of this framework, in the same terms."""
+
+LLAVA = {
+    "visual_encoder": ("model.vision_tower.",),
+    "connector": ("model.multi_modal_projector.", "model.image_newline"),
+    "language_model": ("model.language_model.", "lm_head."),
+}
+IDEFICS = {
+    "visual_encoder": ("model.vision_model.",),
+    "connector": ("model.connector.",),
+    "language_model": ("model.text_model.", "lm_head."),
+}
+QWEN = {
+    "visual_encoder": ("model.visual.",),
+    "connector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+    "language_model": ("model.language_model.", "lm_head."),
+}
+
+FAMILIES: dict[str, Family] = {
+    "llava": Family("LLaVA-1.5, LLaVA-Interleave", LLAVA),
+    "llava_next": Family("LLaVA-NeXT (1.6)", LLAVA),
+    "llava_next_video": Family("LLaVA-NeXT-Video", LLAVA, videos=True),
+    "llava_onevision": Family("LLaVA-OneVision", LLAVA, videos=True),
+    "qwen2_vl": Family("Qwen2-VL", QWEN, videos=True),
+    "qwen2_5_vl": Family("Qwen2.5-VL", QWEN, videos=True),
+    "qwen3_vl": Family("Qwen3-VL", QWEN, videos=True),
+    "idefics3": Family("Idefics3", IDEFICS, rows=("pixel_values", "pixel_attention_mask")),
+    "smolvlm": Family("SmolVLM", IDEFICS, rows=("pixel_values", "pixel_attention_mask"), videos=True),
+    "internvl": Family("InternVL", LLAVA, videos=True),
+    "paligemma": Family("PaliGemma", LLAVA, template="paligemma"),
+    "gemma3": Family("Gemma 3", LLAVA, unread=("model.vision_tower.head.",)),
+    "mllama": Family(
+        "Llama 3.2 Vision",
+        {
+            "visual_encoder": ("model.vision_model.",),
+            "connector": ("model.multi_modal_projector.", f"model.language_model.layers.{CROSS_ATTENTION}."),
+            "language_model": ("model.language_model.", "lm_head."),
+        },
+        rows=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"),
+    ),
+    "phi4_multimodal": Family(
+        "Phi-4-multimodal",
+        {
+            "visual_encoder": ("model.embed_tokens_extend.",),
+            "connector": tuple(
+                f"model.embed_tokens_extend.image_embed.{name}"
+                for name in ("img_projection_", "global_img_feature_extensor", "sub_img_feature_extensor")
+            ),
+            "language_model": ("model.", "lm_head."),
+        },
+        unread=("model.embed_tokens_extend.audio_embed.",),
+    ),
+}
+"""`model_type` of `config.json` -> family."""
+
+
+@dataclass(frozen=True)
+class PartNames:
+    """Which part a parameter of one model belongs to.
+
+    Attributes:
+        prefixes: prefix -> part.
+        unread: prefixes of parameters that get no gradient.
+    """
+
+    prefixes: dict[str, str]
+    unread: tuple[str, ...] = field(default=())
+
+    def part_of(self, name: str) -> str:
+        """The part of a parameter or buffer, by its full name; the longest prefix that fits wins.
+
+        Raises:
+            ValueError: the name begins with none of them.
+        """
+        fitting = [prefix for prefix in self.prefixes if name.startswith(prefix)]
+        if not fitting:
+            raise ValueError(f"{name}: begins with no prefix of a part; the table of families lacks it")
+        return self.prefixes[max(fitting, key=len)]
+
+    def is_unread(self, name: str) -> bool:
+        """Whether no answer depends on it."""
+        return name.startswith(self.unread)
+
+
+def part_names(config: Any) -> PartNames:
+    """The parts of a model, by its configuration.
+
+    Raises:
+        ValueError: its family is not in the table.
+    """
+    composed = config.model_type == "vlm"
+    family = COMPOSED if composed else family_of(config.model_type)
+    prefixes = {
+        filled: part for part, given in family.parts.items() for prefix in given for filled in _filled(prefix, config)
+    }
+    unread = tuple(f"visual_encoder.{name}" for name in config.unread_parameters) if composed else family.unread
+    return PartNames(prefixes, unread)
+
+
+def family_of(model_type: str) -> Family:
+    """A row of the table.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type} is no family of this framework; there are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def _filled(prefix: str, config: Any) -> Iterator[str]:
+    if CROSS_ATTENTION not in prefix:
+        yield prefix
+        return
+    for layer in config.get_text_config().cross_attention_layers:
+        yield prefix.replace(CROSS_ATTENTION, str(layer))
