@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny_parts import IGNORED, Parts, picture
 from vlm.data.collate import SKIPPED, Collator
-from vlm.data.dataset import Skipped, blank_pixels
+from vlm.data.dataset import Skipped, blank_picture, dummy_image
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 PAD = 99
@@ -44,13 +44,15 @@ def test_pictures_of_all_rows_stand_one_after_the_other():
 def test_the_samples_are_left_as_they_were():
     """A dataset in memory gives the same lists again."""
     one = sample([1, 2, 3])
-    Collator(PAD, ([7, 7], torch.zeros(1, 3, 2, 2)))([one])
+    Collator(PAD, ([7, 7], {"pixel_values": torch.zeros(1, 3, 2, 2)}))([one])
     assert one["input_ids"] == [1, 2, 3]
 
 
 def test_a_batch_without_pictures_gets_a_dummy():
     """In the shortest row, attended by nothing, not supervised."""
-    batch = Collator(PAD, ([7, 8, 8, 9], torch.ones(1, 3, 2, 2)))([sample([1, 2, 3, 4]), sample([5, 6])])
+    batch = Collator(PAD, ([7, 8, 8, 9], {"pixel_values": torch.ones(1, 3, 2, 2)}))(
+        [sample([1, 2, 3, 4]), sample([5, 6])]
+    )
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, PAD, PAD], [5, 6, 7, 8, 8, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
     assert batch["labels"][1].tolist() == [5, 6, *[IGNORED] * 4]
@@ -59,7 +61,7 @@ def test_a_batch_without_pictures_gets_a_dummy():
 
 def test_a_batch_with_pictures_gets_no_dummy():
     rows = [sample([1, 2], 1), sample([3, 4])]
-    with_dummy = Collator(PAD, ([7, 8], torch.ones(1, 3, 2, 2)))(rows)
+    with_dummy = Collator(PAD, ([7, 8], {"pixel_values": torch.ones(1, 3, 2, 2)}))(rows)
     assert {name: value.tolist() for name, value in with_dummy.items()} == {
         name: value.tolist() for name, value in Collator(PAD)(rows).items()
     }
@@ -77,7 +79,7 @@ def test_a_record_that_was_left_out_is_no_row():
 
 
 def test_a_batch_of_which_nothing_is_left_supervises_nothing():
-    batch = Collator(PAD, ([7, 8], torch.ones(1, 3, 2, 2)))([LEFT_OUT, LEFT_OUT])
+    batch = Collator(PAD, ([7, 8], {"pixel_values": torch.ones(1, 3, 2, 2)}))([LEFT_OUT, LEFT_OUT])
     assert batch[SKIPPED] == [LEFT_OUT, LEFT_OUT]
     assert batch["input_ids"].tolist() == [[PAD, 7, 8]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0]]
@@ -97,7 +99,8 @@ def test_a_dummy_changes_neither_loss_nor_gradients(built, attention: str):
     model.zero_grad()
     texts = ["a cat on the mat", "two", "what is it? a red circle"]
     rows = [sample(processor.tokenize(text)[0]) for text in texts]
-    dummy = (processor.image_ids(), processor.normalise(blank_pixels(processor)))
+    ids, inputs = dummy_image(processor)
+    dummy = ids, {name: processor.normalise(value) for name, value in inputs.items()}
     found = []
     for collate in (Collator(PAD), Collator(PAD, dummy)):
         model.zero_grad()
@@ -127,7 +130,7 @@ def test_padding_changes_nothing(built):
 
 def test_a_blank_picture_is_the_processors_mean(built):
     """All but zero behind the normalisation, the same in every mode."""
-    pixels = built[1].normalise(blank_pixels(built[1]))
+    pixels = built[1].pixel_values([blank_picture(built[1])])
     assert pixels.shape == (1, 3, 24, 24)
     assert pixels.abs().max() < 0.02
     assert not torch.equal(pixels, built[1].pixel_values([picture()]))

@@ -11,7 +11,7 @@ from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProce
 
 from tests.tiny_parts import byte_tokenizer
 from vlm.data.encode import template_text
-from vlm.data.pixels import raw_pixels, tensor_or_picture
+from vlm.data.pixels import decoded, tensor_or_picture
 from vlm.data.sample import BadSample, Picture, Sample, Turn
 from vlm.models import VLMProcessor
 
@@ -67,7 +67,7 @@ def test_a_jpeg_has_the_pixels_that_pillow_reads(mode: str, options: dict):
     assert isinstance(fast, torch.Tensor)
     slow = ours.raw_pixels([Image.open(BytesIO(content))])
     assert (ours.raw_pixels([fast]).int() - slow.int()).abs().max() <= 1
-    assert torch.equal(raw_pixels(sample(Picture(content=content)), ours), ours.raw_pixels([fast]))
+    assert torch.equal(ours.raw_pixels(decoded(sample(Picture(content=content)), ours)), ours.raw_pixels([fast]))
 
 
 def upright() -> Image.Image:
@@ -113,7 +113,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", ["siglip"])
 def test_every_kind_of_picture_looks_as_it_should(kind: str, name: str):
     """Dark above, bright below."""
-    pixels = raw_pixels(sample(Picture(content=KINDS[name])), processor(kind)).float()
+    ours = processor(kind)
+    pixels = ours.raw_pixels(decoded(sample(Picture(content=KINDS[name])), ours)).float()
     assert pixels.shape == (1, 3, 24, 24)
     assert pixels[:, :, :10].mean() < 12
     assert pixels[:, :, 14:].mean() > 243
@@ -123,11 +124,11 @@ def test_every_kind_of_picture_looks_as_it_should(kind: str, name: str):
 def test_a_torn_jpeg_names_its_record(tmp_path: Path, length: int):
     (tmp_path / "a.jpg").write_bytes(jpeg(photo(200, 200))[:length])
     with pytest.raises(BadSample, match=r"record '7': image .*a.jpg does not open: ") as caught:
-        raw_pixels(sample(Picture(tmp_path / "a.jpg")), processor("clip"))
+        decoded(sample(Picture(tmp_path / "a.jpg")), processor("clip"))
     assert caught.value.file == str(tmp_path / "a.jpg")
     with pytest.raises(BadSample, match=r"record '7': image .*b.jpg does not open: .*No such file"):
-        raw_pixels(sample(Picture(tmp_path / "b.jpg")), processor("clip"))
+        decoded(sample(Picture(tmp_path / "b.jpg")), processor("clip"))
 
 
 def test_a_sample_without_pictures_has_no_pixels():
-    assert raw_pixels(sample(), processor("clip")) is None
+    assert processor("clip").image_inputs(decoded(sample(), processor("clip"))) == {}

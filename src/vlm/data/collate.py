@@ -1,6 +1,6 @@
 """Samples into batches: padding, a dummy image where a batch has none, and a list of the records left out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,59 +14,130 @@ from vlm.data.encode import IGNORED
 SKIPPED = "skipped"
 """The key of a batch under which the records stand that were left out of it; the training loop takes them out."""
 
+TEXT = ("input_ids", "labels")
+"""What every sample has; its other keys are what the model reads of its images."""
+
 
 class Collator:
-    """Pads on the right and lays the images of all rows one after the other.
+    """Pads rows, and lays the images of all rows one after the other.
 
     Args:
         pad_token_id: id at padded places (their attention is 0, their label -100).
-        dummy: ids of one image and its pixels, for a batch without images: every batch then runs the same modules,
-            without which ranks would wait for each other, and a connector that trains alone would get no gradient.
-            The placeholders are attended by nothing. None: no dummy.
+        dummy: ids of one image and the model's inputs for it, for a batch without images: every batch then runs the
+            same modules, without which ranks would wait for each other, and a connector that trains alone would get
+            no gradient. The placeholders are attended by nothing. None: no dummy.
+        rows: inputs of images with one row for each sample; the others are laid one after the other.
+        tokens: inputs with one value for each token.
+        left: whether rows are padded on the left, as generation wants them.
     """
 
-    def __init__(self, pad_token_id: int, dummy: tuple[Sequence[int], Tensor] | None = None):
+    def __init__(
+        self, pad_token_id: int, dummy: tuple[Sequence[int], Mapping[str, Tensor]] | None = None, *,
+        rows: Sequence[str] = (), tokens: Sequence[str] = (), left: bool = False,
+    ):  # fmt: skip
         self.pad_token_id = pad_token_id
         self.dummy = dummy
+        self.rows, self.tokens, self.left = rows, tokens, left
+
+    @classmethod
+    def of(cls, processor: Any, dummy: Any = None, *, left: bool = False) -> "Collator":
+        """A collator for what a processor makes of images."""
+        return cls(
+            processor.tokenizer.pad_token_id, dummy, rows=processor.row_inputs, tokens=processor.token_inputs, left=left
+        )
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """Lay samples out as ids, mask and labels `(rows, tokens)`, and `pixel_values` `(images, 3, h, w)`.
+        """Lay samples out as ids, mask and labels `(rows, tokens)`, and inputs such as `pixel_values` beside them.
 
         A record that was left out is no row, and no other stands in for it. Where none is left, one row without a
         supervised token keeps the ranks together.
         """
         skipped = [sample for sample in samples if isinstance(sample, Skipped)]
-        samples = [sample for sample in samples if not isinstance(sample, Skipped)]
-        samples = samples or [{"input_ids": [self.pad_token_id], "labels": [IGNORED], "pixel_values": None}]
-        pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
-        rows = [np.array(sample["input_ids"], dtype=np.int64) for sample in samples]
-        lengths = [len(row) for row in rows]
-        if not pixels and self.dummy is not None:
-            shortest = lengths.index(min(lengths))
-            rows[shortest] = np.concatenate([rows[shortest], np.array(self.dummy[0], dtype=np.int64)])
-            pixels = [self.dummy[1]]
-        shape = len(rows), max(map(len, rows))
-        input_ids = np.full(shape, self.pad_token_id)
-        labels = np.full(shape, IGNORED)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        for index, (row, sample, length) in enumerate(zip(rows, samples, lengths, strict=True)):
-            input_ids[index, : len(row)] = row
-            labels[index, :length] = sample["labels"]
-            attention_mask[index, :length] = 1
-        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if pixels:
-            batch["pixel_values"] = _joined(pixels)
+        items: list[dict[str, Any]] = [dict(sample) for sample in samples if not isinstance(sample, Skipped)]
+        items = items or [{"input_ids": [self.pad_token_id], "labels": [IGNORED]}]
+        for item in items:
+            item["attention_mask"] = [1] * len(item["input_ids"])
+        if self.dummy is not None and not any(_images(item, self.tokens) for item in items):
+            shortest = min(items, key=lambda item: len(item["input_ids"]))
+            _append(shortest, *self.dummy, self.tokens)
+        longest = max(len(item["input_ids"]) for item in items)
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        batch: dict[str, Any] = {
+            name: torch.from_numpy(np.stack([self._padded(item[name], longest, fill) for item in items]))
+            for name, fill in fills.items()
+        }
+        names = dict.fromkeys(name for item in items for name in _images(item, self.tokens, every=True))
+        for name in names:
+            batch[name] = self._input(name, [item.get(name) for item in items], longest)
         if skipped:
             batch[SKIPPED] = skipped
         return batch
 
+    def _padded(self, values: Any, longest: int, fill: int) -> np.ndarray:
+        """Values for each token of a row, filled up to the longest."""
+        array = np.asarray(values, dtype=np.int64)
+        missing = longest - len(array)
+        ends = (missing, 0) if self.left else (0, missing)
+        return np.pad(array, [ends, *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
 
-def _joined(pixels: Sequence[Tensor]) -> Tensor:
-    """Images one after the other; in a data worker at once in the memory that it shares with its parent."""
+    def _input(self, name: str, values: list[Tensor | None], longest: int) -> Tensor:
+        """One input of all rows."""
+        given = _same_shape([value for value in values if value is not None])
+        if name in self.tokens:
+            blank = given[0].new_zeros((longest, *given[0].shape[1:]))
+            waiting = iter(given)
+            return torch.stack([blank if value is None else self._along(next(waiting), longest) for value in values])
+        if name in self.rows:
+            waiting = iter(given)
+            blank = torch.zeros_like(given[0])
+            given = [blank if value is None else next(waiting) for value in values]
+        return _joined(given)
+
+    def _along(self, value: Tensor, longest: int) -> Tensor:
+        filling = value.new_zeros((longest - len(value), *value.shape[1:]))
+        return torch.cat([filling, value] if self.left else [value, filling])
+
+
+def _images(item: Mapping[str, Any], tokens: Sequence[str], *, every: bool = False) -> list[str]:
+    """The inputs that an item has because of its images; with `every`, those for its tokens too."""
+    left_out = (*TEXT, "attention_mask", *(() if every else tokens))
+    return [name for name, value in item.items() if name not in left_out and value is not None]
+
+
+def _append(item: dict[str, Any], ids: Sequence[int], inputs: Mapping[str, Tensor], tokens: Sequence[str]) -> None:
+    """Put a dummy image behind an item: attended by nothing, and supervised nowhere."""
+    own = len(item["input_ids"])
+    item["input_ids"] = np.concatenate([np.asarray(item["input_ids"], dtype=np.int64), np.asarray(ids, dtype=np.int64)])
+    item["labels"] = [*item["labels"], *[IGNORED] * len(ids)]
+    item["attention_mask"] = [*item["attention_mask"], *[0] * len(ids)]
+    for name, value in inputs.items():
+        if name in tokens:
+            before = item.get(name)
+            if before is None:
+                before = value.new_zeros((own, *value.shape[1:]))
+            item[name] = torch.cat(_same_shape([before, value], first=1))
+        else:
+            item[name] = value
+
+
+def _same_shape(values: Sequence[Tensor], first: int = 1) -> list[Tensor]:
+    """Tensors filled with zeros so that all their dimensions but the first are as long as the longest."""
+    sizes = [max(value.shape[place] for value in values) for place in range(first, values[0].ndim)]
+    if all(list(value.shape[first:]) == sizes for value in values):
+        return list(values)
+    filled = []
+    for value in values:
+        whole = value.new_zeros((*value.shape[:first], *sizes))
+        whole[tuple(slice(length) for length in value.shape)] = value
+        filled.append(whole)
+    return filled
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """Inputs one after the other; in a data worker at once in the memory that it shares with its parent."""
     if get_worker_info() is None:
-        return torch.cat(list(pixels))
-    number = sum(map(len, pixels))
-    shared = pixels[0].untyped_storage()._new_shared(pixels[0][0].nbytes * number)
-    out = pixels[0].new(shared).view(number, *pixels[0].shape[1:])
-    return torch.cat(list(pixels), out=out)
+        return torch.cat(list(values))
+    number = sum(map(len, values))
+    shared = values[0].untyped_storage()._new_shared(values[0][0].nbytes * number)
+    out = values[0].new(shared).view(number, *values[0].shape[1:])
+    return torch.cat(list(values), out=out)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vlm.data.cache import digest_of, made_once
 from vlm.data.encode import IGNORED, Encoded, encode
-from vlm.data.pictures import check_picture, open_pictures
+from vlm.data.pictures import check_picture, open_pictures, picture_sizes
 from vlm.data.processes import num_cores
 from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source
@@ -194,7 +194,8 @@ def count_one(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
     try:
         sample = source.sample(number)
         width, height = look_at_pictures(sample, decode=decode)
-        encoded = encode(source.encoder.processor, sample)
+        sizes = picture_sizes(sample) if source.encoder.processor.needs_sizes else ()
+        encoded = encode(source.encoder.processor, sample, sizes)
     except BadSample as error:
         return number, *[0] * 7, error.sample_id, error.reason, error.file
     needed = needed_tokens(encoded, source.encoder.processor.image_token_id)

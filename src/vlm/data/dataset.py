@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.counts import Counts, count
-from vlm.data.pixels import raw_pixels
+from vlm.data.encode import Encoded
+from vlm.data.pictures import picture_sizes, size_of
+from vlm.data.pixels import decoded
 from vlm.data.sample import BadSample, OverLong, Sample
 from vlm.data.sources import SampleEncoder, Source, sources_of
 
@@ -125,10 +127,10 @@ class SampleDataset(Dataset[Any]):
         except BadSample as error:
             return Skipped.by(error, source, record)
 
-    def encoded(self, index: int) -> Any:
-        """Ids and labels without the pictures."""
+    def encoded(self, index: int, sizes: Sequence[tuple[int, int]] = ()) -> Encoded:
+        """Ids and labels without the pictures; `sizes` where the processor needs them."""
         source, record = self.places[index].tolist()
-        return self.sources[source].encoder(self.sources[source].sample(record))
+        return self.sources[source].encoder(self.sources[source].sample(record), sizes)
 
     @property
     def processor(self) -> Any:
@@ -147,16 +149,18 @@ class BlankPictures(Dataset[dict[str, Any]]):
     def __init__(self, dataset: SampleDataset):
         self.dataset = dataset
         self.lengths, self.num_images = dataset.lengths, dataset.num_images
-        self.blank = blank_pixels(dataset.processor)  # (1, 3, height, width)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        encoded = self.dataset.encoded(index)
-        number = int(self.num_images[index])
-        pixels = self.blank.expand(number, -1, -1, -1) if number else None
-        return {"input_ids": encoded.input_ids, "labels": encoded.labels, "pixel_values": pixels}
+        processor = self.dataset.processor
+        if not processor.needs_sizes:
+            blanks = [blank_picture(processor)] * int(self.num_images[index])
+            return model_inputs(processor, self.dataset.encoded(index), blanks)
+        sizes = picture_sizes(self.dataset.sample(index))
+        blanks = [blank_picture(processor, size) for size in sizes]
+        return model_inputs(processor, self.dataset.encoded(index, sizes), blanks)
 
 
 def encoded_item(source: Source, sample: Sample) -> dict[str, Any]:
@@ -165,15 +169,32 @@ def encoded_item(source: Source, sample: Sample) -> dict[str, Any]:
     Raises:
         BadSample: it is too long, or a picture does not open.
     """
-    encoded = source.encoder(sample)
-    pixels = raw_pixels(sample, source.encoder.processor)
-    return {"input_ids": encoded.input_ids, "labels": encoded.labels, "pixel_values": pixels}
+    processor = source.encoder.processor
+    if not processor.needs_sizes:
+        return model_inputs(processor, source.encoder(sample), decoded(sample, processor))
+    pictures = decoded(sample, processor)
+    return model_inputs(processor, source.encoder(sample, [size_of(picture) for picture in pictures]), pictures)
 
 
-def blank_pixels(processor: Any) -> torch.Tensor:
-    """Pixels of a picture of the image processor's mean colour: `(1, 3, height, width)`."""
-    colour = tuple(int(mean * 255) for mean in processor.image_processor.image_mean)
-    return processor.raw_pixels([Image.new("RGB", (64, 64), colour)])
+def model_inputs(processor: Any, encoded: Encoded, pictures: Sequence[Any]) -> dict[str, Any]:
+    """Ids, labels, and what the model reads of the pictures, as the collator lays them out."""
+    images = processor.image_inputs(pictures)
+    tokens = processor.text_inputs(encoded.input_ids, images)
+    return {"input_ids": encoded.input_ids, "labels": encoded.labels, **images, **tokens}
+
+
+def blank_picture(processor: Any, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A picture of the image processor's mean colour, so high and so wide."""
+    means = processor.image_processor.image_mean or [0.5]
+    return Image.new("RGB", size[::-1], tuple(int(mean * 255) for mean in (*means, *means, *means)[:3]))
+
+
+def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Ids of a blank image, and what a model reads of it."""
+    blank = blank_picture(processor)
+    ids, _ = processor.tokenize(processor.image_token, (), [size_of(blank)])
+    images = processor.image_inputs([blank])
+    return ids, images | processor.text_inputs(ids, images)
 
 
 def load_dataset(

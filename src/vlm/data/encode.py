@@ -183,8 +183,13 @@ def reply_end(processor: Any, text: str, end: int) -> int:
     return end + blank
 
 
-def encode(processor: Any, sample: Sample) -> Encoded:
+def encode(processor: Any, sample: Sample, sizes: Sequence[tuple[int, int]] = ()) -> Encoded:
     """Ids of a whole conversation, and labels: the id within replies and their ends, -100 elsewhere.
+
+    Args:
+        processor: decides every token.
+        sample: the conversation.
+        sizes: height and width of its pictures, where the processor needs them.
 
     Raises:
         BadSample: the template refuses the turns or drops a reply, or nothing would be supervised.
@@ -192,7 +197,7 @@ def encode(processor: Any, sample: Sample) -> Encoded:
     rendered = render(processor, sample.turns, sample.id)
     text = rendered.text
     supervised = [(reply_start(text, start), reply_end(processor, text, end)) for start, end in rendered.replies]
-    ids, spans = processor.tokenize(text, rendered.spoken)
+    ids, spans = processor.tokenize(text, rendered.spoken, sizes)
     labels = [IGNORED] * len(ids)
     waiting = iter([*supervised, (len(text) + 1,) * 2])
     start, stop = next(waiting)
@@ -206,10 +211,10 @@ def encode(processor: Any, sample: Sample) -> Encoded:
     return Encoded(ids, labels)
 
 
-def encode_prompt(processor: Any, turns: Sequence[Turn]) -> list[int]:
+def encode_prompt(processor: Any, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
     """Ids of a conversation that waits for an answer."""
     rendered = render(processor, turns, prompt=True)
-    return processor.tokenize(rendered.text, rendered.spoken)[0]
+    return processor.tokenize(rendered.text, rendered.spoken, sizes)[0]
 
 
 def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *, truncate: bool) -> Encoded:

@@ -6,13 +6,17 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import groupby
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
 
 from vlm.data.sample import BadSample, Picture, Sample
 from vlm.data.video import read_frames
 
 ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, RuntimeError, Image.DecompressionBombError)
 """What Pillow raises for files that are no pictures, or not whole."""
+
+LYING = (5, 6, 7, 8)
+"""EXIF orientations of pictures that are turned by a quarter."""
 
 
 def open_pictures(sample: Sample) -> list[Image.Image]:
@@ -32,6 +36,17 @@ def open_pictures(sample: Sample) -> list[Image.Image]:
     return opened
 
 
+def picture_sizes(sample: Sample) -> list[tuple[int, int]]:
+    """Height and width of a sample's pictures, out of their headers; frames are decoded for it.
+
+    Raises:
+        BadSample: one is no picture.
+    """
+    if any(picture.frame is not None for picture in sample.pictures):
+        return [size_of(picture) for picture in open_pictures(sample)]
+    return [check_picture(picture, sample.id)[::-1] for picture in sample.pictures]
+
+
 def open_picture(picture: Picture, sample_id: str) -> Image.Image:
     """A picture, decoded; of an animated one the first frame.
 
@@ -47,13 +62,23 @@ def open_picture(picture: Picture, sample_id: str) -> Image.Image:
 
 
 def check_picture(picture: Picture, sample_id: str) -> tuple[int, int]:
-    """Open a picture's header only: its width and height.
+    """Open a picture's header only: its width and height, as it stands upright.
 
     Raises:
         BadSample: it is no picture.
     """
     with errors_named(picture, sample_id), Image.open(_source(picture)) as image:
-        return image.size
+        height, width = size_of(image)
+        return width, height
+
+
+def size_of(image: Image.Image | Tensor) -> tuple[int, int]:
+    """Height and width of a picture as it stands upright, of a file that says that it lies too."""
+    if isinstance(image, Tensor):
+        return image.shape[1], image.shape[2]
+    whole = image.format == "PNG" and "exif" not in image.info  # its `getexif` would decode all of it to look further
+    lies = not whole and image.getexif().get(ExifTags.Base.Orientation, 1) in LYING
+    return (image.width, image.height) if lies else (image.height, image.width)
 
 
 def _source(picture: Picture) -> BytesIO | str:

@@ -6,7 +6,7 @@ import importlib.metadata
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,13 +35,13 @@ class SampleEncoder:
     longest: int
     truncate: bool
 
-    def __call__(self, sample: Sample) -> Encoded:
-        """Ids and labels of a sample.
+    def __call__(self, sample: Sample, sizes: Sequence[tuple[int, int]] = ()) -> Encoded:
+        """Ids and labels of a sample; `sizes` of its pictures, where the processor needs them.
 
         Raises:
             BadSample: it cannot be used, or is too long.
         """
-        encoded = encode(self.processor, sample)
+        encoded = encode(self.processor, sample, sizes)
         return limit(encoded, self.longest, self.processor.image_token_id, sample.id, truncate=self.truncate)
 
 

@@ -14,6 +14,7 @@ from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import Skipped, encoded_item
 from vlm.data.encode import encode
 from vlm.data.files import attempt
+from vlm.data.pictures import picture_sizes
 from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import SampleEncoder, Source, sources_of
 
@@ -105,7 +106,8 @@ def open_stream(
             raise ValueError(f"{source.path}: there is no record in it")
         sample = attempt(source.read, record)
         if not isinstance(sample, BadSample):
-            encode(source.encoder.processor, sample)
+            sizes = picture_sizes(sample) if source.encoder.processor.needs_sizes else ()
+            encode(source.encoder.processor, sample, sizes)
     return stream
 
 

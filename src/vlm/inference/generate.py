@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlm.config.schema import InferenceConfig
-from vlm.data.encode import encode_prompt, render, reply_end
-from vlm.data.pictures import open_picture
+from vlm.data.collate import Collator
+from vlm.data.dataset import model_inputs
+from vlm.data.encode import IGNORED, Encoded, encode_prompt, render, reply_end
+from vlm.data.pictures import open_picture, size_of
 from vlm.data.sample import PLACEHOLDER, BadSample, Picture, Turn
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 from vlm.models.connectors import CONNECTORS
@@ -132,13 +134,16 @@ class VisionLanguageModel:
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, torch.Tensor]:
         """Model inputs of conversations that wait for a reply, padded on the left."""
-        rows = [{"input_ids": encode_prompt(self.processor, turns)} for turns in conversations]
-        if not all(row["input_ids"] for row in rows):
-            raise ValueError("the model's template leaves nothing of this prompt (plain keeps pictures only)")
-        inputs = dict(self.processor.tokenizer.pad(rows, padding_side="left", return_tensors="pt"))
-        pictures = [picture for found in images for picture in found]
-        if pictures:
-            inputs["pixel_values"] = self.processor.pixel_values(pictures)
+        rows = []
+        for turns, pictures in zip(conversations, images, strict=True):
+            ids = encode_prompt(self.processor, turns, [size_of(picture) for picture in pictures])
+            if not ids:
+                raise ValueError("the model's template leaves nothing of this prompt (plain keeps pictures only)")
+            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORED] * len(ids)), pictures))
+        inputs = Collator.of(self.processor, left=True)(rows)
+        del inputs["labels"]
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = self.processor.normalise(inputs["pixel_values"])
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:

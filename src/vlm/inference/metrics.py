@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlm.data.collate import Collator
+from vlm.data.dataset import model_inputs
 from vlm.data.encode import IGNORED, encode
-from vlm.data.pictures import open_pictures
+from vlm.data.pictures import open_pictures, size_of
 from vlm.data.sample import Sample, Turn
 
 
@@ -42,14 +43,16 @@ def caption_retrieval(
         One value a sample.
     """
     draw = random.Random(seed)
-    collate = Collator(processor.tokenizer.pad_token_id)
+    collate = Collator.of(processor)
     texts = [reply_text(sample) for sample in samples]
     found = []
     for sample, own in zip(tqdm(samples, "caption retrieval"), texts, strict=True):
         others = draw.sample(sorted({text for text in texts if text != own}), ways - 1)
-        pixels = processor.pixel_values(open_pictures(sample))
-        encoded = [encode(processor, with_reply(sample, text)) for text in [own, *others]]
-        batch = collate([{"input_ids": e.input_ids, "labels": e.labels, "pixel_values": pixels} for e in encoded])
+        pictures = open_pictures(sample)
+        sizes = [size_of(picture) for picture in pictures]
+        encoded = [encode(processor, with_reply(sample, text), sizes) for text in [own, *others]]
+        batch = collate([model_inputs(processor, one, pictures) for one in encoded])
+        batch["pixel_values"] = processor.normalise(batch["pixel_values"])
         inputs = {name: value.to(model.device) for name, value in batch.items()}
         sums, counts = row_losses(model(**inputs).logits, inputs["labels"])
         found.append(int((sums / counts).argmin()) == 0)

@@ -39,6 +39,12 @@ class VLMProcessor(ProcessorMixin):
     """
 
     _auto_class = "AutoProcessor"
+    row_inputs = ()
+    """Inputs of images that have one row for each sample: none, all have one for each image."""
+    token_inputs = ()
+    """Inputs with one value for each token, besides ids and mask: none."""
+    needs_sizes = False
+    """Whether an image's tokens depend on how large it is."""
 
     def __init__(
         self,
@@ -76,7 +82,9 @@ class VLMProcessor(ProcessorMixin):
         start, end = map(self.tokenizer.convert_tokens_to_ids, around)
         return start + [self.image_token_id] * self.tokens_per_image + end
 
-    def tokenize(self, text: str, spoken: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
+    def tokenize(
+        self, text: str, spoken: Sequence[tuple[int, int]] = (), sizes: Sequence[tuple[int, int]] = ()
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered conversation, and the character span that each came from.
 
         The text between two images is tokenised on its own, and so is what follows a leading BOS token, as LLaVA
@@ -85,6 +93,7 @@ class VLMProcessor(ProcessorMixin):
         Args:
             text: a rendered conversation; each `image_token` outside `spoken` stands for one image.
             spoken: character spans that people wrote, in order.
+            sizes: height and width of each image, in order; only looked at where `needs_sizes`.
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -115,6 +124,14 @@ class VLMProcessor(ProcessorMixin):
                 starts.append((end, False))
         pairs = pairwise([*starts, (len(text), False)])
         return [(start, end, goes_on) for (start, goes_on), (end, _) in pairs if start < end]
+
+    def image_inputs(self, images: Sequence[Image.Image | torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the model reads of a sample's images, before `normalise`; nothing where it has none."""
+        return {"pixel_values": self.raw_pixels(images)} if images else {}
+
+    def text_inputs(self, ids: Sequence[int], images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the model reads for each token besides its id; see `token_inputs`."""
+        return {}
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Pixels as the visual encoder reads them: `(images, 3, height, width)`."""

@@ -36,20 +36,32 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
     pictures = folder / "first_batch"
     pictures.mkdir(parents=True, exist_ok=True)
     names = []
-    for index, pixels in enumerate(processor.normalise(batch["pixel_values"]) if "pixel_values" in batch else []):
+    for index, pixels in enumerate(_as_pictures(batch, processor)):
         names.append(f"first_batch/{index}.png")
         picture_of(pixels, processor.image_processor).save(folder / names[-1])
     waiting = iter(names)
     rows = []
+    if processor.needs_sizes and names:  # as many as an image has tiles: which row each belongs to is not known here
+        rows.append("".join(f'<img src="{name}" alt="">' for name in waiting))
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-        number = int((ids == processor.image_token_id).sum()) // processor.tokens_per_image
-        images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
+        images = ""
+        if not processor.needs_sizes:
+            number = int((ids == processor.image_token_id).sum()) // processor.tokens_per_image
+            images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
         supervised = int((labels != IGNORED).sum())
         facts = f"{int(mask.sum())} tokens, {supervised} supervised, {len(mask) - int(mask.sum())} padding"
         tokens = tokens_as_html(ids.tolist(), labels.tolist(), mask.tolist(), processor)
         rows.append(f"{images}<p><small>{facts}</small></p><p>{tokens}</p>")
     html = page("First batch", "As the model sees it. <mark>Marked</mark> tokens are supervised.", rows)
     (folder / "first_batch.html").write_text(html, encoding="utf-8")
+
+
+def _as_pictures(batch: dict[str, Tensor], processor: Any) -> Sequence[Tensor]:
+    """Normalised pictures or tiles of a batch, each `(3, height, width)`; none where the model reads loose patches."""
+    pixels = batch.get("pixel_values")
+    if pixels is None or pixels.ndim < 4 or pixels.shape[-3] != 3:
+        return ()
+    return processor.normalise(pixels.reshape(-1, *pixels.shape[-3:]))
 
 
 def picture_of(pixels: Tensor, image_processor: Any) -> Image.Image:

@@ -21,8 +21,8 @@ from vlm.build import (
 )
 from vlm.config.schema import ModelConfig, RunConfig, from_mapping
 from vlm.data.collate import Collator
-from vlm.data.dataset import SampleDataset, blank_pixels, load_dataset, split_dataset
-from vlm.data.encode import encode_prompt
+from vlm.data.dataset import SampleDataset, dummy_image, load_dataset, split_dataset
+from vlm.data.encode import render
 from vlm.data.files import attempt
 from vlm.data.pictures import open_pictures
 from vlm.data.sample import BadSample, Sample, Turn
@@ -86,7 +86,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         on_first_batch=(lambda batch: write_first_batch(batch, processor, folder)) if first else None,
         on_skipped=SkippedRecords(folder, train_data, config.dataset, args.world_size),
-        data_collator=Collator(processor.tokenizer.pad_token_id, (processor.image_ids(), blank_pixels(processor))),
+        data_collator=Collator.of(processor, dummy_image(processor)),
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=processor,
@@ -190,7 +190,7 @@ def answerer(
 
     Samples of which a template leaves no prompt (`plain`, text only), or whose pictures are torn, are passed over.
     """
-    samples = [sample for sample in samples if encode_prompt(processor, _until_last_reply(sample.turns))]
+    samples = [sample for sample in samples if render(processor, _until_last_reply(sample.turns), prompt=True).text]
     opened = [(sample, attempt(open_pictures, sample)) for sample in samples]
     samples = [sample for sample, found in opened if not isinstance(found, BadSample)]
     pictures = [found for _, found in opened if not isinstance(found, BadSample)]
