@@ -1,27 +1,29 @@
 """Connectors: what maps image features to the language model's embedding space.
 
-Hub code: imports torch and transformers only. To add one, write a class here, add a line to `CONNECTORS` and a YAML
-file in `config/model/connector/`. A class takes `vision_dim` and `text_dim` and its own keyword options, maps
-`(images, features, vision_dim) -> (images, tokens, text_dim)`, and says in `num_tokens` how many tokens come of how
-many features, since the processor writes that many placeholders.
+Hub code: imports torch, transformers and its siblings only. To add one, write a class here or in a sibling file, add a
+line to `CONNECTORS` and a YAML file in `config/model/connector/`. A class takes `vision_dim` and `text_dim` and its own
+keyword options, maps `(images, features, vision_dim) -> (images, tokens, text_dim)`, and says in `num_tokens` how many
+tokens come of how many features, since the processor writes that many placeholders.
+
+Here are those that map every feature by itself; `grid_connectors.py` has those that make fewer tokens of a square grid
+of patches, `query_connectors.py` those whose learned queries read the features.
 """
 
 import inspect
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-
-class Connector(nn.Module):
-    """What every connector is: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
-
-    @classmethod
-    def num_tokens(cls, num_features: int, **options: Any) -> int:
-        """Tokens for an image of `num_features` features; as many, unless a subclass says otherwise."""
-        return num_features
+from .connector_parts import Connector, mlp_layers
+from .grid_connectors import (
+    CAbstractorConnector,
+    LDPConnector,
+    LDPv2Connector,
+    PixelShuffleConnector,
+    PoolingConnector,
+)
+from .query_connectors import QFormerConnector, ResamplerConnector
 
 
 class IdentityConnector(Connector):
@@ -72,19 +74,15 @@ class MLPConnector(Connector):
         input_norm: bool = False,
     ):
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"model.connector.options.num_layers={num_layers}: at least 1 is needed")
-        if activation not in ACT2FN:
-            raise ValueError(
-                f"model.connector.options.activation={activation}: allowed are {', '.join(sorted(ACT2FN))}"
-            )
-        widths = [vision_dim, *[hidden_dim or text_dim] * (num_layers - 1), text_dim]
-        layers: list[nn.Module] = [nn.LayerNorm(vision_dim)] if input_norm else []
-        for index, (wide, next_wide) in enumerate(pairwise(widths)):
-            if index:
-                layers.append(ACT2FN[activation])
-            layers.append(nn.Linear(wide, next_wide, bias=bias))
-        self.layers = nn.Sequential(*layers)
+        self.layers = mlp_layers(
+            vision_dim,
+            text_dim,
+            num_layers=num_layers,
+            activation=activation,
+            hidden_dim=hidden_dim,
+            bias=bias,
+            input_norm=input_norm,
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, see the class."""
@@ -134,4 +132,11 @@ CONNECTORS: dict[str, type[Connector]] = {
     "identity": IdentityConnector,
     "linear": LinearConnector,
     "mlp": MLPConnector,
+    "pixel_shuffle": PixelShuffleConnector,
+    "pooling": PoolingConnector,
+    "c_abstractor": CAbstractorConnector,
+    "ldp": LDPConnector,
+    "ldp_v2": LDPv2Connector,
+    "resampler": ResamplerConnector,
+    "qformer": QFormerConnector,
 }

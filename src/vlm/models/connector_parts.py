@@ -1,0 +1,214 @@
+"""What connectors are made of: their base classes, checks of their options, the MLP, convolutions on a grid.
+
+Hub code: imports torch and transformers only. What one connector alone needs stands beside it; what two need is here.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class Connector(nn.Module):
+    """What every connector is: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
+
+    @classmethod
+    def num_tokens(cls, num_features: int, **options: Any) -> int:
+        """Tokens for an image of `num_features` features; as many, unless a subclass says otherwise."""
+        return num_features
+
+
+class GridConnector(Connector):
+    """A connector that reads the features of an image as a square grid of patches, row by row.
+
+    A subclass says in `output_side` how large a grid of tokens comes of how large a grid of features.
+    """
+
+    @classmethod
+    def num_tokens(cls, num_features: int, **options: Any) -> int:
+        """Tokens for an image of `num_features` features.
+
+        Raises:
+            ValueError: the features are no square grid, or the options do not fit the grid.
+        """
+        side = math.isqrt(num_features)
+        if side**2 != num_features:
+            raise ValueError(
+                f"model.connector.type: {cls.__name__} reads the features of an image as a square grid of patches, and "
+                f"{num_features} features are none: {side} x {side} and {num_features - side**2} more, such as a CLS "
+                "token or registers. Choose model.visual_encoder.feature_strategy=patch; where the patches themselves "
+                "are no square, a connector that needs none, such as mlp, resampler or qformer."
+            )
+        return cls.output_side(side, **options) ** 2
+
+    @classmethod
+    def output_side(cls, side: int, **options: Any) -> int:
+        """Side of the grid of tokens that a grid of `side` x `side` features becomes."""
+        raise NotImplementedError
+
+
+def require_positive(**options: Any) -> None:
+    """Refuse options that are not whole numbers of at least 1.
+
+    Raises:
+        ValueError: the first that is not.
+    """
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"model.connector.options.{name}={value}: a whole number is needed")
+        if value < 1:
+            raise ValueError(f"model.connector.options.{name}={value}: at least 1 is needed")
+
+
+def require_divisor(side: int, **options: int) -> None:
+    """Refuse options that do not divide the side of the grid of features.
+
+    Raises:
+        ValueError: the first that does not.
+    """
+    for name, value in options.items():
+        if side % value:
+            divisors = ", ".join(str(number) for number in range(1, side + 1) if side % number == 0)
+            raise ValueError(
+                f"model.connector.options.{name}={value}: the visual encoder gives a grid of {side} x {side} features, "
+                f"which it does not divide. Allowed: {divisors}"
+            )
+
+
+def require_at_most(side: int, **options: int) -> None:
+    """Refuse options that ask for a larger grid of tokens than there are features.
+
+    Raises:
+        ValueError: the first that does.
+    """
+    for name, value in options.items():
+        if value > side:
+            raise ValueError(
+                f"model.connector.options.{name}={value}: the visual encoder gives a grid of {side} x {side} features, "
+                f"which is smaller. Allowed: 1 to {side}"
+            )
+
+
+def require_heads(num_heads: int, hidden_dim: int) -> None:
+    """Refuse a number of attention heads that does not divide the width.
+
+    Raises:
+        ValueError: it does not.
+    """
+    require_positive(num_heads=num_heads, hidden_dim=hidden_dim)
+    if hidden_dim % num_heads:
+        divisors = ", ".join(str(number) for number in range(1, min(hidden_dim, 64) + 1) if hidden_dim % number == 0)
+        raise ValueError(
+            f"model.connector.options.num_heads={num_heads}: hidden_dim={hidden_dim} is not divisible by it. "
+            f"Allowed: {divisors}; or choose another model.connector.options.hidden_dim"
+        )
+
+
+def require_activation(activation: str) -> None:
+    """Refuse an activation that transformers does not know.
+
+    Raises:
+        ValueError: it knows none of that name.
+    """
+    if activation not in ACT2FN:
+        raise ValueError(f"model.connector.options.activation={activation}: allowed are {', '.join(sorted(ACT2FN))}")
+
+
+def mlp_layers(
+    input_dim: int,
+    output_dim: int,
+    *,
+    num_layers: int,
+    activation: str,
+    hidden_dim: int | None = None,
+    bias: bool = True,
+    input_norm: bool = False,
+) -> nn.Sequential:
+    """`num_layers` affine maps with an activation between: `(…, input_dim) -> (…, output_dim)`.
+
+    Args:
+        input_dim: width of what it reads.
+        output_dim: width of what it gives.
+        num_layers: how many maps.
+        activation: a name that transformers knows.
+        hidden_dim: width in between; None: `output_dim`.
+        bias: whether the maps have one.
+        input_norm: whether a LayerNorm comes first.
+
+    Raises:
+        ValueError: an option of no allowed value.
+    """
+    require_positive(num_layers=num_layers)
+    require_activation(activation)
+    widths = [input_dim, *[hidden_dim or output_dim] * (num_layers - 1), output_dim]
+    layers: list[nn.Module] = [nn.LayerNorm(input_dim)] if input_norm else []
+    for index, (wide, next_wide) in enumerate(pairwise(widths)):
+        if index:
+            layers.append(ACT2FN[activation])
+        layers.append(nn.Linear(wide, next_wide, bias=bias))
+    return nn.Sequential(*layers)
+
+
+def to_grid(features: Tensor) -> Tensor:
+    """`(images, side * side, width) -> (images, width, side, side)`."""
+    side = math.isqrt(features.shape[1])
+    return features.transpose(1, 2).unflatten(2, (side, side))
+
+
+def from_grid(grid: Tensor) -> Tensor:
+    """`(images, width, side, side) -> (images, side * side, width)`."""
+    return grid.flatten(2).transpose(1, 2)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the width of every place of a grid: `(images, width, side, side)`, shape kept.
+
+    A kind of `nn.LayerNorm`, so that Trainer leaves it out of weight decay.
+    """
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """Normalise, see the class."""
+        normed = F.layer_norm(grid.movedim(1, 3), self.normalized_shape, self.weight, self.bias, self.eps)
+        return normed.movedim(3, 1)
+
+
+class Convolution(nn.Sequential):
+    """A convolution without bias, LayerNorm, and an activation where one is given.
+
+    `(images, input_dim, side, side) -> (images, output_dim, side, side)`, sides halved (rounded up) by `stride=2`.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        activation: nn.Module | None,
+        *,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+    ):
+        layers: list[nn.Module] = [
+            nn.Conv2d(input_dim, output_dim, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+            LayerNorm2d(output_dim),
+        ]
+        super().__init__(*layers, *([] if activation is None else [activation]))
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales every channel by what the whole grid holds (Hu et al. 2018, arXiv:1709.01507); shape kept."""
+
+    def __init__(self, width: int, squeezed_dim: int, activation: nn.Module, gate: nn.Module):
+        super().__init__()
+        self.reduce = nn.Conv2d(width, squeezed_dim, 1)
+        self.activation = activation
+        self.expand = nn.Conv2d(squeezed_dim, width, 1)
+        self.gate = gate
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """Scale, see the class."""
+        means = grid.mean((2, 3), keepdim=True)  # (images, width, 1, 1)
+        return grid * self.gate(self.expand(self.activation(self.reduce(means))))
