@@ -113,11 +113,19 @@ def record(index: int, images: Path) -> dict:
 
 
 @pytest.fixture(scope="session")
-def common(world: Path) -> list[str]:
+def common(world: Path, brief: list[str]) -> list[str]:
     """Overrides that put a shipped run on the tiny world."""
     return [
         f"model.visual_encoder.hf_name={world / 'visual_encoder'}",
         f"model.language_model.hf_name={world / 'language_model'}",
+        *brief,
+    ]
+
+
+@pytest.fixture(scope="session")
+def brief(world: Path) -> list[str]:
+    """Overrides that give a shipped run the records of the tiny world, and little to do."""
+    return [
         f"dataset.path={world / 'records.json'}",
         f"dataset.image_folder={world / 'images'}",
         "trainer.use_cpu=true",
@@ -129,6 +137,18 @@ def common(world: Path) -> list[str]:
         "inference.max_new_tokens=3",
         "trainer.disable_tqdm=true",
     ]
+
+
+@pytest.fixture(scope="session")
+def train_whole(brief: list[str]) -> Callable[..., Path]:
+    """As `train`, on a whole model: `train_whole(name, model, output_dir, *overrides)`."""
+
+    def start(name: str, model: Path, output_dir: Path, *overrides: str) -> Path:
+        words = [*brief, f"model.hf_name={model}", f"trainer.output_dir={output_dir}", *overrides]
+        keys = [word.split("=")[0].replace("/", ".") for word in words]
+        return run(config_of(name, words), name, keys)
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -371,7 +371,7 @@ def test_a_later_stage_may_go_back_to_the_tokenizers_own_template(parts: Parts, 
 
 
 def test_another_kind_of_checkpoint_is_refused(parts: Parts):
-    with pytest.raises(ValueError, match="is a llama checkpoint, not one of this framework"):
+    with pytest.raises(ValueError, match="model_type=llama is no family"):
         load_config(str(parts.language_model("llama")))
 
 

@@ -5,7 +5,8 @@ without weights; `build_model` then loads the weights. `load_processor` and `loa
 """
 
 import importlib
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,15 +25,58 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from vlm.config.schema import ModelConfig, VisualEncoderConfig
+from vlm.anyres import settle_anyres
+from vlm.config.schema import ConnectorConfig, ModelConfig, VisualEncoderConfig
 from vlm.data.encode import template_text
+from vlm.families.loading import auto_class, load_family_config, load_family_model
+from vlm.families.processing import load_family_processor
+from vlm.families.table import family_of
 from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connectors import CONNECTORS, connector_options, count_tokens
 from vlm.models.modeling_vlm import VLMForConditionalGeneration
 from vlm.models.processing_vlm import VLMProcessor
+from vlm.quantization import bits_config, bits_of_whole, kinds_of
 
 ENDS_EARLY = ("clip_vision_model", "siglip_vision_model")
 """Encoders whose `hidden_states[k]` is what `k` layers alone give: layers past the selected one are not built."""
+
+
+def open_model(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[Any, Any]:
+    """Configuration and processor of what `model` describes, composed or of a family, without weights."""
+    if model.hf_name is None:
+        return compose(model, template, image_mode)
+    config = load_family_config(
+        model.hf_name, "model.hf_name", revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    return config, _family_processor(model, config.model_type, template, image_mode)
+
+
+def _family_processor(model: ModelConfig, model_type: str, template: str | None, image_mode: str | None) -> Any:
+    """A family's own processor.
+
+    Raises:
+        ValueError: an image mode is asked for, which is not ours to choose.
+    """
+    assert model.hf_name is not None
+    if image_mode is not None:
+        raise ValueError(
+            f"dataset.image_mode={image_mode}: {model.hf_name} prepares pictures in its own way; "
+            "dataset.image_mode=null leaves it to that"
+        )
+    processor = load_family_processor(
+        model.hf_name, family_of(model_type), revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    if template is not None:
+        processor.chat_template = chat_template(template, processor.own_template, model.hf_name)
+    return processor
+
+
+def family_recipe(model: ModelConfig, name: str, model_type: str) -> ModelConfig:
+    """The `model` section of a run on a whole model, in which its parts say where they come from."""
+    return replace(
+        model, hf_name=name, visual_encoder=replace(model.visual_encoder, hf_name=name),
+        connector=ConnectorConfig(type=model_type), language_model=replace(model.language_model, hf_name=name),
+    )  # fmt: skip
 
 
 def compose(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[VLMConfig, VLMProcessor]:
@@ -73,6 +117,7 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
         tokens_per_image=count_tokens(config.connector["type"], config.num_features, options),
         image_mode=image_mode or "square",
     )
+    settle_anyres(config, processor, model.anyres, image_size(image_processor))
     return config, processor
 
 
@@ -93,6 +138,8 @@ def build_model(
     torch.manual_seed(seed)
     built = VLMForConditionalGeneration(config, encoder, language_model)
     built.connector.to(dtype)
+    if built.image_newline is not None:
+        built.image_newline.to(dtype)
     built.generation_config = answer_settings(language_model.generation_config)
     return built
 
@@ -113,31 +160,41 @@ def load_processor(checkpoint: str, template: str | None, image_mode: str | None
     return processor
 
 
-def load_config(checkpoint: str, connector_type: str | None = None) -> VLMConfig:
-    """The configuration of a checkpoint of this framework.
+def load_config(checkpoint: str, connector_type: str | None = None) -> Any:
+    """The configuration of a checkpoint, of a composed model or of a family's.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds another one.
     """
     if connector_type is not None:
         add_connector_class(connector_type)
     config = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(config, VLMConfig):
-        raise ValueError(f"{checkpoint} is a {config.model_type} checkpoint, not one of this framework")
-    return config
+    return config if isinstance(config, VLMConfig) else load_family_config(checkpoint, "trainer.from_pretrained")
+
+
+def load_family(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A family's model with its weights."""
+    assert model.hf_name is not None
+    return load_family_model(
+        model.hf_name, config, dtype=dtype, revision=model.revision, trust_remote_code=model.trust_remote_code,
+        attention=choose_attention(model.attn_implementation, dtype, config, auto_class(config)),
+        quantization_config=bits_of_whole(config, kinds_of(model)),
+    )  # fmt: skip
 
 
 def load_model(
-    checkpoint: str, config: VLMConfig, dtype: torch.dtype, attn_implementation: str = "auto"
-) -> VLMForConditionalGeneration:
-    """The model of a checkpoint."""
+    checkpoint: str, config: VLMConfig, dtype: torch.dtype, attn_implementation: str = "auto",
+    quantization: Mapping[str, str] | None = None,
+) -> VLMForConditionalGeneration:  # fmt: skip
+    """The model of a checkpoint; `quantization` is part -> `8bit` or `4bit`."""
     parts = {"vision_config": AutoModel, "text_config": AutoModelForCausalLM}
     attention = {
         name: choose_attention(attn_implementation, dtype, getattr(config, name), auto) for name, auto in parts.items()
     }
     return VLMForConditionalGeneration.from_pretrained(
-        checkpoint, config=config, dtype=dtype, attn_implementation=attention
-    )
+        checkpoint, config=config, dtype=dtype, attn_implementation=attention,
+        quantization_config=bits_of_whole(config, quantization or {}),
+    )  # fmt: skip
 
 
 def add_connector_class(kind: str) -> None:
@@ -332,6 +389,7 @@ def _load_part(auto: Any, source: Any, config: PreTrainedConfig, dtype: torch.dt
         trust_remote_code=source.trust_remote_code,
         dtype=dtype,
         attn_implementation=choose_attention(attention, dtype, config, auto),
+        quantization_config=None if source.quantization is None else bits_config(source.quantization),
         output_loading_info=True,
     )
     if missing := sorted(info["missing_keys"]):
@@ -350,6 +408,8 @@ def recipe_differences(config: VLMConfig, model: ModelConfig, touched: list[str]
         if any(key == name or key.startswith(f"{name}.") for name in touched)
         and wanted[key] != recorded.get(key)
         and key not in ("attn_implementation", "connector.name")
+        and not key.endswith(".quantization")
+        and not key.startswith("anyres.")
         and not (wanted[key] is None and key.startswith("connector.options."))
     ]
 

@@ -2,20 +2,22 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from vlm.__main__ import with_config
+from vlm.adapters.merge import add_base_option
+from vlm.adapters.merge import main as merge_lora
 from vlm.config.check import ConfigError
 from vlm.config.overview import overview
 from vlm.config.schema import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`vlm generate …` asks a model, `vlm data …` prepares data; any other command line goes to the Hydra entry."""
+    """`vlm generate …` and what else `COMMANDS` names; any other command line goes to the Hydra entry."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words in (["--help"], ["-h"], ["help"]):
         print(overview())
@@ -49,6 +51,12 @@ def generate(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    for bits in ("4bit", "8bit"):
+        parser.add_argument(
+            f"--load-{bits}", f"--load_{bits}", dest="quantization", action="store_const", const=bits,
+            help=f"hold the language model in {bits[0]} bits (needs bitsandbytes)",
+        )  # fmt: skip
+    add_base_option(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
     args = parser.parse_args(words)
     try:
@@ -71,8 +79,9 @@ def _generate(args: argparse.Namespace) -> None:
     images = opened(args.image)
     conversation = [user_turn(args.prompt, len(images))]
     model = VisionLanguageModel.load(
-        args.checkpoint, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-    )
+        args.checkpoint, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     if args.seed is not None:
         set_seed(args.seed)
     if args.num_beams > 1:  # beams settle on an answer at the end, so there is nothing to stream
@@ -158,7 +167,18 @@ def _numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",")]
 
 
-COMMANDS = {"generate": generate, "data": data}
+def hub(name: str) -> Callable[[Sequence[str]], None]:
+    """`vlm import …` and `vlm export …`."""
+    return lambda words: getattr(import_module("vlm.hub.commands"), name)(words)
+
+
+COMMANDS = {
+    "generate": generate,
+    "data": data,
+    "import": hub("import_"),
+    "export": hub("export"),
+    "merge-lora": merge_lora,
+}
 TOOLS = {
     "download": ("fetch the pictures of a table of addresses and captions", "download"),
     "convert": ("between forms of records and kinds of files", "convert"),

@@ -14,8 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vlm.config.lora_problems import lora_problems, quantization_problems, training_keys
 from vlm.config.schema import (
-    PARTS,
     TRAIN_FLAGS,
     ConnectorConfig,
     DatasetConfig,
@@ -32,9 +32,13 @@ NOT_RUNS = ("base",)
 
 CHOICES = {
     "model.visual_encoder.feature_strategy": ("patch", "cls+patch", "cls", "full"),
+    "model.visual_encoder.quantization": (None, "8bit", "4bit"),
+    "model.language_model.quantization": (None, "8bit", "4bit"),
     "model.attn_implementation": ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager"),
     "trainer.loss_average": ("token", "micro_batch"),
     "trainer.train_sampling_strategy": ("random", "sequential", "group_by_modality_length"),
+    "trainer.lora.bias": ("none", "lora_only", "all"),
+    "trainer.lora.init": ("default", "gaussian", "orthogonal"),
     "dataset.image_mode": (None, "square", "pad"),
     "dataset.over_length": ("error", "skip", "truncate"),
     "dataset.on_bad_sample": ("error", "skip"),
@@ -59,8 +63,11 @@ def check(config: RunConfig) -> None:
     check_dataset(config)
     check_template(config.dataset.template)
     check_connector(config.model.connector)
+    check_anyres(config)
     check_paths(config)
     check_training(config)
+    for problem in (*lora_problems(config), *quantization_problems(config)):
+        raise ConfigError(problem)
     check_evaluation(config)
     check_inference(config.inference)
 
@@ -201,6 +208,30 @@ def check_connector(connector: ConnectorConfig) -> None:
             )
 
 
+def check_anyres(config: RunConfig) -> None:
+    """Grids of tiles are such, and nothing contradicts them."""
+    anyres = config.model.anyres
+    for grid in anyres.grids or []:
+        if len(grid) != 2 or min(grid) < 1:
+            raise ConfigError(f"model.anyres.grids: {list(grid)} is no grid; [rows, columns] of tiles are needed")
+    if anyres.max_tiles is not None and anyres.max_tiles < 1:
+        raise ConfigError(f"model.anyres.max_tiles={anyres.max_tiles}: at least 1 is needed, or null")
+    if not anyres.grids:
+        if anyres.max_tiles is not None or anyres.tile_several:
+            raise ConfigError("model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next")
+        return
+    if config.model.hf_name is not None:
+        raise ConfigError(
+            f"model.anyres.grids: model.hf_name={config.model.hf_name} prepares pictures in its own way; choose "
+            "model/anyres=none"
+        )
+    if config.dataset.image_mode == "pad":
+        raise ConfigError(
+            "dataset.image_mode=pad: with model.anyres, a picture is squashed to a square as a whole and its tiles are "
+            "padded with black; set dataset.image_mode=square, or model/anyres=none"
+        )
+
+
 def packaged_connectors() -> dict[str, list[str]]:
     """Type -> options of the packaged connectors. Each YAML declares all options of its class; a test holds that."""
     folder = resources.files("vlm.config").joinpath("model", "connector")
@@ -257,16 +288,14 @@ def _need_checkpoint(path: str) -> None:
 def check_training(config: RunConfig) -> None:
     """Something trains, each part that does has a learning rate, and precisions do not contradict each other."""
     trainer = config.trainer
-    training = [part for part in PARTS if value_of(config, f"trainer.unfreeze.{TRAIN_FLAGS[part]}")]
+    training = training_keys(trainer)
     if not training:
         flags = ", ".join(f"trainer.unfreeze.{flag}" for flag in TRAIN_FLAGS.values())
-        raise ConfigError(f"nothing trains: set one of {flags} to true")
-    for part in training:
+        raise ConfigError(f"nothing trains: set one of {flags} to true, or train adapters (trainer.lora)")
+    for part, reason in training.items():
         key = f"trainer.learning_rate.{part}_learning_rate"
         if (rate := value_of(config, key)) is None or rate <= 0:
-            raise ConfigError(
-                f"{key}={shown(rate)}: a positive number is needed, since trainer.unfreeze.{TRAIN_FLAGS[part]}=true"
-            )
+            raise ConfigError(f"{key}={shown(rate)}: a positive number is needed, since {reason}")
     if value_of(config, "trainer.bf16") and value_of(config, "trainer.fp16"):
         raise ConfigError("trainer.bf16=true and trainer.fp16=true: choose one")
     if not value_of(config, "trainer.average_tokens_across_devices"):

@@ -42,6 +42,8 @@ class VisualEncoderConfig:
     """Hidden state to read, counted as `hidden_states` is (-2: before the last layer); null: the encoder's output."""
     feature_strategy: str = "patch"
     """Which tokens of it: `patch`, `cls+patch`, `cls` or `full` (all, registers included)."""
+    quantization: str | None = None
+    """`8bit` or `4bit` (NF4): its matrices are stored so, and stay frozen; adapters train on them (`trainer.lora`)."""
 
 
 @dataclass
@@ -54,6 +56,8 @@ class LanguageModelConfig:
     """Branch, tag or commit on the Hub; null is the default branch."""
     trust_remote_code: bool = False
     """Whether code out of the model's repository may run."""
+    quantization: str | None = None
+    """`8bit` or `4bit` (NF4): its matrices are stored so, and stay frozen; adapters train on them (`trainer.lora`)."""
 
 
 @dataclass
@@ -69,12 +73,33 @@ class ConnectorConfig:
 
 
 @dataclass
-class ModelConfig:
-    """The three parts, and what belongs to their composition."""
+class AnyResConfig:
+    """Whether pictures are seen in tiles at high resolution (LLaVA-NeXT, LLaVA-OneVision), and in which."""
 
+    grids: list[list[int]] | None = None
+    """Allowed grids, each [rows, columns] of tiles as large as the visual encoder's pictures; the one that keeps most
+    pixels is taken. `[]`: each picture is one square; null: as the checkpoint has it, else one square."""
+    max_tiles: int | None = None
+    """A picture's tiles give at most about the tokens of so many tiles, shrunk bilinearly; null: all stay."""
+    tile_several: bool = False
+    """Whether several pictures of a sample are tiled too; else each of them is one square."""
+
+
+@dataclass
+class ModelConfig:
+    """A vision-language model as it exists on the Hub, or three parts and what belongs to their composition."""
+
+    hf_name: str | None = None
+    """Hub name or local folder of a whole vision-language model of a family in `vlm models`, in place of the parts;
+    null: the model is composed."""
+    revision: str | None = None
+    """Branch, tag or commit of `hf_name` on the Hub; null is the default branch."""
+    trust_remote_code: bool = False
+    """Whether code out of the repository of `hf_name` may run."""
     visual_encoder: VisualEncoderConfig = field(default_factory=VisualEncoderConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    anyres: AnyResConfig = field(default_factory=AnyResConfig)
     image_token: str = "<image>"
     """The placeholder token that image features replace; added to the tokenizer where it does not know it."""
     image_start_token: str | None = None
@@ -113,6 +138,37 @@ class WeightDecayConfig:
 
 
 @dataclass
+class LoraPartConfig:
+    """The adapter of one part; it trains at the part's learning rate."""
+
+    r: int | None = None
+    """Rank of its updates; null: the part has no adapter."""
+    alpha: int | None = None
+    """Updates are scaled by `alpha / r`; null: twice `r`."""
+    target_modules: list[str] | None = None
+    """How the names of its layers end (`[q_proj, v_proj]`); null: all Linear layers of the part but `lm_head`."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on parts that do not train as a whole."""
+
+    visual_encoder: LoraPartConfig = field(default_factory=LoraPartConfig)
+    connector: LoraPartConfig = field(default_factory=LoraPartConfig)
+    language_model: LoraPartConfig = field(default_factory=LoraPartConfig)
+    dropout: float = 0.0
+    """Dropout on what the adapters read."""
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(r)` instead (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train the length of each weight vector beside its direction (DoRA, arXiv:2402.09353)."""
+    bias: str = "none"
+    """Which biases train too: `none`, `lora_only` (of the layers with an adapter), `all` (of the parts with one)."""
+    init: str = "default"
+    """First weights: `default`, `gaussian` or `orthogonal`; each leaves the model's answers as they are."""
+
+
+@dataclass
 class TrainerOptions:
     """Our own keys of `trainer`; every field of `TrainingArguments` stands beside them in `TrainerConfig`."""
 
@@ -125,6 +181,7 @@ class TrainerOptions:
     unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     weight_decay: WeightDecayConfig = field(default_factory=WeightDecayConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     deepspeed: Any = None
     """A DeepSpeed configuration: `zero0` to `zero3`, the path of a JSON file, a mapping, or null for none."""
     loss_average: str = "token"

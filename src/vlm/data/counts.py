@@ -194,8 +194,7 @@ def count_one(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
     try:
         sample = source.sample(number)
         width, height = look_at_pictures(sample, decode=decode)
-        sizes = picture_sizes(sample) if source.encoder.processor.needs_sizes else ()
-        encoded = encode(source.encoder.processor, sample, sizes)
+        encoded = encode(source.encoder.processor, sample, picture_sizes(sample, source.encoder.processor))
     except BadSample as error:
         return number, *[0] * 7, error.sample_id, error.reason, error.file
     needed = needed_tokens(encoded, source.encoder.processor.image_token_id)

@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.counts import Counts, count
-from vlm.data.encode import Encoded
-from vlm.data.pictures import picture_sizes, size_of
+from vlm.data.encode import IGNORED, Encoded
+from vlm.data.pictures import picture_sizes, seen_sizes, size_of
 from vlm.data.pixels import decoded
-from vlm.data.sample import BadSample, OverLong, Sample
+from vlm.data.sample import BadSample, OverLong, Sample, Size
 from vlm.data.sources import SampleEncoder, Source, sources_of
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class SampleDataset(Dataset[Any]):
         except BadSample as error:
             return Skipped.by(error, source, record)
 
-    def encoded(self, index: int, sizes: Sequence[tuple[int, int]] = ()) -> Encoded:
+    def encoded(self, index: int, sizes: Sequence[Size] = ()) -> Encoded:
         """Ids and labels without the pictures; `sizes` where the processor needs them."""
         source, record = self.places[index].tolist()
         return self.sources[source].encoder(self.sources[source].sample(record), sizes)
@@ -158,9 +158,9 @@ class BlankPictures(Dataset[dict[str, Any]]):
         if not processor.needs_sizes:
             blanks = [blank_picture(processor)] * int(self.num_images[index])
             return model_inputs(processor, self.dataset.encoded(index), blanks)
-        sizes = picture_sizes(self.dataset.sample(index))
-        blanks = [blank_picture(processor, size) for size in sizes]
-        return model_inputs(processor, self.dataset.encoded(index, sizes), blanks)
+        sizes = picture_sizes(self.dataset.sample(index), processor)
+        blanks = [blank_picture(processor) if size is None else blank_picture(processor, size) for size in sizes]
+        return model_inputs(processor, self.dataset.encoded(index, sizes), blanks, sizes)
 
 
 def encoded_item(source: Source, sample: Sample) -> dict[str, Any]:
@@ -173,28 +173,32 @@ def encoded_item(source: Source, sample: Sample) -> dict[str, Any]:
     if not processor.needs_sizes:
         return model_inputs(processor, source.encoder(sample), decoded(sample, processor))
     pictures = decoded(sample, processor)
-    return model_inputs(processor, source.encoder(sample, [size_of(picture) for picture in pictures]), pictures)
+    sizes = seen_sizes(sample.pictures, pictures, processor)
+    return model_inputs(processor, source.encoder(sample, sizes), pictures, sizes)
 
 
-def model_inputs(processor: Any, encoded: Encoded, pictures: Sequence[Any]) -> dict[str, Any]:
+def model_inputs(
+    processor: Any, encoded: Encoded, pictures: Sequence[Any], sizes: Sequence[Size] = ()
+) -> dict[str, Any]:
     """Ids, labels, and what the model reads of the pictures, as the collator lays them out."""
-    images = processor.image_inputs(pictures)
-    tokens = processor.text_inputs(encoded.input_ids, images)
+    images = processor.image_inputs(pictures, sizes)
+    tokens = processor.text_inputs(encoded.input_ids, encoded.labels, images)
     return {"input_ids": encoded.input_ids, "labels": encoded.labels, **images, **tokens}
 
 
 def blank_picture(processor: Any, size: tuple[int, int] = (64, 64)) -> Image.Image:
     """A picture of the image processor's mean colour, so high and so wide."""
     means = processor.image_processor.image_mean or [0.5]
-    return Image.new("RGB", size[::-1], tuple(int(mean * 255) for mean in (*means, *means, *means)[:3]))
+    return Image.new("RGB", (size[1], size[0]), tuple(int(mean * 255) for mean in (*means, *means, *means)[:3]))
 
 
 def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """Ids of a blank image, and what a model reads of it."""
+    """Ids of a blank image, and what a model reads of it; the few tokens of a video's frame will do."""
     blank = blank_picture(processor)
-    ids, _ = processor.tokenize(processor.image_token, (), [size_of(blank)])
-    images = processor.image_inputs([blank])
-    return ids, images | processor.text_inputs(ids, images)
+    sizes: list[Size] = [None if processor.pools_frames else size_of(blank)]
+    ids, _ = processor.tokenize(processor.image_token, (), sizes)
+    images = processor.image_inputs([blank], sizes)
+    return ids, images | processor.text_inputs(ids, [IGNORED] * len(ids), images)
 
 
 def load_dataset(

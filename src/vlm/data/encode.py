@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from vlm.data.sample import BadSample, OverLong, Sample, Turn
+from vlm.data.sample import BadSample, OverLong, Sample, Size, Turn
 
 IGNORED = -100
 MARKS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -183,13 +183,13 @@ def reply_end(processor: Any, text: str, end: int) -> int:
     return end + blank
 
 
-def encode(processor: Any, sample: Sample, sizes: Sequence[tuple[int, int]] = ()) -> Encoded:
+def encode(processor: Any, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
     """Ids of a whole conversation, and labels: the id within replies and their ends, -100 elsewhere.
 
     Args:
         processor: decides every token.
         sample: the conversation.
-        sizes: height and width of its pictures, where the processor needs them.
+        sizes: of its pictures, where the processor needs them; see `pictures.seen_sizes`.
 
     Raises:
         BadSample: the template refuses the turns or drops a reply, or nothing would be supervised.
@@ -211,7 +211,7 @@ def encode(processor: Any, sample: Sample, sizes: Sequence[tuple[int, int]] = ()
     return Encoded(ids, labels)
 
 
-def encode_prompt(processor: Any, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
+def encode_prompt(processor: Any, turns: Sequence[Turn], sizes: Sequence[Size] = ()) -> list[int]:
     """Ids of a conversation that waits for an answer."""
     rendered = render(processor, turns, prompt=True)
     return processor.tokenize(rendered.text, rendered.spoken, sizes)[0]

@@ -1,15 +1,16 @@
 """Opening pictures: files, bytes and frames of videos, with errors that name the record and the file."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import groupby
+from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from vlm.data.sample import BadSample, Picture, Sample
+from vlm.data.sample import BadSample, Picture, Sample, Size
 from vlm.data.video import read_frames
 
 ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, RuntimeError, Image.DecompressionBombError)
@@ -36,15 +37,34 @@ def open_pictures(sample: Sample) -> list[Image.Image]:
     return opened
 
 
-def picture_sizes(sample: Sample) -> list[tuple[int, int]]:
-    """Height and width of a sample's pictures, out of their headers; frames are decoded for it.
+def picture_sizes(sample: Sample, processor: Any) -> list[Size]:
+    """What a processor needs to know of a sample's pictures to count tokens, out of their headers.
+
+    Nothing where it does not need their sizes. Frames are decoded only where theirs matter.
 
     Raises:
         BadSample: one is no picture.
     """
-    if any(picture.frame is not None for picture in sample.pictures):
-        return [size_of(picture) for picture in open_pictures(sample)]
-    return [check_picture(picture, sample.id)[::-1] for picture in sample.pictures]
+    pictures = sample.pictures
+    if not processor.needs_sizes:
+        return []
+    if not processor.pools_frames and any(picture.frame is not None for picture in pictures):
+        return seen_sizes(pictures, open_pictures(sample), processor)
+    found: list[Size] = []
+    for picture in pictures:
+        width, height = (0, 0) if picture.frame is not None else check_picture(picture, sample.id)
+        found.append(None if picture.frame is not None else (height, width))
+    return found
+
+
+def seen_sizes(pictures: Sequence[Picture], opened: Sequence[Image.Image | Tensor], processor: Any) -> list[Size]:
+    """The same of pictures that are open: height and width of each, None of frames that the processor pools."""
+    if not processor.needs_sizes:
+        return []
+    return [
+        None if processor.pools_frames and picture.frame is not None else size_of(image)
+        for picture, image in zip(pictures, opened, strict=True)
+    ]
 
 
 def open_picture(picture: Picture, sample_id: str) -> Image.Image:

@@ -11,6 +11,10 @@ VIDEO_PLACEHOLDER = "<video>"
 """What stands for a video in such text."""
 
 
+Size = tuple[int, int] | None
+"""Height and width of a picture; None for a frame of a video, where a processor takes all frames alike."""
+
+
 class BadSample(ValueError):
     """A record that cannot be used; the message says which, and why."""
 

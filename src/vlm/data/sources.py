@@ -17,7 +17,7 @@ from vlm.data.cache import cache_folder, digest_of
 from vlm.data.encode import Encoded, encode, limit, template_text
 from vlm.data.files import Records, open_records, stream_records
 from vlm.data.formats import reader_of
-from vlm.data.sample import BadSample, Part, Sample, Turn, Video
+from vlm.data.sample import BadSample, Part, Sample, Size, Turn, Video
 from vlm.data.video import frames_of
 
 
@@ -35,7 +35,7 @@ class SampleEncoder:
     longest: int
     truncate: bool
 
-    def __call__(self, sample: Sample, sizes: Sequence[tuple[int, int]] = ()) -> Encoded:
+    def __call__(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
         """Ids and labels of a sample; `sizes` of its pictures, where the processor needs them.
 
         Raises:
@@ -158,10 +158,11 @@ def processor_digest(processor: Any) -> str:
     """A name for what a processor makes of text: its tokenizer, template and settings, and the code that runs."""
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
     code = hashlib.sha256()
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(type(processor)))]
+    sides = Path(inspect.getfile(type(processor))).parent
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted(sides.glob("*process*.py")), *sides.glob("anyres.py")]
     for file in files:
         code.update(file.read_bytes())
     return digest_of(
         processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_ids(),
-        processor.image_token, versions, code.hexdigest(),
+        processor.image_token, processor.to_dict(), versions, code.hexdigest(),
     )  # fmt: skip

@@ -106,8 +106,7 @@ def open_stream(
             raise ValueError(f"{source.path}: there is no record in it")
         sample = attempt(source.read, record)
         if not isinstance(sample, BadSample):
-            sizes = picture_sizes(sample) if source.encoder.processor.needs_sizes else ()
-            encode(source.encoder.processor, sample, sizes)
+            encode(source.encoder.processor, sample, picture_sizes(sample, source.encoder.processor))
     return stream
 
 

@@ -12,6 +12,10 @@ CROSS_ATTENTION = "{cross_attention_layers}"
 """In a prefix: each of the layers that the language model's configuration lists under that name."""
 
 
+PAST_SELECTED = "{past_selected}"
+"""In a prefix: each of the visual encoder's layers past the one that is read."""
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of vision-language model.
@@ -22,15 +26,17 @@ class Family:
         unread: prefixes of parameters that no answer about a picture depends on.
         rows: inputs with one row for each sample, whatever number of images it has; the others have one for each
             image, or for each of its patches.
+        tokens: inputs with one value for each token, besides ids and mask.
         videos: whether it knows videos as such.
         multi_image: whether a sample may have several images.
-        template: the packaged chat template where its processor brings none.
+        template: the chat template where its processor brings none.
     """
 
     name: str
     parts: dict[str, tuple[str, ...]]
     unread: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     videos: bool = False
     multi_image: bool = True
     template: str | None = None
@@ -62,19 +68,36 @@ QWEN = {
     "language_model": ("model.language_model.", "lm_head."),
 }
 
+PALIGEMMA = """\
+{%- if messages | length > 2 -%}
+    {{- raise_exception('PaliGemma knows one question and one answer') -}}
+{%- endif -%}
+{%- for item in messages[0]['content'] if item['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+{{- bos_token -}}
+{%- for item in messages[0]['content'] if item['type'] == 'text' -%}{{- item['text'] | trim -}}{%- endfor -%}
+{{- '\\n' -}}
+{%- for message in messages[1:] -%}
+    {%- for item in message['content'] -%}{{- item['text'] -}}{%- endfor -%}
+    {{- eos_token -}}
+{%- endfor -%}
+"""
+"""PaliGemma's own layout (Beyer et al. 2024, arXiv:2407.07726, section 3.2): images, prefix, line break, suffix."""
+
+PAST_LLAVAS_LAYER = (f"model.vision_tower.encoder.layers.{PAST_SELECTED}.", "model.vision_tower.post_layernorm.")
+
 FAMILIES: dict[str, Family] = {
-    "llava": Family("LLaVA-1.5, LLaVA-Interleave", LLAVA),
-    "llava_next": Family("LLaVA-NeXT (1.6)", LLAVA),
-    "llava_next_video": Family("LLaVA-NeXT-Video", LLAVA, videos=True),
-    "llava_onevision": Family("LLaVA-OneVision", LLAVA, videos=True),
-    "qwen2_vl": Family("Qwen2-VL", QWEN, videos=True),
-    "qwen2_5_vl": Family("Qwen2.5-VL", QWEN, videos=True),
-    "qwen3_vl": Family("Qwen3-VL", QWEN, videos=True),
+    "llava": Family("LLaVA-1.5, LLaVA-Interleave", LLAVA, unread=PAST_LLAVAS_LAYER),
+    "llava_next": Family("LLaVA-NeXT (1.6)", LLAVA, unread=PAST_LLAVAS_LAYER),
+    "llava_next_video": Family("LLaVA-NeXT-Video", LLAVA, unread=PAST_LLAVAS_LAYER, videos=True),
+    "llava_onevision": Family("LLaVA-OneVision", LLAVA, unread=PAST_LLAVAS_LAYER, videos=True),
+    "qwen2_vl": Family("Qwen2-VL", QWEN, tokens=("mm_token_type_ids",), videos=True),
+    "qwen2_5_vl": Family("Qwen2.5-VL", QWEN, tokens=("mm_token_type_ids",), videos=True),
+    "qwen3_vl": Family("Qwen3-VL", QWEN, tokens=("mm_token_type_ids",), videos=True),
     "idefics3": Family("Idefics3", IDEFICS, rows=("pixel_values", "pixel_attention_mask")),
     "smolvlm": Family("SmolVLM", IDEFICS, rows=("pixel_values", "pixel_attention_mask"), videos=True),
     "internvl": Family("InternVL", LLAVA, videos=True),
-    "paligemma": Family("PaliGemma", LLAVA, template="paligemma"),
-    "gemma3": Family("Gemma 3", LLAVA, unread=("model.vision_tower.head.",)),
+    "paligemma": Family("PaliGemma", LLAVA, tokens=("token_type_ids",), template=PALIGEMMA),
+    "gemma3": Family("Gemma 3", LLAVA, tokens=("token_type_ids",), unread=("model.vision_tower.head.",)),
     "mllama": Family(
         "Llama 3.2 Vision",
         {
@@ -82,7 +105,8 @@ FAMILIES: dict[str, Family] = {
             "connector": ("model.multi_modal_projector.", f"model.language_model.layers.{CROSS_ATTENTION}."),
             "language_model": ("model.language_model.", "lm_head."),
         },
-        rows=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"),
+        rows=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
+        tokens=("cross_attention_mask",),
     ),
     "phi4_multimodal": Family(
         "Phi-4-multimodal",
@@ -94,7 +118,12 @@ FAMILIES: dict[str, Family] = {
             ),
             "language_model": ("model.", "lm_head."),
         },
-        unread=("model.embed_tokens_extend.audio_embed.",),
+        unread=(
+            "model.embed_tokens_extend.audio_embed.",
+            f"model.embed_tokens_extend.image_embed.img_processor.encoder.layers.{PAST_SELECTED}.",
+            "model.embed_tokens_extend.image_embed.img_processor.post_layernorm.",
+            "model.embed_tokens_extend.image_embed.img_processor.head.",
+        ),
     ),
 }
 """`model_type` of `config.json` -> family."""
@@ -139,8 +168,9 @@ def part_names(config: Any) -> PartNames:
     prefixes = {
         filled: part for part, given in family.parts.items() for prefix in given for filled in _filled(prefix, config)
     }
-    unread = tuple(f"visual_encoder.{name}" for name in config.unread_parameters) if composed else family.unread
-    return PartNames(prefixes, unread)
+    if composed:
+        return PartNames(prefixes, tuple(f"visual_encoder.{name}" for name in config.unread_parameters))
+    return PartNames(prefixes, tuple(filled for prefix in family.unread for filled in _filled(prefix, config)))
 
 
 def family_of(model_type: str) -> Family:
@@ -155,8 +185,19 @@ def family_of(model_type: str) -> Family:
 
 
 def _filled(prefix: str, config: Any) -> Iterator[str]:
-    if CROSS_ATTENTION not in prefix:
+    if CROSS_ATTENTION in prefix:
+        layers = config.get_text_config().cross_attention_layers
+        yield from (prefix.replace(CROSS_ATTENTION, str(layer)) for layer in layers)
+    elif PAST_SELECTED in prefix:
+        yield from (prefix.replace(PAST_SELECTED, str(layer)) for layer in _past_selected(config))
+    else:
         yield prefix
-        return
-    for layer in config.get_text_config().cross_attention_layers:
-        yield prefix.replace(CROSS_ATTENTION, str(layer))
+
+
+def _past_selected(config: Any) -> range:
+    """The visual encoder's layers past the hidden state that is read, of which state 0 is before the first."""
+    count = config.vision_config.num_hidden_layers
+    phi = config.model_type == "phi4_multimodal"
+    read = config.vision_config.feature_layer if phi else config.vision_feature_layer
+    highest = max(state % (count + 1) for state in ([read] if isinstance(read, int) else read))
+    return range(highest, count)

@@ -11,52 +11,76 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from vlm.adapters.folder import is_on_base
+from vlm.adapters.folder import load as load_on_base
 from vlm.config.schema import InferenceConfig
 from vlm.data.collate import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encode import IGNORED, Encoded, encode_prompt, render, reply_end
-from vlm.data.pictures import open_picture, size_of
+from vlm.data.pictures import open_picture, seen_sizes
 from vlm.data.sample import PLACEHOLDER, BadSample, Picture, Turn
-from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
+from vlm.families.loading import auto_class, load_family_config
+from vlm.families.processing import FamilyProcessor
+from vlm.families.table import family_of
+from vlm.models import VLMConfig
 from vlm.models.connectors import CONNECTORS
+from vlm.quantization import bits_of_whole
 
 
 class VisionLanguageModel:
     """A model with its processor, ready to answer.
 
     Args:
-        model: the model.
-        processor: its processor.
+        model: the model, composed or of a family.
+        processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
     """
 
-    def __init__(self, model: VLMForConditionalGeneration, processor: VLMProcessor):
+    def __init__(self, model: Any, processor: Any):
         self.model = model
         self.processor = processor
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
-    ) -> "VisionLanguageModel":
+        cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
+        base: Sequence[str] = (), trust_remote_code: bool = False,
+    ) -> "VisionLanguageModel":  # fmt: skip
         """Load a checkpoint of this framework, from a folder or the Hub.
 
         Args:
             checkpoint: a run's `final` folder, or a Hub name.
             device: `cuda`, `cpu` …; None: a GPU where there is one.
             dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+            quantization: `8bit` or `4bit` for the language model; it is then placed where bitsandbytes puts it.
+            base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
             trust_remote_code: let code out of the checkpoint run; only needed where a part is a class of its author's.
 
         Raises:
             ValueError: it is no checkpoint of this framework.
         """
         config = checkpoint_config(checkpoint)
-        if trust_remote_code:
+        kind: Any = AutoModelForImageTextToText if isinstance(config, VLMConfig) else auto_class(config)
+        if trust_remote_code and isinstance(config, VLMConfig):
             add_travelled_connector(config, str(checkpoint))
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        kinds = {} if quantization is None else {"language_model": quantization}
+        if is_on_base(checkpoint):
+            model: Any = load_on_base(
+                checkpoint, moved=base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), quantization=kinds,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        elif base:
+            raise ValueError(f"base={base[0]}: {checkpoint} is complete, it needs none")
+        else:
+            bits = bits_of_whole(config, kinds)
+            model = kind.from_pretrained(
+                checkpoint, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=bits
+            )
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        if not isinstance(config, VLMConfig):
+            processor = FamilyProcessor(processor, family_of(config.model_type))
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(place).eval(), processor)
+        if kinds and device is not None and torch.device(device).type != model.device.type:
+            raise ValueError(f"device={device}: quantised weights lie on {model.device.type} already")
+        return cls(model.eval() if kinds else model.to(place).eval(), processor)
 
     def generate(
         self,
@@ -136,10 +160,12 @@ class VisionLanguageModel:
         """Model inputs of conversations that wait for a reply, padded on the left."""
         rows = []
         for turns, pictures in zip(conversations, images, strict=True):
-            ids = encode_prompt(self.processor, turns, [size_of(picture) for picture in pictures])
+            shown = [part for turn in turns for part in turn.content if isinstance(part, Picture)]
+            sizes = seen_sizes(shown, pictures, self.processor)
+            ids = encode_prompt(self.processor, turns, sizes)
             if not ids:
                 raise ValueError("the model's template leaves nothing of this prompt (plain keeps pictures only)")
-            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORED] * len(ids)), pictures))
+            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORED] * len(ids)), pictures, sizes))
         inputs = Collator.of(self.processor, left=True)(rows)
         del inputs["labels"]
         if "pixel_values" in inputs:
@@ -172,8 +198,8 @@ class VisionLanguageModel:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def checkpoint_config(checkpoint: str | Path) -> VLMConfig:
-    """The configuration of a checkpoint of this framework.
+def checkpoint_config(checkpoint: str | Path) -> Any:
+    """The configuration of a checkpoint, of a composed model or of a family's.
 
     Raises:
         ValueError: it is none, or there is no such folder.
@@ -185,9 +211,7 @@ def checkpoint_config(checkpoint: str | Path) -> VLMConfig:
         if len(folder.parts) != 2 or str(checkpoint).startswith((".", "/", "~")):
             raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
     config = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(config, VLMConfig):
-        raise ValueError(f"{checkpoint} is a {config.model_type} checkpoint, not one of this framework")
-    return config
+    return config if isinstance(config, VLMConfig) else load_family_config(str(checkpoint), "checkpoint")
 
 
 def add_travelled_connector(config: VLMConfig, checkpoint: str) -> None:

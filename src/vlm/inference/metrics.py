@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vlm.data.collate import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encode import IGNORED, encode
-from vlm.data.pictures import open_pictures, size_of
+from vlm.data.pictures import open_pictures, seen_sizes
 from vlm.data.sample import Sample, Turn
 
 
@@ -49,9 +49,9 @@ def caption_retrieval(
     for sample, own in zip(tqdm(samples, "caption retrieval"), texts, strict=True):
         others = draw.sample(sorted({text for text in texts if text != own}), ways - 1)
         pictures = open_pictures(sample)
-        sizes = [size_of(picture) for picture in pictures]
+        sizes = seen_sizes(sample.pictures, pictures, processor)
         encoded = [encode(processor, with_reply(sample, text), sizes) for text in [own, *others]]
-        batch = collate([model_inputs(processor, one, pictures) for one in encoded])
+        batch = collate([model_inputs(processor, one, pictures, sizes) for one in encoded])
         batch["pixel_values"] = processor.normalise(batch["pixel_values"])
         inputs = {name: value.to(model.device) for name, value in batch.items()}
         sums, counts = row_losses(model(**inputs).logits, inputs["labels"])

@@ -3,13 +3,14 @@
 Hub code: imports torch, transformers and its siblings only.
 
 Shapes: B rows, T tokens a row, I images in the batch, P features an image, N tokens an image, V vision width,
-D text width, S supervised positions.
+D text width, S supervised positions. With `config.anyres`, I are the views of all images (see `anyres.py`).
 """
 
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,10 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import ModelOutput
 
+from .anyres import AnyRes, ImageNewline, misfit
 from .configuration_vlm import VLMConfig
 from .connectors import CONNECTORS, connector_class, connector_options
+from .encoders import Encoders, as_one_part, read_features
 
 IGNORED = -100
 """The label of a position that is not supervised."""
@@ -49,7 +52,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Args:
         config: the composition.
-        visual_encoder: a loaded encoder; None builds one from `config.vision_config`.
+        visual_encoder: a loaded encoder, or several; None builds what the configuration describes.
         language_model: a loaded causal language model; None builds one from `config.text_config`.
     """
 
@@ -68,18 +71,23 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         config: VLMConfig,
-        visual_encoder: PreTrainedModel | None = None,
+        visual_encoder: PreTrainedModel | Encoders | None = None,
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
         kind, options = config.connector["type"], config.connector["options"]
         if kind not in CONNECTORS and type(self).__module__.startswith("transformers_modules."):
             CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], str(config.name_or_path))
-        self.visual_encoder = visual_encoder or AutoModel.from_config(config.vision_config)
+        self.visual_encoder = visual_encoder or as_one_part(
+            [AutoModel.from_config(getattr(config, name)) for name in config.encoder_names]
+        )
         self.connector = connector_class(kind)(
             config.vision_dim, config.text_config.hidden_size, **connector_options(kind, options)
         )
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.image_newline = None
+        if config.anyres is not None:
+            self.image_newline = ImageNewline(AnyRes(**config.anyres), config.text_config.hidden_size)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,39 +123,31 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> Tensor:
-        """Encode images and map them: `(I, 3, height, width) -> (I, N, D)`.
+        """Encode images and map them: `(I, 3 * encoders, height, width) -> (I, N, D)`.
 
-        A frozen encoder runs without a gradient graph; only the selected hidden state is kept.
+        A frozen encoder runs without a gradient graph; only the selected hidden states are kept.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.visual_encoder)):
             features = self._encode(pixel_values.to(self.visual_encoder.dtype))  # (I, P, V)
         return self.connector(features.to(_dtype(self.connector, features)))
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
-        """The selected tokens of the selected hidden state: `(I, 3, height, width) -> (I, P, V)`."""
-        config = self.config
-        if config.feature_layer is None:
-            features = self.visual_encoder(pixel_values, return_dict=True).last_hidden_state
-        else:
-            layer = config.feature_layer
-            states = self.visual_encoder(pixel_values, output_hidden_states=[layer], return_dict=True).hidden_states
-            kept = [state for state in states if state is not None]  # an encoder may keep only what was asked for
-            features = kept[0] if len(kept) == 1 else states[layer]
-        if features.ndim == 4:
-            features = features.flatten(2).transpose(1, 2)  # (I, V, rows, columns) -> (I, rows * columns, V)
-        prefix = config.num_prefix_tokens
-        match config.feature_strategy:
-            case "patch":
-                return features[:, prefix:]
-            case "cls":
-                return features[:, :1]
-            case "cls+patch":
-                return torch.cat([features[:, :1], features[:, prefix:]], dim=1)
-            case _:
-                return features
+        """The features that are read, of all encoders by channel: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
+        several = isinstance(self.visual_encoder, Encoders)
+        encoders = self.visual_encoder.encoders if several else [self.visual_encoder]
+        seen = zip(encoders, pixel_values.chunk(len(encoders), dim=1), self.config.readings, strict=True)
+        return torch.cat([read_features(encoder, pixels, **reading) for encoder, pixels, reading in seen], dim=2)
 
-    def merge_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def merge_images(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_sizes: Tensor | None = None,
+        image_views: Tensor | None = None,
+    ) -> Tensor:
         """Text embeddings with image features at the placeholders: `(B, T), (I, 3, h, w) -> (B, T, D)`.
+
+        `image_sizes` and `image_views` as `forward` takes them.
 
         Raises:
             ValueError: the placeholders are not as many as the images have features; says for which rows. Or pixels
@@ -160,6 +160,10 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"pixel_values are {pixel_values.dtype}: processor.normalise(pixels) is missing")
         placeholders = input_ids == self.config.image_token_id  # (B, T)
         features = self.get_image_features(pixel_values).to(embeddings.dtype)  # (I, N, D)
+        if self.image_newline is not None:
+            return embeddings.masked_scatter(
+                placeholders.unsqueeze(-1), self._lay_out(features, placeholders, image_sizes, image_views)
+            )
         images, tokens = features.shape[:2]
         if not torch.compiler.is_compiling() and int(placeholders.sum()) != images * tokens:
             counts = {row: count for row, count in enumerate(placeholders.sum(1).tolist()) if count}
@@ -169,6 +173,28 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "Prepare the inputs with this model's own processor."
             )
         return embeddings.masked_scatter(placeholders.unsqueeze(-1), features)
+
+    def _lay_out(self, views: Tensor, placeholders: Tensor, image_sizes: Any, image_views: Any) -> Tensor:
+        """The tokens of all images out of those of their views: `(I, N, D), (B, T) -> (tokens, D)`.
+
+        Raises:
+            ValueError: as `merge_images` does.
+        """
+        assert self.image_newline is not None
+        if image_sizes is None or image_views is None:
+            raise ValueError("image_sizes and image_views are missing: this model sees images in tiles (config.anyres)")
+        sizes, numbers = [tuple(size) for size in image_sizes.tolist()], image_views.tolist()
+        if (seen := sum(max(number, 1) for number in numbers)) != len(views):
+            raise ValueError(f"image_views={numbers} are {seen} views, but pixel_values hold {len(views)}")
+        tokens = [self.image_newline.anyres.num_tokens(*image) for image in zip(sizes, numbers, strict=True)]
+        rows = placeholders.sum(1).tolist()
+        if (row := misfit(rows, tokens)) is not None:
+            raise ValueError(
+                f"images of {tokens} tokens need as many placeholders (id {self.config.image_token_id}), image by "
+                f"image; row {row} does not fit: row -> count {dict(enumerate(rows))}. Prepare the inputs with this "
+                "model's own processor."
+            )
+        return self.image_newline(views, sizes, numbers)
 
     def forward(
         self,
@@ -181,13 +207,16 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        image_sizes: Tensor | None = None,
+        image_views: Tensor | None = None,
         **kwargs,
     ) -> VLMOutput:
         """One pass of the model.
 
         Args:
             input_ids: `(B, T)`, with `N` placeholders for each image, in the order of `pixel_values`.
-            pixel_values: `(I, 3, height, width)`, the images of all rows one after the other.
+            pixel_values: `(I, 3 * encoders, height, width)`, the images of all rows one after the other; each as the
+                first encoder reads it, then as the second does, by channel.
             attention_mask: `(B, T)`, 0 at padding.
             position_ids: `(B, T)`.
             past_key_values: the cache of earlier tokens.
@@ -196,13 +225,15 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 supervised positions alone.
             logits_to_keep: without `labels`, as the language model takes it.
             num_items_in_batch: what the summed loss is divided by; None: the supervised positions of this batch.
+            image_sizes: with `config.anyres`, `(images, 2)`: height and width of each image in pixels.
+            image_views: with `config.anyres`, `(images,)`: views of each image, as `AnyRes.num_views` counts them.
             kwargs: for the language model, such as `use_cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.merge_images(input_ids, pixel_values)
+            inputs_embeds = self.merge_images(input_ids, pixel_values, image_sizes, image_views)
         targets = None
         if labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # (B, T): what each position predicts
@@ -233,21 +264,26 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns what it returns for token inputs: the prompts' ids followed by the answers'.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        layout = kwargs.pop("image_sizes", None), kwargs.pop("image_views", None)
         if pixel_values is not None:
-            kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values)
+            kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values, *layout)
         return super().generate(input_ids=input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As usual; the file of a connector class of the user's own travels with the hub code."""
+        self.save_connector_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_connector_code(self, save_directory) -> None:
+        """Copy the file of a connector class of the user's own, if it is one, and note it in the configuration."""
         source = sys.modules[type(self.connector).__module__].__file__
-        if type(self.connector).__module__ != connector_class.__module__ and source is not None:
+        if ":" in self.config.connector["type"] and source is not None:  # package.module:Class, not a name of the table
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
             copy = folder / "user_connector.py"
             if copy.resolve() != Path(source).resolve():
                 shutil.copyfile(source, copy)
             self.config.auto_map["Connector"] = f"{copy.stem}.{type(self.connector).__name__}"
-        super().save_pretrained(save_directory, **kwargs)
 
 
 def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:

@@ -6,15 +6,15 @@ evaluation and other people's programs all read the same ids.
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise, repeat
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image
+
+from .anyres import AnyRes, Size
+from .pixels import as_pictures, as_rgb, as_tensor, image_processor_of, is_plain, normalised, raw_of, views_of
 
 IMAGE_MODES = ("square", "pad")
 FROZEN_DATE = "26 Jul 2024"
@@ -24,10 +24,10 @@ FROZEN_CLOCK = f"{{% macro strftime_now(format) %}}{FROZEN_DATE}{{% endmacro +%}
 
 
 class VLMProcessor(ProcessorMixin):
-    """Tokenizer and image processor of a composed model.
+    """Tokenizer and image processors of a composed model.
 
     Args:
-        image_processor: the visual encoder's.
+        image_processor: the visual encoder's; of several, the first one's.
         tokenizer: the language model's; a fast one, since supervision is found by character offsets.
         chat_template: the Jinja template of conversations.
         image_token: the placeholder; `<image>` in a rendered conversation.
@@ -35,7 +35,9 @@ class VLMProcessor(ProcessorMixin):
         image_end: a token after each image, or None.
         tokens_per_image: placeholders that one image takes; the model's own count.
         own_template: the language model's own template, kept for a stage that wants it after one that did not.
+        anyres: the fields of `anyres.AnyRes`, where pictures are seen in tiles; None: each is one square.
         image_mode: `square` (as the image processor does it) or `pad` (to a square in its mean colour first).
+        beside: the image processors of further visual encoders, or what their `to_dict` gave.
     """
 
     _auto_class = "AutoProcessor"
@@ -43,8 +45,6 @@ class VLMProcessor(ProcessorMixin):
     """Inputs of images that have one row for each sample: none, all have one for each image."""
     token_inputs = ()
     """Inputs with one value for each token, besides ids and mask: none."""
-    needs_sizes = False
-    """Whether an image's tokens depend on how large it is."""
 
     def __init__(
         self,
@@ -57,6 +57,8 @@ class VLMProcessor(ProcessorMixin):
         tokens_per_image: int = 1,
         image_mode: str = "square",
         own_template: str | None = None,
+        anyres: dict[str, Any] | None = None,
+        beside: Sequence[Any] = (),
         **kwargs: Any,
     ):
         if image_mode not in IMAGE_MODES:
@@ -70,20 +72,50 @@ class VLMProcessor(ProcessorMixin):
         self.tokens_per_image = tokens_per_image
         self.image_mode = image_mode
         self.own_template = own_template
+        self.anyres = anyres
+        self.beside = [image_processor_of(one) for one in beside]
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = re.compile(
             "|".join(map(re.escape, sorted(special | {image_token}, key=len, reverse=True)))
         )
 
-    def image_ids(self) -> list[int]:
-        """The ids that one image takes in a conversation, its start and end token included."""
+    @property
+    def image_processors(self) -> list[Any]:
+        """Of all visual encoders, in the order of their channels."""
+        return [self.image_processor, *self.beside]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As usual, with the image processors of further encoders."""
+        return {**super().to_dict(), "beside": [one.to_dict() for one in self.beside]}
+
+    @property
+    def tiling(self) -> AnyRes | None:
+        """How pictures are seen in tiles; None: each is one square."""
+        return None if self.anyres is None else AnyRes(**self.anyres)
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether an image's tokens depend on how large it is."""
+        return self.anyres is not None
+
+    @property
+    def pools_frames(self) -> bool:
+        """Whether frames of videos are seen as other pictures are not; their sizes are then None."""
+        return self.anyres is not None
+
+    def image_ids(self, num_tokens: int | None = None) -> list[int]:
+        """The ids that one image takes in a conversation, its start and end token included.
+
+        Args:
+            num_tokens: placeholders; None: those of one view.
+        """
         around: list[Any] = [[token] if token else [] for token in (self.image_start, self.image_end)]
         start, end = map(self.tokenizer.convert_tokens_to_ids, around)
-        return start + [self.image_token_id] * self.tokens_per_image + end
+        return start + [self.image_token_id] * (self.tokens_per_image if num_tokens is None else num_tokens) + end
 
     def tokenize(
-        self, text: str, spoken: Sequence[tuple[int, int]] = (), sizes: Sequence[tuple[int, int]] = ()
+        self, text: str, spoken: Sequence[tuple[int, int]] = (), sizes: Sequence[Size | None] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered conversation, and the character span that each came from.
 
@@ -93,14 +125,26 @@ class VLMProcessor(ProcessorMixin):
         Args:
             text: a rendered conversation; each `image_token` outside `spoken` stands for one image.
             spoken: character spans that people wrote, in order.
-            sizes: height and width of each image, in order; only looked at where `needs_sizes`.
+            sizes: height and width of each image, in order, None for a frame of a video; only looked at where
+                `needs_sizes`.
+
+        Raises:
+            ValueError: the text has more or fewer image tokens than there are sizes, where `needs_sizes`.
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        for start, end, goes_on in self._pieces(text, spoken):
+        pieces = self._pieces(text, spoken)
+        if (tiling := self.tiling) is not None:
+            wanted = sum(text[start:end] == self.image_token for start, end, _ in pieces)
+            if wanted != len(sizes):
+                raise ValueError(f"{len(sizes)} sizes of images given, but the text has {wanted} {self.image_token}")
+            counts = iter(tiling.image_tokens(sizes))
+        else:
+            counts = repeat(self.tokens_per_image)
+        for start, end, goes_on in pieces:
             piece = text[start:end]
             if piece == self.image_token:
-                new = self.image_ids()
+                new = self.image_ids(next(counts))
                 ids += new
                 spans += [(start, end)] * len(new)
             else:
@@ -125,58 +169,67 @@ class VLMProcessor(ProcessorMixin):
         pairs = pairwise([*starts, (len(text), False)])
         return [(start, end, goes_on) for (start, goes_on), (end, _) in pairs if start < end]
 
-    def image_inputs(self, images: Sequence[Image.Image | torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the model reads of a sample's images, before `normalise`; nothing where it has none."""
-        return {"pixel_values": self.raw_pixels(images)} if images else {}
+    def image_inputs(
+        self, images: Sequence[Image.Image | torch.Tensor], sizes: Sequence[Size | None] = ()
+    ) -> dict[str, torch.Tensor]:
+        """What the model reads of a sample's images, before `normalise`; nothing where it has none.
 
-    def text_inputs(self, ids: Sequence[int], images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        Args:
+            images: Pillow's, or, where `reads_tensors`, whole numbers `(3, height, width)`.
+            sizes: None for each that is a frame of a video, as in `tokenize`; where nothing is given, none is.
+        """
+        if not images:
+            return {}
+        if (tiling := self.tiling) is None:
+            return {"pixel_values": self.raw_pixels(images)}
+        pictures = [image if isinstance(image, torch.Tensor) else as_tensor(as_rgb(image)) for image in images]
+        own: list[Size] = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+        frames = [size is None for size in sizes] or [False] * len(images)
+        views = tiling.num_views([None if frame else size for frame, size in zip(frames, own, strict=True)])
+        pixels = [
+            torch.cat([views_of(steps, tiling, picture, number) for steps in self.image_processors], dim=1)
+            for picture, number in zip(pictures, views, strict=True)
+        ]
+        return {
+            "pixel_values": torch.cat(pixels),
+            "image_sizes": torch.tensor(own),
+            "image_views": torch.tensor(views),
+        }
+
+    def text_inputs(
+        self, ids: Sequence[int], labels: Sequence[int], images: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """What the model reads for each token besides its id; see `token_inputs`."""
         return {}
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pixels as the visual encoder reads them: `(images, 3, height, width)`."""
+        """Pixels as the visual encoders read them: `(images, 3 * encoders, height, width)`."""
         return self.normalise(self.raw_pixels(images))
 
     @property
     def reads_tensors(self) -> bool:
         """Whether `raw_pixels` takes decoded pictures as tensors too."""
-        return is_plain(self.image_processor)
+        return all(map(is_plain, self.image_processors))
 
     def raw_pixels(self, images: Sequence[Image.Image | torch.Tensor]) -> torch.Tensor:
-        """Pixels before `normalise`, as data workers hand them on: `(images, 3, height, width)`.
+        """Pixels before `normalise`, as data workers hand them on: `(images, 3 * encoders, height, width)`.
 
-        Whole numbers from 0 to 255 where all that the image processor has left to do is to rescale and normalise: a
+        Whole numbers from 0 to 255 where all that the image processors have left to do is to rescale and normalise: a
         quarter of the bytes. Else they are what `normalise` returns.
 
         Args:
             images: Pillow's, or, where `reads_tensors`, whole numbers `(3, height, width)`.
         """
         pictures = [image if isinstance(image, torch.Tensor) else as_rgb(image) for image in images]
-        if self.image_mode == "pad":
-            colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
-            pictures = [pad_to_square(picture, colour) for picture in pictures]
-        if not is_plain(self.image_processor):
-            return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        return torch.stack([self._resized(picture) for picture in pictures])
-
-    def _resized(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
-        """The image processor's own resizing and cropping, without what its call does around them."""
-        steps = self.image_processor
-        # (3, height, width), but pixel by pixel in memory, as Pillow has it: torchvision resizes that fastest.
-        pixels = picture if isinstance(picture, torch.Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        if steps.do_resize:
-            pixels = steps.resize(pixels, steps.size, resample=steps.resample)
-        if steps.do_center_crop:
-            pixels = steps.center_crop(pixels, steps.crop_size)
-        return pixels
+        seen = [raw_of(steps, pictures, self.image_mode) for steps in self.image_processors]
+        if not self.reads_tensors:
+            seen = [normalised(steps, pixels) for steps, pixels in zip(self.image_processors, seen, strict=True)]
+        return torch.cat(seen, dim=1)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What `raw_pixels` gave as the visual encoder reads it, on the device where it is."""
-        if pixels.dtype != torch.uint8:
-            return pixels
-        steps = self.image_processor
-        mean, std = tuple(steps.image_mean), tuple(steps.image_std)
-        return steps.rescale_and_normalize(pixels, True, steps.rescale_factor, True, mean, std)
+        """What `raw_pixels` gave as the visual encoders read it, on the device where it is."""
+        seen = pixels.chunk(len(self.image_processors), dim=1)
+        return torch.cat([normalised(*one) for one in zip(self.image_processors, seen, strict=True)], dim=1)
 
     def __call__(
         self,
@@ -190,21 +243,27 @@ class VLMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` of shape `(texts, tokens)`, padded on the left for generation, and
-            `pixel_values` of shape `(images, 3, height, width)`.
+            `pixel_values` of shape `(images, 3 * encoders, height, width)`. Where pictures are seen in tiles, `pixel_values` are
+            the views of all of them, and `image_sizes` and `image_views` say whose they are; the pictures of one text
+            are a sample, and without text each is one by itself.
 
         Raises:
             ValueError: the texts have more or fewer image tokens than there are images.
         """
-        data: dict[str, Any] = {}
-        pictures = [] if images is None else as_pictures(images)
-        if pictures:
-            data["pixel_values"] = self.pixel_values(pictures)
-        if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            wanted = sum(one.count(self.image_token) for one in texts)
-            if wanted != len(pictures):
-                raise ValueError(f"{len(pictures)} images given, but the text has {wanted} {self.image_token}")
-            encoded = [{"input_ids": self.tokenize(one)[0]} for one in texts]
+        pictures = [as_rgb(picture) for picture in ([] if images is None else as_pictures(images))]
+        texts = None if text is None else [text] if isinstance(text, str) else list(text)
+        slots = [1] * len(pictures) if texts is None else [one.count(self.image_token) for one in texts]
+        if sum(slots) != len(pictures):
+            raise ValueError(f"{len(pictures)} images given, but the text has {sum(slots)} {self.image_token}")
+        waiting = iter(pictures)
+        samples = [list(islice(waiting, number)) for number in slots]
+        inputs = [self.image_inputs(sample) for sample in samples if sample]
+        data: dict[str, Any] = {name: torch.cat([one[name] for one in inputs]) for name in (inputs or [{}])[0]}
+        if inputs:
+            data["pixel_values"] = self.normalise(data["pixel_values"])
+        if texts is not None:
+            sizes = [[(picture.height, picture.width) for picture in sample] for sample in samples]
+            encoded = [{"input_ids": self.tokenize(one, (), seen)[0]} for one, seen in zip(texts, sizes, strict=True)]
             data |= self.tokenizer.pad(encoded, padding_side=padding_side, return_tensors=return_tensors)
         return BatchFeature(data)
 
@@ -239,7 +298,8 @@ class VLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """What `__call__` returns."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        names = ["input_ids", "attention_mask", "pixel_values"]
+        return names if self.anyres is None else [*names, "image_sizes", "image_views"]
 
 
 def images_of(conversation: Sequence[dict[str, Any]]) -> list[Any]:
@@ -247,48 +307,3 @@ def images_of(conversation: Sequence[dict[str, Any]]) -> list[Any]:
     items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
     keys = ("image", "path", "url", "base64")
     return [next(item[key] for key in keys if key in item) for item in items if item["type"] == "image"]
-
-
-def is_plain(image_processor: Any) -> bool:
-    """Whether an image processor resizes, crops, rescales and normalises, and does nothing else."""
-    kind = type(image_processor)
-    inherited = getattr(kind, "_preprocess", None), getattr(kind, "preprocess", None)
-    modules = {getattr(method, "__module__", "").rpartition(".")[2] for method in inherited}
-    return (
-        modules <= {"image_processing_backends", "image_processing_utils"}
-        and not getattr(image_processor, "do_pad", None)
-        and bool(image_processor.do_rescale and image_processor.do_normalize)
-    )
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture upright and in RGB; of 16 bits a channel, the upper 8 are kept, which Pillow would cut off at 255."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    return image.convert("RGB")
-
-
-def pad_to_square(image: Any, colour: tuple[int, ...]) -> Any:
-    """The image, Pillow's or a tensor, in the middle of a square of its longer side, as LLaVA-1.5 prepares it."""
-    if isinstance(image, torch.Tensor):
-        _, height, width = image.shape
-        side = max(height, width)
-        padded = image.new_tensor(colour).repeat(side, side, 1).permute(2, 0, 1)  # (3, side, side), pixel by pixel
-        top, left = (side - height) // 2, (side - width) // 2
-        padded[:, top : top + height, left : left + width] = image
-        return padded
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def as_pictures(images: Any) -> list[Image.Image]:
-    """Pictures as Pillow's: out of one, or lists, of paths, addresses, base64 texts, arrays and Pillow's own."""
-    if isinstance(images, (list, tuple)):
-        return [picture for image in images for picture in as_pictures(image)]
-    return [load_image(images) if isinstance(images, str) else to_pil_image(images)]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from vlm.config.schema import PARTS, PASSED_THROUGH, TrainerOptions
 from vlm.data.sampling import GROUPED
-from vlm.train.parts import trains
+from vlm.train.parts import learns
 
 
 def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
@@ -27,7 +27,7 @@ def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
         _be_the_only_rank_if_unlaunched()
-    rates = [getattr(trainer.learning_rate, f"{part}_learning_rate") for part in PARTS if trains(trainer, part)]
+    rates = [getattr(trainer.learning_rate, f"{part}_learning_rate") for part in PARTS if learns(trainer, part)]
     try:
         arguments = TrainingArguments(
             output_dir="outputs", deepspeed=settings, learning_rate=max(rates), weight_decay=0.0, **values

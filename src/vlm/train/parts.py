@@ -8,6 +8,7 @@ from torch import nn
 
 from vlm.config.schema import PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
 from vlm.families.table import part_names
+from vlm.train.lora import trains_with_adapter
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Part:
         name: its name.
         source: where it comes from: its Hub name or folder, a connector's name.
         parameters: its parameters, by their full names in the model.
-        trains: whether they train.
-        learning_rate: its peak learning rate; None where it does not train.
+        trains: whether they train as a whole.
+        learning_rate: its peak learning rate; None where nothing of it trains.
         weight_decay: of its matrices.
         unread: full names of those that no answer depends on, and that never get a gradient.
+        rank: of its adapter; None where it has none.
+        adapter: full names of what trains where the part itself is frozen: its adapter, perhaps biases.
     """
 
     name: str
@@ -31,6 +34,13 @@ class Part:
     learning_rate: float | None
     weight_decay: float
     unread: frozenset[str] = frozenset()
+    rank: int | None = None
+    adapter: frozenset[str] = frozenset()
+
+    @property
+    def learns(self) -> bool:
+        """Whether it trains, as a whole or through an adapter."""
+        return self.trains or bool(self.adapter)
 
 
 def split_parts(model: nn.Module, trainer: TrainerOptions, sources: ModelConfig) -> list[Part]:
@@ -50,9 +60,13 @@ def split_parts(model: nn.Module, trainer: TrainerOptions, sources: ModelConfig)
             source=named[name],
             parameters=parameters[name],
             trains=trains(trainer, name),
-            learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate") if trains(trainer, name) else None,
+            learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate") if learns(trainer, name) else None,
             weight_decay=getattr(trainer.weight_decay, f"{name}_weight_decay"),
             unread=frozenset(filter(names.is_unread, parameters[name])),
+            rank=(rank := getattr(trainer.lora, name).r),
+            adapter=frozenset(
+                one for one in parameters[name] if rank is not None and trains_with_adapter(one, trainer.lora)
+            ),
         )
         for name in PARTS
     ]
@@ -63,26 +77,33 @@ def trains(trainer: TrainerOptions, part: str) -> bool:
     return getattr(trainer.unfreeze, TRAIN_FLAGS[part])
 
 
+def learns(trainer: TrainerOptions, part: str) -> bool:
+    """Whether a part trains, as a whole or through an adapter."""
+    return trains(trainer, part) or getattr(trainer.lora, part).r is not None
+
+
 def freeze(parts: list[Part]) -> None:
     """Set every parameter's `requires_grad` as its part says; what no answer depends on gets no gradient either."""
     for part in parts:
         for name, parameter in part.parameters.items():
-            parameter.requires_grad_(part.trains and name not in part.unread)
+            trains = (part.trains or name in part.adapter) and name not in part.unread
+            parameter.requires_grad_(trains)
 
 
 def cast(model: nn.Module, parts: list[Part], trained: torch.dtype, frozen: torch.dtype) -> None:
-    """Give the parts that train one precision and the others another, their saved buffers included.
+    """Give parts and adapters that train one precision and the others another, saved buffers of parts included.
 
     Buffers that no checkpoint holds stay as their modules made them: rotary frequencies lose too much in half
     precision.
     """
     names = part_names(model.config)
     dtypes = {part.name: trained if part.trains else frozen for part in parts}
+    adapters = frozenset[str]().union(*(part.adapter for part in parts))
     saved = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
     for name, tensor in [*model.named_parameters(), *buffers]:
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtypes[names.part_of(name)])
+            tensor.data = tensor.data.to(trained if name in adapters else dtypes[names.part_of(name)])
 
 
 def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
@@ -121,11 +142,18 @@ def table(parts: list[Part]) -> str:
 def _rows(parts: list[Part]) -> Iterator[tuple[str, ...]]:
     total = trainable = 0
     for part in parts:
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in part.parameters.values()]  # ds_: ZeRO-3
+        sizes = [(_size(parameter), parameter.requires_grad) for parameter in part.parameters.values()]
         count, training = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
         total += count
         trainable += training
-        rate = f"{part.learning_rate:g}" if part.trains else "-"
-        decay = f"{part.weight_decay:g}" if part.trains else "-"
-        yield part.name, part.source, f"{count:,}", f"{training:,}", rate, decay
+        rate = f"{part.learning_rate:g}" if part.learns else "-"
+        decay = f"{part.weight_decay:g}" if part.learns else "-"
+        adapter = f"LoRA r={part.rank}: " if part.adapter else ""
+        yield part.name, part.source, f"{count:,}", f"{adapter}{training:,}", rate, decay
     yield "total", "", f"{total:,}", f"{trainable:,}", "", ""
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for, where ZeRO-3 shards it or four bits hold each, too."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())

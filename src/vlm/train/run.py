@@ -11,12 +11,19 @@ import torch.distributed as dist
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from vlm.adapters.base import base_of
+from vlm.adapters.folder import is_on_base
+from vlm.adapters.folder import load as load_on_base
+from vlm.anyres import settle_anyres
 from vlm.build import (
     build_model,
-    compose,
+    family_recipe,
+    image_size,
     load_config,
+    load_family,
     load_model,
     load_processor,
+    open_model,
     recipe_differences,
 )
 from vlm.config.schema import ModelConfig, RunConfig, from_mapping
@@ -29,9 +36,11 @@ from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.sources import SampleEncoder
 from vlm.data.stream import SampleStream, open_stream
 from vlm.inference.generate import VisionLanguageModel
-from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
+from vlm.models import VLMConfig
+from vlm.quantization import compute_in, kinds_of
 from vlm.train.arguments import training_arguments
 from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
+from vlm.train.lora import add_adapter
 from vlm.train.parts import cast, freeze, split_parts, table
 from vlm.train.plots import write_answers, write_first_batch
 from vlm.train.run_directory import (
@@ -55,7 +64,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         overrides: the keys set on the command line; a checkpoint's architecture may not be contradicted by them.
 
     Returns:
-        The run directory; its `final` holds the complete model.
+        The run directory; its `final` holds the model: complete, or on top of its base.
     """
     model_config, processor = settle_model(config, overrides)
     args = training_arguments(config.trainer)
@@ -72,16 +81,21 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
 
     set_seed(args.seed)
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
+    trained_dtype = torch.float32 if args.deepspeed is None else compute_dtype(args)
+    add_adapter(model, config.trainer.lora, args.seed, trained_dtype)
     parts = split_parts(model, config.trainer, config.model)
     freeze(parts)
     if not is_deepspeed_zero3_enabled():
-        cast(model, parts, torch.float32 if args.deepspeed is None else compute_dtype(args), compute_dtype(args))
+        cast(model, parts, trained_dtype, compute_dtype(args))
+    compute_in(model, compute_dtype(args))
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
     trainer = VLMTrainer(
         model=model,
+        processor=processor,
         args=args,
         parts=parts,
+        base=base_of(config, composed=isinstance(model_config, VLMConfig)),
         loss_average=config.trainer.loss_average,
         sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         on_first_batch=(lambda batch: write_first_batch(batch, processor, folder)) if first else None,
@@ -89,7 +103,6 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         data_collator=Collator.of(processor, dummy_image(processor)),
         train_dataset=train_data,
         eval_dataset=eval_data,
-        processing_class=processor,
         callbacks=[MetricsFile(folder), StopAtNaN()],
     )
     trainer.add_callback(EpochOrder(lambda: trainer.order))
@@ -102,7 +115,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     return folder
 
 
-def settle_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[VLMConfig, VLMProcessor]:
+def settle_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
     """Configuration and processor of the model, from parts or from a checkpoint, without weights.
 
     With `trainer.from_pretrained`, `config.model` becomes what the checkpoint was built with.
@@ -111,32 +124,65 @@ def settle_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[VLMC
         ValueError: the parts do not fit, or the command line contradicts the checkpoint.
     """
     checkpoint = config.trainer.from_pretrained
-    if not checkpoint:
-        return compose(config.model, config.dataset.template, config.dataset.image_mode)
+    template, image_mode = config.dataset.template, config.dataset.image_mode
     touched = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
+    if not checkpoint:
+        found = open_model(config.model, template, image_mode)
+        if config.model.hf_name is not None:
+            refuse_parts(touched, f"model.hf_name={config.model.hf_name}")
+            config.model = family_recipe(config.model, config.model.hf_name, found[0].model_type)
+        return found
     named = config.model.connector.type if "connector" in touched or "connector.type" in touched else None
     model_config = load_config(checkpoint, named)
+    if not isinstance(model_config, VLMConfig):
+        refuse_parts(touched, f"trainer.from_pretrained={checkpoint}")
+        config.model = family_recipe(replace(config.model, revision=None), checkpoint, model_config.model_type)
+        return open_model(config.model, template, image_mode)
     if different := recipe_differences(model_config, config.model, touched):
         said = "; ".join(f"{key}={wanted!r}, but the checkpoint has {has!r}" for key, wanted, has in different)
         raise ValueError(f"trainer.from_pretrained={checkpoint}: its architecture is fixed. You asked for {said}")
-    attention = config.model.attn_implementation
+    processor = load_processor(checkpoint, template, image_mode)
+    if is_on_base(checkpoint) and config.model.anyres.grids is not None:
+        raise ValueError(
+            f"model.anyres.grids: {checkpoint} is an adapter on its base, which keeps how it sees pictures; merge them "
+            "first, or leave model.anyres.grids=null"
+        )
+    settle_anyres(model_config, processor, config.model.anyres, image_size(processor.image_processor))
+    attention, quantised = config.model.attn_implementation, kinds_of(config.model)
     config.model = from_mapping(ModelConfig, model_config.recipe)
     config.model.attn_implementation = attention
-    return model_config, load_processor(checkpoint, config.dataset.template, config.dataset.image_mode)
+    for part, kind in quantised.items():
+        getattr(config.model, part).quantization = kind
+    return model_config, processor
 
 
-def load_weights(
-    config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype, seed: int
-) -> VLMForConditionalGeneration:
+def refuse_parts(touched: Sequence[str], whole: str) -> None:
+    """Refuse keys of the command line that would change a part of a whole model.
+
+    Raises:
+        ValueError: there is one.
+    """
+    free = ("hf_name", "revision", "trust_remote_code", "attn_implementation", "visual_encoder.quantization",
+            "language_model.quantization", "connector.name")  # fmt: skip
+    if fixed := [key for key in touched if key not in free]:
+        raise ValueError(f"{whole} is a whole model: its parts are fixed. You asked for model.{fixed[0]}")
+
+
+def load_weights(config: RunConfig, model_config: Any, processor: Any, dtype: torch.dtype, seed: int) -> Any:
     """The model with its weights. Without DeepSpeed, parts that train are loaded in float32."""
     dtype = dtype if config.trainer.deepspeed else torch.float32
-    if config.trainer.from_pretrained:
-        return load_model(config.trainer.from_pretrained, model_config, dtype, config.model.attn_implementation)
+    checkpoint, attention = config.trainer.from_pretrained, config.model.attn_implementation
+    if checkpoint and is_on_base(checkpoint):
+        return load_on_base(checkpoint, dtype=dtype, attn_implementation=attention)
+    if not isinstance(model_config, VLMConfig):
+        return load_family(config.model, model_config, dtype)
+    if checkpoint:
+        return load_model(checkpoint, model_config, dtype, attention, kinds_of(config.model))
     return build_model(config.model, model_config, processor, dtype, seed)
 
 
 def load_data(
-    config: RunConfig, model_config: VLMConfig, processor: VLMProcessor, args: TrainingArguments
+    config: RunConfig, model_config: Any, processor: Any, args: TrainingArguments
 ) -> tuple[SampleDataset | SampleStream, SampleDataset | None]:
     """The training and the evaluation samples."""
     data = config.dataset
@@ -156,9 +202,9 @@ def load_data(
     return train, held_out
 
 
-def sample_encoder(config: RunConfig, model_config: VLMConfig, processor: VLMProcessor) -> SampleEncoder:
+def sample_encoder(config: RunConfig, model_config: Any, processor: Any) -> SampleEncoder:
     """What encodes the samples of a run: at most as long as it says, and as the language model has positions."""
-    positions = model_config.text_config.max_position_embeddings
+    positions = model_config.get_text_config().max_position_embeddings
     longest = min(config.dataset.max_length or positions, positions)
     return SampleEncoder(processor, longest, truncate=config.dataset.over_length == "truncate")
 
@@ -183,9 +229,7 @@ def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
     return str(newest_checkpoint(folder)) if wanted.lower() == "true" else wanted
 
 
-def answerer(
-    config: RunConfig, trainer: VLMTrainer, processor: VLMProcessor, samples: list[Sample], folder: Path
-) -> Any:
+def answerer(config: RunConfig, trainer: VLMTrainer, processor: Any, samples: list[Sample], folder: Path) -> Any:
     """What answers a few samples into `samples.md`. All ranks generate, since ZeRO-3 needs them; rank 0 writes.
 
     Samples of which a template leaves no prompt (`plain`, text only), or whose pictures are torn, are passed over.

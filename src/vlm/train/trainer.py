@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -20,12 +21,16 @@ from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
 
+from vlm.adapters.base import Base
+from vlm.adapters.folder import save as save_on_base
 from vlm.data.collate import SKIPPED
 from vlm.data.dataset import BlankPictures, SampleDataset, Skipped
+from vlm.data.encode import IGNORED
 from vlm.data.sampling import GROUPED, ModalityLengthSampler
 from vlm.data.stream import SampleStream
 from vlm.families.table import part_names
 from vlm.inference.metrics import row_losses
+from vlm.models.modeling_vlm import supervised_loss
 from vlm.train.parts import Part, parameter_groups
 
 WEIGHTS = "trained.safetensors"
@@ -36,7 +41,9 @@ class VLMTrainer(Trainer):
     """Trains a model whose parts have learning rates of their own.
 
     Args:
+        processor: the model's, which normalises pixels and is saved with it.
         parts: the model's parts, see `train/parts.py`.
+        base: what the result is written on top of (adapters, quantised parts); None: the result is whole.
         loss_average: `token` or `micro_batch`.
         sampling: `trainer.train_sampling_strategy`.
         on_first_batch: called with the first batch of this rank, before its forward pass.
@@ -50,22 +57,25 @@ class VLMTrainer(Trainer):
     model_wrapped: Any
     lr_scheduler: Any
     accelerator: Any
-    processing_class: Any
     train_dataset: Any
     eval_dataset: Any
 
     def __init__(
         self,
         *,
+        processor: Any,
         parts: list[Part],
+        base: Base | None = None,
         loss_average: str,
         sampling: str,
         on_first_batch: Callable[[dict[str, Tensor]], None] | None = None,
         on_skipped: Callable[[list[Skipped], int], None],
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        super().__init__(processing_class=processor.tokenizer, **kwargs)
+        self.processor = processor
         self.parts = parts
+        self.base = base
         self.loss_average = loss_average
         self.sampling = sampling
         self.on_first_batch = on_first_batch
@@ -100,6 +110,24 @@ class VLMTrainer(Trainer):
             self.on_first_batch(inputs)
             self.on_first_batch = None
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
+        """The loss of the supervised positions, whichever the model: vocabulary logits are computed there alone."""
+        outputs, targets = self._supervised(model, inputs)
+        loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the number is that of all ranks, which average gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def _supervised(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+        """What the model gives at supervised positions, and what they predict: logits `(S, vocabulary)` and `(S,)`."""
+        targets = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]  # (B, T)
+        keep = targets != IGNORED
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        return model(**rest, logits_to_keep=keep), targets[keep]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As usual, with each part's own learning rate beside the loss."""
@@ -137,7 +165,7 @@ class VLMTrainer(Trainer):
         """As usual; pixels are normalised on the device, where data workers left that to it."""
         inputs = super()._prepare_inputs(inputs)
         if "pixel_values" in inputs:
-            inputs["pixel_values"] = self.processing_class.normalise(inputs["pixel_values"])
+            inputs["pixel_values"] = self.processor.normalise(inputs["pixel_values"])
         return inputs
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -188,7 +216,7 @@ class VLMTrainer(Trainer):
                 raise one.refusal()
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                logits = self.model(**inputs).logits
+                logits = self._supervised(self.model, inputs)[0].logits
             row_sums, row_counts = row_losses(logits, inputs["labels"])
             sums.append(self.accelerator.gather_for_metrics(row_sums).cpu())
             counts.append(self.accelerator.gather_for_metrics(row_counts).cpu())
@@ -197,13 +225,17 @@ class VLMTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The complete model with its processor; within a checkpoint, only what trains."""
+        """The model with its processor, complete or on top of its base; within a checkpoint, only what trains."""
         folder = Path(output_dir or self.args.output_dir)
-        if not _internal_call:
+        if not _internal_call and self.base is not None:
+            save_on_base(self.model, folder, self.base, writes=self.args.should_save)
+            if self.args.should_save:
+                self.processor.save_pretrained(folder)
+        elif not _internal_call:
             state = self.accelerator.get_state_dict(self.model_wrapped)  # on every rank: ZeRO-3 gathers
             if self.args.should_save:
                 self.model.save_pretrained(folder, state_dict=state)
-                self.processing_class.save_pretrained(folder)
+                self.processor.save_pretrained(folder)
         elif self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.is_deepspeed_enabled:  # DeepSpeed writes weights beside its optimiser states
@@ -214,7 +246,7 @@ class VLMTrainer(Trainer):
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         saved = self.model.state_dict().keys()
         names = part_names(self.model.config)
-        training = {part.name for part in self.parts if part.trains}
+        training = {part.name for part in self.parts if part.learns}
         return named | {
             name: b for name, b in self.model.named_buffers() if name in saved and names.part_of(name) in training
         }
@@ -255,7 +287,7 @@ class VLMTrainer(Trainer):
         if different := sorted(trained ^ state.keys()):
             raise ValueError(
                 f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it does not train what this run does, for "
-                f"example {different[:3]}. Resume with the trainer.unfreeze that it was made with."
+                f"example {different[:3]}. Resume with the trainer.unfreeze and trainer.lora that it was made with."
             )
         self.model.load_state_dict(state, strict=False)
 

@@ -13,7 +13,7 @@ from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import drawn
 from vlm.data.encode import IGNORED, Encoded
 from vlm.data.pages import page, thumbnail, tokens_as_html, tokens_as_text
-from vlm.data.pictures import open_pictures, size_of
+from vlm.data.pictures import open_pictures, seen_sizes
 from vlm.data.sample import BadSample
 from vlm.data.sources import SampleEncoder, Source, sources_of
 
@@ -75,7 +75,8 @@ def _shown(source: Source, number: int | None, record: object) -> Shown:
     try:
         sample = source.read(record)
         pictures = open_pictures(sample)
-        return Shown(source, number, sample.id, source.encoder(sample, [size_of(one) for one in pictures]), pictures)
+        sizes = seen_sizes(sample.pictures, pictures, source.encoder.processor)
+        return Shown(source, number, sample.id, source.encoder(sample, sizes), pictures)
     except BadSample as error:
         return Shown(source, number, error.sample_id, None, pictures, error.reason)
 

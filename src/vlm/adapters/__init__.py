@@ -1,0 +1,1 @@
+"""Checkpoints that are complete together with the base that they name: writing, loading and merging them."""

@@ -1,0 +1,277 @@
+"""A family's own processor, seen through the interface of ours: rendered conversations to ids, pictures to inputs.
+
+Every id and every pixel is the family's own; what is added is where each id came from, so that exactly the replies
+are supervised.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+
+from vlm.data.encode import IGNORED
+from vlm.families.table import Family
+from vlm.models.pixels import as_rgb, is_plain
+from vlm.models.processing_vlm import FROZEN_CLOCK, FROZEN_DATE
+
+OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
+"""Outputs of a processor that belong to its text."""
+
+Size = tuple[int, int]
+Replaced = list[tuple[int, int, str]]
+"""(start, end, what stands there instead) of each image token of a text."""
+
+
+class FamilyProcessor:
+    """What training, inference and evaluation ask of a processor, answered by a family's own.
+
+    Args:
+        native: the family's processor.
+        family: its row of the table.
+        chat_template: another template than its own.
+
+    Raises:
+        ValueError: it brings no chat template, and none is given.
+    """
+
+    needs_sizes = True
+    pools_frames = False
+    reads_tensors = False
+
+    def __init__(self, native: Any, family: Family, chat_template: str | None = None):
+        self.native = native
+        self.family = family
+        self.row_inputs, self.token_inputs = family.rows, family.tokens
+        self.tokenizer = native.tokenizer
+        self.image_processor = native.image_processor
+        self.image_token = native.image_token
+        own = native.chat_template or self.tokenizer.chat_template
+        self.own_template = own if isinstance(own, str) else family.template
+        self.chat_template = chat_template or self.own_template
+        if self.chat_template is None:
+            raise ValueError(f"{family.name}: its processor brings no chat template. Name one with dataset.template.")
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        every = sorted(special | {self.image_token}, key=len, reverse=True)
+        self.special_tokens = re.compile("|".join(map(re.escape, every)))
+        self._expansions = lru_cache(4096)(self._look_up_expansions)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew where it is sent to, such as a data worker."""
+        return type(self), (self.native, self.family, self.chat_template)
+
+    def __copy__(self) -> "FamilyProcessor":
+        return type(self)(self.native, self.family, self.chat_template)
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """The id that stands for image features: the one that an image has most of."""
+        counts = Counter(self.image_ids())
+        return max(counts, key=lambda one: (counts[one], one == self.native.image_token_id))
+
+    def image_ids(self) -> list[int]:
+        """The ids of a small image by itself."""
+        return self.tokenize(self.image_token, (), [(64, 64)])[0]
+
+    def apply_chat_template(
+        self, conversation: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
+        """A conversation as text, an image token for each picture.
+
+        Contents may be strings with image tokens in them; the template reads them as lists of text and images.
+        """
+        template = self.chat_template
+        assert template is not None
+        if "strftime_now" in template:
+            template = FROZEN_CLOCK + template
+        messages = [dict(turn) for turn in conversation]
+        if self.chat_template == self.own_template and self._own_reads_lists:
+            messages = [{**turn, "content": self._items(turn["content"])} for turn in conversation]
+        return self._render(messages, template, add_generation_prompt)
+
+    @cached_property
+    def _own_reads_lists(self) -> bool:
+        """Whether the family's template wants lists of text and images; a few want strings with image tokens."""
+        question = [{"type": "image"}, {"type": "text", "text": "a question"}]
+        try:
+            rendered = self._render([{"role": "user", "content": question}], str(self.own_template), False)
+        except (jinja2.TemplateError, TypeError):
+            return False
+        return self.image_token in rendered and "'type'" not in rendered
+
+    def _render(self, messages: list[dict[str, Any]], template: str, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False,
+            date_string=FROZEN_DATE, enable_thinking=False,
+        )  # fmt: skip
+
+    def _items(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not isinstance(content, str):
+            return content
+        first, *rest = content.split(self.image_token)
+        items: list[dict[str, Any]] = [{"type": "text", "text": first}] if first else []
+        for text in rest:
+            items += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        return items
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def tokenize(
+        self, text: str, spoken: Sequence[tuple[int, int]] = (), sizes: Sequence[Size] = ()
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a rendered conversation, and the character span that each came from.
+
+        Image tokens become what the family's processor makes of them; the whole is tokenised at once, as it does.
+        Only a special token that somebody spelled is taken apart.
+
+        Args:
+            text: a rendered conversation; each image token outside `spoken` stands for one image.
+            spoken: character spans that people wrote, in order.
+            sizes: height and width of each image, in order.
+
+        Raises:
+            ValueError: the text has more or fewer image tokens than there are images.
+        """
+        expanded, replaced, cuts = self._expanded(text, spoken, sizes)
+        bos = self.tokenizer.bos_token
+        begun = bool(bos) and bos in text[: spoken[0][0] if spoken else None]  # the template wrote it already
+        starts = [0, *cuts]
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for start, end in pairwise([*starts, len(expanded)]):
+            lead = self.image_token if start else ""  # behind a token, no tokenizer begins a word of its own
+            encoded = self.tokenizer(
+                lead + expanded[start:end], return_offsets_mapping=True, add_special_tokens=not start and not begun
+            )
+            skipped = 1 if lead else 0
+            ids += encoded["input_ids"][skipped:]
+            spans += [
+                (start - len(lead) + a, start - len(lead) + b) if b else (0, 0)
+                for a, b in encoded["offset_mapping"][skipped:]
+            ]
+        return ids, _in_the_original(spans, replaced)
+
+    def _expanded(
+        self, text: str, spoken: Sequence[tuple[int, int]], sizes: Sequence[Size]
+    ) -> tuple[str, Replaced, list[int]]:
+        """The text with its image tokens replaced, what was replaced, and where spelled special tokens are cut."""
+        places, cuts = [], []
+        for match in self.special_tokens.finditer(text):
+            if any(a <= match.start() and match.end() <= b for a, b in spoken):
+                cuts.append(match.start() + 1)  # neither half is a special token
+            elif match.group() == self.image_token:
+                places.append(match.span())
+        if len(places) != len(sizes):
+            raise ValueError(f"{len(sizes)} images given, but the text has {len(places)} {self.image_token}")
+        instead = self._expansions(tuple(sizes)) if sizes else ()
+        replaced = [(start, end, new) for (start, end), new in zip(places, instead, strict=True)]
+        shifts = [(end, len(new) - (end - start)) for start, end, new in replaced]
+        moved = [cut + sum(shift for end, shift in shifts if end <= cut) for cut in cuts]
+        pieces, last = [], 0
+        for start, end, new in replaced:
+            pieces += [text[last:start], new]
+            last = end
+        return "".join([*pieces, text[last:]]), replaced, moved
+
+    def _look_up_expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
+        """What the family writes for images of these sizes in one sample: their content does not matter."""
+        return self._read([Image.new("RGB", (width, height)) for height, width in sizes])[1]
+
+    # --- images -----------------------------------------------------------------------------------------------------
+
+    def _read(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """What the model reads of a sample's images, and what stands for each in its text."""
+        out = self.native(
+            text=[self.image_token * len(images)], images=[list(images)], return_tensors="pt",
+            return_text_replacement_offsets=True,
+        )  # fmt: skip
+        replacements = out.pop("text_replacement_offsets", None)
+        if replacements is None:  # a family that writes one token for an image, whatever it looks like
+            instead = (self.image_token,) * len(images)
+        else:
+            instead = tuple(one["replacement"] for one in replacements[0])
+        return {name: value for name, value in out.items() if name not in OF_TEXT}, instead
+
+    def image_inputs(self, images: Sequence[Any], sizes: Sequence[Size] = ()) -> dict[str, Tensor]:
+        """What the model reads of a sample's images, as the family's processor gives it; nothing where it has none."""
+        return self._read([as_rgb(image) for image in images])[0] if images else {}
+
+    def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the model reads for each token besides its id: `(tokens, …)` each."""
+        found = {}
+        for name in self.token_inputs:
+            if name == "cross_attention_mask":
+                if images:
+                    found[name] = self._cross_attention_mask(ids, images)
+            elif self.native.return_mm_token_type_ids:
+                found[name] = torch.tensor(self.native.create_mm_token_type_ids([list(ids)])[0])
+            else:  # PaliGemma: what follows the first supervised token attends to the past only
+                first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
+                found[name] = torch.tensor([0] * first + [1] * (len(ids) - first))
+        return found
+
+    def _cross_attention_mask(self, ids: Sequence[int], images: dict[str, Tensor]) -> Tensor:
+        """Which token attends to which tile of which image: `(tokens, images, tiles)`."""
+        tiles = images["aspect_ratio_mask"].sum(-1).tolist()  # (1, images)
+        places = [get_cross_attention_token_mask(list(ids), self.image_token_id)]
+        most = self.image_processor.max_image_tiles
+        return torch.from_numpy(convert_sparse_cross_attention_mask_to_dense(places, tiles, most, len(ids)))[0]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """The family's processor has done it already."""
+        return pixels
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether pictures are resized and normalised, and nothing else."""
+        return is_plain(self.image_processor)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The processor's settings."""
+        return self.native.to_dict()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The family's own processor, with the template that was used."""
+        if self.chat_template != self.own_template or self.native.chat_template is None:
+            self.native.chat_template = self.chat_template
+        self.native.save_pretrained(folder)
+
+
+def load_family_processor(
+    name: str, family: Family, *, revision: str | None = None, template: str | None = None,
+    trust_remote_code: bool = False,
+) -> FamilyProcessor:  # fmt: skip
+    """The processor of a Hub name or folder."""
+    native = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    return FamilyProcessor(native, family, template)
+
+
+def _in_the_original(spans: list[tuple[int, int]], replaced: Replaced) -> list[tuple[int, int]]:
+    """Spans in the expanded text as spans in the rendered one; whatever lies in an expansion is the image token's."""
+    found = []
+    waiting = iter([*replaced, None])
+    image = next(waiting)
+    shift = 0
+    for a, b in spans:
+        while image is not None and a - shift >= image[0] + len(image[2]):
+            shift += len(image[2]) - (image[1] - image[0])
+            image = next(waiting)
+        if image is not None and b - shift > image[0]:
+            found.append((min(a - shift, image[0]), image[1]))
+        else:
+            found.append((a - shift, b - shift))
+    return found

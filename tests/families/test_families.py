@@ -1,0 +1,210 @@
+"""The table of families: each trains, is saved as its own kind of checkpoint, and loads again in plain transformers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoProcessor
+
+from tests.families.tiny_families import TINY, save_family
+from tests.tiny_parts import picture, runs
+from vlm.config.schema import PARTS
+from vlm.data.collate import Collator
+from vlm.data.dataset import dummy_image, model_inputs
+from vlm.data.encode import encode, encode_prompt
+from vlm.data.sample import Picture, Sample, Turn
+from vlm.families.loading import auto_class, load_family_config, load_family_model
+from vlm.families.processing import FamilyProcessor, load_family_processor
+from vlm.families.table import FAMILIES, family_of, part_names
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.metrics import row_losses
+
+SIZES = [(30, 40), (64, 20), (16, 16)]
+"""Heights and widths of pictures that have different numbers of tokens where a family knows tiles."""
+
+SPELLED = "what is <image> <|end|>?"
+"""What somebody may write without meaning a token."""
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a row of `TINY`, made when it is first asked for."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            save_family(name, root / name)
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(params=TINY)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each row of `TINY`."""
+    return request.param
+
+
+@pytest.fixture
+def processor(name: str, folders: Callable[[str], Path]) -> FamilyProcessor:
+    """Its processor."""
+    return load_family_processor(str(folders(name)), FAMILIES[TINY[name].model_type])
+
+
+def load(folder: Path) -> nn.Module:
+    """The model in a folder, in float32, ready to be compared."""
+    config = load_family_config(str(folder), "model.hf_name")
+    return load_family_model(str(folder), config, dtype=torch.float32, attention="eager").eval()
+
+
+def talk(number: int, *replies: str, asked: str = "what is it?") -> Sample:
+    """A conversation about pictures, which come first."""
+    turns = [Turn("user", (*(Picture(Path()) for _ in range(number)), asked))]
+    for place, reply in enumerate(replies):
+        turns += [Turn("user", ("and?",))] if place else []
+        turns.append(Turn("assistant", (reply,)))
+    return Sample("x", tuple(turns))
+
+
+def pictures(number: int) -> list[Image.Image]:
+    """Pictures of different sizes."""
+    return [picture(seed, size[::-1]) for seed, size in enumerate(SIZES[:number])]
+
+
+def test_every_family_is_tested():
+    assert {made.model_type for made in TINY.values()} == set(FAMILIES)
+
+
+def test_the_parts_share_no_parameter_and_leave_none(name: str, folders: Callable[[str], Path]):
+    model = load(folders(name))
+    names = part_names(model.config)
+    found = {parameter: names.part_of(parameter) for parameter, _ in model.named_parameters()}
+    assert set(found.values()) == set(PARTS)
+    vocabulary = [id(embedding.weight) for embedding in (model.get_input_embeddings(), model.get_output_embeddings())]
+    for parameter, weight in model.named_parameters():
+        if id(weight) in vocabulary:
+            assert found[parameter] == "language_model"
+    for part in family_of(model.config.model_type).parts:
+        assert part in PARTS
+
+
+def test_a_parameter_of_no_part_is_an_error():
+    with pytest.raises(ValueError, match="no prefix of a part"):
+        part_names(load_config_of("llava")).part_of("model.something.weight")
+
+
+def load_config_of(model_type: str):
+    """A configuration by its family alone."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_prompt_has_the_ids_of_the_familys_own_processor(processor: FamilyProcessor, number: int):
+    if processor.native.chat_template is None:
+        pytest.skip("it brings no chat template")
+    shown = pictures(number)
+    asked = [*({"type": "image", "image": one} for one in shown), {"type": "text", "text": "what is it?"}]
+    conversation = [{"role": "user", "content": asked}]
+    if not processor._own_reads_lists:
+        conversation = [{"role": "user", "content": processor.image_token * number + "what is it?"}]
+    options = {} if processor._own_reads_lists else {"processor_kwargs": {"images": shown}}
+    theirs = processor.native.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt", **options
+    )
+    turns = talk(number, "").turns[:1]
+    ids = encode_prompt(processor, turns, SIZES[:number])
+    assert ids == theirs["input_ids"][0].tolist()
+    inputs = processor.image_inputs(shown)
+    inputs |= processor.text_inputs(ids, [-100] * len(ids), inputs)
+    for key in theirs.keys() - {"input_ids", "attention_mask"}:
+        mine = inputs[key] if key not in processor.token_inputs else inputs[key][None]
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs[key])), key
+
+
+def test_paligemma_lays_out_prefix_and_suffix_as_its_processor_does(folders: Callable[[str], Path]):
+    processor = load_family_processor(str(folders("paligemma")), FAMILIES["paligemma"])
+    shown = pictures(1)
+    theirs = processor.native(images=[shown], text=["<image>what is it?"], suffix=["a cat"], return_tensors="pt")
+    sample = talk(1, "a cat")
+    encoded = encode(processor, sample, SIZES[:1])
+    assert encoded.input_ids == theirs["input_ids"][0].tolist()
+    assert encoded.labels == theirs["labels"][0].tolist()
+    mine = model_inputs(processor, encoded, shown)
+    assert mine["token_type_ids"].tolist() == theirs["token_type_ids"][0].tolist()
+
+
+def test_exactly_the_replies_are_supervised(name: str, processor: FamilyProcessor):
+    replies = ["a cat"] if name == "paligemma" else ["a cat <|end|>", "two of them"]
+    encoded = encode(processor, talk(1, *replies, asked=SPELLED), SIZES[:1])
+    end = processor.tokenizer.eos_token
+    found = [processor.tokenizer.decode(run) for run in runs(encoded.labels)]
+    assert found == [f"{reply}{end}" for reply in replies]
+
+
+def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, folders: Callable[[str], Path]):
+    """Rows with one picture, another with a larger one, with two, and with none."""
+    model = load(folders(name))
+    processor = load_family_processor(str(folders(name)), FAMILIES[TINY[name].model_type])
+    shown = [pictures(1), [], pictures(3)[1:2], pictures(2)]
+    if name in ("paligemma",):
+        shown = [pictures(1), pictures(3)[1:2], pictures(3)[2:]]
+    rows = []
+    for index, images in enumerate(shown):
+        sizes = [image.size[::-1] for image in images]
+        rows.append(model_inputs(processor, encode(processor, talk(len(images), "yes" * (index + 1)), sizes), images))
+    collate = Collator.of(processor, dummy_image(processor))
+
+    def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch.pop("labels")
+        keep = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
+        with torch.no_grad():
+            return row_losses(model(**batch, logits_to_keep=keep).logits, labels)[0]
+
+    together = losses(collate(rows))
+    alone = torch.cat([losses(collate([row])) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-4), (together, alone)
+
+
+def test_training_leaves_a_checkpoint_of_the_family(
+    name: str, folders: Callable[[str], Path], train_whole: Callable[..., Path], tmp_path: Path, world: Path
+):
+    """Every parameter that is read changes; plain transformers loads the result; it answers."""
+    folder = folders(name)
+    records = world / "records.json"
+    if name == "paligemma":  # knows no record without a picture
+        kept = [one for one in json.loads(records.read_text()) if "image" in one]
+        records = tmp_path / "records.json"
+        records.write_text(json.dumps(kept))
+    run = train_whole(
+        "finetune-llava-onevision", folder, tmp_path / "run", f"dataset.path={records}", "trainer.deepspeed=null", "trainer.max_steps=2",
+        "trainer.bf16=false", "trainer.tf32=null", "trainer.activation_checkpointing=false", "dataset.max_length=512",
+        "trainer.learning_rate.connector_learning_rate=1e-2", "trainer.learning_rate.visual_encoder_learning_rate=1e-2",
+        "trainer.learning_rate.language_model_learning_rate=1e-2", "trainer.per_device_train_batch_size=4",
+        "trainer.gradient_accumulation_steps=1", "model.attn_implementation=eager",
+        "trainer.train_sampling_strategy=random", "trainer.warmup_steps=0",
+    )  # fmt: skip
+    before, trained = load(folder), load(run / "final")
+    names = part_names(before.config)
+    for key, weight in trained.named_parameters():
+        changed = not torch.equal(weight, before.get_parameter(key))
+        assert changed != names.is_unread(key), key
+    kind = type(AutoProcessor.from_pretrained(run / "final"))
+    assert kind is type(TINY[name].processor())
+    config = load_family_config(str(run / "final"), "x")
+    assert auto_class(config).from_pretrained(run / "final").config.model_type == TINY[name].model_type
+    ours = VisionLanguageModel.load(run / "final", device="cpu")
+    assert isinstance(ours.generate("what is it?", pictures(1), max_new_tokens=3), str)
+
+
+def test_a_family_that_is_not_in_the_table_is_refused(folders: Callable[[str], Path], tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
+    with pytest.raises(ValueError, match=r"model\.hf_name=.*model_type=blip-2 is no family"):
+        load_family_config(str(tmp_path), "model.hf_name")
+    with pytest.raises(ValueError, match="no model configuration there"):
+        load_family_config(str(tmp_path / "nowhere"), "model.hf_name")
