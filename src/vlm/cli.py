@@ -172,9 +172,19 @@ def hub(name: str) -> Callable[[Sequence[str]], None]:
     return lambda words: getattr(import_module("vlm.hub.commands"), name)(words)
 
 
+def models(words: Sequence[str]) -> None:
+    """`vlm models`."""
+    purpose = "Parts and families of models that can be trained, and what each of them takes."
+    argparse.ArgumentParser("vlm models", description=purpose).parse_args(words)
+    from vlm.families.listing import listing
+
+    print(listing())
+
+
 COMMANDS = {
     "generate": generate,
     "data": data,
+    "models": models,
     "import": hub("import_"),
     "export": hub("export"),
     "merge-lora": merge_lora,

@@ -9,6 +9,10 @@ from vlm.config.check import CHOICES, UNSUPPORTED, ConfigError, check, group_nam
 
 CHOSEN = {
     "model.visual_encoder.feature_strategy": "patch, cls+patch, cls, full",
+    "model.visual_encoder.quantization": "null, 8bit, 4bit",
+    "model.language_model.quantization": "null, 8bit, 4bit",
+    "trainer.lora.bias": "none, lora_only, all",
+    "trainer.lora.init": "default, gaussian, orthogonal",
     "model.attn_implementation": "auto, flash_attention_2, sdpa, flex_attention, eager",
     "trainer.loss_average": "token, micro_batch",
     "trainer.train_sampling_strategy": "random, sequential, group_by_modality_length",
@@ -30,7 +34,8 @@ REFUSALS = {
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),
     "connector": (
         ["model.connector.type=mpl"],
-        "model.connector.type=mpl: allowed are identity, linear, mlp, or package.module:Class for your own",
+        "model.connector.type=mpl: allowed are c_abstractor, identity, ldp, ldp_v2, linear, mlp, pixel_shuffle, pooling, "
+        "qformer, resampler, or package.module:Class for your own",
     ),
     "connector's option": (
         [*LINEAR, "+model.connector.options.num_layers=3"],

@@ -22,8 +22,8 @@ REFUSALS = {
     "model.connector.options.num_layer=2": "model.connector.options.num_layer: no such key. Did you mean "
     f"model.connector.options.num_layers? Allowed are {MLP}. An option of a connector class of your own: "
     "+model.connector.options.num_layer=…",
-    "model/connector=mlq": "model/connector=mlq: no such choice. Did you mean mlp? Allowed are identity, linear, mlp.",
-    "model/conector=mlp": "model/conector: no such group. Did you mean model/connector? Allowed are model/connector, ",
+    "model/connector=mlq": "model/connector=mlq: no such choice. Did you mean mlp? Allowed are c_abstractor, identity, ",
+    "model/conector=mlp": "model/conector: no such group. Did you mean model/connector? Allowed are model, ",
     "trainer.num_train_epochs=two": "trainer.num_train_epochs=two: a number is needed",
     "dataset.max_length=1.5": "dataset.max_length=1.5: a whole number is needed",
     "trainer.unfreeze.train_connector=maybe": "trainer.unfreeze.train_connector=maybe: true or false is needed",

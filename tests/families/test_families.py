@@ -12,6 +12,8 @@ from transformers import AutoProcessor
 
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import picture, runs
+from vlm.cli import main
+from vlm.config.check import packaged
 from vlm.config.schema import PARTS
 from vlm.data.collate import Collator
 from vlm.data.dataset import dummy_image, model_inputs
@@ -22,6 +24,7 @@ from vlm.families.processing import FamilyProcessor, load_family_processor
 from vlm.families.table import FAMILIES, family_of, part_names
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.metrics import row_losses
+from vlm.models.connectors import CONNECTORS
 
 SIZES = [(30, 40), (64, 20), (16, 16)]
 """Heights and widths of pictures that have different numbers of tokens where a family knows tiles."""
@@ -208,3 +211,18 @@ def test_a_family_that_is_not_in_the_table_is_refused(folders: Callable[[str], P
         load_family_config(str(tmp_path), "model.hf_name")
     with pytest.raises(ValueError, match="no model configuration there"):
         load_family_config(str(tmp_path / "nowhere"), "model.hf_name")
+
+
+def test_every_packaged_model_belongs_to_one_family():
+    shipped = packaged("vlm.config", "model", ".yaml")
+    assert sorted(name for family in FAMILIES.values() for name in family.choices) == shipped
+
+
+def test_the_listing_names_every_part_and_family(capsys: pytest.CaptureFixture[str]):
+    main(["models"])
+    said = capsys.readouterr().out
+    for name in (*CONNECTORS, *FAMILIES, *packaged("vlm.config", "model/visual_encoder", ".yaml")):
+        assert name in said
+    row = next(line for line in said.splitlines() if " qwen2_vl " in line)
+    assert "eager, sdpa, flash_attention_2" in row
+    assert "flex" not in row

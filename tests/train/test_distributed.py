@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import losses
+from tests.families.tiny_families import save_family
 from vlm.train.trainer import newest_checkpoint
 
 FINETUNE = [
@@ -73,3 +74,26 @@ def test_two_ranks_reach_the_single_process(
     assert newest_checkpoint(tmp_path).name == "checkpoint-3"
     launch([*words, "trainer.resume_from_checkpoint=true"])
     assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
+
+
+WHOLE = [
+    "trainer.max_steps=3", "trainer.bf16=false", "trainer.tf32=null", "trainer.activation_checkpointing=false",
+    "trainer.gradient_accumulation_steps=1", "trainer.train_sampling_strategy=sequential", "trainer.warmup_steps=0",
+    "trainer.learning_rate.visual_encoder_learning_rate=1e-3", "dataset.max_length=512",
+    "trainer.learning_rate.language_model_learning_rate=1e-3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llava-onevision", "qwen2.5-vl", "mllama"])
+def test_families_on_two_ranks_reach_the_single_process(
+    brief: list[str], train_whole: Callable[..., Path], tmp_path: Path, family: str
+):
+    """ZeRO-3, all parts training, rows of text only among them: tiles, loose patches, cross-attention."""
+    model = tmp_path / family
+    save_family(family, model)
+    name = "finetune-llava-onevision"
+    alone = train_whole(name, model, tmp_path / "single", *WHOLE, "trainer.deepspeed=null")
+    words = ["-cn", name, *brief, *WHOLE, f"model.hf_name={model}", "trainer.deepspeed=zero3"]
+    launch([*words, f"trainer.output_dir={tmp_path / 'two'}", "trainer.per_device_train_batch_size=4"])
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=5e-4)
+    assert (tmp_path / "two" / "final" / "model.safetensors").is_file()

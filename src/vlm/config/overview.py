@@ -11,8 +11,9 @@ vlm composes, trains and asks vision-language models.
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train
   vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; vlm generate --help
   vlm data TOOL …                                           download, convert, clean, stats, show; vlm data --help
+  vlm models                                                what can be trained: parts, families, what each takes
   vlm import SOURCE OUT                                     a LLaVA checkpoint as one of this framework
-  vlm export CHECKPOINT OUT --format llava                  a checkpoint for transformers, vLLM, SGLang
+  vlm export CHECKPOINT OUT --format llava                  a checkpoint for transformers and vLLM; vlm export --help
   vlm merge-lora CHECKPOINT OUT                             an adapter and its base as one complete checkpoint
 
 On several GPUs: torchrun --nproc-per-node 8 -m vlm -cn RUN …, or deepspeed --module vlm -cn RUN …"""

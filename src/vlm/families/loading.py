@@ -15,23 +15,24 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def load_family_config(
-    name: str, key: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str, key: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """The configuration of a Hub name or folder.
 
     Raises:
-        ValueError: nothing loads from there, or it is of no family in the table; `key` is what named it.
+        ValueError: nothing loads from there, or it is of no family in the table; `key` is what named it, if one did.
     """
+    named = f"{key}={name}" if key else name
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{key}={name}: no model configuration there (a Hub name or a local folder with a config.json is needed): "
+            f"{named}: no model configuration there (a Hub name or a local folder with a config.json is needed): "
             f"{str(error).splitlines()[0]}"
         ) from error
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"{key}={name}: model_type={config.model_type} is no family of vision-language models that is known here; "
+            f"{named}: model_type={config.model_type} is no family of vision-language models that is known here; "
             f"known are {', '.join(FAMILIES)}"
         )
     return config

@@ -23,22 +23,22 @@ class Family:
     Attributes:
         name: what people call it.
         parts: part -> prefixes of its parameters.
+        choices: the packaged names of `model=…`.
         unread: prefixes of parameters that no answer about a picture depends on.
         rows: inputs with one row for each sample, whatever number of images it has; the others have one for each
             image, or for each of its patches.
         tokens: inputs with one value for each token, besides ids and mask.
         videos: whether it knows videos as such.
-        multi_image: whether a sample may have several images.
         template: the chat template where its processor brings none.
     """
 
     name: str
     parts: dict[str, tuple[str, ...]]
+    choices: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     videos: bool = False
-    multi_image: bool = True
     template: str | None = None
 
 
@@ -86,18 +86,41 @@ PALIGEMMA = """\
 PAST_LLAVAS_LAYER = (f"model.vision_tower.encoder.layers.{PAST_SELECTED}.", "model.vision_tower.post_layernorm.")
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family("LLaVA-1.5, LLaVA-Interleave", LLAVA, unread=PAST_LLAVAS_LAYER),
-    "llava_next": Family("LLaVA-NeXT (1.6)", LLAVA, unread=PAST_LLAVAS_LAYER),
-    "llava_next_video": Family("LLaVA-NeXT-Video", LLAVA, unread=PAST_LLAVAS_LAYER, videos=True),
-    "llava_onevision": Family("LLaVA-OneVision", LLAVA, unread=PAST_LLAVAS_LAYER, videos=True),
-    "qwen2_vl": Family("Qwen2-VL", QWEN, tokens=("mm_token_type_ids",), videos=True),
-    "qwen2_5_vl": Family("Qwen2.5-VL", QWEN, tokens=("mm_token_type_ids",), videos=True),
-    "qwen3_vl": Family("Qwen3-VL", QWEN, tokens=("mm_token_type_ids",), videos=True),
-    "idefics3": Family("Idefics3", IDEFICS, rows=("pixel_values", "pixel_attention_mask")),
-    "smolvlm": Family("SmolVLM", IDEFICS, rows=("pixel_values", "pixel_attention_mask"), videos=True),
-    "internvl": Family("InternVL", LLAVA, videos=True),
-    "paligemma": Family("PaliGemma", LLAVA, tokens=("token_type_ids",), template=PALIGEMMA),
-    "gemma3": Family("Gemma 3", LLAVA, tokens=("token_type_ids",), unread=("model.vision_tower.head.",)),
+    "llava": Family(
+        "LLaVA-1.5, LLaVA-Interleave",
+        LLAVA,
+        ("llava-1.5-7b", "llava-1.5-13b", "llava-interleave-0.5b"),
+        unread=PAST_LLAVAS_LAYER,
+    ),
+    "llava_next": Family(
+        "LLaVA-NeXT (1.6)", LLAVA, ("llava-next-7b", "llava-next-mistral-7b"), unread=PAST_LLAVAS_LAYER
+    ),
+    "llava_next_video": Family(
+        "LLaVA-NeXT-Video", LLAVA, ("llava-next-video-7b",), unread=PAST_LLAVAS_LAYER, videos=True
+    ),
+    "llava_onevision": Family(
+        "LLaVA-OneVision", LLAVA, ("llava-onevision-0.5b", "llava-onevision-7b"), unread=PAST_LLAVAS_LAYER, videos=True
+    ),
+    "qwen2_vl": Family("Qwen2-VL", QWEN, ("qwen2-vl-2b", "qwen2-vl-7b"), tokens=("mm_token_type_ids",), videos=True),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL", QWEN, ("qwen2.5-vl-3b", "qwen2.5-vl-7b"), tokens=("mm_token_type_ids",), videos=True
+    ),
+    "qwen3_vl": Family("Qwen3-VL", QWEN, ("qwen3-vl-2b", "qwen3-vl-4b"), tokens=("mm_token_type_ids",), videos=True),
+    "idefics3": Family("Idefics3", IDEFICS, ("idefics3-8b",), rows=("pixel_values", "pixel_attention_mask")),
+    "smolvlm": Family(
+        "SmolVLM",
+        IDEFICS,
+        ("smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b"),
+        rows=("pixel_values", "pixel_attention_mask"),
+        videos=True,
+    ),
+    "internvl": Family("InternVL", LLAVA, ("internvl3-1b", "internvl3-2b"), videos=True),
+    "paligemma": Family(
+        "PaliGemma", LLAVA, ("paligemma-3b", "paligemma2-3b"), tokens=("token_type_ids",), template=PALIGEMMA
+    ),
+    "gemma3": Family(
+        "Gemma 3", LLAVA, ("gemma3-4b",), tokens=("token_type_ids",), unread=("model.vision_tower.head.",)
+    ),
     "mllama": Family(
         "Llama 3.2 Vision",
         {
@@ -105,6 +128,7 @@ FAMILIES: dict[str, Family] = {
             "connector": ("model.multi_modal_projector.", f"model.language_model.layers.{CROSS_ATTENTION}."),
             "language_model": ("model.language_model.", "lm_head."),
         },
+        ("llama-3.2-11b-vision",),
         rows=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
         tokens=("cross_attention_mask",),
     ),
@@ -118,6 +142,7 @@ FAMILIES: dict[str, Family] = {
             ),
             "language_model": ("model.", "lm_head."),
         },
+        ("phi4-multimodal",),
         unread=(
             "model.embed_tokens_extend.audio_embed.",
             f"model.embed_tokens_extend.image_embed.img_processor.encoder.layers.{PAST_SELECTED}.",
