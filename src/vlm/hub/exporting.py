@@ -1,0 +1,178 @@
+"""Exporting: a checkpoint of this framework in a form that other programs load without our code.
+
+Imports `vlm.hub`, `vlm.build`, `vlm.models` and transformers. Weights go from file to file, one at a time.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlavaImageProcessor, LlavaProcessor
+
+from vlm.build import load_config
+from vlm.encoders import image_size
+from vlm.hub.folders import local_folder, new_folder, read_json, write_json
+from vlm.hub.layouts import there
+from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard, weight_files
+from vlm.hub.targets import TARGETS, select_strategy
+from vlm.hub.templates import exported
+from vlm.models import VLMConfig, VLMProcessor
+
+WORD = "What"
+
+
+def export_checkpoint(
+    name: str, out: Path, form: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
+) -> list[str]:
+    """Write a checkpoint of this framework in another form.
+
+    Args:
+        name: a run's folder `final`, or a name on the Hub.
+        out: a new folder.
+        form: a name of the table `TARGETS`.
+        vision_tower: what `llava-original` calls the encoder, in place of the recorded name.
+        largest_shard: bytes of a written file.
+
+    Returns:
+        What differs from the checkpoint, as sentences; empty: nothing.
+
+    Raises:
+        ValueError: the form has no place for some of it; everything that hinders is listed.
+    """
+    target = TARGETS[form]
+    checkpoint = local_folder(name)
+    kind = read_json(checkpoint / "config.json").get("model_type")
+    if kind is None:
+        raise ValueError(f"{name} holds no config.json of a model; a run's complete model is its folder `final`")
+    if kind != "vlm":
+        raise ValueError(f"{name} is a {kind} checkpoint, which others load as it is; exported are composed models")
+    config = load_config(str(checkpoint))
+    if vision_tower is not None:
+        if form != "llava-original":
+            raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
+        config.recipe["visual_encoder"]["hf_name"] = vision_tower
+    processor = VLMProcessor.from_pretrained(checkpoint)
+    if found := target.hindrances(config, processor):
+        listing = "".join(f"\n  - {one}" for one in found)
+        raise ValueError(f"{name} does not fit --format {form}:{listing}")
+    with new_folder(out) as folder:
+        _write_weights(name, checkpoint, folder, target.table(config), largest_shard)
+        write_json(folder / "config.json", target.configuration(config, processor))
+        settings = read_json(checkpoint / "generation_config.json")
+        write_json(folder / "generation_config.json", settings | generation_ids(settings, processor))
+        theirs = llava_processor(config, processor, pads=form == "llava")
+        theirs.save_pretrained(folder)
+        _rename_tokenizer_fields(folder / "tokenizer_config.json")
+        return _differences(theirs, processor)
+
+
+def _write_weights(name: str, checkpoint: Path, folder: Path, table: Any, largest_shard: int) -> None:
+    writer = ShardWriter(folder, largest_shard)
+    files = weight_files(checkpoint)
+    if not files:
+        raise ValueError(f"{name} holds no weights; a run's complete model is its folder `final`")
+    for ours, tensor in tqdm(_tensors(files), desc="weights", unit=""):
+        theirs = there(ours, table)
+        if theirs is None:
+            raise ValueError(f"{name}: the form has no name for the weight {ours}")
+        writer.add(theirs, tensor)
+    writer.finish()
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        yield from read_shard(file)
+
+
+def llava_processor(config: VLMConfig, processor: VLMProcessor, *, pads: bool) -> LlavaProcessor:
+    """Transformers' processor for what ours does.
+
+    Args:
+        config: the checkpoint's.
+        processor: ours.
+        pads: whether it pads pictures where ours does; else whoever calls it has to.
+    """
+    tokenizer = processor.tokenizer
+    spaced = begins_words_at_the_start_alone(tokenizer, processor.image_token)
+    tokenizer.chat_template = None
+    return LlavaProcessor(
+        _image_processor(processor, pads=pads),
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=select_strategy(config),
+        chat_template=exported(str(processor.chat_template), processor.image_token, spaced=spaced),
+        image_token=processor.image_token,
+        num_additional_image_tokens=config.num_prefix_tokens,
+    )
+
+
+def _image_processor(processor: VLMProcessor, *, pads: bool) -> Any:
+    """The encoder's own image processor, or LLaVA's where pictures are padded; `crop_size` is what vLLM looks at."""
+    own = processor.image_processor
+    height, width = image_size(own)
+    values = {**own.to_dict(), "crop_size": {"height": height, "width": width}}
+    kind = LlavaImageProcessor if pads and processor.image_mode == "pad" else type(own)
+    if kind is LlavaImageProcessor:
+        values |= {"do_pad": True, "do_center_crop": bool(own.do_center_crop)}
+    for key in ("image_processor_type", "auto_map", "processor_class"):
+        values.pop(key, None)
+    return kind(**values)
+
+
+def _rename_tokenizer_fields(file: Path) -> None:
+    """What transformers 5 writes under names that 4 stumbles over, under names that both read.
+
+    The class becomes the one that takes `tokenizer.json` as it is; 4's would hand out `token_type_ids` too.
+    """
+    values = read_json(file)
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    values["model_input_names"] = ["input_ids", "attention_mask"]
+    extra = values.pop("extra_special_tokens", None)
+    if extra:
+        values["additional_special_tokens"] = list(extra.values()) if isinstance(extra, dict) else extra
+    for name in ("auto_map", "backend", "is_local", "local_files_only", "name_or_path"):
+        values.pop(name, None)
+    write_json(file, values)
+
+
+def generation_ids(settings: dict[str, Any], processor: VLMProcessor) -> dict[str, Any]:
+    """Where answers end: as the checkpoint says, at the tokenizer's EOS, at what the template writes after a reply.
+
+    `vlm generate` finds this out each time; other programs read it in `generation_config.json`.
+    """
+    reply = "\ufdd0"
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
+    rest = processor.apply_chat_template(talk).rpartition(reply)[2].lstrip(" ")
+    said = settings.get("eos_token_id")
+    ends = {*(said if isinstance(said, list) else [said]), processor.tokenizer.eos_token_id}
+    if found := processor.special_tokens.match(rest):
+        ends.add(processor.tokenizer.convert_tokens_to_ids(found.group()))
+    return {"eos_token_id": sorted(ends - {None}), "pad_token_id": processor.tokenizer.pad_token_id}
+
+
+def begins_words_at_the_start_alone(tokenizer: Any, image_token: str) -> bool:
+    """Whether a blank has to be written between a special token and a text for the ids that the text has on its own."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    alone, behind, spaced = ids(WORD), ids(image_token + WORD)[1:], ids(f"{image_token} {WORD}")[1:]
+    return alone != behind and alone == spaced
+
+
+def _differences(theirs: LlavaProcessor, ours: VLMProcessor) -> list[str]:
+    """Where the exported processor gives other ids than ours, found by asking both."""
+    found = []
+    first = {"role": "user", "content": f"{ours.image_token}\n{WORD}?"}
+    second = {"role": "user", "content": f"Is {ours.image_token} like {ours.image_token}?"}
+    for talk in ([first], [first, {"role": "assistant", "content": "A cat."}, second]):
+        text = theirs.apply_chat_template(talk, add_generation_prompt=True)
+        rendered = ours.apply_chat_template(talk, add_generation_prompt=True)
+        expected = [one for one in ours.tokenize(rendered)[0] if one != ours.image_token_id]
+        given = theirs.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if [one for one in given if one != ours.image_token_id] != expected:
+            turns = "one turn" if len(talk) == 1 else "several turns"
+            found.append(f"conversations of {turns} become other token ids: this tokenizer joins texts across pictures")
+    return found

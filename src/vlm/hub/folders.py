@@ -1,0 +1,82 @@
+"""Folders: where a checkpoint is read, and a new one that appears when it is complete.
+
+Imports nothing of `vlm`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+"""Configuration, tokenizer and processor files."""
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to fill, which becomes `out` at the end; after an error nothing is left of it.
+
+    Raises:
+        ValueError: `out` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already and is not empty; name a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def local_folder(name: str) -> Path:
+    """A local folder as it is; a name on the Hub as the folder of its download, safetensors before pickles.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if len(folder.parts) != 2 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            folder = Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, weights]))
+            if any(folder.glob(weights)):
+                break
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{name} is no local folder, and the Hub says: {str(error).splitlines()[0]}") from error
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return found
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """A JSON object as configuration files hold it."""
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

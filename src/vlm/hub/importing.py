@@ -1,0 +1,239 @@
+"""Importing: a foreign checkpoint becomes a complete one of this framework.
+
+Imports `vlm.hub`, `vlm.build` (the composition is settled there, as for a run), `vlm.models`, the schema and
+transformers. The model itself is never built: weights go from file to file, one at a time.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModel, GenerationConfig, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from vlm.build import answer_settings, compose
+from vlm.hub.adapters import Delta
+from vlm.hub.folders import new_folder, read_json, write_json
+from vlm.hub.layouts import NO_WEIGHTS, here
+from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard
+from vlm.hub.sources import Source, read_source
+from vlm.hub.templates import brought, default_template
+from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+
+ENCODER = "visual_encoder."
+
+
+def import_checkpoint(
+    name: str,
+    out: Path,
+    *,
+    base_model: str | None = None,
+    vision_tower: str | None = None,
+    template: str | None = None,
+    image_mode: str | None = None,
+    dtype: torch.dtype | None = None,
+    largest_shard: int = LARGEST_SHARD,
+) -> tuple[VLMConfig, VLMProcessor]:
+    """Write what `name` holds as a checkpoint of this framework.
+
+    Args:
+        name: a local folder or a name on the Hub.
+        out: a new folder.
+        base_model: the language model under an adapter or a projector.
+        vision_tower: the encoder, in place of the one that the source names.
+        template: as `dataset.template`; None: the source's, else the one for its language model.
+        image_mode: as `dataset.image_mode`; None: the source's.
+        dtype: of the weights; None: the language model's.
+        largest_shard: bytes of a written file.
+
+    Raises:
+        ValueError: it cannot be imported; says why and what to do.
+    """
+    source = read_source(name, base_model, vision_tower)
+    with new_folder(out) as folder:
+        parts = folder / "parts"
+        config, processor = _compose(source, parts, template, image_mode)
+        shutil.rmtree(parts)
+        if len(processor.tokenizer) > config.text_config.vocab_size:
+            config.text_config.vocab_size = -(-len(processor.tokenizer) // 64) * 64
+        with torch.device("meta"):
+            model = VLMForConditionalGeneration(config)
+        config.dtype = dtype or _common_dtype(source)
+        config.vision_config.dtype = config.text_config.dtype = config.dtype
+        _write_weights(source, model, folder, config.dtype, largest_shard)
+        config.architectures = [type(model).__name__]
+        custom_object_save(model, folder, config)  # pyright: ignore[reportArgumentType] - or a configuration, it says
+        config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        _generation(source).save_pretrained(folder)
+    return config, processor
+
+
+def _compose(
+    source: Source, parts: Path, template: str | None, image_mode: str | None
+) -> tuple[VLMConfig, VLMProcessor]:
+    """Settle the composition as a run does, on folders that hold the parts' configurations and no weights."""
+    tokenizer = parts / "language_model"
+    own = _stage_tokenizer(source, tokenizer)
+    source.text_config.save_pretrained(tokenizer)
+    recipe = source.recipe
+    staged = replace(recipe, language_model=replace(recipe.language_model, hf_name=str(tokenizer)))
+    if source.vision_config is not None:
+        encoder = parts / "visual_encoder"
+        source.vision_config.save_pretrained(encoder)
+        source.image_processor.save_pretrained(encoder)
+        staged = replace(staged, visual_encoder=replace(recipe.visual_encoder, hf_name=str(encoder)))
+    if template is None and own is None:
+        template = default_template(source.text_config.model_type)
+    config, processor = compose(staged, template, image_mode or source.image_mode)
+    config.recipe = asdict(recipe)
+    config.vision_config._name_or_path = recipe.visual_encoder.hf_name
+    config.text_config._name_or_path = recipe.language_model.hf_name
+    processor.tokenizer.name_or_path = recipe.language_model.hf_name
+    processor.tokenizer.init_kwargs["name_or_path"] = recipe.language_model.hf_name
+    return config, processor
+
+
+def _stage_tokenizer(source: Source, folder: Path) -> str | None:
+    """Copy the tokenizer's files, with the one chat template that works here; returns it."""
+    folder.mkdir(parents=True)
+    for pattern in TOKENIZER_FILES:
+        for file in source.tokenizer.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    settings = read_json(folder / "tokenizer_config.json")
+    jinja = source.tokenizer / "chat_template.jinja"
+    files = {
+        "chat_template.jinja": jinja.read_text(encoding="utf-8") if jinja.is_file() else None,
+        "chat_template.json": read_json(source.tokenizer / "chat_template.json"),
+        "tokenizer_config.json": settings,
+    }
+    own = brought(files, source.recipe.image_token)
+    if settings:
+        settings.pop("chat_template", None)
+        write_json(folder / "tokenizer_config.json", settings)
+    if own is not None:
+        (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
+    return own
+
+
+def _common_dtype(source: Source) -> torch.dtype:
+    """The dtype of the language model's first weight in floating point."""
+    for store in source.stores:
+        for file in store.files:
+            for name, tensor in read_shard(file):
+                if (here(name, store.table) or name).startswith("language_model.") and tensor.is_floating_point():
+                    return tensor.dtype
+    raise ValueError("the source has no weights of a language model")
+
+
+def _write_weights(
+    source: Source, model: VLMForConditionalGeneration, folder: Path, dtype: torch.dtype, largest_shard: int
+) -> None:
+    """Every weight of `model` out of the source, under our names.
+
+    Raises:
+        ValueError: some are missing, have no place or another shape.
+    """
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.config.text_config.tie_word_embeddings:
+        del expected["language_model.lm_head.weight"]
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    with_vocabulary = {f"{name}.weight" for name, module in model.named_modules() if module in tables}
+    writer, deltas, missing = ShardWriter(folder, largest_shard), _deltas(source), set(expected)
+    with tqdm(total=len(expected), desc="weights", unit="") as bar:
+
+        def write(name: str, tensor: Tensor) -> None:
+            if name in deltas:
+                tensor = deltas.pop(name).added_to(tensor)
+            if name in with_vocabulary:
+                tensor = with_rows(tensor, expected[name][0])
+            if tensor.shape != expected[name]:
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, but {tuple(expected[name])} is needed")
+            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            missing.remove(name)
+            bar.update()
+
+        for name, tensor in _tensors(source, set(expected)):
+            write(name, tensor)
+        if any(name.startswith(ENCODER) for name in missing):
+            for name, tensor in _encoder_tensors(source, model.config.vision_config):
+                if name in missing:
+                    write(name, tensor)
+    _complain("the source lacks", missing)
+    _complain("the adapter adapts what the model does not have:", {one for one in deltas if not _expendable(one)})
+    writer.finish()
+
+
+def _deltas(source: Source) -> dict[str, Delta]:
+    """What the adapter adds, under our names."""
+    table = source.stores[-1].table
+    return {here(name, table) or name: delta for name, delta in source.adapter.deltas.items()}
+
+
+def _tensors(source: Source, expected: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """The source's weights under our names, each once; an adapter's own come first.
+
+    Raises:
+        ValueError: one has no place in the model.
+    """
+    seen: set[str] = set()
+    for name, tensor in source.adapter.replaced.items():
+        ours = here(name, source.stores[-1].table) or name
+        _complain("the adapter's own weights have no place:", {ours} - expected)
+        seen.add(ours)
+        yield ours, tensor
+    for store in source.stores:
+        unknown = set()
+        for file in store.files:
+            for name, tensor in read_shard(file):
+                ours = here(name, store.table) or name
+                if ours in expected and ours not in seen:
+                    seen.add(ours)
+                    yield ours, tensor
+                elif ours not in expected and not _expendable(ours):
+                    unknown.add(ours)
+        _complain("these weights have no place:", unknown)
+
+
+def _expendable(name: str) -> bool:
+    """Whether a weight may be left out: an encoder's (unread layers, pooling), a tied one, a computed one."""
+    return name.startswith((ENCODER, "language_model.lm_head.")) or name.endswith(NO_WEIGHTS)
+
+
+def _encoder_tensors(source: Source, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the encoder that the source names, as transformers loads them."""
+    if source.encoder is None:
+        return
+    encoder = AutoModel.from_pretrained(source.encoder, config=config)
+    yield from ((ENCODER + name, tensor) for name, tensor in encoder.state_dict().items())
+
+
+def _complain(what: str, names: set[str]) -> None:
+    if names:
+        raise ValueError(f"{what} {len(names)} weights, such as {', '.join(sorted(names)[:5])}")
+
+
+def with_rows(table: Tensor, rows: int) -> Tensor:
+    """Embeddings or a vocabulary head with more rows, `(vocabulary, width) -> (rows, width)`.
+
+    A new row is the mean of the old ones, so a new token's logit is the mean of the others' and never the largest.
+    """
+    missing = rows - len(table)
+    if missing <= 0:
+        return table
+    mean = table.mean(0, keepdim=True, dtype=torch.float32).to(table.dtype)
+    return torch.cat([table, mean.expand(missing, *table.shape[1:])])
+
+
+def _generation(source: Source) -> GenerationConfig:
+    """The ids that the source begins and ends answers with."""
+    folder = source.generation
+    if folder is not None and (folder / "generation_config.json").is_file():
+        return answer_settings(GenerationConfig.from_pretrained(folder))
+    return answer_settings(GenerationConfig.from_model_config(source.text_config))

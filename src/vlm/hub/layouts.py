@@ -1,0 +1,54 @@
+"""Names of weights: ours, those of the original LLaVA, and those of transformers' LLaVA.
+
+Imports nothing. Ours are the model's own: `visual_encoder.…`, `connector.…`, `language_model.…`. A table is read from
+the top, the first prefix that fits decides.
+"""
+
+Table = tuple[tuple[str, str], ...]
+"""Prefix there, prefix here."""
+
+ORIGINAL: Table = (
+    ("model.vision_tower.vision_tower.vision_model.", "visual_encoder."),
+    ("model.vision_tower.vision_tower.", "visual_encoder."),
+    ("model.mm_projector.", "connector."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+"""The original LLaVA's, and of any language model in it."""
+
+LLAVA: Table = (
+    ("vision_tower.vision_model.", "visual_encoder."),
+    ("vision_tower.", "visual_encoder."),
+    ("model.vision_tower.vision_model.", "visual_encoder."),
+    ("model.vision_tower.", "visual_encoder."),
+    ("multi_modal_projector.linear_1.", "connector.layers.0."),
+    ("multi_modal_projector.linear_2.", "connector.layers.2."),
+    ("model.multi_modal_projector.linear_1.", "connector.layers.0."),
+    ("model.multi_modal_projector.linear_2.", "connector.layers.2."),
+    ("language_model.model.", "language_model.model."),
+    ("language_model.lm_head.", "language_model.lm_head."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+"""transformers' LLaVA's: on disk up to 4.51 and as we write it, and in memory since."""
+
+PROJECTORS = {"linear": "connector.linear.", "mlp": "connector.layers.", "identity": "connector."}
+"""Connector type -> what stands for `model.mm_projector.`."""
+
+NO_WEIGHTS = (".inv_freq", ".position_ids")
+"""Ends of names of buffers that older versions saved and that are computed now."""
+
+
+def original(connector: str) -> Table:
+    """The original LLaVA's names for a connector of a type."""
+    return tuple((there, PROJECTORS[connector] if here == "connector." else here) for there, here in ORIGINAL)
+
+
+def here(name: str, table: Table) -> str | None:
+    """Our name for a foreign one; None: none."""
+    return next((to + name.removeprefix(prefix) for prefix, to in table if name.startswith(prefix)), None)
+
+
+def there(name: str, table: Table) -> str | None:
+    """The foreign name for one of ours; None: there is none."""
+    return next((prefix + name.removeprefix(to) for prefix, to in table if name.startswith(to)), None)

@@ -1,0 +1,130 @@
+"""Weights shard by shard: one tensor read, one shard held until it is written.
+
+Imports `vlm.hub` only. Pickles are read with `weights_only=True`, so no code in them runs, and mapped rather than read
+where PyTorch wrote them as archives (since 2020).
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlm.hub.folders import read_json
+
+LARGEST_SHARD = 4 * 10**9
+"""Bytes of a written file."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights, safetensors before pickles; none where there are none.
+
+    Raises:
+        ValueError: an index names a file that is missing or outside the folder.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = read_json(folder / f"{stem}.index.json")
+        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        for file in files:
+            if file.parent != folder or not file.is_file():
+                raise ValueError(f"{folder / stem}.index.json names {file.name}, which is not in the folder")
+        if files or (folder / stem).is_file():
+            return files or [folder / stem]
+    return []
+
+
+def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, one at a time.
+
+    Raises:
+        ValueError: it is torn, or a pickle that asks for more than tensors.
+    """
+    if file.suffix == ".safetensors":
+        with _opened(file) as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+                yield name, weights.get_tensor(name)
+        return
+    yield from read_pickle(file).items()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, "pt") as weights:
+            yield weights
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` file.
+
+    Raises:
+        ValueError: it is torn, or asks for more than tensors.
+    """
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} is refused: it asks for more than tensors, so loading it could run code. "
+            f"PyTorch says: {str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # a torn pickle raises whatever its bytes happen to say
+        raise ValueError(f"{file} does not load: {type(error).__name__} {error}".splitlines()[0]) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{file} holds something else than named tensors")
+    return found
+
+
+class ShardWriter:
+    """Writes tensors into safetensors files of at most `largest` bytes (or one tensor), and their index.
+
+    Args:
+        folder: where.
+        largest: bytes of a file.
+    """
+
+    def __init__(self, folder: Path, largest: int = LARGEST_SHARD):
+        self.folder = folder
+        self.largest = largest
+        self.names: list[list[str]] = []
+        self.total = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """One more tensor, copied: what it was read from may be closed."""
+        if self._pending and self._pending_bytes + tensor.nbytes > self.largest:
+            self._flush()
+        self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._pending_bytes += tensor.nbytes
+
+    def finish(self) -> None:
+        """Write what is left; a single file is `model.safetensors`, several get an index."""
+        self._flush()
+        count = len(self.names)
+        if count == 1:
+            self._part(0).rename(self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self.names):
+            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+            self._part(number).rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._part(len(self.names)), metadata={"format": "pt"})
+        self.names.append(list(self._pending))
+        self.total += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number}.safetensors"

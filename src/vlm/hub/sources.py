@@ -1,0 +1,280 @@
+"""What an import reads: a foreign checkpoint's configuration as ours, and where its weights are.
+
+Imports `vlm.hub`, `vlm.config.schema` and transformers. To take another kind of checkpoint, write a function that gives
+a `Source`, and call it in `read_source`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaImageProcessor,
+    PreTrainedConfig,
+)
+
+from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.hub.adapters import Adapter, read_adapter
+from vlm.hub.folders import local_folder, read_json
+from vlm.hub.layouts import LLAVA, Table, original
+from vlm.hub.shards import weight_files
+
+ORIGINAL_TYPES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "llava_qwen2": "qwen2",
+}
+"""`model_type` of the original LLaVA -> its language model's."""
+
+ARCHITECTURES = {"LlavaQwenForCausalLM": "qwen2", "LlavaMistralForCausalLM": "mistral"}
+"""The class, where the original's `model_type` is the bare `llava`."""
+
+NATIVE_FAMILIES = ("llava_next", "llava_next_video", "llava_onevision", "vipllava", "video_llava")
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+OWN_FIELDS = re.compile(
+    r"mm_|tune_mm|freeze_mm|unfreeze_mm|use_mm|image_|vision_|text_config|projector_|multimodal_|tokenizer_|"
+    r"(model_type|architectures|auto_map|transformers_version|_name_or_path|torch_dtype|dtype|s2|s2_scales)$"
+)
+"""Fields of an original configuration that do not belong to its language model."""
+
+
+@dataclass
+class Store:
+    """Files of weights, and what their names are called here."""
+
+    files: list[Path]
+    table: Table
+
+
+@dataclass
+class Source:
+    """A foreign checkpoint.
+
+    Attributes:
+        recipe: the parts, as the source names them.
+        text_config: the language model's configuration.
+        tokenizer: the folder with the tokenizer.
+        stores: weights; where two have one name, the first counts.
+        encoder: where the encoder's configuration, image processor and, if the stores lack them, weights are.
+        vision_config: the encoder's configuration, where it is part of the source's.
+        image_processor: likewise.
+        adapter: what is merged into the stores' weights.
+        image_mode: `dataset.image_mode` as the source was trained.
+        generation: the folder of its generation settings.
+    """
+
+    recipe: ModelConfig
+    text_config: PreTrainedConfig
+    tokenizer: Path
+    stores: list[Store]
+    encoder: str | None = None
+    vision_config: PreTrainedConfig | None = None
+    image_processor: Any = None
+    adapter: Adapter = field(default_factory=lambda: Adapter({}, {}))
+    image_mode: str | None = None
+    generation: Path | None = None
+
+
+def read_source(name: str, base_model: str | None, vision_tower: str | None) -> Source:
+    """Find out what a checkpoint is, and describe it.
+
+    Args:
+        name: a local folder or a name on the Hub.
+        base_model: the language model under an adapter or a projector.
+        vision_tower: the encoder, in place of the one that the source names.
+
+    Raises:
+        ValueError: it is nothing that can be imported, or something is missing; says what to do.
+    """
+    folder = local_folder(name)
+    values = read_json(folder / "config.json")
+    kind = values.get("model_type")
+    if kind == "vlm":
+        raise ValueError(f"{name} is a checkpoint of this framework already")
+    if not values:
+        raise ValueError(f"{name} holds no config.json; one is needed beside the weights, projectors and adapters too")
+    _refuse_tiles(name, values)
+    if kind == "llava" and "mm_vision_tower" not in values:
+        _refuse_flag(name, "--base-model", base_model)
+        _refuse_flag(name, "--vision-tower", vision_tower)
+        return _transformers_llava(name, folder)
+    if kind in ORIGINAL_TYPES and "mm_vision_tower" in values:
+        return _original_llava(name, folder, values, base_model, vision_tower)
+    raise ValueError(
+        f"{name} has model_type={kind}; imported are the original LLaVA's ({', '.join(ORIGINAL_TYPES)}, with an "
+        "mm_vision_tower) and transformers' llava"
+    )
+
+
+def _refuse_tiles(name: str, values: dict[str, Any]) -> None:
+    """The one place that says no to pictures in tiles.
+
+    Raises:
+        ValueError: the checkpoint cuts pictures into tiles, or is of a family that does.
+    """
+    kind = values.get("model_type")
+    aspect, merge = str(values.get("image_aspect_ratio")), str(values.get("mm_patch_merge_type"))
+    if kind in NATIVE_FAMILIES:
+        raise ValueError(
+            f"{name} is a {kind}, which needs anyres (pictures in tiles): it cannot be composed of parts here. "
+            "Finetune it as a native family instead (model=llava-next, llava-onevision …)"
+        )
+    if "anyres" in aspect or merge.startswith("spatial"):
+        raise ValueError(
+            f"{name} has image_aspect_ratio={aspect}, mm_patch_merge_type={merge}, which needs anyres (pictures in "
+            "tiles): it cannot be composed of parts here. Finetune transformers' version of it as a native family "
+            "instead (model=llava-next)"
+        )
+
+
+def _refuse_flag(name: str, flag: str, value: str | None) -> None:
+    if value is not None:
+        raise ValueError(f"{name} is complete, so {flag}={value} has no place; leave it out")
+
+
+def _transformers_llava(name: str, folder: Path) -> Source:
+    """Transformers' `LlavaForConditionalGeneration`."""
+    config = AutoConfig.from_pretrained(folder)
+    assert isinstance(config, LlavaConfig)
+    vision, text = config.vision_config, config.text_config
+    assert isinstance(vision, PreTrainedConfig)
+    assert isinstance(text, PreTrainedConfig)
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if vision.model_type not in TOWERS:
+        raise ValueError(f"{name}: its encoder is a {vision.model_type}; imported are {', '.join(TOWERS)}")
+    if not isinstance(layer, int):
+        raise ValueError(f"{name}: vision_feature_layer={layer}; a composed model reads one layer")
+    if vision.model_type == "siglip_vision_model" and strategy == "default":
+        raise ValueError(
+            f"{name}: vision_feature_select_strategy=default drops a CLS token, and SigLIP has none: it drops the "
+            "first patch, which a composed model does not. Imported is full"
+        )
+    if config.tie_word_embeddings:
+        text.tie_word_embeddings = True
+    processor, image_mode = _plain_image_processor(name, folder)
+    options = {"activation": config.projector_hidden_act, "bias": config.multimodal_projector_bias}
+    settings = read_json(folder / "processor_config.json")
+    tokens = "patch" if strategy == "default" else "full"
+    recipe = ModelConfig(
+        visual_encoder=VisualEncoderConfig(name, feature_layer=layer, feature_strategy=tokens),
+        connector=ConnectorConfig("mlp", options),
+        language_model=LanguageModelConfig(name),
+        image_token=settings.get("image_token", ModelConfig.image_token),
+    )
+    return Source(
+        recipe, text, folder, [_store(name, folder, LLAVA)], vision_config=vision, image_processor=processor,
+        image_mode=image_mode, generation=folder,
+    )  # fmt: skip
+
+
+def _plain_image_processor(name: str, folder: Path) -> tuple[Any, str]:
+    """The image processor, and our image mode for its padding: LLaVA's own class is CLIP's with padding to a square."""
+    try:
+        found = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} brings no image processor: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, LlavaImageProcessor):
+        return found, "square"
+    kept = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize", "do_center_crop")
+    values = found.to_dict()
+    return CLIPImageProcessor(**{key: values[key] for key in kept}), "pad" if found.do_pad else "square"
+
+
+def _original_llava(
+    name: str, folder: Path, values: dict[str, Any], base_model: str | None, vision_tower: str | None
+) -> Source:
+    """The original code's output: a whole model, a projector, or an adapter."""
+    connector = _original_connector(name, values)
+    table = original(connector.type)
+    encoder = vision_tower or str(values["mm_vision_tower"])
+    recipe = ModelConfig(
+        visual_encoder=_original_encoder(name, values, encoder),
+        connector=connector,
+        language_model=LanguageModelConfig(base_model or name),
+    )
+    if values.get("mm_use_im_start_end"):
+        recipe.image_start_token, recipe.image_end_token = "<im_start>", "<im_end>"
+    adapter = Adapter({}, {})
+    projector = folder / "mm_projector.bin"
+    if (folder / "adapter_config.json").is_file():
+        trained_on = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = _base_folder(name, "an adapter", base_model, f" It was trained on {trained_on}.")
+        adapter, stores = read_adapter(folder), [_store(str(base_model), base, table)]
+    elif weight_files(folder):
+        _refuse_flag(name, "--base-model", base_model)
+        base, stores = folder, [_store(name, folder, table)]
+    elif projector.is_file():
+        base = _base_folder(name, "a projector", base_model, "")
+        stores = [Store([projector], table), _store(str(base_model), base, table)]
+    else:
+        raise ValueError(f"{name} holds no weights: no safetensors, pytorch_model.bin, adapter or mm_projector.bin")
+    return Source(
+        recipe, _text_config(base), base, stores, encoder, adapter=adapter,
+        image_mode="pad" if values.get("image_aspect_ratio") == "pad" else "square", generation=base,
+    )  # fmt: skip
+
+
+def _base_folder(name: str, what: str, base_model: str | None, hint: str) -> Path:
+    if base_model is None:
+        raise ValueError(f"{name} is {what} alone: name its language model with --base-model FOLDER.{hint}")
+    return local_folder(base_model)
+
+
+def _text_config(folder: Path) -> PreTrainedConfig:
+    """The language model's configuration, out of an original LLaVA's or its own."""
+    values = read_json(folder / "config.json")
+    if "mm_vision_tower" not in values:
+        return AutoConfig.from_pretrained(folder).get_text_config()
+    architecture = (values.get("architectures") or [""])[0]
+    kind = ARCHITECTURES.get(architecture, ORIGINAL_TYPES[values["model_type"]])
+    return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if not OWN_FIELDS.match(key)})
+
+
+def _original_connector(name: str, values: dict[str, Any]) -> ConnectorConfig:
+    """Raises: ValueError: a projector that there is no connector for."""
+    if values.get("mm_resampler_type") or values.get("s2"):
+        raise ValueError(f"{name}: resamplers and multi-scale features (s2) have no connector here")
+    kind = values.get("mm_projector_type") or "linear"
+    if kind in ("linear", "identity"):
+        return ConnectorConfig(kind, {})
+    if found := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        return ConnectorConfig("mlp", {"num_layers": int(found[1])})
+    raise ValueError(f"{name}: mm_projector_type={kind}; imported are linear, mlp<N>x_gelu and identity")
+
+
+def _original_encoder(name: str, values: dict[str, Any], encoder: str) -> VisualEncoderConfig:
+    """Raises: ValueError: the encoder's configuration does not load, or a field has no meaning here."""
+    try:
+        config = AutoConfig.from_pretrained(encoder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: its encoder mm_vision_tower={encoder} does not load; name its folder with --vision-tower FOLDER. "
+            f"transformers says: {str(error).splitlines()[0]}"
+        ) from error
+    if "siglip" in config.model_type:  # the original drops its last layer and keeps every token, whatever fields say
+        return VisualEncoderConfig(encoder, feature_layer=-2)
+    features = {"patch": "patch", "cls_patch": "cls+patch"}
+    feature = values.get("mm_vision_select_feature", "patch")
+    if feature not in features:
+        raise ValueError(f"{name}: mm_vision_select_feature={feature}; imported are {', '.join(features)}")
+    if not isinstance(values.get("mm_vision_select_layer"), int):
+        raise ValueError(f"{name}: its config.json has no mm_vision_select_layer (LLaVA-1.5: -2)")
+    return VisualEncoderConfig(
+        encoder, feature_layer=values["mm_vision_select_layer"], feature_strategy=features[feature]
+    )
+
+
+def _store(name: str, folder: Path, table: Table) -> Store:
+    files = weight_files(folder)
+    if not files:
+        raise ValueError(f"{name} holds no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
+    return Store(files, table)

@@ -1,0 +1,233 @@
+"""The forms that a checkpoint can be exported to: what hinders one, its configuration, its names of weights.
+
+Imports `vlm.hub.layouts`, `vlm.models` and transformers. To add a form, write a class with what `Target` declares and
+add a line to `TARGETS`, and one to `FORMS` in `commands.py`.
+"""
+
+from typing import Any, Protocol
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from vlm.hub.layouts import LLAVA, Table, original
+from vlm.models import VLMConfig, VLMProcessor
+
+RESCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
+"""Fields of language models whose vocabulary head does more than multiply."""
+
+
+class Target(Protocol):
+    """A form."""
+
+    def hindrances(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
+        """Why a checkpoint does not fit; empty: it fits."""
+        ...
+
+    def table(self, config: VLMConfig) -> Table:
+        """What the weights are called there."""
+        ...
+
+    def configuration(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
+        """Its `config.json`."""
+        ...
+
+
+class Llava:
+    """transformers' `LlavaForConditionalGeneration`."""
+
+    def hindrances(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
+        """See `Target`."""
+        found = _encoder_hindrances(config)
+        if config.connector["type"] != "mlp" or config.connector["options"]["num_layers"] != 2:
+            found.append(f"{_connector(config)}: LLaVA has an mlp with num_layers=2")
+        found += _mlp_hindrances(config)
+        found += _text_hindrances(config)
+        for name in ("image_start", "image_end"):
+            if token := getattr(processor, name):
+                found.append(f"model.{name}_token={token}: LLaVA has no tokens around a picture")
+        return found
+
+    def table(self, config: VLMConfig) -> Table:
+        """See `Target`."""
+        return LLAVA
+
+    def configuration(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
+        """See `Target`."""
+        text = with_old_names(config.text_config)
+        options = config.connector["options"]
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "vision_config": _nested(config.vision_config),
+            "text_config": text,
+            "image_token_index": config.image_token_id,
+            "image_seq_length": config.num_features,
+            "projector_hidden_act": options["activation"],
+            "multimodal_projector_bias": options["bias"],
+            "vision_feature_layer": last_layer(config),
+            "vision_feature_select_strategy": select_strategy(config),
+            "tie_word_embeddings": bool(config.text_config.tie_word_embeddings),
+            "dtype": _dtype(config),
+            "torch_dtype": _dtype(config),
+        }
+
+
+class OriginalLlava:
+    """The original LLaVA's `Llava{Llama,Qwen,Mistral}ForCausalLM`."""
+
+    architectures = {  # noqa: RUF012 - a table
+        "llama": "LlavaLlamaForCausalLM",
+        "qwen2": "LlavaQwenForCausalLM",
+        "mistral": "LlavaMistralForCausalLM",
+    }
+
+    def hindrances(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
+        """See `Target`."""
+        found = _encoder_hindrances(config)
+        recorded = config.recipe["visual_encoder"]
+        if config.vision_config.model_type == "siglip_vision_model" and recorded["feature_layer"] != -2:
+            found.append(
+                f"model.visual_encoder.feature_layer={recorded['feature_layer']}: the original reads SigLIP at -2 alone"
+            )
+        if not any(word in recorded["hf_name"].lower() for word in ("clip", "siglip")):
+            found.append(
+                f"model.visual_encoder.hf_name={recorded['hf_name']}: the original finds an encoder by `clip` or "
+                "`siglip` in its name. Give one with --vision-tower, such as openai/clip-vit-large-patch14-336"
+            )
+        if config.connector["type"] not in ("mlp", "linear", "identity"):
+            found.append(f"{_connector(config)}: the original has mlp, linear and identity")
+        found += _mlp_hindrances(config)
+        if config.connector["type"] == "mlp" and config.connector["options"]["activation"] != "gelu":
+            found.append(f"{_connector(config)}: the original's mlp has activation=gelu")
+        if config.connector["options"].get("bias") is False:
+            found.append("model.connector.options.bias=false: the original's projector has biases")
+        found += _text_hindrances(config)
+        if config.text_config.model_type not in self.architectures:
+            allowed = ", ".join(self.architectures)
+            found.append(f"a language model of model_type={config.text_config.model_type}: the original has {allowed}")
+        if (processor.image_start, processor.image_end) not in ((None, None), ("<im_start>", "<im_end>")):
+            found.append(
+                f"model.image_start_token={processor.image_start}, image_end_token={processor.image_end}: the original "
+                "has <im_start> and <im_end>, or neither"
+            )
+        return found
+
+    def table(self, config: VLMConfig) -> Table:
+        """See `Target`."""
+        return original(config.connector["type"])
+
+    def configuration(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
+        """See `Target`.
+
+        `model_type` is the bare `llava` of the first releases: the original's classes take it, and AutoConfig, through
+        which SGLang reads it, knows no other. The layer is counted from the first, which holds for the whole encoder
+        too, of which the checkpoint has only the layers that are read.
+        """
+        layer = config.vision_config.num_hidden_layers if config.feature_layer is None else config.feature_layer
+        recorded, kind = config.recipe["visual_encoder"], config.connector["type"]
+        projector = f"mlp{config.connector['options']['num_layers']}x_gelu" if kind == "mlp" else kind
+        return {
+            **with_old_names(config.text_config),
+            "architectures": [self.architectures[config.text_config.model_type]],
+            "model_type": "llava",
+            "torch_dtype": _dtype(config),
+            "use_mm_proj": True,
+            "mm_vision_tower": recorded["hf_name"],
+            "mm_hidden_size": config.vision_dim,
+            "mm_projector_type": projector,
+            "mm_vision_select_layer": layer,
+            "mm_vision_select_feature": "patch" if config.feature_strategy == "patch" else "cls_patch",
+            "mm_use_im_start_end": processor.image_start is not None,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": processor.image_mode,
+            "mm_patch_merge_type": "flat",
+            "image_token_index": config.image_token_id,
+            "tokenizer_padding_side": "right",
+            "tokenizer_model_max_length": config.text_config.max_position_embeddings,
+        }
+
+
+def select_strategy(config: VLMConfig) -> str:
+    """Transformers' word for the tokens that are read: `default` drops the first."""
+    return "default" if config.feature_strategy == "patch" and config.num_prefix_tokens == 1 else "full"
+
+
+def last_layer(config: VLMConfig) -> int:
+    """The layer that is read, counted from the end of the layers that the checkpoint has."""
+    states = config.vision_config.num_hidden_layers + 1
+    return -1 if config.feature_layer is None else config.feature_layer - states
+
+
+def with_old_names(config: PreTrainedConfig) -> dict[str, Any]:
+    """A language model's configuration under transformers 5's names of fields and under those before it."""
+    values = _nested(config)
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    values["architectures"] = [model_class.__name__]
+    rotary = values.get("rope_parameters") or {}
+    if "rope_theta" in rotary:
+        values["rope_theta"] = rotary["rope_theta"]
+        scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
+        values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return values
+
+
+def _nested(config: PreTrainedConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    values.pop("_name_or_path", None)
+    values.pop("transformers_version", None)
+    return values
+
+
+def _dtype(config: VLMConfig) -> str:
+    return str(config.dtype or "float32").removeprefix("torch.")
+
+
+def _connector(config: VLMConfig) -> str:
+    given = config.connector["options"]
+    shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    return f"model.connector.type={config.connector['type']}" + (f" ({shown})" if shown else "")
+
+
+def _encoder_hindrances(config: VLMConfig) -> list[str]:
+    kind, found = config.vision_config.model_type, []
+    if config.anyres is not None:
+        found.append("model.anyres: pictures in tiles, and this LLaVA sees each as one square")
+    if config.beside:
+        found.append("model.visual_encoder.beside: several encoders side by side, and LLaVA has one")
+    if isinstance(config.feature_layer, list):
+        layers = config.recipe["visual_encoder"]["feature_layer"]
+        found.append(f"model.visual_encoder.feature_layer={layers}: several layers; exported are models that read one")
+    if config.feature_strategy == "cls":
+        found.append("model.visual_encoder.feature_strategy=cls: LLaVA reads patches, with CLS or without")
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        found.append(f"a visual encoder of model_type={kind}: LLaVA has clip_vision_model or siglip_vision_model")
+    elif kind == "siglip_vision_model" and config.feature_layer is None:
+        found.append(
+            "model.visual_encoder.feature_layer=null: SigLIP's own output is normalised once more than any layer that "
+            "LLaVA can name; train with a layer such as -1 or -2"
+        )
+    return found
+
+
+def _mlp_hindrances(config: VLMConfig) -> list[str]:
+    options, width = config.connector["options"], config.text_config.hidden_size
+    found = []
+    if options.get("input_norm"):
+        found.append("model.connector.options.input_norm=true: LLaVA's projector has no norm")
+    if options.get("hidden_dim") not in (None, width):
+        found.append(f"model.connector.options.hidden_dim={options['hidden_dim']}: LLaVA's is the text width, {width}")
+    return found
+
+
+def _text_hindrances(config: VLMConfig) -> list[str]:
+    values = config.text_config.to_dict()
+    found = [
+        f"a language model with {name}={values[name]}: LLaVA's logits are the vocabulary head's alone"
+        for name in RESCALED_LOGITS
+        if values.get(name) not in (None, 1.0)
+    ]
+    if any(part.to_dict().get("quantization_config") for part in (config.vision_config, config.text_config)):
+        found.append("quantised weights: export the checkpoint before they were quantised")
+    return found
+
+
+TARGETS: dict[str, Target] = {"llava": Llava(), "llava-original": OriginalLlava()}

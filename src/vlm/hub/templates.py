@@ -1,0 +1,124 @@
+"""Chat templates of other code bases, and ours as they take them.
+
+Imports nothing of `vlm`. transformers' processors hand a template the messages as they came, contents as lists of text
+and image items; ours hand it strings with an image token for each image. An exported template is ours behind lines that
+make those strings, so that every server renders what `vlm generate` renders; importing takes the lines off again.
+"""
+
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+HEAD = """\
+{#- vlm: contents as strings, an image token for each image, the pictures of a turn on a line before its text. -#}
+{%- set image_token = %IMAGE% -%}
+{%- set enable_thinking = false -%}
+{%- set strings = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message['content'] is string -%}
+    {%- set strings.messages = strings.messages + [message] -%}
+  {%- else -%}
+    {%- set turn = namespace(text='', lead=true) -%}
+    {%- for item in message['content'] -%}
+      {%- if item['type'] == 'text' -%}
+        {%- if turn.lead and turn.text and not item['text'].startswith('\\n') -%}
+          {%- set turn.text = turn.text + '\\n' -%}
+        {%- endif -%}
+        {%- set turn.text = turn.text + item['text'] -%}
+        {%- set turn.lead = false -%}
+      {%- else -%}
+        {%- set turn.text = turn.text + image_token -%}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- set strings.messages = strings.messages + [{'role': message['role'], 'content': turn.text}] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = strings.messages -%}
+"""
+"""What stands before one of our templates."""
+
+OPEN = "{%- set rendered -%}\n"
+CLOSE = """
+{%- endset -%}
+{%- for piece in rendered.split(image_token) -%}
+  {{- '' if loop.first else image_token -}}
+  {%- if loop.first and bos_token and piece.startswith(bos_token) -%}
+    {{- bos_token + ' ' + piece[bos_token | length:] -}}
+  {%- elif loop.first or not piece or piece.startswith(' ') -%}
+    {{- piece -}}
+  {%- else -%}
+    {{- ' ' + piece -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+"""Around a template whose tokenizer begins a word only at the start of a text: ours cuts the text at images and behind
+BOS and reads each piece on its own, so the blank that a piece's first word begins with is written out."""
+
+DEFAULTS = {
+    "llama": "v1",
+    "mistral": "mistral",
+    "qwen2": "chatml",
+    "qwen3": "chatml",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "phi3": "phi",
+}
+"""The packaged template for a language model that brings none which works here."""
+
+
+def exported(template: str, image_token: str, *, spaced: bool) -> str:
+    """Our template as transformers' processors take it; `spaced`: see `CLOSE`."""
+    head = HEAD.replace("%IMAGE%", repr(image_token))
+    return head + (OPEN + template + CLOSE if spaced else template)
+
+
+def recovered(template: str, image_token: str) -> str | None:
+    """Our template out of one that `exported` made; None: it made none."""
+    head = HEAD.replace("%IMAGE%", repr(image_token))
+    if not template.startswith(head):
+        return None
+    return template.removeprefix(head).removeprefix(OPEN).removesuffix(CLOSE)
+
+
+def reads_strings(template: str) -> bool:
+    """Whether a template renders contents that are strings."""
+    said = "\ufdd0"
+    try:
+        rendered, _ = render_jinja_template(
+            [[{"role": "user", "content": said}]], chat_template=template, bos_token="", eos_token=""
+        )
+    except Exception:  # whatever a foreign template does with a string
+        return False
+    return said in rendered[0]
+
+
+def brought(files: dict[str, Any], image_token: str) -> str | None:
+    """The template that works here among those that a folder brings, by the name of the file.
+
+    Args:
+        files: the text of `chat_template.jinja`, and the objects in `chat_template.json` and `tokenizer_config.json`.
+        image_token: the placeholder.
+    """
+    texts = [files["chat_template.jinja"]]
+    texts += [files[name].get("chat_template") for name in ("chat_template.json", "tokenizer_config.json")]
+    for text in texts:
+        if isinstance(text, str) and text:
+            if (ours := recovered(text, image_token)) is not None:
+                return ours
+            if reads_strings(text):
+                return text
+    return None
+
+
+def default_template(text_type: str) -> str:
+    """The packaged template for a language model's type.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if text_type not in DEFAULTS:
+        raise ValueError(
+            f"the source brings no chat template that works here, and there is none for model_type={text_type}: name "
+            "one with --template (plain, v1, chatml, llama3, mistral, gemma, phi or a .jinja file)"
+        )
+    return DEFAULTS[text_type]
