@@ -29,7 +29,16 @@ ROOMS = {
     "anyres": {"models", "config.schema"},
     "encoders": {"models", "config.schema"},
     "hub": {"hub", "models", "build", "encoders", "config.schema"},  # an import composes as a run does, without one
-    "adapters": {"adapters", "build", "models", "families", "quantization", "config.schema", "config.lora_problems"},
+    "adapters": {
+        "adapters",
+        "build",
+        "encoders",
+        "models",
+        "families",
+        "quantization",
+        "config.schema",
+        "config.lora_problems",
+    },
     "quantization": {"families"},
     "inference": {"inference", "models", "data", "families", "config.schema", "adapters.folder", "quantization"},
     "families.table": set(),

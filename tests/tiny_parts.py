@@ -33,6 +33,8 @@ from transformers import (
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -46,7 +48,7 @@ from transformers import (
 )
 
 from vlm.build import build_model, compose
-from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.config.schema import ConnectorConfig, EncoderConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.data.encode import template_text
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
@@ -202,6 +204,11 @@ def save_phi3(folder: Path) -> None:
     _save_language_model(folder, Phi3ForCausalLM, Phi3Config)
 
 
+def save_phi(folder: Path) -> None:
+    """A Phi-2, whose vocabulary head has a bias."""
+    _save_language_model(folder, PhiForCausalLM, PhiConfig)
+
+
 def _save_language_model(folder: Path, model: Any, config: Any, **options: Any) -> None:
     tokenizer = byte_tokenizer("chatml")
     tokenizer.save_pretrained(folder)
@@ -218,6 +225,7 @@ LANGUAGE_MODELS: dict[str, Callable[[Path], None]] = {
     "gemma3": save_gemma3,
     "mistral": save_mistral,
     "phi3": save_phi3,
+    "phi": save_phi,
 }
 
 
@@ -429,14 +437,17 @@ class Parts:
 
     def recipe(
         self, encoder: str = "clip", language_model: str = "llama", *, connector: str = "mlp",
-        options: dict[str, Any] | None = None, layer: int | None = None, strategy: str = "patch",
-        start: str | None = None, end: str | None = None,
+        options: dict[str, Any] | None = None, layer: int | list[int] | None = None, strategy: str = "patch",
+        start: str | None = None, end: str | None = None, image_size: int | None = None,
+        beside: dict[str, dict[str, Any]] | None = None,
     ) -> ModelConfig:  # fmt: skip
-        """The `model` section of a run on these parts."""
+        """The `model` section of a run on these parts; `beside` is further encoder -> its other keys."""
+        further = [EncoderConfig(str(self.encoder(name)), **keys) for name, keys in (beside or {}).items()]
         return ModelConfig(
             visual_encoder=VisualEncoderConfig(
-                str(self.encoder(encoder)), feature_layer=layer, feature_strategy=strategy
-            ),
+                str(self.encoder(encoder)), feature_layer=layer, feature_strategy=strategy, image_size=image_size,
+                beside=further,
+            ),  # fmt: skip
             connector=ConnectorConfig(connector, options or {}),
             language_model=LanguageModelConfig(str(self.language_model(language_model))),
             image_start_token=start,

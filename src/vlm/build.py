@@ -13,32 +13,28 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPImageProcessor,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    TimmWrapperImageProcessor,
 )
 from transformers.utils import is_flash_attn_2_available
 
 from vlm.anyres import settle_anyres
-from vlm.config.schema import ConnectorConfig, ModelConfig, VisualEncoderConfig
+from vlm.config.schema import ConnectorConfig, ModelConfig
 from vlm.data.encode import template_text
+from vlm.encoders import check_views, encoder_sources, settle_encoders
 from vlm.families.loading import auto_class, load_family_config, load_family_model
 from vlm.families.processing import load_family_processor
 from vlm.families.table import family_of
 from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connectors import CONNECTORS, connector_options, count_tokens
+from vlm.models.encoders import as_one_part
 from vlm.models.modeling_vlm import VLMForConditionalGeneration
 from vlm.models.processing_vlm import VLMProcessor
 from vlm.quantization import bits_config, bits_of_whole, kinds_of
-
-ENDS_EARLY = ("clip_vision_model", "siglip_vision_model")
-"""Encoders whose `hidden_states[k]` is what `k` layers alone give: layers past the selected one are not built."""
 
 
 def open_model(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[Any, Any]:
@@ -92,22 +88,19 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
     """
     add_connector_class(model.connector.type)
     options = connector_options(model.connector.type, model.connector.options)
-    vision_config = _part_config("visual_encoder", model.visual_encoder)
-    if vision_config.model_type == "siglip_vision_model":
-        vision_config.vision_use_head = False  # its pooled output is read by nobody here
+    vision_configs = [_part_config(part, source) for part, source in encoder_sources(model.visual_encoder).items()]
     text_config = _part_config("language_model", model.language_model).get_text_config()
     tokenizer = _tokenizer(model)
-    image_processor = _image_processor(model.visual_encoder, vision_config.model_type)
+    features, image_processors, size = settle_encoders(model.visual_encoder, vision_configs)
     config = VLMConfig(
-        vision_config=vision_config,
+        **features,
         text_config=text_config,
         connector={"type": model.connector.type, "options": options},
         image_token_id=tokenizer.get_vocab()[model.image_token],
         recipe=asdict(model),
     )
-    _settle_features(config, model.visual_encoder, image_size(image_processor))
     processor = VLMProcessor(
-        image_processor,
+        image_processors[0],
         tokenizer,
         chat_template=chat_template(template or "tokenizer", tokenizer.chat_template, tokenizer.name_or_path),
         own_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
@@ -116,8 +109,10 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
         image_end=model.image_end_token,
         tokens_per_image=count_tokens(config.connector["type"], config.num_features, options),
         image_mode=image_mode or "square",
+        beside=image_processors[1:],
     )
-    settle_anyres(config, processor, model.anyres, image_size(image_processor))
+    settle_anyres(config, processor, model.anyres, size)
+    check_views(processor)
     return config, processor
 
 
@@ -129,14 +124,20 @@ def build_model(
     The connector's first weights depend on `seed` alone, not on what the parts drew before it.
     """
     attention = model.attn_implementation
-    encoder = _load_part(AutoModel, model.visual_encoder, config.vision_config, dtype, attention)
-    language_model = _load_part(AutoModelForCausalLM, model.language_model, config.text_config, dtype, attention)
+    sources = encoder_sources(model.visual_encoder).values()
+    bits = model.visual_encoder.quantization
+    encoders = [
+        _load_part(AutoModel, source, getattr(config, name), dtype, attention, bits)
+        for source, name in zip(sources, config.encoder_names, strict=True)
+    ]
+    bits = model.language_model.quantization
+    language_model = _load_part(AutoModelForCausalLM, model.language_model, config.text_config, dtype, attention, bits)
     if len(processor.tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
     config.text_config = language_model.config
     config.dtype = dtype
     torch.manual_seed(seed)
-    built = VLMForConditionalGeneration(config, encoder, language_model)
+    built = VLMForConditionalGeneration(config, as_one_part(encoders), language_model)
     built.connector.to(dtype)
     if built.image_newline is not None:
         built.image_newline.to(dtype)
@@ -157,6 +158,7 @@ def load_processor(checkpoint: str, template: str | None, image_mode: str | None
         processor.chat_template = chat_template(template, processor.own_template, checkpoint)
     if image_mode is not None:
         processor.image_mode = image_mode
+    check_views(processor)
     return processor
 
 
@@ -187,7 +189,7 @@ def load_model(
     quantization: Mapping[str, str] | None = None,
 ) -> VLMForConditionalGeneration:  # fmt: skip
     """The model of a checkpoint; `quantization` is part -> `8bit` or `4bit`."""
-    parts = {"vision_config": AutoModel, "text_config": AutoModelForCausalLM}
+    parts = {**dict.fromkeys(config.encoder_names, AutoModel), "text_config": AutoModelForCausalLM}
     attention = {
         name: choose_attention(attn_implementation, dtype, getattr(config, name), auto) for name, auto in parts.items()
     }
@@ -242,14 +244,6 @@ def chat_template(name: str, own: Any, source: str) -> str:
     return own
 
 
-def image_size(image_processor: Any) -> tuple[int, int]:
-    """Height and width of the pixels that an image processor gives."""
-    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
-    if "height" not in size:
-        raise ValueError(f"the visual encoder's image processor gives pictures of no fixed size: {size}")
-    return size["height"], size["width"]
-
-
 def _part_config(part: str, source: Any) -> PreTrainedConfig:
     """A part's own configuration; the vision half of a two-tower one.
 
@@ -270,7 +264,7 @@ def _part_config(part: str, source: Any) -> PreTrainedConfig:
             f"model.{part}.hf_name={source.hf_name}: transformers itself does not know model_type={config.model_type}, "
             "so a checkpoint with this part could not be loaded again"
         )
-    return config.vision_config if part == "visual_encoder" and hasattr(config, "vision_config") else config
+    return config.vision_config if part != "language_model" and hasattr(config, "vision_config") else config
 
 
 def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -298,89 +292,9 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _image_processor(source: VisualEncoderConfig, model_type: str) -> Any:
-    """The encoder's image processor; timm's is rewritten as one that loads out of any folder.
-
-    Raises:
-        ValueError: timm prepares pictures for it in a way that there is no such processor for.
-    """
-    if model_type != "timm_wrapper":
-        return AutoImageProcessor.from_pretrained(
-            source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision or "main")
-    data = processor.data_config
-    height, width = data["input_size"][1:]
-    scaled = {side: int(length / data["crop_pct"]) for side, length in (("height", height), ("width", width))}
-    sizes = {"center": {"shortest_edge": min(scaled.values())}, "squash": scaled}
-    if data["crop_mode"] not in sizes:
-        raise ValueError(
-            f"model.visual_encoder.hf_name={source.hf_name}: timm's crop_mode={data['crop_mode']} is not supported; "
-            f"supported are {', '.join(sizes)}"
-        )
-    return CLIPImageProcessor(
-        size=sizes[data["crop_mode"]],
-        crop_size={"height": height, "width": width},
-        resample={"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[data["interpolation"]],
-        image_mean=list(data["mean"]),
-        image_std=list(data["std"]),
-    )
-
-
-def _settle_features(config: VLMConfig, source: VisualEncoderConfig, size: tuple[int, int]) -> None:
-    """Find out what the encoder gives for one image, by running it without weights, and write it into `config`.
-
-    Raises:
-        ValueError: the feature layer is out of range, or the strategy asks for a CLS token that there is not.
-    """
-    encoder, outputs = _dry_run(config, source, size)
-    features, states = outputs.last_hidden_state, outputs.hidden_states
-    if source.feature_layer is not None:
-        count = len(states)
-        if not -count <= source.feature_layer < count:
-            raise ValueError(
-                f"model.visual_encoder.feature_layer={source.feature_layer}: {source.hf_name} has {count} hidden "
-                f"states; allowed are {-count} to {count - 1}, or null for its own output"
-            )
-        config.feature_layer = source.feature_layer % count
-        features = states[config.feature_layer]
-        if config.vision_config.model_type in ENDS_EARLY:
-            config.vision_config.num_hidden_layers = max(config.feature_layer, 1)
-            encoder, outputs = _dry_run(config, source, size)
-            features = outputs.hidden_states[config.feature_layer]
-    named = dict(encoder.named_parameters())
-    slopes = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
-    config.unread_parameters = [name for name, slope in zip(named, slopes, strict=True) if slope is None]
-    config.feature_strategy = source.feature_strategy
-    if features.ndim == 4:  # a feature map: (1, width, rows, columns)
-        config.vision_dim, config.num_patches = features.shape[1], features.shape[2] * features.shape[3]
-    else:
-        config.vision_dim = features.shape[2]
-        config.num_prefix_tokens = _prefix_tokens(encoder, features.shape[1], size)
-        config.num_patches = features.shape[1] - config.num_prefix_tokens
-    if "cls" in source.feature_strategy and config.num_prefix_tokens == 0:
-        raise ValueError(
-            f"model.visual_encoder.feature_strategy={source.feature_strategy}: {source.hf_name} has no CLS token; "
-            "allowed are patch and full"
-        )
-
-
-def _dry_run(config: VLMConfig, source: VisualEncoderConfig, size: tuple[int, int]) -> tuple[Any, Any]:
-    """The encoder without weights, and what it gives for one image: shapes and dependencies, no numbers."""
-    with torch.device("meta"):
-        encoder = AutoModel.from_config(config.vision_config, trust_remote_code=source.trust_remote_code)
-        return encoder, encoder.eval()(torch.empty(1, 3, *size), output_hidden_states=True, return_dict=True)
-
-
-def _prefix_tokens(encoder: Any, tokens: int, size: tuple[int, int]) -> int:
-    """How many tokens (CLS, registers) stand before the patches."""
-    if hasattr(encoder, "timm_model"):
-        return encoder.timm_model.num_prefix_tokens
-    patch = encoder.config.patch_size
-    return tokens - (size[0] // patch) * (size[1] // patch)
-
-
-def _load_part(auto: Any, source: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Any:
+def _load_part(
+    auto: Any, source: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: str, bits: str | None
+) -> Any:  # fmt: skip
     """One part's weights. A folder that holds less than the part is an error, not a random initialisation."""
     part, info = auto.from_pretrained(
         source.hf_name,
@@ -389,7 +303,7 @@ def _load_part(auto: Any, source: Any, config: PreTrainedConfig, dtype: torch.dt
         trust_remote_code=source.trust_remote_code,
         dtype=dtype,
         attn_implementation=choose_attention(attention, dtype, config, auto),
-        quantization_config=None if source.quantization is None else bits_config(source.quantization),
+        quantization_config=None if bits is None else bits_config(bits),
         output_loading_info=True,
     )
     if missing := sorted(info["missing_keys"]):
@@ -401,11 +315,11 @@ def _load_part(auto: Any, source: Any, config: PreTrainedConfig, dtype: torch.dt
 
 def recipe_differences(config: VLMConfig, model: ModelConfig, touched: list[str]) -> list[tuple[str, Any, Any]]:
     """Where `model` contradicts a checkpoint under the touched keys: (key, wanted, the checkpoint's)."""
-    recorded, wanted = _flat(config.recipe), _flat(asdict(model))
+    recorded, wanted = _flat(asdict(ModelConfig())) | _flat(config.recipe), _flat(asdict(model))
     return [
         (f"model.{key}", wanted[key], recorded.get(key))
         for key in wanted
-        if any(key == name or key.startswith(f"{name}.") for name in touched)
+        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in touched)
         and wanted[key] != recorded.get(key)
         and key not in ("attn_implementation", "connector.name")
         and not key.endswith(".quantization")

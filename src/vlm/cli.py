@@ -34,13 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def generate(words: Sequence[str]) -> None:
-    """`vlm generate CHECKPOINT --image F --prompt T`."""
+    """`vlm generate CHECKPOINT --image F --video F --prompt T`."""
+    from vlm.config.schema import DatasetConfig
     from vlm.config.schema import InferenceConfig as Defaults
 
-    parser = argparse.ArgumentParser("vlm generate", description="Ask a trained model about pictures.")
+    parser = argparse.ArgumentParser("vlm generate", description="Ask a trained model about pictures and videos.")
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    parser.add_argument("--prompt", required=True, help="the question; <image> in it says where a picture stands")
+    parser.add_argument("--prompt", required=True, help="the question; <image> and <video> in it say where one stands")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
+    parser.add_argument(
+        "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N",
+        help="most frames of a video that are seen, evenly spread (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--temperature", type=float, default=Defaults.temperature, help="0 is greedy (%(default)s)")
     top_p, beams, longest = Defaults.top_p, Defaults.num_beams, Defaults.max_new_tokens
     parser.add_argument("--top-p", "--top_p", type=float, default=top_p, help="nucleus sampling (%(default)s)")
@@ -77,17 +83,18 @@ def _generate(args: argparse.Namespace) -> None:
     settings = InferenceConfig(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
     check_inference(settings, prefix="")
     images = opened(args.image)
-    conversation = [user_turn(args.prompt, len(images))]
+    user_turn(args.prompt, len(images), [()] * len(args.video))  # what is wrong with it is said before a model loads
     model = VisionLanguageModel.load(
         args.checkpoint, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     if args.seed is not None:
         set_seed(args.seed)
+    turn, media = model.asked(args.prompt, images, args.video, args.max_frames)
     if args.num_beams > 1:  # beams settle on an answer at the end, so there is nothing to stream
-        print(model.answer([conversation], [images], settings)[0])
+        print(model.answer([[turn]], [media], settings)[0])
         return
-    for piece in model.stream(conversation, images, settings):
+    for piece in model.stream([turn], media, settings):
         print(piece, end="", flush=True)
     print()
 

@@ -42,6 +42,43 @@ REFUSALS = {
         "model.connector.options.num_layers=3: linear does not take it; model.connector.options.num_layers=null leaves "
         "it out. Allowed: bias, input_norm",
     ),
+    "no layer": (
+        ["model.visual_encoder.feature_layer=[]"],
+        "model.visual_encoder.feature_layer=[]: a whole number is needed, a list of them, or null for the encoder's",
+    ),
+    "half a layer": (["model.visual_encoder.feature_layer=1.5"], "model.visual_encoder.feature_layer=1.5: a whole num"),
+    "a layer's name": (["model.visual_encoder.feature_layer=[-2,last]"], "model.visual_encoder.feature_layer=[-2, 'last']: a whole"),
+    "no size": (["model.visual_encoder.image_size=0"], "model.visual_encoder.image_size=0: at least 1, or null"),
+    "a strategy of an encoder beside": (
+        ["model.visual_encoder.beside=[{hf_name: a, feature_strategy: patches}]"],
+        "model.visual_encoder.beside.0.feature_strategy=patches: allowed are patch, cls+patch, cls, full",
+    ),
+    "a folder of an encoder beside": (
+        ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.beside.0.hf_name=./no/where"],
+        "model.visual_encoder.beside.0.hf_name=./no/where: no such folder (seen from ",
+    ),
+    "a size of an encoder beside": (
+        ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.beside.0.image_size=-1"],
+        "model.visual_encoder.beside.0.image_size=-1: at least 1, or null, is needed",
+    ),
+    "a grid of tiles": (["model.anyres.grids=[[1,2],[3]]"], "model.anyres.grids: [3] is no grid; [rows, columns]"),
+    "tiles without grids": (
+        ["model.anyres.max_tiles=9"],
+        "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next",
+    ),
+    "tiles, no number of them": (
+        ["model/anyres=llava-next", "model.anyres.max_tiles=0"],
+        "model.anyres.max_tiles=0: at least 1 is needed, or null",
+    ),
+    "tiles and padding": (
+        ["model/anyres=llava-next", "dataset.image_mode=pad"],
+        "dataset.image_mode=pad: with model.anyres, a picture is squashed to a square as a whole and its tiles are ",
+    ),
+    "tiles of a whole model": (
+        ["model/anyres=llava-onevision", "model.hf_name=llava-hf/llava-1.5-7b-hf"],
+        "model.anyres.grids: model.hf_name=llava-hf/llava-1.5-7b-hf prepares pictures in its own way; choose "
+        "model/anyres=none",
+    ),
     "format's option": (
         ["dataset.format=caption", "dataset.options.key=a"],
         "dataset.options.key: caption does not take it; allowed are image_key, caption_key, prompt",

@@ -16,8 +16,9 @@ Q = "model.language_model.quantization"
 REFUSALS = {
     "whole and adapted": (
         [R, RATE, "trainer.unfreeze.train_language_model=true"],
-        "trainer.lora.language_model.r=8 and trainer.unfreeze.train_language_model=true: an adapter trains on a part that "
-        "is frozen; choose one (trainer.lora.language_model.r=null, or trainer.unfreeze.train_language_model=false)",
+        "trainer.lora.language_model.r=8 and trainer.unfreeze.train_language_model=true: an adapter trains on a part "
+        "that is frozen; choose one (trainer.lora.language_model.r=null, or "
+        "trainer.unfreeze.train_language_model=false)",
     ),
     "no rate": (
         [R],
@@ -38,11 +39,13 @@ REFUSALS = {
     ),
     "targets alone": (
         ["trainer.lora.visual_encoder.target_modules=[q_proj]"],
-        "trainer.lora.visual_encoder.target_modules=['q_proj']: nothing comes of it without trainer.lora.visual_encoder.r",
+        "trainer.lora.visual_encoder.target_modules=['q_proj']: nothing comes of it without "
+        "trainer.lora.visual_encoder.r",
     ),
     "no targets": (
         [R, RATE, "trainer.lora.language_model.target_modules=[]"],
-        "trainer.lora.language_model.target_modules=[]: name endings of layers, or null for all Linear layers, are needed",
+        "trainer.lora.language_model.target_modules=[]: name endings of layers, or null for all Linear layers, are "
+        "needed",
     ),
     "dropout": (["trainer.lora.dropout=1"], "trainer.lora.dropout=1.0: a share from 0 to below 1 is needed"),
     "init": (["trainer.lora.init=pissa"], "trainer.lora.init=pissa: allowed are default, gaussian, orthogonal"),
@@ -54,8 +57,8 @@ REFUSALS = {
     "bits": ([f"{Q}=3bit"], f"{Q}=3bit: allowed are null, 8bit, 4bit"),
     "quantised and whole": (
         [f"{Q}=4bit", "trainer.unfreeze.train_language_model=true", RATE],
-        f"{Q}=4bit and trainer.unfreeze.train_language_model=true: a quantised part stays frozen; train an adapter on it "
-        "(trainer.lora.language_model.r=…)",
+        f"{Q}=4bit and trainer.unfreeze.train_language_model=true: a quantised part stays frozen; train an adapter on "
+        "it (trainer.lora.language_model.r=…)",
     ),
     "quantised and sharded": (
         [f"{Q}=4bit", R, RATE, "trainer/deepspeed=zero3"],

@@ -277,26 +277,26 @@ WHOLE = Encoded([1, 9, 9, 4, 5, 6], [IGNORED] * 4 + [5, 6])
 
 
 def test_a_sample_within_the_limit_is_left_alone():
-    assert limit(WHOLE, 6, 9, "x", truncate=False) is WHOLE
+    assert limit(WHOLE, 6, [9], "x", truncate=False) is WHOLE
 
 
 def test_an_overlong_sample_is_refused_with_its_length():
     with pytest.raises(OverLong, match=r"record 'x': 6 tokens, at most 5 are allowed"):
-        limit(WHOLE, 5, 9, "x", truncate=False)
+        limit(WHOLE, 5, [9], "x", truncate=False)
 
 
 def test_truncation_keeps_the_beginning():
-    assert limit(WHOLE, 5, 9, "x", truncate=True) == Encoded([1, 9, 9, 4, 5], [IGNORED] * 4 + [5])
+    assert limit(WHOLE, 5, [9], "x", truncate=True) == Encoded([1, 9, 9, 4, 5], [IGNORED] * 4 + [5])
 
 
 @pytest.mark.parametrize(("second", "kept"), [([6, 7, 8], 5), ([6, 9, 8], 7)])
 def test_nothing_is_left_of_a_question_whose_answer_is_cut(second: list[int], kept: int):
     """Unless an image stands in it."""
     two = Encoded([1, 9, 9, 4, 5, *second, 3, 2], [IGNORED] * 4 + [5] + [IGNORED] * 4 + [2])
-    assert limit(two, 8, 9, "x", truncate=True) == Encoded(two.input_ids[:kept], two.labels[:kept])
+    assert limit(two, 8, [9], "x", truncate=True) == Encoded(two.input_ids[:kept], two.labels[:kept])
 
 
 @pytest.mark.parametrize(("longest", "what"), [(4, "every reply"), (2, "an image")])
 def test_truncation_cuts_neither_images_nor_all_replies(longest: int, what: str):
     with pytest.raises(OverLong, match=rf"cutting it to {longest} would cut {what}"):
-        limit(WHOLE, longest, 9, "x", truncate=True)
+        limit(WHOLE, longest, [9], "x", truncate=True)

@@ -44,19 +44,21 @@ from transformers.models.smolvlm import SmolVLMImageProcessor, SmolVLMProcessor,
 
 LISTS = (
     "{{% for m in messages %}}<|{0}|>{{{{ m['role'] }}}}\n{{% for c in m['content'] %}}"
-    "{{% if c['type'] == 'image' %}}{1}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}{2}\n{{% endfor %}}"
+    "{{% if c['type'] == 'image' %}}{1}{{% elif c['type'] == 'video' %}}{3}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}"
+    "{{% endfor %}}{2}\n{{% endfor %}}"
     "{{% if add_generation_prompt %}}<|{0}|>assistant\n{{% endif %}}"
 )
-"""A template over lists of text and images: (what begins a turn, an image, what ends a turn)."""
+"""A template over lists of text, images and videos: (what begins a turn, an image, what ends a turn, a video)."""
 
 IMAGES_FIRST = (
     "{% for m in messages %}<|turn|>{{ m['role'] }}\n"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'video') %}<video>\n{% endfor %}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}<|end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
-"""As LLaVA's: the images of a turn come first."""
+"""As LLaVA's: the images of a turn come first, its videos behind them."""
 
 STRINGS = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -64,7 +66,7 @@ STRINGS = (
 )
 """As Phi-4's: contents are strings with image tokens in them."""
 
-TURN = LISTS.format("turn", "<image>", "<|end|>")
+TURN = LISTS.format("turn", "<image>", "<|end|>", "<video>")
 SIDE = 16
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
           "image_size": SIDE, "patch_size": 4}  # fmt: skip
@@ -190,7 +192,9 @@ def llava_onevision() -> LlavaOnevisionProcessor:
 
 
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-QWEN = LISTS.format("turn", "<|vision_start|><|image_pad|><|vision_end|>", "<|end|>")
+QWEN = LISTS.format(
+    "turn", "<|vision_start|><|image_pad|><|vision_end|>", "<|end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+)
 
 
 def qwen(kind: Any, video: Any = Qwen2VLVideoProcessor, patch: int = 4) -> Any:
@@ -239,7 +243,7 @@ def idefics_config(processor: Any, vision: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-INTERNVL = LISTS.format("turn", "<IMG_CONTEXT>\n", "<|end|>")
+INTERNVL = LISTS.format("turn", "<IMG_CONTEXT>\n", "<|end|>", "<video>\n")
 
 
 def internvl() -> InternVLProcessor:
@@ -261,7 +265,7 @@ def paligemma() -> PaliGemmaProcessor:
     return PaliGemmaProcessor(images, tokenizer(None, bos="<bos>", image_token="<image>"))
 
 
-GEMMA3 = "{{ bos_token }}" + LISTS.format("turn", "<start_of_image>", "<|end|>")
+GEMMA3 = "{{ bos_token }}" + LISTS.format("turn", "<start_of_image>", "<|end|>", "")
 
 
 def gemma3() -> Gemma3Processor:
@@ -273,7 +277,7 @@ def gemma3() -> Gemma3Processor:
     return Gemma3Processor(images, words, image_seq_length=4, chat_template=GEMMA3)
 
 
-MLLAMA = "{{ bos_token }}" + LISTS.format("turn", "<|image|>", "<|end|>")
+MLLAMA = "{{ bos_token }}" + LISTS.format("turn", "<|image|>", "<|end|>", "")
 
 
 def mllama() -> MllamaProcessor:

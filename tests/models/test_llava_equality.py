@@ -19,23 +19,33 @@ NAMES = {
 @pytest.fixture(scope="module")
 def ours(world: Path) -> VLMForConditionalGeneration:
     """CLIP read at layer -2, a two-layer connector, Llama."""
-    model = ModelConfig(
-        VisualEncoderConfig(str(world / "visual_encoder"), feature_layer=-2),
-        ConnectorConfig("mlp", {}),
-        LanguageModelConfig(str(world / "language_model")),
-    )
-    config, processor = compose(model, None, None)
-    return build_model(model, config, processor, torch.float32, seed=0)
+    return composed(world, -2)
 
 
 @pytest.fixture(scope="module")
 def theirs(ours: VLMForConditionalGeneration, world: Path) -> LlavaForConditionalGeneration:
     """transformers' model with all encoder layers and the same weights."""
+    return llava_of(ours, world, -2)
+
+
+def composed(world: Path, layer: int | list[int]) -> VLMForConditionalGeneration:
+    """A composed model that reads CLIP at a layer or at several."""
+    model = ModelConfig(
+        visual_encoder=VisualEncoderConfig(str(world / "visual_encoder"), feature_layer=layer),
+        connector=ConnectorConfig("mlp", {}),
+        language_model=LanguageModelConfig(str(world / "language_model")),
+    )
+    config, processor = compose(model, None, None)
+    return build_model(model, config, processor, torch.float32, seed=0)
+
+
+def llava_of(ours: VLMForConditionalGeneration, world: Path, layer: int | list[int]) -> LlavaForConditionalGeneration:
+    """transformers' model with all encoder layers and the weights of ours."""
     config = LlavaConfig(
         vision_config=CLIPVisionModel.from_pretrained(world / "visual_encoder").config,
         text_config=ours.config.text_config,
         image_token_index=ours.config.image_token_id,
-        vision_feature_layer=-2,
+        vision_feature_layer=layer,
         vision_feature_select_strategy="default",
     )
     model = LlavaForConditionalGeneration(config)
@@ -81,6 +91,19 @@ def test_loss_and_gradients_equal_transformers_llava(ours, theirs):
                 assert torch.allclose(parameter.grad, expected[name].grad, atol=1e-5), name
                 compared += 1
     assert compared > 30
+
+
+@pytest.mark.parametrize("layers", [[-2, -3], [3, 1, 2]])
+def test_logits_over_several_feature_layers_equal_transformers_llava(world: Path, layers: list[int]):
+    """A list of layers: their features side by side, in the order of the list."""
+    mine = composed(world, layers).eval()
+    other = llava_of(mine, world, layers).eval()
+    inputs = {name: value for name, value in batch(mine).items() if name != "labels"}
+    with torch.no_grad():
+        assert torch.allclose(mine(**inputs).logits, other(**inputs).logits, atol=1e-5)
+    reversed_ = composed(world, layers[::-1]).eval()
+    with torch.no_grad():
+        assert not torch.allclose(reversed_(**inputs).logits, mine(**inputs).logits, atol=1e-5)
 
 
 def test_loss_over_a_steps_items_equals_transformers_llava(ours, theirs):

@@ -15,7 +15,8 @@ from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, PATCHES, PREFIX_TOKENS, 
 from vlm.build import compose
 from vlm.models import VLMProcessor
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
-from vlm.models.processing_vlm import FROZEN_DATE, IMAGE_MODES, images_of, pad_to_square
+from vlm.models.pixels import pad_to_square
+from vlm.models.processing_vlm import FROZEN_DATE, IMAGE_MODES, images_of
 
 POINTWISE = ("identity", "linear", "mlp")
 """Connectors that take features of any number and keep it; `test_connectors.py` composes models with all others."""

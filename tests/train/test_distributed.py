@@ -97,3 +97,25 @@ def test_families_on_two_ranks_reach_the_single_process(
     launch([*words, f"trainer.output_dir={tmp_path / 'two'}", "trainer.per_device_train_batch_size=4"])
     assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=5e-4)
     assert (tmp_path / "two" / "final" / "model.safetensors").is_file()
+
+
+CONNECTORS = {
+    "qformer": ["num_queries=4", "hidden_dim=16", "num_layers=2", "num_heads=2", "dropout=0"],
+    "c_abstractor": ["num_queries=4", "hidden_dim=16", "num_blocks=1", "position_side=3"],
+    "resampler": ["num_queries=4", "num_layers=1", "num_heads=2"],
+}
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_connectors_on_two_ranks_reach_the_single_process(
+    common: list[str], train: Callable[..., Path], tmp_path: Path, connector: str
+):
+    """ZeRO-3: learned queries and positions, which are no layer's own, are gathered too."""
+    options = [f"model.connector.options.{option}" for option in CONNECTORS[connector]]
+    words = [
+        f"model/connector={connector}", *options, "trainer.max_steps=3", "trainer.train_sampling_strategy=sequential"
+    ]
+    alone = train("pretrain-smol", tmp_path / "single", *words)
+    two = [f"trainer.output_dir={tmp_path / 'two'}", "trainer.deepspeed=zero3"]
+    launch(["-cn", "pretrain-smol", *common, *words, *two, "trainer.per_device_train_batch_size=4"])
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=5e-4)

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from vlm.config.lora_problems import BASE_FILE
 from vlm.config.schema import PARTS, ModelConfig, RunConfig, from_mapping
+from vlm.encoders import encoder_sources
 from vlm.quantization import kinds_of
 
 WHOLE = "checkpoint"
@@ -76,8 +77,7 @@ def base_of(config: RunConfig, *, composed: bool) -> Base | None:
         name = started or model.hf_name
         assert name is not None
         return Base({WHOLE: source_of(name, None if started else model.revision)})
-    parts = {"visual_encoder": model.visual_encoder, "language_model": model.language_model}
-    sources = {part: source_of(given.hf_name, given.revision) for part, given in parts.items()}
+    sources = {part: source_of(given.hf_name, given.revision) for part, given in _loaded_parts(model).items()}
     return Base(sources, without_quantization(asdict(model)))
 
 
@@ -182,7 +182,12 @@ def recipe(base: Base, *, trust_remote_code: bool) -> ModelConfig:
     """
     assert base.model is not None
     model: ModelConfig = from_mapping(ModelConfig, base.model)
-    for part, given in (("visual_encoder", model.visual_encoder), ("language_model", model.language_model)):
+    for part, given in _loaded_parts(model).items():
         given.hf_name, given.revision = base.sources[part].name, base.sources[part].revision
         given.trust_remote_code = given.trust_remote_code and trust_remote_code
     return model
+
+
+def _loaded_parts(model: ModelConfig) -> dict[str, Any]:
+    """What has weights of its own to load, under its key in `model`; each of several visual encoders."""
+    return {**encoder_sources(model.visual_encoder), "language_model": model.language_model}

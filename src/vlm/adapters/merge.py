@@ -57,8 +57,11 @@ def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; name a new folder")
+    from transformers.utils.logging import disable_progress_bar
+
     from vlm.adapters.folder import is_on_base, load, local_folder  # torch comes with it
 
+    disable_progress_bar()
     if not is_on_base(checkpoint):
         hint = "; a run's result is its folder final" if Path(checkpoint, "final", BASE_FILE).is_file() else ""
         raise ValueError(f"{checkpoint}: no {BASE_FILE} there, so it is no adapter on a base{hint}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vlm.config.encoder_problems import FEATURE_STRATEGIES, encoder_problems
 from vlm.config.lora_problems import lora_problems, quantization_problems, training_keys
 from vlm.config.schema import (
     TRAIN_FLAGS,
@@ -31,7 +32,7 @@ NOT_RUNS = ("base",)
 """Top-level YAML files that others build on."""
 
 CHOICES = {
-    "model.visual_encoder.feature_strategy": ("patch", "cls+patch", "cls", "full"),
+    "model.visual_encoder.feature_strategy": FEATURE_STRATEGIES,
     "model.visual_encoder.quantization": (None, "8bit", "4bit"),
     "model.language_model.quantization": (None, "8bit", "4bit"),
     "model.attn_implementation": ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager"),
@@ -66,7 +67,7 @@ def check(config: RunConfig) -> None:
     check_anyres(config)
     check_paths(config)
     check_training(config)
-    for problem in (*lora_problems(config), *quantization_problems(config)):
+    for problem in (*encoder_problems(config), *lora_problems(config), *quantization_problems(config)):
         raise ConfigError(problem)
     check_evaluation(config)
     check_inference(config.inference)

@@ -5,6 +5,7 @@ Imports neither torch nor a model. A message of our own is a `ConfigError`, rais
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,7 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from vlm.config.check import ConfigError, group_names, run_names, shown
-from vlm.config.schema import RunConfig, key_names
+from vlm.config.schema import key_names
 
 NEEDED = {
     "converted to Float": "a number is needed",
@@ -107,7 +108,7 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     if "/" in key:
         return f"{key}: no such group.{unknown(key, group_names())}"
     parent: Any = error.parent_node
-    if "." not in key and isinstance(parent, DictConfig) and OmegaConf.get_type(parent) is not RunConfig:
+    if "." not in key and isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent)):
         return NO_BASE
     allowed = [str(name) for name in parent] if isinstance(parent, DictConfig) else key_names(key.rpartition(".")[0])
     return unknown_key(key, [name for name in allowed if name != "hydra"])

@@ -29,8 +29,8 @@ TRAIN_FLAGS = {
 
 
 @dataclass
-class VisualEncoderConfig:
-    """Where the image features come from."""
+class EncoderConfig:
+    """A visual encoder, and which of its features are read."""
 
     hf_name: str = MISSING
     """Hub name or local folder of an encoder: CLIP, SigLIP, DINOv2, any timm model (`timm/…`)."""
@@ -38,10 +38,22 @@ class VisualEncoderConfig:
     """Branch, tag or commit on the Hub; null is the default branch."""
     trust_remote_code: bool = False
     """Whether code out of the encoder's repository may run."""
-    feature_layer: int | None = None
-    """Hidden state to read, counted as `hidden_states` is (-2: before the last layer); null: the encoder's output."""
+    feature_layer: Any = None
+    """Hidden state to read, counted as `hidden_states` is (-2: before the last layer), or a list of them, whose features
+    are concatenated by channel; null: the encoder's output."""
     feature_strategy: str = "patch"
     """Which tokens of it: `patch`, `cls+patch`, `cls` or `full` (all, registers included)."""
+    image_size: int | None = None
+    """Side of the square in pixels that pictures are squashed to for it, without cropping, where it takes more sizes
+    than one (DINOv2); null: as its image processor does it."""
+
+
+@dataclass
+class VisualEncoderConfig(EncoderConfig):
+    """Where the image features come from: one encoder, or several side by side."""
+
+    beside: list[EncoderConfig] = field(default_factory=list)
+    """Further encoders that see the same pictures; their features are concatenated by channel behind the first one's."""
     quantization: str | None = None
     """`8bit` or `4bit` (NF4): its matrices are stored so, and stay frozen; adapters train on them (`trainer.lora`)."""
 

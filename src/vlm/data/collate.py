@@ -18,6 +18,13 @@ TEXT = ("input_ids", "labels")
 """What every sample has; its other keys are what the model reads of its images."""
 
 
+VIDEOS = "pixel_values_videos"
+"""The input of videos that are read by themselves: `(videos, frames, 3, height, width)`, or loose patches."""
+
+Dummy = tuple[Sequence[int], Mapping[str, Tensor]]
+"""Ids, and the model's inputs."""
+
+
 class Collator:
     """Pads rows, and lays the images of all rows one after the other.
 
@@ -26,25 +33,30 @@ class Collator:
         dummy: ids of one image and the model's inputs for it, for a batch without images: every batch then runs the
             same modules, without which ranks would wait for each other, and a connector that trains alone would get
             no gradient. The placeholders are attended by nothing. None: no dummy.
+        video_dummy: the same of one video, where pictures and videos are read by calls of their own and there are
+            several ranks: a batch then has some of both. None: any of either will do.
         rows: inputs of images with one row for each sample; the others are laid one after the other.
         tokens: inputs with one value for each token.
         left: whether rows are padded on the left, as generation wants them.
     """
 
     def __init__(
-        self, pad_token_id: int, dummy: tuple[Sequence[int], Mapping[str, Tensor]] | None = None, *,
+        self, pad_token_id: int, dummy: Dummy | None = None, *, video_dummy: Dummy | None = None,
         rows: Sequence[str] = (), tokens: Sequence[str] = (), left: bool = False,
     ):  # fmt: skip
         self.pad_token_id = pad_token_id
-        self.dummy = dummy
+        self.dummy, self.video_dummy = dummy, video_dummy
         self.rows, self.tokens, self.left = rows, tokens, left
 
     @classmethod
-    def of(cls, processor: Any, dummy: Any = None, *, left: bool = False) -> "Collator":
+    def of(
+        cls, processor: Any, dummy: Dummy | None = None, *, video_dummy: Dummy | None = None, left: bool = False
+    ) -> "Collator":
         """A collator for what a processor makes of images."""
         return cls(
-            processor.tokenizer.pad_token_id, dummy, rows=processor.row_inputs, tokens=processor.token_inputs, left=left
-        )
+            processor.tokenizer.pad_token_id, dummy, video_dummy=video_dummy, rows=processor.row_inputs,
+            tokens=processor.token_inputs, left=left,
+        )  # fmt: skip
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Lay samples out as ids, mask and labels `(rows, tokens)`, and inputs such as `pixel_values` beside them.
@@ -57,9 +69,9 @@ class Collator:
         items = items or [{"input_ids": [self.pad_token_id], "labels": [IGNORED]}]
         for item in items:
             item["attention_mask"] = [1] * len(item["input_ids"])
-        if self.dummy is not None and not any(_images(item, self.tokens) for item in items):
+        for dummy in self._missing({name for item in items for name in _images(item, self.tokens)}):
             shortest = min(items, key=lambda item: len(item["input_ids"]))
-            _append(shortest, *self.dummy, self.tokens)
+            _append(shortest, *dummy, self.tokens)
         longest = max(len(item["input_ids"]) for item in items)
         fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         batch: dict[str, Any] = {
@@ -73,6 +85,13 @@ class Collator:
             batch[SKIPPED] = skipped
         return batch
 
+    def _missing(self, given: set[str]) -> list[Dummy]:
+        """The dummies that a batch with these inputs needs."""
+        if self.video_dummy is None:
+            return [] if self.dummy is None or given else [self.dummy]
+        both = [one for one in (self.dummy, self.video_dummy) if one is not None]
+        return [(ids, inputs) for ids, inputs in both if given.isdisjoint(inputs)]
+
     def _padded(self, values: Any, longest: int, fill: int) -> np.ndarray:
         """Values for each token of a row, filled up to the longest."""
         array = np.asarray(values, dtype=np.int64)
@@ -82,7 +101,11 @@ class Collator:
 
     def _input(self, name: str, values: list[Tensor | None], longest: int) -> Tensor:
         """One input of all rows."""
-        given = _same_shape([value for value in values if value is not None])
+        given = [value for value in values if value is not None]
+        if name == VIDEOS and len(numbers := {value.shape[1:-3] for value in given}) > 1:
+            counts = sorted(number for (number,) in numbers)
+            raise ValueError(f"this model takes videos of one number of frames in a batch, got {counts}")
+        given = _same_shape(given)
         if name in self.tokens:
             blank = given[0].new_zeros((longest, *given[0].shape[1:]))
             waiting = iter(given)

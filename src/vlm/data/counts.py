@@ -4,7 +4,7 @@ Whatever makes a record unusable is found here too, as far as it can be without 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlm.data.cache import digest_of, made_once
-from vlm.data.encode import IGNORED, Encoded, encode
+from vlm.data.encode import IGNORED, Encoded, encode, media_ids
 from vlm.data.pictures import check_picture, open_pictures, picture_sizes
 from vlm.data.processes import num_cores
 from vlm.data.sample import BadSample, Sample
@@ -24,8 +24,8 @@ from vlm.data.sources import Source
 SCHEMA = pa.schema(
     [
         ("record", pa.int64()), ("length", pa.int32()), ("needed", pa.int32()), ("supervised", pa.int32()),
-        ("replies", pa.int32()), ("images", pa.int32()), ("width", pa.int32()), ("height", pa.int32()),
-        ("id", pa.string()), ("problem", pa.string()), ("file", pa.string()),
+        ("replies", pa.int32()), ("images", pa.int32()), ("videos", pa.int32()), ("width", pa.int32()),
+        ("height", pa.int32()), ("id", pa.string()), ("problem", pa.string()), ("file", pa.string()),
     ]
 )  # fmt: skip
 CHUNK = 256
@@ -40,10 +40,11 @@ class Counts:
     Attributes:
         record: its number in the source.
         length: its tokens, image tokens counted; 0 for one that cannot be used.
-        needed: the fewest tokens that it may be cut to: up to its last image, and its first supervised token.
+        needed: the fewest tokens that it may be cut to: up to its last image or video, and its first supervised token.
         supervised: its supervised tokens.
         replies: how often it lets the assistant speak.
-        images: its pictures.
+        images: its pictures and videos; of a video that is shown as frames, each.
+        videos: those of them that the model sees as videos.
         width: of its first picture, in pixels; 0 where it has none, or is a video's frame.
         height: as width.
         problems: place in these arrays -> why the record cannot be used.
@@ -56,6 +57,7 @@ class Counts:
     supervised: np.ndarray
     replies: np.ndarray
     images: np.ndarray
+    videos: np.ndarray
     width: np.ndarray
     height: np.ndarray
     problems: dict[int, BadSample]
@@ -89,7 +91,7 @@ def count(
     whole = len(records) if decode is None else decode
     made_once(path, lambda partial: _write(source, records, whole, workers, on_problem, partial))
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    columns = {name: _numbers(table.column(name)) for name in SCHEMA.names[:8]}
+    columns = {name: _numbers(table.column(name)) for name in SCHEMA.names[:9]}
     places = np.flatnonzero(columns["length"] == 0)
     if known:
         rows = _again(source, columns, places, int(np.searchsorted(places, whole)), workers)
@@ -196,20 +198,20 @@ def count_one(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
         width, height = look_at_pictures(sample, decode=decode)
         encoded = encode(source.encoder.processor, sample, picture_sizes(sample, source.encoder.processor))
     except BadSample as error:
-        return number, *[0] * 7, error.sample_id, error.reason, error.file
-    needed = needed_tokens(encoded, source.encoder.processor.image_token_id)
+        return number, *[0] * 8, error.sample_id, error.reason, error.file
+    needed = needed_tokens(encoded, media_ids(source.encoder.processor))
     supervised = len(encoded.labels) - encoded.labels.count(IGNORED)
     replies = sum(turn.role == "assistant" for turn in sample.turns)
-    images = len(sample.pictures)
-    return number, len(encoded.input_ids), needed, supervised, replies, images, width, height, sample.id, None, None
+    seen = len(sample.media), len(sample.videos), width, height
+    return number, len(encoded.input_ids), needed, supervised, replies, *seen, sample.id, None, None
 
 
-def needed_tokens(encoded: Encoded, image_token_id: int) -> int:
-    """The fewest tokens that a sample may be cut to: up to its last image token, and its first supervised one."""
+def needed_tokens(encoded: Encoded, media: Sequence[int]) -> int:
+    """The fewest tokens that a sample may be cut to: up to its last one of `media`, and its first supervised one."""
     ids, labels = encoded.input_ids, encoded.labels
     first = next(place for place, label in enumerate(labels) if label != IGNORED)
-    behind_images = len(ids) - ids[::-1].index(image_token_id) if image_token_id in ids else 0
-    return max(first + 1, behind_images)
+    behind_media = max((len(ids) - ids[::-1].index(one) for one in media if one in ids), default=0)
+    return max(first + 1, behind_media)
 
 
 def look_at_pictures(sample: Sample, *, decode: bool) -> tuple[int, int]:

@@ -17,8 +17,9 @@ from vlm.data.counts import Counts, count
 from vlm.data.encode import IGNORED, Encoded
 from vlm.data.pictures import picture_sizes, seen_sizes, size_of
 from vlm.data.pixels import decoded
-from vlm.data.sample import BadSample, OverLong, Sample, Size
+from vlm.data.sample import BadSample, Clip, OverLong, Sample, Size
 from vlm.data.sources import SampleEncoder, Source, sources_of
+from vlm.data.video import FPS, OpenVideo
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +91,21 @@ class SampleDataset(Dataset[Any]):
         sources: where the samples come from.
         places: `(samples, 2)`: the number of each sample's source, and of its record there.
         lengths: `(samples,)`: its tokens, image tokens counted.
-        num_images: `(samples,)`: its pictures.
+        num_images: `(samples,)`: its pictures and videos.
+        has_videos: whether the model sees videos in any of them.
         skipped: the records left out before.
         contributions: what each source gives.
     """
 
     def __init__(
         self, sources: Sequence[Source], places: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, *,
-        skipped: Iterable[Skipped] = (), contributions: Iterable[Contribution] = (),
+        has_videos: bool = False, skipped: Iterable[Skipped] = (), contributions: Iterable[Contribution] = (),
     ):  # fmt: skip
         self.sources = list(sources)
         self.places = places
         self.lengths = lengths
         self.num_images = num_images
+        self.has_videos = has_videos
         self.skipped = list(skipped)
         self.contributions = list(contributions)
 
@@ -140,11 +143,12 @@ class SampleDataset(Dataset[Any]):
     def subset(self, indices: "Sequence[int] | np.ndarray") -> "SampleDataset":
         """The samples at these places, as a dataset of its own."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return SampleDataset(self.sources, self.places[chosen], self.lengths[chosen], self.num_images[chosen])
+        rows = self.places[chosen], self.lengths[chosen], self.num_images[chosen]
+        return SampleDataset(self.sources, *rows, has_videos=self.has_videos)
 
 
 class BlankPictures(Dataset[dict[str, Any]]):
-    """The same samples with every picture replaced by one of the processor's mean colour."""
+    """The same samples with every picture, and every frame of a video, of the processor's mean colour."""
 
     def __init__(self, dataset: SampleDataset):
         self.dataset = dataset
@@ -159,7 +163,7 @@ class BlankPictures(Dataset[dict[str, Any]]):
             blanks = [blank_picture(processor)] * int(self.num_images[index])
             return model_inputs(processor, self.dataset.encoded(index), blanks)
         sizes = picture_sizes(self.dataset.sample(index), processor)
-        blanks = [blank_picture(processor) if size is None else blank_picture(processor, size) for size in sizes]
+        blanks = [blank_of(processor, size) for size in sizes]
         return model_inputs(processor, self.dataset.encoded(index, sizes), blanks, sizes)
 
 
@@ -173,14 +177,14 @@ def encoded_item(source: Source, sample: Sample) -> dict[str, Any]:
     if not processor.needs_sizes:
         return model_inputs(processor, source.encoder(sample), decoded(sample, processor))
     pictures = decoded(sample, processor)
-    sizes = seen_sizes(sample.pictures, pictures, processor)
+    sizes = seen_sizes(sample.media, pictures, processor)
     return model_inputs(processor, source.encoder(sample, sizes), pictures, sizes)
 
 
 def model_inputs(
     processor: Any, encoded: Encoded, pictures: Sequence[Any], sizes: Sequence[Size] = ()
 ) -> dict[str, Any]:
-    """Ids, labels, and what the model reads of the pictures, as the collator lays them out."""
+    """Ids, labels, and what the model reads of pictures and videos, as the collator lays them out."""
     images = processor.image_inputs(pictures, sizes)
     tokens = processor.text_inputs(encoded.input_ids, encoded.labels, images)
     return {"input_ids": encoded.input_ids, "labels": encoded.labels, **images, **tokens}
@@ -192,6 +196,13 @@ def blank_picture(processor: Any, size: tuple[int, int] = (64, 64)) -> Image.Ima
     return Image.new("RGB", (size[1], size[0]), tuple(int(mean * 255) for mean in (*means, *means, *means)[:3]))
 
 
+def blank_of(processor: Any, size: Size) -> Image.Image | OpenVideo:
+    """A blank picture or video of this size."""
+    if isinstance(size, Clip):
+        return OpenVideo([blank_picture(processor, (size.height, size.width))] * len(size.frames), size)
+    return blank_picture(processor) if size is None else blank_picture(processor, size)
+
+
 def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Ids of a blank image, and what a model reads of it; the few tokens of a video's frame will do."""
     blank = blank_picture(processor)
@@ -199,6 +210,14 @@ def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     ids, _ = processor.tokenize(processor.image_token, (), sizes)
     images = processor.image_inputs([blank], sizes)
     return ids, images | processor.text_inputs(ids, [IGNORED] * len(ids), images)
+
+
+def dummy_video(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """The same of a blank video of one frame."""
+    clip = Clip((0,), 1, 64, 64, FPS)
+    ids, _ = processor.tokenize(processor.video_token, (), [clip])
+    inputs = processor.image_inputs([blank_of(processor, clip)], [clip])
+    return ids, inputs | processor.text_inputs(ids, [IGNORED] * len(ids), inputs)
 
 
 def load_dataset(
@@ -221,6 +240,7 @@ def load_dataset(
     """
     sources = sources_of(config, encoder)
     places, lengths, images, skipped, contributions = [], [], [], [], []
+    has_videos = False
     for number, source in enumerate(sources):
         records = drawn(len(source), source.config.max_samples, seed)[:first]
         decode = None if evaluates else config.check_samples
@@ -232,6 +252,7 @@ def load_dataset(
         places.append(np.stack([np.full(len(kept), number), counts.record[kept]], axis=1))
         lengths.append(np.minimum(counts.length[kept], encoder.longest))
         images.append(counts.images[kept])
+        has_videos |= bool(counts.videos[kept].any())
         skipped += [left_out[place] for place in sorted(left_out)]
         contributions.append(Contribution(
             source.name, source.path, source.records.fingerprint, len(source), len(kept), int(images[-1].sum()),
@@ -242,7 +263,7 @@ def load_dataset(
         raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {_reasons(skipped)}")
     return SampleDataset(
         sources, np.concatenate(places), np.concatenate(lengths), np.concatenate(images),
-        skipped=skipped, contributions=contributions,
+        has_videos=has_videos, skipped=skipped, contributions=contributions,
     )  # fmt: skip
 
 

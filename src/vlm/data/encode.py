@@ -42,6 +42,12 @@ class Encoded:
     labels: list[int]
 
 
+def media_ids(processor: Any) -> list[int]:
+    """The ids that stand for features of pictures and videos."""
+    ids = processor.image_token_id, processor.video_token_id
+    return [one for one in dict.fromkeys(ids) if one is not None]
+
+
 def template_text(name: str) -> str:
     """A packaged template by name, or the text of a `.jinja` file."""
     if name.endswith(".jinja"):
@@ -86,29 +92,31 @@ def _render_marked(
     processor: Any, turns: Sequence[Turn], sample_id: str, prompt: bool
 ) -> tuple[str, dict[int, tuple[int, int]]]:
     """Render with marks around each text; the rendered text without them, and where each numbered text stands."""
-    numbers, image = count(), processor.image_token
+    numbers, tokens = count(), (processor.image_token, processor.video_token)
     marked = [
-        Turn(turn.role, tuple(_mark(p, next(numbers), image) if isinstance(p, str) else p for p in turn.content))
+        Turn(turn.role, tuple(_mark(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content))
         for turn in turns
     ]
-    messages = [turn.as_message(image) for turn in marked]
+    messages = [turn.as_message(*tokens) for turn in marked]
     try:
         return _unmark(processor.apply_chat_template(messages, add_generation_prompt=prompt))
     except jinja2.TemplateError as error:
         raise BadSample(sample_id, f"its template refuses it: {error}") from error
 
 
-def _mark(part: str, number: int, image_token: str) -> str:
+def _mark(part: str, number: int, tokens: Sequence[str | None]) -> str:
     """Marks around the text proper, and once more behind its thinking, which some templates drop.
 
-    Blanks at the ends stay outside, where a template may trim them. An image token that somebody spelled is broken up
-    by a mark, so that a template does not take it for a picture.
+    Blanks at the ends stay outside, where a template may trim them. A token of a picture or video that somebody spelled
+    is broken up by a mark, so that a template does not take it for one.
     """
     core = part.strip()
     start = part.index(core) if core else len(part)
     opened, closed = f"{OPEN}{number}{NUMBERED}", f"{CLOSE}{number}{NUMBERED}"
     text = THINKING.sub(lambda thinking: thinking[0] + opened, core, count=1)
-    text = text.replace(image_token, f"{image_token[0]}{NUMBERED}{image_token[1:]}")
+    for token in tokens:
+        if token is not None:
+            text = text.replace(token, f"{token[0]}{NUMBERED}{token[1:]}")
     return f"{part[:start]}{opened}{text}{closed}{part[start + len(core) :]}"
 
 
@@ -189,7 +197,7 @@ def encode(processor: Any, sample: Sample, sizes: Sequence[Size] = ()) -> Encode
     Args:
         processor: decides every token.
         sample: the conversation.
-        sizes: of its pictures, where the processor needs them; see `pictures.seen_sizes`.
+        sizes: of its pictures and videos, where the processor needs them; see `pictures.seen_sizes`.
 
     Raises:
         BadSample: the template refuses the turns or drops a reply, or nothing would be supervised.
@@ -217,11 +225,11 @@ def encode_prompt(processor: Any, turns: Sequence[Turn], sizes: Sequence[Size] =
     return processor.tokenize(rendered.text, rendered.spoken, sizes)[0]
 
 
-def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *, truncate: bool) -> Encoded:
+def limit(encoded: Encoded, longest: int, media: Sequence[int], sample_id: str, *, truncate: bool) -> Encoded:
     """The sample if it has at most `longest` tokens; with `truncate`, its beginning.
 
     The beginning ends within a reply or with one: what would be left of a question that is not answered goes too,
-    unless an image stands in it.
+    unless an image stands in it. `media` are the ids of images and videos.
 
     Raises:
         OverLong: it is longer, or cutting it would cut an image or every reply.
@@ -235,11 +243,11 @@ def limit(encoded: Encoded, longest: int, image_token_id: int, sample_id: str, *
             f"{length} tokens, at most {longest} are allowed (dataset.max_length, or the language model's positions)",
         )
     cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest])
-    if image_token_id in encoded.input_ids[longest:]:
+    if not set(media).isdisjoint(encoded.input_ids[longest:]):
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image")
     if cut.labels.count(IGNORED) == longest:
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut every reply")
-    while cut.labels[-1] == IGNORED and cut.input_ids[-1] != image_token_id:
+    while cut.labels[-1] == IGNORED and cut.input_ids[-1] not in media:
         cut.input_ids.pop()
         cut.labels.pop()
     return cut

@@ -10,22 +10,24 @@ from vlm.data.encode import IGNORED
 
 STYLE = (
     "body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-    "mark{background:#b7ebc0}.pad{color:#bbb}.image{color:#06c}img{height:96px;margin:2px}"
+    "mark{background:#b7ebc0}.pad{color:#bbb}.image,.video{color:#06c}img{height:96px;margin:2px}"
     "section{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}.bad{color:#b00}"
     "small{color:#666}h2{font-size:1em;margin:.2em 0}"
 )
+COUNTED = {"pad": "padding", "image": "image token", "video": "video token"}
+"""Kinds of tokens of which only the number is shown."""
 GREEN, BLUE, PLAIN = "\033[30;42m", "\033[34m", "\033[0m"
 
 
 def token_runs(
-    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], image_token_id: int
+    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Any
 ) -> Iterator[tuple[str, list[int]]]:
-    """Tokens that stand together and are of one kind: `mark` (supervised), `text`, `image` or `pad`."""
+    """Tokens that stand together and are of one kind: `mark` (supervised), `text`, `image`, `video` or `pad`."""
+    media = {processor.video_token_id: "video", processor.image_token_id: "image"}
     run: list[int] = []
     last = ""
     for token, label, attended in zip(ids, labels, mask, strict=True):
-        kind = "pad" if not attended else "image" if token == image_token_id else ""
-        kind = kind or ("mark" if label != IGNORED else "text")
+        kind = "pad" if not attended else media.get(token) or ("mark" if label != IGNORED else "text")
         if run and kind != last:
             yield last, run
             run = []
@@ -36,11 +38,11 @@ def token_runs(
 
 
 def tokens_as_html(ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Any) -> str:
-    """A row's tokens as HTML; runs of the image token and of padding as counts."""
+    """A row's tokens as HTML; runs of tokens of images and videos and of padding as counts."""
     html = []
-    for kind, run in token_runs(ids, labels, mask, processor.image_token_id):
-        if kind in ("pad", "image"):
-            html.append(f'<span class="{kind}">[{len(run)} × {"padding" if kind == "pad" else "image token"}]</span>')
+    for kind, run in token_runs(ids, labels, mask, processor):
+        if kind in COUNTED:
+            html.append(f'<span class="{kind}">[{len(run)} × {COUNTED[kind]}]</span>')
         else:
             text = escape(processor.tokenizer.decode(run)).replace("\n", "⏎<br>")
             html.append(f"<mark>{text}</mark>" if kind == "mark" else text)
@@ -50,12 +52,12 @@ def tokens_as_html(ids: Sequence[int], labels: Sequence[int], mask: Sequence[int
 def tokens_as_text(ids: Sequence[int], labels: Sequence[int], processor: Any, *, colours: bool) -> str:
     """A sample's tokens for a terminal: supervised ones on green, or between 【 and 】 without colours."""
     text = []
-    for kind, run in token_runs(ids, labels, [1] * len(ids), processor.image_token_id):
-        said = f"[{len(run)} × image token]" if kind == "image" else processor.tokenizer.decode(run)
+    for kind, run in token_runs(ids, labels, [1] * len(ids), processor):
+        said = f"[{len(run)} × {COUNTED[kind]}]" if kind in COUNTED else processor.tokenizer.decode(run)
         if kind == "mark":
             text.append(f"{GREEN}{said}{PLAIN}" if colours else f"【{said}】")
         else:
-            text.append(f"{BLUE}{said}{PLAIN}" if colours and kind == "image" else said)
+            text.append(f"{BLUE}{said}{PLAIN}" if colours and kind in COUNTED else said)
     return "".join(text)
 
 

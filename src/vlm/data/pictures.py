@@ -10,8 +10,8 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from vlm.data.sample import BadSample, Picture, Sample, Size
-from vlm.data.video import read_frames
+from vlm.data.sample import BadSample, Picture, Sample, Size, Video
+from vlm.data.video import OpenVideo, open_video, read_frames
 
 ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, RuntimeError, Image.DecompressionBombError)
 """What Pillow raises for files that are no pictures, or not whole."""
@@ -20,50 +20,66 @@ LYING = (5, 6, 7, 8)
 """EXIF orientations of pictures that are turned by a quarter."""
 
 
-def open_pictures(sample: Sample) -> list[Image.Image]:
-    """The pictures of a sample, decoded; a video's frames in one pass over it.
+def open_pictures(sample: Sample) -> list[Any]:
+    """The pictures and videos of a sample, decoded, in order; frames of a video in one pass over it.
+
+    Returns:
+        A Pillow image for each picture, an `OpenVideo` for each video.
 
     Raises:
         BadSample: one does not open.
     """
-    opened = []
-    for (path, is_frame), group in groupby(sample.pictures, lambda picture: (picture.path, picture.frame is not None)):
-        if is_frame:
-            assert path is not None
-            frames = [picture.frame for picture in group if picture.frame is not None]
-            opened += read_frames(path, frames, sample.id)
+    opened: list[Any] = []
+    for video, group in groupby(sample.media, lambda one: one.path if _is_frame(one) else None):
+        if video is not None:
+            frames = [one.frame for one in group if isinstance(one, Picture) and one.frame is not None]
+            opened += read_frames(video, frames, sample.id)
         else:
-            opened += [open_picture(picture, sample.id) for picture in group]
+            opened += [
+                open_video(one, sample.id) if isinstance(one, Video) else open_picture(one, sample.id) for one in group
+            ]
     return opened
 
 
+def _is_frame(part: Picture | Video) -> bool:
+    """Whether this is a picture that stands for a part of a video."""
+    return isinstance(part, Picture) and part.frame is not None
+
+
 def picture_sizes(sample: Sample, processor: Any) -> list[Size]:
-    """What a processor needs to know of a sample's pictures to count tokens, out of their headers.
+    """What a processor needs to know of a sample's pictures and videos to count tokens, out of their headers.
 
     Nothing where it does not need their sizes. Frames are decoded only where theirs matter.
 
     Raises:
         BadSample: one is no picture.
     """
-    pictures = sample.pictures
+    media = sample.media
     if not processor.needs_sizes:
         return []
-    if not processor.pools_frames and any(picture.frame is not None for picture in pictures):
-        return seen_sizes(pictures, open_pictures(sample), processor)
+    if not processor.pools_frames and any(map(_is_frame, media)):
+        return seen_sizes(media, open_pictures(sample), processor)
     found: list[Size] = []
-    for picture in pictures:
-        width, height = (0, 0) if picture.frame is not None else check_picture(picture, sample.id)
-        found.append(None if picture.frame is not None else (height, width))
+    for one in media:
+        if isinstance(one, Video):
+            found.append(one.clip)
+            continue
+        width, height = (0, 0) if one.frame is not None else check_picture(one, sample.id)
+        found.append(None if one.frame is not None else (height, width))
     return found
 
 
-def seen_sizes(pictures: Sequence[Picture], opened: Sequence[Image.Image | Tensor], processor: Any) -> list[Size]:
-    """The same of pictures that are open: height and width of each, None of frames that the processor pools."""
+def seen_sizes(media: Sequence[Picture | Video], opened: Sequence[Any], processor: Any) -> list[Size]:
+    """The same of those that are open.
+
+    Height and width of a picture, None of a frame that the processor pools; of a video what is seen of it.
+    """
     if not processor.needs_sizes:
         return []
+    pooled = [processor.pools_frames and _is_frame(one) for one in media]
     return [
-        None if processor.pools_frames and picture.frame is not None else size_of(image)
-        for picture, image in zip(pictures, opened, strict=True)
+        None if hidden else seen.clip if isinstance(seen, OpenVideo) else size_of(seen)
+        for hidden, seen in zip(pooled, opened, strict=True)
     ]
 
 

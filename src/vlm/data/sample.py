@@ -11,8 +11,28 @@ VIDEO_PLACEHOLDER = "<video>"
 """What stands for a video in such text."""
 
 
-Size = tuple[int, int] | None
-"""Height and width of a picture; None for a frame of a video, where a processor takes all frames alike."""
+@dataclass(frozen=True)
+class Clip:
+    """What is seen of a video, and when: all that a processor's tokens for it depend on.
+
+    Attributes:
+        frames: the numbers of the frames that are seen, from 0, in order.
+        total: how many frames the video has.
+        height: of each, in pixels.
+        width: of each, in pixels.
+        fps: frames of the video per second.
+    """
+
+    frames: tuple[int, ...]
+    total: int
+    height: int
+    width: int
+    fps: float
+
+
+Size = tuple[int, int] | Clip | None
+"""Height and width of a picture, or what is seen of a video; None for a frame that stands for one, where a processor
+takes all frames alike."""
 
 
 class BadSample(ValueError):
@@ -54,9 +74,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Video:
-    """A video file in a turn. A model that knows pictures only gets some of its frames, see `data.video`."""
+    """A video file in a turn. A model that knows pictures only gets some of its frames, see `data.video`.
+
+    Attributes:
+        path: the file.
+        clip: what is seen of it, once that is settled.
+    """
 
     path: Path
+    clip: Clip | None = None
 
 
 Part = str | Picture | Video
@@ -69,9 +95,10 @@ class Turn:
     role: str
     content: tuple[Part, ...]
 
-    def as_message(self, image_token: str) -> dict[str, str]:
-        """The turn as chat templates read it, an image token for each picture."""
-        parts = [part if isinstance(part, str) else image_token for part in self.content]
+    def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, str]:
+        """The turn as chat templates read it, a token for each picture and video."""
+        tokens = {Picture: image_token, Video: video_token or image_token}
+        parts = [part if isinstance(part, str) else tokens[type(part)] for part in self.content]
         return {"role": self.role, "content": "".join(parts)}
 
 
@@ -91,6 +118,11 @@ class Sample:
     def videos(self) -> list[Video]:
         """All videos, in the order in which they stand in the text."""
         return [part for turn in self.turns for part in turn.content if isinstance(part, Video)]
+
+    @property
+    def media(self) -> list[Picture | Video]:
+        """All pictures and videos, in the order in which they stand in the text."""
+        return [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
 
     def with_videos(self, replace_video: Callable[[Video], tuple[Part, ...]]) -> "Sample":
         """The sample with other parts in place of each video."""

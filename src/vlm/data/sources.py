@@ -14,11 +14,11 @@ from typing import Any
 
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig, SourceConfig
 from vlm.data.cache import cache_folder, digest_of
-from vlm.data.encode import Encoded, encode, limit, template_text
+from vlm.data.encode import Encoded, encode, limit, media_ids, template_text
 from vlm.data.files import Records, open_records, stream_records
 from vlm.data.formats import reader_of
 from vlm.data.sample import BadSample, Part, Sample, Size, Turn, Video
-from vlm.data.video import frames_of
+from vlm.data.video import clip_of, frames_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SampleEncoder:
             BadSample: it cannot be used, or is too long.
         """
         encoded = encode(self.processor, sample, sizes)
-        return limit(encoded, self.longest, self.processor.image_token_id, sample.id, truncate=self.truncate)
+        return limit(encoded, self.longest, media_ids(self.processor), sample.id, truncate=self.truncate)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Source:
         return stream_records(self.path, self.cache, **where, shard=shard, num_shards=num_shards, seed=seed)
 
     def read(self, record: Any) -> Sample:
-        """A record as a sample, with the source's system prompt, and frames in place of videos.
+        """A record as a sample, with the source's system prompt; of videos it is settled what is seen of them.
 
         Raises:
             BadSample: it cannot be used.
@@ -114,10 +114,10 @@ class Source:
         prompt = self.config.system_prompt
         if prompt and sample.turns[0].role != "system":
             sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
-        return sample.with_videos(lambda video: self._frames(video, sample.id))
+        return sample.with_videos(lambda video: self._seen_of(video, sample.id))
 
-    def _frames(self, video: Video, sample_id: str) -> tuple[Part, ...]:
-        return frames_of(video.path, self.max_frames, sample_id)
+    def _seen_of(self, video: Video, sample_id: str) -> tuple[Part, ...]:
+        return seen_of(video.path, self.max_frames, self.encoder.processor, sample_id)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,6 +127,17 @@ class Source:
         return digest_of(
             self.records.fingerprint, reader, settings, self.max_frames, processor_digest(self.encoder.processor)
         )
+
+
+def seen_of(path: Path, max_frames: int, processor: Any, sample_id: str) -> tuple[Part, ...]:
+    """What a model sees of a video: the video where its processor knows them, else frames as pictures.
+
+    Raises:
+        BadSample: it is no video.
+    """
+    if processor.video_token is None:
+        return frames_of(path, max_frames, sample_id)
+    return (Video(path, clip_of(path, max_frames, sample_id, exactly=processor.equal_frames)),)
 
 
 def sources_of(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
@@ -159,7 +170,8 @@ def processor_digest(processor: Any) -> str:
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
     code = hashlib.sha256()
     sides = Path(inspect.getfile(type(processor))).parent
-    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted(sides.glob("*process*.py")), *sides.glob("anyres.py")]
+    beside = [file for name in ("*process*.py", "anyres.py", "videos.py") for file in sorted(sides.glob(name))]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *beside]
     for file in files:
         code.update(file.read_bytes())
     return digest_of(

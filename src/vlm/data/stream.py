@@ -36,6 +36,11 @@ class SampleStream(IterableDataset[Any]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
 
     @property
+    def has_videos(self) -> bool:
+        """Whether the model may come to see videos: what a stream holds is not known before."""
+        return self.processor.video_token is not None
+
+    @property
     def processor(self) -> Any:
         """The run's processor."""
         return self.sources[0].encoder.processor

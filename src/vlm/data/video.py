@@ -1,15 +1,27 @@
-"""Videos as frames, for models that know pictures: evenly spread over the file, decoded in one pass.
+"""Frames of videos, evenly spread over the file and decoded in one pass: as pictures, or as what is seen of a video.
 
 Reads files with PyAV, which the extra `video` installs.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlm.data.sample import BadSample, Picture
+from vlm.data.sample import BadSample, Clip, Picture, Video
+
+FPS = 24.0
+"""Frames per second of a file that does not say: what processors of videos take then."""
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    """The frames that are seen of a video, decoded, and what else is known of them."""
+
+    frames: list[Image.Image]
+    clip: Clip
 
 
 def frames_of(path: Path, most: int, sample_id: str) -> tuple[Picture, ...]:
@@ -19,8 +31,43 @@ def frames_of(path: Path, most: int, sample_id: str) -> tuple[Picture, ...]:
         BadSample: it is no video.
     """
     number = num_frames(path, sample_id)
-    kept = min(most, number)
-    return tuple(Picture(path, frame=(2 * index + 1) * number // (2 * kept)) for index in range(kept))
+    return tuple(Picture(path, frame=frame) for frame in spread(number, min(most, number)))
+
+
+def clip_of(path: Path, most: int, sample_id: str, *, exactly: bool = False) -> Clip:
+    """What is seen of a video: up to `most` frames, spread as those of `frames_of`. Nothing is decoded.
+
+    Args:
+        path: the file.
+        most: how many frames at most.
+        sample_id: the record's.
+        exactly: whether there are as many whatever the video has; those of a short one are then seen more than once.
+
+    Raises:
+        BadSample: it is no video.
+    """
+    number, size, fps = _looked_over(path, sample_id)
+    if not all(size):
+        raise BadSample(sample_id, f"video {path} does not say how large its frames are", str(path))
+    return Clip(spread(number, most if exactly else min(most, number)), number, *size, fps)
+
+
+def spread(number: int, kept: int) -> tuple[int, ...]:
+    """The middle of each of `kept` equal stretches of so many frames."""
+    return tuple((2 * index + 1) * number // (2 * kept) for index in range(kept))
+
+
+def open_video(video: Video, sample_id: str) -> OpenVideo:
+    """What is seen of a video, decoded; a frame of another size than the file says is made as large as the others.
+
+    Raises:
+        BadSample: the file does not decode.
+    """
+    clip = video.clip
+    assert clip is not None
+    size = (clip.width, clip.height)
+    frames = read_frames(video.path, clip.frames, sample_id)
+    return OpenVideo([frame if frame.size == size else frame.resize(size) for frame in frames], clip)
 
 
 def num_frames(path: Path, sample_id: str) -> int:
@@ -31,15 +78,22 @@ def num_frames(path: Path, sample_id: str) -> int:
     Raises:
         BadSample: it is no video, or has no frame.
     """
+    return _looked_over(path, sample_id)[0]
+
+
+def _looked_over(path: Path, sample_id: str) -> tuple[int, tuple[int, int], float]:
+    """How many frames a video file holds, their height and width, and how many there are per second."""
     av = _av(path)
     with _opened(path, sample_id) as container:
+        stream = container.streams.video[0]
+        size, fps = (stream.codec_context.height, stream.codec_context.width), float(stream.average_rate or FPS)
         try:
-            number = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
+            number = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
         except av.FFmpegError as error:
             raise BadSample(sample_id, f"video {path} does not read on: {error}", str(path)) from error
     if not number:
         raise BadSample(sample_id, f"video {path} has no frame", str(path))
-    return number
+    return number, size, fps
 
 
 def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""A family's own processor, seen through the interface of ours: rendered conversations to ids, pictures to inputs.
+"""A family's own processor, seen through the interface of ours: rendered conversations to ids, media to inputs.
 
 Every id and every pixel is the family's own; what is added is where each id came from, so that exactly the replies
 are supervised.
@@ -23,7 +23,10 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from vlm.data.encode import IGNORED
+from vlm.data.sample import Clip
+from vlm.data.video import FPS, OpenVideo
 from vlm.families.table import Family
+from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb, is_plain
 from vlm.models.processing_vlm import FROZEN_CLOCK, FROZEN_DATE
 
@@ -32,7 +35,7 @@ OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids",
 
 Size = tuple[int, int]
 Replaced = list[tuple[int, int, str]]
-"""(start, end, what stands there instead) of each image token of a text."""
+"""(start, end, what stands there instead) of each token of an image or video of a text."""
 
 
 class FamilyProcessor:
@@ -58,13 +61,17 @@ class FamilyProcessor:
         self.tokenizer = native.tokenizer
         self.image_processor = native.image_processor
         self.image_token = native.image_token
+        self.videos = FamilyVideos(native) if family.videos else None
+        self.video_token = None if self.videos is None else self.videos.token
+        self.equal_frames = family.equal_frames
         own = native.chat_template or self.tokenizer.chat_template
         self.own_template = own if isinstance(own, str) else family.template
         self.chat_template = chat_template or self.own_template
         if self.chat_template is None:
             raise ValueError(f"{family.name}: its processor brings no chat template. Name one with dataset.template.")
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        every = sorted(special | {self.image_token}, key=len, reverse=True)
+        self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
+        every = sorted({*special, *self.media_tokens}, key=len, reverse=True)
         self.special_tokens = re.compile("|".join(map(re.escape, every)))
         self._expansions = lru_cache(4096)(self._look_up_expansions)
 
@@ -81,6 +88,20 @@ class FamilyProcessor:
         counts = Counter(self.image_ids())
         return max(counts, key=lambda one: (counts[one], one == self.native.image_token_id))
 
+    @cached_property
+    def video_token_id(self) -> int | None:
+        """The id that stands for features of videos: of its own, or that of images."""
+        if self.videos is None:
+            return None
+        own = self.tokenizer.convert_tokens_to_ids(self.video_token)
+        ids, _ = self.tokenize(self.videos.token, (), [Clip((0,), 1, 64, 64, FPS)])
+        return own if own in ids else self.image_token_id
+
+    @property
+    def reads_videos_apart(self) -> bool:
+        """Whether the model reads videos by a call of their own."""
+        return self.videos is not None and not self.family.joined
+
     def image_ids(self) -> list[int]:
         """The ids of a small image by itself."""
         return self.tokenize(self.image_token, (), [(64, 64)])[0]
@@ -88,16 +109,19 @@ class FamilyProcessor:
     def apply_chat_template(
         self, conversation: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
     ) -> str:
-        """A conversation as text, an image token for each picture.
+        """A conversation as text, a token for each picture and video.
 
-        Contents may be strings with image tokens in them; the template reads them as lists of text and images.
+        Contents may be strings with such tokens in them; the template reads them as lists of text, images and videos.
         """
         template = self.chat_template
         assert template is not None
+        own = template == self.own_template
+        if own and self.family.video_template and any(map(self._shows_video, conversation)):
+            template = self.family.video_template
         if "strftime_now" in template:
             template = FROZEN_CLOCK + template
         messages = [dict(turn) for turn in conversation]
-        if self.chat_template == self.own_template and self._own_reads_lists:
+        if own and self._own_reads_lists:
             messages = [{**turn, "content": self._items(turn["content"])} for turn in conversation]
         return self._render(messages, template, add_generation_prompt)
 
@@ -120,29 +144,34 @@ class FamilyProcessor:
     def _items(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(content, str):
             return content
-        first, *rest = content.split(self.image_token)
-        items: list[dict[str, Any]] = [{"type": "text", "text": first}] if first else []
-        for text in rest:
-            items += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
-        return items
+        kinds = {self.image_token: "image", self.video_token: "video"}
+        pieces = re.split(f"({'|'.join(map(re.escape, self.media_tokens))})", content)
+        return [
+            {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece
+        ]
+
+    def _shows_video(self, turn: dict[str, Any]) -> bool:
+        return any(item["type"] == "video" for item in self._items(turn["content"]))
 
     # --- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(
-        self, text: str, spoken: Sequence[tuple[int, int]] = (), sizes: Sequence[Size] = ()
+        self, text: str, spoken: Sequence[tuple[int, int]] = (), sizes: Sequence[Size | Clip] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered conversation, and the character span that each came from.
 
-        Image tokens become what the family's processor makes of them; the whole is tokenised at once, as it does.
+        Tokens of images and videos become what the family's processor makes of them; the whole is tokenised at once,
+        as it does.
         Only a special token that somebody spelled is taken apart.
 
         Args:
-            text: a rendered conversation; each image token outside `spoken` stands for one image.
+            text: a rendered conversation; each token of an image or video outside `spoken` stands for one.
             spoken: character spans that people wrote, in order.
-            sizes: height and width of each image, in order.
+            sizes: height and width of each image, and what is seen of each video, in order.
 
         Raises:
-            ValueError: the text has more or fewer image tokens than there are images.
+            ValueError: the text has more or fewer such tokens than there are images and videos, or another order of
+                them where the model reads both by the same inputs.
         """
         expanded, replaced, cuts = self._expanded(text, spoken, sizes)
         bos = self.tokenizer.bos_token
@@ -164,18 +193,16 @@ class FamilyProcessor:
         return ids, _in_the_original(spans, replaced)
 
     def _expanded(
-        self, text: str, spoken: Sequence[tuple[int, int]], sizes: Sequence[Size]
+        self, text: str, spoken: Sequence[tuple[int, int]], sizes: Sequence[Size | Clip]
     ) -> tuple[str, Replaced, list[int]]:
-        """The text with its image tokens replaced, what was replaced, and where spelled special tokens are cut."""
+        """The text with its media's tokens replaced, what was replaced, and where spelled special tokens are cut."""
         places, cuts = [], []
         for match in self.special_tokens.finditer(text):
             if any(a <= match.start() and match.end() <= b for a, b in spoken):
                 cuts.append(match.start() + 1)  # neither half is a special token
-            elif match.group() == self.image_token:
+            elif match.group() in self.media_tokens:
                 places.append(match.span())
-        if len(places) != len(sizes):
-            raise ValueError(f"{len(sizes)} images given, but the text has {len(places)} {self.image_token}")
-        instead = self._expansions(tuple(sizes)) if sizes else ()
+        instead = self._instead([text[start:end] for start, end in places], sizes)
         replaced = [(start, end, new) for (start, end), new in zip(places, instead, strict=True)]
         shifts = [(end, len(new) - (end - start)) for start, end, new in replaced]
         moved = [cut + sum(shift for end, shift in shifts if end <= cut) for cut in cuts]
@@ -184,6 +211,19 @@ class FamilyProcessor:
             pieces += [text[last:start], new]
             last = end
         return "".join([*pieces, text[last:]]), replaced, moved
+
+    def _instead(self, tokens: list[str], sizes: Sequence[Size | Clip]) -> list[str]:
+        """What stands for each image and video, in the order of their tokens in the text."""
+        given = [self.video_token if isinstance(size, Clip) else self.image_token for size in sizes]
+        for token, kind in zip(self.media_tokens, ("images", "videos"), strict=False):
+            if given.count(token) != tokens.count(token):
+                raise ValueError(f"{given.count(token)} {kind} given, but the text has {tokens.count(token)} {token}")
+        if self.family.joined and tokens != given:
+            raise ValueError("the template moves videos behind images, which this model cannot tell apart then")
+        images = tuple(size for size in sizes if not isinstance(size, Clip))
+        of_images = iter(self._expansions(images) if images else ())
+        of_videos = iter([self.videos.expansion(size) for size in sizes if self.videos and isinstance(size, Clip)])
+        return [next(of_videos if token == self.video_token else of_images) for token in tokens]
 
     def _look_up_expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
         """What the family writes for images of these sizes in one sample: their content does not matter."""
@@ -204,9 +244,24 @@ class FamilyProcessor:
             instead = tuple(one["replacement"] for one in replacements[0])
         return {name: value for name, value in out.items() if name not in OF_TEXT}, instead
 
-    def image_inputs(self, images: Sequence[Any], sizes: Sequence[Size] = ()) -> dict[str, Tensor]:
-        """What the model reads of a sample's images, as the family's processor gives it; nothing where it has none."""
-        return self._read([as_rgb(image) for image in images])[0] if images else {}
+    def image_inputs(self, images: Sequence[Any], sizes: Sequence[Size | Clip] = ()) -> dict[str, Tensor]:
+        """What the model reads of a sample's images and videos, as the family's processor gives it.
+
+        Nothing where it has none. Where both are read by the same inputs, they stand there in order.
+        """
+        videos = [image for image in images if isinstance(image, OpenVideo)]
+        if not videos:
+            return self._read([as_rgb(image) for image in images])[0] if images else {}
+        if self.family.joined:
+            return joined([self._read_one(image) for image in images], self.row_inputs)
+        pictures = self.image_inputs([image for image in images if not isinstance(image, OpenVideo)])
+        return pictures | joined([self._read_one(video) for video in videos], self.row_inputs)
+
+    def _read_one(self, image: Any) -> dict[str, Tensor]:
+        """What the model reads of one image or video by itself."""
+        if self.videos is None or not isinstance(image, OpenVideo):
+            return self._read([as_rgb(image)])[0]
+        return {name: value for name, value in self.videos.inputs(image).items() if name not in OF_TEXT}
 
     def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the model reads for each token besides its id: `(tokens, …)` each."""

@@ -29,6 +29,9 @@ class Family:
             image, or for each of its patches.
         tokens: inputs with one value for each token, besides ids and mask.
         videos: whether it knows videos as such.
+        joined: whether videos are read by the inputs of pictures, in the order in which all stand in the text.
+        equal_frames: whether all videos of a batch must have as many frames.
+        video_template: the chat template of conversations with videos, where its own has no place for them.
         template: the chat template where its processor brings none.
     """
 
@@ -39,6 +42,9 @@ class Family:
     rows: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     videos: bool = False
+    joined: bool = False
+    equal_frames: bool = False
+    video_template: str | None = None
     template: str | None = None
 
 
@@ -83,6 +89,15 @@ PALIGEMMA = """\
 """
 """PaliGemma's own layout (Beyer et al. 2024, arXiv:2407.07726, section 3.2): images, prefix, line break, suffix."""
 
+SMOLVLM = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% elif line['type'] == 'video' %}{{ '<video>' }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""What SmolVLM's processor renders conversations with videos with, whatever template it brings."""
+
 PAST_LLAVAS_LAYER = (f"model.vision_tower.encoder.layers.{PAST_SELECTED}.", "model.vision_tower.post_layernorm.")
 
 FAMILIES: dict[str, Family] = {
@@ -96,10 +111,15 @@ FAMILIES: dict[str, Family] = {
         "LLaVA-NeXT (1.6)", LLAVA, ("llava-next-7b", "llava-next-mistral-7b"), unread=PAST_LLAVAS_LAYER
     ),
     "llava_next_video": Family(
-        "LLaVA-NeXT-Video", LLAVA, ("llava-next-video-7b",), unread=PAST_LLAVAS_LAYER, videos=True
+        "LLaVA-NeXT-Video", LLAVA, ("llava-next-video-7b",), unread=PAST_LLAVAS_LAYER, videos=True, equal_frames=True
     ),
     "llava_onevision": Family(
-        "LLaVA-OneVision", LLAVA, ("llava-onevision-0.5b", "llava-onevision-7b"), unread=PAST_LLAVAS_LAYER, videos=True
+        "LLaVA-OneVision",
+        LLAVA,
+        ("llava-onevision-0.5b", "llava-onevision-7b"),
+        unread=PAST_LLAVAS_LAYER,
+        videos=True,
+        equal_frames=True,
     ),
     "qwen2_vl": Family("Qwen2-VL", QWEN, ("qwen2-vl-2b", "qwen2-vl-7b"), tokens=("mm_token_type_ids",), videos=True),
     "qwen2_5_vl": Family(
@@ -113,8 +133,10 @@ FAMILIES: dict[str, Family] = {
         ("smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b"),
         rows=("pixel_values", "pixel_attention_mask"),
         videos=True,
+        joined=True,
+        video_template=SMOLVLM,
     ),
-    "internvl": Family("InternVL", LLAVA, ("internvl3-1b", "internvl3-2b"), videos=True),
+    "internvl": Family("InternVL", LLAVA, ("internvl3-1b", "internvl3-2b"), videos=True, joined=True),
     "paligemma": Family(
         "PaliGemma", LLAVA, ("paligemma-3b", "paligemma2-3b"), tokens=("token_type_ids",), template=PALIGEMMA
     ),

@@ -1,5 +1,6 @@
 """Asking a model about pictures: `VisionLanguageModel.load(checkpoint).generate("What is this?", ["cat.png"])`."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,13 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlm.adapters.folder import is_on_base
 from vlm.adapters.folder import load as load_on_base
-from vlm.config.schema import InferenceConfig
+from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.collate import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encode import IGNORED, Encoded, encode_prompt, render, reply_end
-from vlm.data.pictures import open_picture, seen_sizes
-from vlm.data.sample import PLACEHOLDER, BadSample, Picture, Turn
+from vlm.data.pictures import open_picture, open_pictures, seen_sizes
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn
+from vlm.data.sources import seen_of
 from vlm.families.loading import auto_class, load_family_config
 from vlm.families.processing import FamilyProcessor
 from vlm.families.table import family_of
@@ -86,7 +88,9 @@ class VisionLanguageModel:
         self,
         prompt: str | Sequence[str],
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
         *,
+        max_frames: int = DatasetConfig.max_frames,
         temperature: float = InferenceConfig.temperature,
         top_p: float = InferenceConfig.top_p,
         num_beams: int = InferenceConfig.num_beams,
@@ -99,6 +103,8 @@ class VisionLanguageModel:
             prompt: the question, or a list of them. `<image>` in it says where a picture stands; where there is none,
                 the pictures come first.
             images: the pictures (paths or Pillow images) of the prompt; for several prompts, a list for each.
+            videos: the videos (paths), likewise; `<video>` in the prompt says where one stands.
+            max_frames: most frames of a video that the model sees, evenly spread.
             temperature: 0 is greedy.
             top_p: nucleus sampling.
             num_beams: beam search where above 1.
@@ -109,22 +115,45 @@ class VisionLanguageModel:
             The answer, or the answers in order.
 
         Raises:
-            ValueError: a prompt has more or fewer `<image>` than pictures, or a picture does not open.
+            ValueError: a prompt has more or fewer `<image>` than pictures, or a picture does not open; so for videos.
         """
         many = not isinstance(prompt, str)
         prompts: list[str] = list(prompt) if many else [str(prompt)]
-        pictures = list(images) if many else [images]
-        if many and not pictures:
-            pictures = [()] * len(prompts)
-        if len(pictures) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many lists of images, got {len(pictures)}")
-        turns = [[user_turn(text, len(found))] for text, found in zip(prompts, pictures, strict=True)]
+        pictures, clips = (
+            _for_each(given if many else [given], len(prompts), kind)
+            for given, kind in ((images, "images"), (videos, "videos"))
+        )
+        asked = [
+            self.asked(text, found, seen, max_frames)
+            for text, found, seen in zip(prompts, pictures, clips, strict=True)
+        ]
         settings = InferenceConfig(temperature, top_p, num_beams, max_new_tokens)
-        answers = self.answer(turns, [opened(found) for found in pictures], settings, **kwargs)
+        answers = self.answer([[turn] for turn, _ in asked], [media for _, media in asked], settings, **kwargs)
         return answers if many else answers[0]
 
+    def asked(
+        self, prompt: str, images: Sequence[Any], videos: Sequence[Any] = (), max_frames: int = DatasetConfig.max_frames
+    ) -> tuple[Turn, list[Any]]:
+        """A question with its pictures and videos, and these opened, in the order in which they stand in it.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        if max_frames < 1:
+            raise ValueError(f"max_frames={max_frames}: must be at least 1")
+        try:
+            seen = [seen_of(Path(path), max_frames, self.processor, str(path)) for path in videos]
+            turn = user_turn(prompt, len(images), seen)
+            from_videos = tuple(part for parts in seen for part in parts)
+            frames = iter(open_pictures(Sample("prompt", (Turn("user", from_videos),))))
+        except BadSample as error:
+            raise ValueError(error.reason) from error
+        pictures = iter(opened(images))
+        media = [part for part in turn.content if not isinstance(part, str)]
+        return turn, [next(pictures if part == STANDING_IN else frames) for part in media]
+
     def answer(
-        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Image.Image]],
+        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]],
         settings: InferenceConfig, **kwargs: Any,
     ) -> list[str]:  # fmt: skip
         """The next reply of each conversation; rows are padded on the left, so each gets what it would get alone."""
@@ -132,9 +161,7 @@ class VisionLanguageModel:
         output = self.model.generate(**inputs, **{**self.generation_options(settings), **kwargs})
         return [self._text(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
-    def stream(
-        self, conversation: Sequence[Turn], images: Sequence[Image.Image], settings: InferenceConfig
-    ) -> Iterator[str]:
+    def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Iterator[str]:
         """The next reply, piece by piece as it is generated."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         options = {**self.inputs([conversation], [images]), **self.generation_options(settings), "streamer": streamer}
@@ -155,12 +182,17 @@ class VisionLanguageModel:
             raise failure[0]
 
     def inputs(
-        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Image.Image]]
+        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]]
     ) -> dict[str, torch.Tensor]:
-        """Model inputs of conversations that wait for a reply, padded on the left."""
+        """Model inputs of conversations that wait for a reply, padded on the left.
+
+        Args:
+            conversations: the turns of each.
+            images: the pictures and videos of each as `open_pictures` gives them, in order.
+        """
         rows = []
         for turns, pictures in zip(conversations, images, strict=True):
-            shown = [part for turn in turns for part in turn.content if isinstance(part, Picture)]
+            shown = [part for turn in turns for part in turn.content if not isinstance(part, str)]
             sizes = seen_sizes(shown, pictures, self.processor)
             ids = encode_prompt(self.processor, turns, sizes)
             if not ids:
@@ -211,7 +243,7 @@ def checkpoint_config(checkpoint: str | Path) -> Any:
         if len(folder.parts) != 2 or str(checkpoint).startswith((".", "/", "~")):
             raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
     config = AutoConfig.from_pretrained(checkpoint)
-    return config if isinstance(config, VLMConfig) else load_family_config(str(checkpoint), "checkpoint")
+    return config if isinstance(config, VLMConfig) else load_family_config(str(checkpoint))
 
 
 def add_travelled_connector(config: VLMConfig, checkpoint: str) -> None:
@@ -224,22 +256,46 @@ def add_travelled_connector(config: VLMConfig, checkpoint: str) -> None:
         CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], checkpoint)
 
 
-def user_turn(prompt: str, num_images: int) -> Turn:
-    """A question with its pictures: where `<image>` stands, else before the text.
+STANDING_IN = Picture(Path())
+"""A picture in a prompt that is given beside it."""
+
+
+def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[Part]] = ()) -> Turn:
+    """A question with its pictures and videos: where `<image>` and `<video>` stand, else before the text.
+
+    Args:
+        prompt: the question.
+        num_images: how many pictures there are.
+        videos: what stands for each video.
 
     Raises:
-        ValueError: the prompt has some `<image>`, but not as many as there are pictures.
+        ValueError: the prompt has some of these marks, but not as many as there are pictures or videos.
     """
-    slots = prompt.count(PLACEHOLDER)
-    if slots == 0 and num_images:
-        prompt = PLACEHOLDER * num_images + f"\n{prompt}"
-    elif slots != num_images:
-        raise ValueError(f"the prompt has {slots} {PLACEHOLDER}, but {num_images} images were given")
-    first, *rest = prompt.split(PLACEHOLDER)
-    content: list[str | Picture] = [first]
-    for text in rest:
-        content += [Picture(Path()), text]
+    leading = ""
+    for mark, kind, number in ((PLACEHOLDER, "images", num_images), (VIDEO_PLACEHOLDER, "videos", len(videos))):
+        slots = prompt.count(mark) if number or mark == PLACEHOLDER else 0
+        if slots == 0 and number:
+            leading += mark * number
+        elif slots != number:
+            raise ValueError(f"the prompt has {slots} {mark}, but {number} {kind} were given")
+    if leading:
+        prompt = f"{leading}\n{prompt}"
+    waiting = iter(videos)
+    content: list[Part] = []
+    for piece in re.split(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})" if videos else f"({PLACEHOLDER})", prompt):
+        if piece == PLACEHOLDER:
+            content.append(STANDING_IN)
+        else:
+            content += next(waiting) if videos and piece == VIDEO_PLACEHOLDER else [piece]
     return Turn("user", tuple(part for part in content if part != ""))
+
+
+def _for_each(given: Sequence[Any], number: int, kind: str) -> list[Any]:
+    """A list of pictures or videos for each prompt; where nothing is given, none for any."""
+    found = list(given) or [()] * number
+    if len(found) != number:
+        raise ValueError(f"{number} prompts need as many lists of {kind}, got {len(found)}")
+    return found
 
 
 def opened(images: Sequence[Any]) -> list[Image.Image]:

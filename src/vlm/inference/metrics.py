@@ -49,10 +49,11 @@ def caption_retrieval(
     for sample, own in zip(tqdm(samples, "caption retrieval"), texts, strict=True):
         others = draw.sample(sorted({text for text in texts if text != own}), ways - 1)
         pictures = open_pictures(sample)
-        sizes = seen_sizes(sample.pictures, pictures, processor)
+        sizes = seen_sizes(sample.media, pictures, processor)
         encoded = [encode(processor, with_reply(sample, text), sizes) for text in [own, *others]]
         batch = collate([model_inputs(processor, one, pictures, sizes) for one in encoded])
-        batch["pixel_values"] = processor.normalise(batch["pixel_values"])
+        if "pixel_values" in batch:
+            batch["pixel_values"] = processor.normalise(batch["pixel_values"])
         inputs = {name: value.to(model.device) for name, value in batch.items()}
         sums, counts = row_losses(model(**inputs).logits, inputs["labels"])
         found.append(int((sums / counts).argmin()) == 0)

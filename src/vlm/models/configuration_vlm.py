@@ -25,19 +25,22 @@ class VLMConfig(PreTrainedConfig):
         vision_config: configuration of the visual encoder, with its `model_type`.
         text_config: configuration of the causal language model, with its `model_type`.
         connector: `{"type": name, "options": {…}}`, see `connectors.py`.
-        feature_layer: index into the encoder's `hidden_states` (0: embeddings); None: the encoder's own output.
+        feature_layer: index into the encoder's `hidden_states` (0: embeddings), or several, whose features are
+            concatenated by channel; None: the encoder's own output.
         feature_strategy: `patch`, `cls+patch`, `cls` or `full`.
         num_prefix_tokens: tokens that the encoder puts before the patches (CLS, registers).
         num_patches: patches of one image.
         vision_dim: width of the features that the connector reads.
+        beside: `{"feature_layer": …, "feature_strategy": …, "num_prefix_tokens": …}` of each further encoder; their
+            configurations are `vision_config_2`, `vision_config_3` and so on.
         unread_parameters: names of encoder parameters that the features do not depend on (norms behind them, layers
             after the selected one).
         image_token_id: id of the placeholder token.
+        anyres: the fields of `anyres.AnyRes`, where pictures are seen in tiles; None: each is one square.
         recipe: the `model` section of the run that built it.
     """
 
     model_type = "vlm"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012  # pyright: ignore[reportAssignmentType] - as transformers wants it
     _auto_class = "AutoConfig"
 
     def __init__(
@@ -45,17 +48,22 @@ class VLMConfig(PreTrainedConfig):
         vision_config: dict | PreTrainedConfig | None = None,
         text_config: dict | PreTrainedConfig | None = None,
         connector: dict | None = None,
-        feature_layer: int | None = None,
+        feature_layer: int | list[int] | None = None,
         feature_strategy: str = "patch",
         num_prefix_tokens: int = 0,
         num_patches: int = 0,
         vision_dim: int = 0,
+        beside: list[dict] | None = None,
         unread_parameters: list[str] | None = None,
         image_token_id: int = 0,
+        anyres: dict | None = None,
         recipe: dict | None = None,
         **kwargs,
     ):
         self.vision_config = as_config(vision_config, "siglip_vision_model")
+        self.beside = beside or []
+        for name in self.encoder_names[1:]:
+            setattr(self, name, as_config(kwargs.pop(name), "siglip_vision_model"))
         self.text_config = as_config(text_config, "llama")
         self.connector = connector or {"type": "linear", "options": {}}
         self.feature_layer = feature_layer
@@ -65,10 +73,27 @@ class VLMConfig(PreTrainedConfig):
         self.vision_dim = vision_dim
         self.unread_parameters = unread_parameters or []
         self.image_token_id = image_token_id
+        self.anyres = anyres
         self.recipe = recipe or {}
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs["tie_word_embeddings"] = False  # the language model ties its own, nested
         super().__init__(**kwargs)
+
+    @property
+    def encoder_names(self) -> list[str]:
+        """The attributes that hold the configurations of the visual encoders."""
+        return encoder_names(1 + len(self.beside))
+
+    @property
+    def sub_configs(self) -> dict[str, type]:  # pyright: ignore[reportIncompatibleVariableOverride] - a model's own
+        """The nested configurations, which transformers hands dtypes and attention implementations on to."""
+        return dict.fromkeys([*self.encoder_names, "text_config"], AutoConfig)
+
+    @property
+    def readings(self) -> list[dict]:
+        """What is read of each encoder: keyword arguments of `encoders.read_features`."""
+        names = ("feature_layer", "feature_strategy", "num_prefix_tokens")
+        return [{name: getattr(self, name) for name in names}, *self.beside]
 
     @property
     def num_features(self) -> int:
@@ -80,6 +105,11 @@ class VLMConfig(PreTrainedConfig):
             "full": self.num_patches + self.num_prefix_tokens,
         }
         return strategies[self.feature_strategy]
+
+
+def encoder_names(count: int) -> list[str]:
+    """What the configurations of so many visual encoders are called."""
+    return ["vision_config", *(f"vision_config_{number}" for number in range(2, count + 1))]
 
 
 def as_config(config: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:

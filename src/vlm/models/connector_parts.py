@@ -5,7 +5,7 @@ Hub code: imports torch and transformers only. What one connector alone needs st
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from transformers.activations import ACT2FN
 
 class Connector(nn.Module):
     """What every connector is: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
+
+    keeps_grid: ClassVar[bool] = True
+    """Whether its tokens stand in a grid, row by row, as the features do; tiles of pictures need that (`anyres.py`)."""
 
     @classmethod
     def num_tokens(cls, num_features: int, **options: Any) -> int:

@@ -128,6 +128,11 @@ def count_tokens(kind: str, num_features: int, options: Mapping[str, Any]) -> in
     return count(num_features, **options) if count else num_features
 
 
+def keeps_grid(kind: str) -> bool:
+    """Whether the tokens of a connector stand row by row as features do; so do those of a class that does not say."""
+    return getattr(connector_class(kind), "keeps_grid", True)
+
+
 CONNECTORS: dict[str, type[Connector]] = {
     "identity": IdentityConnector,
     "linear": LinearConnector,

@@ -133,8 +133,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         """The features that are read, of all encoders by channel: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
-        several = isinstance(self.visual_encoder, Encoders)
-        encoders = self.visual_encoder.encoders if several else [self.visual_encoder]
+        part = self.visual_encoder
+        encoders = list(part.encoders) if isinstance(part, Encoders) else [part]
         seen = zip(encoders, pixel_values.chunk(len(encoders), dim=1), self.config.readings, strict=True)
         return torch.cat([read_features(encoder, pixels, **reading) for encoder, pixels, reading in seen], dim=2)
 

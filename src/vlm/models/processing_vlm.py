@@ -45,6 +45,9 @@ class VLMProcessor(ProcessorMixin):
     """Inputs of images that have one row for each sample: none, all have one for each image."""
     token_inputs = ()
     """Inputs with one value for each token, besides ids and mask: none."""
+    video_token = None
+    video_token_id = None
+    """No token stands for a video: its frames are pictures."""
 
     def __init__(
         self,
@@ -243,9 +246,9 @@ class VLMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` of shape `(texts, tokens)`, padded on the left for generation, and
-            `pixel_values` of shape `(images, 3 * encoders, height, width)`. Where pictures are seen in tiles, `pixel_values` are
-            the views of all of them, and `image_sizes` and `image_views` say whose they are; the pictures of one text
-            are a sample, and without text each is one by itself.
+            `pixel_values` of shape `(images, 3 * encoders, height, width)`. Where pictures are seen in tiles,
+            `pixel_values` are the views of all of them, and `image_sizes` and `image_views` say whose they are; the
+            pictures of one text are a sample, and without text each is one by itself.
 
         Raises:
             ValueError: the texts have more or fewer image tokens than there are images.

@@ -31,6 +31,8 @@ class ResamplerConnector(Connector):
         input_norm: LayerNorm over the features, ahead of that of every layer and of the map to `hidden_dim`.
     """
 
+    keeps_grid = False
+
     def __init__(
         self,
         vision_dim: int,
@@ -128,6 +130,8 @@ class QFormerConnector(Connector):
         dropout: of attention and of every layer's output, while training.
         input_norm: LayerNorm over the features, which BLIP-2 puts behind its encoder.
     """
+
+    keeps_grid = False
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ def split_parts(model: nn.Module, trainer: TrainerOptions, sources: ModelConfig)
     """The parts of a model with the run's settings for them; every parameter belongs to exactly one."""
     names = part_names(model.config)
     named = {
-        "visual_encoder": sources.visual_encoder.hf_name,
+        "visual_encoder": " + ".join(one.hf_name for one in (sources.visual_encoder, *sources.visual_encoder.beside)),
         "connector": sources.connector.name or sources.connector.type,
         "language_model": sources.language_model.hf_name,
     }

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from vlm.data.collate import VIDEOS
 from vlm.data.encode import IGNORED
 from vlm.data.pages import page, thumbnail, tokens_as_html
 
@@ -57,11 +58,16 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
 
 
 def _as_pictures(batch: dict[str, Tensor], processor: Any) -> Sequence[Tensor]:
-    """Normalised pictures or tiles of a batch, each `(3, height, width)`; none where the model reads loose patches."""
-    pixels = batch.get("pixel_values")
-    if pixels is None or pixels.ndim < 4 or pixels.shape[-3] != 3:
-        return ()
-    return processor.normalise(pixels.reshape(-1, *pixels.shape[-3:]))
+    """Normalised pictures, tiles and frames of a batch, each `(3, height, width)`.
+
+    None where the model reads loose patches. Of several visual encoders, as the first one sees them.
+    """
+    found: list[Tensor] = []
+    for name in ("pixel_values", VIDEOS):
+        pixels = batch.get(name)
+        if pixels is not None and pixels.ndim >= 4 and pixels.shape[-3] % 3 == 0:
+            found += processor.normalise(pixels.reshape(-1, *pixels.shape[-3:]))[:, :3]
+    return found
 
 
 def picture_of(pixels: Tensor, image_processor: Any) -> Image.Image:

@@ -18,7 +18,6 @@ from vlm.anyres import settle_anyres
 from vlm.build import (
     build_model,
     family_recipe,
-    image_size,
     load_config,
     load_family,
     load_model,
@@ -28,13 +27,15 @@ from vlm.build import (
 )
 from vlm.config.schema import ModelConfig, RunConfig, from_mapping
 from vlm.data.collate import Collator
-from vlm.data.dataset import SampleDataset, dummy_image, load_dataset, split_dataset
+from vlm.data.dataset import SampleDataset, dummy_image, dummy_video, load_dataset, split_dataset
 from vlm.data.encode import render
 from vlm.data.files import attempt
 from vlm.data.pictures import open_pictures
 from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.sources import SampleEncoder
 from vlm.data.stream import SampleStream, open_stream
+from vlm.data.video import OpenVideo
+from vlm.encoders import image_size
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMConfig
 from vlm.quantization import compute_in, kinds_of
@@ -100,7 +101,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         on_first_batch=(lambda batch: write_first_batch(batch, processor, folder)) if first else None,
         on_skipped=SkippedRecords(folder, train_data, config.dataset, args.world_size),
-        data_collator=Collator.of(processor, dummy_image(processor)),
+        data_collator=collator_of(processor, [train_data, eval_data], args.world_size),
         train_dataset=train_data,
         eval_dataset=eval_data,
         callbacks=[MetricsFile(folder), StopAtNaN()],
@@ -209,6 +210,13 @@ def sample_encoder(config: RunConfig, model_config: Any, processor: Any) -> Samp
     return SampleEncoder(processor, longest, truncate=config.dataset.over_length == "truncate")
 
 
+def collator_of(processor: Any, data: Sequence[SampleDataset | SampleStream | None], world_size: int) -> Collator:
+    """What lays samples out so that every rank makes the same calls: a dummy of whatever a batch has none of."""
+    shown = any(one is not None and one.has_videos for one in data) and processor.reads_videos_apart
+    video = dummy_video(processor) if shown and world_size > 1 else None
+    return Collator.of(processor, dummy_image(processor), video_dummy=video)
+
+
 def first_samples(dataset: SampleDataset | SampleStream, most: int) -> list[Sample]:
     """The first samples of a dataset."""
     if isinstance(dataset, SampleStream):
@@ -258,7 +266,7 @@ def answerer(config: RunConfig, trainer: VLMTrainer, processor: Any, samples: li
                     _spoken(turns[-1:]),
                     _spoken(sample.turns[len(turns) : len(turns) + 1]),
                     said,
-                    found[0] if found else None,
+                    _to_show(found),
                 )
                 for turns, sample, said, found in zip(prompts, samples, answers, shown, strict=True)
             ]
@@ -271,6 +279,12 @@ def _until_last_reply(turns: Sequence[Turn]) -> list[Turn]:
     """The conversation up to its last reply, which is left for the model to give."""
     last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
     return list(turns[:last])
+
+
+def _to_show(opened: Sequence[Any]) -> Any:
+    """The first picture of a sample, or of its first video; None where it has neither."""
+    first = next(iter(opened), None)
+    return first.frames[0] if isinstance(first, OpenVideo) else first
 
 
 def _spoken(turns: Sequence[Turn]) -> str:

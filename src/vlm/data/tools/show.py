@@ -16,17 +16,18 @@ from vlm.data.pages import page, thumbnail, tokens_as_html, tokens_as_text
 from vlm.data.pictures import open_pictures, seen_sizes
 from vlm.data.sample import BadSample
 from vlm.data.sources import SampleEncoder, Source, sources_of
+from vlm.data.video import OpenVideo
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A record that is shown: as ids, labels and pictures, or why it cannot be used."""
+    """A record that is shown: as ids, labels, pictures and videos, or why it cannot be used."""
 
     source: Source
     record: int | None
     id: str
     encoded: Encoded | None
-    pictures: Sequence[Image.Image]
+    pictures: Sequence[Image.Image | OpenVideo]
     problem: str | None = None
 
     def title(self) -> str:
@@ -35,7 +36,7 @@ class Shown:
         if self.encoded is None:
             return f"{place}, id {self.id}"
         supervised = sum(label != IGNORED for label in self.encoded.labels)
-        sizes = ", ".join(f"{image.width}×{image.height}" for image in self.pictures) or "no picture"
+        sizes = ", ".join(map(_size, self.pictures)) or "no picture"
         return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {supervised} supervised; {sizes}"
 
 
@@ -70,12 +71,19 @@ def shown_records(
                 yield Shown(source, one, error.sample_id, None, [], error.reason)
 
 
+def _size(shown: Image.Image | OpenVideo) -> str:
+    """How large a picture is, or a video."""
+    if isinstance(shown, OpenVideo):
+        return f"video of {len(shown.frames)} frames {shown.clip.width}×{shown.clip.height}"
+    return f"{shown.width}×{shown.height}"
+
+
 def _shown(source: Source, number: int | None, record: object) -> Shown:
-    pictures: list[Image.Image] = []
+    pictures: list[Image.Image | OpenVideo] = []
     try:
         sample = source.read(record)
         pictures = open_pictures(sample)
-        sizes = seen_sizes(sample.pictures, pictures, source.encoder.processor)
+        sizes = seen_sizes(sample.media, pictures, source.encoder.processor)
         return Shown(source, number, sample.id, source.encoder(sample, sizes), pictures)
     except BadSample as error:
         return Shown(source, number, error.sample_id, None, pictures, error.reason)
@@ -93,7 +101,8 @@ def write_page(records: Sequence[Shown], path: Path) -> None:
     """All records on one HTML page that needs no other file."""
     sections = []
     for shown in records:
-        images = "".join(f'<img src="{_address(picture)}" alt="">' for picture in shown.pictures)
+        seen = [image for one in shown.pictures for image in (one.frames if isinstance(one, OpenVideo) else [one])]
+        images = "".join(f'<img src="{_address(image)}" alt="">' for image in seen)
         head = f"<h2>{escape(shown.title())}</h2>{images}"
         if shown.encoded is None:
             sections.append(f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>')

@@ -1,0 +1,67 @@
+"""From `model.anyres` to a composition that sees pictures in tiles: whether its parts allow it, and what they note."""
+
+import math
+from typing import Any
+
+from vlm.config.schema import AnyResConfig
+from vlm.models.anyres import AnyRes
+from vlm.models.configuration_vlm import VLMConfig
+from vlm.models.connectors import keeps_grid
+from vlm.models.pixels import is_plain
+from vlm.models.processing_vlm import VLMProcessor
+
+
+def settle_anyres(config: VLMConfig, processor: VLMProcessor, wanted: AnyResConfig, size: tuple[int, int]) -> None:
+    """Write into configuration and processor how pictures are tiled; where `wanted` says nothing, nothing changes.
+
+    Args:
+        config: the composition's.
+        processor: the composition's.
+        wanted: `model.anyres`.
+        size: height and width of what the visual encoder sees.
+
+    Raises:
+        ValueError: the parts do not allow it.
+    """
+    if wanted.grids is not None:
+        config.anyres = _fields(config, processor, wanted, size) if wanted.grids else None
+        processor.anyres = config.anyres
+        config.recipe["anyres"] = {
+            "grids": [list(grid) for grid in wanted.grids],
+            "max_tiles": wanted.max_tiles,
+            "tile_several": wanted.tile_several,
+        }
+    if processor.anyres is not None and processor.image_mode != "square":
+        raise ValueError(
+            f"dataset.image_mode={processor.image_mode}: with model.anyres, dataset.image_mode=square is needed. There "
+            "a picture is squashed to a square as a whole, and its tiles are padded with black; where it is one of "
+            "several, it is padded to a square in the mean colour."
+        )
+
+
+def _fields(config: VLMConfig, processor: VLMProcessor, wanted: AnyResConfig, size: tuple[int, int]) -> dict[str, Any]:
+    """The fields of `AnyRes`.
+
+    Raises:
+        ValueError: the parts do not allow it.
+    """
+    kind, tokens = config.connector["type"], processor.tokens_per_image
+    side = math.isqrt(tokens)
+    patches = math.isqrt(config.num_patches)
+    if not keeps_grid(kind) or side**2 != tokens:
+        raise ValueError(
+            f"model.anyres: the tokens of tiles are put together row by row, and the {tokens} of a square that "
+            f"model.connector.type={kind} gives are no grid. Choose another connector, such as mlp or pixel_shuffle, "
+            "and model.visual_encoder.feature_strategy=patch; or model/anyres=none."
+        )
+    if config.num_features != config.num_patches or patches**2 != config.num_patches or size[0] != size[1]:
+        raise ValueError(
+            f"model.anyres: the visual encoder gives {config.num_features} features for {size[0]} x {size[1]} pixels, "
+            f"{config.num_patches} of them patches; squares of patches alone are needed "
+            "(model.visual_encoder.feature_strategy=patch)"
+        )
+    if not processor.reads_tensors:
+        name = next(type(one).__name__ for one in processor.image_processors if not is_plain(one))
+        raise ValueError(f"model.anyres: {name} does more with pictures than to resize and normalise them; choose none")
+    grids = [list(grid) for grid in wanted.grids or []]
+    return vars(AnyRes(grids, size[0], side, wanted.max_tiles, wanted.tile_several))

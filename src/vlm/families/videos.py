@@ -1,0 +1,86 @@
+"""Videos as a family's own processor reads them: frames that were chosen before, with what is known of their times.
+
+Every token and every pixel is the family's own. To count tokens, blank frames of one shape are looked at once.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.video_utils import VideoMetadata
+
+from vlm.data.sample import Clip
+from vlm.data.video import OpenVideo
+
+
+class FamilyVideos:
+    """A family's processor, as far as it reads videos.
+
+    Args:
+        native: the processor.
+    """
+
+    def __init__(self, native: Any):
+        self.native = native
+        self.token: str = native.video_token
+        self.expansion = lru_cache(4096)(self._expansion)
+        self._of_shape = lru_cache(256)(self._read_blank)
+
+    def inputs(self, video: OpenVideo) -> dict[str, Any]:
+        """All that the processor makes of a video by itself: inputs of the model, and of its text."""
+        return self.native(
+            text=[self.token], videos=[_as_tensor(video)], video_metadata=[metadata_of(video.clip)],
+            do_sample_frames=False, return_tensors="pt",
+        )  # fmt: skip
+
+    def _expansion(self, clip: Clip) -> str:
+        """What stands in the text for a video of which this is seen."""
+        read = self._of_shape(len(clip.frames), clip.height, clip.width)
+        return str(self.native.replace_video_token({**read, "video_metadata": [metadata_of(clip)]}, video_idx=0))
+
+    def _read_blank(self, frames: int, height: int, width: int) -> Mapping[str, Any]:
+        """What the video processor makes of blank frames; of large outputs the shapes alone are kept."""
+        blank = torch.zeros(1, dtype=torch.uint8).expand(frames, 3, height, width)
+        clip = Clip(tuple(range(frames)), frames, height, width, 1.0)
+        read = self.native.video_processor(
+            [blank], video_metadata=[metadata_of(clip)], do_sample_frames=False, return_metadata=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        return {name: _light(value) for name, value in read.items()}
+
+
+def metadata_of(clip: Clip) -> VideoMetadata:
+    """What is seen of a video, as transformers says it; made anew each time, since processors write into it."""
+    return VideoMetadata(
+        total_num_frames=clip.total, fps=clip.fps, width=clip.width, height=clip.height,
+        duration=clip.total / clip.fps, frames_indices=list(clip.frames),
+    )  # fmt: skip
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs of several pictures and videos of one sample, one after the other.
+
+    Args:
+        parts: the inputs of each.
+        rows: inputs with one row for the sample, `(1, images, …)`; the others are `(images, …)`.
+    """
+    collected: dict[str, list[Tensor]] = defaultdict(list)
+    for part in parts:
+        for name, value in part.items():
+            collected[name].append(value)
+    return {name: torch.cat(values, dim=int(name in rows)) for name, values in collected.items()}
+
+
+def _as_tensor(video: OpenVideo) -> Tensor:
+    """Frames as `(frames, 3, height, width)` whole numbers."""
+    return torch.from_numpy(np.stack([np.asarray(frame) for frame in video.frames])).permute(0, 3, 1, 2).contiguous()
+
+
+def _light(value: Any) -> Any:
+    """A tensor of pixels without its memory; all else as it is."""
+    large = isinstance(value, Tensor) and value.is_floating_point()
+    return value.new_zeros(1).expand(value.shape) if large else value

@@ -1,0 +1,82 @@
+"""Visual encoders: which hidden states and tokens of them are read, of one encoder or of several side by side.
+
+Hub code: imports torch and transformers only.
+
+Shapes: I images, P features an image, V width of the features.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Encoders(nn.Module):
+    """Several visual encoders that see the same pictures; their features are concatenated by channel.
+
+    As DINOv2 and SigLIP are in prismatic (Karamcheti et al. 2024, arXiv:2402.07865, section 4.2). A model with one
+    encoder holds it as it is, not in here.
+
+    Args:
+        encoders: in the order of their channels.
+    """
+
+    def __init__(self, encoders: Sequence[PreTrainedModel]):
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self._no_split_modules = {name for one in encoders for name in one._no_split_modules or ()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that pixels are needed in."""
+        return next(encoder.dtype for encoder in self.encoders if isinstance(encoder, PreTrainedModel))
+
+
+def as_one_part(encoders: Sequence[PreTrainedModel]) -> PreTrainedModel | Encoders:
+    """One encoder as it is, several as `Encoders`."""
+    return encoders[0] if len(encoders) == 1 else Encoders(encoders)
+
+
+def read_features(
+    encoder: nn.Module,
+    pixel_values: Tensor,
+    feature_layer: int | list[int] | None,
+    feature_strategy: str,
+    num_prefix_tokens: int,
+) -> Tensor:
+    """The selected tokens of the selected hidden states of one encoder: `(I, 3, height, width) -> (I, P, V)`.
+
+    Only the selected hidden states are kept; several are concatenated by channel in the order in which they are named.
+
+    Args:
+        encoder: any encoder of transformers.
+        pixel_values: normalised.
+        feature_layer: index or indices into `hidden_states`, from 0; None: the encoder's own output.
+        feature_strategy: `patch`, `cls+patch`, `cls` or `full`.
+        num_prefix_tokens: tokens that the encoder puts before the patches.
+    """
+    if feature_layer is None:
+        features = as_tokens(encoder(pixel_values, return_dict=True).last_hidden_state)
+    else:
+        layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+        wanted = sorted(set(layers))
+        states = encoder(pixel_values, output_hidden_states=wanted, return_dict=True).hidden_states
+        kept = [state for state in states if state is not None]
+        if len(kept) != len(wanted):  # an encoder that gives all of them, whatever it is asked for
+            kept = [states[layer] for layer in wanted]
+        features = torch.cat([as_tokens(kept[wanted.index(layer)]) for layer in layers], dim=2)
+    match feature_strategy:
+        case "patch":
+            return features[:, num_prefix_tokens:]
+        case "cls":
+            return features[:, :1]
+        case "cls+patch":
+            return torch.cat([features[:, :1], features[:, num_prefix_tokens:]], dim=1)
+        case _:
+            return features
+
+
+def as_tokens(state: Tensor) -> Tensor:
+    """A hidden state as tokens; a feature map row by row: `(I, V, rows, columns) -> (I, rows * columns, V)`."""
+    return state.flatten(2).transpose(1, 2) if state.ndim == 4 else state

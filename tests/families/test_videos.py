@@ -1,0 +1,295 @@
+"""Videos in families that know them: each stays a video, with the family's own tokens and inputs, from file to loss."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+from tests.data.test_video import RATE, torn, write_video
+from tests.families.test_families import load
+from tests.families.tiny_families import TINY, save_family
+from tests.tiny_parts import picture, runs
+from vlm.config.schema import DatasetConfig
+from vlm.data.collate import Collator
+from vlm.data.dataset import BlankPictures, dummy_image, dummy_video, load_dataset, model_inputs
+from vlm.data.encode import encode, encode_prompt
+from vlm.data.pictures import open_pictures, picture_sizes, seen_sizes
+from vlm.data.sample import BadSample, Clip, Picture, Sample, Turn, Video
+from vlm.data.sources import SampleEncoder, Source, seen_of
+from vlm.data.tools.show import as_text, shown_records, write_page
+from vlm.data.video import clip_of, open_video
+from vlm.families.processing import FamilyProcessor, load_family_processor
+from vlm.families.table import FAMILIES
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.metrics import row_losses
+
+MOST = 4
+"""Frames that are seen of a video."""
+
+NAMES = [name for name, made in TINY.items() if FAMILIES[made.model_type].videos]
+MARKS = {"picture": "<image>", "long": "<video>", "short": "<video>"}
+MIXED = [
+    ["long"], ["picture", "short"], [], ["picture"], ["short", "picture", "long"], ["long", "short"],
+]  # fmt: skip
+"""What the records show: pictures, videos of 20 frames and of three, and text only."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`long.mp4`, `short.mp4`, `picture.png`, a torn video, and a tiny model of each family."""
+    root = tmp_path_factory.mktemp("videos")
+    write_video(root / "long.mp4", 20)
+    write_video(root / "short.mp4", 3)
+    picture(1, (40, 30)).save(root / "picture.png")
+    (root / "torn.mp4").write_bytes(torn(root, "long.mp4", 0.9))
+    for name in NAMES:
+        save_family(name, root / name)
+    return root
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each row of `TINY` that knows videos."""
+    return request.param
+
+
+@pytest.fixture
+def processor(name: str, folder: Path) -> FamilyProcessor:
+    """Its processor."""
+    return load_family_processor(str(folder / name), FAMILIES[TINY[name].model_type])
+
+
+def talk(processor: FamilyProcessor, folder: Path, shown: list[str], *replies: str, asked: str = "what?") -> Sample:
+    """A conversation that begins with pictures and videos."""
+    parts: list[Any] = []
+    for one in shown:
+        if one == "picture":
+            parts.append(Picture(folder / "picture.png"))
+        else:
+            parts += seen_of(folder / f"{one}.mp4", MOST, processor, "x")
+    turns = [Turn("user", (*parts, asked))]
+    for place, reply in enumerate(replies):
+        turns += [Turn("user", ("and?",))] if place else []
+        turns.append(Turn("assistant", (reply,)))
+    return Sample("x", tuple(turns))
+
+
+def item(processor: FamilyProcessor, sample: Sample) -> dict[str, Any]:
+    """A sample as a data worker hands it on."""
+    opened = open_pictures(sample)
+    sizes = seen_sizes(sample.media, opened, processor)
+    return model_inputs(processor, encode(processor, sample, sizes), opened, sizes)
+
+
+def test_every_family_that_knows_videos_is_tested():
+    assert {TINY[name].model_type for name in NAMES} == {key for key, family in FAMILIES.items() if family.videos}
+    assert FAMILIES["smolvlm"].video_template == DEFAULT_CHAT_TEMPLATE
+
+
+SHOWN = [["long"], ["short"], ["long", "long"], ["picture", "long"]]
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids="+".join)
+def test_a_prompt_is_what_the_familys_own_processor_makes(
+    name: str, processor: FamilyProcessor, folder: Path, shown: list[str]
+):
+    if name == "smolvlm" and "picture" in shown:
+        pytest.skip("its own call keeps the pixels of the videos only")
+    sample = talk(processor, folder, shown)
+    content: list[dict[str, Any]] = []
+    metadata = []
+    for part, opened in zip(sample.media, open_pictures(sample), strict=True):
+        if isinstance(part, Video):
+            frames = np.stack([np.asarray(frame) for frame in opened.frames])
+            content.append({"type": "video", "video": frames})
+            clip = opened.clip
+            metadata.append({
+                "total_num_frames": clip.total, "fps": clip.fps, "frames_indices": list(clip.frames),
+                "duration": clip.total / clip.fps, "height": clip.height, "width": clip.width,
+            })  # fmt: skip
+        else:
+            content.append({"type": "image", "image": opened})
+    conversation = [{"role": "user", "content": [*content, {"type": "text", "text": "what?"}]}]
+    theirs = processor.native.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt",
+        processor_kwargs={"do_sample_frames": False, "video_metadata": metadata},
+    )  # fmt: skip
+    sizes = picture_sizes(sample, processor)
+    ids = encode_prompt(processor, sample.turns, sizes)
+    assert ids == theirs["input_ids"][0].tolist()
+    inputs = processor.image_inputs(open_pictures(sample), sizes)
+    inputs |= processor.text_inputs(ids, [-100] * len(ids), inputs)
+    assert inputs.keys() == theirs.keys() - {"input_ids", "attention_mask"}
+    for key, value in inputs.items():
+        expected = torch.as_tensor(theirs[key])
+        assert torch.equal(value.flatten(), expected.flatten()), key
+        assert key in processor.row_inputs + processor.token_inputs or value.shape == expected.shape, key
+
+
+def test_times_are_the_true_ones(folder: Path):
+    processor = load_family_processor(str(folder / "qwen3-vl"), FAMILIES["qwen3_vl"])
+    sample = talk(processor, folder, ["long"])
+    text = processor.tokenizer.decode(encode_prompt(processor, sample.turns, picture_sizes(sample, processor)))
+    frames = [2, 7, 12, 17]
+    for first, last in (frames[:2], frames[2:]):
+        assert f"<{(first + last) / 2 / RATE:.1f} seconds>" in text
+
+
+@pytest.mark.parametrize("shown", [["long"], ["picture", "short"]], ids="+".join)
+def test_exactly_the_replies_are_supervised(name: str, processor: FamilyProcessor, folder: Path, shown: list[str]):
+    """A token that somebody spelled is no video."""
+    spelled = f"what is <video> {processor.video_token}?"
+    sample = talk(processor, folder, shown, "a cat", "two <video>", asked=spelled)
+    encoded = encode(processor, sample, picture_sizes(sample, processor))
+    end = "<end_of_utterance>" if name == "smolvlm" else "<|end|>"
+    assert [processor.tokenizer.decode(run) for run in runs(encoded.labels)] == [f"a cat{end}", f"two <video>{end}"]
+
+
+def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, processor: FamilyProcessor, folder: Path):
+    model = load(folder / name)
+    rows = [item(processor, talk(processor, folder, shown, "yes" * (1 + place))) for place, shown in enumerate(MIXED)]
+    apart = dummy_video(processor) if processor.reads_videos_apart else None
+    plain = Collator.of(processor, dummy_image(processor))
+
+    def losses(collate: Collator, chosen: list[dict[str, Any]]) -> torch.Tensor:
+        batch = collate([dict(row) for row in chosen])
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            return row_losses(model(**batch).logits, labels)[0]
+
+    alone = torch.cat([losses(plain, [row]) for row in rows])
+    for collate in (plain, Collator.of(processor, dummy_image(processor), video_dummy=apart)):
+        assert torch.allclose(losses(collate, rows), alone, atol=1e-4)
+        assert torch.allclose(torch.cat([losses(collate, [row]) for row in rows]), alone, atol=1e-4)
+        assert torch.allclose(losses(collate, rows[:4]), alone[:4], atol=1e-4)
+
+
+def test_ranks_make_the_same_calls(name: str, processor: FamilyProcessor, folder: Path):
+    """Whatever a batch holds, once videos are among the data and there are several ranks."""
+    model = load(folder / name)
+    apart = dummy_video(processor) if processor.reads_videos_apart else None
+    collate = Collator.of(processor, dummy_image(processor), video_dummy=apart)
+    calls: list[list[str]] = []
+    for key, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_pre_hook(lambda *_, key=key: calls[-1].append(key))
+    for shown in MIXED:
+        batch = collate([item(processor, talk(processor, folder, shown, "yes"))])
+        calls.append([])
+        with torch.no_grad():
+            model(**batch)
+    assert all(made == calls[0] for made in calls)
+
+
+def records(folder: Path, path: Path) -> Path:
+    """Records of all kinds, one of them with a torn video."""
+    made = []
+    for place, shown in enumerate([*MIXED, ["torn"]]):
+        files = {"image": [], "video": []}
+        for one in shown:
+            files["image" if one == "picture" else "video"].append(f"{one}.png" if one == "picture" else f"{one}.mp4")
+        marks = "".join(MARKS.get(one, "<video>") for one in shown)
+        turns = [{"from": "human", "value": f"{marks}\nwhat?"}, {"from": "gpt", "value": f"a thing {place}"}]
+        made.append({"id": str(place), **files, "conversations": turns})
+    path.write_text(json.dumps(made))
+    return path
+
+
+def test_what_is_counted_is_what_is_encoded(name: str, processor: FamilyProcessor, folder: Path, tmp_path: Path):
+    config = DatasetConfig(
+        path=str(records(folder, tmp_path / "records.json")), image_folder=str(folder), max_frames=MOST,
+        on_bad_sample="skip", max_skipped=0.5, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    encoder = SampleEncoder(processor, 4096, truncate=False)
+    data = load_dataset(config, encoder)
+    items = [data[index] for index in range(len(data))]
+    assert data.lengths.tolist() == [len(one["input_ids"]) for one in items]
+    assert data.num_images.tolist() == [len(shown) for shown in MIXED]
+    assert data.has_videos
+    (bad,) = data.skipped
+    assert bad.id == "6"
+    assert "torn.mp4 does not open" in bad.reason
+    assert bad.file == str(folder / "torn.mp4")
+
+    for place, blank in enumerate(BlankPictures(data)[index] for index in range(len(data))):
+        assert blank.keys() == items[place].keys()
+        assert blank["input_ids"] == items[place]["input_ids"]
+        for key in blank.keys() & {"pixel_values", "pixel_values_videos"}:
+            assert blank[key].shape == items[place][key].shape
+            assert not torch.equal(blank[key], items[place][key])
+
+    shown = list(shown_records(config, encoder, number=7))
+    assert "video of 4 frames 64×48" in as_text(shown[0], colours=False)
+    write_page(shown, tmp_path / "page.html")
+    frames = sum(3 if one == "short" and not processor.equal_frames else 4 for one in ("long", "short", "short", "long"))
+    frames += 4 + (4 if processor.equal_frames else 3)
+    assert (tmp_path / "page.html").read_text().count("<img") == frames + 3
+
+
+def test_counting_decodes_nothing(name: str, processor: FamilyProcessor, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("vlm.data.video.read_frames", refuse)
+    sample = talk(processor, folder, ["long"], "yes")
+    (clip,) = picture_sizes(sample, processor)
+    assert clip == Clip((2, 7, 12, 17), 20, 48, 64, RATE)
+    assert len(encode(processor, sample, [clip]).input_ids) > len(clip.frames)
+
+
+def test_a_broken_video_is_a_bad_sample(name: str, processor: FamilyProcessor, folder: Path):
+    source = Source("x", DatasetConfig(path=str(folder)), folder, SampleEncoder(processor, 512, truncate=False), MOST)
+    record = {"id": "7", "video": "torn.mp4", "conversations": [
+        {"from": "human", "value": "<video>\nwhat?"}, {"from": "gpt", "value": "that"},
+    ]}  # fmt: skip
+    with pytest.raises(BadSample, match=r"record '7': video .*torn.mp4 does not open"):
+        source.read(record)
+    (video,) = source.read({**record, "video": "long.mp4"}).videos
+    assert video.clip == clip_of(folder / "long.mp4", MOST, "7")
+    broken = Video(folder / "torn.mp4", video.clip)
+    with pytest.raises(BadSample, match=r"torn.mp4 does not open"):
+        open_video(broken, "7")
+
+
+def test_videos_of_other_numbers_of_frames_are_refused_where_a_model_cannot_take_them(folder: Path):
+    processor = load_family_processor(str(folder / "llava-onevision"), FAMILIES["llava_onevision"])
+    rows = []
+    for frames in (2, 4):
+        video = Video(folder / "long.mp4", clip_of(folder / "long.mp4", frames, "x"))
+        sample = Sample("x", (Turn("user", (video, "what?")), Turn("assistant", ("yes",))))
+        rows.append(item(processor, sample))
+    with pytest.raises(ValueError, match=r"videos of one number of frames in a batch, got \[2, 4\]"):
+        Collator.of(processor)(rows)
+
+
+def test_training_and_asking(name: str, folder: Path, train_whole: Callable[..., Path], tmp_path: Path):
+    run = train_whole(
+        "finetune-llava-onevision", folder / name, tmp_path / "run", "trainer.deepspeed=null", "trainer.max_steps=2",
+        f"dataset.path={records(folder, tmp_path / 'records.json')}", f"dataset.image_folder={folder}",
+        f"dataset.max_frames={MOST}", "dataset.on_bad_sample=skip", "dataset.max_skipped=0.5", "dataset.eval_split=0.2",
+        "trainer.bf16=false", "trainer.tf32=null", "trainer.activation_checkpointing=false", "dataset.max_length=2048",
+        "trainer.learning_rate.connector_learning_rate=1e-2", "trainer.learning_rate.visual_encoder_learning_rate=1e-2",
+        "trainer.learning_rate.language_model_learning_rate=1e-2", "trainer.per_device_train_batch_size=4",
+        "trainer.gradient_accumulation_steps=1", "model.attn_implementation=eager",
+        "trainer.train_sampling_strategy=random", "trainer.warmup_steps=0",
+    )  # fmt: skip
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in line and line["loss"] > 0 for line in logged) == 2
+    assert "<mark>" in (run / "first_batch.html").read_text()
+    ours = VisionLanguageModel.load(run / "final", device="cpu")
+    videos = [folder / "long.mp4", folder / "short.mp4"]
+    asked = "<video> or <image> or <video>?"
+    assert isinstance(ours.generate(asked, [folder / "picture.png"], videos, max_new_tokens=2, max_frames=MOST), str)
+    (turn, media) = ours.asked(asked, [folder / "picture.png"], videos, MOST)
+    assert [type(part) for part in turn.content] == [Video, str, Picture, str, Video, str]
+    together = ours.generate(["<video>?", "what?"], videos=[videos[:1], videos[1:]], max_new_tokens=2, do_sample=False)
+    assert together[0] == ours.generate("<video>?", videos=videos[:1], max_new_tokens=2)
+    with pytest.raises(ValueError, match="the prompt has 1 <video>, but 2 videos were given"):
+        ours.generate("<video>?", videos=videos)
+    with pytest.raises(ValueError, match=r"torn.mp4 does not open"):
+        ours.generate("what?", videos=[folder / "torn.mp4"])
