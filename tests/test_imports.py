@@ -42,8 +42,8 @@ ROOMS = {
     "quantization": {"families"},
     "inference": {"inference", "models", "data", "families", "config.schema", "adapters.folder", "quantization"},
     "families.table": set(),
-    "families": {"families", "models", "data"},
     "families.listing": {"families", "models", "config.check"},
+    "families": {"families", "models", "data"},
     "train": {
         "train",
         "build",

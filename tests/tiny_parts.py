@@ -445,9 +445,12 @@ class Parts:
         further = [EncoderConfig(str(self.encoder(name)), **keys) for name, keys in (beside or {}).items()]
         return ModelConfig(
             visual_encoder=VisualEncoderConfig(
-                str(self.encoder(encoder)), feature_layer=layer, feature_strategy=strategy, image_size=image_size,
+                str(self.encoder(encoder)),
+                feature_layer=layer,
+                feature_strategy=strategy,
+                image_size=image_size,
                 beside=further,
-            ),  # fmt: skip
+            ),
             connector=ConnectorConfig(connector, options or {}),
             language_model=LanguageModelConfig(str(self.language_model(language_model))),
             image_start_token=start,

@@ -4,8 +4,8 @@ They stay frozen; adapters train on them (QLoRA, Dettmers et al. 2023, arXiv:230
 `lm_head` keep the precision of the run.
 """
 
-import importlib.util
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def bits_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndByt
 
 def need_bitsandbytes(kind: str) -> None:
     """Raise ValueError where bitsandbytes cannot quantise here."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if find_spec("bitsandbytes") is None:
         raise ValueError(f"quantization {kind}: bitsandbytes is not installed: pip install 'small-vlm[quant]'")
     from bitsandbytes import supported_torch_devices  # slow to import, and only some runs need it
 

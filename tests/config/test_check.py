@@ -47,7 +47,10 @@ REFUSALS = {
         "model.visual_encoder.feature_layer=[]: a whole number is needed, a list of them, or null for the encoder's",
     ),
     "half a layer": (["model.visual_encoder.feature_layer=1.5"], "model.visual_encoder.feature_layer=1.5: a whole num"),
-    "a layer's name": (["model.visual_encoder.feature_layer=[-2,last]"], "model.visual_encoder.feature_layer=[-2, 'last']: a whole"),
+    "a layer's name": (
+        ["model.visual_encoder.feature_layer=[-2,last]"],
+        "model.visual_encoder.feature_layer=[-2, 'last']: a whole",
+    ),
     "no size": (["model.visual_encoder.image_size=0"], "model.visual_encoder.image_size=0: at least 1, or null"),
     "a strategy of an encoder beside": (
         ["model.visual_encoder.beside=[{hf_name: a, feature_strategy: patches}]"],

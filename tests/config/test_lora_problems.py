@@ -1,12 +1,12 @@
 """Every refusal of adapters and quantised parts: the keys, what was given, what is allowed."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import config_of
+from vlm.config import lora_problems
 from vlm.config.check import ConfigError, check, run_names, value_of
 from vlm.config.lora_problems import BASE_FILE, training_keys, zero_stage
 
@@ -89,12 +89,12 @@ def refused(records: Path, *overrides: str) -> str:
 def test_a_refusal_says_the_keys(
     records: Path, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ):  # fmt: skip
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr(lora_problems, "find_spec", lambda *_: object())
     assert refused(records, *overrides).startswith(message)
 
 
 def test_the_absence_of_bitsandbytes_is_said(records: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    monkeypatch.setattr(lora_problems, "find_spec", lambda *_: None)
     said = refused(records, f"{Q}=4bit")
     assert said == f"{Q}=4bit: bitsandbytes is not installed: pip install 'small-vlm[quant]'"
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
+from tests.conftest import losses
 from tests.data.test_video import RATE, torn, write_video
 from tests.families.test_families import load
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import picture, runs
+from tests.train.test_distributed import WHOLE, launch
 from vlm.config.schema import DatasetConfig
 from vlm.data.collate import Collator
-from vlm.data.dataset import BlankPictures, dummy_image, dummy_video, load_dataset, model_inputs
+from vlm.data.dataset import BlankPictures, dummy_image, dummy_video, encoded_item, load_dataset, model_inputs
 from vlm.data.encode import encode, encode_prompt
 from vlm.data.pictures import open_pictures, picture_sizes, seen_sizes
 from vlm.data.sample import BadSample, Clip, Picture, Sample, Turn, Video
@@ -137,7 +139,7 @@ def test_times_are_the_true_ones(folder: Path):
     text = processor.tokenizer.decode(encode_prompt(processor, sample.turns, picture_sizes(sample, processor)))
     frames = [2, 7, 12, 17]
     for first, last in (frames[:2], frames[2:]):
-        assert f"<{(first + last) / 2 / RATE:.1f} seconds>" in text
+        assert f"<{(first / RATE + last / RATE) / 2:.1f} seconds>" in text
 
 
 @pytest.mark.parametrize("shown", [["long"], ["picture", "short"]], ids="+".join)
@@ -146,8 +148,9 @@ def test_exactly_the_replies_are_supervised(name: str, processor: FamilyProcesso
     spelled = f"what is <video> {processor.video_token}?"
     sample = talk(processor, folder, shown, "a cat", "two <video>", asked=spelled)
     encoded = encode(processor, sample, picture_sizes(sample, processor))
-    end = "<end_of_utterance>" if name == "smolvlm" else "<|end|>"
-    assert [processor.tokenizer.decode(run) for run in runs(encoded.labels)] == [f"a cat{end}", f"two <video>{end}"]
+    before, end = (" ", "<end_of_utterance>") if name == "smolvlm" else ("", "<|end|>")  # `Assistant:` ends a prompt
+    expected = [f"{before}{reply}{end}" for reply in ("a cat", "two <video>")]
+    assert [processor.tokenizer.decode(run) for run in runs(encoded.labels)] == expected
 
 
 def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, processor: FamilyProcessor, folder: Path):
@@ -156,34 +159,37 @@ def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, processor: Fa
     apart = dummy_video(processor) if processor.reads_videos_apart else None
     plain = Collator.of(processor, dummy_image(processor))
 
-    def losses(collate: Collator, chosen: list[dict[str, Any]]) -> torch.Tensor:
+    def losses_of(collate: Collator, chosen: list[dict[str, Any]]) -> torch.Tensor:
         batch = collate([dict(row) for row in chosen])
         labels = batch.pop("labels")
+        keep = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
         with torch.no_grad():
-            return row_losses(model(**batch).logits, labels)[0]
+            return row_losses(model(**batch, logits_to_keep=keep).logits, labels)[0]
 
-    alone = torch.cat([losses(plain, [row]) for row in rows])
+    alone = torch.cat([losses_of(plain, [row]) for row in rows])
     for collate in (plain, Collator.of(processor, dummy_image(processor), video_dummy=apart)):
-        assert torch.allclose(losses(collate, rows), alone, atol=1e-4)
-        assert torch.allclose(torch.cat([losses(collate, [row]) for row in rows]), alone, atol=1e-4)
-        assert torch.allclose(losses(collate, rows[:4]), alone[:4], atol=1e-4)
+        assert torch.allclose(losses_of(collate, rows), alone, atol=1e-4)
+        assert torch.allclose(torch.cat([losses_of(collate, [row]) for row in rows]), alone, atol=1e-4)
+        assert torch.allclose(losses_of(collate, rows[:4]), alone[:4], atol=1e-4)
 
 
 def test_ranks_make_the_same_calls(name: str, processor: FamilyProcessor, folder: Path):
     """Whatever a batch holds, once videos are among the data and there are several ranks."""
     model = load(folder / name)
     apart = dummy_video(processor) if processor.reads_videos_apart else None
-    collate = Collator.of(processor, dummy_image(processor), video_dummy=apart)
     calls: list[list[str]] = []
     for key, module in model.named_modules():
         if not list(module.children()):
             module.register_forward_pre_hook(lambda *_, key=key: calls[-1].append(key))
-    for shown in MIXED:
-        batch = collate([item(processor, talk(processor, folder, shown, "yes"))])
-        calls.append([])
-        with torch.no_grad():
-            model(**batch)
-    assert all(made == calls[0] for made in calls)
+    for video_dummy in (apart, None):
+        collate = Collator.of(processor, dummy_image(processor), video_dummy=video_dummy)
+        calls.clear()
+        for shown in MIXED:
+            batch = collate([item(processor, talk(processor, folder, shown, "yes"))])
+            calls.append([])
+            with torch.no_grad():
+                model(**batch)
+        assert all(made == calls[0] for made in calls) == (video_dummy is apart)
 
 
 def records(folder: Path, path: Path) -> Path:
@@ -207,7 +213,7 @@ def test_what_is_counted_is_what_is_encoded(name: str, processor: FamilyProcesso
     )  # fmt: skip
     encoder = SampleEncoder(processor, 4096, truncate=False)
     data = load_dataset(config, encoder)
-    items = [data[index] for index in range(len(data))]
+    items = [encoded_item(data.sources[0], data.sample(index)) for index in range(len(data))]
     assert data.lengths.tolist() == [len(one["input_ids"]) for one in items]
     assert data.num_images.tolist() == [len(shown) for shown in MIXED]
     assert data.has_videos
@@ -226,9 +232,9 @@ def test_what_is_counted_is_what_is_encoded(name: str, processor: FamilyProcesso
     shown = list(shown_records(config, encoder, number=7))
     assert "video of 4 frames 64×48" in as_text(shown[0], colours=False)
     write_page(shown, tmp_path / "page.html")
-    frames = sum(3 if one == "short" and not processor.equal_frames else 4 for one in ("long", "short", "short", "long"))
-    frames += 4 + (4 if processor.equal_frames else 3)
-    assert (tmp_path / "page.html").read_text().count("<img") == frames + 3
+    seen = {"picture": 1, "long": MOST, "short": MOST if processor.family.equal_frames else 3}
+    expected = sum(seen[one] for row in MIXED for one in row)
+    assert (tmp_path / "page.html").read_text().count("<img") == expected
 
 
 def test_counting_decodes_nothing(name: str, processor: FamilyProcessor, folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -239,7 +245,17 @@ def test_counting_decodes_nothing(name: str, processor: FamilyProcessor, folder:
     sample = talk(processor, folder, ["long"], "yes")
     (clip,) = picture_sizes(sample, processor)
     assert clip == Clip((2, 7, 12, 17), 20, 48, 64, RATE)
-    assert len(encode(processor, sample, [clip]).input_ids) > len(clip.frames)
+    assert len(encode(processor, sample, [clip]).input_ids) > MOST
+
+
+def test_a_single_frame_will_do(name: str, processor: FamilyProcessor, folder: Path):
+    """Also where a model joins two frames to one."""
+    parts = seen_of(folder / "long.mp4", 1, processor, "x")
+    row = item(processor, Sample("x", (Turn("user", (*parts, "what?")), Turn("assistant", ("yes",)))))
+    labels = Collator.of(processor)([row]).pop("labels")
+    with torch.no_grad():
+        assert load(folder / name)(**Collator.of(processor)([row])).loss.isfinite()
+    assert (labels != -100).any()
 
 
 def test_a_broken_video_is_a_bad_sample(name: str, processor: FamilyProcessor, folder: Path):
@@ -285,7 +301,7 @@ def test_training_and_asking(name: str, folder: Path, train_whole: Callable[...,
     videos = [folder / "long.mp4", folder / "short.mp4"]
     asked = "<video> or <image> or <video>?"
     assert isinstance(ours.generate(asked, [folder / "picture.png"], videos, max_new_tokens=2, max_frames=MOST), str)
-    (turn, media) = ours.asked(asked, [folder / "picture.png"], videos, MOST)
+    turn, _ = ours.asked(asked, [folder / "picture.png"], videos, MOST)
     assert [type(part) for part in turn.content] == [Video, str, Picture, str, Video, str]
     together = ours.generate(["<video>?", "what?"], videos=[videos[:1], videos[1:]], max_new_tokens=2, do_sample=False)
     assert together[0] == ours.generate("<video>?", videos=videos[:1], max_new_tokens=2)
@@ -293,3 +309,23 @@ def test_training_and_asking(name: str, folder: Path, train_whole: Callable[...,
         ours.generate("<video>?", videos=videos)
     with pytest.raises(ValueError, match=r"torn.mp4 does not open"):
         ours.generate("what?", videos=[folder / "torn.mp4"])
+
+
+@pytest.mark.parametrize("name", ["llava-onevision", "qwen3-vl"], indirect=True)
+def test_two_ranks_reach_the_single_process(
+    name: str, folder: Path, brief: list[str], train_whole: Callable[..., Path], tmp_path: Path
+):
+    """ZeRO-3, all parts training: ranks that see pictures, videos, both and neither at the same step."""
+    made = json.loads(records(folder, tmp_path / "records.json").read_text())[:-1]
+    rows = [made[0], made[3], made[1], made[2], made[2], made[4], made[3], made[5]]
+    (tmp_path / "records.json").write_text(json.dumps([{**row, "id": str(place)} for place, row in enumerate(rows)]))
+    words = [
+        *WHOLE, f"dataset.path={tmp_path / 'records.json'}", f"dataset.image_folder={folder}",
+        f"dataset.max_frames={MOST}", "dataset.max_length=2048",
+    ]  # fmt: skip
+    run = "finetune-llava-onevision"
+    size = "trainer.per_device_train_batch_size="
+    alone = train_whole(run, folder / name, tmp_path / "single", *words, "trainer.deepspeed=null", f"{size}2")
+    words = ["-cn", run, *brief, *words, f"model.hf_name={folder / name}", "trainer.deepspeed=zero3"]
+    launch([*words, f"trainer.output_dir={tmp_path / 'two'}", f"{size}1"])
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=5e-4)

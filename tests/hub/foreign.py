@@ -20,6 +20,7 @@ ORIGINAL_NAMES = {
     "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
     "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
     "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    "model.image_newline": "model.image_newline",
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }

@@ -206,7 +206,7 @@ CHANGES = {
     "model_type": "llava_mpt",
 }  # fmt: skip
 SAID = {
-    "image_aspect_ratio": "needs anyres (pictures in tiles)",
+    "image_aspect_ratio": "pictures in tiles are imported with mm_patch_merge_type=spatial_unpad",
     "mm_projector_type": "imported are linear, mlp<N>x_gelu and identity",
     "mm_vision_select_layer": "has no mm_vision_select_layer",
     "mm_vision_select_feature": "imported are patch, cls_patch",
@@ -225,10 +225,11 @@ def test_what_cannot_be_imported_says_why(parts: Parts, tmp_path: Path, field: s
     assert not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
-def test_families_with_tiles_are_refused_with_what_to_do(tmp_path: Path, kind: str):
+@pytest.mark.parametrize("kind", ["llava_next_video", "vipllava"])
+def test_families_that_are_not_composed_are_refused_with_what_to_do(tmp_path: Path, kind: str):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    assert "Finetune it as a native family instead (model=llava-next" in refusal("import", str(tmp_path), "ours")
+    said = refusal("import", str(tmp_path), "ours")
+    assert f"is a {kind}, which cannot be composed of parts here. `vlm models` lists" in said
 
 
 def test_missing_shapes_and_surplus_are_named(parts: Parts, tmp_path: Path):
@@ -243,9 +244,7 @@ def test_missing_shapes_and_surplus_are_named(parts: Parts, tmp_path: Path):
     norm = "language_model.model.norm.weight"
     assert f"the source lacks 1 weights, such as {norm}" in said(model__norm__weight=None)
     assert f"{norm} has the shape (3,), but (32,) is needed" in said(model__norm__weight=torch.ones(3))
-    assert "no place: 1 weights, such as language_model.model.image_newline" in said(
-        model__image_newline=torch.ones(32)
-    )
+    assert "no place: 1 weights, such as image_newline.weight" in said(model__image_newline=torch.ones(32))
 
 
 def test_flags_that_are_missing_or_have_no_place(parts: Parts, tmp_path: Path):

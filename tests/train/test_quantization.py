@@ -150,7 +150,7 @@ def test_generate_quantises(
 
 
 def test_the_absence_of_bitsandbytes_is_said(monkeypatch: pytest.MonkeyPatch, pretrained: Path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    monkeypatch.setattr(quantization, "find_spec", lambda name, *_: None)
     said = refusal("generate", str(pretrained), "--prompt", "a", "--load-4bit")
     assert said == "vlm generate: quantization 4bit: bitsandbytes is not installed: pip install 'small-vlm[quant]'"
 

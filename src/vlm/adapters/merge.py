@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm.config.lora_problems import BASE_FILE
 
@@ -28,7 +29,7 @@ def main(words: Sequence[str]) -> None:
         args.out, args.checkpoint = Path(args.checkpoint), None  # `--lora-path CHECKPOINT OUT`
     if bool(args.checkpoint) == bool(args.lora_path) or bool(args.out) == bool(args.output_path):
         parser.error("give CHECKPOINT and OUT, each once")
-    out: Path = args.out or args.output_path
+    out: Any = args.out or args.output_path
     try:
         merge(args.checkpoint or args.lora_path, out, args.base, trust_remote_code=args.trust_remote_code)
     except (ValueError, OSError) as error:

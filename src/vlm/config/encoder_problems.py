@@ -30,7 +30,7 @@ def encoder_problems(config: RunConfig) -> Iterator[str]:
 def _problems(key: str, encoder: EncoderConfig) -> Iterator[str]:
     layer: Any = encoder.feature_layer
     layers = layer if isinstance(layer, list) else [layer]
-    if not layers or not all(type(one) is int for one in layers) and layer is not None:
+    if not layers or (layer is not None and not all(type(one) is int for one in layers)):
         yield f"{key}.feature_layer={layer}: a whole number is needed, a list of them, or null for the encoder's output"
     if encoder.image_size is not None and encoder.image_size < 1:
         yield f"{key}.image_size={encoder.image_size}: at least 1, or null, is needed"

@@ -3,9 +3,9 @@
 Imports the schema only. `check.py` raises the first of these problems.
 """
 
-import importlib.util
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def quantization_problems(config: RunConfig) -> Iterator[str]:
             )
         if zero_stage(config.trainer.deepspeed) == 3:
             yield f"{key}: ZeRO-3 cannot shard quantised weights; choose trainer/deepspeed=zero2"
-        if importlib.util.find_spec("bitsandbytes") is None:
+        if find_spec("bitsandbytes") is None:
             yield f"{key}: bitsandbytes is not installed: pip install 'small-vlm[quant]'"
     if len(set(kinds.values())) > 1:
         said = " and ".join(f"model.{part}.quantization={kind}" for part, kind in kinds.items())

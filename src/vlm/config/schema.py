@@ -39,8 +39,8 @@ class EncoderConfig:
     trust_remote_code: bool = False
     """Whether code out of the encoder's repository may run."""
     feature_layer: Any = None
-    """Hidden state to read, counted as `hidden_states` is (-2: before the last layer), or a list of them, whose features
-    are concatenated by channel; null: the encoder's output."""
+    """Hidden state to read, counted as `hidden_states` is (-2: before the last layer), or a list of them, whose
+    features are concatenated by channel; null: the encoder's output."""
     feature_strategy: str = "patch"
     """Which tokens of it: `patch`, `cls+patch`, `cls` or `full` (all, registers included)."""
     image_size: int | None = None
@@ -53,7 +53,7 @@ class VisualEncoderConfig(EncoderConfig):
     """Where the image features come from: one encoder, or several side by side."""
 
     beside: list[EncoderConfig] = field(default_factory=list)
-    """Further encoders that see the same pictures; their features are concatenated by channel behind the first one's."""
+    """Further encoders that see the same pictures; their features stand behind the first one's, by channel."""
     quantization: str | None = None
     """`8bit` or `4bit` (NF4): its matrices are stored so, and stay frozen; adapters train on them (`trainer.lora`)."""
 
@@ -330,7 +330,8 @@ class DatasetConfig(SourceConfig):
     allow_pipe: bool = False
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
     max_frames: int = 8
-    """Most frames of a video that a model which knows pictures only gets to see, evenly spread."""
+    """Most frames of a video that are seen, evenly spread: as pictures, or as a video where the model knows videos.
+    LLaVA-OneVision and LLaVA-NeXT-Video get so many of every video, those of a short one repeated."""
     cache_dir: str | None = None
     """Where indices and token counts are kept; null: `vlm` in the folder of Hugging Face's caches (`HF_HOME`)."""
     num_workers: int | None = None

@@ -19,7 +19,7 @@ from vlm.data.pictures import picture_sizes, seen_sizes, size_of
 from vlm.data.pixels import decoded
 from vlm.data.sample import BadSample, Clip, OverLong, Sample, Size
 from vlm.data.sources import SampleEncoder, Source, sources_of
-from vlm.data.video import FPS, OpenVideo
+from vlm.data.video import OpenVideo
 
 log = logging.getLogger(__name__)
 
@@ -213,8 +213,8 @@ def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
 
 
 def dummy_video(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """The same of a blank video of one frame."""
-    clip = Clip((0,), 1, 64, 64, FPS)
+    """The same of a short blank video."""
+    clip = processor.shortest_clip
     ids, _ = processor.tokenize(processor.video_token, (), [clip])
     inputs = processor.image_inputs([blank_of(processor, clip)], [clip])
     return ids, inputs | processor.text_inputs(ids, [IGNORED] * len(ids), inputs)

@@ -137,7 +137,7 @@ def seen_of(path: Path, max_frames: int, processor: Any, sample_id: str) -> tupl
     """
     if processor.video_token is None:
         return frames_of(path, max_frames, sample_id)
-    return (Video(path, clip_of(path, max_frames, sample_id, exactly=processor.equal_frames)),)
+    return (Video(path, clip_of(path, max_frames, sample_id, fewest=processor.fewest_frames(max_frames))),)
 
 
 def sources_of(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
@@ -170,7 +170,8 @@ def processor_digest(processor: Any) -> str:
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
     code = hashlib.sha256()
     sides = Path(inspect.getfile(type(processor))).parent
-    beside = [file for name in ("*process*.py", "anyres.py", "videos.py") for file in sorted(sides.glob(name))]
+    names = ("*process*.py", "anyres.py", "table.py", "videos.py")
+    beside = [file for name in names for file in sorted(sides.glob(name))]
     files = [*sorted(Path(__file__).parent.glob("*.py")), *beside]
     for file in files:
         code.update(file.read_bytes())

@@ -34,14 +34,14 @@ def frames_of(path: Path, most: int, sample_id: str) -> tuple[Picture, ...]:
     return tuple(Picture(path, frame=frame) for frame in spread(number, min(most, number)))
 
 
-def clip_of(path: Path, most: int, sample_id: str, *, exactly: bool = False) -> Clip:
+def clip_of(path: Path, most: int, sample_id: str, *, fewest: int = 1) -> Clip:
     """What is seen of a video: up to `most` frames, spread as those of `frames_of`. Nothing is decoded.
 
     Args:
         path: the file.
         most: how many frames at most.
         sample_id: the record's.
-        exactly: whether there are as many whatever the video has; those of a short one are then seen more than once.
+        fewest: how many at least; those of a shorter video are seen more than once.
 
     Raises:
         BadSample: it is no video.
@@ -49,7 +49,7 @@ def clip_of(path: Path, most: int, sample_id: str, *, exactly: bool = False) -> 
     number, size, fps = _looked_over(path, sample_id)
     if not all(size):
         raise BadSample(sample_id, f"video {path} does not say how large its frames are", str(path))
-    return Clip(spread(number, most if exactly else min(most, number)), number, *size, fps)
+    return Clip(spread(number, max(fewest, min(most, number))), number, *size, fps)
 
 
 def spread(number: int, kept: int) -> tuple[int, ...]:

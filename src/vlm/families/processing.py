@@ -63,7 +63,6 @@ class FamilyProcessor:
         self.image_token = native.image_token
         self.videos = FamilyVideos(native) if family.videos else None
         self.video_token = None if self.videos is None else self.videos.token
-        self.equal_frames = family.equal_frames
         own = native.chat_template or self.tokenizer.chat_template
         self.own_template = own if isinstance(own, str) else family.template
         self.chat_template = chat_template or self.own_template
@@ -94,8 +93,18 @@ class FamilyProcessor:
         if self.videos is None:
             return None
         own = self.tokenizer.convert_tokens_to_ids(self.video_token)
-        ids, _ = self.tokenize(self.videos.token, (), [Clip((0,), 1, 64, 64, FPS)])
+        ids, _ = self.tokenize(self.videos.token, (), [self.shortest_clip])
         return own if own in ids else self.image_token_id
+
+    @property
+    def shortest_clip(self) -> Clip:
+        """What is seen of a video that has no more than the model needs."""
+        number = self.family.fewest_frames
+        return Clip(tuple(range(number)), number, 64, 64, FPS)
+
+    def fewest_frames(self, most: int) -> int:
+        """How many frames of a video are seen at least, where no more than `most` are, whatever it has."""
+        return most if self.family.equal_frames else self.family.fewest_frames
 
     @property
     def reads_videos_apart(self) -> bool:
@@ -244,7 +253,7 @@ class FamilyProcessor:
             instead = tuple(one["replacement"] for one in replacements[0])
         return {name: value for name, value in out.items() if name not in OF_TEXT}, instead
 
-    def image_inputs(self, images: Sequence[Any], sizes: Sequence[Size | Clip] = ()) -> dict[str, Tensor]:
+    def image_inputs(self, images: Sequence[Any], sizes: Sequence[Any] = ()) -> dict[str, Tensor]:
         """What the model reads of a sample's images and videos, as the family's processor gives it.
 
         Nothing where it has none. Where both are read by the same inputs, they stand there in order.

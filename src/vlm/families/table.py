@@ -31,6 +31,7 @@ class Family:
         videos: whether it knows videos as such.
         joined: whether videos are read by the inputs of pictures, in the order in which all stand in the text.
         equal_frames: whether all videos of a batch must have as many frames.
+        fewest_frames: how many frames a video must have.
         video_template: the chat template of conversations with videos, where its own has no place for them.
         template: the chat template where its processor brings none.
     """
@@ -44,6 +45,7 @@ class Family:
     videos: bool = False
     joined: bool = False
     equal_frames: bool = False
+    fewest_frames: int = 1
     video_template: str | None = None
     template: str | None = None
 
@@ -125,7 +127,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(
         "Qwen2.5-VL", QWEN, ("qwen2.5-vl-3b", "qwen2.5-vl-7b"), tokens=("mm_token_type_ids",), videos=True
     ),
-    "qwen3_vl": Family("Qwen3-VL", QWEN, ("qwen3-vl-2b", "qwen3-vl-4b"), tokens=("mm_token_type_ids",), videos=True),
+    "qwen3_vl": Family(
+        "Qwen3-VL", QWEN, ("qwen3-vl-2b", "qwen3-vl-4b"), tokens=("mm_token_type_ids",), videos=True, fewest_frames=2
+    ),
     "idefics3": Family("Idefics3", IDEFICS, ("idefics3-8b",), rows=("pixel_values", "pixel_attention_mask")),
     "smolvlm": Family(
         "SmolVLM",

@@ -16,6 +16,9 @@ from transformers.video_utils import VideoMetadata
 from vlm.data.sample import Clip
 from vlm.data.video import OpenVideo
 
+MANY = 1000
+"""More values than this are no grid of patches, nor anything else that a number of tokens is read from."""
+
 
 class FamilyVideos:
     """A family's processor, as far as it reads videos.
@@ -81,6 +84,6 @@ def _as_tensor(video: OpenVideo) -> Tensor:
 
 
 def _light(value: Any) -> Any:
-    """A tensor of pixels without its memory; all else as it is."""
-    large = isinstance(value, Tensor) and value.is_floating_point()
+    """A tensor of something about each pixel without its memory; grids and all else as they are."""
+    large = isinstance(value, Tensor) and value.numel() > MANY
     return value.new_zeros(1).expand(value.shape) if large else value

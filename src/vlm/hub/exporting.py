@@ -9,18 +9,14 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlavaImageProcessor, LlavaProcessor
 
 from vlm.build import load_config
-from vlm.encoders import image_size
 from vlm.hub.folders import local_folder, new_folder, read_json, write_json
 from vlm.hub.layouts import there
+from vlm.hub.processors import WORD, transformers_processor
 from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard, weight_files
-from vlm.hub.targets import TARGETS, select_strategy
-from vlm.hub.templates import exported
-from vlm.models import VLMConfig, VLMProcessor
-
-WORD = "What"
+from vlm.hub.targets import TARGETS
+from vlm.models import VLMProcessor
 
 
 def export_checkpoint(
@@ -59,10 +55,10 @@ def export_checkpoint(
         raise ValueError(f"{name} does not fit --format {form}:{listing}")
     with new_folder(out) as folder:
         _write_weights(name, checkpoint, folder, target.table(config), largest_shard)
+        theirs = transformers_processor(config, processor, sees=form == "llava")
         write_json(folder / "config.json", target.configuration(config, processor))
         settings = read_json(checkpoint / "generation_config.json")
         write_json(folder / "generation_config.json", settings | generation_ids(settings, processor))
-        theirs = llava_processor(config, processor, pads=form == "llava")
         theirs.save_pretrained(folder)
         _rename_tokenizer_fields(folder / "tokenizer_config.json")
         return _differences(theirs, processor)
@@ -84,41 +80,6 @@ def _write_weights(name: str, checkpoint: Path, folder: Path, table: Any, larges
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         yield from read_shard(file)
-
-
-def llava_processor(config: VLMConfig, processor: VLMProcessor, *, pads: bool) -> LlavaProcessor:
-    """Transformers' processor for what ours does.
-
-    Args:
-        config: the checkpoint's.
-        processor: ours.
-        pads: whether it pads pictures where ours does; else whoever calls it has to.
-    """
-    tokenizer = processor.tokenizer
-    spaced = begins_words_at_the_start_alone(tokenizer, processor.image_token)
-    tokenizer.chat_template = None
-    return LlavaProcessor(
-        _image_processor(processor, pads=pads),
-        tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=select_strategy(config),
-        chat_template=exported(str(processor.chat_template), processor.image_token, spaced=spaced),
-        image_token=processor.image_token,
-        num_additional_image_tokens=config.num_prefix_tokens,
-    )
-
-
-def _image_processor(processor: VLMProcessor, *, pads: bool) -> Any:
-    """The encoder's own image processor, or LLaVA's where pictures are padded; `crop_size` is what vLLM looks at."""
-    own = processor.image_processor
-    height, width = image_size(own)
-    values = {**own.to_dict(), "crop_size": {"height": height, "width": width}}
-    kind = LlavaImageProcessor if pads and processor.image_mode == "pad" else type(own)
-    if kind is LlavaImageProcessor:
-        values |= {"do_pad": True, "do_center_crop": bool(own.do_center_crop)}
-    for key in ("image_processor_type", "auto_map", "processor_class"):
-        values.pop(key, None)
-    return kind(**values)
 
 
 def _rename_tokenizer_fields(file: Path) -> None:
@@ -152,17 +113,7 @@ def generation_ids(settings: dict[str, Any], processor: VLMProcessor) -> dict[st
     return {"eos_token_id": sorted(ends - {None}), "pad_token_id": processor.tokenizer.pad_token_id}
 
 
-def begins_words_at_the_start_alone(tokenizer: Any, image_token: str) -> bool:
-    """Whether a blank has to be written between a special token and a text for the ids that the text has on its own."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    alone, behind, spaced = ids(WORD), ids(image_token + WORD)[1:], ids(f"{image_token} {WORD}")[1:]
-    return alone != behind and alone == spaced
-
-
-def _differences(theirs: LlavaProcessor, ours: VLMProcessor) -> list[str]:
+def _differences(theirs: Any, ours: VLMProcessor) -> list[str]:
     """Where the exported processor gives other ids than ours, found by asking both."""
     found = []
     first = {"role": "user", "content": f"{ours.image_token}\n{WORD}?"}

@@ -80,7 +80,7 @@ def _compose(
 ) -> tuple[VLMConfig, VLMProcessor]:
     """Settle the composition as a run does, on folders that hold the parts' configurations and no weights."""
     tokenizer = parts / "language_model"
-    own = _stage_tokenizer(source, tokenizer)
+    own, texts = _stage_tokenizer(source, tokenizer)
     source.text_config.save_pretrained(tokenizer)
     recipe = source.recipe
     staged = replace(recipe, language_model=replace(recipe.language_model, hf_name=str(tokenizer)))
@@ -90,7 +90,7 @@ def _compose(
         source.image_processor.save_pretrained(encoder)
         staged = replace(staged, visual_encoder=replace(recipe.visual_encoder, hf_name=str(encoder)))
     if template is None and own is None:
-        template = default_template(source.text_config.model_type)
+        template = default_template(source.text_config.model_type, texts)
     config, processor = compose(staged, template, image_mode or source.image_mode)
     config.recipe = asdict(recipe)
     config.vision_config._name_or_path = recipe.visual_encoder.hf_name
@@ -100,26 +100,27 @@ def _compose(
     return config, processor
 
 
-def _stage_tokenizer(source: Source, folder: Path) -> str | None:
-    """Copy the tokenizer's files, with the one chat template that works here; returns it."""
+def _stage_tokenizer(source: Source, folder: Path) -> tuple[str | None, list[str]]:
+    """Copy the tokenizer's files, with the one chat template that works here; returns it, and all that there are."""
     folder.mkdir(parents=True)
     for pattern in TOKENIZER_FILES:
         for file in source.tokenizer.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     settings = read_json(folder / "tokenizer_config.json")
     jinja = source.tokenizer / "chat_template.jinja"
-    files = {
-        "chat_template.jinja": jinja.read_text(encoding="utf-8") if jinja.is_file() else None,
-        "chat_template.json": read_json(source.tokenizer / "chat_template.json"),
-        "tokenizer_config.json": settings,
-    }
-    own = brought(files, source.recipe.image_token)
+    found = [
+        jinja.read_text(encoding="utf-8") if jinja.is_file() else None,
+        read_json(source.tokenizer / "chat_template.json").get("chat_template"),
+        settings.get("chat_template"),
+    ]
+    texts = [text for text in found if isinstance(text, str) and text]
+    own = brought(texts, source.recipe.image_token)
     if settings:
         settings.pop("chat_template", None)
         write_json(folder / "tokenizer_config.json", settings)
     if own is not None:
         (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
-    return own
+    return own, texts
 
 
 def _common_dtype(source: Source) -> torch.dtype:

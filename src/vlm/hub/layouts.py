@@ -1,7 +1,7 @@
 """Names of weights: ours, those of the original LLaVA, and those of transformers' LLaVA.
 
-Imports nothing. Ours are the model's own: `visual_encoder.…`, `connector.…`, `language_model.…`. A table is read from
-the top, the first prefix that fits decides.
+Imports nothing. Ours are the model's own: `visual_encoder.…`, `connector.…`, `image_newline.weight`,
+`language_model.…`. A table is read from the top, the first prefix that fits decides.
 """
 
 Table = tuple[tuple[str, str], ...]
@@ -11,6 +11,7 @@ ORIGINAL: Table = (
     ("model.vision_tower.vision_tower.vision_model.", "visual_encoder."),
     ("model.vision_tower.vision_tower.", "visual_encoder."),
     ("model.mm_projector.", "connector."),
+    ("model.image_newline", "image_newline.weight"),
     ("model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
@@ -21,6 +22,8 @@ LLAVA: Table = (
     ("vision_tower.", "visual_encoder."),
     ("model.vision_tower.vision_model.", "visual_encoder."),
     ("model.vision_tower.", "visual_encoder."),
+    ("image_newline", "image_newline.weight"),
+    ("model.image_newline", "image_newline.weight"),
     ("multi_modal_projector.linear_1.", "connector.layers.0."),
     ("multi_modal_projector.linear_2.", "connector.layers.2."),
     ("model.multi_modal_projector.linear_1.", "connector.layers.0."),
@@ -30,7 +33,7 @@ LLAVA: Table = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
-"""transformers' LLaVA's: on disk up to 4.51 and as we write it, and in memory since."""
+"""transformers' LLaVA's, also with tiles: on disk up to 4.51 and as we write it, and in memory since."""
 
 PROJECTORS = {"linear": "connector.linear.", "mlp": "connector.layers.", "identity": "connector."}
 """Connector type -> what stands for `model.mm_projector.`."""

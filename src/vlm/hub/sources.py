@@ -16,14 +16,22 @@ from transformers import (
     CLIPImageProcessor,
     LlavaConfig,
     LlavaImageProcessor,
+    LlavaNextConfig,
+    LlavaNextImageProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
     PreTrainedConfig,
+    SiglipImageProcessor,
 )
+from transformers.image_utils import PILImageResampling
 
-from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.config.schema import AnyResConfig, ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.encoders import image_size
 from vlm.hub.adapters import Adapter, read_adapter
 from vlm.hub.folders import local_folder, read_json
 from vlm.hub.layouts import LLAVA, Table, original
 from vlm.hub.shards import weight_files
+from vlm.hub.tiles import is_tiled, read_native, read_original
 
 ORIGINAL_TYPES = {
     "llava": "llama",
@@ -37,12 +45,16 @@ ORIGINAL_TYPES = {
 ARCHITECTURES = {"LlavaQwenForCausalLM": "qwen2", "LlavaMistralForCausalLM": "mistral"}
 """The class, where the original's `model_type` is the bare `llava`."""
 
-NATIVE_FAMILIES = ("llava_next", "llava_next_video", "llava_onevision", "vipllava", "video_llava")
+NATIVE_TYPES = ("llava", "llava_next", "llava_onevision")
+"""`model_type` of transformers' classes that are imported."""
+
+NATIVE_FAMILIES = ("llava_next_video", "vipllava", "video_llava")
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 OWN_FIELDS = re.compile(
     r"mm_|tune_mm|freeze_mm|unfreeze_mm|use_mm|image_|vision_|text_config|projector_|multimodal_|tokenizer_|"
-    r"(model_type|architectures|auto_map|transformers_version|_name_or_path|torch_dtype|dtype|s2|s2_scales)$"
+    r"(model_type|architectures|auto_map|transformers_version|_name_or_path|torch_dtype|dtype|s2|s2_scales|"
+    r"use_pos_skipping|pos_skipping_range|add_faster_video|add_time_instruction|faster_token_stride|force_sample)$"
 )
 """Fields of an original configuration that do not belong to its language model."""
 
@@ -102,8 +114,12 @@ def read_source(name: str, base_model: str | None, vision_tower: str | None) -> 
         raise ValueError(f"{name} is a checkpoint of this framework already")
     if not values:
         raise ValueError(f"{name} holds no config.json; one is needed beside the weights, projectors and adapters too")
-    _refuse_tiles(name, values)
-    if kind == "llava" and "mm_vision_tower" not in values:
+    if kind in NATIVE_FAMILIES:
+        raise ValueError(
+            f"{name} is a {kind}, which cannot be composed of parts here. `vlm models` lists the families that are "
+            "finetuned as they are (model=llava-next-video-7b …)"
+        )
+    if kind in NATIVE_TYPES and "mm_vision_tower" not in values:
         _refuse_flag(name, "--base-model", base_model)
         _refuse_flag(name, "--vision-tower", vision_tower)
         return _transformers_llava(name, folder)
@@ -111,29 +127,8 @@ def read_source(name: str, base_model: str | None, vision_tower: str | None) -> 
         return _original_llava(name, folder, values, base_model, vision_tower)
     raise ValueError(
         f"{name} has model_type={kind}; imported are the original LLaVA's ({', '.join(ORIGINAL_TYPES)}, with an "
-        "mm_vision_tower) and transformers' llava"
+        f"mm_vision_tower) and transformers' {', '.join(NATIVE_TYPES)}"
     )
-
-
-def _refuse_tiles(name: str, values: dict[str, Any]) -> None:
-    """The one place that says no to pictures in tiles.
-
-    Raises:
-        ValueError: the checkpoint cuts pictures into tiles, or is of a family that does.
-    """
-    kind = values.get("model_type")
-    aspect, merge = str(values.get("image_aspect_ratio")), str(values.get("mm_patch_merge_type"))
-    if kind in NATIVE_FAMILIES:
-        raise ValueError(
-            f"{name} is a {kind}, which needs anyres (pictures in tiles): it cannot be composed of parts here. "
-            "Finetune it as a native family instead (model=llava-next, llava-onevision …)"
-        )
-    if "anyres" in aspect or merge.startswith("spatial"):
-        raise ValueError(
-            f"{name} has image_aspect_ratio={aspect}, mm_patch_merge_type={merge}, which needs anyres (pictures in "
-            "tiles): it cannot be composed of parts here. Finetune transformers' version of it as a native family "
-            "instead (model=llava-next)"
-        )
 
 
 def _refuse_flag(name: str, flag: str, value: str | None) -> None:
@@ -142,9 +137,9 @@ def _refuse_flag(name: str, flag: str, value: str | None) -> None:
 
 
 def _transformers_llava(name: str, folder: Path) -> Source:
-    """Transformers' `LlavaForConditionalGeneration`."""
+    """Transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision."""
     config = AutoConfig.from_pretrained(folder)
-    assert isinstance(config, LlavaConfig)
+    assert isinstance(config, LlavaConfig | LlavaNextConfig | LlavaOnevisionConfig)
     vision, text = config.vision_config, config.text_config
     assert isinstance(vision, PreTrainedConfig)
     assert isinstance(text, PreTrainedConfig)
@@ -158,9 +153,8 @@ def _transformers_llava(name: str, folder: Path) -> Source:
             f"{name}: vision_feature_select_strategy=default drops a CLS token, and SigLIP has none: it drops the "
             "first patch, which a composed model does not. Imported is full"
         )
-    if config.tie_word_embeddings:
-        text.tie_word_embeddings = True
-    processor, image_mode = _plain_image_processor(name, folder)
+    text.tie_word_embeddings = config.tie_word_embeddings  # which LLaVA-NeXT alone has apart from its text_config's
+    processor, image_mode, anyres = _native_pictures(name, folder, config)
     options = {"activation": config.projector_hidden_act, "bias": config.multimodal_projector_bias}
     settings = read_json(folder / "processor_config.json")
     tokens = "patch" if strategy == "default" else "full"
@@ -169,6 +163,7 @@ def _transformers_llava(name: str, folder: Path) -> Source:
         connector=ConnectorConfig("mlp", options),
         language_model=LanguageModelConfig(name),
         image_token=settings.get("image_token", ModelConfig.image_token),
+        anyres=anyres,
     )
     return Source(
         recipe, text, folder, [_store(name, folder, LLAVA)], vision_config=vision, image_processor=processor,
@@ -176,17 +171,38 @@ def _transformers_llava(name: str, folder: Path) -> Source:
     )  # fmt: skip
 
 
-def _plain_image_processor(name: str, folder: Path) -> tuple[Any, str]:
-    """The image processor, and our image mode for its padding: LLaVA's own class is CLIP's with padding to a square."""
+def _native_pictures(name: str, folder: Path, config: Any) -> tuple[Any, str, AnyResConfig]:
+    """The encoder's image processor, our image mode and our tiles for what transformers' image processor does.
+
+    LLaVA's own class is CLIP's with padding to a square, LLaVA-NeXT's and LLaVA-OneVision's are CLIP's with tiles.
+
+    Raises:
+        ValueError: it does what there is nothing for here.
+    """
     try:
         found = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} brings no image processor: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, LlavaImageProcessor):
-        return found, "square"
-    kept = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize", "do_center_crop")
-    values = found.to_dict()
-    return CLIPImageProcessor(**{key: values[key] for key in kept}), "pad" if found.do_pad else "square"
+    kind = SiglipImageProcessor if config.vision_config.model_type == "siglip_vision_model" else CLIPImageProcessor
+    if config.model_type == "llava":
+        if not isinstance(found, LlavaImageProcessor):
+            return found, "square", AnyResConfig()
+        return _without_tiles(found, CLIPImageProcessor), "pad" if found.do_pad else "square", AnyResConfig()
+    if not isinstance(found, LlavaNextImageProcessor | LlavaOnevisionImageProcessor):
+        raise ValueError(f"{name}: its image processor is a {type(found).__name__}, which cuts no tiles")
+    size, crop = found.size, found.crop_size
+    whole = (size.height, size.width) if size.height and size.width else (size.shortest_edge,) * 2
+    tile = (crop.height if crop else None) or size.height or size.shortest_edge
+    if set(whole) != {tile}:
+        raise ValueError(f"{name}: it sees the whole picture in {whole} pixels and tiles of {tile}; needed is one size")
+    return _without_tiles(found, kind), "square", read_native(name, config, found, tile)
+
+
+def _without_tiles(found: Any, kind: Any) -> Any:
+    """An image processor as one of a `kind` that does no more than to resize, crop and normalise."""
+    kept = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize")
+    values = {key: value for key, value in found.to_dict().items() if key in kept and value is not None}
+    return kind(**values, do_center_crop=bool(found.do_center_crop))
 
 
 def _original_llava(
@@ -203,6 +219,10 @@ def _original_llava(
     )
     if values.get("mm_use_im_start_end"):
         recipe.image_start_token, recipe.image_end_token = "<im_start>", "<im_end>"
+    vision = processor = None
+    if is_tiled(name, values):
+        vision, processor = _original_tiles(encoder)
+        recipe.anyres = read_original(name, values, image_size(processor)[0])
     adapter = Adapter({}, {})
     projector = folder / "mm_projector.bin"
     if (folder / "adapter_config.json").is_file():
@@ -218,9 +238,17 @@ def _original_llava(
     else:
         raise ValueError(f"{name} holds no weights: no safetensors, pytorch_model.bin, adapter or mm_projector.bin")
     return Source(
-        recipe, _text_config(base), base, stores, encoder, adapter=adapter,
+        recipe, _text_config(base), base, stores, encoder, vision, processor, adapter,
         image_mode="pad" if values.get("image_aspect_ratio") == "pad" else "square", generation=base,
     )  # fmt: skip
+
+
+def _original_tiles(encoder: str) -> tuple[PreTrainedConfig, Any]:
+    """The encoder's configuration, and its image processor as the original resizes pictures: always bicubically."""
+    config = AutoConfig.from_pretrained(encoder)
+    processor = AutoImageProcessor.from_pretrained(encoder)
+    processor.resample = PILImageResampling.BICUBIC
+    return getattr(config, "vision_config", config), processor
 
 
 def _base_folder(name: str, what: str, base_model: str | None, hint: str) -> Path:

@@ -9,10 +9,18 @@ from typing import Any, Protocol
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from vlm.hub.layouts import LLAVA, Table, original
+from vlm.hub.tiles import aspect_of, native_type, original_sizes, shrinks, sizes_of
 from vlm.models import VLMConfig, VLMProcessor
 
 RESCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
 """Fields of language models whose vocabulary head does more than multiply."""
+
+
+VIDEO_TOKEN = "<video>"
+"""What LLaVA-OneVision has beside the image token."""
+
+BICUBIC = 3
+"""What Pillow resizes with unless told otherwise, and so the original LLaVA."""
 
 
 class Target(Protocol):
@@ -32,7 +40,13 @@ class Target(Protocol):
 
 
 class Llava:
-    """transformers' `LlavaForConditionalGeneration`."""
+    """transformers' `LlavaForConditionalGeneration`; where pictures are seen in tiles, LLaVA-NeXT or -OneVision."""
+
+    architectures = {  # noqa: RUF012 - a table
+        "llava": "LlavaForConditionalGeneration",
+        "llava_next": "LlavaNextForConditionalGeneration",
+        "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    }
 
     def hindrances(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
         """See `Target`."""
@@ -41,6 +55,7 @@ class Llava:
             found.append(f"{_connector(config)}: LLaVA has an mlp with num_layers=2")
         found += _mlp_hindrances(config)
         found += _text_hindrances(config)
+        found += _tile_hindrances(config, processor)
         for name in ("image_start", "image_end"):
             if token := getattr(processor, name):
                 found.append(f"model.{name}_token={token}: LLaVA has no tokens around a picture")
@@ -54,9 +69,16 @@ class Llava:
         """See `Target`."""
         text = with_old_names(config.text_config)
         options = config.connector["options"]
+        kind, tiles = "llava", {}
+        if (tiling := processor.tiling) is not None:
+            kind, tiles = str(native_type(tiling)), {"image_grid_pinpoints": sizes_of(tiling)}
+            if kind == "llava_onevision":
+                video = processor.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+                tiles |= {"vision_aspect_ratio": aspect_of(tiling), "video_token_index": video}
         return {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
+            **tiles,
+            "architectures": [self.architectures[kind]],
+            "model_type": kind,
             "vision_config": _nested(config.vision_config),
             "text_config": text,
             "image_token_index": config.image_token_id,
@@ -109,7 +131,7 @@ class OriginalLlava:
                 f"model.image_start_token={processor.image_start}, image_end_token={processor.image_end}: the original "
                 "has <im_start> and <im_end>, or neither"
             )
-        return found
+        return found + _original_tile_hindrances(processor)
 
     def table(self, config: VLMConfig) -> Table:
         """See `Target`."""
@@ -125,6 +147,10 @@ class OriginalLlava:
         layer = config.vision_config.num_hidden_layers if config.feature_layer is None else config.feature_layer
         recorded, kind = config.recipe["visual_encoder"], config.connector["type"]
         projector = f"mlp{config.connector['options']['num_layers']}x_gelu" if kind == "mlp" else kind
+        tiles: dict[str, Any] = {"image_aspect_ratio": processor.image_mode, "mm_patch_merge_type": "flat"}
+        if (tiling := processor.tiling) is not None:
+            tiles = {"image_aspect_ratio": aspect_of(tiling), "mm_patch_merge_type": "spatial_unpad"}
+            tiles["image_grid_pinpoints"] = original_sizes(tiling)
         return {
             **with_old_names(config.text_config),
             "architectures": [self.architectures[config.text_config.model_type]],
@@ -138,8 +164,7 @@ class OriginalLlava:
             "mm_vision_select_feature": "patch" if config.feature_strategy == "patch" else "cls_patch",
             "mm_use_im_start_end": processor.image_start is not None,
             "mm_use_im_patch_token": False,
-            "image_aspect_ratio": processor.image_mode,
-            "mm_patch_merge_type": "flat",
+            **tiles,
             "image_token_index": config.image_token_id,
             "tokenizer_padding_side": "right",
             "tokenizer_model_max_length": config.text_config.max_position_embeddings,
@@ -189,8 +214,6 @@ def _connector(config: VLMConfig) -> str:
 
 def _encoder_hindrances(config: VLMConfig) -> list[str]:
     kind, found = config.vision_config.model_type, []
-    if config.anyres is not None:
-        found.append("model.anyres: pictures in tiles, and this LLaVA sees each as one square")
     if config.beside:
         found.append("model.visual_encoder.beside: several encoders side by side, and LLaVA has one")
     if isinstance(config.feature_layer, list):
@@ -216,6 +239,41 @@ def _mlp_hindrances(config: VLMConfig) -> list[str]:
     if options.get("hidden_dim") not in (None, width):
         found.append(f"model.connector.options.hidden_dim={options['hidden_dim']}: LLaVA's is the text width, {width}")
     return found
+
+
+def _tile_hindrances(config: VLMConfig, processor: VLMProcessor) -> list[str]:
+    """Tiles that neither LLaVA-NeXT nor LLaVA-OneVision has."""
+    tiling, found = processor.tiling, []
+    if tiling is None:
+        return []
+    kind = native_type(tiling)
+    if kind is None:
+        found.append(_tiled_and_shrunk(tiling.max_tiles))
+    tokens = processor.tokenizer.get_vocab()
+    if kind == "llava_onevision" and VIDEO_TOKEN not in tokens and len(tokens) >= config.text_config.vocab_size:
+        found.append(
+            f"a vocabulary of {config.text_config.vocab_size} with no row to spare: LLaVA-OneVision has a {VIDEO_TOKEN}"
+        )
+    return found
+
+
+def _original_tile_hindrances(processor: VLMProcessor) -> list[str]:
+    """Tiles that the original has no words for."""
+    tiling, found = processor.tiling, []
+    if tiling is None:
+        return []
+    if tiling.tile_several and shrinks(tiling):
+        found.append(_tiled_and_shrunk(tiling.max_tiles))
+    if (resample := processor.image_processor.resample) != BICUBIC:
+        found.append(f"an image processor with resample={int(resample)}: the original resizes bicubically (3)")
+    return found
+
+
+def _tiled_and_shrunk(max_tiles: int | None) -> str:
+    return (
+        f"model.anyres.tile_several=true with max_tiles={max_tiles}: LLaVA-NeXT tiles each of several pictures and "
+        "shrinks none, LLaVA-OneVision shrinks and sees each of several as one square"
+    )
 
 
 def _text_hindrances(config: VLMConfig) -> list[str]:

@@ -5,7 +5,6 @@ and image items; ours hand it strings with an image token for each image. An exp
 make those strings, so that every server renders what `vlm generate` renders; importing takes the lines off again.
 """
 
-from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -66,6 +65,10 @@ DEFAULTS = {
 """The packaged template for a language model that brings none which works here."""
 
 
+MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral", "<start_of_turn>": "gemma"}
+"""What a template writes around turns -> the packaged template that writes it too."""
+
+
 def exported(template: str, image_token: str, *, spaced: bool) -> str:
     """Our template as transformers' processors take it; `spaced`: see `CLOSE`."""
     head = HEAD.replace("%IMAGE%", repr(image_token))
@@ -92,30 +95,35 @@ def reads_strings(template: str) -> bool:
     return said in rendered[0]
 
 
-def brought(files: dict[str, Any], image_token: str) -> str | None:
-    """The template that works here among those that a folder brings, by the name of the file.
+def brought(texts: list[str], image_token: str) -> str | None:
+    """The template that works here among those that a folder brings, the first that does.
 
     Args:
-        files: the text of `chat_template.jinja`, and the objects in `chat_template.json` and `tokenizer_config.json`.
+        texts: templates.
         image_token: the placeholder.
     """
-    texts = [files["chat_template.jinja"]]
-    texts += [files[name].get("chat_template") for name in ("chat_template.json", "tokenizer_config.json")]
     for text in texts:
-        if isinstance(text, str) and text:
-            if (ours := recovered(text, image_token)) is not None:
-                return ours
-            if reads_strings(text):
-                return text
+        if (ours := recovered(text, image_token)) is not None:
+            return ours
+        if reads_strings(text):
+            return text
     return None
 
 
-def default_template(text_type: str) -> str:
-    """The packaged template for a language model's type.
+def default_template(text_type: str, texts: list[str]) -> str:
+    """The packaged template that writes turns as a folder's own ones do, which do not work here, else by model type.
+
+    Args:
+        text_type: of the language model.
+        texts: templates that the folder brings.
 
     Raises:
         ValueError: there is none.
     """
+    for text in texts:
+        for mark, name in MARKS.items():
+            if mark in text:
+                return name
     if text_type not in DEFAULTS:
         raise ValueError(
             f"the source brings no chat template that works here, and there is none for model_type={text_type}: name "

@@ -1,0 +1,170 @@
+"""Pictures in tiles (anyres) as other code bases write them down, and as `model.anyres` has them.
+
+Imports the schema and `vlm.models.anyres`. The others name allowed sizes in pixels (`image_grid_pinpoints`) where we
+name grids in tiles: transformers as `[height, width]`, the original as `[width, height]`, which decides between grids
+that are equally good for a picture.
+"""
+
+import ast
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vlm.config.schema import AnyResConfig
+from vlm.models.anyres import AnyRes
+
+LIMITED = re.compile(r"anyres_max_(\d+)")
+"""How LLaVA-OneVision writes `max_tiles`."""
+
+UNTILED = (None, "square", "pad")
+"""Values of the original's `image_aspect_ratio` that make one square of a picture."""
+
+
+def read_grids(name: str, sizes: Any, tile: int) -> list[list[int]]:
+    """Grids of tiles for sizes in pixels, either as (rows, columns) for (height, width).
+
+    Raises:
+        ValueError: there are none, or one is no multiple of the tile.
+    """
+    shown = f"{name}: image_grid_pinpoints={sizes}"
+    if not isinstance(sizes, list) or not sizes:
+        raise ValueError(f"{shown}; a list of sizes in pixels is needed")
+    for size in sizes:
+        if len(size) != 2 or any(length < tile or length % tile for length in size):
+            raise ValueError(f"{shown}: {list(size)} is no multiple of the visual encoder's {tile} pixels")
+    return [[length // tile for length in size] for size in sizes]
+
+
+def read_limit(name: str, field: str, value: Any) -> int:
+    """`max_tiles` out of `anyres_max_9`.
+
+    Raises:
+        ValueError: it is written in no such way.
+    """
+    found = LIMITED.fullmatch(str(value))
+    if found is None or int(found[1]) < 1:
+        raise ValueError(f"{name}: {field}={value}; imported is anyres_max_<N>, such as anyres_max_9")
+    return int(found[1])
+
+
+def is_tiled(name: str, values: dict[str, Any]) -> bool:
+    """Whether an original LLaVA sees pictures in tiles.
+
+    Args:
+        name: the checkpoint's.
+        values: its `config.json`.
+
+    Raises:
+        ValueError: it does, but lays their tokens out in a way that there is none for here.
+    """
+    aspect, merge = values.get("image_aspect_ratio"), values.get("mm_patch_merge_type") or "flat"
+    shown = f"{name} has image_aspect_ratio={aspect}, mm_patch_merge_type={merge}"
+    if aspect in UNTILED:
+        if merge != "flat":
+            raise ValueError(f"{shown}: one square a picture is imported with mm_patch_merge_type=flat")
+        return False
+    if aspect != "anyres" and not LIMITED.fullmatch(str(aspect)):
+        raise ValueError(f"{shown}: imported are square, pad, anyres and anyres_max_<N>")
+    if merge != "spatial_unpad":
+        raise ValueError(
+            f"{shown}: pictures in tiles are imported with mm_patch_merge_type=spatial_unpad, where the padding is cut "
+            "off and a newline ends each row"
+        )
+    return True
+
+
+def read_original(name: str, values: dict[str, Any], tile: int) -> AnyResConfig:
+    """`model.anyres` of an original LLaVA that sees pictures in tiles.
+
+    The first release tiles every picture (`anyres`); those with a limit were trained with several as one square each.
+
+    Args:
+        name: the checkpoint's.
+        values: its `config.json`.
+        tile: side of what the visual encoder sees, in pixels.
+
+    Raises:
+        ValueError: its grids cannot be read.
+    """
+    aspect = values["image_aspect_ratio"]
+    grids = read_grids(name, _original_sizes(name, values.get("image_grid_pinpoints"), tile), tile)
+    limit = None if aspect == "anyres" else read_limit(name, "image_aspect_ratio", aspect)
+    return AnyResConfig([[rows, columns] for columns, rows in grids], limit, tile_several=limit is None)
+
+
+def _original_sizes(name: str, written: Any, tile: int) -> Any:
+    """Sizes in pixels out of a list, a list in a string, or tiles in a string: `(1x1),...,(6x6)` is a range.
+
+    Raises:
+        ValueError: a string that is none of these.
+    """
+    if not isinstance(written, str):
+        return written
+    tiles = [[int(one) for one in pair] for pair in re.findall(r"\((\d+)x(\d+)\)", written)]
+    if tiles and "..." in written:
+        (width, height), (last_width, last_height) = tiles[0], tiles[-1]
+        tiles = [[w, h] for w in range(width, last_width + 1) for h in range(height, last_height + 1)]
+    if tiles:
+        return [[length * tile for length in size] for size in tiles]
+    try:
+        return [list(size) for size in ast.literal_eval(written)]
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError(
+            f"{name}: image_grid_pinpoints={written}; imported are a list of sizes, and (1x1),...,(6x6)"
+        ) from error
+
+
+def read_native(name: str, config: Any, processor: Any, tile: int) -> AnyResConfig:
+    """`model.anyres` of transformers' `llava_next` or `llava_onevision`.
+
+    Args:
+        name: the checkpoint's.
+        config: its configuration.
+        processor: its image processor, which cuts what the model puts together again.
+        tile: side of what the visual encoder sees, in pixels.
+
+    Raises:
+        ValueError: model and image processor disagree, or its grids cannot be read.
+    """
+    sizes, cut = ([list(size) for size in one.image_grid_pinpoints] for one in (config, processor))
+    if sizes != cut:
+        raise ValueError(f"{name}: image_grid_pinpoints={sizes} of its model, but {cut} of its image processor")
+    grids = read_grids(name, sizes, tile)
+    if config.model_type == "llava_next":
+        return AnyResConfig(grids, None, tile_several=True)
+    return AnyResConfig(grids, read_limit(name, "vision_aspect_ratio", config.vision_aspect_ratio))
+
+
+def native_type(anyres: AnyRes) -> str | None:
+    """Which of transformers' models sees pictures in these tiles: `llava_next`, `llava_onevision`; None: neither."""
+    if not anyres.tile_several:
+        return "llava_onevision"
+    return None if shrinks(anyres) else "llava_next"
+
+
+def shrinks(anyres: AnyRes) -> bool:
+    """Whether `max_tiles` is less than the largest grid has."""
+    return anyres.max_tiles is not None and anyres.max_tiles < largest(anyres)
+
+
+def largest(anyres: AnyRes) -> int:
+    """Tiles of the largest grid."""
+    return max(math.prod(grid) for grid in anyres.grids)
+
+
+def aspect_of(anyres: AnyRes) -> str:
+    """`anyres` where nothing shrinks and every picture is tiled, else `anyres_max_<N>`."""
+    if anyres.tile_several and not shrinks(anyres):
+        return "anyres"
+    return f"anyres_max_{anyres.max_tiles or largest(anyres)}"
+
+
+def sizes_of(anyres: AnyRes) -> list[list[int]]:
+    """Transformers' `image_grid_pinpoints`: `[height, width]` in pixels."""
+    return [[rows * anyres.tile_size, columns * anyres.tile_size] for rows, columns in anyres.grids]
+
+
+def original_sizes(anyres: AnyRes) -> list[Sequence[int]]:
+    """The original's `image_grid_pinpoints`: `[width, height]` in pixels."""
+    return [[width, height] for height, width in sizes_of(anyres)]
