@@ -22,7 +22,17 @@ from vlm.data.sample import Picture
 from vlm.data.tools.convert import CONVERSIONS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "installation.md", "examples/README.md", "docs/data.md", "docs/families.md", "docs/anyres.md", "docs/lora.md", "docs/checkpoints.md")
+PAGES = (
+    "README.md",
+    "installation.md",
+    "examples/README.md",
+    "docs/data.md",
+    "docs/families.md",
+    "docs/anyres.md",
+    "docs/recipes.md",
+    "docs/lora.md",
+    "docs/checkpoints.md",
+)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 START = re.compile(r"(?:-m|--module) vlm |^vlm -cn |^vlm data (?:show|stats) ")
 KEYS = re.compile(r"(?:model|trainer|dataset|inference)[./][\w./-]+=[^\s`…]+")
