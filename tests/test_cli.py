@@ -8,6 +8,7 @@ import pytest
 from transformers import dynamic_module_utils
 
 import vlm
+from tests.data.test_video import write_video
 from tests.tiny_parts import Parts, picture
 from vlm.cli import COMMANDS, main
 from vlm.config.check import group_names, packaged, run_names
@@ -92,18 +93,31 @@ def test_generate_takes_no_picture_and_several(checkpoint: Path, image: Path, ca
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
+def test_generate_takes_videos(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture[str]):
+    video = write_video(image.with_name("a.mp4"), 20)
+    asked = "<video> or <image>?"
+    ask(checkpoint, "--video", video, "--image", image, "--max-frames", 2, "--prompt", asked, "--max-new-tokens", 5)
+    model = vlm.load(checkpoint)
+    said = model.generate(asked, [image], [video], max_frames=2, max_new_tokens=5)
+    assert capsys.readouterr().out.strip() == said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--image", "no.png", "--prompt", "What?"], "no.png does not open: "),
         (["--image", "IMAGE", "--prompt", "<image><image>?"], "the prompt has 2 <image>, but 1 images were given"),
+        (["--video", "no.mp4", "--prompt", "What?"], "video no.mp4 does not open: "),
+        (["--video", "VIDEO", "--prompt", "<video><video>?"], "the prompt has 2 <video>, but 1 videos were given"),
+        (["--video", "VIDEO", "--prompt", "What?", "--max-frames", "0"], "max_frames=0: must be at least 1"),
         (["--prompt", "What?", "--temperature", "-1"], "temperature=-1.0: 0 (greedy) or more is needed"),
         (["--prompt", "What?", "--max-new-tokens", "0"], "max_new_tokens=0: at least 1 is needed"),
     ],
 )
 def test_generate_refuses_clearly(checkpoint: Path, image: Path, words: list[str], message: str):
+    video = write_video(image.with_name("a.mp4"), 3)
     with pytest.raises(SystemExit) as stopped:
-        ask(checkpoint, *[str(image) if word == "IMAGE" else word for word in words])
+        ask(checkpoint, *[{"IMAGE": str(image), "VIDEO": str(video)}.get(word, word) for word in words])
     assert str(stopped.value.code).startswith("vlm generate: ")
     assert message in str(stopped.value.code)
 

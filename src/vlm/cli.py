@@ -77,13 +77,14 @@ def _generate(args: argparse.Namespace) -> None:
 
     from vlm.config.check import check_inference
     from vlm.config.schema import InferenceConfig
-    from vlm.inference.generate import VisionLanguageModel, opened, user_turn
+    from vlm.inference.generate import VisionLanguageModel, check_videos, opened, user_turn
 
     disable_progress_bar()
     settings = InferenceConfig(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
     check_inference(settings, prefix="")
     images = opened(args.image)
-    user_turn(args.prompt, len(images), [()] * len(args.video))  # what is wrong with it is said before a model loads
+    check_videos(args.video, args.max_frames)  # what is wrong is said before a model loads
+    user_turn(args.prompt, len(images), [()] * len(args.video))
     model = VisionLanguageModel.load(
         args.checkpoint, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
         trust_remote_code=args.trust_remote_code,

@@ -107,7 +107,8 @@ def test_only_base_configures_hydra():
 
 
 def test_the_table_of_connectors_is_the_group():
-    assert set(packaged_connectors()) == set(CONNECTORS) == set(packaged("vlm.config", "model/connector", ".yaml"))
+    ours = {name for name in CONNECTORS if ":" not in name}  # other tests may have added classes of their own
+    assert set(packaged_connectors()) == ours == set(packaged("vlm.config", "model/connector", ".yaml"))
 
 
 @pytest.mark.parametrize("name", CONNECTORS)

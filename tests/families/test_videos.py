@@ -252,10 +252,8 @@ def test_a_single_frame_will_do(name: str, processor: FamilyProcessor, folder: P
     """Also where a model joins two frames to one."""
     parts = seen_of(folder / "long.mp4", 1, processor, "x")
     row = item(processor, Sample("x", (Turn("user", (*parts, "what?")), Turn("assistant", ("yes",)))))
-    labels = Collator.of(processor)([row]).pop("labels")
     with torch.no_grad():
         assert load(folder / name)(**Collator.of(processor)([row])).loss.isfinite()
-    assert (labels != -100).any()
 
 
 def test_a_broken_video_is_a_bad_sample(name: str, processor: FamilyProcessor, folder: Path):

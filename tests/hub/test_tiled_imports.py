@@ -28,6 +28,7 @@ from tests.hub.tiles import (
     same_answers,
 )
 from tests.tiny_parts import Parts, picture
+from vlm.cli import main
 from vlm.data.encode import template_text
 from vlm.hub.importing import import_checkpoint
 from vlm.models.anyres import AnyRes
@@ -255,8 +256,11 @@ def test_an_image_processor_with_two_sizes_is_refused(parts: Parts, tmp_path: Pa
     assert "is a CLIPImageProcessor, which cuts no tiles" in said
 
 
-def test_what_is_imported_is_said(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_is_imported_is_said_and_can_be_asked(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_native(parts, tmp_path / "theirs", "onevision-siglip")
-    vlm.cli.main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")])
+    main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")])
     said = capsys.readouterr().out
     assert f"9 tokens a tile, pictures in {len(SIXES)} grids of tiles, shrunk to about 2 tiles, torch.float32" in said
+    picture().save(tmp_path / "picture.png")
+    words = ["--image", str(tmp_path / "picture.png"), "--prompt", "What?", "--max-new-tokens", "3"]
+    main(["generate", str(tmp_path / "ours"), *words])

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.test_video import write_video
 from tests.tiny_parts import CHAT_TEMPLATES, Parts, byte_tokenizer, picture
 from vlm.config.schema import InferenceConfig
 from vlm.data.encode import encode_prompt
 from vlm.data.sample import Picture, Turn
+from vlm.data.video import frames_of, read_frames
 from vlm.inference.generate import VisionLanguageModel, opened, user_turn
 from vlm.models import VLMProcessor
 from vlm.models.connectors import CONNECTORS
@@ -353,3 +355,23 @@ def test_training_switched_the_cache_off(ours: VisionLanguageModel):
     assert ours.generate("what?", max_new_tokens=6) == before
     handle.remove()
     assert set(lengths[1:]) <= {1}
+
+
+def test_a_video_is_frames_to_a_model_that_knows_pictures(parts: Parts, tmp_path: Path):
+    """Where `<video>` stands, beside pictures, for one prompt of several."""
+    ours = lively(parts, "llama")
+    video = write_video(tmp_path / "a.mp4", 20)
+    turn, media = ours.asked("<image> and <video>?", [picture(0)], [video], 2)
+    assert turn.content == (Picture(Path()), " and ", *frames_of(video, 2, "x"), "?")
+    frames = read_frames(video, [5, 15], "x")
+    assert [image.size for image in media] == [picture(0).size, *(frame.size for frame in frames)]
+    alone = ours.generate("<image> and <image><image>?", [picture(0), *frames], max_new_tokens=8)
+    asked = ["<image> and <video>?", "no <video> here"]
+    answers = ours.generate(asked, [[picture(0)], []], [[video], []], max_frames=2, max_new_tokens=8)
+    assert answers[0] == alone
+    turn, _ = ours.asked("what <image>?", [picture(0)], [video], 1)
+    assert turn.content == (*frames_of(video, 1, "x"), "\nwhat ", Picture(Path()), "?")
+    with pytest.raises(ValueError, match="max_frames=0: must be at least 1"):
+        ours.generate("what?", videos=[video], max_frames=0)
+    with pytest.raises(ValueError, match=r"b\.mp4 does not open"):
+        ours.generate("what?", videos=[tmp_path / "b.mp4"])

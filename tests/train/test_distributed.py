@@ -84,7 +84,7 @@ WHOLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llava-onevision", "qwen2.5-vl", "mllama"])
+@pytest.mark.parametrize("family", ["llava-onevision", "mllama", pytest.param("qwen2.5-vl", marks=pytest.mark.slow)])
 def test_families_on_two_ranks_reach_the_single_process(
     brief: list[str], train_whole: Callable[..., Path], tmp_path: Path, family: str
 ):
@@ -106,14 +106,19 @@ CONNECTORS = {
 }
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize(
+    "connector", ["qformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("c_abstractor", "resampler"))]
+)
 def test_connectors_on_two_ranks_reach_the_single_process(
     common: list[str], train: Callable[..., Path], tmp_path: Path, connector: str
 ):
     """ZeRO-3: learned queries and positions, which are no layer's own, are gathered too."""
     options = [f"model.connector.options.{option}" for option in CONNECTORS[connector]]
     words = [
-        f"model/connector={connector}", *options, "trainer.max_steps=3", "trainer.train_sampling_strategy=sequential"
+        f"model/connector={connector}",
+        *options,
+        "trainer.max_steps=3",
+        "trainer.train_sampling_strategy=sequential",
     ]
     alone = train("pretrain-smol", tmp_path / "single", *words)
     two = [f"trainer.output_dir={tmp_path / 'two'}", "trainer.deepspeed=zero3"]

@@ -20,8 +20,8 @@ FORMS = {
 def import_parser() -> argparse.ArgumentParser:
     """What `vlm import` takes."""
     purpose = (
-        "A LLaVA checkpoint (the original code's: whole, projector or LoRA; or transformers') as one of this "
-        "framework, to ask and to train on."
+        "A LLaVA checkpoint (the original code's: whole, projector or LoRA; or transformers'; 1.5, LLaVA-NeXT and "
+        "LLaVA-OneVision) as one of this framework, to ask and to train on."
     )
     parser = argparse.ArgumentParser("vlm import", description=purpose)
     parser.add_argument("source", help="a folder, or a name on the Hub")

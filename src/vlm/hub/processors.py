@@ -36,7 +36,7 @@ def transformers_processor(config: VLMConfig, processor: VLMProcessor, *, sees: 
     tokenizer = processor.tokenizer
     spaced = begins_words_at_the_start_alone(tokenizer, processor.image_token)
     tokenizer.chat_template = None
-    common = {
+    common: dict[str, Any] = {
         "vision_feature_select_strategy": select_strategy(config),
         "chat_template": exported(str(processor.chat_template), processor.image_token, spaced=spaced),
         "image_token": processor.image_token,
@@ -50,10 +50,10 @@ def transformers_processor(config: VLMConfig, processor: VLMProcessor, *, sees: 
     tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]}, replace_extra_special_tokens=False)
     seen = _tiled(processor, tiling, LlavaOnevisionImageProcessor)
     frames = {key: getattr(seen, key) for key in ("image_mean", "image_std", "resample", "rescale_factor")}
-    size = {"height": tiling.tile_size, "width": tiling.tile_size}
+    frames["size"] = {"height": tiling.tile_size, "width": tiling.tile_size}
     return LlavaOnevisionProcessor(
-        seen, tokenizer, LlavaOnevisionVideoProcessor(size=size, **frames), aspect_of(tiling),
-        num_image_tokens=config.num_patches + config.num_prefix_tokens, video_token=VIDEO_TOKEN, **common,
+        seen, tokenizer, LlavaOnevisionVideoProcessor(**frames), video_token=VIDEO_TOKEN,
+        num_image_tokens=config.num_patches + config.num_prefix_tokens, vision_aspect_ratio=aspect_of(tiling), **common,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ a `Source`, and call it in `read_source`.
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import (
     CONFIG_MAPPING,
@@ -190,7 +190,7 @@ def _native_pictures(name: str, folder: Path, config: Any) -> tuple[Any, str, An
         return _without_tiles(found, CLIPImageProcessor), "pad" if found.do_pad else "square", AnyResConfig()
     if not isinstance(found, LlavaNextImageProcessor | LlavaOnevisionImageProcessor):
         raise ValueError(f"{name}: its image processor is a {type(found).__name__}, which cuts no tiles")
-    size, crop = found.size, found.crop_size
+    size, crop = cast(Any, found.size), cast(Any, found.crop_size)
     whole = (size.height, size.width) if size.height and size.width else (size.shortest_edge,) * 2
     tile = (crop.height if crop else None) or size.height or size.shortest_edge
     if set(whole) != {tile}:

@@ -5,7 +5,6 @@ and image items; ours hand it strings with an image token for each image. An exp
 make those strings, so that every server renders what `vlm generate` renders; importing takes the lines off again.
 """
 
-
 from transformers.utils.chat_template_utils import render_jinja_template
 
 HEAD = """\

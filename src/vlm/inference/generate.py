@@ -21,6 +21,7 @@ from vlm.data.encode import IGNORED, Encoded, encode_prompt, render, reply_end
 from vlm.data.pictures import open_picture, open_pictures, seen_sizes
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn
 from vlm.data.sources import seen_of
+from vlm.data.video import num_frames
 from vlm.families.loading import auto_class, load_family_config
 from vlm.families.processing import FamilyProcessor
 from vlm.families.table import family_of
@@ -139,8 +140,7 @@ class VisionLanguageModel:
         Raises:
             ValueError: as `generate`.
         """
-        if max_frames < 1:
-            raise ValueError(f"max_frames={max_frames}: must be at least 1")
+        check_videos(videos, max_frames)
         try:
             seen = [seen_of(Path(path), max_frames, self.processor, str(path)) for path in videos]
             turn = user_turn(prompt, len(images), seen)
@@ -296,6 +296,17 @@ def _for_each(given: Sequence[Any], number: int, kind: str) -> list[Any]:
     if len(found) != number:
         raise ValueError(f"{number} prompts need as many lists of {kind}, got {len(found)}")
     return found
+
+
+def check_videos(videos: Sequence[Any], max_frames: int) -> None:
+    """Raise ValueError where a path is no video, or no frame of one would be seen."""
+    if max_frames < 1:
+        raise ValueError(f"max_frames={max_frames}: must be at least 1")
+    try:
+        for path in videos:
+            num_frames(Path(path), str(path))
+    except BadSample as error:
+        raise ValueError(error.reason) from error
 
 
 def opened(images: Sequence[Any]) -> list[Image.Image]:
