@@ -111,11 +111,15 @@ def write_original(
 def write_base(folder: Path, parts: Parts, model: Any) -> Path:
     """The language model of a LLaVA in its own folder."""
     language_model = LlamaForCausalLM(AutoConfig.from_pretrained(parts.language_model("vicuna")))
-    weights = {n: v for n, v in original_weights(model, tower=False).items() if "mm_projector" not in n}
+    weights = {n: v for n, v in original_weights(model, tower=False).items() if not _is_multimodal(n)}
     language_model.load_state_dict(weights)
     language_model.save_pretrained(folder)
     copy_tokenizer(parts.language_model("vicuna"), folder)
     return folder
+
+
+def _is_multimodal(name: str) -> bool:
+    return "mm_projector" in name or "image_newline" in name
 
 
 def write_projector(folder: Path, parts: Parts, model: Any) -> Path:
@@ -141,7 +145,7 @@ def write_lora(folder: Path, parts: Parts, model: Any, base: Path, **options: An
                 parameter.normal_()
     adapted.save_pretrained(folder)
     write_config(folder, parts)
-    weights = {f"base_model.model.{n}": v for n, v in original_weights(model).items() if "mm_projector" in n}
+    weights = {f"base_model.model.{n}": v for n, v in original_weights(model).items() if _is_multimodal(n)}
     torch.save(weights, folder / "non_lora_trainables.bin")
     merged = adapted.merge_and_unload()
     model.model.language_model.layers.load_state_dict(merged.model.layers.state_dict())

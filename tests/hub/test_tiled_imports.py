@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, SiglipImageProcessor
+from transformers import CLIPImageProcessor, CLIPVisionModel, SiglipImageProcessor
 
 import vlm
 from tests.command_line import refusal
-from tests.hub.foreign import transformers_llava, write_original, write_shards
+from tests.hub.foreign import (
+    transformers_llava,
+    write_base,
+    write_config,
+    write_lora,
+    write_original,
+    write_projector,
+    write_shards,
+)
 from tests.hub.tiles import (
     BATCHES,
     FIVE,
@@ -134,6 +142,24 @@ def test_the_originals(parts: Parts, tmp_path: Path, encoder: str, aspect: str, 
 
 def expected_ids(inputs: Any) -> dict[str, Any]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def test_an_adapter_brings_its_newline(parts: Parts, tmp_path: Path):
+    theirs = native(parts, "llava_next", "clip", "vicuna", image_grid_pinpoints=in_pixels(TURNED))
+    theirs.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(parts.encoder("clip")).state_dict())
+    base = write_base(tmp_path / "base", parts, theirs)
+    write_lora(tmp_path / "lora", parts, theirs, base)
+    tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": SIZES}
+    write_config(tmp_path / "lora", parts, **tiles)
+    import_checkpoint(str(tmp_path / "lora"), tmp_path / "ours", base_model=str(base))
+    found = vlm.load(tmp_path / "ours", device="cpu")
+    given = native_processor(parts, theirs, "vicuna").image_processor([pictures("one")], return_tensors="pt")
+    expected = found.processor(images=pictures("one"), text="what <image>")
+    same_answers(theirs, {**expected_ids(expected), **given}, found.model, expected)
+    write_projector(tmp_path / "projector", parts, theirs)
+    write_config(tmp_path / "projector", parts, **tiles)
+    said = refusal("import", str(tmp_path / "projector"), str(tmp_path / "out"), "--base-model", str(base))
+    assert "the source lacks 1 weights, such as image_newline.weight" in said
 
 
 @pytest.mark.parametrize(
