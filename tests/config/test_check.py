@@ -34,8 +34,8 @@ REFUSALS = {
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),
     "connector": (
         ["model.connector.type=mpl"],
-        "model.connector.type=mpl: allowed are c_abstractor, identity, ldp, ldp_v2, linear, mlp, pixel_shuffle, pooling, "
-        "qformer, resampler, or package.module:Class for your own",
+        "model.connector.type=mpl: allowed are c_abstractor, identity, ldp, ldp_v2, linear, mlp, pixel_shuffle, "
+        "pooling, qformer, resampler, or package.module:Class for your own",
     ),
     "connector's option": (
         [*LINEAR, "+model.connector.options.num_layers=3"],

@@ -22,7 +22,7 @@ REFUSALS = {
     "model.connector.options.num_layer=2": "model.connector.options.num_layer: no such key. Did you mean "
     f"model.connector.options.num_layers? Allowed are {MLP}. An option of a connector class of your own: "
     "+model.connector.options.num_layer=…",
-    "model/connector=mlq": "model/connector=mlq: no such choice. Did you mean mlp? Allowed are c_abstractor, identity, ",
+    "model/connector=mlq": "model/connector=mlq: no such choice. Did you mean mlp? Allowed are c_abstractor, ",
     "model/conector=mlp": "model/conector: no such group. Did you mean model/connector? Allowed are model, ",
     "trainer.num_train_epochs=two": "trainer.num_train_epochs=two: a number is needed",
     "dataset.max_length=1.5": "dataset.max_length=1.5: a whole number is needed",

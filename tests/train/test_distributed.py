@@ -84,7 +84,9 @@ WHOLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llava-onevision", "mllama", pytest.param("qwen2.5-vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llava-onevision", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mllama", "qwen2.5-vl"))]
+)
 def test_families_on_two_ranks_reach_the_single_process(
     brief: list[str], train_whole: Callable[..., Path], tmp_path: Path, family: str
 ):

@@ -55,7 +55,7 @@ def export_checkpoint(
         raise ValueError(f"{name} does not fit --format {form}:{listing}")
     with new_folder(out) as folder:
         _write_weights(name, checkpoint, folder, target.table(config), largest_shard)
-        theirs = transformers_processor(config, processor, sees=form == "llava")
+        theirs = transformers_processor(config, processor, sees=form == "llava")  # adds tokens that are named below
         write_json(folder / "config.json", target.configuration(config, processor))
         settings = read_json(checkpoint / "generation_config.json")
         write_json(folder / "generation_config.json", settings | generation_ids(settings, processor))
