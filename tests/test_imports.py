@@ -28,7 +28,15 @@ ROOMS = {
     "build": {"models", "config.schema", "data", "families", "quantization", "anyres", "encoders"},
     "anyres": {"models", "config.schema"},
     "encoders": {"models", "config.schema"},
-    "hub": {"hub", "models", "build", "encoders", "config.schema"},  # an import composes as a run does, without one
+    # an import composes as a run does, without one
+    "hub": {
+        "hub",
+        "models",
+        "build",
+        "encoders",
+        "config.schema",
+        "config.lora_problems",
+    },  # an import composes as a run does, without one
     "adapters": {
         "adapters",
         "build",

@@ -5,6 +5,7 @@
 >>> model.generate("What is in this picture?", ["cat.png"])  # doctest: +SKIP
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 
     load = VisionLanguageModel.load
+
+# Where bitsandbytes is installed, peft imports it, and it asks for a kernel that only 4 bits on a CPU would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = ["VLMConfig", "VLMForConditionalGeneration", "VLMProcessor", "VisionLanguageModel", "load"]
 

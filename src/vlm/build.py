@@ -38,33 +38,27 @@ from vlm.quantization import bits_config, bits_of_whole, kinds_of
 
 
 def open_model(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[Any, Any]:
-    """Configuration and processor of what `model` describes, composed or of a family, without weights."""
-    if model.hf_name is None:
-        return compose(model, template, image_mode)
-    config = load_family_config(
-        model.hf_name, "model.hf_name", revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    return config, _family_processor(model, config.model_type, template, image_mode)
-
-
-def _family_processor(model: ModelConfig, model_type: str, template: str | None, image_mode: str | None) -> Any:
-    """A family's own processor.
+    """Configuration and processor of what `model` describes, composed or of a family, without weights.
 
     Raises:
-        ValueError: an image mode is asked for, which is not ours to choose.
+        ValueError: parts that do not fit, or an image mode for a family, whose own processor decides.
     """
-    assert model.hf_name is not None
+    if model.hf_name is None:
+        return compose(model, template, image_mode)
     if image_mode is not None:
         raise ValueError(
             f"dataset.image_mode={image_mode}: {model.hf_name} prepares pictures in its own way; "
             "dataset.image_mode=null leaves it to that"
         )
+    config = load_family_config(
+        model.hf_name, "model.hf_name", revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
     processor = load_family_processor(
-        model.hf_name, family_of(model_type), revision=model.revision, trust_remote_code=model.trust_remote_code
+        model.hf_name, family_of(config.model_type), revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     if template is not None:
         processor.chat_template = chat_template(template, processor.own_template, model.hf_name)
-    return processor
+    return config, processor
 
 
 def family_recipe(model: ModelConfig, name: str, model_type: str) -> ModelConfig:

@@ -32,6 +32,10 @@ REFUSALS = {
     ),
     "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),
+    "an old name": (
+        ["trainer.gradient_checkpointing=false"],
+        "trainer.gradient_checkpointing=false: it is called trainer.activation_checkpointing now",
+    ),
     "connector": (
         ["model.connector.type=mpl"],
         "model.connector.type=mpl: allowed are c_abstractor, identity, ldp, ldp_v2, linear, mlp, pixel_shuffle, "

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoProcessor
 
+from tests.conftest import config_of
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import picture, runs
 from vlm.cli import main
@@ -24,6 +25,7 @@ from vlm.families.table import FAMILIES, family_of, part_names
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.metrics import row_losses
 from vlm.models.connectors import CONNECTORS
+from vlm.train.run import settle_model
 
 SIZES = [(30, 40), (64, 20), (16, 16)]
 """Heights and widths of pictures that have different numbers of tokens where a family knows tiles."""
@@ -223,3 +225,14 @@ def test_the_listing_names_every_part_and_family(capsys: pytest.CaptureFixture[s
     row = next(line for line in said.splitlines() if " qwen2_vl " in line)
     assert "eager, sdpa, flash_attention_2" in row
     assert "flex" not in row
+
+
+def test_what_a_family_decides_is_refused_before_anything_is_fetched():
+    """Nothing lies under that name: the mistake is told, not that."""
+    base = ["dataset.path=x", "model.hf_name=nobody/nothing"]
+    config = config_of("pretrain-smol", [*base, "dataset.image_mode=pad"])
+    with pytest.raises(ValueError, match="image_mode=pad: nobody/nothing prepares pictures in its own way"):
+        settle_model(config)
+    config = config_of("finetune-llava-onevision", [*base, "model/connector=linear"])
+    with pytest.raises(ValueError, match=r"is a whole model: its parts are fixed. You asked for model\.connector"):
+        settle_model(config, ["model.hf_name", "model.connector"])

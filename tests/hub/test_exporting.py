@@ -280,3 +280,10 @@ def test_what_is_no_checkpoint_of_ours(parts: Parts, tmp_path: Path):
     words = ["export", str(tmp_path / "ours")]
     assert "exists already" in refusal(*words, str(tmp_path), "--format", "llava")
     assert "--format llava-original alone" in refusal(*words, "out", "--format", "llava", "--vision-tower", "x")
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path: Path):
+    (tmp_path / "base.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "vlm"}')
+    with pytest.raises(ValueError, match="is an adapter on a base; merge it first: vlm merge-lora"):
+        export_checkpoint(str(tmp_path), tmp_path / "out", "llava")

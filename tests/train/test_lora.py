@@ -335,7 +335,7 @@ def test_a_base_that_moved_is_asked_for(copied: tuple[Path, Path], tmp_path: Pat
     adapter, moved = copied
     said = refusal("generate", str(adapter), "--prompt", "a")
     assert said.startswith(f"vlm generate: {adapter} needs what it was trained on, /no/such/base, which is no longer")
-    assert said.endswith("Say where it is now: --base PATH")
+    assert said.endswith("Say where it is now, to vlm generate or vlm merge-lora: --base PATH")
     assert refusal("merge-lora", str(adapter), str(tmp_path / "out")).endswith("--base PATH")
     assert not adapted(load(adapter, moved=[str(moved)]))
 

@@ -159,7 +159,7 @@ def _need_same(folder: Path, part: str, source: Source) -> None:
         if source.revision is None:  # a folder then: commits of names on the Hub are known
             raise ValueError(
                 f"{folder} needs what it was trained on, {source.name}, which is no longer there (or not on this "
-                f"machine). Say where it is now: {option}"
+                f"machine). Say where it is now, to vlm generate or vlm merge-lora: {option}"
             )
         return  # a commit does not change
     found = fingerprint(Path(source.name))

@@ -60,6 +60,8 @@ def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote
         raise ValueError(f"{out} is there already; name a new folder")
     from transformers.utils.logging import disable_progress_bar
 
+    if not Path(checkpoint).is_dir() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
+        raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
     from vlm.adapters.folder import is_on_base, load, local_folder  # torch comes with it
 
     disable_progress_bar()

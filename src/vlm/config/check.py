@@ -301,6 +301,10 @@ def check_training(config: RunConfig) -> None:
         raise ConfigError("trainer.bf16=true and trainer.fp16=true: choose one")
     if not value_of(config, "trainer.average_tokens_across_devices"):
         raise ConfigError("trainer.average_tokens_across_devices=false: trainer.loss_average says how losses average")
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if (value := value_of(config, f"trainer.{name}")) is not None:
+            new = name.replace("gradient", "activation")
+            raise ConfigError(f"trainer.{name}={shown(value)}: it is called trainer.{new} now")
     for name, reason in UNSUPPORTED.items():
         if value_of(config, f"trainer.{name}"):
             raise ConfigError(f"trainer.{name}={shown(value_of(config, f'trainer.{name}'))}: {reason}")

@@ -25,7 +25,7 @@ vlm -cn RUN --cfg job shows every key with its value and trains nothing; --confi
 
 def overview() -> str:
     """Usage, the shipped runs with what they are for, and the groups with their choices."""
-    runs = "\n".join(_entry(name, _description(name), 18) for name in run_names())
+    runs = "\n".join(_entry(name, _description(name), 26) for name in run_names())
     groups = "\n".join(_entry(group, ", ".join(packaged("vlm.config", group, ".yaml")), 24) for group in group_names())
     return f"{USAGE}\n\nRuns\n{runs}\n\nGroups and their choices\n{groups}\n\n{HINTS}"
 

@@ -54,6 +54,8 @@ class Skipped:
         """The error where such records are not left out."""
         place = self.source if self.record is None else f"{self.source}, record {self.record}"
         hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
+        if self.file is not None:
+            hint = f"Pictures are looked for in dataset.image_folder. {hint}"
         return ValueError(f"{place}: record {self.id!r}: {self.reason}. {hint}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlm.build import load_config
+from vlm.config.lora_problems import BASE_FILE
 from vlm.hub.folders import local_folder, new_folder, read_json, write_json
 from vlm.hub.layouts import there
 from vlm.hub.processors import WORD, transformers_processor
@@ -39,6 +40,8 @@ def export_checkpoint(
     """
     target = TARGETS[form]
     checkpoint = local_folder(name)
+    if (checkpoint / BASE_FILE).is_file():
+        raise ValueError(f"{name} is an adapter on a base; merge it first: vlm merge-lora {name} MERGED")
     kind = read_json(checkpoint / "config.json").get("model_type")
     if kind is None:
         raise ValueError(f"{name} holds no config.json of a model; a run's complete model is its folder `final`")

@@ -1,6 +1,7 @@
 """From the `trainer` section to `TrainingArguments`, and from a DeepSpeed name to its configuration."""
 
 import json
+import logging
 import os
 import socket
 from importlib import resources
@@ -9,10 +10,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from transformers import TrainingArguments
+from transformers.utils import is_torch_tf32_available
 
 from vlm.config.schema import PARTS, PASSED_THROUGH, TrainerOptions
 from vlm.data.sampling import GROUPED
 from vlm.train.parts import learns
+
+log = logging.getLogger(__name__)
 
 
 def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
@@ -24,6 +28,9 @@ def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
     values = {name: value for name, value in given.items() if value is not None}
     if values["train_sampling_strategy"] == GROUPED:
         values["train_sampling_strategy"] = "random"  # our own sampler takes its place
+    if values.get("tf32") and not is_torch_tf32_available():
+        log.info("trainer.tf32=true: this machine has no GPU that knows TF32; left out")
+        del values["tf32"]
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
         _be_the_only_rank_if_unlaunched()

@@ -128,9 +128,10 @@ def settle_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Any,
     template, image_mode = config.dataset.template, config.dataset.image_mode
     touched = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
     if not checkpoint:
-        found = open_model(config.model, template, image_mode)
         if config.model.hf_name is not None:
             refuse_parts(touched, f"model.hf_name={config.model.hf_name}")
+        found = open_model(config.model, template, image_mode)
+        if config.model.hf_name is not None:
             config.model = family_recipe(config.model, config.model.hf_name, found[0].model_type)
         return found
     named = config.model.connector.type if "connector" in touched or "connector.type" in touched else None
