@@ -309,7 +309,8 @@ def test_training_and_asking(name: str, folder: Path, train_whole: Callable[...,
         ours.generate("what?", videos=[folder / "torn.mp4"])
 
 
-@pytest.mark.parametrize("name", [pytest.param("llava-onevision", marks=pytest.mark.slow), "qwen3-vl"], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava-onevision", "qwen3-vl"], indirect=True)
 def test_two_ranks_reach_the_single_process(
     name: str, folder: Path, brief: list[str], train_whole: Callable[..., Path], tmp_path: Path
 ):

@@ -237,6 +237,7 @@ def test_a_stage_may_begin_with_tiles_and_end_them(train: Callable[..., Path], t
     assert "image_newline.weight" not in load_file(third / "final" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_two_ranks_with_other_tiles_reach_the_single_process(
     common: list[str], train: Callable[..., Path], trained: Path, tmp_path: Path
 ):
