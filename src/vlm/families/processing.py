@@ -27,7 +27,7 @@ from vlm.data.sample import Clip
 from vlm.data.video import FPS, OpenVideo
 from vlm.families.table import Family
 from vlm.families.videos import FamilyVideos, joined
-from vlm.models.pixels import as_rgb, is_plain
+from vlm.models.pixels import as_rgb
 from vlm.models.processing_vlm import FROZEN_CLOCK, FROZEN_DATE
 
 OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
@@ -296,11 +296,6 @@ class FamilyProcessor:
     def normalise(self, pixels: Tensor) -> Tensor:
         """The family's processor has done it already."""
         return pixels
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether pictures are resized and normalised, and nothing else."""
-        return is_plain(self.image_processor)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
