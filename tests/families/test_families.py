@@ -236,3 +236,13 @@ def test_what_a_family_decides_is_refused_before_anything_is_fetched():
     config = config_of("finetune-llava-onevision", [*base, "model/connector=linear"])
     with pytest.raises(ValueError, match=r"is a whole model: its parts are fixed. You asked for model\.connector"):
         settle_model(config, ["model.hf_name", "model.connector"])
+
+
+def test_a_run_begins_with_a_checkpoint_or_with_a_model(folders: Callable[[str], Path]):
+    folder = folders("qwen2-vl")
+    config = config_of("finetune-llava-onevision", ["dataset.path=x", f"trainer.from_pretrained={folder}"])
+    for key in ("model", "model.hf_name"):
+        with pytest.raises(ValueError, match=r"trainer\.from_pretrained=.* and model\.hf_name=.*: .* choose one"):
+            settle_model(config, [key])
+    assert settle_model(config)[0].model_type == "qwen2_vl"
+    assert config.model.hf_name == str(folder)

@@ -170,8 +170,7 @@ class FamilyProcessor:
         """Ids of a rendered conversation, and the character span that each came from.
 
         Tokens of images and videos become what the family's processor makes of them; the whole is tokenised at once,
-        as it does.
-        Only a special token that somebody spelled is taken apart.
+        as it does. Only a special token that somebody spelled is taken apart.
 
         Args:
             text: a rendered conversation; each token of an image or video outside `spoken` stands for one.
@@ -311,12 +310,11 @@ class FamilyProcessor:
 
 
 def load_family_processor(
-    name: str, family: Family, *, revision: str | None = None, template: str | None = None,
-    trust_remote_code: bool = False,
-) -> FamilyProcessor:  # fmt: skip
+    name: str, family: Family, *, revision: str | None = None, trust_remote_code: bool = False
+) -> FamilyProcessor:
     """The processor of a Hub name or folder."""
     native = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    return FamilyProcessor(native, family, template)
+    return FamilyProcessor(native, family)
 
 
 def _in_the_original(spans: list[tuple[int, int]], replaced: Replaced) -> list[tuple[int, int]]:

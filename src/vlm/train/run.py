@@ -134,6 +134,11 @@ def settle_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Any,
         if config.model.hf_name is not None:
             config.model = family_recipe(config.model, config.model.hf_name, found[0].model_type)
         return found
+    if {"model", "model.hf_name", "model.revision"} & set(overrides):
+        raise ValueError(
+            f"trainer.from_pretrained={checkpoint} and model.hf_name={config.model.hf_name}: both say what to begin "
+            "with; choose one"
+        )
     named = config.model.connector.type if "connector" in touched or "connector.type" in touched else None
     model_config = load_config(checkpoint, named)
     if not isinstance(model_config, VLMConfig):
