@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm.inference.generate import VisionLanguageModel
-    from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
+    from vlm.inference.predict import Predictor
+    from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig, VLMProcessor
 
     load = VisionLanguageModel.load
 
 # Where bitsandbytes is installed, peft imports it, and it asks for a kernel that only 4 bits on a CPU would use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-__all__ = ["VLMConfig", "VLMForConditionalGeneration", "VLMProcessor", "VisionLanguageModel", "load"]
+MODELS = ("VLMConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMPredictionConfig", "VLMProcessor")
+
+__all__ = [
+    "Predictor", "VLMConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMPredictionConfig", "VLMProcessor",
+    "VisionLanguageModel", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("VLMConfig", "VLMForConditionalGeneration", "VLMProcessor"):
+    if name in MODELS:
         from vlm import models
 
         return getattr(models, name)
@@ -29,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from vlm.inference.generate import VisionLanguageModel
 
         return VisionLanguageModel if name == "VisionLanguageModel" else VisionLanguageModel.load
+    if name == "Predictor":
+        from vlm.inference.predict import Predictor
+
+        return Predictor
     raise AttributeError(f"module 'vlm' has no attribute {name!r}")

@@ -145,9 +145,9 @@ def is_users(error: BaseException) -> bool:
 def opened(word: str) -> str:
     """A word of the command line; keys of mappings whose names are the user's to choose need no `+`."""
     key, equals, value = word.partition("=")
-    if source := re.fullmatch(r"dataset\.sources\.(\w+)((?:\.\w+)*)", key):
-        names = [source[1], *source[2].split(".")[1:]]
-        return f"++dataset.sources={''.join(f'{{{name}: ' for name in names)}{value}{'}' * len(names)}"
+    if named := re.fullmatch(r"(dataset\.sources|model\.head\.beside)\.(\w+)((?:\.\w+)*)", key):
+        names = [named[2], *named[3].split(".")[1:]]
+        return f"++{named[1]}={''.join(f'{{{name}: ' for name in names)}{value}{'}' * len(names)}"
     return f"++{word}" if equals and re.fullmatch(r"dataset\.(options|sources)(\.\w+)*", key) else word
 
 

@@ -29,6 +29,8 @@ from vlm.encoders import check_views, encoder_sources, settle_encoders
 from vlm.families.loading import auto_class, load_family_config, load_family_model
 from vlm.families.processing import load_family_processor
 from vlm.families.table import family_of
+from vlm.heads import add_tokens, grow_embeddings
+from vlm.models.configuration_prediction import VLMPredictionConfig
 from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connectors import CONNECTORS, connector_options, count_tokens
 from vlm.models.encoders import as_one_part
@@ -45,20 +47,32 @@ def open_model(model: ModelConfig, template: str | None, image_mode: str | None)
     """
     if model.hf_name is None:
         return compose(model, template, image_mode)
-    if image_mode is not None:
-        raise ValueError(
-            f"dataset.image_mode={image_mode}: {model.hf_name} prepares pictures in its own way; "
-            "dataset.image_mode=null leaves it to that"
-        )
+    refuse_image_mode(image_mode, model.hf_name)
     config = load_family_config(
         model.hf_name, "model.hf_name", revision=model.revision, trust_remote_code=model.trust_remote_code
     )
+    return config, open_family_processor(model, config.model_type, template)
+
+
+def refuse_image_mode(image_mode: str | None, name: str) -> None:
+    """Raise ValueError where a whole model is told how to prepare pictures."""
+    if image_mode is not None:
+        raise ValueError(
+            f"dataset.image_mode={image_mode}: {name} prepares pictures in its own way; dataset.image_mode=null leaves "
+            "it to that"
+        )
+
+
+def open_family_processor(model: ModelConfig, model_type: str, template: str | None) -> Any:
+    """The processor of a whole model, with another template where one is named, and the run's tokens."""
+    assert model.hf_name is not None
     processor = load_family_processor(
-        model.hf_name, family_of(config.model_type), revision=model.revision, trust_remote_code=model.trust_remote_code
+        model.hf_name, family_of(model_type), revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     if template is not None:
         processor.chat_template = chat_template(template, processor.own_template, model.hf_name)
-    return config, processor
+    add_tokens(model, processor.tokenizer)
+    return processor
 
 
 def family_recipe(model: ModelConfig, name: str, model_type: str) -> ModelConfig:
@@ -126,8 +140,7 @@ def build_model(
     ]
     bits = model.language_model.quantization
     language_model = _load_part(AutoModelForCausalLM, model.language_model, config.text_config, dtype, attention, bits)
-    if len(processor.tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+    grow_embeddings(language_model, processor.tokenizer)
     config.text_config = language_model.config
     config.dtype = dtype
     torch.manual_seed(seed)
@@ -157,7 +170,7 @@ def load_processor(checkpoint: str, template: str | None, image_mode: str | None
 
 
 def load_config(checkpoint: str, connector_type: str | None = None) -> Any:
-    """The configuration of a checkpoint, of a composed model or of a family's.
+    """The configuration of a checkpoint, of a composed model or of a family's, perhaps with prediction heads.
 
     Raises:
         ValueError: the folder holds another one.
@@ -165,7 +178,9 @@ def load_config(checkpoint: str, connector_type: str | None = None) -> Any:
     if connector_type is not None:
         add_connector_class(connector_type)
     config = AutoConfig.from_pretrained(checkpoint)
-    return config if isinstance(config, VLMConfig) else load_family_config(checkpoint, "trainer.from_pretrained")
+    if isinstance(config, VLMConfig | VLMPredictionConfig):
+        return config
+    return load_family_config(checkpoint, "trainer.from_pretrained")
 
 
 def load_family(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
@@ -281,6 +296,7 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     known = tokenizer.get_vocab()
     new = [token for token in wanted if token is not None and token not in known]
     tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    add_tokens(model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -317,7 +333,8 @@ def recipe_differences(config: VLMConfig, model: ModelConfig, touched: list[str]
         and wanted[key] != recorded.get(key)
         and key not in ("attn_implementation", "connector.name")
         and not key.endswith(".quantization")
-        and not key.startswith("anyres.")
+        and not key.startswith(("anyres.", "head."))
+        and key != "language_model.new_tokens"
         and not (wanted[key] is None and key.startswith("connector.options."))
     ]
 

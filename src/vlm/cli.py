@@ -165,7 +165,8 @@ def _of_a_run(tool: str, purpose: str) -> argparse.ArgumentParser:
 
 def _encoder(config: RunConfig, overrides: list[str]) -> Any:
     """What encodes the samples of a run."""
-    from vlm.train.run import sample_encoder, settle_model
+    from vlm.train.data import sample_encoder
+    from vlm.train.model import settle_model
 
     model_config, processor = settle_model(config, overrides)
     return sample_encoder(config, model_config, processor)
@@ -189,8 +190,14 @@ def models(words: Sequence[str]) -> None:
     print(listing())
 
 
+def predict(words: Sequence[str]) -> None:
+    """`vlm predict …`."""
+    import_module("vlm.inference.predict_command").main(words)
+
+
 COMMANDS = {
     "generate": generate,
+    "predict": predict,
     "data": data,
     "models": models,
     "import": hub("import_"),

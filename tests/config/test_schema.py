@@ -18,9 +18,8 @@ from vlm.config.schema import (
     TrainerConfig,
     from_mapping,
     key_names,
-    training_argument_choices,
-    training_argument_fields,
 )
+from vlm.config.training_fields import training_argument_choices, training_argument_fields
 
 DATA = "dataset.path=data.json"
 SHADOWED = {"output_dir", "learning_rate", "weight_decay", "deepspeed", "resume_from_checkpoint"}

@@ -108,6 +108,19 @@ def test_pictures_are_looked_for_in_the_image_folder(load, tmp_path: Path, proce
         load_dataset(config, SampleEncoder(processor, LONGEST, truncate=False))
 
 
+def test_what_a_sample_may_be_cut_to_is_counted(load, processor: VLMProcessor):
+    """Up to its last picture, and to the first token of its first reply."""
+    later = [*record(0, [])["conversations"], *record(1, ["0.png"])["conversations"]]
+    data = load([GOOD[0], {"id": "later", "image": "0.png", "conversations": later}])
+    encoder, image = data.sources[0].encoder, processor.image_token_id
+    for index in range(2):
+        encoded = data.encoded(index)
+        first = next(place for place, label in enumerate(encoded.labels) if label != IGNORED)
+        behind = max(place for place, token in enumerate(encoded.input_ids) if token == image) + 1
+        assert encoder.needed(encoded) == max(first + 1, behind)
+        assert (behind > first) == (index == 1)
+
+
 # Policies
 
 

@@ -13,12 +13,14 @@ from vlm.data.formats import (
     FORMATS,
     read_caption,
     read_head,
+    read_labelled,
     read_llava,
     read_messages,
     read_question,
     reader_of,
 )
 from vlm.data.sample import ROLES, BadSample, OverLong, Picture, Sample, Turn, Video
+from vlm.data.tools.forms import FORMS
 
 
 @pytest.fixture
@@ -136,7 +138,6 @@ BAD = {
         made(conversations=[{"from": "robot", "value": "x"}]),
         "turn 1: from='robot'; allowed are human, user, gpt, assistant, system",
     ),
-    "no reply": (made("a"), "no reply to learn from"),
     "no path": (made("<image>", "b", image=3), "`image` must be a path or a list"),
     "no paths": (
         made("<image>", "b", image=["a.png", 3]),
@@ -210,6 +211,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "caption": {"caption": "that"},
     "question": {"question": "what?", "answer": "that"},
     "head": {"conversations": ["what?", "that"]},
+    "labelled": {"prompt": "what?", "label": "that"},
 }
 
 
@@ -227,7 +229,10 @@ def test_pictures_come_in_every_form_to_every_reader(name: str, folder: Path):
     for value, found in given:
         sample = FORMATS[name]({**WHOLE[name], "image": value}, folder)
         assert sample.pictures == [found]
-        assert sample.turns[-1] == Turn("assistant", ("that",))
+        if name == "labelled":
+            assert (sample.turns[-1].role, sample.label) == ("user", "that")
+        else:
+            assert sample.turns[-1] == Turn("assistant", ("that",))
 
 
 REFUSED_PATHS = {
@@ -384,7 +389,6 @@ BAD_MESSAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one too many": (
         [message("user", "a"), message("assistant", "b <image>")], {"images": ["a.png"]}, "1 more image(s) than <image>"
     ),
-    "no reply": ([message("user", "a")], {}, "no reply to learn from"),
 }  # fmt: skip
 
 
@@ -530,7 +534,7 @@ def test_a_prompt_and_its_answer(folder: Path):
     a, b, v = Picture(folder / "a.png"), Picture(folder / "b.png"), Video(folder / "v.mp4")
     record = {"source": "s1", "images": ["a.png", "b.png"], "videos": ["v.mp4"], "conversations": ["which?", "that"]}
     assert read_head(record, folder) == Sample(
-        "s1", (Turn("user", (v, a, b, "\nwhich?")), Turn("assistant", ("that",)))
+        "s1", (Turn("user", (v, a, b, "\nwhich?")), Turn("assistant", ("that",))), label=0
     )
     within = {**record, "conversations": ["<video> <image>, <image>?", "that"], "system_prompt": "be brief"}
     assert read_head(within, folder).turns[:2] == (
@@ -542,13 +546,127 @@ def test_a_prompt_and_its_answer(folder: Path):
 @pytest.mark.parametrize("prompt", [None, ""])
 def test_an_empty_system_prompt_is_none(folder: Path, prompt: str | None):
     record = {"conversations": ["which?", "that"], "system_prompt": prompt, "images": [], "videos": []}
-    assert read_head(record, folder) == Sample("?", (Turn("user", ("which?",)), Turn("assistant", ("that",))))
+    assert read_head(record, folder) == Sample("?", (Turn("user", ("which?",)), Turn("assistant", ("that",))), 0)
 
 
 @pytest.mark.parametrize("turns", [None, "ab", ["a"], ["a", "b", "c"], ["a", None], talk("a", "b")])
 def test_a_prompt_without_its_answer_is_refused(folder: Path, turns: Any):
     with pytest.raises(BadSample, match="`conversations` must be a prompt and an answer, both strings"):
         read_head({"conversations": turns}, folder)
+
+
+# Labels
+
+
+UNANSWERED: dict[str, dict[str, Any]] = {
+    "llava": {"conversations": talk("what?")},
+    "messages": {"messages": [{"role": "user", "content": "what?"}]},
+    "question": {"question": "what?"},
+    "question with choices": {"question": "what?", "choices": ["a cat", "a dog"]},
+    "labelled": {"prompt": "what?"},
+}
+
+
+@pytest.mark.parametrize("name", UNANSWERED)
+@pytest.mark.parametrize("label", [0, False, "", [], 1.5, {"a": 1, "b": None}])
+def test_a_record_with_a_label_needs_no_reply(folder: Path, name: str, label: Any):
+    sample = FORMATS[name.split()[0]]({**UNANSWERED[name], "label": label, "group": 3}, folder)
+    assert [turn.role for turn in sample.turns] == ["user"]
+    assert (sample.label, sample.group) == (label, "3")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_reader_takes_label_and_group(folder: Path, name: str):
+    record = {**WHOLE[name], "image": "a.png", "label": "x", "group": "g"}
+    assert (FORMATS[name](record, folder).label, FORMATS[name](record, folder).group) == ("x", "g")
+    assert FORMATS[name]({**record, "group": None}, folder).group is None
+
+
+@pytest.mark.parametrize("name", ["llava", "messages", "caption", "question"])
+def test_without_a_label_there_is_none(folder: Path, name: str):
+    sample = FORMATS[name]({**WHOLE[name], "image": "a.png", "label": None}, folder)
+    assert (sample.label, sample.group) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [("yes", 1), (" Yes, it is.", 1), ("1", 1), (" 1\n", 1), ("10", 0), ("no", 0), ("", 0), ("oh yes", 0)],
+)
+def test_an_answer_of_yes_or_1_is_the_positive_label(folder: Path, answer: str, label: int):
+    assert read_head({"conversations": ["which?", answer]}, folder).label == label
+    assert read_head({"conversations": ["which?", answer], "label": 0.5}, folder).label == 0.5
+
+
+def test_a_prompt_with_its_label(folder: Path):
+    a, b = Picture(folder / "a.png"), Picture(folder / "b.png")
+    record = {"id": 7, "image": ["a.png", "b.png"], "prompt": "which?", "label": "cat", "group": 1}
+    assert read_labelled(record, folder) == Sample("7", (Turn("user", (a, b, "\nwhich?")),), "cat", "1")
+    within = {"image": ["a.png", "b.png"], "prompt": "is <image> like <image>?"}
+    assert read_labelled(within, folder) == Sample("?", (Turn("user", ("is ", a, " like ", b, "?")),))
+    assert read_labelled({"prompt": "which?"}, folder) == Sample("?", (Turn("user", ("which?",)),))
+    assert read_labelled({"image": "a.png", "prompt": ""}, folder).turns == (Turn("user", (a,)),)
+    assert read_labelled({"images": ["b.png"], "prompt": "which?"}, folder).pictures == [b]
+
+
+def test_columns_of_other_names(folder: Path):
+    keys = {"image_key": "photo", "prompt_key": "asked", "label_key": "kind", "group_key": "who"}
+    record = {"photo": "a.png", "asked": "which?", "kind": 2, "who": "x", "image": "z.png", "label": 9, "group": 9}
+    sample = read_labelled(record, folder, **keys)
+    assert sample == Sample("?", (Turn("user", (Picture(folder / "a.png"), "\nwhich?")),), 2, "x")
+    assert read_labelled({**record, "photo": None}, folder, **keys).turns == (Turn("user", ("which?",)),)
+
+
+def test_a_prompt_for_records_that_have_none(folder: Path):
+    for record in ({"image": "a.png"}, {"image": "a.png", "prompt": None}):
+        assert read_labelled(record, folder, prompt="Describe.").turns[0].content[1] == "\nDescribe."
+    assert read_labelled({"prompt": "which?"}, folder, prompt="Describe.").turns[0].content == ("which?",)
+
+
+def test_several_columns_are_a_mapping(folder: Path):
+    def label(**record: Any) -> Any:
+        return read_labelled({"prompt": "which?", **record}, folder, label_key=["a", "b"]).label
+
+    assert label(a=0, b="x", c=1) == {"a": 0, "b": "x"}
+    assert label(a=None, b="x") == {"b": "x"}
+    assert label(c=1) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "label"), [("a;b", ["a", "b"]), (" a ; b;", ["a", "b"]), ("a", ["a"]), ("", []), (";", []), (3, 3)]
+)
+def test_a_label_of_text_is_split(folder: Path, text: Any, label: Any):
+    record = {"prompt": "which?", "label": text}
+    assert read_labelled(record, folder, label_separator=";").label == label
+    assert read_labelled(record, folder).label == text
+    several = read_labelled({**record, "other": "x"}, folder, label_key=["label", "other"], label_separator=";")
+    assert several.label == {"label": label, "other": ["x"]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_label_and_group_are_written_and_read_back(folder: Path, form: str):
+    record = {"id": "7", "image": "a.png", "prompt": "<image>\nwhich?", "label": ["x"], "group": "g"}
+    sample = read_labelled(record, folder)
+    assert FORMATS[form](FORMS[form](sample, folder), folder) == sample
+    assert not {"label", "group"} & FORMS[form](read(folder, "what?", "that"), folder).keys()
+
+
+BAD_LABELLED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no prompt": ({"image": "a.png"}, {}, "`prompt` must be a string, got None; it has id, image"),
+    "a prompt of another kind": ({"prompt": 3}, {"prompt": "x"}, "`prompt` must be a string, got 3"),
+    "nothing": ({"prompt": ""}, {}, "it has neither a picture nor a prompt"),
+    "no column": ({"image": "a.png", "prompt": "x"}, {"image_key": "photo"}, "`photo` is not there; it has id, image,"),
+    "too many images": ({"image": ["a.png", "b.png"], "prompt": "<image>?"}, {}, "1 more image(s) than <image>"),
+    "too few images": ({"image": "a.png", "prompt": "<image><image>"}, {}, "more <image> in its text than images"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LABELLED)
+def test_a_labelled_record_that_cannot_be_used_says_why(folder: Path, name: str):
+    record, options, said = BAD_LABELLED[name]
+    with pytest.raises(BadSample) as caught:
+        read_labelled({"id": 7, **record}, folder, **options)
+    assert said in caught.value.reason
+    assert caught.value.sample_id == "7"
 
 
 # Which reader

@@ -25,7 +25,7 @@ from vlm.families.table import FAMILIES, family_of, part_names
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.metrics import row_losses
 from vlm.models.connectors import CONNECTORS
-from vlm.train.run import settle_model
+from vlm.train.model import settle_model
 
 SIZES = [(30, 40), (64, 20), (16, 16)]
 """Heights and widths of pictures that have different numbers of tokens where a family knows tiles."""

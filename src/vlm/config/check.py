@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from vlm.config.encoder_problems import FEATURE_STRATEGIES, encoder_problems
+from vlm.config.head_problems import head_keys, head_problems, row_keys
 from vlm.config.lora_problems import lora_problems, quantization_problems, training_keys
 from vlm.config.schema import (
     TRAIN_FLAGS,
@@ -23,8 +24,8 @@ from vlm.config.schema import (
     InferenceConfig,
     RunConfig,
     SourceConfig,
-    training_argument_choices,
 )
+from vlm.config.training_fields import training_argument_choices
 from vlm.data.formats import FORMATS
 from vlm.data.paths import is_stream_only, kind_problem
 
@@ -66,6 +67,8 @@ def check(config: RunConfig) -> None:
     check_connector(config.model.connector)
     check_anyres(config)
     check_paths(config)
+    for problem in head_problems(config):
+        raise ConfigError(problem)
     check_training(config)
     for problem in (*encoder_problems(config), *lora_problems(config), *quantization_problems(config)):
         raise ConfigError(problem)
@@ -102,10 +105,12 @@ def check_dataset(config: RunConfig) -> None:
         check_template(one.template, f"dataset.sources.{name}.template")
     need_folder("dataset.image_folder", data.image_folder)
     need_folder("dataset.eval_image_folder", data.eval_image_folder)
-    if data.eval_path is not None:
-        need_records("dataset.eval_path", data.eval_path)
-        if is_stream_only(data.eval_path):
-            raise ConfigError(f"dataset.eval_path={data.eval_path}: tar shards cannot be evaluated on, only streamed")
+    need_folder("dataset.test_image_folder", data.test_image_folder)
+    for key, path in {"dataset.eval_path": data.eval_path, "dataset.test_path": data.test_path}.items():
+        if path is not None:
+            need_records(key, path)
+            if is_stream_only(path):
+                raise ConfigError(f"{key}={path}: tar shards cannot be evaluated on, only streamed")
     for name, (fits, needed) in _dataset_bounds(data).items():
         if not fits:
             raise ConfigError(f"dataset.{name}={shown(getattr(data, name))}: {needed} is needed")
@@ -289,10 +294,12 @@ def _need_checkpoint(path: str) -> None:
 def check_training(config: RunConfig) -> None:
     """Something trains, each part that does has a learning rate, and precisions do not contradict each other."""
     trainer = config.trainer
-    training = training_keys(trainer)
+    training = {**row_keys(config), **training_keys(trainer), **head_keys(config)}
     if not training:
         flags = ", ".join(f"trainer.unfreeze.{flag}" for flag in TRAIN_FLAGS.values())
-        raise ConfigError(f"nothing trains: set one of {flags} to true, or train adapters (trainer.lora)")
+        raise ConfigError(
+            f"nothing trains: set one of {flags} to true, train adapters (trainer.lora), or a head (model/head)"
+        )
     for part, reason in training.items():
         key = f"trainer.learning_rate.{part}_learning_rate"
         if (rate := value_of(config, key)) is None or rate <= 0:
@@ -329,13 +336,15 @@ UNSUPPORTED = {
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Evaluation while training needs something to evaluate on."""
+    """Evaluation while training needs something to evaluate on; a head always has something."""
     data = config.dataset
-    if not 0 <= data.eval_split < 1:
+    if not 0 <= (data.eval_split or 0) < 1:
         raise ConfigError(f"dataset.eval_split={data.eval_split}: a share from 0 to below 1 is needed")
     if data.eval_path and data.eval_split:
         raise ConfigError("dataset.eval_path and dataset.eval_split: choose one")
     strategy = value_of(config, "trainer.eval_strategy")
+    if config.model.head.task is not None:
+        return
     if strategy != "no" and not (data.eval_path or data.eval_split):
         raise ConfigError(f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split")
     if strategy == "no" and (data.eval_path or data.eval_split):

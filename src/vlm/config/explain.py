@@ -26,6 +26,9 @@ NEEDED = {
 }
 """What OmegaConf says of a value, and what we say."""
 
+MOST = 40
+"""So many names are listed; of more, the nearest one is named."""
+
 NO_BASE = (
     "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
 )
@@ -59,7 +62,7 @@ def unknown(name: str, allowed: Sequence[str], prefix: str = "") -> str:
     """Hints for a name that is not allowed: the nearest one, and all if they are few."""
     near = get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {prefix}{near[0]}?" if near else ""
-    listing = f" Allowed are {', '.join(allowed) or 'none'}." if len(allowed) <= 24 else ""
+    listing = f" Allowed are {', '.join(allowed) or 'none'}." if len(allowed) <= MOST else ""
     return hint + listing or " vlm -cn RUN --cfg job shows all."
 
 

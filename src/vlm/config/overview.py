@@ -10,6 +10,7 @@ vlm composes, trains and asks vision-language models.
 
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train
   vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; vlm generate --help
+  vlm predict CHECKPOINT --image FILE --prompt TEXT         ask a trained head; of a file: --input, --output
   vlm data TOOL …                                           download, convert, clean, stats, show; vlm data --help
   vlm models                                                what can be trained: parts, families, what each takes
   vlm import SOURCE OUT                                     a LLaVA checkpoint as one of this framework

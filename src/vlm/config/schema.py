@@ -1,21 +1,19 @@
 """Every key that a run's YAML or command line may set, with its type, its default and what it means.
 
-Imports nothing of `vlm` and not torch, so that a mistyped key is refused in a second. A new key is a field here; a
-default lives here and nowhere else. `null` in a YAML file means what the field's docstring says it means.
+Imports not torch, so that a mistyped key is refused in a second. A new key is a field here; a default lives here and
+nowhere else. `null` in a YAML file means what the field's docstring says it means.
 
-The keys of `transformers.TrainingArguments` are not copied: they are read out of its source
-(`training_argument_fields`), so whatever the installed version takes can be set as `trainer.<name>`.
+The keys of `transformers.TrainingArguments` are not copied: they are read out of its source (`training_fields.py`), so
+whatever the installed version takes can be set as `trainer.<name>`.
 """
 
-import ast
-import importlib.util
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, make_dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
+
+from vlm.config.training_fields import training_argument_fields
 
 PARTS = ("visual_encoder", "connector", "language_model")
 """The parts of a model: Hydra groups, dataclass fields, submodules, parameter groups and table rows alike."""
@@ -26,6 +24,9 @@ TRAIN_FLAGS = {
     "language_model": "train_language_model",
 }
 """The key of `trainer.unfreeze` that switches each part."""
+
+HEAD = "head"
+"""What a model with prediction heads has besides its parts; it always trains."""
 
 
 @dataclass
@@ -70,6 +71,8 @@ class LanguageModelConfig:
     """Whether code out of the model's repository may run."""
     quantization: str | None = None
     """`8bit` or `4bit` (NF4): its matrices are stored so, and stay frozen; adapters train on them (`trainer.lora`)."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens added to its vocabulary. Where it does not train, their embeddings alone do, at its learning rate."""
 
 
 @dataclass
@@ -98,6 +101,54 @@ class AnyResConfig:
 
 
 @dataclass
+class HeadConfig:
+    """What is predicted from the language model's hidden states at a prompt: a class, several, a number or an order."""
+
+    task: str | None = None
+    """`binary`, `multiclass`, `multilabel`, `regression`, `ordinal` or `pairwise`; null: there is no head, the model
+    writes text."""
+    labels: list[Any] | None = None
+    """The labels in order (`binary`: negative, positive); null: those of the training records, sorted."""
+    type: str = "linear"
+    """A name of the table `HEADS`, or `package.module:Class` for a class of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword parameters of that class; null leaves a parameter at the class's own default."""
+    pooling: str = "last"
+    """Which hidden states it reads, a name of the table `POOLINGS`: the last token's, a mean over `mean` (all),
+    `image` or `text` tokens, `attention`, a learned `query` token behind the prompt, those at a `token`; or `first` and
+    `alltoken`, as earlier work did."""
+    layer: int | None = None
+    """Hidden state to read, counted as `hidden_states` is (-2: before the last layer); null: the last."""
+    token: str | None = None
+    """With `pooling=token`: the token of the prompt at which it reads, such as one of `new_tokens`."""
+    loss: str | None = None
+    """`bce`, `ce`, `focal`, `mse`, `huber`, `ordinal` or `margin`, as the task allows; null: the task's first."""
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    """`gamma` of `focal`, `delta` of `huber` (in standard deviations of the labels), `margin` of `margin`."""
+    class_weights: Any = None
+    """What each label counts in the loss: `balanced` (by its rarity in training), or a list in the order of labels."""
+    label_smoothing: float = 0.0
+    """Share of a target that is spread over all labels."""
+    threshold_by: str = "f1"
+    """What the threshold of `binary` and `multilabel` is chosen for on the evaluation records: `f1`, `accuracy`,
+    `youden`, or `none` for 0.5."""
+    weight: float = 1.0
+    """What its loss counts among those of several heads."""
+
+
+@dataclass
+class HeadsConfig(HeadConfig):
+    """One prediction head, or several."""
+
+    name: str = "label"
+    """What it is called where there are several: the key of its value in a record's `label`."""
+    beside: dict[str, HeadConfig] = field(default_factory=dict)
+    """Further heads by their names."""
+    generation_weight: float = 0.0
+    """What the loss of the records' replies counts beside the heads'; 0: the model does not learn to write them."""
+
+
+@dataclass
 class ModelConfig:
     """A vision-language model as it exists on the Hub, or three parts and what belongs to their composition."""
 
@@ -112,6 +163,7 @@ class ModelConfig:
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     anyres: AnyResConfig = field(default_factory=AnyResConfig)
+    head: HeadsConfig = field(default_factory=HeadsConfig)
     image_token: str = "<image>"
     """The placeholder token that image features replace; added to the tokenizer where it does not know it."""
     image_start_token: str | None = None
@@ -138,6 +190,7 @@ class LearningRateConfig:
     visual_encoder_learning_rate: float | None = None
     connector_learning_rate: float | None = None
     language_model_learning_rate: float | None = None
+    head_learning_rate: float | None = None
 
 
 @dataclass
@@ -147,6 +200,7 @@ class WeightDecayConfig:
     visual_encoder_weight_decay: float = 0.0
     connector_weight_decay: float = 0.0
     language_model_weight_decay: float = 0.0
+    head_weight_decay: float = 0.0
 
 
 @dataclass
@@ -203,61 +257,6 @@ class TrainerOptions:
 
 
 OWN_TRAINER_FIELDS = frozenset(f.name for f in fields(TrainerOptions))
-
-
-@cache
-def training_argument_fields() -> dict[str, tuple[Any, Any]]:
-    """Name -> (type, default) of every field of the installed `TrainingArguments`, without importing it.
-
-    Types that OmegaConf cannot hold (unions of several, enums) become `Any`; a default that is no literal becomes
-    `None`, which leaves the field to `TrainingArguments`.
-    """
-    tree = ast.parse(_transformers_source("training_args.py"))
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
-    simple = {"str": str, "int": int, "float": float, "bool": bool}
-    found: dict[str, tuple[Any, Any]] = {}
-    for node in body:
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        options = [option.strip() for option in ast.unparse(node.annotation).split("|")]
-        concrete = [simple.get(option) for option in options if option != "None"]
-        kind: Any = concrete[0] if len(concrete) == 1 and concrete[0] else Any
-        default = _literal_default(node.value)
-        found[node.target.id] = (kind if default is not None or kind is Any else kind | None, default)
-    return found
-
-
-@cache
-def training_argument_choices() -> dict[str, list[str]]:
-    """Name -> allowed values of every field of `TrainingArguments` that holds one of an enumeration's strings."""
-    trees = [ast.parse(_transformers_source(name)) for name in ("training_args.py", "trainer_utils.py")]
-    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
-    choices = {}
-    for node in classes["TrainingArguments"].body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            options = [option.strip() for option in ast.unparse(node.annotation).split("|")]
-            if len(options) == 2 and options[1] == "str" and options[0] in classes:
-                lines = (line.value for line in classes[options[0]].body if isinstance(line, ast.Assign))
-                choices[node.target.id] = [line.value for line in lines if isinstance(line, ast.Constant)]
-    return choices
-
-
-def _transformers_source(name: str) -> str:
-    """The text of a file of the installed transformers, which is not imported."""
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0], name).read_text(encoding="utf-8")
-
-
-def _literal_default(value: ast.expr | None) -> Any:
-    """The default written in `name: type = field(default=…)` or `= …` where it is a literal, else None."""
-    if isinstance(value, ast.Call):
-        value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
-    try:
-        return None if value is None else ast.literal_eval(value)
-    except ValueError:
-        return None
 
 
 PASSED_THROUGH = {name: kind for name, kind in training_argument_fields().items() if name not in OWN_TRAINER_FIELDS}
@@ -340,10 +339,23 @@ class DatasetConfig(SourceConfig):
     """Records for the evaluation loss, of the same format; null: none, or `eval_split`."""
     eval_image_folder: str | None = None
     """What their image paths are relative to; null: `image_folder`, else the folder of `eval_path`."""
-    eval_split: float = 0.0
-    """Share of `path` to hold out for evaluation where there is no `eval_path`, drawn with `trainer.seed`."""
+    eval_split: float | None = None
+    """Share of `path` to hold out for evaluation where there is no `eval_path`, drawn with `trainer.seed`; null: none,
+    for a head 0.2 where there are no `folds` either. For a head it is stratified by label."""
     max_eval_samples: int | None = None
     """Evaluate on the first so many records only; null: all."""
+    test_path: str | None = None
+    """For a head: records that nothing is chosen by, only measured on; null: none, or `test_split`."""
+    test_image_folder: str | None = None
+    """What their image paths are relative to; null: `image_folder`, else the folder of `test_path`."""
+    test_split: float = 0.0
+    """For a head: share of `path` to hold out for that, stratified by label, before anything else is held out."""
+    folds: int | None = None
+    """For a head on a frozen body, in place of evaluation records: train so many times, each time without another part
+    of the records, and choose and measure on what each head says of the part that it has not seen."""
+    cache_features: bool | None = None
+    """For a head: compute what it reads of each record once, and keep it in the cache; null: where the body is
+    frozen."""
     template: str | None = None
     """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file;
     null: the checkpoint's, else the tokenizer's own."""

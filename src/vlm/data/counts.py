@@ -4,7 +4,8 @@ Whatever makes a record unusable is found here too, as far as it can be without 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlm.data.cache import digest_of, made_once
-from vlm.data.encode import IGNORED, Encoded, encode, media_ids
+from vlm.data.encode import IGNORED
 from vlm.data.pictures import check_picture, open_pictures, picture_sizes
 from vlm.data.processes import num_cores
 from vlm.data.sample import BadSample, Sample
@@ -25,9 +26,12 @@ SCHEMA = pa.schema(
     [
         ("record", pa.int64()), ("length", pa.int32()), ("needed", pa.int32()), ("supervised", pa.int32()),
         ("replies", pa.int32()), ("images", pa.int32()), ("videos", pa.int32()), ("width", pa.int32()),
-        ("height", pa.int32()), ("id", pa.string()), ("problem", pa.string()), ("file", pa.string()),
+        ("height", pa.int32()), ("label", pa.string()), ("group", pa.string()), ("id", pa.string()),
+        ("problem", pa.string()), ("file", pa.string()),
     ]
 )  # fmt: skip
+NUMBERS, TEXTS = SCHEMA.names[:9], ("label", "group")
+"""The columns of whole numbers, and those of what a prediction head learns, both as they are counted."""
 CHUNK = 256
 FEW = 4 * CHUNK
 """So many records are counted sooner than processes start."""
@@ -47,6 +51,8 @@ class Counts:
         videos: those of them that the model sees as videos.
         width: of its first picture, in pixels; 0 where it has none, or is a video's frame.
         height: as width.
+        labels: what a prediction head learns of it, as JSON; null where that is nothing, or not asked for.
+        groups: in which group a ranking compares it; null as labels.
         problems: place in these arrays -> why the record cannot be used.
         ids: what the records call themselves.
     """
@@ -60,12 +66,20 @@ class Counts:
     videos: np.ndarray
     width: np.ndarray
     height: np.ndarray
+    labels: pa.ChunkedArray
+    groups: pa.ChunkedArray
     problems: dict[int, BadSample]
     ids: pa.ChunkedArray
 
     def id_of(self, place: int) -> str:
         """What the record at a place calls itself."""
         return self.ids[place].as_py()
+
+    def learnt_at(self, places: np.ndarray) -> tuple[list[Any], list[str | None]]:
+        """Labels and groups of the records at some places; None where one has none."""
+        rows = pa.array(places)
+        labels = [None if text is None else json.loads(text) for text in self.labels.take(rows).to_pylist()]
+        return labels, self.groups.take(rows).to_pylist()
 
 
 def count(
@@ -91,16 +105,18 @@ def count(
     whole = len(records) if decode is None else decode
     made_once(path, lambda partial: _write(source, records, whole, workers, on_problem, partial))
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    columns = {name: _numbers(table.column(name)) for name in SCHEMA.names[:9]}
+    columns = {name: _numbers(table.column(name)) for name in NUMBERS}
+    texts = {name: table.column(name) for name in TEXTS}
     places = np.flatnonzero(columns["length"] == 0)
     if known:
         rows = _again(source, columns, places, int(np.searchsorted(places, whole)), workers)
+        texts = {name: _put(column, places, [row[name] for row in rows]) for name, column in texts.items()}
     else:
         rows = table.take(pa.array(places)).to_pylist() if len(places) else []
     bad = {place: _problem(row) for place, row in zip(places.tolist(), rows, strict=True) if row["problem"]}
     for place, problem in bad.items():
         on_problem(int(columns["record"][place]), problem)
-    return Counts(**columns, problems=bad, ids=table.column("id"))
+    return Counts(**columns, labels=texts["label"], groups=texts["group"], problems=bad, ids=table.column("id"))
 
 
 def _again(
@@ -113,6 +129,16 @@ def _again(
         for name, column in columns.items():
             column[place] = row[name]
     return rows
+
+
+def _put(column: pa.ChunkedArray, places: np.ndarray, texts: list[str | None]) -> pa.ChunkedArray:
+    """A column with other texts at some places."""
+    if not any(text is not None for text in texts):
+        return column
+    rows = column.to_pylist()
+    for place, text in zip(places.tolist(), texts, strict=True):
+        rows[place] = text
+    return pa.chunked_array([pa.array(rows, column.type)])
 
 
 def _problem(row: dict[str, Any]) -> BadSample:
@@ -196,22 +222,15 @@ def count_one(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
     try:
         sample = source.sample(number)
         width, height = look_at_pictures(sample, decode=decode)
-        encoded = encode(source.encoder.processor, sample, picture_sizes(sample, source.encoder.processor))
+        encoded = source.encoder.encode(sample, picture_sizes(sample, source.encoder.processor))
+        learnt = source.encoder.learnt(sample)
     except BadSample as error:
-        return number, *[0] * 8, error.sample_id, error.reason, error.file
-    needed = needed_tokens(encoded, media_ids(source.encoder.processor))
+        return number, *[0] * 8, None, None, error.sample_id, error.reason, error.file
+    needed = source.encoder.needed(encoded)
     supervised = len(encoded.labels) - encoded.labels.count(IGNORED)
     replies = sum(turn.role == "assistant" for turn in sample.turns)
     seen = len(sample.media), len(sample.videos), width, height
-    return number, len(encoded.input_ids), needed, supervised, replies, *seen, sample.id, None, None
-
-
-def needed_tokens(encoded: Encoded, media: Sequence[int]) -> int:
-    """The fewest tokens that a sample may be cut to: up to its last one of `media`, and its first supervised one."""
-    ids, labels = encoded.input_ids, encoded.labels
-    first = next(place for place, label in enumerate(labels) if label != IGNORED)
-    behind_media = max((len(ids) - ids[::-1].index(one) for one in media if one in ids), default=0)
-    return max(first + 1, behind_media)
+    return number, len(encoded.input_ids), needed, supervised, replies, *seen, *learnt, sample.id, None, None
 
 
 def look_at_pictures(sample: Sample, *, decode: bool) -> tuple[int, int]:

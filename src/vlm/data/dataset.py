@@ -97,11 +97,14 @@ class SampleDataset(Dataset[Any]):
         has_videos: whether the model sees videos in any of them.
         skipped: the records left out before.
         contributions: what each source gives.
+        labels: what a prediction head learns of each sample, see `Sample.label`; None: of none.
+        groups: in which group a ranking compares each; None: in none.
     """
 
     def __init__(
         self, sources: Sequence[Source], places: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, *,
         has_videos: bool = False, skipped: Iterable[Skipped] = (), contributions: Iterable[Contribution] = (),
+        labels: Sequence[Any] | None = None, groups: Sequence[str | None] | None = None,
     ):  # fmt: skip
         self.sources = list(sources)
         self.places = places
@@ -110,6 +113,7 @@ class SampleDataset(Dataset[Any]):
         self.has_videos = has_videos
         self.skipped = list(skipped)
         self.contributions = list(contributions)
+        self._learnt = labels, groups
 
     def __len__(self) -> int:
         return len(self.places)
@@ -142,11 +146,22 @@ class SampleDataset(Dataset[Any]):
         """The run's processor."""
         return self.sources[0].encoder.processor
 
+    @property
+    def labels(self) -> Sequence[Any]:
+        """What a prediction head learns of each sample; None of one that has no label."""
+        return [None] * len(self) if self._learnt[0] is None else self._learnt[0]
+
+    @property
+    def groups(self) -> Sequence[str | None]:
+        """In which group a ranking compares each sample; None for one that is in none."""
+        return [None] * len(self) if self._learnt[1] is None else self._learnt[1]
+
     def subset(self, indices: "Sequence[int] | np.ndarray") -> "SampleDataset":
         """The samples at these places, as a dataset of its own."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = self.places[chosen], self.lengths[chosen], self.num_images[chosen]
-        return SampleDataset(self.sources, *rows, has_videos=self.has_videos)
+        labels, groups = (one and [one[index] for index in chosen.tolist()] for one in self._learnt)
+        return SampleDataset(self.sources, *rows, has_videos=self.has_videos, labels=labels, groups=groups)
 
 
 class BlankPictures(Dataset[dict[str, Any]]):
@@ -242,6 +257,7 @@ def load_dataset(
     """
     sources = sources_of(config, encoder)
     places, lengths, images, skipped, contributions = [], [], [], [], []
+    labels, groups = [], []
     has_videos = False
     for number, source in enumerate(sources):
         records = drawn(len(source), source.config.max_samples, seed)[:first]
@@ -255,6 +271,10 @@ def load_dataset(
         lengths.append(np.minimum(counts.length[kept], encoder.longest))
         images.append(counts.images[kept])
         has_videos |= bool(counts.videos[kept].any())
+        if encoder.learns_labels:
+            learnt = counts.learnt_at(kept)
+            labels += learnt[0]
+            groups += learnt[1]
         skipped += [left_out[place] for place in sorted(left_out)]
         contributions.append(Contribution(
             source.name, source.path, source.records.fingerprint, len(source), len(kept), int(images[-1].sum()),
@@ -265,7 +285,8 @@ def load_dataset(
         raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {_reasons(skipped)}")
     return SampleDataset(
         sources, np.concatenate(places), np.concatenate(lengths), np.concatenate(images),
-        has_videos=has_videos, skipped=skipped, contributions=contributions,
+        has_videos=has_videos, skipped=skipped, contributions=contributions, labels=labels or None,
+        groups=groups or None,
     )  # fmt: skip
 
 

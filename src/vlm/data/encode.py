@@ -200,8 +200,10 @@ def encode(processor: Any, sample: Sample, sizes: Sequence[Size] = ()) -> Encode
         sizes: of its pictures and videos, where the processor needs them; see `pictures.seen_sizes`.
 
     Raises:
-        BadSample: the template refuses the turns or drops a reply, or nothing would be supervised.
+        BadSample: there is no reply, the template refuses the turns or drops one, or nothing would be supervised.
     """
+    if not any(turn.role == "assistant" for turn in sample.turns):
+        raise BadSample(sample.id, "no reply to learn from")
     rendered = render(processor, sample.turns, sample.id)
     text = rendered.text
     supervised = [(reply_start(text, start), reply_end(processor, text, end)) for start, end in rendered.replies]

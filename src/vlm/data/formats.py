@@ -11,6 +11,7 @@ import string
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_llava(record: Any, image_folder: Path) -> Sample:
         role = LLAVA_ROLES[turn["from"]]
         content = media.within(_image_first(turn["value"])) if role == "user" else (turn["value"],)
         turns.append(Turn(role, content))
-    return finished(sample_id, turns, media)
+    return finished(record, turns, media)
 
 
 def read_messages(record: Any, image_folder: Path, *, key: str = "messages") -> Sample:
@@ -67,7 +68,7 @@ def read_messages(record: Any, image_folder: Path, *, key: str = "messages") -> 
             raise BadSample(sample_id, f"message {number}: role={role!r:.40}; allowed are {', '.join(ROLES)}")
         content = _message_content(message.get("content"), message["role"], media, f"message {number}")
         turns.append(Turn(message["role"], content))
-    return finished(sample_id, turns, media)
+    return finished(record, turns, media)
 
 
 def read_caption(
@@ -92,7 +93,9 @@ def read_caption(
     if isinstance(prompt, list):
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
     asked: tuple[Part, ...] = (*pictures, f"\n{prompt}") if prompt else tuple(pictures)
-    return Sample(sample_id, (Turn("user", asked), Turn("assistant", (caption,))))
+    return Sample(
+        sample_id, (Turn("user", asked), Turn("assistant", (caption,))), record.get("label"), group_of(record)
+    )
 
 
 def read_question(
@@ -102,6 +105,7 @@ def read_question(
 
     With choices, they are listed as `A. …` and the answer is a letter; it is given as the number of the choice (from
     0), its letter or its text. Without, it is a string, or a list of people's answers, of which the commonest counts.
+    A question with a `label` needs none.
 
     Args:
         record: the record.
@@ -112,6 +116,8 @@ def read_question(
     sample_id = id_of(record)
     media = Media(record, image_folder, sample_id)
     lines = [_string(record, "question", sample_id)]
+    answer = _either(record, "answer", "answers")
+    replies = answer is not None or record.get("label") is None
     if choices := record.get("choices"):
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise BadSample(sample_id, "`choices` must be a list of strings")
@@ -119,18 +125,19 @@ def read_question(
             raise BadSample(sample_id, f"{len(choices)} choices, but there are letters for 26")
         lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
         lines.append(choice_instruction)
-        answer = _letter(record.get("answer"), choices, sample_id)
+        said = [_letter(record.get("answer"), choices, sample_id)] if replies else []
     else:
         lines += [instruction] if instruction else []
-        answer = _commonest(_either(record, "answer", "answers"), sample_id)
+        said = [_commonest(answer, sample_id)] if replies else []
     asked = media.before_or_within("\n".join(lines))
-    return finished(sample_id, [Turn("user", asked), Turn("assistant", (answer,))], media)
+    return finished(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in said)], media)
 
 
 def read_head(record: Any, image_folder: Path) -> Sample:
     """A prompt and an answer: `{"source", "images", "videos", "system_prompt", "conversations": [prompt, answer]}`.
 
-    Pictures stand where `<image>` does in the prompt, or before it where it has none.
+    Pictures stand where `<image>` does in the prompt, or before it where it has none. The label is the record's
+    `label`; where it has none, 1 for an answer that begins with "yes" or is "1", else 0.
     """
     sample_id = id_of(record, "source")
     conversation = record.get("conversations")
@@ -142,7 +149,47 @@ def read_head(record: Any, image_folder: Path) -> Sample:
     system = record.get("system_prompt")
     turns = [Turn("system", (system,))] if isinstance(system, str) and system else []
     turns += [Turn("user", media.before_or_within(prompt)), Turn("assistant", (answer,))]
-    return finished(sample_id, turns, media)
+    sample = finished(record, turns, media)
+    said = answer.strip().lower()
+    return sample if sample.label is not None else replace(sample, label=int(said.startswith("yes") or said == "1"))
+
+
+def read_labelled(
+    record: Any, image_folder: Path, *, image_key: str = "image", prompt_key: str = "prompt",
+    label_key: str | list[str] = "label", group_key: str = "group", prompt: str | None = None,
+    label_separator: str | None = None,
+) -> Sample:  # fmt: skip
+    """A picture, a prompt and what a prediction head learns: `{"image": path or list or absent, "prompt", "label"}`.
+
+    Pictures stand where `<image>` does in the prompt, or before it where it has none. Without a label, the record is
+    there to be predicted.
+
+    Args:
+        record: the record.
+        image_folder: what paths are relative to.
+        image_key: where the pictures stand; a record without any has null there.
+        prompt_key: where the prompt stands.
+        label_key: where the label stands; of a list, the label is a mapping of those that are not null.
+        group_key: where it stands which records a ranking compares.
+        prompt: what is asked where the record has no prompt.
+        label_separator: splits a label that is a string into a list of labels; a string without any is an empty list.
+    """
+    sample_id = id_of(record)
+    given = record
+    if image_key != "image":
+        if image_key not in record:
+            raise BadSample(sample_id, f"`{image_key}` is not there; it has {', '.join(record)}")
+        given = {**record, "image": record[image_key], "images": None}
+    media = Media(given, image_folder, sample_id)
+    asked = prompt if prompt is not None and record.get(prompt_key) is None else _string(record, prompt_key, sample_id)
+    content = media.before_or_within(asked) if asked else media.rest()
+    if not content:
+        raise BadSample(sample_id, "it has neither a picture nor a prompt")
+    media.need_all_shown()
+    keys = [label_key] if isinstance(label_key, str) else label_key
+    found = {key: _split(record[key], label_separator) for key in keys if record.get(key) is not None}
+    label = found.get(label_key) if isinstance(label_key, str) else found or None
+    return Sample(sample_id, (Turn("user", content),), label, group_of(record, group_key))
 
 
 class Media:
@@ -195,18 +242,25 @@ class Media:
             return self.within(_image_first(text))
         return (*self.rest(), f"\n{text}" if self.number else text)
 
+    def need_all_shown(self) -> None:
+        """Raise BadSample where a picture or video is left over, which stands nowhere in the text."""
+        if left := len(self.rest()):
+            raise BadSample(self.sample_id, f"{left} more image(s) than {PLACEHOLDER} in its text")
 
-def finished(sample_id: str, turns: list[Turn], media: Media) -> Sample:
-    """The sample, once nothing that it lists is left over.
+
+def finished(record: dict[str, Any], turns: list[Turn], media: Media) -> Sample:
+    """The sample, with the record's label and group, once nothing that it lists is left over.
 
     Raises:
-        BadSample: a picture stands nowhere in the text, or there is no reply.
+        BadSample: a picture stands nowhere in the text.
     """
-    if left := len(media.rest()):
-        raise BadSample(sample_id, f"{left} more image(s) than {PLACEHOLDER} in its text")
-    if not any(turn.role == "assistant" for turn in turns):
-        raise BadSample(sample_id, "no reply to learn from")
-    return Sample(sample_id, tuple(turns))
+    media.need_all_shown()
+    return Sample(media.sample_id, tuple(turns), record.get("label"), group_of(record))
+
+
+def group_of(record: dict[str, Any], key: str = "group") -> str | None:
+    """The group in which a ranking compares a record."""
+    return None if record.get(key) is None else str(record[key])
 
 
 def id_of(record: Any, *names: str) -> str:
@@ -276,6 +330,13 @@ def _string(record: dict[str, Any], key: str, sample_id: str) -> str:
     return value
 
 
+def _split(label: Any, separator: str | None) -> Any:
+    """A label that is a string, split into those that it lists; any other label as it is."""
+    if separator is None or not isinstance(label, str):
+        return label
+    return [part.strip() for part in label.split(separator) if part.strip()]
+
+
 def _letter(answer: Any, choices: list[str], sample_id: str) -> str:
     """The letter of a choice that is given by number, letter or text."""
     letters = string.ascii_uppercase[: len(choices)]
@@ -305,6 +366,7 @@ FORMATS: dict[str, Reader] = {
     "caption": read_caption,
     "question": read_question,
     "head": read_head,
+    "labelled": read_labelled,
 }
 
 

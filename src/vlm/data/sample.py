@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 ROLES = ("system", "user", "assistant")
 PLACEHOLDER = "<image>"
@@ -104,10 +105,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation with its pictures."""
+    """A conversation with its pictures.
+
+    Attributes:
+        id: what the record calls itself.
+        turns: what is said, in order.
+        label: what a prediction head learns of it: a value that JSON can hold, or a mapping from the names of heads to
+            such; None where there is nothing to learn.
+        group: the rows that a ranking compares have the same.
+    """
 
     id: str
     turns: tuple[Turn, ...]
+    label: Any = None
+    group: str | None = None
 
     @property
     def pictures(self) -> list[Picture]:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig, SourceConfig
 from vlm.data.cache import cache_folder, digest_of
-from vlm.data.encode import Encoded, encode, limit, media_ids, template_text
+from vlm.data.encode import IGNORED, Encoded, encode, limit, media_ids, template_text
 from vlm.data.files import Records, open_records, stream_records
 from vlm.data.formats import reader_of
 from vlm.data.sample import BadSample, Part, Sample, Size, Turn, Video
@@ -23,13 +23,16 @@ from vlm.data.video import clip_of, frames_of
 
 @dataclass(frozen=True)
 class SampleEncoder:
-    """Encodes samples for one run.
+    """Encodes samples for one run: the replies are learnt.
 
     Attributes:
         processor: decides every token.
         longest: most tokens that a sample may have.
         truncate: whether a longer one loses its end, instead of being refused.
     """
+
+    learns_labels: ClassVar[bool] = False
+    """Whether labels of records are asked for, see `learnt`."""
 
     processor: Any
     longest: int
@@ -41,8 +44,33 @@ class SampleEncoder:
         Raises:
             BadSample: it cannot be used, or is too long.
         """
-        encoded = encode(self.processor, sample, sizes)
+        encoded = self.encode(sample, sizes)
         return limit(encoded, self.longest, media_ids(self.processor), sample.id, truncate=self.truncate)
+
+    def encode(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
+        """The same of a whole sample, however long it is.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+        return encode(self.processor, sample, sizes)
+
+    def needed(self, encoded: Encoded) -> int:
+        """The fewest tokens that it may be cut to: up to its last image or video, and its first supervised one."""
+        ids, labels = encoded.input_ids, encoded.labels
+        first = next(place for place, label in enumerate(labels) if label != IGNORED)
+        media = media_ids(self.processor)
+        behind_media = max((len(ids) - ids[::-1].index(one) for one in media if one in ids), default=0)
+        return max(first + 1, behind_media)
+
+    def learnt(self, sample: Sample) -> tuple[str | None, str | None]:
+        """What a prediction head learns of a sample, as JSON, and its group; nothing where replies are learnt alone."""
+        return None, None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What ids and labels depend on besides the processor."""
+        return (type(self).__name__,)
 
 
 @dataclass
@@ -125,8 +153,9 @@ class Source:
         reader = inspect.getsource(inspect.getmodule(reader_of(self.config.format)) or sys)
         settings = (self.config.format, self.config.options, str(self.folder), self.config.system_prompt)
         return digest_of(
-            self.records.fingerprint, reader, settings, self.max_frames, processor_digest(self.encoder.processor)
-        )
+            self.records.fingerprint, reader, settings, self.max_frames, processor_digest(self.encoder.processor),
+            self.encoder.kind,
+        )  # fmt: skip
 
 
 def seen_of(path: Path, max_frames: int, processor: Any, sample_id: str) -> tuple[Part, ...]:

@@ -214,6 +214,10 @@ def part_names(config: Any) -> PartNames:
     Raises:
         ValueError: its family is not in the table.
     """
+    if config.model_type == "vlm_prediction":
+        body = part_names(config.body_config)
+        prefixes = {f"body.{prefix}": part for prefix, part in body.prefixes.items()}
+        return PartNames({**prefixes, "heads.": "head"}, tuple(f"body.{prefix}" for prefix in body.unread))
     composed = config.model_type == "vlm"
     family = COMPOSED if composed else family_of(config.model_type)
     prefixes = {

@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import TextIteratorStreamer
 
-from vlm.adapters.folder import is_on_base
-from vlm.adapters.folder import load as load_on_base
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.collate import Collator
 from vlm.data.dataset import model_inputs
@@ -22,12 +19,8 @@ from vlm.data.pictures import open_picture, open_pictures, seen_sizes
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn
 from vlm.data.sources import seen_of
 from vlm.data.video import num_frames
-from vlm.families.loading import auto_class, load_family_config
-from vlm.families.processing import FamilyProcessor
-from vlm.families.table import family_of
-from vlm.models import VLMConfig
-from vlm.models.connectors import CONNECTORS
-from vlm.quantization import bits_of_whole
+from vlm.inference.loading import checkpoint_config, load_checkpoint
+from vlm.models import VLMPredictionConfig
 
 
 class VisionLanguageModel:
@@ -61,29 +54,12 @@ class VisionLanguageModel:
             ValueError: it is no checkpoint of this framework.
         """
         config = checkpoint_config(checkpoint)
-        kind: Any = AutoModelForImageTextToText if isinstance(config, VLMConfig) else auto_class(config)
-        if trust_remote_code and isinstance(config, VLMConfig):
-            add_travelled_connector(config, str(checkpoint))
-        kinds = {} if quantization is None else {"language_model": quantization}
-        if is_on_base(checkpoint):
-            model: Any = load_on_base(
-                checkpoint, moved=base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), quantization=kinds,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
-        elif base:
-            raise ValueError(f"base={base[0]}: {checkpoint} is complete, it needs none")
-        else:
-            bits = bits_of_whole(config, kinds)
-            model = kind.from_pretrained(
-                checkpoint, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=bits
-            )
-        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        if not isinstance(config, VLMConfig):
-            processor = FamilyProcessor(processor, family_of(config.model_type))
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if kinds and device is not None and torch.device(device).type != model.device.type:
-            raise ValueError(f"device={device}: quantised weights lie on {model.device.type} already")
-        return cls(model.eval() if kinds else model.to(place).eval(), processor)
+        if isinstance(config, VLMPredictionConfig):
+            raise ValueError(f"{checkpoint} has prediction heads: ask it with vlm predict, or vlm.Predictor")
+        return cls(*load_checkpoint(
+            checkpoint, config, device=device, dtype=dtype, quantization=quantization, base=base,
+            trust_remote_code=trust_remote_code,
+        ))  # fmt: skip
 
     def generate(
         self,
@@ -118,6 +94,19 @@ class VisionLanguageModel:
         Raises:
             ValueError: a prompt has more or fewer `<image>` than pictures, or a picture does not open; so for videos.
         """
+        turns, media = self.conversations(prompt, images, videos, max_frames)
+        settings = InferenceConfig(temperature, top_p, num_beams, max_new_tokens)
+        answers = self.answer(turns, media, settings, **kwargs)
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def conversations(
+        self, prompt: str | Sequence[str], images: Sequence[Any], videos: Sequence[Any], max_frames: int
+    ) -> tuple[list[list[Turn]], list[list[Any]]]:
+        """One prompt or several as conversations that wait for a reply, and what each of them shows, opened.
+
+        Raises:
+            ValueError: as `generate`.
+        """
         many = not isinstance(prompt, str)
         prompts: list[str] = list(prompt) if many else [str(prompt)]
         pictures, clips = (
@@ -128,9 +117,7 @@ class VisionLanguageModel:
             self.asked(text, found, seen, max_frames)
             for text, found, seen in zip(prompts, pictures, clips, strict=True)
         ]
-        settings = InferenceConfig(temperature, top_p, num_beams, max_new_tokens)
-        answers = self.answer([[turn] for turn, _ in asked], [media for _, media in asked], settings, **kwargs)
-        return answers if many else answers[0]
+        return [[turn] for turn, _ in asked], [media for _, media in asked]
 
     def asked(
         self, prompt: str, images: Sequence[Any], videos: Sequence[Any] = (), max_frames: int = DatasetConfig.max_frames
@@ -182,13 +169,16 @@ class VisionLanguageModel:
             raise failure[0]
 
     def inputs(
-        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]]
-    ) -> dict[str, torch.Tensor]:
-        """Model inputs of conversations that wait for a reply, padded on the left.
+        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], *,
+        suffix: Sequence[int] = (), left: bool = True,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Model inputs of conversations that wait for a reply.
 
         Args:
             conversations: the turns of each.
             images: the pictures and videos of each as `open_pictures` gives them, in order.
+            suffix: ids behind each.
+            left: whether they are padded on the left, as generation wants them.
         """
         rows = []
         for turns, pictures in zip(conversations, images, strict=True):
@@ -197,12 +187,9 @@ class VisionLanguageModel:
             ids = encode_prompt(self.processor, turns, sizes)
             if not ids:
                 raise ValueError("the model's template leaves nothing of this prompt (plain keeps pictures only)")
+            ids = [*ids, *suffix]
             rows.append(model_inputs(self.processor, Encoded(ids, [IGNORED] * len(ids)), pictures, sizes))
-        inputs = Collator.of(self.processor, left=True)(rows)
-        del inputs["labels"]
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = self.processor.normalise(inputs["pixel_values"])
-        return {name: value.to(self.model.device) for name, value in inputs.items()}
+        return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
         """Transformers' options for our settings; generation ends where the template ends a reply."""
@@ -230,30 +217,12 @@ class VisionLanguageModel:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def checkpoint_config(checkpoint: str | Path) -> Any:
-    """The configuration of a checkpoint, of a composed model or of a family's.
-
-    Raises:
-        ValueError: it is none, or there is no such folder.
-    """
-    folder = Path(checkpoint)
-    if not folder.joinpath("config.json").is_file():
-        if folder.exists():
-            raise ValueError(f"{checkpoint} holds no config.json; a run's complete model is its folder `final`")
-        if len(folder.parts) != 2 or str(checkpoint).startswith((".", "/", "~")):
-            raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
-    config = AutoConfig.from_pretrained(checkpoint)
-    return config if isinstance(config, VLMConfig) else load_family_config(str(checkpoint))
-
-
-def add_travelled_connector(config: VLMConfig, checkpoint: str) -> None:
-    """Put the connector class that travels with a checkpoint, if one does, in the table under its own name.
-
-    This package's model class takes the place of the checkpoint's own code, which would have done it.
-    """
-    kind = config.connector["type"]
-    if kind not in CONNECTORS and "Connector" in config.auto_map:
-        CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], checkpoint)
+def on_device(batch: dict[str, Any], processor: Any, device: Any) -> dict[str, torch.Tensor]:
+    """A batch as a model reads it, without labels: pixels normalised, everything on its device."""
+    batch = {name: value for name, value in batch.items() if name != "labels"}
+    if "pixel_values" in batch:
+        batch["pixel_values"] = processor.normalise(batch["pixel_values"])
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 STANDING_IN = Picture(Path())

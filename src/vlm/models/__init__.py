@@ -5,9 +5,18 @@ The files here are flat and import torch, transformers and their siblings only (
 the auto classes know the `vlm` model type, so its own checkpoints load here without any remote code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
 
+from .configuration_prediction import VLMPredictionConfig
 from .configuration_vlm import VLMConfig
+from .modeling_prediction import VLMForPrediction
 from .modeling_vlm import VLMForConditionalGeneration
 from .processing_vlm import VLMProcessor
 
@@ -15,5 +24,8 @@ AutoConfig.register("vlm", VLMConfig, exist_ok=True)
 AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
 for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     auto.register(VLMConfig, VLMForConditionalGeneration, exist_ok=True)
+AutoConfig.register("vlm_prediction", VLMPredictionConfig, exist_ok=True)
+for auto in (AutoModel, AutoModelForSequenceClassification):
+    auto.register(VLMPredictionConfig, VLMForPrediction, exist_ok=True)
 
-__all__ = ["VLMConfig", "VLMForConditionalGeneration", "VLMProcessor"]
+__all__ = ["VLMConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMPredictionConfig", "VLMProcessor"]

@@ -257,6 +257,21 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def decode(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        image_views: Tensor | None = None,
+        **kwargs,
+    ) -> ModelOutput:
+        """The language model over text and images without its vocabulary head; arguments as `forward`.
+
+        Returns what the decoder does: `last_hidden_state` `(B, T, D)`, and `hidden_states` where asked for.
+        """
+        embeddings = self.merge_images(input_ids, pixel_values, image_sizes, image_views)
+        return self.get_decoder()(inputs_embeds=embeddings, **kwargs)
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs):
         """As `GenerationMixin.generate`; images are encoded once, before the first token.

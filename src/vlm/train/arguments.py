@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from vlm.train.parts import learns
 log = logging.getLogger(__name__)
 
 
-def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
+def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> TrainingArguments:
     """The run's `TrainingArguments`; the process group exists afterwards, as ZeRO-3 needs it before building.
 
     Under DeepSpeed without a launcher, this process becomes the only rank.
+
+    Args:
+        trainer: the run's section.
+        extra: what trains besides the parts that it names: a head, rows of the language model's embeddings.
     """
     given = {name: getattr(trainer, name) for name in PASSED_THROUGH}
     values = {name: value for name, value in given.items() if value is not None}
@@ -34,7 +39,8 @@ def training_arguments(trainer: TrainerOptions) -> TrainingArguments:
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
         _be_the_only_rank_if_unlaunched()
-    rates = [getattr(trainer.learning_rate, f"{part}_learning_rate") for part in PARTS if learns(trainer, part)]
+    parts = [part for part in PARTS if learns(trainer, part)]
+    rates = [getattr(trainer.learning_rate, f"{part}_learning_rate") for part in (*parts, *extra)]
     try:
         arguments = TrainingArguments(
             output_dir="outputs", deepspeed=settings, learning_rate=max(rates), weight_decay=0.0, **values

@@ -1,13 +1,17 @@
 """Parts as parameter groups: which train, at which learning rate and weight decay, and the table that says so."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from vlm.config.schema import PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
+from vlm.config.head_problems import heads_of
+from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
 from vlm.families.table import part_names
+from vlm.models import VLMForPrediction
 from vlm.train.lora import trains_with_adapter
 
 
@@ -25,6 +29,8 @@ class Part:
         unread: full names of those that no answer depends on, and that never get a gradient.
         rank: of its adapter; None where it has none.
         adapter: full names of what trains where the part itself is frozen: its adapter, perhaps biases.
+        rows: full names of embeddings of which only `new_tokens` train, the part itself being frozen.
+        new_tokens: the numbers of those rows.
     """
 
     name: str
@@ -36,45 +42,86 @@ class Part:
     unread: frozenset[str] = frozenset()
     rank: int | None = None
     adapter: frozenset[str] = frozenset()
+    rows: frozenset[str] = frozenset()
+    new_tokens: tuple[int, ...] = ()
 
     @property
     def learns(self) -> bool:
-        """Whether it trains, as a whole or through an adapter."""
-        return self.trains or bool(self.adapter)
+        """Whether it trains, as a whole, through an adapter or in rows of its embeddings."""
+        return self.trains or bool(self.adapter) or bool(self.rows)
 
 
-def split_parts(model: nn.Module, trainer: TrainerOptions, sources: ModelConfig) -> list[Part]:
-    """The parts of a model with the run's settings for them; every parameter belongs to exactly one."""
+def split_parts(
+    model: Any, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = ()
+) -> list[Part]:
+    """The parts of a model with the run's settings for them; every parameter belongs to exactly one.
+
+    Args:
+        model: the model.
+        trainer: the run's settings.
+        sources: where its parts come from.
+        new_tokens: ids whose embeddings train even where the language model does not.
+    """
     names = part_names(model.config)
+    unread = unread_by_heads(model)
+    every = (*PARTS, HEAD) if isinstance(model, VLMForPrediction) else PARTS
     named = {
         "visual_encoder": " + ".join(one.hf_name for one in (sources.visual_encoder, *sources.visual_encoder.beside)),
         "connector": sources.connector.name or sources.connector.type,
         "language_model": sources.language_model.hf_name,
+        HEAD: ", ".join(f"{one.task}, {one.pooling}" for one in heads_of(sources.head).values()),
     }
-    parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
+    parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in every}
     for name, parameter in model.named_parameters():
         parameters[names.part_of(name)][name] = parameter
+    rows = embedding_rows(model) - unread if new_tokens and not trains(trainer, "language_model") else frozenset()
     return [
         Part(
             name=name,
             source=named[name],
             parameters=parameters[name],
             trains=trains(trainer, name),
-            learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate") if learns(trainer, name) else None,
+            learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate")
+            if learns(trainer, name) or rows & parameters[name].keys() else None,
             weight_decay=getattr(trainer.weight_decay, f"{name}_weight_decay"),
-            unread=frozenset(filter(names.is_unread, parameters[name])),
-            rank=(rank := getattr(trainer.lora, name).r),
+            unread=unread.union(filter(names.is_unread, parameters[name])) & parameters[name].keys(),
+            rank=(rank := None if name == HEAD else getattr(trainer.lora, name).r),
             adapter=frozenset(
                 one for one in parameters[name] if rank is not None and trains_with_adapter(one, trainer.lora)
             ),
+            rows=rows & parameters[name].keys(),
+            new_tokens=tuple(new_tokens),
         )
-        for name in PARTS
-    ]
+        for name in every
+    ]  # fmt: skip
+
+
+def embedding_rows(model: Any) -> frozenset[str]:
+    """Full names of the matrices that have a row for each token: embeddings, and vocabulary heads of their own."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(layer.weight) for layer in layers if layer is not None}
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in weights)
+
+
+def unread_by_heads(model: Any) -> frozenset[str]:
+    """Full names of what no head depends on: a vocabulary head of its own where no reply is learned, later layers."""
+    if not isinstance(model, VLMForPrediction) or model.config.generation_weight:
+        return frozenset()
+    vocabulary, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    left_out = [] if vocabulary is None else [p for p in vocabulary.parameters() if p is not embeddings.weight]
+    decoder: Any = model.get_decoder()
+    depth = model.config.get_text_config().num_hidden_layers
+    read = [depth if one.layer is None else one.layer % (depth + 1) for one in model.config.settings]
+    if max(read) < depth:
+        later = [*decoder.layers[max(read) :], decoder.norm]
+        left_out += [parameter for module in later for parameter in module.parameters()]
+    ids = set(map(id, left_out))
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in ids)
 
 
 def trains(trainer: TrainerOptions, part: str) -> bool:
-    """Whether `trainer.unfreeze` lets a part train."""
-    return getattr(trainer.unfreeze, TRAIN_FLAGS[part])
+    """Whether `trainer.unfreeze` lets a part train; a head always does."""
+    return part == HEAD or getattr(trainer.unfreeze, TRAIN_FLAGS[part])
 
 
 def learns(trainer: TrainerOptions, part: str) -> bool:
@@ -83,11 +130,24 @@ def learns(trainer: TrainerOptions, part: str) -> bool:
 
 
 def freeze(parts: list[Part]) -> None:
-    """Set every parameter's `requires_grad` as its part says; what no answer depends on gets no gradient either."""
+    """Set every parameter's `requires_grad` as its part says; what no answer depends on gets no gradient either.
+
+    Of embeddings whose new rows alone train, the gradient of all other rows is 0: without weight decay, which they do
+    not get, no optimiser moves them.
+    """
     for part in parts:
         for name, parameter in part.parameters.items():
-            trains = (part.trains or name in part.adapter) and name not in part.unread
+            trains = (part.trains or name in part.adapter or name in part.rows) and name not in part.unread
             parameter.requires_grad_(trains)
+            if name in part.rows:
+                parameter.register_hook(partial(_only_rows, part.new_tokens))
+
+
+def _only_rows(rows: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient `(vocabulary, D)` that is 0 but in these rows."""
+    kept = torch.zeros_like(gradient)
+    kept[list(rows)] = gradient[list(rows)]
+    return kept
 
 
 def cast(model: nn.Module, parts: list[Part], trained: torch.dtype, frozen: torch.dtype) -> None:
@@ -98,7 +158,7 @@ def cast(model: nn.Module, parts: list[Part], trained: torch.dtype, frozen: torc
     """
     names = part_names(model.config)
     dtypes = {part.name: trained if part.trains else frozen for part in parts}
-    adapters = frozenset[str]().union(*(part.adapter for part in parts))
+    adapters = frozenset[str]().union(*(part.adapter | part.rows for part in parts))
     saved = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
     for name, tensor in [*model.named_parameters(), *buffers]:
@@ -120,7 +180,7 @@ def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
     for part in parts:
         named = [(name, p) for name, p in part.parameters.items() if p.requires_grad]
         for label, decay in (("decay", part.weight_decay), ("no_decay", 0.0)):
-            params = [p for name, p in named if (name in decayed) == (label == "decay")]
+            params = [p for name, p in named if (name in decayed and name not in part.rows) == (label == "decay")]
             if params:
                 groups.append(
                     {"name": f"{part.name}.{label}", "params": params, "lr": part.learning_rate, "weight_decay": decay}
@@ -142,15 +202,22 @@ def table(parts: list[Part]) -> str:
 def _rows(parts: list[Part]) -> Iterator[tuple[str, ...]]:
     total = trainable = 0
     for part in parts:
-        sizes = [(_size(parameter), parameter.requires_grad) for parameter in part.parameters.values()]
-        count, training = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+        sizes = {name: _size(parameter) for name, parameter in part.parameters.items()}
+        count = sum(sizes.values())
+        training = sum(sizes[name] for name, p in part.parameters.items() if p.requires_grad and name not in part.rows)
+        training += sum(_width(part.parameters[name]) * len(part.new_tokens) for name in part.rows)
         total += count
         trainable += training
         rate = f"{part.learning_rate:g}" if part.learns else "-"
         decay = f"{part.weight_decay:g}" if part.learns else "-"
-        adapter = f"LoRA r={part.rank}: " if part.adapter else ""
+        adapter = f"LoRA r={part.rank}: " if part.adapter else "new tokens: " if part.rows else ""
         yield part.name, part.source, f"{count:,}", f"{adapter}{training:,}", rate, decay
     yield "total", "", f"{total:,}", f"{trainable:,}", "", ""
+
+
+def _width(matrix: nn.Parameter) -> int:
+    """How long a row is, where ZeRO-3 shards it too."""
+    return getattr(matrix, "ds_shape", matrix.shape)[1]
 
 
 def _size(parameter: nn.Parameter) -> int:

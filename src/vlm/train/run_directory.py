@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -85,7 +85,7 @@ def _git(*words: str) -> str | None:
 
 
 def describe_data(
-    folder: Path, datasets: dict[str, SampleDataset | SampleStream | None], *, resumed: bool = False
+    folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None], *, resumed: bool = False
 ) -> None:
     """Write what each source gave (`data.json`) and what was left out (`skipped.jsonl`).
 

@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from vlm.adapters.base import Base
 from vlm.adapters.folder import save as save_on_base
+from vlm.config.schema import RunConfig
 from vlm.data.collate import SKIPPED
 from vlm.data.dataset import BlankPictures, SampleDataset, Skipped
 from vlm.data.encode import IGNORED
@@ -59,6 +60,9 @@ class VLMTrainer(Trainer):
     accelerator: Any
     train_dataset: Any
     eval_dataset: Any
+
+    ROWS = "input_ids"
+    """An input that has one row for each sample."""
 
     def __init__(
         self,
@@ -158,7 +162,7 @@ class VLMTrainer(Trainer):
         """As usual; what a batch says of records left out is taken out of it and told."""
         batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            self.on_skipped(batch.pop(SKIPPED, []), len(batch["input_ids"]))
+            self.on_skipped(batch.pop(SKIPPED, []), len(batch[self.ROWS]))
         return batches, number
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -318,3 +322,11 @@ def newest_checkpoint(run_directory: Path) -> Path:
     if not complete:
         raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")
     return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+
+
+def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
+    """What `trainer.resume_from_checkpoint` stands for."""
+    wanted = config.trainer.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    return str(newest_checkpoint(folder)) if wanted.lower() == "true" else wanted

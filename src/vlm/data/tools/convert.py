@@ -104,6 +104,7 @@ CONVERSIONS = {
     "caption": Conversion(records_of, "caption", frozenset({"image", "caption"})),
     "question": Conversion(records_of, "question", frozenset({"question", "answer"})),
     "head": Conversion(records_of, "head", frozenset({STRINGS})),
+    "labelled": Conversion(records_of, "labelled", frozenset({"prompt", "label"})),
     "conceptual-captions": Conversion(conceptual_captions, "caption", frozenset({URL_COLUMN})),
     "coco-captions": Conversion(coco_captions, "caption", frozenset({"images", "annotations"}), is_list=False),
     "vqa": Conversion(vqa, "llava", frozenset({"questions"}), is_list=False),

@@ -35,7 +35,7 @@ def to_llava(sample: Sample, image_folder: Path) -> dict[str, Any]:
         record[key] = names[0] if len(names) == 1 else names
     record["conversations"] = [{"from": LLAVA_NAMES[turn.role], "value": _llava_text(turn, sample.id)}
                                for turn in sample.turns]  # fmt: skip
-    return record
+    return record | _learnt(sample)
 
 
 def to_messages(sample: Sample, image_folder: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def to_messages(sample: Sample, image_folder: Path) -> dict[str, Any]:
     """
     media = {f"{key}s": names for key, names in _media(sample, image_folder).items()}
     messages = [{"role": turn.role, "content": [_item(part) for part in turn.content]} for turn in sample.turns]
-    return {"id": sample.id, **media, "messages": messages}
+    return {"id": sample.id, **media, "messages": messages, **_learnt(sample)}
 
 
 FORMS: dict[str, Callable[[Sample, Path], dict[str, Any]]] = {"llava": to_llava, "messages": to_messages}
@@ -60,6 +60,12 @@ FORMS: dict[str, Callable[[Sample, Path], dict[str, Any]]] = {"llava": to_llava,
 def is_moved_by_llava(turn: Turn) -> bool:
     """Whether a turn has one picture, and LLaVA's form reads it before what stands before it here."""
     return sum(isinstance(part, Picture) for part in turn.content) == 1 and not isinstance(turn.content[0], Picture)
+
+
+def _learnt(sample: Sample) -> dict[str, Any]:
+    """What a prediction head learns of a sample, and its group, where it has such."""
+    found = {"label": sample.label, "group": sample.group}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _media(sample: Sample, folder: Path) -> dict[str, list[Any]]:

@@ -1,0 +1,357 @@
+"""Labels of prediction heads: which there are, what numbers they become, and how records are divided by them.
+
+Imports numpy and scikit-learn only.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFold, train_test_split
+
+NUMERIC = ("regression", "pairwise")
+"""The tasks that learn numbers; the others choose among labels."""
+PAIRS = (("0", "1"), ("false", "true"), ("no", "yes"), ("negative", "positive"))
+"""Labels of `binary`, as lower-case text, of which everybody knows the positive one: the second."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Targets are float32."""
+BINS = 10
+"""The most strata that numbers, or sets of labels, are divided into."""
+FULL = 20
+"""So many records such a stratum has at least."""
+
+
+@dataclass(frozen=True)
+class HeadLabels:
+    """What a head learns.
+
+    Attributes:
+        name: the head's.
+        task: a name of `models.head_tasks.TASKS`.
+        labels: those that it chooses among, in the order of its numbers; none of a task of `NUMERIC`.
+    """
+
+    name: str
+    task: str
+    labels: tuple[Any, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many numbers a target has."""
+        return len(self.labels) if self.task == "multilabel" else 1
+
+    def target(self, value: Any) -> list[float]:
+        """A record's value as what the loss compares with.
+
+        Returns:
+            `width` numbers: the label's number from 0; of `multilabel`, 0 or 1 for each label; of `regression` and
+            `pairwise` the value. All NaN where it is None: the record is not learnt by this head.
+
+        Raises:
+            ValueError: it is none of the labels, or not of the kind that the task needs.
+        """
+        if value is None:
+            return [float("nan")] * self.width
+        if self.task in NUMERIC:
+            if not _is_number(value) or not abs(value) <= LARGEST:
+                raise ValueError(f"head {self.name}: {self.task} needs a finite number, got {value!r:.60}")
+            return [float(value)]
+        if self.task != "multilabel":
+            return [float(self._number_of(value))]
+        present = {self._number_of(one) for one in _listed(self.name, value)}
+        return [float(number in present) for number in range(self.width)]
+
+    def _number_of(self, label: Any) -> int:
+        number = self._numbers.get(_key(label)) if _is_label(label) else None
+        if number is None:
+            allowed = ", ".join(map(repr, self.labels[:20])) + ", …" * (len(self.labels) > 20)
+            raise ValueError(f"head {self.name}: {label!r:.60} is none of its labels, which are {allowed}")
+        return number
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, Any], int]:
+        return {_key(label): number for number, label in enumerate(self.labels)}
+
+
+def settle_labels(name: str, task: str, given: Sequence[Any] | None, values: Sequence[Any]) -> HeadLabels:
+    """Which labels a head has: those that are given, else those of the training records, sorted.
+
+    Args:
+        name: the head's.
+        task: its task.
+        given: `model.head.labels`; None: as the records have them.
+        values: of the training records, None of one that has none.
+
+    Raises:
+        ValueError: there is no label, or one that the task cannot have; the order of labels cannot be told; given
+            labels and those of the records are not the same.
+    """
+    present = [value for value in values if value is not None]
+    if not present:
+        raise ValueError(
+            f"head {name}: no training record has a label. It is looked for in `label` of each record; "
+            "dataset.format=labelled with dataset.options.label_key reads it from elsewhere"
+        )
+    if task in NUMERIC:
+        if given is not None:
+            raise ValueError(f"head {name}: model.head.labels={list(given)}: {task} learns numbers and has no labels")
+        head = HeadLabels(name, task)
+        check_values(head, values, "training records")
+        return head
+    labels = _found(name, task, present) if given is None else _of_one_kind(name, given)
+    head = HeadLabels(name, task, labels)
+    _need_labels_of_task(head, are_given=given is not None)
+    check_values(head, values, "training records")
+    if given is not None:
+        occurring = {_key(label) for label in _single(name, task, present)}
+        if absent := [label for label in labels if _key(label) not in occurring]:
+            raise ValueError(
+                f"head {name}: model.head.labels has {', '.join(map(repr, absent))}, a class absent from training: no "
+                "training record has it"
+            )
+    return head
+
+
+def check_values(head: HeadLabels, values: Iterable[Any], what: str) -> None:
+    """Raise ValueError where a head cannot learn a value of a set, which `what` names; None is none."""
+    wrong: Counter[str] = Counter()
+    total = 0
+    for total, value in enumerate(values, start=1):  # noqa: B007 - counted
+        try:
+            head.target(value)
+        except ValueError as error:
+            wrong[str(error)] += 1
+    if wrong:
+        said, number = wrong.most_common(1)[0]
+        others = f"; {wrong.total() - number} have other wrong values" if len(wrong) > 1 else ""
+        raise ValueError(f"{what}: {said} ({number} of {total} records{others})")
+
+
+def spread(values: Iterable[Any]) -> tuple[float, float]:
+    """Mean and standard deviation of the labels of `regression`; None is left out.
+
+    Raises:
+        ValueError: all are equal, so that there is nothing to learn.
+    """
+    numbers = np.array([value for value in values if value is not None], dtype=np.float64)
+    if len(numbers) == 0 or numbers.min() == numbers.max():
+        raise ValueError(f"all labels are equal ({numbers[0] if len(numbers) else 'there is none'}): nothing to learn")
+    return float(numbers.mean()), float(numbers.std())
+
+
+def _found(name: str, task: str, present: Sequence[Any]) -> tuple[Any, ...]:
+    """The labels of records, sorted; of `binary` the positive one last."""
+    labels = sorted(_of_one_kind(name, {_key_of(name, one): one for one in _single(name, task, present)}.values()))
+    if task == "ordinal" and isinstance(labels[0], str):
+        raise ValueError(
+            f"head {name}: nobody can tell the order of {', '.join(map(repr, labels[:10]))}; "
+            "model.head.labels=[lowest, …, highest] says it"
+        )
+    if task == "binary" and len(labels) == 2:
+        labels.sort(key=lambda label: str(label).lower())  # as in PAIRS
+        if tuple(str(label).lower() for label in labels) not in PAIRS:
+            raise ValueError(
+                f"head {name}: nobody can tell which of {labels[0]!r} and {labels[1]!r} is positive; "
+                "model.head.labels=[negative, positive] decides"
+            )
+    return tuple(labels)
+
+
+def _need_labels_of_task(head: HeadLabels, *, are_given: bool) -> None:
+    """Raise ValueError where a task cannot have so many labels."""
+    number, shown = len(head.labels), ", ".join(map(repr, head.labels[:10]))
+    fewest, most = {"binary": (2, 2), "multilabel": (1, sys.maxsize)}.get(head.task, (2, sys.maxsize))
+    if not fewest <= number <= most:
+        needed = f"{'exactly' if most == fewest else 'at least'} {fewest} label{'s' * (fewest > 1)}"
+        where = "model.head.labels has" if are_given else "the training records have"
+        raise ValueError(f"head {head.name}: {head.task} needs {needed}, {where} {number}: {shown or 'none'}")
+
+
+def _single(name: str, task: str, present: Sequence[Any]) -> list[Any]:
+    """The labels of all records one after the other, where a record may have several."""
+    return [label for value in present for label in _listed(name, value)] if task == "multilabel" else list(present)
+
+
+def _listed(name: str, value: Any) -> Sequence[Any]:
+    """The value of a record that may have several labels.
+
+    Raises:
+        ValueError: it is no list.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"head {name}: multilabel needs a list of labels, got {value!r:.60}; dataset.format=labelled with "
+            "dataset.options.label_separator splits a text"
+        )
+    return value
+
+
+def _of_one_kind(name: str, labels: Iterable[Any]) -> tuple[Any, ...]:
+    """Distinct labels, all text, all numbers or all truth values; whole numbers as such, if all are."""
+    keys = [_key_of(name, label) for label in labels]
+    kinds = sorted({kind for kind, _ in keys})
+    if len(kinds) > 1:
+        shown = ", ".join(repr(label) for _, label in keys[:10])
+        raise ValueError(f"head {name}: its labels are {' and '.join(kinds)}, one kind is needed: {shown}")
+    if twice := [key[1] for key, number in Counter(keys).items() if number > 1]:
+        raise ValueError(f"head {name}: the label {twice[0]!r} is there twice")
+    values = [value for _, value in keys]
+    if kinds == ["numbers"] and not all(value == int(value) for value in values):
+        return tuple(map(float, values))
+    return tuple(map(int, values)) if kinds == ["numbers"] else tuple(values)
+
+
+def _key_of(name: str, label: Any) -> tuple[str, Any]:
+    """What a label is known by.
+
+    Raises:
+        ValueError: it is no label.
+    """
+    if not _is_label(label):
+        raise ValueError(f"head {name}: a label is a text, a finite number, true or false, got {label!r:.60}")
+    return _key(label)
+
+
+def _key(label: Any) -> tuple[str, Any]:
+    """Its kind and itself: Python takes True for 1, and 1.0."""
+    return ("truth values" if isinstance(label, bool) else "texts" if isinstance(label, str) else "numbers"), label
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, (str, bool)) or (_is_number(value) and abs(value) <= LARGEST)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# Dividing records
+
+
+def strata(head: HeadLabels, values: Sequence[Any]) -> np.ndarray:
+    """What records are alike for a division that is to hold as much of everything on each side.
+
+    Returns:
+        `(records,)`, whole numbers. `binary`, `multiclass` and `ordinal`: the label's number. `regression`: its tenth
+        of the sorted values, or a larger part, so that each has `FULL` records. `multilabel`: the number of the rarest
+        of its labels that a tenth of the records have, and at least `FULL`. `pairwise`: 0. A record without any has
+        the next number.
+    """
+    targets = np.array([head.target(value) for value in values], dtype=np.float64).reshape(len(values), head.width)
+    known = ~np.isnan(targets[:, 0])
+    found = np.zeros(len(values), dtype=np.int64)
+    if head.task == "multilabel":
+        found[:] = head.width
+        counts = np.nansum(targets, axis=0)
+        least = max(FULL, len(values) / BINS)
+        for number in np.argsort(-counts, kind="stable"):  # rarer ones later, over the others
+            if counts[number] >= least:
+                found[targets[:, number] == 1] = number
+        return _rest_joined(found, least)
+    if head.task == "pairwise":
+        return found
+    if head.task == "regression":
+        number = max(min(BINS, known.sum() // FULL), 1)
+        ranks = np.argsort(np.argsort(targets[known, 0], kind="stable"), kind="stable")
+        found[known] = ranks * number // max(known.sum(), 1)
+        found[~known] = number
+        return _rest_joined(found, FULL)
+    found[known] = targets[known, 0]
+    found[~known] = len(head.labels)
+    return found
+
+
+def _rest_joined(numbers: np.ndarray, least: float) -> np.ndarray:
+    """Strata of which those that have fewer records than that are one with the largest."""
+    names, which, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    if len(names) == 0:
+        return numbers
+    return np.where(counts >= least, names, names[counts.argmax()])[which.ravel()]
+
+
+def split(
+    strata: np.ndarray, share: float, seed: int, groups: np.ndarray | None = None, names: Sequence[Any] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a share of the records, drawn with a seed, with as large a part of each stratum as of all.
+
+    Args:
+        strata: `(records,)`, see `strata`.
+        share: `dataset.eval_split`, between 0 and 1.
+        seed: draws them.
+        groups: `(records,)`, what stays together; strata are not looked at then, and the share is one of groups.
+        names: what the strata are called, the labels.
+
+    Returns:
+        The places of the rest, and of those held out, both in order.
+
+    Raises:
+        ValueError: there are too few records or groups, or too few that have one of the labels.
+    """
+    key = f"dataset.eval_split={share}"
+    if not 0 < share < 1:
+        raise ValueError(f"{key}: a share between 0 and 1 is needed")
+    places = np.arange(len(strata))
+    if groups is not None:
+        number = len(np.unique(groups))
+        if (held_out := int(np.ceil(share * number))) == number:  # also of one
+            raise ValueError(f"{key}: a group stays together, and {held_out} of {number} leave none for training")
+        rest, held = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(places, groups=groups))
+        return np.sort(rest), np.sort(held)
+    if len(places) < 2:
+        raise ValueError(f"{key}: at least two records are needed, got {len(places)}")
+    _need_of_each(strata, 2, names, f"{key}: one for each side")
+    held_out = int(np.ceil(share * len(places)))
+    number = len(np.unique(strata))
+    if (smaller := min(held_out, len(places) - held_out)) < number:
+        raise ValueError(
+            f"{key} gives {held_out} of {len(places)} records, and leaves {len(places) - held_out}: {smaller} cannot "
+            f"have one of each of {number} labels (of numbers, of each part of their range)"
+        )
+    rest, held = train_test_split(places, test_size=share, random_state=seed, stratify=strata)
+    return np.sort(rest), np.sort(held)
+
+
+def folds(
+    strata: np.ndarray, number: int, seed: int, groups: np.ndarray | None = None, names: Sequence[Any] = ()
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Hold out each record once, in so many folds drawn with a seed, each with as large a part of each stratum.
+
+    Args:
+        strata: `(records,)`, see `strata`.
+        number: how many folds.
+        seed: draws them.
+        groups: `(records,)`, what stays together; strata are not looked at then.
+        names: what the strata are called, the labels.
+
+    Returns:
+        For each fold the places of the rest, and of those held out, both in order.
+
+    Raises:
+        ValueError: there are fewer than two folds, or fewer groups, or records that have one of the labels, than folds.
+    """
+    if number < 2:
+        raise ValueError(f"at least 2 folds are needed, got {number}")
+    places = np.arange(len(strata))
+    if groups is not None:
+        if (found := len(np.unique(groups))) < number:
+            raise ValueError(f"{number} folds: as many groups are needed, got {found}; a group stays together")
+        parts = GroupKFold(number, shuffle=True, random_state=seed).split(places, groups=groups)
+        return [(np.sort(rest), np.sort(held)) for rest, held in parts]
+    if len(places) < number:
+        raise ValueError(f"{number} folds: as many records are needed, got {len(places)}")
+    _need_of_each(strata, number, names, f"{number} folds: one for each")
+    parts = StratifiedKFold(number, shuffle=True, random_state=seed).split(places, strata)
+    return [(np.sort(rest), np.sort(held)) for rest, held in parts]
+
+
+def _need_of_each(strata: np.ndarray, least: int, names: Sequence[Any], why: str) -> None:
+    """Raise ValueError where fewer records than that are of one stratum."""
+    numbers, counts = np.unique(strata, return_counts=True)
+    if counts.min() < least:
+        number = int(numbers[counts.argmin()])
+        called = repr(names[number]) if number < len(names) else f"number {number}"
+        raise ValueError(f"{why}, so at least {least} records of each label are needed; {called} has {counts.min()}")

@@ -1,0 +1,119 @@
+"""Asking a model with prediction heads: `Predictor.load(checkpoint).predict("Is it broken?", ["cup.png"])`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm.config.schema import DatasetConfig
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.loading import checkpoint_config, load_checkpoint
+from vlm.models import VLMPredictionConfig
+from vlm.models.configuration_prediction import HeadSettings
+from vlm.models.head_tasks import CLASSIFYING
+from vlm.models.modeling_prediction import decision
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a head says of one prompt.
+
+    Attributes:
+        prediction: the label; of `multilabel` those that hold; of `regression` and `pairwise` the number.
+        score: the positive label's probability (`binary`), the predicted one's (`multiclass`, `ordinal`), the highest
+            one (`multilabel`), or the number.
+        probabilities: of each label; none where there are no labels.
+        outputs: the head's raw numbers, before temperature.
+    """
+
+    prediction: Any
+    score: float
+    probabilities: dict[Any, float]
+    outputs: tuple[float, ...]
+
+
+class Predictor:
+    """A model with prediction heads and its processor, ready to be asked.
+
+    Args:
+        model: a `VLMForPrediction`.
+        processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
+    """
+
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model, processor
+        self._asking = VisionLanguageModel(model, processor)
+
+    @classmethod
+    def load(
+        cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", base: Sequence[str] = (),
+        trust_remote_code: bool = False,
+    ) -> "Predictor":  # fmt: skip
+        """Load a checkpoint with prediction heads, from a folder or the Hub; arguments as `load_checkpoint`.
+
+        Raises:
+            ValueError: it has none.
+        """
+        config = checkpoint_config(checkpoint)
+        if not isinstance(config, VLMPredictionConfig):
+            raise ValueError(f"{checkpoint} has no prediction heads: ask it with vlm generate")
+        return cls(*load_checkpoint(
+            checkpoint, config, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code
+        ))  # fmt: skip
+
+    @property
+    def heads(self) -> list[HeadSettings]:
+        """The model's heads."""
+        return self.model.config.settings
+
+    def predict(
+        self, prompt: str | Sequence[str], images: Sequence[Any] = (), videos: Sequence[Any] = (), *,
+        max_frames: int = DatasetConfig.max_frames,
+    ) -> Any:  # fmt: skip
+        """What the heads say of one prompt, or of several at once.
+
+        Args:
+            prompt: the question as it was asked in training, or a list of them; `<image>` in it says where a picture
+                stands, else the pictures come first.
+            images: the pictures (paths or Pillow images) of the prompt; for several prompts, a list for each.
+            videos: the videos (paths), likewise.
+            max_frames: most frames of a video that the model sees.
+
+        Returns:
+            A `Prediction`, or head -> `Prediction` where there are several heads; for several prompts a list of these.
+
+        Raises:
+            ValueError: as `VisionLanguageModel.generate`.
+        """
+        turns, media = self._asking.conversations(prompt, images, videos, max_frames)
+        inputs = self._asking.inputs(turns, media, suffix=self.model.config.suffix_ids, left=False)
+        found = [one if len(one) > 1 else next(iter(one.values())) for one in self.of(inputs)]
+        return found[0] if isinstance(prompt, str) else found
+
+    @torch.no_grad()
+    def of(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, Prediction]]:
+        """What each head says of each row of a batch as the model reads it."""
+        outputs = self.model(**inputs).outputs
+        columns = {one.name: self._predictions(one, outputs[one.name]) for one in self.heads}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _predictions(self, one: HeadSettings, outputs: torch.Tensor) -> list[Prediction]:
+        """What one head says: `(B, K)` to B predictions."""
+        decided = decision(one, outputs)
+        scores = decided["scores"].float().cpu().tolist()
+        raw = [tuple(row) for row in outputs.float().cpu().tolist()]
+        if one.task not in CLASSIFYING:
+            return [Prediction(number, number, {}, numbers) for number, numbers in zip(scores, raw, strict=True)]
+        named = [dict(zip(one.labels, row, strict=True)) for row in scores]
+        return [
+            Prediction(label, _score(one, label, chances), chances, numbers)
+            for label, chances, numbers in zip(decided["predictions"], named, raw, strict=True)
+        ]
+
+
+def _score(one: HeadSettings, label: Any, chances: dict[Any, float]) -> float:
+    if one.task == "binary":
+        return chances[one.labels[1]]
+    return max(chances.values()) if one.task == "multilabel" else chances[label]

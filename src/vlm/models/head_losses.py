@@ -1,0 +1,146 @@
+"""What a prediction head learns by: losses on its raw numbers, in float32.
+
+Hub code: imports torch only. To add a loss, write a function whose keyword parameters are its options and add it to
+`LOSSES` under the tasks that it serves; the first one of a task is its default.
+
+Shapes: B rows, C labels, K numbers of a head (see `head_tasks.py`). Targets of rows without a label are NaN, and such
+rows do not count.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def binary_cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """Cross-entropy of yes or no for each number: `(B, K), (B, K) -> (B,)`.
+
+    `weights` is `(2,)`, for no and yes (`binary`), or `(K,)`, for the yes of each label.
+    """
+    soft = targets * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(outputs, soft, reduction="none")
+    return (losses * _yes_no_weights(targets, weights)).mean(dim=1)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """Cross-entropy over labels that exclude each other: `(B, C), (B, 1) -> (B,)`."""
+    numbers = targets[:, 0].long()
+    losses = F.cross_entropy(outputs, numbers, reduction="none", label_smoothing=smoothing)
+    return losses if weights is None else losses * weights[numbers]
+
+
+def focal(
+    outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, *, gamma: float = 2.0
+) -> Tensor:  # fmt: skip
+    """Cross-entropy that counts less the surer a right answer is (Lin et al. 2017, arXiv:1708.02002): `-> (B,)`.
+
+    Args:
+        outputs: `(B, C)` of `multiclass` with targets `(B, 1)`, else `(B, K)` with as many targets.
+        targets: see there.
+        weights: see the other losses.
+        smoothing: see the other losses.
+        gamma: how much less; 0 is plain cross-entropy.
+    """
+    if targets.shape[1] == 1 and outputs.shape[1] > 1:
+        others = outputs.log_softmax(dim=1).scatter(1, targets.long(), -torch.inf)
+        wrong = others.logsumexp(dim=1)  # (B,): the logarithm, whose power has a finite slope at 0 for every gamma
+        return (gamma * wrong).exp() * cross_entropy(outputs, targets, weights, smoothing)
+    wrong = F.logsigmoid(torch.where(targets > 0.5, -outputs, outputs))  # (B, K)
+    soft = targets * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(outputs, soft, reduction="none")
+    return ((gamma * wrong).exp() * losses * _yes_no_weights(targets, weights)).mean(dim=1)
+
+
+def squared_error(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """`(B, 1), (B, 1) -> (B,)`."""
+    return ((outputs - targets) ** 2)[:, 0]
+
+
+def huber(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, *, delta: float = 1.0) -> Tensor:
+    """Squared error up to `delta`, linear beyond: `(B, 1), (B, 1) -> (B,)`."""
+    return F.huber_loss(outputs, targets, reduction="none", delta=delta)[:, 0]
+
+
+def ordinal(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """Negative log-likelihood of a label among ordered ones: `(B, C - 1), (B, 1) -> (B,)`.
+
+    Each number is the logit of being above a label, in falling order, see `heads.Cuts`.
+    """
+    low, high = F.logsigmoid(-outputs), F.logsigmoid(outputs)
+    first, last = low[:, :1], high[:, -1:]  # at most the first label; above the last but one
+    upper, lower = outputs[:, :-1], outputs[:, 1:]
+    # log(sigmoid(a) - sigmoid(b)) for a > b, without a difference of numbers that are nearly alike; where rounding
+    # leaves no gap between them, its logarithm and slope stay finite
+    gap = -torch.expm1(-(upper - lower).clamp(min=0)) + torch.finfo(outputs.dtype).eps
+    between = F.logsigmoid(upper) + F.logsigmoid(-lower) + gap.log()
+    chances = torch.cat([first, between, last], dim=1)  # (B, C)
+    numbers = targets[:, 0].long()
+    losses = F.nll_loss(chances, numbers, reduction="none")
+    losses = (1 - smoothing) * losses - smoothing * chances.mean(dim=1)
+    return losses if weights is None else losses * weights[numbers]
+
+
+Loss = Callable[..., Tensor]
+LOSSES: dict[str, dict[str, Loss]] = {
+    "binary": {"bce": binary_cross_entropy, "focal": focal},
+    "multiclass": {"ce": cross_entropy, "focal": focal},
+    "multilabel": {"bce": binary_cross_entropy, "focal": focal},
+    "regression": {"mse": squared_error, "huber": huber},
+    "ordinal": {"ordinal": ordinal},
+}
+"""Task -> loss by its name -> function of outputs `(B, K)`, targets, weights and smoothing to `(B,)`."""
+
+
+def margin_ranking(outputs: Tensor, targets: Tensor, groups: Tensor, *, margin: float = 1.0) -> Tensor:
+    """The mean over all pairs of a group of how far the better row's score is from leading by `margin`: a scalar.
+
+    Herbrich et al. 2000, "Large margin rank boundaries for ordinal regression".
+
+    Args:
+        outputs: `(B, 1)` scores.
+        targets: `(B, 1)`, of which the higher one of a pair is the better.
+        groups: `(B,)`; rows of different groups are not compared.
+        margin: the lead that costs nothing.
+    """
+    scores, worth = outputs[:, 0], targets[:, 0]
+    better = (worth[:, None] > worth[None]) & (groups[:, None] == groups[None])  # NaN is better than nothing
+    short = F.relu(margin - (scores[:, None] - scores[None]))
+    return (short * better).sum() / better.sum().clamp(min=1)
+
+
+def head_loss(
+    task: str, loss: str, outputs: Tensor, targets: Tensor, *, groups: Tensor | None = None,
+    weights: Sequence[float] | None = None, smoothing: float = 0.0, options: dict[str, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss of a head: the mean over the rows that have a label, 0 where none has.
+
+    Args:
+        task: a name of `TASKS`.
+        loss: one of the task's.
+        outputs: `(B, K)`.
+        targets: `(B, C)` for `multilabel`, else `(B, 1)`; NaN where a row has no label.
+        groups: `(B,)` for `pairwise`; None: all rows are compared.
+        weights: what each label counts, in the order of labels.
+        smoothing: share of a target that is spread over all labels.
+        options: the loss's keyword parameters.
+    """
+    outputs, targets = outputs.float(), targets.to(outputs.device).float().reshape(len(outputs), -1)
+    options = options or {}
+    if task == "pairwise":
+        groups = torch.zeros(len(outputs), device=outputs.device) if groups is None else groups.to(outputs.device)
+        return margin_ranking(outputs, targets, groups, **options)
+    known = ~targets.isnan().any(dim=1)
+    counted = None if weights is None else outputs.new_tensor(list(weights))
+    losses = LOSSES[task][loss](outputs, targets.nan_to_num(), counted, smoothing, **options)
+    return losses.where(known, 0).sum() / known.sum().clamp(min=1)
+
+
+def _yes_no_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
+    """What each yes or no counts: `(B, K), (2,) or (K,) -> (B, K)`."""
+    if weights is None:
+        return torch.ones_like(targets)
+    if len(weights) == targets.shape[1]:
+        return torch.where(targets > 0.5, weights, torch.ones_like(weights))
+    return torch.where(targets > 0.5, weights[1], weights[0])

@@ -1,0 +1,71 @@
+"""What a prediction head is asked for: how many numbers it gives, what they mean, and what is decided by them.
+
+Hub code: imports torch only. To add a task, add a row to `TASKS`, its meaning to `probabilities` and `decide`, and its
+loss to `head_losses.py`.
+
+Shapes: N samples, C labels, K numbers that a head gives for a sample.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+TASKS: dict[str, Callable[[int], int]] = {
+    "binary": lambda labels: 1,
+    "multiclass": lambda labels: labels,
+    "multilabel": lambda labels: labels,
+    "regression": lambda labels: 1,
+    "ordinal": lambda labels: labels - 1,
+    "pairwise": lambda labels: 1,
+}
+"""Task -> how many numbers (K) its head gives for so many labels (C). The labels of `binary` are the negative and the
+positive one; `regression` and `pairwise` have none."""
+
+CLASSIFYING = ("binary", "multiclass", "multilabel", "ordinal")
+"""The tasks that choose among labels."""
+
+
+def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tensor:
+    """What a head's numbers say of each label, in at least float32.
+
+    Args:
+        task: one of `CLASSIFYING`.
+        outputs: `(N, K)`, the logits of its head: of the positive label (`binary`), of each (`multiclass`,
+            `multilabel`), of being above each label but the last (`ordinal`).
+        temperature: what logits are divided by (Guo et al. 2017, arXiv:1706.04599).
+
+    Returns:
+        `(N, C)`; rows add up to 1, but for `multilabel`, whose labels do not exclude each other.
+    """
+    scaled = (outputs if outputs.dtype == torch.float64 else outputs.float()) / temperature
+    if task == "multiclass":
+        return scaled.softmax(dim=1)
+    if task == "multilabel":
+        return scaled.sigmoid()
+    above = scaled.sigmoid()  # (N, C - 1): binary is the ordinal task of two labels
+    ones = above.new_ones(len(above), 1)
+    return torch.cat([ones, above], dim=1) - torch.cat([above, 0 * ones], dim=1)
+
+
+def decide(task: str, chances: Tensor, threshold: float | Sequence[float] | None = None) -> Tensor:
+    """What is decided by probabilities.
+
+    Args:
+        task: one of `CLASSIFYING`.
+        chances: `(N, C)`, as `probabilities` gives them.
+        threshold: from which probability on the positive label is decided (`binary`), or each label (`multilabel`,
+            one number for each); None: 0.5. The others have none.
+
+    Returns:
+        `(N,)`, the number of the label: the likeliest one, of `ordinal` the median; of `multilabel` `(N, C)`, whether
+        each label is.
+    """
+    least = torch.as_tensor(0.5 if threshold is None else threshold, dtype=chances.dtype, device=chances.device)
+    if task == "multilabel":
+        return chances >= least
+    if task == "multiclass":
+        return chances.argmax(dim=1)
+    if task == "binary":
+        return (chances[:, 1] >= least).long()
+    return (chances.cumsum(dim=1)[:, :-1] < 0.5).sum(dim=1)

@@ -1,0 +1,198 @@
+"""Prediction heads: from hidden states of a language model to the numbers of a task.
+
+Hub code: imports torch and its siblings only. To add a head, write a class whose `forward` takes features
+`(..., D)` to `(..., K)` and whose keyword parameters are its options, and add it to `HEADS`.
+
+Shapes: B rows, T tokens a row, D width of the language model, K numbers of a task (see `head_tasks.py`).
+"""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .head_tasks import TASKS
+from .poolings import EACH_TOKEN, Marks, masked_mean, pooled
+
+
+class LinearHead(nn.Module):
+    """One linear layer: `(..., D) -> (..., K)`.
+
+    Args:
+        width: D.
+        num_outputs: K.
+        input_norm: whether features are normalised first, without weights of its own: hidden states of language
+            models have a few very large entries.
+        dropout: share of features left out in training.
+    """
+
+    def __init__(self, width: int, num_outputs: int, *, input_norm: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False) if input_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, num_outputs)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(..., D) -> (..., K)`."""
+        return self.linear(self.dropout(self.norm(features)))
+
+
+class MLPHead(nn.Module):
+    """Linear layers with GELU between them: `(..., D) -> (..., K)`.
+
+    Args:
+        width: D.
+        num_outputs: K.
+        hidden_dim: width in between; None: D.
+        num_layers: linear layers, at least 2.
+        input_norm: see `LinearHead`.
+        dropout: share of features left out before each linear layer in training.
+    """
+
+    def __init__(
+        self, width: int, num_outputs: int, *, hidden_dim: int | None = None, num_layers: int = 2,
+        input_norm: bool = True, dropout: float = 0.0,
+    ):  # fmt: skip
+        super().__init__()
+        if num_layers < 2:
+            raise ValueError(f"model.head.options.num_layers={num_layers}: at least 2 are needed; `linear` has one")
+        self.norm = nn.LayerNorm(width, elementwise_affine=False) if input_norm else nn.Identity()
+        widths = [width, *[hidden_dim or width] * (num_layers - 1), num_outputs]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Dropout(dropout), nn.Linear(before, after), nn.GELU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(..., D) -> (..., K)`."""
+        return self.layers(self.norm(features))
+
+
+class Cuts(nn.Module):
+    """Cut points of an ordinal task: one score against C - 1 ascending thresholds: `(..., 1) -> (..., C - 1)`.
+
+    McCullagh 1980, "Regression models for ordinal data": logit P(label > k) = score - cut_k.
+    """
+
+    def __init__(self, num_cuts: int):
+        super().__init__()
+        self.first = nn.Parameter(torch.empty(1))
+        self.steps = nn.Parameter(torch.empty(num_cuts - 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Cut points around 0, each 1 above the one before."""
+        nn.init.constant_(self.first, -len(self.steps) / 2)
+        nn.init.constant_(self.steps, math.log(math.e - 1))  # softplus gives 1
+
+    def forward(self, score: Tensor) -> Tensor:
+        """`(..., 1) -> (..., C - 1)`, in float32: in half precision, cut points far from 0 would coincide."""
+        first, steps = self.first.float(), self.steps.float()
+        return score.float() - torch.cat([first, first + F.softplus(steps).cumsum(0)])
+
+
+class PredictionHead(nn.Module):
+    """A pooling with a head behind it.
+
+    Args:
+        width: D.
+        task: a name of `TASKS`.
+        num_labels: C.
+        pooling: a name of `POOLINGS`.
+        type: a name of `HEADS`, or `package.module:Class`.
+        options: its keyword parameters.
+        shift: what is added to numbers of `regression` after `scale`: the mean of the labels in training.
+        scale: what they are multiplied by: the labels' standard deviation.
+    """
+
+    def __init__(
+        self, width: int, *, task: str, num_labels: int, pooling: str, type: str = "linear",
+        options: Mapping[str, Any] | None = None, shift: float = 0.0, scale: float = 1.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.task, self.pooling, self.type = task, pooling, type
+        self.shift, self.scale = shift, scale
+        self.num_numbers = 1 if task == "ordinal" else TASKS[task](num_labels)
+        self.layers = head_class(type)(width, self.num_numbers, **(options or {}))
+        self.cuts = Cuts(num_labels - 1) if task == "ordinal" else None
+        # without a bias, which a softmax would not see
+        self.attention = nn.Linear(width, 1, bias=False) if pooling == "attention" else None
+
+    def features(self, hidden: Tensor, marks: Marks) -> Tensor:
+        """What depends on the body alone: `(B, T, D) -> (B, D)`, or all of it where every token counts."""
+        return pooled(self.pooling, hidden, marks)
+
+    def forward(self, features: Tensor, real: Tensor | None = None) -> Tensor:
+        """The task's numbers, in float32.
+
+        Args:
+            features: as `features` gives them: `(B, D)`, or `(B, T, D)` with `real` where every token counts.
+            real: `(B, T)`, boolean: tokens of the prompt.
+
+        Returns:
+            `(B, K)`; of `regression` in units of the labels.
+
+        Raises:
+            ValueError: `real` is missing, or a class of the user's own gives another count of numbers.
+        """
+        if self.pooling in EACH_TOKEN and real is None:
+            raise ValueError(f"pooling={self.pooling} reads every token: give attention_mask with features")
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(next(self.layers.parameters(), features).dtype)
+            if self.pooling in EACH_TOKEN:
+                assert real is not None
+                features = features.masked_fill(~real.unsqueeze(-1), 0)  # whatever stands at padding, NaN too
+            if self.attention is not None:
+                assert real is not None
+                normal = F.layer_norm(features, features.shape[-1:])  # raw states would leave one token all the weight
+                scores = self.attention(normal).squeeze(-1).float().masked_fill(~real, -torch.inf)
+                features = (scores.softmax(dim=1).to(features.dtype).unsqueeze(1) @ features).squeeze(1)
+            outputs = self.layers(features)
+            if outputs.shape[-1] != self.num_numbers:
+                raise ValueError(
+                    f"model.head.type={self.type} gives {outputs.shape[-1]} numbers; its second argument asked for "
+                    f"{self.num_numbers}"
+                )
+            if self.cuts is not None:
+                outputs = self.cuts(outputs)
+            outputs = outputs.float()
+            if self.pooling == "alltoken":
+                assert real is not None
+                outputs = mean_answer(self.task, outputs, real)
+        return outputs * self.scale + self.shift if self.task == "regression" else outputs
+
+
+def mean_answer(task: str, outputs: Tensor, real: Tensor) -> Tensor:
+    """The logits whose probabilities are the mean of those at each token: `(B, T, K), (B, T) -> (B, K)`.
+
+    Numbers of `regression` and `pairwise` are averaged themselves.
+    """
+    if task in ("regression", "pairwise"):
+        return masked_mean(outputs, real)
+    absent = ~real.unsqueeze(-1)
+    if task == "multiclass":
+        return outputs.log_softmax(dim=2).masked_fill(absent, -torch.inf).logsumexp(dim=1)
+    yes, no = (F.logsigmoid(one).masked_fill(absent, -torch.inf).logsumexp(dim=1) for one in (outputs, -outputs))
+    return yes - no
+
+
+HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "mlp": MLPHead}
+
+
+def head_class(name: str) -> type[nn.Module]:
+    """The class of a head: of the table, or one of the user's own that has been added to it.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in HEADS:
+        raise ValueError(
+            f"model.head.type={name}: allowed are {', '.join(HEADS)}, or package.module:Class for a class of your own. "
+            "A checkpoint with such a class loads once you have named it in your own configuration, or with "
+            "trust_remote_code=True."
+        )
+    return HEADS[name]

@@ -1,0 +1,282 @@
+"""A vision-language model that predicts: heads read the hidden states of a body, composed or of a family.
+
+Hub code: imports torch, transformers and its siblings only.
+
+Shapes: B rows, T tokens a row, D text width, K numbers of a head, C labels (see `head_tasks.py`).
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import ModelOutput
+
+from .configuration_prediction import HeadSettings, VLMPredictionConfig
+from .configuration_vlm import VLMConfig
+from .head_losses import head_loss
+from .head_tasks import CLASSIFYING, decide, probabilities
+from .heads import HEADS, PredictionHead
+from .modeling_vlm import IGNORED, VLMForConditionalGeneration, supervised_loss
+from .poolings import Marks
+
+
+@dataclass
+class VLMPredictionOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Args:
+        loss: the weighted sum of the heads' losses, and of that of the replies where they are learned; a scalar.
+        logits: `(B, K)` of the first head.
+        outputs: name -> `(B, K)` of each head.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    outputs: dict[str, Tensor] | None = None
+
+
+class VLMForPrediction(PreTrainedModel):
+    """Heads on the hidden states of a vision-language model at a prompt.
+
+    Args:
+        config: body and heads.
+        body: a loaded vision-language model; None builds one from `config.body_config`.
+    """
+
+    config_class = VLMPredictionConfig
+    base_model_prefix = "vlm_prediction"
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers declares it
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["heads"]  # noqa: RUF012 - as transformers declares it; thresholds are for these
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: VLMPredictionConfig, body: Any = None):
+        super().__init__(config)
+        if body is None:
+            config.body_config.name_or_path = config.name_or_path  # where code that travels with a body lies
+        self.body = built_body(config.body_config) if body is None else body
+        config.body_config = self.body.config
+        width = config.get_text_config().hidden_size
+        for one in config.settings:
+            self._add_travelled_head(one)
+        self.heads = nn.ModuleDict({one.name: built_head(one, width) for one in config.settings})
+        self.post_init()
+
+    def _add_travelled_head(self, one: HeadSettings) -> None:
+        """Put a head class that travels with the checkpoint in the table, where this code does too."""
+        if one.type not in HEADS and type(self).__module__.startswith("transformers_modules."):
+            reference = self.config.auto_map[f"Head.{one.name}"]
+            HEADS[one.type] = get_class_from_dynamic_module(reference, str(self.config.name_or_path))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The body initialises itself; a head's modules keep PyTorch's own initialisation."""
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The body's."""
+        return self.body.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the body other ones."""
+        self.body.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The body's vocabulary head."""
+        return self.body.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the body another one."""
+        self.body.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        """The body's language model without its vocabulary head."""
+        return self.body.get_decoder()
+
+    def train(self, mode: bool = True) -> "VLMForPrediction":
+        """As usual, but a body of which nothing trains stays in evaluation mode."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.body.parameters()):
+            self.body.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | Mapping[str, Tensor] | None = None,
+        groups: Tensor | None = None,
+        text_labels: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        **inputs,
+    ) -> VLMPredictionOutput:
+        """One pass of the model; vocabulary logits are computed for supervised positions of replies alone.
+
+        Args:
+            input_ids: `(B, T)`: prompts that wait for an answer, with `config.suffix` behind them.
+            attention_mask: `(B, T)`, 0 at padding.
+            labels: head -> `(B, C)` for `multilabel`, else `(B, 1)` or `(B,)`: the number of the label, or the number
+                itself; NaN where a row has none. A tensor is the first head's.
+            groups: `(B,)`: rows that `pairwise` compares.
+            text_labels: `(B, T)`: what the body learns to write, -100 elsewhere.
+            prompt_mask: `(B, T)`: 1 at tokens of the prompt where a reply stands behind it.
+            features: in place of everything that the body reads: head -> what `features` gave; with `attention_mask`
+                where a head needs every token.
+            inputs: what else the body reads, such as `pixel_values`.
+
+        Raises:
+            ValueError: arguments that belong together are not all there, a head is not known, or a row has nothing
+                that a head reads.
+        """
+        if text_labels is not None and prompt_mask is None:
+            raise ValueError("give prompt_mask with text_labels: heads do not read the replies that they are to foresee")
+        loss = None
+        if features is None:
+            if input_ids is None:
+                raise ValueError("give input_ids, or features")
+            real = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+            states, replies = self._states(input_ids, real, text_labels, inputs)
+            prompt = (real if prompt_mask is None else prompt_mask).bool()
+            features = self._read(states, input_ids, prompt)
+            if text_labels is not None:
+                loss = self.config.generation_weight * replies
+        else:
+            prompt = None if attention_mask is None else attention_mask.bool()
+        outputs = {name: head(features[name], prompt) for name, head in self.heads.items()}
+        if labels is not None:
+            found = self._loss(outputs, labels, groups)
+            loss = found if loss is None else loss + found
+        return VLMPredictionOutput(loss=loss, logits=next(iter(outputs.values())), outputs=outputs)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> dict[str, Tensor]:
+        """What the heads read of prompts, for `forward`: head -> `(B, D)`, or `(B, T, D)` where every token counts."""
+        states, _ = self._states(input_ids, attention_mask, None, inputs)
+        return self._read(states, input_ids, attention_mask.bool())
+
+    def _read(self, states: dict[int | None, Tensor], input_ids: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+        """What each head reads of hidden states."""
+        media = torch.isin(input_ids, input_ids.new_tensor(self.config.media_token_ids)) & prompt
+        found = {}
+        for one in self.config.settings:
+            wanted = prompt & (input_ids == (-1 if one.token_id is None else one.token_id))
+            head: Any = self.heads[one.name]
+            found[one.name] = head.features(states[one.layer], Marks(prompt, media, wanted))
+        return found
+
+    def _states(
+        self, input_ids: Tensor, attention_mask: Tensor, text_labels: Tensor | None, inputs: dict[str, Any]
+    ) -> tuple[dict[int | None, Tensor], Tensor | None]:
+        """The hidden states that heads read, by layer: each `(B, T, D)`; and the loss of replies, where there are."""
+        layers = {one.layer for one in self.config.settings}
+        inputs = {**inputs, "input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if isinstance(self.config.body_config, VLMConfig):
+            inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        grows = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.body.parameters())
+        with torch.set_grad_enabled(grows):
+            if text_labels is None:
+                output = decoded(self.body, **inputs, output_hidden_states=layers != {None})
+                last, loss = output.last_hidden_state, None
+            else:
+                targets = F.pad(text_labels, (0, 1), value=IGNORED)[:, 1:]  # (B, T): what each position predicts
+                keep = targets != IGNORED
+                output = self.body(**inputs, logits_to_keep=keep, output_hidden_states=True)
+                last, loss = output.hidden_states[-1], supervised_loss(output.logits, targets[keep], None)
+        return {layer: last if layer is None else output.hidden_states[layer] for layer in layers}, loss
+
+    def _loss(self, outputs: dict[str, Tensor], labels: Any, groups: Tensor | None) -> Tensor:
+        """The weighted sum of the heads' losses."""
+        named = labels if isinstance(labels, Mapping) else {self.config.settings[0].name: labels}
+        if not named or named.keys() - self.heads.keys():
+            raise ValueError(f"labels of {', '.join(named) or 'no head'}: the heads are {', '.join(self.heads.keys())}")
+        total = []
+        for one in self.config.settings:
+            if one.name in named:
+                losses = head_loss(
+                    one.task, one.loss, (outputs[one.name] - one.shift) / one.scale,
+                    (named[one.name].float() - one.shift) / one.scale, groups=groups, weights=one.class_weights,
+                    smoothing=one.label_smoothing, options=one.loss_options,
+                )  # fmt: skip
+                total.append(one.weight * losses)
+        return torch.stack(total).sum()
+
+    @torch.no_grad()
+    def predict(self, **inputs) -> dict[str, dict[str, Any]]:
+        """What the heads say of prompts, by the temperature and threshold that were chosen in training.
+
+        Args:
+            inputs: as `forward`.
+
+        Returns:
+            Head -> `scores` `(B, C)` (probabilities of labels) or `(B,)` (numbers), and `predictions`: for each row a
+            label, the labels that hold of `multilabel`, or the number.
+        """
+        outputs = self(**inputs).outputs
+        return {one.name: decision(one, outputs[one.name]) for one in self.config.settings}
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As usual; the files of connector and head classes of the user's own travel with the hub code."""
+        self.save_own_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_own_code(self, save_directory) -> None:
+        """Copy the files of classes of the user's own, if there are any, and note them in the configuration."""
+        if isinstance(self.body, VLMForConditionalGeneration):
+            self.body.save_connector_code(save_directory)
+        for number, one in enumerate(self.config.settings):
+            head: Any = self.heads[one.name]
+            source = sys.modules[type(head.layers).__module__].__file__
+            if ":" in one.type and source is not None:  # package.module:Class, not a name of the table
+                copy = Path(save_directory, f"user_head_{number}.py")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if copy.resolve() != Path(source).resolve():
+                    copyfile(source, copy)
+                self.config.auto_map[f"Head.{one.name}"] = f"{copy.stem}.{type(head.layers).__name__}"
+
+
+def built_body(config: PreTrainedConfig) -> Any:
+    """A vision-language model of a configuration, without weights."""
+    if isinstance(config, VLMConfig):
+        return VLMForConditionalGeneration(config)
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    return (AutoModelForImageTextToText if known else AutoModelForCausalLM).from_config(config)
+
+
+def built_head(one: HeadSettings, width: int) -> PredictionHead:
+    """A head with fresh weights."""
+    return PredictionHead(
+        width, task=one.task, num_labels=len(one.labels), pooling=one.pooling, type=one.type, options=one.options,
+        shift=one.shift, scale=one.scale,
+    )  # fmt: skip
+
+
+def decoded(body: Any, **inputs) -> Any:
+    """A body's language model over text and pictures, without its vocabulary head: has `last_hidden_state`."""
+    if isinstance(body, VLMForConditionalGeneration):
+        return body.decode(**inputs)
+    return body.base_model(**inputs)
+
+
+def decision(one: HeadSettings, outputs: Tensor) -> dict[str, Any]:
+    """What a head's numbers `(B, K)` mean: see `VLMForPrediction.predict`."""
+    if one.task not in CLASSIFYING:
+        return {"scores": outputs[:, 0], "predictions": outputs[:, 0].tolist()}
+    chances = probabilities(one.task, outputs, one.temperature)
+    chosen = decide(one.task, chances, one.threshold)
+    if one.task == "multilabel":
+        rows = [[label for label, holds in zip(one.labels, row, strict=True) if holds] for row in chosen.tolist()]
+        return {"scores": chances, "predictions": rows}
+    return {"scores": chances, "predictions": [one.labels[number] for number in chosen.tolist()]}

@@ -1,0 +1,91 @@
+"""Which hidden states of a prompt a prediction head reads.
+
+Hub code: imports torch and its siblings only. To add a pooling, add a row to `POOLINGS` and what it needs to `pooled`.
+
+Shapes: B rows, T tokens a row, D width of the language model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the tokens of a batch are; each `(B, T)`, boolean.
+
+    Attributes:
+        real: tokens of the prompt: neither padding nor an answer behind it.
+        media: those of them that stand for features of pictures or videos.
+        wanted: those of them that a head asked for by their id.
+    """
+
+    real: Tensor
+    media: Tensor
+    wanted: Tensor
+
+
+EACH_TOKEN = ("attention", "alltoken")
+"""Poolings that need every token's hidden state, since what they learn comes before the mean."""
+
+AT_TOKEN = ("token", "query")
+"""Poolings that read at a token: one of the user's choice, or one of their own that stands behind the prompt."""
+
+POOLINGS: dict[str, str] = {
+    "last": "the last token",
+    "mean": "the mean over all tokens",
+    "image": "the mean over the tokens of pictures",
+    "text": "the mean over all other tokens",
+    "attention": "a mean whose weights are learned",
+    "query": "a learned token behind the prompt",
+    "token": "the mean over those with a given id",
+    "first": "the first token, which a causal model lets see nothing else: for comparison with earlier work",
+    "alltoken": "the head answers at every token, and its answers are averaged: for comparison with earlier work",
+}
+"""Pooling -> what it reads."""
+
+
+def pooled(pooling: str, hidden: Tensor, marks: Marks) -> Tensor:
+    """What a pooling reads before any weights of its own, in float32.
+
+    Returns:
+        `(B, D)`; of those that need every token's hidden state `(B, T, D)`, all of them.
+
+    Raises:
+        ValueError: a row has no such token.
+    """
+    if pooling in EACH_TOKEN:
+        _need(marks.real, pooling)
+        return hidden.float()
+    if pooling in ("last", "first"):
+        order = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+        _need(marks.real, pooling)
+        place = (marks.real * (order if pooling == "last" else order.flip(0))).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), place].float()
+    chosen = {
+        "mean": marks.real, "image": marks.media, "text": marks.real & ~marks.media,
+        "token": marks.wanted, "query": marks.wanted,
+    }[pooling]  # fmt: skip
+    _need(chosen, pooling)
+    return masked_mean(hidden.float(), chosen)
+
+
+def masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean over the chosen tokens of each row: `(B, T, D), (B, T) -> (B, D)`; 0 where none is chosen."""
+    total = values.masked_fill(~chosen.unsqueeze(-1), 0).sum(dim=1)  # whatever stands at the others, NaN too
+    return total / chosen.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _need(chosen: Tensor, pooling: str) -> None:
+    """Raise ValueError where a row has nothing to read."""
+    if torch.compiler.is_compiling() or bool(chosen.any(dim=1).all()):
+        return
+    row = int((~chosen.any(dim=1)).nonzero()[0])
+    hints = {
+        "image": "it shows no picture; choose another pooling for records of text only",
+        "text": "it is nothing but pictures",
+        "query": "the token of the head's query is missing behind its prompt (config.suffix)",
+        "token": "the token that the head reads at (model.head.token) is not in its prompt",
+    }
+    raise ValueError(f"pooling={pooling}: row {row} has no token to read: {hints.get(pooling, 'it is empty')}")

@@ -1,0 +1,336 @@
+"""What heads read of a frozen body, computed once and kept on disk: further epochs and other heads cost seconds.
+
+A file is named by everything that its content depends on: the records and how they become tokens, their pictures, every
+weight of the body, what is read of it, and the code and precision that compute it. It is read through memory maps.
+"""
+
+import hashlib
+import importlib.metadata
+import inspect
+import logging
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import TrainingArguments
+
+from vlm.data.cache import digest_of
+from vlm.data.collate import SKIPPED
+from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.labelled import HeadCollator, HeadDataset
+from vlm.data.processes import num_cores
+from vlm.models import VLMForPrediction
+from vlm.models.configuration_prediction import HeadSettings
+from vlm.models.poolings import EACH_TOKEN
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of hidden states.
+
+    Attributes:
+        pooling: a pooling without weights of its own, or `tokens`: all of them.
+        layer: index into `hidden_states`; None: the last.
+        token_id: the token at which it reads, if it reads at one.
+    """
+
+    pooling: str
+    layer: int | None
+    token_id: int | None
+
+    @classmethod
+    def of(cls, head: HeadSettings) -> "Reading":
+        """What a head reads."""
+        pooling = "tokens" if head.pooling in EACH_TOKEN else head.pooling
+        return cls(pooling, head.layer, head.token_id)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What heads read of each record of a dataset.
+
+    Attributes:
+        places: `(source, record)` -> row.
+        rows: reading -> `(records, D)`, or `(all tokens, D)` where every token is read.
+        starts: `(records + 1,)`: where the tokens of each record begin.
+        absent: rows of records that turned out to be unusable.
+    """
+
+    places: dict[tuple[int, int], int]
+    rows: dict[Reading, np.ndarray]
+    starts: np.ndarray
+    absent: frozenset[int]
+
+    def of(self, reading: Reading, row: int) -> np.ndarray:
+        """What is read of a record: `(D,)`, or `(T, D)`."""
+        if reading.pooling == "tokens":
+            return self.rows[reading][self.starts[row] : self.starts[row + 1]]
+        return self.rows[reading][row]
+
+
+class FeatureDataset(Dataset[Any]):
+    """A `HeadDataset` whose pictures and prompts have been read already.
+
+    Args:
+        dataset: the samples.
+        features: of all of them.
+        heads: the model's.
+    """
+
+    def __init__(self, dataset: HeadDataset, features: Features, heads: Sequence[HeadSettings]):
+        rows = np.array([features.places[source, record] for source, record in dataset.dataset.places.tolist()])
+        usable = np.flatnonzero(~np.isin(rows, list(features.absent)))
+        self.samples = dataset if len(usable) == len(rows) else dataset.subset(usable)
+        self.features, self.rows = features, rows[usable]
+        self.readings = {head.name: Reading.of(head) for head in heads}
+        self.targets = {head.name: self.samples.targets(head.name).astype(np.float32) for head in heads}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`features` of each head, its `targets`, and the `group`."""
+        row = int(self.rows[index])
+        return {
+            "features": {name: self.features.of(reading, row) for name, reading in self.readings.items()},
+            "targets": {name: values[index] for name, values in self.targets.items()},
+            "group": int(self.samples.group_numbers[index]),
+        }
+
+
+def lay_out(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of `FeatureDataset` items; `attention_mask` says which tokens are real where every token is read."""
+    batch: dict[str, Any] = {"features": {}}
+    for name, first in items[0]["features"].items():
+        found = [np.asarray(item["features"][name], dtype=np.float32) for item in items]
+        if first.ndim == 2:
+            longest = max(map(len, found))
+            mask = np.stack([np.arange(longest) < len(one) for one in found])
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+            found = [np.pad(one, ((0, longest - len(one)), (0, 0))) for one in found]
+        batch["features"][name] = torch.from_numpy(np.stack(found))
+    names = items[0]["targets"]
+    batch["targets"] = {name: torch.from_numpy(np.stack([item["targets"][name] for item in items])) for name in names}
+    batch["groups"] = torch.tensor([item["group"] for item in items])
+    return batch
+
+
+def computed(
+    model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments, cache: Path
+) -> tuple[Features, list[Skipped]]:
+    """What the model's heads read of a dataset: found in the cache, or computed now by all ranks.
+
+    Returns:
+        It, and the records that turned out to be unusable now.
+    """
+    samples = dataset.dataset
+    places, first = np.unique(samples.places, axis=0, return_index=True)
+    lengths = samples.lengths[first].astype(np.int64)
+    readings = list(dict.fromkeys(map(Reading.of, model.config.settings)))
+    name = digest_of(records_digest(samples, first), body_digest(model), str(model.dtype), code_digest(), args.bf16)
+    folder = cache / "features" / name
+    missing = [reading for reading in readings if not file_of(folder, reading).is_file()]
+    starts = np.concatenate([[0], lengths.cumsum()])
+    skipped: list[Skipped] = []
+    if missing:
+        skipped = Computation(model, dataset, collate, args, folder, missing)(first, starts)
+    else:
+        log.info("What the heads read of %s records is in the cache: %s", f"{len(first):,}", folder)
+    rows = {reading: np.load(file_of(folder, reading), mmap_mode="r") for reading in readings}
+    absent = np.load(folder / "absent.npy").tolist()
+    return Features(
+        {(s, r): row for row, (s, r) in enumerate(places.tolist())}, rows, starts, frozenset(absent)
+    ), skipped
+
+
+def file_of(folder: Path, reading: Reading) -> Path:
+    """Where a reading is kept."""
+    return folder / f"{digest_of(reading.pooling, reading.layer, reading.token_id)}.npy"
+
+
+class Computation:
+    """One pass of the body over a dataset, of which each rank does a share.
+
+    Args:
+        model: the model, whose body is frozen.
+        dataset: the samples.
+        collate: lays them out.
+        args: batch size, workers, devices, precision.
+        folder: where it is kept, the same for all ranks.
+        readings: what is computed.
+    """
+
+    def __init__(
+        self, model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments,
+        folder: Path, readings: Sequence[Reading],
+    ):  # fmt: skip
+        self.model, self.dataset, self.collate, self.args = model, dataset, collate, args
+        self.folder, self.readings = folder, readings
+        named = {Reading.of(head): head.name for head in model.config.settings}
+        self.heads = {reading: named[reading] for reading in readings}
+
+    def __call__(self, first: np.ndarray, starts: np.ndarray) -> list[Skipped]:
+        """Compute the rows of the samples at places `first`, of which the tokens begin at `starts`."""
+        files = {reading: self._partial(reading) for reading in self.readings}
+        if self.args.process_index == 0:
+            self._create(files, len(first), int(starts[-1]))
+        _wait()
+        opened = {reading: np.load(file, mmap_mode="r+") for reading, file in files.items()}
+        skipped = self._fill(opened, first, starts)
+        for one in opened.values():
+            one.flush()
+        every: list[Any] = [(None, None)] * self.args.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(every, skipped)
+        else:
+            every = [skipped]
+        found = {row: one for part in every for row, one in part.items()}
+        if self.args.process_index == 0:
+            np.save(self.folder / "absent.npy", np.array(sorted(found), dtype=np.int64))
+            for reading, file in files.items():
+                file.replace(file_of(self.folder, reading))
+        _wait()
+        return [found[row] for row in sorted(found)]
+
+    def _partial(self, reading: Reading) -> Path:
+        """Where a reading is written before it is whole; no other run writes there."""
+        told = [digest_of(str(self.args.output_dir), id(self.args))]
+        if dist.is_initialized():
+            dist.broadcast_object_list(told)
+        return file_of(self.folder, reading).with_suffix(f".{told[0]}.npy")
+
+    def _create(self, files: dict[Reading, Path], records: int, tokens: int) -> None:
+        """Empty files of their final size.
+
+        Raises:
+            ValueError: the disk has no room for them.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        width = self.model.config.get_text_config().hidden_size
+        sizes = {reading: tokens if reading.pooling == "tokens" else records for reading in files}
+        needed, free = 4 * width * sum(sizes.values()), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"{self.folder}: {needed / 2**30:.1f} GiB are needed for what the heads read, and {free / 2**30:.1f} "
+                "are free. Set dataset.cache_dir to another disk, choose a pooling that keeps one state a record, or "
+                "dataset.cache_features=false"
+            )
+        for reading, file in files.items():
+            np.lib.format.open_memmap(file, "w+", np.float32, (sizes[reading], width)).flush()
+
+    def _fill(self, files: dict[Reading, np.ndarray], first: np.ndarray, starts: np.ndarray) -> dict[int, Skipped]:
+        """This rank's share: every so many batches of records of like length."""
+        args = self.args
+        order = np.argsort(-np.diff(starts), kind="stable")
+        size = args.per_device_eval_batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = batches[args.process_index :: args.world_size]
+        loader = DataLoader(
+            _Numbered(self.dataset, first), batch_sampler=[batch.tolist() for batch in batches],
+            collate_fn=self._numbered, num_workers=args.dataloader_num_workers,
+        )  # fmt: skip
+        self.model.to(args.device).eval()  # pyright: ignore[reportArgumentType] - as PyTorch declares it
+        skipped: dict[int, Skipped] = {}
+        bar = tqdm(loader, "reading prompts and pictures", disable=args.disable_tqdm or args.process_index != 0)
+        for rows, left_out, batch in bar:
+            skipped |= left_out
+            if rows:
+                self._write(files, rows, starts, self._read(batch), batch["attention_mask"])
+        return skipped
+
+    @torch.no_grad()
+    def _read(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the heads read of a batch."""
+        inputs = {name: value.to(self.args.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = self.dataset.processor.normalise(inputs["pixel_values"])
+        inputs.pop("groups")
+        half = torch.bfloat16 if self.args.bf16 else torch.float16
+        with torch.autocast(self.args.device.type, half, enabled=self.args.bf16 or self.args.fp16):
+            return self.model.features(**inputs)
+
+    def _write(
+        self, files: dict[Reading, np.ndarray], rows: list[int], starts: np.ndarray, found: dict[str, Tensor],
+        mask: Tensor,
+    ) -> None:  # fmt: skip
+        """Put what was read of a batch in its places."""
+        for reading, file in files.items():
+            values = found[self.heads[reading]].float().cpu().numpy()
+            if reading.pooling != "tokens":
+                file[rows] = values
+                continue
+            for row, tokens, real in zip(rows, values, mask.bool().numpy(), strict=True):
+                file[starts[row] : starts[row + 1]] = tokens[real]
+
+    def _numbered(self, items: list[tuple[int, Any]]) -> tuple[list[int], dict[int, Skipped], dict[str, Any]]:
+        """A batch with the rows that it fills, and what was left out of it."""
+        rows = [row for row, item in items if not isinstance(item, Skipped)]
+        left_out = {row: item for row, item in items if isinstance(item, Skipped)}
+        batch = self.collate([item for _, item in items])
+        batch.pop(SKIPPED, None)
+        return rows, left_out, batch
+
+
+class _Numbered(Dataset[Any]):
+    """Samples at some places, each with its number."""
+
+    def __init__(self, dataset: HeadDataset, places: np.ndarray):
+        self.dataset, self.places = dataset, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, row: int) -> tuple[int, Any]:
+        return row, self.dataset[int(self.places[row])]
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
+    """A name for the records at these places, how they become tokens, and their picture files as they are now."""
+    files = hashlib.sha256()
+    for index in first.tolist():
+        for one in samples.sample(index).media:
+            if one.path is not None and one.path.is_file():
+                facts = one.path.stat()
+                files.update(f"{one.path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    sources = [source.fingerprint for source in samples.sources]
+    processor = samples.processor
+    return digest_of(
+        sources, hashlib.sha256(samples.places[first].tobytes()).hexdigest(), files.hexdigest(), processor.to_dict()
+    )
+
+
+def body_digest(model: VLMForPrediction) -> str:
+    """A name for every number of a model's body, whatever device they are on."""
+    state = model.body.state_dict()
+
+    def digest(name: str) -> str:
+        tensor = state[name].detach().cpu().contiguous()
+        content = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.blake2b(content).hexdigest()}"
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        return digest_of(list(pool.map(digest, sorted(state))), model.config.body_config.to_diff_dict())
+
+
+def code_digest() -> str:
+    """A name for the code that computes hidden states."""
+    folder = Path(inspect.getfile(VLMForPrediction)).parent
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py"))))
+    versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
+    return digest_of(code.hexdigest(), versions, inspect.getsource(Computation))

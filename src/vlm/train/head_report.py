@@ -1,0 +1,67 @@
+"""What a run with prediction heads says at its end: measures with intervals, beside what no head would get; plots."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vlm.inference.calibration import Calibration
+from vlm.inference.score_plots import draw_scores
+from vlm.inference.scores import as_json, as_table, baseline, confusion, scores
+from vlm.models.configuration_prediction import HeadSettings
+from vlm.train.head_trainer import Said
+from vlm.train.run_directory import write_json
+
+log = logging.getLogger(__name__)
+
+CHOSEN_HERE = "temperature and threshold were chosen on these records, which flatters what depends on them"
+
+
+def report(
+    folder: Path, heads: Sequence[HeadSettings], train_targets: Mapping[str, np.ndarray], evaluated: Mapping[str, Said],
+    tested: Mapping[str, Said] | None, *, out_of_folds: bool,
+) -> None:  # fmt: skip
+    """Write `scores.json` and the plots in `scores/`, and print the tables.
+
+    Args:
+        folder: the run directory.
+        heads: the model's, as they were settled.
+        train_targets: head -> `(N, width)`, what the records said that trained.
+        evaluated: what they say of the records that temperature and threshold were chosen by.
+        tested: what they say of records that nothing was chosen by.
+        out_of_folds: whether `evaluated` was said by heads of folds.
+    """
+    sets = {"folds" if out_of_folds else "evaluation": evaluated, **({} if tested is None else {"test": tested})}
+    found: dict[str, dict] = {}
+    for name, said in sets.items():
+        for one in heads:
+            where = folder / "scores" / name / ("" if len(heads) == 1 else one.name)
+            where.mkdir(parents=True, exist_ok=True)
+            note = "nothing was chosen by these records" if name == "test" else CHOSEN_HERE
+            found.setdefault(name, {})[one.name] = _measured(one, train_targets[one.name], said[one.name], where, note)
+    write_json(folder / "scores.json", found)
+
+
+def _measured(one: HeadSettings, train_targets: np.ndarray, said: Said, where: Path, note: str) -> dict:
+    """The measures of one head on one set of records, printed, drawn, and as JSON."""
+    chosen = Calibration(one.temperature, one.threshold)
+    known = train_targets[~np.isnan(train_targets).any(axis=1)]
+    known = known if one.task == "multilabel" else known[:, 0]
+    measured = scores(one.task, said.outputs, said.targets, chosen, groups=said.compared)
+    plain = baseline(one.task, known, said.targets, num_labels=len(one.labels))
+    draw_scores(
+        one.task, said.outputs, said.targets, chosen, [str(label) for label in one.labels], where, groups=said.compared
+    )
+    counts = confusion(one.task, said.outputs, said.targets, chosen, len(one.labels))
+    title = f"{where.name}: {one.name} ({one.task}), {len(said.targets):,} records; {note}"
+    log.info("%s\n\n%s\n\nPlots: %s\n", title, as_table(measured, plain), where)
+    return {
+        "records": len(said.targets),
+        "note": note,
+        "temperature": one.temperature,
+        "threshold": one.threshold,
+        "scores": as_json(measured),
+        "baseline": as_json(plain),
+        "confusion": None if counts is None else counts.tolist(),
+    }

@@ -1,0 +1,233 @@
+"""Prediction heads: what holds for all of them, poolings with weights of their own, and cut points."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vlm.models.head_tasks import TASKS, probabilities
+from vlm.models.heads import HEADS, Cuts, LinearHead, MLPHead, PredictionHead, head_class, mean_answer
+from vlm.models.poolings import EACH_TOKEN, POOLINGS, Marks
+
+WIDTH, ROWS, TOKENS = 8, 3, 5
+LABELS = {"binary": 2, "multiclass": 4, "multilabel": 4, "regression": 0, "ordinal": 4, "pairwise": 0}
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "linear": [{}, {"input_norm": False}, {"dropout": 0.5}],
+    "mlp": [{}, {"hidden_dim": 3}, {"num_layers": 4}, {"input_norm": False, "dropout": 0.5}],
+}
+
+
+def head(task: str = "binary", pooling: str = "last", **more: Any) -> PredictionHead:
+    return PredictionHead(WIDTH, task=task, num_labels=LABELS[task], pooling=pooling, **more)
+
+
+def marks() -> Marks:
+    """Rows of 5, 3 and 2 tokens, padded on the left."""
+    real = torch.arange(TOKENS)[None] >= torch.tensor([0, 2, 3])[:, None]
+    chosen = real & (torch.arange(TOKENS) >= 3)
+    media = real & (torch.arange(TOKENS) == 4)
+    return Marks(real, media, chosen)
+
+
+def test_every_head_is_tested():
+    assert set(OPTIONS) == set(HEADS)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(kind, one) for kind, many in OPTIONS.items() for one in many])
+def test_a_head_maps_whatever_stands_before_the_width(kind: str, options: dict[str, Any]):
+    layers = HEADS[kind](WIDTH, 3, **options).eval()
+    features = torch.randn(2, TOKENS, WIDTH)
+    found = layers(features)
+    assert found.shape == (2, TOKENS, 3)
+    assert torch.allclose(layers(features[:, 0]), found[:, 0], atol=1e-6)
+    found.square().sum().backward()
+    for name, parameter in layers.named_parameters():
+        assert isinstance(parameter.grad, Tensor), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_options_of_every_head(kind: str):
+    features = 100 * torch.randn(6, WIDTH) + 5
+    plain = HEADS[kind](WIDTH, 2).eval()
+    assert torch.allclose(plain(features), plain(3 * features), atol=1e-4)  # features are normalised
+    raw = HEADS[kind](WIDTH, 2, input_norm=False).eval()
+    assert not torch.allclose(raw(features), raw(3 * features), atol=1e-2)
+    dropping = HEADS[kind](WIDTH, 2, dropout=0.5)
+    assert not torch.equal(dropping(features), dropping(features))
+    assert torch.equal(dropping.eval()(features), dropping(features))
+    assert not [name for name, _ in plain.named_parameters() if "norm" in name]
+
+
+def test_layers_of_an_mlp():
+    widths = [tuple(one.weight.shape) for one in MLPHead(8, 2, hidden_dim=5, num_layers=3).layers
+              if isinstance(one, nn.Linear)]  # fmt: skip
+    assert widths == [(5, 8), (5, 5), (2, 5)]
+    assert isinstance(MLPHead(8, 2).layers[-1], nn.Linear)
+    with pytest.raises(ValueError, match=r"num_layers=1: at least 2"):
+        MLPHead(8, 2, num_layers=1)
+
+
+def test_a_linear_head_is_a_linear_map_of_normalised_features():
+    layers = LinearHead(WIDTH, 2)
+    features = torch.randn(4, WIDTH)
+    normal = (features - features.mean(1, keepdim=True)) / (features.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(layers(features), normal @ layers.linear.weight.T + layers.linear.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_answers_every_task_from_every_pooling(task: str, pooling: str, kind: str):
+    """Shapes; every parameter gets a gradient; the hidden states do too."""
+    model = head(task, pooling, type=kind)
+    hidden = torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)
+    read = model.features(hidden, marks())
+    assert read.shape == ((ROWS, TOKENS, WIDTH) if pooling in EACH_TOKEN else (ROWS, WIDTH))
+    found = model(read, marks().real)
+    assert found.shape == (ROWS, TASKS[task](LABELS[task]))
+    (found * torch.randn_like(found)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter.grad, Tensor), name
+        assert parameter.grad.abs().sum() > 0, name
+    assert isinstance(hidden.grad, Tensor)
+    assert hidden.grad.abs().sum() > 0
+    assert (hidden.grad[~marks().real] == 0).all()
+
+
+@pytest.mark.parametrize("pooling", ["last", *EACH_TOKEN])
+@pytest.mark.parametrize("task", ["ordinal", "regression", "multiclass"])
+def test_numbers_are_in_single_precision(task: str, pooling: str):
+    """With half-precision weights, and under autocast, which the head itself does not run in."""
+    model, hidden = head(task, pooling), torch.randn(ROWS, TOKENS, WIDTH)
+    wanted = model(model.features(hidden, marks()), marks().real)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(model.features(hidden, marks()), marks().real), wanted)
+    model.bfloat16()
+    found = model(model.features(hidden.bfloat16(), marks()), marks().real)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, wanted, atol=0.05)
+
+
+def test_a_regression_is_in_units_of_its_labels():
+    plain, scaled = (head("regression", pooling="alltoken", **more) for more in ({}, {"shift": 40.0, "scale": 10.0}))
+    scaled.load_state_dict(plain.state_dict())
+    features = torch.randn(ROWS, TOKENS, WIDTH)
+    found = scaled(features, marks().real)
+    assert torch.allclose(found, 40 + 10 * plain(features, marks().real))
+    assert torch.equal(head("pairwise", shift=40.0).eval()(torch.zeros(1, WIDTH)).abs() < 1, torch.tensor([[True]]))
+
+
+# Poolings with weights of their own
+
+
+@pytest.mark.parametrize("pooling", EACH_TOKEN)
+@pytest.mark.parametrize("task", TASKS)
+def test_padding_says_nothing(pooling: str, task: str):
+    """Not even NaN, and its gradients stay finite; nor does it matter how much of it there is."""
+    model, real = head(task, pooling), marks().real
+    features = torch.randn(ROWS, TOKENS, WIDTH)
+    found = model(features.masked_fill(~real.unsqueeze(-1), torch.nan), real)
+    assert torch.equal(found, model(features, real))
+    found.sum().backward()
+    assert all(torch.isfinite(one.grad).all() for one in model.parameters() if one.grad is not None)
+    for row, length in enumerate((5, 3, 2)):
+        alone = model(features[row : row + 1, -length:], torch.ones(1, length, dtype=torch.bool))
+        assert torch.allclose(alone.diff(dim=1), found[row : row + 1].diff(dim=1), atol=1e-5)
+        if task != "multiclass":  # whose logits may differ by what all have alike
+            assert torch.allclose(alone, found[row : row + 1], atol=1e-5)
+
+
+def test_attention_is_a_mean_with_learned_weights():
+    model, real = head("pairwise", "attention"), marks().real
+    features = torch.randn(ROWS, TOKENS, WIDTH)
+    assert model.attention is not None
+    for row in range(ROWS):
+        seen = features[row, real[row]]
+        normal = (seen - seen.mean(1, keepdim=True)) / seen.std(1, correction=0, keepdim=True)
+        weights = torch.softmax((normal @ model.attention.weight.T)[:, 0], dim=0)
+        wanted = model.layers((weights[:, None] * seen).sum(dim=0))
+        assert torch.allclose(model(features, real)[row], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", EACH_TOKEN)
+def test_features_of_every_token_need_their_mask(pooling: str):
+    with pytest.raises(ValueError, match=f"pooling={pooling} reads every token: give attention_mask with features"):
+        head("binary", pooling)(torch.randn(ROWS, TOKENS, WIDTH))
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel", "ordinal", "multiclass"])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_a_mean_answer_has_the_log_odds_of_the_mean_probability(task: str, scale: float):
+    numbers, real = TASKS[task](LABELS[task]), marks().real
+    outputs = (scale * torch.randn(ROWS, TOKENS, numbers)).sort(dim=2, descending=True).values
+    found = probabilities(task, mean_answer(task, outputs, real).double())
+    for row in range(ROWS):
+        chances = probabilities(task, outputs[row, real[row]].double()).mean(dim=0)
+        assert torch.allclose(found[row], chances, rtol=1e-5, atol=1e-9)
+        if task != "multiclass":
+            above = outputs[row, real[row]].double().sigmoid().mean(dim=0)
+            naive = above.log() - (1 - above).log()
+            assert torch.allclose(mean_answer(task, outputs, real)[row].double(), naive, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("value", [1e4, -1e4])
+def test_extreme_numbers_stay_finite(task: str, value: float):
+    outputs = torch.full((ROWS, TOKENS, TASKS[task](LABELS[task])), value)
+    outputs[:, -1, 0] = -value
+    outputs.requires_grad_()
+    found = mean_answer(task, outputs, marks().real)
+    assert torch.isfinite(found).all()
+    found.sum().backward()
+    assert isinstance(outputs.grad, Tensor)
+    assert torch.isfinite(outputs.grad).all()
+
+
+# Cut points
+
+
+@pytest.mark.parametrize("number", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cut_points_ascend(number: int, dtype: torch.dtype):
+    cuts = Cuts(number)
+    at_first = -cuts(torch.zeros(1))
+    assert torch.allclose(at_first, torch.arange(number) - (number - 1) / 2)
+    for _ in range(20):
+        nn.init.normal_(cuts.first, std=100)
+        if number > 1:
+            nn.init.normal_(cuts.steps, std=3)
+        found = cuts.to(dtype)(torch.tensor([[0.0], [2.5]]))
+        assert found.shape == (2, number)
+        assert found.dtype == torch.float32
+        assert (found.diff(dim=1) < 0).all()
+        assert torch.allclose(found[1] - found[0], torch.tensor(2.5), atol=1e-4)
+        cuts = cuts.float()
+
+
+def test_an_ordinal_head_has_one_score_for_all_cut_points():
+    model = head("ordinal")
+    found = model(torch.randn(6, WIDTH))
+    assert torch.allclose(found.diff(dim=1), found.diff(dim=1)[:1].expand(6, -1), atol=1e-5)
+    assert (probabilities("ordinal", found) >= 0).all()
+
+
+# Names
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(ValueError, match=r"model\.head\.type=conv: allowed are linear, mlp, .*trust_remote_code"):
+        head_class("conv")
+    with pytest.raises(TypeError, match="depth"):
+        head(options={"depth": 3})
+
+
+def test_a_head_that_gives_another_count_of_numbers_is_refused(monkeypatch: pytest.MonkeyPatch):
+    class Deaf(LinearHead):
+        def __init__(self, width: int, num_outputs: int):
+            super().__init__(width, num_outputs + 1)
+
+    monkeypatch.setitem(HEADS, "mine:Deaf", Deaf)
+    with pytest.raises(ValueError, match=r"model\.head\.type=mine:Deaf gives 2 numbers; .* asked for 1"):
+        head("regression", type="mine:Deaf")(torch.randn(1, WIDTH))
