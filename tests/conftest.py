@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ from transformers import (
 
 from tests.tiny_parts import Parts
 from vlm.__main__ import opened
+from vlm.config.check import check
 from vlm.config.schema import RunConfig
 from vlm.data.encode import template_text
+from vlm.inference import scores
+from vlm.train import head_report
 from vlm.train.run import run
 
 COLOURS = ("red", "blue", "green")
@@ -137,6 +141,68 @@ def brief(world: Path) -> list[str]:
         "inference.max_new_tokens=3",
         "trainer.disable_tqdm=true",
     ]
+
+
+@pytest.fixture(scope="session")
+def labelled(world: Path) -> Path:
+    """Records for prediction heads, `labelled.json` in the folder of `world`: 48 pictures, a label of each kind."""
+    (world / "labelled").mkdir()
+    records = [labelled_record(index, world / "labelled") for index in range(48)]
+    (world / "labelled.json").write_text(json.dumps(records))
+    return world / "labelled.json"
+
+
+def labelled_record(index: int, images: Path) -> dict:
+    """A record of one plain colour, light or dark, with what there is to tell of it."""
+    colour, level = index % 3, index % 4
+    light = 100 + 40 * level + index % 7
+    shade = tuple(light if channel == colour else light // 4 for channel in range(3))
+    Image.new("RGB", (30, 20 + index % 5), shade).save(images / f"{index}.png")
+    name = ("red", "green", "blue")[colour]
+    return {
+        "id": str(index), "image": f"labelled/{index}.png", "prompt": "what is in this picture?", "colour": name,
+        "light": light, "bright": ["no", "yes"][level > 1], "tags": [name, *["bright"] * (level > 1)], "level": level,
+        "set": str(index // 8),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def train_head(common: list[str], labelled: Path) -> Callable[..., Path]:
+    """As `train`, of a run with prediction heads on `labelled`: `train_head(name, column, output_dir, *overrides)`.
+
+    `column` is what the first head learns. Intervals are of few resamples; plots are drawn where `plots` is set.
+    """
+
+    def start(name: str, column: str, output_dir: Path, *overrides: str, plots: bool = False) -> Path:
+        words = [*common, *head_words(labelled, column), f"trainer.output_dir={output_dir}", *overrides]
+        config = config_of(name, words)
+        check(config)
+        with quick_report(plots=plots):
+            return run(config, name, [word.split("=")[0].replace("/", ".") for word in words])
+
+    return start
+
+
+@contextmanager
+def quick_report(*, plots: bool = False) -> Iterator[None]:
+    """Few resamples, and plots only where they are looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        for measure in (scores.scores, scores.baseline):
+            patch.setitem(measure.__kwdefaults__, "num_resamples", 20)
+        if not plots:
+            patch.setattr(head_report, "draw_scores", lambda *given, **named: None)
+        yield
+
+
+def head_words(labelled: Path, column: str) -> list[str]:
+    """Overrides that put a head's run on the tiny world."""
+    return [
+        "model=composed", f"dataset.path={labelled}", f"dataset.image_folder={labelled.parent}",
+        "dataset.format=labelled", f"dataset.options.label_key={column}", "dataset.eval_split=0.25",
+        "trainer.learning_rate.head_learning_rate=2e-2", "trainer.learning_rate.language_model_learning_rate=1e-2",
+        "trainer.num_train_epochs=3", "trainer.eval_strategy=no", "trainer.lr_scheduler_type=constant",
+        "trainer.warmup_steps=0", "trainer.logging_steps=1",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

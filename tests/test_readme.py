@@ -31,6 +31,7 @@ PAGES = (
     "docs/anyres.md",
     "docs/recipes.md",
     "docs/lora.md",
+    "docs/heads.md",
     "docs/checkpoints.md",
 )
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}

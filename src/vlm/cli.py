@@ -166,10 +166,12 @@ def _of_a_run(tool: str, purpose: str) -> argparse.ArgumentParser:
 def _encoder(config: RunConfig, overrides: list[str]) -> Any:
     """What encodes the samples of a run."""
     from vlm.train.data import sample_encoder
+    from vlm.train.head_data import prompt_encoder
     from vlm.train.model import settle_model
 
     model_config, processor = settle_model(config, overrides)
-    return sample_encoder(config, model_config, processor)
+    encoder_of = sample_encoder if config.model.head.task is None else prompt_encoder
+    return encoder_of(config, model_config, processor)
 
 
 def _numbers(text: str) -> list[int]:

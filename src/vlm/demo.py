@@ -1,7 +1,8 @@
 """`make demo`: the main job from nothing, on a CPU and without a network, in a few minutes.
 
-An entry point: generates scenes and small untrained parts, pretrains and finetunes through `python -m vlm`, and shows
-how well the result answers questions about combinations of colour and shape that it has never seen.
+An entry point: generates scenes and small untrained parts, pretrains and finetunes through `python -m vlm`, shows how
+well the result answers questions about combinations of colour and shape that it has never seen, and trains a head on it
+that tells their shape.
 """
 
 import argparse
@@ -33,24 +34,28 @@ def main(words: Sequence[str] | None = None) -> None:
     """Generate, train, measure, show."""
     parser = argparse.ArgumentParser("vlm.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("overrides", nargs="*", help="for both stages, such as trainer.max_steps=2")
+    parser.add_argument("overrides", nargs="*", help="for all stages, such as trainer.max_steps=2")
     args = parser.parse_args(words)
     started = time.monotonic()
     folder: Path = args.output
-    for stage in ("pretrain", "finetune"):  # what an earlier demo left
+    for stage in ("pretrain", "finetune", "head"):  # what an earlier demo left
         shutil.rmtree(folder / stage, ignore_errors=True)
-    print(f"1/4  Drawing scenes and building small parts in {folder}", flush=True)
+    print(f"1/5  Drawing scenes and building small parts in {folder}", flush=True)
     write_scenes(folder / "data")
     build_tiny_parts(folder / "parts")
-    print("2/4  Pretraining on captions", flush=True)
+    print("2/5  Pretraining on captions", flush=True)
     pretrained = train("demo-pretrain", folder, "pretrain.json", args.overrides)
-    print("3/4  Finetuning on questions", flush=True)
+    print("3/5  Finetuning on questions", flush=True)
     final = train("demo-finetune", folder, "finetune.json", [f"trainer.from_pretrained={pretrained}", *args.overrides])
-    print("4/4  Asking about pairs of colour and shape that were never seen together", flush=True)
+    print("4/5  Asking about pairs of colour and shape that were never seen together", flush=True)
     summary = examine(final, folder)
+    print("5/5  Training a prediction head that tells the shape", flush=True)
+    heldout = f"dataset.test_path={folder / 'data' / 'labelled-heldout.json'}"
+    head = train("demo-head", folder, "labelled.json", [f"trainer.from_pretrained={final}", heldout, *args.overrides])
+    summary["head"] = examine_head(head)
     summary["seconds"] = round(time.monotonic() - started, 1)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(report(summary, final, folder))
+    print(report(summary, final, head, folder))
 
 
 def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> Path:
@@ -90,6 +95,16 @@ def examine(checkpoint: Path, folder: Path) -> dict[str, Any]:
         "constant_answer_accuracy": constant["all"],
         "questions": len(records),
     }  # fmt: skip
+
+
+def examine_head(checkpoint: Path) -> dict[str, Any]:
+    """Accuracy of the head on pairs of colour and shape that were never seen, beside always saying one shape."""
+    said = json.loads((checkpoint.parent / "scores.json").read_text(encoding="utf-8"))["test"]["label"]
+    return {
+        "accuracy": said["scores"]["accuracy"],
+        "majority_accuracy": said["baseline"]["accuracy"],
+        "records": said["records"],
+    }
 
 
 def ask(model: VisionLanguageModel, records: list[dict], pictures: list[Image.Image], title: str) -> list[str]:
@@ -147,16 +162,23 @@ def draw_grid(records: list[dict], pictures: list[Image.Image], answers: list[st
     figure.savefig(path, dpi=100)
 
 
-def report(summary: dict[str, Any], checkpoint: Path, folder: Path) -> str:
+def report(summary: dict[str, Any], checkpoint: Path, head: Path, folder: Path) -> str:
     """What the demo says at its end."""
     lines = [f"\nHeld-out accuracy {summary['accuracy']:.1%}, from the text alone {summary['text_only_accuracy']:.1%}"]
     for kind, value in summary["accuracy_by_kind"].items():
         lines.append(f"  {kind:<10} {value:7.1%}   text alone {summary['text_only_accuracy_by_kind'][kind]:7.1%}")
+    shape = summary["head"]
+    low, value, high = (shape["accuracy"][name] for name in ("low", "value", "high"))
+    lines.append(
+        f"\nThe head tells the shape of {value:.1%} [{low:.1%}, {high:.1%}] of pairs never seen, the commonest shape "
+        f"would {shape['majority_accuracy']['value']:.1%}; plots: {head.parent / 'scores'}"
+    )
     first = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))[0]
     image, text = folder / "data" / "images" / first["image"], question(first).replace("<image>", "").strip()
     lines += [
         f"\n{summary['seconds']:.0f} seconds. Figures: {folder / 'summary.json'}; pictures: {folder / 'heldout.png'}",
         f"Ask it yourself:\n  vlm generate {checkpoint} --image {image} --prompt '{text}'",
+        f"  vlm predict {head} --image {image} --prompt 'What shape are they?'",
     ]
     return "\n".join(lines)
 

@@ -66,6 +66,7 @@ def settle_heads(
         body_config=body_config, heads=settings, media_token_ids=media_ids(processor),
         suffix="".join(query_tokens(model.head)), suffix_ids=suffix_ids(model, processor.tokenizer),
         generation_weight=model.head.generation_weight, recipe=asdict(model),
+        hidden_size=body_config.get_text_config().hidden_size,  # asked for by DeepSpeed's integration
     )  # fmt: skip
 
 
@@ -127,8 +128,7 @@ def _token_id(key: str, name: str, one: HeadConfig, tokenizer: Any) -> int | Non
     found = tokenizer.get_vocab().get(token)
     if found is None:
         raise ValueError(
-            f"{key}.token={token}: the vocabulary has no such token; add it: "
-            f"model.language_model.new_tokens=[{token}]"
+            f"{key}.token={token}: the vocabulary has no such token; add it: model.language_model.new_tokens=[{token}]"
         )
     return found
 
@@ -145,9 +145,7 @@ def _class_weights(key: str, one: HeadConfig, targets: np.ndarray, num_labels: i
         return None
     if isinstance(one.class_weights, list):
         if len(one.class_weights) != num_labels:
-            raise ValueError(
-                f"{key}.class_weights={one.class_weights}: one for each of {num_labels} labels is needed"
-            )
+            raise ValueError(f"{key}.class_weights={one.class_weights}: one for each of {num_labels} labels is needed")
         return [float(weight) for weight in one.class_weights]
     known = targets[~np.isnan(targets).any(axis=1)]
     if one.task == "multilabel":

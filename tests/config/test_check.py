@@ -28,7 +28,7 @@ NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
 REFUSALS = {
     "format": (
         ["dataset.format=lava"],
-        "dataset.format=lava: allowed are llava, messages, caption, question, head, labelled, or package.module:function",
+        "dataset.format=lava: allowed are llava, messages, caption, question, head, labelled, or package.module:",
     ),
     "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),

@@ -24,6 +24,8 @@ REFUSALS = {
     "+model.connector.options.num_layer=…",
     "model/connector=mlq": "model/connector=mlq: no such choice. Did you mean mlp? Allowed are c_abstractor, ",
     "model/conector=mlp": "model/conector: no such group. Did you mean model/connector? Allowed are model, ",
+    "model.head.beside.quality.poling=mean": "model.head.beside.quality.poling: no such key. Did you mean "
+    "model.head.beside.quality.pooling?",
     "trainer.num_train_epochs=two": "trainer.num_train_epochs=two: a number is needed",
     "dataset.max_length=1.5": "dataset.max_length=1.5: a whole number is needed",
     "trainer.unfreeze.train_connector=maybe": "trainer.unfreeze.train_connector=maybe: true or false is needed",

@@ -327,8 +327,8 @@ def test_confusion_counts_labels_that_are_absent():
 def test_the_table_and_the_json():
     found = {"mae": Score(1234.5678, 1000.0, 2000.0), "r2": Score(None, None, None), "f1": Score(0.5, None, None)}
     base = {"mae": Score(0.00123, 0.0, 0.5)}
-    assert as_table(found, base).splitlines() == [
-        "metric  value [95% interval]  baseline [95% interval]",
+    assert as_table(found, {"baseline": base}).splitlines() == [
+        "metric  value [95% interval]  baseline",
         "mae     1235 [1000, 2000]     0.00123 [0.000, 0.500]",
         "r2      undefined",
         "f1      0.500",

@@ -41,7 +41,8 @@ def test_probabilities(task: str, temperature: float):
         outputs = outputs.sort(dim=1, descending=True).values
     found = probabilities(task, outputs, temperature)
     assert found.shape == (20, 2 if task == "binary" else 4)
-    assert torch.allclose(found.double(), torch.tensor(expected(task, outputs / temperature), dtype=torch.float64), atol=1e-6)
+    wanted = torch.tensor(expected(task, outputs / temperature), dtype=torch.float64)
+    assert torch.allclose(found.double(), wanted, atol=1e-6)
     assert (found >= 0).all()
     if task != "multilabel":
         assert torch.allclose(found.sum(dim=1), torch.ones(20))

@@ -24,8 +24,8 @@ from vlm.cli import main
 from vlm.inference.generate import user_turn
 from vlm.train import trainer
 from vlm.train.lora import add_adapter, is_adapter, linear_layers
-from vlm.train.parts import cast, freeze, parameter_groups, split_parts, table
 from vlm.train.model import load_weights, settle_model
+from vlm.train.parts import cast, freeze, parameter_groups, split_parts, table
 from vlm.train.trainer import WEIGHTS
 
 LORA = [

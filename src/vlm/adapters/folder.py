@@ -4,7 +4,7 @@
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from vlm.adapters.base import BASE_FILE, WHOLE, Base, read_base, recipe, without
 from vlm.build import build_model, choose_attention, compose, load_model
 from vlm.families.loading import auto_class, load_family_model
 from vlm.families.table import part_names
-from vlm.models import VLMConfig, VLMForConditionalGeneration
+from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig
 from vlm.models.connectors import connector_class
+from vlm.models.heads import head_class
 from vlm.quantization import bits_of_whole
 
 ADAPTER = "adapter_model.safetensors"
@@ -37,13 +38,16 @@ PEFT_PREFIX = "base_model.model."
 # Writing
 
 
-def save(model: Any, folder: Path, base: Base, *, writes: bool = True) -> None:
+def save(
+    model: Any, folder: Path, base: Base, *, new_rows: Mapping[str, int] | None = None, writes: bool = True
+) -> None:  # fmt: skip
     """Write what a model has beyond its base. Every rank calls it, as ZeRO-3 needs; one writes.
 
     Args:
         model: with its adapter, if it has one.
         folder: made where it does not exist.
         base: what the model began with.
+        new_rows: full names of embeddings of which some rows alone trained -> the first of those.
         writes: whether this rank writes.
     """
     adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
@@ -53,11 +57,13 @@ def save(model: Any, folder: Path, base: Base, *, writes: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if adapted:
         _save_adapter(model, {name: state.pop(name) for name in adapted}, folder, base)
-    rows = _rows_of_base(model, base)
+    rows = _rows_of_base(model, base) | {_plain(name): first for name, first in (new_rows or {}).items()}
     state = {_plain(name): tensor[rows.get(_plain(name), 0) :].contiguous() for name, tensor in state.items()}
     save_file(state, folder / OTHERS, metadata={"format": "pt"})
     base.write(folder)
-    if isinstance(model, VLMForConditionalGeneration):
+    if isinstance(model, VLMForPrediction):
+        model.save_own_code(folder)
+    elif isinstance(model, VLMForConditionalGeneration):
         model.save_connector_code(folder)
     _plain_config(model.config).save_pretrained(folder)
 
@@ -133,13 +139,17 @@ def _plain(name: str) -> str:
 
 
 def _plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A model's configuration without a word of quantisation."""
+    """A model's configuration without a word of quantisation, however deep."""
     plain = copy.deepcopy(config)
-    for one in (plain, *(getattr(plain, name) for name in plain.sub_configs)):
+    waiting = [plain]
+    while waiting:
+        one = waiting.pop()
         if hasattr(one, "quantization_config"):
             delattr(one, "quantization_config")
-    if isinstance(plain, VLMConfig):
-        plain.recipe = without_quantization(plain.recipe)
+        if isinstance(one, VLMConfig | VLMPredictionConfig):
+            one.recipe = without_quantization(one.recipe)
+        nested = [getattr(one, name) for name in one.sub_configs]
+        waiting += [config for config in nested if isinstance(config, PreTrainedConfig)]
     return plain
 
 
@@ -189,14 +199,15 @@ def load(
     folder = local_folder(checkpoint)
     base = read_base(folder, moved)
     if base.model is not None:
-        model = _compose(base, folder, dtype, quantization or {}, trust_remote_code=trust_remote_code)
+        model = _compose(base, dtype, quantization or {}, trust_remote_code=trust_remote_code)
     else:
         model = _whole_base(base, dtype, attn_implementation, quantization or {}, trust_remote_code=trust_remote_code)
+    model = _as_recorded(model, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
     _put(model, load_file(folder / OTHERS), folder)
     return _adapt(model, folder, merge=merge and not quantization) if (folder / ADAPTER).is_file() else model
 
 
-def _compose(base: Base, folder: Path, dtype: Any, kinds: dict[str, str], *, trust_remote_code: bool) -> Any:
+def _compose(base: Base, dtype: Any, kinds: dict[str, str], *, trust_remote_code: bool) -> Any:
     """A base that was composed from parts; what it drew at random is replaced by what `folder` holds."""
     model = recipe(base, trust_remote_code=trust_remote_code)
     for part, kind in kinds.items():
@@ -205,9 +216,7 @@ def _compose(base: Base, folder: Path, dtype: Any, kinds: dict[str, str], *, tru
     config, processor = compose(model, "plain", None)  # the template is of no account: the folder has its processor
     if dtype == "auto":
         dtype = config.text_config.dtype or torch.float32
-    built = build_model(model, config, processor, dtype, seed=0)
-    built.config.recipe = AutoConfig.from_pretrained(folder).recipe
-    return built
+    return build_model(model, config, processor, dtype, seed=0)
 
 
 def _whole_base(base: Base, dtype: Any, attention: str, kinds: dict[str, str], *, trust_remote_code: bool) -> Any:
@@ -224,11 +233,39 @@ def _whole_base(base: Base, dtype: Any, attention: str, kinds: dict[str, str], *
     )  # fmt: skip
     if isinstance(config, VLMConfig):
         return load_model(source.name, config, dtype, attention, kinds)
+    if isinstance(config, VLMPredictionConfig):
+        if kinds:
+            raise ValueError(f"{source.name} has prediction heads; such a checkpoint is loaded as it is, not quantised")
+        return VLMForPrediction.from_pretrained(
+            source.name, revision=source.revision or "main", dtype=dtype,
+            attn_implementation=None if attention == "auto" else attention,
+        )  # fmt: skip
     return load_family_model(
         source.name, config, dtype=dtype, revision=source.revision, trust_remote_code=trust_remote_code,
         attention=choose_attention(attention, dtype, config, auto_class(config)),
         quantization_config=bits_of_whole(config, kinds),
     )  # fmt: skip
+
+
+def _as_recorded(model: Any, config: PreTrainedConfig) -> Any:
+    """A base as a folder's configuration says: with as many embeddings, its heads, and what it was built with.
+
+    Raises:
+        ValueError: a head is of a class of somebody's own, which is not imported from here.
+    """
+    rows = config.get_text_config().vocab_size
+    if rows > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows)
+    if not isinstance(config, VLMPredictionConfig):
+        if isinstance(config, VLMConfig):
+            model.config.recipe = config.recipe
+        return model
+    body = model.body if isinstance(model, VLMForPrediction) else model
+    if isinstance(config.body_config, VLMConfig):
+        body.config.recipe = config.body_config.recipe
+    for one in config.settings:
+        head_class(one.type)
+    return VLMForPrediction(config, body)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from vlm.config.lora_problems import training_keys, zero_stage
-from vlm.config.schema import HeadConfig, HeadsConfig, ModelConfig, RunConfig
+from vlm.config.schema import DatasetConfig, HeadConfig, HeadsConfig, ModelConfig, RunConfig
 
 LOSSES = {
     "binary": ("bce", "focal"),
@@ -133,9 +133,8 @@ def _without_head(config: RunConfig) -> Iterator[str]:
     """Keys that nothing comes of without a head."""
     data = config.dataset
     for key in ("test_path", "test_image_folder", "test_split", "folds", "cache_features"):
-        if getattr(data, key) not in (None, 0.0):
-            value = _shown(getattr(data, key))
-            yield f"dataset.{key}={value}: this is for prediction heads; choose one, as model/head=binary"
+        if (value := getattr(data, key)) != getattr(DatasetConfig, key):
+            yield f"dataset.{key}={_shown(value)}: this is for prediction heads; choose one, as model/head=binary"
     for key in fields(HeadsConfig):
         default = key.default if key.default_factory is MISSING else key.default_factory()
         value = getattr(config.model.head, key.name)

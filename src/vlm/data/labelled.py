@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.collate import Collator
-from vlm.data.dataset import Contribution, SampleDataset, Skipped
+from vlm.data.dataset import BlankPictures, Contribution, SampleDataset, Skipped
 from vlm.data.encode import IGNORED
 from vlm.data.labels import HeadLabels, check_values, folds, split
 from vlm.data.sample import Sample
@@ -36,6 +36,9 @@ class HeadDataset(Dataset[Any]):
         ValueError: a head cannot learn a label.
     """
 
+    pictures = "own"
+    """Which pictures the samples show."""
+
     def __init__(self, dataset: SampleDataset, heads: Sequence[HeadLabels]):
         self.dataset, self.heads = dataset, list(heads)
         self.group_numbers = group_numbers(dataset)
@@ -49,11 +52,15 @@ class HeadDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
         """As of the samples, with `targets` (for each head the numbers of `HeadLabels.target`) and `group`."""
-        item = self.dataset[index]
+        item = self.shown(index)
         if isinstance(item, Skipped):
             return item
         targets = {head.name: head.target(self._values[head.name][index]) for head in self.heads}
         return {**item, "targets": targets, "group": int(self.group_numbers[index])}
+
+    def shown(self, index: int) -> dict[str, Any] | Skipped:
+        """The sample itself, with its pictures."""
+        return self.dataset[index]
 
     def values(self, name: str) -> list[Any]:
         """What records say to a head, None where that is nothing."""
@@ -67,7 +74,7 @@ class HeadDataset(Dataset[Any]):
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "HeadDataset":
         """The samples at these places, as a dataset of its own."""
-        return HeadDataset(self.dataset.subset(indices), self.heads)
+        return type(self)(self.dataset.subset(indices), self.heads)
 
     def sample(self, index: int) -> Sample:
         """The conversation, as it was read.
@@ -106,6 +113,16 @@ class HeadDataset(Dataset[Any]):
     def contributions(self) -> list[Contribution]:
         """What each source gives."""
         return self.dataset.contributions
+
+
+class BlankHeadDataset(HeadDataset):
+    """The same samples with every picture of the processor's mean colour: what do heads know without seeing?"""
+
+    pictures = "blank"
+
+    def shown(self, index: int) -> dict[str, Any] | Skipped:
+        """The sample itself, with blank pictures."""
+        return BlankPictures(self.dataset)[index]
 
 
 class HeadCollator:

@@ -122,34 +122,48 @@ def talk(scene: Scene, rng: random.Random, kind: str) -> list[tuple[str, str]]:
 
 
 def write_scenes(
-    folder: Path, *, num_train: int = 6000, num_val: int = 200, num_heldout: int = 1200, seed: int = 0
-) -> None:
+    folder: Path, *, num_train: int = 6000, num_val: int = 200, num_heldout: int = 1200, num_labelled: int = 1000,
+    seed: int = 0,
+) -> None:  # fmt: skip
     """Write `images/*.png`, and in LLaVA's format `pretrain.json`, `finetune.json`, `val.json` and `heldout.json`.
+
+    `labelled.json` and `labelled-heldout.json` ask for the shape and have it as `label`, for a prediction head.
 
     Args:
         folder: where to.
         num_train: scenes for training, each with a caption (`pretrain.json`) and questions (`finetune.json`).
         num_val: scenes for the evaluation loss, drawn as those for training.
         num_heldout: scenes with a held-out pair, one question each, with its `kind`.
+        num_labelled: scenes of those for training that have a label too; all held-out ones do.
         seed: decides everything.
     """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    files: dict[str, list[dict[str, Any]]] = {"pretrain": [], "finetune": [], "val": [], "heldout": []}
+    names = ("pretrain", "finetune", "val", "heldout", "labelled", "labelled-heldout")
+    files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for index in tqdm(range(num_train + num_val + num_heldout), "scenes"):
         name = f"{index:05d}.png"
         scene = random_scene(rng, held_out=index >= num_train + num_val)
         if index >= num_train + num_val:
             kind = KINDS[index % len(KINDS)]
             files["heldout"].append({**record(name, [questions(scene)[kind]]), "kind": kind})
+            files["labelled-heldout"].append(labelled(name, scene))
         else:
             spoken = record(name, talk(scene, rng, rng.choice(("colour", "shape"))))
             files["val" if index >= num_train else "finetune"].append(spoken)
             if index < num_train:
                 files["pretrain"].append(record(name, [(CAPTION_PROMPT, caption(scene, rng))]))
+            if index < min(num_train, num_labelled):
+                files["labelled"].append(labelled(name, scene))
         draw(scene, rng).save(folder / "images" / name, compress_level=1)
     for split, records in files.items():
         (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+def labelled(name: str, scene: Scene) -> dict[str, Any]:
+    """A record that asks for the shape, and has it as its label."""
+    asked = record(name, [questions(scene)["shape"]])
+    return {**asked, "conversations": asked["conversations"][:1], "label": scene.shape}
 
 
 def record(name: str, asked: list[tuple[str, str]]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from vlm.config.check import packaged
 from vlm.families.loading import auto_class
 from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
+from vlm.models.head_tasks import TASKS
+from vlm.models.poolings import POOLINGS
 
 ATTENTION = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
 """Implementation -> the attribute of a model class that says whether it takes it."""
@@ -31,6 +33,8 @@ def listing() -> str:
          table(("name", "hf_name"), part_rows("language_model"))),
         ("Whole models: model=…, or model.hf_name=… of the same family",
          table(("family", "model_type", "model=", "pictures", "videos", "attention", "quantised"), family_rows())),
+        ("Prediction heads: model/head=" + ", ".join(TASKS) + "; model.head.pooling=…", table(
+            ("pooling", "what is read"), iter(POOLINGS.items()))),
         ("Quantised: the share of its weights that model.language_model.quantization and "
          "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", table(("", ""), installed())),
     ]  # fmt: skip

@@ -103,7 +103,10 @@ def source_of(predictor: Predictor, config: SourceConfig, cache: Path, max_frame
 
 
 class _Prompts(Dataset[Any]):
-    """Records from a number on: each sample, and what the model reads of it or why it cannot be read."""
+    """Records from a number on: each sample, and what the model reads of it or why it cannot be read.
+
+    Of a record that is no sample, what it calls itself and its label are kept.
+    """
 
     def __init__(self, source: Source, start: int):
         self.source, self.start = source, start
@@ -111,20 +114,22 @@ class _Prompts(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source) - self.start
 
-    def __getitem__(self, index: int) -> tuple[Sample | None, dict[str, Any] | BadSample]:
-        sample = None
+    def __getitem__(self, index: int) -> tuple[Sample, dict[str, Any] | BadSample]:
+        sample, record = None, None
         try:
-            sample = self.source.sample(self.start + index)
+            record = self.source.records[self.start + index]
+            sample = self.source.read(record)
             return sample, encoded_item(self.source, sample)
         except BadSample as error:
-            return sample, error
+            label = record.get("label") if isinstance(record, dict) else None
+            return sample or Sample(error.sample_id, (), label), error
 
 
 def _loader(source: Source, predictor: Predictor, start: int, batch_size: int, num_workers: int) -> DataLoader:
     """Batches of (samples with their problem or None, inputs of those that have none)."""
     collate = Collator.of(predictor.processor)
 
-    def lay_out(rows: list[tuple[Sample | None, Any]]) -> tuple[list[tuple[Any, BadSample | None]], dict[str, Any]]:
+    def lay_out(rows: list[tuple[Sample, Any]]) -> tuple[list[tuple[Sample, BadSample | None]], dict[str, Any]]:
         read = [(sample, item if isinstance(item, BadSample) else None) for sample, item in rows]
         whole = [item for _, item in rows if not isinstance(item, BadSample)]
         return read, collate(whole) if whole else {}
@@ -141,12 +146,12 @@ def column_names(predictor: Predictor) -> list[str]:
 
 
 def row_of(
-    predictor: Predictor, sample: Sample | None, found: dict[str, Prediction] | None, problem: BadSample | None
+    predictor: Predictor, sample: Sample, found: dict[str, Prediction] | None, problem: BadSample | None
 ) -> dict[str, Any]:  # fmt: skip
     """A record's row; in JSON lines with the `outputs` of its heads and the `probabilities` of labels beside."""
-    named = problem.sample_id if sample is None and problem is not None else "?" if sample is None else sample.id
-    row: dict[str, Any] = {"source": named, "image_path": "" if sample is None else ";".join(map(str, sample.media))}
-    label = None if sample is None else sample.label
+    shown = problem.file or "" if problem is not None else ";".join(map(str, sample.media))
+    row: dict[str, Any] = {"source": sample.id, "image_path": shown}
+    label = sample.label
     for one in predictor.heads:
         end = "" if len(predictor.heads) == 1 else f"_{one.name}"
         said = None if found is None else found[one.name]
@@ -249,5 +254,5 @@ def measured(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
         outputs = np.array([row[f"outputs{end}"] for row in known])
         chosen = Calibration(one.temperature, one.threshold)
         found = scores(one.task, outputs, targets if one.task == "multilabel" else targets[:, 0], chosen)
-        tables.append(f"{one.name} ({one.task}), {len(known):,} records with a label\n\n{as_table(found, {})}")
+        tables.append(f"{one.name} ({one.task}), {len(known):,} records with a label\n\n{as_table(found)}")
     return "\n\n".join(tables)

@@ -9,7 +9,7 @@ constant prediction, which has no metrics of ranks), and gives NaN where a metri
 Shapes: N samples, C labels, K numbers that a head gives for a sample.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -369,10 +369,14 @@ def confusion(
     return confusion_matrix(targets, decided, labels=np.arange(num_labels))
 
 
-def as_table(found: dict[str, Score], base: dict[str, Score]) -> str:
-    """Metrics beside those of a constant prediction, where it has them, for a log."""
-    rows = [(name, _shown(score), _shown(base[name]) if name in base else "") for name, score in found.items()]
-    rows.insert(0, ("metric", "value [95% interval]", "baseline [95% interval]"))
+def as_table(found: dict[str, Score], others: Mapping[str, dict[str, Score]] | None = None) -> str:
+    """Metrics with their 95% intervals beside those of others, by what they are called, for a log."""
+    beside = others or {}
+    rows = [
+        (name, _shown(score), *(_shown(one[name]) if name in one else "" for one in beside.values()))
+        for name, score in found.items()
+    ]
+    rows.insert(0, ("metric", "value [95% interval]", *beside))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)

@@ -101,8 +101,10 @@ class VLMPredictionConfig(PreTrainedConfig):
         if self.heads and (labels := self.heads[0]["labels"]):
             kwargs["id2label"] = {number: str(label) for number, label in enumerate(labels)}
             kwargs["label2id"] = {str(label): number for number, label in enumerate(labels)}
+        elif self.heads:
+            kwargs["num_labels"] = 1
         known = dict(AUTO_MAP)
-        if not isinstance(self.body_config, VLMConfig):
+        if not is_composed(self.body_config):
             del known["AutoProcessor"]  # a family's own says in its own file what it is
         kwargs.setdefault("auto_map", known)
         kwargs["tie_word_embeddings"] = False  # the body ties its own, nested
@@ -118,6 +120,15 @@ class VLMPredictionConfig(PreTrainedConfig):
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's."""
         return self.body_config.get_text_config(*args, **kwargs)
+
+
+def is_composed(config: PreTrainedConfig) -> bool:
+    """Whether a body is composed of parts, not a family's.
+
+    By name: of code that travels with a checkpoint, transformers imports one copy for configurations and another for
+    models, whose classes differ.
+    """
+    return config.model_type == VLMConfig.model_type
 
 
 def nested_body(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:

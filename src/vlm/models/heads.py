@@ -114,7 +114,7 @@ class PredictionHead(nn.Module):
         options: Mapping[str, Any] | None = None, shift: float = 0.0, scale: float = 1.0,
     ):  # fmt: skip
         super().__init__()
-        self.task, self.pooling, self.type = task, pooling, type
+        self.task, self.pooling, self.kind = task, pooling, type
         self.shift, self.scale = shift, scale
         self.num_numbers = 1 if task == "ordinal" else TASKS[task](num_labels)
         self.layers = head_class(type)(width, self.num_numbers, **(options or {}))
@@ -154,7 +154,7 @@ class PredictionHead(nn.Module):
             outputs = self.layers(features)
             if outputs.shape[-1] != self.num_numbers:
                 raise ValueError(
-                    f"model.head.type={self.type} gives {outputs.shape[-1]} numbers; its second argument asked for "
+                    f"model.head.type={self.kind} gives {outputs.shape[-1]} numbers; its second argument asked for "
                     f"{self.num_numbers}"
                 )
             if self.cuts is not None:

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import ModelOutput
 
-from .configuration_prediction import HeadSettings, VLMPredictionConfig
-from .configuration_vlm import VLMConfig
+from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_composed
 from .head_losses import head_loss
 from .head_tasks import CLASSIFYING, decide, probabilities
 from .heads import HEADS, PredictionHead
@@ -108,8 +107,12 @@ class VLMForPrediction(PreTrainedModel):
 
     def train(self, mode: bool = True) -> "VLMForPrediction":
         """As usual, but a body of which nothing trains stays in evaluation mode."""
-        super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.body.parameters()):
+        if any(parameter.requires_grad for parameter in self.body.parameters()):
+            super().train(mode)
+            return self
+        self.training = mode
+        self.heads.train(mode)
+        if self.body.training:  # walking through all its modules at every step would cost more than the heads do
             self.body.eval()
         return self
 
@@ -143,7 +146,9 @@ class VLMForPrediction(PreTrainedModel):
                 that a head reads.
         """
         if text_labels is not None and prompt_mask is None:
-            raise ValueError("give prompt_mask with text_labels: heads do not read the replies that they are to foresee")
+            raise ValueError(
+                "give prompt_mask with text_labels: heads do not read the replies that stand behind prompts"
+            )
         loss = None
         if features is None:
             if input_ids is None:
@@ -151,7 +156,8 @@ class VLMForPrediction(PreTrainedModel):
             real = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
             states, replies = self._states(input_ids, real, text_labels, inputs)
             prompt = (real if prompt_mask is None else prompt_mask).bool()
-            features = self._read(states, input_ids, prompt)
+            given, prompt = prompt, self._without_suffix(input_ids, prompt)
+            features = self._read(states, input_ids, given, prompt)
             if text_labels is not None:
                 loss = self.config.generation_weight * replies
         else:
@@ -165,14 +171,21 @@ class VLMForPrediction(PreTrainedModel):
     def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> dict[str, Tensor]:
         """What the heads read of prompts, for `forward`: head -> `(B, D)`, or `(B, T, D)` where every token counts."""
         states, _ = self._states(input_ids, attention_mask, None, inputs)
-        return self._read(states, input_ids, attention_mask.bool())
+        given = attention_mask.bool()
+        return self._read(states, input_ids, given, self._without_suffix(input_ids, given))
 
-    def _read(self, states: dict[int | None, Tensor], input_ids: Tensor, prompt: Tensor) -> dict[str, Tensor]:
-        """What each head reads of hidden states."""
+    def _without_suffix(self, input_ids: Tensor, given: Tensor) -> Tensor:
+        """Which tokens are the prompt's, without those that heads of their own read at: `(B, T), (B, T) -> (B, T)`."""
+        return given & ~torch.isin(input_ids, input_ids.new_tensor(self.config.suffix_ids))
+
+    def _read(
+        self, states: dict[int | None, Tensor], input_ids: Tensor, given: Tensor, prompt: Tensor
+    ) -> dict[str, Tensor]:
+        """What each head reads of hidden states; `prompt` is without the tokens that are other heads' own."""
         media = torch.isin(input_ids, input_ids.new_tensor(self.config.media_token_ids)) & prompt
         found = {}
         for one in self.config.settings:
-            wanted = prompt & (input_ids == (-1 if one.token_id is None else one.token_id))
+            wanted = given & (input_ids == (-1 if one.token_id is None else one.token_id))
             head: Any = self.heads[one.name]
             found[one.name] = head.features(states[one.layer], Marks(prompt, media, wanted))
         return found
@@ -183,7 +196,7 @@ class VLMForPrediction(PreTrainedModel):
         """The hidden states that heads read, by layer: each `(B, T, D)`; and the loss of replies, where there are."""
         layers = {one.layer for one in self.config.settings}
         inputs = {**inputs, "input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if isinstance(self.config.body_config, VLMConfig):
+        if is_composed(self.config.body_config):
             inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         grows = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.body.parameters())
         with torch.set_grad_enabled(grows):
@@ -248,11 +261,20 @@ class VLMForPrediction(PreTrainedModel):
 
 
 def built_body(config: PreTrainedConfig) -> Any:
-    """A vision-language model of a configuration, without weights."""
-    if isinstance(config, VLMConfig):
-        return VLMForConditionalGeneration(config)
+    """A vision-language model of a configuration, without weights; all of it in the configuration's dtype."""
+    hand_on_dtype(config)
+    if is_composed(config):
+        return VLMForConditionalGeneration(config)  # pyright: ignore[reportArgumentType] - by name, see is_composed
     known = type(config) in AutoModelForImageTextToText._model_mapping
     return (AutoModelForImageTextToText if known else AutoModelForCausalLM).from_config(config)
+
+
+def hand_on_dtype(config: PreTrainedConfig) -> None:
+    """Give nested configurations, by which parts are built, the dtype: transformers does so for one level only."""
+    for name in config.sub_configs:
+        if (nested := getattr(config, name, None)) is not None:
+            nested.dtype = config.dtype
+            hand_on_dtype(nested)
 
 
 def built_head(one: HeadSettings, width: int) -> PredictionHead:

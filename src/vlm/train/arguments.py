@@ -39,11 +39,15 @@ def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> Tr
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
         _be_the_only_rank_if_unlaunched()
-    parts = [part for part in PARTS if learns(trainer, part)]
-    rates = [getattr(trainer.learning_rate, f"{part}_learning_rate") for part in (*parts, *extra)]
+    parts = [*[part for part in PARTS if learns(trainer, part)], *extra]
+    rates = {part: getattr(trainer.learning_rate, f"{part}_learning_rate") for part in parts}
+    if without := [part for part, rate in rates.items() if rate is None]:  # a checkpoint's heads may ask for more
+        raise ValueError(
+            f"trainer.learning_rate.{without[0]}_learning_rate=null: a positive number is needed, since it trains"
+        )
     try:
         arguments = TrainingArguments(
-            output_dir="outputs", deepspeed=settings, learning_rate=max(rates), weight_decay=0.0, **values
+            output_dir="outputs", deepspeed=settings, learning_rate=max(rates.values()), weight_decay=0.0, **values
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error

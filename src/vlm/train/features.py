@@ -7,17 +7,20 @@ weight of the body, what is read of it, and the code and precision that compute 
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -33,6 +36,9 @@ from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.poolings import EACH_TOKEN
 
 log = logging.getLogger(__name__)
+
+PARTIAL, LOCK = ".partial.npy", "lock"
+"""How the name of a file ends that is not whole, and what is locked while a run writes in a folder."""
 
 
 @dataclass(frozen=True)
@@ -127,36 +133,89 @@ def lay_out(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def computed(
-    model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments, cache: Path
-) -> tuple[Features, list[Skipped]]:
+    model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments, cache: Path,
+    on_skipped: Callable[[list[Skipped], int], None] = lambda left_out, number: None,
+) -> Features:  # fmt: skip
     """What the model's heads read of a dataset: found in the cache, or computed now by all ranks.
 
-    Returns:
-        It, and the records that turned out to be unusable now.
+    Args:
+        model: the model, whose body is frozen.
+        dataset: the samples.
+        collate: lays them out.
+        args: batch size, workers, devices, precision.
+        cache: the cache's folder.
+        on_skipped: told of the records that turn out to be unusable, and of how many there are in all, before anything
+            is kept; it may refuse them.
+
+    Raises:
+        ValueError: there is no room for it, or other ranks see another disk.
     """
     samples = dataset.dataset
     places, first = np.unique(samples.places, axis=0, return_index=True)
-    lengths = samples.lengths[first].astype(np.int64)
+    starts = np.concatenate([[0], samples.lengths[first].astype(np.int64).cumsum()])
     readings = list(dict.fromkeys(map(Reading.of, model.config.settings)))
-    name = digest_of(records_digest(samples, first), body_digest(model), str(model.dtype), code_digest(), args.bf16)
+    name = digest_of(
+        records_digest(samples, first), dataset.pictures, body_digest(model), str(model.dtype), code_digest(),
+        args.bf16, args.fp16,
+    )  # fmt: skip
     folder = cache / "features" / name
-    missing = [reading for reading in readings if not file_of(folder, reading).is_file()]
-    starts = np.concatenate([[0], lengths.cumsum()])
-    skipped: list[Skipped] = []
-    if missing:
-        skipped = Computation(model, dataset, collate, args, folder, missing)(first, starts)
-    else:
-        log.info("What the heads read of %s records is in the cache: %s", f"{len(first):,}", folder)
+    with _alone(folder, args):
+        missing = _as_first_rank([one for one in readings if not file_of(folder, one).is_file()])
+        if missing:
+            Computation(model, dataset, collate, args, folder, missing, on_skipped)(first, starts)
+        else:
+            log.info("What the heads read of %s records is in the cache: %s", f"{len(first):,}", folder)
+    left_out = {}
+    for reading in readings:
+        left_out |= skipped_of(folder, reading)
+    if not missing:
+        on_skipped([left_out[row] for row in sorted(left_out)], len(dataset))
     rows = {reading: np.load(file_of(folder, reading), mmap_mode="r") for reading in readings}
-    absent = np.load(folder / "absent.npy").tolist()
     return Features(
-        {(s, r): row for row, (s, r) in enumerate(places.tolist())}, rows, starts, frozenset(absent)
-    ), skipped
+        {(s, r): row for row, (s, r) in enumerate(places.tolist())}, rows, starts, frozenset(left_out)
+    )  # fmt: skip
 
 
 def file_of(folder: Path, reading: Reading) -> Path:
     """Where a reading is kept."""
     return folder / f"{digest_of(reading.pooling, reading.layer, reading.token_id)}.npy"
+
+
+def partial_of(folder: Path, reading: Reading) -> Path:
+    """Where it is written before it is whole: the same file again after a run that was killed."""
+    return file_of(folder, reading).with_suffix(PARTIAL)
+
+
+def skipped_of(folder: Path, reading: Reading) -> dict[int, Skipped]:
+    """The rows of a reading that are empty, since their records were unusable, and why."""
+    listed = json.loads(file_of(folder, reading).with_suffix(".json").read_text(encoding="utf-8"))
+    return {row: Skipped(**one) for row, one in listed}
+
+
+@contextmanager
+def _alone(folder: Path, args: TrainingArguments) -> Iterator[None]:
+    """Let no other run compute there; what runs that were killed left anywhere in the cache goes."""
+    if args.process_index != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"*/*{PARTIAL}"):
+        with suppress(Timeout), FileLock(left.parent / LOCK, blocking=False):
+            left.unlink(missing_ok=True)
+    with FileLock(folder / LOCK):
+        try:
+            yield
+        finally:
+            for left in folder.glob(f"*{PARTIAL}"):
+                left.unlink()
+
+
+def _as_first_rank(value: Any) -> Any:
+    """A value as rank 0 sees it."""
+    told = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 class Computation:
@@ -169,56 +228,50 @@ class Computation:
         args: batch size, workers, devices, precision.
         folder: where it is kept, the same for all ranks.
         readings: what is computed.
+        on_skipped: see `computed`.
     """
 
     def __init__(
         self, model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments,
-        folder: Path, readings: Sequence[Reading],
+        folder: Path, readings: Sequence[Reading], on_skipped: Callable[[list[Skipped], int], None],
     ):  # fmt: skip
         self.model, self.dataset, self.collate, self.args = model, dataset, collate, args
-        self.folder, self.readings = folder, readings
+        self.folder, self.readings, self.on_skipped = folder, readings, on_skipped
         named = {Reading.of(head): head.name for head in model.config.settings}
         self.heads = {reading: named[reading] for reading in readings}
 
-    def __call__(self, first: np.ndarray, starts: np.ndarray) -> list[Skipped]:
+    def __call__(self, first: np.ndarray, starts: np.ndarray) -> None:
         """Compute the rows of the samples at places `first`, of which the tokens begin at `starts`."""
-        files = {reading: self._partial(reading) for reading in self.readings}
-        if self.args.process_index == 0:
-            self._create(files, len(first), int(starts[-1]))
+        first_rank = self.args.process_index == 0
+        if first_rank:
+            self._create(len(first), int(starts[-1]))
         _wait()
-        opened = {reading: np.load(file, mmap_mode="r+") for reading, file in files.items()}
-        skipped = self._fill(opened, first, starts)
+        opened = {reading: self._opened(reading) for reading in self.readings}
+        found = self._fill(opened, first, starts)
         for one in opened.values():
             one.flush()
-        every: list[Any] = [(None, None)] * self.args.world_size
+        every: list[Any] = [found]
         if dist.is_initialized():
-            dist.all_gather_object(every, skipped)
-        else:
-            every = [skipped]
-        found = {row: one for part in every for row, one in part.items()}
-        if self.args.process_index == 0:
-            np.save(self.folder / "absent.npy", np.array(sorted(found), dtype=np.int64))
-            for reading, file in files.items():
-                file.replace(file_of(self.folder, reading))
+            every = [None] * self.args.world_size
+            dist.all_gather_object(every, found)
+        skipped = {row: one for part in every for row, one in part.items()}
+        self.on_skipped([skipped[row] for row in sorted(skipped)], len(self.dataset))
+        if first_rank:
+            listed = [[row, asdict(skipped[row])] for row in sorted(skipped)]
+            for reading in self.readings:
+                whole = file_of(self.folder, reading)
+                whole.with_suffix(".json").write_text(json.dumps(listed), encoding="utf-8")
+                partial_of(self.folder, reading).replace(whole)
         _wait()
-        return [found[row] for row in sorted(found)]
 
-    def _partial(self, reading: Reading) -> Path:
-        """Where a reading is written before it is whole; no other run writes there."""
-        told = [digest_of(str(self.args.output_dir), id(self.args))]
-        if dist.is_initialized():
-            dist.broadcast_object_list(told)
-        return file_of(self.folder, reading).with_suffix(f".{told[0]}.npy")
-
-    def _create(self, files: dict[Reading, Path], records: int, tokens: int) -> None:
+    def _create(self, records: int, tokens: int) -> None:
         """Empty files of their final size.
 
         Raises:
             ValueError: the disk has no room for them.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         width = self.model.config.get_text_config().hidden_size
-        sizes = {reading: tokens if reading.pooling == "tokens" else records for reading in files}
+        sizes = {reading: tokens if reading.pooling == "tokens" else records for reading in self.readings}
         needed, free = 4 * width * sum(sizes.values()), shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
@@ -226,10 +279,24 @@ class Computation:
                 "are free. Set dataset.cache_dir to another disk, choose a pooling that keeps one state a record, or "
                 "dataset.cache_features=false"
             )
-        for reading, file in files.items():
-            np.lib.format.open_memmap(file, "w+", np.float32, (sizes[reading], width)).flush()
+        for reading, size in sizes.items():
+            np.lib.format.open_memmap(partial_of(self.folder, reading), "w+", np.float32, (size, width)).flush()
 
-    def _fill(self, files: dict[Reading, np.ndarray], first: np.ndarray, starts: np.ndarray) -> dict[int, Skipped]:
+    def _opened(self, reading: Reading) -> np.memmap:
+        """The file that rank 0 made, to write to.
+
+        Raises:
+            ValueError: this rank does not see it.
+        """
+        file = partial_of(self.folder, reading)
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: another rank made it, and it is not here; dataset.cache_dir must be a folder that all "
+                "machines share, or set dataset.cache_features=false"
+            )
+        return np.lib.format.open_memmap(file, "r+")
+
+    def _fill(self, files: Mapping[Reading, np.ndarray], first: np.ndarray, starts: np.ndarray) -> dict[int, Skipped]:
         """This rank's share: every so many batches of records of like length."""
         args = self.args
         order = np.argsort(-np.diff(starts), kind="stable")
@@ -244,6 +311,7 @@ class Computation:
         skipped: dict[int, Skipped] = {}
         bar = tqdm(loader, "reading prompts and pictures", disable=args.disable_tqdm or args.process_index != 0)
         for rows, left_out, batch in bar:
+            self.on_skipped(list(left_out.values()), 0)
             skipped |= left_out
             if rows:
                 self._write(files, rows, starts, self._read(batch), batch["attention_mask"])
@@ -261,7 +329,7 @@ class Computation:
             return self.model.features(**inputs)
 
     def _write(
-        self, files: dict[Reading, np.ndarray], rows: list[int], starts: np.ndarray, found: dict[str, Tensor],
+        self, files: Mapping[Reading, np.ndarray], rows: list[int], starts: np.ndarray, found: dict[str, Tensor],
         mask: Tensor,
     ) -> None:  # fmt: skip
         """Put what was read of a batch in its places."""
@@ -316,8 +384,9 @@ def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
 
 
 def body_digest(model: VLMForPrediction) -> str:
-    """A name for every number of a model's body, whatever device they are on."""
+    """A name for every number of a model's body, whatever device they are on, and how it computes with them."""
     state = model.body.state_dict()
+    config = {name: value for name, value in model.config.body_config.to_diff_dict().items() if name != "recipe"}
 
     def digest(name: str) -> str:
         tensor = state[name].detach().cpu().contiguous()
@@ -325,7 +394,7 @@ def body_digest(model: VLMForPrediction) -> str:
         return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.blake2b(content).hexdigest()}"
 
     with ThreadPoolExecutor(num_cores()) as pool:
-        return digest_of(list(pool.map(digest, sorted(state))), model.config.body_config.to_diff_dict())
+        return digest_of(list(pool.map(digest, sorted(state))), config)
 
 
 def code_digest() -> str:

@@ -74,7 +74,9 @@ def load_head_data(config: RunConfig, model_config: Any, processor: Any, seed: i
     for head in heads:
         settle_labels(head.name, head.task, head.labels or None, trained[head.name])  # none is absent from training
     for role, one in parts.items():
-        need_labels(one, values_of(one.labels, list(named)), role)
+        measured = values_of(one.labels, list(named))
+        need_labels(one, measured, role)
+        need_each_head(measured, role)
 
     folds = []
     if data.folds is not None:
@@ -132,6 +134,16 @@ def need_labels(dataset: SampleDataset, values: dict[str, list[Any]], role: str 
         f"record {record}. A label is looked for as `label` of each record; dataset.format=labelled takes another "
         "column as dataset.options.label_key"
     )
+
+
+def need_each_head(values: dict[str, list[Any]], role: str) -> None:
+    """Raise ValueError where no record of a set has a label for a head, which could not be measured then."""
+    for name, said in values.items():
+        if all(one is None for one in said):
+            raise ValueError(
+                f"head {name}: none of {len(said)} {role} records has a label for it; give more of them "
+                f"(dataset.{role}_split), or others (dataset.{role}_path)"
+            )
 
 
 def targets_of(heads: Sequence[HeadLabels], dataset: HeadDataset) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ CHOSEN_HERE = "temperature and threshold were chosen on these records, which fla
 
 def report(
     folder: Path, heads: Sequence[HeadSettings], train_targets: Mapping[str, np.ndarray], evaluated: Mapping[str, Said],
-    tested: Mapping[str, Said] | None, *, out_of_folds: bool,
+    tested: Mapping[str, Said] | None, blank: Mapping[str, Said] | None, *, out_of_folds: bool,
 ) -> None:  # fmt: skip
     """Write `scores.json` and the plots in `scores/`, and print the tables.
 
@@ -30,6 +30,7 @@ def report(
         train_targets: head -> `(N, width)`, what the records said that trained.
         evaluated: what they say of the records that temperature and threshold were chosen by.
         tested: what they say of records that nothing was chosen by.
+        blank: what they say of the last of these with blank pictures: do they use the picture at all?
         out_of_folds: whether `evaluated` was said by heads of folds.
     """
     sets = {"folds" if out_of_folds else "evaluation": evaluated, **({} if tested is None else {"test": tested})}
@@ -39,29 +40,36 @@ def report(
             where = folder / "scores" / name / ("" if len(heads) == 1 else one.name)
             where.mkdir(parents=True, exist_ok=True)
             note = "nothing was chosen by these records" if name == "test" else CHOSEN_HERE
-            found.setdefault(name, {})[one.name] = _measured(one, train_targets[one.name], said[one.name], where, note)
+            unseen = None if blank is None or name != list(sets)[-1] else blank[one.name]
+            found.setdefault(name, {})[one.name] = _measured(
+                one, train_targets[one.name], said[one.name], unseen, where, note
+            )
     write_json(folder / "scores.json", found)
 
 
-def _measured(one: HeadSettings, train_targets: np.ndarray, said: Said, where: Path, note: str) -> dict:
+def _measured(
+    one: HeadSettings, train_targets: np.ndarray, said: Said, blank: Said | None, where: Path, note: str
+) -> dict:  # fmt: skip
     """The measures of one head on one set of records, printed, drawn, and as JSON."""
     chosen = Calibration(one.temperature, one.threshold)
     known = train_targets[~np.isnan(train_targets).any(axis=1)]
     known = known if one.task == "multilabel" else known[:, 0]
     measured = scores(one.task, said.outputs, said.targets, chosen, groups=said.compared)
-    plain = baseline(one.task, known, said.targets, num_labels=len(one.labels))
+    beside = {"baseline": baseline(one.task, known, said.targets, num_labels=len(one.labels))}
+    if blank is not None:
+        beside["blank pictures"] = scores(one.task, blank.outputs, blank.targets, chosen, groups=blank.compared)
     draw_scores(
         one.task, said.outputs, said.targets, chosen, [str(label) for label in one.labels], where, groups=said.compared
     )
     counts = confusion(one.task, said.outputs, said.targets, chosen, len(one.labels))
     title = f"{where.name}: {one.name} ({one.task}), {len(said.targets):,} records; {note}"
-    log.info("%s\n\n%s\n\nPlots: %s\n", title, as_table(measured, plain), where)
+    log.info("%s\n\n%s\n\nPlots: %s\n", title, as_table(measured, beside), where)
     return {
         "records": len(said.targets),
         "note": note,
         "temperature": one.temperature,
         "threshold": one.threshold,
         "scores": as_json(measured),
-        "baseline": as_json(plain),
+        **{name.replace(" ", "_"): as_json(one) for name, one in beside.items()},
         "confusion": None if counts is None else counts.tolist(),
     }

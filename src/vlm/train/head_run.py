@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from vlm.adapters.base import base_of
 from vlm.config.head_problems import caches, heads_of
 from vlm.config.schema import RunConfig
 from vlm.data.cache import cache_folder
-from vlm.data.labelled import HeadCollator, HeadDataset
+from vlm.data.labelled import BlankHeadDataset, HeadCollator, HeadDataset
 from vlm.heads import renewed, settle_heads
 from vlm.inference.calibration import calibrate
 from vlm.models import VLMConfig, VLMForPrediction
 from vlm.models.modeling_prediction import built_head
 from vlm.train.callbacks import EpochOrder, MetricsFile, StopAtNaN
 from vlm.train.data import collator_of
-from vlm.train.features import FeatureDataset, computed, lay_out
+from vlm.train.features import FeatureDataset, Features, computed, lay_out
 from vlm.train.head_data import HeadData, load_head_data, targets_of
 from vlm.train.head_report import report
 from vlm.train.head_trainer import HeadTrainer, Said
@@ -53,8 +54,8 @@ def train_head(
         describe_data(folder, data.roles(), resumed=checkpoint_to_resume(config, folder) is not None)
     log.info("Training data:\n\n%s\n", contribution_table(data.train.contributions))
 
-    set_seed(args.seed)
     settled = settle_heads(config.model, body_config, processor, data.heads, targets_of(data.heads, data.train))
+    set_seed(args.seed)  # what the body draws depends on no head: what is read of it stays in the cache
     model = load_weights(config, body_config, processor, compute_dtype(args), args.seed)
     model = with_heads(model, settled, args.seed)
     parts = prepare(model, config, args, processor)
@@ -81,9 +82,10 @@ def train_head(
         trainer.add_callback(EpochOrder(lambda: trainer.order))
         return trainer
 
-    chosen_by = out_of_folds(
-        model, data, read, args, folder, trainer_of, lambda: prepare(model, config, args, processor)
-    )
+    chosen_by = None
+    if data.folds:
+        again = lambda: prepare(model, config, args, processor)  # noqa: E731 - the parts of fresh heads
+        chosen_by, parts = out_of_folds(model, data, read, args, folder, trainer_of, again)
     train, evaluated = read(data.train), None if data.evaluation is None else read(data.evaluation)
     if evaluated is None:
         args.eval_strategy = "no"
@@ -94,8 +96,11 @@ def train_head(
     assert chosen_by is not None
     settle_decisions(model, chosen_by, config)
     tested = None if data.test is None else trainer.ask(read(data.test))
+    measured = data.test or data.evaluation
+    seeing = measured is not None and measured.num_images.any()
+    blank = trainer.ask(read(BlankHeadDataset(measured.dataset, data.heads))) if seeing else None
     if first:
-        report(folder, model.config.settings, targets_of(data.heads, data.train), chosen_by, tested,
+        report(folder, model.config.settings, targets_of(data.heads, data.train), chosen_by, tested, blank,
                out_of_folds=bool(data.folds))  # fmt: skip
     trainer.save_model(str(folder / "final"))
     log.info("Done. Ask it:  vlm predict %s --image FILE --prompt 'What is asked of each'", folder / "final")
@@ -120,16 +125,18 @@ def reader(
     """What makes of samples what the trainer takes: themselves, or where the body stays, what heads read of them."""
     if not caches(config):
         return lambda dataset: dataset
-    tell = SkippedRecords(folder, data.train.dataset, config.dataset, 1)
-    features = {}
+    tell = SkippedRecords(folder, data.train.dataset, config.dataset, 1, writes=args.process_index == 0)
+    features: dict[int, Features] = {}
+    find = partial(computed, model, collate=collate, args=args, cache=cache_folder(config.dataset.cache_dir))
     for one in data.every:
-        features[tuple(source.path for source in one.dataset.sources)], skipped = computed(
-            model, one, collate, args, cache_folder(config.dataset.cache_dir)
-        )
-        tell(skipped, len(one))
-    return lambda dataset: FeatureDataset(
-        dataset, features[tuple(source.path for source in dataset.dataset.sources)], model.config.settings
-    )
+        features[id(one.dataset.sources[0])] = find(one, on_skipped=tell)  # what is held out has the same source
+
+    def read(dataset: HeadDataset) -> FeatureDataset:
+        blank = isinstance(dataset, BlankHeadDataset)
+        found = find(dataset) if blank else features[id(dataset.dataset.sources[0])]
+        return FeatureDataset(dataset, found, model.config.settings)
+
+    return read
 
 
 def without_workers(args: TrainingArguments) -> TrainingArguments:
@@ -143,14 +150,12 @@ def without_workers(args: TrainingArguments) -> TrainingArguments:
 def out_of_folds(
     model: VLMForPrediction, data: HeadData, read: Callable[[HeadDataset], Any], args: TrainingArguments, folder: Path,
     trainer_of: Callable[..., HeadTrainer], prepare_again: Callable[[], list[Part]],
-) -> dict[str, Said] | None:  # fmt: skip
+) -> tuple[dict[str, Said], list[Part]]:  # fmt: skip
     """What heads say of records that they were not trained on, fold by fold; afterwards they are fresh again.
 
     Returns:
-        Head -> what was said of all records; None where there are no folds.
+        Head -> what was said of all records; and the model's parts, which hold the fresh heads.
     """
-    if not data.folds:
-        return None
     fresh = copy.deepcopy(model.heads.state_dict())
     said: list[dict[str, Said]] = []
     for number, (rest, held) in enumerate(data.folds):
@@ -159,15 +164,19 @@ def out_of_folds(
         where.mkdir(parents=True, exist_ok=True)
         quiet = copy.copy(args)
         quiet.output_dir, quiet.eval_strategy, quiet.save_strategy, quiet.report_to = str(where), "no", "no", []
-        model.heads = torch.nn.ModuleDict({
-            one.name: built_head(one, model.config.get_text_config().hidden_size) for one in model.config.settings
-        })  # fmt: skip
-        model.heads.load_state_dict(fresh)
+        renew_heads(model, fresh)
         trainer = trainer_of(read(rest), None, quiet, where, prepare_again())
         trainer.train()
         said.append(trainer.ask(read(held)))
-    model.heads.load_state_dict(fresh)
-    return {one.name: _joined([part[one.name] for part in said]) for one in model.config.settings}
+    renew_heads(model, fresh)
+    return {one.name: _joined([part[one.name] for part in said]) for one in model.config.settings}, prepare_again()
+
+
+def renew_heads(model: VLMForPrediction, state: dict[str, torch.Tensor]) -> None:
+    """Give a model new heads with these weights: none that an earlier optimiser or rank still holds on to."""
+    width = model.config.get_text_config().hidden_size
+    model.heads = torch.nn.ModuleDict({one.name: built_head(one, width) for one in model.config.settings})
+    model.heads.load_state_dict(state)
 
 
 def _joined(parts: Sequence[Said]) -> Said:

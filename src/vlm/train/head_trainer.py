@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers.trainer_utils import speed_metrics
 
 from vlm.data.collate import SKIPPED
+from vlm.data.encode import IGNORED
 from vlm.inference.calibration import Calibration
 from vlm.inference.scores import scores
 from vlm.models.head_losses import head_loss
@@ -43,7 +44,13 @@ class HeadTrainer(VLMTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
-        """The weighted sum of the heads' losses, and of that of the replies where they are learned."""
+        """The weighted sum of the heads' losses, and of that of the replies where they are learned.
+
+        They are in a batch without any reply too, so that every rank's backward pass runs through the same modules.
+        """
+        if self.model.config.generation_weight and "labels" not in inputs:
+            nothing = torch.full_like(inputs["input_ids"], IGNORED)
+            inputs = {**inputs, "labels": nothing, "prompt_mask": inputs["attention_mask"]}
         outputs = model(**as_arguments(inputs))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 

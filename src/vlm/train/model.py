@@ -23,7 +23,6 @@ from vlm.build import (
     recipe_differences,
     refuse_image_mode,
 )
-from vlm.config.check import check_training
 from vlm.config.head_problems import head_problems
 from vlm.config.schema import HeadConfig, HeadsConfig, ModelConfig, RunConfig, from_mapping
 from vlm.encoders import image_size
@@ -53,7 +52,7 @@ def settle_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Any,
         if config.model.hf_name is not None:
             config.model = family_recipe(config.model, config.model.hf_name, found[0].model_type)
         return found
-    if {"model", "model.hf_name", "model.revision"} & set(overrides):
+    if config.model.hf_name is not None and {"model", "model.hf_name", "model.revision"} & set(overrides):
         raise ValueError(
             f"trainer.from_pretrained={checkpoint} and model.hf_name={config.model.hf_name}: both say what to begin "
             "with; choose one"
@@ -65,7 +64,11 @@ def settle_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Any,
         config.model.head = heads_of_checkpoint(config.model.head, model_config, checkpoint, below)
         for problem in head_problems(config):
             raise ValueError(problem)
-        check_training(config)
+        for part, kind in kinds_of(config.model).items():
+            raise ValueError(
+                f"model.{part}.quantization={kind}: trainer.from_pretrained={checkpoint} has prediction heads; such a "
+                "checkpoint is loaded as it is"
+            )
         model_config = model_config.body_config
     if not isinstance(model_config, VLMConfig):
         refuse_parts(touched, f"trainer.from_pretrained={checkpoint}")

@@ -14,6 +14,9 @@ from vlm.families.table import part_names
 from vlm.models import VLMForPrediction
 from vlm.train.lora import trains_with_adapter
 
+FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})
+"""What language models call the norm behind their last layer, which hidden states before the last do not see."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -109,14 +112,21 @@ def unread_by_heads(model: Any) -> frozenset[str]:
         return frozenset()
     vocabulary, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     left_out = [] if vocabulary is None else [p for p in vocabulary.parameters() if p is not embeddings.weight]
-    decoder: Any = model.get_decoder()
     depth = model.config.get_text_config().num_hidden_layers
     read = [depth if one.layer is None else one.layer % (depth + 1) for one in model.config.settings]
     if max(read) < depth:
-        later = [*decoder.layers[max(read) :], decoder.norm]
-        left_out += [parameter for module in later for parameter in module.parameters()]
+        left_out += [parameter for module in _behind(model, max(read)) for parameter in module.parameters()]
     ids = set(map(id, left_out))
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in ids)
+
+
+def _behind(model: Any, layer: int) -> list[nn.Module]:
+    """The language model's modules behind a hidden state, of which state 0 is before the first layer."""
+    depth = model.config.get_text_config().num_hidden_layers
+    children = dict(model.get_decoder().named_children())
+    layers = [one for one in children.values() if isinstance(one, nn.ModuleList) and len(one) == depth]
+    norms = [children[name] for name in FINAL_NORMS & children.keys()]
+    return [*(one for stack in layers for one in stack[layer:]), *norms]
 
 
 def trains(trainer: TrainerOptions, part: str) -> bool:

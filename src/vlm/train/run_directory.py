@@ -147,10 +147,15 @@ class SkippedRecords:
         dataset: what is trained on.
         config: the policies, and how many may be left out.
         world_size: ranks; each sees its own part of the records.
+        writes: whether it adds them itself; else another rank, which is told of the same, does.
     """
 
-    def __init__(self, folder: Path, dataset: SampleDataset | SampleStream, config: DatasetConfig, world_size: int):
+    def __init__(
+        self, folder: Path, dataset: SampleDataset | SampleStream, config: DatasetConfig, world_size: int, *,
+        writes: bool = True,
+    ):  # fmt: skip
         self.path = folder / SKIPPED_FILE
+        self.writes = writes
         self.dataset, self.config, self.world_size = dataset, config, world_size
         self.known: set[Skipped] = set()
         self.seen = 0
@@ -169,8 +174,9 @@ class SkippedRecords:
         if not new:
             return
         self.known.update(new)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(map(skipped_line, new)))
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(map(skipped_line, new)))
         if isinstance(self.dataset, SampleDataset):
             total = (len(self.dataset) + len(self.dataset.skipped)) / self.world_size
         else:

@@ -232,7 +232,8 @@ class VLMTrainer(Trainer):
         """The model with its processor, complete or on top of its base; within a checkpoint, only what trains."""
         folder = Path(output_dir or self.args.output_dir)
         if not _internal_call and self.base is not None:
-            save_on_base(self.model, folder, self.base, writes=self.args.should_save)
+            new_rows = {name: min(part.new_tokens) for part in self.parts for name in part.rows}
+            save_on_base(self.model, folder, self.base, new_rows=new_rows, writes=self.args.should_save)
             if self.args.should_save:
                 self.processor.save_pretrained(folder)
         elif not _internal_call:

@@ -72,6 +72,23 @@ def test_what_the_records_amount_to(words, tmp_path: Path, capsys):
         assert drawn.width > 800
 
 
+def test_the_prompts_and_labels_of_a_head(words, tmp_path: Path, capsys):
+    """The prompt alone is what a head reads; nothing of it is supervised."""
+    records = json.loads((tmp_path / "records.json").read_text())[:8]
+    (tmp_path / "records.json").write_text(
+        json.dumps([{**one, "label": index % 2} for index, one in enumerate(records)])
+    )
+    words = ["-cn", "head-binary", "model=composed", *words[2:]]
+    main(["data", "show", "--records", "1", "--output", "a.html", *words])
+    said = capsys.readouterr().out
+    assert "tokens, label 1; 30×21" in said
+    assert "what is in this picture?" in said
+    assert "a blue square" not in said
+    main(["data", "stats", "--output", "stats.png", *words])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "commonest labels of a head: 4 0 4 1" in said
+
+
 def test_an_unknown_tool_is_refused_and_all_are_listed(capsys):
     with pytest.raises(SystemExit, match="vlm data shoe: no such tool"):
         main(["data", "shoe"])

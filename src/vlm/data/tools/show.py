@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -29,6 +30,7 @@ class Shown:
     encoded: Encoded | None
     pictures: Sequence[Image.Image | OpenVideo]
     problem: str | None = None
+    label: Any = None
 
     def title(self) -> str:
         """Where it is from, its name, and its counts."""
@@ -37,7 +39,8 @@ class Shown:
             return f"{place}, id {self.id}"
         supervised = sum(label != IGNORED for label in self.encoded.labels)
         sizes = ", ".join(map(_size, self.pictures)) or "no picture"
-        return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {supervised} supervised; {sizes}"
+        learnt = f"{supervised} supervised" if supervised else f"label {self.label!r}"
+        return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {learnt}; {sizes}"
 
 
 def shown_records(
@@ -84,7 +87,7 @@ def _shown(source: Source, number: int | None, record: object) -> Shown:
         sample = source.read(record)
         pictures = open_pictures(sample)
         sizes = seen_sizes(sample.media, pictures, source.encoder.processor)
-        return Shown(source, number, sample.id, source.encoder(sample, sizes), pictures)
+        return Shown(source, number, sample.id, source.encoder(sample, sizes), pictures, label=sample.label)
     except BadSample as error:
         return Shown(source, number, error.sample_id, None, pictures, error.reason)
 

@@ -43,6 +43,7 @@ class SourceStats:
         length = counts.length[good]
         over, fixed = length > self.longest, counts.needed[good] > self.longest
         quantiles = np.quantile(length, (0.5, 0.9, 0.99)).tolist() if good.any() else [0, 0, 0]
+        labels = Counter(label for label in counts.labels.to_pylist() if label is not None)
         reasons = Counter(_kind_of(error.reason, error.file) for error in counts.problems.values())
         return {
             "records": len(good),
@@ -55,6 +56,7 @@ class SourceStats:
             "tokens a record (median, 90%, 99%, most)": [*map(round, quantiles), int(length.max(initial=0))],
             f"longer than {self.longest} tokens": int(over.sum()),
             "of them left out": int(fixed.sum()) if self.truncate else int(over.sum()),
+            "commonest labels of a head": dict(labels.most_common(20)),
             "cannot be used, by reason": dict(reasons.most_common(10)),
         }
 

@@ -1,0 +1,135 @@
+"""A head's epochs on a frozen body: with what it reads kept on disk, against reading everything each time.
+
+    python -m benchmarks.features [--records N] [--repeats N]
+
+The body has the shapes of SmolLM2-135M (text) and ViT-B/16 at 224 pixels (pictures), with random weights. Both variants
+are runs of `head-classification` through the same entry, on the same records, in the same order of batches; an epoch's
+seconds are those that `Trainer` logs, without the one reading that fills the cache. The heads that come out after as
+many epochs are compared first: they must be the same.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.report import Row, below, compared, report
+from vlm.__main__ import opened
+from vlm.config.schema import RunConfig
+from vlm.data.scenes import write_scenes
+from vlm.tiny import word_tokenizer
+from vlm.train.run import run
+
+EPOCHS = {"reading anew": 1, "cached": 20}
+"""How many epochs a measurement is the mean of."""
+POOLINGS = ("last", "attention")
+"""One state a record, and every token's."""
+
+
+def build(folder: Path) -> None:
+    """Write the parts and the records."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+        patch_size=16,
+    )  # fmt: skip
+    CLIPVisionModel(vision).save_pretrained(folder / "visual_encoder")
+    CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}).save_pretrained(
+        folder / "visual_encoder"
+    )
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(folder / "language_model")
+    text = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(text).save_pretrained(folder / "language_model")
+
+
+def train(folder: Path, name: str, epochs: int, cached: bool, pooling: str) -> tuple[float, float, Path]:
+    """Run it: seconds an epoch, seconds of everything else, and the run directory."""
+    words = [
+        "model=composed",
+        f"model.visual_encoder.hf_name={folder / 'visual_encoder'}",
+        f"model.language_model.hf_name={folder / 'language_model'}",
+        f"model.head.pooling={pooling}",
+        f"dataset.path={folder / 'data' / 'labelled.json'}",
+        f"dataset.image_folder={folder / 'data' / 'images'}",
+        f"dataset.cache_dir={folder / 'cache'}",
+        "dataset.template=chatml",
+        f"dataset.cache_features={str(cached).lower()}",
+        f"trainer.num_train_epochs={epochs}",
+        f"trainer.output_dir={folder / name}",
+        "trainer.eval_strategy=no",
+        "trainer.report_to=none",
+        "trainer.use_cpu=true",
+        "trainer.dataloader_num_workers=0",
+        "trainer.per_device_train_batch_size=8",
+    ]
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    with initialize_config_module("vlm.config", version_base="1.3"):
+        config: Any = OmegaConf.to_object(compose("head-classification", [opened(word) for word in words]))
+    begun = time.perf_counter()
+    run(config, name, [word.split("=")[0] for word in words])
+    seconds = time.perf_counter() - begun
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    training = next(line["train_runtime"] for line in lines if "train_runtime" in line)
+    return training / epochs, seconds - training, folder / name
+
+
+def heads(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a run's heads."""
+    return {
+        name: value for name, value in load_file(folder / "final" / "model.safetensors").items() if "heads." in name
+    }
+
+
+def measure(folder: Path, pooling: str, repeats: int) -> list[Row]:
+    """Both variants in turns, after a check that they are the same."""
+    _, whole, first = train(folder, f"{pooling}-cached-check", 2, True, pooling)
+    anew = heads(train(folder, f"{pooling}-anew-check", 2, False, pooling)[2])
+    for name, value in heads(first).items():
+        torch.testing.assert_close(value, anew[name], rtol=1e-4, atol=1e-5)
+    found: dict[str, list[float]] = {name: [] for name in EPOCHS}
+    rest: list[float] = []
+    for number in range(repeats):
+        for name, epochs in EPOCHS.items():
+            seconds, others, _ = train(folder, f"{pooling}-{name}-{number}", epochs, name == "cached", pooling)
+            found[name].append(seconds)
+            rest += [others] if name == "cached" else []
+    title = f"epochs/s, pooling={pooling}"
+    speeds = {name: [1 / seconds for seconds in values] for name, values in found.items()}
+    labels = ("cached", "reading anew")
+    return [
+        compared(title, speeds[labels[0]], speeds[labels[1]], labels, "epochs/s", 20.0),
+        below(f"a whole run that finds its cache, pooling={pooling}", rest, "without its epochs", "s", whole),
+    ]
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser("benchmarks.features", description=__doc__)
+    parser.add_argument("--records", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    logging.disable(logging.INFO)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build(folder)
+        write_scenes(folder / "data", num_train=args.records, num_val=1, num_heldout=1, num_labelled=args.records)
+        report("features", [row for pooling in POOLINGS for row in measure(folder, pooling, args.repeats)])
+
+
+if __name__ == "__main__":
+    main()

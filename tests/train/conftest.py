@@ -1,0 +1,23 @@
+"""What runs with prediction heads measured."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from vlm.train import head_run
+
+
+@pytest.fixture(scope="module")
+def told() -> Iterator[list[dict[str, Any]]]:
+    """What each run's report was made of, the newest last."""
+    kept: list[dict[str, Any]] = []
+    original = head_run.report
+
+    def keep(*given: Any, **named: Any) -> None:
+        kept.append({"trained": given[2], "evaluation": given[3], "test": given[4]})
+        original(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_run, "report", keep)
+        yield kept
