@@ -118,9 +118,9 @@ UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
     "no label": ("binary", None, [None, None], "head h: no training record has a label. It is looked for in `label` of "
                  "each record; dataset.format=labelled with dataset.options.label_key reads it from elsewhere"),
     "no record": ("regression", None, [], "head h: no training record has a label"),
-    "an unknown pair": ("binary", None, ["spam", "ham"], "head h: nobody can tell which of 'ham' and 'spam' is "
+    "an unknown pair": ("binary", None, ["spam", "ham"], "head h: it cannot be told which of 'ham' and 'spam' is "
                         "positive; model.head.labels=[negative, positive] decides"),
-    "another pair of numbers": ("binary", None, [1, 2], "nobody can tell which of 1 and 2 is positive"),
+    "another pair of numbers": ("binary", None, [1, 2], "it cannot be told which of 1 and 2 is positive"),
     "one label": ("binary", None, [1, 1], "head h: binary needs exactly 2 labels, the training records have 1: 1"),
     "three labels": ("binary", None, ["no", "yes", "Yes"],
                      "head h: binary needs exactly 2 labels, the training records have 3: 'Yes', 'no', 'yes'"),

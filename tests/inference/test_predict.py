@@ -233,12 +233,23 @@ def test_what_was_begun_with_something_else_is_refused(checkpoint: Callable[...,
     assert len(rows_of(output)) == 9
 
 
-def test_a_label_that_the_head_does_not_know_is_said(checkpoint: Callable[..., Path], records: Path):
+def test_a_label_that_the_head_does_not_know_is_said(
+    checkpoint: Callable[..., Path], records: Path, capsys: pytest.CaptureFixture[str]
+):
     records.write_text(records.read_text().replace('"red"', '"pink"'))
     output = records.with_name("preds.csv")
-    words = ["predict", str(checkpoint("kind")), "--input", str(records), "--output", str(output)]
-    assert "'pink' is none of its labels" in refusal(*words)
-    assert len(rows_of(output)) == 9  # what was predicted is not lost
+    ask(checkpoint("kind"), "--input", records, "--output", output)
+    said = capsys.readouterr().out
+    assert "3 of 8 labels are left out of the measures, the first is that of r0: head kind: 'pink' is none" in said
+    assert "kind (multiclass), 5 records with a label" in said
+    assert len(rows_of(output)) == 9
+
+
+def test_a_record_without_a_name_is_called_by_its_place(checkpoint: Callable[..., Path], records: Path):
+    table, output = records.with_name("new.csv"), records.with_name("preds.csv")
+    table.write_text("image,prompt\n0.png,what colour?\nnone.png,what colour?\n")
+    ask(checkpoint("kind"), "--input", table, "--output", output)
+    assert [row["source"] for row in rows_of(output)] == ["new.csv:0", "new.csv:1"]
 
 
 REFUSED = {

@@ -41,7 +41,7 @@ def start(pretrained: Path, world: Path) -> list[str]:
 
 
 def launch(words: list[str]) -> None:
-    """Start two ranks and wait."""
+    """Start two ranks and wait; the shared memory that DeepSpeed leaves on a CPU goes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,6 +54,8 @@ def launch(words: list[str]) -> None:
         "PATH": path,
     }
     done = subprocess.run([*launcher, "--module", "vlm", *words], env=environment, capture_output=True, text=True)
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 64 MB each, until a restart
+        left.unlink()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

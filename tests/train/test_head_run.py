@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[str, str, Callable[[int, dict], None], list[str], str]]
                   r"model.head.task=regression: all labels are equal \(3"),
     "three of two": ("head-binary", "colour", puts("id", "5"), [], r"binary needs exactly 2 labels"),
     "which is positive": ("head-binary", "side", lambda index, record: record.update(side=["left", "right"][index % 2]),
-                          [], r"nobody can tell which of 'left' and 'right' is positive"),
+                          [], r"it cannot be told which of 'left' and 'right' is positive"),
     "one text": ("head-classification", "colour", puts("id", "5"), ["model/head=multilabel"],
                  r"multilabel needs a list of labels, got "),
     "layer": ("head-binary", "bright", puts("id", "5"), ["model.head.layer=3"],

@@ -155,7 +155,7 @@ def _found(name: str, task: str, present: Sequence[Any]) -> tuple[Any, ...]:
         labels.sort(key=lambda label: str(label).lower())  # as in PAIRS
         if tuple(str(label).lower() for label in labels) not in PAIRS:
             raise ValueError(
-                f"head {name}: nobody can tell which of {labels[0]!r} and {labels[1]!r} is positive; "
+                f"head {name}: it cannot be told which of {labels[0]!r} and {labels[1]!r} is positive; "
                 "model.head.labels=[negative, positive] decides"
             )
     return tuple(labels)

@@ -8,7 +8,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from vlm.config.schema import SourceConfig
 from vlm.data.cache import digest_of
 from vlm.data.collate import Collator
 from vlm.data.dataset import encoded_item
-from vlm.data.labels import HeadLabels, check_values
+from vlm.data.labels import HeadLabels
 from vlm.data.prompts import PromptEncoder
 from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source
@@ -119,10 +119,15 @@ class _Prompts(Dataset[Any]):
         try:
             record = self.source.records[self.start + index]
             sample = self.source.read(record)
-            return sample, encoded_item(self.source, sample)
+            return self._named(sample, index), encoded_item(self.source, sample)
         except BadSample as error:
             label = record.get("label") if isinstance(record, dict) else None
-            return sample or Sample(error.sample_id, (), label), error
+            sample = sample or Sample(error.sample_id, (), label)
+            return self._named(sample, index), error
+
+    def _named(self, sample: Sample, index: int) -> Sample:
+        """A sample that calls itself nothing is called by its file and its number there, from 0."""
+        return sample if sample.id != "?" else replace(sample, id=f"{self.source.name}:{self.start + index}")
 
 
 def _loader(source: Source, predictor: Predictor, start: int, batch_size: int, num_workers: int) -> DataLoader:
@@ -236,12 +241,16 @@ def _cell(value: Any) -> Any:
     return ";".join(map(str, value)) if isinstance(value, list) else value
 
 
-def measured(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
-    """Measures of what was said of records that have labels, as tables; nothing of a head for which none has one.
+def attempted(labels: HeadLabels, value: Any) -> list[float] | ValueError:
+    """A label as numbers, or why the head does not know it."""
+    try:
+        return labels.target(value)
+    except ValueError as error:
+        return error
 
-    Raises:
-        ValueError: a label is none of a head's.
-    """
+
+def measured(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
+    """Measures of what was said of records that have labels that a head knows, as tables, and how many it does not."""
     tables = []
     for one in predictor.heads:
         end = "" if len(predictor.heads) == 1 else f"_{one.name}"
@@ -249,8 +258,14 @@ def measured(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
         if not known or one.task == "pairwise":
             continue
         labels = HeadLabels(one.name, one.task, tuple(one.labels))
-        check_values(labels, [row[f"label{end}"] for row in known], "the records")
-        targets = np.array([labels.target(row[f"label{end}"]) for row in known])
+        said = [attempted(labels, row[f"label{end}"]) for row in known]
+        if strange := [number for number, target in enumerate(said) if isinstance(target, ValueError)]:
+            tables.append(f"{len(strange)} of {len(known)} labels are left out of the measures, the first is that of "
+                          f"{known[strange[0]]['source']}: {said[strange[0]]}")  # fmt: skip
+        known = [row for row, target in zip(known, said, strict=True) if not isinstance(target, ValueError)]
+        if not known:
+            continue
+        targets = np.array([target for target in said if not isinstance(target, ValueError)])
         outputs = np.array([row[f"outputs{end}"] for row in known])
         chosen = Calibration(one.temperature, one.threshold)
         found = scores(one.task, outputs, targets if one.task == "multilabel" else targets[:, 0], chosen)

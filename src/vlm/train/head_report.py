@@ -10,12 +10,19 @@ from vlm.inference.calibration import Calibration
 from vlm.inference.score_plots import draw_scores
 from vlm.inference.scores import as_json, as_table, baseline, confusion, scores
 from vlm.models.configuration_prediction import HeadSettings
+from vlm.models.head_tasks import CLASSIFYING
 from vlm.train.head_trainer import Said
 from vlm.train.run_directory import write_json
 
 log = logging.getLogger(__name__)
 
-CHOSEN_HERE = "temperature and threshold were chosen on these records, which flatters what depends on them"
+
+def chosen_here(one: HeadSettings) -> str:
+    """What was chosen for a head on the evaluation records; nothing for tasks without probabilities."""
+    if one.task not in CLASSIFYING:
+        return ""
+    chosen = "temperature" if one.threshold is None else "temperature and threshold"
+    return f"its {chosen} was chosen on these records, which flatters what depends on it"
 
 
 def report(
@@ -39,8 +46,10 @@ def report(
         for one in heads:
             where = folder / "scores" / name / ("" if len(heads) == 1 else one.name)
             where.mkdir(parents=True, exist_ok=True)
-            note = "nothing was chosen by these records" if name == "test" else CHOSEN_HERE
+            note = "nothing was chosen by these records" if name == "test" else chosen_here(one)
             unseen = None if blank is None or name != list(sets)[-1] else blank[one.name]
+            title = f"{name}: {one.name} ({one.task}), {len(said[one.name].targets):,} records"
+            log.info("%s%s", title, f"; {note}" if note else "")
             found.setdefault(name, {})[one.name] = _measured(
                 one, train_targets[one.name], said[one.name], unseen, where, note
             )
@@ -62,8 +71,7 @@ def _measured(
         one.task, said.outputs, said.targets, chosen, [str(label) for label in one.labels], where, groups=said.compared
     )
     counts = confusion(one.task, said.outputs, said.targets, chosen, len(one.labels))
-    title = f"{where.name}: {one.name} ({one.task}), {len(said.targets):,} records; {note}"
-    log.info("%s\n\n%s\n\nPlots: %s\n", title, as_table(measured, beside), where)
+    log.info("\n%s\n\nPlots: %s\n", as_table(measured, beside), where)
     return {
         "records": len(said.targets),
         "note": note,

@@ -103,7 +103,7 @@ def train_head(
         report(folder, model.config.settings, targets_of(data.heads, data.train), chosen_by, tested, blank,
                out_of_folds=bool(data.folds))  # fmt: skip
     trainer.save_model(str(folder / "final"))
-    log.info("Done. Ask it:  vlm predict %s --image FILE --prompt 'What is asked of each'", folder / "final")
+    log.info("Done. Ask it:  vlm predict %s --image FILE --prompt PROMPT", folder / "final")
     return folder
 
 

@@ -72,7 +72,7 @@ def split_parts(
         "visual_encoder": " + ".join(one.hf_name for one in (sources.visual_encoder, *sources.visual_encoder.beside)),
         "connector": sources.connector.name or sources.connector.type,
         "language_model": sources.language_model.hf_name,
-        HEAD: ", ".join(f"{one.task}, {one.pooling}" for one in heads_of(sources.head).values()),
+        HEAD: ", ".join(f"{one.task} at {one.pooling}" for one in heads_of(sources.head).values()),
     }
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in every}
     for name, parameter in model.named_parameters():
