@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from vlm.data.sampling import ModalityLengthSampler, modality_length_order
+from vlm.data.sampling import ModalityLengthSampler, TogetherSampler, modality_length_order
 
 BATCH = 4
 
@@ -93,3 +93,16 @@ def test_epochs_differ_and_repeat_themselves():
     assert list(sampler) == list(sampler) == first[0]
     assert len(sampler) == 100
     assert list(ModalityLengthSampler(lengths, images, BATCH, seed=4)) != first[0]
+
+
+def test_samples_of_a_group_stand_together():
+    groups = [0, 1, -1, 0, 2, 1, -1, 0]
+    sampler = TogetherSampler(groups, seed=1)
+    order = list(sampler)
+    assert sorted(order) == list(range(8))
+    assert order == list(sampler)
+    for group in (0, 1, 2):
+        places = [place for place, index in enumerate(order) if groups[index] == group]
+        assert places == list(range(places[0], places[0] + len(places)))
+    sampler.set_epoch(1)
+    assert list(sampler) != order

@@ -32,8 +32,15 @@ def said_on(told: list[dict[str, Any]]) -> np.ndarray:
 # Adapters
 
 
-@pytest.mark.parametrize("pooling", ["last", "query"])
-@pytest.mark.parametrize("start", ["parts", "checkpoint"])
+@pytest.mark.parametrize(
+    ("start", "pooling"),
+    [
+        ("parts", "query"),
+        ("checkpoint", "last"),
+        pytest.param("parts", "last", marks=pytest.mark.slow),
+        pytest.param("checkpoint", "query", marks=pytest.mark.slow),
+    ],
+)
 def test_an_adapter_with_a_head_loads_and_merges(
     train_head: Callable[..., Path], composed: Path, labelled: Path, told: list[dict[str, Any]], tmp_path: Path,
     pooling: str, start: str,

@@ -32,22 +32,22 @@ WORDS = {
         "trainer.unfreeze.train_language_model=true", "model.head.generation_weight=0.5",
     ],
 }  # fmt: skip
-slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stage"),
     [
         ("frozen", "null"),
-        pytest.param("frozen", "zero2", marks=slow),
-        pytest.param("connector", "zero2", marks=slow),
-        pytest.param("connector", "zero3", marks=slow),
-        pytest.param("query", "zero2", marks=slow),
-        pytest.param("query", "zero3", marks=slow),
-        pytest.param("folds", "zero2", marks=slow),
-        pytest.param("several", "null", marks=slow),
-        pytest.param("several", "zero2", marks=slow),
-        pytest.param("replies", "null", marks=slow),
+        ("frozen", "zero2"),
+        ("connector", "zero2"),
+        ("connector", "zero3"),
+        ("query", "zero2"),
+        ("query", "zero3"),
+        ("folds", "zero2"),
+        ("several", "null"),
+        ("several", "zero2"),
+        ("replies", "null"),
     ],
 )
 def test_two_ranks_reach_the_single_process(

@@ -1,4 +1,4 @@
-"""The order of samples: groups of like length, pictures and text apart, the same on every rank and every start."""
+"""The order of samples: of like length, pictures and text apart, or by groups; the same on every rank and start."""
 
 from collections.abc import Iterator, Sequence
 
@@ -68,3 +68,33 @@ class ModalityLengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(modality_length_order(self.lengths, self.num_images, self.batch, generator))
+
+
+class TogetherSampler(Sampler[int]):
+    """Iterates over groups in a drawn order, the samples of each one after the other, for losses that compare them.
+
+    Resuming an epoch repeats its order.
+
+    Args:
+        groups: the number of each sample's group; negative: it has none, and stands by itself.
+        seed: with the epoch, all that the order depends on.
+    """
+
+    def __init__(self, groups: Sequence[int], seed: int):
+        self.groups, self.seed = list(groups), seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The training loop says which epoch begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        together: dict[int, list[int]] = {}
+        for index in torch.randperm(len(self.groups), generator=generator).tolist():
+            group = self.groups[index]
+            together.setdefault(group if group >= 0 else -1 - index, []).append(index)
+        return (index for members in together.values() for index in members)

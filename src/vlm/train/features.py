@@ -102,6 +102,11 @@ class FeatureDataset(Dataset[Any]):
         self.readings = {head.name: Reading.of(head) for head in heads}
         self.targets = {head.name: self.samples.targets(head.name).astype(np.float32) for head in heads}
 
+    @property
+    def group_numbers(self) -> np.ndarray:
+        """`(samples,)`: equal where a ranking compares samples, negative where it compares with no other."""
+        return self.samples.group_numbers
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -12,6 +12,7 @@ from transformers.trainer_utils import speed_metrics
 
 from vlm.data.collate import SKIPPED
 from vlm.data.encode import IGNORED
+from vlm.data.sampling import GROUPED, TogetherSampler
 from vlm.inference.calibration import Calibration
 from vlm.inference.scores import scores
 from vlm.models.head_losses import head_loss
@@ -53,6 +54,15 @@ class HeadTrainer(VLMTrainer):
             inputs = {**inputs, "labels": nothing, "prompt_mask": inputs["attention_mask"]}
         outputs = model(**as_arguments(inputs))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As usual; rows that a ranking compares stand together, so that batches have pairs."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        ranks = any(one.task == "pairwise" for one in self.model.config.settings)
+        if not ranks or self.sampling == GROUPED or (dataset.group_numbers < 0).all():
+            return super()._get_train_sampler(train_dataset)
+        self.order = TogetherSampler(dataset.group_numbers.tolist(), self.args.data_seed or self.args.seed)
+        return self.order
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

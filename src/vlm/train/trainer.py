@@ -27,7 +27,7 @@ from vlm.config.schema import RunConfig
 from vlm.data.collate import SKIPPED
 from vlm.data.dataset import BlankPictures, SampleDataset, Skipped
 from vlm.data.encode import IGNORED
-from vlm.data.sampling import GROUPED, ModalityLengthSampler
+from vlm.data.sampling import GROUPED, ModalityLengthSampler, TogetherSampler
 from vlm.data.stream import SampleStream
 from vlm.families.table import part_names
 from vlm.inference.metrics import row_losses
@@ -84,7 +84,7 @@ class VLMTrainer(Trainer):
         self.sampling = sampling
         self.on_first_batch = on_first_batch
         self.on_skipped = on_skipped
-        self.order: ModalityLengthSampler | None = None
+        self.order: ModalityLengthSampler | TogetherSampler | None = None
 
     # --- optimisation -------------------------------------------------------------------------------------------
 
