@@ -77,7 +77,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(prepared: Any):
     assert any(one is embeddings for one in groups["language_model.no_decay"]["params"])
     lines = [line.split() for line in table(parts).splitlines()]
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
-    said = "head multiclass at attention, ordinal at last".split()
+    said = ["head", "multiclass", "at", "attention,", "ordinal", "at", "last"]
     assert lines[-2][: len(said) + 1] == [*said, f"{heads:,}"]
 
 
