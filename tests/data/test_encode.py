@@ -255,7 +255,7 @@ def test_noncharacters_are_refused(processors):
 
 
 def test_a_conversation_without_a_reply_has_nothing_to_supervise(processors):
-    with pytest.raises(BadSample, match="no supervised token"):
+    with pytest.raises(BadSample, match="no reply to learn from"):
         encode(processors["chatml"], Sample("x", (Turn("user", ("what?",)),)))
 
 

@@ -213,7 +213,7 @@ def test_a_family_that_is_not_in_the_table_is_refused(folders: Callable[[str], P
 
 
 def test_every_packaged_model_belongs_to_one_family():
-    shipped = packaged("vlm.config", "model", ".yaml")
+    shipped = [name for name in packaged("vlm.config", "model", ".yaml") if name != "composed"]
     assert sorted(name for family in FAMILIES.values() for name in family.choices) == shipped
 
 

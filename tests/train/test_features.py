@@ -120,6 +120,7 @@ def composed(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     return f"trainer.from_pretrained={folder / 'final'}"
 
 
+@pytest.mark.slow
 def test_whatever_it_depends_on_has_it_computed_again(
     start: Callable[..., Path], pictured: list[str], tmp_path: Path, calls: list[int], composed: str
 ):

@@ -196,7 +196,13 @@ def test_a_checkpoints_query_goes_on_learning(train_head: Callable[..., Path], t
 # Resumed runs
 
 
-@pytest.mark.parametrize("trained", [[], [*CONNECTOR, "model.head.pooling=query"]], ids=["cached", "moving"])
+@pytest.mark.parametrize(
+    "trained",
+    [
+        pytest.param([], id="cached", marks=pytest.mark.slow),
+        pytest.param([*CONNECTOR, "model.head.pooling=query"], id="moving"),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(train_head: Callable[..., Path], tmp_path: Path, trained: list[str]):
     words = ["trainer.save_strategy=steps", "trainer.save_steps=5", "trainer.num_train_epochs=2", *trained]
     whole = train_head("head-classification", "colour", tmp_path / "run", *words, "model.head.options.dropout=0.2")

@@ -343,7 +343,9 @@ def test_rare_labels_count_more_where_they_are_balanced(
     assert (settings.loss, settings.loss_options) == ("focal", {"gamma": 1})
 
 
-@pytest.mark.parametrize("trained", [[], CONNECTOR], ids=["frozen", "connector"])
+@pytest.mark.parametrize(
+    "trained", [pytest.param([], id="frozen"), pytest.param(CONNECTOR, id="connector", marks=pytest.mark.slow)]
+)
 def test_half_precision(
     train_head: Callable[..., Path], labelled: Path, told: list[dict[str, Any]], tmp_path: Path, trained: list[str]
 ):
