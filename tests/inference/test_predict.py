@@ -283,3 +283,16 @@ def test_one_prompt_is_answered_with_bars(checkpoint: Callable[..., Path], capsy
     assert lines[0].startswith("kind: ")
     assert sum("█" in line for line in lines) >= 1
     assert lines[-1].startswith("size: ")
+
+
+def test_another_head_on_the_same_body_is_another_checkpoint(checkpoint: Callable[..., Path]):
+    """A small head may lie between the pieces of a large file that its fingerprint is made of."""
+    predictor = Predictor.load(checkpoint("warm"), device="cpu")
+    before = module.heads_digest(predictor)
+    assert module.heads_digest(Predictor.load(checkpoint("warm"), device="cpu")) == before
+    weight = next(predictor.model.heads.parameters())
+    with torch.no_grad():
+        weight[0, 0] += 1e-3
+    changed = module.heads_digest(predictor)
+    predictor.model.config.heads[0]["threshold"] = 0.4
+    assert len({before, changed, module.heads_digest(predictor)}) == 3

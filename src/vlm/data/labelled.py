@@ -201,7 +201,12 @@ def group_numbers(dataset: SampleDataset) -> np.ndarray:
 
 
 def split_labelled(
-    dataset: SampleDataset, strata: np.ndarray, share: float, seed: int, names: Sequence[Any] = ()
+    dataset: SampleDataset,
+    strata: np.ndarray,
+    share: float,
+    seed: int,
+    names: Sequence[Any] = (),
+    key: str = "dataset.eval_split",
 ) -> tuple[SampleDataset, SampleDataset]:
     """Hold out a share of the records, see `labels.split`: (rest, held out).
 
@@ -210,16 +215,17 @@ def split_labelled(
     Args:
         dataset: the samples.
         strata: `(samples,)`, see `labels.strata`.
-        share: `dataset.eval_split`.
+        share: how large a part.
         seed: draws them.
         names: what the strata are called, the labels.
+        key: what the share is called in the configuration.
 
     Raises:
         ValueError: there are too few records or groups, or too few that have one of the labels.
     """
     first, which = _distinct(dataset)
     groups = _kept_together(dataset, first)
-    return _sides(dataset, first, which, split(strata[first], share, seed, groups, names))
+    return _sides(dataset, first, which, split(strata[first], share, seed, groups, names, key))
 
 
 def fold_labelled(

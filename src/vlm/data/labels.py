@@ -274,16 +274,22 @@ def _rest_joined(numbers: np.ndarray, least: float) -> np.ndarray:
 
 
 def split(
-    strata: np.ndarray, share: float, seed: int, groups: np.ndarray | None = None, names: Sequence[Any] = ()
+    strata: np.ndarray,
+    share: float,
+    seed: int,
+    groups: np.ndarray | None = None,
+    names: Sequence[Any] = (),
+    key: str = "dataset.eval_split",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a share of the records, drawn with a seed, with as large a part of each stratum as of all.
 
     Args:
         strata: `(records,)`, see `strata`.
-        share: `dataset.eval_split`, between 0 and 1.
+        share: how large a part, between 0 and 1.
         seed: draws them.
         groups: `(records,)`, what stays together; strata are not looked at then, and the share is one of groups.
         names: what the strata are called, the labels.
+        key: what the share is called in the configuration.
 
     Returns:
         The places of the rest, and of those held out, both in order.
@@ -291,7 +297,7 @@ def split(
     Raises:
         ValueError: there are too few records or groups, or too few that have one of the labels.
     """
-    key = f"dataset.eval_split={share}"
+    key = f"{key}={share}"
     if not 0 < share < 1:
         raise ValueError(f"{key}: a share between 0 and 1 is needed")
     places = np.arange(len(strata))

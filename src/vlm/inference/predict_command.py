@@ -10,7 +10,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from vlm.adapters.merge import add_base_option
 from vlm.config.schema import DatasetConfig, SourceConfig
+
+KINDS = (".csv", ".jsonl")
+"""What an output may end in."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,9 +45,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video")
     found.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
     found.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    found.add_argument(
-        "--base", action="append", default=[], metavar="PATH", help="where an adapter's base lies now, if it was moved"
-    )
+    add_base_option(found)
     found.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
     return found
 
@@ -74,6 +76,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--image and --video belong to --prompt; a file of records names its own")
     if args.input and not Path(args.input).exists() and "://" not in args.input:
         raise ValueError(f"--input {args.input}: no such file (seen from {Path.cwd()})")
+    if args.output is not None:
+        need_new(args.output, overwrite=args.overwrite)
     if args.image_folder and not Path(args.image_folder).is_dir():
         raise ValueError(f"--image-folder {args.image_folder}: no such folder (seen from {Path.cwd()})")
     for name in ("batch_size", "max_frames"):
@@ -81,6 +85,14 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
     if args.num_workers < 0:
         raise ValueError(f"--num-workers {args.num_workers}: 0 or more is needed")
+
+
+def need_new(output: Path, *, overwrite: bool) -> None:
+    """Raise ValueError where a table cannot be written to a path, or would replace what is there."""
+    if output.suffix not in KINDS:
+        raise ValueError(f"--output {output}: it must end in {' or '.join(KINDS)}")
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists; name another output, or give --overwrite")
 
 
 def options_of(form: str, words: Sequence[str]) -> dict[str, Any]:

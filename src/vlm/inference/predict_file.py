@@ -5,6 +5,7 @@ what is being predicted, so that another run goes on with nothing but that.
 """
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,13 +28,8 @@ from vlm.data.sources import Source
 from vlm.inference.calibration import Calibration
 from vlm.inference.generate import on_device
 from vlm.inference.predict import Prediction, Predictor
+from vlm.inference.predict_command import need_new
 from vlm.inference.scores import as_table, scores
-
-KINDS = (".csv", ".jsonl")
-"""What an output may end in."""
-COLUMNS = ("source", "image_path", "label", "score", "prediction", "error")
-"""Of each record: what it calls itself, its pictures, its label if it has one, what the head says, or why it could not
-be read. With several heads `label`, `score` and `prediction` are followed by `_` and a head's name."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +70,9 @@ def predict_file(
     Raises:
         ValueError: the output is there already, or was begun with something else.
     """
-    if output.suffix not in KINDS:
-        raise ValueError(f"--output {output}: it must end in {' or '.join(KINDS)}")
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists; name another output, or give --overwrite")
+    need_new(output, overwrite=overwrite)
     source = source_of(predictor, config, cache, max_frames)
-    table = Table(output, column_names(predictor), digest_of(fingerprint, source.fingerprint))
+    table = Table(output, column_names(predictor), digest_of(fingerprint, heads_digest(predictor), source.fingerprint))
     done = table.begin(overwrite=overwrite)
     with table.opened() as write, tqdm(total=len(source), initial=done, desc="predicting", unit="record") as bar:
         for read, batch in _loader(source, predictor, done, batch_size, num_workers):
@@ -92,6 +85,14 @@ def predict_file(
     rows = table.rows()
     table.finish()
     return Predicted(len(rows), sum(bool(row["error"]) for row in rows), measured(predictor, rows))
+
+
+def heads_digest(predictor: Predictor) -> str:
+    """A name for a model's heads and what they decide by: they are too small for a fingerprint of pieces of files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(predictor.model.heads.state_dict().items()):
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return digest_of(digest.hexdigest(), predictor.model.config.heads)
 
 
 def source_of(predictor: Predictor, config: SourceConfig, cache: Path, max_frames: int) -> Source:
@@ -143,7 +144,11 @@ def _loader(source: Source, predictor: Predictor, start: int, batch_size: int, n
 
 
 def column_names(predictor: Predictor) -> list[str]:
-    """The columns of a table for a model's heads."""
+    """The columns of a table for a model's heads.
+
+    What a record calls itself, its pictures, its label if it has one, what the head says, or why it could not be read.
+    With several heads `label`, `score` and `prediction` are followed by `_` and a head's name.
+    """
     heads = predictor.heads
     ends = [""] if len(heads) == 1 else [f"_{one.name}" for one in heads]
     own = [f"{name}{end}" for end in ends for name in ("label", "score", "prediction")]

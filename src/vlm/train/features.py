@@ -138,13 +138,14 @@ def lay_out(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def computed(
-    model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments, cache: Path,
-    on_skipped: Callable[[list[Skipped], int], None] = lambda left_out, number: None,
+    model: VLMForPrediction, body: str, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments,
+    cache: Path, on_skipped: Callable[[list[Skipped], int], None] = lambda left_out, number: None,
 ) -> Features:  # fmt: skip
     """What the model's heads read of a dataset: found in the cache, or computed now by all ranks.
 
     Args:
         model: the model, whose body is frozen.
+        body: see `body_digest`; of a large one it takes a while.
         dataset: the samples.
         collate: lays them out.
         args: batch size, workers, devices, precision.
@@ -160,7 +161,7 @@ def computed(
     starts = np.concatenate([[0], samples.lengths[first].astype(np.int64).cumsum()])
     readings = list(dict.fromkeys(map(Reading.of, model.config.settings)))
     name = digest_of(
-        records_digest(samples, first), dataset.pictures, body_digest(model), str(model.dtype), code_digest(),
+        records_digest(samples, first), dataset.pictures, body, str(model.dtype), code_digest(),
         args.bf16, args.fp16,
     )  # fmt: skip
     folder = cache / "features" / name

@@ -23,7 +23,7 @@ class HeadData:
     """The records of a run.
 
     Attributes:
-        every: role -> all records of a source of records, before anything is held out of it.
+        every: all records of training, and of other files that are named, before anything is held out of them.
         train: what trains.
         evaluation: what thresholds and temperatures are chosen by; None where there are folds.
         test: what things are only measured on; None: nothing.
@@ -117,10 +117,7 @@ def _held_out(
 ) -> tuple[SampleDataset, SampleDataset]:
     """Hold out a share, stratified by the first head's labels."""
     values = values_of(dataset.labels, [head.name])[head.name]
-    try:
-        return split_labelled(dataset, strata(head, values), share, seed, head.labels)
-    except ValueError as error:
-        raise ValueError(str(error).replace("dataset.eval_split", key)) from error
+    return split_labelled(dataset, strata(head, values), share, seed, head.labels, key)
 
 
 def need_labels(dataset: SampleDataset, values: dict[str, list[Any]], role: str = "train") -> None:

@@ -16,6 +16,7 @@ from vlm.adapters.base import base_of
 from vlm.config.head_problems import caches, heads_of
 from vlm.config.schema import RunConfig
 from vlm.data.cache import cache_folder
+from vlm.data.dataset import Skipped
 from vlm.data.labelled import BlankHeadDataset, HeadCollator, HeadDataset
 from vlm.heads import renewed, settle_heads
 from vlm.inference.calibration import calibrate
@@ -23,7 +24,7 @@ from vlm.models import VLMConfig, VLMForPrediction
 from vlm.models.modeling_prediction import built_head
 from vlm.train.callbacks import EpochOrder, MetricsFile, StopAtNaN
 from vlm.train.data import collator_of
-from vlm.train.features import FeatureDataset, Features, computed, lay_out
+from vlm.train.features import FeatureDataset, Features, body_digest, computed, lay_out
 from vlm.train.head_data import HeadData, load_head_data, targets_of
 from vlm.train.head_report import report
 from vlm.train.head_trainer import HeadTrainer, Said
@@ -67,24 +68,13 @@ def train_head(
         show_first(data.train, collate, processor, folder, args.train_batch_size)
     read = reader(config, model, data, collate, args, folder)
 
-    def trainer_of(train: Any, evaluated: Any, args: TrainingArguments, where: Path, parts: list[Part]) -> HeadTrainer:
-        cached = isinstance(train, FeatureDataset)
-        if cached:
-            args = without_workers(args)
-        trainer = HeadTrainer(
-            model=model, processor=processor, args=args, parts=parts,
-            base=base_of(config, composed=isinstance(body_config, VLMConfig)), loss_average="micro_batch",
-            sampling="random" if cached else config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
-            on_skipped=SkippedRecords(folder, data.train.dataset, config.dataset, args.world_size),
-            data_collator=lay_out if cached else collate, train_dataset=train, eval_dataset=evaluated,
-            callbacks=[MetricsFile(where), StopAtNaN()],
-        )  # fmt: skip
-        trainer.add_callback(EpochOrder(lambda: trainer.order))
-        return trainer
+    trainer_of = partial(
+        head_trainer, config, model, processor, collate, folder, composed=isinstance(body_config, VLMConfig)
+    )
 
     chosen_by = None
     if data.folds:
-        again = lambda: prepare(model, config, args, processor)  # noqa: E731 - the parts of fresh heads
+        again = partial(prepare, model, config, args, processor)  # the parts of fresh heads
         chosen_by, parts = out_of_folds(model, data, read, args, folder, trainer_of, again)
     train, evaluated = read(data.train), None if data.evaluation is None else read(data.evaluation)
     if evaluated is None:
@@ -107,6 +97,39 @@ def train_head(
     return folder
 
 
+def head_trainer(
+    config: RunConfig, model: VLMForPrediction, processor: Any, collate: HeadCollator, folder: Path, train: Any,
+    evaluated: Any, args: TrainingArguments, where: Path, parts: list[Part], *, composed: bool,
+) -> HeadTrainer:  # fmt: skip
+    """What trains on samples, or on what heads read of them.
+
+    Args:
+        config: the run's.
+        model: the model.
+        processor: its processor.
+        collate: lays samples out.
+        folder: the run directory.
+        train: what trains, as `reader` gives it.
+        evaluated: what is evaluated on meanwhile; None: nothing.
+        args: the run's, or a fold's.
+        where: the folder for measures: the run directory, or a fold's.
+        parts: the model's.
+        composed: whether the body is a model of this framework.
+    """
+    cached = isinstance(train, FeatureDataset)
+    records = train.samples if isinstance(train, FeatureDataset) else train
+    trainer = HeadTrainer(
+        model=model, processor=processor, args=without_workers(args) if cached else args, parts=parts,
+        base=base_of(config, composed=composed), loss_average="micro_batch",
+        sampling="random" if cached else config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
+        on_skipped=SkippedRecords(folder, records.dataset, config.dataset, args.world_size),
+        data_collator=lay_out if cached else collate, train_dataset=train, eval_dataset=evaluated,
+        callbacks=[MetricsFile(where), StopAtNaN()],
+    )  # fmt: skip
+    trainer.add_callback(EpochOrder(lambda: trainer.order))
+    return trainer
+
+
 def with_heads(model: Any, settled: Any, seed: int) -> VLMForPrediction:
     """A body with fresh heads, which depend on `seed` alone; or a model with heads, trained as `settled` says."""
     if isinstance(model, VLMForPrediction):
@@ -127,7 +150,9 @@ def reader(
         return lambda dataset: dataset
     tell = SkippedRecords(folder, data.train.dataset, config.dataset, 1, writes=args.process_index == 0)
     features: dict[int, Features] = {}
-    find = partial(computed, model, collate=collate, args=args, cache=cache_folder(config.dataset.cache_dir))
+    find = partial(
+        computed, model, body_digest(model), collate=collate, args=args, cache=cache_folder(config.dataset.cache_dir)
+    )
     for one in data.every:
         features[id(one.dataset.sources[0])] = find(one, on_skipped=tell)  # what is held out has the same source
 
@@ -206,8 +231,7 @@ def show_first(dataset: HeadDataset, collate: HeadCollator, processor: Any, fold
     """`first_batch.html`: the first prompts as the model sees them."""
     items = [dataset[index] for index in range(min(number, len(dataset), 8))]
     batch = collate.collate([{key: value for key, value in one.items() if key not in ("targets", "group")}
-                             for one in items if isinstance(one, dict)])  # fmt: skip
-    batch.pop("skipped", None)
+                             for one in items if not isinstance(one, Skipped)])  # fmt: skip
     if "pixel_values" in batch:
         batch["pixel_values"] = processor.normalise(batch["pixel_values"])
     write_first_batch(batch, processor, folder)
