@@ -34,14 +34,7 @@ ROOMS = {
     "anyres": {"models", "config.schema"},
     "encoders": {"models", "config.schema"},
     # an import composes as a run does, without one
-    "hub": {
-        "hub",
-        "models",
-        "build",
-        "encoders",
-        "config.schema",
-        "config.lora_problems",
-    },  # an import composes as a run does, without one
+    "hub": {"hub", "models", "build", "encoders", "config.schema", "config.lora_problems"},
     "adapters": {
         "adapters",
         "build",
