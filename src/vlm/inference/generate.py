@@ -92,11 +92,14 @@ class VisionLanguageModel:
             The answer, or the answers in order.
 
         Raises:
-            ValueError: a prompt has more or fewer `<image>` than pictures, or a picture does not open; so for videos.
+            ValueError: a prompt has more or fewer `<image>` than pictures, or a picture does not open, so for videos;
+                or prompt and answer may be longer than the model can read.
         """
         turns, media = self.conversations(prompt, images, videos, max_frames)
         settings = InferenceConfig(temperature, top_p, num_beams, max_new_tokens)
-        answers = self.answer(turns, media, settings, **kwargs)
+        inputs = self.inputs(turns, media)
+        self.need_room(inputs, settings)
+        answers = self.answers(inputs, settings, **kwargs)
         return answers[0] if isinstance(prompt, str) else answers
 
     def conversations(
@@ -144,7 +147,10 @@ class VisionLanguageModel:
         settings: InferenceConfig, **kwargs: Any,
     ) -> list[str]:  # fmt: skip
         """The next reply of each conversation; rows are padded on the left, so each gets what it would get alone."""
-        inputs = self.inputs(conversations, images)
+        return self.answers(self.inputs(conversations, images), settings, **kwargs)
+
+    def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: Any) -> list[str]:
+        """What the model answers to each row of a batch as it reads it."""
         output = self.model.generate(**inputs, **{**self.generation_options(settings), **kwargs})
         return [self._text(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
@@ -191,6 +197,15 @@ class VisionLanguageModel:
             rows.append(model_inputs(self.processor, Encoded(ids, [IGNORED] * len(ids)), pictures, sizes))
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
 
+    @property
+    def positions(self) -> int:
+        """How many tokens the model can read, a prompt and its answer together."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    def need_room(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig) -> None:
+        """Raise ValueError where a prompt of a batch and its answer may be longer than the model can read."""
+        need_room(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens)
+
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
         """Transformers' options for our settings; generation ends where the template ends a reply."""
         options: dict[str, Any] = asdict(settings)
@@ -223,6 +238,19 @@ def on_device(batch: dict[str, Any], processor: Any, device: Any) -> dict[str, t
     if "pixel_values" in batch:
         batch["pixel_values"] = processor.normalise(batch["pixel_values"])
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def need_room(length: int, positions: int, room: int) -> None:
+    """Raise ValueError where a prompt of so many tokens leaves too little of a model's positions for its answer.
+
+    Args:
+        length: tokens of the prompt, those of its pictures counted.
+        positions: of the model.
+        room: tokens that the answer may have.
+    """
+    if length + room > positions:
+        answer = f" and its answer may have {room:,} (max_new_tokens)" if room else ""
+        raise ValueError(f"the prompt has {length:,} tokens{answer}, but the model reads at most {positions:,}")
 
 
 STANDING_IN = Picture(Path())

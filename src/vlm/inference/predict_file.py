@@ -14,9 +14,10 @@ from vlm.data.cache import digest_of
 from vlm.data.labels import HeadLabels
 from vlm.data.sample import BadSample, Sample
 from vlm.inference.calibration import Calibration
+from vlm.inference.intervals import as_table
 from vlm.inference.predict import Prediction, Predictor
-from vlm.inference.records import fill, prompt_source
-from vlm.inference.scores import as_table, scores
+from vlm.inference.records import fill, prompt_source, shown_files
+from vlm.inference.scores import scores
 from vlm.inference.table import Table, need_new
 
 
@@ -95,8 +96,7 @@ def row_of(
     predictor: Predictor, sample: Sample, found: dict[str, Prediction] | None, problem: BadSample | None
 ) -> dict[str, Any]:  # fmt: skip
     """A record's row; in JSON lines with the `outputs` of its heads and the `probabilities` of labels beside."""
-    shown = problem.file or "" if problem is not None else ";".join(map(str, sample.media))
-    row: dict[str, Any] = {"source": sample.id, "image_path": shown}
+    row: dict[str, Any] = {"source": sample.id, "image_path": shown_files(sample, problem)}
     label = sample.label
     for one in predictor.heads:
         end = "" if len(predictor.heads) == 1 else f"_{one.name}"

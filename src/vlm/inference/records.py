@@ -1,7 +1,7 @@
 """Asking a model about every record of a file: records to prompts to batches to rows of a table."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlm.config.schema import SourceConfig
+from vlm.data.cache import digest_of
 from vlm.data.collate import Collator
 from vlm.data.dataset import encoded_item
+from vlm.data.encode import Encoded
 from vlm.data.prompts import PromptEncoder
-from vlm.data.sample import BadSample, Sample
+from vlm.data.sample import BadSample, Sample, Size
 from vlm.data.sources import Source
-from vlm.inference.generate import on_device
+from vlm.inference.generate import need_room, on_device
 from vlm.inference.table import Table
 
 
 def prompt_source(
-    model: Any, processor: Any, config: SourceConfig, *, cache: Path, max_frames: int, suffix: Sequence[int] = ()
-) -> Source:
+    model: Any, processor: Any, config: SourceConfig, *, cache: Path, max_frames: int, suffix: Sequence[int] = (),
+    room: int = 0,
+) -> Source:  # fmt: skip
     """The records of a file, each as the prompt that it was in training, up to its last reply.
 
     Args:
@@ -31,16 +34,45 @@ def prompt_source(
         cache: where indices of records are kept.
         max_frames: of a video.
         suffix: ids behind every prompt.
+        room: tokens that an answer may have; a prompt that leaves less is refused.
+
+    Raises:
+        ValueError: no prompt leaves so much.
     """
     longest = model.config.get_text_config().max_position_embeddings
-    encoder = PromptEncoder(processor, longest, truncate=False, suffix=tuple(suffix))
+    need_room(1, longest, room)
+    encoder = WholePrompts(processor, longest, truncate=False, suffix=tuple(suffix), room=room)
     return Source(Path(str(config.path)).name, config, cache, encoder, max_frames)
+
+
+@dataclass(frozen=True)
+class WholePrompts(PromptEncoder):
+    """Encodes prompts that a model is asked.
+
+    Attributes:
+        room: tokens that its answer may have.
+    """
+
+    room: int = 0
+
+    def __call__(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
+        """Ids of a prompt.
+
+        Raises:
+            BadSample: it cannot be used, or is too long.
+        """
+        encoded = self.encode(sample, sizes)
+        try:
+            need_room(len(encoded.input_ids), self.longest, self.room)
+        except ValueError as error:
+            raise BadSample(sample.id, str(error)) from error
+        return encoded
 
 
 def fill(
     table: Table, source: Source, processor: Any, device: torch.device, ask: Callable[[dict[str, Any]], Sequence[Any]],
     row: Callable[[Sample, Any, BadSample | None], dict[str, Any]], *, what: str, batch_size: int, num_workers: int,
-    left: bool = False, overwrite: bool = False,
+    left: bool = False, seed: int | None = None, overwrite: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Ask about every record, and write a table; a table that was begun is gone on with.
 
@@ -55,6 +87,8 @@ def fill(
         batch_size: records at a time.
         num_workers: processes that read and decode pictures.
         left: whether rows are padded on the left, as generation wants them.
+        seed: of what is drawn at random, anew for each batch, so that it is the same wherever the table was stopped;
+            None: chance.
         overwrite: whether what was begun is begun again.
 
     Returns:
@@ -63,17 +97,27 @@ def fill(
     Raises:
         ValueError: the table was begun with something else.
     """
-    done = table.begin(overwrite=overwrite)
+    done = first = table.begin(batch_size, overwrite=overwrite)
     with table.opened() as write, tqdm(total=len(source), initial=done, desc=what, unit="record") as bar:
         for read, batch in prompt_loader(source, processor, done, batch_size, num_workers, left=left):
+            if seed is not None:
+                torch.manual_seed(int(digest_of(seed, first)[:15], 16))
             said = iter(ask(on_device(batch, processor, device)) if batch else [])
             write([
                 row(sample, None if problem is not None else next(said), problem) for sample, problem in read
             ])  # fmt: skip
             bar.update(len(read))
+            first += len(read)
     rows = table.rows()
     table.finish()
     return rows
+
+
+def shown_files(sample: Sample, problem: BadSample | None) -> str:
+    """The files that a record shows, or the one that its problem is about; the cell `image_path` of its row."""
+    if problem is not None and problem.file is not None:
+        return problem.file
+    return ";".join(map(str, sample.media))
 
 
 class Prompts(Dataset[Any]):

@@ -6,6 +6,7 @@ what is being written, so that another run goes on with nothing but that.
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,11 @@ def need_new(output: Path, *, overwrite: bool) -> None:
     """Raise ValueError where a table cannot be written to a path, or would replace what is there."""
     if output.suffix not in KINDS:
         raise ValueError(f"--output {output}: it must end in {' or '.join(KINDS)}")
+    place = next(parent for parent in output.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--output {output}: {place} is no folder that can be written to")
+    if output.is_dir():
+        raise ValueError(f"--output {output}: this is a folder")
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists; name another output, or give --overwrite")
 
@@ -37,8 +43,12 @@ class Table:
         self.partial = path.with_name(f"{path.name}.partial")
         self.facts = path.with_name(f"{path.name}.partial.json")
 
-    def begin(self, *, overwrite: bool) -> int:
-        """How many rows are there already, of a run that was stopped; what it left of a last row is cut off.
+    def begin(self, batch_size: int = 1, *, overwrite: bool) -> int:
+        """How many rows are there already, of a run that was stopped; what it left of a last batch is cut off.
+
+        Args:
+            batch_size: rows that are made together: another run makes the same batches.
+            overwrite: whether what was begun is begun again.
 
         Raises:
             ValueError: what was begun is something else.
@@ -54,9 +64,10 @@ class Table:
                 "output, or give --overwrite"
             )
         content = self.partial.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        self.partial.write_bytes(whole)
-        return whole.count(b"\n")
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        kept = lines[: len(lines) - len(lines) % batch_size]
+        self.partial.write_bytes(b"".join(kept))
+        return len(kept)
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
