@@ -10,7 +10,8 @@ from scipy.special import expit, logit, softmax
 from scipy.stats import rankdata
 
 from vlm.inference.calibration import Calibration
-from vlm.inference.scores import Score, as_json, as_table, baseline, confusion, scores
+from vlm.inference.intervals import Score, as_json, as_table
+from vlm.inference.scores import baseline, confusion, scores
 from vlm.models.head_tasks import TASKS
 
 METRICS = {

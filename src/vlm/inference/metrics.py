@@ -1,7 +1,8 @@
 """Measures of what a model knows about pictures, from its loss."""
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,56 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
     sums = losses.new_zeros(len(labels)).index_add_(0, rows, losses)
     return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
+
+
+def supervised(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """What a model gives at supervised positions, and what they predict: logits `(S, vocabulary)` and `(S,)`."""
+    targets = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]  # (B, T)
+    keep = targets != IGNORED
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    return model(**rest, logits_to_keep=keep), targets[keep]
+
+
+@torch.no_grad()
+def sample_losses(
+    model: Any, batches: Iterable[dict[str, Any]], gather: Callable[[Tensor], Tensor] = lambda one: one
+) -> tuple[Tensor, Tensor]:
+    """Summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU.
+
+    Args:
+        model: the model, in evaluation mode.
+        batches: what it reads, on its device, with labels.
+        gather: the numbers of all ranks out of those of one.
+    """
+    found = []
+    for inputs in batches:
+        rows = row_losses(supervised(model, inputs)[0].logits, inputs["labels"])
+        found.append([gather(one).cpu() for one in rows])
+    sums, counts = zip(*found, strict=True)
+    return torch.cat(sums), torch.cat(counts)
+
+
+def loss_measures(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor) -> dict[str, float]:
+    """Loss per supervised token, and the same on blank pictures: does the model use the image at all?
+
+    Args:
+        sums: `(samples,)`, the summed loss of each.
+        counts: `(samples,)`, its supervised tokens.
+        blank_sums: `(samples,)`, the summed loss of each with blank pictures; None where there are no pictures.
+        with_images: `(samples,)`, which have pictures.
+
+    Returns:
+        `loss`, `blank_loss`, and over the samples with pictures `image_gain`: the mean of blank minus real loss, each
+        the mean over its sample's tokens, with half the width of its 95% interval as `image_gain_ci95`.
+    """
+    found = {"loss": (sums.sum() / counts.sum()).item()}
+    if blank_sums is None:
+        return found
+    gains = ((blank_sums - sums) / counts)[with_images]
+    found |= {"blank_loss": (blank_sums.sum() / counts.sum()).item(), "image_gain": gains.mean().item()}
+    if len(gains) > 1:
+        found["image_gain_ci95"] = 1.96 * gains.std().item() / math.sqrt(len(gains))
+    return found
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """How good the predictions of a head are: metrics with intervals, beside those of a constant prediction.
 
-May import `vlm.inference.calibration`. To add a metric, add it to the function of its task; to add a task, add its
-function to `MEASURES`.
+May import `vlm.inference.calibration` and `vlm.inference.intervals`. To add a metric, add it to the function of its
+task; to add a task, add its function to `MEASURES`.
 
 Every such function takes targets, what was decided, and what ranks the samples (probabilities or numbers; None for a
 constant prediction, which has no metrics of ranks), and gives NaN where a metric is undefined.
@@ -9,14 +9,10 @@ constant prediction, which has no metrics of ranks), and gives NaN where a metri
 Shapes: N samples, C labels, K numbers that a head gives for a sample.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-
 import numpy as np
 import torch
 import torchmetrics.functional.classification as classification
 from scipy.stats import kendalltau, spearmanr
-from sklearn import config_context
 from sklearn.metrics import (
     accuracy_score,
     cohen_kappa_score,
@@ -27,32 +23,13 @@ from sklearn.metrics import (
     r2_score,
     root_mean_squared_error,
 )
-from sklearn.utils import resample
 
 from vlm.inference.calibration import Calibration, checked, checked_targets
+from vlm.inference.intervals import Score, bootstrap
 from vlm.models.head_tasks import CLASSIFYING
 
 NUM_BINS = 15
 """Equally wide bins of the expected calibration error (Guo et al. 2017, arXiv:1706.04599)."""
-
-INTERVAL = (2.5, 97.5)
-"""Percentiles of the bootstrap."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric on some data.
-
-    Attributes:
-        value: the metric on all of it; None where it is undefined.
-        low: lower end of its 95% interval, by the percentile bootstrap; None without a value or without resamples.
-        high: upper end.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-
 
 def scores(
     task: str,
@@ -146,44 +123,7 @@ def _with_intervals(
     def measured(rows: np.ndarray) -> dict[str, float]:
         return MEASURES[task](targets[rows], decided[rows], None if ranked is None else ranked[rows])
 
-    return _bootstrap(measured, len(targets), num_resamples, seed)
-
-
-def _bootstrap(
-    measured: Callable[[np.ndarray], dict[str, float]],
-    num_units: int,
-    num_resamples: int,
-    seed: int,
-) -> dict[str, Score]:
-    """Metrics of all units, and how they vary where units are drawn with replacement.
-
-    Args:
-        measured: metrics of the units of these numbers.
-        num_units: how many there are.
-        num_resamples: how often.
-        seed: of the draws.
-    """
-    with config_context(assume_finite=True, skip_parameter_validation=True):  # checked once; else a third of the time
-        points = measured(np.arange(num_units))
-        drawn = [measured(units) for units in _resamples(num_units, num_resamples, seed)]
-    return {name: _score(value, np.array([one[name] for one in drawn])) for name, value in points.items()}
-
-
-def _resamples(num_units: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    random = np.random.RandomState(seed)
-    for _ in range(num_resamples):
-        yield np.asarray(resample(np.arange(num_units), random_state=random))
-
-
-def _score(value: float, drawn: np.ndarray) -> Score:
-    """A value with the interval of those `(resamples,)` that are defined."""
-    drawn = drawn[~np.isnan(drawn)]
-    if np.isnan(value):
-        return Score(None, None, None)
-    if not len(drawn):
-        return Score(float(value), None, None)
-    low, high = np.percentile(drawn, INTERVAL)
-    return Score(float(value), float(low), float(high))
+    return bootstrap(measured, len(targets), num_resamples, seed)
 
 
 def _binary(targets: np.ndarray, decided: np.ndarray, ranked: np.ndarray | None) -> dict[str, float]:
@@ -307,11 +247,11 @@ def _pairwise(
     """
     rows = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     if len(rows) == 1:
-        return _bootstrap(
+        return bootstrap(
             lambda some: _of_groups(_group(given[some], relevance[some])[None]), len(given), num_resamples, seed
         )
     table = np.array([_group(given[some], relevance[some]) for some in rows])
-    return _bootstrap(lambda some: _of_groups(table[some]), len(rows), num_resamples, seed)
+    return bootstrap(lambda some: _of_groups(table[some]), len(rows), num_resamples, seed)
 
 
 def _of_groups(table: np.ndarray) -> dict[str, float]:
@@ -367,34 +307,3 @@ def confusion(
         pairs = zip(targets.T, decided.T, strict=True)
         return np.stack([confusion_matrix(truth, given, labels=[0, 1]) for truth, given in pairs])
     return confusion_matrix(targets, decided, labels=np.arange(num_labels))
-
-
-def as_table(found: dict[str, Score], others: Mapping[str, dict[str, Score]] | None = None) -> str:
-    """Metrics with their 95% intervals beside those of others, by what they are called, for a log."""
-    beside = others or {}
-    rows = [
-        (name, _shown(score), *(_shown(one[name]) if name in one else "" for one in beside.values()))
-        for name, score in found.items()
-    ]
-    rows.insert(0, ("metric", "value [95% interval]", *beside))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def _shown(score: Score) -> str:
-    if score.value is None:
-        return "undefined"
-    if score.low is None or score.high is None:
-        return _number(score.value)
-    return f"{_number(score.value)} [{_number(score.low)}, {_number(score.high)}]"
-
-
-def _number(value: float) -> str:
-    """Three decimals; four digits where they would say nothing, as errors are in any unit."""
-    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.4g}"
-
-
-def as_json(found: dict[str, Score]) -> dict[str, dict[str, float | None]]:
-    """Metrics for a JSON file; None where they are undefined."""
-    return {name: asdict(score) for name, score in found.items()}

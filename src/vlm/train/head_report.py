@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from vlm.inference.calibration import Calibration
+from vlm.inference.intervals import as_json, as_table
 from vlm.inference.score_plots import draw_scores
-from vlm.inference.scores import as_json, as_table, baseline, confusion, scores
+from vlm.inference.scores import baseline, confusion, scores
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.head_tasks import CLASSIFYING
 from vlm.train.head_trainer import Said

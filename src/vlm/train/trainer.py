@@ -5,15 +5,13 @@ beside the mean over tokens; grouping by modality and length; evaluation exact t
 pictures; checkpoints that hold what trains.
 """
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -26,11 +24,10 @@ from vlm.adapters.folder import save as save_on_base
 from vlm.config.schema import RunConfig
 from vlm.data.collate import SKIPPED
 from vlm.data.dataset import BlankPictures, SampleDataset, Skipped
-from vlm.data.encode import IGNORED
 from vlm.data.sampling import GROUPED, ModalityLengthSampler, TogetherSampler
 from vlm.data.stream import SampleStream
 from vlm.families.table import part_names
-from vlm.inference.metrics import row_losses
+from vlm.inference.metrics import loss_measures, sample_losses, supervised
 from vlm.models.modeling_vlm import supervised_loss
 from vlm.train.parts import Part, parameter_groups
 
@@ -120,18 +117,11 @@ class VLMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
         """The loss of the supervised positions, whichever the model: vocabulary logits are computed there alone."""
-        outputs, targets = self._supervised(model, inputs)
+        outputs, targets = supervised(model, inputs)
         loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the number is that of all ranks, which average gradients
         return (loss, outputs) if return_outputs else loss
-
-    def _supervised(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
-        """What the model gives at supervised positions, and what they predict: logits `(S, vocabulary)` and `(S,)`."""
-        targets = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]  # (B, T)
-        keep = targets != IGNORED
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        return model(**rest, logits_to_keep=keep), targets[keep]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As usual, with each part's own learning rate beside the loss."""
@@ -186,24 +176,16 @@ class VLMTrainer(Trainer):
     def evaluate(
         self, eval_dataset: SampleDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss per supervised token, and the same on blank pictures: does the model use the image at all?
-
-        Returns:
-            `eval_loss`, `eval_blank_loss`, and over the samples with pictures `eval_image_gain`: the mean of blank
-            minus real loss, each the mean over its sample's tokens, with half the width of its 95% interval.
-        """
+        """The measures of `loss_measures`, each name with `eval_` before it, and then those of `answer_metrics`."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
         sums, counts = self._losses(dataset, "evaluating")
-        metrics = {f"{metric_key_prefix}_loss": (sums.sum() / counts.sum()).item()}
         with_images = torch.as_tensor(dataset.num_images) > 0
+        blank = None
         if with_images.any():
-            blank_sums, _ = self._losses(BlankPictures(dataset), "evaluating on blank pictures")
-            gains = ((blank_sums - sums) / counts)[with_images]
-            metrics[f"{metric_key_prefix}_blank_loss"] = (blank_sums.sum() / counts.sum()).item()
-            metrics[f"{metric_key_prefix}_image_gain"] = gains.mean().item()
-            if len(gains) > 1:
-                metrics[f"{metric_key_prefix}_image_gain_ci95"] = 1.96 * gains.std().item() / math.sqrt(len(gains))
+            blank, _ = self._losses(BlankPictures(dataset), "evaluating on blank pictures")
+        found = loss_measures(sums, counts, blank, with_images)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -213,18 +195,16 @@ class VLMTrainer(Trainer):
         """Summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU."""
         loader: DataLoader = self.get_eval_dataloader(dataset)
         self.model.eval()
-        sums: list[Tensor] = []
-        counts: list[Tensor] = []
-        for batch in tqdm(loader, title, leave=False, disable=self.args.disable_tqdm or not self.args.should_save):
-            for one in batch.pop(SKIPPED, []):
-                raise one.refusal()
-            inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                logits = self._supervised(self.model, inputs)[0].logits
-            row_sums, row_counts = row_losses(logits, inputs["labels"])
-            sums.append(self.accelerator.gather_for_metrics(row_sums).cpu())
-            counts.append(self.accelerator.gather_for_metrics(row_counts).cpu())
-        return torch.cat(sums), torch.cat(counts)
+        silent = self.args.disable_tqdm or not self.args.should_save
+
+        def batches() -> Iterator[dict[str, Any]]:
+            for batch in tqdm(loader, title, leave=False, disable=silent):
+                for one in batch.pop(SKIPPED, []):
+                    raise one.refusal()
+                yield self._prepare_inputs(batch)
+
+        with self.compute_loss_context_manager():
+            return sample_losses(self.model, batches(), self.accelerator.gather_for_metrics)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
