@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import TextIteratorStreamer
+from transformers import StoppingCriteria, TextIteratorStreamer
 
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.collate import Collator
@@ -155,9 +155,14 @@ class VisionLanguageModel:
         return [self._text(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
     def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Iterator[str]:
-        """The next reply, piece by piece as it is generated."""
+        """The next reply, piece by piece as it is generated; see `streamed`."""
+        return self.streamed(self.inputs([conversation], [images]), settings)
+
+    def streamed(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig) -> Iterator[str]:
+        """What the model answers to the only row of a batch, piece by piece; it stops where nobody listens any more."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options = {**self.inputs([conversation], [images]), **self.generation_options(settings), "streamer": streamer}
+        unheard = Unheard()
+        options = {**inputs, **self.generation_options(settings), "streamer": streamer, "stopping_criteria": [unheard]}
         failure: list[BaseException] = []
 
         def work() -> None:
@@ -169,8 +174,11 @@ class VisionLanguageModel:
 
         thread = Thread(target=work, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from filter(None, streamer)
+        finally:
+            unheard.now = True
+            thread.join()
         if failure:
             raise failure[0]
 
@@ -202,9 +210,9 @@ class VisionLanguageModel:
         """How many tokens the model can read, a prompt and its answer together."""
         return self.model.config.get_text_config().max_position_embeddings
 
-    def need_room(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig) -> None:
+    def need_room(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, what: str = "prompt") -> None:
         """Raise ValueError where a prompt of a batch and its answer may be longer than the model can read."""
-        need_room(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens)
+        need_room(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens, what)
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
         """Transformers' options for our settings; generation ends where the template ends a reply."""
@@ -232,6 +240,17 @@ class VisionLanguageModel:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+class Unheard(StoppingCriteria):
+    """Ends a generation between two tokens, once `now` is set."""
+
+    def __init__(self):
+        self.now = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Whether each row ends: `(rows,)`."""
+        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
+
+
 def on_device(batch: dict[str, Any], processor: Any, device: Any) -> dict[str, torch.Tensor]:
     """A batch as a model reads it, without labels: pixels normalised, everything on its device."""
     batch = {name: value for name, value in batch.items() if name != "labels"}
@@ -240,17 +259,18 @@ def on_device(batch: dict[str, Any], processor: Any, device: Any) -> dict[str, t
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def need_room(length: int, positions: int, room: int) -> None:
+def need_room(length: int, positions: int, room: int, what: str = "prompt") -> None:
     """Raise ValueError where a prompt of so many tokens leaves too little of a model's positions for its answer.
 
     Args:
         length: tokens of the prompt, those of its pictures counted.
         positions: of the model.
         room: tokens that the answer may have.
+        what: what the message calls it.
     """
     if length + room > positions:
         answer = f" and its answer may have {room:,} (max_new_tokens)" if room else ""
-        raise ValueError(f"the prompt has {length:,} tokens{answer}, but the model reads at most {positions:,}")
+        raise ValueError(f"the {what} has {length:,} tokens{answer}, but the model reads at most {positions:,}")
 
 
 STANDING_IN = Picture(Path())
