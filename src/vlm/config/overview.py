@@ -26,7 +26,7 @@ vlm -cn RUN --cfg job shows every key with its value and trains nothing; --confi
 
 def overview() -> str:
     """Usage, the shipped runs with what they are for, and the groups with their choices."""
-    runs = "\n".join(_entry(name, _description(name), 26) for name in run_names())
+    runs = "\n".join(_entry(name, description(name), 26) for name in run_names())
     groups = "\n".join(_entry(group, ", ".join(packaged("vlm.config", group, ".yaml")), 24) for group in group_names())
     return f"{USAGE}\n\nRuns\n{runs}\n\nGroups and their choices\n{groups}\n\n{HINTS}"
 
@@ -37,7 +37,7 @@ def _entry(name: str, text: str, width: int) -> str:
     return fill(text, 118, initial_indent=lead, subsequent_indent=" " * width, break_on_hyphens=False)
 
 
-def _description(run: str) -> str:
+def description(run: str) -> str:
     """The comment at the head of a run's YAML."""
     lines = resources.files("vlm.config").joinpath(f"{run}.yaml").read_text(encoding="utf-8").splitlines()
     head = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]

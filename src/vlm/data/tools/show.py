@@ -100,21 +100,22 @@ def as_text(shown: Shown, *, colours: bool) -> str:
     return f"── {shown.title()}\n{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
 
 
+def as_html(shown: Shown) -> str:
+    """A record as a section of a page, with its pictures in it."""
+    seen = [image for one in shown.pictures for image in (one.frames if isinstance(one, OpenVideo) else [one])]
+    images = "".join(f'<img src="{_address(image)}" alt="">' for image in seen)
+    head = f"<h2>{escape(shown.title())}</h2>{images}"
+    if shown.encoded is None:
+        return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
+    ids, labels = shown.encoded.input_ids, shown.encoded.labels
+    return f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>"
+
+
 def write_page(records: Sequence[Shown], path: Path) -> None:
     """All records on one HTML page that needs no other file."""
-    sections = []
-    for shown in records:
-        seen = [image for one in shown.pictures for image in (one.frames if isinstance(one, OpenVideo) else [one])]
-        images = "".join(f'<img src="{_address(image)}" alt="">' for image in seen)
-        head = f"<h2>{escape(shown.title())}</h2>{images}"
-        if shown.encoded is None:
-            sections.append(f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>')
-            continue
-        ids, labels = shown.encoded.input_ids, shown.encoded.labels
-        sections.append(f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>")
     intro = "As a run would train on them. <mark>Marked</mark> tokens are supervised."
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page("Records", intro, sections), encoding="utf-8")
+    path.write_text(page("Records", intro, [as_html(one) for one in records]), encoding="utf-8")
 
 
 def _address(picture: Image.Image) -> str:

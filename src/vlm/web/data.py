@@ -1,0 +1,143 @@
+"""The tab *Data*: records as a run would train on them, supervised tokens marked, one after the other."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vlm.config.check import packaged, run_names
+from vlm.config.schema import DatasetConfig
+from vlm.web.html import note, problem
+from vlm.web.plan import Plan, choices
+from vlm.web.runs import checkpoints
+
+EMPTY = "Records appear here, with supervised tokens marked."
+RUN = "finetune-smol"
+"""The run that is chosen at first."""
+
+
+@dataclass
+class Records:
+    """The records of a run's sources, open.
+
+    Attributes:
+        config: the sources.
+        encoder: what makes ids and labels of a sample.
+        sizes: source -> how many records it has.
+    """
+
+    config: DatasetConfig
+    encoder: Any
+    sizes: dict[str, int]
+
+    def __len__(self) -> int:
+        return sum(self.sizes.values())
+
+    def html(self, number: int) -> str:
+        """A record, counted through all sources from 0."""
+        from vlm.data.tools.show import as_html, shown_records
+
+        config = self.config
+        for name, size in self.sizes.items():
+            if number < size:
+                if config.sources:
+                    config = replace(config, sources={name: config.sources[name]})
+                return as_html(next(iter(shown_records(config, self.encoder, number=1, records=[number]))))
+            number -= size
+        raise ValueError(f"there are {len(self)} records")
+
+
+def open_records(plan: Plan) -> Records:
+    """The records of a plan's run, as it would read them.
+
+    Raises:
+        ValueError: what the checks of the run refuse, a stream, or sources that do not open.
+    """
+    config = plan.checked()
+    if config.dataset.streaming:
+        raise ValueError("dataset.streaming=true: a stream has no numbers to go by; vlm data show shows its first records")
+    from vlm.data.sources import sources_of
+    from vlm.train.data import sample_encoder
+    from vlm.train.head_data import prompt_encoder
+    from vlm.train.model import settle_model
+
+    model_config, processor = settle_model(config, plan.touched())
+    encoder = (sample_encoder if config.model.head.task is None else prompt_encoder)(config, model_config, processor)
+    sizes = {source.name: len(source) for source in sources_of(config.dataset, encoder)}
+    return Records(config.dataset, encoder, sizes)
+
+
+def build(outputs: Path) -> None:
+    """Lay the tab out."""
+    records = gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            path = gr.Textbox(label="Records", placeholder="records.json", elem_id="data-path")
+            images = gr.Textbox(label="Folder of pictures", info="Beside the records where empty", elem_id="data-images")
+            run = gr.Dropdown(run_names(), value=RUN, label="As this run reads them", elem_id="data-run")
+            checkpoint = gr.Dropdown(
+                checkpoints(outputs), value=None, allow_custom_value=True, label="Checkpoint", elem_id="data-checkpoint",
+                info="Whose tokenizer and template they are for; empty: the run's parts",
+            )  # fmt: skip
+            with gr.Accordion("More", open=False, elem_id="data-more"):
+                template = gr.Dropdown(
+                    [("as the run", ""), "tokenizer", *packaged("vlm.data", "templates", ".jinja")], value="",
+                    label="Template", elem_id="data-template",
+                )  # fmt: skip
+                language_model = gr.Dropdown(
+                    [("as the run", ""), *choices("language_model")], value="", allow_custom_value=True,
+                    label="Language model (tokenizer)", elem_id="data-language-model",
+                )  # fmt: skip
+                lines = gr.Textbox(
+                    label="Overrides, one a line", lines=3, placeholder="dataset.format=llava", elem_id="data-lines"
+                )
+            button = gr.Button("Open", variant="primary", elem_id="data-open")
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row(elem_classes="vlm-pager"):
+                previous = gr.Button("◀ Previous", elem_id="data-previous", min_width=80, interactive=False)
+                number = gr.Number(
+                    0, label="Record", precision=0, minimum=0, elem_id="data-number", min_width=80, interactive=False
+                )
+                following = gr.Button("Next ▶", elem_id="data-next", min_width=80, interactive=False)
+            count = gr.HTML("", elem_id="data-count")
+            shown = gr.HTML(note(EMPTY), elem_id="data-shown", elem_classes="vlm-record")
+
+    def begin(*values: Any) -> tuple[Any, ...]:
+        try:
+            found = open_records(_plan(*values))
+            first = show(found, 0)
+        except (ValueError, OSError) as error:
+            off = gr.update(interactive=False)
+            return None, 0, "", problem(str(error)), off, off, off
+        on = gr.update(interactive=True)
+        return found, *first, on, gr.update(interactive=True), on
+
+    def show(found: Records | None, wanted: float | None) -> tuple[Any, str, str]:
+        if found is None:
+            return 0, "", note(EMPTY)
+        at = max(min(int(wanted or 0), len(found) - 1), 0)
+        where = note(f"Record {at} of {len(found):,}, numbered from 0")
+        try:
+            return at, where, found.html(at)
+        except (ValueError, OSError) as error:
+            return at, where, problem(str(error))
+
+    fields = [run, path, images, checkpoint, template, language_model, lines]
+    view = [number, count, shown]
+    options: dict[str, Any] = {"api_visibility": "private"}
+    button.click(begin, fields, [records, *view, previous, number, following], **options)
+    previous.click(lambda found, at: show(found, (at or 0) - 1), [records, number], view, **options)
+    following.click(lambda found, at: show(found, (at or 0) + 1), [records, number], view, **options)
+    number.submit(show, [records, number], view, **options)
+
+
+def _plan(
+    run: str, path: str, images: str, checkpoint: str | None, template: str, language_model: str | None, lines: str
+) -> Plan:
+    """The fields as a plan."""
+    keys = {
+        "dataset.path": path, "dataset.image_folder": images, "dataset.template": template,
+        "trainer.from_pretrained": checkpoint or "",
+    }  # fmt: skip
+    return Plan(run, {"language_model": language_model or ""}, keys, lines)

@@ -1,0 +1,63 @@
+"""Small pieces of HTML that the page is made of; whatever they are given is escaped. Needs no Gradio."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vlm.web.runs import Run
+
+
+def problem(text: str) -> str:
+    """What has to be mended, as the checks say it."""
+    return f'<p class="vlm-problem" role="alert">{escape(text)}</p>'
+
+
+def note(text: str) -> str:
+    """A line in passing."""
+    return f'<p class="vlm-note">{escape(text)}</p>'
+
+
+def bars(title: str, decided: str, shares: Mapping[Any, float]) -> str:
+    """A head's answer: what it decided, and a bar for each label, the likeliest first."""
+    rows = "".join(
+        f'<div class="vlm-bar"><span>{escape(str(label))}</span>'
+        f'<div role="img" aria-label="{share:.1%}"><i style="width:{100 * share:.2f}%"></i></div>'
+        f"<b>{share:.1%}</b></div>"
+        for label, share in sorted(shares.items(), key=lambda one: -one[1])
+    )
+    return f'<section class="vlm-head"><h3>{escape(title)}</h3><p class="vlm-decided">{escape(decided)}</p>{rows}</section>'
+
+
+def status(run: Run) -> str:
+    """A run's state in a line, and how far it is."""
+    facts = [f"step {run.step:,}" if run.step else "no step logged yet"]
+    facts += [f"loss {run.loss:.4g}"] if run.loss is not None else []
+    facts += [f"started {run.started:%Y-%m-%d %H:%M}"]
+    share = run.progress or 0.0
+    return (
+        f'<section class="vlm-run"><h3>{escape(run.name)} <span class="vlm-state vlm-{run.state.replace(" ", "-")}">'
+        f"{run.state}</span></h3><p>{' · '.join(facts)}</p>"
+        f'<div class="vlm-progress" role="progressbar" aria-label="progress" aria-valuenow="{100 * share:.0f}">'
+        f'<i style="width:{100 * share:.1f}%"></i></div><p class="vlm-note">{100 * share:.0f}%</p></section>'
+    )
+
+
+def samples(title: str, found: Sequence[Mapping[str, str]]) -> str:
+    """Sample answers of a run, with their pictures."""
+    if not found:
+        return note("No sample answers yet. A run writes them when it evaluates, saves or ends.")
+    parts = []
+    for one in found:
+        picture = f'<img src="{_address(Path(one["picture"]))}" alt="">' if "picture" in one else ""
+        texts = "".join(
+            f"<dt>{name}</dt><dd>{escape(one[name])}</dd>" for name in ("question", "reference", "answer") if name in one
+        )
+        parts.append(f'<div class="vlm-sample">{picture}<dl>{texts}</dl></div>')
+    return f"<h3>{escape(title)}</h3>{''.join(parts)}"
+
+
+def _address(picture: Path) -> str:
+    """A picture of a run directory as a `data:` address: no folder has to be served for it."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}" if picture.is_file() else ""

@@ -1,0 +1,69 @@
+"""The one model that the page holds in memory. Needs no Gradio; torch comes with the first model."""
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+
+class HeldModel:
+    """Loads a checkpoint when it is first asked for, and holds it until another one is.
+
+    Args:
+        base: where an adapter's base lies now, as `vlm generate --base`.
+        trust_remote_code: let code out of checkpoints run.
+    """
+
+    def __init__(self, base: Sequence[str] = (), *, trust_remote_code: bool = False):
+        self.base, self.trust_remote_code = list(base), trust_remote_code
+        self._held: tuple[str, bool, Any] | None = None
+        self._loading = Lock()
+
+    def model(self, checkpoint: str) -> Any:
+        """A `VisionLanguageModel` of a checkpoint.
+
+        Raises:
+            ValueError: it is none, or has prediction heads.
+        """
+        return self._load(checkpoint, heads=False)
+
+    def predictor(self, checkpoint: str) -> Any:
+        """A `Predictor` of a checkpoint.
+
+        Raises:
+            ValueError: it is none, or has no prediction heads.
+        """
+        return self._load(checkpoint, heads=True)
+
+    def release(self) -> None:
+        """Let go of the model, so that a training finds the memory."""
+        with self._loading:
+            self._drop()
+
+    def _load(self, checkpoint: str, *, heads: bool) -> Any:
+        with self._loading:
+            if self._held is not None and self._held[:2] == (checkpoint, heads):
+                return self._held[2]
+            self._drop()  # before the other one is loaded: there may be no room for both
+            from vlm.inference.generate import VisionLanguageModel
+            from vlm.inference.predict import Predictor
+
+            base = self.base if self._is_on_base(checkpoint) else ()
+            kind = Predictor if heads else VisionLanguageModel
+            loaded = kind.load(checkpoint, base=base, trust_remote_code=self.trust_remote_code)
+            self._held = (checkpoint, heads, loaded)
+            return loaded
+
+    def _is_on_base(self, checkpoint: str) -> bool:
+        """Whether `base` is for it: one that is complete takes none, and the page has several to choose from."""
+        from vlm.adapters.folder import is_on_base
+
+        return is_on_base(checkpoint)
+
+    def _drop(self) -> None:
+        if self._held is None:
+            return
+        self._held = None
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

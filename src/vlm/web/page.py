@@ -1,0 +1,75 @@
+"""The page: its four tabs, and how it is served."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from vlm.web import chat, data, predict, train
+from vlm.web.guard import Guard
+from vlm.web.models import HeldModel
+
+UPLOADS_SWEPT, UPLOADS_KEPT = 600, 24 * 3600
+"""Seconds between looks for uploaded pictures, and after which they are removed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `vlm web` was told.
+
+    Attributes:
+        checkpoints: those to choose from besides the runs'.
+        host: where the page listens.
+        port: on which port.
+        base: where an adapter's base lies now.
+        outputs: the folder of runs.
+        max_upload: the largest file that may be uploaded, such as `20mb`.
+        trust_remote_code: let code out of checkpoints run.
+    """
+
+    checkpoints: Sequence[str] = ()
+    host: str = "127.0.0.1"
+    port: int = 7860
+    base: Sequence[str] = ()
+    outputs: Path = Path("outputs")
+    max_upload: str = "20mb"
+    trust_remote_code: bool = False
+
+
+def build(settings: Settings) -> gr.Blocks:
+    """Lay the page out."""
+    held = HeldModel(settings.base, trust_remote_code=settings.trust_remote_code)
+    given = list(settings.checkpoints)
+    with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=(UPLOADS_SWEPT, UPLOADS_KEPT)) as page:
+        with gr.Tabs():
+            with gr.Tab("Chat", id="chat"):
+                chat.build(settings.outputs, given, held)
+            with gr.Tab("Predict", id="predict"):
+                predict.build(settings.outputs, given, held)
+            with gr.Tab("Train", id="train"):
+                train.build(settings.outputs, held, page)
+            with gr.Tab("Data", id="data"):
+                data.build(settings.outputs)
+    return page
+
+
+def serve(page: gr.Blocks, settings: Settings) -> str:
+    """Serve the page from a thread of its own; returns its address.
+
+    Nothing of it comes from or goes to another address: no sharing, no telemetry, no fonts from elsewhere, no server
+    for other programs; of files only what was uploaded is given out.
+    """
+    system = ["ui-sans-serif", "system-ui", "sans-serif"]
+    fixed = ["ui-monospace", "Consolas", "monospace"]
+    _, address, _ = page.launch(
+        server_name=settings.host, server_port=settings.port, share=False, prevent_thread_lock=True, quiet=True,
+        inbrowser=False, show_error=True, footer_links=[], run_history=False, enable_monitoring=False, pwa=False,
+        mcp_server=False, ssr_mode=False, max_file_size=settings.max_upload, allowed_paths=[],
+        theme=gr.themes.Default(font=system, font_mono=fixed),
+        css=resources.files("vlm.web").joinpath("style.css").read_text(encoding="utf-8"),
+        app_kwargs={"middleware": [Middleware(Guard, host=settings.host)]},
+    )  # fmt: skip
+    return address

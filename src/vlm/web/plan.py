@@ -1,0 +1,166 @@
+"""From what the page's fields say to a checked configuration and the exact command that runs it.
+
+Needs neither torch nor Gradio. Words stay a list from here to the process: nothing is ever read by a shell.
+"""
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from threading import Lock
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vlm.__main__ import need_known_keys, need_values, opened
+from vlm.config.check import ConfigError, check, packaged, run_names
+from vlm.config.explain import explain
+from vlm.config.schema import RunConfig
+
+PARTS = ("visual_encoder", "connector", "language_model", "head")
+NAMED_BY = {"visual_encoder": "model.visual_encoder.hf_name", "language_model": "model.language_model.hf_name"}
+"""Parts that may also be a folder or a name on the Hub, and the key that says so."""
+
+_composing = Lock()
+"""Hydra composes one configuration at a time in a process."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as somebody wants it.
+
+    Attributes:
+        run: a shipped run.
+        parts: part -> a packaged choice, or a folder or Hub name; none: as the run has it.
+        keys: keys of their own fields -> value; empty values: as the run has them.
+        lines: further overrides as they are typed, one a line.
+    """
+
+    run: str
+    parts: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    lines: str = ""
+
+    def words(self) -> list[str]:
+        """The overrides of the command line, in the order of the fields.
+
+        Raises:
+            ConfigError: a line is an option, or reaches for Hydra's own settings.
+        """
+        parts = [_of_part(part, choice.strip()) for part, choice in self.parts.items() if choice and choice.strip()]
+        keys = [f"{key}={_quoted(value.strip())}" for key, value in self.keys.items() if value and value.strip()]
+        lines = [line.strip() for line in self.lines.splitlines()]
+        typed = [line for line in lines if line and not line.startswith("#")]
+        for line in typed:
+            if line.startswith("-"):
+                raise ConfigError(f"{line}: options are not taken here; a line is key=value")
+            if line.lstrip("+~").partition("=")[0].partition("/")[0].partition(".")[0] in ("hydra", "_target_"):
+                raise ConfigError(f"{line}: Hydra's own settings are set on the command line only")
+        return [*parts, *keys, *typed]
+
+    def checked(self) -> RunConfig:
+        """The configuration, refused by the checks of the command line.
+
+        Raises:
+            ConfigError: with the key, what was got and what is allowed.
+        """
+        return compose_checked(self.run, self.words())
+
+    def value(self, key: str) -> str | None:
+        """What the overrides set a key to last; None: nothing."""
+        found = [word.partition("=")[2] for word in self.words() if word.lstrip("+").partition("=")[0] == key]
+        return found[-1] if found else None
+
+    def touched(self) -> list[str]:
+        """The keys that the overrides set, as `with_config` names them to those who act on a configuration."""
+        return [word.split("=")[0].lstrip("+~").replace("/", ".") for word in self.words()]
+
+
+def choices(part: str) -> list[str]:
+    """The packaged choices of a part."""
+    return packaged("vlm.config", f"model/{part}", ".yaml")
+
+
+def _of_part(part: str, choice: str) -> str:
+    if choice in choices(part):
+        return f"model/{part}={choice}"
+    if part not in NAMED_BY:
+        raise ConfigError(f"model/{part}={choice}: no such choice. Allowed are {', '.join(choices(part))}.")
+    return f"{NAMED_BY[part]}={_quoted(choice)}"
+
+
+def _quoted(value: str) -> str:
+    """A value of a field, quoted where Hydra's grammar would read more in it than its characters."""
+    plain = all(character.isalnum() or character in "/-_.:%+@?|" for character in value)
+    return value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def compose_checked(run: str, words: Sequence[str]) -> RunConfig:
+    """The configuration of a shipped run under overrides, checked as on the command line.
+
+    Raises:
+        ConfigError: as the command line says it.
+    """
+    if run not in run_names():
+        raise ConfigError(f"choose a run: {', '.join(run_names())}")
+    with _composing:
+        ConfigStore.instance().store(name="schema", node=RunConfig)
+        try:
+            with initialize_config_module("vlm.config", version_base="1.3"):
+                composed = compose(run, [opened(word) for word in words])
+                need_known_keys(composed)
+                need_values(composed)
+                config = OmegaConf.to_object(composed)
+                assert isinstance(config, RunConfig)
+                check(config)
+        except (HydraException, OmegaConfBaseException, YAMLError, ConfigError) as error:
+            raise ConfigError(explain(error)) from error
+    if config.dataset.allow_pipe:
+        raise ConfigError("dataset.allow_pipe=true: a shell would run what records name; on the command line only")
+    return config
+
+
+def output_folder(plan: Plan, outputs: Path, before: str | None = None) -> Path:
+    """The run directory: what the overrides say, else a new one; the one shown before stays while it is unused."""
+    if said := plan.value("trainer.output_dir"):
+        return Path(said.strip("'\""))
+    if before and Path(before).parent == outputs and Path(before).name.rpartition("-")[0].rpartition("-")[0] == plan.run:
+        if not Path(before).exists():
+            return Path(before)
+    return outputs / f"{plan.run}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def command_of(plan: Plan, folder: Path, processes: int = 1) -> list[str]:
+    """The words that run a plan: this Python, and one process for each GPU where there are several.
+
+    Raises:
+        ConfigError: there is no such number of processes.
+    """
+    if processes < 1:
+        raise ConfigError(f"processes: got {processes}, at least 1 is needed")
+    launcher = ["-m", "vlm"]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "vlm"]
+    words = plan.words()
+    if plan.value("trainer.output_dir") is None:
+        words.append(f"trainer.output_dir={_quoted(str(folder))}")
+    return [sys.executable, *launcher, "-cn", plan.run, *words]
+
+
+def as_shell(command: Sequence[str]) -> str:
+    """A command to copy into a shell, a word of its own line each from the run's name on."""
+    at = command.index("-cn") + 2
+    return " \\\n  ".join([shlex.join(command[:at]), *map(shlex.quote, command[at:])])
+
+
+def need_gradio() -> None:
+    """End with a message where Gradio is not installed."""
+    if importlib.util.find_spec("gradio") is None:
+        sys.exit("vlm web needs Gradio: pip install 'small-vlm[web]'")

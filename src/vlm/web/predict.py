@@ -1,0 +1,67 @@
+"""The tab *Predict*: what a checkpoint's heads say of pictures and a prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vlm.web.html import bars, note, problem
+from vlm.web.models import HeldModel
+from vlm.web.runs import checkpoints
+
+EMPTY = "Scores of every label appear here."
+
+
+def build(outputs: Path, given: list[str], held: HeldModel) -> None:
+    """Lay the tab out."""
+    found = checkpoints(outputs, given, heads=True)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            checkpoint = gr.Dropdown(
+                found, value=next(iter(found), None), allow_custom_value=True, label="Checkpoint with heads",
+                info="Choose one, or type a folder or a name on the Hub" if found
+                else f"No run with heads found under {outputs}/ yet: type a folder or a name on the Hub",
+                elem_id="predict-checkpoint",
+            )  # fmt: skip
+            pictures = gr.Gallery(
+                label="Pictures", type="filepath", file_types=["image"], interactive=True, columns=3, height=220,
+                elem_id="predict-pictures", buttons=[],
+            )  # fmt: skip
+            prompt = gr.Textbox(label="Prompt", info="As it was asked in training", lines=2, elem_id="predict-prompt")
+            button = gr.Button("Predict", variant="primary", elem_id="predict-go")
+        with gr.Column(scale=3, min_width=300):
+            result = gr.HTML(note(EMPTY), elem_id="predict-result")
+
+    def ask(path: str | None, shown: list[Any] | None, text: str) -> str:
+        try:
+            return said(held, path, [one[0] for one in shown or []], text)
+        except (ValueError, OSError) as error:
+            return problem(str(error))
+
+    gr.on(
+        [button.click, prompt.submit], ask, [checkpoint, pictures, prompt], result, concurrency_id="model",
+        concurrency_limit=1, api_visibility="private",
+    )  # fmt: skip
+
+
+def said(held: HeldModel, checkpoint: str | None, pictures: list[str], prompt: str) -> str:
+    """What every head of a checkpoint says, as bars.
+
+    Raises:
+        ValueError: no checkpoint, or what `Predictor.predict` refuses.
+    """
+    if not (checkpoint or "").strip():
+        raise ValueError("choose a checkpoint with heads")
+    predictor = held.predictor(str(checkpoint).strip())
+    found = predictor.predict(prompt, pictures)
+    predictions = found if isinstance(found, dict) else {predictor.heads[0].name: found}
+    return "".join(bars(name, _decided(one), one.probabilities) for name, one in predictions.items())
+
+
+def _decided(one: Any) -> str:
+    """What a head decided, in words."""
+    if isinstance(one.prediction, float):
+        return f"{one.prediction:.4g}"
+    if isinstance(one.prediction, list | tuple):
+        return ", ".join(map(str, one.prediction)) or "none of the labels"
+    return str(one.prediction)

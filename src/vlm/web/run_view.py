@@ -1,0 +1,154 @@
+"""The list of runs, and one of them: progress, loss, log, sample answers, configuration; and how it is stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from vlm.web import jobs
+from vlm.web.html import note, problem, samples, status
+from vlm.web.runs import Run, find_run, find_runs, last_samples, log_tail, loss_rows, read_metrics, text_of
+
+HEADERS = ["Run", "State", "Step", "Loss", "Started"]
+SECONDS = 2.0
+"""Between two looks at a run that is going."""
+
+
+class RunView:
+    """The runs below a folder, and the one that is looked at.
+
+    Args:
+        outputs: the folder of runs.
+    """
+
+    def __init__(self, outputs: Path):
+        self.outputs = outputs
+        self.selected = gr.State(None)
+        self.seen = gr.State(None)
+        self.empty = gr.HTML(elem_id="runs-empty")
+        self.table = gr.Dataframe(
+            headers=HEADERS, interactive=False, elem_id="runs-table", max_height=260, wrap=True, buttons=[],
+            show_label=False, column_widths=["34%", "18%", "12%", "14%", "22%"], visible=False,
+        )  # fmt: skip
+        self.again = gr.Button("Look again", size="sm", elem_id="runs-again")
+        self.status = gr.HTML(elem_id="run-status")
+        with gr.Row(visible=False) as self.ending:
+            self.stop = gr.Button("Stop", variant="stop", elem_id="run-stop")
+            self.kill = gr.Button("Kill: nothing is saved", variant="stop", visible=False, elem_id="run-kill")
+        self.message = gr.HTML(elem_id="run-message")
+        with gr.Column(visible=False) as self.details:
+            self.plot = gr.LinePlot(
+                x="step", y="loss", color="of", height=260, show_label=False, elem_id="run-plot", buttons=[],
+                x_title="step", y_title="loss",
+            )  # fmt: skip
+            with gr.Tabs():
+                with gr.Tab("Log"):
+                    self.log = gr.Textbox(
+                        lines=12, max_lines=12, show_label=False, interactive=False, autoscroll=True,
+                        elem_id="run-log", elem_classes="vlm-log",
+                    )  # fmt: skip
+                with gr.Tab("Samples"):
+                    self.samples = gr.HTML(elem_id="run-samples")
+                with gr.Tab("Configuration"):
+                    self.config = gr.Code(
+                        language="yaml", interactive=False, wrap_lines=True, max_lines=30, show_label=False,
+                        elem_id="run-config",
+                    )  # fmt: skip
+        self.shown = [
+            self.selected, self.seen, self.empty, self.table, self.status, self.ending, self.kill, self.details,
+            self.plot, self.log, self.samples, self.config,
+        ]  # fmt: skip
+
+    def wire(self, page: gr.Blocks) -> None:
+        """Connect what is pressed and what time brings."""
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        page.load(self._at_first, None, self.shown, **quiet)
+        self.again.click(self.refresh, self.selected, self.shown, **quiet)
+        self.table.select(self._select, None, [*self.shown, self.message], **quiet)
+        gr.Timer(SECONDS).tick(self._look, [self.selected, self.seen], self.shown, **quiet)
+        self.stop.click(lambda name: self._end(name, jobs.stop), self.selected, self.message, **quiet).then(
+            self.refresh, self.selected, self.shown, **quiet
+        )
+        self.kill.click(lambda name: self._end(name, jobs.kill), self.selected, self.message, **quiet).then(
+            self.refresh, self.selected, self.shown, **quiet
+        )
+
+    def refresh(self, name: str | None) -> tuple[Any, ...]:
+        """Everything anew, in the order of `shown`."""
+        runs = find_runs(self.outputs)
+        run = find_run(self.outputs, name)
+        rows = [
+            [one.name, one.state, one.step, "" if one.loss is None else f"{one.loss:.4g}", f"{one.started:%m-%d %H:%M}"]
+            for one in runs
+        ]
+        hint = f"No run found under {self.outputs}/ yet." if not runs else "Choose a run to look at it."
+        empty = "" if run else note(hint)
+        return (
+            run.name if run else None, _signature(run), empty, gr.update(value=rows, visible=bool(rows)), *_details(run),
+        )  # fmt: skip
+
+    def _at_first(self) -> tuple[Any, ...]:
+        """A run that is going is found again by whoever opens the page."""
+        return self.refresh(next((run.name for run in find_runs(self.outputs) if run.is_going), None))
+
+    def _select(self, event: gr.SelectData) -> tuple[Any, ...]:
+        return *self.refresh(str(event.row_value[0])), ""
+
+    def _look(self, name: str | None, seen: Any) -> Any:
+        """What changed since the last look; nothing where nothing did."""
+        run = find_run(self.outputs, name) if name else None
+        return [gr.skip()] * len(self.shown) if run is None or _signature(run) == seen else self.refresh(name)
+
+    def _end(self, name: str | None, end: Any) -> str:
+        run = find_run(self.outputs, name)
+        if run is None:
+            return problem("choose a run first")
+        try:
+            end(run.folder)
+        except (ValueError, OSError) as error:
+            return problem(str(error))
+        return note(
+            f"Asked {run.name} and all its processes to end." if end is jobs.stop else f"Killed {run.name}: what it had "
+            "not saved is gone."
+        )  # fmt: skip
+
+
+def _details(run: Run | None) -> tuple[Any, ...]:
+    """What is shown of one run, from `status` on."""
+    if run is None:
+        off = gr.update(visible=False)
+        return "", off, off, off, None, "", "", ""
+    rows = loss_rows(read_metrics(run.folder))
+    job = jobs.read_job(run.folder)
+    log = log_tail(run.folder / jobs.LOG_FILE) or "This run was not started from the page: its log is where it was started."
+    config = "\n".join(f"# {line}" for line in text_of(run.folder, "command.txt").splitlines())
+    return (
+        status(run) + _last_words(run), gr.update(visible=run.is_going),
+        gr.update(visible=run.is_going and jobs.may_kill(job)), gr.update(visible=True),
+        pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None, log, samples(*last_samples(run.folder)),
+        f"{config}\n{text_of(run.folder, 'config.yaml')}",
+    )  # fmt: skip
+
+
+def _last_words(run: Run) -> str:
+    """What can be done about a run that did not come to its end."""
+    if run.state == "ending":
+        return note("Asked to end; it is still busy.")
+    if run.state not in ("stopped", "failed", "not finished"):
+        return ""
+    saved = [file.parent for file in run.folder.glob("checkpoint-*/complete")]
+    if not saved:
+        return note("It saved no checkpoint." + (" The log says why it ended." if run.state == "failed" else ""))
+    newest = max(saved, key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return note(f"Saved up to {newest.name}. To go on: trainer.output_dir={run.folder} and "
+                "trainer.resume_from_checkpoint=true among the overrides.")  # fmt: skip
+
+
+def _signature(run: Run | None) -> Any:
+    """What changes when there is something new to see of a run."""
+    if run is None:
+        return None
+    files = ("metrics.jsonl", jobs.LOG_FILE, "samples.md", "config.yaml")
+    sizes = [(run.folder / name).stat().st_size if (run.folder / name).is_file() else 0 for name in files]
+    return [run.state, jobs.may_kill(jobs.read_job(run.folder)), *sizes]

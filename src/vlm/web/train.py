@@ -1,0 +1,149 @@
+"""The tab *Train*: a new run from fields and overrides, and the runs that there are."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vlm.config.check import run_names
+from vlm.config.overview import description
+from vlm.web import jobs
+from vlm.web.html import note, problem
+from vlm.web.models import HeldModel
+from vlm.web.plan import PARTS, Plan, as_shell, choices, command_of, output_folder
+from vlm.web.run_view import RunView
+from vlm.web.runs import checkpoints, find_runs
+
+RUN = "pretrain-smol"
+"""The run that is chosen at first."""
+
+
+def build(outputs: Path, held: HeldModel, page: gr.Blocks) -> None:
+    """Lay the tab out."""
+    with gr.Tabs() as tabs:
+        with gr.Tab("New run", id="new"):
+            form = Form(outputs)
+        with gr.Tab("Runs", id="runs"):
+            view = RunView(outputs)
+
+    def start(*values: Any) -> tuple[Any, ...]:
+        folder, shown = form.begin(held, *values)
+        if folder is None:
+            return *shown, gr.skip(), gr.skip()
+        return *shown, gr.update(selected="runs"), folder.relative_to(outputs).as_posix()
+
+    form.start.click(
+        start, form.fields, [*form.shown, tabs, view.selected], api_visibility="private", concurrency_limit=1
+    ).then(view.refresh, view.selected, view.shown, api_visibility="private", show_progress="hidden")
+    view.wire(page)
+
+
+class Form:
+    """The fields of a new run, its check, and its command.
+
+    Args:
+        outputs: the folder of runs.
+    """
+
+    def __init__(self, outputs: Path):
+        self.outputs = outputs
+        self.folder = gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                self._lay_out_parts()
+            with gr.Column(scale=1, min_width=300):
+                self._lay_out_settings()
+        self.message = gr.HTML("", elem_id="train-message")
+        self.command = gr.Code(
+            label="The command", language="shell", interactive=False, visible=False, lines=3, wrap_lines=True,
+            elem_id="train-command", show_line_numbers=False,
+        )  # fmt: skip
+        parts = [self.parts[part] for part in PARTS]
+        self.fields = [
+            self.run, *parts, self.path, self.images, self.checkpoint, self.lines, self.processes, self.folder,
+        ]  # fmt: skip
+        self.shown = [self.message, self.command, self.folder]
+        self.check.click(self._check, self.fields, self.shown, api_visibility="private")
+        self.run.change(
+            lambda run: note(description(run)), self.run, self.about, api_visibility="private", show_progress="hidden"
+        )
+
+    def _lay_out_parts(self) -> None:
+        self.run = gr.Dropdown(run_names(), value=RUN, label="Run", elem_id="train-run")
+        self.about = gr.HTML(note(description(RUN)), elem_id="train-about")
+        self.parts = {}
+        for part in PARTS:
+            free = part in ("visual_encoder", "language_model")
+            self.parts[part] = gr.Dropdown(
+                [("as the run has it", ""), *choices(part)], value="", label=part, allow_custom_value=free,
+                info="Or a folder, or a name on the Hub" if free else None, elem_id=f"train-{part}",
+            )  # fmt: skip
+
+    def _lay_out_settings(self) -> None:
+        self.path = gr.Textbox(label="dataset.path", placeholder="records.json", elem_id="train-path")
+        self.images = gr.Textbox(
+            label="dataset.image_folder", info="Beside the records where empty", elem_id="train-images"
+        )
+        self.checkpoint = gr.Dropdown(
+            checkpoints(self.outputs), value=None, allow_custom_value=True, label="trainer.from_pretrained",
+            info="Go on from this checkpoint; empty: from the parts", elem_id="train-checkpoint",
+        )  # fmt: skip
+        self.lines = gr.Textbox(
+            label="Overrides, one a line", lines=5, max_lines=20, placeholder="trainer.num_train_epochs=1",
+            elem_id="train-lines",
+        )  # fmt: skip
+        self.processes = gr.Number(
+            1, label="Processes", info="One for each GPU", precision=0, minimum=1, elem_id="train-processes"
+        )
+        with gr.Row():
+            self.check = gr.Button("Check", elem_id="train-check", min_width=100)
+            self.start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=100)
+
+    def _planned(self, values: Sequence[Any]) -> tuple[list[str], Path]:
+        """The command of the fields and its run directory.
+
+        Raises:
+            ValueError: what the checks of the command line refuse.
+        """
+        run, *rest = values
+        parts, (path, images, checkpoint, lines, processes, before) = rest[: len(PARTS)], rest[len(PARTS) :]
+        keys = {
+            "dataset.path": path, "dataset.image_folder": images, "trainer.from_pretrained": checkpoint or "",
+        }  # fmt: skip
+        plan = Plan(run, {part: choice or "" for part, choice in zip(PARTS, parts, strict=True)}, keys, lines)
+        plan.checked()
+        folder = output_folder(plan, self.outputs, before)
+        need_below(folder, self.outputs)
+        return command_of(plan, folder, int(processes or 0)), folder
+
+    def _check(self, *values: Any) -> tuple[Any, ...]:
+        try:
+            command, folder = self._planned(values)
+        except (ValueError, OSError) as error:
+            return problem(str(error)), gr.update(visible=False), None
+        said = note(f"Nothing to mend. It will write into {folder}.")
+        return said, gr.update(value=as_shell(command), visible=True), str(folder)
+
+    def begin(self, held: HeldModel, *values: Any) -> tuple[Path | None, tuple[Any, ...]]:
+        """Start a run; returns its directory, none where something has to be mended, and what the form then shows."""
+        try:
+            command, folder = self._planned(values)
+            if going := [run.name for run in find_runs(self.outputs) if run.is_going]:
+                raise ValueError(f"{going[0]} is still running; stop it first, or wait for its end")
+            held.release()
+            jobs.start(command, folder)
+        except (ValueError, OSError) as error:
+            return None, (problem(str(error)), gr.update(visible=False), None)
+        return folder, (note(f"Started in {folder}."), gr.update(value=as_shell(command), visible=True), None)
+
+
+def need_below(folder: Path, outputs: Path) -> None:
+    """Raise ValueError where the page would not find a run again."""
+    inside = folder.resolve().is_relative_to(outputs.resolve())
+    depth = len(folder.resolve().relative_to(outputs.resolve()).parts) if inside else 0
+    if not (folder.is_relative_to(outputs) and depth in (1, 2)):
+        raise ValueError(
+            f"trainer.output_dir={folder}: the page finds runs in {outputs}/NAME and {outputs}/FOLDER/NAME only; choose "
+            "such a folder, or start the page with another --outputs"
+        )
