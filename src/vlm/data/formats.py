@@ -94,8 +94,9 @@ def read_caption(
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
     asked: tuple[Part, ...] = (*pictures, f"\n{prompt}") if prompt else tuple(pictures)
     return Sample(
-        sample_id, (Turn("user", asked), Turn("assistant", (caption,))), record.get("label"), group_of(record)
-    )
+        sample_id, (Turn("user", asked), Turn("assistant", (caption,))), record.get("label"), group_of(record),
+        references_of(record, sample_id),
+    )  # fmt: skip
 
 
 def read_question(
@@ -130,7 +131,8 @@ def read_question(
         lines += [instruction] if instruction else []
         said = [_commonest(answer, sample_id)] if replies else []
     asked = media.before_or_within("\n".join(lines))
-    return finished(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in said)], media)
+    sample = finished(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in said)], media)
+    return replace(sample, references=()) if choices else sample  # the letter is what counts
 
 
 def read_head(record: Any, image_folder: Path) -> Sample:
@@ -249,18 +251,31 @@ class Media:
 
 
 def finished(record: dict[str, Any], turns: list[Turn], media: Media) -> Sample:
-    """The sample, with the record's label and group, once nothing that it lists is left over.
+    """The sample, with the record's label, group and references, once nothing that it lists is left over.
 
     Raises:
-        BadSample: a picture stands nowhere in the text.
+        BadSample: a picture stands nowhere in the text, or `answers` are no texts.
     """
     media.need_all_shown()
-    return Sample(media.sample_id, tuple(turns), record.get("label"), group_of(record))
+    references = references_of(record, media.sample_id)
+    return Sample(media.sample_id, tuple(turns), record.get("label"), group_of(record), references)
 
 
 def group_of(record: dict[str, Any], key: str = "group") -> str | None:
     """The group in which a ranking compares a record."""
     return None if record.get(key) is None else str(record[key])
+
+
+def references_of(record: dict[str, Any], sample_id: str) -> tuple[str, ...]:
+    """What people answered: a record's `answers`, or several that stand in its `answer`; none where it has neither.
+
+    Raises:
+        BadSample: they are no texts.
+    """
+    given = record.get("answers")
+    if given is None and isinstance(record.get("answer"), list):
+        given = record["answer"]
+    return () if given is None else tuple(_answers(given, sample_id))
 
 
 def id_of(record: Any, *names: str) -> str:
@@ -351,12 +366,18 @@ def _letter(answer: Any, choices: list[str], sample_id: str) -> str:
 
 def _commonest(answer: Any, sample_id: str) -> str:
     """A string, or the commonest of several; of equally common ones the first."""
-    given = answer if isinstance(answer, list) else [answer]
-    answers = [one.get("answer") if isinstance(one, dict) else one for one in given]
+    return Counter(_answers(answer, sample_id)).most_common(1)[0][0]
+
+
+def _answers(given: Any, sample_id: str) -> list[str]:
+    """One answer or several, as strings or as VQA has them (`{"answer": "a cat"}`)."""
+    answers = [one.get("answer") if isinstance(one, dict) else one for one in (
+        given if isinstance(given, list) else [given]
+    )]  # fmt: skip
     texts = [one for one in answers if isinstance(one, str)]
     if not texts or len(texts) < len(answers):
-        raise BadSample(sample_id, f"`answer` must be a string or a list of strings, got {answer!r:.60}")
-    return Counter(texts).most_common(1)[0][0]
+        raise BadSample(sample_id, f"`answer` must be a string or a list of strings, got {given!r:.60}")
+    return texts
 
 
 Reader = Callable[..., Sample]

@@ -113,12 +113,14 @@ class Sample:
         label: what a prediction head learns of it: a value that JSON can hold, or a mapping from the names of heads to
             such; None where there is nothing to learn.
         group: the rows that a ranking compares have the same.
+        references: what an answer in place of the last reply is held against, where that is more than the reply.
     """
 
     id: str
     turns: tuple[Turn, ...]
     label: Any = None
     group: str | None = None
+    references: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> list[Picture]:

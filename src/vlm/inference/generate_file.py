@@ -57,16 +57,17 @@ def generate_file(
 
 
 def row_of(sample: Sample, answer: str | None, problem: BadSample | None) -> dict[str, Any]:
-    """A record's row."""
+    """A record's row; in JSON lines with the `references` that an answer is held against beside."""
     asked = prompt_turns(sample) if sample.turns else ()
     question = next((turn for turn in reversed(asked) if turn.role == "user"), None)
-    replied = len(asked) < len(sample.turns)
+    reply = _text(sample.turns[-1]) if len(asked) < len(sample.turns) else None
     return {
         "source": sample.id,
         "image_path": shown_files(sample, problem),
         "prompt": "" if question is None else question_text(question),
         "answer": answer,
-        "reference": _text(sample.turns[-1]) if replied else None,
+        "reference": reply,
+        "references": list(sample.references) or ([] if reply is None else [reply]),
         "error": "" if problem is None else problem.reason,
     }
 

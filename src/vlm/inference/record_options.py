@@ -18,6 +18,14 @@ def add_record_options(parser: argparse.ArgumentParser, output: str) -> None:
     many = parser.add_argument_group("a file of records")
     many.add_argument("--input", metavar="FILE", help="records, of the forms and kinds of files that training reads")
     many.add_argument("--output", type=Path, metavar="FILE", help=f"what is written: {output}")
+    add_reading_options(many)
+    parser.add_argument(
+        "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video"
+    )
+
+
+def add_reading_options(many: Any) -> None:
+    """How a file of records is read, into a parser's group."""
     many.add_argument("--format", metavar="FORM", help="of the records; default: llava, of tables labelled")
     many.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of that form: prompt='Which digit?'"
@@ -27,7 +35,6 @@ def add_record_options(parser: argparse.ArgumentParser, output: str) -> None:
     many.add_argument("--batch-size", type=int, default=16, metavar="N", help="records at a time (%(default)s)")
     many.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
     many.add_argument("--overwrite", action="store_true", help="replace what is there, or was begun")
-    parser.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video")
 
 
 def check_record_options(args: argparse.Namespace) -> None:
@@ -42,10 +49,19 @@ def check_record_options(args: argparse.Namespace) -> None:
         raise ValueError("--input and --output belong together")
     if args.input and (args.image or args.video):
         raise ValueError("--image and --video belong to --prompt; a file of records names its own")
-    if args.input and not Path(args.input).exists() and "://" not in args.input:
-        raise ValueError(f"--input {args.input}: no such file (seen from {Path.cwd()})")
+    check_reading_options(args)
     if args.output is not None:
         need_new(args.output, overwrite=args.overwrite)
+
+
+def check_reading_options(args: argparse.Namespace, key: str = "--input") -> None:
+    """Refuse a file that is not there and numbers out of bounds; `key` is the option that names the file.
+
+    Raises:
+        ValueError: with the option, and what is needed.
+    """
+    if args.input and not Path(args.input).exists() and "://" not in args.input:
+        raise ValueError(f"{key} {args.input}: no such file (seen from {Path.cwd()})")
     if args.image_folder and not Path(args.image_folder).is_dir():
         raise ValueError(f"--image-folder {args.image_folder}: no such folder (seen from {Path.cwd()})")
     for name in ("batch_size", "max_frames"):

@@ -31,6 +31,7 @@ from vlm.models.head_tasks import CLASSIFYING
 NUM_BINS = 15
 """Equally wide bins of the expected calibration error (Guo et al. 2017, arXiv:1706.04599)."""
 
+
 def scores(
     task: str,
     outputs: np.ndarray,
