@@ -35,6 +35,8 @@ ROOMS = {
     "encoders": {"models", "config.schema"},
     # an import composes as a run does, without one
     "hub": {"hub", "models", "build", "encoders", "config.schema", "config.lora_problems"},
+    "hub.push_command": {"hub", "adapters"},
+    "hub.publishing": {"hub", "models", "families", "config.lora_problems"},
     "adapters": {
         "adapters",
         "build",

@@ -197,6 +197,11 @@ def predict(words: Sequence[str]) -> None:
     import_module("vlm.inference.predict_command").main(words)
 
 
+def push_to_hub(words: Sequence[str]) -> None:
+    """`vlm push-to-hub …`."""
+    import_module("vlm.hub.push_command").main(words)
+
+
 COMMANDS = {
     "generate": generate,
     "predict": predict,
@@ -205,6 +210,7 @@ COMMANDS = {
     "import": hub("import_"),
     "export": hub("export"),
     "merge-lora": merge_lora,
+    "push-to-hub": push_to_hub,
 }
 TOOLS = {
     "download": ("fetch the pictures of a table of addresses and captions", "download"),

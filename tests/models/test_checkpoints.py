@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, Parts, picture
 from vlm.build import add_connector_class
@@ -54,7 +61,7 @@ sys.meta_path.insert(0, Refuse())
 import torch
 from PIL import Image
 from transformers import (
-    AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 )
 
 found = {}
@@ -64,7 +71,7 @@ for folder in sys.argv[1:]:
     expected = torch.load(folder + "/logits.pt")
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = processor(images=[image, image.rotate(90)], text=text)
-    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         model = auto.from_pretrained(folder, trust_remote_code=True).eval()
         with torch.no_grad():
             difference = (model(**inputs).logits - expected).abs().max().item()
@@ -152,7 +159,7 @@ def test_every_auto_class_knows_the_model_type(parts: Parts, tmp_path: Path):
     model, processor = parts.model()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         assert isinstance(auto.from_pretrained(tmp_path), VLMForConditionalGeneration)
         assert auto.__name__ in AUTO_MAP
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), VLMProcessor)
@@ -239,7 +246,7 @@ def test_checkpoints_load_where_this_package_is_not_installed(parts: Parts, own_
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))[6:])
     for folder in folders:
-        for auto in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        for auto in AUTO_MAP.keys() - {"AutoConfig", "AutoProcessor"}:
             made_of, difference = found[f"{folder} {auto}"]
             assert made_of == "VLMForConditionalGeneration"
             assert difference < 1e-6  # matrices that lie elsewhere in memory may round in another way

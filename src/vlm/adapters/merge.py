@@ -31,9 +31,11 @@ def main(words: Sequence[str]) -> None:
         parser.error("give CHECKPOINT and OUT, each once")
     out: Any = args.out or args.output_path
     try:
-        merge(args.checkpoint or args.lora_path, out, args.base, trust_remote_code=args.trust_remote_code)
+        dtype = merge(args.checkpoint or args.lora_path, out, args.base, trust_remote_code=args.trust_remote_code)
     except (ValueError, OSError) as error:
         sys.exit(f"vlm merge-lora: {error}")
+    print(f"{out}: complete, in {dtype}; it needs its base no longer")
+    print(f"Ask it:  vlm generate {out} --image FILE --prompt 'What is in this picture?'")
 
 
 def add_base_option(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +46,10 @@ def add_base_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote_code: bool = False) -> None:
-    """Write the complete checkpoint, in the precision of the base; a folder appears only once it is whole.
+def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote_code: bool = False) -> str:
+    """Write the complete checkpoint, in the precision of the base, which is returned by its name.
+
+    A folder appears only once it is whole.
 
     Args:
         checkpoint: a folder that `vlm.adapters.folder.save` wrote, or a name on the Hub.
@@ -79,5 +83,4 @@ def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{out}: complete, in {str(model.dtype).removeprefix('torch.')}; it needs its base no longer")
-    print(f"Ask it:  vlm generate {out} --image FILE --prompt 'What is in this picture?'")
+    return str(model.dtype).removeprefix("torch.")

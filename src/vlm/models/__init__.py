@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoProcessor,
 )
@@ -22,7 +23,7 @@ from .processing_vlm import VLMProcessor
 
 AutoConfig.register("vlm", VLMConfig, exist_ok=True)
 AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
-for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto.register(VLMConfig, VLMForConditionalGeneration, exist_ok=True)
 AutoConfig.register("vlm_prediction", VLMPredictionConfig, exist_ok=True)
 for auto in (AutoModel, AutoModelForSequenceClassification):

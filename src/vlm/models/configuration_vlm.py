@@ -13,6 +13,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_vlm.VLMForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_vlm.VLMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_vlm.VLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_vlm.VLMForConditionalGeneration",
     "AutoProcessor": "processing_vlm.VLMProcessor",
 }
 """Which class answers for which auto class where a checkpoint's own code is trusted: the only place that says so."""

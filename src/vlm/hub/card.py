@@ -1,0 +1,245 @@
+"""The model card of a published checkpoint: what it is made of, how it was trained, what it can do, how to load it.
+
+Everything in it comes out of the checkpoint and its run; what is not known is left out. No path of a machine is.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from vlm.hub.cleaning import hub_name, last_of
+from vlm.hub.run_facts import RunFacts
+from vlm.models.head_tasks import CLASSIFYING
+
+OLDEST = "5.23"
+"""The oldest transformers in which published checkpoints have been loaded."""
+
+CHAT = """\
+messages = [
+    {"role": "user", "content": [
+        {"type": "image", "path": "picture.png"},
+        {"type": "text", "text": "What is in this picture?"},
+    ]}
+]
+"""
+
+
+def model_card(
+    cleaned: dict[str, Any], config: dict[str, Any], run: RunFacts, counts: dict[str, int], *, repo: str | None,
+    licence: str | None,
+) -> str:  # fmt: skip
+    """The text of `README.md`, with its front matter.
+
+    Args:
+        cleaned: `config.json` as it is published.
+        config: as the checkpoint has it.
+        run: what is known of its run.
+        counts: parameters, see `publishing.parameters`.
+        repo: the name on the Hub.
+        licence: its identifier on the Hub.
+    """
+    heads = cleaned.get("heads", [])
+    body = cleaned.get("body_config", cleaned)
+    composed = body["model_type"] == "vlm"
+    sources = _sources(config, run)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_pipeline_tag(heads),
+        base_model=list(dict.fromkeys(name for _, name, on_hub in sources if on_hub)) or None,
+        datasets=run.hub_data_sets() or None,
+        license=licence,
+        tags=["small-vlm", "vision-language-model", *(["prediction-head"] if heads else [])],
+    )
+    name = repo or "OWNER/NAME"
+    sections = [
+        ("", _introduction(name, heads, composed)),
+        ("Use", _use(name, cleaned, composed)),
+        ("Parts", _table(("part", "what", "parameters"), _parts(body, heads, dict_of(sources), counts))),
+        ("Training", _table(("", ""), run.recipe())),
+        ("Data", _table(("role", "source", "samples", "pictures"), [tuple(map(_count, row)) for row in run.sources()])),
+        ("Results", _results(run)),
+        ("Licence", _licence(licence)),
+    ]
+    text = "\n\n".join(f"## {title}\n\n{content}" if title else content for title, content in sections if content)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def dict_of(sources: Sequence[tuple[str, str, bool]]) -> dict[str, str]:
+    """Part -> the names that it came from."""
+    found: dict[str, str] = {}
+    for part, name, on_hub in sources:
+        shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`"
+        found[part] = f"{found[part]}, {shown}" if part in found else shown
+    return found
+
+
+def _sources(config: dict[str, Any], run: RunFacts) -> list[tuple[str, str, bool]]:
+    """Where parts came from: part, a name on the Hub or the last component of a path, which of both."""
+    body = config.get("body_config", config)
+    recipe = body.get("recipe") or {}
+    named = [("visual_encoder", one) for one in (recipe.get("visual_encoder"), *_beside(recipe)) if one]
+    named += [("language_model", recipe["language_model"])] if recipe.get("language_model") else []
+    given = [(part, one["hf_name"]) for part, one in named if one.get("hf_name")]
+    if not given:  # a family's model, which its run names
+        model = run.config.get("model") or {}
+        given = [("model", model["hf_name"])] if model.get("hf_name") else []
+    return [(part, hub_name(name, run.checkpoint) or last_of(name), hub_name(name, run.checkpoint) is not None)
+            for part, name in given]  # fmt: skip
+
+
+def _beside(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    return (recipe.get("visual_encoder") or {}).get("beside") or []
+
+
+def _pipeline_tag(heads: Sequence[dict[str, Any]]) -> str | None:
+    """What the Hub calls its task; it has no name for numbers and rankings of pictures."""
+    if not heads:
+        return "image-text-to-text"
+    return "image-classification" if heads[0]["task"] in CLASSIFYING else None
+
+
+def _introduction(name: str, heads: Sequence[dict[str, Any]], composed: bool) -> str:
+    what = "A vision-language model" + (" that predicts from pictures and text" if heads else "")
+    made = "composed of a visual encoder, a connector and a language model" if composed else "of a known family"
+    return f"# {name.partition('/')[2]}\n\n{what}, {made}, trained with small-vlm."
+
+
+# Parts
+
+
+def _parts(
+    body: dict[str, Any], heads: Sequence[dict[str, Any]], sources: dict[str, str], counts: dict[str, int]
+) -> list[tuple[str, ...]]:  # fmt: skip
+    """The rows of the table of parts."""
+    rows = []
+    if body["model_type"] == "vlm":
+        encoders = [body["vision_config"], *(body[f"vision_config_{n}"] for n in range(2, 2 + len(body["beside"])))]
+        kinds = {
+            "visual_encoder": ", ".join(one["model_type"] for one in encoders),
+            "connector": f"`{body['connector']['type']}`",
+            "language_model": body["text_config"]["model_type"],
+        }
+        for part, kind in kinds.items():
+            what = f"{sources[part]} ({kind})" if part in sources else kind
+            rows.append((part, what, f"{counts.get(part, 0):,}"))
+    else:
+        rows.append(("model", f"{sources.get('model', '')} ({body['model_type']})".strip(), ""))
+    for head in heads:
+        labels = f": {', '.join(map(str, head['labels'][:20]))}" if head["labels"] else ""
+        rows.append((f"head `{head['name']}`", f"{head['task']}{labels}{' …' if len(head['labels']) > 20 else ''}", ""))
+    if heads and "head" in counts:
+        rows[-1] = (*rows[-1][:2], f"{counts['head']:,}" + (" (all heads)" if len(heads) > 1 else ""))
+    return [*rows, ("total", "", f"{counts['total']:,}")]
+
+
+# Results
+
+
+def _results(run: RunFacts) -> str:
+    blocks = []
+    if run.plot is not None:
+        blocks.append("![Loss](loss.png)")
+    if losses := run.losses():
+        blocks.append(_table(("loss", "value"), [(title, f"{value:.4g}") for title, value in losses]))
+    for records, heads in run.scores.items():
+        for head, found in heads.items():
+            note = f" ({found['note']})" if found.get("note") else ""
+            columns = [key for key in ("scores", "baseline", "blank_pictures") if found.get(key)]
+            rows = [(measure, *(_interval(found[key].get(measure)) for key in columns)) for measure in found["scores"]]
+            title = f"Head `{head}`, {records}, {found['records']:,} records{note}; 95 % intervals in brackets:"
+            titles = ("measure", *(key.replace("_", " ") for key in columns))
+            blocks.append(f"{title}\n\n{_table(titles, rows)}")
+    for name, results in run.evaluations.items():
+        if rows := list(_numbers(results)):
+            blocks.append(f"Evaluation `{name}`:\n\n{_table(('measure', 'value'), rows)}")
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _interval(found: Any) -> str:
+    if not isinstance(found, dict) or found.get("value") is None:
+        return "–"
+    ends = f" [{found['low']:.3f}, {found['high']:.3f}]" if found.get("low") is not None else ""
+    return f"{found['value']:.3f}{ends}"
+
+
+def _numbers(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The measures of an evaluation: numbers, and those with an interval, however deep."""
+    for key, value in results.items():
+        if isinstance(value, dict) and "value" in value:
+            yield prefix + key, _interval(value)
+        elif isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key} · ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + key, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+# Use
+
+
+def _use(name: str, config: dict[str, Any], composed: bool) -> str:
+    heads = config.get("heads", [])
+    trust = ", trust_remote_code=True" if composed or heads else ""
+    why = " The repository brings its own code, hence `trust_remote_code=True`." if trust else ""
+    auto = "AutoModelForSequenceClassification" if heads else "AutoModelForImageTextToText"
+    processor_trust = ", trust_remote_code=True" if composed else ""
+    opening = (
+        f"from transformers import {auto}, AutoProcessor\n\n"
+        f'processor = AutoProcessor.from_pretrained("{name}"{processor_trust})\n'
+        f'model = {auto}.from_pretrained("{name}"{trust}, dtype="auto").eval()\n{CHAT}'
+    )
+    blocks = [f"Needs transformers {OLDEST} or newer.{why}"]
+    if heads:
+        return "\n\n".join([*blocks, _python(opening + _asked_heads(config, composed))])
+    answer = (
+        "inputs = processor.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"\n'
+        ").to(model.device, model.dtype)\n"
+        "answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)\n"
+        'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
+    )
+    pipe = (
+        "from transformers import pipeline\n\n"
+        f'pipe = pipeline("image-text-to-text", model="{name}"{trust})\n{CHAT}'
+        'print(pipe(text=messages, max_new_tokens=128, return_full_text=False)[0]["generated_text"])\n'
+    )
+    return "\n\n".join([*blocks, _python(opening + answer), "Or:", _python(pipe)])
+
+
+def _asked_heads(config: dict[str, Any], composed: bool) -> str:
+    """Lines that ask a model with heads; where heads read at tokens of their own, those stand behind the prompt."""
+    if not config.get("suffix"):
+        return (
+            "inputs = processor.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"\n'
+            ").to(model.device)\n"
+            "print(model.predict(**inputs))\n"
+        )
+    return (
+        "from PIL import Image\n\n"
+        "text = processor.apply_chat_template(messages, add_generation_prompt=True) + model.config.suffix\n"
+        'inputs = processor(images=[Image.open("picture.png")], text=[text], return_tensors="pt").to(model.device)\n'
+        "print(model.predict(**inputs))\n"
+    )
+
+
+def _python(code: str) -> str:
+    return f"```python\n{code}```"
+
+
+def _licence(licence: str | None) -> str:
+    if licence:
+        return f"`{licence}`. The licences of the parts and of the data apply too."
+    return "None was named by who published it; those of the parts and of the data apply."
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, or nothing where it has no rows."""
+    if not rows:
+        return ""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _count(cell: str | int | None) -> str:
+    return "streamed" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell

@@ -1,0 +1,294 @@
+"""A folder to publish, made of a checkpoint that stays as it is: the model's files and no other, with a model card.
+
+What a repository may hold is listed here (`MODEL_FILES`, the hub code, the user's own classes, card and loss plot).
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from vlm.config.lora_problems import BASE_FILE
+from vlm.families.table import FAMILIES
+from vlm.hub.card import model_card
+from vlm.hub.cleaning import leaks, without_paths
+from vlm.hub.folders import read_json, write_json
+from vlm.hub.run_facts import RunFacts
+
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+INDEX = "model.safetensors.index.json"
+SETTINGS = (
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
+"""Small JSON files, which are cleaned of paths."""
+
+VOCABULARY = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+MODEL_FILES = (*WEIGHTS, INDEX, *SETTINGS, *VOCABULARY)
+CARD, PLOT = "README.md", "loss.png"
+
+COMPOSED, PREDICTION = "vlm", "vlm_prediction"
+"""The `model_type` of our own models."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder that is ready.
+
+    Attributes:
+        folder: where it is.
+        files: name -> bytes.
+        left_out: what else lies in the checkpoint's folder.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    left_out: list[str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+
+def prepare(
+    checkpoint: Path, out: Path, run: RunFacts, *, repo: str | None = None, licence: str | None = None,
+    may_link: bool = False,
+) -> Prepared:  # fmt: skip
+    """Fill a new folder with what is to be uploaded.
+
+    Args:
+        checkpoint: a complete one.
+        out: an empty folder.
+        run: what is known of its run, or of that of the adapter that was merged.
+        repo: the name on the Hub, for the example in the card.
+        licence: its identifier on the Hub.
+        may_link: whether weights may be symbolic links, in a folder that does not last.
+
+    Raises:
+        ValueError: the checkpoint is not complete, this version cannot read it, or a text names a path of this machine.
+    """
+    config = need_complete(checkpoint)
+    _need_readable(checkpoint)
+    for name in sorted(file.name for file in checkpoint.iterdir() if is_model_file(file.name)):
+        if name in SETTINGS:
+            write_json(out / name, without_paths(read_json(checkpoint / name), run.checkpoint))
+        elif name.endswith(".safetensors"):
+            _place(checkpoint / name, out / name, may_link=may_link)
+        else:
+            shutil.copyfile(checkpoint / name, out / name)
+    for source in hub_code(checkpoint, config):
+        shutil.copyfile(source, out / source.name)
+    _write_auto_maps(out)
+    if run.plot is not None:
+        shutil.copyfile(run.plot, out / PLOT)
+    card = model_card(read_json(out / "config.json"), config, run, parameters(out, config), repo=repo, licence=licence)
+    (out / CARD).write_text(card, encoding="utf-8")
+    if found := list(leaks(out, checkpoint, run.checkpoint)):
+        raise ValueError(f"{'; '.join(found)}: that is a place of this machine, which is not for others to read")
+    files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+    left_out = sorted(file.name for file in checkpoint.iterdir() if file.name not in files or file.name == CARD)
+    return Prepared(out, files, left_out)
+
+
+def obsolete(there: Iterable[str], prepared: Prepared) -> list[str]:
+    """Files of a repository that a checkpoint would be mistaken with: those of an earlier model, and its code."""
+    code = {file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py")}
+    ours = (name for name in there if is_model_file(name) or name in code or fnmatch(name, "user_*.py") or name == PLOT)
+    return sorted(set(ours) - set(prepared.files))
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a checkpoint is the model's."""
+    return any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+
+
+# Is it a checkpoint?
+
+
+def is_adapter(checkpoint: Path) -> bool:
+    """Whether it is complete only together with its base."""
+    return (checkpoint / BASE_FILE).is_file()
+
+
+def need_checkpoint(folder: Path) -> None:
+    """Refuse what is no checkpoint's folder, an adapter's included in those that are.
+
+    Raises:
+        ValueError: says what it is, and which folder to give.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder (seen from {Path.cwd()})")
+    if (folder / "trainer_state.json").is_file():
+        raise ValueError(
+            f"{folder} is a state on the way of a run, for resuming it. Let the run come to its end "
+            f"(trainer.resume_from_checkpoint={folder}), then publish its folder final"
+        )
+    if not (folder / "config.json").is_file():
+        final = folder / "final"
+        hint = f"it is a run's directory, whose model is {final}" if final.is_dir() else "it holds no config.json"
+        raise ValueError(f"{folder} is no checkpoint: {hint}")
+
+
+def need_complete(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint that holds all of its model.
+
+    Raises:
+        ValueError: files are missing or torn, or it is of a kind that is not known here.
+    """
+    need_checkpoint(checkpoint)
+    config = read_json(checkpoint / "config.json")
+    kind = body_of(config).get("model_type")
+    if kind != COMPOSED and kind not in FAMILIES:
+        raise ValueError(f"{checkpoint}: model_type={kind} is no model of this framework, nor of a family it knows")
+    shards = read_json(checkpoint / INDEX).get("weight_map")
+    for name in sorted(set(shards.values())) if shards else ["model.safetensors"]:
+        file = checkpoint / name
+        if not file.is_file():
+            raise ValueError(f"{checkpoint} is not complete: {name} is missing")
+        header, start = read_header(file)
+        ends = [one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"]
+        if start + max(ends, default=0) != file.stat().st_size:
+            raise ValueError(f"{file} is torn: it is not as long as it says")
+    needed = ["processor_config.json"] if kind == COMPOSED else []
+    for name in [*needed, "tokenizer_config.json"]:
+        if not (checkpoint / name).is_file():
+            raise ValueError(
+                f"{checkpoint} is not complete: {name} is missing; a run saves the processor with the model"
+            )
+    return config
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where the first of them begins.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length)) if length <= file.stat().st_size else None
+    except (struct.error, ValueError) as error:
+        raise ValueError(f"{file} is no safetensors file") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is torn: it is not as long as it says")
+    return header, 8 + length
+
+
+def _need_readable(checkpoint: Path) -> None:
+    """Open the configuration and the processor with the code that will be published.
+
+    Raises:
+        ValueError: this version does not read them.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    import vlm.models  # noqa: F401 - makes the auto classes know our models
+
+    try:
+        AutoConfig.from_pretrained(checkpoint)
+        AutoProcessor.from_pretrained(checkpoint)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"{checkpoint} cannot be read by this version: {str(error).splitlines()[0]}") from error
+
+
+def body_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the vision-language model, with prediction heads or without."""
+    return config["body_config"] if config.get("model_type") == PREDICTION else config
+
+
+# Code
+
+
+def own_classes(config: dict[str, Any]) -> dict[str, str]:
+    """Classes of the user's own: key of `auto_map` -> `file.Class`."""
+    maps = {**(body_of(config).get("auto_map") or {}), **(config.get("auto_map") or {})}
+    return {key: value for key, value in maps.items() if key == "Connector" or key.startswith("Head.")}
+
+
+def hub_code(checkpoint: Path, config: dict[str, Any]) -> Iterator[Path]:
+    """Files of the installed package that read a checkpoint, and those of the user's own classes; none of a family's.
+
+    Raises:
+        ValueError: a class of the user's own did not travel with the checkpoint.
+    """
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    import vlm.models
+
+    composed, predicts = body_of(config)["model_type"] == COMPOSED, config["model_type"] == PREDICTION
+    roots = ["configuration_vlm", "modeling_vlm", "processing_vlm"] if composed else []
+    roots += ["configuration_prediction", "modeling_prediction"] if predicts else []
+    package = Path(vlm.models.__file__).parent
+    found = {package / f"{name}.py" for name in roots}
+    found |= {Path(needed) for root in list(found) for needed in get_relative_import_files(root)}
+    yield from sorted(found)
+    named = [body_of(config).get("connector", {}).get("type", ""), *(head["type"] for head in config.get("heads", []))]
+    own = own_classes(config)
+    if sum(":" in name for name in named) != len(own):
+        raise ValueError(f"{checkpoint} is not complete: {', '.join(named)} is a class whose file is not there")
+    for reference in sorted(set(own.values())):
+        file = checkpoint / f"{reference.partition('.')[0]}.py"
+        if not file.is_file():
+            raise ValueError(f"{checkpoint} is not complete: {file.name}, which has {reference}, is missing")
+        yield file
+
+
+def _write_auto_maps(out: Path) -> None:
+    """Say in the published files which class answers for which auto class."""
+    from vlm.models.configuration_prediction import AUTO_MAP as PREDICTING
+    from vlm.models.configuration_vlm import AUTO_MAP as COMPOSING
+
+    config = read_json(out / "config.json")
+    body, own = body_of(config), own_classes(config)
+    if body["model_type"] == COMPOSED:
+        body["auto_map"] = {**COMPOSING, **{key: value for key, value in own.items() if key == "Connector"}}
+        processor = read_json(out / "processor_config.json")
+        processor["auto_map"] = {"AutoProcessor": COMPOSING["AutoProcessor"]}
+        write_json(out / "processor_config.json", processor)
+    if config["model_type"] == PREDICTION:
+        known = {key: value for key, value in PREDICTING.items() if key != "AutoProcessor"}
+        processor = {"AutoProcessor": PREDICTING["AutoProcessor"]} if body["model_type"] == COMPOSED else {}
+        config["auto_map"] = {**known, **processor, **own}
+    write_json(out / "config.json", config)
+
+
+# Weights
+
+
+def _place(source: Path, target: Path, *, may_link: bool) -> None:
+    """Weights in a further folder: the same file where that can be, else a copy."""
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        if may_link:
+            target.symlink_to(source)
+        else:
+            shutil.copyfile(source, target)
+
+
+def parameters(folder: Path, config: dict[str, Any]) -> dict[str, int]:
+    """How many parameters each part of a composed model has, `total` of all; of a family's model, `total` alone."""
+    counts: dict[str, int] = {}
+    for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        for name, one in read_header(file)[0].items():
+            if name == "__metadata__" or not one["dtype"].startswith(("F", "BF")):
+                continue
+            part = name.removeprefix("body.").partition(".")[0]
+            part = {"image_newline": "connector", "heads": "head"}.get(part, part)
+            size = 1
+            for length in one["shape"]:
+                size *= length
+            counts[part] = counts.get(part, 0) + size
+    total = sum(counts.values())
+    return {**(counts if body_of(config)["model_type"] == COMPOSED else {}), "total": total}

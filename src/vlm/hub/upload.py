@@ -1,0 +1,175 @@
+"""Uploading a folder to the Hub: what must be true is asked before anything is written there, then one commit.
+
+Weights go up first, each file apart; what has arrived is not sent again after a break. The commit comes last, so that a
+repository never holds half a model. Imports the published file names only.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+UNTOUCHED = (".gitattributes",)
+"""What the Hub itself puts into an empty repository."""
+
+REFUSED = (400, 401, 403, 404)
+"""Answers after which trying again is of no use."""
+
+AGAIN = "The same command goes on where it stopped: what has arrived is not sent again."
+
+
+@dataclass(frozen=True)
+class Target:
+    """A repository to upload to, as it is now.
+
+    Attributes:
+        name: `owner/name`.
+        exists: whether it is there.
+        private: whether it is, where it is there.
+        files: what its branch holds, without what the Hub puts there.
+    """
+
+    name: str
+    exists: bool
+    private: bool = False
+    files: tuple[str, ...] = ()
+
+
+def full_name(repo: str, owner: str | None = None) -> str:
+    """`owner/name`; a bare name is the user's own.
+
+    Raises:
+        ValueError: no repository can have it.
+    """
+    name = repo if "/" in repo or owner is None else f"{owner}/{repo}"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{repo!r} is no name of a repository (OWNER/NAME is): {error}") from error
+    return name
+
+
+class Hub:
+    """The Hub, as the user whose token is in `HF_TOKEN` or was left by `hf auth login`."""
+
+    def __init__(self) -> None:
+        self.api = HfApi()
+
+    @property
+    def endpoint(self) -> str:
+        """Its address."""
+        return self.api.endpoint
+
+    def look_at(self, repo: str, revision: str | None) -> Target:
+        """Ask who we are and what is there; nothing is written.
+
+        Raises:
+            ValueError: no name of a repository, no token or a refused one, no right to write, no connection.
+        """
+        with self._in_words(repo):
+            who = self.api.whoami()
+            name = full_name(repo, who["name"])
+            role = who.get("auth", {}).get("accessToken", {}).get("role")
+            owners = [who["name"], *(org["name"] for org in who.get("orgs", []))]
+            if role == "read":
+                raise ValueError("the token may only read: make one that may write, in the settings of your account")
+            if (owner := name.partition("/")[0]) not in owners:
+                raise ValueError(f"{name}: {who['name']} may not write to {owner}, but to {', '.join(owners)}")
+            try:
+                found = self.api.model_info(name)
+            except RepositoryNotFoundError:
+                return Target(name, exists=False)
+            files = found.siblings
+            if revision is not None:
+                with suppress(RevisionNotFoundError):  # made when it is uploaded to
+                    files = self.api.model_info(name, revision=revision).siblings
+            names = tuple(one.rfilename for one in files or () if one.rfilename not in UNTOUCHED)
+            return Target(name, exists=True, private=bool(found.private), files=names)
+
+    def send(
+        self, folder: Path, target: Target, *, private: bool, revision: str | None, obsolete: Sequence[str]
+    ) -> str:
+        """Upload a folder's files in one commit; returns the address.
+
+        Args:
+            folder: its files.
+            target: what `look_at` found.
+            private: whether a new repository is.
+            revision: a branch, which is made where it is not there; None: `main`.
+            obsolete: files of the repository that go with the same commit.
+
+        Raises:
+            ValueError: in words. A repository made here for an upload that was refused is gone again.
+        """
+        with self._in_words(target.name):
+            if not target.exists:
+                self.api.create_repo(target.name, private=private)
+            try:
+                if revision is not None:
+                    self.api.create_branch(target.name, branch=revision, exist_ok=True)
+                self._commit(folder, target.name, revision, obsolete)
+            except (HfHubHTTPError, RuntimeError) as error:
+                refused = error if isinstance(error, HfHubHTTPError) else error.__cause__
+                if (
+                    not target.exists
+                    and isinstance(refused, HfHubHTTPError)
+                    and refused.response.status_code in REFUSED
+                ):
+                    self._take_back(target.name)
+                raise
+        branch = f"/tree/{revision}" if revision else ""
+        return f"{self.endpoint}/{target.name}{branch}"
+
+    def _commit(self, folder: Path, name: str, revision: str | None, obsolete: Sequence[str]) -> None:
+        files = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
+        gone = [CommitOperationDelete(path) for path in obsolete]
+        self.api.create_commit(name, [*files, *gone], commit_message="Model, processor and card", revision=revision)
+
+    def _take_back(self, name: str) -> None:
+        """Remove a repository that was made for an upload that may not be."""
+        try:
+            self.api.delete_repo(name, missing_ok=True)
+        except HfHubHTTPError as error:
+            raise ValueError(
+                f"{name}: it was made, but nothing may be uploaded to it, nor may it be removed: {error.server_message}"
+            ) from error
+
+    @contextmanager
+    def _in_words(self, repo: str) -> Iterator[None]:
+        """What the client raises, in words that say what to do."""
+        try:
+            yield
+        except RuntimeError as error:  # around an error of a file's upload
+            raise ValueError(self._words(error.__cause__ or error, repo)) from error
+        except (HfHubHTTPError, LocalTokenNotFoundError, httpx2.HTTPError, OSError) as error:
+            raise ValueError(self._words(error, repo)) from error
+
+    def _words(self, error: Any, repo: str) -> str:
+        if isinstance(error, LocalTokenNotFoundError):
+            return "no token: log in (hf auth login), or set HF_TOKEN; its account's settings make one that may write"
+        if isinstance(error, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set: nothing is asked of the Hub; unset it"
+        if isinstance(error, HfHubHTTPError):
+            code, said = error.response.status_code, error.server_message or str(error).splitlines()[0]
+            if code == 401:
+                return f"{self.endpoint} refuses the token (HF_TOKEN, or that of hf auth login): {said}"
+            if code == 403:
+                return f"{repo}: no right to write there: {said}"
+            hint = f" {AGAIN}" if code >= 429 else ""
+            return f"{repo}: {self.endpoint} answers {code}: {said}.{hint}"
+        if isinstance(error, httpx2.HTTPError):
+            return f"no connection to {self.endpoint} ({error or type(error).__name__}). {AGAIN}"
+        return f"{repo}: {error}. {AGAIN}"
