@@ -109,7 +109,7 @@ def test_generate_takes_videos(checkpoint: Path, image: Path, capsys: pytest.Cap
         (["--image", "IMAGE", "--prompt", "<image><image>?"], "the prompt has 2 <image>, but 1 images were given"),
         (["--video", "no.mp4", "--prompt", "What?"], "video no.mp4 does not open: "),
         (["--video", "VIDEO", "--prompt", "<video><video>?"], "the prompt has 2 <video>, but 1 videos were given"),
-        (["--video", "VIDEO", "--prompt", "What?", "--max-frames", "0"], "max_frames=0: must be at least 1"),
+        (["--video", "VIDEO", "--prompt", "What?", "--max-frames", "0"], "--max-frames 0: at least 1 is needed"),
         (["--prompt", "What?", "--temperature", "-1"], "temperature=-1.0: 0 (greedy) or more is needed"),
         (["--prompt", "What?", "--max-new-tokens", "0"], "max_new_tokens=0: at least 1 is needed"),
     ],

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -18,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.config.check import NOT_RUNS, ConfigError, check, run_names
+from vlm.config.check import NOT_RUNS, ConfigError, check, check_inference, run_names
 from vlm.config.explain import NO_BASE, explain, unknown_key
-from vlm.config.schema import RunConfig
+from vlm.config.schema import InferenceConfig, RunConfig
 
 
 class RunError(ConfigError):
@@ -39,6 +40,28 @@ def with_config(argv: list[str] | None, act: Callable[[RunConfig, str, list[str]
         argv: the command line; None: this process's.
         act: what is done with the configuration, its name and the keys that the command line sets.
     """
+    _compose(argv, lambda composed: _checked(composed, act))
+
+
+def inference_of(argv: list[str]) -> InferenceConfig:
+    """How answers are drawn where a run draws some; what else the run needs may be missing.
+
+    What the user has to mend ends the program with a message.
+    """
+    found: list[Any] = []
+
+    def take(composed: DictConfig) -> None:
+        _need_run(composed)
+        need_known_keys(composed)
+        found.append(OmegaConf.to_object(composed.inference))
+        check_inference(found[0])
+
+    _compose(argv, take)
+    return found[0]
+
+
+def _compose(argv: list[str] | None, act: Callable[[DictConfig], None]) -> None:
+    """Let Hydra compose a configuration, and act on it; what the user has to mend ends the program with a message."""
     words = [opened(word) for word in take_launcher_words(sys.argv[1:] if argv is None else argv)]
     sys.argv = ["vlm", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
@@ -47,7 +70,7 @@ def with_config(argv: list[str] | None, act: Callable[[RunConfig, str, list[str]
 
     def job(composed: DictConfig) -> None:
         try:
-            _checked(composed, act)
+            act(composed)
         except (OmegaConfBaseException, ConfigError) as error:
             refused.append(error)  # Hydra would print the whole command line before it
 
@@ -64,11 +87,7 @@ def with_config(argv: list[str] | None, act: Callable[[RunConfig, str, list[str]
 def _checked(composed: DictConfig, act: Callable[[RunConfig, str, list[str]], object]) -> None:
     """From the composed configuration on, everything is plain dataclasses."""
     hydra_config = HydraConfig.get()
-    name = hydra_config.job.config_name or "base"
-    if name in NOT_RUNS:
-        raise ConfigError(f"choose a run: -cn {'|'.join(run_names())}, or a YAML of your own with --config-dir")
-    if OmegaConf.get_type(composed) is not RunConfig:
-        raise ConfigError(NO_BASE)
+    name = _need_run(composed)
     need_known_keys(composed)
     need_values(composed)
     config = OmegaConf.to_object(composed)
@@ -84,6 +103,20 @@ def _checked(composed: DictConfig, act: Callable[[RunConfig, str, list[str]], ob
         if is_users(error):
             raise RunError(str(error)) from error
         raise
+
+
+def _need_run(composed: DictConfig) -> str:
+    """The name of a configuration that is a run.
+
+    Raises:
+        ConfigError: none was named, or it does not build on ours.
+    """
+    name = HydraConfig.get().job.config_name or "base"
+    if name in NOT_RUNS:
+        raise ConfigError(f"choose a run: -cn {'|'.join(run_names())}, or a YAML of your own with --config-dir")
+    if OmegaConf.get_type(composed) is not RunConfig:
+        raise ConfigError(NO_BASE)
+    return name
 
 
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:

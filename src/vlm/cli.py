@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vlm.__main__ import with_config
-from vlm.adapters.merge import add_base_option
 from vlm.adapters.merge import main as merge_lora
 from vlm.config.check import ConfigError
 from vlm.config.overview import overview
@@ -31,73 +30,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vlm.__main__ import main as train
 
     train(words)
-
-
-def generate(words: Sequence[str]) -> None:
-    """`vlm generate CHECKPOINT --image F --video F --prompt T`."""
-    from vlm.config.schema import DatasetConfig
-    from vlm.config.schema import InferenceConfig as Defaults
-
-    parser = argparse.ArgumentParser("vlm generate", description="Ask a trained model about pictures and videos.")
-    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    parser.add_argument("--prompt", required=True, help="the question; <image> and <video> in it say where one stands")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
-    parser.add_argument(
-        "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N",
-        help="most frames of a video that are seen, evenly spread (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=Defaults.temperature, help="0 is greedy (%(default)s)")
-    top_p, beams, longest = Defaults.top_p, Defaults.num_beams, Defaults.max_new_tokens
-    parser.add_argument("--top-p", "--top_p", type=float, default=top_p, help="nucleus sampling (%(default)s)")
-    parser.add_argument("--num-beams", "--num_beams", type=int, default=beams, help="beam search where above 1")
-    parser.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=int, default=longest, help="longest answer (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
-    parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    for bits in ("4bit", "8bit"):
-        parser.add_argument(
-            f"--load-{bits}", f"--load_{bits}", dest="quantization", action="store_const", const=bits,
-            help=f"hold the language model in {bits[0]} bits (needs bitsandbytes)",
-        )  # fmt: skip
-    add_base_option(parser)
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
-    args = parser.parse_args(words)
-    try:
-        _generate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"vlm generate: {error}")
-
-
-def _generate(args: argparse.Namespace) -> None:
-    from transformers import set_seed
-    from transformers.utils.logging import disable_progress_bar
-
-    from vlm.config.check import check_inference
-    from vlm.config.schema import InferenceConfig
-    from vlm.inference.generate import VisionLanguageModel, check_videos, opened, user_turn
-
-    disable_progress_bar()
-    settings = InferenceConfig(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
-    check_inference(settings, prefix="")
-    images = opened(args.image)
-    check_videos(args.video, args.max_frames)  # what is wrong is said before a model loads
-    user_turn(args.prompt, len(images), [()] * len(args.video))
-    model = VisionLanguageModel.load(
-        args.checkpoint, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
-    if args.seed is not None:
-        set_seed(args.seed)
-    turn, media = model.asked(args.prompt, images, args.video, args.max_frames)
-    if args.num_beams > 1:  # beams settle on an answer at the end, so there is nothing to stream
-        print(model.answer([[turn]], [media], settings)[0])
-        return
-    for piece in model.stream([turn], media, settings):
-        print(piece, end="", flush=True)
-    print()
 
 
 def data(words: Sequence[str]) -> None:
@@ -192,9 +124,24 @@ def models(words: Sequence[str]) -> None:
     print(listing())
 
 
+def generate(words: Sequence[str]) -> None:
+    """`vlm generate …`."""
+    import_module("vlm.inference.generate_command").main(words)
+
+
+def chat(words: Sequence[str]) -> None:
+    """`vlm chat …`."""
+    import_module("vlm.inference.chat").main(words)
+
+
 def predict(words: Sequence[str]) -> None:
     """`vlm predict …`."""
     import_module("vlm.inference.predict_command").main(words)
+
+
+def serve(words: Sequence[str]) -> None:
+    """`vlm serve …`."""
+    import_module("vlm.inference.serve_command").main(words)
 
 
 def push_to_hub(words: Sequence[str]) -> None:
@@ -204,7 +151,9 @@ def push_to_hub(words: Sequence[str]) -> None:
 
 COMMANDS = {
     "generate": generate,
+    "chat": chat,
     "predict": predict,
+    "serve": serve,
     "data": data,
     "models": models,
     "import": hub("import_"),

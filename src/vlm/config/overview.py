@@ -9,7 +9,8 @@ USAGE = """\
 vlm composes, trains and asks vision-language models.
 
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train
-  vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; vlm generate --help
+  vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; of a file: --input, --output
+  vlm chat CHECKPOINT --image FILE                          talk with a trained model
   vlm predict CHECKPOINT --image FILE --prompt TEXT         ask a trained head; of a file: --input, --output
   vlm data TOOL …                                           download, convert, clean, stats, show; vlm data --help
   vlm models                                                what can be trained: parts, families, what each takes

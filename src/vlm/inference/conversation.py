@@ -1,6 +1,6 @@
 """Several questions to a model, each with all that was said before: what `vlm chat` and the page are made of."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,19 +34,20 @@ class Conversation:
 
     Args:
         model: the model that is asked.
-        settings: how answers are drawn.
+        settings: how answers are drawn; None: as `InferenceConfig` has it.
         system_prompt: said first; None: what the model's template says by itself, if anything.
         max_frames: most frames of a video that are seen.
 
     Attributes:
         exchanges: what was said.
+        settings: how the next answer is drawn; may be changed between questions.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, settings: InferenceConfig, *, system_prompt: str | None = None,
+        self, model: VisionLanguageModel, settings: InferenceConfig | None = None, *, system_prompt: str | None = None,
         max_frames: int = DatasetConfig.max_frames,
     ):  # fmt: skip
-        self.model, self.settings, self.max_frames = model, settings, max_frames
+        self.model, self.settings, self.max_frames = model, settings or InferenceConfig(), max_frames
         self.system = () if system_prompt is None else (Turn("system", (system_prompt,)),)
         self.exchanges: tuple[Exchange, ...] = ()
         self._changes = 0
@@ -61,7 +62,7 @@ class Conversation:
         """The pictures and videos of all questions, opened, in order."""
         return [media for one in self.exchanges for media in one.media]
 
-    def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Iterator[str]:
+    def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Generator[str]:
         """Ask what comes next; all that can be wrong with the question is raised here, before anything is generated.
 
         Args:
@@ -88,7 +89,7 @@ class Conversation:
         self.model.need_room(inputs, self.settings, "conversation")
         return self._answered(inputs, question, tuple(media), self._changes)
 
-    def _answered(self, inputs: dict[str, Any], question: Turn, media: tuple[Any, ...], changes: int) -> Iterator[str]:
+    def _answered(self, inputs: dict[str, Any], question: Turn, media: tuple[Any, ...], changes: int) -> Generator[str]:
         if self.settings.num_beams > 1:
             pieces = self.model.answers(inputs, self.settings)
             yield pieces[0]

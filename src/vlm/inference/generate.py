@@ -1,7 +1,7 @@
 """Asking a model about pictures: `VisionLanguageModel.load(checkpoint).generate("What is this?", ["cat.png"])`."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
@@ -154,11 +154,11 @@ class VisionLanguageModel:
         output = self.model.generate(**inputs, **{**self.generation_options(settings), **kwargs})
         return [self._text(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
-    def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Iterator[str]:
+    def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Generator[str]:
         """The next reply, piece by piece as it is generated; see `streamed`."""
         return self.streamed(self.inputs([conversation], [images]), settings)
 
-    def streamed(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig) -> Iterator[str]:
+    def streamed(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig) -> Generator[str]:
         """What the model answers to the only row of a batch, piece by piece; it stops where nobody listens any more."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         unheard = Unheard()
