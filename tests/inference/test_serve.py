@@ -1,0 +1,138 @@
+"""The OpenAI-compatible endpoint: answers as those of `vlm generate`, streamed or whole, and what it refuses."""
+
+import base64
+import io
+import json
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from tests.command_line import refusal
+from tests.inference.test_generate import lively
+from tests.tiny_parts import Parts, picture
+from vlm.config.schema import InferenceConfig
+from vlm.data.sample import Picture, Turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.serve import app_of
+from vlm.inference.serve_command import name_of
+
+
+@pytest.fixture(scope="module")
+def model(parts: Parts) -> VisionLanguageModel:
+    return lively(parts, "llama")
+
+
+@pytest.fixture(scope="module")
+def client(model: VisionLanguageModel) -> TestClient:
+    return TestClient(app_of(model, "tiny", ["127.0.0.1"]), base_url="http://127.0.0.1")
+
+
+def as_data(image: Image.Image) -> dict[str, Any]:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"},
+    }
+
+
+def asked(client: TestClient, **fields: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "what?"}], "max_tokens": 12, **fields}
+    answer = client.post("/v1/chat/completions", json=body)
+    return {"status": answer.status_code, **answer.json()}
+
+
+CONVERSATION = [
+    {"role": "user", "content": [as_data(picture(0)), {"type": "text", "text": "what is this?"}]},
+    {"role": "assistant", "content": "a thing"},
+    {"role": "user", "content": [{"type": "text", "text": "and"}, as_data(picture(1)), {"type": "text", "text": "?"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def expected(model: VisionLanguageModel) -> str:
+    turns = [
+        Turn("user", (Picture(), "what is this?")), Turn("assistant", ("a thing",)),
+        Turn("user", ("and", Picture(), "?")),
+    ]  # fmt: skip
+    return model.answer([turns], [[picture(0), picture(1)]], InferenceConfig(max_new_tokens=12))[0]
+
+
+def test_a_conversation_with_pictures_gets_the_answer_of_the_model(client: TestClient, expected: str):
+    found = asked(client, messages=CONVERSATION)
+    assert found["choices"][0]["message"]["content"].strip() == expected
+    assert found["usage"]["completion_tokens"] <= 12
+    assert found["model"] == "tiny"
+
+
+def test_a_stream_is_the_same_answer_in_pieces(client: TestClient, expected: str):
+    body = {"model": "tiny", "messages": CONVERSATION, "max_tokens": 12, "stream": True}
+    text, pieces = "", 0
+    with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                piece = json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content")
+                text, pieces = text + (piece or ""), pieces + bool(piece)
+    assert text.strip() == expected
+    assert pieces > 1
+
+
+def test_a_seed_repeats_what_is_sampled(client: TestClient):
+    drawn = [
+        asked(client, temperature=1.5, seed=seed)["choices"][0]["message"]["content"] for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_it_ends_at_what_a_request_names(client: TestClient):
+    whole = asked(client)["choices"][0]["message"]["content"]
+    end = next(one for one in whole[2:] if one.isascii())
+    cut = asked(client, stop=[end])["choices"][0]["message"]["content"]
+    assert cut == whole[: whole.index(end) + 1] != whole
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"model": "another"}, "pinned to 'tiny'"),
+    ({"n": 3}, "n=3"),
+    ({"tools": [{"type": "function"}]}, "tools="),
+    ({"temperature": -1}, "temperature=-1: a number from 0 to 2"),
+    ({"max_tokens": 0}, "max_tokens=0"),
+    ({"messages": []}, "at least one message"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role must be one of system, user, assistant"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0]: content must be a text"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "content[0]: type must be"),
+    ({"messages": [{"role": "user", "content": "a " * 4000}]}, "tokens; the model takes fewer than"),
+])  # fmt: skip
+def test_what_cannot_be_answered_is_refused_in_words(client: TestClient, fields: dict[str, Any], words: str):
+    found = asked(client, **fields)
+    assert found["status"] == 400
+    assert words in found["error"]["message"]
+
+
+@pytest.mark.parametrize(("url", "words"), [
+    ("http://127.0.0.1:9/cat.png", "addresses are not fetched"),
+    ("file:///etc/hostname", "addresses are not fetched"),
+    ("/etc/hostname", "addresses are not fetched"),
+    ("data:text/plain;base64,AAAA", "data:image/png;base64"),
+    ("data:image/png;base64,@@@", "base64 does not decode"),
+    ("data:image/png;base64,AAAA", "does not open"),
+])  # fmt: skip
+def test_pictures_come_with_the_request_and_from_nowhere_else(client: TestClient, url: str, words: str):
+    found = asked(client, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+    assert found["status"] == 400
+    assert words in found["error"]["message"]
+
+
+def test_a_page_of_another_site_does_not_reach_it(client: TestClient):
+    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/v1/models", headers={"host": "rebound.example"}).status_code == 400
+
+
+def test_a_checkpoint_is_called_by_its_run(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "cats" / "final").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [name_of(name) for name in ("cats/final", "cats", "me/cats-7b")] == ["cats", "cats", "me/cats-7b"]
+    assert "vlm serve: nowhere/at/all: no such folder" in refusal("serve", "nowhere/at/all")
