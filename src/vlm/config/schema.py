@@ -1,19 +1,23 @@
 """Every key that a run's YAML or command line may set, with its type, its default and what it means.
 
-Imports not torch, so that a mistyped key is refused in a second. A new key is a field here; a default lives here and
-nowhere else. `null` in a YAML file means what the field's docstring says it means.
+Imports not torch, so that a mistyped key is refused in a second, nor omegaconf, which cannot be installed beside
+lmms-eval. A new key is a field here; a default lives here and nowhere else. `null` in a YAML file means what the
+field's docstring says it means.
 
 The keys of `transformers.TrainingArguments` are not copied: they are read out of its source (`training_fields.py`), so
 whatever the installed version takes can be set as `trainer.<name>`.
 """
 
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+import msgspec
 
 from vlm.config.training_fields import training_argument_fields
+
+MISSING: Any = "???"
+"""What omegaconf calls a value that has to be given."""
 
 PARTS = ("visual_encoder", "connector", "language_model")
 """The parts of a model: Hydra groups, dataclass fields, submodules, parameter groups and table rows alike."""
@@ -408,6 +412,25 @@ def key_names(path: str) -> list[str]:
 
 
 def from_mapping(kind: type[Any], values: dict[str, Any]) -> Any:
-    """A schema dataclass out of nested mappings, such as a checkpoint's recorded `model` section."""
-    merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values))
-    return OmegaConf.to_object(merged)
+    """A schema dataclass out of nested mappings, such as a checkpoint's recorded `model` section.
+
+    Raises:
+        ValueError: it has an unknown key, or a value of another type.
+    """
+    try:
+        found = msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{kind.__name__}: {error}") from error
+    for key in _unknown(values, asdict(found)):
+        raise ValueError(f"{kind.__name__}: there is no key {key}")
+    return found
+
+
+def _unknown(given: Any, known: Any, path: str = "") -> list[str]:
+    """The dotted paths that are in nested mappings, and not in others."""
+    if not (isinstance(given, dict) and isinstance(known, dict)):
+        return []
+    found = []
+    for name, value in given.items():
+        found += _unknown(value, known[name], f"{path}{name}.") if name in known else [f"{path}{name}"]
+    return found
