@@ -50,6 +50,7 @@ ROOMS = {
     "quantization": {"families"},
     "inference": {"inference", "models", "data", "families", "config.schema", "adapters.folder", "quantization"},
     "inference.model_options": {"inference", "config.schema", "config.check", "adapters", "__main__"},
+    "inference.eval_command": {"inference", "config.schema", "data", "adapters", "models"},
     "inference.eval": {"inference", "config.schema", "config.check", "data"},
     "inference.generate_command": {"inference", "config.schema", "data", "adapters"},
     "inference.chat": {"inference", "config.schema"},

@@ -55,6 +55,8 @@ def load_checkpoint(
     Raises:
         ValueError: options that do not fit it.
     """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    need_device(place)
     if trust_remote_code:
         add_travelled_classes(config, str(checkpoint))
     kinds = {} if quantization is None else {"language_model": quantization}
@@ -76,10 +78,17 @@ def load_checkpoint(
     body = config.body_config if isinstance(config, VLMPredictionConfig) else config
     if not isinstance(body, VLMConfig):
         processor = FamilyProcessor(processor, family_of(body.model_type))
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kinds and device is not None and torch.device(device).type != model.device.type:
         raise ValueError(f"device={device}: quantised weights lie on {model.device.type} already")
     return (model.eval() if kinds else model.to(place).eval()), processor
+
+
+def need_device(name: str) -> None:
+    """Raise ValueError where there is no such device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        raise ValueError(f"device={name}: {str(error).splitlines()[0]}") from error
 
 
 def kind_of(config: Any) -> Any:
