@@ -149,10 +149,16 @@ def push_to_hub(words: Sequence[str]) -> None:
     import_module("vlm.hub.push_command").main(words)
 
 
+def evaluate(words: Sequence[str]) -> None:
+    """`vlm eval …`."""
+    import_module("vlm.inference.eval_command").main(words)
+
+
 COMMANDS = {
     "generate": generate,
     "chat": chat,
     "predict": predict,
+    "eval": evaluate,
     "serve": serve,
     "data": data,
     "models": models,

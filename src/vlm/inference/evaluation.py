@@ -3,7 +3,6 @@
 May import what generates and measures. A metric of answers is added in `text_metrics.py`.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +16,12 @@ from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
 from vlm.data.collate import SKIPPED, Collator
 from vlm.data.dataset import BlankPictures, SampleDataset, load_dataset
 from vlm.data.sources import SampleEncoder
+from vlm.inference.eval_checks import markdown, write_json
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
 from vlm.inference.intervals import Score, as_json, as_table
 from vlm.inference.metrics import loss_measures, sample_losses
-from vlm.inference.text_metrics import METRICS, measure
-
-LOSS = "loss"
-"""What stands for the losses among the names of metrics."""
-
-ALL_METRICS = (*METRICS, LOSS)
+from vlm.inference.text_metrics import LOSS, measure
 
 
 @dataclass(frozen=True)
@@ -157,21 +152,13 @@ def _batches(
 
 def write_results(folder: Path, found: Evaluated, facts: dict[str, Any]) -> None:
     """Write `results.json` and `results.md`: the measures, and what they are of."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
+    write_json(folder, {
         **facts, "records": found.records, "answered": found.answered, "left_out": list(found.left_out),
         "metrics": as_json(found.scores),
-    }  # fmt: skip
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
+    })  # fmt: skip
     title = f"`{facts['checkpoint']}` on `{facts['data']}`, {found.records:,} records"
     parts = [title, markdown(("metric", "value", "95% interval"), _cells(found.scores)), *found.left_out]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _cells(scores: dict[str, Score]) -> list[tuple[str, str, str]]:

@@ -1,6 +1,6 @@
 """Metrics with 95% intervals by the percentile bootstrap, as tables and as JSON. Imports nothing of `vlm`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -79,7 +79,11 @@ def as_table(found: dict[str, Score], others: Mapping[str, dict[str, Score]] | N
         (name, _shown(score), *(_shown(one[name]) if name in one else "" for one in beside.values()))
         for name, score in found.items()
     ]
-    rows.insert(0, ("metric", "value [95% interval]", *beside))
+    return columns([("metric", "value [95% interval]", *beside), *rows])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines, their cells under each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)

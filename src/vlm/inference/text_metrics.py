@@ -100,6 +100,10 @@ METRICS: dict[str, Metric] = {
     "rouge": rouge,
 }
 
+LOSS = "loss"
+"""What stands for the losses where metrics are named; they are in `metrics.py`."""
+ALL_METRICS = (*METRICS, LOSS)
+
 LIBRARIES = {
     "anls": "rapidfuzz.distance",
     "cider": "pycocoevalcap.cider.cider",
@@ -125,14 +129,14 @@ def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> Non
     Args:
         names: what was asked for.
         allowed: what there is.
-        key: what the user wrote them under.
+        key: what stood before a name where the user wrote it: `--metrics `.
 
     Raises:
         ValueError: with the name, and what is allowed or what to install.
     """
     for name in names:
         if name not in allowed:
-            raise ValueError(f"{key}={name}: allowed are {', '.join(allowed)}")
+            raise ValueError(f"{key}{name}: allowed are {', '.join(allowed)}")
         if name in LIBRARIES:
             needed(LIBRARIES[name])
 
