@@ -13,6 +13,7 @@ from vlm.web.models import HeldModel
 from vlm.web.runs import checkpoints
 
 EMPTY = "Choose a checkpoint, add a picture, and ask."
+STOPPED = " … (stopped: the model does not remember this question)"
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Talk:
         self.conversation, self.checkpoint, self.stopped = None, None, True
 
 
-def build(outputs: Path, given: list[str], held: HeldModel) -> None:
-    """Lay the tab out."""
+def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
+    """Lay the tab out; returns the choice of checkpoints."""
     found = checkpoints(outputs, given, heads=False)
     talk = gr.State(Talk())
     checkpoint = gr.Dropdown(
@@ -49,7 +50,7 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> None:
     )  # fmt: skip
     question = gr.MultimodalTextbox(
         file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_id="chat-question",
-        placeholder="A question; pictures are added at the left", max_plain_text_length=100_000, stop_btn=True,
+        placeholder="Your question", max_plain_text_length=100_000,
     )  # fmt: skip
     with gr.Row():
         clear = gr.Button("Clear", size="sm", elem_id="chat-clear")
@@ -77,13 +78,17 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> None:
             return
         asked = [*before, *({"role": "user", "content": {"path": one}} for one in pictures)]
         asked += [{"role": "user", "content": text}] if text else []
-        emptied = gr.update(value=None, interactive=True)
+        yield asked, gr.update(value=None, submit_btn=False, stop_btn=True)
+        answer = ""
         try:
             for answer in answers(held, talk, path, text, pictures, *settings):
-                yield [*asked, {"role": "assistant", "content": answer}], emptied
+                yield [*asked, {"role": "assistant", "content": answer}], gr.skip()
         except (ValueError, OSError) as error:
-            yield before, gr.update(value=said)  # to be mended and sent again
+            yield before, gr.update(value=said, submit_btn=True, stop_btn=False)  # to be mended and sent again
             raise gr.Error(str(error), duration=None, title="Not asked", print_exception=False) from error
+        if talk.stopped:
+            answer += STOPPED
+        yield [*asked, {"role": "assistant", "content": answer}], gr.update(submit_btn=True, stop_btn=False)
 
     def stop(talk: Talk) -> None:
         talk.stopped = True
@@ -98,7 +103,8 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> None:
         concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="minimal",
     )  # fmt: skip
     question.stop(stop, talk, None, **hidden)
-    gr.on([clear.click, checkpoint.change], forget, talk, shown, **hidden)
+    gr.on([clear.click, shown.clear, checkpoint.change], forget, talk, shown, **hidden)
+    return checkpoint
 
 
 def answers(
@@ -125,6 +131,7 @@ def answers(
 
     if talk.conversation is None or talk.checkpoint != path:
         talk.conversation, talk.checkpoint = Conversation(model), path
+    talk.conversation.settings = settings
     if seed is not None:
         set_seed(int(seed))
     talk.stopped = False

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def _serve(args: argparse.Namespace) -> None:
     uploads = tempfile.mkdtemp(prefix="small-vlm-web-")
     os.environ["GRADIO_TEMP_DIR"] = uploads  # its own is one that all users of the machine share
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read where Gradio is imported
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that what was uploaded goes
     try:
         from vlm.web.page import Settings, build, serve
 

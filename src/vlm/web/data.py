@@ -68,8 +68,8 @@ def open_records(plan: Plan) -> Records:
     return Records(config.dataset, encoder, sizes)
 
 
-def build(outputs: Path) -> None:
-    """Lay the tab out."""
+def build(outputs: Path) -> gr.Dropdown:
+    """Lay the tab out; returns the choice of checkpoints."""
     records = gr.State(None)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -95,12 +95,12 @@ def build(outputs: Path) -> None:
             button = gr.Button("Open", variant="primary", elem_id="data-open")
         with gr.Column(scale=3, min_width=300):
             with gr.Row(elem_classes="vlm-pager"):
-                previous = gr.Button("◀ Previous", elem_id="data-previous", min_width=80, interactive=False)
+                previous = gr.Button("Previous", elem_id="data-previous", min_width=80, interactive=False)
                 number = gr.Number(
                     0, label="Record", precision=0, minimum=0, elem_id="data-number", min_width=80, interactive=False
                 )
-                following = gr.Button("Next ▶", elem_id="data-next", min_width=80, interactive=False)
-            count = gr.HTML("", elem_id="data-count")
+                following = gr.Button("Next", elem_id="data-next", min_width=80, interactive=False)
+            count = gr.HTML("", elem_id="data-count", elem_classes="vlm-line")
             shown = gr.HTML(note(EMPTY), elem_id="data-shown", elem_classes="vlm-record")
 
     def begin(*values: Any) -> tuple[Any, ...]:
@@ -130,14 +130,16 @@ def build(outputs: Path) -> None:
     previous.click(lambda found, at: show(found, (at or 0) - 1), [records, number], view, **options)
     following.click(lambda found, at: show(found, (at or 0) + 1), [records, number], view, **options)
     number.submit(show, [records, number], view, **options)
+    return checkpoint
 
 
 def _plan(
-    run: str, path: str, images: str, checkpoint: str | None, template: str, language_model: str | None, lines: str
-) -> Plan:
-    """The fields as a plan."""
+    run: str, path: str | None, images: str | None, checkpoint: str | None, template: str | None,
+    language_model: str | None, lines: str | None,
+) -> Plan:  # fmt: skip
+    """The fields as a plan; those that a browser has not shown yet are None."""
     keys = {
         "dataset.path": path, "dataset.image_folder": images, "dataset.template": template,
-        "trainer.from_pretrained": checkpoint or "",
+        "trainer.from_pretrained": checkpoint,
     }  # fmt: skip
-    return Plan(run, {"language_model": language_model or ""}, keys, lines)
+    return Plan(run, {"language_model": language_model}, keys, lines)

@@ -37,11 +37,28 @@ def status(run: Run) -> str:
     facts += [f"started {run.started:%Y-%m-%d %H:%M}"]
     share = run.progress or 0.0
     return (
-        f'<section class="vlm-run"><h3>{escape(run.name)} <span class="vlm-state vlm-{run.state.replace(" ", "-")}">'
-        f"{run.state}</span></h3><p>{' · '.join(facts)}</p>"
+        f'<section class="vlm-run"><h3>{escape(run.name)} {_state(run)}</h3>'
+        f"<p>{' · '.join(facts)}</p>"
         f'<div class="vlm-progress" role="progressbar" aria-label="progress" aria-valuenow="{100 * share:.0f}">'
         f'<i style="width:{100 * share:.1f}%"></i></div><p class="vlm-note">{100 * share:.0f}%</p></section>'
     )
+
+
+def run_table(runs: Sequence[Run], selected: str | None) -> str:
+    """The runs, a row each; a row's name is a button, so that keys reach it too."""
+    rows = "".join(
+        f'<tr data-run="{escape(run.name)}" aria-selected="{str(run.name == selected).lower()}">'
+        f"<td><button>{escape(run.name)}</button></td><td>{_state(run)}</td>"
+        f'<td class="number">{run.step:,}</td><td class="number">{"" if run.loss is None else f"{run.loss:.4g}"}</td>'
+        f'<td class="started">{run.started:%Y-%m-%d %H:%M}</td></tr>'
+        for run in runs
+    )
+    head = '<th>Run</th><th>State</th><th class="number">Step</th><th class="number">Loss</th><th class="started">Started</th>'
+    return f'<table class="vlm-runs"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _state(run: Run) -> str:
+    return f'<span class="vlm-state vlm-{run.state.replace(" ", "-")}">{run.state}</span>'
 
 
 def samples(title: str, found: Sequence[Mapping[str, str]]) -> str:

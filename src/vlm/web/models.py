@@ -1,6 +1,7 @@
 """The one model that the page holds in memory. Needs no Gradio; torch comes with the first model."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -15,7 +16,7 @@ class HeldModel:
 
     def __init__(self, base: Sequence[str] = (), *, trust_remote_code: bool = False):
         self.base, self.trust_remote_code = list(base), trust_remote_code
-        self._held: tuple[str, bool, Any] | None = None
+        self._held: tuple[tuple[Any, ...], Any] | None = None
         self._loading = Lock()
 
     def model(self, checkpoint: str) -> Any:
@@ -41,8 +42,9 @@ class HeldModel:
 
     def _load(self, checkpoint: str, *, heads: bool) -> Any:
         with self._loading:
-            if self._held is not None and self._held[:2] == (checkpoint, heads):
-                return self._held[2]
+            wanted = (checkpoint, heads, _written(checkpoint))
+            if self._held is not None and self._held[0] == wanted:
+                return self._held[1]
             self._drop()  # before the other one is loaded: there may be no room for both
             from vlm.inference.generate import VisionLanguageModel
             from vlm.inference.predict import Predictor
@@ -50,7 +52,7 @@ class HeldModel:
             base = self.base if self._is_on_base(checkpoint) else ()
             kind = Predictor if heads else VisionLanguageModel
             loaded = kind.load(checkpoint, base=base, trust_remote_code=self.trust_remote_code)
-            self._held = (checkpoint, heads, loaded)
+            self._held = (wanted, loaded)
             return loaded
 
     def _is_on_base(self, checkpoint: str) -> bool:
@@ -67,3 +69,9 @@ class HeldModel:
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _written(checkpoint: str) -> int | None:
+    """When a folder was written: another run may have taken its place; None for a name on the Hub."""
+    file = Path(checkpoint, "config.json")
+    return file.stat().st_mtime_ns if file.is_file() else None

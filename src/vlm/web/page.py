@@ -1,7 +1,8 @@
 """The page: its four tabs, and how it is served."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from starlette.middleware import Middleware
 from vlm.web import chat, data, predict, train
 from vlm.web.guard import Guard
 from vlm.web.models import HeldModel
+from vlm.web.runs import checkpoints
 
 UPLOADS_SWEPT, UPLOADS_KEPT = 600, 24 * 3600
 """Seconds between looks for uploaded pictures, and after which they are removed."""
@@ -42,18 +44,26 @@ class Settings:
 def build(settings: Settings) -> gr.Blocks:
     """Lay the page out."""
     held = HeldModel(settings.base, trust_remote_code=settings.trust_remote_code)
-    given = list(settings.checkpoints)
+    given, outputs = list(settings.checkpoints), settings.outputs
     with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=(UPLOADS_SWEPT, UPLOADS_KEPT)) as page:
         with gr.Tabs():
-            with gr.Tab("Chat", id="chat"):
-                chat.build(settings.outputs, given, held)
-            with gr.Tab("Predict", id="predict"):
-                predict.build(settings.outputs, given, held)
-            with gr.Tab("Train", id="train"):
-                train.build(settings.outputs, held, page)
-            with gr.Tab("Data", id="data"):
-                data.build(settings.outputs)
+            with gr.Tab("Chat", id="chat") as tab:
+                _keep_new(tab, page, chat.build(outputs, given, held), partial(checkpoints, outputs, given, heads=False))
+            with gr.Tab("Predict", id="predict") as tab:
+                _keep_new(tab, page, predict.build(outputs, given, held), partial(checkpoints, outputs, given, heads=True))
+            with gr.Tab("Train", id="train") as tab:
+                _keep_new(tab, page, train.build(outputs, held, page), partial(checkpoints, outputs, given))
+            with gr.Tab("Data", id="data") as tab:
+                _keep_new(tab, page, data.build(outputs), partial(checkpoints, outputs, given))
     return page
+
+
+def _keep_new(tab: gr.Tab, page: gr.Blocks, choice: gr.Dropdown, found: Callable[[], list[str]]) -> None:
+    """Offer the checkpoints of runs that have ended since the page was laid out."""
+    gr.on(
+        [page.load, tab.select], lambda: gr.update(choices=found()), None, choice, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
 
 
 def serve(page: gr.Blocks, settings: Settings) -> str:
@@ -68,7 +78,11 @@ def serve(page: gr.Blocks, settings: Settings) -> str:
         server_name=settings.host, server_port=settings.port, share=False, prevent_thread_lock=True, quiet=True,
         inbrowser=False, show_error=True, footer_links=[], run_history=False, enable_monitoring=False, pwa=False,
         mcp_server=False, ssr_mode=False, max_file_size=settings.max_upload, allowed_paths=[],
-        theme=gr.themes.Default(font=system, font_mono=fixed),
+        theme=gr.themes.Default(font=system, font_mono=fixed).set(
+            body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600",
+            input_placeholder_color="*neutral_500", body_text_color_subdued_dark="*neutral_400",
+            block_info_text_color_dark="*neutral_400",
+        ),
         css=resources.files("vlm.web").joinpath("style.css").read_text(encoding="utf-8"),
         app_kwargs={"middleware": [Middleware(Guard, host=settings.host)]},
     )  # fmt: skip

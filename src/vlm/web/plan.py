@@ -3,7 +3,7 @@
 Needs neither torch nor Gradio. Words stay a list from here to the process: nothing is ever read by a shell.
 """
 
-import importlib.util
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -39,31 +39,35 @@ class Plan:
     Attributes:
         run: a shipped run.
         parts: part -> a packaged choice, or a folder or Hub name; none: as the run has it.
-        keys: keys of their own fields -> value; empty values: as the run has them.
+        keys: keys of their own fields -> value; empty ones and None: as the run has them.
         lines: further overrides as they are typed, one a line.
     """
 
     run: str
-    parts: dict[str, str] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-    lines: str = ""
+    parts: dict[str, str | None] = field(default_factory=dict)
+    keys: dict[str, str | None] = field(default_factory=dict)
+    lines: str | None = None
 
     def words(self) -> list[str]:
         """The overrides of the command line, in the order of the fields.
 
         Raises:
-            ConfigError: a line is an option, or reaches for Hydra's own settings.
+            ConfigError: a line is an option, or reaches for Hydra's own settings or the environment.
         """
         parts = [_of_part(part, choice.strip()) for part, choice in self.parts.items() if choice and choice.strip()]
         keys = [f"{key}={_quoted(value.strip())}" for key, value in self.keys.items() if value and value.strip()]
-        lines = [line.strip() for line in self.lines.splitlines()]
+        lines = [line.strip() for line in (self.lines or "").splitlines()]
         typed = [line for line in lines if line and not line.startswith("#")]
         for line in typed:
             if line.startswith("-"):
                 raise ConfigError(f"{line}: options are not taken here; a line is key=value")
             if line.lstrip("+~").partition("=")[0].partition("/")[0].partition(".")[0] in ("hydra", "_target_"):
                 raise ConfigError(f"{line}: Hydra's own settings are set on the command line only")
-        return [*parts, *keys, *typed]
+        words = [*parts, *keys, *typed]
+        for word in words:
+            if "${" in word:  # it could read the environment, and an error would show what it holds
+                raise ConfigError(f"{word}: ${{…}} is not filled in here; write the value itself")
+        return words
 
     def checked(self) -> RunConfig:
         """The configuration, refused by the checks of the command line.
@@ -99,7 +103,10 @@ def _of_part(part: str, choice: str) -> str:
 def _quoted(value: str) -> str:
     """A value of a field, quoted where Hydra's grammar would read more in it than its characters."""
     plain = all(character.isalnum() or character in "/-_.:%+@?|" for character in value)
-    return value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if plain:
+        return value
+    # Backslashes mean themselves, but for those before a quotation mark.
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + (r"\"" if found[2] else ""), value) + '"'
 
 
 def compose_checked(run: str, words: Sequence[str]) -> RunConfig:
@@ -159,8 +166,3 @@ def as_shell(command: Sequence[str]) -> str:
     at = command.index("-cn") + 2
     return " \\\n  ".join([shlex.join(command[:at]), *map(shlex.quote, command[at:])])
 
-
-def need_gradio() -> None:
-    """End with a message where Gradio is not installed."""
-    if importlib.util.find_spec("gradio") is None:
-        sys.exit("vlm web needs Gradio: pip install 'small-vlm[web]'")

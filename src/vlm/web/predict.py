@@ -12,8 +12,8 @@ from vlm.web.runs import checkpoints
 EMPTY = "Scores of every label appear here."
 
 
-def build(outputs: Path, given: list[str], held: HeldModel) -> None:
-    """Lay the tab out."""
+def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
+    """Lay the tab out; returns the choice of checkpoints."""
     found = checkpoints(outputs, given, heads=True)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -24,7 +24,7 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> None:
                 elem_id="predict-checkpoint",
             )  # fmt: skip
             pictures = gr.Gallery(
-                label="Pictures", type="filepath", file_types=["image"], interactive=True, columns=3, height=220,
+                label="Pictures", type="filepath", file_types=["image"], interactive=True, columns=3, height=220, object_fit="contain",
                 elem_id="predict-pictures", buttons=[],
             )  # fmt: skip
             prompt = gr.Textbox(label="Prompt", info="As it was asked in training", lines=2, elem_id="predict-prompt")
@@ -42,6 +42,7 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> None:
         [button.click, prompt.submit], ask, [checkpoint, pictures, prompt], result, concurrency_id="model",
         concurrency_limit=1, api_visibility="private",
     )  # fmt: skip
+    return checkpoint
 
 
 def said(held: HeldModel, checkpoint: str | None, pictures: list[str], prompt: str) -> str:

@@ -7,10 +7,16 @@ import gradio as gr
 import pandas as pd
 
 from vlm.web import jobs
-from vlm.web.html import note, problem, samples, status
+from vlm.web.html import note, problem, run_table, samples, status
 from vlm.web.runs import Run, find_run, find_runs, last_samples, log_tail, loss_rows, read_metrics, text_of
 
-HEADERS = ["Run", "State", "Step", "Loss", "Started"]
+SELECTING = """
+element.addEventListener('click', event => {
+  const row = event.target.closest('[data-run]');
+  if (row) trigger('select', {index: 0, value: row.dataset.run});
+})"""
+"""What tells the server which row of the table was clicked."""
+
 SECONDS = 2.0
 """Between two looks at a run that is going."""
 
@@ -26,21 +32,17 @@ class RunView:
         self.outputs = outputs
         self.selected = gr.State(None)
         self.seen = gr.State(None)
-        self.empty = gr.HTML(elem_id="runs-empty")
-        self.table = gr.Dataframe(
-            headers=HEADERS, interactive=False, elem_id="runs-table", max_height=260, wrap=True, buttons=[],
-            show_label=False, column_widths=["34%", "18%", "12%", "14%", "22%"], visible=False,
-        )  # fmt: skip
+        self.table = gr.HTML(elem_id="runs-table", js_on_load=SELECTING, max_height=300, apply_default_css=False)
         self.again = gr.Button("Look again", size="sm", elem_id="runs-again")
-        self.status = gr.HTML(elem_id="run-status")
+        self.status = gr.HTML(elem_id="run-status", elem_classes="vlm-line")
         with gr.Row(visible=False) as self.ending:
             self.stop = gr.Button("Stop", variant="stop", elem_id="run-stop")
             self.kill = gr.Button("Kill: nothing is saved", variant="stop", visible=False, elem_id="run-kill")
-        self.message = gr.HTML(elem_id="run-message")
+        self.message = gr.HTML(elem_id="run-message", elem_classes="vlm-line")
         with gr.Column(visible=False) as self.details:
             self.plot = gr.LinePlot(
                 x="step", y="loss", color="of", height=260, show_label=False, elem_id="run-plot", buttons=[],
-                x_title="step", y_title="loss",
+                x_title="step", y_title="loss", color_title=" ",
             )  # fmt: skip
             with gr.Tabs():
                 with gr.Tab("Log"):
@@ -56,7 +58,7 @@ class RunView:
                         elem_id="run-config",
                     )  # fmt: skip
         self.shown = [
-            self.selected, self.seen, self.empty, self.table, self.status, self.ending, self.kill, self.details,
+            self.selected, self.seen, self.table, self.status, self.ending, self.kill, self.details,
             self.plot, self.log, self.samples, self.config,
         ]  # fmt: skip
 
@@ -78,22 +80,15 @@ class RunView:
         """Everything anew, in the order of `shown`."""
         runs = find_runs(self.outputs)
         run = find_run(self.outputs, name)
-        rows = [
-            [one.name, one.state, one.step, "" if one.loss is None else f"{one.loss:.4g}", f"{one.started:%m-%d %H:%M}"]
-            for one in runs
-        ]
-        hint = f"No run found under {self.outputs}/ yet." if not runs else "Choose a run to look at it."
-        empty = "" if run else note(hint)
-        return (
-            run.name if run else None, _signature(run), empty, gr.update(value=rows, visible=bool(rows)), *_details(run),
-        )  # fmt: skip
+        table = run_table(runs, name) if runs else note(f"No run found under {self.outputs}/ yet.")
+        return run.name if run else None, _signature(run), table, *_details(run)
 
     def _at_first(self) -> tuple[Any, ...]:
         """A run that is going is found again by whoever opens the page."""
         return self.refresh(next((run.name for run in find_runs(self.outputs) if run.is_going), None))
 
     def _select(self, event: gr.SelectData) -> tuple[Any, ...]:
-        return *self.refresh(str(event.row_value[0])), ""
+        return *self.refresh(str(event.value)), ""
 
     def _look(self, name: str | None, seen: Any) -> Any:
         """What changed since the last look; nothing where nothing did."""

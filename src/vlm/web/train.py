@@ -19,8 +19,8 @@ RUN = "pretrain-smol"
 """The run that is chosen at first."""
 
 
-def build(outputs: Path, held: HeldModel, page: gr.Blocks) -> None:
-    """Lay the tab out."""
+def build(outputs: Path, held: HeldModel, page: gr.Blocks) -> gr.Dropdown:
+    """Lay the tab out; returns the choice of checkpoints."""
     with gr.Tabs() as tabs:
         with gr.Tab("New run", id="new"):
             form = Form(outputs)
@@ -37,6 +37,7 @@ def build(outputs: Path, held: HeldModel, page: gr.Blocks) -> None:
         start, form.fields, [*form.shown, tabs, view.selected], api_visibility="private", concurrency_limit=1
     ).then(view.refresh, view.selected, view.shown, api_visibility="private", show_progress="hidden")
     view.wire(page)
+    return form.checkpoint
 
 
 class Form:
@@ -54,7 +55,7 @@ class Form:
                 self._lay_out_parts()
             with gr.Column(scale=1, min_width=300):
                 self._lay_out_settings()
-        self.message = gr.HTML("", elem_id="train-message")
+        self.message = gr.HTML("", elem_id="train-message", elem_classes="vlm-line")
         self.command = gr.Code(
             label="The command", language="shell", interactive=False, visible=False, lines=3, wrap_lines=True,
             elem_id="train-command", show_line_numbers=False,
@@ -109,9 +110,9 @@ class Form:
         run, *rest = values
         parts, (path, images, checkpoint, lines, processes, before) = rest[: len(PARTS)], rest[len(PARTS) :]
         keys = {
-            "dataset.path": path, "dataset.image_folder": images, "trainer.from_pretrained": checkpoint or "",
+            "dataset.path": path, "dataset.image_folder": images, "trainer.from_pretrained": checkpoint,
         }  # fmt: skip
-        plan = Plan(run, {part: choice or "" for part, choice in zip(PARTS, parts, strict=True)}, keys, lines)
+        plan = Plan(run, dict(zip(PARTS, parts, strict=True)), keys, lines)
         plan.checked()
         folder = output_folder(plan, self.outputs, before)
         need_below(folder, self.outputs)

@@ -1,0 +1,385 @@
+"""The page in a real browser: what people see and press; nothing of it leaves this machine."""
+
+import json
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_parts import Parts, picture
+from tests.web.test_runs import written_run
+from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
+from vlm.config.schema import InferenceConfig
+from vlm.inference.conversation import Conversation
+from vlm.web import jobs
+from vlm.web.runs import find_run
+
+pytest.importorskip("gradio", reason="the page needs Gradio")
+playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven with Playwright")
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+QUESTION, FURTHER = "what is in this picture?", "and what else?"
+LONGEST = 24
+LIMIT = 200_000
+"""Bytes that may be uploaded at once."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A page that is being served, and what it shows."""
+
+    address: str
+    outputs: Path
+    chat: Path
+    head: Path
+    image: Path
+
+
+@pytest.fixture(scope="module")
+def served(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The page over two tiny checkpoints and a folder of runs, served from this process."""
+    from vlm.web.page import Settings, build, serve
+
+    root = tmp_path_factory.mktemp("page")
+    body, processor = parts.model("clip", "llama")
+    with torch.no_grad():
+        for name, parameter in body.named_parameters():
+            if parameter.ndim > 1 and not name.startswith("visual"):
+                parameter.mul_(8)  # chance, made livelier, so that it says something
+    save(root / "chat", body, processor)
+    heads = [{"name": "kind", "loss": "", "task": "multiclass", "labels": ["red", "green", "blue"]},
+             {"name": "size", "loss": "", "task": "regression", "shift": 3.0, "scale": 2.0}]  # fmt: skip
+    config = VLMPredictionConfig(body.config, heads=[{"pooling": "last", **one} for one in heads],
+                                 media_token_ids=[processor.image_token_id])  # fmt: skip
+    save(root / "head", VLMForPrediction(config, body), processor)
+    picture(3).save(root / "picture.png")
+    written_run(root / "outputs" / "earlier", {"step": 7, "loss": 1.25, "epoch": 1.0})
+    (root / "outputs" / "earlier" / "samples.md").write_text("## Step 7\n\n- **question**: what?\n- **answer**: red\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = Settings(
+        [str(root / "chat"), str(root / "head")], port=port, outputs=root / "outputs", max_upload="200kb"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(root / "uploads"))
+        page = build(settings)
+        address = serve(page, settings)
+        yield Served(address, root / "outputs", root / "chat", root / "head", root / "picture.png")
+        page.close()
+
+
+def save(folder: Path, model: Any, processor: Any) -> None:
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(served: Served, browser: Any) -> Iterator[Callable[..., Any]]:
+    """`visit("Train")`: the page in a new window, with a tab open. No request left, and no error was logged."""
+    asked: list[str] = []
+    errors: list[str] = []
+    contexts = []
+
+    def go(tab: str = "Chat", viewport: dict[str, int] = DESKTOP, scheme: str = "light") -> Any:
+        contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(served.address)
+        page.wait_for_selector("#chat-question textarea")
+        page.get_by_role("tab", name=tab, exact=True).click()
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    local = (served.address, served.address.replace("http", "ws", 1), "data:", "blob:")
+    assert not [url for url in asked if not url.startswith(local)]
+    assert not errors
+
+
+def fill(page: Any, field: str, text: str) -> None:
+    page.locator(f"#{field} textarea, #{field} input").first.fill(text)
+
+
+def choose(page: Any, field: str, value: str) -> None:
+    """Type a value into a drop-down field."""
+    box = page.locator(f"#{field} input")
+    box.fill(value)
+    box.press("Enter")
+    box.press("Tab")
+
+
+def send(page: Any, text: str) -> None:
+    page.locator("#chat-question textarea").fill(text)
+    page.locator("#chat-question textarea").press("Enter")
+
+
+def answers(page: Any) -> list[str]:
+    return [one.strip() for one in page.locator("#chat-shown .bot .message-content").all_inner_texts()]
+
+
+def until(true: Callable[[], Any], page: Any, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        page.wait_for_timeout(100)
+
+
+# Chat
+
+
+def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., Any]):
+    said = Conversation(VisionLanguageModel.load(served.chat), InferenceConfig(max_new_tokens=LONGEST))
+    first = "".join(said.ask(QUESTION, [served.image])).strip()
+    second = "".join(said.ask(FURTHER)).strip()
+    assert first
+    assert second
+
+    page = visit("Chat")
+    page.locator("#chat-settings button").first.click()
+    fill(page, "chat-longest", str(LONGEST))
+    page.evaluate("""() => { window.seen = []; new MutationObserver(() => {
+        const found = [...document.querySelectorAll('#chat-shown .bot .message-content')].pop();
+        if (found) window.seen.push(found.innerText.trim());
+    }).observe(document.querySelector('#chat-shown'), {subtree: true, childList: true, characterData: true}); }""")
+    page.locator("#chat-question input[type=file]").set_input_files(served.image)
+    page.wait_for_selector("#chat-question img")
+    send(page, QUESTION)
+    until(lambda: answers(page) and tidy(answers(page)[-1]) == tidy(first), page)
+    steps = {one for one in page.evaluate("window.seen") if one}
+    assert len(steps) > 1, "the answer came in pieces"
+    assert page.locator("#chat-shown .user img").count() == 1
+    send(page, FURTHER)
+    until(lambda: len(answers(page)) == 2 and tidy(answers(page)[-1]) == tidy(second), page)
+    page.locator("#chat-clear").click()
+    until(lambda: not answers(page), page)
+    send(page, FURTHER)
+    anew = Conversation(said.model, said.settings)
+    alone = "".join(anew.ask(FURTHER)).strip()
+    until(lambda: answers(page) and tidy(answers(page)[-1]) == tidy(alone), page)
+
+
+def tidy(text: str) -> str:
+    """As a browser shows it: white space in runs."""
+    return " ".join(text.split())
+
+
+def test_chat_stops_and_says_that_it_did(visit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    whole = VisionLanguageModel.streamed
+
+    def slowly(*given: Any) -> Iterator[str]:
+        for piece in whole(*given):
+            time.sleep(0.2)
+            yield piece
+
+    monkeypatch.setattr(VisionLanguageModel, "streamed", slowly)
+    page = visit("Chat")
+    send(page, QUESTION)
+    until(lambda: answers(page), page)
+    page.locator("#chat-question .stop-button").click()
+    until(lambda: "stopped" in answers(page)[-1], page)
+
+
+def test_chat_shows_what_is_wrong_and_keeps_the_question(visit: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    page = visit("Chat")
+    page.locator("#chat-question input[type=file]").set_input_files(tmp_path / "torn.png")
+    page.wait_for_selector("#chat-question .thumbnail-item")
+    send(page, QUESTION)
+    page.get_by_text("torn.png").first.wait_for()
+    until(lambda: page.locator("#chat-question textarea").input_value() == QUESTION, page)
+    assert not answers(page)
+
+
+# Predict
+
+
+def test_predict_shows_bars_for_every_head(served: Served, visit: Callable[..., Any]):
+    page = visit("Predict")
+    page.locator("#predict-pictures input[type=file]").first.set_input_files(served.image)
+    page.wait_for_selector("#predict-pictures img")
+    fill(page, "predict-prompt", QUESTION)
+    page.locator("#predict-go").click()
+    page.wait_for_selector("#predict-result .vlm-head")
+    assert page.locator("#predict-result h3").all_inner_texts() == ["kind", "size"]
+    bars = page.locator("#predict-result .vlm-bar")
+    assert sorted(bars.locator("span").all_inner_texts()) == ["blue", "green", "red"]
+    shares = [float(text.rstrip("%")) for text in bars.locator("b").all_inner_texts()]
+    assert shares == sorted(shares, reverse=True)
+    assert abs(sum(shares) - 100) < 0.3
+
+
+def test_predict_says_what_is_wrong(served: Served, visit: Callable[..., Any]):
+    page = visit("Predict")
+    choose(page, "predict-checkpoint", str(served.chat))
+    fill(page, "predict-prompt", QUESTION)
+    page.locator("#predict-go").click()
+    assert "has no prediction heads" in page.locator("#predict-result .vlm-problem").inner_text()
+
+
+# Train
+
+
+def train_form(page: Any, world: Path, lines: str) -> None:
+    """Fill the form with the tiny world."""
+    choose(page, "train-visual_encoder", str(world / "visual_encoder"))
+    choose(page, "train-language_model", str(world / "language_model"))
+    fill(page, "train-path", str(world / "records.json"))
+    fill(page, "train-images", str(world / "images"))
+    fill(page, "train-lines", lines)
+
+
+def test_train_checks_before_it_starts(served: Served, world: Path, visit: Callable[..., Any]):
+    before = set(served.outputs.iterdir())
+    page = visit("Train")
+    train_form(page, world, "trainer.num_train_epoch=1")
+    for button in ("check", "start"):
+        page.locator(f"#train-{button}").click()
+        until(lambda: "num_train_epochs" in page.locator("#train-message").inner_text(), page)
+        assert set(served.outputs.iterdir()) == before
+    fill(page, "train-lines", "trainer.num_train_epochs=1")
+    page.locator("#train-check").click()
+    page.locator("#train-command").wait_for()
+    command = page.locator("#train-command .cm-content").inner_text()
+    assert "-m vlm -cn pretrain-smol" in command
+    assert f"dataset.path={world / 'records.json'}" in command
+    assert "trainer.num_train_epochs=1" in command
+    assert set(served.outputs.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_train_runs_shows_and_stops(served: Served, world: Path, brief: list[str], visit: Callable[..., Any]):
+    page = visit("Train")
+    own = [line for line in brief if line.startswith(("trainer", "inference")) and "tqdm" not in line]
+    train_form(page, world, "\n".join([*own, "trainer.max_steps=5000", "trainer.save_strategy=no"]))
+    page.locator("#train-start").click()
+    page.locator("#run-status .vlm-running").wait_for()
+    name = page.locator("#run-status h3").inner_text().split()[0]
+    until(lambda: "step" in page.locator("#run-status p").first.inner_text().lower()
+          and "loss" in page.locator("#run-status p").first.inner_text(), page, 120)  # fmt: skip
+    page.locator("#run-plot canvas, #run-plot svg").first.wait_for()
+    until(lambda: page.locator("#run-status [role=progressbar]").get_attribute("aria-valuenow") is not None, page)
+    assert page.locator("#run-log textarea").input_value()
+    job = jobs.read_job(served.outputs / name)
+    assert job is not None
+    assert job.is_alive()
+
+    again = visit("Train")  # whoever opens the page finds it
+    again.get_by_role("tab", name="Runs").click()
+    again.locator("#run-status .vlm-running").wait_for()
+
+    page.locator("#run-stop").click()
+    page.locator("#run-status .vlm-stopped").wait_for(timeout=60_000)
+    assert not job.is_alive()
+    assert find_run(served.outputs, name).step > 0
+    row = page.locator(f"#runs-table [data-run='{name}']")
+    assert "stopped" in row.inner_text()
+
+
+def test_earlier_runs_are_listed_and_shown(visit: Callable[..., Any]):
+    page = visit("Train")
+    page.get_by_role("tab", name="Runs").click()
+    page.locator("#runs-table [data-run=earlier] button").click()
+    page.locator("#run-status h3").wait_for()
+    assert "step 7 · loss 1.25" in page.locator("#run-status").inner_text()
+    page.get_by_role("tab", name="Samples").click()
+    assert "red" in page.locator("#run-samples").inner_text()
+    page.get_by_role("tab", name="Configuration").click()
+    page.get_by_text("num_train_epochs").first.wait_for()
+
+
+# Data
+
+
+def test_data_marks_what_is_supervised(served: Served, world: Path, visit: Callable[..., Any], tmp_path: Path):
+    records = json.loads((world / "records.json").read_text())[:3]
+    records[2]["image"] = "nowhere.png"
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    page = visit("Data")
+    fill(page, "data-path", str(tmp_path / "nothing.json"))
+    page.locator("#data-open").click()
+    page.locator("#data-shown .vlm-problem").wait_for()
+    fill(page, "data-path", str(tmp_path / "records.json"))
+    fill(page, "data-images", str(world / "images"))
+    choose(page, "data-checkpoint", str(served.chat))
+    page.locator("#data-open").click()
+    page.locator("#data-shown mark").first.wait_for()
+    assert "red square" in page.locator("#data-shown mark").first.inner_text()
+    assert "Record 0 of 3" in page.locator("#data-count").inner_text()
+    page.locator("#data-next").click()
+    until(lambda: "blue square" in page.locator("#data-shown").inner_text(), page)
+    page.locator("#data-number input").fill("2")
+    page.locator("#data-number input").press("Enter")
+    until(lambda: "cannot be used" in page.locator("#data-shown").inner_text(), page)
+    assert "nowhere.png" in page.locator("#data-shown").inner_text()
+    page.locator("#data-previous").click()
+    until(lambda: "blue square" in page.locator("#data-shown").inner_text(), page)
+
+
+# What every tab has to hold
+
+
+@pytest.mark.parametrize("tab", ["Chat", "Predict", "Train", "Data"])
+def test_nothing_scrolls_sideways(visit: Callable[..., Any], tab: str):
+    page = visit(tab, PHONE, "dark")
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def status_of(request: urllib.request.Request | str) -> int:
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+
+
+def test_no_other_file_is_served(served: Served):
+    for path in ("/etc/passwd", str(served.chat / "config.json"), str(served.image), str(Path.cwd() / "README.md")):
+        assert status_of(f"{served.address}gradio_api/file={path}") in (403, 404), path
+
+
+def upload(served: Served, size: int, **headers: str) -> int:
+    edge = "edge"
+    body = (
+        f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n'
+        "Content-Type: image/png\r\n\r\n"
+    ).encode() + bytes(size) + f"\r\n--{edge}--\r\n".encode()  # fmt: skip
+    kind = {"Content-Type": f"multipart/form-data; boundary={edge}", **headers}
+    return status_of(urllib.request.Request(f"{served.address}gradio_api/upload", body, kind))
+
+
+def test_uploads_have_a_limit(served: Served):
+    assert upload(served, LIMIT // 2) == 200
+    assert upload(served, 2 * LIMIT) == 413
+
+
+def test_other_sites_and_names_are_refused(served: Served):
+    assert upload(served, 10, Origin="http://elsewhere.example") == 403
+    named = urllib.request.Request(served.address, headers={"Host": "elsewhere.example"})
+    assert status_of(named) == 403
+    with urllib.request.urlopen(served.address) as answer:
+        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
