@@ -104,8 +104,6 @@ def _tasks(args: argparse.Namespace) -> None:
     """Run lmms-eval's tasks, and write what came of them."""
     from vlm.inference.intervals import columns
     from vlm.inference.lmms_run import as_json, interpreter, model_args, rows_of, run_tasks, scores_of
-    from vlm.inference.loading import checkpoint_config
-    from vlm.models import VLMPredictionConfig
 
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if args.limit is not None and args.limit <= 0:
@@ -115,6 +113,10 @@ def _tasks(args: argparse.Namespace) -> None:
     place = place_of(args.checkpoint, "+".join(tasks)[:80], args.output)
     need_no_results(place, overwrite=args.overwrite)
     python = interpreter(args.lmms_eval_python)
+
+    from vlm.inference.loading import checkpoint_config
+    from vlm.models import VLMPredictionConfig
+
     if isinstance(checkpoint_config(args.checkpoint), VLMPredictionConfig):
         raise ValueError(f"{args.checkpoint} has prediction heads: ask it with vlm predict, or vlm.Predictor")
     given = {

@@ -54,7 +54,10 @@ def interpreter(given: Path | None) -> str:
             "lmms-eval needs an environment of its own: make install-eval, in a clone, makes .venv-eval; "
             "--lmms-eval-python names the Python of another one"
         )
-    look = "import importlib.util as u, sys; sys.exit(','.join(n for n in ('lmms_eval', 'vlm') if not u.find_spec(n)))"
+    look = (
+        "import importlib.util as u, sys; "
+        "sys.exit(','.join(name for name in ('lmms_eval', 'vlm') if not u.find_spec(name)) or 0)"
+    )
     asked = subprocess.run([str(found), "-c", look], capture_output=True, text=True, check=False)
     if asked.returncode:
         raise ValueError(f"{found}: {asked.stderr.strip() or 'it'} is missing there; make install-eval makes "
@@ -135,7 +138,7 @@ def _number(value: object) -> float | None:
 
 
 def rows_of(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
-    """A table of scores beside published ones; of metrics without a number nothing."""
+    """A table of scores, beside published ones where there are any; of metrics without a number nothing."""
     rows = [("task", "metric", "value", "± standard error", "LLaVA-1.5 7B, this recipe", "LLaVA-1.5 7B, original")]
     for one in scores:
         if one.value is None:
@@ -145,7 +148,8 @@ def rows_of(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
         rows.append(
             (one.task, one.metric, f"{one.value:.4g}", "" if one.error is None else f"{one.error:.2g}", *others)
         )
-    return rows
+    known = any(row[-1] for row in rows[1:])
+    return rows if known else [row[:-2] for row in rows]
 
 
 def as_json(scores: Sequence[TaskScore]) -> list[dict[str, object]]:
