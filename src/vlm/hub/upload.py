@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import enable_progress_bars, validate_repo_id
 
 UNTOUCHED = (".gitattributes",)
 """What the Hub itself puts into an empty repository."""
@@ -136,6 +136,7 @@ class Hub:
     def _commit(self, folder: Path, name: str, revision: str | None, obsolete: Sequence[str]) -> None:
         files = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
         gone = [CommitOperationDelete(path) for path in obsolete]
+        enable_progress_bars()  # transformers, told to be quiet while a model is read, silences the client too
         self.api.create_commit(name, [*files, *gone], commit_message="Model, processor and card", revision=revision)
 
     def _take_back(self, name: str) -> None:
