@@ -154,12 +154,18 @@ def evaluate(words: Sequence[str]) -> None:
     import_module("vlm.inference.eval_command").main(words)
 
 
+def web(words: Sequence[str]) -> None:
+    """`vlm web …`."""
+    import_module("vlm.web.command").main(words)
+
+
 COMMANDS = {
     "generate": generate,
     "chat": chat,
     "predict": predict,
     "eval": evaluate,
     "serve": serve,
+    "web": web,
     "data": data,
     "models": models,
     "import": hub("import_"),
