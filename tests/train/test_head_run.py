@@ -187,3 +187,16 @@ def test_each_pooling_is_one_override(
     said = told[-1]["test"]["label"].outputs
     np.testing.assert_allclose(ask(alone(folder / "final"), labelled)["label"], said, rtol=1e-4, atol=1e-3)
     assert np.isfinite(losses(folder)).all()
+
+
+def test_the_log_says_how_the_records_are_divided(
+    train_head: Callable[..., Path], labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level("INFO", logger="vlm.train.head_run"):
+        train_head("head-classification", "colour", tmp_path / "run", *SHORT, "dataset.test_split=0.25")
+    said = next(one.getMessage() for one in caplog.records if one.getMessage().startswith("Records:"))
+    number = len(json.loads(labelled.read_text()))
+    train, held, test = (int(word.split()[0]) for word in said.split("\n\n")[1].splitlines()[0].split(", "))
+    assert train + held + test == number
+    counts = [int(one.split()[-1]) for one in said.strip().splitlines()[-1].partition(": ")[2].split(", ")]
+    assert sum(counts) == train

@@ -1,7 +1,9 @@
 """The records of a head's run: what trains, what things are chosen by, and what they are only measured on."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,9 @@ from vlm.data.labelled import HeadDataset, fold_labelled, split_labelled, values
 from vlm.data.labels import HeadLabels, settle_labels, strata
 from vlm.data.prompts import PromptEncoder
 from vlm.heads import suffix_ids
+
+SHOWN = 12
+"""Most labels of a head that the log names."""
 
 HELD_OUT = 0.2
 """Share of the records that is held out where nothing says how much."""
@@ -42,6 +47,21 @@ class HeadData:
         """Role -> samples, for `data.json`."""
         found = {"train": self.train, "eval": self.evaluation, "test": self.test}
         return {role: one.dataset for role, one in found.items() if one is not None}
+
+    def as_text(self) -> str:
+        """How the records are divided, and what each head's labels are among those that train."""
+        sets = [f"{len(one):,} {role}" for role, one in self.roles().items()]
+        lines = [f"{', '.join(sets)}{f', in {len(self.folds)} folds' if self.folds else ''}"]
+        said = values_of(self.train.dataset.labels, [head.name for head in self.heads])
+        for head in self.heads:
+            known = [one for one in said[head.name] if one is not None]
+            counts = Counter(map(str, chain.from_iterable(one if isinstance(one, list) else [one] for one in known)))
+            listed = ", ".join(f"{label} {counts[str(label)]:,}" for label in head.labels[:SHOWN])
+            more = f" … ({len(head.labels)} labels)" if len(head.labels) > SHOWN else ""
+            lines.append(
+                f"{head.name} ({head.task}), {len(known):,} with a label{': ' if listed else ''}{listed}{more}"
+            )
+        return "\n".join(lines)
 
 
 def load_head_data(config: RunConfig, model_config: Any, processor: Any, seed: int) -> HeadData:

@@ -54,6 +54,7 @@ def train_head(
     if first:
         describe_data(folder, data.roles(), resumed=checkpoint_to_resume(config, folder) is not None)
     log.info("Training data:\n\n%s\n", contribution_table(data.train.contributions))
+    log.info("Records:\n\n%s\n", data.as_text())
 
     settled = settle_heads(config.model, body_config, processor, data.heads, targets_of(data.heads, data.train))
     set_seed(args.seed)  # what the body draws depends on no head: what is read of it stays in the cache
