@@ -47,6 +47,9 @@ CHOICES = {
 }
 """Keys with closed lists of values. A test holds those that come from a table against the table."""
 
+EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
+"""What `trainer.eval_metrics` may name. A test holds it against the table of metrics."""
+
 OWN = re.compile(r"[\w.]+:\w+")
 """How a class or function of the user's own is named."""
 
@@ -343,12 +346,27 @@ def check_evaluation(config: RunConfig) -> None:
     if data.eval_path and data.eval_split:
         raise ConfigError("dataset.eval_path and dataset.eval_split: choose one")
     strategy = value_of(config, "trainer.eval_strategy")
+    check_eval_metrics(config, evaluates=strategy != "no")
     if config.model.head.task is not None:
         return
     if strategy != "no" and not (data.eval_path or data.eval_split):
         raise ConfigError(f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split")
     if strategy == "no" and (data.eval_path or data.eval_split):
         raise ConfigError("trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps")
+
+
+def check_eval_metrics(config: RunConfig, *, evaluates: bool) -> None:
+    """The metrics of answers are known, and there is an evaluation that they are part of."""
+    names = config.trainer.eval_metrics
+    for name in names:
+        if name not in EVAL_METRICS:
+            raise ConfigError(f"trainer.eval_metrics: {name} is none; allowed are {', '.join(EVAL_METRICS)}")
+    if names and config.model.head.task is not None:
+        raise ConfigError(f"trainer.eval_metrics={names}: heads have measures of their own; leave it out")
+    if names and not evaluates:
+        raise ConfigError(f"trainer.eval_metrics={names}: set trainer.eval_strategy to epoch or steps")
+    if config.trainer.eval_metrics_samples < 1:
+        raise ConfigError(f"trainer.eval_metrics_samples={config.trainer.eval_metrics_samples}: at least 1 is needed")
 
 
 def check_inference(settings: InferenceConfig, prefix: str = "inference.") -> None:

@@ -258,6 +258,11 @@ class TrainerOptions:
     """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
     num_samples: int = 4
     """How many evaluation (else training) samples are answered into `samples.md` at each evaluation and at the end."""
+    eval_metrics: list[str] = field(default_factory=list)
+    """Metrics of answers to evaluation records, drawn as `inference` says, logged as `eval_<metric>` beside the loss:
+    `exact_match`, `vqa_accuracy`, `anls`, `cider`, `bleu`, `rouge`."""
+    eval_metrics_samples: int = 64
+    """The first so many evaluation records are answered for them; every rank answers all of them."""
 
 
 OWN_TRAINER_FIELDS = frozenset(f.name for f in fields(TrainerOptions))

@@ -113,13 +113,19 @@ LIBRARIES = {
 """Metric -> the module of the extra `eval` that it needs."""
 
 
-def measure(names: Sequence[str], answers: Sequence[str], references: References) -> dict[str, Score]:
-    """Metrics by name, with 95% intervals where they are means of what single answers get."""
+def measure(
+    names: Sequence[str], answers: Sequence[str], references: References, *, intervals: bool = True
+) -> dict[str, Score]:
+    """Metrics by name, with 95% intervals where they are wanted and metrics are means of what single answers get."""
     found = {}
     for name in names:
         values = METRICS[name](answers, references)
         alone = isinstance(values, float)
-        found[name] = Score(None if np.isnan(values) else values, None, None) if alone else mean_score(values)
+        found[name] = (
+            Score(None if np.isnan(values) else values, None, None)
+            if alone
+            else mean_score(values, num_resamples=1000 if intervals else 0)
+        )
     return found
 
 

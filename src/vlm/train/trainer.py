@@ -46,6 +46,7 @@ class VLMTrainer(Trainer):
         sampling: `trainer.train_sampling_strategy`.
         on_first_batch: called with the first batch of this rank, before its forward pass.
         on_skipped: called with the records that a batch leaves out, and how many samples it has.
+        answer_metrics: measures of what a model answers to evaluation records; None: there are none.
         kwargs: as `Trainer`.
     """
 
@@ -71,6 +72,7 @@ class VLMTrainer(Trainer):
         sampling: str,
         on_first_batch: Callable[[dict[str, Tensor]], None] | None = None,
         on_skipped: Callable[[list[Skipped], int], None],
+        answer_metrics: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(processing_class=processor.tokenizer, **kwargs)
@@ -81,6 +83,7 @@ class VLMTrainer(Trainer):
         self.sampling = sampling
         self.on_first_batch = on_first_batch
         self.on_skipped = on_skipped
+        self.answer_metrics = answer_metrics
         self.order: ModalityLengthSampler | TogetherSampler | None = None
 
     # --- optimisation -------------------------------------------------------------------------------------------
@@ -185,6 +188,9 @@ class VLMTrainer(Trainer):
         if with_images.any():
             blank, _ = self._losses(BlankPictures(dataset), "evaluating on blank pictures")
         found = loss_measures(sums, counts, blank, with_images)
+        if self.answer_metrics is not None:
+            with self.compute_loss_context_manager():
+                found |= self.answer_metrics(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log(metrics)
