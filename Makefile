@@ -1,6 +1,7 @@
 # What there is to do with a clone. Needs Python 3.11+, git, make and a C++ compiler; uv is brought along if missing.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
+WORKERS ?= 2
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -24,8 +25,8 @@ install: .venv/installed ## Install the locked versions and this package into .v
 demo: install ## Train a small model from nothing and ask it about pictures (minutes, CPU)
 	$(RUN) -m vlm.demo
 
-test: install ## Run the tests
-	$(RUN) -m pytest -m "not slow"
+test: install ## Run the tests, WORKERS files at a time
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: install ## Run the tests that take minutes each
 	$(RUN) -m pytest -m slow
