@@ -209,7 +209,8 @@ def test_chat_shows_what_is_wrong_and_keeps_the_question(visit: Callable[..., An
     page.locator("#chat-question input[type=file]").set_input_files(tmp_path / "torn.png")
     page.wait_for_selector("#chat-question .thumbnail-item")
     send(page, QUESTION)
-    page.get_by_text("torn.png").first.wait_for()
+    page.locator(".toast-body").wait_for()
+    assert "torn.png" in page.locator(".toast-body").inner_text()
     until(lambda: page.locator("#chat-question textarea").input_value() == QUESTION, page)
     assert not answers(page)
 

@@ -9,7 +9,7 @@ import pytest
 from tests.command_line import refusal
 from vlm.config.check import ConfigError
 from vlm.web.guard import Guard, is_loopback
-from vlm.web.plan import Plan, as_shell, choices, command_of, output_folder
+from vlm.web.plan import Plan, as_shell, choices, command_of, new_folder
 
 FOLDER = Path("outputs/run")
 
@@ -46,11 +46,12 @@ def test_what_the_command_line_refuses_is_refused_in_its_words(records: str, lin
 
 @pytest.mark.parametrize(
     "line",
-    ["--multirun", "-cd=/tmp", "hydra.run.dir=/tmp", "hydra/launcher=x", "+hydra.callbacks={}", "dataset.allow_pipe=true",
-     "+_target_=os.system", "dataset.path=${oc.env:HOME}", "dataset.image_folder='${oc.env:HOME}'"],
+    ["--multirun", "-cd=/tmp", "hydra.run.dir=/tmp", "hydra/launcher=x", "+hydra.callbacks={}",
+     "dataset.allow_pipe=true", "+_target_=os.system", "dataset.path=${oc.env:HOME}",
+     "dataset.image_folder='${oc.env:HOME}'"],
 )  # fmt: skip
 def test_the_page_does_not_reach_past_the_run(records: str, line: str):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="on the command line only|options are not taken|is not filled in"):
         Plan("pretrain-smol", {}, {"dataset.path": records}, line).checked()
 
 
@@ -62,7 +63,9 @@ def test_an_unknown_run_and_part_are_refused(records: str):
     assert "mlp" in choices("connector")
 
 
-@pytest.mark.parametrize("name", ["a folder", "it's", 'a "b"', "$(touch x)", "a,b", "[a]", "{a: b}", "a;b", "back\\slash", "end\\"])
+@pytest.mark.parametrize(
+    "name", ["a folder", "it's", 'a "b"', "$(touch x)", "a,b", "[a]", "{a: b}", "a;b", "back\\slash", "end\\"]
+)
 def test_a_path_stays_a_path(tmp_path: Path, name: str):
     folder = tmp_path / name
     folder.mkdir()
@@ -86,13 +89,16 @@ def test_the_command_is_this_python_and_a_process_for_each_gpu(records: str):
 
 
 def test_the_folder_that_was_shown_is_the_one_that_is_used(tmp_path: Path):
-    plan = Plan("pretrain-smol")
-    first = output_folder(plan, tmp_path)
-    assert output_folder(plan, tmp_path, str(first)) == first
-    assert output_folder(Plan("finetune-smol"), tmp_path, str(first)) != first
+    first = new_folder("pretrain-smol", tmp_path)
+    assert first.parent == tmp_path
+    shown = tmp_path / "pretrain-smol-20260101-000000"
+    assert new_folder("pretrain-smol", tmp_path, str(shown)) == shown
+    for run, outputs in (("finetune-smol", tmp_path), ("pretrain-smol", tmp_path / "other")):
+        assert new_folder(run, outputs, str(shown)) != shown
+    shown.mkdir()
+    assert new_folder("pretrain-smol", tmp_path, str(shown)) != shown
     own = Plan("pretrain-smol", lines=f"trainer.output_dir={tmp_path / 'own'}")
-    assert output_folder(own, tmp_path, str(first)) == tmp_path / "own"
-    assert [word for word in command_of(own, first) if "output_dir" in word] == [f"trainer.output_dir={tmp_path / 'own'}"]
+    assert [word for word in command_of(own) if "output_dir" in word] == [f"trainer.output_dir={tmp_path / 'own'}"]
 
 
 # Who may ask

@@ -1,7 +1,9 @@
 """The tab *Chat*: a conversation with a checkpoint about pictures, answered piece by piece."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,22 @@ STOPPED = " … (stopped: the model does not remember this question)"
 
 @dataclass
 class Talk:
-    """One visitor's conversation.
+    """One visitor's conversation. It holds no model, so that the page can let go of one.
 
     Attributes:
-        conversation: with the model of `checkpoint`; None before the first question.
-        checkpoint: with which model.
+        exchanges: what was said, as `Conversation` has it.
         stopped: whether the answer that is being given is no longer wanted.
+        beginnings: how often it began anew.
     """
 
-    conversation: Any = None
-    checkpoint: str | None = None
+    exchanges: tuple[Any, ...] = ()
     stopped: bool = False
+    beginnings: int = 0
 
     def forget(self) -> None:
         """Begin anew with the next question."""
-        self.conversation, self.checkpoint, self.stopped = None, None, True
+        self.exchanges, self.stopped = (), True
+        self.beginnings += 1
 
 
 def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
@@ -52,8 +55,28 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
         file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_id="chat-question",
         placeholder="Your question", max_plain_text_length=100_000,
     )  # fmt: skip
-    with gr.Row():
-        clear = gr.Button("Clear", size="sm", elem_id="chat-clear")
+    clear = gr.Button("Clear", size="sm", elem_id="chat-clear")
+    settings = _settings()
+
+    def stop(talk: Talk) -> None:
+        talk.stopped = True
+
+    def forget(talk: Talk) -> list[Any]:
+        talk.forget()
+        return []
+
+    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+    question.submit(
+        partial(ask, held), [question, shown, talk, checkpoint, *settings], [shown, question],
+        concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="minimal",
+    )  # fmt: skip
+    question.stop(stop, talk, None, **hidden)
+    gr.on([clear.click, shown.clear, checkpoint.input], forget, talk, shown, **hidden)
+    return checkpoint
+
+
+def _settings() -> list[gr.Number]:
+    """How answers are drawn, in the order of `answers`."""
     with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
         number: dict[str, Any] = {"min_width": 140}
         temperature = gr.Number(
@@ -67,44 +90,30 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
             **number, elem_id="chat-longest",
         )  # fmt: skip
         seed = gr.Number(None, label="seed", info="empty: by chance", precision=0, **number)
+    return [temperature, top_p, longest, seed]
 
-    def ask(
-        said: dict[str, Any], turns: list[Any], talk: Talk, path: str | None, *settings: Any
-    ) -> Iterator[tuple[Any, Any]]:
-        before = list(turns)
-        text, pictures = (said["text"] or "").strip(), list(said["files"] or [])
-        if not (text or pictures):
-            yield gr.skip(), gr.skip()
-            return
-        asked = [*before, *({"role": "user", "content": {"path": one}} for one in pictures)]
-        asked += [{"role": "user", "content": text}] if text else []
-        yield asked, gr.update(value=None, submit_btn=False, stop_btn=True)
-        answer = ""
-        try:
-            for answer in answers(held, talk, path, text, pictures, *settings):
-                yield [*asked, {"role": "assistant", "content": answer}], gr.skip()
-        except (ValueError, OSError) as error:
-            yield before, gr.update(value=said, submit_btn=True, stop_btn=False)  # to be mended and sent again
-            raise gr.Error(str(error), duration=None, title="Not asked", print_exception=False) from error
-        if talk.stopped:
-            answer += STOPPED
-        yield [*asked, {"role": "assistant", "content": answer}], gr.update(submit_btn=True, stop_btn=False)
 
-    def stop(talk: Talk) -> None:
-        talk.stopped = True
-
-    def forget(talk: Talk) -> list[Any]:
-        talk.forget()
-        return []
-
-    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-    question.submit(
-        ask, [question, shown, talk, checkpoint, temperature, top_p, longest, seed], [shown, question],
-        concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="minimal",
-    )  # fmt: skip
-    question.stop(stop, talk, None, **hidden)
-    gr.on([clear.click, shown.clear, checkpoint.change], forget, talk, shown, **hidden)
-    return checkpoint
+def ask(
+    held: HeldModel, said: dict[str, Any], turns: list[Any], talk: Talk, path: str | None, *settings: Any
+) -> Iterator[tuple[Any, Any]]:
+    """What is shown and what the field holds, while a question is answered."""
+    before, beginning = list(turns), talk.beginnings
+    text, pictures = (said["text"] or "").strip(), list(said["files"] or [])
+    if not (text or pictures):
+        yield gr.skip(), gr.skip()
+        return
+    asked = [*before, *({"role": "user", "content": {"path": one}} for one in pictures)]
+    asked += [{"role": "user", "content": text}] if text else []
+    yield asked, gr.update(value=None, submit_btn=False, stop_btn=True)
+    answer = ""
+    try:
+        for answer in answers(held, talk, path, text, pictures, *settings):
+            yield [*asked, {"role": "assistant", "content": answer}], gr.skip()
+    except (ValueError, OSError, RuntimeError) as error:  # the last: no memory left on a GPU
+        yield before, gr.update(value=said, submit_btn=True, stop_btn=False)  # to be mended and sent again
+        raise gr.Error(str(error), duration=None, title="Not asked", print_exception=False) from error
+    shown = [*asked, {"role": "assistant", "content": answer + STOPPED * talk.stopped}]
+    yield shown if talk.beginnings == beginning else [], gr.update(submit_btn=True, stop_btn=False)
 
 
 def answers(
@@ -123,26 +132,25 @@ def answers(
     check_inference(settings, prefix="")
     if not (checkpoint or "").strip():
         raise ValueError("choose a checkpoint")
-    path = str(checkpoint).strip()
-    model = held.model(path)
+    talk.stopped = False
+    model = held.model(str(checkpoint).strip())
     from transformers import set_seed
 
     from vlm.inference.conversation import Conversation
 
-    if talk.conversation is None or talk.checkpoint != path:
-        talk.conversation, talk.checkpoint = Conversation(model), path
-    talk.conversation.settings = settings
+    conversation = Conversation(model, settings)
+    conversation.exchanges = talk.exchanges
     if seed is not None:
         set_seed(int(seed))
-    talk.stopped = False
     answer = ""
-    pieces = talk.conversation.ask(text, pictures)
-    for piece in pieces:
-        answer += piece
-        yield answer
-        if talk.stopped:
-            pieces.close()
-            return
+    with closing(conversation.ask(text, pictures)) as pieces:
+        for piece in pieces:
+            if talk.stopped:
+                return
+            answer += piece
+            yield answer
+    if not talk.stopped:
+        talk.exchanges = conversation.exchanges
 
 
 def _given(name: str, value: float | None) -> float:

@@ -56,7 +56,9 @@ def open_records(plan: Plan) -> Records:
     """
     config = plan.checked()
     if config.dataset.streaming:
-        raise ValueError("dataset.streaming=true: a stream has no numbers to go by; vlm data show shows its first records")
+        raise ValueError(
+            "dataset.streaming=true: a stream has no numbers to go by; vlm data show shows its first records"
+        )
     from vlm.data.sources import sources_of
     from vlm.train.data import sample_encoder
     from vlm.train.head_data import prompt_encoder
@@ -74,11 +76,13 @@ def build(outputs: Path) -> gr.Dropdown:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             path = gr.Textbox(label="Records", placeholder="records.json", elem_id="data-path")
-            images = gr.Textbox(label="Folder of pictures", info="Beside the records where empty", elem_id="data-images")
+            images = gr.Textbox(
+                label="Folder of pictures", info="Beside the records where empty", elem_id="data-images"
+            )
             run = gr.Dropdown(run_names(), value=RUN, label="As this run reads them", elem_id="data-run")
             checkpoint = gr.Dropdown(
-                checkpoints(outputs), value=None, allow_custom_value=True, label="Checkpoint", elem_id="data-checkpoint",
-                info="Whose tokenizer and template they are for; empty: the run's parts",
+                checkpoints(outputs), value=None, allow_custom_value=True, label="Checkpoint",
+                elem_id="data-checkpoint", info="Whose tokenizer and template they are for; empty: the run's parts",
             )  # fmt: skip
             with gr.Accordion("More", open=False, elem_id="data-more"):
                 template = gr.Dropdown(
@@ -103,34 +107,36 @@ def build(outputs: Path) -> gr.Dropdown:
             count = gr.HTML("", elem_id="data-count", elem_classes="vlm-line")
             shown = gr.HTML(note(EMPTY), elem_id="data-shown", elem_classes="vlm-record")
 
-    def begin(*values: Any) -> tuple[Any, ...]:
-        try:
-            found = open_records(_plan(*values))
-            first = show(found, 0)
-        except (ValueError, OSError) as error:
-            off = gr.update(interactive=False)
-            return None, 0, "", problem(str(error)), off, off, off
-        on = gr.update(interactive=True)
-        return found, *first, on, gr.update(interactive=True), on
-
-    def show(found: Records | None, wanted: float | None) -> tuple[Any, str, str]:
-        if found is None:
-            return 0, "", note(EMPTY)
-        at = max(min(int(wanted or 0), len(found) - 1), 0)
-        where = note(f"Record {at} of {len(found):,}, numbered from 0")
-        try:
-            return at, where, found.html(at)
-        except (ValueError, OSError) as error:
-            return at, where, problem(str(error))
-
     fields = [run, path, images, checkpoint, template, language_model, lines]
     view = [number, count, shown]
     options: dict[str, Any] = {"api_visibility": "private"}
-    button.click(begin, fields, [records, *view, previous, number, following], **options)
+    button.click(begin, fields, [records, *view, previous, following], **options)
     previous.click(lambda found, at: show(found, (at or 0) - 1), [records, number], view, **options)
     following.click(lambda found, at: show(found, (at or 0) + 1), [records, number], view, **options)
     number.submit(show, [records, number], view, **options)
     return checkpoint
+
+
+def begin(*values: Any) -> tuple[Any, ...]:
+    """The records of the fields, the first of them, and whether there is something to page through."""
+    try:
+        found = open_records(_plan(*values))
+        first = show(found, 0)
+    except (ValueError, OSError) as error:
+        return None, 0, "", problem(str(error)), *[gr.update(interactive=False)] * 2
+    return found, gr.update(value=first[0], interactive=True), *first[1:], *[gr.update(interactive=True)] * 2
+
+
+def show(found: Records | None, wanted: float | None) -> tuple[Any, str, str]:
+    """A record: its number, where it is, and itself; of numbers beyond the ends, the nearest."""
+    if found is None:
+        return 0, "", note(EMPTY)
+    at = max(min(int(wanted or 0), len(found) - 1), 0)
+    where = note(f"Record {at} of {len(found):,}, numbered from 0")
+    try:
+        return at, where, found.html(at)
+    except (ValueError, OSError) as error:
+        return at, where, problem(str(error))
 
 
 def _plan(

@@ -27,7 +27,8 @@ def bars(title: str, decided: str, shares: Mapping[Any, float]) -> str:
         f"<b>{share:.1%}</b></div>"
         for label, share in sorted(shares.items(), key=lambda one: -one[1])
     )
-    return f'<section class="vlm-head"><h3>{escape(title)}</h3><p class="vlm-decided">{escape(decided)}</p>{rows}</section>'
+    head = f'<h3>{escape(title)}</h3><p class="vlm-decided">{escape(decided)}</p>'
+    return f'<section class="vlm-head">{head}{rows}</section>'
 
 
 def status(run: Run) -> str:
@@ -53,7 +54,8 @@ def run_table(runs: Sequence[Run], selected: str | None) -> str:
         f'<td class="started">{run.started:%Y-%m-%d %H:%M}</td></tr>'
         for run in runs
     )
-    head = '<th>Run</th><th>State</th><th class="number">Step</th><th class="number">Loss</th><th class="started">Started</th>'
+    names = {"Run": "", "State": "", "Step": "number", "Loss": "number", "Started": "started"}
+    head = "".join(f'<th class="{kind}">{name}</th>' for name, kind in names.items())
     return f'<table class="vlm-runs"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
@@ -69,7 +71,9 @@ def samples(title: str, found: Sequence[Mapping[str, str]]) -> str:
     for one in found:
         picture = f'<img src="{_address(Path(one["picture"]))}" alt="">' if "picture" in one else ""
         texts = "".join(
-            f"<dt>{name}</dt><dd>{escape(one[name])}</dd>" for name in ("question", "reference", "answer") if name in one
+            f"<dt>{name}</dt><dd>{escape(one[name])}</dd>"
+            for name in ("question", "reference", "answer")
+            if name in one
         )
         parts.append(f'<div class="vlm-sample">{picture}<dl>{texts}</dl></div>')
     return f"<h3>{escape(title)}</h3>{''.join(parts)}"

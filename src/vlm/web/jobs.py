@@ -22,9 +22,6 @@ SAME = 2.0
 PATIENCE = 60.0
 """Seconds that a run has to end by itself before the page offers to kill it."""
 
-_children: list[subprocess.Popen[bytes]] = []
-"""Processes that this page started; one that has ended is only gone once its parent has looked."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -46,15 +43,21 @@ class Job:
     command: list[str]
     asked_to_stop: float | None = None
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it was started on another machine, of which nothing is known here."""
+        return self.host != socket.gethostname()
+
     def is_alive(self) -> bool:
         """Whether this very process still runs on this machine."""
-        if self.host != socket.gethostname():
+        if self.is_elsewhere:
             return False
-        for child in _children:
-            child.poll()
         try:
             process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.began) < SAME and process.status() != psutil.STATUS_ZOMBIE
+            same = abs(process.create_time() - self.began) < SAME
+            return (
+                same and process.status() != psutil.STATUS_ZOMBIE
+            )  # which has ended, and waits for its parent to look
         except psutil.NoSuchProcess:
             return False
 
@@ -78,7 +81,6 @@ def start(command: Sequence[str], folder: Path) -> Job:
             list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
-    _children.append(child)
     began = psutil.Process(child.pid).create_time()
     job = Job(child.pid, began, socket.gethostname(), time.time(), list(command))
     _write(job, folder)
@@ -125,6 +127,8 @@ def _living(folder: Path) -> Job:
     job = read_job(folder)
     if job is None:
         raise ValueError(f"{folder}: this page did not start that run; stop it where it was started")
+    if job.is_elsewhere:
+        raise ValueError(f"{folder}: that run was started on {job.host}; stop it there")
     if not job.is_alive():
         raise ValueError(f"{folder}: the run has ended already")
     return job

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from vlm.web import chat, data, predict, train
@@ -45,16 +46,15 @@ def build(settings: Settings) -> gr.Blocks:
     """Lay the page out."""
     held = HeldModel(settings.base, trust_remote_code=settings.trust_remote_code)
     given, outputs = list(settings.checkpoints), settings.outputs
-    with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=(UPLOADS_SWEPT, UPLOADS_KEPT)) as page:
-        with gr.Tabs():
-            with gr.Tab("Chat", id="chat") as tab:
-                _keep_new(tab, page, chat.build(outputs, given, held), partial(checkpoints, outputs, given, heads=False))
-            with gr.Tab("Predict", id="predict") as tab:
-                _keep_new(tab, page, predict.build(outputs, given, held), partial(checkpoints, outputs, given, heads=True))
-            with gr.Tab("Train", id="train") as tab:
-                _keep_new(tab, page, train.build(outputs, held, page), partial(checkpoints, outputs, given))
-            with gr.Tab("Data", id="data") as tab:
-                _keep_new(tab, page, data.build(outputs), partial(checkpoints, outputs, given))
+    with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=(UPLOADS_SWEPT, UPLOADS_KEPT)) as page, gr.Tabs():
+        with gr.Tab("Chat", id="chat") as tab:
+            _keep_new(tab, page, chat.build(outputs, given, held), partial(checkpoints, outputs, given, heads=False))
+        with gr.Tab("Predict", id="predict") as tab:
+            _keep_new(tab, page, predict.build(outputs, given, held), partial(checkpoints, outputs, given, heads=True))
+        with gr.Tab("Train", id="train") as tab:
+            _keep_new(tab, page, train.build(outputs, held, page), partial(checkpoints, outputs, given))
+        with gr.Tab("Data", id="data") as tab:
+            _keep_new(tab, page, data.build(outputs), partial(checkpoints, outputs, given))
     return page
 
 
@@ -74,10 +74,11 @@ def serve(page: gr.Blocks, settings: Settings) -> str:
     """
     system = ["ui-sans-serif", "system-ui", "sans-serif"]
     fixed = ["ui-monospace", "Consolas", "monospace"]
+    uploads = [get_upload_folder()]  # served anyway; without any, Gradio would take some from the environment
     _, address, _ = page.launch(
         server_name=settings.host, server_port=settings.port, share=False, prevent_thread_lock=True, quiet=True,
         inbrowser=False, show_error=True, footer_links=[], run_history=False, enable_monitoring=False, pwa=False,
-        mcp_server=False, ssr_mode=False, max_file_size=settings.max_upload, allowed_paths=[],
+        mcp_server=False, ssr_mode=False, max_file_size=settings.max_upload, allowed_paths=uploads,
         theme=gr.themes.Default(font=system, font_mono=fixed).set(
             body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600",
             input_placeholder_color="*neutral_500", body_text_color_subdued_dark="*neutral_400",

@@ -77,11 +77,6 @@ class Plan:
         """
         return compose_checked(self.run, self.words())
 
-    def value(self, key: str) -> str | None:
-        """What the overrides set a key to last; None: nothing."""
-        found = [word.partition("=")[2] for word in self.words() if word.lstrip("+").partition("=")[0] == key]
-        return found[-1] if found else None
-
     def touched(self) -> list[str]:
         """The keys that the overrides set, as `with_config` names them to those who act on a configuration."""
         return [word.split("=")[0].lstrip("+~").replace("/", ".") for word in self.words()]
@@ -134,18 +129,22 @@ def compose_checked(run: str, words: Sequence[str]) -> RunConfig:
     return config
 
 
-def output_folder(plan: Plan, outputs: Path, before: str | None = None) -> Path:
-    """The run directory: what the overrides say, else a new one; the one shown before stays while it is unused."""
-    if said := plan.value("trainer.output_dir"):
-        return Path(said.strip("'\""))
-    if before and Path(before).parent == outputs and Path(before).name.rpartition("-")[0].rpartition("-")[0] == plan.run:
-        if not Path(before).exists():
-            return Path(before)
-    return outputs / f"{plan.run}-{datetime.now():%Y%m%d-%H%M%S}"
+def new_folder(run: str, outputs: Path, before: str | None = None) -> Path:
+    """A directory for a run: the one that was shown before while nothing uses it, else a new one."""
+    if before is not None:
+        shown = Path(before)
+        if shown.parent == outputs and re.fullmatch(rf"{re.escape(run)}-\d+-\d+", shown.name) and not shown.exists():
+            return shown
+    return outputs / f"{run}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def command_of(plan: Plan, folder: Path, processes: int = 1) -> list[str]:
+def command_of(plan: Plan, folder: Path | None = None, processes: int = 1) -> list[str]:
     """The words that run a plan: this Python, and one process for each GPU where there are several.
+
+    Args:
+        plan: what is run.
+        folder: the run directory; None: the overrides name it.
+        processes: how many.
 
     Raises:
         ConfigError: there is no such number of processes.
@@ -156,7 +155,7 @@ def command_of(plan: Plan, folder: Path, processes: int = 1) -> list[str]:
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "vlm"]
     words = plan.words()
-    if plan.value("trainer.output_dir") is None:
+    if folder is not None:
         words.append(f"trainer.output_dir={_quoted(str(folder))}")
     return [sys.executable, *launcher, "-cn", plan.run, *words]
 
@@ -165,4 +164,3 @@ def as_shell(command: Sequence[str]) -> str:
     """A command to copy into a shell, a word of its own line each from the run's name on."""
     at = command.index("-cn") + 2
     return " \\\n  ".join([shlex.join(command[:at]), *map(shlex.quote, command[at:])])
-

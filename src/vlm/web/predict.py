@@ -24,8 +24,8 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
                 elem_id="predict-checkpoint",
             )  # fmt: skip
             pictures = gr.Gallery(
-                label="Pictures", type="filepath", file_types=["image"], interactive=True, columns=3, height=220, object_fit="contain",
-                elem_id="predict-pictures", buttons=[],
+                label="Pictures", type="filepath", file_types=["image"], interactive=True, columns=3, height=220,
+                object_fit="contain", elem_id="predict-pictures", buttons=[],
             )  # fmt: skip
             prompt = gr.Textbox(label="Prompt", info="As it was asked in training", lines=2, elem_id="predict-prompt")
             button = gr.Button("Predict", variant="primary", elem_id="predict-go")
@@ -35,7 +35,7 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
     def ask(path: str | None, shown: list[Any] | None, text: str) -> str:
         try:
             return said(held, path, [one[0] for one in shown or []], text)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # the last: no memory left on a GPU
             return problem(str(error))
 
     gr.on(

@@ -103,10 +103,9 @@ class RunView:
             end(run.folder)
         except (ValueError, OSError) as error:
             return problem(str(error))
-        return note(
-            f"Asked {run.name} and all its processes to end." if end is jobs.stop else f"Killed {run.name}: what it had "
-            "not saved is gone."
-        )  # fmt: skip
+        if end is jobs.stop:
+            return note(f"Asked {run.name} and all its processes to end.")
+        return note(f"Killed {run.name}: what it had not saved is gone.")
 
 
 def _details(run: Run | None) -> tuple[Any, ...]:
@@ -116,7 +115,10 @@ def _details(run: Run | None) -> tuple[Any, ...]:
         return "", off, off, off, None, "", "", ""
     rows = loss_rows(read_metrics(run.folder))
     job = jobs.read_job(run.folder)
-    log = log_tail(run.folder / jobs.LOG_FILE) or "This run was not started from the page: its log is where it was started."
+    log = (
+        log_tail(run.folder / jobs.LOG_FILE)
+        or "This run was not started from the page: its log is where it was started."
+    )
     config = "\n".join(f"# {line}" for line in text_of(run.folder, "command.txt").splitlines())
     return (
         status(run) + _last_words(run), gr.update(visible=run.is_going),

@@ -106,7 +106,7 @@ def _state(folder: Path, job: Job | None) -> str:
         return "ending" if job.asked_to_stop else "running"
     if is_checkpoint(folder / "final"):
         return "finished"
-    if job is None:
+    if job is None or job.is_elsewhere:
         return "not finished"
     return "stopped" if job.asked_to_stop else "failed"
 

@@ -11,7 +11,7 @@ from vlm.config.overview import description
 from vlm.web import jobs
 from vlm.web.html import note, problem
 from vlm.web.models import HeldModel
-from vlm.web.plan import PARTS, Plan, as_shell, choices, command_of, output_folder
+from vlm.web.plan import PARTS, Plan, as_shell, choices, command_of, new_folder
 from vlm.web.run_view import RunView
 from vlm.web.runs import checkpoints, find_runs
 
@@ -113,10 +113,10 @@ class Form:
             "dataset.path": path, "dataset.image_folder": images, "trainer.from_pretrained": checkpoint,
         }  # fmt: skip
         plan = Plan(run, dict(zip(PARTS, parts, strict=True)), keys, lines)
-        plan.checked()
-        folder = output_folder(plan, self.outputs, before)
+        named = plan.checked().trainer.output_dir
+        folder = new_folder(run, self.outputs, before) if named is None else Path(named)
         need_below(folder, self.outputs)
-        return command_of(plan, folder, int(processes or 0)), folder
+        return command_of(plan, folder if named is None else None, int(processes or 0)), folder
 
     def _check(self, *values: Any) -> tuple[Any, ...]:
         try:
@@ -145,6 +145,6 @@ def need_below(folder: Path, outputs: Path) -> None:
     depth = len(folder.resolve().relative_to(outputs.resolve()).parts) if inside else 0
     if not (folder.is_relative_to(outputs) and depth in (1, 2)):
         raise ValueError(
-            f"trainer.output_dir={folder}: the page finds runs in {outputs}/NAME and {outputs}/FOLDER/NAME only; choose "
-            "such a folder, or start the page with another --outputs"
+            f"trainer.output_dir={folder}: the page finds runs in {outputs}/NAME and {outputs}/FOLDER/NAME only; "
+            "choose such a folder, or start the page with another --outputs"
         )
