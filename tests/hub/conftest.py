@@ -28,6 +28,8 @@ def online(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     """The client of this process asks that Hub, as `ann`, and sends whole files."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    files = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
