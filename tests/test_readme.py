@@ -33,6 +33,7 @@ PAGES = (
     "docs/lora.md",
     "docs/heads.md",
     "docs/checkpoints.md",
+    "docs/publishing.md",
 )
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 START = re.compile(r"(?:-m|--module) vlm |^vlm -cn |^vlm data (?:show|stats) ")
