@@ -51,7 +51,7 @@ def test_what_the_command_line_refuses_is_refused_in_its_words(records: str, lin
      "dataset.image_folder='${oc.env:HOME}'"],
 )  # fmt: skip
 def test_the_page_does_not_reach_past_the_run(records: str, line: str):
-    with pytest.raises(ConfigError, match="on the command line only|options are not taken|is not filled in"):
+    with pytest.raises(ConfigError, match=r"on the command line only|options are not taken|is not filled in"):
         Plan("pretrain-smol", {}, {"dataset.path": records}, line).checked()
 
 

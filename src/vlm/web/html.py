@@ -45,6 +45,11 @@ def status(run: Run) -> str:
     )
 
 
+def log_end(text: str) -> str:
+    """A log, of which the end is seen."""
+    return f'<div class="vlm-log" tabindex="0"><pre>{escape(text)}</pre></div>'
+
+
 def run_table(runs: Sequence[Run], selected: str | None) -> str:
     """The runs, a row each; a row's name is a button, so that keys reach it too."""
     rows = "".join(

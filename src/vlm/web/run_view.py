@@ -7,7 +7,7 @@ import gradio as gr
 import pandas as pd
 
 from vlm.web import jobs
-from vlm.web.html import note, problem, run_table, samples, status
+from vlm.web.html import log_end, note, problem, run_table, samples, status
 from vlm.web.runs import Run, find_run, find_runs, last_samples, log_tail, loss_rows, read_metrics, text_of
 
 SELECTING = """
@@ -46,10 +46,7 @@ class RunView:
             )  # fmt: skip
             with gr.Tabs():
                 with gr.Tab("Log"):
-                    self.log = gr.Textbox(
-                        lines=12, max_lines=12, show_label=False, interactive=False, autoscroll=True,
-                        elem_id="run-log", elem_classes="vlm-log",
-                    )  # fmt: skip
+                    self.log = gr.HTML(elem_id="run-log")
                 with gr.Tab("Samples"):
                     self.samples = gr.HTML(elem_id="run-samples")
                 with gr.Tab("Configuration"):
@@ -115,16 +112,14 @@ def _details(run: Run | None) -> tuple[Any, ...]:
         return "", off, off, off, None, "", "", ""
     rows = loss_rows(read_metrics(run.folder))
     job = jobs.read_job(run.folder)
-    log = (
-        log_tail(run.folder / jobs.LOG_FILE)
-        or "This run was not started from the page: its log is where it was started."
-    )
+    unknown = "This run was not started from the page: its log is where it was started."
+    log = log_tail(run.folder / jobs.LOG_FILE) or (unknown if job is None else "Nothing printed yet.")
     config = "\n".join(f"# {line}" for line in text_of(run.folder, "command.txt").splitlines())
     return (
         status(run) + _last_words(run), gr.update(visible=run.is_going),
         gr.update(visible=run.is_going and jobs.may_kill(job)), gr.update(visible=True),
-        pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None, log, samples(*last_samples(run.folder)),
-        f"{config}\n{text_of(run.folder, 'config.yaml')}",
+        pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None, log_end(log),
+        samples(*last_samples(run.folder)), f"{config}\n{text_of(run.folder, 'config.yaml')}",
     )  # fmt: skip
 
 
