@@ -143,14 +143,14 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
     (tmp_path / "out").mkdir()
     data = {"train": {"samples": 9, "images": 9, "sources": [
         {"source": "hf://lab/pictures", "path": "hf://lab/pictures", "samples": 9, "images": 9}]}}  # fmt: skip
-    facts = RunFacts(
-        tmp_path / "final", data=data, evaluations={"vqa": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}}
-    )
+    score = {"value": 0.5, "low": 0.4, "high": 0.6}
+    facts = RunFacts(tmp_path / "final", data=data, evaluations={"vqa": {"records": 7, "metrics": {"accuracy": score}}})
     prepare(tmp_path / "final", tmp_path / "out", facts)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == ["openai/clip-vit-large-patch14-336", "Qwen/Qwen2.5-0.5B"]
     assert card.data.datasets == ["lab/pictures"]
     assert "license" not in card.data.to_dict()
+    assert "Evaluation `vqa`, 7 records:" in card.text
     assert "| accuracy | 0.500 [0.400, 0.600] |" in card.text
     assert "[Qwen/Qwen2.5-0.5B](https://huggingface.co/Qwen/Qwen2.5-0.5B) (llama)" in card.text
     config = json.loads((tmp_path / "out" / "config.json").read_text())

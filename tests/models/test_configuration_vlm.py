@@ -1,9 +1,13 @@
 """The configuration: nested parts, and the count of features."""
 
+import re
+import runpy
+
 import pytest
+import transformers
 from transformers import AutoConfig, CLIPVisionConfig, Qwen2Config
 
-from vlm.models import VLMConfig
+from vlm.models import VLMConfig, configuration_vlm
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 
 COUNTS = {"patch": 9, "cls+patch": 10, "cls": 1, "full": 12}
@@ -40,3 +44,17 @@ def test_two_configurations_share_nothing():
     one.connector["options"]["y"] = 2
     assert (other.recipe, other.connector["options"]) == ({}, {})
     assert other.auto_map["AutoConfig"] != "x"
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.9.0"])
+def test_a_transformers_that_is_too_old_is_refused(version: str, monkeypatch: pytest.MonkeyPatch):
+    """Where a checkpoint's code is read; in some of these it would load, and answer otherwise."""
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=rf"needs transformers 5\.10 or newer; {re.escape(version)} is installed"):
+        runpy.run_path(configuration_vlm.__file__)
+
+
+def test_later_transformers_are_taken(monkeypatch: pytest.MonkeyPatch):
+    for version in ("5.10.1", "5.23.0", "6.0.0.dev0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        assert runpy.run_path(configuration_vlm.__file__)["VLMConfig"].model_type == "vlm"

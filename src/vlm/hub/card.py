@@ -10,10 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from vlm.hub.cleaning import hub_name, last_of
 from vlm.hub.run_facts import RunFacts
+from vlm.models.configuration_vlm import OLDEST_TRANSFORMERS
 from vlm.models.head_tasks import CLASSIFYING
 
-OLDEST = "5.23"
-"""The oldest transformers in which published checkpoints have been loaded."""
+FAMILIES_SINCE = (5, 23)
+"""The transformers in which families are trained and saved; they are its own models, in its own code."""
 
 CHAT = """\
 messages = [
@@ -102,7 +103,7 @@ def _pipeline_tag(heads: Sequence[dict[str, Any]]) -> str | None:
 def _introduction(name: str, heads: Sequence[dict[str, Any]], composed: bool) -> str:
     what = "A vision-language model" + (" that predicts from pictures and text" if heads else "")
     made = "composed of a visual encoder, a connector and a language model" if composed else "of a known family"
-    return f"# {name.partition('/')[2]}\n\n{what}, {made}, trained with small-vlm."
+    return f"# {last_of(name)}\n\n{what}, {made}, trained with small-vlm."
 
 
 # Parts
@@ -151,8 +152,9 @@ def _results(run: RunFacts) -> str:
             titles = ("measure", *(key.replace("_", " ") for key in columns))
             blocks.append(f"{title}\n\n{_table(titles, rows)}")
     for name, results in run.evaluations.items():
-        if rows := list(_numbers(results)):
-            blocks.append(f"Evaluation `{name}`:\n\n{_table(('measure', 'value'), rows)}")
+        if rows := list(_numbers(results.get("metrics") or results.get("results") or {})):
+            number = f", {results['records']:,} records" if isinstance(results.get("records"), int) else ""
+            blocks.append(f"Evaluation `{name}`{number}:\n\n{_table(('measure', 'value'), rows)}")
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -164,7 +166,7 @@ def _interval(found: Any) -> str:
 
 
 def _numbers(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The measures of an evaluation: numbers, and those with an interval, however deep."""
+    """The measures of an evaluation: numbers, and those with an interval, by task where there are several."""
     for key, value in results.items():
         if isinstance(value, dict) and "value" in value:
             yield prefix + key, _interval(value)
@@ -179,6 +181,7 @@ def _numbers(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 def _use(name: str, config: dict[str, Any], composed: bool) -> str:
     heads = config.get("heads", [])
+    oldest = ".".join(map(str, OLDEST_TRANSFORMERS if composed else FAMILIES_SINCE))
     trust = ", trust_remote_code=True" if composed or heads else ""
     why = " The repository brings its own code, hence `trust_remote_code=True`." if trust else ""
     auto = "AutoModelForSequenceClassification" if heads else "AutoModelForImageTextToText"
@@ -188,7 +191,7 @@ def _use(name: str, config: dict[str, Any], composed: bool) -> str:
         f'processor = AutoProcessor.from_pretrained("{name}"{processor_trust})\n'
         f'model = {auto}.from_pretrained("{name}"{trust}, dtype="auto").eval()\n{CHAT}'
     )
-    blocks = [f"Needs transformers {OLDEST} or newer.{why}"]
+    blocks = [f"Needs transformers {oldest} or newer, and one that knows its parts.{why}"]
     if heads:
         return "\n\n".join([*blocks, _python(opening + _asked_heads(config, composed))])
     answer = (

@@ -1,10 +1,21 @@
 """The configuration of a composed model: its parts, and how image features become tokens.
 
-Hub code: imports transformers only. The parts' own configurations are nested as they are (`vision_config`,
-`text_config`), so whatever encoder or language model transformers knows needs no field here.
+Hub code: imports transformers only. It is read first wherever a checkpoint's own code runs, so it is here that a
+transformers too old is refused. The parts' own configurations are nested as they are (`vision_config`, `text_config`),
+so whatever encoder or language model transformers knows needs no field here.
 """
 
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+OLDEST_TRANSFORMERS = (5, 10)
+"""Older ones fail, or load and answer otherwise (5.0)."""
+
+if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
+    raise ImportError(
+        f"this model needs transformers {'.'.join(map(str, OLDEST_TRANSFORMERS))} or newer; "
+        f"{transformers.__version__} is installed, in which it would answer otherwise: pip install -U transformers"
+    )
 
 FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
 
