@@ -1,5 +1,6 @@
 """The processor: pixels, placeholders, and what travels with a checkpoint."""
 
+import base64
 import shutil
 from itertools import product
 from pathlib import Path
@@ -167,6 +168,19 @@ def test_images_of_a_conversation_in_order():
         {"role": "user", "content": [{"type": "image", "url": "d"}, {"type": "image", "image": "e"}]},
     ]
     assert images_of(talk) == ["a", "d", "e"]
+
+
+def test_pictures_as_openai_has_them(processor: VLMProcessor, tmp_path: Path):
+    """An address with the picture in it, or a file's."""
+    picture(0).save(tmp_path / "a.png")
+    data = f"data:image/png;base64,{base64.b64encode((tmp_path / 'a.png').read_bytes()).decode()}"
+    for address in ({"url": data}, data, {"url": str(tmp_path / "a.png")}):
+        content = [{"type": "image_url", "image_url": address}, {"type": "text", "text": "what is it?"}]
+        talk = [{"role": "user", "content": content}]
+        inputs = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True)
+        text = processor.apply_chat_template(talk, add_generation_prompt=True)
+        assert inputs["input_ids"].tolist() == [processor.tokenize(text)[0]]
+        assert torch.equal(inputs["pixel_values"], processor.pixel_values([picture(0)]))
 
 
 def test_dates_and_thinking_are_the_same_every_day(parts: Parts):

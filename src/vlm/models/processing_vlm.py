@@ -306,7 +306,17 @@ class VLMProcessor(ProcessorMixin):
 
 
 def images_of(conversation: Sequence[dict[str, Any]]) -> list[Any]:
-    """The pictures (objects, paths, addresses) that a conversation's content lists name, in order."""
+    """The pictures (objects, paths, addresses) that a conversation's content lists name, in order.
+
+    Items are `{"type": "image", "image": …}` (or `path`, `url`, `base64`), or OpenAI's `{"type": "image_url",
+    "image_url": {"url": …}}`.
+    """
     items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
-    keys = ("image", "path", "url", "base64")
-    return [next(item[key] for key in keys if key in item) for item in items if item["type"] == "image"]
+    return [_picture_of(item) for item in items if item["type"] in ("image", "image_url")]
+
+
+def _picture_of(item: dict[str, Any]) -> Any:
+    if item["type"] == "image_url":
+        named = item["image_url"]
+        return named["url"] if isinstance(named, dict) else named
+    return next(item[key] for key in ("image", "path", "url", "base64") if key in item)
