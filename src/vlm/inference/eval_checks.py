@@ -67,6 +67,7 @@ def need_references(config: SourceConfig, names: Sequence[str]) -> None:
     from vlm.data.formats import reader_of
     from vlm.inference.text_metrics import LOSS
 
+    assert config.path is not None
     records = open_records(config.path, cache_folder(None), split=config.split, subset=config.subset)
     if not len(records):
         raise ValueError(f"--data {config.path}: it has no records")

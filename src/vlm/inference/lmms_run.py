@@ -139,7 +139,8 @@ def _number(value: object) -> float | None:
 
 def rows_of(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
     """A table of scores, beside published ones where there are any; of metrics without a number nothing."""
-    rows = [("task", "metric", "value", "± standard error", "LLaVA-1.5 7B, this recipe", "LLaVA-1.5 7B, original")]
+    head = ("task", "metric", "value", "± standard error", "LLaVA-1.5 7B, this recipe", "LLaVA-1.5 7B, original")
+    rows: list[tuple[str, ...]] = [head]
     for one in scores:
         if one.value is None:
             continue

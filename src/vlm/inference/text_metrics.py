@@ -120,12 +120,10 @@ def measure(
     found = {}
     for name in names:
         values = METRICS[name](answers, references)
-        alone = isinstance(values, float)
-        found[name] = (
-            Score(None if np.isnan(values) else values, None, None)
-            if alone
-            else mean_score(values, num_resamples=1000 if intervals else 0)
-        )
+        if isinstance(values, np.ndarray):
+            found[name] = mean_score(values, num_resamples=1000 if intervals else 0)
+        else:
+            found[name] = Score(None if np.isnan(values) else values, None, None)
     return found
 
 
