@@ -172,6 +172,8 @@ def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., A
     steps = {one for one in page.evaluate("window.seen") if one}
     assert len(steps) > 1, "the answer came in pieces"
     assert page.locator("#chat-shown .user img").count() == 1
+    page.get_by_role("tab", name="Predict", exact=True).click()  # and what was said is still known
+    page.get_by_role("tab", name="Chat", exact=True).click()
     send(page, FURTHER)
     until(lambda: len(answers(page)) == 2 and tidy(answers(page)[-1]) == tidy(second), page)
     page.locator("#chat-clear").click()

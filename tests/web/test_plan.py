@@ -1,6 +1,7 @@
 """From the page's fields to a checked command."""
 
 import shlex
+import socket
 import sys
 from pathlib import Path
 
@@ -150,6 +151,15 @@ def test_options_are_checked_before_anything_loads(words: list[str], said: str):
 
     with pytest.raises(SystemExit, match=said):
         main(words)
+
+
+def test_a_port_that_is_taken_is_named():
+    from vlm.web.command import main
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"--port {port}: cannot listen there"):
+            main(["--port", str(port)])
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):

@@ -17,6 +17,7 @@ from vlm.web.runs import (
     find_run,
     find_runs,
     has_heads,
+    last_metrics,
     last_samples,
     log_tail,
     loss_rows,
@@ -198,6 +199,18 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path):
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     assert loss_rows(read_metrics(tmp_path / "run")) == [(1, 2.0, "training"), (2, 1.0, "evaluation")]
+
+
+def test_of_a_long_run_the_end_is_read_and_a_plot_has_not_every_point(tmp_path: Path):
+    lines = [{"step": step, "loss": step / 2, "epoch": 2 * step / 5000} for step in range(1, 5001)]
+    folder = written_run(tmp_path / "run", *lines)
+    run = find_run(tmp_path, "run")
+    assert (run.step, run.loss, run.progress) == (5000, 2500.0, 1.0)
+    assert len(last_metrics(folder)) < 5000
+    rows = loss_rows(read_metrics(folder))
+    assert len(rows) == 1000
+    assert rows[-1] == (5000, 2500.0, "training")
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
 
 
 @pytest.mark.parametrize(

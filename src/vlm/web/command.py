@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def _need_sensible(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-upload {args.max_upload}: a size such as 20mb is needed (kb, mb or gb)")
     if args.outputs.exists() and not args.outputs.is_dir():
         raise ValueError(f"--outputs {args.outputs}: it is a file; a folder is needed")
+    _need_free(args.host, args.port)
     for one in args.checkpoints:
         folder = Path(one)
         if (one.startswith((".", "/", "~")) or len(folder.parts) != 2 or folder.exists()) and not folder.joinpath(
@@ -50,10 +52,19 @@ def _need_sensible(args: argparse.Namespace) -> None:
             raise ValueError(f"{one}: no checkpoint there (seen from {Path.cwd()}); a run's is its folder `final`")
 
 
+def _need_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from error
+
+
 def _serve(args: argparse.Namespace) -> None:
     uploads = tempfile.mkdtemp(prefix="small-vlm-web-")
     os.environ["GRADIO_TEMP_DIR"] = uploads  # its own is one that all users of the machine share
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read where Gradio is imported
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks the page whether it is up: not through a proxy
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that what was uploaded goes
     try:
         from vlm.web.page import Settings, build, serve

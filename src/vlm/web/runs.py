@@ -24,6 +24,9 @@ DEEPEST = 2
 TAIL_BYTES, TAIL_LINES = 64 * 1024, 200
 """So much of a log's end is read, and so many lines of it are shown."""
 
+MOST_POINTS = 1000
+"""Of each loss in a plot."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -37,7 +40,6 @@ class Run:
             started elsewhere and may or may not go on.
         step: the last step logged; 0 before there is one.
         loss: the last training loss logged.
-        progress: the share that is done, where it can be told.
     """
 
     folder: Path
@@ -46,7 +48,11 @@ class Run:
     state: str
     step: int
     loss: float | None
-    progress: float | None
+
+    @property
+    def progress(self) -> float | None:
+        """The share that is done, where it can be told."""
+        return 1.0 if self.state == "finished" else _progress(self.folder, last_metrics(self.folder))
 
     @property
     def is_going(self) -> bool:
@@ -87,17 +93,15 @@ def _name(folder: Path, outputs: Path) -> str:
 def read_run(folder: Path, outputs: Path) -> Run:
     """What a run directory says of its run."""
     job = read_job(folder)
-    lines = read_metrics(folder)
+    lines = last_metrics(folder)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    state = _state(folder, job)
     return Run(
         folder=folder,
         name=_name(folder, outputs),
         started=_started(folder, job),
-        state=state,
+        state=_state(folder, job),
         step=max((line["step"] for line in lines), default=0),
         loss=losses[-1] if losses else None,
-        progress=1.0 if state == "finished" else _progress(folder, lines),
     )
 
 
@@ -164,26 +168,37 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
 
 
-def loss_rows(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float, str]]:
-    """(step, loss, which) for a plot: the training loss, and those of evaluations."""
+def last_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The last whole lines of `metrics.jsonl`: enough to know where a run is, however long it is."""
+    text = _end_of(folder / "metrics.jsonl")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def loss_rows(lines: Sequence[dict[str, Any]], most: int = MOST_POINTS) -> list[tuple[int, float, str]]:
+    """(step, loss, which) for a plot: the training loss, and those of evaluations; of many, evenly spread ones."""
     names = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
-    return [
-        (line["step"], line[key], name) for key, name in names.items() for line in lines if line.get(key) is not None
-    ]
+    rows = []
+    for key, name in names.items():
+        found = [(line["step"], line[key], name) for line in lines if line.get(key) is not None]
+        every = -(-len(found) // most) or 1
+        rows += found[::-1][::every][::-1]  # with the last one
+    return rows
 
 
 def log_tail(file: Path) -> str:
     """The end of a log as a terminal would show it; empty where there is none."""
+    return "\n".join(as_on_a_terminal(_end_of(file)).splitlines()[-TAIL_LINES:])
+
+
+def _end_of(file: Path) -> str:
+    """The last lines of a file, which may be long; empty where there is none."""
     if not file.is_file():
         return ""
     with file.open("rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - TAIL_BYTES))
         text = stream.read().decode("utf-8", errors="replace")
-    lines = as_on_a_terminal(text).splitlines()
-    if size > TAIL_BYTES:
-        lines = lines[1:]  # the first one is torn
-    return "\n".join(lines[-TAIL_LINES:])
+    return text if size <= TAIL_BYTES else text.partition("\n")[2]  # the first one is torn
 
 
 def as_on_a_terminal(text: str) -> str:
