@@ -32,7 +32,10 @@ PAGES = (
     "docs/recipes.md",
     "docs/lora.md",
     "docs/heads.md",
+    "docs/evaluation.md",
     "docs/checkpoints.md",
+    "docs/inference.md",
+    "docs/web.md",
     "docs/publishing.md",
 )
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
@@ -150,3 +153,35 @@ def test_the_tools_are_all_described():
     assert set(re.findall(r"`vlm data (\w+) ", TEXTS["docs/data.md"])) == set(TOOLS)
     kinds = re.search(r"`conceptual-captions`.*", TEXTS["docs/data.md"])[0]
     assert [kind for kind in CONVERSIONS if f"`{kind}`" not in kinds and kind not in FORMATS] == []
+
+
+# docs/inference.md
+
+
+def test_the_ways_to_ask_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every command's options, and the settings that it takes from a run."""
+    from vlm.inference import chat, generate_command
+    from vlm.inference.model_options import settings_of
+
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    (tmp_path / "talkative.yaml").write_text(blocks("docs/inference.md", "yaml")[0])
+    lines = [line for block in blocks("docs/inference.md", "sh")
+             for line in block.replace("\\\n", " ").replace("my-runs", str(tmp_path)).splitlines()]  # fmt: skip
+    asked = [shlex.split(line) for line in lines if not line.startswith("#")]
+    assert len(asked) > 8
+    settings = []
+    for _, name, *words in asked:
+        parser = {"generate": generate_command, "chat": chat}[name].parser()
+        settings.append(settings_of(parser.parse_intermixed_args(words)))
+    assert {(one.temperature, one.max_new_tokens) for one in settings} == {(0.0, 128), (0.8, 256), (0.8, 128)}
+
+
+def test_the_python_that_asks_runs(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, processor = parts.model("clip", "llama", template="chatml")
+    model.save_pretrained(tmp_path / "outputs/smol-finetune/final")
+    processor.save_pretrained(tmp_path / "outputs/smol-finetune/final")
+    for name in ("cat.png", "a.png", "b.png"):
+        picture().save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for code in blocks("docs/inference.md", "python"):
+        exec(code, {})
