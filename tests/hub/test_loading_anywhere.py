@@ -19,6 +19,7 @@ from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.models.test_prediction_checkpoints import KIND, YES
 from tests.tiny_parts import Parts, picture
 from vlm.cli import main
+from vlm.inference.generate import VisionLanguageModel, user_turn
 from vlm.models import VLMForPrediction, VLMPredictionConfig
 from vlm.models.connectors import CONNECTORS
 
@@ -133,14 +134,14 @@ def chat(folder: Path) -> list[dict[str, Any]]:
 
 
 def publish(hub: LocalHub, folder: Path, name: str, model: Any, processor: Any) -> Any:
-    """Push a model; returns what it reads of the question, as this package prepares it."""
+    """Push a model; returns what it reads of the question, as `vlm generate` prepares it."""
     final = folder / name.replace("/", "-")
     model.eval().save_pretrained(final)
     processor.save_pretrained(final)
     with talking_to(hub):
         main(["push-to-hub", str(final), "--repo", name, "--yes"])
-    text = processor.apply_chat_template(chat(folder), add_generation_prompt=True)
-    return processor(images=[picture()], text=[text])
+    ready = VisionLanguageModel(model, processor)
+    return ready.inputs([[user_turn(QUESTION, 1)]], [[picture()]])
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_chat_template_to_model_inputs(processor: VLMProcessor, tmp_path: Path):
         {"role": "user", "content": [{"type": "image", "image": seen}, {"type": "text", "text": "what is it?"}]},
     ] for seen in (picture(0), str(tmp_path / "a.png"), np.asarray(picture(0)), pil_to_tensor(picture(0)))]  # fmt: skip
     text = processor.apply_chat_template(messages[0], add_generation_prompt=True)
-    assert text.endswith("user\n<image>what is it?<|im_end|>\n<|im_start|>assistant\n")
+    assert text.endswith("user\n<image>\nwhat is it?<|im_end|>\n<|im_start|>assistant\n")
     for talk in messages:
         inputs = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True)
         assert inputs["input_ids"].tolist() == [processor.tokenize(text)[0]]
@@ -159,6 +159,26 @@ def test_chat_template_to_model_inputs(processor: VLMProcessor, tmp_path: Path):
     assert torch.equal(
         ids, processor(text=processor.apply_chat_template(messages[0]), images=[picture(0)])["input_ids"]
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("IT", "<image>\nwhat?"),
+        ("IIT", "<image><image>\nwhat?"),
+        ("TI", "what?<image>"),
+        ("TIT", "what?<image>what?"),
+        ("ITIT", "<image>\nwhat?<image>what?"),
+        ("IN", "<image>\n what?"),
+        ("T", "what?"),
+        ("I", "<image>"),
+    ],
+)
+def test_pictures_before_a_text_stand_on_a_line_of_their_own(processor: VLMProcessor, content: str, wanted: str):
+    """As in the records that it was trained on; pictures between texts stay where they are."""
+    items = {"I": {"type": "image"}, "T": {"type": "text", "text": "what?"}, "N": {"type": "text", "text": "\n what?"}}
+    talk = [{"role": "user", "content": [items[letter] for letter in content]}]
+    assert processor.apply_chat_template(talk) == processor.apply_chat_template([{"role": "user", "content": wanted}])
 
 
 def test_images_of_a_conversation_in_order():

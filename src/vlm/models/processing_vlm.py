@@ -293,10 +293,21 @@ class VLMProcessor(ProcessorMixin):
         return rendered if many else rendered[0]
 
     def _flatten(self, content: str | list[dict[str, Any]]) -> str:
-        """A content list as one string, an image token for each image."""
+        """A content list as one string, an image token for each image.
+
+        Those before a text stand on a line of their own, as in LLaVA's records.
+        """
         if isinstance(content, str):
             return content
-        return "".join(item["text"] if item["type"] == "text" else self.image_token for item in content)
+        text, leads = "", True
+        for item in content:
+            if item["type"] == "text":
+                text += "\n" if leads and text and not item["text"].startswith("\n") else ""
+                text += item["text"]
+                leads = False
+            else:
+                text += self.image_token
+        return text
 
     @property
     def model_input_names(self) -> list[str]:
