@@ -490,6 +490,27 @@ def test_of_several_answers_the_commonest_counts(folder: Path, name: str):
     assert asked(folder, **record) == (("which?",), reply)
 
 
+def test_what_people_answered_are_references_beside_the_reply(folder: Path):
+    """In every form but `labelled`; a single answer is none, nor is the text of a choice, whose letter counts."""
+    turns = {"conversations": [{"from": "human", "value": "which?"}, {"from": "gpt", "value": "two"}]}
+    messages = {"messages": [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "two"}]}
+    forms = {
+        "llava": turns, "messages": messages, "question": {"question": "which?"},
+        "caption": {"image": "a.png", "caption": "two"}, "head": {"conversations": ["which?", "two"]},
+    }  # fmt: skip
+    for name, record in forms.items():
+        given = {**record, "answers": [{"answer": "two"}, {"answer": "2"}]}
+        assert FORMATS[name](given, folder).references == ("two", "2"), name
+        without = {**record, "answer": "two"}
+        assert FORMATS[name](without, folder).references == (), name
+    asked_of_many = {"question": "which?", "answer": ["two", "2", "two"]}
+    assert FORMATS["question"](asked_of_many, folder).references == ("two", "2", "two")
+    choice = {"question": "which?", "answer": 0, "answers": ["two"], "choices": ["two", "three"]}
+    assert FORMATS["question"](choice, folder).references == ()
+    with pytest.raises(BadSample, match="must be a string or a list of strings"):
+        FORMATS["llava"]({**turns, "answers": [1]}, folder)
+
+
 def test_pictures_stand_before_a_question_or_within_it(folder: Path):
     a, b, v = Picture(folder / "a.png"), Picture(folder / "b.png"), Video(folder / "v.mp4")
     both = {"images": ["a.png", "b.png"], "answer": "x"}
