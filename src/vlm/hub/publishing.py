@@ -33,6 +33,9 @@ VOCABULARY = (
     "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 MODEL_FILES = (*WEIGHTS, INDEX, *SETTINGS, *VOCABULARY)
+STATISTICS = (".running_mean", ".running_var")
+"""Endings of what a file holds besides parameters."""
+
 CARD, PLOT = "README.md", "loss.png"
 
 COMPOSED, PREDICTION = "vlm", "vlm_prediction"
@@ -282,7 +285,7 @@ def parameters(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
         for name, one in read_header(file)[0].items():
-            if name == "__metadata__" or not one["dtype"].startswith(("F", "BF")):
+            if name == "__metadata__" or name.endswith(STATISTICS) or not one["dtype"].startswith(("F", "BF")):
                 continue
             part = name.removeprefix("body.").partition(".")[0]
             part = {"image_newline": "connector", "heads": "head"}.get(part, part)
