@@ -342,6 +342,16 @@ def test_data_marks_what_is_supervised(served: Served, world: Path, visit: Calla
     until(lambda: "blue square" in page.locator("#data-shown").inner_text(), page)
 
 
+def test_a_run_that_has_ended_can_be_asked(served: Served, visit: Callable[..., Any]):
+    page = visit("Chat")
+    run = written_run(served.outputs / "later")
+    shutil.copytree(served.chat, run / "final")
+    page.get_by_role("tab", name="Predict", exact=True).click()
+    page.get_by_role("tab", name="Chat", exact=True).click()
+    page.locator("#chat-checkpoint input").click()
+    page.get_by_role("option", name=str(run / "final")).wait_for()
+
+
 # What every tab has to hold
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -60,10 +61,13 @@ def build(settings: Settings) -> gr.Blocks:
 
 def _keep_new(tab: gr.Tab, page: gr.Blocks, choice: gr.Dropdown, found: Callable[[], list[str]]) -> None:
     """Offer the checkpoints of runs that have ended since the page was laid out."""
-    gr.on(
-        [page.load, tab.select], lambda: gr.update(choices=found()), None, choice, show_progress="hidden",
-        api_visibility="private",
-    )  # fmt: skip
+    known = gr.State(found())
+
+    def look(before: list[str]) -> tuple[Any, list[str]]:
+        now = found()
+        return (gr.skip() if now == before else gr.update(choices=now)), now  # a list that is open is not redrawn
+
+    gr.on([page.load, tab.select], look, known, [choice, known], show_progress="hidden", api_visibility="private")
 
 
 def serve(page: gr.Blocks, settings: Settings) -> str:
