@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,9 @@ def test_a_terminal(checkpoint: Path, images: list[Path]):
     ours, theirs = pty.openpty()
     words = [sys.executable, "-m", "vlm", "chat", str(checkpoint), "--device", "cpu", "--max-new-tokens", "3"]
     plain = {**os.environ, "TERM": "dumb"}
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whatever shell began the tests
     with subprocess.Popen(
-        words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=plain
+        words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=plain, preexec_fn=heeded
     ) as ended:
         os.close(theirs)
         try:
