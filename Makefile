@@ -22,6 +22,14 @@ install: .venv/installed ## Install the locked versions and this package into .v
 	$(PYTHON) -m venv .uv
 	.uv/bin/python -m pip install --quiet uv
 
+install-eval: .venv-eval/installed ## Install lmms-eval, in an environment of its own, into .venv-eval
+
+.venv-eval/installed: requirements-eval.lock pyproject.toml | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-eval
+	$(UV) pip install --quiet --python .venv-eval --require-hashes -r requirements-eval.lock
+	$(UV) pip install --quiet --python .venv-eval --no-deps --no-build-isolation -e .
+	@touch $@
+
 demo: install ## Train a small model from nothing and ask it about pictures (minutes, CPU)
 	$(RUN) -m vlm.demo
 
@@ -36,14 +44,18 @@ lint: install ## Check style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/basedpyright
 
-lock: $(UV) ## Renew requirements.lock from the ranges in pyproject.toml
+AS_HERE := accelerate|huggingface-hub|peft|pillow|safetensors|simplejpeg|timm|tokenizers|torch|torchvision|transformers
+
+lock: $(UV) ## Renew requirements.lock from the ranges in pyproject.toml, and requirements-eval.lock with it
 	$(UV) lock --quiet
 	$(UV) export --frozen --no-emit-project --no-header --quiet --output-file requirements.lock
+	grep -oE '^($(AS_HERE))==[^ ;]+' requirements.lock | $(UV) pip compile --quiet --universal --python-version 3.11 \
+	    --generate-hashes --no-header --no-annotate -c - requirements-eval.in -o requirements-eval.lock
 
 wheel: install ## Build the wheel into dist/
 	$(RUN) -m build --wheel --no-isolation
 
 clean: ## Remove what make made, except outputs/
-	rm -rf .venv .uv dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-eval .uv dist .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow lint lock wheel clean
+.PHONY: help install install-eval demo test test-slow lint lock wheel clean

@@ -54,7 +54,7 @@ CONVERSATION = [
 @pytest.fixture(scope="module")
 def expected(model: VisionLanguageModel) -> str:
     turns = [
-        Turn("user", (Picture(), "what is this?")), Turn("assistant", ("a thing",)),
+        Turn("user", (Picture(), "\nwhat is this?")), Turn("assistant", ("a thing",)),
         Turn("user", ("and", Picture(), "?")),
     ]  # fmt: skip
     return model.answer([turns], [[picture(0), picture(1)]], InferenceConfig(max_new_tokens=12))[0]

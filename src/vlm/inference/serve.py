@@ -147,7 +147,9 @@ def turns_of(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Any]]
         for place, item in enumerate(items):
             kind = item.get("type") if isinstance(item, dict) else None
             if kind == "text" and isinstance(item.get("text"), str):
-                parts.append(item["text"])
+                leads = bool(parts) and not any(isinstance(part, str) for part in parts)
+                # pictures before a text stand on a line of their own, as `vlm generate` puts them
+                parts.append("\n" + item["text"] if leads and not item["text"].startswith("\n") else item["text"])
             elif kind == "image_url":
                 images.append(_picture(item["image_url"], f"{where}.content[{place}]"))
                 parts.append(Picture())
