@@ -192,6 +192,7 @@ def out_of_folds(
         quiet.output_dir, quiet.eval_strategy, quiet.save_strategy, quiet.report_to = str(where), "no", "no", []
         renew_heads(model, fresh)
         trainer = trainer_of(read(rest), None, quiet, where, prepare_again())
+        args.deepspeed_plugin = None  # accelerate keeps that of the first trainer, and refuses it to all others
         trainer.train()
         said.append(trainer.ask(read(held)))
     renew_heads(model, fresh)
