@@ -1,8 +1,12 @@
 """A run from the first batch to the folder that loads alone."""
 
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +129,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], t
     again = load_file(resumed / "final" / "model.safetensors")
     for name, weight in weights.items():
         assert torch.allclose(weight, again[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    workers: int,
+):  # fmt: skip
+    """SIGTERM in the middle of a step, to the process and to its data workers, as a cluster sends it to a group."""
+    options = ["trainer.num_train_epochs=3", "trainer.save_strategy=no", f"trainer.dataloader_num_workers={workers}"]
+    expected = losses(train("pretrain-smol", tmp_path / "whole", *options))
+    step = VLMTrainer.training_step
+
+    def asked(self: VLMTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 3:
+            children = [int(process.pid or 0) for process in multiprocessing.active_children()]
+            for process in [*children, os.getpid(), os.getpid()]:
+                os.kill(process, signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(VLMTrainer, "training_step", asked)
+    with caplog.at_level("INFO", logger="vlm.train.callbacks"), pytest.raises(SystemExit) as ended:
+        train("pretrain-smol", tmp_path / "run", *options)
+    assert ended.value.code == 143
+    assert "saved checkpoint-4" in caplog.text
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert not (tmp_path / "run" / "final").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(VLMTrainer, "training_step", step)
+    resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    assert losses(resumed) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_checkpoint_that_is_torn_costs_no_older_one(

@@ -22,7 +22,7 @@ from vlm.heads import renewed, settle_heads
 from vlm.inference.calibration import calibrate
 from vlm.models import VLMConfig, VLMForPrediction
 from vlm.models.modeling_prediction import built_head
-from vlm.train.callbacks import EpochOrder, MetricsFile, StopAtNaN
+from vlm.train.callbacks import EpochOrder, MetricsFile, StopAtNaN, StopWhenAsked
 from vlm.train.data import collator_of
 from vlm.train.features import FeatureDataset, Features, body_digest, computed, lay_out
 from vlm.train.head_data import HeadData, load_head_data, targets_of
@@ -125,7 +125,7 @@ def head_trainer(
         sampling="random" if cached else config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         on_skipped=SkippedRecords(folder, records.dataset, config.dataset, args.world_size),
         data_collator=lay_out if cached else collate, train_dataset=train, eval_dataset=evaluated,
-        callbacks=[MetricsFile(where), StopAtNaN()],
+        callbacks=[MetricsFile(where), StopAtNaN(), StopWhenAsked(saves=where == folder)],
     )  # fmt: skip
     trainer.add_callback(EpochOrder(lambda: trainer.order))
     return trainer

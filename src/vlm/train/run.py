@@ -14,7 +14,7 @@ from vlm.inference.text_metrics import METRICS, check_metrics
 from vlm.models import VLMConfig
 from vlm.train.answers import answer_metrics, answerer
 from vlm.train.arguments import training_arguments
-from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
+from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN, StopWhenAsked
 from vlm.train.data import collator_of, first_samples, load_data
 from vlm.train.model import compute_dtype, load_weights, prepare, settle_model
 from vlm.train.parts import table
@@ -79,7 +79,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         train_dataset=train_data,
         eval_dataset=eval_data,
         answer_metrics=answer_metrics(config, eval_data, processor, args),
-        callbacks=[MetricsFile(folder), StopAtNaN()],
+        callbacks=[MetricsFile(folder), StopAtNaN(), StopWhenAsked()],
     )
     trainer.add_callback(EpochOrder(lambda: trainer.order))
     if config.trainer.num_samples:
