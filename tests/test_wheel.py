@@ -41,7 +41,9 @@ def vlm(unpacked: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        str(file.relative_to(SOURCE)) for pattern in ("*.py", "*.yaml", "*.jinja") for file in SOURCE.rglob(pattern)
+        str(file.relative_to(SOURCE))
+        for pattern in ("*.py", "*.yaml", "*.jinja", "*.css")
+        for file in SOURCE.rglob(pattern)
     }
     assert {"vlm/config/base.yaml", "vlm/data/templates/v1.jinja", "vlm/models/modeling_vlm.py"} <= wanted
     assert wanted - held == set()
@@ -52,7 +54,9 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
 def test_the_wheel_carries_licence_and_console_script(unpacked: Path):
     info = next(unpacked.glob("small_vlm-*.dist-info"))
     assert "MIT License" in (info / "licenses" / "LICENSE").read_text()
-    assert "vlm = vlm.cli:main" in (info / "entry_points.txt").read_text()
+    entries = (info / "entry_points.txt").read_text()
+    assert "vlm = vlm.cli:main" in entries
+    assert "push-to-hub = vlm.hub.push_command:main" in entries
 
 
 def test_the_unpacked_wheel_composes_runs_and_has_its_templates(unpacked: Path):

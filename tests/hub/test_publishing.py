@@ -144,7 +144,9 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
     data = {"train": {"samples": 9, "images": 9, "sources": [
         {"source": "hf://lab/pictures", "path": "hf://lab/pictures", "samples": 9, "images": 9}]}}  # fmt: skip
     score = {"value": 0.5, "low": 0.4, "high": 0.6}
-    facts = RunFacts(tmp_path / "final", data=data, evaluations={"vqa": {"records": 7, "metrics": {"accuracy": score}}})
+    tasks = [{"task": "gqa", "metric": "exact_match", "value": 0.62, "error": 0.0043}]
+    evaluations = {"vqa": {"records": 7, "metrics": {"accuracy": score}}, "gqa": {"limit": None, "results": tasks}}
+    facts = RunFacts(tmp_path / "final", data=data, evaluations=evaluations)
     prepare(tmp_path / "final", tmp_path / "out", facts)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == ["openai/clip-vit-large-patch14-336", "Qwen/Qwen2.5-0.5B"]
@@ -152,6 +154,7 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
     assert "license" not in card.data.to_dict()
     assert "Evaluation `vqa`, 7 records:" in card.text
     assert "| accuracy | 0.500 [0.400, 0.600] |" in card.text
+    assert "| gqa · exact_match | 0.62 ± 0.0043 |" in card.text
     assert "[Qwen/Qwen2.5-0.5B](https://huggingface.co/Qwen/Qwen2.5-0.5B) (llama)" in card.text
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text_config"]["_name_or_path"] == "Qwen/Qwen2.5-0.5B"

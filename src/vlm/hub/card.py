@@ -152,8 +152,8 @@ def _results(run: RunFacts) -> str:
             titles = ("measure", *(key.replace("_", " ") for key in columns))
             blocks.append(f"{title}\n\n{_table(titles, rows)}")
     for name, results in run.evaluations.items():
-        if rows := list(_numbers(results.get("metrics") or results.get("results") or {})):
-            number = f", {results['records']:,} records" if isinstance(results.get("records"), int) else ""
+        if rows := [*_measures(results.get("metrics", {})), *_benchmarks(results.get("results", []))]:
+            number = f", {results['records']:,} records" if "records" in results else ""
             blocks.append(f"Evaluation `{name}`{number}:\n\n{_table(('measure', 'value'), rows)}")
     return "\n\n".join(block for block in blocks if block)
 
@@ -165,15 +165,16 @@ def _interval(found: Any) -> str:
     return f"{found['value']:.3f}{ends}"
 
 
-def _numbers(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The measures of an evaluation: numbers, and those with an interval, by task where there are several."""
-    for key, value in results.items():
-        if isinstance(value, dict) and "value" in value:
-            yield prefix + key, _interval(value)
-        elif isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key} · ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + key, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def _measures(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `vlm eval --data` measured."""
+    yield from ((name, _interval(one)) for name, one in found.items())
+
+
+def _benchmarks(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What `vlm eval --tasks` measured, with standard errors where lmms-eval gives some."""
+    for one in found:
+        error = "" if one.get("error") is None else f" ± {one['error']:.3g}"
+        yield f"{one['task']} · {one['metric']}", f"{one['value']:.4g}{error}"
 
 
 # Use
