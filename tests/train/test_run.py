@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,14 +144,15 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
 
     def asked(self: VLMTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step == 3:
-            children = [int(process.pid or 0) for process in multiprocessing.active_children()]
-            for process in [*children, os.getpid(), os.getpid()]:
-                os.kill(process, signal.SIGTERM)
+            group = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+            assert len(group) == 1 + workers
+            subprocess.run(["kill", "-TERM", *map(str, group)], check=True)  # by no parent of theirs
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args, **kwargs)
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(VLMTrainer, "training_step", asked)
-    with caplog.at_level("INFO", logger="vlm.train.callbacks"), pytest.raises(SystemExit) as ended:
+    with caplog.at_level("INFO", logger="vlm.train.stopping"), pytest.raises(SystemExit) as ended:
         train("pretrain-smol", tmp_path / "run", *options)
     assert ended.value.code == 143
     assert "saved checkpoint-4" in caplog.text

@@ -1,24 +1,14 @@
-"""What happens to a run while it goes: metrics, a loss plot and sample answers are left behind, and how it is ended."""
+"""What a run leaves behind while it goes, metrics, a loss plot and sample answers, and its end where the loss is NaN."""
 
 import json
-import logging
 import math
-import os
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.train.plots import draw_loss
-
-log = logging.getLogger(__name__)
-TERMINATED = 128 + signal.SIGTERM
-"""With what a run ends that was asked to."""
 
 
 class MetricsFile(TrainerCallback):
@@ -74,72 +64,6 @@ class StopAtNaN(TrainerCallback):
                 f"the loss is {logs['loss'] if logs else None} at step {state.global_step}: lower the learning rate, "
                 "or train in bf16 or fp32 instead of fp16. Checkpoints in the run directory, if any, are from before."
             )
-
-
-class StopWhenAsked(TrainerCallback):
-    """SIGTERM ends a run behind the step that it is at, with a checkpoint to go on from.
-
-    It may come several times, from whoever sends it and from a launcher that hands it on. Ranks get it at different
-    steps, or only one of them does: they agree behind each step.
-
-    Args:
-        saves: whether there is a checkpoint to be left.
-    """
-
-    def __init__(self, *, saves: bool = True):
-        self.saves = saves
-        self.asked = self.agreed = False
-        self.before: Any = signal.SIG_DFL
-        self.process = os.getpid()
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
-        """Listen; only a main thread can."""
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._heard)
-
-    def _heard(self, number: int, frame: Any) -> None:
-        """Take note. Data workers are made with this too: the first signal, to all of a group, leaves them running."""
-        self.asked = True
-        if os.getpid() != self.process:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Ask for a checkpoint where any rank was asked to end."""
-        self.agreed = self._any_rank(args.device)
-        if not self.agreed:
-            return control
-        if not self.saves:
-            self._end("was asked to end, and there is nothing to go on from")
-        control.should_save = True
-        return control
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any):
-        """End, now that the checkpoint is complete."""
-        if self.agreed:
-            self._end(
-                f"was asked to end and saved checkpoint-{state.global_step}; the same command with "
-                f"trainer.output_dir={args.output_dir} trainer.resume_from_checkpoint=true goes on"
-            )
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
-        """Listen no more."""
-        self._restore()
-
-    def _any_rank(self, device: torch.device) -> bool:
-        if not dist.is_initialized():
-            return self.asked
-        heard = torch.tensor([int(self.asked)], device=device)
-        dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-        return bool(heard.item())
-
-    def _end(self, how: str) -> None:
-        self._restore()
-        log.info("The run %s", how)
-        raise SystemExit(TERMINATED)
-
-    def _restore(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.before)
 
 
 class SampleAnswers(TrainerCallback):

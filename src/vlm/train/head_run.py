@@ -22,7 +22,7 @@ from vlm.heads import renewed, settle_heads
 from vlm.inference.calibration import calibrate
 from vlm.models import VLMConfig, VLMForPrediction
 from vlm.models.modeling_prediction import built_head
-from vlm.train.callbacks import EpochOrder, MetricsFile, StopAtNaN, StopWhenAsked
+from vlm.train.callbacks import EpochOrder, MetricsFile, StopAtNaN
 from vlm.train.data import collator_of
 from vlm.train.features import FeatureDataset, Features, body_digest, computed, lay_out
 from vlm.train.head_data import HeadData, load_head_data, targets_of
@@ -32,6 +32,7 @@ from vlm.train.model import compute_dtype, load_weights, prepare
 from vlm.train.parts import Part, table
 from vlm.train.plots import write_first_batch
 from vlm.train.run_directory import SkippedRecords, contribution_table, describe_data
+from vlm.train.stopping import StopWhenAsked
 from vlm.train.trainer import checkpoint_to_resume
 
 log = logging.getLogger(__name__)

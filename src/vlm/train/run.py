@@ -14,7 +14,7 @@ from vlm.inference.text_metrics import METRICS, check_metrics
 from vlm.models import VLMConfig
 from vlm.train.answers import answer_metrics, answerer
 from vlm.train.arguments import training_arguments
-from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN, StopWhenAsked
+from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
 from vlm.train.data import collator_of, first_samples, load_data
 from vlm.train.model import compute_dtype, load_weights, prepare, settle_model
 from vlm.train.parts import table
@@ -26,6 +26,7 @@ from vlm.train.run_directory import (
     describe,
     describe_data,
 )
+from vlm.train.stopping import StopWhenAsked
 from vlm.train.trainer import VLMTrainer, checkpoint_to_resume
 
 log = logging.getLogger(__name__)

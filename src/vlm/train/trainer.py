@@ -30,6 +30,7 @@ from vlm.families.table import part_names
 from vlm.inference.metrics import loss_measures, sample_losses, supervised
 from vlm.models.modeling_vlm import supervised_loss
 from vlm.train.parts import Part, parameter_groups
+from vlm.train.stopping import left_running
 
 WEIGHTS = "trained.safetensors"
 COMPLETE = "complete"
@@ -145,11 +146,15 @@ class VLMTrainer(Trainer):
             return super().get_train_dataloader()
         args = self.args
         workers = args.dataloader_num_workers
-        return DataLoader(
+        return left_running(DataLoader(
             self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator, num_workers=workers,
             pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As usual; its workers outlive a signal to all of the run, which then saves a checkpoint."""
+        return left_running(super()._get_dataloader(*args, **kwargs))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """As usual; what a batch says of records left out is taken out of it and told."""

@@ -1,0 +1,95 @@
+"""How a run is ended from outside: by SIGTERM, which clusters send before they take a machine back."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+log = logging.getLogger(__name__)
+
+TERMINATED = 128 + signal.SIGTERM
+"""With what a run ends that was asked to."""
+
+
+class StopWhenAsked(TrainerCallback):
+    """SIGTERM ends a run behind the step that it is at, with a checkpoint to go on from.
+
+    It may come several times, from whoever sends it and from a launcher that hands it on. Ranks get it at different
+    steps, or only one of them does: they agree behind each step.
+
+    Args:
+        saves: whether there is a checkpoint to be left.
+    """
+
+    def __init__(self, *, saves: bool = True):
+        self.saves = saves
+        self.asked = self.agreed = False
+        self.before: Any = signal.SIG_DFL
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+        """Listen; only a main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._heard)
+
+    def _heard(self, number: int, frame: Any) -> None:
+        """Take note."""
+        self.asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Ask for a checkpoint where any rank was asked to end."""
+        self.agreed = self._any_rank(args.device)
+        if not self.agreed:
+            return control
+        if not self.saves:
+            self._end("was asked to end, and there is nothing to go on from")
+        control.should_save = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any):
+        """End, now that the checkpoint is complete."""
+        if self.agreed:
+            self._end(
+                f"was asked to end and saved checkpoint-{state.global_step}; the same command with "
+                f"trainer.output_dir={args.output_dir} trainer.resume_from_checkpoint=true goes on"
+            )
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+        """Listen no more."""
+        self._restore()
+
+    def _any_rank(self, device: torch.device) -> bool:
+        if not dist.is_initialized():
+            return self.asked
+        heard = torch.tensor([int(self.asked)], device=device)
+        dist.all_reduce(heard, op=dist.ReduceOp.MAX)
+        return bool(heard.item())
+
+    def _end(self, how: str) -> None:
+        self._restore()
+        log.info("The run %s", how)
+        raise SystemExit(TERMINATED)
+
+    def _restore(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.before)
+
+
+def left_running(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Let a signal to all processes of a run leave a loader's workers to their process, with which they end."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper makes its workers by another one
+    inner.worker_init_fn = partial(_deaf, inner.worker_init_fn)
+    return loader
+
+
+def _deaf(then: Callable[[int], None] | None, worker: int) -> None:
+    """Begin a data worker: PyTorch lets it die of the signal, and its process of that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
