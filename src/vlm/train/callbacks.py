@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes, metrics, a loss plot and sample answers, and its end where the loss is NaN."""
+"""What a run leaves behind while it goes: metrics, a loss plot, sample answers. And an end where its loss is NaN."""
 
 import json
 import math
