@@ -55,7 +55,7 @@ ROOMS = {
     "inference.generate_command": {"inference", "config.schema", "data", "adapters"},
     "inference.chat": {"inference", "config.schema"},
     "inference.predict_command": {"inference", "config.schema", "data", "adapters"},
-    "inference.serve_command": {"inference", "adapters"},
+    "inference.serve_command": {"inference"},
     "families.table": set(),
     "families.listing": {"families", "models", "config.check"},
     "families": {"families", "models", "data"},

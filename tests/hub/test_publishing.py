@@ -144,7 +144,10 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
     data = {"train": {"samples": 9, "images": 9, "sources": [
         {"source": "hf://lab/pictures", "path": "hf://lab/pictures", "samples": 9, "images": 9}]}}  # fmt: skip
     score = {"value": 0.5, "low": 0.4, "high": 0.6}
-    tasks = [{"task": "gqa", "metric": "exact_match", "value": 0.62, "error": 0.0043}]
+    tasks = [
+        {"task": "gqa", "metric": "exact_match", "value": 0.62, "error": 0.0043},
+        {"task": "vqav2_test", "metric": "submission", "value": None, "error": None},
+    ]
     evaluations = {"vqa": {"records": 7, "metrics": {"accuracy": score}}, "gqa": {"limit": None, "results": tasks}}
     facts = RunFacts(tmp_path / "final", data=data, evaluations=evaluations)
     prepare(tmp_path / "final", tmp_path / "out", facts)
@@ -155,6 +158,7 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
     assert "Evaluation `vqa`, 7 records:" in card.text
     assert "| accuracy | 0.500 [0.400, 0.600] |" in card.text
     assert "| gqa · exact_match | 0.62 ± 0.0043 |" in card.text
+    assert "| vqav2_test · submission | to be scored elsewhere |" in card.text
     assert "[Qwen/Qwen2.5-0.5B](https://huggingface.co/Qwen/Qwen2.5-0.5B) (llama)" in card.text
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text_config"]["_name_or_path"] == "Qwen/Qwen2.5-0.5B"

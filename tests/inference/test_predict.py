@@ -296,3 +296,14 @@ def test_another_head_on_the_same_body_is_another_checkpoint(checkpoint: Callabl
     changed = module.heads_digest(predictor)
     predictor.model.config.heads[0]["threshold"] = 0.4
     assert len({before, changed, module.heads_digest(predictor)}) == 3
+
+
+def test_a_system_prompt_is_said_before_one_prompt_as_before_many(checkpoint: Callable[..., Path], tmp_path: Path):
+    turn = {"from": "human", "value": PROMPT}
+    (tmp_path / "one.json").write_text(json.dumps([{"id": "a", "conversations": [turn]}]))
+    output = tmp_path / "out.jsonl"
+    ask(checkpoint("size"), "--input", tmp_path / "one.json", "--output", output, "--system-prompt", "Be brief.")
+    predictor = Predictor.load(checkpoint("size"), device="cpu")
+    said = predictor.predict(PROMPT, system_prompt="Be brief.")
+    assert rows_of(output)[0]["outputs"] == pytest.approx(said.outputs, abs=1e-5)
+    assert said.outputs != pytest.approx(predictor.predict(PROMPT).outputs, abs=1e-5)

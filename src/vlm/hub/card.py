@@ -174,7 +174,8 @@ def _benchmarks(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """What `vlm eval --tasks` measured, with standard errors where lmms-eval gives some."""
     for one in found:
         error = "" if one.get("error") is None else f" ± {one['error']:.3g}"
-        yield f"{one['task']} · {one['metric']}", f"{one['value']:.4g}{error}"
+        value = "to be scored elsewhere" if one["value"] is None else f"{one['value']:.4g}{error}"
+        yield f"{one['task']} · {one['metric']}", value
 
 
 # Use

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vlm.config.schema import DatasetConfig
+from vlm.data.sample import Turn
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.loading import checkpoint_config, load_checkpoint
 from vlm.models import VLMPredictionConfig
@@ -70,7 +71,7 @@ class Predictor:
 
     def predict(
         self, prompt: str | Sequence[str], images: Sequence[Any] = (), videos: Sequence[Any] = (), *,
-        max_frames: int = DatasetConfig.max_frames,
+        max_frames: int = DatasetConfig.max_frames, system_prompt: str | None = None,
     ) -> Any:  # fmt: skip
         """What the heads say of one prompt, or of several at once.
 
@@ -80,6 +81,7 @@ class Predictor:
             images: the pictures (paths or Pillow images) of the prompt; for several prompts, a list for each.
             videos: the videos (paths), likewise.
             max_frames: most frames of a video that the model sees.
+            system_prompt: said first, as `dataset.system_prompt` was in training.
 
         Returns:
             A `Prediction`, or head -> `Prediction` where there are several heads; for several prompts a list of these.
@@ -88,6 +90,8 @@ class Predictor:
             ValueError: as `VisionLanguageModel.generate`.
         """
         turns, media = self._asking.conversations(prompt, images, videos, max_frames)
+        first = [] if system_prompt is None else [Turn("system", (system_prompt,))]
+        turns = [[*first, *one] for one in turns]
         inputs = self._asking.inputs(turns, media, suffix=self.model.config.suffix_ids, left=False)
         found = [one if len(one) > 1 else next(iter(one.values())) for one in self.of(inputs)]
         return found[0] if isinstance(prompt, str) else found

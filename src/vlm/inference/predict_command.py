@@ -60,7 +60,9 @@ def _predict_one(args: argparse.Namespace) -> None:
     check_videos(args.video, args.max_frames)
     user_turn(args.prompt, len(images), [()] * len(args.video))
     predictor = _loaded(args)
-    found = predictor.predict(args.prompt, images, args.video, max_frames=args.max_frames)
+    found = predictor.predict(
+        args.prompt, images, args.video, max_frames=args.max_frames, system_prompt=args.system_prompt
+    )
     for name, said in (found if isinstance(found, dict) else {predictor.heads[0].name: found}).items():
         print(f"{name}: {said.prediction}" + (f"  (score {said.score:.4f})" if said.probabilities else ""))
         for label, chance in sorted(said.probabilities.items(), key=lambda one: -one[1])[:20]:

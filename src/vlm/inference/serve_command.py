@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from vlm.adapters.merge import add_base_option
+from vlm.inference.model_options import add_loading_options, loaded
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -20,15 +20,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--name", help="what requests call the model (default: its folder's or run's name)")
     found.add_argument("--host", default="127.0.0.1", help="whom it listens to (%(default)s: this machine only)")
     found.add_argument("--port", type=int, default=8000, help="(%(default)s)")
-    found.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
-    found.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    for bits in ("4bit", "8bit"):
-        found.add_argument(
-            f"--load-{bits}", f"--load_{bits}", dest="quantization", action="store_const", const=bits,
-            help=f"hold the language model in {bits[0]} bits (needs bitsandbytes)",
-        )  # fmt: skip
-    add_base_option(found)
-    found.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
+    add_loading_options(found)
     return found
 
 
@@ -45,16 +37,10 @@ def main(words: Sequence[str]) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     import uvicorn
-    from transformers.utils.logging import disable_progress_bar
 
-    from vlm.inference.generate import VisionLanguageModel
     from vlm.inference.serve import app_of
 
-    disable_progress_bar()
-    model = VisionLanguageModel.load(
-        args.checkpoint, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    model = loaded(args)
     if args.host not in LOOPBACK:
         print(f"Whoever reaches {args.host}:{args.port} can ask the model: there is no password.", file=sys.stderr)
     name = args.name or name_of(args.checkpoint)
