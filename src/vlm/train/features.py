@@ -4,14 +4,10 @@ A file is named by everything that its content depends on: the records and how t
 weight of the body, what is read of it, and the code and precision that compute it. It is read through memory maps.
 """
 
-import hashlib
-import importlib.metadata
-import inspect
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,12 +24,12 @@ from transformers import TrainingArguments
 
 from vlm.data.cache import digest_of
 from vlm.data.collate import SKIPPED
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import Skipped
 from vlm.data.labelled import HeadCollator, HeadDataset
-from vlm.data.processes import num_cores
 from vlm.models import VLMForPrediction
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.poolings import EACH_TOKEN
+from vlm.train.digests import code_digest, records_digest
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +141,7 @@ def computed(
 
     Args:
         model: the model, whose body is frozen.
-        body: see `body_digest`; of a large one it takes a while.
+        body: see `digests.body_digest`; of a large one it takes a while.
         dataset: the samples.
         collate: lays them out.
         args: batch size, workers, devices, precision.
@@ -161,7 +157,7 @@ def computed(
     starts = np.concatenate([[0], samples.lengths[first].astype(np.int64).cumsum()])
     readings = list(dict.fromkeys(map(Reading.of, model.config.settings)))
     name = digest_of(
-        records_digest(samples, first), dataset.pictures, body, str(model.dtype), code_digest(),
+        records_digest(samples, first), dataset.pictures, body, str(model.dtype), code_digest(Computation),
         args.bf16, args.fp16,
     )  # fmt: skip
     folder = cache / "features" / name
@@ -372,40 +368,3 @@ class _Numbered(Dataset[Any]):
 def _wait() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
-    """A name for the records at these places, how they become tokens, and their picture files as they are now."""
-    files = hashlib.sha256()
-    for index in first.tolist():
-        for one in samples.sample(index).media:
-            if one.path is not None and one.path.is_file():
-                facts = one.path.stat()
-                files.update(f"{one.path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    sources = [source.fingerprint for source in samples.sources]
-    processor = samples.processor
-    return digest_of(
-        sources, hashlib.sha256(samples.places[first].tobytes()).hexdigest(), files.hexdigest(), processor.to_dict()
-    )
-
-
-def body_digest(model: VLMForPrediction) -> str:
-    """A name for every number of a model's body, whatever device they are on, and how it computes with them."""
-    state = model.body.state_dict()
-    config = {name: value for name, value in model.config.body_config.to_diff_dict().items() if name != "recipe"}
-
-    def digest(name: str) -> str:
-        tensor = state[name].detach().cpu().contiguous()
-        content = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-        return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.blake2b(content).hexdigest()}"
-
-    with ThreadPoolExecutor(num_cores()) as pool:
-        return digest_of(list(pool.map(digest, sorted(state))), config)
-
-
-def code_digest() -> str:
-    """A name for the code that computes hidden states."""
-    folder = Path(inspect.getfile(VLMForPrediction)).parent
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py"))))
-    versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
-    return digest_of(code.hexdigest(), versions, inspect.getsource(Computation))

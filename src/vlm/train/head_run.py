@@ -24,7 +24,8 @@ from vlm.models import VLMConfig, VLMForPrediction
 from vlm.models.modeling_prediction import built_head
 from vlm.train.callbacks import EpochOrder, MetricsFile, StopAtNaN
 from vlm.train.data import collator_of
-from vlm.train.features import FeatureDataset, Features, body_digest, computed, lay_out
+from vlm.train.digests import body_digest
+from vlm.train.features import FeatureDataset, Features, computed, lay_out
 from vlm.train.head_data import HeadData, load_head_data, targets_of
 from vlm.train.head_report import report
 from vlm.train.head_trainer import HeadTrainer, Said

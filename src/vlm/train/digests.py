@@ -1,0 +1,52 @@
+"""Names for what hidden states depend on: records and their pictures, a body's weights, the code that computes them."""
+
+import hashlib
+import importlib.metadata
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlm.data.cache import digest_of
+from vlm.data.dataset import SampleDataset
+from vlm.data.processes import num_cores
+from vlm.models import VLMForPrediction
+
+
+def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
+    """A name for the records at these places, how they become tokens, and their picture files as they are now."""
+    files = hashlib.sha256()
+    for index in first.tolist():
+        for one in samples.sample(index).media:
+            if one.path is not None and one.path.is_file():
+                facts = one.path.stat()
+                files.update(f"{one.path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    sources = [source.fingerprint for source in samples.sources]
+    processor = samples.processor
+    return digest_of(
+        sources, hashlib.sha256(samples.places[first].tobytes()).hexdigest(), files.hexdigest(), processor.to_dict()
+    )
+
+
+def body_digest(model: VLMForPrediction) -> str:
+    """A name for every number of a model's body, whatever device they are on, and how it computes with them."""
+    state = model.body.state_dict()
+    config = {name: value for name, value in model.config.body_config.to_diff_dict().items() if name != "recipe"}
+
+    def digest(name: str) -> str:
+        tensor = state[name].detach().cpu().contiguous()
+        content = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.blake2b(content).hexdigest()}"
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        return digest_of(list(pool.map(digest, sorted(state))), config)
+
+
+def code_digest(computation: type) -> str:
+    """A name for the code that computes hidden states: the models', and a class that lets them."""
+    folder = Path(inspect.getfile(VLMForPrediction)).parent
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py"))))
+    versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
+    return digest_of(code.hexdigest(), versions, inspect.getsource(computation))
