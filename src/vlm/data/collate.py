@@ -10,6 +10,7 @@ from torch.utils.data import get_worker_info
 
 from vlm.data.dataset import Skipped
 from vlm.data.encode import IGNORED
+from vlm.data.facts import FACTS, facts_of
 
 SKIPPED = "skipped"
 """The key of a batch under which the records stand that were left out of it; the training loop takes them out."""
@@ -38,24 +39,26 @@ class Collator:
         rows: inputs of images with one row for each sample; the others are laid one after the other.
         tokens: inputs with one value for each token.
         left: whether rows are padded on the left, as generation wants them.
+        facts: whether batches have their `BatchFacts` under `FACTS`, for the training loop to take out.
     """
 
     def __init__(
         self, pad_token_id: int, dummy: Dummy | None = None, *, video_dummy: Dummy | None = None,
-        rows: Sequence[str] = (), tokens: Sequence[str] = (), left: bool = False,
+        rows: Sequence[str] = (), tokens: Sequence[str] = (), left: bool = False, facts: bool = False,
     ):  # fmt: skip
         self.pad_token_id = pad_token_id
         self.dummy, self.video_dummy = dummy, video_dummy
-        self.rows, self.tokens, self.left = rows, tokens, left
+        self.rows, self.tokens, self.left, self.facts = rows, tokens, left, facts
 
     @classmethod
     def of(
-        cls, processor: Any, dummy: Dummy | None = None, *, video_dummy: Dummy | None = None, left: bool = False
-    ) -> "Collator":
+        cls, processor: Any, dummy: Dummy | None = None, *, video_dummy: Dummy | None = None, left: bool = False,
+        facts: bool = False,
+    ) -> "Collator":  # fmt: skip
         """A collator for what a processor makes of images."""
         return cls(
             processor.tokenizer.pad_token_id, dummy, video_dummy=video_dummy, rows=processor.row_inputs,
-            tokens=processor.token_inputs, left=left,
+            tokens=processor.token_inputs, left=left, facts=facts,
         )  # fmt: skip
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class Collator:
         """
         skipped = [sample for sample in samples if isinstance(sample, Skipped)]
         items: list[dict[str, Any]] = [dict(sample) for sample in samples if not isinstance(sample, Skipped)]
+        real = [dict(item) for item in items] if self.facts else []
         items = items or [{"input_ids": [self.pad_token_id], "labels": [IGNORED]}]
         for item in items:
             item["attention_mask"] = [1] * len(item["input_ids"])
@@ -83,6 +87,8 @@ class Collator:
             batch[name] = self._input(name, [item.get(name) for item in items], longest)
         if skipped:
             batch[SKIPPED] = skipped
+        if self.facts:
+            batch[FACTS] = facts_of(real, batch["input_ids"].numel())
         return batch
 
     def _missing(self, given: set[str]) -> list[Dummy]:

@@ -42,11 +42,16 @@ def sample_encoder(config: RunConfig, model_config: Any, processor: Any) -> Samp
     return SampleEncoder(processor, longest, truncate=config.dataset.over_length == "truncate")
 
 
-def collator_of(processor: Any, data: Sequence[SampleDataset | SampleStream | None], world_size: int) -> Collator:
-    """What lays samples out so that every rank makes the same calls: a dummy of whatever a batch has none of."""
+def collator_of(
+    processor: Any, data: Sequence[SampleDataset | SampleStream | None], world_size: int, *, facts: bool = True
+) -> Collator:
+    """What lays samples out so that every rank makes the same calls: a dummy of whatever a batch has none of.
+
+    With `facts`, batches say what they hold, for the training loop to take out.
+    """
     shown = any(one is not None and one.has_videos for one in data) and processor.reads_videos_apart
     video = dummy_video(processor) if shown and world_size > 1 else None
-    return Collator.of(processor, dummy_image(processor), video_dummy=video)
+    return Collator.of(processor, dummy_image(processor), video_dummy=video, facts=facts)
 
 
 def first_samples(dataset: SampleDataset | SampleStream, most: int) -> list[Sample]:

@@ -66,7 +66,7 @@ def train_head(
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
     every = [data.train.dataset, *(None if one is None else one.dataset for one in (data.evaluation, data.test))]
-    collate = HeadCollator(collator_of(processor, every, args.world_size), data.heads)
+    collate = HeadCollator(collator_of(processor, every, args.world_size, facts=False), data.heads)
     if first:
         show_first(data.train, collate, processor, folder, args.train_batch_size)
     read = reader(config, model, data, collate, args, folder)

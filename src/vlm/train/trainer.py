@@ -24,6 +24,7 @@ from vlm.adapters.folder import save as save_on_base
 from vlm.config.schema import RunConfig
 from vlm.data.collate import SKIPPED
 from vlm.data.dataset import BlankPictures, SampleDataset, Skipped
+from vlm.data.facts import FACTS
 from vlm.data.sampling import GROUPED, ModalityLengthSampler, TogetherSampler
 from vlm.data.stream import SampleStream
 from vlm.families.table import part_names
@@ -160,6 +161,7 @@ class VLMTrainer(Trainer):
         """As usual; what a batch says of records left out is taken out of it and told."""
         batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
+            batch.pop(FACTS, None)
             self.on_skipped(batch.pop(SKIPPED, []), len(batch[self.ROWS]))
         return batches, number
 
@@ -210,6 +212,7 @@ class VLMTrainer(Trainer):
 
         def batches() -> Iterator[dict[str, Any]]:
             for batch in tqdm(loader, title, leave=False, disable=silent):
+                batch.pop(FACTS, None)
                 for one in batch.pop(SKIPPED, []):
                     raise one.refusal()
                 yield self._prepare_inputs(batch)
