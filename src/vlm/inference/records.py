@@ -1,10 +1,12 @@
 """Asking a model about every record of a file: records to prompts to batches to rows of a table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -19,6 +21,9 @@ from vlm.data.sample import BadSample, Sample, Size
 from vlm.data.sources import Source
 from vlm.inference.generate import need_room, on_device
 from vlm.inference.table import Table
+
+WINDOW = 8
+"""So many batches of records are read before they are put together by length, and kept in memory."""
 
 
 def prompt_source(
@@ -92,22 +97,27 @@ def fill(
         overwrite: whether what was begun is begun again.
 
     Returns:
-        All rows of the table.
+        All rows of the table, in the order of the records.
 
     Raises:
         ValueError: the table was begun with something else.
     """
-    done = first = table.begin(batch_size, overwrite=overwrite)
-    with table.opened() as write, tqdm(total=len(source), initial=done, desc=what, unit="record") as bar:
-        for read, batch in prompt_loader(source, processor, done, batch_size, num_workers, left=left):
-            if seed is not None:
-                torch.manual_seed(int(digest_of(seed, first)[:15], 16))
-            said = iter(ask(on_device(batch, processor, device)) if batch else [])
-            write([
-                row(sample, None if problem is not None else next(said), problem) for sample, problem in read
-            ])  # fmt: skip
-            bar.update(len(read))
-            first += len(read)
+    done = table.begin(overwrite=overwrite)
+    collate = Collator.of(processor, left=left)
+    with table.opened() as write, tqdm(total=len(source), initial=len(done), desc=what, unit="record") as bar:
+        for window in read_windows(source, done, batch_size, num_workers):
+            for batch in batches_of(window, batch_size):
+                numbers = [one.number for one in batch]
+                if done.issuperset(numbers):
+                    continue
+                if seed is not None:
+                    torch.manual_seed(int(digest_of(seed, numbers[0])[:15], 16))
+                said = ask(on_device(collate([one.inputs for one in batch]), processor, device))
+                write((one.number, row(one.sample, found, None)) for one, found in zip(batch, said, strict=True))
+                bar.update(len(set(numbers) - done))
+            bad = [one for one in window if one.problem is not None and one.number not in done]
+            write((one.number, row(one.sample, None, one.problem)) for one in bad)
+            bar.update(len(bad))
     rows = table.rows()
     table.finish()
     return rows
@@ -148,15 +158,59 @@ class Prompts(Dataset[Any]):
         return sample if sample.id != "?" else replace(sample, id=f"{self.source.name}:{self.start + index}")
 
 
-def prompt_loader(
-    source: Source, processor: Any, start: int, batch_size: int, num_workers: int, *, left: bool
-) -> DataLoader[Any]:
-    """Batches of (samples with their problem or None, inputs of those that have none), from a record on."""
-    collate = Collator.of(processor, left=left)
+@dataclass(frozen=True)
+class Prompt:
+    """A record that was read.
 
-    def lay_out(rows: list[tuple[Sample, Any]]) -> tuple[list[tuple[Sample, BadSample | None]], dict[str, Any]]:
-        read = [(sample, item if isinstance(item, BadSample) else None) for sample, item in rows]
-        whole = [item for _, item in rows if not isinstance(item, BadSample)]
-        return read, collate(whole) if whole else {}
+    Attributes:
+        number: its place in the source.
+        sample: what it is.
+        inputs: what the model reads of it; nothing where that cannot be.
+        problem: why it cannot be read.
+    """
 
-    return DataLoader(Prompts(source, start), batch_size, collate_fn=lay_out, num_workers=num_workers)
+    number: int
+    sample: Sample
+    inputs: dict[str, Any]
+    problem: BadSample | None = None
+
+
+def read_windows(
+    source: Source, done: Collection[int], batch_size: int, num_workers: int
+) -> Iterator[list[Prompt]]:  # fmt: skip
+    """Records in pieces of `WINDOW` batches, from the first piece on in which one is not done yet.
+
+    The pieces begin at the same records wherever a run was stopped, so that the same batches are made of them.
+    """
+    size = WINDOW * batch_size
+    start = next((number for number in range(len(source)) if number not in done), len(source)) // size * size
+    # What data workers hand over as tensors would hold an open file for each, of which a process has few.
+    loader = DataLoader(Prompts(source, start), batch_size, collate_fn=_as_arrays, num_workers=num_workers)
+    rows = enumerate((row for chunk in loader for row in chunk), start)
+    while window := [_prompt(number, *row) for number, row in islice(rows, size)]:
+        yield window
+
+
+def batches_of(window: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
+    """The records of a window that can be asked, those of like length together, the longest first.
+
+    The longest come first, so that what the memory does not hold shows at once.
+    """
+    whole = [one for one in window if one.problem is None]
+    order = sorted(whole, key=lambda one: len(one.inputs["input_ids"]), reverse=True)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _as_arrays(rows: Sequence[tuple[Sample, Any]]) -> list[tuple[Sample, Any]]:
+    return [
+        (sample, item if isinstance(item, BadSample) else
+         {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in item.items()})
+        for sample, item in rows
+    ]  # fmt: skip
+
+
+def _prompt(number: int, sample: Sample, item: Any) -> Prompt:
+    if isinstance(item, BadSample):
+        return Prompt(number, sample, {}, item)
+    inputs = {name: torch.from_numpy(one) if isinstance(one, np.ndarray) else one for name, one in item.items()}
+    return Prompt(number, sample, inputs)

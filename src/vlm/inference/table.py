@@ -1,13 +1,14 @@
 """A file of rows about records, written as they come, and gone on with where it was stopped.
 
-Rows are written to `OUTPUT.partial`, which becomes OUTPUT when it is complete; `OUTPUT.partial.json` beside it says
-what is being written, so that another run goes on with nothing but that.
+Rows are written to `OUTPUT.partial` in the order in which they are made, each with the number of its record, and to
+OUTPUT in the order of the records when all are there; `OUTPUT.partial.json` says what is being written, so that another
+run goes on with nothing but that.
 """
 
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,60 +44,62 @@ class Table:
         self.partial = path.with_name(f"{path.name}.partial")
         self.facts = path.with_name(f"{path.name}.partial.json")
 
-    def begin(self, batch_size: int = 1, *, overwrite: bool) -> int:
-        """How many rows are there already, of a run that was stopped; what it left of a last batch is cut off.
+    def begin(self, *, overwrite: bool) -> set[int]:
+        """The records whose rows are there already, of a run that was stopped; a torn row is cut off.
 
         Args:
-            batch_size: rows that are made together: another run makes the same batches.
             overwrite: whether what was begun is begun again.
 
         Raises:
             ValueError: what was begun is something else.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"fingerprint": self.fingerprint, "rows": "with numbers"}
         if not (self.partial.exists() and self.facts.exists()) or overwrite:
-            self.facts.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n", encoding="utf-8")
+            self.facts.write_text(json.dumps(facts) + "\n", encoding="utf-8")
             self.partial.write_bytes(b"")
-            return 0
-        if json.loads(self.facts.read_text(encoding="utf-8"))["fingerprint"] != self.fingerprint:
+            return set()
+        if json.loads(self.facts.read_text(encoding="utf-8")) != facts:
             raise ValueError(
                 f"{self.partial} was begun with another checkpoint, other records or other options; name another "
                 "output, or give --overwrite"
             )
         content = self.partial.read_bytes()
-        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-        kept = lines[: len(lines) - len(lines) % batch_size]
-        self.partial.write_bytes(b"".join(kept))
-        return len(kept)
+        self.partial.write_bytes(content[: content.rfind(b"\n") + 1])
+        return set(self._numbered())
 
     @contextmanager
-    def opened(self) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
-        """A function that writes rows, which are on disk then."""
+    def opened(self) -> Iterator[Callable[[Iterable[tuple[int, dict[str, Any]]]], None]]:
+        """A function that writes rows with the numbers of their records; they are on disk then."""
         with self.partial.open("a", encoding="utf-8") as file:
 
-            def write(rows: Sequence[dict[str, Any]]) -> None:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            def write(rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
+                file.writelines(json.dumps(numbered, ensure_ascii=False) + "\n" for numbered in rows)
                 file.flush()
 
             yield write
 
     def rows(self) -> list[dict[str, Any]]:
-        """What has been written."""
+        """What has been written, in the order of the records."""
+        return [row for _, row in sorted(self._numbered().items())]
+
+    def _numbered(self) -> dict[int, dict[str, Any]]:
+        """Rows by their numbers; of one that was written twice, the later."""
         with self.partial.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            return dict(map(json.loads, file))
 
     def finish(self) -> None:
         """Give the file its form and its name."""
-        if self.path.suffix == ".csv":
-            table = self.path.with_name(f"{self.path.name}.partial.csv")
-            with table.open("w", encoding="utf-8", newline="") as file:
+        whole = self.path.with_name(f"{self.path.name}.partial.whole")
+        with whole.open("w", encoding="utf-8", newline="" if self.path.suffix == ".csv" else "\n") as file:
+            if self.path.suffix == ".csv":
                 writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows({name: _cell(value) for name, value in row.items()} for row in self.rows())
-            table.replace(self.path)
-            self.partial.unlink()
-        else:
-            self.partial.replace(self.path)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
+        whole.replace(self.path)
+        self.partial.unlink()
         self.facts.unlink()
 
 
