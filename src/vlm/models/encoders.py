@@ -5,11 +5,21 @@ Hub code: imports torch and transformers only.
 Shapes: I images, P features an image, V width of the features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+STOPPED = (
+    "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "ijepa",
+)  # fmt: skip
+"""Model types whose `hidden_states[k]` is what the first `k` of their layers give: no layer behind it has to run.
+
+timm's models stop where timm's own code lets them; any other encoder runs to its end.
+"""
 
 
 class Encoders(nn.Module):
@@ -48,6 +58,7 @@ def read_features(
     """The selected tokens of the selected hidden states of one encoder: `(I, 3, height, width) -> (I, P, V)`.
 
     Only the selected hidden states are kept; several are concatenated by channel in the order in which they are named.
+    Layers behind the last of them are not run, see `STOPPED`.
 
     Args:
         encoder: any encoder of transformers.
@@ -61,7 +72,7 @@ def read_features(
     else:
         layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
         wanted = sorted(set(layers))
-        states = encoder(pixel_values, output_hidden_states=wanted, return_dict=True).hidden_states
+        states = _hidden_states(encoder, pixel_values, wanted)
         kept = [state for state in states if state is not None]
         if len(kept) != len(wanted):  # an encoder that gives all of them, whatever it is asked for
             kept = [states[layer] for layer in wanted]
@@ -75,6 +86,60 @@ def read_features(
             return torch.cat([features[:, :1], features[:, num_prefix_tokens:]], dim=1)
         case _:
             return features
+
+
+def _hidden_states(encoder: nn.Module, pixel_values: Tensor, wanted: list[int]) -> Sequence[Tensor | None]:
+    """Those that are wanted, or all; those of others may be None."""
+    if hasattr(encoder, "timm_model") and not encoder.features_only:
+        pixels = pixel_values.to(encoder.device, encoder.dtype)  # as the wrapper does, which would not stop
+        timm_model = encoder.timm_model
+        return timm_model.forward_intermediates(pixels, indices=wanted, stop_early=True, intermediates_only=True)
+    with _first_layers(encoder, max(*wanted, 1)):
+        return encoder(pixel_values, output_hidden_states=wanted, return_dict=True).hidden_states
+
+
+class _FirstLayers(nn.ModuleList):
+    """All layers under their names, of which a loop sees the first so many: nothing is taken out of the model.
+
+    Args:
+        layers: all of them.
+        number: how many a loop sees.
+    """
+
+    def __init__(self, layers: nn.ModuleList, number: int):
+        super().__init__()
+        self._modules = layers._modules
+        self.number = number
+        self.whole = (layers,)  # in a tuple, it is no module of this one
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return islice(super().__iter__(), self.number)
+
+
+@contextmanager
+def _first_layers(encoder: nn.Module, number: int) -> Iterator[None]:
+    """Within, an encoder that is `STOPPED` runs its first so many layers."""
+    place = _place_of_layers(encoder) if encoder.config.model_type in STOPPED else None
+    if place is None or number >= encoder.config.num_hidden_layers or torch.compiler.is_compiling():
+        yield
+        return
+    owner, name = place
+    layers = getattr(owner, name)
+    whole = layers.whole[0] if isinstance(layers, _FirstLayers) else layers  # another thread may be at it
+    setattr(owner, name, _FirstLayers(whole, number))
+    try:
+        yield
+    finally:
+        setattr(owner, name, whole)
+
+
+def _place_of_layers(encoder: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module that holds an encoder's layers, and under which name; None where it has several such lists."""
+    found = [
+        (owner, name) for owner in encoder.modules() for name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == encoder.config.num_hidden_layers
+    ]  # fmt: skip
+    return found[0] if len(found) == 1 else None
 
 
 def as_tokens(state: Tensor) -> Tensor:
