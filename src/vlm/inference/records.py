@@ -183,7 +183,10 @@ def read_windows(
     The pieces begin at the same records wherever a run was stopped, so that the same batches are made of them.
     """
     size = WINDOW * batch_size
-    start = next((number for number in range(len(source)) if number not in done), len(source)) // size * size
+    first = next((number for number in range(len(source)) if number not in done), None)
+    if first is None:
+        return
+    start = first - first % size
     # What data workers hand over as tensors would hold an open file for each, of which a process has few.
     loader = DataLoader(Prompts(source, start), batch_size, collate_fn=_as_arrays, num_workers=num_workers)
     rows = enumerate((row for chunk in loader for row in chunk), start)
