@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.tiny_parts import IGNORED, Parts, picture
-from vlm.data.collate import SKIPPED, Collator
+from vlm.data.collate import INDEX, ONCE, SKIPPED, Collator
 from vlm.data.dataset import Skipped, blank_picture, dummy_image
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
+from vlm.models.anyres import AnyRes, ImageNewline
 
 PAD = 99
 
@@ -134,3 +135,80 @@ def test_a_blank_picture_is_the_processors_mean(built):
     assert pixels.shape == (1, 3, 24, 24)
     assert pixels.abs().max() < 0.02
     assert not torch.equal(pixels, built[1].pixel_values([picture()]))
+
+
+def test_equal_pictures_stand_once():
+    rows = [sample([1, 2], 2, 0), sample([3, 4]), sample([5, 6], 3, 0)]
+    batch = Collator(PAD, once=ONCE)(rows)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert batch[INDEX].tolist() == [0, 1, 0, 1, 2]
+    assert len(rows[2]["pixel_values"]) == 3, "the samples are left as they were"
+    whole = Collator(PAD)(rows)
+    assert INDEX not in whole
+    assert torch.equal(batch["pixel_values"][batch[INDEX]], whole["pixel_values"])
+
+
+def test_a_row_may_have_nothing_but_pictures_of_others():
+    batch = Collator(PAD, once=ONCE)([sample([1, 2], 1, 7), sample([3, 4], 1, 7)])
+    assert batch["pixel_values"].shape == (1, 3, 2, 2)
+    assert batch[INDEX].tolist() == [0, 0]
+
+
+def test_pictures_that_differ_in_one_place_are_two():
+    one, other = sample([1, 2], 1), sample([3, 4], 1)
+    other["pixel_values"][0, 2, 1, 1] += 1e-6
+    batch = Collator(PAD, once=ONCE)([one, other])
+    assert len(batch["pixel_values"]) == 2
+    assert INDEX not in batch
+
+
+@pytest.mark.parametrize("trains", [("connector",), ("visual_encoder", "connector", "language_model")])
+@pytest.mark.parametrize("connector", ["mlp", "qformer"])
+def test_pictures_that_stand_once_train_as_all_of_them_do(parts: Parts, connector: str, trains: tuple[str, ...]):
+    """Loss and gradients; with dropout too, which falls anew on each of equal pictures."""
+    options = {"num_queries": 4, "hidden_dim": 16, "num_layers": 1, "num_heads": 2} if connector == "qformer" else {}
+    model, processor = parts.model(connector=connector, options=options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trains))
+    model.train()
+    seen: list[int] = []
+    model.visual_encoder.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    rows = [pictured_row(processor, 1, 2), pictured_row(processor), pictured_row(processor, 2, 1, 1)]
+    found = []
+    for once in ((), ONCE):
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = model(**Collator.of(processor, once=once)(rows)).loss
+        loss.backward()
+        found.append((loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    assert seen == ([5, 5] if "visual_encoder" in trains else [5, 2])
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-6)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def pictured_row(processor: VLMProcessor, *pictures: int) -> dict[str, Any]:
+    """A supervised row with these pictures of noise."""
+    ids, _ = processor.tokenize("<image>" * len(pictures) + "what is it? a red circle")
+    inputs = processor.image_inputs([picture(number) for number in pictures])
+    return sample(ids) | {name: processor.normalise(value) for name, value in inputs.items()}
+
+
+def test_equal_tiles_stand_once(parts: Parts):
+    """A blank picture's tiles are all alike; what is laid out is the same."""
+    model, processor = parts.model()
+    tiling = {"grids": [[1, 2], [2, 1]], "tile_size": 24, "tokens_side": 3}
+    model.config.anyres = processor.anyres = tiling
+    model.image_newline = ImageNewline(AnyRes(**tiling), model.config.text_config.hidden_size)
+    rows = []
+    for one in (blank_picture(processor, (24, 48)), picture(1, (48, 24)), blank_picture(processor, (24, 48))):
+        size = (one.height, one.width)
+        ids, _ = processor.tokenize("<image>what is it?", (), [size])
+        inputs = processor.image_inputs([one], [size])
+        rows.append(sample(ids) | inputs | {"pixel_values": processor.normalise(inputs["pixel_values"])})
+    whole, once = Collator.of(processor)(rows), Collator.of(processor, once=ONCE)(rows)
+    assert len(whole["pixel_values"]) == 9
+    assert len(once["pixel_values"]) < 6
+    with torch.no_grad():
+        torch.testing.assert_close(model(**once).loss, model(**whole).loss, rtol=0, atol=1e-6)

@@ -1,6 +1,5 @@
 """Encoders stop at the layer that is read: the same features bit by bit, fewer layers run, nothing changed in them."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest

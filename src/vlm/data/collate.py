@@ -1,7 +1,9 @@
 """Samples into batches: padding, a dummy image where a batch has none, and a list of the records left out."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -18,6 +20,11 @@ SKIPPED = "skipped"
 TEXT = ("input_ids", "labels")
 """What every sample has; its other keys are what the model reads of its images."""
 
+ONCE = ("pixel_values", "image_features")
+"""Inputs in which composed models take equal images once, and beside them which of those each image is."""
+
+INDEX = "image_index"
+"""The key of a batch under which that stands, where some are equal."""
 
 VIDEOS = "pixel_values_videos"
 """The input of videos that are read by themselves: `(videos, frames, 3, height, width)`, or loose patches."""
@@ -40,25 +47,28 @@ class Collator:
         tokens: inputs with one value for each token.
         left: whether rows are padded on the left, as generation wants them.
         facts: whether batches have their `BatchFacts` under `FACTS`, for the training loop to take out.
+        once: inputs in which equal images stand once, see `ONCE`.
     """
 
     def __init__(
         self, pad_token_id: int, dummy: Dummy | None = None, *, video_dummy: Dummy | None = None,
         rows: Sequence[str] = (), tokens: Sequence[str] = (), left: bool = False, facts: bool = False,
+        once: Sequence[str] = (),
     ):  # fmt: skip
         self.pad_token_id = pad_token_id
         self.dummy, self.video_dummy = dummy, video_dummy
         self.rows, self.tokens, self.left, self.facts = rows, tokens, left, facts
+        self.once = once
 
     @classmethod
     def of(
         cls, processor: Any, dummy: Dummy | None = None, *, video_dummy: Dummy | None = None, left: bool = False,
-        facts: bool = False,
+        facts: bool = False, once: Sequence[str] = (),
     ) -> "Collator":  # fmt: skip
         """A collator for what a processor makes of images."""
         return cls(
             processor.tokenizer.pad_token_id, dummy, video_dummy=video_dummy, rows=processor.row_inputs,
-            tokens=processor.token_inputs, left=left, facts=facts,
+            tokens=processor.token_inputs, left=left, facts=facts, once=once,
         )  # fmt: skip
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
@@ -78,6 +88,7 @@ class Collator:
             _append(shortest, *dummy, self.tokens)
         longest = max(len(item["input_ids"]) for item in items)
         fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        index = self._once(items)
         batch: dict[str, Any] = {
             name: torch.from_numpy(np.stack([self._padded(item[name], longest, fill) for item in items]))
             for name, fill in fills.items()
@@ -85,6 +96,8 @@ class Collator:
         names = dict.fromkeys(name for item in items for name in _images(item, self.tokens, every=True))
         for name in names:
             batch[name] = self._input(name, [item.get(name) for item in items], longest)
+        if index is not None:
+            batch[INDEX] = index
         if skipped:
             batch[SKIPPED] = skipped
         if self.facts:
@@ -97,6 +110,23 @@ class Collator:
             return [] if self.dummy is None or given else [self.dummy]
         both = [one for one in (self.dummy, self.video_dummy) if one is not None]
         return [(ids, inputs) for ids, inputs in both if given.isdisjoint(inputs)]
+
+    def _once(self, items: Sequence[dict[str, Any]]) -> Tensor | None:
+        """Leave of equal images the first one: which of those that stay each is, `(images,)`; None: none are equal."""
+        given = {name for item in items for name in self.once if item.get(name) is not None}
+        if not given:
+            return None
+        (name,) = given
+        seen = [item for item in items if item.get(name) is not None]
+        images = [image for item in seen for image in item[name]]
+        first, index = distinct(images)
+        if len(first) == len(images):
+            return None
+        waiting = iter(range(len(images)))
+        for item in seen:
+            kept = [place for place, number in enumerate(islice(waiting, len(item[name]))) if number in first]
+            item[name] = item[name][kept] if kept else None
+        return torch.tensor(index)
 
     def _padded(self, values: Any, longest: int, fill: int) -> np.ndarray:
         """Values for each token of a row, filled up to the longest."""
@@ -125,6 +155,23 @@ class Collator:
     def _along(self, value: Tensor, longest: int) -> Tensor:
         filling = value.new_zeros((longest - len(value), *value.shape[1:]))
         return torch.cat([filling, value] if self.left else [value, filling])
+
+
+def distinct(images: Sequence[Tensor]) -> tuple[dict[int, int], list[int]]:
+    """Which images differ: the place where each stands first -> its number, and the number of every one."""
+    first: dict[int, int] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    index = []
+    for place, image in enumerate(images):
+        content = image.contiguous().view(-1).view(torch.uint8).numpy()
+        found = alike.setdefault((image.dtype, tuple(image.shape), crc32(content)), [])
+        same = next((one for one in found if torch.equal(images[one], image)), None)
+        if same is None:
+            same = place
+            found.append(place)
+            first[place] = len(first)
+        index.append(first[same])
+    return first, index
 
 
 def _images(item: Mapping[str, Any], tokens: Sequence[str], *, every: bool = False) -> list[str]:

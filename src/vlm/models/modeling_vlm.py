@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import ModelOutput
@@ -26,6 +27,9 @@ from .encoders import Encoders, as_one_part, read_features
 
 IGNORED = -100
 """The label of a position that is not supervised."""
+
+MOST_LOGITS = 2**26
+"""So many logits of one piece at most: 256 MiB in float32."""
 
 
 @dataclass
@@ -122,14 +126,38 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.visual_encoder.eval()
         return self
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> Tensor:
-        """Encode images and map them: `(I, 3 * encoders, height, width) -> (I, N, D)`.
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Encode images and map them: `(I, 3 * encoders, height, width) -> (I, N, D)`, `(images, N, D)` by an index.
 
-        A frozen encoder runs without a gradient graph; only the selected hidden states are kept.
+        A frozen encoder runs without a gradient graph; only the selected hidden states are kept. What training makes
+        different for equal images (dropout, statistics of the batch) stays different for them.
+
+        Args:
+            pixel_values: the images.
+            image_features: `(I, P, V)`: what `encode_images` gives for them, in place of pixels.
+            image_index: `(images,)`: which of the I each image is; None: they are the images.
+            kwargs: nothing; as transformers declares it.
         """
+        if image_features is None:
+            assert pixel_values is not None
+            if image_index is not None and self.visual_encoder.training:
+                pixel_values, image_index = pixel_values[image_index], None
+            image_features = self.encode_images(pixel_values)
+        if image_index is not None and _draws(self.connector):
+            image_features, image_index = image_features[image_index], None
+        mapped = self.connector(image_features.to(_dtype(self.connector, image_features)))
+        return mapped if image_index is None else mapped[image_index]
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """What the connector reads: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.visual_encoder)):
-            features = self._encode(pixel_values.to(self.visual_encoder.dtype))  # (I, P, V)
-        return self.connector(features.to(_dtype(self.connector, features)))
+            return self._encode(pixel_values.to(self.visual_encoder.dtype))
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         """The features that are read, of all encoders by channel: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
@@ -144,22 +172,24 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None,
         image_sizes: Tensor | None = None,
         image_views: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_index: Tensor | None = None,
     ) -> Tensor:
         """Text embeddings with image features at the placeholders: `(B, T), (I, 3, h, w) -> (B, T, D)`.
 
-        `image_sizes` and `image_views` as `forward` takes them.
+        The other arguments as `forward` takes them.
 
         Raises:
             ValueError: the placeholders are not as many as the images have features; says for which rows. Or pixels
                 are whole numbers, which the processor has yet to normalise.
         """
         embeddings = self.get_input_embeddings()(input_ids)
-        if pixel_values is None:
+        if pixel_values is None and image_features is None:
             return embeddings
-        if not pixel_values.is_floating_point():
+        if pixel_values is not None and not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}: processor.normalise(pixels) is missing")
         placeholders = input_ids == self.config.image_token_id  # (B, T)
-        features = self.get_image_features(pixel_values).to(embeddings.dtype)  # (I, N, D)
+        features = self.get_image_features(pixel_values, image_features, image_index).to(embeddings.dtype)  # (I, N, D)
         if self.image_newline is not None:
             return embeddings.masked_scatter(
                 placeholders.unsqueeze(-1), self._lay_out(features, placeholders, image_sizes, image_views)
@@ -207,8 +237,11 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        num_chunks: int = 1,
         image_sizes: Tensor | None = None,
         image_views: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_index: Tensor | None = None,
         **kwargs,
     ) -> VLMOutput:
         """One pass of the model.
@@ -225,19 +258,32 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 supervised positions alone.
             logits_to_keep: without `labels`, as the language model takes it.
             num_items_in_batch: what the summed loss is divided by; None: the supervised positions of this batch.
+            num_chunks: with `labels`, in how many pieces supervised positions go through the vocabulary head. With more
+                than one, logits live only as long as their piece: they are computed anew for its gradient, and not
+                returned. Only for language models whose logits are their head's output and nothing further.
             image_sizes: with `config.anyres`, `(images, 2)`: height and width of each image in pixels.
             image_views: with `config.anyres`, `(images,)`: views of each image, as `AnyRes.num_views` counts them.
+            image_features: `(I, P, V)` in place of `pixel_values`: what `encode_images` gives for them.
+            image_index: `(images,)`: which of the I each image is, with `config.anyres` each view; None: in order.
             kwargs: for the language model, such as `use_cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.merge_images(input_ids, pixel_values, image_sizes, image_views)
+            inputs_embeds = self.merge_images(
+                input_ids, pixel_values, image_sizes, image_views, image_features, image_index
+            )
         targets = None
         if labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # (B, T): what each position predicts
             logits_to_keep = targets != IGNORED
+            if num_chunks > 1:
+                text = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+                hidden = self.get_decoder()(inputs_embeds=inputs_embeds, **text).last_hidden_state
+                head = self.get_output_embeddings()
+                kept, wanted = hidden[logits_to_keep], targets[logits_to_keep]
+                return VLMOutput(loss=chunked_loss(head, kept, wanted, num_items_in_batch, num_chunks))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -263,13 +309,17 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         image_views: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_index: Tensor | None = None,
         **kwargs,
     ) -> ModelOutput:
         """The language model over text and images without its vocabulary head; arguments as `forward`.
 
         Returns what the decoder does: `last_hidden_state` `(B, T, D)`, and `hidden_states` where asked for.
         """
-        embeddings = self.merge_images(input_ids, pixel_values, image_sizes, image_views)
+        embeddings = self.merge_images(
+            input_ids, pixel_values, image_sizes, image_views, image_features, image_index
+        )
         return self.get_decoder()(inputs_embeds=embeddings, **kwargs)
 
     @torch.no_grad()
@@ -279,9 +329,10 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns what it returns for token inputs: the prompts' ids followed by the answers'.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        layout = kwargs.pop("image_sizes", None), kwargs.pop("image_views", None)
-        if pixel_values is not None:
-            kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values, *layout)
+        names = ("image_sizes", "image_views", "image_features", "image_index")
+        given = {name: kwargs.pop(name, None) for name in names}
+        if pixel_values is not None or given["image_features"] is not None:
+            kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values, **given)
         return super().generate(input_ids=input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
@@ -304,14 +355,43 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
     """Cross-entropy in float32 at the supervised positions: `(S, vocabulary), (S,) -> ()`.
 
-    The sum over `num_items`, or the mean; 0 where nothing is supervised.
+    The sum over `num_items`, or the mean; 0 where nothing is supervised. Logits of less precision are widened piece by
+    piece.
     """
-    total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+    num_chunks = 1 if logits.dtype == torch.float32 else -(-logits.numel() // MOST_LOGITS)
+    return chunked_loss(nn.Identity(), logits, targets, num_items, max(num_chunks, 1))
+
+
+def chunked_loss(
+    head: Any, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_chunks: int
+) -> Tensor:
+    """`supervised_loss` of the logits that a vocabulary head gives, piece by piece: `(S, D), (S,) -> ()`.
+
+    The head is called `num_chunks` times whatever S is, and of several pieces as often again for the gradient: ranks
+    that share its weights out have to make the same calls.
+    """
+    targets = targets.to(hidden.device)
+    if num_chunks == 1:
+        total = _piece_loss(head, hidden, targets)
+    else:
+        pieces = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+        losses: list[Any] = [checkpoint(_piece_loss, head, *piece, use_reentrant=False) for piece in pieces]
+        total = torch.stack(losses).sum()
     return total / (max(targets.numel(), 1) if num_items is None else num_items)
+
+
+def _piece_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module in training may give different rows for equal ones."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    return any(child.training and isinstance(child, kinds) for child in module.modules())
 
 
 def _dtype(module: nn.Module, fallback: Tensor) -> torch.dtype:

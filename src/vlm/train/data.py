@@ -7,11 +7,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from vlm.config.schema import RunConfig
-from vlm.data.collate import Collator
+from vlm.data.collate import ONCE, Collator
 from vlm.data.dataset import SampleDataset, dummy_image, dummy_video, load_dataset, split_dataset
 from vlm.data.sample import Sample
 from vlm.data.sources import SampleEncoder
 from vlm.data.stream import SampleStream, open_stream
+from vlm.models import VLMProcessor
 
 
 def load_data(
@@ -47,11 +48,13 @@ def collator_of(
 ) -> Collator:
     """What lays samples out so that every rank makes the same calls: a dummy of whatever a batch has none of.
 
-    With `facts`, batches say what they hold, for the training loop to take out.
+    Of equal images a composed model sees the first one. With `facts`, batches say what they hold, for the training loop
+    to take out.
     """
     shown = any(one is not None and one.has_videos for one in data) and processor.reads_videos_apart
     video = dummy_video(processor) if shown and world_size > 1 else None
-    return Collator.of(processor, dummy_image(processor), video_dummy=video, facts=facts)
+    once = ONCE if isinstance(processor, VLMProcessor) else ()
+    return Collator.of(processor, dummy_image(processor), video_dummy=video, facts=facts, once=once)
 
 
 def first_samples(dataset: SampleDataset | SampleStream, most: int) -> list[Sample]:
