@@ -1,0 +1,163 @@
+"""How many floating-point operations a step of training needs: counted out of the model as it is, not estimated.
+
+A copy of the model without storage runs forward and backward under PyTorch's own counter, with the same layers,
+adapters and frozen parameters: what gets no gradient is not counted, nor is what checkpointing computes anew. A
+multiplication and an addition are two operations; only matrix products and convolutions count, as is the custom.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlm.data.facts import BatchFacts
+from vlm.models import VLMForConditionalGeneration
+
+LENGTH = 32
+"""Tokens of the shortest text that is counted; others are multiples of it."""
+
+IMAGES = 2
+"""So many images are counted at once: batch norm needs more than one value."""
+
+
+class NotCountable(Exception):
+    """Why a model's operations cannot be counted."""
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of training, forward and backward.
+
+    Attributes:
+        token: of each token in the language model, attention aside.
+        pair: of each token and each token that it attends to: itself and those before it.
+        supervised: of each learnt token, in the vocabulary head.
+        encoded: of each image in the visual encoder.
+        connected: of each image in the connector.
+        batch: of each batch, whatever it holds: what queries cost that are the same for all images.
+    """
+
+    token: float
+    pair: float
+    supervised: float
+    encoded: float
+    connected: float
+    batch: float
+
+    def of(self, facts: BatchFacts, encoded: float, batches: float) -> float:
+        """Those of so many batches with these facts, of whose images the visual encoder read `encoded`.
+
+        Attention is counted as causal over each sample by itself: a sample of T tokens has T (T + 1) / 2 pairs.
+        """
+        pairs = (facts.squares + facts.tokens) / 2
+        text = self.token * facts.tokens + self.pair * pairs + self.supervised * facts.supervised
+        return text + self.encoded * encoded + self.connected * facts.images + self.batch * batches
+
+
+def count_flops(model: Any, pixel_values: Tensor) -> StepFlops:
+    """Count a model that is ready to train: its adapters are in place, and what is frozen is.
+
+    Args:
+        model: the model, before DeepSpeed or a compiler wraps it. It is not changed, nor is any of it copied.
+        pixel_values: of an image as the processor gives it, of which the shape is read: `(images, 3, height, width)`.
+
+    Raises:
+        NotCountable: the model does not allow it; says why.
+    """
+    if not isinstance(model, VLMForConditionalGeneration):
+        raise NotCountable(f"{type(model).__name__} is not composed of parts that can be counted one by one")
+    try:
+        bare = without_storage(model)
+        return _counted(bare, pixel_values)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        raise NotCountable(f"without data, it does not run: {type(error).__name__}: {error}") from error
+
+
+def without_storage(model: nn.Module) -> Any:
+    """A copy of a model on the meta device, in float32 and with plain attention, that trains what the model trains."""
+    replaced: dict[int, Any] = {}
+    for one in (*model.parameters(), *model.buffers()):
+        shape = getattr(one, "ds_shape", one.shape)  # ZeRO-3 has shared it out
+        blank = torch.empty(shape, dtype=torch.float32 if one.is_floating_point() else one.dtype, device="meta")
+        if isinstance(one, nn.Parameter):
+            _refuse_packed(one)
+            blank = nn.Parameter(blank, requires_grad=one.requires_grad)
+        replaced[id(one)] = blank
+    bare = copy.deepcopy(model, replaced)
+    for module in bare.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType] - a flag of transformers
+        config: Any = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            config._attn_implementation = "eager"
+    return bare.train()
+
+
+def _refuse_packed(parameter: nn.Parameter) -> None:
+    if getattr(parameter, "quant_state", None) is not None or not parameter.is_floating_point():
+        raise NotCountable("it has matrices that are stored in 4 or 8 bits")
+
+
+def _counted(model: VLMForConditionalGeneration, pixel_values: Tensor) -> StepFlops:
+    """Count the parts of a model without storage one by one."""
+    if any(p.ndim > 2 for p in model.language_model.parameters()):
+        raise NotCountable("its language model has experts or convolutions, whose cost the lengths do not tell")
+    pixels = torch.empty(2 * IMAGES, *pixel_values.shape[1:], device="meta")
+    (few, _), (many, features) = _encoder(model, pixels[:IMAGES]), _encoder(model, pixels)
+    encoded, shared = (many - few) / IMAGES, 2 * few - many
+    (few, learns), (many, _) = _connector(model, features[:IMAGES]), _connector(model, features)
+    connected, shared = (many - few) / IMAGES, shared + 2 * few - many
+    learns |= any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    if model.image_newline is not None:
+        learns |= any(p.requires_grad for p in model.image_newline.parameters())
+
+    def text(length: int, supervised: int) -> int:
+        return _language_model(model, length, supervised, learns)
+
+    base, longer = text(LENGTH, 1), text(2 * LENGTH, 1)
+    supervised = text(LENGTH, 2) - base
+    base, longer = base - supervised, longer - supervised
+    square = (longer - 2 * base) / (2 * LENGTH**2)
+    token = (base - square * LENGTH**2) / LENGTH
+    predicted = token * 3 * LENGTH + square * 9 * LENGTH**2 + supervised
+    if text(3 * LENGTH, 1) != predicted:
+        raise NotCountable("the cost of its language model is no square function of the length")
+    return StepFlops(token, square, supervised, encoded, connected, shared)
+
+
+def _encoder(model: VLMForConditionalGeneration, pixels: Tensor) -> tuple[int, Tensor]:
+    """Operations of the visual encoder, and its features."""
+    trains = any(p.requires_grad for p in model.visual_encoder.parameters())
+    with FlopCounterMode(display=False) as counter:
+        with torch.set_grad_enabled(trains):
+            features = model._encode(pixels)
+        _backward(features)
+    return counter.get_total_flops(), features
+
+
+def _connector(model: VLMForConditionalGeneration, features: Tensor) -> tuple[int, bool]:
+    """Operations of the connector, and whether its tokens get a gradient."""
+    features = features.detach().requires_grad_(features.requires_grad)
+    with FlopCounterMode(display=False) as counter:
+        tokens = model.connector(features)
+        _backward(tokens)
+    return counter.get_total_flops(), tokens.requires_grad
+
+
+def _language_model(model: Any, length: int, supervised: int, learns: bool) -> int:
+    """Operations of the language model over a text of which the last tokens are learnt."""
+    width = model.get_input_embeddings().weight.shape[1]
+    inputs = torch.empty(1, length, width, device="meta", requires_grad=learns)
+    mask = torch.empty(1, 1, length, length, device="meta")  # given, since models look into positions to make theirs
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        _backward(model.get_output_embeddings()(hidden[:, -supervised:]))
+    return counter.get_total_flops()
+
+
+def _backward(output: Tensor) -> None:
+    if output.requires_grad:
+        output.sum().backward()

@@ -1,0 +1,99 @@
+"""What a device can do at most: the operations per second that a run's are held against."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+DATA_SHEETS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "B100": 1800.0,
+    "H200": 989.4,
+    "H100 NVL": 835.0,
+    "H100 PCIE": 756.0,
+    "H100": 989.4,
+    "H800": 989.4,
+    "H20": 148.0,
+    "GH200": 989.4,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.05,
+    "L40": 181.05,
+    "L4": 121.0,
+    "RTX 6000 ADA": 364.25,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "MI300X": 1307.4,
+    "MI325X": 1307.4,
+    "MI250X": 383.0,
+}
+"""Part of a GPU's name -> TFLOP/s of dense bfloat16 matrix products with float32 sums, as its data sheet says. The
+longest name that fits is taken."""
+
+SECONDS = 0.3
+"""How long a device that is not in the table is measured."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a device can do at most.
+
+    Attributes:
+        tflops: 10^12 operations per second.
+        source: where the number is from.
+    """
+
+    tflops: float
+    source: str
+
+
+def peak_of(device: torch.device, dtype: torch.dtype, given: float | None) -> Peak:
+    """The peak of a device: as given, from the table, or measured.
+
+    Args:
+        device: what the model is on.
+        dtype: what matrix products run in, where it is measured.
+        given: `trainer.peak_tflops`.
+    """
+    if given is not None:
+        return Peak(given, "trainer.peak_tflops")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if (known := in_table(name)) is not None:
+        return Peak(known, f"data sheet of {name}, dense bfloat16")
+    precision = str(dtype).removeprefix("torch.")
+    return Peak(measured(device, dtype), f"measured: a matrix product in {precision} on this {name or device.type}")
+
+
+def in_table(name: str) -> float | None:
+    """What the table says of a GPU by its name, or None."""
+    words = f" {name.upper().replace('-', ' ')} "
+    fitting = [known for known in DATA_SHEETS if f" {known} " in words]
+    return DATA_SHEETS[max(fitting, key=len)] if fitting else None
+
+
+def measured(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
+    """TFLOP/s of the best of several square matrix products, repeated for so many seconds."""
+    side = 8192 if device.type == "cuda" else 1024
+    one, two = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(one)
+    best, end = float("inf"), time.perf_counter() + seconds
+    torch.mm(one, two, out=out)
+    while time.perf_counter() < end:
+        _wait_for(device)
+        start = time.perf_counter()
+        torch.mm(one, two, out=out)
+        _wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best / 1e12
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
