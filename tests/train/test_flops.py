@@ -64,7 +64,7 @@ def really(model: Any, batch: dict[str, torch.Tensor]) -> int:
 
 def as_squares(flops: StepFlops, facts: BatchFacts) -> float:
     """Operations where attention computes what it masks too, as plain attention does."""
-    return flops.of(facts, facts.images, 1) + flops.pair * (facts.squares - facts.tokens) / 2
+    return flops.of(facts, facts.images, facts.images, 1) + flops.pair * (facts.squares - facts.tokens) / 2
 
 
 @pytest.mark.parametrize("overrides", [[], EVERYTHING, LORA, LANGUAGE_MODEL_ALONE], ids=len)
@@ -73,7 +73,7 @@ def test_a_real_step_needs_what_was_counted(
     built: Callable[..., tuple[Any, Any]], overrides: list[str], connector: str
 ):
     model, processor = built(*overrides, f"model/connector={connector}")
-    flops = count_flops(model, dummy_image(processor)[1]["pixel_values"])
+    flops = count_flops(model, dummy_image(processor)[1])
     for words in (3, 20):
         batch, facts = batch_of(processor, words)
         assert as_squares(flops, facts) == really(model, batch)
@@ -82,7 +82,7 @@ def test_a_real_step_needs_what_was_counted(
 def test_layers_behind_the_selected_one_and_what_is_frozen_cost_nothing(built: Callable[..., tuple[Any, Any]]):
     def counted(*overrides: str) -> StepFlops:
         model, processor = built(*overrides)
-        return count_flops(model, dummy_image(processor)[1]["pixel_values"])
+        return count_flops(model, dummy_image(processor)[1])
 
     whole, early = counted("model.visual_encoder.feature_layer=-1"), counted("model.visual_encoder.feature_layer=1")
     assert early.encoded < whole.encoded / 2
@@ -94,13 +94,13 @@ def test_layers_behind_the_selected_one_and_what_is_frozen_cost_nothing(built: C
 def test_attention_is_counted_as_a_triangle_of_each_sample():
     flops = StepFlops(token=10.0, pair=1.0, supervised=100.0, encoded=1000.0, connected=10000.0, batch=7.0)
     facts = BatchFacts(samples=2, tokens=5, positions=8, supervised=2, images=2, squares=13)  # lengths 3 and 2
-    assert flops.of(facts, 1, 2) == 50 + (6 + 3) + 200 + 1000 + 20000 + 14
+    assert flops.of(facts, 1, 2, 2) == 50 + (6 + 3) + 200 + 1000 + 20000 + 14
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_language_models_of_all_kinds_are_counted(parts: Parts, name: str):
     model, processor = parts.model("clip", name)
-    flops = count_flops(model, dummy_image(processor)[1]["pixel_values"])
+    flops = count_flops(model, dummy_image(processor)[1])
     assert min(flops.token, flops.pair, flops.supervised, flops.encoded, flops.connected) > 0
 
 
@@ -110,7 +110,7 @@ def test_counting_leaves_the_model_as_it_is(built: Callable[..., tuple[Any, Any]
     bare = without_storage(model)
     assert all(p.device.type == "meta" for p in bare.parameters())
     assert [n for n, p in bare.named_parameters() if p.requires_grad] == [n for n, (_, on) in before.items() if on]
-    count_flops(model, dummy_image(processor)[1]["pixel_values"])
+    count_flops(model, dummy_image(processor)[1])
     assert all(
         before[name][0] is p and p.device.type == "cpu" and p.grad is None for name, p in model.named_parameters()
     )
@@ -119,9 +119,9 @@ def test_counting_leaves_the_model_as_it_is(built: Callable[..., tuple[Any, Any]
 
 def test_what_the_lengths_do_not_tell_is_refused(parts: Parts):
     model, processor = parts.model("clip", "llama")
-    pixels = dummy_image(processor)[1]["pixel_values"]
+    image = dummy_image(processor)[1]
     model.language_model.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
     with pytest.raises(NotCountable, match="experts"):
-        count_flops(model, pixels)
+        count_flops(model, image)
     with pytest.raises(NotCountable, match="Linear"):
-        count_flops(torch.nn.Linear(2, 2), pixels)
+        count_flops(torch.nn.Linear(2, 2), image)

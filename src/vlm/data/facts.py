@@ -77,3 +77,11 @@ def _count(pixels: Any, grids: Any) -> int:
     if pixels.ndim < 4:
         return 0 if grids is None else len(grids)
     return math.prod(pixels.shape[:-3])
+
+
+def num_distinct(inputs: Mapping[str, Any], images: int) -> tuple[int, int]:
+    """How many of a batch's images the visual encoder reads, and the connector, where equal ones stand once."""
+    features = inputs.get("image_features")
+    if inputs.get("image_index") is not None:
+        images = len(inputs["pixel_values"] if features is None else features)
+    return images if features is None else 0, images

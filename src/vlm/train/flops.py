@@ -6,6 +6,7 @@ multiplication and an addition are two operations; only matrix products and conv
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,22 +48,22 @@ class StepFlops:
     connected: float
     batch: float
 
-    def of(self, facts: BatchFacts, encoded: float, batches: float) -> float:
-        """Those of so many batches with these facts, of whose images the visual encoder read `encoded`.
+    def of(self, facts: BatchFacts, encoded: float, connected: float, batches: float) -> float:
+        """Those of so many batches with these facts, whose visual encoder and connector read so many images.
 
         Attention is counted as causal over each sample by itself: a sample of T tokens has T (T + 1) / 2 pairs.
         """
         pairs = (facts.squares + facts.tokens) / 2
         text = self.token * facts.tokens + self.pair * pairs + self.supervised * facts.supervised
-        return text + self.encoded * encoded + self.connected * facts.images + self.batch * batches
+        return text + self.encoded * encoded + self.connected * connected + self.batch * batches
 
 
-def count_flops(model: Any, pixel_values: Tensor) -> StepFlops:
+def count_flops(model: Any, image: Mapping[str, Any]) -> StepFlops:
     """Count a model that is ready to train: its adapters are in place, and what is frozen is.
 
     Args:
         model: the model, before DeepSpeed or a compiler wraps it. It is not changed, nor is any of it copied.
-        pixel_values: of an image as the processor gives it, of which the shape is read: `(images, 3, height, width)`.
+        image: what the model reads of an image, as the processor gives it.
 
     Raises:
         NotCountable: the model does not allow it; says why.
@@ -71,7 +72,7 @@ def count_flops(model: Any, pixel_values: Tensor) -> StepFlops:
         raise NotCountable(f"{type(model).__name__} is not composed of parts that can be counted one by one")
     try:
         bare = without_storage(model)
-        return _counted(bare, pixel_values)
+        return _counted(bare, image["pixel_values"])
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise NotCountable(f"without data, it does not run: {type(error).__name__}: {error}") from error
 
@@ -133,7 +134,7 @@ def _encoder(model: VLMForConditionalGeneration, pixels: Tensor) -> tuple[int, T
     trains = any(p.requires_grad for p in model.visual_encoder.parameters())
     with FlopCounterMode(display=False) as counter:
         with torch.set_grad_enabled(trains):
-            features = model._encode(pixels)
+            features = model.encode_images(pixels)
         _backward(features)
     return counter.get_total_flops(), features
 
