@@ -19,6 +19,7 @@ from vlm.data.pictures import open_picture, open_pictures, seen_sizes
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn
 from vlm.data.sources import seen_of
 from vlm.data.video import num_frames
+from vlm.inference.image_memory import ImageMemory
 from vlm.inference.loading import checkpoint_config, load_checkpoint
 from vlm.models import VLMPredictionConfig
 
@@ -29,11 +30,13 @@ class VisionLanguageModel:
     Args:
         model: the model, composed or of a family.
         processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
+        memory: features of pictures that were shown before; None: a model whose visual encoder may change has none.
     """
 
-    def __init__(self, model: Any, processor: Any):
+    def __init__(self, model: Any, processor: Any, memory: ImageMemory | None = None):
         self.model = model
         self.processor = processor
+        self.memory = memory
 
     @classmethod
     def load(
@@ -56,10 +59,11 @@ class VisionLanguageModel:
         config = checkpoint_config(checkpoint)
         if isinstance(config, VLMPredictionConfig):
             raise ValueError(f"{checkpoint} has prediction heads: ask it with vlm predict, or vlm.Predictor")
-        return cls(*load_checkpoint(
+        model, processor = load_checkpoint(
             checkpoint, config, device=device, dtype=dtype, quantization=quantization, base=base,
             trust_remote_code=trust_remote_code,
-        ))  # fmt: skip
+        )  # fmt: skip
+        return cls(model, processor, ImageMemory())
 
     def generate(
         self,
@@ -151,8 +155,13 @@ class VisionLanguageModel:
 
     def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: Any) -> list[str]:
         """What the model answers to each row of a batch as it reads it."""
-        output = self.model.generate(**inputs, **{**self.generation_options(settings), **kwargs})
+        options = {**self.generation_options(settings), **kwargs}
+        output = self.model.generate(**self.remembered(inputs), **options)
         return [self._text(row) for row in output[:, inputs["input_ids"].shape[1] :]]
+
+    def remembered(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs of a batch with what is known of its pictures in place of their pixels, see `ImageMemory`."""
+        return inputs if self.memory is None else self.memory.put_in(self.model, inputs)
 
     def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Generator[str]:
         """The next reply, piece by piece as it is generated; see `streamed`."""
@@ -162,7 +171,8 @@ class VisionLanguageModel:
         """What the model answers to the only row of a batch, piece by piece; it stops where nobody listens any more."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         unheard = Unheard()
-        options = {**inputs, **self.generation_options(settings), "streamer": streamer, "stopping_criteria": [unheard]}
+        seen = self.remembered(inputs)
+        options = {**seen, **self.generation_options(settings), "streamer": streamer, "stopping_criteria": [unheard]}
         failure: list[BaseException] = []
 
         def work() -> None:

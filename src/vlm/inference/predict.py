@@ -10,6 +10,7 @@ import torch
 from vlm.config.schema import DatasetConfig
 from vlm.data.sample import Turn
 from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.image_memory import ImageMemory
 from vlm.inference.loading import checkpoint_config, load_checkpoint
 from vlm.models import VLMPredictionConfig
 from vlm.models.configuration_prediction import HeadSettings
@@ -41,11 +42,12 @@ class Predictor:
     Args:
         model: a `VLMForPrediction`.
         processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
+        memory: as `VisionLanguageModel`.
     """
 
-    def __init__(self, model: Any, processor: Any):
+    def __init__(self, model: Any, processor: Any, memory: ImageMemory | None = None):
         self.model, self.processor = model, processor
-        self._asking = VisionLanguageModel(model, processor)
+        self._asking = VisionLanguageModel(model, processor, memory)
 
     @classmethod
     def load(
@@ -60,9 +62,10 @@ class Predictor:
         config = checkpoint_config(checkpoint)
         if not isinstance(config, VLMPredictionConfig):
             raise ValueError(f"{checkpoint} has no prediction heads: ask it with vlm generate")
-        return cls(*load_checkpoint(
+        model, processor = load_checkpoint(
             checkpoint, config, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code
-        ))  # fmt: skip
+        )
+        return cls(model, processor, ImageMemory())
 
     @property
     def heads(self) -> list[HeadSettings]:
@@ -99,7 +102,7 @@ class Predictor:
     @torch.no_grad()
     def of(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, Prediction]]:
         """What each head says of each row of a batch as the model reads it."""
-        outputs = self.model(**inputs).outputs
+        outputs = self.model(**self._asking.remembered(inputs)).outputs
         columns = {one.name: self._predictions(one, outputs[one.name]) for one in self.heads}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

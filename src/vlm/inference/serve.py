@@ -61,7 +61,7 @@ class Prompts:
         if inputs["input_ids"].shape[1] >= longest:
             number = inputs["input_ids"].shape[1]
             raise HTTPException(400, f"the conversation has {number} tokens; the model takes fewer than {longest}")
-        return BatchFeature(inputs)
+        return BatchFeature(self.vlm.remembered(inputs))
 
 
 class OneModel(ModelManager):

@@ -1,0 +1,75 @@
+"""Pictures that were shown lately: of one that is shown again, the visual encoder's features are at hand.
+
+May import the models. Of composed models alone: those of families take no features in place of pixels.
+"""
+
+from collections import OrderedDict
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.models import VLMForConditionalGeneration, VLMForPrediction
+
+MOST_BYTES = 2**28
+"""So much is remembered: of CLIP-L at 336 pixels in half precision, about 230 pictures."""
+
+
+class ImageMemory:
+    """The features of the pictures that were shown last, by the content of their pixels.
+
+    For a model whose visual encoder does not change meanwhile.
+
+    Args:
+        most_bytes: how much is kept at most, on the model's device; what was not shown for longest goes first.
+    """
+
+    def __init__(self, most_bytes: int = MOST_BYTES):
+        self.most_bytes = most_bytes
+        self._bytes = 0
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    @torch.no_grad()
+    def put_in(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs with `image_features` in place of `pixel_values`, each picture once, and `image_index` beside them.
+
+        As they are where they have no pictures, or where the model is not composed.
+
+        Args:
+            model: that reads them, composed or with a composed body.
+            inputs: of one batch, on its device; pixels `(I, 3 * encoders, height, width)`, normalised.
+        """
+        body = model.body if isinstance(model, VLMForPrediction) else model
+        if not isinstance(body, VLMForConditionalGeneration) or "pixel_values" not in inputs:
+            return inputs
+        pixels = inputs["pixel_values"]
+        keys = [_key(one) for one in pixels]
+        places = {key: place for place, key in enumerate(keys)}  # each picture once
+        found = {key: self._features[key] for key in places if key in self._features}
+        if new := [key for key in places if key not in found]:
+            found |= zip(new, body.encode_images(pixels[[places[key] for key in new]]), strict=True)
+        order = {key: row for row, key in enumerate(places)}
+        self._keep({key: found[key] for key in order})
+        others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        index = torch.tensor([order[key] for key in keys], device=pixels.device)
+        return {**others, "image_features": torch.stack([found[key] for key in order]), "image_index": index}
+
+    def _keep(self, shown: dict[bytes, Tensor]) -> None:
+        for key, features in shown.items():
+            if key in self._features:
+                self._features.move_to_end(key)
+            else:
+                self._features[key] = features.clone()  # a row of a batch would keep the whole batch alive
+                self._bytes += features.nbytes
+        while self._bytes > self.most_bytes:
+            self._bytes -= self._features.popitem(last=False)[1].nbytes
+
+
+def _key(pixels: Tensor) -> bytes:
+    """A name for a picture's pixels."""
+    content = pixels.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return blake2b(content, digest_size=16).digest()
