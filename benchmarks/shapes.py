@@ -1,0 +1,148 @@
+"""Parts with the shapes of well-known models and random weights, and one composition of them in two programs.
+
+Nothing here has been trained: speed and memory do not depend on what weights say. `composed` is this framework's model,
+`llava_of` transformers' `LlavaForConditionalGeneration` with the same weights.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from vlm.build import build_model, compose
+from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.models import VLMForConditionalGeneration
+from vlm.tiny import word_tokenizer
+
+LAYER = -2
+"""The hidden state of the encoder that is read, as LLaVA does."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A visual encoder and a language model, as their configurations count them.
+
+    Attributes:
+        side: of pictures, in pixels.
+        patch: of a patch, in pixels.
+        vision: width, width between, layers and heads of the encoder.
+        vocabulary: tokens that the language model knows.
+        text: width, width between, layers, heads and key-value heads of the language model.
+        tied: whether its embeddings are its vocabulary head too.
+    """
+
+    side: int
+    patch: int
+    vision: tuple[int, int, int, int]
+    vocabulary: int
+    text: tuple[int, int, int, int, int]
+    tied: bool = True
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Image tokens: one of each patch."""
+        return (self.side // self.patch) ** 2
+
+    def vision_config(self) -> CLIPVisionConfig:
+        """The encoder's."""
+        width, between, layers, heads = self.vision
+        return CLIPVisionConfig(
+            hidden_size=width, intermediate_size=between, num_hidden_layers=layers, num_attention_heads=heads,
+            image_size=self.side, patch_size=self.patch,
+        )  # fmt: skip
+
+    def text_config(self, positions: int = 2048, **ids: Any) -> LlamaConfig:
+        """The language model's; `ids` of special tokens."""
+        width, between, layers, heads, key_values = self.text
+        return LlamaConfig(
+            vocab_size=self.vocabulary, hidden_size=width, intermediate_size=between, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=key_values, max_position_embeddings=positions,
+            tie_word_embeddings=self.tied, **ids,
+        )  # fmt: skip
+
+
+SHAPES = {
+    "smol": Shape(224, 16, (768, 3072, 12, 12), 49152, (576, 1536, 30, 9, 3)),
+    "smol+clip-l": Shape(336, 14, (1024, 4096, 24, 16), 49152, (576, 1536, 30, 9, 3)),
+    "vicuna": Shape(336, 14, (1024, 4096, 24, 16), 32000, (4096, 11008, 32, 32, 32), tied=False),
+    "tiny": Shape(24, 8, (32, 64, 3, 2), 2304, (32, 64, 2, 2, 1)),
+}
+"""SmolLM2-135M with ViT-B/16 and with CLIP ViT-L/14-336; Vicuna-7B with CLIP ViT-L/14-336; one for tests."""
+
+
+def write_parts(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    """Write `folder/visual_encoder` and `folder/language_model`, drawn on a device, in a precision."""
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer()
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    with torch.device(device):
+        encoder = CLIPVisionModel(shape.vision_config())
+        language_model = LlamaForCausalLM(shape.text_config(**ids))
+    for part, name in ((encoder, "visual_encoder"), (language_model, "language_model")):
+        torch.nn.Module.to(part, dtype=dtype)
+        part.save_pretrained(folder / name)
+    square = {"height": shape.side, "width": shape.side}
+    CLIPImageProcessor(size={"shortest_edge": shape.side}, crop_size=square).save_pretrained(folder / "visual_encoder")
+    tokenizer.save_pretrained(folder / "language_model")
+
+
+def model_keys(folder: Path) -> list[str]:
+    """What a run is told to compose these parts."""
+    return [
+        f"model.visual_encoder.hf_name={folder / 'visual_encoder'}",
+        f"model.visual_encoder.feature_layer={LAYER}",
+        f"model.language_model.hf_name={folder / 'language_model'}",
+        "model.connector.type=mlp",
+        "model.attn_implementation=sdpa",
+    ]
+
+
+def composed(folder: Path, seed: int) -> tuple[VLMForConditionalGeneration, Any]:
+    """The model that a run with `model_keys` and this seed starts from, in float32, and its processor."""
+    model = ModelConfig(
+        visual_encoder=VisualEncoderConfig(str(folder / "visual_encoder"), feature_layer=LAYER),
+        connector=ConnectorConfig("mlp", {}),
+        language_model=LanguageModelConfig(str(folder / "language_model")),
+        attn_implementation="sdpa",
+    )
+    config, processor = compose(model, "chatml", None)
+    return build_model(model, config, processor, torch.float32, seed), processor
+
+
+NAMES = {
+    "connector.layers.0": "model.multi_modal_projector.linear_1",
+    "connector.layers.2": "model.multi_modal_projector.linear_2",
+    "language_model.model": "model.language_model",
+    "language_model.lm_head": "lm_head",
+}
+"""Modules of `composed` -> of `llava_of`."""
+
+
+def llava_of(ours: VLMForConditionalGeneration, folder: Path) -> LlavaForConditionalGeneration:
+    """The model of transformers with the weights of ours, and with all layers of the encoder, as it runs them."""
+    encoder = CLIPVisionModel.from_pretrained(folder / "visual_encoder")
+    text = copy.deepcopy(ours.config.text_config)
+    text.use_cache = False  # nothing is generated; training with a cache would only cost more
+    config = LlavaConfig(
+        vision_config=encoder.config, text_config=text,
+        image_token_index=ours.config.image_token_id, vision_feature_layer=LAYER,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )  # fmt: skip
+    theirs = LlavaForConditionalGeneration(config)
+    theirs.model.vision_tower.load_state_dict(encoder.state_dict())
+    for mine, other in NAMES.items():
+        theirs.get_submodule(other).load_state_dict(ours.get_submodule(mine).state_dict())
+    theirs.tie_weights()
+    return theirs
