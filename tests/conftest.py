@@ -135,6 +135,7 @@ def brief(world: Path) -> list[str]:
         "trainer.use_cpu=true",
         "trainer.logging_steps=1",
         "trainer.dataloader_num_workers=0",
+        "trainer.packing=false",
         "trainer.per_device_train_batch_size=8",
         "trainer.learning_rate.connector_learning_rate=1e-3",
         "trainer.num_samples=2",

@@ -135,7 +135,12 @@ REFUSALS = {
         "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path",
     ),
     "grouping a stream": (
-        ["dataset.streaming=true", "trainer.max_steps=1", "trainer.train_sampling_strategy=group_by_modality_length"],
+        [
+            "dataset.streaming=true",
+            "trainer.max_steps=1",
+            "trainer.packing=false",
+            "trainer.train_sampling_strategy=group_by_modality_length",
+        ],
         "trainer.train_sampling_strategy=group_by_modality_length: a stream cannot be grouped; choose random",
     ),
     "frames": (["dataset.max_frames=0"], "dataset.max_frames=0: at least 1 is needed"),

@@ -14,9 +14,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vlm.config.cache_problems import cache_problems
 from vlm.config.encoder_problems import FEATURE_STRATEGIES, encoder_problems
 from vlm.config.head_problems import head_keys, head_problems, row_keys
 from vlm.config.lora_problems import lora_problems, quantization_problems, training_keys
+from vlm.config.packing_problems import packing_problems
 from vlm.config.schema import (
     TRAIN_FLAGS,
     ConnectorConfig,
@@ -25,6 +27,7 @@ from vlm.config.schema import (
     RunConfig,
     SourceConfig,
 )
+from vlm.config.step_problems import step_problems
 from vlm.config.training_fields import training_argument_choices
 from vlm.data.formats import FORMATS
 from vlm.data.paths import is_stream_only, kind_problem
@@ -73,7 +76,10 @@ def check(config: RunConfig) -> None:
     for problem in head_problems(config):
         raise ConfigError(problem)
     check_training(config)
-    for problem in (*encoder_problems(config), *lora_problems(config), *quantization_problems(config)):
+    for problem in (
+        *encoder_problems(config), *lora_problems(config), *quantization_problems(config), *packing_problems(config),
+        *cache_problems(config), *step_problems(config),
+    ):  # fmt: skip
         raise ConfigError(problem)
     check_evaluation(config)
     check_inference(config.inference)
@@ -156,7 +162,7 @@ def check_stream(config: RunConfig) -> None:
     if data.eval_split:
         raise ConfigError("dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path")
     sampling = value_of(config, "trainer.train_sampling_strategy")
-    if sampling == "group_by_modality_length":
+    if sampling == "group_by_modality_length" and not config.trainer.packing:  # packs it does not concern
         raise ConfigError(f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random")
     for key, source in {"dataset": data, **{f"dataset.sources.{k}": v for k, v in data.sources.items()}}.items():
         if source.max_samples is not None:
@@ -307,6 +313,8 @@ def check_training(config: RunConfig) -> None:
         key = f"trainer.learning_rate.{part}_learning_rate"
         if (rate := value_of(config, key)) is None or rate <= 0:
             raise ConfigError(f"{key}={shown(rate)}: a positive number is needed, since {reason}")
+    if trainer.peak_tflops is not None and trainer.peak_tflops <= 0:
+        raise ConfigError(f"trainer.peak_tflops={trainer.peak_tflops}: a positive number is needed, or null")
     if value_of(config, "trainer.bf16") and value_of(config, "trainer.fp16"):
         raise ConfigError("trainer.bf16=true and trainer.fp16=true: choose one")
     if not value_of(config, "trainer.average_tokens_across_devices"):

@@ -254,6 +254,15 @@ class TrainerOptions:
     lora: LoraConfig = field(default_factory=LoraConfig)
     deepspeed: Any = None
     """A DeepSpeed configuration: `zero0` to `zero3`, the path of a JSON file, a mapping, or null for none."""
+    packing: bool = False
+    """Fill batches by tokens: samples stand one behind the other without padding, and attend to themselves alone.
+    `train_sampling_strategy` is for padded batches."""
+    max_tokens_per_batch: int | None = None
+    """With `packing`, most tokens of a batch, image tokens counted; null: as many as `per_device_train_batch_size`
+    samples have on average."""
+    checkpointed_parts: list[str] | None = None
+    """With `activation_checkpointing`, the parts whose layers are computed anew for their gradient, of
+    `visual_encoder`, `connector` and `language_model`; null: all that gradients flow through."""
     loss_average: str = "token"
     """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
     num_samples: int = 4
@@ -263,6 +272,11 @@ class TrainerOptions:
     `exact_match`, `vqa_accuracy`, `anls`, `cider`, `bleu`, `rouge`."""
     eval_metrics_samples: int = 64
     """The first so many evaluation records are answered for them; every rank answers all of them."""
+    peak_tflops: float | None = None
+    """What a device can do at most, in 10^12 operations a second, as the measure of `mfu`; null: dense bfloat16 as the
+    data sheet of the GPU says, or measured in the run's precision where it is not known."""
+    profile: bool = False
+    """Leave a trace of a few steps in `profile/` of the run directory, and a table of where their time went."""
 
 
 OWN_TRAINER_FIELDS = frozenset(f.name for f in fields(TrainerOptions))
@@ -363,8 +377,11 @@ class DatasetConfig(SourceConfig):
     """For a head on a frozen body, in place of evaluation records: train so many times, each time without another part
     of the records, and choose and measure on what each head says of the part that it has not seen."""
     cache_features: bool | None = None
-    """For a head: compute what it reads of each record once, and keep it in the cache; null: where the body is
-    frozen."""
+    """Compute what a frozen part gives once, and keep it in the cache: for a head, what it reads of each record, for
+    other runs what a frozen visual encoder gives for each picture; null: for heads where the body is frozen."""
+    cache_limit_gb: float | None = None
+    """Most that features of pictures may take in the cache, in 10^9 bytes: what was not used for longest goes; null:
+    half of what they and the free disk are."""
     template: str | None = None
     """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file;
     null: the checkpoint's, else the tokenizer's own."""

@@ -34,6 +34,8 @@ class Family:
         fewest_frames: how many frames a video must have.
         video_template: the chat template of conversations with videos, where its own has no place for them.
         template: the chat template where its processor brings none.
+        packs: whether it keeps the samples of a packed row apart (`trainer.packing`): its positions are counted one by
+            one, and attention is causal.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Family:
     fewest_frames: int = 1
     video_template: str | None = None
     template: str | None = None
+    packs: bool = False
 
 
 COMPOSED = Family(
@@ -108,12 +111,23 @@ FAMILIES: dict[str, Family] = {
         LLAVA,
         ("llava-1.5-7b", "llava-1.5-13b", "llava-interleave-0.5b"),
         unread=PAST_LLAVAS_LAYER,
+        packs=True,
     ),
     "llava_next": Family(
-        "LLaVA-NeXT (1.6)", LLAVA, ("llava-next-7b", "llava-next-mistral-7b"), unread=PAST_LLAVAS_LAYER
+        "LLaVA-NeXT (1.6)",
+        LLAVA,
+        ("llava-next-7b", "llava-next-mistral-7b"),
+        unread=PAST_LLAVAS_LAYER,
+        packs=True,
     ),
     "llava_next_video": Family(
-        "LLaVA-NeXT-Video", LLAVA, ("llava-next-video-7b",), unread=PAST_LLAVAS_LAYER, videos=True, equal_frames=True
+        "LLaVA-NeXT-Video",
+        LLAVA,
+        ("llava-next-video-7b",),
+        unread=PAST_LLAVAS_LAYER,
+        videos=True,
+        equal_frames=True,
+        packs=True,
     ),
     "llava_onevision": Family(
         "LLaVA-OneVision",
@@ -122,6 +136,7 @@ FAMILIES: dict[str, Family] = {
         unread=PAST_LLAVAS_LAYER,
         videos=True,
         equal_frames=True,
+        packs=True,
     ),
     "qwen2_vl": Family("Qwen2-VL", QWEN, ("qwen2-vl-2b", "qwen2-vl-7b"), tokens=("mm_token_type_ids",), videos=True),
     "qwen2_5_vl": Family(
@@ -130,7 +145,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(
         "Qwen3-VL", QWEN, ("qwen3-vl-2b", "qwen3-vl-4b"), tokens=("mm_token_type_ids",), videos=True, fewest_frames=2
     ),
-    "idefics3": Family("Idefics3", IDEFICS, ("idefics3-8b",), rows=("pixel_values", "pixel_attention_mask")),
+    "idefics3": Family(
+        "Idefics3", IDEFICS, ("idefics3-8b",), rows=("pixel_values", "pixel_attention_mask"), packs=True
+    ),
     "smolvlm": Family(
         "SmolVLM",
         IDEFICS,
@@ -139,8 +156,9 @@ FAMILIES: dict[str, Family] = {
         videos=True,
         joined=True,
         video_template=SMOLVLM,
+        packs=True,
     ),
-    "internvl": Family("InternVL", LLAVA, ("internvl3-1b", "internvl3-2b"), videos=True, joined=True),
+    "internvl": Family("InternVL", LLAVA, ("internvl3-1b", "internvl3-2b"), videos=True, joined=True, packs=True),
     "paligemma": Family(
         "PaliGemma", LLAVA, ("paligemma-3b", "paligemma2-3b"), tokens=("token_type_ids",), template=PALIGEMMA
     ),

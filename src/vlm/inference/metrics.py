@@ -22,7 +22,8 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss and supervised tokens of each row: `(S, vocabulary), (B, T) -> (B,), (B,)`."""
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-    losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
+    pieces = zip(logits.split(1024), targets[rows, columns].split(1024), strict=True)  # widened one by one
+    losses = torch.cat([F.cross_entropy(some.float(), wanted, reduction="none") for some, wanted in pieces])
     sums = losses.new_zeros(len(labels)).index_add_(0, rows, losses)
     return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
 
@@ -32,7 +33,7 @@ def supervised(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
     targets = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]  # (B, T)
     keep = targets != IGNORED
     rest = {name: value for name, value in inputs.items() if name != "labels"}
-    return model(**rest, logits_to_keep=keep), targets[keep]
+    return model(**rest, logits_to_keep=keep, use_cache=False), targets[keep]
 
 
 @torch.no_grad()

@@ -1,16 +1,19 @@
 """What people look at: the loss as a picture, the first batch as a page, answers as a list."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from vlm.data.collate import VIDEOS
+from vlm.data.collate import INDEX, VIDEOS
 from vlm.data.encode import IGNORED
+from vlm.data.packing import LENGTHS
 from vlm.data.pages import page, thumbnail, tokens_as_html
 
 CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
@@ -44,9 +47,9 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
     rows = []
     if processor.needs_sizes and names:  # as many as an image has tiles: which row each belongs to is not known here
         rows.append("".join(f'<img src="{name}" alt="">' for name in waiting))
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+    for ids, labels, mask in rows_of(batch):
         images = ""
-        if not processor.needs_sizes:
+        if names and not processor.needs_sizes:  # none where features were read in place of pictures
             number = int((ids == processor.image_token_id).sum()) // processor.tokens_per_image
             images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
         supervised = int((labels != IGNORED).sum())
@@ -55,6 +58,16 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
         rows.append(f"{images}<p><small>{facts}</small></p><p>{tokens}</p>")
     html = page("First batch", "As the model sees it. <mark>Marked</mark> tokens are supervised.", rows)
     (folder / "first_batch.html").write_text(html, encoding="utf-8")
+
+
+def rows_of(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Ids, labels and mask of each row of a batch; of a packed one, of each sample."""
+    if LENGTHS not in batch:
+        yield from zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
+        return
+    for start, end in pairwise(batch[LENGTHS].tolist()):
+        ids = batch["input_ids"][0, start:end]
+        yield ids, batch["labels"][0, start:end], torch.ones_like(ids)
 
 
 def _as_pictures(batch: dict[str, Tensor], processor: Any) -> Sequence[Tensor]:
@@ -66,7 +79,8 @@ def _as_pictures(batch: dict[str, Tensor], processor: Any) -> Sequence[Tensor]:
     for name in ("pixel_values", VIDEOS):
         pixels = batch.get(name)
         if pixels is not None and pixels.ndim >= 4 and pixels.shape[-3] % 3 == 0:
-            found += processor.normalise(pixels.reshape(-1, *pixels.shape[-3:]))[:, :3]
+            seen = processor.normalise(pixels.reshape(-1, *pixels.shape[-3:]))[:, :3]
+            found += seen[batch[INDEX]] if INDEX in batch else seen
     return found
 
 

@@ -16,9 +16,12 @@ from vlm.train.answers import answer_metrics, answerer
 from vlm.train.arguments import training_arguments
 from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
 from vlm.train.data import collator_of, first_samples, load_data
+from vlm.train.measured import meter_of
 from vlm.train.model import compute_dtype, load_weights, prepare, settle_model
+from vlm.train.packing import check_family
 from vlm.train.parts import table
 from vlm.train.plots import write_first_batch
+from vlm.train.profiling import Profile
 from vlm.train.run_directory import (
     SkippedRecords,
     choose_directory,
@@ -26,6 +29,7 @@ from vlm.train.run_directory import (
     describe,
     describe_data,
 )
+from vlm.train.seeing import check_composed, with_features
 from vlm.train.stopping import StopWhenAsked
 from vlm.train.trainer import VLMTrainer, checkpoint_to_resume
 
@@ -54,6 +58,10 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
 
         return train_head(config, folder, args, model_config, processor)
 
+    if config.trainer.packing:
+        check_family(model_config.model_type)
+    if config.dataset.cache_features:
+        check_composed(model_config)
     train_data, eval_data = load_data(config, model_config, processor, args)
     if first:
         resumed = checkpoint_to_resume(config, folder) is not None
@@ -64,6 +72,9 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     set_seed(args.seed)
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
     parts = prepare(model, config, args, processor)
+    collate = collator_of(processor, [train_data, eval_data], args.world_size)
+    if config.dataset.cache_features:
+        train_data, eval_data = with_features(model, processor, [train_data, eval_data], collate, config.dataset, args)
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
     trainer = VLMTrainer(
@@ -74,18 +85,23 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         base=base_of(config, composed=isinstance(model_config, VLMConfig)),
         loss_average=config.trainer.loss_average,
         sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
+        packing=config.trainer.packing,
+        max_tokens=config.trainer.max_tokens_per_batch,
         on_first_batch=(lambda batch: write_first_batch(batch, processor, folder)) if first else None,
         on_skipped=SkippedRecords(folder, train_data, config.dataset, args.world_size),
-        data_collator=collator_of(processor, [train_data, eval_data], args.world_size),
+        data_collator=collate,
         train_dataset=train_data,
         eval_dataset=eval_data,
         answer_metrics=answer_metrics(config, eval_data, processor, args),
         callbacks=[MetricsFile(folder), StopAtNaN(), StopWhenAsked()],
+        meter=meter_of(model, processor, args, compute_dtype(args), config.trainer.peak_tflops, folder),
     )
     trainer.add_callback(EpochOrder(lambda: trainer.order))
     if config.trainer.num_samples:
         shown = first_samples(eval_data or train_data, config.trainer.num_samples)
         trainer.add_callback(SampleAnswers(answerer(config, trainer, processor, shown, folder)))
+    if config.trainer.profile and first:
+        trainer.add_callback(Profile(folder / "profile", model))
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
     trainer.save_model(str(folder / "final"))
     log.info("Done. Ask it:  vlm generate %s --image FILE --prompt 'What is in this picture?'", folder / "final")

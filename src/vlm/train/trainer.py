@@ -7,8 +7,9 @@ pictures; checkpoints that hold what trains.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,28 +17,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
 
 from vlm.adapters.base import Base
 from vlm.adapters.folder import save as save_on_base
 from vlm.config.schema import RunConfig
 from vlm.data.collate import SKIPPED
-from vlm.data.dataset import BlankPictures, SampleDataset, Skipped
+from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.facts import FACTS
+from vlm.data.packing import PackSampler
 from vlm.data.sampling import GROUPED, ModalityLengthSampler, TogetherSampler
 from vlm.data.stream import SampleStream
 from vlm.families.table import part_names
 from vlm.inference.metrics import loss_measures, sample_losses, supervised
 from vlm.models.modeling_vlm import supervised_loss
+from vlm.train.attention import attending_to_packs
+from vlm.train.measured import MeasuredTrainer
+from vlm.train.packing import check_packing, packed_loader
 from vlm.train.parts import Part, parameter_groups
 from vlm.train.stopping import left_running
+from vlm.train.vocabulary import CHUNKS, num_chunks, takes_chunks
 
 WEIGHTS = "trained.safetensors"
 COMPLETE = "complete"
 
 
-class VLMTrainer(Trainer):
+class VLMTrainer(MeasuredTrainer):
     """Trains a model whose parts have learning rates of their own.
 
     Args:
@@ -46,10 +51,12 @@ class VLMTrainer(Trainer):
         base: what the result is written on top of (adapters, quantised parts); None: the result is whole.
         loss_average: `token` or `micro_batch`.
         sampling: `trainer.train_sampling_strategy`.
+        packing: whether batches are packed rows.
+        max_tokens: `trainer.max_tokens_per_batch`.
         on_first_batch: called with the first batch of this rank, before its forward pass.
         on_skipped: called with the records that a batch leaves out, and how many samples it has.
         answer_metrics: measures of what a model answers to evaluation records; None: there are none.
-        kwargs: as `Trainer`.
+        kwargs: as `MeasuredTrainer`.
     """
 
     # `Trainer` declares these as unions; here each is what a run makes it.
@@ -61,9 +68,6 @@ class VLMTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
 
-    ROWS = "input_ids"
-    """An input that has one row for each sample."""
-
     def __init__(
         self,
         *,
@@ -72,6 +76,8 @@ class VLMTrainer(Trainer):
         base: Base | None = None,
         loss_average: str,
         sampling: str,
+        packing: bool = False,
+        max_tokens: int | None = None,
         on_first_batch: Callable[[dict[str, Tensor]], None] | None = None,
         on_skipped: Callable[[list[Skipped], int], None],
         answer_metrics: Callable[[Any], dict[str, float]] | None = None,
@@ -83,10 +89,12 @@ class VLMTrainer(Trainer):
         self.base = base
         self.loss_average = loss_average
         self.sampling = sampling
+        self.packing, self.max_tokens = packing, max_tokens
+        self.takes_chunks = False
         self.on_first_batch = on_first_batch
         self.on_skipped = on_skipped
         self.answer_metrics = answer_metrics
-        self.order: ModalityLengthSampler | TogetherSampler | None = None
+        self.order: ModalityLengthSampler | TogetherSampler | PackSampler | None = None
 
     # --- optimisation -------------------------------------------------------------------------------------------
 
@@ -115,15 +123,21 @@ class VLMTrainer(Trainer):
         if self.on_first_batch is not None:
             self.on_first_batch(inputs)
             self.on_first_batch = None
-        return super().training_step(model, inputs, num_items_in_batch)
+        attending = attending_to_packs(self.model.config.get_text_config()) if self.packing else nullcontext()
+        with attending:
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
         """The loss of the supervised positions, whichever the model: vocabulary logits are computed there alone."""
-        outputs, targets = supervised(model, inputs)
-        loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
+        if CHUNKS in inputs:
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
+            loss = outputs.loss
+        else:
+            outputs, targets = supervised(model, inputs)
+            loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the number is that of all ranks, which average gradients
         return (loss, outputs) if return_outputs else loss
@@ -142,16 +156,23 @@ class VLMTrainer(Trainer):
     # --- data ---------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As usual; a stream deals its records to ranks and workers itself."""
-        if not isinstance(self.train_dataset, SampleStream):
+        """As usual; packs and streams are dealt to ranks, and records of a stream to workers, before."""
+        streams = isinstance(self.train_dataset, SampleStream)
+        if not (streams or self.packing):
             return super().get_train_dataloader()
-        args = self.args
+        args, collate = self.args, cast(Any, self.data_collator)
         workers = args.dataloader_num_workers
-        return left_running(DataLoader(
-            self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator, num_workers=workers,
-            pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-        ))  # fmt: skip
+        loading: dict[str, Any] = {
+            "num_workers": workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+        }
+        if self.packing:
+            loader, self.order = packed_loader(self.train_dataset, collate, self.max_tokens, args, **loading)
+        else:
+            loader = DataLoader(self.train_dataset, self._train_batch_size, collate_fn=collate, **loading)
+        return left_running(loader)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As usual; its workers outlive a signal to all of the run, which then saves a checkpoint."""
@@ -161,8 +182,11 @@ class VLMTrainer(Trainer):
         """As usual; what a batch says of records left out is taken out of it and told."""
         batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            batch.pop(FACTS, None)
-            self.on_skipped(batch.pop(SKIPPED, []), len(batch[self.ROWS]))
+            facts = batch.pop(FACTS, None)
+            self.on_skipped(batch.pop(SKIPPED, []), len(batch[self.ROWS]) if facts is None else facts.samples)
+            if self.takes_chunks:
+                chunks = num_chunks(batch["labels"], self.model.config.get_text_config().vocab_size, device)
+                batch |= {CHUNKS: chunks} if chunks > 1 else {}
         return batches, number
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +217,7 @@ class VLMTrainer(Trainer):
         with_images = torch.as_tensor(dataset.num_images) > 0
         blank = None
         if with_images.any():
-            blank, _ = self._losses(BlankPictures(dataset), "evaluating on blank pictures")
+            blank, _ = self._losses(dataset.blank(), "evaluating on blank pictures")
         found = loss_measures(sums, counts, blank, with_images)
         if self.answer_metrics is not None:
             with self.compute_loss_context_manager():
@@ -304,6 +328,10 @@ class VLMTrainer(Trainer):
                     "this run trains with it. Resume with the trainer.deepspeed that it was made with."
                 )
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if self.packing:
+            with self.compute_loss_context_manager():
+                check_packing(self.model, self.processor)
+        self.takes_chunks = takes_chunks(self.model)
         return prepared
 
 

@@ -1,0 +1,103 @@
+"""Attention within each sample of a packed row, for language models that use PyTorch's own (`sdpa`).
+
+`flash_attention_2` reads where samples begin by itself; `flex_attention` and `eager` make block masks of the restarted
+positions. A mask would have `sdpa` compute all of a row's products, most of them for nothing: here each sample is
+attended to alone, on GPUs through PyTorch's flash kernels for samples of different lengths.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+PACKED = "vlm_packed"
+"""What transformers knows it as; it makes no masks for implementations of other names than its own."""
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention of one row whose samples begin at `cu_seq_lens_q`: `(1, heads, T, dim) -> (1, T, heads, dim)`.
+
+    Raises:
+        ValueError: the language model does not hand on where samples begin, or asks for more than this knows.
+    """
+    if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
+        raise ValueError(
+            f"trainer.packing=true: {type(module).__name__} does not tell its attention where samples begin; choose "
+            "model.attn_implementation=eager, or trainer.packing=false"
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"trainer.packing=true: {type(module).__name__} has {name}, which only model.attn_implementation=eager "
+                "or flash_attention_2 compute"
+            )
+    if _has_kernel(query) and not dropout:
+        return _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    found = []
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
+        asked, seen, read = (one[:, :, start:end] for one in (query, key, value))
+        mask = _window(end - start, sliding_window, query)
+        output, _ = sdpa_attention_forward(
+            module, asked, seen, read, mask, dropout=dropout, scaling=scaling, is_causal=True
+        )
+        found.append(output)
+    return torch.cat(found, dim=1), None
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """Whether PyTorch's kernels for samples of different lengths run on this: halves, on GPUs from Ampere on."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """The same by one kernel for all samples."""
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 or newer
+
+    asked, seen, read = (one[0].transpose(0, 1) for one in (query, key, value))  # (T, heads, dim)
+    left = -1 if window is None else window - 1
+    output = varlen_attn(
+        asked, seen, read, starts, starts, longest, longest, scale=scaling, window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+def _window(length: int, window: int | None, like: Tensor) -> Tensor | None:
+    """What a sample's tokens see where they see no further back than a window; None: all before them."""
+    if window is None or length <= window:
+        return None
+    places = torch.arange(length, device=like.device)
+    back = places[:, None] - places[None, :]
+    return ((back >= 0) & (back < window))[None, None]
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+@contextmanager
+def attending_to_packs(config: Any) -> Iterator[None]:
+    """Let a language model attend within samples, forward and backward, if it would use `sdpa`.
+
+    Args:
+        config: the language model's configuration, which its layers read.
+    """
+    before = config._attn_implementation
+    if before == "sdpa":
+        config._attn_implementation = PACKED
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,55 @@
+"""In how many pieces the supervised positions of a batch go through the vocabulary head."""
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from vlm.models import VLMForConditionalGeneration
+from vlm.models.modeling_vlm import IGNORED, MOST_LOGITS
+
+log = logging.getLogger(__name__)
+
+CHUNKS = "num_chunks"
+"""The input of the composed model that says so."""
+
+FURTHER = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""What configurations call that which is done to logits behind the head."""
+
+
+@torch.no_grad()
+def takes_chunks(model: Any) -> bool:
+    """Whether a model's loss can be computed piece by piece: it is composed, and its logits are its head's output."""
+    if not isinstance(model, VLMForConditionalGeneration):
+        return False
+    text = model.language_model
+    config = text.config
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in FURTHER):
+        return False
+    ids = torch.arange(2, device=text.device)[None]
+    trained = text.training
+    text.eval()
+    hidden = text.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    head: Any = text.get_output_embeddings()
+    same = torch.equal(head(hidden), text(input_ids=ids, use_cache=False).logits)
+    text.train(trained)
+    if not same:
+        log.info("%s does more to its logits than its head does: they are computed at once", type(text).__name__)
+    return same
+
+
+def num_chunks(labels: Tensor, vocabulary: int, device: torch.device) -> int:
+    """So many that no piece has more than `MOST_LOGITS` logits: `(B, T) -> number`.
+
+    Under ZeRO-3 as many as the rank with most of them needs, since all ranks gather the head's weights at each call.
+    """
+    supervised = int((labels[:, 1:] != IGNORED).sum())
+    number = max(-(-supervised * vocabulary // MOST_LOGITS), 1)
+    if not (is_deepspeed_zero3_enabled() and dist.is_initialized()):
+        return number
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
