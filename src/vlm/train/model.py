@@ -29,6 +29,7 @@ from vlm.encoders import image_size
 from vlm.heads import add_tokens, grow_embeddings, new_rows
 from vlm.models import VLMConfig, VLMForPrediction, VLMPredictionConfig
 from vlm.quantization import compute_in, kinds_of
+from vlm.train.checkpointing import checkpoint_parts
 from vlm.train.lora import add_adapter
 from vlm.train.parts import Part, cast, freeze, split_parts
 
@@ -207,6 +208,7 @@ def prepare(model: Any, config: RunConfig, args: TrainingArguments, processor: A
     if not is_deepspeed_zero3_enabled():
         cast(model, parts, trained_dtype, compute_dtype(args))
     compute_in(model, compute_dtype(args))
+    checkpoint_parts(model, parts, config.trainer, args)
     return parts
 
 

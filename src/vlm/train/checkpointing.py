@@ -1,0 +1,79 @@
+"""Activation checkpointing by part: which layers are computed anew for their gradient, in place of being kept.
+
+Chen et al. 2016, arXiv:1604.06174. Where a layer keeps nothing for a gradient, because none flows through it, nothing
+is saved by computing it anew.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vlm.config.schema import PARTS, TrainerOptions
+from vlm.families.table import part_names
+from vlm.train.parts import Part
+
+
+def checkpoint_parts(model: Any, parts: Sequence[Part], trainer: TrainerOptions, args: TrainingArguments) -> None:
+    """Let the layers of some parts be computed anew, as `trainer.activation_checkpointing` and its keys say.
+
+    `args.activation_checkpointing` is false afterwards: `Trainer` would put it on every layer, and a gradient on the
+    embeddings of language models that need none.
+
+    Args:
+        model: the model, with what trains of it settled.
+        parts: its parts.
+        trainer: the run's section.
+        args: the same as `Trainer` reads it.
+
+    Raises:
+        ValueError: a part is named that keeps nothing, or whose layers cannot be computed anew.
+    """
+    if not args.activation_checkpointing:
+        return
+    flowing = with_gradient(parts)
+    named = trainer.checkpointed_parts
+    for name in named or ():
+        if name not in flowing:
+            raise ValueError(
+                f"trainer.checkpointed_parts={named}: no gradient flows through the {name}, so that it keeps nothing; "
+                f"name of {', '.join(flowing) or 'none'}"
+            )
+    options = dict(args.activation_checkpointing_kwargs or {})
+    every = options.pop("every_n_layers", 1)
+    offload = options.pop("offload", False)
+    model.activation_checkpointing_enable({"use_reentrant": False, **options}, offload=offload)
+    if not options.get("use_reentrant"):
+        model.disable_input_require_grads()  # only reentrant checkpoints need it, and it lets gradients flow everywhere
+    found = _switch(model, flowing if named is None else named, every)
+    args.activation_checkpointing = False
+    if missing := [name for name in named or () if not found[name]]:
+        raise ValueError(
+            f"trainer.checkpointed_parts={named}: the {missing[0]} has no layers that transformers can compute anew; "
+            f"leave it out"
+        )
+
+
+def with_gradient(parts: Sequence[Part]) -> list[str]:
+    """The parts through which gradients flow: one that trains, and all behind it."""
+    order = [part for part in parts if part.name in PARTS]
+    trains = [any(one.requires_grad for one in part.parameters.values()) for part in order]
+    return [part.name for place, part in enumerate(order) if any(trains[: place + 1])]
+
+
+def _switch(model: Any, wanted: Sequence[str], every: int) -> dict[str, int]:
+    """Leave checkpointing on at every n-th layer of some parts alone; part -> how many layers it has."""
+    names = part_names(model.config)
+    found = dict.fromkeys(PARTS, 0)
+    for path, module in model.named_modules():
+        if not hasattr(module, "gradient_checkpointing"):
+            continue
+        of = {names.part_of(f"{path}.{name}".removeprefix(".")) for name, _ in module.named_parameters()}
+        on = bool(of) and of <= {*wanted}
+        if on and isinstance(module, GradientCheckpointingLayer):
+            part = next(iter(of))
+            on = found[part] % every == 0
+            found[part] += 1
+        module.gradient_checkpointing = on
+    return found
