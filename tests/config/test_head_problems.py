@@ -119,8 +119,6 @@ WITHOUT_A_HEAD = {
     "dataset.test_split=0.1": "dataset.test_split=0.1: this is for prediction heads",
     "dataset.test_image_folder=.": "dataset.test_image_folder=.: this is for prediction heads",
     "dataset.folds=3": "dataset.folds=3: this is for prediction heads",
-    "dataset.cache_features=true": "dataset.cache_features=true: this is for prediction heads",
-    "dataset.cache_features=false": "dataset.cache_features=false: this is for prediction heads",
     "model.head.pooling=mean": "model.head.pooling=mean: there is no head (model.head.task); choose one, as",
     "model.head.type=mlp": "model.head.type=mlp: there is no head (model.head.task)",
     "model.head.generation_weight=1": "model.head.generation_weight=1.0: there is no head (model.head.task)",

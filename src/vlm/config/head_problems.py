@@ -132,7 +132,7 @@ def _generation_problems(config: RunConfig) -> Iterator[str]:
 def _without_head(config: RunConfig) -> Iterator[str]:
     """Keys that nothing comes of without a head."""
     data = config.dataset
-    for key in ("test_path", "test_image_folder", "test_split", "folds", "cache_features"):
+    for key in ("test_path", "test_image_folder", "test_split", "folds"):
         if (value := getattr(data, key)) != getattr(DatasetConfig, key):
             yield f"dataset.{key}={_shown(value)}: this is for prediction heads; choose one, as model/head=binary"
     for key in fields(HeadsConfig):

@@ -136,6 +136,10 @@ class SampleDataset(Dataset[Any]):
         except BadSample as error:
             return Skipped.by(error, source, record)
 
+    def blank(self) -> Dataset[dict[str, Any]]:
+        """The same samples with blank pictures."""
+        return BlankPictures(self)
+
     def encoded(self, index: int, sizes: Sequence[Size] = ()) -> Encoded:
         """Ids and labels without the pictures; `sizes` where the processor needs them."""
         source, record = self.places[index].tolist()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from vlm.data.cache import digest_of
 from vlm.data.dataset import SampleDataset
@@ -32,8 +33,13 @@ def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
 
 def body_digest(model: VLMForPrediction) -> str:
     """A name for every number of a model's body, whatever device they are on, and how it computes with them."""
-    state = model.body.state_dict()
     config = {name: value for name, value in model.config.body_config.to_diff_dict().items() if name != "recipe"}
+    return digest_of(weights_digests(model.body), config)
+
+
+def weights_digests(module: nn.Module) -> list[str]:
+    """A name for every tensor of a module and the numbers in it, whatever device they are on."""
+    state = module.state_dict()
 
     def digest(name: str) -> str:
         tensor = state[name].detach().cpu().contiguous()
@@ -41,7 +47,7 @@ def body_digest(model: VLMForPrediction) -> str:
         return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.blake2b(content).hexdigest()}"
 
     with ThreadPoolExecutor(num_cores()) as pool:
-        return digest_of(list(pool.map(digest, sorted(state))), config)
+        return list(pool.map(digest, sorted(state)))
 
 
 def code_digest(computation: type) -> str:
