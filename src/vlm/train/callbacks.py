@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vlm.train.plots import draw_loss
+from vlm.train.plots import draw_loss, draw_speed
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to `metrics.jsonl` and redraws `loss.png` when a run evaluates, saves or ends."""
+    """Appends every log to `metrics.jsonl`; redraws `loss.png` and `speed.png` when a run evaluates, saves or ends."""
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
-        self.plot = folder / "loss.png"
+        self.plot, self.speed_plot = folder / "loss.png", folder / "speed.png"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """A resumed run forgets what was logged after the checkpoint; a new one begins anew."""
@@ -46,7 +46,10 @@ class MetricsFile(TrainerCallback):
 
     def _draw(self, state: TrainerState) -> None:
         if state.is_world_process_zero and self.path.exists():
-            draw_loss(read_metrics(self.path), self.plot)
+            metrics = read_metrics(self.path)
+            draw_loss(metrics, self.plot)
+            if any("samples_per_second" in line for line in metrics):
+                draw_speed(metrics, self.speed_plot)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -91,5 +91,5 @@ def meter_of(
         log.info("Operations of this model are not counted, so the log has no mfu: %s", reason)
         return SpeedMeter(args.device, note=str(reason), folder=folder)
     peak = peak_of(args.device, dtype, peak_tflops)
-    log.info("Model FLOPs utilisation is a share of %.1f TFLOP/s (%s)", peak.tflops, peak.source)
+    log.info("Model FLOPs utilisation is a share of %.3g TFLOP/s (%s)", peak.tflops, peak.source)
     return SpeedMeter(args.device, flops, peak, folder=folder)

@@ -18,6 +18,13 @@ from vlm.data.pages import page, thumbnail, tokens_as_html
 
 CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
 
+RATES = {
+    "tokens_per_second": "tokens",
+    "supervised_tokens_per_second": "supervised tokens",
+    "samples_per_second": "samples",
+}
+SHARES = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "model FLOPs utilisation"}
+
 
 def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """The losses over the steps, as a PNG."""
@@ -32,6 +39,24 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_speed(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Tokens a second (of a head, samples) over the steps, and the shares of padding and waiting, as a PNG."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    for axes, curves in ((above, RATES), (below, SHARES)):
+        for key, label in curves.items():
+            points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+            if points and (key != "samples_per_second" or not axes.lines):
+                axes.plot(*zip(*points, strict=True), label=label)
+        if axes.lines:
+            axes.legend()
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    above.set_ylabel("a second")
+    below.set_xlabel("step")
     figure.savefig(path, dpi=120)
 
 

@@ -1,7 +1,7 @@
 """How fast a run is: real tokens, samples and operations a second, what padding and waiting cost, and memory.
 
-The clock runs from the batches of a step to the end of its update. Evaluation, saving, sample answers and logging are no
-part of it, nor is the first step of a call, in which kernels are chosen and data workers start. The device is waited
+The clock runs from the batches of a step to the end of its update. Evaluation, saving, sample answers and logging are
+no part of it, nor is the first step of a call, in which kernels are chosen and data workers start. The device is waited
 for only where a run waits for it anyway: where it logs, evaluates or saves.
 """
 
@@ -78,8 +78,8 @@ class SpeedMeter:
     """
 
     def __init__(
-        self, device: torch.device, flops: StepFlops | None = None, peak: Peak | None = None, *, note: str | None = None,
-        folder: Path | None = None,
+        self, device: torch.device, flops: StepFlops | None = None, peak: Peak | None = None, *,
+        note: str | None = None, folder: Path | None = None,
     ):  # fmt: skip
         self.device = device
         self.flops, self.peak, self.note, self.folder = flops, peak, note, folder
@@ -119,7 +119,7 @@ class SpeedMeter:
             yield batch
 
     def add(self, batches: Sequence[tuple[BatchFacts, int, int]]) -> None:
-        """Count the batches of a step: what each holds, and the images that the encoder and the connector read of it."""
+        """Count the batches of a step: what each holds, and how many images the encoder and the connector read."""
         if self._running_since is None or not batches:
             return
         self.lap.add(Counts(steps=1, batches=len(batches)))
