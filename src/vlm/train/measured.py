@@ -27,6 +27,8 @@ class MeasuredTrainer(Trainer):
         kwargs: as `Trainer`.
     """
 
+    accelerator: Any
+
     ROWS = "input_ids"
     """An input that has one row for each sample."""
 
