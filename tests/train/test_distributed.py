@@ -40,7 +40,7 @@ def start(pretrained: Path, world: Path) -> list[str]:
     return [f"trainer.from_pretrained={pretrained}", f"dataset.eval_path={world / 'records.json'}"]
 
 
-def launch(words: list[str]) -> None:
+def launch(words: list[str], module: str = "vlm") -> None:
     """Start two ranks and wait; the shared memory that DeepSpeed leaves on a CPU goes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,7 +53,7 @@ def launch(words: list[str]) -> None:
         "OMP_NUM_THREADS": "1",
         "PATH": path,
     }
-    done = subprocess.run([*launcher, "--module", "vlm", *words], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*launcher, "--module", module, *words], env=environment, capture_output=True, text=True)
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 64 MB each, until a restart
         left.unlink()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

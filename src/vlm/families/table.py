@@ -34,8 +34,8 @@ class Family:
         fewest_frames: how many frames a video must have.
         video_template: the chat template of conversations with videos, where its own has no place for them.
         template: the chat template where its processor brings none.
-        packs: whether it keeps the samples of a packed row apart (`trainer.packing`): its positions are counted one by
-            one, and attention is causal.
+        packs: whether it keeps the samples of a packed row apart (`trainer.packing`).
+        grid_positions: whether tokens of pictures and videos have three positions each, in time, height and width.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Family:
     video_template: str | None = None
     template: str | None = None
     packs: bool = False
+    grid_positions: bool = False
 
 
 COMPOSED = Family(
@@ -138,12 +139,33 @@ FAMILIES: dict[str, Family] = {
         equal_frames=True,
         packs=True,
     ),
-    "qwen2_vl": Family("Qwen2-VL", QWEN, ("qwen2-vl-2b", "qwen2-vl-7b"), tokens=("mm_token_type_ids",), videos=True),
+    "qwen2_vl": Family(
+        "Qwen2-VL",
+        QWEN,
+        ("qwen2-vl-2b", "qwen2-vl-7b"),
+        tokens=("mm_token_type_ids",),
+        videos=True,
+        packs=True,
+        grid_positions=True,
+    ),
     "qwen2_5_vl": Family(
-        "Qwen2.5-VL", QWEN, ("qwen2.5-vl-3b", "qwen2.5-vl-7b"), tokens=("mm_token_type_ids",), videos=True
+        "Qwen2.5-VL",
+        QWEN,
+        ("qwen2.5-vl-3b", "qwen2.5-vl-7b"),
+        tokens=("mm_token_type_ids",),
+        videos=True,
+        packs=True,
+        grid_positions=True,
     ),
     "qwen3_vl": Family(
-        "Qwen3-VL", QWEN, ("qwen3-vl-2b", "qwen3-vl-4b"), tokens=("mm_token_type_ids",), videos=True, fewest_frames=2
+        "Qwen3-VL",
+        QWEN,
+        ("qwen3-vl-2b", "qwen3-vl-4b"),
+        tokens=("mm_token_type_ids",),
+        videos=True,
+        fewest_frames=2,
+        packs=True,
+        grid_positions=True,
     ),
     "idefics3": Family(
         "Idefics3", IDEFICS, ("idefics3-8b",), rows=("pixel_values", "pixel_attention_mask"), packs=True
@@ -193,6 +215,7 @@ FAMILIES: dict[str, Family] = {
             "model.embed_tokens_extend.image_embed.img_processor.post_layernorm.",
             "model.embed_tokens_extend.image_embed.img_processor.head.",
         ),
+        packs=True,
     ),
 }
 """`model_type` of `config.json` -> family."""

@@ -96,8 +96,8 @@ def attending_to_packs(config: Any) -> Iterator[None]:
     """
     before = config._attn_implementation
     if before == "sdpa":
-        config._attn_implementation = PACKED
+        config._attn_implementation = {"": PACKED}  # parts below it keep theirs
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = {"": before}

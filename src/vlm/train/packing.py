@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
@@ -97,8 +98,34 @@ def check_family(model_type: str) -> None:
         can = ", ".join(name for name, family in FAMILIES.items() if family.packs)
         raise ValueError(
             f"trainer.packing=true: {FAMILIES[model_type].name} ({model_type}) cannot keep the samples of a row apart; "
-            f"composed models can, and {can}. trainer.train_sampling_strategy=group_by_modality_length pads least"
+            f"composed models can, and {can}. trainer.packing=false pads batches instead, and "
+            "trainer.train_sampling_strategy=group_by_modality_length pads them least"
         )
+
+
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""Inputs that say how large the grids of pictures and videos are."""
+
+
+def with_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """A packed batch whose tokens have the positions that its model counts: of some families four, `(4, 1, T)`.
+
+    The first of the four are those of the text, by which samples are told apart; the others are counted by the model's
+    own code, sample by sample.
+    """
+    kind = model.config.model_type
+    if kind not in FAMILIES or not FAMILIES[kind].grid_positions:
+        return batch
+    lengths = batch[LENGTHS].diff().tolist()
+    rows = {
+        name: pad_sequence(list(batch[name][0].split(lengths)), batch_first=True)
+        for name in ("input_ids", "mm_token_type_ids")
+    }
+    mask = pad_sequence([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True)
+    grids = {name: batch[name] for name in GRIDS if name in batch}
+    positions, _ = model.model.get_rope_index(**rows, **grids, attention_mask=mask)
+    text = batch["position_ids"]
+    return batch | {"position_ids": torch.cat([text, positions[:, mask.bool()]])[:, None]}
 
 
 @torch.no_grad()
@@ -131,14 +158,18 @@ def check_packing(model: Any, processor: Any) -> None:
 def _asked(model: Any, samples: list[list[int]]) -> Tensor:
     """Logits `(T, vocabulary)` of samples in one row."""
     lengths = [len(one) for one in samples]
-    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=model.device)
+    ids = torch.tensor([list(chain(*samples))])
+    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+    batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
+    batch |= {"mm_token_type_ids": torch.zeros_like(ids), LENGTHS: starts}
+    batch = with_grid_positions(model, batch)
+    batch.pop("mm_token_type_ids")
+    batch |= {"cu_seq_lens_k": starts}
     with attending_to_packs(model.config.get_text_config()):
         return model(
-            input_ids=torch.tensor([list(chain(*samples))], device=model.device),
-            position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(model.device),
-            **{LENGTHS: starts, "cu_seq_lens_k": starts, "max_length_q": max(lengths), "max_length_k": max(lengths)},
-            use_cache=False,
-        ).logits[0]
+            **{name: value.to(model.device) for name, value in batch.items()},
+            **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)), use_cache=False,
+        ).logits[0]  # fmt: skip
 
 
 def _mixes(model: Any, what: str) -> ValueError:

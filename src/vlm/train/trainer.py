@@ -33,7 +33,7 @@ from vlm.inference.metrics import loss_measures, sample_losses, supervised
 from vlm.models.modeling_vlm import supervised_loss
 from vlm.train.attention import attending_to_packs
 from vlm.train.measured import MeasuredTrainer
-from vlm.train.packing import check_packing, packed_loader
+from vlm.train.packing import check_packing, packed_loader, with_grid_positions
 from vlm.train.parts import Part, parameter_groups
 from vlm.train.stopping import left_running
 from vlm.train.vocabulary import CHUNKS, num_chunks, takes_chunks
@@ -184,6 +184,8 @@ class VLMTrainer(MeasuredTrainer):
         for batch in batches:
             facts = batch.pop(FACTS, None)
             self.on_skipped(batch.pop(SKIPPED, []), len(batch[self.ROWS]) if facts is None else facts.samples)
+            if self.packing:
+                batch |= with_grid_positions(self.model, batch)
             if self.takes_chunks:
                 chunks = num_chunks(batch["labels"], self.model.config.get_text_config().vocab_size, device)
                 batch |= {CHUNKS: chunks} if chunks > 1 else {}

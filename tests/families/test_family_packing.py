@@ -1,0 +1,61 @@
+"""Families on packed rows: losses and gradients are those of the samples one by one, tiles and several pictures too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families.test_families import pictures, talk
+from tests.families.tiny_families import TINY, save_family
+from vlm.data.collate import Collator
+from vlm.data.dataset import dummy_image, model_inputs
+from vlm.data.encode import encode
+from vlm.data.packing import PackingCollator
+from vlm.families.loading import load_family_config, load_family_model
+from vlm.families.processing import load_family_processor
+from vlm.families.table import FAMILIES
+from vlm.inference.metrics import supervised
+from vlm.models.modeling_vlm import supervised_loss
+from vlm.train.attention import attending_to_packs
+from vlm.train.packing import check_packing, with_grid_positions
+
+PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].packs]
+
+
+def rows(processor: Any) -> list[dict[str, Any]]:
+    """Samples with one picture, with none, with another, larger one, and with two."""
+    found = []
+    for index, images in enumerate([pictures(1), [], pictures(3)[1:2], pictures(2)]):
+        sizes = [image.size[::-1] for image in images]
+        encoded = encode(processor, talk(len(images), "yes" * (index + 1)), sizes)
+        found.append(model_inputs(processor, encoded, images, sizes))
+    return found
+
+
+def trained(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Logits at supervised positions; the gradients of their summed loss are added to the model's."""
+    outputs, targets = supervised(model, batch)
+    supervised_loss(outputs.logits, targets, 1).backward()
+    return outputs.logits.detach()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", PACKING)
+def test_a_packed_row_is_its_samples_one_by_one(name: str, attention: str, tmp_path: Path):
+    save_family(name, tmp_path)
+    config = load_family_config(str(tmp_path), "model.hf_name")
+    model = load_family_model(str(tmp_path), config, dtype=torch.float32, attention=attention)
+    model.eval()  # as it trains, but for dropout
+    processor = load_family_processor(str(tmp_path), FAMILIES[TINY[name].model_type])
+    check_packing(model, processor)
+    collate = Collator.of(processor, dummy_image(processor))
+    expected = torch.cat([trained(model, collate([row])) for row in rows(processor)])
+    wanted = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with attending_to_packs(model.config.get_text_config()):
+        logits = trained(model, with_grid_positions(model, PackingCollator(collate)(rows(processor))))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    for key, parameter in model.named_parameters():
+        if key in wanted:
+            torch.testing.assert_close(parameter.grad, wanted[key], atol=2e-5, rtol=1e-4, msg=key)
