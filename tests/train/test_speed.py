@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.command_line import refusal
+from tests.train.test_distributed import launch
 from vlm.data.facts import BatchFacts
 from vlm.train import speed
 from vlm.train.flops import StepFlops
@@ -199,3 +200,20 @@ def test_a_device_that_no_sheet_knows_is_measured():
 
 def test_a_peak_of_nothing_is_refused(common: list[str]):
     assert "trainer.peak_tflops=0" in refusal("-cn", "pretrain-smol", *common, "trainer.peak_tflops=0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_ranks_measure_together(common: list[str], measured_run: Path, tmp_path: Path, stage: str):
+    """The same operations for each sample, twice the samples of a step; a profile of the first rank."""
+    single = json.loads((measured_run / "speed.json").read_text())
+    launch([
+        "-cn", "pretrain-smol", *common, f"trainer.deepspeed={stage}", f"trainer.output_dir={tmp_path}",
+        "trainer.per_device_train_batch_size=2", "trainer.max_steps=8", "trainer.logging_steps=3",
+        "trainer.profile=true", "trainer.num_samples=0",
+    ])  # fmt: skip
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert (found["ranks"], found["first_step"], found["last_step"]) == (2, 2, 8)
+    assert (found["whole"]["steps"], found["whole"]["batches"], found["whole"]["samples"]) == (7, 14, 28)
+    assert found["flops"] == single["flops"]
+    assert "language_model backward" in (tmp_path / "profile" / "table.txt").read_text()
