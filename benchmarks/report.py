@@ -3,10 +3,12 @@
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from vlm.data.processes import num_cores
@@ -59,17 +61,27 @@ def below(name: str, measured: Sequence[float], label: str, unit: str, limit: fl
     return Row(name, median / limit, 1.0, "lower", {label: median}, {label: (min(measured), max(measured))}, unit)
 
 
-def report(name: str, rows: Sequence[Row]) -> None:
-    """Print the rows, and write `results/NAME.json` and `results/NAME.png`."""
+def report(name: str, rows: Sequence[Row], notes: Mapping[str, Any] | None = None) -> None:
+    """Print the rows, and write `results/NAME.json` and `results/NAME.png`.
+
+    Args:
+        name: of the benchmark.
+        rows: its claims.
+        notes: what was found besides, for which there is no target.
+    """
     print(f"\n{'what':<58}{'ratio':>8}{'target':>9}   medians (least to greatest)")
     for row in rows:
         sign = "≥" if row.better == "higher" else "≤"
         parts = [f"{k} {v:,.4g} ({row.spread[k][0]:,.4g}–{row.spread[k][1]:,.4g})" for k, v in row.medians.items()]
         mark = " " if row.holds else "!"
         print(f"{row.name:<58}{row.ratio:>8.2f}{sign:>3}{row.target:>6.2f} {mark} {', '.join(parts)} {row.unit}")
+    for key, value in (notes or {}).items():
+        print(f"{key}: {value:,.4g}" if isinstance(value, float) else f"{key}: {value}")
     RESULTS.mkdir(exist_ok=True)
     machine = {"cores": num_cores(), "python": platform.python_version(), "system": platform.system()}
-    content = {"machine": machine, "rows": [asdict(row) for row in rows]}
+    machine |= {"torch": torch.__version__}
+    machine |= {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    content = {"machine": machine, "rows": [asdict(row) for row in rows], **({"notes": notes} if notes else {})}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _draw(rows, RESULTS / f"{name}.png")
     print(f"\nWritten: {RESULTS / name}.json and .png")

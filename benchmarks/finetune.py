@@ -1,0 +1,261 @@
+"""A finetune step, encoder frozen: ours against transformers' LLaVA and Trainer, padded, and grouped by length.
+
+    python -m benchmarks.finetune [--gpu] [--steps N] [--repeats N]
+
+SmolLM2-135M's and ViT-B/16's shapes with random weights, lengths of LLaVA-665k (`benchmarks.lengths`), one set of
+samples for each optimiser step in all variants: that of our run's packs. A padded micro-batch takes its samples as they
+were drawn, a grouped one those of like length among the step's. First weights, precision, attention kernel (sdpa),
+threads, optimiser and learning rate are the same, so losses have to agree at every step: that is checked, and drawn.
+
+On two CPU cores in float32, a padded micro-batch has as many samples as fit into 24 GB of memory when one of them is
+long, about six; a larger one would pad more. Few steps fit into the time, and in some of them all samples are short:
+the default seed is one of which counting predicts about what it predicts on average. About eight minutes.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import counting
+from benchmarks.lengths import Record, draw_records, write_records
+from benchmarks.report import RESULTS, Row, compared, report
+from benchmarks.shapes import SHAPES, Shape, composed, llava_of, write_parts
+from benchmarks.variants import (
+    SEED,
+    Sample,
+    in_micro_batches,
+    padded_positions,
+    quiet,
+    released,
+    run_ours,
+    samples_of,
+    train_padded,
+)
+from vlm.data.packing import pack
+from vlm.train.flops import StepFlops
+
+NEAR = {"float32": 2e-4, "bfloat16": 2e-2}
+"""How far losses of a step may be apart, as a share of them."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        shape: of the model, a name of `SHAPES`.
+        tokens: `trainer.max_tokens_per_batch`.
+        accumulation: packs of an optimiser step.
+        steps: optimiser steps.
+        samples: about so many samples has a padded micro-batch.
+        repeats: how often each variant trains.
+        bf16: whether matrix products run in bfloat16.
+        seed: of the records.
+    """
+
+    shape: str = "smol"
+    tokens: int = 4096
+    accumulation: int = 2
+    steps: int = 2
+    samples: int = 6
+    repeats: int = 1
+    bf16: bool = False
+    seed: int = 12
+
+
+GPU = Size(tokens=8192, accumulation=4, steps=10, samples=20, repeats=3, bf16=True)
+"""For one large GPU."""
+
+
+@dataclass
+class Measured:
+    """What one variant did.
+
+    Attributes:
+        speeds: real tokens a second, of every step of every repetition.
+        rates: real tokens a second, of every repetition as a whole.
+        losses: of every step, of the first repetition.
+        flops: operations of every step, as they are counted.
+    """
+
+    speeds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+
+    def add(self, seconds: Sequence[float], losses: Sequence[float], tokens: Sequence[int]) -> None:
+        """One repetition."""
+        self.speeds += [number / time for number, time in zip(tokens, seconds, strict=True)]
+        self.rates.append(sum(tokens) / sum(seconds))
+        self.losses = self.losses or list(losses)
+
+
+@dataclass
+class Comparison:
+    """All variants on the same samples.
+
+    Attributes:
+        tokens: real tokens of every step.
+        variants: by their names.
+        flops: of our model, by what they depend on.
+        encoder: of all layers of the encoder, an image.
+    """
+
+    tokens: list[int]
+    variants: dict[str, Measured]
+    flops: StepFlops
+    encoder: float
+
+
+def fitting(records: Sequence[Record], shape: Shape, capacity: int, packs: int) -> list[Record]:
+    """The first records, as many as fill so many packs and do not need another."""
+    lengths = [len(sample["input_ids"]) for sample in counting.blank_samples(records, shape)]
+    number = max(n for n in range(1, len(lengths) + 1) if sum(lengths[:n]) <= packs * capacity)
+    while len(pack(lengths[:number], capacity)) > packs:
+        number -= 1
+    return list(records[:number])
+
+
+def compare(size: Size, folder: Path) -> Comparison:
+    """Train every variant in turns, ours first: it says which samples a step has."""
+    shape = SHAPES[size.shape]
+    write_parts(folder / "parts", shape)
+    packs = size.steps * size.accumulation
+    records = fitting(draw_records(packs * size.tokens // 50, size.seed), shape, size.tokens, packs)
+    path = write_records(folder / "data", records, shape.side)
+    words = [
+        f"trainer.max_tokens_per_batch={size.tokens}",
+        f"trainer.gradient_accumulation_steps={size.accumulation}",
+        f"trainer.bf16={str(size.bf16).lower()}",
+    ]
+    found: Comparison | None = None
+    for turn in range(size.repeats):
+        run = run_ours(folder / "parts", path, folder / f"ours-{turn}", *words, keeps=True)
+        processor = run.trainer.processor
+        steps = [[sample for batch in step for sample in samples_of(batch, processor)] for step in run.batches]
+        if found is None:
+            flops, encoder = counting.counted(run.trainer.model, shape)
+            tokens = [counting.facts(step).tokens for step in steps]
+            found = Comparison(tokens, {name: Measured() for name in ("ours", "padded", "grouped")}, flops, encoder)
+            found.variants["ours"].flops = [counting.ours(flops, step, size.accumulation) for step in steps]
+            print(f"{len(records)} samples, {sum(tokens):,} tokens in {packs} packs", end=", ")
+            print(f"{sum(tokens) / (packs * size.tokens):.1%} of their positions", flush=True)
+        released(run)
+        found.variants["ours"].add(run.seconds, run.losses, found.tokens)
+        for name in ("padded", "grouped"):
+            _train_theirs(found, name, steps, size, folder, processor)
+    assert found is not None
+    return found
+
+
+def _train_theirs(
+    found: Comparison, name: str, steps: Sequence[Sequence[Sample]], size: Size, folder: Path, processor: object
+) -> None:
+    """One repetition of transformers' own."""
+    number = max(1, round(statistics.mean(map(len, steps)) / size.samples))
+    laid = [in_micro_batches(step, number, grouped=name == "grouped") for step in steps]
+    measured = found.variants[name]
+    if not measured.flops:
+        positions = [padded_positions(one) for step in laid for one in step]
+        measured.flops = [counting.padded(found.flops, found.encoder, step) for step in laid]
+        print(f"{name}: {number} micro-batches a step, {sum(found.tokens) / sum(positions):.1%} real tokens", end=", ")
+        print(f"at most {max(positions):,} positions", flush=True)
+    ours, _ = composed(folder / "parts", SEED)
+    model = llava_of(ours, folder / "parts")
+    del ours
+    if size.bf16:
+        model.model.vision_tower.to(torch.bfloat16)  # as a run of ours casts what is frozen
+    done = train_padded(model, processor.tokenizer, laid, folder / name, bf16=size.bf16)  # pyright: ignore[reportAttributeAccessIssue]
+    measured.add(done.seconds, done.losses, found.tokens)
+
+
+def check_losses(variants: dict[str, Measured], near: float) -> float:
+    """How far the losses of a step are apart at most, as a share of them; the variants must do the same work."""
+    farthest = 0.0
+    for losses in zip(*(one.losses for one in variants.values()), strict=True):
+        farthest = max(farthest, (max(losses) - min(losses)) / min(losses))
+    if farthest > near:
+        shown = {name: one.losses for name, one in variants.items()}
+        raise SystemExit(f"the variants do not compute the same: losses are {farthest:.2%} apart: {shown}")
+    return farthest
+
+
+def rows_of(found: Comparison) -> list[Row]:
+    """The claims. A rate is that of all steps; its spread that of single steps, some of which have no long sample."""
+    ours, rows = found.variants["ours"], []
+    for name, target, title in (
+        ("padded", 2.0, "real tokens/s over padded batches"),
+        ("grouped", 1.25, "real tokens/s over batches grouped by length"),
+    ):
+        both = {"ours": ours, name: found.variants[name]}
+        medians = {label: statistics.median(one.rates) for label, one in both.items()}
+        spread = {label: (min(one.speeds), max(one.speeds)) for label, one in both.items()}
+        measured = medians["ours"] / medians[name]
+        predicted = sum(found.variants[name].flops) / sum(ours.flops)
+        rows.append(Row(title, measured, target, "higher", medians, spread, "tokens/s"))
+        rows.append(
+            compared(f"{name}: measured over counted", [measured], [predicted], ("measured", "counted"), "×", 0.9)
+        )
+    return rows
+
+
+def draw_losses(variants: dict[str, Measured], path: Path) -> None:
+    """The loss of every step, of each variant."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for (name, one), style in zip(variants.items(), ("-", "--", ":"), strict=True):
+        axes.plot(range(1, len(one.losses) + 1), one.losses, style, marker="o", label=name)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss, mean over supervised tokens")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def explain(found: Comparison, size: Size) -> None:
+    """What counting says of other sizes, and of what would bring more."""
+    shape = SHAPES[size.shape]
+    samples = counting.blank_samples(draw_records(4000, 1), shape)
+    print("\nOf the operations of our step: " + ", ".join(
+        f"{name} {share:.1%}" for name, share in counting.shares(found.flops, samples).items()
+    ))  # fmt: skip
+    print("What counting predicts over the whole mixture, padded over ours, by the samples of a micro-batch:")
+    cached = replace(found.flops, encoded=0.0)
+    for number in (4, 6, 8, 10, 16, 32):
+        plain = counting.forecast(found.flops, found.encoder, samples, number)
+        sorted_ = counting.forecast(found.flops, found.encoder, samples, number, micro_batches=4)
+        kept = counting.forecast(cached, found.encoder, samples, number)
+        print(f"{number:>4}: padded {plain:.2f}, grouped over 4 micro-batches {sorted_:.2f}", end=", ")
+        print(f"padded against ours with image features out of the cache {kept:.2f}")
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
+    for name in ("tokens", "accumulation", "steps", "samples", "repeats", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=None)
+    parser.add_argument("--shape", choices=SHAPES, default=None)
+    args = parser.parse_args()
+    given = {name: value for name, value in vars(args).items() if name != "gpu" and value is not None}
+    size = replace(GPU if args.gpu else Size(), **given)
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(size, Path(folder))
+    farthest = check_losses(found.variants, NEAR["bfloat16" if size.bf16 else "float32"])
+    for name, one in found.variants.items():
+        print(f"losses, {name}: " + " ".join(f"{loss:.4f}" for loss in one.losses))
+    print(f"Losses are at most {farthest:.4%} apart")
+    notes = {"losses are apart at most by": farthest, "size": asdict(size)}
+    report("finetune-gpu" if args.gpu else "finetune", rows_of(found), notes)
+    draw_losses(found.variants, RESULTS / ("finetune-gpu_loss.png" if args.gpu else "finetune_loss.png"))
+    explain(found, size)
+
+
+if __name__ == "__main__":
+    main()

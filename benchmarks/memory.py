@@ -1,0 +1,163 @@
+"""Peak memory of training at 4,096 real tokens a step: packed rows against the same samples in a padded batch.
+
+    python -m benchmarks.memory [--gpu] [--repeats N]
+
+Each variant runs two optimiser steps in a process of its own, so that the optimiser's states are there in the second;
+what is told is the most memory that the process ever had (on a GPU: that PyTorch ever allocated there). SmolLM2-135M's
+and ViT-B/16's shapes, lengths of LLaVA-665k: of many drawn sets, the one that is padded to about as many positions
+as they are on average; memory has to be there for the worst. About five minutes on two cores, and up to 20 GB.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import counting
+from benchmarks.finetune import fitting
+from benchmarks.lengths import Record, draw_records, write_records
+from benchmarks.opening import kilobytes
+from benchmarks.report import compared, report
+from benchmarks.shapes import SHAPES, composed, llava_of, write_parts
+from benchmarks.variants import SEED, padded_positions, quiet, run_ours, train_padded
+
+STEPS = 2
+DRAWN = 101
+"""So many sets of samples are drawn to find the one of average padding."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        shape: of the model, a name of `SHAPES`.
+        tokens: real tokens of a step, about.
+        repeats: processes of each variant.
+        bf16: whether matrix products run in bfloat16.
+    """
+
+    shape: str = "smol"
+    tokens: int = 4096
+    repeats: int = 2
+    bf16: bool = False
+
+
+GPU = Size(tokens=16384, repeats=3, bf16=True)
+"""For one large GPU."""
+
+
+def average_set(size: Size) -> tuple[list[Record], int]:
+    """Records that fill one pack, of average padding among sets that were drawn alike; and their padded positions."""
+    shape = SHAPES[size.shape]
+    sets = []
+    for seed in range(DRAWN):
+        records = fitting(draw_records(size.tokens // 50, seed), shape, size.tokens, 1)
+        sets.append((padded_positions(counting.blank_samples(records, shape)), seed, records))
+    mean = statistics.mean(positions for positions, _, _ in sets)
+    positions, _, records = min(sets, key=lambda one: (abs(one[0] - mean), one[1]))
+    return records, positions
+
+
+def measure_ours(size: Size, folder: Path) -> None:
+    """The run that `vlm` starts, on packed rows."""
+    words = [
+        f"trainer.max_tokens_per_batch={size.tokens}",
+        f"trainer.num_train_epochs={STEPS}",
+        f"trainer.bf16={str(size.bf16).lower()}",
+    ]
+    run_ours(folder / "parts", folder / "data" / "records.json", folder / "packed", *words)
+
+
+def measure_padded(size: Size, folder: Path) -> None:
+    """LLaVA and Trainer of transformers, on one padded batch."""
+    ours, processor = composed(folder / "parts", SEED)
+    samples = encoded_samples(folder, processor)
+    model = llava_of(ours, folder / "parts")
+    del ours
+    if size.bf16:
+        model.model.vision_tower.to(torch.bfloat16)
+    train_padded(model, processor.tokenizer, [[samples]] * STEPS, folder / "padded", bf16=size.bf16)
+
+
+def encoded_samples(folder: Path, processor: Any) -> list[dict[str, Any]]:
+    """The records, encoded as a run does it, with normalised pixels."""
+    from vlm.config.schema import DatasetConfig
+    from vlm.data.dataset import load_dataset
+    from vlm.data.sources import SampleEncoder
+
+    data = folder / "data"
+    config = DatasetConfig(
+        path=str(data / "records.json"), image_folder=str(data / "images"), cache_dir=str(data / "cache")
+    )
+    dataset = load_dataset(config, SampleEncoder(processor, 2048, truncate=False))
+    items: list[Any] = [dataset[index] for index in range(len(dataset))]
+    for item in items:
+        if item.get("pixel_values") is not None:
+            item["pixel_values"] = processor.normalise(item["pixel_values"])
+    return [{name: value for name, value in item.items() if value is not None} for item in items]
+
+
+def peak_gigabytes() -> float:
+    """The most memory that this process had so far, on its GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return kilobytes("status", "VmHWM") * 1024 / 1e9
+
+
+MEASURES = {"packed": measure_ours, "padded": measure_padded}
+
+
+def in_a_process(variant: str, size: Size, folder: Path) -> float:
+    """Peak memory of a variant in a fresh process, in GB."""
+    words = [sys.executable, "-m", "benchmarks.memory", "--measure", variant, "--folder", str(folder)]
+    words += ["--size", json.dumps(asdict(size))]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
+    print(done.stdout, end="", flush=True)
+    return float(done.stdout.splitlines()[-1].split()[-2])
+
+
+def main() -> None:
+    """Measure and report, or, with `--measure`, be the process that is measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
+    for name in ("tokens", "repeats"):
+        parser.add_argument(f"--{name}", type=int, default=None)
+    parser.add_argument("--shape", choices=SHAPES, default=None)
+    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    quiet()
+    if args.measure:
+        MEASURES[args.measure](Size(**args.size), args.folder)
+        print(f"  {args.measure}: {peak_gigabytes():.3f} GB")
+        return
+    given = {name: getattr(args, name) for name in ("tokens", "repeats", "shape") if getattr(args, name) is not None}
+    size = replace(GPU if args.gpu else Size(), **given)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_parts(folder / "parts", SHAPES[size.shape])
+        records, positions = average_set(size)
+        write_records(folder / "data", records, SHAPES[size.shape].side)
+        tokens = counting.facts(counting.blank_samples(records, SHAPES[size.shape])).tokens
+        print(f"{len(records)} samples of {tokens:,} tokens, padded {positions:,} positions", flush=True)
+        found: dict[str, list[float]] = {name: [] for name in MEASURES}
+        for _ in range(size.repeats):
+            for variant, peaks in found.items():
+                peaks.append(in_a_process(variant, size, folder))
+    title = f"peak memory at {size.tokens:,} tokens a step, packed over padded"
+    notes = {"real tokens of a step": tokens, "positions once padded": positions}
+    row = compared(title, found["packed"], found["padded"], ("packed", "padded"), "GB", 0.6, "lower")
+    report("memory-gpu" if args.gpu else "memory", [row], notes)
+
+
+if __name__ == "__main__":
+    main()

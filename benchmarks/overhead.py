@@ -1,0 +1,172 @@
+"""What a whole step of ours costs over a bare loop: no Trainer, no loader, no logging, batches made beforehand.
+
+    python -m benchmarks.overhead [--gpu] [--steps N] [--repeats N]
+
+The run is the one that `vlm` starts, with SmolLM2-135M's and ViT-B/16's shapes, packed batches and lengths of
+LLaVA-665k. The bare loop then takes the same modules through the batches that the run was given, with the same loss,
+clipping and optimiser. The first step of each is left out. About six minutes on two cores.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.finetune import fitting
+from benchmarks.lengths import draw_records, write_records
+from benchmarks.report import compared, report
+from benchmarks.shapes import SHAPES, write_parts
+from benchmarks.variants import LEARNING_RATE, Steps, now, quiet, released, run_ours
+from vlm.data.encode import IGNORED
+from vlm.train.attention import attending_to_packs
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "conv", "gemm", "attention")
+"""How the names of operators that multiply matrices end or what they contain, after `aten::`."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        shape: of the model, a name of `SHAPES`.
+        tokens: `trainer.max_tokens_per_batch`.
+        steps: steps of one pack each; the first is not measured.
+        repeats: how often run and loop take turns.
+        bf16: whether matrix products run in bfloat16.
+    """
+
+    shape: str = "smol"
+    tokens: int = 4096
+    steps: int = 4
+    repeats: int = 2
+    bf16: bool = False
+
+
+GPU = Size(tokens=16384, steps=30, repeats=3, bf16=True)
+"""For one large GPU."""
+
+
+class BareLoop:
+    """Forward, backward, clipping and update over prepared batches.
+
+    Args:
+        model: as the run trained it.
+        batches: of each step the model's inputs.
+        processor: normalises their pixels, once.
+        bf16: whether matrix products run in bfloat16.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[dict[str, Any]], processor: Any, *, bf16: bool):
+        self.model, self.bf16 = model, bf16
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        device = next(model.parameters()).device
+        self.batches = [_prepared(batch, processor, device) for batch in batches]
+
+    def step(self, number: int) -> None:
+        """One optimiser step on one batch."""
+        batch = self.batches[number]
+        supervised = (batch["labels"][:, 1:] != IGNORED).sum()
+        precision = torch.autocast(self.trained[0].device.type, torch.bfloat16, enabled=self.bf16)
+        with attending_to_packs(self.model.config.get_text_config()):
+            with precision:
+                loss = self.model(**batch, num_items_in_batch=supervised, use_cache=False).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def seconds(self) -> list[float]:
+        """Of every step."""
+        stamps = [now()]
+        for number in range(len(self.batches)):
+            self.step(number)
+            stamps.append(now())
+            print(f"  bare loop: step {number + 1} took {stamps[-1] - stamps[-2]:.2f} s", flush=True)
+        return [end - start for start, end in pairwise(stamps)]
+
+
+def _prepared(batch: dict[str, Any], processor: Any, device: torch.device) -> dict[str, Any]:
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if "pixel_values" in moved:
+        moved["pixel_values"] = processor.normalise(moved["pixel_values"])
+    return moved
+
+
+def product_share(loop: BareLoop) -> float:
+    """The share of a step's time that matrix products, convolutions and attention take; of kernels' on a GPU."""
+    on_gpu = torch.cuda.is_available()
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=kinds) as found:
+        loop.step(min(1, len(loop.batches) - 1))
+        now()
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {one.key: getattr(one, name) for one in found.key_averages() if one.key.startswith("aten::") or not on_gpu}
+    print("\nOperators that a bare step spends most on:")
+    for key, time in sorted(times.items(), key=lambda item: -item[1])[:12]:
+        print(f"  {key:<60}{time / sum(times.values()):>7.1%}{'  matrix products' if _multiplies(key) else ''}")
+    return sum(time for key, time in times.items() if _multiplies(key)) / sum(times.values())
+
+
+def _multiplies(operator: str) -> bool:
+    name = operator.removeprefix("aten::").removesuffix("_backward").removesuffix("_overrideable")
+    return operator.startswith("aten::") and (name.endswith(PRODUCTS) or "_attention" in name)
+
+
+def measure(size: Size, folder: Path) -> tuple[list[float], list[float], float]:
+    """Seconds of steps of the run and of the bare loop, in turns, and the share of matrix products."""
+    shape = SHAPES[size.shape]
+    write_parts(folder / "parts", shape)
+    records = fitting(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
+    path = write_records(folder / "data", records, shape.side)
+    words = [f"trainer.max_tokens_per_batch={size.tokens}", f"trainer.bf16={str(size.bf16).lower()}"]
+    whole: list[float] = []
+    bare: list[float] = []
+    share = 0.0
+    for turn in range(size.repeats):
+        run = run_ours(folder / "parts", path, folder / f"ours-{turn}", *words, keeps=True)
+        whole += run.seconds[1:]
+        loop = _loop_of(run, bf16=size.bf16)
+        bare += loop.seconds()[1:]
+        if turn == size.repeats - 1:
+            share = product_share(loop)
+        del loop
+        released(run)
+    return whole, bare, share
+
+
+def _loop_of(run: Steps, *, bf16: bool) -> BareLoop:
+    """A bare loop over what a run trained; the run's own optimiser lets go of its memory."""
+    model, processor = run.trainer.model, run.trainer.processor
+    run.trainer.optimizer = run.trainer.lr_scheduler = None
+    return BareLoop(model, [batch for step in run.batches for batch in step], processor, bf16=bf16)
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
+    for name in ("tokens", "steps", "repeats"):
+        parser.add_argument(f"--{name}", type=int, default=None)
+    parser.add_argument("--shape", choices=SHAPES, default=None)
+    args = parser.parse_args()
+    given = {name: value for name, value in vars(args).items() if name != "gpu" and value is not None}
+    size = replace(GPU if args.gpu else Size(), **given)
+    quiet()
+    with tempfile.TemporaryDirectory() as name:
+        whole, bare, share = measure(size, Path(name))
+    row = compared("a step of the run over a step of a bare loop", whole, bare, ("run", "bare"), "s", 1.10, "lower")
+    notes = {"matrix products and attention, share of a bare step": share}
+    report("overhead-gpu" if args.gpu else "overhead", [row], notes)
+
+
+if __name__ == "__main__":
+    main()
