@@ -52,4 +52,4 @@ def test_what_fits_is_not_refused(tmp_path: Path):
 def test_whole_models_read_their_pictures_themselves(tmp_path: Path):
     config = config_of("pretrain-smol", [f"dataset.path={tmp_path}", CACHE, "model.hf_name=some/model"])
     (problem,) = cache_problems(config)
-    assert "model.hf_name=some/model is a whole model" in problem
+    assert "model.hf_name=some/model is a whole model, which reads pictures itself" in problem

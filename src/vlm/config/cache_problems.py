@@ -22,4 +22,4 @@ def cache_problems(config: RunConfig) -> Iterator[str]:
     if data.streaming:
         yield f"{key} dataset.streaming=true does not know its pictures beforehand; choose one of the two"
     if config.model.hf_name is not None:
-        yield f"{key} model.hf_name={config.model.hf_name} is a whole model, which reads its pictures itself; leave it out"
+        yield f"{key} model.hf_name={config.model.hf_name} is a whole model, which reads pictures itself; leave it out"
