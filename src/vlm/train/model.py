@@ -30,6 +30,8 @@ from vlm.heads import add_tokens, grow_embeddings, new_rows
 from vlm.models import VLMConfig, VLMForPrediction, VLMPredictionConfig
 from vlm.quantization import compute_in, kinds_of
 from vlm.train.checkpointing import checkpoint_parts
+from vlm.train.compiling import compile_layers
+from vlm.train.liger import use_liger
 from vlm.train.lora import add_adapter
 from vlm.train.parts import Part, cast, freeze, split_parts
 
@@ -208,7 +210,11 @@ def prepare(model: Any, config: RunConfig, args: TrainingArguments, processor: A
     if not is_deepspeed_zero3_enabled():
         cast(model, parts, trained_dtype, compute_dtype(args))
     compute_in(model, compute_dtype(args))
+    if args.use_liger_kernel:
+        use_liger(model, args.liger_kernel_config)
+        args.use_liger_kernel = False  # `Trainer` would look for the whole model in Liger's list
     checkpoint_parts(model, parts, config.trainer, args)
+    compile_layers(model, args)
     return parts
 
 

@@ -1,0 +1,36 @@
+"""Liger's kernels (Hsu et al. 2024, arXiv:2410.10989) in a model's norms, rotations and gates: `trainer.use_liger_kernel`.
+
+Its fused loss is left out: vocabulary logits exist at supervised positions only, in pieces, on any device.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm.models import VLMForConditionalGeneration, VLMForPrediction
+
+
+def use_liger(model: Any, options: Mapping[str, bool] | None) -> list[str]:
+    """Let a model's language model, or a whole model of a family, compute with Liger's kernels; which modules do.
+
+    Args:
+        model: the model.
+        options: `trainer.liger_kernel_config`, such as `rope: false`.
+
+    Raises:
+        ValueError: Liger is not installed, or does not know the language model.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise ValueError(
+            f"trainer.use_liger_kernel=true: Liger cannot be imported ({error}): pip install 'small-vlm[liger]'"
+        ) from error
+    body = model.body if isinstance(model, VLMForPrediction) else model
+    target: Any = body.language_model if isinstance(body, VLMForConditionalGeneration) else body
+    _apply_liger_kernel_to_instance(model=target, **{"fused_linear_cross_entropy": False, **(options or {})})
+    changed = [name for name, module in target.named_modules() if "forward" in vars(module)]
+    if not changed:
+        raise ValueError(
+            f"trainer.use_liger_kernel=true: Liger knows nothing of model_type={target.config.model_type}; leave it out"
+        )
+    return changed
