@@ -24,6 +24,7 @@ from vlm.data.video import OpenVideo
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.metrics import reply_text
 from vlm.inference.text_metrics import measure
+from vlm.train.compiling import uncompiled
 from vlm.train.plots import write_answers
 from vlm.train.trainer import VLMTrainer
 
@@ -116,7 +117,7 @@ def answerer(config: RunConfig, trainer: VLMTrainer, processor: Any, samples: li
         training = trainer.model.training
         trainer.model.eval()
         ready = VisionLanguageModel(trainer.model, processor)
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), uncompiled():
             answers = ready.answer(prompts, shown, config.inference, synced_gpus=dist.is_initialized())
         trainer.model.train(training)
         if trainer.is_world_process_zero():

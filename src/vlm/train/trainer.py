@@ -32,6 +32,7 @@ from vlm.families.table import part_names
 from vlm.inference.metrics import loss_measures, sample_losses, supervised
 from vlm.models.modeling_vlm import supervised_loss
 from vlm.train.attention import attending_to_packs
+from vlm.train.compiling import uncompiled
 from vlm.train.measured import MeasuredTrainer
 from vlm.train.packing import check_packing, packed_loader, with_grid_positions
 from vlm.train.parts import Part, parameter_groups
@@ -222,7 +223,7 @@ class VLMTrainer(MeasuredTrainer):
             blank, _ = self._losses(dataset.blank(), "evaluating on blank pictures")
         found = loss_measures(sums, counts, blank, with_images)
         if self.answer_metrics is not None:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), uncompiled():
                 found |= self.answer_metrics(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
@@ -331,7 +332,7 @@ class VLMTrainer(MeasuredTrainer):
                 )
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         if self.packing:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), uncompiled():
                 check_packing(self.model, self.processor)
         self.takes_chunks = takes_chunks(self.model)
         return prepared

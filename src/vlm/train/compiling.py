@@ -1,0 +1,67 @@
+"""`trainer.torch_compile` by regions: each repeated layer is compiled in place, once for all layers of its kind.
+
+A whole model would be compiled anew for each number of layers, and for batches of other forms. Layers of one kind share
+what was compiled, for all lengths; names of parameters stay as they are.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+RECOMPILE_LIMIT = 32
+"""So often a kind of call may be compiled: a few for each kind of layer (with a mask or without, one row or several,
+with a gradient or without)."""
+
+
+def compile_layers(model: nn.Module, args: TrainingArguments) -> None:
+    """Have a model's repeated layers compiled when they first run, as `trainer.torch_compile` and its keys say.
+
+    `args.torch_compile` is false afterwards: `Trainer` would wrap the whole model.
+
+    Args:
+        model: the model.
+        args: the run's.
+
+    Raises:
+        ValueError: it has no repeated layers, or an option does not work with this.
+    """
+    if not args.torch_compile:
+        return
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "trainer.torch_compile=true: under ZeRO-3 each layer gathers its weights as it runs, which cannot be "
+            "compiled; choose trainer.deepspeed=zero2 or none, or leave it out"
+        )
+    options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    if args.torch_compile_mode in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            f"trainer.torch_compile_mode={args.torch_compile_mode}: it records each length as a graph of its own; "
+            "default and max-autotune-no-cudagraphs take all lengths"
+        )
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+    layers = list(repeated_layers(model))
+    if not layers:
+        raise ValueError("trainer.torch_compile=true: this model has no repeated layers; leave it out")
+    for layer in layers:
+        layer.compile(**options, dynamic=True, recompile_limit=RECOMPILE_LIMIT)
+
+
+def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost layers of which there are several of one kind in a row."""
+    for child in module.children():
+        inner = list(child.children())
+        repeated = len(inner) > 1 and len({type(one) for one in inner}) == 1 and any(inner[0].children())
+        if isinstance(child, nn.ModuleList | nn.Sequential) and repeated and not isinstance(inner[0], PreTrainedModel):
+            yield from inner
+        else:
+            yield from repeated_layers(child)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Let compiled layers run as they are: for generation, in which each layer has its own place in a cache."""
+    return torch.compiler.set_stance("force_eager")
