@@ -22,7 +22,7 @@ def test_the_kernels_compute_the_same(parts: Parts):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     model, _ = parts.model("clip", "llama")
-    model.cuda()
+    torch.nn.Module.to(model, "cuda")
     ids = torch.arange(8, device="cuda")[None]
     plain = model(input_ids=ids).logits
     use_liger(model, {"rope": False})

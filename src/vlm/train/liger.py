@@ -1,4 +1,4 @@
-"""Liger's kernels (Hsu et al. 2024, arXiv:2410.10989) in a model's norms, rotations and gates: `trainer.use_liger_kernel`.
+"""Liger's kernels (Hsu et al. 2024, arXiv:2410.10989) in norms, rotations and gates: `trainer.use_liger_kernel`.
 
 Its fused loss is left out: vocabulary logits exist at supervised positions only, in pieces, on any device.
 """
