@@ -11,16 +11,17 @@ from vlm.data.feature_files import FORM
 
 WORDS = [
     "trainer.num_train_epochs=1", "trainer.max_steps=-1", "trainer.num_samples=0", "trainer.eval_strategy=epoch",
-    "trainer.packing=false", "trainer.train_sampling_strategy=sequential", "dataset.eval_split=0.25",
+    "trainer.packing=false", "trainer.train_sampling_strategy=sequential",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_two_ranks_reach_the_single_process(common: list[str], train: Callable[..., Path], tmp_path: Path, stage: str):
     """Also where the encoder's weights are shared out, and is on the path of no batch; then again from what is kept."""
-    single = train("pretrain-smol", tmp_path / "single", *WORDS)
+    own = [*WORDS, f"dataset.eval_path={world / 'records.json'}"]
+    single = train("pretrain-smol", tmp_path / "single", *own)
     words = [
-        "-cn", "pretrain-smol", *common, *WORDS, f"trainer.deepspeed={stage}", "trainer.per_device_train_batch_size=4",
+        "-cn", "pretrain-smol", *common, *own, f"trainer.deepspeed={stage}", "trainer.per_device_train_batch_size=4",
         "dataset.cache_features=true", f"dataset.cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
     launch([*words, f"trainer.output_dir={tmp_path / 'two'}"])
@@ -38,7 +39,7 @@ def test_equal_pictures_stand_once_on_each_rank(
     common: list[str], train: Callable[..., Path], tmp_path: Path, world: Path
 ):
     """Ranks with more and with fewer distinct pictures, and blank ones, under ZeRO-3 with an encoder that trains."""
-    words = [*WORDS, "trainer.unfreeze.train_vision_model=true",
+    words = [*WORDS, f"dataset.eval_path={world / 'records.json'}", "trainer.unfreeze.train_vision_model=true",
              "trainer.learning_rate.visual_encoder_learning_rate=1e-3"]  # fmt: skip
     single = train("pretrain-smol", tmp_path / "single", *words)
     launch([

@@ -102,9 +102,9 @@ def gathered(module: torch.nn.Module) -> Iterator[None]:
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    from deepspeed.zero import GatheredParameters  # takes seconds
+    import deepspeed  # takes seconds
 
-    with GatheredParameters(list(module.parameters())):
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
         yield
 
 
