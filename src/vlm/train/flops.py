@@ -6,6 +6,7 @@ multiplication and an addition are two operations; only matrix products and conv
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm.data.facts import BatchFacts
+from vlm.data.facts import BatchFacts, num_images
+from vlm.families.table import FAMILIES
 from vlm.models import VLMForConditionalGeneration
 
 LENGTH = 32
@@ -22,6 +24,15 @@ LENGTH = 32
 
 IMAGES = 2
 """So many images are counted at once: batch norm needs more than one value."""
+
+
+WITH_PATCH_MASKS = {"idefics3", "smolvlm"}
+"""Families whose encoder takes a mask of patches."""
+
+ONE_SIZE = {
+    "llava", "llava_next", "llava_next_video", "llava_onevision", "internvl", "paligemma", "gemma3", *WITH_PATCH_MASKS
+}  # fmt: skip
+"""Families whose encoder reads pictures, tiles and frames of one size, by themselves: each costs the same."""
 
 
 class NotCountable(Exception):
@@ -36,7 +47,7 @@ class StepFlops:
         token: of each token in the language model, attention aside.
         pair: of each token and each token that it attends to: itself and those before it.
         supervised: of each learnt token, in the vocabulary head.
-        encoded: of each image in the visual encoder.
+        encoded: of each image in the visual encoder; of a family's model, in its connector too.
         connected: of each image in the connector.
         batch: of each batch, whatever it holds: what queries cost that are the same for all images.
     """
@@ -68,11 +79,16 @@ def count_flops(model: Any, image: Mapping[str, Any]) -> StepFlops:
     Raises:
         NotCountable: the model does not allow it; says why.
     """
-    if not isinstance(model, VLMForConditionalGeneration):
-        raise NotCountable(f"{type(model).__name__} is not composed of parts that can be counted one by one")
+    kind = model.config.model_type
+    composed = isinstance(model, VLMForConditionalGeneration)
+    if not composed and kind not in ONE_SIZE:
+        raise NotCountable(
+            f"the cost of an image is not the same for all in model_type={kind}" if kind in FAMILIES else
+            f"model_type={kind} does not learn to write alone"
+        )  # fmt: skip
     try:
         bare = without_storage(model)
-        return _counted(bare, image["pixel_values"])
+        return _counted(bare, _composed_images(bare, image) if composed else _family_images(bare, image))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise NotCountable(f"without data, it does not run: {type(error).__name__}: {error}") from error
 
@@ -102,18 +118,11 @@ def _refuse_packed(parameter: nn.Parameter) -> None:
         raise NotCountable("it has matrices that are stored in 4 or 8 bits")
 
 
-def _counted(model: VLMForConditionalGeneration, pixel_values: Tensor) -> StepFlops:
-    """Count the parts of a model without storage one by one."""
-    if any(p.ndim > 2 for p in model.language_model.parameters()):
+def _counted(model: Any, images: "ImageFlops") -> StepFlops:
+    """Count the language model of a model without storage, and put it beside what its images cost."""
+    if any(p.ndim > 2 for p in model.get_decoder().parameters()):
         raise NotCountable("its language model has experts or convolutions, whose cost the lengths do not tell")
-    pixels = torch.empty(2 * IMAGES, *pixel_values.shape[1:], device="meta")
-    (few, _), (many, features) = _encoder(model, pixels[:IMAGES]), _encoder(model, pixels)
-    encoded, shared = (many - few) / IMAGES, 2 * few - many
-    (few, learns), (many, _) = _connector(model, features[:IMAGES]), _connector(model, features)
-    connected, shared = (many - few) / IMAGES, shared + 2 * few - many
-    learns |= any(p.requires_grad for p in model.get_input_embeddings().parameters())
-    if model.image_newline is not None:
-        learns |= any(p.requires_grad for p in model.image_newline.parameters())
+    learns = images.learns or any(p.requires_grad for p in model.get_input_embeddings().parameters())
 
     def text(length: int, supervised: int) -> int:
         return _language_model(model, length, supervised, learns)
@@ -124,9 +133,30 @@ def _counted(model: VLMForConditionalGeneration, pixel_values: Tensor) -> StepFl
     square = (longer - 2 * base) / (2 * LENGTH**2)
     token = (base - square * LENGTH**2) / LENGTH
     predicted = token * 3 * LENGTH + square * 9 * LENGTH**2 + supervised
-    if text(3 * LENGTH, 1) != predicted:
+    if not math.isclose(text(3 * LENGTH, 1), predicted, rel_tol=1e-9):
         raise NotCountable("the cost of its language model is no square function of the length")
-    return StepFlops(token, square, supervised, encoded, connected, shared)
+    return StepFlops(token, square, supervised, images.encoded, images.connected, images.batch)
+
+
+@dataclass(frozen=True)
+class ImageFlops:
+    """What images cost, as `StepFlops` has it, and whether their tokens get a gradient."""
+
+    encoded: float
+    connected: float
+    batch: float
+    learns: bool
+
+
+def _composed_images(model: VLMForConditionalGeneration, image: Mapping[str, Any]) -> ImageFlops:
+    """Count the visual encoder and the connector of a composed model."""
+    pixels = torch.empty(2 * IMAGES, *image["pixel_values"].shape[1:], device="meta")
+    (few, _), (many, features) = _encoder(model, pixels[:IMAGES]), _encoder(model, pixels)
+    encoded, shared = (many - few) / IMAGES, 2 * few - many
+    (few, learns), (many, _) = _connector(model, features[:IMAGES]), _connector(model, features)
+    if model.image_newline is not None:
+        learns |= any(p.requires_grad for p in model.image_newline.parameters())
+    return ImageFlops(encoded, (many - few) / IMAGES, shared + 2 * few - many, learns)
 
 
 def _encoder(model: VLMForConditionalGeneration, pixels: Tensor) -> tuple[int, Tensor]:
@@ -146,6 +176,30 @@ def _connector(model: VLMForConditionalGeneration, features: Tensor) -> tuple[in
         tokens = model.connector(features)
         _backward(tokens)
     return counter.get_total_flops(), tokens.requires_grad
+
+
+def _family_images(model: Any, image: Mapping[str, Any]) -> ImageFlops:
+    """Count what a family's model does with an image, its encoder and what stands behind it together."""
+    pixels = torch.empty(image["pixel_values"].shape, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        if model.config.model_type in WITH_PATCH_MASKS:
+            features = [_through_patches(model.model, pixels.flatten(0, -4))]
+        else:
+            sizes = {"image_sizes": image["image_sizes"]} if "image_sizes" in image else {}
+            found = model.get_image_features(pixel_values=pixels, return_dict=True, **sizes).pooler_output
+            features = [found] if isinstance(found, Tensor) else list(found)
+        _backward(torch.cat(features))
+    encoded = counter.get_total_flops() / num_images(image)
+    return ImageFlops(encoded, 0.0, 0.0, any(one.requires_grad for one in features))
+
+
+def _through_patches(model: Any, pixels: Tensor) -> Tensor:
+    """Features of Idefics3's kind, whose own call looks at which patches are padding: `(I, 3, h, w) -> (I, N, D)`."""
+    encoder = model.vision_model
+    patches = [side // encoder.config.patch_size for side in pixels.shape[-2:]]
+    mask = torch.ones(len(pixels), *patches, dtype=torch.bool, device="meta")
+    states = encoder.encoder(inputs_embeds=encoder.embeddings(pixel_values=pixels, patch_attention_mask=mask))
+    return model.connector(encoder.post_layernorm(states.last_hidden_state))
 
 
 def _language_model(model: Any, length: int, supervised: int, learns: bool) -> int:
