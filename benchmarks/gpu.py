@@ -1,0 +1,158 @@
+"""How much of a large GPU training uses: Vicuna-7B's and CLIP-L/14-336's shapes, both stages of LLaVA-1.5.
+
+    python -m benchmarks.gpu --gpu [--stage pretrain|finetune] [--steps N] [--tokens N] [KEY=VALUE …]
+    python -m benchmarks.gpu --tiny     the same on a CPU with a model of almost no size, as a check
+
+Random weights, bfloat16 products, packed rows. The pretrain stage trains the connector on captions; the finetune stage
+trains connector and language model on the lengths of LLaVA-665k. Utilisation is what the model needs by counting over
+what the GPU's data sheet allows: operations that activation checkpointing does anew are not counted. Beside it stands
+what a large matrix product attains on this GPU. The finetune stage holds float32 weights, gradients and AdamW's states
+of 6.7 billion parameters: about 125 GB. Further words are overrides of the run, such as trainer.optim=adafactor.
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import counting
+from benchmarks.lengths import Record, Source, draw_records, write_records
+from benchmarks.report import Row, compared, report
+from benchmarks.shapes import SHAPES, write_parts
+from benchmarks.variants import quiet, released, run_ours, samples_of
+from vlm.train.peak import Peak, measured, peak_of
+
+CAPTION = Source("caption", 558, (1, 1), (8, 0.2), (14, 0.4))
+"""LLaVA's first stage: a picture and a line of text. Its template drops the question."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as it is measured.
+
+    Attributes:
+        run: its configuration.
+        target: its utilisation.
+        words: overrides.
+    """
+
+    run: str
+    target: float
+    words: tuple[str, ...]
+
+
+STAGES = {
+    "pretrain": Stage("pretrain-llava", 0.55, ("dataset.template=plain", "trainer.activation_checkpointing=true")),
+    "finetune": Stage("finetune-llava", 0.45, ("trainer.activation_checkpointing=true",)),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        shape: of the model, a name of `SHAPES`.
+        tokens: `trainer.max_tokens_per_batch`.
+        steps: of each stage; the first two are not measured.
+        bf16: whether matrix products run in bfloat16.
+    """
+
+    shape: str = "vicuna"
+    tokens: int = 8192
+    steps: int = 12
+    bf16: bool = True
+
+
+TINY = Size("tiny", 1024, 4, bf16=False)
+"""For a check on a CPU."""
+
+
+def records_of(stage: str, size: Size) -> list[Record]:
+    """Enough of them for every step."""
+    per_step = size.tokens // (SHAPES[size.shape].tokens_per_image + 10) + 1
+    number = (size.steps + 1) * per_step
+    if stage == "pretrain":
+        draw = random.Random(0)
+        return [Record(CAPTION, ((8, draw.randint(5, 25)),)) for _ in range(number)]
+    longest = size.tokens - SHAPES[size.shape].tokens_per_image - counting.NEWLINE
+    return [record for record in draw_records(number) if record.tokens <= longest]
+
+
+def utilisation(
+    stage: str, size: Size, peak: Peak, folder: Path, words: Sequence[str]
+) -> tuple[list[float], list[float]]:
+    """Model TFLOP/s and real tokens a second, of every step of a stage but the first two."""
+    shape = SHAPES[size.shape]
+    path = write_records(folder / stage / "data", records_of(stage, size), shape.side)
+    chosen = STAGES[stage]
+    run = run_ours(
+        folder / "parts", path, folder / stage / "run", *chosen.words, "trainer/deepspeed=none",
+        f"trainer.max_tokens_per_batch={size.tokens}", "trainer.gradient_accumulation_steps=1",
+        f"trainer.max_steps={size.steps}", f"trainer.bf16={str(size.bf16).lower()}",
+        f"trainer.peak_tflops={peak.tflops}", *words, name=chosen.run, keeps=True,
+    )  # fmt: skip
+    flops, _ = counting.counted(run.trainer.model, shape)
+    rates, speeds = [], []
+    for seconds, step in list(zip(run.seconds, run.batches, strict=False))[2:]:
+        samples = [sample for batch in step for sample in samples_of(batch, run.trainer.processor)]
+        rates.append(counting.ours(flops, samples) / seconds / 1e12)
+        speeds.append(counting.facts(samples).tokens / seconds)
+    released(run)
+    return rates, speeds
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--gpu", action="store_true", help="one large GPU")
+    which.add_argument("--tiny", action="store_true", help="check the same on a CPU")
+    parser.add_argument("--stage", choices=STAGES, default=None, help="one of the two; both")
+    for name in ("tokens", "steps"):
+        parser.add_argument(f"--{name}", type=int, default=None)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="further overrides of the runs")
+    args = parser.parse_args()
+    if args.gpu and not torch.cuda.is_available():
+        raise SystemExit("benchmarks.gpu measures a GPU, and PyTorch sees none here; --tiny checks it on a CPU")
+    chosen = TINY if args.tiny else Size()
+    size = Size(chosen.shape, args.tokens or chosen.tokens, args.steps or chosen.steps, chosen.bf16)
+    quiet()
+    rows, notes = measure(size, [args.stage] if args.stage else list(STAGES), args.words)
+    report("gpu-tiny" if args.tiny else "gpu", rows, notes)
+
+
+def measure(size: Size, stages: Sequence[str], words: Sequence[str]) -> tuple[list[Row], dict[str, object]]:
+    """The stages' utilisation, and what it is held against."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if size.bf16 else torch.float32
+    ceiling = measured(device, dtype)
+    peak = peak_of(device, dtype, None)
+    notes: dict[str, object] = {
+        "peak, TFLOP/s": peak.tflops, "peak from": peak.source, "a large matrix product attains, TFLOP/s": ceiling,
+    }  # fmt: skip
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_parts(folder / "parts", SHAPES[size.shape], dtype, str(device))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the weights that were drawn
+        for stage in stages:
+            rates, speeds = utilisation(stage, size, peak, folder, words)
+            title = f"{stage}: model FLOPs utilisation"
+            rows.append(compared(title, rates, [peak.tflops], ("model", "peak"), "TFLOP/s", STAGES[stage].target))
+            middle = sorted(rates)[len(rates) // 2]
+            notes[f"{stage}: share of what a large matrix product attains"] = middle / ceiling
+            notes[f"{stage}: real tokens/s"] = sorted(speeds)[len(speeds) // 2]
+            if torch.cuda.is_available():
+                notes[f"{stage}: peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
+                torch.cuda.reset_peak_memory_stats()
+    return rows, notes
+
+
+if __name__ == "__main__":
+    main()

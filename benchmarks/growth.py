@@ -1,0 +1,286 @@
+"""How cost grows: time and memory of a step with its tokens, and the time to the first step with the records.
+
+    python -m benchmarks.growth [--gpu] [--part steps|start] [--tokens N …] [--records N …]
+
+Steps: SmolLM2-135M's and ViT-B/16's shapes, packed rows, lengths of LLaVA-665k up to 1,024 tokens, each number of tokens
+in a process of its own. A number that would need more memory than there is, told from those before it, is left out and
+said so. Start: a model of almost no size, so that what is left is reading, counting and packing records of a short
+question and answer, from the call of the run to the end of its first step; then the same again, which finds its cache.
+About nine minutes on two cores.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import counting
+from benchmarks.finetune import fitting
+from benchmarks.lengths import Record, Source, conversation, draw_records, write_records
+from benchmarks.memory import peak_gigabytes
+from benchmarks.report import RESULTS, Row, compared, report
+from benchmarks.shapes import SHAPES, write_parts
+from benchmarks.variants import quiet, released, run_ours
+
+MOST_GIGABYTES = 20.0
+"""Of a machine without a GPU."""
+LINEAR = 1.1
+"""Cost for each token or record may grow by so much at most."""
+CACHED = 0.1
+"""What a start that finds its cache takes at most, as a share of the first."""
+POOL = 1000
+"""So many different records there are at the start; others are the same with a number of their own."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        shape: of the model whose steps are measured, a name of `SHAPES`.
+        tokens: `trainer.max_tokens_per_batch`, ascending.
+        records: how many there are at the start, ascending.
+        steps: of each; the first is not measured.
+        bf16: whether matrix products run in bfloat16.
+    """
+
+    shape: str = "smol"
+    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    records: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    steps: int = 2
+    bf16: bool = False
+
+
+GPU = Size(tokens=(1024, 2048, 4096, 8192, 16384, 32768, 65536), steps=10, bf16=True)
+"""For one large GPU."""
+
+
+@dataclass
+class Grown:
+    """What was measured, by tokens of a step.
+
+    Attributes:
+        seconds: of each real token, step by step.
+        peaks: memory of the process, in GB.
+        left_out: why a number of tokens was not measured.
+    """
+
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    peaks: dict[int, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def short_records(size: Size, tokens: int) -> list[Record]:
+    """Records that fill as many packs as there are steps; none is longer than the smallest pack."""
+    shape = SHAPES[size.shape]
+    shortest = min(size.tokens)
+    drawn = draw_records(size.steps * tokens // 50)
+    lengths = [len(sample["input_ids"]) for sample in counting.blank_samples(drawn, shape)]
+    records = [record for record, length in zip(drawn, lengths, strict=True) if length <= shortest]
+    return fitting(records, shape, tokens, size.steps)
+
+
+def measure_steps(size: Size, tokens: int, folder: Path) -> dict[str, Any]:
+    """Seconds of each real token in every step but the first, and the peak memory of this process."""
+    path = write_records(folder / f"data-{tokens}", short_records(size, tokens), SHAPES[size.shape].side)
+    words = [f"trainer.max_tokens_per_batch={tokens}", f"trainer.bf16={str(size.bf16).lower()}"]
+    run = run_ours(folder / "parts", path, folder / f"{tokens} tokens", *words, keeps=True)
+    real = [sum(batch["input_ids"].numel() for batch in step) for step in run.batches]
+    each = [seconds / number for seconds, number in zip(run.seconds, real, strict=True)]
+    return {"seconds": each[1:], "peak": peak_gigabytes()}
+
+
+def grow_steps(size: Size, folder: Path) -> Grown:
+    """Every number of tokens that there is memory for."""
+    write_parts(folder / "parts", SHAPES[size.shape])
+    grown = Grown()
+    for tokens in size.tokens:
+        needed = expected_peak(grown.peaks, tokens)
+        if needed > memory_limit():
+            grown.left_out.append(f"{tokens:,} tokens: about {needed:.0f} GB needed, {memory_limit():.0f} GB there")
+            print(f"Left out, {grown.left_out[-1]}", flush=True)
+            continue
+        found = in_a_process(size, tokens, folder)
+        grown.seconds[tokens], grown.peaks[tokens] = found["seconds"], found["peak"]
+        print(f"{tokens:,} tokens: {found['peak']:.2f} GB", flush=True)
+    return grown
+
+
+def expected_peak(peaks: dict[int, float], tokens: int) -> float:
+    """What memory a number of tokens will need, on a line through the last two that were measured."""
+    if len(peaks) < 2:
+        return 0.0
+    (few, low), (many, high) = sorted(peaks.items())[-2:]
+    return high + (high - low) / (many - few) * (tokens - many)
+
+
+def memory_limit() -> float:
+    """GB that a process may take."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 1e9
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable:"))
+    return min(free, MOST_GIGABYTES)
+
+
+def in_a_process(size: Size, tokens: int, folder: Path) -> dict[str, Any]:
+    """`measure_steps` in a fresh process."""
+    words = [sys.executable, "-m", "benchmarks.growth", "--measure", str(tokens), "--folder", str(folder)]
+    words += ["--size", json.dumps(asdict(size))]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
+    *told, last = done.stdout.splitlines()
+    print(*told, sep="\n", flush=True)
+    return json.loads(last)
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def write_many(folder: Path, number: int) -> Path:
+    """Records without pictures, of a short question and answer, one a line."""
+    (folder / "images").mkdir(parents=True)  # where a run looks for pictures
+    source = Source("short", 1, (1, 1), (10, 0.3), (8, 0.5), picture=False)
+    draw = random.Random(0)
+    pool = [
+        json.dumps(conversation(draw, Record(source, ((draw.randint(5, 15), draw.randint(3, 15)),))))
+        for _ in range(POOL)
+    ]
+    path = folder / "records.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(number):
+            file.write(f'{{"id": "{index}", "conversations": {pool[index % POOL]}}}\n')
+    return path
+
+
+def grow_start(size: Size, folder: Path) -> dict[int, tuple[float, float]]:
+    """Records -> seconds to the end of the first step, the first time and the second time."""
+    write_parts(folder / "tiny", SHAPES["tiny"])
+    found = {}
+    for number in (size.records[0], *size.records):  # once more at first: what a process does once
+        data = folder / f"{number} records"
+        path = write_many(data, number)
+        words = ["trainer.max_tokens_per_batch=1024", "trainer.max_steps=1"]
+        times = []
+        for turn in ("first", "second"):
+            run = run_ours(folder / "tiny", path, data / turn, *words)
+            times.append(released(run).until_first)
+        found[number] = (times[0], times[1])
+        print(f"{number:,} records: {times[0]:.2f} s, the second time {times[1]:.2f} s", flush=True)
+        shutil.rmtree(data)
+    return found
+
+
+# --- what is told of them --------------------------------------------------------------------------------------------
+
+
+def step_rows(grown: Grown) -> list[Row]:
+    """Time for each token against that of the smallest step, and memory for each further token."""
+    first, *rest = grown.seconds
+    rows = [
+        compared(f"time a token, {tokens:,} a step over {first:,}", _micro(grown.seconds[tokens]),
+                 _micro(grown.seconds[first]), (f"{tokens:,}", f"{first:,}"), "µs", LINEAR, "lower")
+        for tokens in rest
+    ]  # fmt: skip
+    sizes = list(grown.peaks)
+    if len(sizes) >= 3:
+        slopes = [
+            (grown.peaks[many] - grown.peaks[few]) / (many - few) * 1e6
+            for few, many in ((sizes[-2], sizes[-1]), (sizes[-3], sizes[-2]))
+        ]
+        labels = (f"from {sizes[-2]:,}", f"from {sizes[-3]:,}")
+        title = f"memory of each further token to {sizes[-1]:,}"
+        rows.append(compared(title, slopes[:1], slopes[1:], labels, "kB", LINEAR, "lower"))
+    return rows
+
+
+def _micro(seconds: Sequence[float]) -> list[float]:
+    return [1e6 * one for one in seconds]
+
+
+def start_rows(found: dict[int, tuple[float, float]]) -> list[Row]:
+    """What each further record costs, and what is left of the start once there is a cache."""
+    few, some, many = list(found)[-3:]
+    slopes = [1e6 * (found[b][0] - found[a][0]) / (b - a) for a, b in ((some, many), (few, some))]
+    labels = (f"from {some:,}", f"from {few:,}")
+    first, second = found[many]
+    return [
+        compared(f"start, each further record to {many:,}", slopes[:1], slopes[1:], labels, "µs", LINEAR, "lower"),
+        compared(f"start with {many:,} records, again over at first", [second], [first], ("again", "at first"), "s",
+                 CACHED, "lower"),
+    ]  # fmt: skip
+
+
+def draw_lines(grown: Grown | None, start: dict[int, tuple[float, float]] | None, path: Path) -> None:
+    """Time and memory by tokens, and time to the first step by records."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    time, memory, first = figure.subplots(1, 3)
+    if grown is not None:
+        tokens = list(grown.seconds)
+        time.plot(tokens, [min(grown.seconds[one]) * one for one in tokens], marker="o")
+        memory.plot(tokens, [grown.peaks[one] for one in tokens], marker="o")
+    for turn, label in enumerate(("first time", "from the cache")):
+        if start is not None:
+            first.plot(list(start), [times[turn] for times in start.values()], marker="o", label=label)
+    for axes, below, beside in (
+        (time, "tokens of a step", "seconds a step"),
+        (memory, "tokens of a step", "peak memory, GB"),
+        (first, "records", "seconds to the end of the first step"),
+    ):
+        axes.set_xscale("log", base=2 if below != "records" else 10)
+        axes.set_xlabel(below)
+        axes.set_ylabel(beside)
+        if axes is not memory:
+            axes.set_yscale("log")
+    if start is not None:
+        first.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure and report, or, with `--measure`, be the process that is measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
+    parser.add_argument("--part", choices=("steps", "start"), default=None, help="one of the two; both")
+    for name in ("tokens", "records"):
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=None)
+    parser.add_argument("--shape", choices=SHAPES, default=None)
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    quiet()
+    if args.measure:
+        size = Size(**{**args.size, "tokens": tuple(args.size["tokens"]), "records": tuple(args.size["records"])})
+        print(json.dumps(measure_steps(size, args.measure, args.folder)))
+        return
+    size = replace(GPU if args.gpu else Size(), **({"shape": args.shape} if args.shape else {}))
+    size = replace(size, tokens=tuple(args.tokens or size.tokens), records=tuple(args.records or size.records))
+    with tempfile.TemporaryDirectory() as name:
+        grown = grow_steps(size, Path(name)) if args.part != "start" else None
+        start = grow_start(size, Path(name)) if args.part != "steps" else None
+    rows = [*(step_rows(grown) if grown else []), *(start_rows(start) if start else [])]
+    notes = {
+        "peak memory in GB by tokens": grown.peaks if grown else {},
+        "left out": grown.left_out if grown else [],
+        "seconds to the end of the first step by records, first and second time": start or {},
+    }
+    title = "growth" + ("-gpu" if args.gpu else "") + (f"-{args.part}" if args.part else "")
+    report(title, rows, notes)
+    draw_lines(grown, start, RESULTS / f"{title}_lines.png")
+
+
+if __name__ == "__main__":
+    main()
