@@ -16,7 +16,9 @@ WORDS = [
 
 
 @pytest.mark.parametrize("stage", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
-def test_two_ranks_reach_the_single_process(common: list[str], train: Callable[..., Path], tmp_path: Path, stage: str):
+def test_two_ranks_reach_the_single_process(
+    common: list[str], train: Callable[..., Path], tmp_path: Path, world: Path, stage: str
+):
     """Also where the encoder's weights are shared out, and is on the path of no batch; then again from what is kept."""
     own = [*WORDS, f"dataset.eval_path={world / 'records.json'}"]
     single = train("pretrain-smol", tmp_path / "single", *own)

@@ -1,0 +1,122 @@
+"""Pretraining's further epochs: with features of pictures kept on disk, against a frozen encoder that sees them anew.
+
+    python -m benchmarks.pretrain [--epochs N] [--gpu]
+
+The connector trains; encoder and language model have the shapes of well-known ones, and random weights. Both variants
+are runs of `pretrain-smol` through the same entry, on the same records in the same packs; the first epoch, before which
+the cache is filled, is not measured. What counting operations predicts is that the encoder's share goes, and nothing
+else: the target is nine tenths of that. The losses of both variants are compared first: they must be the same.
+"""
+
+import argparse
+import gc
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.counting import counted
+from benchmarks.report import Row, compared, report
+from benchmarks.shapes import SHAPES, write_parts
+from benchmarks.variants import Steps, run_ours
+from vlm.data.facts import facts_of
+from vlm.data.scenes import write_scenes
+
+SHARE = 0.9
+"""Of what counting predicts."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one shape is measured on.
+
+    Attributes:
+        records: captions with a picture each.
+        batch: samples of a batch, on average.
+        words: further overrides.
+    """
+
+    records: int
+    batch: int
+    words: tuple[str, ...] = ()
+
+
+CPU = {"smol": Size(16, 4), "smol+clip-l": Size(6, 3)}
+GPU = {"smol+clip-l": Size(1024, 64, ("trainer.bf16=true",)), "vicuna": Size(512, 32, ("trainer.bf16=true",))}
+NAMES = {
+    "smol": "ViT-B/16 and SmolLM2-135M",
+    "smol+clip-l": "CLIP-L/14-336 and SmolLM2-135M",
+    "vicuna": "CLIP-L/14-336 and Vicuna-7B",
+}
+"""Shape -> what it is."""
+
+
+def train(folder: Path, shape: str, size: Size, epochs: int, *, keeps: bool) -> Steps:
+    """Run it, with features kept or without."""
+    steps = run_ours(
+        folder / "parts", folder / "data" / "pretrain.json", folder / ("kept" if keeps else "anew"),
+        f"dataset.cache_features={str(keeps).lower()}", f"trainer.num_train_epochs={epochs}",
+        f"trainer.per_device_train_batch_size={size.batch}", *size.words, name="pretrain-smol",
+    )  # fmt: skip
+    gc.collect()
+    return steps
+
+
+def epochs_of(steps: Steps, epochs: int, records: int) -> list[float]:
+    """Samples a second of each epoch but the first."""
+    number = len(steps.seconds) // epochs
+    seconds = [sum(steps.seconds[start : start + number]) for start in range(0, number * epochs, number)]
+    return [records / one for one in seconds[1:]]
+
+
+def predicted(steps: Steps, shape: str, epochs: int) -> float:
+    """How much fewer operations an epoch has without the encoder."""
+    data = steps.trainer.train_dataset
+    held = facts_of([data[index] for index in range(len(data))], 0)
+    flops, _ = counted(steps.trainer.model, SHAPES[shape])
+    batches = len(steps.seconds) // epochs
+    return flops.of(held, held.images, held.images, batches) / flops.of(held, 0, held.images, batches)
+
+
+def measure(shape: str, size: Size, epochs: int) -> tuple[Row, float]:
+    """Both variants of a shape, and what counting predicts."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        write_parts(folder / "parts", SHAPES[shape], dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        write_scenes(folder / "data", num_train=size.records, num_val=1, num_heldout=1, num_labelled=1)
+        anew = train(folder, shape, size, epochs, keeps=False)
+        expected = predicted(anew, shape, epochs)
+        anew.trainer = None
+        kept = train(folder, shape, size, epochs, keeps=True)
+        kept.trainer = None
+    tolerance = 2e-2 if torch.cuda.is_available() else 1e-3
+    torch.testing.assert_close(torch.tensor(kept.losses), torch.tensor(anew.losses), rtol=tolerance, atol=tolerance)
+    labels = ("kept features", "pictures seen anew")
+    speeds = [epochs_of(steps, epochs, size.records) for steps in (kept, anew)]
+    title = f"further epochs, {NAMES[shape]}"
+    return compared(title, speeds[0], speeds[1], labels, "samples/s", SHARE * expected), expected
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser("benchmarks.pretrain", description=__doc__)
+    parser.add_argument("--epochs", type=int, default=4, help="of each variant; the first is not measured")
+    parser.add_argument("--shapes", nargs="*", choices=sorted(NAMES), help="only these")
+    parser.add_argument("--gpu", action="store_true", help="the sizes for one large GPU")
+    args = parser.parse_args()
+    if args.epochs < 2:
+        parser.error(f"--epochs {args.epochs}: at least 2 are needed, since the first is not measured")
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: there is none")
+    logging.disable(logging.INFO)
+    sizes = GPU if args.gpu else CPU
+    found = {shape: measure(shape, sizes[shape], args.epochs) for shape in args.shapes or sizes}
+    notes = {"predicted by counting operations": {NAMES[shape]: round(one, 3) for shape, (_, one) in found.items()}}
+    report("pretrain-gpu" if args.gpu else "pretrain", [row for row, _ in found.values()], notes)
+
+
+if __name__ == "__main__":
+    main()
