@@ -151,7 +151,7 @@ def test_families_are_counted_where_all_images_cost_the_same(name: str, tmp_path
             count_flops(model, {})
         return
     shown = pictures(1)
-    sizes = [one.size[::-1] for one in shown]
+    sizes: list[Any] = [one.size[::-1] for one in shown]
     item = model_inputs(processor, encode(processor, talk(1, "yes"), sizes), shown)
     facts, batch = facts_of([item], 0), Collator.of(processor)([item])
     batch["pixel_values"] = processor.normalise(batch["pixel_values"])
