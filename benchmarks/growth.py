@@ -2,11 +2,11 @@
 
     python -m benchmarks.growth [--gpu] [--part steps|start] [--tokens N …] [--records N …]
 
-Steps: SmolLM2-135M's and ViT-B/16's shapes, packed rows, lengths of LLaVA-665k up to 1,024 tokens, each number of tokens
-in a process of its own. A number that would need more memory than there is, told from those before it, is left out and
-said so. Start: a model of almost no size, so that what is left is reading, counting and packing records of a short
-question and answer, from the call of the run to the end of its first step; then the same again, which finds its cache.
-About nine minutes on two cores.
+Steps: SmolLM2-135M's and ViT-B/16's shapes, packed rows, lengths of LLaVA-665k up to 1,024 tokens, each number of
+tokens in a process of its own. A number that would need more memory than there is, told from those before it, is left
+out and said so. Start: a model of almost no size, so that what is left is reading, counting and packing records of a
+short question and answer, from the call of the run to the end of its first step; then the same again, which finds its
+cache. About nine minutes on two cores.
 """
 
 import argparse

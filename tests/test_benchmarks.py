@@ -64,8 +64,8 @@ def test_both_programs_have_the_same_weights_and_kernels(folder: Path):
     with torch.no_grad():
         torch.testing.assert_close(ours(**batch).loss, theirs(**batch).loss)
     assert len(theirs.model.vision_tower.encoder.layers) == TINY.vision[2]
-    for config in (ours.language_model.config, theirs.config.text_config, theirs.config.vision_config):
-        assert config._attn_implementation == "sdpa"
+    for model in (ours.language_model, theirs.model.language_model, theirs.model.vision_tower):
+        assert model.config._attn_implementation == "sdpa"
     assert theirs.lm_head.weight is theirs.model.language_model.embed_tokens.weight
 
 
