@@ -51,6 +51,9 @@ def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> Tr
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error
+    if trainer.accelerator_config is None:  # pyright: ignore[reportAttributeAccessIssue] - passed through
+        # Out of pinned memory a device copies the next batch while it computes; without this the host would wait.
+        arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory  # pyright: ignore
     _ = arguments.device  # sets up the process group
     if arguments.n_gpu > 1:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -168,12 +169,21 @@ class VLMTrainer(MeasuredTrainer):
             "pin_memory": args.dataloader_pin_memory,
             "persistent_workers": args.dataloader_persistent_workers,
             "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "in_order": args.dataloader_in_order,
         }
         if self.packing:
             loader, self.order = packed_loader(self.train_dataset, collate, self.max_tokens, args, **loading)
         else:
             loader = DataLoader(self.train_dataset, self._train_batch_size, collate_fn=collate, **loading)
         return left_running(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As usual, but anew: `Trainer` would give persistent workers' records for their blank pictures too."""
+        self._eval_dataloaders: dict[str, DataLoader] = {}
+        loader = super().get_eval_dataloader(eval_dataset)
+        self._eval_dataloaders = {}
+        return loader
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As usual; its workers outlive a signal to all of the run, which then saves a checkpoint."""
@@ -193,7 +203,8 @@ class VLMTrainer(MeasuredTrainer):
         return batches, number
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As usual; pixels are normalised on the device, where data workers left that to it."""
+        """As usual, copied while the device computes; pixels are normalised there, if workers left that to it."""
+        inputs = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
         inputs = super()._prepare_inputs(inputs)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = self.processor.normalise(inputs["pixel_values"])
