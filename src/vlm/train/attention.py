@@ -7,7 +7,6 @@ attended to alone, on GPUs through PyTorch's flash kernels for samples of differ
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,9 +42,10 @@ def packed_attention(
     if _has_kernel(query) and not dropout:
         return _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     found = []
-    for start, end in pairwise(cu_seq_lens_q.tolist()):
-        asked, seen, read = (one[:, :, start:end] for one in (query, key, value))
-        mask = _window(end - start, sliding_window, query)
+    lengths = cu_seq_lens_q.diff().tolist()
+    samples = zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True)
+    for asked, seen, read in samples:  # out of a split, whose gradient is one concatenation
+        mask = _window(asked.shape[2], sliding_window, query)
         output, _ = sdpa_attention_forward(
             module, asked, seen, read, mask, dropout=dropout, scaling=scaling, is_causal=True
         )
