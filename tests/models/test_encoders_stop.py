@@ -52,7 +52,7 @@ def whole(encoder: PreTrainedModel, given: Tensor) -> list[Tensor]:
     return list(encoder(given, output_hidden_states=True, return_dict=True).hidden_states)
 
 
-def blocks(encoder: PreTrainedModel) -> nn.ModuleList | nn.Sequential:
+def blocks(encoder: Any) -> nn.ModuleList | nn.Sequential:
     """What runs one after the other."""
     if hasattr(encoder, "timm_model"):
         return encoder.timm_model.blocks
@@ -125,7 +125,8 @@ def test_what_is_composed_keeps_the_layers_that_it_does_not_run(parts: Parts):
     """A checkpoint holds the whole encoder."""
     model, _ = parts.model("dinov2", "llama", layer=-3)
     run: list[Any] = []
-    for layer in model.visual_encoder.encoder.layer:
+    encoder: Any = model.visual_encoder
+    for layer in encoder.encoder.layer:
         layer.register_forward_hook(lambda *given: run.append(given[0]))
     model.get_image_features(torch.randn(2, 3, 16, 16))
     assert len(run) == 1

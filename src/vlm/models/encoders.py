@@ -8,6 +8,7 @@ Shapes: I images, P features an image, V width of the features.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ def read_features(
             return features
 
 
-def _hidden_states(encoder: nn.Module, pixel_values: Tensor, wanted: list[int]) -> Sequence[Tensor | None]:
+def _hidden_states(encoder: Any, pixel_values: Tensor, wanted: list[int]) -> Sequence[Any]:
     """Those that are wanted, or all; those of others may be None."""
     if hasattr(encoder, "timm_model") and not encoder.features_only:
         pixels = pixel_values.to(encoder.device, encoder.dtype)  # as the wrapper does, which would not stop
@@ -117,7 +118,7 @@ class _FirstLayers(nn.ModuleList):
 
 
 @contextmanager
-def _first_layers(encoder: nn.Module, number: int) -> Iterator[None]:
+def _first_layers(encoder: Any, number: int) -> Iterator[None]:
     """Within, an encoder that is `STOPPED` runs its first so many layers."""
     place = _place_of_layers(encoder) if encoder.config.model_type in STOPPED else None
     if place is None or number >= encoder.config.num_hidden_layers or torch.compiler.is_compiling():
@@ -133,7 +134,7 @@ def _first_layers(encoder: nn.Module, number: int) -> Iterator[None]:
         setattr(owner, name, whole)
 
 
-def _place_of_layers(encoder: nn.Module) -> tuple[nn.Module, str] | None:
+def _place_of_layers(encoder: Any) -> tuple[nn.Module, str] | None:
     """The module that holds an encoder's layers, and under which name; None where it has several such lists."""
     found = [
         (owner, name) for owner in encoder.modules() for name, child in owner.named_children()
