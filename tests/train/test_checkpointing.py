@@ -51,7 +51,7 @@ def built(common: list[str]) -> Callable[..., tuple[Any, Any, Any]]:
 
 def step(model: Any, processor: Any) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """How often the layers of each part ran in a forward and a backward pass, in layers; and the gradients."""
-    calls = dict.fromkeys(("visual_encoder", "connector", "language_model"), 0)
+    calls: dict[str, int] = dict.fromkeys(("visual_encoder", "connector", "language_model"), 0)
     names = part_names(model.config)
     hooks = []
     for path, module in model.named_modules():

@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -42,7 +42,7 @@ class VisionLanguageModel:
     def load(
         cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
         base: Sequence[str] = (), trust_remote_code: bool = False,
-    ) -> "VisionLanguageModel":  # fmt: skip
+    ) -> Self:  # fmt: skip
         """Load a checkpoint of this framework, from a folder or the Hub.
 
         Args:

@@ -72,4 +72,4 @@ class ImageMemory:
 def _key(pixels: Tensor) -> bytes:
     """A name for a picture's pixels."""
     content = pixels.detach().contiguous().cpu().view(torch.uint8).numpy()
-    return blake2b(content, digest_size=16).digest()
+    return blake2b(content.data, digest_size=16).digest()

@@ -40,7 +40,8 @@ def checkpoint_parts(model: Any, parts: Sequence[Part], trainer: TrainerOptions,
                 f"trainer.checkpointed_parts={named}: no gradient flows through the {name}, so that it keeps nothing; "
                 f"name of {', '.join(flowing) or 'none'}"
             )
-    options = dict(args.activation_checkpointing_kwargs or {})
+    given: Any = args.activation_checkpointing_kwargs  # a mapping, though declared as text too
+    options: dict[str, Any] = dict(given or {})
     every = options.pop("every_n_layers", 1)
     offload = options.pop("offload", False)
     model.activation_checkpointing_enable({"use_reentrant": False, **options}, offload=offload)
@@ -65,7 +66,7 @@ def with_gradient(parts: Sequence[Part]) -> list[str]:
 def _switch(model: Any, wanted: Sequence[str], every: int) -> dict[str, int]:
     """Leave checkpointing on at every n-th layer of some parts alone; part -> how many layers it has."""
     names = part_names(model.config)
-    found = dict.fromkeys(PARTS, 0)
+    found: dict[str, int] = dict.fromkeys(PARTS, 0)
     for path, module in model.named_modules():
         if not hasattr(module, "gradient_checkpointing"):
             continue
