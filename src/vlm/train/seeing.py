@@ -155,8 +155,11 @@ def wanted_blanks(dataset: SampleDataset, features: ImageFeatures) -> dict[bytes
     """The blank pictures that stand for those of a dataset."""
     found = {}
     for index in np.flatnonzero(dataset.num_images).tolist():
-        sample = dataset.sample(index)
-        seen = seen_of(sample, dataset.processor, features)
+        try:
+            sample = dataset.sample(index)
+            seen = seen_of(sample, dataset.processor, features)
+        except BadSample:  # evaluation refuses it before it comes to blank pictures
+            continue
         for key, size, kind in blanks_of(sample, seen, dataset.processor):
             found.setdefault(key, Request(BLANK, 0, 0, kind, size))
     return found
