@@ -121,8 +121,8 @@ def measure(folder: Path, args: argparse.Namespace) -> list[Row]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser("benchmarks.generation", description=__doc__)
-    parser.add_argument("--records", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--records", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=InferenceConfig.max_new_tokens)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

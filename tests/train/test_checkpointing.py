@@ -1,7 +1,6 @@
 """Activation checkpointing by part: which layers run twice, to the same gradients, and what is refused."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from tests.models.test_modeling_vlm import batch
 from vlm.config.check import ConfigError, check
 from vlm.families.loading import auto_class
 from vlm.families.table import part_names
+from vlm.train.arguments import training_arguments
 from vlm.train.checkpointing import _switch
 from vlm.train.model import load_weights, prepare, settle_model
 
@@ -36,11 +36,7 @@ def built(common: list[str]) -> Callable[..., tuple[Any, Any, Any]]:
 
     def build(*overrides: str) -> tuple[Any, Any, Any]:
         config = config_of("pretrain-smol", [*common, *overrides])
-        args: Any = SimpleNamespace(
-            deepspeed=None, seed=42, bf16=False, fp16=False,
-            activation_checkpointing=config.trainer.activation_checkpointing,  # pyright: ignore[reportAttributeAccessIssue]
-            activation_checkpointing_kwargs=config.trainer.activation_checkpointing_kwargs,  # pyright: ignore[reportAttributeAccessIssue]
-        )  # fmt: skip
+        args: Any = training_arguments(config.trainer)
         model_config, processor = settle_model(config)
         model = load_weights(config, model_config, processor, torch.float32, 42)
         prepare(model, config, args, processor)
