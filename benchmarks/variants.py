@@ -52,6 +52,7 @@ class Steps:
         name: what ran, which is printed after each step.
         seconds: of each optimiser step, from the end of the one before it: loading and logging belong to it.
         losses: of each optimiser step, as it was logged.
+        norms: of each optimiser step's gradient, before it is clipped.
         batches: of each optimiser step the inputs of the model, as they came out of the loader.
         trainer: what trained.
         begun: when the run was started.
@@ -61,6 +62,7 @@ class Steps:
     name: str
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     batches: list[list[dict[str, Any]]] = field(default_factory=list)
     trainer: Any = None
     begun: float = field(default_factory=time.perf_counter)
@@ -87,9 +89,10 @@ class Clock(TrainerCallback):
         print(f"  {self.steps.name}: step {len(self.steps.seconds)} took {self.steps.seconds[-1]:.2f} s", flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """The step's loss."""
+        """The step's loss, and how long its gradient is."""
         if "loss" in logs:
             self.steps.losses.append(float(logs["loss"]))
+            self.steps.norms.append(float(logs["grad_norm"]))
 
 
 def now() -> float:

@@ -124,9 +124,10 @@ def test_counting_predicts_more_for_larger_padded_batches(folder: Path):
 def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
     size = finetune.Size("tiny", tokens=2048, accumulation=2, steps=2, samples=5)
     found = finetune.compare(size, tmp_path)
-    assert finetune.check_losses(found.variants, finetune.NEAR["float32"]) < 1e-4
+    assert finetune.check_agreement(found.variants, finetune.NEAR["float32"]) < 1e-4
+    found.variants["grouped"].norm *= 1.01
     with pytest.raises(SystemExit, match="do not compute the same"):
-        finetune.check_losses(found.variants, 0.0)
+        finetune.check_agreement(found.variants, finetune.NEAR["float32"])
     for one in found.variants.values():
         assert len(one.losses) == len(one.speeds) == len(one.flops) == size.steps
     assert found.variants["padded"].flops > found.variants["ours"].flops
