@@ -38,6 +38,7 @@ PAGES = (
     "docs/web.md",
     "docs/publishing.md",
     "docs/serving.md",
+    "docs/speed.md",
 )
 WITHOUT_KEYS = ("examples/README.md", "docs/serving.md", "docs/publishing.md", "docs/web.md", "docs/inference.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}

@@ -1,11 +1,11 @@
 """Samples one behind the other in rows without padding: which ones share a row, in which order, and how rows are made.
 
-Which samples stand together is settled once, by best fit, the longest first (Krell et al. 2021, arXiv:2107.02027,
-compare such packers). Every epoch, samples of equal length change places and rows are shuffled: nearly another packing,
-with as many rows, so that an epoch has the same number of steps each time and a resumed run finds its place.
+Which samples stand together is settled once: drawn, but for the last ones of a row, which are those that fit best
+(Krell et al. 2021, arXiv:2107.02027, compare packers). Every epoch, samples of equal length change places and rows are
+shuffled: nearly another packing, with as many rows, so that an epoch has the same number of steps each time and a
+resumed run finds its place.
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,41 +25,104 @@ LENGTHS = "cu_seq_lens_q"
 
 Lengths = Sequence[int] | np.ndarray
 
+DRAWN = 3.0
+"""A row takes samples as they are drawn as long as so many of mean length fit."""
 
-def pack(lengths: Lengths, capacity: int) -> list[list[int]]:
+
+def pack(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[int]]:
     """Groups of places whose lengths sum up to at most `capacity`, few of them.
 
-    Each, the longest first, goes where it leaves least room (best fit decreasing).
+    A group takes samples as they are drawn until few more fit, and is closed by the one or two that leave least room.
+
+    Args:
+        lengths: tokens of each sample.
+        capacity: most tokens of a group.
+        seed: of what is drawn.
 
     Raises:
-        ValueError: one is longer than `capacity`.
+        ValueError: a sample is longer than `capacity`.
     """
-    array = np.asarray(lengths)
+    array = np.asarray(lengths, dtype=np.int64)
     if len(array) and array.max() > capacity:
         raise ValueError(
             f"a sample of {array.max():,} tokens does not fit into trainer.max_tokens_per_batch={capacity}; raise it, "
             "or lower dataset.max_length and choose dataset.over_length=skip or truncate"
         )
-    packs: list[list[int]] = []
-    room: list[list[int]] = [[] for _ in range(capacity + 1)]  # tokens left -> packs
-    left: list[int] = []  # the numbers of tokens left that some pack has, ascending
-    for place in np.argsort(-array, kind="stable").tolist():
-        length = int(array[place])
-        at = bisect_left(left, length)
-        if at == len(left):
-            free, chosen = capacity, len(packs)
-            packs.append([])
-        else:
-            free = left[at]
-            chosen = room[free].pop()
-            if not room[free]:
-                left.pop(at)
-        packs[chosen].append(place)
-        free -= length
-        if free and not room[free]:
-            insort(left, free)
-        room[free].append(chosen)
+    pool = _Pool(array, np.random.default_rng(seed))
+    packs = []
+    while pool.number:
+        chosen: list[int] = []
+        room = capacity
+        while room >= DRAWN * pool.mean and (place := pool.drawn(room)) is not None:
+            chosen.append(place)
+            room -= int(array[place])
+        while found := pool.best(room):
+            chosen += map(pool.take, found)
+            room -= sum(found)
+        packs.append(chosen)
     return packs
+
+
+class _Pool:
+    """Samples that are in no pack yet.
+
+    Args:
+        lengths: `(samples,)`.
+        draw: the order in which they are drawn.
+    """
+
+    def __init__(self, lengths: np.ndarray, draw: np.random.Generator):
+        self.mean = float(lengths.mean()) if len(lengths) else 0.0
+        self.number = len(lengths)
+        self.lengths = lengths.tolist()
+        self.order = draw.permutation(len(lengths)).tolist()
+        self.next = 0
+        self.waiting = [True] * len(lengths)
+        self.counts = np.bincount(lengths)
+        self.present = np.flatnonzero(self.counts)
+        self.of_length: dict[int, list[int]] = {int(length): [] for length in self.present}
+        for place in self.order:
+            self.of_length[self.lengths[place]].append(place)
+
+    def drawn(self, room: int) -> int | None:
+        """Take out the next sample as they are drawn; None: it does not fit, or there is none."""
+        while self.next < len(self.order) and not self.waiting[self.order[self.next]]:
+            self.next += 1
+        if self.next == len(self.order) or self.lengths[self.order[self.next]] > room:
+            return None
+        place = self.order[self.next]
+        self._remove(place)
+        return place
+
+    def take(self, length: int) -> int:
+        """Take out a sample of a length."""
+        same = self.of_length[length]
+        while not self.waiting[same[-1]]:
+            same.pop()
+        place = same.pop()
+        self._remove(place)
+        return place
+
+    def _remove(self, place: int) -> None:
+        length = self.lengths[place]
+        self.waiting[place] = False
+        self.number -= 1
+        self.counts[length] -= 1
+        if not self.counts[length]:
+            self.present = self.present[self.present != length]
+
+    def best(self, room: int) -> list[int]:
+        """The one or two lengths that fill a room most; none where none fits."""
+        present = self.present[: np.searchsorted(self.present, room, side="right")]
+        if not len(present):
+            return []
+        other = np.searchsorted(present, room - present, side="right") - 1
+        sums = np.where(other >= 0, present + present[other], 0)
+        sums[(present == present[other]) & (self.counts[present] < 2)] = 0
+        most = int(sums.argmax())
+        if sums[most] > present[-1]:
+            return [int(present[most]), int(present[other[most]])]
+        return [int(present[-1])]
 
 
 class PackSampler(Sampler[list[int]]):
@@ -81,7 +144,7 @@ class PackSampler(Sampler[list[int]]):
         self.capacity, self.seed, self.rank, self.world_size = capacity, seed, rank, world_size
         if len(self.lengths) < world_size:
             raise ValueError(f"trainer.packing=true: {len(self.lengths)} samples cannot be dealt to {world_size} ranks")
-        self.packs = _dealt(pack(self.lengths, capacity), world_size)
+        self.packs = _dealt(pack(self.lengths, capacity, seed), world_size)
         self.epoch = 0
 
     @property
