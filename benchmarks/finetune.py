@@ -135,7 +135,7 @@ def fitting(records: Sequence[Record], shape: Shape, capacity: int, packs: int) 
     """The first records, as many as fill so many packs and do not need another."""
     lengths = [len(sample["input_ids"]) for sample in counting.blank_samples(records, shape)]
     number = int(np.searchsorted(np.cumsum(lengths), packs * capacity, side="right"))
-    while len(pack(lengths[:number], capacity)) > packs:
+    while len(pack(lengths[:number], capacity, SEED)) > packs:
         number -= 1
     return list(records[:number])
 
