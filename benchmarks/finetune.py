@@ -82,7 +82,7 @@ class Size:
     samples: int = 6
     repeats: int = 1
     bf16: bool = False
-    seed: int = 12
+    seed: int = 8
 
 
 GPU = Size(tokens=8192, accumulation=4, steps=10, samples=20, repeats=3, bf16=True)
