@@ -1,4 +1,4 @@
-"""Packed rows on two ranks, with the vocabulary in pieces: the losses of a single process, and the same after a stop."""
+"""Packed rows on two ranks, the vocabulary in pieces: the losses of one process, and the same after a stop."""
 
 from collections.abc import Callable
 from pathlib import Path
