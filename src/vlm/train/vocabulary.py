@@ -31,11 +31,14 @@ def takes_chunks(model: Any) -> bool:
         return False
     asked = {"input_ids": torch.arange(2, device=text.device)[None], "use_cache": False}
     head: Any = text.get_output_embeddings()
-    with torch.random.fork_rng():  # dropout is the same in both; it stays on, since some weights change form without
+    trained = text.training
+    text.train()  # quantised weights take another form on a CPU once they are asked without; dropout is the same in both
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         logits = text(**asked).logits
         torch.manual_seed(0)
         same = torch.equal(head(text.get_decoder()(**asked).last_hidden_state), logits)
+    text.train(trained)
     if not same:
         log.info("%s does more to its logits than its head does: they are computed at once", type(text).__name__)
     return same
