@@ -32,7 +32,7 @@ def takes_chunks(model: Any) -> bool:
     asked = {"input_ids": torch.arange(2, device=text.device)[None], "use_cache": False}
     head: Any = text.get_output_embeddings()
     trained = text.training
-    text.train()  # quantised weights take another form on a CPU once they are asked without; dropout is the same in both
+    text.train()  # on a CPU quantised weights take another form where they are asked without
     with torch.random.fork_rng():
         torch.manual_seed(0)
         logits = text(**asked).logits
