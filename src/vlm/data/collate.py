@@ -163,7 +163,7 @@ def distinct(images: Sequence[Tensor]) -> tuple[dict[int, int], list[int]]:
     alike: dict[tuple[Any, ...], list[int]] = {}
     index = []
     for place, image in enumerate(images):
-        content = image.contiguous().view(-1).view(torch.uint8).numpy()
+        content: Any = image.contiguous().view(-1).view(torch.uint8).numpy()
         found = alike.setdefault((image.dtype, tuple(image.shape), crc32(content)), [])
         same = next((one for one in found if torch.equal(images[one], image)), None)
         if same is None:

@@ -157,8 +157,9 @@ def sizes_of(sample: Sample, seen: Sequence[Seen], processor: Any) -> list[Size]
 def blanks_of(sample: Sample, seen: Sequence[Seen], processor: Any) -> list[tuple[bytes, tuple[int, int], str]]:
     """Key, size and kind of the blank picture that stands for each picture of a sample."""
     kinds = kinds_of(sample, processor)
-    sizes = [one or BLANK_SIZE for one in sizes_of(sample, seen, processor)] or [BLANK_SIZE] * len(kinds)
-    return [(blank_key(size, kind), size, kind) for size, kind in zip(sizes, kinds, strict=True)]  # pyright: ignore[reportArgumentType] - no clips where pictures are all there is
+    known: list[Any] = sizes_of(sample, seen, processor)  # no clips, where pictures are all there is
+    sizes = [one or BLANK_SIZE for one in known] or [BLANK_SIZE] * len(kinds)
+    return [(blank_key(size, kind), size, kind) for size, kind in zip(sizes, kinds, strict=True)]
 
 
 def found_in(features: ImageFeatures, key: bytes) -> Seen:

@@ -204,8 +204,8 @@ class VLMTrainer(MeasuredTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As usual, copied while the device computes; pixels are normalised there, if workers left that to it."""
-        inputs = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
-        inputs = super()._prepare_inputs(inputs)
+        copied: Any = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
+        inputs = super()._prepare_inputs(copied)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = self.processor.normalise(inputs["pixel_values"])
         return inputs
