@@ -15,7 +15,8 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero3", "zero2"])
 def test_two_ranks_reach_the_single_process(
     common: list[str], train: Callable[..., Path], tmp_path: Path, world: Path, stage: str
 ):
