@@ -7,15 +7,19 @@ The tests need no network, no GPU and no trained weights. `world` is one composi
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ["HF_HOME"] = CACHES = tempfile.mkdtemp(prefix="small-vlm-tests-")  # indices and counts go there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+with redirect_stderr(sys.__stderr__):  # its handler closes the stream it found when Hydra sets logging up: pytest's own
+    import absl.logging  # noqa: F401  (rouge-score imports it)
 
 import pytest
 import torch
