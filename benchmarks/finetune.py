@@ -12,7 +12,6 @@ long, about six; a larger one would pad more. Few steps fit into the time, and i
 the default seed is one of which counting predicts about what it predicts on average. About eight minutes.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from benchmarks import counting
 from benchmarks.lengths import Record, draw_records, write_records
 from benchmarks.report import RESULTS, Row, compared, report
 from benchmarks.shapes import SHAPES, Shape, composed, llava_of, write_parts
+from benchmarks.sizes import parser_of, size_of
 from benchmarks.variants import (
     SEED,
     Sample,
@@ -262,14 +262,8 @@ def explain(found: Comparison, size: Size) -> None:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
-    for name in ("tokens", "accumulation", "steps", "samples", "repeats", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=None)
-    parser.add_argument("--shape", choices=SHAPES, default=None)
-    args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if name != "gpu" and value is not None}
-    size = replace(GPU if args.gpu else Size(), **given)
+    args = parser_of(__doc__, ("tokens", "accumulation", "steps", "samples", "repeats", "seed")).parse_args()
+    size = size_of(args, Size(), GPU)
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         found = compare(size, Path(folder))

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from benchmarks.lengths import Record, Source, conversation, draw_records, write
 from benchmarks.memory import peak_gigabytes
 from benchmarks.report import RESULTS, Row, compared, report
 from benchmarks.shapes import SHAPES, write_parts
+from benchmarks.sizes import parser_of, size_of
 from benchmarks.variants import quiet, released, run_ours
 
 MOST_GIGABYTES = 20.0
@@ -251,12 +252,10 @@ def draw_lines(grown: Grown | None, start: dict[int, tuple[float, float]] | None
 
 def main() -> None:
     """Measure and report, or, with `--measure`, be the process that is measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
+    parser = parser_of(__doc__)
     parser.add_argument("--part", choices=("steps", "start"), default=None, help="one of the two; both")
     for name in ("tokens", "records"):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=None)
-    parser.add_argument("--shape", choices=SHAPES, default=None)
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -266,8 +265,7 @@ def main() -> None:
         size = Size(**{**args.size, "tokens": tuple(args.size["tokens"]), "records": tuple(args.size["records"])})
         print(json.dumps(measure_steps(size, args.measure, args.folder)))
         return
-    size = replace(GPU if args.gpu else Size(), **({"shape": args.shape} if args.shape else {}))
-    size = replace(size, tokens=tuple(args.tokens or size.tokens), records=tuple(args.records or size.records))
+    size = size_of(args, Size(), GPU)
     with tempfile.TemporaryDirectory() as name:
         grown = grow_steps(size, Path(name)) if args.part != "start" else None
         start = grow_start(size, Path(name)) if args.part != "steps" else None

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from benchmarks.lengths import Record, draw_records, write_records
 from benchmarks.opening import kilobytes
 from benchmarks.report import compared, report
 from benchmarks.shapes import SHAPES, composed, llava_of, write_parts
+from benchmarks.sizes import parser_of, size_of
 from benchmarks.variants import SEED, padded_positions, quiet, run_ours, train_padded
 
 STEPS = 2
@@ -126,11 +127,7 @@ def in_a_process(variant: str, size: Size, folder: Path) -> float:
 
 def main() -> None:
     """Measure and report, or, with `--measure`, be the process that is measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
-    for name in ("tokens", "repeats"):
-        parser.add_argument(f"--{name}", type=int, default=None)
-    parser.add_argument("--shape", choices=SHAPES, default=None)
+    parser = parser_of(__doc__, ("tokens", "repeats"))
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -140,8 +137,7 @@ def main() -> None:
         MEASURES[args.measure](Size(**args.size), args.folder)
         print(f"  {args.measure}: {peak_gigabytes():.3f} GB")
         return
-    given = {name: getattr(args, name) for name in ("tokens", "repeats", "shape") if getattr(args, name) is not None}
-    size = replace(GPU if args.gpu else Size(), **given)
+    size = size_of(args, Size(), GPU)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_parts(folder / "parts", SHAPES[size.shape])

@@ -7,10 +7,9 @@ LLaVA-665k. The bare loop then takes the same modules through the batches that t
 clipping and optimiser. The first step of each is left out. About six minutes on two cores.
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from benchmarks.finetune import fitting
 from benchmarks.lengths import draw_records, write_records
 from benchmarks.report import compared, report
 from benchmarks.shapes import SHAPES, write_parts
+from benchmarks.sizes import parser_of, size_of
 from benchmarks.variants import LEARNING_RATE, Steps, now, quiet, released, run_ours
 from vlm.data.encode import IGNORED
 from vlm.train.attention import attending_to_packs
@@ -152,14 +152,8 @@ def _loop_of(run: Steps, *, bf16: bool) -> BareLoop:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
-    for name in ("tokens", "steps", "repeats"):
-        parser.add_argument(f"--{name}", type=int, default=None)
-    parser.add_argument("--shape", choices=SHAPES, default=None)
-    args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if name != "gpu" and value is not None}
-    size = replace(GPU if args.gpu else Size(), **given)
+    args = parser_of(__doc__, ("tokens", "steps", "repeats")).parse_args()
+    size = size_of(args, Size(), GPU)
     quiet()
     with tempfile.TemporaryDirectory() as name:
         whole, bare, share = measure(size, Path(name))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,6 +29,7 @@ from vlm.models import VLMForPrediction
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.poolings import EACH_TOKEN
 from vlm.train.digests import code_digest, records_digest
+from vlm.train.ranks import as_first_rank, gathered_objects, wait
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def computed(
     )  # fmt: skip
     folder = cache / "features" / name
     with _alone(folder, args):
-        missing = _as_first_rank([one for one in readings if not file_of(folder, one).is_file()])
+        missing = as_first_rank([one for one in readings if not file_of(folder, one).is_file()])
         if missing:
             Computation(model, dataset, collate, args, folder, missing, on_skipped)(first, starts)
         else:
@@ -212,14 +212,6 @@ def _alone(folder: Path, args: TrainingArguments) -> Iterator[None]:
                 left.unlink()
 
 
-def _as_first_rank(value: Any) -> Any:
-    """A value as rank 0 sees it."""
-    told = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
-
-
 class Computation:
     """One pass of the body over a dataset, of which each rank does a share.
 
@@ -247,16 +239,12 @@ class Computation:
         first_rank = self.args.process_index == 0
         if first_rank:
             self._create(len(first), int(starts[-1]))
-        _wait()
+        wait()
         opened = {reading: self._opened(reading) for reading in self.readings}
         found = self._fill(opened, first, starts)
         for one in opened.values():
             one.flush()
-        every: list[Any] = [found]
-        if dist.is_initialized():
-            every = [None] * self.args.world_size
-            dist.all_gather_object(every, found)
-        skipped = {row: one for part in every for row, one in part.items()}
+        skipped = {row: one for part in gathered_objects(found) for row, one in part.items()}
         self.on_skipped([skipped[row] for row in sorted(skipped)], len(self.dataset))
         if first_rank:
             listed = [[row, asdict(skipped[row])] for row in sorted(skipped)]
@@ -264,7 +252,7 @@ class Computation:
                 whole = file_of(self.folder, reading)
                 whole.with_suffix(".json").write_text(json.dumps(listed), encoding="utf-8")
                 partial_of(self.folder, reading).replace(whole)
-        _wait()
+        wait()
 
     def _create(self, records: int, tokens: int) -> None:
         """Empty files of their final size.
@@ -363,8 +351,3 @@ class _Numbered(Dataset[Any]):
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
         return row, self.dataset[int(self.places[row])]
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

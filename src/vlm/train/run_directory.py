@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from transformers.utils import is_torchvision_available
 
 from vlm.config.schema import DatasetConfig, RunConfig
 from vlm.data.dataset import Contribution, SampleDataset, Skipped, need_few
 from vlm.data.stream import SampleStream
+from vlm.train.ranks import as_first_rank
 
 SKIPPED_FILE = "skipped.jsonl"
 FIRST_OF_STREAM = 1000
@@ -36,10 +36,7 @@ def choose_directory(config: RunConfig, name: str) -> Path:
     """The run's directory: `trainer.output_dir`, or one that rank 0 names and tells the others."""
     if config.trainer.output_dir:
         return Path(config.trainer.output_dir)
-    told: list[str] = [f"outputs/{name}-{datetime.now():%Y%m%d-%H%M%S}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return Path(told[0])
+    return Path(as_first_rank(f"outputs/{name}-{datetime.now():%Y%m%d-%H%M%S}"))
 
 
 def describe(folder: Path, config: RunConfig) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -44,6 +43,7 @@ from vlm.data.seen import (
 from vlm.data.sources import Source
 from vlm.models import VLMConfig
 from vlm.train.encoding import BLANK, Encoding, Pictures, Request
+from vlm.train.ranks import as_first_rank, gathered_objects, wait
 
 log = logging.getLogger(__name__)
 
@@ -326,26 +326,3 @@ class Filler:
 
 def _listed(items: Sequence[list[tuple[int, Any]]]) -> list[tuple[int, Any]]:
     return [one for item in items for one in item]
-
-
-def as_first_rank(value: Any) -> Any:
-    """A value as rank 0 has it."""
-    told = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
-
-
-def gathered_objects(value: Any) -> list[Any]:
-    """The values of all ranks."""
-    every = [value]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, value)
-    return every
-
-
-def wait() -> None:
-    """For all ranks."""
-    if dist.is_initialized():
-        dist.barrier()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,6 +36,7 @@ from vlm.train.compiling import uncompiled
 from vlm.train.measured import MeasuredTrainer
 from vlm.train.packing import check_packing, packed_loader, with_grid_positions
 from vlm.train.parts import Part, parameter_groups
+from vlm.train.ranks import wait
 from vlm.train.stopping import left_running
 from vlm.train.vocabulary import CHUNKS, num_chunks, takes_chunks
 
@@ -301,8 +301,7 @@ class VLMTrainer(MeasuredTrainer):
         most, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = most
-        if dist.is_initialized():
-            dist.barrier()
+        wait()
         if self.args.should_save:
             Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", COMPLETE).touch()
             rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=most)

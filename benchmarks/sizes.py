@@ -1,0 +1,28 @@
+"""The command line of a benchmark that has a size for two cores and one for a large GPU."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from benchmarks.shapes import SHAPES
+
+SizeT = TypeVar("SizeT")
+
+
+def parser_of(description: str | None, numbers: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """`--gpu`, `--shape`, and an option for each of the size's numbers."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
+    parser.add_argument("--shape", choices=SHAPES, default=None)
+    for name in numbers:
+        parser.add_argument(f"--{name}", type=int, default=None)
+    return parser
+
+
+def size_of(args: argparse.Namespace, plain: SizeT, gpu: SizeT) -> SizeT:
+    """The size that was asked for: one of the two, a dataclass, with what the command line sets of it."""
+    size: Any = gpu if args.gpu else plain
+    given = {field.name: getattr(args, field.name, None) for field in fields(size)}
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(size, **{name: value for name, value in kept.items() if value is not None})
