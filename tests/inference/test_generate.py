@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache, StaticCache
 
 from tests.data.test_video import write_video
 from tests.tiny_parts import CHAT_TEMPLATES, Parts, byte_tokenizer, picture
@@ -101,6 +102,23 @@ def test_generate_answers_a_list_as_it_answers_each(ours: VisionLanguageModel):
 def test_texts_alone(ours: VisionLanguageModel):
     answers = ours.generate(["one", "two words"], max_new_tokens=4)
     assert answers == [ours.generate("one", max_new_tokens=4), ours.generate("two words", max_new_tokens=4)]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_answers_do_not_depend_on_the_cache(ours: VisionLanguageModel, beams: int, cache: str):
+    given = [text for text, _ in ASKED], [images for _, images in ASKED]
+    inputs = batch_inputs(ours)
+    plain, other = (InferenceConfig(num_beams=beams, max_new_tokens=8, cache_implementation=c) for c in (None, cache))
+    assert ours.answers(inputs, other) == ours.answers(inputs, plain)
+    output = ours.model.generate(**inputs, **ours.generation_options(other), return_dict_in_generate=True)
+    assert {"dynamic": DynamicCache, "static": StaticCache}[cache] in type(output.past_key_values).mro()
+    assert ours.generate(*given, max_new_tokens=3, cache_implementation=cache) == ours.generate(*given, max_new_tokens=3)
+
+
+def test_a_cache_that_leaves_a_gpu_needs_one(ours: VisionLanguageModel):
+    with pytest.raises(ValueError, match="cache_implementation=offloaded: it takes keys and values off a GPU"):
+        ours.answers(batch_inputs(ours), InferenceConfig(cache_implementation="offloaded"))
 
 
 @pytest.mark.parametrize("beams", [2, 3])

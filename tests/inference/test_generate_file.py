@@ -368,6 +368,10 @@ def test_a_run_says_how_answers_are_drawn(
     [
         (["inference.temprature=1"], "vlm: inference.temprature: no such key. Did you mean inference.temperature?"),
         (["inference.top_p=2"], "vlm: inference.top_p=2.0: a share above 0, at most 1 is needed"),
+        (
+            ["inference.cache_implementation=fixed"],
+            "vlm: inference.cache_implementation=fixed: one of dynamic, static, offloaded is needed",
+        ),
         (["inference.num_beams=few"], "vlm: inference.num_beams=few: a whole number is needed"),
         (["dataset.path=x"], "vlm generate: dataset.path=x: only inference.KEY=VALUE is taken here"),
     ],

@@ -50,6 +50,7 @@ CHOICES = {
 }
 """Keys with closed lists of values. A test holds those that come from a table against the table."""
 
+CACHES = ("dynamic", "static", "offloaded")
 EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
 """What `trainer.eval_metrics` may name. A test holds it against the table of metrics."""
 
@@ -384,6 +385,7 @@ def check_inference(settings: InferenceConfig, prefix: str = "inference.") -> No
         "top_p": (0 < settings.top_p <= 1, "a share above 0, at most 1"),
         "num_beams": (settings.num_beams >= 1, "at least 1"),
         "max_new_tokens": (settings.max_new_tokens >= 1, "at least 1"),
+        "cache_implementation": (settings.cache_implementation in (None, *CACHES), f"one of {', '.join(CACHES)}"),
     }
     for name, (fits, needed) in bounds.items():
         if not fits:

@@ -410,6 +410,10 @@ class InferenceConfig:
     top_p: float = 1.0
     num_beams: int = 1
     max_new_tokens: int = 128
+    cache_implementation: str | None = None
+    """How keys and values are kept: `dynamic` grows, `static` has its full length at once, and transformers compiles
+    the decoding of a token for it on GPUs; `offloaded` keeps on the GPU those of a layer at a time. None: the model's
+    own way."""
 
 
 @dataclass

@@ -15,8 +15,8 @@ from vlm.inference.model_options import add_drawing_options, add_loading_options
 from vlm.inference.record_options import add_reading_options, check_reading_options, source_config
 
 OF_RECORDS = (
-    "format", "option", "image_folder", "temperature", "top_p", "num_beams", "max_new_tokens", "seed", "config_name",
-    "config_dir", "overrides",
+    "format", "option", "image_folder", "temperature", "top_p", "num_beams", "max_new_tokens", "cache_implementation",
+    "seed", "config_name", "config_dir", "overrides",
 )  # fmt: skip
 """Options that tasks do not take, which say themselves what is asked and how answers are drawn."""
 OF_TASKS = ("limit", "include_path", "lmms_eval_python")

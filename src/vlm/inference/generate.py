@@ -231,6 +231,10 @@ class VisionLanguageModel:
         options["do_sample"] = settings.temperature > 0
         if settings.temperature == 0:
             del options["temperature"], options["top_p"]
+        if settings.cache_implementation is None:
+            del options["cache_implementation"]
+        elif settings.cache_implementation == "offloaded" and self.model.device.type == "cpu":
+            raise ValueError("cache_implementation=offloaded: it takes keys and values off a GPU, and there is none")
         options["pad_token_id"] = self.processor.tokenizer.pad_token_id
         end = self.reply_ending()
         ids = self.processor.tokenizer.convert_tokens_to_ids([end])

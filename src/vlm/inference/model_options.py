@@ -5,10 +5,11 @@ What imports torch is imported when the command has been understood.
 
 import argparse
 import re
+from dataclasses import fields
 from typing import Any
 
 from vlm.adapters.merge import add_base_option
-from vlm.config.check import ConfigError, check_inference
+from vlm.config.check import CACHES, ConfigError, check_inference
 from vlm.config.schema import InferenceConfig
 
 
@@ -34,13 +35,20 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         ("num_beams", int, "beam search where above 1"),
         ("max_new_tokens", int, "longest answer"),
     ):
-        option, default = name.replace("_", "-"), getattr(InferenceConfig, name)
-        spellings = dict.fromkeys((f"--{option}", f"--{name}"))
-        drawn.add_argument(*spellings, type=kind, metavar="N", help=f"{purpose} ({default})")
+        default = getattr(InferenceConfig, name)
+        drawn.add_argument(*_spellings(name), type=kind, metavar="N", help=f"{purpose} ({default})")
+    drawn.add_argument(
+        *_spellings("cache_implementation"), choices=CACHES, help="how keys and values are kept (as the model does)"
+    )
     drawn.add_argument("--seed", type=int, help="makes sampling repeatable")
     drawn.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is taken")
     drawn.add_argument("--config-dir", metavar="FOLDER", help="where a run of your own lies")
     drawn.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="changes a key of that run")
+
+
+def _spellings(name: str) -> list[str]:
+    """An option with hyphens, and as the key is written."""
+    return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
 
 
 def settings_of(args: argparse.Namespace) -> InferenceConfig:
@@ -60,7 +68,7 @@ def settings_of(args: argparse.Namespace) -> InferenceConfig:
     if args.config_name is not None:
         folder = [] if args.config_dir is None else ["--config-dir", args.config_dir]
         settings = inference_of(["-cn", args.config_name, *folder, *args.overrides])
-    for name in ("temperature", "top_p", "num_beams", "max_new_tokens"):
+    for name in (field.name for field in fields(InferenceConfig)):
         if (given := getattr(args, name)) is not None:
             setattr(settings, name, given)
     check_inference(settings, prefix="")
