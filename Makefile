@@ -14,7 +14,7 @@ install: .venv/installed ## Install the locked versions and this package into .v
 .venv/installed: requirements.lock pyproject.toml | $(UV)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=python3.12")'
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
-	$(UV) pip install --quiet --python .venv --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python .venv --compile-bytecode --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -26,7 +26,7 @@ install-eval: .venv-eval/installed ## Install lmms-eval, in an environment of it
 
 .venv-eval/installed: requirements-eval.lock pyproject.toml | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-eval
-	$(UV) pip install --quiet --python .venv-eval --require-hashes -r requirements-eval.lock
+	$(UV) pip install --quiet --python .venv-eval --compile-bytecode --require-hashes -r requirements-eval.lock
 	$(UV) pip install --quiet --python .venv-eval --no-deps --no-build-isolation -e .
 	@touch $@
 
