@@ -107,13 +107,14 @@ def test_texts_alone(ours: VisionLanguageModel):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_answers_do_not_depend_on_the_cache(ours: VisionLanguageModel, beams: int, cache: str):
-    given = [text for text, _ in ASKED], [images for _, images in ASKED]
     inputs = batch_inputs(ours)
     plain, other = (InferenceConfig(num_beams=beams, max_new_tokens=8, cache_implementation=c) for c in (None, cache))
     assert ours.answers(inputs, other) == ours.answers(inputs, plain)
     output = ours.model.generate(**inputs, **ours.generation_options(other), return_dict_in_generate=True)
-    assert {"dynamic": DynamicCache, "static": StaticCache}[cache] in type(output.past_key_values).mro()
-    assert ours.generate(*given, max_new_tokens=3, cache_implementation=cache) == ours.generate(*given, max_new_tokens=3)
+    assert isinstance(output.past_key_values, {"dynamic": DynamicCache, "static": StaticCache}[cache])
+    text, images = ASKED[0]
+    said = ours.generate(text, images, max_new_tokens=3, cache_implementation=cache)
+    assert said == ours.generate(text, images, max_new_tokens=3)
 
 
 def test_a_cache_that_leaves_a_gpu_needs_one(ours: VisionLanguageModel):
