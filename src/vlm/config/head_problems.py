@@ -110,6 +110,9 @@ def head_problems(config: RunConfig) -> Iterator[str]:
         yield from _problems(key, one)
     if head.weight != 1 and not head.beside and not head.generation_weight:
         yield f"model.head.weight={head.weight}: there is no other loss that it counts beside; leave it out"
+    for key, value in (("profile", config.trainer.profile or None), ("peak_tflops", config.trainer.peak_tflops)):
+        if value is not None:
+            yield f"trainer.{key}={_shown(value)}: what heads compute is neither profiled nor counted; leave it out"
     yield from _generation_problems(config)
     yield from _data_problems(config)
 

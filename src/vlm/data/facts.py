@@ -79,9 +79,16 @@ def _count(pixels: Any, grids: Any) -> int:
     return math.prod(pixels.shape[:-3])
 
 
-def num_distinct(inputs: Mapping[str, Any], images: int) -> tuple[int, int]:
-    """How many of a batch's images the visual encoder reads, and the connector, where equal ones stand once."""
-    features = inputs.get("image_features")
+def num_read(inputs: Mapping[str, Any], images: int, encodes_each: bool, connects_each: bool) -> tuple[int, int]:
+    """How many of a batch's images the visual encoder reads, and the connector.
+
+    Args:
+        inputs: of a model; equal images may stand in them once.
+        images: see `BatchFacts`.
+        encodes_each, connects_each: whether equal images are read one by one all the same.
+    """
+    features, distinct = inputs.get("image_features"), images
     if inputs.get("image_index") is not None:
-        images = len(inputs["pixel_values"] if features is None else features)
-    return images if features is None else 0, images
+        distinct = len(inputs["pixel_values"] if features is None else features)
+    encoded = 0 if features is not None else images if encodes_each else distinct
+    return encoded, images if connects_each or encoded == images else distinct

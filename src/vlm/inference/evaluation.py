@@ -147,7 +147,8 @@ def _batches(
         for one in batch.pop(SKIPPED, []):
             raise one.refusal()
         labels = batch["labels"].to(model.model.device)
-        yield {**on_device(batch, model.processor, model.model.device), "labels": labels}
+        inputs = model.remembered(on_device(batch, model.processor, model.model.device))
+        yield {**inputs, "labels": labels}
 
 
 def write_results(folder: Path, found: Evaluated, facts: dict[str, Any]) -> None:

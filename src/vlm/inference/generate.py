@@ -43,7 +43,9 @@ class VisionLanguageModel:
         cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
         base: Sequence[str] = (), trust_remote_code: bool = False,
     ) -> Self:  # fmt: skip
-        """Load a checkpoint of this framework, from a folder or the Hub.
+        """Load a checkpoint of this framework, from a folder or the Hub, to ask it.
+
+        It remembers pictures: whoever changes its weights afterwards sets `memory` to None.
 
         Args:
             checkpoint: a run's `final` folder, or a Hub name.

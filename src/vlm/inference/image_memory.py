@@ -5,6 +5,7 @@ May import the models. Of composed models alone: those of families take no featu
 
 from collections import OrderedDict
 from hashlib import blake2b
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 MOST_BYTES = 2**28
 """So much is remembered: of CLIP-L at 336 pixels in half precision, about 230 pictures."""
 
+Key = tuple[bytes, str, str]
+
 
 class ImageMemory:
     """The features of the pictures that were shown last, by the content of their pixels.
 
-    For a model whose visual encoder does not change meanwhile.
+    For a model whose weights do not change meanwhile: one in training mode has none, and what was known of it before
+    is forgotten. Several threads may ask at once.
 
     Args:
         most_bytes: how much is kept at most, on the model's device; what was not shown for longest goes first.
@@ -28,7 +32,8 @@ class ImageMemory:
     def __init__(self, most_bytes: int = MOST_BYTES):
         self.most_bytes = most_bytes
         self._bytes = 0
-        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._features: OrderedDict[Key, Tensor] = OrderedDict()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._features)
@@ -37,7 +42,7 @@ class ImageMemory:
     def put_in(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Inputs with `image_features` in place of `pixel_values`, each picture once, and `image_index` beside them.
 
-        As they are where they have no pictures, or where the model is not composed.
+        As they are where they have no pictures, or where the model is not composed, or in training mode.
 
         Args:
             model: that reads them, composed or with a composed body.
@@ -46,8 +51,16 @@ class ImageMemory:
         body = model.body if isinstance(model, VLMForPrediction) else model
         if not isinstance(body, VLMForConditionalGeneration) or "pixel_values" not in inputs:
             return inputs
+        with self._lock:
+            if body.training:
+                self._features.clear()
+                self._bytes = 0
+                return inputs
+            return self._put_in(body, inputs)
+
+    def _put_in(self, body: VLMForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = inputs["pixel_values"]
-        keys = [_key(one) for one in pixels]
+        keys = [_key(one, body.dtype) for one in pixels]
         places = {key: place for place, key in enumerate(keys)}  # each picture once
         found = {key: self._features[key] for key in places if key in self._features}
         if new := [key for key in places if key not in found]:
@@ -58,7 +71,7 @@ class ImageMemory:
         index = torch.tensor([order[key] for key in keys], device=pixels.device)
         return {**others, "image_features": torch.stack([found[key] for key in order]), "image_index": index}
 
-    def _keep(self, shown: dict[bytes, Tensor]) -> None:
+    def _keep(self, shown: dict[Key, Tensor]) -> None:
         for key, features in shown.items():
             if key in self._features:
                 self._features.move_to_end(key)
@@ -69,7 +82,7 @@ class ImageMemory:
             self._bytes -= self._features.popitem(last=False)[1].nbytes
 
 
-def _key(pixels: Tensor) -> bytes:
-    """A name for a picture's pixels."""
+def _key(pixels: Tensor, dtype: torch.dtype) -> Key:
+    """A name for a picture's pixels, and for where and in what its features are computed."""
     content = pixels.detach().contiguous().cpu().view(torch.uint8).numpy()
-    return blake2b(content.data, digest_size=16).digest()
+    return blake2b(content.data, digest_size=16).digest(), str(pixels.device), str(dtype)

@@ -137,9 +137,8 @@ class LmmsModel(lmms):
             rows.append(model_inputs(self.asked.processor, encoded, opened, sizes))
         batch = Collator.of(self.asked.processor)(rows)
         labels = batch["labels"].to(self.device)
-        output, targets = supervised(
-            self.asked.model, {**on_device(batch, self.asked.processor, self.device), "labels": labels}
-        )
+        inputs = self.asked.remembered(on_device(batch, self.asked.processor, self.device))
+        output, targets = supervised(self.asked.model, {**inputs, "labels": labels})
         sums, counts = row_losses(output.logits, labels)
         right = _all_right(output.logits.argmax(dim=-1) == targets, counts)
         return list(zip((sums / counts).tolist(), right, strict=True))

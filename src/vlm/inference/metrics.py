@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm.data.collate import Collator
+from vlm.data.collate import ONCE, Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encode import IGNORED, encode
 from vlm.data.pictures import open_pictures, seen_sizes
 from vlm.data.sample import Sample, Turn
+from vlm.models import VLMProcessor
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def caption_retrieval(
         One value a sample.
     """
     draw = random.Random(seed)
-    collate = Collator.of(processor)
+    collate = Collator.of(processor, once=ONCE if isinstance(processor, VLMProcessor) else ())
     texts = [reply_text(sample) for sample in samples]
     found = []
     for sample, own in zip(tqdm(samples, "caption retrieval"), texts, strict=True):

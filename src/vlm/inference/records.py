@@ -23,7 +23,7 @@ from vlm.inference.generate import need_room, on_device
 from vlm.inference.table import Table
 
 WINDOW = 8
-"""So many batches of records are read before they are put together by length, and kept in memory."""
+"""So many batches of records are read before they are put together by length; up to twice as many are in memory."""
 
 
 def prompt_source(
@@ -187,8 +187,12 @@ def read_windows(
     if first is None:
         return
     start = first - first % size
-    # What data workers hand over as tensors would hold an open file for each, of which a process has few.
-    loader = DataLoader(Prompts(source, start), batch_size, collate_fn=_as_arrays, num_workers=num_workers)
+    # What data workers hand over as tensors would hold an open file for each, of which a process has few. They read a
+    # window ahead, so that the next one is there when this one has been asked.
+    loader = DataLoader(
+        Prompts(source, start), batch_size, collate_fn=_as_arrays, num_workers=num_workers,
+        prefetch_factor=-(-WINDOW // num_workers) if num_workers else None,
+    )  # fmt: skip
     rows = enumerate((row for chunk in loader for row in chunk), start)
     while window := [_prompt(number, *row) for number, row in islice(rows, size)]:
         yield window
@@ -197,7 +201,7 @@ def read_windows(
 def batches_of(window: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
     """The records of a window that can be asked, those of like length together, the longest first.
 
-    The longest come first, so that what the memory does not hold shows at once.
+    The longest of a window come first, so that what the memory does not hold shows early.
     """
     whole = [one for one in window if one.problem is None]
     order = sorted(whole, key=lambda one: len(one.inputs["input_ids"]), reverse=True)

@@ -61,7 +61,27 @@ class Prompts:
         if inputs["input_ids"].shape[1] >= longest:
             number = inputs["input_ids"].shape[1]
             raise HTTPException(400, f"the conversation has {number} tokens; the model takes fewer than {longest}")
-        return BatchFeature(self.vlm.remembered(inputs))
+        return BatchFeature(inputs)
+
+
+class Remembering:
+    """A model as the handler takes it; it looks for pictures that it was shown before where it generates.
+
+    That is on a thread of its own: requests are read on another, which must not wait for the visual encoder.
+
+    Args:
+        model: the model and its processor.
+    """
+
+    def __init__(self, model: VisionLanguageModel):
+        self.vlm = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vlm.model, name)
+
+    def generate(self, **inputs: Any) -> Any:
+        """As the model's."""
+        return self.vlm.model.generate(**self.vlm.remembered(inputs))
 
 
 class OneModel(ModelManager):
@@ -73,11 +93,11 @@ class OneModel(ModelManager):
     """
 
     def __init__(self, name: str, model: VisionLanguageModel):
-        self.force_model, self.prompts = name, Prompts(model)
+        self.force_model, self.prompts, self.model = name, Prompts(model), Remembering(model)
 
     def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
         """The model, whatever is asked for: names are checked by the handler."""
-        return self.prompts.vlm.model, self.prompts
+        return self.model, self.prompts
 
     @staticmethod
     def process_model_name(model_id: str) -> str:

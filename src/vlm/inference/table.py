@@ -56,16 +56,16 @@ class Table:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"fingerprint": self.fingerprint, "rows": "with numbers"}
         if not (self.partial.exists() and self.facts.exists()) or overwrite:
+            self.partial.write_bytes(b"")  # first: no rows may stand under facts that are not theirs
             self.facts.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            self.partial.write_bytes(b"")
             return set()
         if json.loads(self.facts.read_text(encoding="utf-8")) != facts:
             raise ValueError(
                 f"{self.partial} was begun with another checkpoint, other records or other options; name another "
                 "output, or give --overwrite"
             )
-        content = self.partial.read_bytes()
-        self.partial.write_bytes(content[: content.rfind(b"\n") + 1])
+        with self.partial.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
         return set(self._numbered())
 
     @contextmanager

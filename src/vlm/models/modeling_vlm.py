@@ -147,13 +147,21 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if image_features is None:
             assert pixel_values is not None
-            if image_index is not None and self.visual_encoder.training:
+            if image_index is not None and self.encodes_each():
                 pixel_values, image_index = pixel_values[image_index], None
             image_features = self.encode_images(pixel_values)
-        if image_index is not None and _draws(self.connector):
+        if image_index is not None and self.connects_each():
             image_features, image_index = image_features[image_index], None
         mapped = self.connector(image_features.to(_dtype(self.connector, image_features)))
         return mapped if image_index is None else mapped[image_index]
+
+    def encodes_each(self) -> bool:
+        """Whether equal images go through the visual encoder one by one: where it trains."""
+        return self.visual_encoder.training
+
+    def connects_each(self) -> bool:
+        """Whether they go through the connector one by one: where training makes them different."""
+        return _draws(self.connector)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """What the connector reads: `(I, 3 * encoders, height, width) -> (I, P, V)`."""

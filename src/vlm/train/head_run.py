@@ -33,10 +33,14 @@ from vlm.train.model import compute_dtype, load_weights, prepare
 from vlm.train.parts import Part, table
 from vlm.train.plots import write_first_batch
 from vlm.train.run_directory import SkippedRecords, contribution_table, describe_data
+from vlm.train.speed import SpeedMeter
 from vlm.train.stopping import StopWhenAsked
 from vlm.train.trainer import checkpoint_to_resume
 
 log = logging.getLogger(__name__)
+
+NOT_COUNTED = "they are of replies, and prediction heads read hidden states"
+"""Why a run's measures have no operations."""
 
 
 def train_head(
@@ -128,6 +132,7 @@ def head_trainer(
         on_skipped=SkippedRecords(folder, records.dataset, config.dataset, args.world_size),
         data_collator=lay_out if cached else collate, train_dataset=train, eval_dataset=evaluated,
         callbacks=[MetricsFile(where), StopAtNaN(), StopWhenAsked(saves=where == folder)],
+        meter=SpeedMeter(args.device, note=NOT_COUNTED, folder=where if args.process_index == 0 else None),
     )  # fmt: skip
     trainer.add_callback(EpochOrder(lambda: trainer.order))
     return trainer

@@ -8,10 +8,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from vlm.data.dataset import dummy_image
-from vlm.data.facts import FACTS, BatchFacts, num_distinct
+from vlm.data.facts import FACTS, BatchFacts, num_read
+from vlm.models import VLMForConditionalGeneration
 from vlm.train.flops import NotCountable, count_flops
 from vlm.train.peak import peak_of
-from vlm.train.speed import SpeedMeter
+from vlm.train.speed import BETWEEN, SpeedMeter
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +47,23 @@ class MeasuredTrainer(Trainer):
         self.meter.begin_step()
         batches, number = super().get_batch_samples(self.meter.timed(epoch_iterator), num_batches, device)
         facts = [batch.get(FACTS) or BatchFacts(samples=len(batch[self.ROWS])) for batch in batches]
-        self.meter.add([(one, *num_distinct(batch, one.images)) for one, batch in zip(facts, batches, strict=True)])
+        each = self._reads_each()
+        self.meter.add([(one, *num_read(batch, one.images, *each)) for one, batch in zip(facts, batches, strict=True)])
         return batches, number
+
+    def _reads_each(self) -> tuple[bool, bool]:
+        """Whether equal images are encoded, and connected, one by one."""
+        if not isinstance(self.model, VLMForConditionalGeneration):
+            return True, True
+        self.model.train()  # as the steps will have it
+        return self.model.encodes_each(), self.model.connects_each()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As usual; the clock stands still meanwhile."""
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self.meter.stop(waits=True)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        with torch.profiler.record_function(BETWEEN):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As usual, with the speed since the last log beside a training loss, and all of it at the end."""

@@ -10,6 +10,7 @@ DATA_SHEETS = {
     "B200": 2250.0,
     "B100": 1800.0,
     "H200": 989.4,
+    "H200 NVL": 835.0,
     "H100 NVL": 835.0,
     "H100 PCIE": 756.0,
     "H100": 989.4,
@@ -32,10 +33,13 @@ DATA_SHEETS = {
     "RTX 3090": 71.0,
     "MI300X": 1307.4,
     "MI325X": 1307.4,
-    "MI250X": 383.0,
+    "MI250X": 191.5,
 }
-"""Part of a GPU's name -> TFLOP/s of dense bfloat16 matrix products with float32 sums, as its data sheet says. The
-longest name that fits is taken."""
+"""Part of a GPU's name -> TFLOP/s of dense bfloat16 matrix products with float32 sums, as its data sheet says, of an
+MI250X for the one of its two dies that is a device. The longest name that fits is taken."""
+
+SMALLER = {"LAPTOP", "MIG"}
+"""Words in the name of a device that is less than its data sheet: part of a GPU, or one with less power."""
 
 SECONDS = 0.3
 """How long a device that is not in the table is measured."""
@@ -72,8 +76,10 @@ def peak_of(device: torch.device, dtype: torch.dtype, given: float | None) -> Pe
 
 
 def in_table(name: str) -> float | None:
-    """What the table says of a GPU by its name, or None."""
+    """What the table says of a GPU by its name, or None, as where the device is only a part of one."""
     words = f" {name.upper().replace('-', ' ')} "
+    if SMALLER.intersection(words.split()):
+        return None
     fitting = [known for known in DATA_SHEETS if f" {known} " in words]
     return DATA_SHEETS[max(fitting, key=len)] if fitting else None
 

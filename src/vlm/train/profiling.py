@@ -2,7 +2,8 @@
 
 Time forward is that within a module's call. Time backward is found through the numbers that autograd gives: an
 operation and its gradient have the same one, so the gradient belongs to the part in whose call the operation ran. Where
-the vocabulary head runs in pieces with the loss, its time is the loss's, else the language model's.
+the vocabulary head runs in pieces with the loss, its time is the loss's, else the language model's. Evaluation, saving
+and logging between steps are in the trace and among its operators, but of no step's time.
 """
 
 import logging
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, TrainerState
 
 from vlm.config.schema import HEAD, PARTS
 from vlm.families.table import part_names
+from vlm.train.speed import BETWEEN
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ def part_modules(model: Any) -> dict[str, list[nn.Module]]:
     modules = dict(model.named_modules())
     for prefix, part in part_names(model.config).prefixes.items():
         if (module := modules.get(prefix.removesuffix("."))) is not None:
-            found.setdefault(part, []).append(module)
+            found.setdefault(part, []).extend(module if isinstance(module, nn.ModuleList) else [module])
     decoder = model.get_decoder()  # it is called by itself where logits are computed in pieces
     if not any(decoder is module for module in found["language_model"]):
         found["language_model"].append(decoder)
@@ -155,7 +157,7 @@ def times(events: Iterable[Any], parts: Sequence[str]) -> tuple[dict[str, tuple[
         events: of a profiler, see `torch.autograd.profiler_util.FunctionEvent`.
         parts: names of the ranges that parts ran in. Of a range within another, the time is counted in the inner one.
     """
-    every = list(events)
+    every, between = without_breaks(events)
     events = [one for one in every if _on_host(one)]
     kernels = [one for one in every if not _on_host(one) and not one.is_user_annotation]
     calls = Calls([one for one in events if one.name in (*parts, LOSS)])
@@ -171,11 +173,26 @@ def times(events: Iterable[Any], parts: Sequence[str]) -> tuple[dict[str, tuple[
             _add(spent[name], one.cpu_time_total, one.device_time_total)
     names = [DATA_WAIT, *(f"{one} {way}" for one in (*parts, LOSS) for way in ("forward", "backward")), OPTIMISER]
     rows = {name: (spent[name][0], spent[name][1]) for name in names if name in spent}
-    whole = sum(one.time_range.elapsed_us() for one in events if one.name.startswith(STEP))
+    whole = sum(one.time_range.elapsed_us() for one in events if one.name.startswith(STEP)) - between
     busy = sum(one.time_range.elapsed_us() for one in kernels)
     known = [sum(row[side] for row in rows.values()) for side in (0, 1)]
     rows[OTHER] = (max(whole - known[0], 0.0), max(busy - known[1], 0.0))
     return rows, whole, bool(kernels)
+
+
+def without_breaks(events: Iterable[Any]) -> tuple[list[Any], float]:
+    """The events that are not part of what a run did between its steps, and how many microseconds that took."""
+    every = list(events)
+    breaks = sorted(
+        (one.time_range.start, one.time_range.end) for one in every if one.name == BETWEEN and _on_host(one)
+    )
+    starts = [start for start, _ in breaks]
+
+    def in_break(moment: float) -> bool:
+        place = bisect_right(starts, moment) - 1
+        return place >= 0 and moment < breaks[place][1]
+
+    return [one for one in every if not in_break(one.time_range.start)], sum(end - start for start, end in breaks)
 
 
 class Calls:

@@ -97,11 +97,11 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         meter=meter_of(model, processor, args, compute_dtype(args), config.trainer.peak_tflops, folder),
     )
     trainer.add_callback(EpochOrder(lambda: trainer.order))
+    if config.trainer.profile and first:
+        trainer.add_callback(Profile(folder / "profile", model))  # it ends before the answers at the end are drawn
     if config.trainer.num_samples:
         shown = first_samples(eval_data or train_data, config.trainer.num_samples)
         trainer.add_callback(SampleAnswers(answerer(config, trainer, processor, shown, folder)))
-    if config.trainer.profile and first:
-        trainer.add_callback(Profile(folder / "profile", model))
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
     trainer.save_model(str(folder / "final"))
     log.info("Done. Ask it:  vlm generate %s --image FILE --prompt 'What is in this picture?'", folder / "final")

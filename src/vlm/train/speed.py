@@ -25,6 +25,8 @@ from vlm.train.peak import Peak
 log = logging.getLogger(__name__)
 
 SPEED_FILE = "speed.json"
+BETWEEN = "between steps"
+"""What a profile calls evaluation, saving and logging."""
 
 UNITS = {
     "tokens_per_second": ("tokens a second, all ranks", ",.0f"),
