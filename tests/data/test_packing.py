@@ -64,6 +64,14 @@ def test_ranks_share_an_epoch_evenly(world_size: int):
         assert max(lengths[one].sum() for packs in dealt for one in packs) <= 4096
 
 
+def test_samples_that_fill_a_row_each_are_dealt_evenly():
+    """No rank gets a row with nothing in it: of five, three stand twice."""
+    dealt = [list(PackSampler([60] * 5, 100, 0, rank, 4)) for rank in range(4)]
+    assert [len(packs) for packs in dealt] == [2] * 4
+    places = [place for packs in dealt for one in packs for place in one]
+    assert (len(places), set(places)) == (8, set(range(5)))
+
+
 def test_fewer_samples_than_ranks_are_an_error():
     with pytest.raises(ValueError, match="2 samples cannot be dealt to 3 ranks"):
         PackSampler([5, 5], 16, 0, 0, 3)

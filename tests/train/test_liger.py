@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.tiny_parts import Parts
+from vlm.train.liger import use_liger
 
 pytest.importorskip("liger_kernel", reason="the extra liger is not installed")
 
@@ -58,4 +59,11 @@ def test_the_kernels_compute_the_same(parts: Parts):
 
 def test_a_language_model_that_liger_does_not_know_is_an_error(parts: Parts):
     found = done(parts, "phi", "use_liger(model, None)")
-    assert "ValueError: trainer.use_liger_kernel=true: Liger knows nothing of model_type=phi" in found.stderr
+    assert "ValueError: trainer.use_liger_kernel=true: Liger computes nothing of model_type=phi" in found.stderr
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "fused_linear_cross_entropy"])
+def test_its_losses_are_refused(parts: Parts, name: str):
+    model, _ = parts.model("clip", "llama")
+    with pytest.raises(ValueError, match=rf"liger_kernel_config\.{name}=true: the loss is computed at supervised"):
+        use_liger(model, {name: True})

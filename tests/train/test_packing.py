@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable
-from itertools import islice
+from contextlib import nullcontext
+from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from vlm.data.packing import PackingCollator, PackSampler
 from vlm.families.table import FAMILIES
 from vlm.inference.metrics import row_losses, supervised
 from vlm.models import VLMForConditionalGeneration, modeling_vlm
-from vlm.train import vocabulary
+from vlm.train import attention, trainer, vocabulary
 from vlm.train.attention import attending_to_packs
 from vlm.train.packing import PackedStream, check_family, check_packing
 from vlm.train.vocabulary import num_chunks, takes_chunks
@@ -304,6 +306,7 @@ def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path:
             "64: the lengths of a stream are not known before; at least dataset.max_length=2048",
         ),
         ("trainer.max_tokens_per_batch=0", "at least 1 is needed"),
+        ("trainer.dataloader_drop_last=true", "there is no last batch to drop"),
     ],
 )
 def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str, message: str):
@@ -325,6 +328,99 @@ def test_a_streams_packs_are_full_and_leave_nothing_out():
     assert sum(tokens) / len(tokens) >= 0.98 * 64
     numbers = [one["number"] for pack in packs for one in pack]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_a_stream_is_packed_without_what_cannot_be_used(train: Callable[..., Path], tmp_path: Path, world: Path):
+    """Records that are too long, or whose picture is missing, among the first ones."""
+    records = json.loads((world / "records.json").read_text())
+    records[1]["conversations"][1]["value"] = "blue " * 300
+    records[2]["image"] = "missing.png"
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    words = ["dataset.streaming=true", f"dataset.path={path}", "dataset.max_length=128", "dataset.over_length=skip",
+             "dataset.on_bad_sample=skip", "trainer.max_tokens_per_batch=null", "trainer.max_steps=2"]  # fmt: skip
+    assert len(losses(train("finetune-smol", tmp_path / "run", *PACKED, *words))) == 2
+
+
+def test_a_stream_whose_samples_may_be_longer_than_a_row_is_refused(train: Callable[..., Path], tmp_path: Path):
+    words = [
+        "dataset.streaming=true",
+        "dataset.max_length=null",
+        "trainer.max_steps=2",
+        "trainer.max_tokens_per_batch=99",
+    ]
+    with pytest.raises(ValueError, match=r"max_tokens_per_batch=99: a sample of the stream may have \d"):
+        train("finetune-smol", tmp_path / "run", *PACKED, *words)
+
+
+HALF = ("trainer.bf16=true", "trainer.max_steps=2")
+NEW_ROWS = ("trainer.unfreeze.train_language_model=false", "trainer.learning_rate.language_model_learning_rate=null",
+            "model.language_model.new_tokens=[<here>]")  # fmt: skip
+
+
+@pytest.mark.parametrize("further", [(), NEW_ROWS], ids=["all trains", "new tokens"])
+def test_a_packed_run_in_half_precision_attends_in_it(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: tuple[str, ...]
+):
+    """What the kernel for samples of different lengths gets is in bfloat16, though rotations are in float32, and that
+    it rounds otherwise than the one for single samples is no reason to refuse it."""
+    seen = []
+
+    def kernel(query: Any, key: Any, value: Any, starts: Any, longest: Any, scale: Any, window: Any) -> torch.Tensor:
+        seen.append({query.dtype, key.dtype, value.dtype})
+        groups = query.shape[1] // key.shape[1]
+        wide = [query.double(), *(one.double().repeat_interleave(groups, dim=1) for one in (key, value))]
+        rows = [torch.nn.functional.scaled_dot_product_attention(*(one[:, :, a:b] for one in wide), is_causal=True)
+                for a, b in pairwise(starts.tolist())]  # fmt: skip
+        return torch.cat(rows, dim=2).transpose(1, 2).to(query.dtype)
+
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "_by_kernel", kernel)
+    found = losses(train("finetune-smol", tmp_path / "run", *PACKED, *HALF, *further))
+    assert len(found) == 2
+    assert seen
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+
+
+def test_logits_stay_in_half_precision_until_their_piece(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where the language model gives all of them at once; accelerate would widen all."""
+    plain = train("finetune-smol", tmp_path / "plain", *PACKED, *HALF)
+    monkeypatch.setattr(trainer, "takes_chunks", lambda model: False)
+    seen = []
+
+    def watched(logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(logits.dtype)
+        return supervised_loss(logits, *args)
+
+    supervised_loss = trainer.supervised_loss
+    monkeypatch.setattr(trainer, "supervised_loss", watched)
+    found = train("finetune-smol", tmp_path / "run", *PACKED, *HALF)
+    assert set(seen) == {torch.bfloat16}
+    assert losses(found) == pytest.approx(losses(plain), abs=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "handed_on", "refused"),
+    [
+        ({"sliding_window": 4}, None, True),
+        ({"sliding_window": 4}, 4, False),
+        ({"sliding_window": 16}, None, False),
+        ({"sliding_window": 4, "use_sliding_window": False}, None, False),
+        ({"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}, None, False),
+        ({"attention_chunk_size": 4, "layer_types": ["chunked_attention", "full_attention"]}, None, True),
+        ({}, None, False),
+    ],
+)
+def test_a_window_that_only_masks_know_is_refused(settings: dict[str, Any], handed_on: int | None, refused: bool):
+    layer = torch.nn.Module()
+    layer.config, layer.layer_idx = SimpleNamespace(**settings), 0  # pyright: ignore[reportAttributeAccessIssue]
+    row = [torch.randn(1, 1, 9, 4) for _ in range(3)]
+    packed = {"cu_seq_lens_q": torch.tensor([0, 6, 9]), "max_length_q": 6, "sliding_window": handed_on}
+    refusal = pytest.raises(ValueError, match="only its masks say, and a sample has 6")
+    with refusal if refused else nullcontext():
+        attention.packed_attention(layer, *row, None, **packed)
 
 
 @pytest.mark.parametrize("most", ["256", "null"])

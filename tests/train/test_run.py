@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,42 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
     monkeypatch.setattr(VLMTrainer, "training_step", step)
     resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
     assert losses(resumed) == pytest.approx(expected, abs=1e-6)
+
+
+FAILING = """
+import sys
+from vlm.__main__ import main
+from vlm.train.trainer import VLMTrainer
+
+
+def fails(*args, **kwargs):
+    raise RuntimeError("no memory left")
+
+
+VLMTrainer.training_step = fails
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_fails_ends_with_its_data_workers(common: list[str], tmp_path: Path):
+    """They hear no SIGTERM, by which Python would end them."""
+    words = ["-cn", "pretrain-smol", *common, "trainer.dataloader_num_workers=2", f"trainer.output_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", FAILING, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "RuntimeError: no memory left" in done.stderr
+
+
+def test_a_run_that_fails_listens_to_signals_no_more(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("no memory left")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(VLMTrainer, "training_step", fails)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        train("pretrain-smol", tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_checkpoint_that_is_torn_costs_no_older_one(

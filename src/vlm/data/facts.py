@@ -85,7 +85,8 @@ def num_read(inputs: Mapping[str, Any], images: int, encodes_each: bool, connect
     Args:
         inputs: of a model; equal images may stand in them once.
         images: see `BatchFacts`.
-        encodes_each, connects_each: whether equal images are read one by one all the same.
+        encodes_each: whether the encoder reads equal images one by one all the same.
+        connects_each: whether the connector does.
     """
     features, distinct = inputs.get("image_features"), images
     if inputs.get("image_index") is not None:

@@ -167,9 +167,16 @@ class PackSampler(Sampler[list[int]]):
 
 
 def _dealt(packs: list[list[int]], world_size: int) -> list[list[int]]:
-    """As many packs as ranks can share evenly: those of most samples are halved."""
+    """As many packs as ranks can share evenly: those of most samples are halved.
+
+    Where each has one alone, the first ones stand twice, as in batches that are not packed.
+    """
+    whole = len(packs)
     while len(packs) % world_size:
         most = max(range(len(packs)), key=lambda number: len(packs[number]))
+        if len(packs[most]) < 2:
+            packs.append(packs[len(packs) - whole])
+            continue
         packs[most], other = packs[most][::2], packs[most][1::2]
         packs.append(other)
     return packs

@@ -104,3 +104,8 @@ def _be_the_only_rank_if_unlaunched() -> None:
         port = probe.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def order_seed(args: TrainingArguments) -> int:
+    """What the order of samples is drawn with: `trainer.data_seed`, else `trainer.seed`."""
+    return args.seed if args.data_seed is None else args.data_seed

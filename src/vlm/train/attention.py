@@ -39,6 +39,10 @@ def packed_attention(
                 f"trainer.packing=true: {type(module).__name__} has {name}, which only model.attn_implementation=eager "
                 "or flash_attention_2 compute"
             )
+    _check_window(module, sliding_window, max_length_q)
+    if torch.is_autocast_enabled(query.device.type):  # rotations may have widened two of the three
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     if _has_kernel(query) and not dropout:
         return _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     found = []
@@ -51,6 +55,32 @@ def packed_attention(
         )
         found.append(output)
     return torch.cat(found, dim=1), None
+
+
+WINDOWS = ("sliding_window", "attention_chunk_size")
+"""What configurations call how far back a token sees in layers that do not see everything."""
+
+
+def _check_window(module: nn.Module, window: int | None, longest: int) -> None:
+    """Refuse samples longer than a window that a language model keeps in its masks alone, of which there are none here.
+
+    Raises:
+        ValueError: it does.
+    """
+    config: Any = getattr(module, "config", None)
+    place = getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is not None or config is None or getattr(config, "use_sliding_window", None) is False:
+        return
+    if kinds is not None and place is not None and kinds[place] == "full_attention":
+        return
+    for name in WINDOWS:
+        known = getattr(config, name, None)
+        if isinstance(known, int) and known < longest:
+            raise ValueError(
+                f"trainer.packing=true: {type(module).__name__} sees {known} tokens ({name}), which only its masks say, "
+                f"and a sample has {longest}; choose model.attn_implementation=eager, or lower dataset.max_length"
+            )
 
 
 def _has_kernel(query: Tensor) -> bool:

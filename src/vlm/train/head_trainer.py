@@ -16,6 +16,7 @@ from vlm.data.sampling import GROUPED, TogetherSampler
 from vlm.inference.calibration import Calibration
 from vlm.inference.scores import scores
 from vlm.models.head_losses import head_loss
+from vlm.train.arguments import order_seed
 from vlm.train.trainer import VLMTrainer
 
 
@@ -61,7 +62,7 @@ class HeadTrainer(VLMTrainer):
         ranks = any(one.task == "pairwise" for one in self.model.config.settings)
         if not ranks or self.sampling == GROUPED or (dataset.group_numbers < 0).all():
             return super()._get_train_sampler(train_dataset)
-        self.order = TogetherSampler(dataset.group_numbers.tolist(), self.args.data_seed or self.args.seed)
+        self.order = TogetherSampler(dataset.group_numbers.tolist(), order_seed(self.args))
         return self.order
 
     def evaluate(

@@ -9,6 +9,10 @@ from typing import Any
 from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 
 
+LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+"""Liger's kernels for losses."""
+
+
 def use_liger(model: Any, options: Mapping[str, bool] | None) -> list[str]:
     """Let a model's language model, or a whole model of a family, compute with Liger's kernels; which modules do.
 
@@ -25,12 +29,18 @@ def use_liger(model: Any, options: Mapping[str, bool] | None) -> list[str]:
         raise ValueError(
             f"trainer.use_liger_kernel=true: Liger cannot be imported ({error}): pip install 'small-vlm[liger]'"
         ) from error
+    if losses := [name for name in LOSSES if (options or {}).get(name)]:
+        raise ValueError(
+            f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed at supervised positions, which Liger's "
+            "takes no note of; leave it out"
+        )
     body = model.body if isinstance(model, VLMForPrediction) else model
     target: Any = body.language_model if isinstance(body, VLMForConditionalGeneration) else body
     _apply_liger_kernel_to_instance(model=target, **{"fused_linear_cross_entropy": False, **(options or {})})
     changed = [name for name, module in target.named_modules() if "forward" in vars(module)]
     if not changed:
         raise ValueError(
-            f"trainer.use_liger_kernel=true: Liger knows nothing of model_type={target.config.model_type}; leave it out"
+            f"trainer.use_liger_kernel=true: Liger computes nothing of model_type={target.config.model_type} with "
+            f"trainer.liger_kernel_config={dict(options or {})}; leave it out"
         )
     return changed

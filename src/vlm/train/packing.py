@@ -1,6 +1,7 @@
 """Packed rows in a run: the loader that deals them, and a look at the model before it trains on them."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -14,8 +15,10 @@ from vlm.data.collate import Collator
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.packing import LENGTHS, PackingCollator, PackSampler, pack, settled_capacity
 from vlm.data.pictures import picture_sizes
+from vlm.data.sample import BadSample
 from vlm.data.stream import SampleStream
 from vlm.families.table import FAMILIES
+from vlm.train.arguments import order_seed
 from vlm.train.attention import attending_to_packs
 
 AHEAD = 8
@@ -72,20 +75,38 @@ def packed_loader(
     """
     size = args.per_device_train_batch_size
     if isinstance(dataset, SampleStream):
-        longest = max(source.encoder.longest for source in dataset.sources)
-        packs = PackedStream(dataset, settled_capacity(max_tokens, size, first_lengths(dataset), longest))
+        packs = PackedStream(dataset, stream_capacity(dataset, max_tokens, size))
         return DataLoader(packs, batch_size=None, collate_fn=PackingCollator(collate), **loading), None
     capacity = settled_capacity(max_tokens, size, dataset.lengths)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    order = PackSampler(dataset.lengths, capacity, seed, args.process_index, args.world_size)
+    order = PackSampler(dataset.lengths, capacity, order_seed(args), args.process_index, args.world_size)
     return DataLoader(dataset, batch_sampler=order, collate_fn=PackingCollator(collate), **loading), order
 
 
+def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: int) -> int:
+    """Most tokens of a stream's packs: as given, or as many as a padded batch has real ones of, going by the first.
+
+    Raises:
+        ValueError: a sample may be longer.
+    """
+    longest = max(source.encoder.longest for source in stream.sources)
+    if max_tokens is None:
+        return settled_capacity(None, batch_size, first_lengths(stream) or [longest], longest)
+    if max_tokens < longest:
+        raise ValueError(
+            f"trainer.max_tokens_per_batch={max_tokens}: a sample of the stream may have {longest:,} tokens; raise it, "
+            "or lower dataset.max_length"
+        )
+    return max_tokens
+
+
 def first_lengths(stream: SampleStream) -> list[int]:
-    """Tokens of the first samples of a stream, from which those of the others are guessed."""
+    """Tokens of the first samples of a stream; those that cannot be used are met again in training, and told there."""
     encode = stream.sources[0].encoder
-    samples = stream.samples(FIRST)
-    return [len(encode(sample, picture_sizes(sample, stream.processor)).input_ids) for sample in samples]
+    found = []
+    for sample in stream.samples(FIRST):
+        with suppress(BadSample):
+            found.append(len(encode(sample, picture_sizes(sample, stream.processor)).input_ids))
+    return found
 
 
 def check_family(model_type: str) -> None:

@@ -1,6 +1,9 @@
 """How a run is ended from outside: by SIGTERM, which clusters send before they take a machine back."""
 
+import atexit
 import logging
+import multiprocessing
+import multiprocessing.util  # its own work at the end is registered first, so it comes behind ours
 import signal
 import threading
 from collections.abc import Callable
@@ -30,13 +33,14 @@ class StopWhenAsked(TrainerCallback):
 
     def __init__(self, *, saves: bool = True):
         self.saves = saves
-        self.asked = self.agreed = False
+        self.asked = self.agreed = self.listens = False
         self.before: Any = signal.SIG_DFL
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """Listen; only a main thread can."""
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._heard)
+            self.listens = True
 
     def _heard(self, number: int, frame: Any) -> None:
         """Take note."""
@@ -62,7 +66,7 @@ class StopWhenAsked(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """Listen no more."""
-        self._restore()
+        self.restore()
 
     def _any_rank(self, device: torch.device) -> bool:
         if not dist.is_initialized():
@@ -72,13 +76,23 @@ class StopWhenAsked(TrainerCallback):
         return bool(heard.item())
 
     def _end(self, how: str) -> None:
-        self._restore()
+        self.restore()
         log.info("The run %s", how)
         raise SystemExit(TERMINATED)
 
-    def _restore(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+    def restore(self) -> None:
+        """Listen no more, whether the run is over or has failed."""
+        if self.listens:
+            self.listens = False
             signal.signal(signal.SIGTERM, self.before)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End data workers that are still there, as after an error: without this, Python asks them by SIGTERM, and waits."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def left_running(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -7,7 +7,7 @@ pictures; checkpoints that hold what trains.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,13 +31,14 @@ from vlm.data.stream import SampleStream
 from vlm.families.table import part_names
 from vlm.inference.metrics import loss_measures, sample_losses, supervised
 from vlm.models.modeling_vlm import supervised_loss
+from vlm.train.arguments import order_seed
 from vlm.train.attention import attending_to_packs
 from vlm.train.compiling import uncompiled
 from vlm.train.measured import MeasuredTrainer
 from vlm.train.packing import check_packing, packed_loader, with_grid_positions
 from vlm.train.parts import Part, parameter_groups
 from vlm.train.ranks import wait
-from vlm.train.stopping import left_running
+from vlm.train.stopping import StopWhenAsked, left_running
 from vlm.train.vocabulary import CHUNKS, num_chunks, takes_chunks
 
 WEIGHTS = "trained.safetensors"
@@ -97,6 +98,27 @@ class VLMTrainer(MeasuredTrainer):
         self.on_skipped = on_skipped
         self.answer_metrics = answer_metrics
         self.order: ModalityLengthSampler | TogetherSampler | PackSampler | None = None
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As usual; a run that fails listens to signals as the process did before it."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for one in self.callback_handler.callbacks:
+                if isinstance(one, StopWhenAsked):
+                    one.restore()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """The run's precision; `Trainer` has it around calls of the whole model alone."""
+        return self.accelerator.autocast()
+
+    def _keep_precision(self) -> None:
+        """Take off what accelerate put around the model's `forward`: it widens all logits to float32 at once."""
+        forward = self.model.__dict__.pop("_original_forward", None)
+        if forward is not None:
+            self.model.forward = forward
 
     # --- optimisation -------------------------------------------------------------------------------------------
 
@@ -216,7 +238,7 @@ class VLMTrainer(MeasuredTrainer):
             return super()._get_train_sampler(dataset)
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.order = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, args.data_seed or args.seed)
+        self.order = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, order_seed(args))
         return self.order
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -341,10 +363,11 @@ class VLMTrainer(MeasuredTrainer):
                     "this run trains with it. Resume with the trainer.deepspeed that it was made with."
                 )
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        if self.packing:
-            with self.compute_loss_context_manager(), uncompiled():
+        self._keep_precision()
+        with self.compute_loss_context_manager(), uncompiled():
+            if self.packing:
                 check_packing(self.model, self.processor)
-        self.takes_chunks = takes_chunks(self.model)
+            self.takes_chunks = takes_chunks(self.model)
         return prepared
 
 
