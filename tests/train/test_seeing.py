@@ -1,11 +1,8 @@
 """Features of pictures on disk: computed once, trained on as on the pictures, bounded, and whole or not there."""
 
 import json
-import os
+import mmap
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,9 @@ from safetensors.torch import load_file
 
 from tests.conftest import losses
 from tests.train.head_runs import logged
-from vlm.data import feature_files
-from vlm.data.feature_files import FORM, PARTIAL, ROWS, Form, Pack, finish_pack, make_room, new_pack, open_packs
+from vlm.data.feature_files import FORM, PARTIAL, ROWS
 from vlm.models import VLMForConditionalGeneration
+from vlm.train import digests, filling
 from vlm.train.encoding import Encoding
 
 SHORT = [
@@ -217,103 +214,72 @@ def test_a_torn_picture_is_refused_or_left_out(start: Callable[..., Path], tmp_p
 
 def test_no_room_is_said_before_anything_is_written(start: Callable[..., Path], tmp_path: Path):
     with pytest.raises(
-        ValueError, match=r"need 2.19e-05 GB more .* 1e-06 GB are allowed \(dataset.cache_limit_gb=1e-06"
+        ValueError,
+        match=rf"need {19 * mmap.PAGESIZE / 1e9:.3g} GB more .* 1e-06 GB are allowed \(dataset.cache_limit_gb=1e-06",
     ):
         start(tmp_path, SPLIT, "dataset.cache_limit_gb=1e-6")
     assert not list(tmp_path.rglob(ROWS))
 
 
-# files
-
-FORM_OF_ONE = Form("bfloat16", 2, 3)
-
-
-def made(store: Path, name: str, *values: float, limit: float | None = None) -> Pack:
-    """A pack of pictures of one view each, filled with these numbers."""
-    with new_pack(store, name, len(values), FORM_OF_ONE, limit, []) as folder:
-        rows = feature_files.opened_rows(folder, FORM_OF_ONE)
-        for place, value in enumerate(values):
-            rows[place] = torch.full((6,), value, dtype=torch.bfloat16).view(torch.uint8).numpy()
-        numbers = np.arange(len(values))
-        keys = [key_of(value) for value in values]
-        finish_pack(folder, FORM_OF_ONE, keys, numbers, np.ones_like(numbers), np.zeros((len(values), 2), int), {})
-        return Pack(store / name)
-
-
-def key_of(value: float) -> bytes:
-    return np.array([7, int(value * 8)], dtype=np.uint64).tobytes()  # the first halves are all alike
-
-
-def test_a_pack_is_read_by_key(tmp_path: Path):
-    pack = made(tmp_path / "store", "a", 3.0, 1.0, 2.0)
-    found = feature_files.ImageFeatures([pack])
-    for value in (1.0, 2.0, 3.0):
-        seen = found.find(key_of(value))
-        assert seen is not None
-        assert torch.equal(found.read(seen), torch.full((1, 2, 3), value, dtype=torch.bfloat16))
-    assert found.find(key_of(4.0)) is None
-
-
-def test_what_was_not_used_for_longest_makes_room_and_what_is_read_stays(tmp_path: Path):
-    store = tmp_path / "store"
-    packs_ = {name: made(store, name, *range(10)) for name in ("a", "b", "c")}
-    for age, name in enumerate(("b", "a", "c")):
-        os.utime(store / name / "used", (age, age))
-    packs_["a"].close()
-    packs_["b"].close()
-    made(store, "d", *range(10), limit=360e-9).close()
-    assert {pack.folder.name for pack in open_packs(store)} == {"a", "c", "d"}, "the oldest goes, and no more than that"
-    packs_["c"].touch()
-    with pytest.raises(ValueError, match="need 3e-07 GB more"):
-        make_room(tmp_path, 300, 360e-9, [])
-    assert {pack.folder.name for pack in open_packs(store)} == {"a", "c", "d"}, "nothing goes where that is not enough"
-    assert torch.equal(packs_["c"].read(1, 1), torch.ones(1, 2, 3, dtype=torch.bfloat16))
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.train.test_seeing import FORM_OF_ONE
-from vlm.data.feature_files import new_pack
-with new_pack(Path(sys.argv[1]), "a", 10, FORM_OF_ONE, None, []) as folder:
-    print(folder, flush=True)
-    os.kill(os.getpid(), signal.SIGSTOP)
-"""
-
-
-def test_what_a_killed_run_leaves_is_not_read_and_goes(tmp_path: Path):
-    """While it lives, it is left alone."""
-    store = tmp_path / "store"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(store)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    begun = Path(process.stdout.readline().strip())
-    feature_files.sweep(tmp_path)
-    assert begun.is_dir()
-    process.kill()
-    process.wait()
-    assert not open_packs(store)
-    for _ in range(50):
-        feature_files.sweep(tmp_path)
-        if not begun.exists():
-            break
-        time.sleep(0.1)
-    assert not begun.exists()
-    assert len(made(store, "a", 1.0)) == 1
-
-
-def test_an_error_while_it_is_computed_leaves_nothing(
-    start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many views each call of the encoder sees, of which the third runs out of memory."""
     original = Encoding.__call__
     calls: list[int] = []
 
     def fails(self: Encoding, pixels: torch.Tensor) -> torch.Tensor:
         calls.append(len(pixels))
-        if len(calls) > 2:
+        if len(calls) == 3:
             raise RuntimeError("out of memory")
         return original(self, pixels)
 
     monkeypatch.setattr(Encoding, "__call__", fails)
+    return calls
+
+
+def test_an_error_while_it_is_computed_leaves_nothing(start: Callable[..., Path], tmp_path: Path, failing: list[int]):
     with pytest.raises(RuntimeError, match="out of memory"):
         start(tmp_path, SPLIT)
+    assert len(failing) == 3
     assert not list(tmp_path.rglob(ROWS))
+
+
+def test_packs_that_were_done_before_an_error_stay(
+    start: Callable[..., Path], tmp_path: Path, failing: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """The first four views, in a pack of their own."""
+    monkeypatch.setattr(filling, "PACK_VIEWS", 4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        start(tmp_path, SPLIT, "trainer.per_device_train_batch_size=4")
+    assert failing == [1, 4, 4]
+    assert len(packs(tmp_path)) == 1
+    failing[3:] = []
+    kept = start(tmp_path, SPLIT, "trainer.per_device_train_batch_size=4")
+    assert failing[3:] == [1, 4, 4, 4, 3]
+    assert len(packs(tmp_path)) == 5
+    anew = start(tmp_path / "other", SPLIT, "trainer.per_device_train_batch_size=4", keeps=False)
+    assert losses(kept) == pytest.approx(losses(anew), abs=1e-5)
+
+
+def test_packs_of_a_run_that_is_over_make_room(start: Callable[..., Path], tmp_path: Path, encoded: list[int]):
+    """In the same process, as in a sweep."""
+    limit = f"dataset.cache_limit_gb={30 * mmap.PAGESIZE / 1e9}"
+    start(tmp_path, SPLIT, limit)
+    (first,) = {pack.parent for pack in packs(tmp_path)}
+    start(tmp_path, SPLIT, limit, "model.visual_encoder.feature_layer=1")
+    (second,) = {pack.parent for pack in packs(tmp_path)}
+    assert first != second
+
+
+def test_a_stores_name_tells_what_opens_pictures(monkeypatch: pytest.MonkeyPatch):
+    before = digests.code_digest(Encoding)
+    content, version = Path.read_bytes, digests.version_of
+    for file in ("pictures.py", "pixels.py", "video.py", "encoding.py", "processing_vlm.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda self, file=file: content(self) + b"#" * (self.name == file))
+            assert digests.code_digest(Encoding) != before, file
+    for library in ("torchvision", "pillow", "simplejpeg", "timm", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(digests, "version_of", lambda name, one=library: "0" if name == one else version(name))
+            assert digests.code_digest(Encoding) != before, library
+    assert digests.code_digest(Encoding) == before

@@ -10,10 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from vlm.data import pictures, pixels, video
 from vlm.data.cache import digest_of
 from vlm.data.dataset import SampleDataset
 from vlm.data.processes import num_cores
 from vlm.models import VLMForPrediction
+
+LIBRARIES = ("transformers", "torch", "torchvision", "timm", "pillow", "simplejpeg", "av")
+"""What computes pixels and hidden states."""
 
 
 def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
@@ -51,8 +55,19 @@ def weights_digests(module: nn.Module) -> list[str]:
 
 
 def code_digest(computation: type) -> str:
-    """A name for the code that computes hidden states: the models', and a class that lets them."""
-    folder = Path(inspect.getfile(VLMForPrediction)).parent
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py"))))
-    versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
-    return digest_of(code.hexdigest(), versions, inspect.getsource(computation))
+    """A name for the code that computes hidden states: opens pictures, the models', and a class with its module.
+
+    With the versions of the libraries that decode, resize and encode.
+    """
+    models = sorted(Path(inspect.getfile(VLMForPrediction)).parent.glob("*.py"))
+    files = [*models, *(Path(inspect.getfile(one)) for one in (pictures, pixels, video, computation))]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    return digest_of(code.hexdigest(), {name: version_of(name) for name in LIBRARIES})
+
+
+def version_of(name: str) -> str | None:
+    """The version of an installed library; None: it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,5 +1,6 @@
 """A frozen visual encoder run by itself, as training would run it, and the pictures on their way into it."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class Encoding:
         precision = str(model.visual_encoder.dtype), args.bf16, args.fp16, args.deepspeed is None
         return digest_of(
             weights_digests(model.visual_encoder), configs, model.config.readings, steps, precision,
-            code_digest(type(self)),
+            code_digest(type(self)), inspect.getsource(blank_picture),
         )  # fmt: skip
 
 

@@ -1,10 +1,20 @@
 """What the ranks of a run tell each other; without other ranks, each of these has nothing to do."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+PATIENCE = 60.0
+"""Seconds that rank 0 tries to get a lock before it tells the others that it still waits: no rank gives them up."""
 
 
 def as_first_rank(value: T) -> T:
@@ -28,3 +38,38 @@ def wait() -> None:
     """Until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def locked_by_first_rank(file: Path, what: str) -> Iterator[bool]:
+    """Rank 0 holds a lock, which another run may have for longer than ranks wait for each other.
+
+    Args:
+        file: the lock.
+        what: why it is waited for, for the log.
+
+    Yields:
+        Whether this is rank 0.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    lock = FileLock(file)
+    if first:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    tries = 0
+    while not as_first_rank(first and _has(lock)):
+        if first and not tries:
+            log.info("Waiting for another run, which holds %s: %s", file, what)
+        tries += 1
+    try:
+        yield first
+    finally:
+        lock.release()
+
+
+def _has(lock: FileLock) -> bool:
+    """Whether a lock is held after some patience."""
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        return False
+    return True
