@@ -354,8 +354,7 @@ def test_a_stream_whose_samples_may_be_longer_than_a_row_is_refused(train: Calla
 
 
 HALF = ("trainer.bf16=true", "trainer.max_steps=2")
-NEW_ROWS = ("trainer.unfreeze.train_language_model=false", "trainer.learning_rate.language_model_learning_rate=null",
-            "model.language_model.new_tokens=[<here>]")  # fmt: skip
+NEW_ROWS = ("trainer.unfreeze.train_language_model=false", "model.language_model.new_tokens=['<here>']")
 
 
 @pytest.mark.parametrize("further", [(), NEW_ROWS], ids=["all trains", "new tokens"])

@@ -385,7 +385,8 @@ def test_control_c_says_what_to_do(site: Site, tmp_path: Path):
     site.pages["/drip"] = lambda handler: (send(handler, 200, Content_Length="99"), drip(handler, b"x", 0.05))[1]
     pairs = [("words", site.url("/png"))] * 3 + [("words", site.url("/drip"))] * 20
     words = [str(tsv(tmp_path, pairs)), str(tmp_path / "out"), "--allow-private", "--workers", "4", "--timeout", "60"]
-    code = f"from vlm.data.tools.download import main; main({words!r})"
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job may not be
+    code = f"{listening}; from vlm.data.tools.download import main; main({words!r})"
     environment = {**os.environ, "COLUMNS": "80"}
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
     while len(site.asked) < 7:
