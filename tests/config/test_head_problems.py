@@ -20,6 +20,8 @@ RUN = "head-binary"
 BESIDE = "model.head.beside.quality"
 CONNECTOR = ["trainer.unfreeze.train_connector=true"]
 REFUSALS = {
+    "profile": (["trainer.profile=true"], "trainer.profile=true: what heads compute is neither profiled nor counted"),
+    "peak": (["trainer.peak_tflops=5"], "trainer.peak_tflops=5.0: what heads compute is neither profiled nor counted"),
     "task": (["model.head.task=rank"], "model.head.task=rank: allowed are binary, multiclass, multilabel, regression, "
              "ordinal, pairwise"),
     "name": (["model.head.name=a-b"], "model.head: 'a-b' is no name of a head; letters, digits and _ are needed"),

@@ -1,6 +1,7 @@
 """What a model saw before: pictures are encoded once, and it answers as if they were encoded each time."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -109,3 +110,34 @@ def test_a_loaded_model_remembers(plain: VisionLanguageModel, tmp_path: Any):
 
 def test_one_that_may_still_train_does_not(plain: VisionLanguageModel):
     assert plain.memory is None
+
+
+def test_what_changes_is_not_remembered(parts: Parts):
+    """Other weights once it has been in training, and another precision."""
+    ours = lively(parts, "llama")
+    ours.memory = memory = ImageMemory()
+    answers(ours, [[1]])
+    ours.model.train()
+    answers(ours, [[1]])
+    assert len(memory) == 0
+    ours.model.eval()
+    answers(ours, [[1]])
+    torch.nn.Module.to(ours.model, torch.float64)
+    inputs = ours.inputs([[user_turn("what?", 1)]], [[picture(1)]])
+    assert memory.put_in(ours.model, inputs)["image_features"].dtype == torch.float64
+
+
+def test_several_threads_may_ask(plain: VisionLanguageModel):
+    one = plain.model.encode_images(torch.zeros(1, 3, 24, 24)).nbytes
+    memory = ImageMemory(3 * one)
+    shown = [plain.inputs([[user_turn("what?", 1)]], [[picture(seed)]]) for seed in range(6)]
+    expected = [plain.model.encode_images(one["pixel_values"]) for one in shown]
+
+    def ask(turn: int) -> None:
+        found = memory.put_in(plain.model, shown[turn % 6])
+        torch.testing.assert_close(found["image_features"], expected[turn % 6])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(60)))
+    assert len(memory) == 3
+    assert memory._bytes == 3 * one

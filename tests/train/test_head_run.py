@@ -29,7 +29,8 @@ GROUPED = {"pairwise": ["dataset.options.group_key=set", "dataset.eval_split=0.3
 
 FILES = (
     "config.yaml", "command.txt", "versions.json", "data.json", "metrics.jsonl", "loss.png", "scores.json",
-    "first_batch.html", "skipped.jsonl", "final/config.json", "final/model.safetensors", "final/processor_config.json",
+    "speed.json", "first_batch.html", "skipped.jsonl", "final/config.json", "final/model.safetensors",
+    "final/processor_config.json",
 )  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def test_a_run_leaves_everything_behind(trained: Any, task: str):
         "test": 48,
     }
     assert "image token" in (folder / "first_batch.html").read_text()
+    assert json.loads((folder / "speed.json").read_text())["samples_per_second"] > 0
     found = json.loads((folder / "scores.json").read_text())
     assert found["evaluation"]["label"]["records"] == held_out
     assert all(score["low"] <= score["value"] <= score["high"]

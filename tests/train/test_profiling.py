@@ -2,15 +2,21 @@
 
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import Parts
+from vlm.families.loading import load_family_config, load_family_model
+from vlm.models import VLMForConditionalGeneration
 from vlm.train.profiling import LOSS, OTHER, part_modules, times
+from vlm.train.trainer import VLMTrainer
 
 SHORT = ["trainer.num_samples=0", "trainer.per_device_train_batch_size=2", "trainer.save_strategy=no"]
 EVERYTHING = [
@@ -62,6 +68,43 @@ def test_every_part_is_called_by_a_module_that_is_found(parts: Parts):
     assert found["visual_encoder"] == [model.visual_encoder]
     assert found["connector"] == [model.connector]
     assert found["language_model"] == [model.language_model, model.language_model.model]
+
+
+def test_every_module_that_stands_for_a_part_of_a_family_is_called(tmp_path: Path):
+    """A list of modules never is: its members are."""
+    for name in TINY:
+        save_family(name, tmp_path / name)
+        config = load_family_config(str(tmp_path / name), "model.hf_name")
+        model = load_family_model(str(tmp_path / name), config, dtype=torch.float32, attention="eager")
+        found = part_modules(model)
+        assert not any(isinstance(module, torch.nn.ModuleList) for modules in found.values() for module in modules)
+        assert all(found.values())
+
+
+def test_what_is_done_between_steps_is_no_steps_time(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Evaluation after the fifth step, and sample answers when the trace, cut short, ends: each takes seconds."""
+    evaluate, generate = VLMTrainer.evaluate, VLMForConditionalGeneration.generate
+
+    def slowly(self: Any, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(2)
+        return evaluate(self, *args, **kwargs)
+
+    def slow_answer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(2)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(VLMTrainer, "evaluate", slowly)
+    monkeypatch.setattr(VLMForConditionalGeneration, "generate", slow_answer)
+    folder = train(
+        "pretrain-smol", tmp_path / "run", *SHORT, "trainer.num_samples=1", "trainer.max_steps=6",
+        "trainer.profile=true", "trainer.eval_strategy=steps", "trainer.eval_steps=5", "dataset.eval_split=0.2",
+    )  # fmt: skip
+    lines = (folder / "profile" / "table.txt").read_text().split("\n\n")[0].splitlines()
+    rows = {line[:32].strip(): float(line[32:].split()[0]) for line in lines[1:]}
+    assert rows["whole step"] < 600  # milliseconds; two seconds over three steps would be more
+    assert rows["language_model forward"] < 0.7 * rows["whole step"]
 
 
 def test_a_run_leaves_a_trace_and_a_table(train: Callable[..., Path], tmp_path: Path):
