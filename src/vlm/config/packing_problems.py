@@ -24,7 +24,7 @@ def packing_problems(config: RunConfig) -> Iterator[str]:
             "together, and in which order; leave one of them out"
         )
     if trainer.dataloader_drop_last:
-        yield "trainer.dataloader_drop_last=true: packs are dealt evenly, and there is no last batch to drop; leave it out"
+        yield "trainer.dataloader_drop_last=true: packs are dealt evenly, there is no last batch to drop; leave it out"
     if config.dataset.streaming:
         longest = config.dataset.max_length
         if most is not None and longest is not None and most < longest:

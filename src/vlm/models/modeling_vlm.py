@@ -283,23 +283,21 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.merge_images(
                 input_ids, pixel_values, image_sizes, image_views, image_features, image_index
             )
+        text = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         targets = None
         if labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # (B, T): what each position predicts
             logits_to_keep = targets != IGNORED
             if num_chunks > 1:
-                text = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
                 hidden = self.get_decoder()(inputs_embeds=inputs_embeds, **text).last_hidden_state
+                seen = hidden[logits_to_keep], targets[logits_to_keep]
                 head = self.get_output_embeddings()
-                kept, wanted = hidden[logits_to_keep], targets[logits_to_keep]
-                return VLMOutput(loss=chunked_loss(head, kept, wanted, num_items_in_batch, num_chunks))
+                return VLMOutput(loss=chunked_loss(head, *seen, num_items_in_batch, num_chunks))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
-            **{**kwargs, "return_dict": True},
+            **{**text, "return_dict": True},
         )
         loss = None
         if targets is not None:
@@ -365,8 +363,8 @@ def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | N
     The sum over `num_items`, or the mean; 0 where nothing is supervised. Logits of less precision are widened piece by
     piece.
     """
-    num_chunks = 1 if logits.dtype == torch.float32 else -(-logits.numel() // MOST_LOGITS)
-    return chunked_loss(nn.Identity(), logits, targets, num_items, max(num_chunks, 1))
+    num_chunks = 1 if logits.dtype == torch.float32 else max(-(-logits.numel() // MOST_LOGITS), 1)
+    return chunked_loss(nn.Identity(), logits, targets, num_items, num_chunks)
 
 
 def chunked_loss(head: Any, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_chunks: int) -> Tensor:

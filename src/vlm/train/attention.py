@@ -78,8 +78,8 @@ def _check_window(module: nn.Module, window: int | None, longest: int) -> None:
         known = getattr(config, name, None)
         if isinstance(known, int) and known < longest:
             raise ValueError(
-                f"trainer.packing=true: {type(module).__name__} sees {known} tokens ({name}), which only its masks say, "
-                f"and a sample has {longest}; choose model.attn_implementation=eager, or lower dataset.max_length"
+                f"trainer.packing=true: {type(module).__name__} sees {known} tokens ({name}), which only its masks "
+                f"say, and a sample has {longest}; choose model.attn_implementation=eager, or lower dataset.max_length"
             )
 
 

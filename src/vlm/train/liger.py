@@ -8,7 +8,6 @@ from typing import Any
 
 from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 
-
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 """Liger's kernels for losses."""
 
@@ -31,8 +30,8 @@ def use_liger(model: Any, options: Mapping[str, bool] | None) -> list[str]:
         ) from error
     if losses := [name for name in LOSSES if (options or {}).get(name)]:
         raise ValueError(
-            f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed at supervised positions, which Liger's "
-            "takes no note of; leave it out"
+            f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed at supervised positions, which "
+            "Liger's takes no note of; leave it out"
         )
     body = model.body if isinstance(model, VLMForPrediction) else model
     target: Any = body.language_model if isinstance(body, VLMForConditionalGeneration) else body

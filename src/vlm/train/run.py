@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from vlm.adapters.base import base_of
 from vlm.config.head_problems import head_keys, row_keys
 from vlm.config.schema import RunConfig
+from vlm.data.collate import Collator
 from vlm.data.dataset import SampleDataset
 from vlm.inference.text_metrics import METRICS, check_metrics
 from vlm.models import VLMConfig
@@ -19,7 +21,7 @@ from vlm.train.data import collator_of, first_samples, load_data
 from vlm.train.measured import meter_of
 from vlm.train.model import compute_dtype, load_weights, prepare, settle_model
 from vlm.train.packing import check_family
-from vlm.train.parts import table
+from vlm.train.parts import Part, table
 from vlm.train.plots import write_first_batch
 from vlm.train.profiling import Profile
 from vlm.train.run_directory import (
@@ -77,12 +79,37 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         train_data, eval_data = with_features(model, processor, [train_data, eval_data], collate, config.dataset, args)
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
+    trainer = trainer_of(config, model, processor, parts, collate, train_data, eval_data, args, folder)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
+    trainer.save_model(str(folder / "final"))
+    log.info("Done. Ask it:  vlm generate %s --image FILE --prompt 'What is in this picture?'", folder / "final")
+    return folder
+
+
+def trainer_of(
+    config: RunConfig, model: Any, processor: Any, parts: list[Part], collate: Collator, train_data: Any,
+    eval_data: Any, args: TrainingArguments, folder: Path,
+) -> VLMTrainer:  # fmt: skip
+    """What trains a model, with all that it tells on the way.
+
+    Args:
+        config: the run's.
+        model: the model, ready to train.
+        processor: its processor.
+        parts: its parts.
+        collate: lays samples out.
+        train_data: what trains.
+        eval_data: what is evaluated on; None: nothing.
+        args: the run's.
+        folder: the run directory.
+    """
+    first = args.process_index == 0
     trainer = VLMTrainer(
         model=model,
         processor=processor,
         args=args,
         parts=parts,
-        base=base_of(config, composed=isinstance(model_config, VLMConfig)),
+        base=base_of(config, composed=isinstance(model.config, VLMConfig)),
         loss_average=config.trainer.loss_average,
         sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         packing=config.trainer.packing,
@@ -102,7 +129,4 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if config.trainer.num_samples:
         shown = first_samples(eval_data or train_data, config.trainer.num_samples)
         trainer.add_callback(SampleAnswers(answerer(config, trainer, processor, shown, folder)))
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
-    trainer.save_model(str(folder / "final"))
-    log.info("Done. Ask it:  vlm generate %s --image FILE --prompt 'What is in this picture?'", folder / "final")
-    return folder
+    return trainer

@@ -89,7 +89,7 @@ class StopWhenAsked(TrainerCallback):
 
 @atexit.register
 def _end_workers() -> None:
-    """End data workers that are still there, as after an error: without this, Python asks them by SIGTERM, and waits."""
+    """End data workers that are still there, as after an error: Python would ask them by SIGTERM, and wait."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
