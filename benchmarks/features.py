@@ -10,24 +10,17 @@ many epochs are compared first: they must be the same.
 
 import argparse
 import json
-import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import Row, below, compared, report
-from vlm.__main__ import opened
-from vlm.config.schema import RunConfig
+from benchmarks.shapes import SHAPES, model_keys, write_parts
+from benchmarks.variants import config_of, data_keys, quiet
 from vlm.data.scenes import write_scenes
-from vlm.tiny import word_tokenizer
 from vlm.train.run import run
 
 EPOCHS = {"reading anew": 1, "cached": 20}
@@ -36,38 +29,13 @@ POOLINGS = ("last", "attention")
 """One state a record, and every token's."""
 
 
-def build(folder: Path) -> None:
-    """Write the parts and the records."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-        patch_size=16,
-    )  # fmt: skip
-    CLIPVisionModel(vision).save_pretrained(folder / "visual_encoder")
-    CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}).save_pretrained(
-        folder / "visual_encoder"
-    )
-    tokenizer = word_tokenizer()
-    tokenizer.save_pretrained(folder / "language_model")
-    text = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(text).save_pretrained(folder / "language_model")
-
-
 def train(folder: Path, name: str, epochs: int, cached: bool, pooling: str) -> tuple[float, float, Path]:
     """Run it: seconds an epoch, seconds of everything else, and the run directory."""
     words = [
         "model=composed",
-        f"model.visual_encoder.hf_name={folder / 'visual_encoder'}",
-        f"model.language_model.hf_name={folder / 'language_model'}",
+        *model_keys(folder / "parts"),
+        *data_keys(folder / "data" / "labelled.json"),
         f"model.head.pooling={pooling}",
-        f"dataset.path={folder / 'data' / 'labelled.json'}",
-        f"dataset.image_folder={folder / 'data' / 'images'}",
-        f"dataset.cache_dir={folder / 'cache'}",
-        "dataset.template=chatml",
         f"dataset.cache_features={str(cached).lower()}",
         f"trainer.num_train_epochs={epochs}",
         f"trainer.output_dir={folder / name}",
@@ -77,9 +45,7 @@ def train(folder: Path, name: str, epochs: int, cached: bool, pooling: str) -> t
         "trainer.dataloader_num_workers=0",
         "trainer.per_device_train_batch_size=8",
     ]
-    ConfigStore.instance().store(name="schema", node=RunConfig)
-    with initialize_config_module("vlm.config", version_base="1.3"):
-        config: Any = OmegaConf.to_object(compose("head-classification", [opened(word) for word in words]))
+    config = config_of("head-classification", words)
     begun = time.perf_counter()
     run(config, name, [word.split("=")[0] for word in words])
     seconds = time.perf_counter() - begun
@@ -123,10 +89,10 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    logging.disable(logging.INFO)
+    quiet()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build(folder)
+        write_parts(folder / "parts", SHAPES["smol"])
         write_scenes(folder / "data", num_train=args.records, num_val=1, num_heldout=1, num_labelled=args.records)
         report("features", [row for pooling in POOLINGS for row in measure(folder, pooling, args.repeats)])
 

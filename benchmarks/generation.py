@@ -1,61 +1,90 @@
 """Answers to a file of records: in batches against one by one, and about one picture against about many.
 
-    python -m benchmarks.generation [--records N] [--repeats N] [--tokens N] [--gpu]
+    python -m benchmarks.generation [--gpu] [--records N] [--repeats N] [--tokens N]
 
-The model has the shapes of SmolLM2-135M (text) and ViT-B/16 at 224 pixels (pictures), with random weights, which end an
-answer anywhere: every answer is made so many tokens long. All variants ask as `vlm generate --input` does, records of
-questions between 5 and 60 words. Answers in batches are first compared with those one by one: they must be the same.
+The model has the shapes of SmolLM2-135M (text) and ViT-B/16 at 224 pixels (pictures), with random weights, scaled so
+that what it says depends on what it is asked and shown. It may end an answer anywhere, so every answer is made so many
+tokens long. All variants ask as `vlm generate --input` does, records of questions between 5 and 60 words. The first ids
+of answers in batches must be those of answers one by one; different questions, and different pictures, must have
+different answers, or nothing would have been compared.
 """
 
-import argparse
 import json
 import random
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from benchmarks.features import build
 from benchmarks.report import Row, compared, report
-from vlm.build import build_model, compose
-from vlm.config.schema import (
-    ConnectorConfig,
-    DatasetConfig,
-    InferenceConfig,
-    LanguageModelConfig,
-    ModelConfig,
-    SourceConfig,
-    VisualEncoderConfig,
-)
+from benchmarks.shapes import SHAPES, composed, write_parts
+from benchmarks.sizes import parser_of, size_of
+from benchmarks.variants import SEED, quiet
+from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.generate_file import generate_file
 
 WORDS = ("what", "is", "the", "colour", "of", "circle", "square", "in", "this", "picture", "red", "green", "blue")
 BATCH = 16
 """What `vlm generate --batch-size` is by default."""
+HELD = 32
+"""So many ids of an answer are held against those of the same question in another batch. Batches of another size round
+otherwise; sooner or later two ids are as likely to within that, and a random model goes elsewhere from there."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        shape: of the model, a name of `SHAPES`.
+        scale: what matrices of connector and language model are multiplied with, see `save`.
+        records: of each file.
+        repeats: how often the variants take turns.
+        tokens: of an answer.
+        bf16: whether the model is loaded in bfloat16.
+    """
+
+    shape: str = "smol"
+    scale: float = 2.0
+    records: int = 16
+    repeats: int = 3
+    tokens: int = InferenceConfig.max_new_tokens
+    bf16: bool = False
+
+
+GPU = Size(bf16=True)
+"""For one large GPU."""
 
 
 class Unending(VisionLanguageModel):
-    """Its answers are as long as they may be."""
+    """Its answers are as long as they may be, and are told as ids: a text would leave out those it has no word for."""
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
         """As usual, with the least length set to the greatest."""
         return {**super().generation_options(settings), "min_new_tokens": settings.max_new_tokens}
 
+    def _text(self, ids: torch.Tensor) -> str:
+        return " ".join(map(str, ids.tolist()))
 
-def save(folder: Path) -> None:
-    """Write a checkpoint with random weights."""
-    build(folder)
-    recipe = ModelConfig(
-        visual_encoder=VisualEncoderConfig(str(folder / "visual_encoder")),
-        connector=ConnectorConfig("mlp"),
-        language_model=LanguageModelConfig(str(folder / "language_model")),
-    )
-    config, processor = compose(recipe, "chatml", None)
-    build_model(recipe, config, processor, torch.float32, 0).save_pretrained(folder / "model")
+
+def save(folder: Path, size: Size) -> None:
+    """Write a checkpoint with random weights.
+
+    As they are drawn, layers add next to nothing to a token's embedding, so that a model whose vocabulary head is its
+    embeddings says the last token again, whatever it was asked.
+    """
+    write_parts(folder, SHAPES[size.shape])
+    model, processor = composed(folder, SEED)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.startswith("visual_encoder"):
+                parameter.mul_(size.scale)
+    model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
 
 
@@ -76,9 +105,12 @@ def write_records(folder: Path, number: int) -> None:
         (folder / f"{name}.json").write_text(json.dumps(records))
 
 
-def ask(folder: Path, load: Any, records: str, batch_size: int, tokens: int) -> tuple[float, list[str]]:
+def ask(folder: Path, size: Size, records: str, batch_size: int, tokens: int) -> tuple[float, list[str]]:
     """Seconds and answers of a whole file, by a model that has just been loaded and has seen no picture."""
-    model = load()
+    model = Unending.load(
+        folder / "model", device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype="bfloat16" if size.bf16 else "float32",
+    )  # fmt: skip
     source = SourceConfig(path=str(folder / f"{records}.json"))
     begun = time.perf_counter()
     rows = generate_file(
@@ -90,27 +122,40 @@ def ask(folder: Path, load: Any, records: str, batch_size: int, tokens: int) -> 
     return seconds, [row["answer"] for row in rows]
 
 
-def measure(folder: Path, args: argparse.Namespace) -> list[Row]:
-    """All variants in turns."""
+VARIANTS = {"one by one": ("many", 1), "in batches": ("many", BATCH), "one picture": ("one", BATCH)}
+"""Variant -> the file and how many records at a time."""
 
-    def load() -> Unending:
-        return Unending.load(
-            folder / "model", device="cuda" if args.gpu else "cpu", dtype="bfloat16" if args.gpu else "float32"
-        )
 
-    ask(folder, load, "many", BATCH, 2)  # reads what is read once
-    variants = {"one by one": ("many", 1), "in batches": ("many", BATCH), "one picture": ("one", BATCH)}
-    speeds: dict[str, list[float]] = {name: [] for name in variants}
+def check_answers(answers: dict[str, list[str]]) -> None:
+    """Raise SystemExit where answers in batches are not those one by one, or do not depend on what was asked."""
+    alone, batched, one = ([answer.split()[:HELD] for answer in answers[name]] for name in VARIANTS)
+    if other := [place for place, answer in enumerate(batched) if answer != alone[place]]:
+        raise SystemExit(f"answers in batches are not those one by one: records {other}, {answers}")
+    if any(len(set(map(tuple, asked))) < len(asked) for asked in (alone, one)):
+        raise SystemExit(f"different questions have the same answer, so comparing them proves nothing: {answers}")
+    if one[0] != batched[0]:
+        raise SystemExit(f"the first record, which is the same in both files, has two answers: {answers}")
+    if same := [place for place in range(1, len(one)) if one[place] == batched[place]]:
+        raise SystemExit(f"another picture gave the same answer, so comparing them proves nothing: {same}, {answers}")
+
+
+def measure(size: Size, folder: Path) -> tuple[list[Row], dict[str, int]]:
+    """All variants in turns, and how many answers are the same in batches and one by one to their last id."""
+    save(folder, size)
+    write_records(folder, size.records)
+    ask(folder, size, "many", BATCH, 2)  # reads what is read once
+    speeds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     answers: dict[str, list[str]] = {}
-    for _ in range(args.repeats):
-        for name, (records, batch_size) in variants.items():
-            seconds, answers[name] = ask(folder, load, records, batch_size, args.tokens)
-            speeds[name].append(args.records / seconds)
-    if not args.gpu:  # in half precision, batches of other sizes round otherwise
-        assert answers["in batches"] == answers["one by one"]
-    return [
+    for _ in range(size.repeats):
+        for name, (records, batch_size) in VARIANTS.items():
+            seconds, answers[name] = ask(folder, size, records, batch_size, size.tokens)
+            speeds[name].append(size.records / seconds)
+    if not size.bf16:  # in half precision, ids are as likely as others all the time
+        check_answers(answers)
+    same = sum(a == b for a, b in zip(answers["in batches"], answers["one by one"], strict=True))
+    rows = [
         compared(
-            f"answers of {args.tokens} tokens in batches of {BATCH}", speeds["in batches"], speeds["one by one"],
+            f"answers of {size.tokens} tokens in batches of {BATCH}", speeds["in batches"], speeds["one by one"],
             ("in batches", "one by one"), "records/s", 3.0,
         ),
         compared(
@@ -118,23 +163,16 @@ def measure(folder: Path, args: argparse.Namespace) -> list[Row]:
             ("one picture", "a picture each"), "records/s", 1.2,
         ),
     ]  # fmt: skip
+    return rows, {"answers": size.records, "of them the same in batches and one by one to the last id": same}
 
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser("benchmarks.generation", description=__doc__)
-    parser.add_argument("--records", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=InferenceConfig.max_new_tokens)
-    parser.add_argument("--gpu", action="store_true", help="on a GPU, in bfloat16")
-    args = parser.parse_args()
-    if args.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: there is none")
+    args = parser_of(__doc__, ("records", "repeats", "tokens")).parse_args()
+    size = size_of(args, Size(), GPU)
+    quiet()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save(folder)
-        write_records(folder, args.records)
-        report("generation-gpu" if args.gpu else "generation", measure(folder, args))
+        report("generation-gpu" if args.gpu else "generation", *measure(size, Path(name)))
 
 
 if __name__ == "__main__":

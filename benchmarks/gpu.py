@@ -10,7 +10,6 @@ what a large matrix product attains on this GPU. The finetune stage holds float3
 of 6.7 billion parameters: about 125 GB. Further words are overrides of the run, such as trainer.optim=adafactor.
 """
 
-import argparse
 import random
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from benchmarks import counting
 from benchmarks.lengths import Record, Source, draw_records, write_records
 from benchmarks.report import Row, compared, report
 from benchmarks.shapes import SHAPES, write_parts
+from benchmarks.sizes import parser_of, size_of
 from benchmarks.variants import quiet, released, run_ours, samples_of
 from vlm.train.peak import Peak, measured, peak_of
 
@@ -108,19 +108,14 @@ def utilisation(
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--gpu", action="store_true", help="one large GPU")
-    which.add_argument("--tiny", action="store_true", help="check the same on a CPU")
+    parser = parser_of(__doc__, ("tokens", "steps"))
+    parser.add_argument("--tiny", action="store_true", help="check the same on a CPU")
     parser.add_argument("--stage", choices=STAGES, default=None, help="one of the two; both")
-    for name in ("tokens", "steps"):
-        parser.add_argument(f"--{name}", type=int, default=None)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="further overrides of the runs")
     args = parser.parse_args()
-    if args.gpu and not torch.cuda.is_available():
-        raise SystemExit("benchmarks.gpu measures a GPU, and PyTorch sees none here; --tiny checks it on a CPU")
-    chosen = TINY if args.tiny else Size()
-    size = Size(chosen.shape, args.tokens or chosen.tokens, args.steps or chosen.steps, chosen.bf16)
+    if args.gpu == args.tiny:
+        parser.error("it takes one of --gpu, which measures a GPU, and --tiny, which checks the same on a CPU")
+    size = size_of(args, TINY, Size())
     quiet()
     rows, notes = measure(size, [args.stage] if args.stage else list(STAGES), args.words)
     report("gpu-tiny" if args.tiny else "gpu", rows, notes)

@@ -6,15 +6,13 @@ Steps: SmolLM2-135M's and ViT-B/16's shapes, packed rows, lengths of LLaVA-665k 
 tokens in a process of its own. A number that would need more memory than there is, told from those before it, is left
 out and said so. Start: a model of almost no size, so that what is left is reading, counting and packing records of a
 short question and answer, from the call of the run to the end of its first step; then the same again, which finds its
-cache. About nine minutes on two cores.
+cache. Each step but the first of a process is a measurement. About ten minutes on two cores.
 """
 
-import argparse
 import json
 import random
 import shutil
-import subprocess
-import sys
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import counting
+from benchmarks import apart, counting
 from benchmarks.finetune import fitting
 from benchmarks.lengths import Record, Source, conversation, draw_records, write_records
 from benchmarks.memory import peak_gigabytes
@@ -58,7 +56,7 @@ class Size:
     shape: str = "smol"
     tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     records: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
-    steps: int = 2
+    steps: int = 4
     bf16: bool = False
 
 
@@ -114,7 +112,7 @@ def grow_steps(size: Size, folder: Path) -> Grown:
             grown.left_out.append(f"{tokens:,} tokens: about {needed:.0f} GB needed, {memory_limit():.0f} GB there")
             print(f"Left out, {grown.left_out[-1]}", flush=True)
             continue
-        found = in_a_process(size, tokens, folder)
+        found = apart.in_a_process("growth", str(tokens), size, folder)
         grown.seconds[tokens], grown.peaks[tokens] = found["seconds"], found["peak"]
         print(f"{tokens:,} tokens: {found['peak']:.2f} GB", flush=True)
     return grown
@@ -135,16 +133,6 @@ def memory_limit() -> float:
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable:"))
     return min(free, MOST_GIGABYTES)
-
-
-def in_a_process(size: Size, tokens: int, folder: Path) -> dict[str, Any]:
-    """`measure_steps` in a fresh process."""
-    words = [sys.executable, "-m", "benchmarks.growth", "--measure", str(tokens), "--folder", str(folder)]
-    words += ["--size", json.dumps(asdict(size))]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
-    *told, last = done.stdout.splitlines()
-    print(*told, sep="\n", flush=True)
-    return json.loads(last)
 
 
 # --- the start -------------------------------------------------------------------------------------------------------
@@ -230,7 +218,7 @@ def draw_lines(grown: Grown | None, start: dict[int, tuple[float, float]] | None
     time, memory, first = figure.subplots(1, 3)
     if grown is not None:
         tokens = list(grown.seconds)
-        time.plot(tokens, [min(grown.seconds[one]) * one for one in tokens], marker="o")
+        time.plot(tokens, [statistics.median(grown.seconds[one]) * one for one in tokens], marker="o")
         memory.plot(tokens, [grown.peaks[one] for one in tokens], marker="o")
     for turn, label in enumerate(("first time", "from the cache")):
         if start is not None:
@@ -256,14 +244,12 @@ def main() -> None:
     parser.add_argument("--part", choices=("steps", "start"), default=None, help="one of the two; both")
     for name in ("tokens", "records"):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=None)
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--size", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    apart.add_arguments(parser)
     args = parser.parse_args()
     quiet()
     if args.measure:
         size = Size(**{**args.size, "tokens": tuple(args.size["tokens"]), "records": tuple(args.size["records"])})
-        print(json.dumps(measure_steps(size, args.measure, args.folder)))
+        print(json.dumps(measure_steps(size, int(args.measure), args.folder)))
         return
     size = size_of(args, Size(), GPU)
     with tempfile.TemporaryDirectory() as name:
@@ -273,6 +259,7 @@ def main() -> None:
     notes = {
         "peak memory in GB by tokens": grown.peaks if grown else {},
         "left out": grown.left_out if grown else [],
+        "size": asdict(size),
         "seconds to the end of the first step by records, first and second time": start or {},
     }
     title = "growth" + ("-gpu" if args.gpu else "") + (f"-{args.part}" if args.part else "")

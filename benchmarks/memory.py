@@ -8,19 +8,16 @@ and ViT-B/16's shapes, lengths of LLaVA-665k: of many drawn sets, the one that i
 as they are on average; memory has to be there for the worst. About five minutes on two cores, and up to 20 GB.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import counting
+from benchmarks import apart, counting
 from benchmarks.finetune import fitting
 from benchmarks.lengths import Record, draw_records, write_records
 from benchmarks.opening import kilobytes
@@ -116,26 +113,15 @@ def peak_gigabytes() -> float:
 MEASURES = {"packed": measure_ours, "padded": measure_padded}
 
 
-def in_a_process(variant: str, size: Size, folder: Path) -> float:
-    """Peak memory of a variant in a fresh process, in GB."""
-    words = [sys.executable, "-m", "benchmarks.memory", "--measure", variant, "--folder", str(folder)]
-    words += ["--size", json.dumps(asdict(size))]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
-    print(done.stdout, end="", flush=True)
-    return float(done.stdout.splitlines()[-1].split()[-2])
-
-
 def main() -> None:
     """Measure and report, or, with `--measure`, be the process that is measured."""
     parser = parser_of(__doc__, ("tokens", "repeats"))
-    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
-    parser.add_argument("--size", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    apart.add_arguments(parser)
     args = parser.parse_args()
     quiet()
     if args.measure:
         MEASURES[args.measure](Size(**args.size), args.folder)
-        print(f"  {args.measure}: {peak_gigabytes():.3f} GB")
+        print(json.dumps(peak_gigabytes()))
         return
     size = size_of(args, Size(), GPU)
     with tempfile.TemporaryDirectory() as name:
@@ -148,7 +134,8 @@ def main() -> None:
         found: dict[str, list[float]] = {name: [] for name in MEASURES}
         for _ in range(size.repeats):
             for variant, peaks in found.items():
-                peaks.append(in_a_process(variant, size, folder))
+                peaks.append(apart.in_a_process("memory", variant, size, folder))
+                print(f"  {variant}: {peaks[-1]:.3f} GB", flush=True)
     title = f"peak memory at {size.tokens:,} tokens a step, packed over padded"
     notes = {"real tokens of a step": tokens, "positions once padded": positions}
     row = compared(title, found["packed"], found["padded"], ("packed", "padded"), "GB", 0.6, "lower")

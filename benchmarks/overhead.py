@@ -144,9 +144,12 @@ def measure(size: Size, folder: Path) -> tuple[list[float], list[float], float]:
 
 
 def _loop_of(run: Steps, *, bf16: bool) -> BareLoop:
-    """A bare loop over what a run trained; the run's own optimiser lets go of its memory."""
-    model, processor = run.trainer.model, run.trainer.processor
-    run.trainer.optimizer = run.trainer.lr_scheduler = None
+    """A bare loop over what a run trained; the run's own optimiser goes, lest there be two sets of states."""
+    trainer = run.trainer
+    model, processor = trainer.model, trainer.processor
+    for holder in (trainer, trainer.callback_handler):
+        holder.optimizer = holder.lr_scheduler = None
+    trainer.accelerator.free_memory()
     return BareLoop(model, [batch for step in run.batches for batch in step], processor, bf16=bf16)
 
 

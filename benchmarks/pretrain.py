@@ -1,6 +1,6 @@
 """Pretraining's further epochs: with features of pictures kept on disk, against a frozen encoder that sees them anew.
 
-    python -m benchmarks.pretrain [--epochs N] [--gpu]
+    python -m benchmarks.pretrain [--gpu] [--shape NAME] [--epochs N]
 
 The connector trains; encoder and language model have the shapes of well-known ones, and random weights. Both variants
 are runs of `pretrain-smol` through the same entry, on the same records in the same packs; the first epoch, before which
@@ -8,9 +8,7 @@ the cache is filled, is not measured. What counting operations predicts is that 
 else: the target is nine tenths of that. The losses of both variants are compared first: they must be the same.
 """
 
-import argparse
 import gc
-import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,13 @@ import torch
 from benchmarks.counting import counted
 from benchmarks.report import Row, compared, report
 from benchmarks.shapes import SHAPES, write_parts
-from benchmarks.variants import Steps, run_ours
+from benchmarks.sizes import need_gpu, parser_of
+from benchmarks.variants import Steps, quiet, run_ours
 from vlm.data.facts import facts_of
 from vlm.data.scenes import write_scenes
 
+EPOCHS = 4
+"""Of each variant; the first is not measured."""
 SHARE = 0.9
 """Of what counting predicts."""
 
@@ -49,6 +50,7 @@ NAMES = {
     "smol": "ViT-B/16 and SmolLM2-135M",
     "smol+clip-l": "CLIP-L/14-336 and SmolLM2-135M",
     "vicuna": "CLIP-L/14-336 and Vicuna-7B",
+    "tiny": "a model of almost no size",
 }
 """Shape -> what it is."""
 
@@ -102,18 +104,17 @@ def measure(shape: str, size: Size, epochs: int) -> tuple[Row, float]:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser("benchmarks.pretrain", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=4, help="of each variant; the first is not measured")
-    parser.add_argument("--shapes", nargs="*", choices=sorted(NAMES), help="only these")
-    parser.add_argument("--gpu", action="store_true", help="the sizes for one large GPU")
+    parser = parser_of(__doc__, ("epochs",))
+    parser.set_defaults(epochs=EPOCHS)
     args = parser.parse_args()
+    need_gpu(args)
     if args.epochs < 2:
         parser.error(f"--epochs {args.epochs}: at least 2 are needed, since the first is not measured")
-    if args.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: there is none")
-    logging.disable(logging.INFO)
     sizes = GPU if args.gpu else CPU
-    found = {shape: measure(shape, sizes[shape], args.epochs) for shape in args.shapes or sizes}
+    if args.shape not in (None, *sizes):
+        parser.error(f"--shape {args.shape}: measured are {', '.join(sizes)}")
+    quiet()
+    found = {shape: measure(shape, sizes[shape], args.epochs) for shape in ([args.shape] if args.shape else sizes)}
     notes = {"predicted by counting operations": {NAMES[shape]: round(one, 3) for shape, (_, one) in found.items()}}
     report("pretrain-gpu" if args.gpu else "pretrain", [row for row, _ in found.values()], notes)
 

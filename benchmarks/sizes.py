@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+import torch
+
 from benchmarks.shapes import SHAPES
 
 SizeT = TypeVar("SizeT")
@@ -21,8 +23,19 @@ def parser_of(description: str | None, numbers: Sequence[str] = ()) -> argparse.
 
 
 def size_of(args: argparse.Namespace, plain: SizeT, gpu: SizeT) -> SizeT:
-    """The size that was asked for: one of the two, a dataclass, with what the command line sets of it."""
+    """The size that was asked for: one of the two, a dataclass, with what the command line sets of it.
+
+    Raises:
+        SystemExit: that for a GPU was asked for, and there is none.
+    """
+    need_gpu(args)
     size: Any = gpu if args.gpu else plain
     given = {field.name: getattr(args, field.name, None) for field in fields(size)}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return replace(size, **{name: value for name, value in kept.items() if value is not None})
+
+
+def need_gpu(args: argparse.Namespace) -> None:
+    """Raise SystemExit where `--gpu` was given and PyTorch sees none."""
+    if args.gpu and not torch.cuda.is_available():
+        raise SystemExit("--gpu: PyTorch sees none here; without it, the size for a CPU is measured")

@@ -1,6 +1,7 @@
 """What a run says of its speed."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 
 from tests.command_line import refusal
 from tests.train.test_distributed import launch
+from vlm.data.collate import Collator
 from vlm.data.facts import BatchFacts
 from vlm.train import speed
 from vlm.train.flops import StepFlops
 from vlm.train.peak import DATA_SHEETS, Peak, in_table, measured, peak_of
 from vlm.train.speed import SpeedMeter
+from vlm.train.trainer import VLMTrainer
 
 CPU = torch.device("cpu")
 FLOPS = StepFlops(token=1e9, pair=0.0, supervised=0.0, encoded=1e12, connected=0.0, batch=0.0)
@@ -113,6 +116,76 @@ def measured_run(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         "trainer.eval_strategy=steps", "trainer.eval_steps=3", "dataset.eval_split=0.2", "trainer.save_strategy=steps",
         "trainer.save_steps=3", "trainer.peak_tflops=0.5", "trainer.num_samples=1",
     )  # fmt: skip
+
+
+class Leaping(Clock):
+    """The real clock, as far ahead as it has leapt."""
+
+    def perf_counter(self) -> float:
+        return self.now + time.perf_counter()
+
+
+LEAP = 1000.0
+"""Seconds beside which those that a tiny run takes are nothing."""
+
+
+@pytest.fixture
+def leaps(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str, float], list[float]]:
+    """`leaps(class, method, seconds)`: the method takes so much longer, as the clock of a run sees it; when it was."""
+    clock = Leaping()
+    monkeypatch.setattr(speed, "time", clock)
+
+    def slow(owner: type, name: str, seconds: float) -> list[float]:
+        original, begun = getattr(owner, name), []
+
+        def slower(*args: Any, **kwargs: Any) -> Any:
+            begun.append(clock.now)
+            clock.now += seconds
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slower)
+        return begun
+
+    return slow
+
+
+SHORT = (
+    "trainer.per_device_train_batch_size=2",
+    "trainer.max_steps=4",
+    "trainer.num_samples=0",
+    "dataset.eval_split=0.2",
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("evaluate", ("trainer.eval_strategy=steps", "trainer.eval_steps=1")),
+        ("_save_checkpoint", ("trainer.save_strategy=steps", "trainer.save_steps=1")),
+        ("log", ("trainer.logging_steps=1",)),
+    ],
+)
+def test_the_clock_stands_still_while_a_run_evaluates_saves_or_logs(
+    leaps: Callable[..., list[float]], train: Callable[..., Path], tmp_path: Path, method: str, words: tuple[str, ...]
+):
+    """Each without the others: a log would stop the clock for an evaluation beside it."""
+    begun = leaps(VLMTrainer, method, LEAP)
+    none = ("trainer.logging_steps=100", "trainer.eval_strategy=no", "trainer.save_strategy=no")
+    found = json.loads((train("pretrain-smol", tmp_path / "run", *SHORT, *none, *words) / "speed.json").read_text())
+    assert len(begun) >= 4
+    assert found["whole"]["steps"] == 3
+    assert 0 < found["seconds"] < LEAP
+
+
+@pytest.mark.parametrize(("data", "step", "share"), [(LEAP, 0.0, 1.0), (LEAP, 3 * LEAP, 0.25), (0.0, LEAP, 0.0)])
+def test_the_time_in_which_data_come_is_that_of_waiting(
+    leaps: Callable[..., list[float]], train: Callable[..., Path], tmp_path: Path, data: float, step: float,
+    share: float,
+):  # fmt: skip
+    leaps(Collator, "__call__", data)
+    leaps(VLMTrainer, "training_step", step)
+    found = json.loads((train("pretrain-smol", tmp_path / "run", *SHORT) / "speed.json").read_text())
+    assert found["data_wait_share"] == pytest.approx(share, abs=0.02)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
