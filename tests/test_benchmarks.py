@@ -1,18 +1,27 @@
 """The benchmarks' pieces on a model of almost no size: they do the same work, and count what they say they count."""
 
-from collections.abc import Iterator
+import statistics
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaModel
 
-from benchmarks import counting, finetune, gpu, growth, memory, overhead
+from benchmarks import counting, features, finetune, generation, gpu, growth, memory, overhead, pretrain
 from benchmarks.lengths import KNOWN, SOURCES, draw_records, figures, write_records
 from benchmarks.shapes import SHAPES, composed, llava_of, write_parts
-from benchmarks.variants import SEED, PaddingCollator, in_micro_batches, padded_positions, run_ours, samples_of
+from benchmarks.variants import SEED, PaddingCollator, Steps, in_micro_batches, padded_positions, run_ours, samples_of
+from vlm.data.scenes import write_scenes
+from vlm.inference.generate import VisionLanguageModel
+from vlm.train.peak import Peak
 
 TINY = SHAPES["tiny"]
+ANSWERS = generation.Size("tiny", scale=12.0, records=4, repeats=1, tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -122,20 +131,31 @@ def test_counting_predicts_more_for_larger_padded_batches(folder: Path):
 
 
 def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
-    size = finetune.Size("tiny", tokens=2048, accumulation=2, steps=2, samples=5)
+    size = finetune.Size("tiny", tokens=2048, accumulation=2, steps=3, samples=5)
     found = finetune.compare(size, tmp_path)
-    assert finetune.check_agreement(found.variants, finetune.NEAR["float32"]) < 1e-4
+    apart = finetune.check_agreement(found.variants, finetune.NEAR["float32"])
+    assert max(apart.values()) < 1e-4
+    assert found.samples <= 5
+    assert finetune.num_micro_batches([[{}] * 7, [{}] * 11], size) == 3
     found.variants["grouped"].norm *= 1.01
     with pytest.raises(SystemExit, match="do not compute the same"):
         finetune.check_agreement(found.variants, finetune.NEAR["float32"])
+    far = finetune.check_agreement(found.variants, finetune.Near(0.02, 0.02))
+    assert far["norms of the first gradients are apart by"] == pytest.approx(0.01, abs=1e-3)
+    assert {**far, "norms of the first gradients are apart by": 0} == {
+        **apart,
+        "norms of the first gradients are apart by": 0,
+    }
     for one in found.variants.values():
-        assert len(one.losses) == len(one.speeds) == len(one.flops) == size.steps
+        assert len(one.losses) == size.steps == len(one.speeds) + 1 == len(one.flops) + 1
     assert found.variants["padded"].flops > found.variants["ours"].flops
     rows = finetune.rows_of(found)
     assert [row.target for row in rows] == [2.0, 0.9, 1.25, 0.9]
     padded = found.variants["padded"]
     assert rows[0].ratio == pytest.approx(found.variants["ours"].rates[0] / padded.rates[0])
     assert rows[1].ratio == pytest.approx(rows[0].ratio * sum(found.variants["ours"].flops) / sum(padded.flops))
+    steps = finetune.notes_of(found, size)["padded, step by step, measured and counted"]
+    assert [counted > 1 for _, counted in steps] == [True] * (size.steps - 1)
     finetune.draw_losses(found.variants, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size > 0
 
@@ -146,9 +166,20 @@ def test_the_first_records_that_fill_the_packs():
     assert 0.9 * 4 * 4096 < tokens <= 4 * 4096
 
 
-def test_a_bare_loop_takes_the_runs_batches(tmp_path: Path):
+def test_a_bare_loop_takes_the_runs_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     size = overhead.Size("tiny", tokens=2048, steps=2, repeats=1)
+    optimisers: list[Any] = []
+
+    def watched(run: Steps, **settings: Any) -> overhead.BareLoop:
+        optimisers.append(weakref.ref(run.trainer.optimizer.optimizer))
+        loop = loop_of(run, **settings)
+        assert optimisers[0]() is None  # or there would be two sets of states
+        return loop
+
+    loop_of = overhead._loop_of
+    monkeypatch.setattr(overhead, "_loop_of", watched)
     whole, bare, share = overhead.measure(size, tmp_path)
+    assert len(optimisers) == 1
     assert len(whole) == len(bare) == 1
     assert min(*whole, *bare) > 0
     assert 0.1 < share < 1
@@ -183,9 +214,9 @@ def test_memory_is_measured_of_both_variants(tmp_path: Path):
 
 
 def test_steps_grow(folder: Path):
-    size = growth.Size("tiny", tokens=(1024, 2048), steps=2)
+    size = growth.Size("tiny", tokens=(1024, 2048), steps=3)
     found = growth.measure_steps(size, 2048, folder)
-    assert len(found["seconds"]) == 1
+    assert len(found["seconds"]) == 2
     assert found["peak"] > 0
     assert max(record.tokens for record in growth.short_records(size, 2048)) <= 1024
 
@@ -206,15 +237,102 @@ def test_the_start_is_measured_twice(tmp_path: Path):
     assert (tmp_path / "lines.png").stat().st_size > 0
 
 
-def test_both_stages_of_the_gpu_benchmark_run_on_a_cpu():
+def test_both_stages_of_the_gpu_benchmark_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    """Utilisation is operations over time over the peak: here, steps take two seconds from the third on."""
+    runs: list[Steps] = []
+
+    def timed(*args: Any, **kwargs: Any) -> Steps:
+        run = run_ours(*args, **kwargs)
+        assert len(run.seconds) == gpu.TINY.steps
+        run.seconds = [1000.0, 1000.0] + [2.0] * (gpu.TINY.steps - 2)
+        runs.append(run)
+        return run
+
+    monkeypatch.setattr(gpu, "run_ours", timed)
+    monkeypatch.setattr(gpu, "peak_of", lambda *_: Peak(0.01, "the test"))
     rows, notes = gpu.measure(gpu.TINY, list(gpu.STAGES), ())
     assert [row.target for row in rows] == [0.55, 0.45]
-    assert all(0 < row.ratio < 1 for row in rows)
-    assert "peak from" in notes
+    assert notes["peak from"] == "the test"
+    weights = sum(one.numel() for one in LlamaModel(TINY.text_config()).layers.parameters() if one.ndim > 1)
+    for row, run, stage in zip(rows, runs, gpu.STAGES, strict=True):
+        tokens = [step[0]["input_ids"].numel() for step in run.batches[2:]]
+        assert notes[f"{stage}: real tokens/s"] == pytest.approx(max(tokens) / 2, rel=0.05)
+        assert row.ratio == pytest.approx(row.medians["model"] / 0.01)
+        each = row.medians["model"] * 1e12 * 2 / statistics.median(tokens)
+        least = (4 if stage == "pretrain" else 6) * weights  # of a token that is neither supervised nor an image's
+        assert least < each < 4 * least
+        assert notes[f"{stage}: share of what a large matrix product attains"] == pytest.approx(
+            row.spread["model"][1] / notes["a large matrix product attains, TFLOP/s"]
+        )
+
+
+def test_pretraining_is_measured_with_features_kept_and_without(monkeypatch: pytest.MonkeyPatch):
+    size = pretrain.Size(6, 3)
+    row, expected = pretrain.measure("tiny", size, 3)
+    assert expected > 1
+    assert row.target == pytest.approx(0.9 * expected)
+    assert row.ratio == pytest.approx(row.medians["kept features"] / row.medians["pictures seen anew"])
+
+    def elsewhere(*words: Any, **settings: Any) -> Steps:
+        return run_ours(*words, *(["trainer.seed=7"] if "dataset.cache_features=true" in words else []), **settings)
+
+    monkeypatch.setattr(pretrain, "run_ours", elsewhere)
+    with pytest.raises(AssertionError, match="not close"):
+        pretrain.measure("tiny", size, 2)
+
+
+def test_the_first_epoch_is_not_measured():
+    assert pretrain.epochs_of(Steps("any", seconds=[9, 9, 2, 2, 1, 1]), 3, 8) == [2, 4]
+
+
+@pytest.mark.slow
+def test_a_head_trains_on_features_that_were_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_parts(tmp_path / "parts", TINY)
+    write_scenes(tmp_path / "data", num_train=30, num_val=1, num_heldout=1, num_labelled=30)
+    monkeypatch.setitem(features.EPOCHS, "cached", 2)
+    faster, rest = features.measure(tmp_path, "last", 1)
+    assert set(faster.medians) == set(features.EPOCHS)
+    assert min(*faster.medians.values(), rest.ratio) > 0
+
+
+SPOILT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, bool]] = {
+    "attention_mask": (torch.ones_like, "not those one by one", True),
+    "pixel_values": (lambda pixels: pixels.roll(1, 0), "not those one by one", True),
+    "blind": (torch.zeros_like, "another picture gave the same answer", False),
+}
+"""What is done to the inputs, of batches only or of all, and what the check says then."""
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_answers_in_batches_are_held_against_those_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+):
+    change, message, batches = SPOILT[spoilt]
+    name = "pixel_values" if spoilt == "blind" else spoilt
+
+    def answers(model: Any, inputs: dict[str, torch.Tensor], *args: Any) -> list[str]:
+        if not batches or len(inputs["input_ids"]) > 1:
+            inputs = {**inputs, name: change(inputs[name])}
+        return VisionLanguageModel.answers(model, inputs, *args)
+
+    monkeypatch.setattr(generation.Unending, "answers", answers)
+    with pytest.raises(SystemExit, match=message):
+        generation.measure(ANSWERS, tmp_path)
+
+
+def test_answers_are_ids_that_follow_question_and_picture(tmp_path: Path):
+    rows, notes = generation.measure(ANSWERS, tmp_path)
+    assert [row.target for row in rows] == [3.0, 1.2]
+    assert set(notes.values()) == {ANSWERS.records}
+
+
+def test_a_model_that_says_the_same_to_everything_is_no_measure(tmp_path: Path):
+    with pytest.raises(SystemExit, match="different questions have the same answer"):
+        generation.measure(replace(ANSWERS, scale=1.0), tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_without_a_gpu_the_gpu_benchmark_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu", "--gpu"])
-    with pytest.raises(SystemExit, match="sees none here; --tiny"):
+    with pytest.raises(SystemExit, match="--gpu: PyTorch sees none here"):
         gpu.main()
