@@ -1,9 +1,13 @@
 """Two ranks on the CPU that encode pictures together and train on what they kept: the single process's losses."""
 
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.conftest import losses
 from tests.train.test_distributed import launch
@@ -50,3 +54,37 @@ def test_equal_pictures_stand_once_on_each_rank(
         f"trainer.output_dir={tmp_path / 'two'}",
     ])  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(single), abs=2e-4)
+
+
+@pytest.mark.slow
+def test_ranks_write_several_packs_and_wait_for_another_run_as_long_as_it_takes(
+    common: list[str], train: Callable[..., Path], tmp_path: Path
+):
+    """For longer than they wait for each other, when one of the packs has gone."""
+    single = train("pretrain-smol", tmp_path / "single", *WORDS, "trainer.eval_strategy=no")
+    words = [
+        "-cn", "pretrain-smol", *common, *WORDS, "trainer.eval_strategy=no", "trainer.deepspeed=zero2",
+        "trainer.per_device_train_batch_size=4", "dataset.cache_features=true",
+        f"dataset.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    launch([*words, f"trainer.output_dir={tmp_path / 'two'}"], "tests.train.small_packs")
+    assert losses(tmp_path / "two") == pytest.approx(losses(single), abs=2e-4)
+    packs = {form.parent for form in tmp_path.glob(f"cache/image_features/*/*/{FORM}")}
+    assert len(packs) == 5
+    shutil.rmtree(gone := min(packs))
+
+    def holds() -> None:
+        with FileLock(gone.parent / "lock"):
+            while not (tmp_path / "again" / "config.yaml").is_file():
+                time.sleep(0.1)
+            time.sleep(60)
+            assert not gone.exists()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(holds)
+        launch(
+            [*words, f"trainer.output_dir={tmp_path / 'again'}", "trainer.ddp_timeout=30"], "tests.train.small_packs"
+        )
+        other.result()
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    assert gone.is_dir()
