@@ -1,6 +1,9 @@
-"""What ranks tell each other, as far as one process shows it."""
+"""What ranks tell each other."""
 
 import logging
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +48,35 @@ def test_another_rank_waits_for_word_alone(tmp_path: Path, monkeypatch: pytest.M
         assert not first
     assert not list(words)
     assert not list(tmp_path.iterdir())
+
+
+RANK = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from vlm.train import ranks
+folder, rank, ranks.PATIENCE = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+dist.init_process_group(
+    "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=10)
+)
+(folder / f"ready{rank}").touch()
+with ranks.locked_by_first_rank(folder / "lock", "it counts") as first:
+    print(first)
+    ranks.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("patience", "codes"), [("1", [0, 0]), ("100", [1, 1])])
+def test_two_ranks_wait_for_longer_than_for_each_other(tmp_path: Path, patience: str, codes: list[int]):
+    """One would give the other up, if it heard nothing."""
+    with FileLock(tmp_path / "lock"):
+        started = [
+            subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), rank, patience], stderr=subprocess.DEVNULL)
+            for rank in ("0", "1")
+        ]
+        while len(list(tmp_path.glob("ready?"))) < 2:
+            time.sleep(0.1)
+        time.sleep(15)
+    assert [one.wait() for one in started] == codes
