@@ -29,7 +29,7 @@ from vlm.models import VLMForPrediction
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.poolings import EACH_TOKEN
 from vlm.train.digests import code_digest, records_digest
-from vlm.train.ranks import as_first_rank, gathered_objects, wait
+from vlm.train.ranks import as_first_rank, gathered_objects, locked_by_first_rank, wait
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def computed(
         args.bf16, args.fp16,
     )  # fmt: skip
     folder = cache / "features" / name
-    with _alone(folder, args):
+    with _alone(folder):
         missing = as_first_rank([one for one in readings if not file_of(folder, one).is_file()])
         if missing:
             Computation(model, dataset, collate, args, folder, missing, on_skipped)(first, starts)
@@ -195,16 +195,15 @@ def skipped_of(folder: Path, reading: Reading) -> dict[int, Skipped]:
 
 
 @contextmanager
-def _alone(folder: Path, args: TrainingArguments) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """Let no other run compute there; what runs that were killed left anywhere in the cache goes."""
-    if args.process_index != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"*/*{PARTIAL}"):
-        with suppress(Timeout), FileLock(left.parent / LOCK, blocking=False):
-            left.unlink(missing_ok=True)
-    with FileLock(folder / LOCK):
+    with locked_by_first_rank(folder / LOCK, "it reads the same records with the same body") as first:
+        if not first:
+            yield
+            return
+        for left in folder.parent.glob(f"*/*{PARTIAL}"):
+            with suppress(Timeout), FileLock(left.parent / LOCK, blocking=False):
+                left.unlink(missing_ok=True)
         try:
             yield
         finally:
