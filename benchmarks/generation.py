@@ -128,12 +128,13 @@ VARIANTS = {"one by one": ("many", 1), "in batches": ("many", BATCH), "one pictu
 
 def check_answers(answers: dict[str, list[str]]) -> None:
     """Raise SystemExit where answers in batches are not those one by one, or do not depend on what was asked."""
-    alone, batched, one = ([answer.split()[:HELD] for answer in answers[name]] for name in VARIANTS)
-    if other := [place for place, answer in enumerate(batched) if answer != alone[place]]:
+    alone, batched, one = (answers[name] for name in VARIANTS)
+    begun = [[answer.split()[:HELD] for answer in some] for some in (alone, batched)]
+    if other := [place for place, (first, second) in enumerate(zip(*begun, strict=True)) if first != second]:
         raise SystemExit(f"answers in batches are not those one by one: records {other}, {answers}")
-    if any(len(set(map(tuple, asked))) < len(asked) for asked in (alone, one)):
+    if any(len(set(asked)) < len(asked) for asked in (alone, one)):
         raise SystemExit(f"different questions have the same answer, so comparing them proves nothing: {answers}")
-    if one[0] != batched[0]:
+    if one[0].split()[:HELD] != begun[1][0]:
         raise SystemExit(f"the first record, which is the same in both files, has two answers: {answers}")
     if same := [place for place in range(1, len(one)) if one[place] == batched[place]]:
         raise SystemExit(f"another picture gave the same answer, so comparing them proves nothing: {same}, {answers}")
