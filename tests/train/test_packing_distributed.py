@@ -21,7 +21,8 @@ PACKED = [
 ]
 
 
-@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_two_ranks_reach_the_single_process(
     common: list[str], train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
