@@ -51,6 +51,7 @@ CHOICES = {
 """Keys with closed lists of values. A test holds those that come from a table against the table."""
 
 CACHES = ("dynamic", "static", "offloaded")
+"""What `inference.cache_implementation` may name, as transformers calls them."""
 EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
 """What `trainer.eval_metrics` may name. A test holds it against the table of metrics."""
 
