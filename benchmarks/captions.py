@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from vlm import VisionLanguageModel
 from vlm.config.schema import DatasetConfig, InferenceConfig
-from vlm.data.collate import Collator
+from vlm.data.batching.collator import Collator
 from vlm.data.dataset import BlankPictures, SampleDataset, load_dataset
-from vlm.data.pictures import open_pictures
-from vlm.data.sources import SampleEncoder
-from vlm.inference.metrics import caption_retrieval, reply_text, row_losses
+from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.vision.images import open_pictures
+from vlm.evaluation.loss import caption_retrieval, reply_text, row_losses
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What counting operations predicts of two ways to train on the same samples.
 
-Ours needs what `vlm.train.flops` counts: each sample's own tokens and pairs of tokens, the vocabulary at supervised
-positions, the encoder up to the layer that is read. A padded batch takes every position through the language model and
+Ours needs what `vlm.train.monitor.flops` counts: each sample's own tokens and pairs of tokens, the vocabulary at
+supervised positions, the encoder up to the layer that is read. A padded batch takes every position through the language model and
 the vocabulary, every pair of positions of a row (its mask hides pairs, it spares none), and all layers of the encoder.
 """
 
@@ -16,8 +16,8 @@ from transformers import AutoModel
 from benchmarks.lengths import Record
 from benchmarks.shapes import Shape
 from benchmarks.variants import Sample
-from vlm.data.facts import BatchFacts, facts_of
-from vlm.train.flops import StepFlops, count_flops
+from vlm.data.batching.stats import BatchFacts, facts_of
+from vlm.train.monitor.flops import StepFlops, count_flops
 
 NEWLINE = 1
 """The token between a picture and the question."""

@@ -28,7 +28,7 @@ from transformers import LlavaProcessor
 
 from benchmarks.opening import dataset, our_processor, parts
 from benchmarks.report import below, compared, report
-from vlm.data.collate import Collator
+from vlm.data.batching.collator import Collator
 from vlm.models import VLMProcessor
 
 PICTURES = 64

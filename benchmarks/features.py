@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from benchmarks.report import Row, below, compared, report
 from benchmarks.shapes import SHAPES, model_keys, write_parts
 from benchmarks.variants import config_of, data_keys, quiet
-from vlm.data.scenes import write_scenes
+from vlm.demo.scenes import write_scenes
 from vlm.train.run import run
 
 EPOCHS = {"reading anew": 1, "cached": 20}

@@ -44,8 +44,8 @@ from benchmarks.variants import (
     samples_of,
     train_padded,
 )
-from vlm.data.packing import pack
-from vlm.train.flops import StepFlops
+from vlm.data.batching.packing import pack
+from vlm.train.monitor.flops import StepFlops
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from benchmarks.report import Row, compared, report
 from benchmarks.shapes import SHAPES, write_parts
 from benchmarks.sizes import parser_of, size_of
 from benchmarks.variants import quiet, released, run_ours, samples_of
-from vlm.train.peak import Peak, measured, peak_of
+from vlm.train.monitor.peak_flops import Peak, measured, peak_of
 
 CAPTION = Source("caption", 558, (1, 1), (8, 0.2), (14, 0.4))
 """LLaVA's first stage: a picture and a line of text. Its template drops the question."""

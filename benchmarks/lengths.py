@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm.tiny import word_tokenizer
+from vlm.demo.tiny_models import word_tokenizer
 
 LONGEST = 2000
 """Text tokens of a record, at most; a longer one is drawn again."""

@@ -89,7 +89,7 @@ def encoded_samples(folder: Path, processor: Any) -> list[dict[str, Any]]:
     """The records, encoded as a run does it, with normalised pixels."""
     from vlm.config.schema import DatasetConfig
     from vlm.data.dataset import load_dataset
-    from vlm.data.sources import SampleEncoder
+    from vlm.data.encoding.sample_encoder import SampleEncoder
 
     data = folder / "data"
     config = DatasetConfig(

@@ -33,7 +33,7 @@ def kilobytes(file: str, name: str) -> int:
 
 def index(folder: Path) -> dict[str, float]:
     """The index of the large set, made anew."""
-    from vlm.data.index import IndexedRecords
+    from vlm.data.records.index import IndexedRecords
 
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         return measured(lambda: IndexedRecords(folder / "large.json", Path(cache)))
@@ -71,7 +71,7 @@ def dataset(folder: Path, name: str, processor: Any) -> Any:
     """A set of records as training opens it."""
     from vlm.config.schema import DatasetConfig
     from vlm.data.dataset import load_dataset
-    from vlm.data.sources import SampleEncoder
+    from vlm.data.encoding.sample_encoder import SampleEncoder
 
     config = DatasetConfig(
         path=str(folder / name), image_folder=str(folder / "images"), cache_dir=str(folder / "cache"), check_samples=0
@@ -91,7 +91,7 @@ def parts() -> tuple[Any, Any]:
     """CLIP's image processor at 336 pixels, and a tokenizer with an image token."""
     from transformers import CLIPImageProcessor
 
-    from vlm.tiny import word_tokenizer
+    from vlm.demo.tiny_models import word_tokenizer
 
     side = {"height": 336, "width": 336}
     tokenizer = word_tokenizer()

@@ -24,8 +24,8 @@ from benchmarks.report import compared, report
 from benchmarks.shapes import SHAPES, write_parts
 from benchmarks.sizes import parser_of, size_of
 from benchmarks.variants import LEARNING_RATE, Steps, now, quiet, released, run_ours
-from vlm.data.encode import IGNORED
-from vlm.train.attention import attending_to_packs
+from vlm.data.encoding.labels import IGNORED
+from vlm.train.step.packed_attention import attending_to_packs
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "conv", "gemm", "attention")
 """How the names of operators that multiply matrices end or what they contain, after `aten::`."""

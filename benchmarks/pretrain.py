@@ -20,8 +20,8 @@ from benchmarks.report import Row, compared, report
 from benchmarks.shapes import SHAPES, write_parts
 from benchmarks.sizes import need_gpu, parser_of
 from benchmarks.variants import Steps, quiet, run_ours
-from vlm.data.facts import facts_of
-from vlm.data.scenes import write_scenes
+from vlm.data.batching.stats import facts_of
+from vlm.demo.scenes import write_scenes
 
 EPOCHS = 4
 """Of each variant; the first is not measured."""

@@ -20,10 +20,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vlm.build import build_model, compose
+from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.demo.tiny_models import word_tokenizer
 from vlm.models import VLMForConditionalGeneration
-from vlm.tiny import word_tokenizer
 
 LAYER = -2
 """The hidden state of the encoder that is read, as LLaVA does."""

@@ -27,11 +27,11 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.shapes import model_keys
-from vlm.__main__ import opened
-from vlm.config.check import check
+from vlm.checks.compose import opened
+from vlm.checks.run import check
 from vlm.config.schema import RunConfig
-from vlm.data.encode import IGNORED
-from vlm.data.packing import LENGTHS
+from vlm.data.batching.packing import LENGTHS
+from vlm.data.encoding.labels import IGNORED
 from vlm.train import run as running
 from vlm.train.trainer import VLMTrainer
 

@@ -85,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     write(args.folder)
     if args.parts:
-        from vlm.tiny import build_tiny_parts  # torch comes with it
+        from vlm.demo.tiny_models import build_tiny_parts  # torch comes with it
 
         build_tiny_parts(args.folder / "parts")
 

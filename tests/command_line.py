@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from vlm.cli import main
+from vlm.cli.main import main
 
 
 def refusal(*words: str) -> str:

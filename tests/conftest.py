@@ -38,12 +38,12 @@ from transformers import (
 )
 
 from tests.tiny_parts import Parts
-from vlm.__main__ import opened
-from vlm.config.check import check
+from vlm.checks.compose import opened
+from vlm.checks.run import check
 from vlm.config.schema import RunConfig
-from vlm.data.encode import template_text
-from vlm.inference import scores
-from vlm.train import head_report
+from vlm.data.encoding.labels import template_text
+from vlm.evaluation import head_metrics as scores
+from vlm.train.heads import report as head_report
 from vlm.train.run import run
 
 COLOURS = ("red", "blue", "green")

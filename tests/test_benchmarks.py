@@ -16,9 +16,9 @@ from benchmarks import counting, features, finetune, generation, gpu, growth, me
 from benchmarks.lengths import KNOWN, SOURCES, draw_records, figures, write_records
 from benchmarks.shapes import SHAPES, composed, llava_of, write_parts
 from benchmarks.variants import SEED, PaddingCollator, Steps, in_micro_batches, padded_positions, run_ours, samples_of
-from vlm.data.scenes import write_scenes
+from vlm.demo.scenes import write_scenes
 from vlm.inference.generate import VisionLanguageModel
-from vlm.train.peak import Peak
+from vlm.train.monitor.peak_flops import Peak
 
 TINY = SHAPES["tiny"]
 ANSWERS = generation.Size("tiny", scale=12.0, records=4, repeats=1, tokens=8)

@@ -11,13 +11,14 @@ import pytest
 import torch
 import yaml
 
-from tests.config.test_explain import elsewhere  # noqa: F401 - Hydra leaves files behind
+from tests.checks.test_messages import elsewhere  # noqa: F401 - Hydra leaves files behind
 from tests.conftest import config_of
 from tests.tiny_parts import Parts, picture
-from vlm.__main__ import opened, take_launcher_words
-from vlm.cli import TOOLS
-from vlm.config.check import check_choices, run_names
-from vlm.data.formats import FORMATS, reader_of
+from vlm.checks.compose import opened, take_launcher_words
+from vlm.checks.run import check_choices
+from vlm.cli.data import TOOLS
+from vlm.config.packaged import run_names
+from vlm.data.records.formats import FORMATS, reader_of
 from vlm.data.sample import Picture
 from vlm.data.tools.convert import CONVERSIONS
 
@@ -103,7 +104,7 @@ def test_the_connector_of_ones_own_works(parts: Parts, tmp_path: Path, monkeypat
 
 
 def test_the_run_of_ones_own_composes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from vlm.cli import main
+    from vlm.cli.main import main
 
     (tmp_path / "dinov2.yaml").write_text(blocks("README.md", "yaml")[0])
     main(["--config-dir", str(tmp_path), "-cn", "dinov2", "dataset.path=x.json", "--cfg", "job"])
@@ -143,7 +144,7 @@ def test_the_reader_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_mixture_composes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from vlm.cli import main
+    from vlm.cli.main import main
 
     (tmp_path / "mixed.yaml").write_text(blocks("docs/data.md", "yaml")[0])
     main(["--config-dir", str(tmp_path), "-cn", "mixed", "--cfg", "job"])
@@ -163,8 +164,9 @@ def test_the_tools_are_all_described():
 
 def test_the_ways_to_ask_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every command's options, and the settings that it takes from a run."""
-    from vlm.inference import chat, generate_command
-    from vlm.inference.model_options import settings_of
+    from vlm.cli import chat
+    from vlm.cli import generate as generate_command
+    from vlm.cli.model_options import settings_of
 
     monkeypatch.setattr(sys, "argv", sys.argv)
     (tmp_path / "talkative.yaml").write_text(blocks("docs/inference.md", "yaml")[0])

@@ -55,8 +55,8 @@ def test_the_wheel_carries_licence_and_console_script(unpacked: Path):
     info = next(unpacked.glob("small_vlm-*.dist-info"))
     assert "MIT License" in (info / "licenses" / "LICENSE").read_text()
     entries = (info / "entry_points.txt").read_text()
-    assert "vlm = vlm.cli:main" in entries
-    assert "push-to-hub = vlm.hub.push_command:main" in entries
+    assert "vlm = vlm.cli.main:main" in entries
+    assert "push-to-hub = vlm.cli.push_to_hub:main" in entries
 
 
 def test_the_unpacked_wheel_composes_runs_and_has_its_templates(unpacked: Path):

@@ -47,9 +47,9 @@ from transformers import (
     TimmWrapperModel,
 )
 
-from vlm.build import build_model, compose
+from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import ConnectorConfig, EncoderConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
-from vlm.data.encode import template_text
+from vlm.data.encoding.labels import template_text
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 IGNORED = -100

@@ -9,8 +9,9 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 
 from tests.conftest import config_of
 from tests.tiny_parts import IGNORED, Parts, picture
-from vlm.build import build_model, compose
-from vlm.config.check import check, value_of
+from vlm.assembly.compose import build_model, compose
+from vlm.checks.run import check
+from vlm.config.derived import value_of
 from vlm.config.schema import RunConfig
 from vlm.train.parts import freeze, parameter_groups, split_parts
 

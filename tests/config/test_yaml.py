@@ -9,10 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 
 import vlm.config
 from tests.conftest import config_of
-from vlm.config.check import CHOICES, check_choices, group_names, packaged, packaged_connectors, run_names, value_of
-from vlm.config.overview import overview
+from vlm.checks.run import CHOICES, check_choices
+from vlm.cli.overview import overview
+from vlm.config.derived import value_of
+from vlm.config.packaged import group_names, packaged, packaged_connectors, run_names
 from vlm.config.schema import RunConfig
-from vlm.data.sampling import GROUPED
+from vlm.data.batching.samplers import GROUPED
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.connectors import CONNECTORS, connector_options
 from vlm.models.processing_vlm import IMAGE_MODES

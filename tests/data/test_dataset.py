@@ -13,10 +13,10 @@ from huggingface_hub.constants import HF_HOME
 
 from tests.tiny_parts import IGNORED, Parts, picture
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig
-from vlm.data import counts
+from vlm.data import token_counts as counts
 from vlm.data.dataset import BlankPictures, SampleDataset, Skipped, load_dataset, split_dataset
-from vlm.data.encode import encode
-from vlm.data.sources import SampleEncoder
+from vlm.data.encoding.labels import encode
+from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.models import VLMProcessor
 
 LONGEST = 60

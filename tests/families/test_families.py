@@ -12,20 +12,20 @@ from transformers import AutoProcessor
 from tests.conftest import config_of
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import picture, runs
-from vlm.cli import main
-from vlm.config.check import packaged
+from vlm.assembly.family import auto_class, load_family_config, load_family_model
+from vlm.assembly.settle import settle_model
+from vlm.cli.main import main
+from vlm.config.packaged import packaged
 from vlm.config.schema import PARTS
-from vlm.data.collate import Collator
+from vlm.data.batching.collator import Collator
 from vlm.data.dataset import dummy_image, model_inputs
-from vlm.data.encode import encode, encode_prompt
+from vlm.data.encoding.labels import encode, encode_prompt
 from vlm.data.sample import Picture, Sample, Turn
-from vlm.families.loading import auto_class, load_family_config, load_family_model
+from vlm.evaluation.loss import row_losses
 from vlm.families.processing import FamilyProcessor, load_family_processor
 from vlm.families.table import FAMILIES, family_of, part_names
 from vlm.inference.generate import VisionLanguageModel
-from vlm.inference.metrics import row_losses
 from vlm.models.connectors import CONNECTORS
-from vlm.train.model import settle_model
 
 SIZES = [(30, 40), (64, 20), (16, 16)]
 """Heights and widths of pictures that have different numbers of tokens where a family knows tiles."""

@@ -9,8 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from tests.families.test_families import folders, load, name, pictures  # noqa: F401 - fixtures
-from vlm.adapters.folder import load as load_on_base
-from vlm.adapters.merge import merge
+from vlm.assembly.adapter_folder import load as load_on_base
+from vlm.assembly.adapter_merge import merge
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
 from vlm.families.table import part_names
 from vlm.inference.generate import VisionLanguageModel, user_turn

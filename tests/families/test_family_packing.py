@@ -8,17 +8,17 @@ import torch
 
 from tests.families.test_families import pictures, talk
 from tests.families.tiny_families import TINY, save_family
-from vlm.data.collate import Collator
+from vlm.assembly.family import load_family_config, load_family_model
+from vlm.data.batching.collator import Collator
+from vlm.data.batching.packing import PackingCollator
 from vlm.data.dataset import dummy_image, model_inputs
-from vlm.data.encode import encode
-from vlm.data.packing import PackingCollator
-from vlm.families.loading import load_family_config, load_family_model
+from vlm.data.encoding.labels import encode
+from vlm.evaluation.loss import supervised
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
-from vlm.inference.metrics import supervised
 from vlm.models.modeling_vlm import supervised_loss
-from vlm.train.attention import attending_to_packs
-from vlm.train.packing import check_packing, with_grid_positions
+from vlm.train.step.packed_attention import attending_to_packs
+from vlm.train.step.packing import check_packing, with_grid_positions
 
 PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].packs]
 

@@ -11,24 +11,25 @@ import torch
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 from tests.conftest import losses
-from tests.data.test_video import RATE, torn, write_video
+from tests.data.vision.test_video import RATE, torn, write_video
 from tests.families.test_families import load
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import picture, runs
-from tests.train.test_distributed import WHOLE, launch
+from tests.train.test_distributed_runs import WHOLE, launch
 from vlm.config.schema import DatasetConfig
-from vlm.data.collate import Collator
+from vlm.data.batching.collator import Collator
 from vlm.data.dataset import BlankPictures, dummy_image, dummy_video, encoded_item, load_dataset, model_inputs
-from vlm.data.encode import encode, encode_prompt
-from vlm.data.pictures import open_pictures, picture_sizes, seen_sizes
+from vlm.data.encoding.labels import encode, encode_prompt
+from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, Clip, Picture, Sample, Turn, Video
-from vlm.data.sources import SampleEncoder, Source, seen_of
+from vlm.data.sources import Source, seen_of
 from vlm.data.tools.show import as_text, shown_records, write_page
-from vlm.data.video import clip_of, open_video
+from vlm.data.vision.images import open_pictures, picture_sizes, seen_sizes
+from vlm.data.vision.video import clip_of, open_video
+from vlm.evaluation.loss import row_losses
 from vlm.families.processing import FamilyProcessor, load_family_processor
 from vlm.families.table import FAMILIES
 from vlm.inference.generate import VisionLanguageModel
-from vlm.inference.metrics import row_losses
 
 MOST = 4
 """Frames that are seen of a video."""
@@ -241,7 +242,7 @@ def test_counting_decodes_nothing(name: str, processor: FamilyProcessor, folder:
     def refuse(*_: Any) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("vlm.data.video.read_frames", refuse)
+    monkeypatch.setattr("vlm.data.vision.video.read_frames", refuse)
     sample = talk(processor, folder, ["long"], "yes")
     (clip,) = picture_sizes(sample, processor)
     assert clip == Clip((2, 7, 12, 17), 20, 48, 64, RATE)

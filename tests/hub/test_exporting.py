@@ -20,7 +20,7 @@ from transformers import (
 
 from tests.command_line import refusal
 from tests.tiny_parts import Parts, picture
-from vlm.cli import main
+from vlm.cli.main import main
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.importing import import_checkpoint
 from vlm.inference.generate import VisionLanguageModel, user_turn

@@ -22,10 +22,10 @@ from tests.hub.foreign import (
     write_projector,
 )
 from tests.tiny_parts import Parts, picture
-from vlm.build import load_config, load_model, load_processor
-from vlm.cli import main
+from vlm.assembly.compose import load_config, load_model, load_processor
+from vlm.cli.main import main
 from vlm.config.schema import ModelConfig, from_mapping
-from vlm.data.encode import template_text
+from vlm.data.encoding.labels import template_text
 from vlm.hub.importing import import_checkpoint, with_rows
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 

@@ -18,7 +18,7 @@ from tests.hub.server import LocalHub
 from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.models.test_prediction_checkpoints import KIND, YES
 from tests.tiny_parts import Parts, picture
-from vlm.cli import main
+from vlm.cli.main import main
 from vlm.inference.generate import VisionLanguageModel, user_turn
 from vlm.models import VLMForPrediction, VLMPredictionConfig
 from vlm.models.connectors import CONNECTORS

@@ -15,7 +15,7 @@ from tests.conftest import config_of
 from tests.families.tiny_families import save_family
 from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.tiny_parts import Parts
-from vlm.cli import main
+from vlm.cli.main import main
 from vlm.hub.cleaning import hub_name, without_paths
 from vlm.hub.publishing import hub_code, prepare
 from vlm.hub.run_facts import RunFacts, read_run

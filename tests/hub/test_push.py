@@ -18,9 +18,9 @@ from huggingface_hub import snapshot_download
 from tests.command_line import refusal
 from tests.hub.conftest import READER, TOKEN
 from tests.hub.server import LocalHub, Repository
-from vlm.cli import main
+from vlm.cli.main import main
 
-SCRIPT = "import sys; from vlm.cli import main; main(sys.argv[1:])"
+SCRIPT = "import sys; from vlm.cli.main import main; main(sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,8 @@ from tests.hub.tiles import (
     same_answers,
 )
 from tests.tiny_parts import Parts, picture
-from vlm.cli import main
-from vlm.data.encode import template_text
+from vlm.cli.main import main
+from vlm.data.encoding.labels import template_text
 from vlm.hub.importing import import_checkpoint
 from vlm.models.anyres import AnyRes
 

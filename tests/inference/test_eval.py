@@ -17,9 +17,9 @@ import vlm
 from tests.command_line import refusal
 from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
-from vlm.adapters.base import BASE_FILE
-from vlm.cli import main
-from vlm.data.encode import template_text
+from vlm.assembly.adapter_base import BASE_FILE
+from vlm.cli.main import main
+from vlm.data.encoding.labels import template_text
 from vlm.inference.eval import eval_model, load_pretrained_model, picture_files
 
 

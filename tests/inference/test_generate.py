@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, StaticCache
 
-from tests.data.test_video import write_video
+from tests.data.vision.test_video import write_video
 from tests.tiny_parts import CHAT_TEMPLATES, Parts, byte_tokenizer, picture
 from vlm.config.schema import InferenceConfig
-from vlm.data.encode import encode_prompt
+from vlm.data.encoding.labels import encode_prompt
 from vlm.data.sample import Picture, Turn
-from vlm.data.video import frames_of, read_frames
+from vlm.data.vision.video import frames_of, read_frames
 from vlm.inference.generate import VisionLanguageModel, opened, user_turn
 from vlm.models import VLMProcessor
 from vlm.models.connectors import CONNECTORS

@@ -14,7 +14,7 @@ import pytest
 from tests.command_line import refusal
 from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
-from vlm.cli import main
+from vlm.cli.main import main
 from vlm.config.schema import InferenceConfig, SourceConfig
 from vlm.data.sample import Picture, Turn
 from vlm.inference.generate import VisionLanguageModel, user_turn
@@ -388,7 +388,7 @@ def test_keys_of_a_run_need_a_run():
 
 KILLED = """
 import os, signal, sys
-from vlm.cli import main
+from vlm.cli.main import main
 from vlm.inference.generate import VisionLanguageModel
 answers, asked = VisionLanguageModel.answers, []
 def dying(self, inputs, settings):

@@ -14,8 +14,8 @@ from PIL import Image
 from tests.command_line import refusal
 from tests.tiny_parts import Parts
 from vlm import Predictor, VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
-from vlm.cli import main
-from vlm.inference import predict_file as module
+from vlm.cli.main import main
+from vlm.evaluation import predict_file as module
 
 KINDS = ["red", "green", "blue"]
 PROMPT = "what colour?"

@@ -12,11 +12,11 @@ from PIL import Image
 from tests.command_line import refusal
 from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
+from vlm.cli.serve import name_of
 from vlm.config.schema import InferenceConfig
 from vlm.data.sample import Picture, Turn
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.serve import app_of
-from vlm.inference.serve_command import name_of
 
 
 @pytest.fixture(scope="module")

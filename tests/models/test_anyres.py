@@ -23,7 +23,7 @@ from transformers import (
 
 import vlm.config
 from tests.tiny_parts import Parts, picture
-from vlm.build import build_model, compose
+from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import AnyResConfig
 from vlm.models.anyres import AnyRes, misfit
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, Parts, picture
-from vlm.build import add_connector_class
+from vlm.assembly.compose import add_connector_class
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 from vlm.models.configuration_vlm import AUTO_MAP
 from vlm.models.connectors import CONNECTORS

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from tests.tiny_parts import PATCHES, Parts, picture
-from vlm.build import compose
+from vlm.assembly.compose import compose
 from vlm.models import VLMForConditionalGeneration
 from vlm.models.connector_parts import GridConnector
 from vlm.models.connectors import CONNECTORS, Connector, connector_class, connector_options, count_tokens

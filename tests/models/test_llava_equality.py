@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
-from vlm.build import build_model, compose
+from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.models import VLMForConditionalGeneration
 

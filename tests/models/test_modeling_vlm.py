@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from tests.tiny_parts import ENCODERS, IGNORED, LANGUAGE_MODELS, Parts, picture
-from vlm.data.collate import Collator
+from vlm.data.batching.collator import Collator
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 LAYERS = {name: 5 if name == "timm_convnet" else 3 for name in ENCODERS}

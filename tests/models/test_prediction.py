@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import Parts, picture
-from vlm.data.collate import Collator
+from vlm.assembly.family import load_family_config, load_family_model
+from vlm.data.batching.collator import Collator
 from vlm.data.dataset import dummy_image, model_inputs
-from vlm.data.encode import Encoded, encode, encode_prompt, media_ids
-from vlm.data.labelled import prompt_mask
+from vlm.data.encoding.labels import Encoded, encode, encode_prompt, media_ids
+from vlm.data.heads.dataset import prompt_mask
 from vlm.data.sample import Picture, Sample, Turn
-from vlm.families.loading import load_family_config, load_family_model
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
 from vlm.models import VLMForPrediction, VLMPredictionConfig

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassi
 from tests.families.tiny_families import save_family
 from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.tiny_parts import Parts, picture
-from vlm.heads import add_head_class
+from vlm.assembly.heads import add_head_class
 from vlm.models import VLMForPrediction, VLMPredictionConfig
 from vlm.models.connectors import CONNECTORS
 from vlm.models.heads import HEADS

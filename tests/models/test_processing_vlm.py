@@ -13,7 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoProcessor, CLIPImageProcessor
 
 from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, PATCHES, PREFIX_TOKENS, Parts, byte_tokenizer, picture
-from vlm.build import compose
+from vlm.assembly.compose import compose
 from vlm.models import VLMProcessor
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.pixels import pad_to_square

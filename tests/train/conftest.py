@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlm.train import head_run
+from vlm.train.heads import run as head_run
 
 
 @pytest.fixture(scope="module")

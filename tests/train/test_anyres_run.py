@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from tests.conftest import losses
-from tests.data.test_video import write_video
+from tests.data.vision.test_video import write_video
 from tests.tiny_parts import Parts, picture
-from tests.train.test_distributed import launch
-from vlm.build import build_model, compose
+from tests.train.test_distributed_runs import launch
+from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import AnyResConfig, DatasetConfig
-from vlm.data.collate import Collator
+from vlm.data.batching.collator import Collator
 from vlm.data.dataset import BlankPictures, SampleDataset, dummy_image, load_dataset
-from vlm.data.sources import SampleEncoder
+from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.inference.generate import VisionLanguageModel
 from vlm.train.trainer import newest_checkpoint
 

@@ -17,7 +17,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from vlm.__main__ import main
+from vlm.cli.train import main
 
 NUMBER = 12
 

@@ -1,130 +1,82 @@
-"""Two ranks on the CPU, through DeepSpeed's own launcher: ZeRO-2 and ZeRO-3 reach the single process's losses."""
+"""What ranks tell each other."""
 
-import os
-import socket
+import logging
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
-from tests.conftest import losses
-from tests.families.tiny_families import save_family
-from vlm.train.trainer import newest_checkpoint
-
-FINETUNE = [
-    "trainer.learning_rate.language_model_learning_rate=1e-3",
-    "trainer.num_train_epochs=2",
-    "trainer.train_sampling_strategy=sequential",
-    "trainer.eval_strategy=epoch",
-    "trainer.save_strategy=steps",
-    "trainer.save_steps=3",
-]
+from vlm.train import distributed as ranks
+from vlm.train.distributed import locked_by_first_rank
 
 
-@pytest.fixture(scope="module")
-def pretrained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint that every run here begins with."""
-    return train("pretrain-smol", tmp_path_factory.mktemp("runs") / "pretrain", "trainer.max_steps=1") / "final"
-
-
-@pytest.fixture(scope="module")
-def single(train: Callable[..., Path], pretrained: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same finetuning in one process."""
-    folder = tmp_path_factory.mktemp("runs") / "single"
-    return train("finetune-smol", folder, *FINETUNE, *start(pretrained, world))
-
-
-def start(pretrained: Path, world: Path) -> list[str]:
-    return [f"trainer.from_pretrained={pretrained}", f"dataset.eval_path={world / 'records.json'}"]
-
-
-def launch(words: list[str], module: str = "vlm") -> None:
-    """Start two ranks and wait; the shared memory that DeepSpeed leaves on a CPU goes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PATH": path,
-    }
-    done = subprocess.run([*launcher, "--module", module, *words], env=environment, capture_output=True, text=True)
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 64 MB each, until a restart
-        left.unlink()
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_two_ranks_reach_the_single_process(
-    common: list[str], single: Path, pretrained: Path, world: Path, tmp_path: Path, stage: str
+def test_while_another_run_has_a_lock_ranks_hear_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """Image and text-only rows mixed; losses, evaluation and the resumed second half are the same."""
-    words = [
-        "-cn", "finetune-smol", *common, *FINETUNE, *start(pretrained, world), f"trainer.deepspeed={stage}",
-        f"trainer.output_dir={tmp_path}", "trainer.per_device_train_batch_size=4",
-    ]  # fmt: skip
-    launch(words)
-    assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
-    assert (tmp_path / "final" / "model.safetensors").is_file()
-    for late in tmp_path.glob("checkpoint-6/complete"):
-        late.unlink()
-    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
-    launch([*words, "trainer.resume_from_checkpoint=true"])
-    assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
+    """Each try ends in a word to the others, so that none waits for longer than one; the log says it once."""
+    other = FileLock(tmp_path / "store" / "lock", thread_local=False)
+    (tmp_path / "store").mkdir()
+    other.acquire()
+    told: list[Any] = []
+
+    def telling(value: Any) -> Any:
+        told.append(value)
+        if len(told) == 3:
+            other.release()
+        return value
+
+    monkeypatch.setattr(ranks, "PATIENCE", 0.02)
+    monkeypatch.setattr(ranks, "as_first_rank", telling)
+    with caplog.at_level(logging.INFO), locked_by_first_rank(tmp_path / "store" / "lock", "it counts") as first:
+        assert first
+        assert told == [False, False, False, True]
+        assert not ranks._has(FileLock(tmp_path / "store" / "lock"))
+    assert len([record for record in caplog.records if "holds" in record.message]) == 1
+    assert ranks._has(FileLock(tmp_path / "store" / "lock"))
 
 
-WHOLE = [
-    "trainer.max_steps=3", "trainer.bf16=false", "trainer.tf32=null", "trainer.activation_checkpointing=false",
-    "trainer.gradient_accumulation_steps=1", "trainer.train_sampling_strategy=sequential", "trainer.warmup_steps=0",
-    "trainer.learning_rate.visual_encoder_learning_rate=1e-3", "dataset.max_length=512",
-    "trainer.learning_rate.language_model_learning_rate=1e-3",
-]  # fmt: skip
+def test_another_rank_waits_for_word_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = iter([False, False, True])
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(ranks, "as_first_rank", lambda value: next(words))
+    with locked_by_first_rank(tmp_path / "store" / "lock", "it counts") as first:
+        assert not first
+    assert not list(words)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "family", ["llava-onevision", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mllama", "qwen2.5-vl"))]
+RANK = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from vlm.train import distributed as ranks
+folder, rank, ranks.PATIENCE = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+dist.init_process_group(
+    "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=10)
 )
-def test_families_on_two_ranks_reach_the_single_process(
-    brief: list[str], train_whole: Callable[..., Path], tmp_path: Path, family: str
-):
-    """ZeRO-3, all parts training, rows of text only among them: tiles, loose patches, cross-attention."""
-    model = tmp_path / family
-    save_family(family, model)
-    name = "finetune-llava-onevision"
-    alone = train_whole(name, model, tmp_path / "single", *WHOLE, "trainer.deepspeed=null")
-    words = ["-cn", name, *brief, *WHOLE, f"model.hf_name={model}", "trainer.deepspeed=zero3"]
-    launch([*words, f"trainer.output_dir={tmp_path / 'two'}", "trainer.per_device_train_batch_size=4"])
-    assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=5e-4)
-    assert (tmp_path / "two" / "final" / "model.safetensors").is_file()
+(folder / f"ready{rank}").touch()
+with ranks.locked_by_first_rank(folder / "lock", "it counts") as first:
+    print(first)
+    ranks.wait()
+"""
 
 
-CONNECTORS = {
-    "qformer": ["num_queries=4", "hidden_dim=16", "num_layers=2", "num_heads=2", "dropout=0"],
-    "c_abstractor": ["num_queries=4", "hidden_dim=16", "num_blocks=1", "position_side=3"],
-    "resampler": ["num_queries=4", "num_layers=1", "num_heads=2"],
-}
-
-
-@pytest.mark.parametrize(
-    "connector", ["qformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("c_abstractor", "resampler"))]
-)
-def test_connectors_on_two_ranks_reach_the_single_process(
-    common: list[str], train: Callable[..., Path], tmp_path: Path, connector: str
-):
-    """ZeRO-3: learned queries and positions, which are no layer's own, are gathered too."""
-    options = [f"model.connector.options.{option}" for option in CONNECTORS[connector]]
-    words = [
-        f"model/connector={connector}",
-        *options,
-        "trainer.max_steps=3",
-        "trainer.train_sampling_strategy=sequential",
-    ]
-    alone = train("pretrain-smol", tmp_path / "single", *words)
-    two = [f"trainer.output_dir={tmp_path / 'two'}", "trainer.deepspeed=zero3"]
-    launch(["-cn", "pretrain-smol", *common, *words, *two, "trainer.per_device_train_batch_size=4"])
-    assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=5e-4)
+@pytest.mark.slow
+@pytest.mark.parametrize(("patience", "codes"), [("1", [0, 0]), ("100", [1, 1])])
+def test_two_ranks_wait_for_longer_than_for_each_other(tmp_path: Path, patience: str, codes: list[int]):
+    """One would give the other up, if it heard nothing."""
+    with FileLock(tmp_path / "lock"):
+        started = [
+            subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), rank, patience], stderr=subprocess.DEVNULL)
+            for rank in ("0", "1")
+        ]
+        while len(list(tmp_path.glob("ready?"))) < 2:
+            time.sleep(0.1)
+        time.sleep(15)
+    assert [one.wait() for one in started] == codes

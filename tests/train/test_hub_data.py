@@ -17,7 +17,7 @@ from tests.train.test_data_runs import rows
 
 TRAIN = """
 import json, sys
-from vlm.__main__ import main
+from vlm.cli.train import main
 for words in json.load(sys.stdin):
     main(words)
 """

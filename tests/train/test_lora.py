@@ -17,14 +17,14 @@ import vlm
 from tests.command_line import refusal
 from tests.conftest import config_of, losses
 from tests.tiny_parts import picture
-from vlm.adapters.base import BASE_FILE, fingerprint
-from vlm.adapters.folder import ADAPTER, OTHERS, load
-from vlm.adapters.merge import merge
-from vlm.cli import main
+from vlm.assembly.adapter_base import BASE_FILE, fingerprint
+from vlm.assembly.adapter_folder import ADAPTER, OTHERS, load
+from vlm.assembly.adapter_merge import merge
+from vlm.assembly.settle import load_weights, settle_model
+from vlm.cli.main import main
 from vlm.inference.generate import user_turn
 from vlm.train import trainer
 from vlm.train.lora import add_adapter, is_adapter, linear_layers
-from vlm.train.model import load_weights, settle_model
 from vlm.train.parts import cast, freeze, parameter_groups, split_parts, table
 from vlm.train.trainer import WEIGHTS
 

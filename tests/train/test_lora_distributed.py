@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import losses
-from tests.train.test_distributed import launch
-from vlm.adapters.folder import ADAPTER, OTHERS, load
+from tests.train.test_distributed_runs import launch
+from vlm.assembly.adapter_folder import ADAPTER, OTHERS, load
 
 LORA = [
     "trainer.lora.language_model.r=4",

@@ -153,7 +153,7 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(VLMTrainer, "training_step", asked)
-    with caplog.at_level("INFO", logger="vlm.train.stopping"), pytest.raises(SystemExit) as ended:
+    with caplog.at_level("INFO", logger="vlm.train.signals"), pytest.raises(SystemExit) as ended:
         train("pretrain-smol", tmp_path / "run", *options)
     assert ended.value.code == 143
     assert "saved checkpoint-4" in caplog.text
@@ -167,7 +167,7 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
 
 FAILING = """
 import sys
-from vlm.__main__ import main
+from vlm.cli.train import main
 from vlm.train.trainer import VLMTrainer
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.conftest import config_of, losses
-from vlm.data.collate import Collator
+from vlm.assembly.settle import load_weights, settle_model
+from vlm.data.batching.collator import Collator
 from vlm.train.arguments import deepspeed_config, training_arguments
 from vlm.train.data import load_data
-from vlm.train.model import load_weights, settle_model
 from vlm.train.parts import freeze, parameter_groups, split_parts, table
 
 

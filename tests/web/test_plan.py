@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import refusal
-from vlm.config.check import ConfigError
+from vlm.checks.run import ConfigError
 from vlm.web.guard import Guard, is_loopback
 from vlm.web.plan import Plan, as_shell, choices, command_of, new_folder
 
@@ -147,14 +147,14 @@ def test_a_page_for_others_answers_to_addresses_and_its_own_names_only():
     ],
 )
 def test_options_are_checked_before_anything_loads(words: list[str], said: str):
-    from vlm.web.command import main
+    from vlm.cli.web import main
 
     with pytest.raises(SystemExit, match=said):
         main(words)
 
 
 def test_a_port_that_is_taken_is_named():
-    from vlm.web.command import main
+    from vlm.cli.web import main
 
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -163,7 +163,7 @@ def test_a_port_that_is_taken_is_named():
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
-    from vlm.web import command
+    from vlm.cli import web as command
 
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install 'small-vlm\[web\]'"):

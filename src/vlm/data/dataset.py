@@ -13,13 +13,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.counts import Counts, count
-from vlm.data.encode import IGNORED, Encoded
-from vlm.data.pictures import picture_sizes, seen_sizes, size_of
-from vlm.data.pixels import decoded
+from vlm.data.encoding.labels import IGNORED, Encoded
+from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, Clip, OverLong, Sample, Size
-from vlm.data.sources import SampleEncoder, Source, sources_of
-from vlm.data.video import OpenVideo
+from vlm.data.sources import Source, sources_of
+from vlm.data.token_counts import Counts, count
+from vlm.data.vision.images import picture_sizes, seen_sizes, size_of
+from vlm.data.vision.jpeg import decoded
+from vlm.data.vision.video import OpenVideo
 
 log = logging.getLogger(__name__)
 

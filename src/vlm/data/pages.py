@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm.data.encode import IGNORED
+from vlm.data.encoding.labels import IGNORED
 
 STYLE = (
     "body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"

@@ -1,76 +1,23 @@
 """A source: where records are, how one becomes a sample, and how a sample becomes ids and labels."""
 
 import copy
-import hashlib
-import importlib.metadata
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig, SourceConfig
 from vlm.data.cache import cache_folder, digest_of
-from vlm.data.encode import IGNORED, Encoded, encode, limit, media_ids, template_text
-from vlm.data.files import Records, open_records, stream_records
-from vlm.data.formats import reader_of
-from vlm.data.sample import BadSample, Part, Sample, Size, Turn, Video
-from vlm.data.video import clip_of, frames_of
-
-
-@dataclass(frozen=True)
-class SampleEncoder:
-    """Encodes samples for one run: the replies are learnt.
-
-    Attributes:
-        processor: decides every token.
-        longest: most tokens that a sample may have.
-        truncate: whether a longer one loses its end, instead of being refused.
-    """
-
-    learns_labels: ClassVar[bool] = False
-    """Whether labels of records are asked for, see `learnt`."""
-
-    processor: Any
-    longest: int
-    truncate: bool
-
-    def __call__(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
-        """Ids and labels of a sample; `sizes` of its pictures, where the processor needs them.
-
-        Raises:
-            BadSample: it cannot be used, or is too long.
-        """
-        encoded = self.encode(sample, sizes)
-        return limit(encoded, self.longest, media_ids(self.processor), sample.id, truncate=self.truncate)
-
-    def encode(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
-        """The same of a whole sample, however long it is.
-
-        Raises:
-            BadSample: it cannot be used.
-        """
-        return encode(self.processor, sample, sizes)
-
-    def needed(self, encoded: Encoded) -> int:
-        """The fewest tokens that it may be cut to: up to its last image or video, and its first supervised one."""
-        ids, labels = encoded.input_ids, encoded.labels
-        first = next(place for place, label in enumerate(labels) if label != IGNORED)
-        media = media_ids(self.processor)
-        behind_media = max((len(ids) - ids[::-1].index(one) for one in media if one in ids), default=0)
-        return max(first + 1, behind_media)
-
-    def learnt(self, sample: Sample) -> tuple[str | None, str | None]:
-        """What a prediction head learns of a sample, as JSON, and its group; nothing where replies are learnt alone."""
-        return None, None
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What ids and labels depend on besides the processor."""
-        return (type(self).__name__,)
+from vlm.data.encoding.labels import template_text
+from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
+from vlm.data.records.formats import reader_of
+from vlm.data.records.open import Records, open_records, stream_records
+from vlm.data.sample import BadSample, Part, Sample, Turn, Video
+from vlm.data.vision.video import clip_of, frames_of
 
 
 @dataclass
@@ -192,19 +139,3 @@ def _with_template(encoder: SampleEncoder, source: MixtureSourceConfig) -> Sampl
         raise ValueError("dataset.sources: template=tokenizer, but the language model's tokenizer has no template")
     processor.chat_template = processor.own_template if own else template_text(source.template)
     return replace(encoder, processor=processor)
-
-
-def processor_digest(processor: Any) -> str:
-    """A name for what a processor makes of text: its tokenizer, template and settings, and the code that runs."""
-    versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
-    code = hashlib.sha256()
-    sides = Path(inspect.getfile(type(processor))).parent
-    names = ("*process*.py", "anyres.py", "table.py", "videos.py")
-    beside = [file for name in names for file in sorted(sides.glob(name))]
-    files = [*sorted(Path(__file__).parent.glob("*.py")), *beside]
-    for file in files:
-        code.update(file.read_bytes())
-    return digest_of(
-        processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_ids(),
-        processor.image_token, processor.to_dict(), versions, code.hexdigest(),
-    )  # fmt: skip

@@ -12,11 +12,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import Skipped, encoded_item
-from vlm.data.encode import encode
-from vlm.data.files import attempt
-from vlm.data.pictures import picture_sizes
+from vlm.data.encoding.labels import encode
+from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.records.open import attempt
 from vlm.data.sample import BadSample, Sample
-from vlm.data.sources import SampleEncoder, Source, sources_of
+from vlm.data.sources import Source, sources_of
+from vlm.data.vision.images import picture_sizes
 
 
 class SampleStream(IterableDataset[Any]):

@@ -22,9 +22,9 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from vlm.data.encode import IGNORED
+from vlm.data.encoding.labels import IGNORED
 from vlm.data.sample import Clip
-from vlm.data.video import FPS, OpenVideo
+from vlm.data.vision.video import FPS, OpenVideo
 from vlm.families.table import Family
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb

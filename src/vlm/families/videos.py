@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from vlm.data.sample import Clip
-from vlm.data.video import OpenVideo
+from vlm.data.vision.video import OpenVideo
 
 MANY = 1000
 """More values than this are no grid of patches, nor anything else that a number of tokens is read from."""

@@ -1,6 +1,6 @@
 """Exporting: a checkpoint of this framework in a form that other programs load without our code.
 
-Imports `vlm.hub`, `vlm.build`, `vlm.models` and transformers. Weights go from file to file, one at a time.
+Imports `vlm.hub`, `vlm.assembly.compose`, `vlm.models` and transformers. Weights go from file to file, one at a time.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm.build import load_config
-from vlm.config.lora_problems import BASE_FILE
+from vlm.assembly.compose import load_config
+from vlm.config.derived import BASE_FILE
 from vlm.hub.folders import local_folder, new_folder, read_json, write_json
 from vlm.hub.layouts import there
 from vlm.hub.processors import WORD, transformers_processor

@@ -1,6 +1,6 @@
 """Importing: a foreign checkpoint becomes a complete one of this framework.
 
-Imports `vlm.hub`, `vlm.build` (the composition is settled there, as for a run), `vlm.models`, the schema and
+Imports `vlm.hub`, `vlm.assembly.compose` (the composition is settled there, as for a run), `vlm.models`, the schema and
 transformers. The model itself is never built: weights go from file to file, one at a time.
 """
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from vlm.build import answer_settings, compose
+from vlm.assembly.compose import answer_settings, compose
 from vlm.hub.adapters import Delta
 from vlm.hub.folders import new_folder, read_json, write_json
 from vlm.hub.layouts import NO_WEIGHTS, here

@@ -15,7 +15,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vlm.encoders import image_size
+from vlm.assembly.encoders import image_size
 from vlm.hub.targets import VIDEO_TOKEN, select_strategy
 from vlm.hub.templates import exported
 from vlm.hub.tiles import aspect_of, native_type, sizes_of

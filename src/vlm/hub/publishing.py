@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from vlm.config.lora_problems import BASE_FILE
+from vlm.config.derived import BASE_FILE
 from vlm.families.table import FAMILIES
 from vlm.hub.card import model_card
 from vlm.hub.cleaning import leaks, without_paths

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
+from vlm.assembly.encoders import image_size
 from vlm.config.schema import AnyResConfig, ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
-from vlm.encoders import image_size
 from vlm.hub.adapters import Adapter, read_adapter
 from vlm.hub.folders import local_folder, read_json
 from vlm.hub.layouts import LLAVA, Table, original

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from vlm.config.check import check_inference, check_template
+from vlm.checks.run import check_inference, check_template
 from vlm.config.schema import InferenceConfig
-from vlm.data.encode import template_text
+from vlm.data.encoding.labels import template_text
 from vlm.data.sample import PLACEHOLDER
 from vlm.inference.conversation import Conversation
 from vlm.inference.generate import VisionLanguageModel, opened, user_turn

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
+from vlm.assembly.checkpoint import checkpoint_config, load_checkpoint
 from vlm.config.schema import DatasetConfig, InferenceConfig
-from vlm.data.collate import Collator
+from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
-from vlm.data.encode import IGNORED, Encoded, encode_prompt, render, reply_end
-from vlm.data.pictures import open_picture, open_pictures, seen_sizes
+from vlm.data.encoding.labels import IGNORED, Encoded, encode_prompt, render, reply_end
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn
 from vlm.data.sources import seen_of
-from vlm.data.video import num_frames
-from vlm.inference.image_memory import ImageMemory
-from vlm.inference.loading import checkpoint_config, load_checkpoint
+from vlm.data.vision.images import open_picture, open_pictures, seen_sizes
+from vlm.data.vision.video import num_frames
+from vlm.inference.feature_cache import ImageMemory
 from vlm.models import VLMPredictionConfig
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from vlm.config.schema import InferenceConfig, SourceConfig
 from vlm.data.cache import digest_of
-from vlm.data.prompts import prompt_turns
+from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Sample, Turn
+from vlm.inference.batch import fill, prompt_source, shown_files
 from vlm.inference.generate import VisionLanguageModel
-from vlm.inference.records import fill, prompt_source, shown_files
-from vlm.inference.table import Table, need_new
+from vlm.inference.resumable_table import Table, need_new
 
 COLUMNS = ("source", "image_path", "prompt", "answer", "reference", "error")
 """What a record calls itself, its pictures, its last question, what the model answers, the record's last reply (none

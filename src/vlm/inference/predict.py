@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from vlm.assembly.checkpoint import checkpoint_config, load_checkpoint
 from vlm.config.schema import DatasetConfig
 from vlm.data.sample import Turn
+from vlm.inference.feature_cache import ImageMemory
 from vlm.inference.generate import VisionLanguageModel
-from vlm.inference.image_memory import ImageMemory
-from vlm.inference.loading import checkpoint_config, load_checkpoint
 from vlm.models import VLMPredictionConfig
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.head_tasks import CLASSIFYING

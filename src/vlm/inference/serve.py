@@ -20,8 +20,8 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, Modality
 
 from vlm.config.schema import InferenceConfig
-from vlm.data.pictures import open_picture
 from vlm.data.sample import BadSample, Part, Picture, Turn
+from vlm.data.vision.images import open_picture
 from vlm.inference.generate import VisionLanguageModel
 
 ROLES = ("system", "user", "assistant")

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
 from vlm.config.schema import PARTS, PASSED_THROUGH, TrainerOptions
-from vlm.data.sampling import GROUPED
+from vlm.data.batching.samplers import GROUPED
 from vlm.train.parts import learns
 
 log = logging.getLogger(__name__)

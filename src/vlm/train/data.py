@@ -7,10 +7,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from vlm.config.schema import RunConfig
-from vlm.data.collate import ONCE, Collator
+from vlm.data.batching.collator import ONCE, Collator
 from vlm.data.dataset import SampleDataset, dummy_image, dummy_video, load_dataset, split_dataset
+from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import Sample
-from vlm.data.sources import SampleEncoder
 from vlm.data.stream import SampleStream, open_stream
 from vlm.models import VLMProcessor
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.config.head_problems import heads_of
+from vlm.config.derived import heads_of
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
 from vlm.families.table import part_names
 from vlm.models import VLMForPrediction

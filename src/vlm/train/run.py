@@ -7,23 +7,22 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from vlm.adapters.base import base_of
-from vlm.config.head_problems import head_keys, row_keys
+from vlm.assembly.adapter_base import base_of
+from vlm.assembly.settle import load_weights, settle_model
+from vlm.config.derived import head_keys, row_keys
 from vlm.config.schema import RunConfig
-from vlm.data.collate import Collator
+from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset
-from vlm.inference.text_metrics import METRICS, check_metrics
+from vlm.evaluation.text_metrics import METRICS, check_metrics
 from vlm.models import VLMConfig
-from vlm.train.answers import answer_metrics, answerer
 from vlm.train.arguments import training_arguments
-from vlm.train.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
 from vlm.train.data import collator_of, first_samples, load_data
-from vlm.train.measured import meter_of
-from vlm.train.model import compute_dtype, load_weights, prepare, settle_model
-from vlm.train.packing import check_family
+from vlm.train.feature_cache.dataset import check_composed, with_features
+from vlm.train.model import compute_dtype, prepare
+from vlm.train.monitor.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
+from vlm.train.monitor.plots import write_first_batch
+from vlm.train.monitor.profiler import Profile
 from vlm.train.parts import Part, table
-from vlm.train.plots import write_first_batch
-from vlm.train.profiling import Profile
 from vlm.train.run_directory import (
     SkippedRecords,
     choose_directory,
@@ -31,8 +30,10 @@ from vlm.train.run_directory import (
     describe,
     describe_data,
 )
-from vlm.train.seeing import check_composed, with_features
-from vlm.train.stopping import StopWhenAsked
+from vlm.train.sample_generation import answer_metrics, answerer
+from vlm.train.signals import StopWhenAsked
+from vlm.train.step.packing import check_family
+from vlm.train.timed_trainer import meter_of
 from vlm.train.trainer import VLMTrainer, checkpoint_to_resume
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if first := args.process_index == 0:
         describe(folder, config)
     if config.model.head.task is not None:
-        from vlm.train.head_run import train_head  # its measures take seconds to import
+        from vlm.train.heads.run import train_head  # its measures take seconds to import
 
         return train_head(config, folder, args, model_config, processor)
 

@@ -20,7 +20,7 @@ from transformers.utils import is_torchvision_available
 from vlm.config.schema import DatasetConfig, RunConfig
 from vlm.data.dataset import Contribution, SampleDataset, Skipped, need_few
 from vlm.data.stream import SampleStream
-from vlm.train.ranks import as_first_rank
+from vlm.train.distributed import as_first_rank
 
 SKIPPED_FILE = "skipped.jsonl"
 FIRST_OF_STREAM = 1000

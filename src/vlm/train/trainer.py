@@ -19,27 +19,27 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
 
-from vlm.adapters.base import Base
-from vlm.adapters.folder import save as save_on_base
+from vlm.assembly.adapter_base import Base
+from vlm.assembly.adapter_folder import save as save_on_base
 from vlm.config.schema import RunConfig
-from vlm.data.collate import SKIPPED
+from vlm.data.batching.collator import SKIPPED
+from vlm.data.batching.packing import PackSampler
+from vlm.data.batching.samplers import GROUPED, ModalityLengthSampler, TogetherSampler
+from vlm.data.batching.stats import FACTS
 from vlm.data.dataset import SampleDataset, Skipped
-from vlm.data.facts import FACTS
-from vlm.data.packing import PackSampler
-from vlm.data.sampling import GROUPED, ModalityLengthSampler, TogetherSampler
 from vlm.data.stream import SampleStream
+from vlm.evaluation.loss import loss_measures, sample_losses, supervised
 from vlm.families.table import part_names
-from vlm.inference.metrics import loss_measures, sample_losses, supervised
 from vlm.models.modeling_vlm import supervised_loss
 from vlm.train.arguments import order_seed
-from vlm.train.attention import attending_to_packs
-from vlm.train.compiling import uncompiled
-from vlm.train.measured import MeasuredTrainer
-from vlm.train.packing import check_packing, packed_loader, with_grid_positions
+from vlm.train.distributed import wait
 from vlm.train.parts import Part, parameter_groups
-from vlm.train.ranks import wait
-from vlm.train.stopping import StopWhenAsked, left_running
-from vlm.train.vocabulary import CHUNKS, num_chunks, takes_chunks
+from vlm.train.signals import StopWhenAsked, left_running
+from vlm.train.step.chunked_loss import CHUNKS, num_chunks, takes_chunks
+from vlm.train.step.compile import uncompiled
+from vlm.train.step.packed_attention import attending_to_packs
+from vlm.train.step.packing import check_packing, packed_loader, with_grid_positions
+from vlm.train.timed_trainer import MeasuredTrainer
 
 WEIGHTS = "trained.safetensors"
 COMPLETE = "complete"

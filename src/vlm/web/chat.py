@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.config.check import check_inference
+from vlm.checks.run import check_inference
 from vlm.config.schema import InferenceConfig
 from vlm.web.models import HeldModel
 from vlm.web.runs import checkpoints

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.config.check import packaged, run_names
+from vlm.config.packaged import packaged, run_names
 from vlm.config.schema import DatasetConfig
 from vlm.web.html import note, problem
 from vlm.web.plan import Plan, choices
@@ -59,10 +59,10 @@ def open_records(plan: Plan) -> Records:
         raise ValueError(
             "dataset.streaming=true: a stream has no numbers to go by; vlm data show shows its first records"
         )
+    from vlm.assembly.settle import settle_model
     from vlm.data.sources import sources_of
     from vlm.train.data import sample_encoder
-    from vlm.train.head_data import prompt_encoder
-    from vlm.train.model import settle_model
+    from vlm.train.heads.data import prompt_encoder
 
     model_config, processor = settle_model(config, plan.touched())
     encoder = (sample_encoder if config.model.head.task is None else prompt_encoder)(config, model_config, processor)

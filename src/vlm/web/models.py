@@ -57,7 +57,7 @@ class HeldModel:
 
     def _is_on_base(self, checkpoint: str) -> bool:
         """Whether `base` is for it: one that is complete takes none, and the page has several to choose from."""
-        from vlm.adapters.folder import is_on_base
+        from vlm.assembly.adapter_folder import is_on_base
 
         return is_on_base(checkpoint)
 

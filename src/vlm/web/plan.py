@@ -19,9 +19,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.__main__ import need_known_keys, need_values, opened
-from vlm.config.check import ConfigError, check, packaged, run_names
-from vlm.config.explain import explain
+from vlm.checks.compose import need_known_keys, need_values, opened
+from vlm.checks.messages import explain
+from vlm.checks.run import ConfigError, check
+from vlm.config.packaged import packaged, run_names
 from vlm.config.schema import RunConfig
 
 PARTS = ("visual_encoder", "connector", "language_model", "head")

@@ -6,8 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.config.check import run_names
-from vlm.config.overview import description
+from vlm.config.packaged import description, run_names
 from vlm.web import jobs
 from vlm.web.html import note, problem
 from vlm.web.models import HeldModel

@@ -20,8 +20,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, ImageOps
 
-from tests.data.test_video import write_video
-from vlm.data.formats import read_caption
+from tests.data.vision.test_video import write_video
+from vlm.data.records.formats import read_caption
 from vlm.data.sample import Sample
 from vlm.data.tools.clean import Seen, Summary, as_line, clean, main
 from vlm.data.tools.verdicts import Task, Verdict, picture_digest
@@ -230,7 +230,7 @@ def test_duplicates_are_of_records_or_of_pictures(folder: Path, duplicates: str)
 
 def read_either(record: Any, folder: Path) -> Sample:
     """Captions and messages in one file."""
-    from vlm.data.formats import read_messages
+    from vlm.data.records.formats import read_messages
 
     return (read_messages if "messages" in record else read_caption)(record, folder)
 

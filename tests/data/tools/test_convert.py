@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny_parts import picture
-from vlm.data.files import open_records, stream_records
-from vlm.data.formats import FORMATS
+from vlm.data.records.formats import FORMATS
+from vlm.data.records.open import open_records, stream_records
 from vlm.data.sample import BadSample, Picture, Sample, Turn
 from vlm.data.tools import convert
 from vlm.data.tools.convert import CONVERSIONS, OPTIONS, keywords, main

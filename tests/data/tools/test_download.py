@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.data.tools.test_fetch import Site, drip, picture, send
-from vlm.data.formats import read_llava
+from vlm.data.records.formats import read_llava
 from vlm.data.tools import download as module
 from vlm.data.tools import fetch
 from vlm.data.tools.download import Options, Summary, Workers, download, main

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny_parts import picture
-from vlm.cli import main
+from vlm.cli.main import main
 
 
 @pytest.fixture

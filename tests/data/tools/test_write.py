@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlm.data.files import open_records, stream_records
-from vlm.data.formats import FORMATS, read_llava, read_messages
-from vlm.data.pictures import open_pictures
+from vlm.data.records.formats import FORMATS, read_llava, read_messages
+from vlm.data.records.open import open_records, stream_records
 from vlm.data.sample import BadSample, Picture, Sample, Turn, Video
 from vlm.data.tools import write
 from vlm.data.tools.forms import FORMS, is_moved_by_llava, to_llava, to_messages
 from vlm.data.tools.write import writer_for
+from vlm.data.vision.images import open_pictures
 
 COLOURS = {"a.png": (250, 0, 0), "deep/b.jpg": (0, 0, 250), "c.png": (0, 250, 0)}
 

@@ -21,8 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from vlm.data.cache import cache_folder
-from vlm.data.files import Records
-from vlm.data.formats import FORMATS
+from vlm.data.records.formats import FORMATS
+from vlm.data.records.open import Records
 from vlm.data.tools.verdicts import REASONS, Task, Verdict, checked
 
 DUPLICATES = ("record", "picture", "keep")

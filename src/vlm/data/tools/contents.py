@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlm.data.files import PICTURES
-from vlm.data.pictures import ERRORS
+from vlm.data.records.open import PICTURES
 from vlm.data.sample import BadSample, Picture
+from vlm.data.vision.images import ERRORS
 
 
 def as_json(record: dict[str, Any]) -> bytes:

@@ -23,8 +23,8 @@ import msgspec
 from tqdm import tqdm
 
 from vlm.data.cache import cache_folder
-from vlm.data.files import attempt, stream_records
-from vlm.data.formats import FORMATS
+from vlm.data.records.formats import FORMATS
+from vlm.data.records.open import attempt, stream_records
 from vlm.data.sample import BadSample, Sample
 from vlm.data.tools.corpora import SHORT_ANSWER, Context, coco_captions, conceptual_captions, decoded, vqa
 from vlm.data.tools.exports import LabelStudioReader, UbiaiReader

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from vlm.data.files import PICTURES, attempt
+from vlm.data.records.open import PICTURES, attempt
 from vlm.data.sample import BadSample
 from vlm.data.tools.exports import Kind, conversation, typed
 from vlm.data.tools.table import FOLDER_SIZE, Table

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 from msgspec import Struct, field
 
-from vlm.data.files import PICTURES
+from vlm.data.records.open import PICTURES
 from vlm.data.sample import PLACEHOLDER, BadSample
 
 Kind = TypeVar("Kind")

@@ -12,12 +12,13 @@ from PIL import Image
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import drawn
-from vlm.data.encode import IGNORED, Encoded
+from vlm.data.encoding.labels import IGNORED, Encoded
+from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.pages import page, thumbnail, tokens_as_html, tokens_as_text
-from vlm.data.pictures import open_pictures, seen_sizes
 from vlm.data.sample import BadSample
-from vlm.data.sources import SampleEncoder, Source, sources_of
-from vlm.data.video import OpenVideo
+from vlm.data.sources import Source, sources_of
+from vlm.data.vision.images import open_pictures, seen_sizes
+from vlm.data.vision.video import OpenVideo
 
 
 @dataclass(frozen=True)

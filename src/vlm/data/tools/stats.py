@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.counts import Counts, count
 from vlm.data.dataset import drawn
-from vlm.data.sources import SampleEncoder, sources_of
+from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.sources import sources_of
+from vlm.data.token_counts import Counts, count
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from vlm.data.files import Records, open_records
-from vlm.data.formats import reader_of
-from vlm.data.pictures import open_picture
 from vlm.data.processes import num_cores
+from vlm.data.records.formats import reader_of
+from vlm.data.records.open import Records, open_records
 from vlm.data.sample import BadSample, Picture, Sample, Video
-from vlm.data.video import num_frames
+from vlm.data.vision.images import open_picture
+from vlm.data.vision.video import num_frames
 
 REASONS = {
     "refused": "no record of this format, or a file that it names is not there",

@@ -18,7 +18,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm.data.media import pictures_of
+from vlm.data.records.media import pictures_of
 from vlm.data.sample import BadSample, Picture
 from vlm.data.tools.contents import as_json, content_of, ending_of
 from vlm.data.tools.forms import named

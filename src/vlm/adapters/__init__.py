@@ -1,1 +1,0 @@
-"""Checkpoints that are complete together with the base that they name: writing, loading and merging them."""

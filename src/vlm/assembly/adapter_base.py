@@ -1,0 +1,193 @@
+"""What an adapter was trained on: a checkpoint, or the parts of a composition, and how they are known again.
+
+`base.json` holds it. To let a run begin with another kind of base, add it to `base_of`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from vlm.assembly.encoders import encoder_sources
+from vlm.assembly.quantization import kinds_of
+from vlm.config.derived import BASE_FILE
+from vlm.config.schema import PARTS, ModelConfig, RunConfig, from_mapping
+
+WHOLE = "checkpoint"
+"""The name of the only source of a base that is one checkpoint."""
+
+WEIGHTS = (
+    ("model*.safetensors",),
+    ("pytorch_model*.bin",),
+    ("adapter_model.safetensors", "non_lora_trainables.safetensors"),
+)
+"""Patterns of the files that hold weights; the first line that any file fits counts."""
+
+SAMPLES = 16
+SAMPLE_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from.
+
+    Attributes:
+        name: a folder, or a name on the Hub.
+        revision: the commit on the Hub.
+        fingerprint: of the files with the weights, see `fingerprint`.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter was trained on.
+
+    Attributes:
+        sources: `checkpoint`, or the parts that have weights of their own -> where they come from.
+        model: the `model` section of the run, where it was composed from parts.
+    """
+
+    sources: dict[str, Source]
+    model: dict[str, Any] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write `base.json`."""
+        (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def base_of(config: RunConfig, *, composed: bool) -> Base | None:
+    """The base that a run's result is written on top of; None where it is written whole.
+
+    Args:
+        config: the run's.
+        composed: whether the model is one of this framework.
+    """
+    model, started = config.model, config.trainer.from_pretrained
+    if all(getattr(config.trainer.lora, part).r is None for part in PARTS) and not kinds_of(model):
+        return None
+    if started or not composed:
+        name = started or model.hf_name
+        assert name is not None
+        return Base({WHOLE: source_of(name, None if started else model.revision)})
+    sources = {part: source_of(given.hf_name, given.revision) for part, given in _loaded_parts(model).items()}
+    return Base(sources, without_quantization(asdict(model)))
+
+
+def without_quantization(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A `model` section whose parts are stored in full: adapters are merged into such ones."""
+    return {
+        key: {**value, "quantization": None} if isinstance(value, dict) and "quantization" in value else value
+        for key, value in recipe.items()
+    }
+
+
+def source_of(name: str, revision: str | None) -> Source:
+    """A source as it is now; folders by their full path, so that they are found from anywhere."""
+    folder = folder_of(name, revision)
+    if Path(name).is_dir():
+        return Source(str(Path(name).resolve()), None, fingerprint(folder))
+    return Source(name, folder.name if folder.parent.name == "snapshots" else revision, fingerprint(folder))
+
+
+def folder_of(name: str, revision: str | None) -> Path:
+    """The folder that a source's files lie in: itself, or where the Hub's files are kept."""
+    if Path(name).is_dir():
+        return Path(name)
+    found = cached_file(name, "config.json", revision=revision)
+    assert found is not None
+    return Path(found).parent
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the sizes of the files with weights, and of pieces of each: quick, and another training differs.
+
+    Pieces are spread evenly; the first is at the beginning, where composed models keep their connector.
+    """
+    found: list[Path] = []
+    for patterns in WEIGHTS:
+        found = found or sorted(file for pattern in patterns for file in folder.glob(pattern))
+    digest = hashlib.sha256()
+    for file in found:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for step in range(SAMPLES):
+                opened.seek(step * size // SAMPLES)
+                digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def read_base(folder: Path, moved: Sequence[str] = ()) -> Base:
+    """The base of a checkpoint, where it lies now.
+
+    Args:
+        folder: of the checkpoint.
+        moved: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part's.
+
+    Raises:
+        ValueError: a source is no longer there or not what it was, or `moved` names none of them.
+    """
+    content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+    sources = {name: Source(**values) for name, values in content["sources"].items()}
+    for word in moved:
+        part, equals, path = word.partition("=")
+        if not equals or Path(word).exists():
+            part, path = WHOLE, word
+        if part not in sources:
+            needed = "PATH" if WHOLE in sources else " and ".join(f"{name}=PATH" for name in sources)
+            raise ValueError(f"--base {word}: {folder} was trained on {_described(sources)}; give {needed}")
+        if not Path(path).is_dir():
+            raise ValueError(f"--base {word}: no such folder (seen from {Path.cwd()})")
+        sources[part] = replace(sources[part], name=path, revision=None)
+    for part, source in sources.items():
+        _need_same(folder, part, source)
+    return Base(sources, content["model"])
+
+
+def _need_same(folder: Path, part: str, source: Source) -> None:
+    """Raise ValueError where a source that is a folder is gone or holds other weights."""
+    option = "--base " + ("PATH" if part == WHOLE else f"{part}=PATH")
+    if not Path(source.name).is_dir():
+        if source.revision is None:  # a folder then: commits of names on the Hub are known
+            raise ValueError(
+                f"{folder} needs what it was trained on, {source.name}, which is no longer there (or not on this "
+                f"machine). Say where it is now, to vlm generate or vlm merge-lora: {option}"
+            )
+        return  # a commit does not change
+    found = fingerprint(Path(source.name))
+    if found != source.fingerprint:
+        raise ValueError(
+            f"{source.name} is not what {folder} was trained on: its weights differ (fingerprint {found}, needed is "
+            f"{source.fingerprint}). Give the right one: {option}"
+        )
+
+
+def _described(sources: Mapping[str, Source]) -> str:
+    return " and ".join(source.name for source in sources.values())
+
+
+def recipe(base: Base, *, trust_remote_code: bool) -> ModelConfig:
+    """The `model` section to compose a base from; code out of a repository runs only where the caller allows it.
+
+    Raises:
+        AssertionError: the base is one checkpoint.
+    """
+    assert base.model is not None
+    model: ModelConfig = from_mapping(ModelConfig, base.model)
+    for part, given in _loaded_parts(model).items():
+        given.hf_name, given.revision = base.sources[part].name, base.sources[part].revision
+        given.trust_remote_code = given.trust_remote_code and trust_remote_code
+    return model
+
+
+def _loaded_parts(model: ModelConfig) -> dict[str, Any]:
+    """What has weights of its own to load, under its key in `model`; each of several visual encoders."""
+    return {**encoder_sources(model.visual_encoder), "language_model": model.language_model}

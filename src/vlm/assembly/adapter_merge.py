@@ -1,0 +1,50 @@
+"""`vlm merge-lora CHECKPOINT OUT`: a complete checkpoint out of an adapter and its base."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.config.derived import BASE_FILE
+
+NOT_COPIED = (BASE_FILE, "adapter_*", "non_lora_trainables.*", "config.json", "*.bin", ".*", "README.md")
+"""Files of an adapter's folder that the complete checkpoint does not need, or writes itself."""
+
+
+def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote_code: bool = False) -> str:
+    """Write the complete checkpoint, in the precision of the base, which is returned by its name.
+
+    A folder appears only once it is whole.
+
+    Args:
+        checkpoint: a folder that `vlm.assembly.adapter_folder.save` wrote, or a name on the Hub.
+        out: a folder that is not there yet, or is empty.
+        moved: where the base lies now, see `read_base`.
+        trust_remote_code: whether code out of repositories may run.
+
+    Raises:
+        ValueError: there is no adapter, its base is not found, or `out` holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already; name a new folder")
+    from transformers.utils.logging import disable_progress_bar
+
+    if not Path(checkpoint).is_dir() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
+        raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
+    from vlm.assembly.adapter_folder import is_on_base, load, local_folder  # torch comes with it
+
+    disable_progress_bar()
+    if not is_on_base(checkpoint):
+        hint = "; a run's result is its folder final" if Path(checkpoint, "final", BASE_FILE).is_file() else ""
+        raise ValueError(f"{checkpoint}: no {BASE_FILE} there, so it is no adapter on a base{hint}")
+    model = load(checkpoint, moved=moved, trust_remote_code=trust_remote_code)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        shutil.copytree(local_folder(checkpoint), unfinished, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        model.save_pretrained(unfinished)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return str(model.dtype).removeprefix("torch.")

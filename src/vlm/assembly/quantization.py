@@ -1,0 +1,82 @@
+"""Parts whose matrices are stored in 4 or 8 bits, by bitsandbytes through transformers. Imports the table of families.
+
+They stay frozen; adapters train on them (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Norms, embeddings and
+`lm_head` keep the precision of the run.
+"""
+
+from collections.abc import Collection, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+
+from vlm.assembly.family import auto_class
+from vlm.families.table import part_names
+
+
+def bits_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndBytesConfig:
+    """The configuration of `8bit` or `4bit` (NF4, its constants quantised too).
+
+    Args:
+        kind: `8bit` or `4bit`.
+        skipped: full names of the layers that stay as they are; None: `lm_head`, as transformers finds it.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or knows nothing of this machine's device.
+    """
+    need_bitsandbytes(kind)
+    skip = None if skipped is None else sorted(skipped)
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skip
+    )
+
+
+def need_bitsandbytes(kind: str) -> None:
+    """Raise ValueError where bitsandbytes cannot quantise here."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantization {kind}: bitsandbytes is not installed: pip install 'small-vlm[quant]'")
+    from bitsandbytes import supported_torch_devices  # slow to import, and only some runs need it
+
+    found = torch.accelerator.current_accelerator()
+    device = "cpu" if found is None else found.type
+    if device not in supported_torch_devices:
+        allowed = ", ".join(sorted(supported_torch_devices))
+        raise ValueError(f"quantization {kind}: bitsandbytes cannot use this machine's {device}; it can use {allowed}")
+
+
+def bits_of_whole(config: PreTrainedConfig, kinds: Mapping[str, str]) -> BitsAndBytesConfig | None:
+    """For a complete checkpoint: the configuration that quantises the named parts' Linear layers and no others.
+
+    Args:
+        config: of the model.
+        kinds: part -> `8bit` or `4bit`, the same for all; empty: nothing is quantised.
+    """
+    if not kinds:
+        return None
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    names = part_names(config)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = model.get_output_embeddings()
+    skipped = [
+        name for name in linear if model.get_submodule(name) is head or names.part_of(f"{name}.weight") not in kinds
+    ]
+    return bits_config(next(iter(kinds.values())), skipped)
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the layers that are stored in 4 bits multiply in a precision, whatever their first input has."""
+    for module in model.modules():
+        if hasattr(module, "compute_type_is_set"):  # bitsandbytes' Linear4bit
+            layer: Any = module
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+
+
+def kinds_of(model: Any) -> dict[str, str]:
+    """Part -> kind, of the parts that a `ModelConfig` quantises."""
+    found = {part: getattr(model, part).quantization for part in ("visual_encoder", "language_model")}
+    return {part: kind for part, kind in found.items() if kind is not None}

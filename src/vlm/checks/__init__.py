@@ -1,0 +1,1 @@
+"""What a run refuses before any weight loads, and how refusals are worded."""

@@ -1,0 +1,175 @@
+"""From a command line to a checked configuration: what Hydra composes, as plain dataclasses.
+
+Imports neither torch nor a model.
+"""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vlm.checks.messages import NO_BASE, explain, unknown_key
+from vlm.checks.run import ConfigError, check, check_inference
+from vlm.config.packaged import NOT_RUNS, run_names
+from vlm.config.schema import InferenceConfig, RunConfig
+
+
+class RunError(ConfigError):
+    """What a run refused once it had begun, on this rank."""
+
+
+def with_config(argv: Sequence[str] | None, act: Callable[[RunConfig, str, list[str]], object]) -> None:
+    """Compose and check a configuration, and act on it; what the user has to mend ends the program with a message.
+
+    Args:
+        argv: the command line; None: this process's.
+        act: what is done with the configuration, its name and the keys that the command line sets.
+    """
+    _compose(argv, lambda composed: _checked(composed, act))
+
+
+def inference_of(argv: list[str]) -> InferenceConfig:
+    """How answers are drawn where a run draws some; what else the run needs may be missing.
+
+    What the user has to mend ends the program with a message.
+    """
+    found: list[Any] = []
+
+    def take(composed: DictConfig) -> None:
+        _need_run(composed)
+        need_known_keys(composed)
+        found.append(OmegaConf.to_object(composed.inference))
+        check_inference(found[0])
+
+    _compose(argv, take)
+    return found[0]
+
+
+def _compose(argv: Sequence[str] | None, act: Callable[[DictConfig], None]) -> None:
+    """Let Hydra compose a configuration, and act on it; what the user has to mend ends the program with a message."""
+    words = [opened(word) for word in take_launcher_words(sys.argv[1:] if argv is None else argv)]
+    sys.argv = ["vlm", *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    refused: list[Exception] = []
+
+    def job(composed: DictConfig) -> None:
+        try:
+            act(composed)
+        except (OmegaConfBaseException, ConfigError) as error:
+            refused.append(error)  # Hydra would print the whole command line before it
+
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://vlm.config", config_name="base")(job)()
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        refused.append(error)
+    if refused:
+        # What every rank of a machine finds before the run, one says; what only one may find later, each says.
+        silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
+        sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
+
+
+def _checked(composed: DictConfig, act: Callable[[RunConfig, str, list[str]], object]) -> None:
+    """From the composed configuration on, everything is plain dataclasses."""
+    hydra_config = HydraConfig.get()
+    name = _need_run(composed)
+    need_known_keys(composed)
+    need_values(composed)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    check(config)
+    overrides = [override.split("=")[0].lstrip("+~").replace("/", ".") for override in hydra_config.overrides.task]
+    speaks = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
+    sys.path.append(os.getcwd())  # where a connector class of the user's own may lie; `python -m` has it anyway
+    try:
+        act(config, name, overrides)
+    except (ValueError, FloatingPointError) as error:
+        if is_users(error):
+            raise RunError(str(error)) from error
+        raise
+
+
+def _need_run(composed: DictConfig) -> str:
+    """The name of a configuration that is a run.
+
+    Raises:
+        ConfigError: none was named, or it does not build on ours.
+    """
+    name = HydraConfig.get().job.config_name or "base"
+    if name in NOT_RUNS:
+        raise ConfigError(f"choose a run: -cn {'|'.join(run_names())}, or a YAML of your own with --config-dir")
+    if OmegaConf.get_type(composed) is not RunConfig:
+        raise ConfigError(NO_BASE)
+    return name
+
+
+def need_known_keys(node: DictConfig, path: str = "") -> None:
+    """Refuse keys that `+` added to a section of the schema, which Hydra lets pass.
+
+    Raises:
+        ConfigError: with the full key and the nearest one that there is.
+    """
+    kind = OmegaConf.get_type(node)
+    if kind is None or not is_dataclass(kind):
+        return
+    names = [field.name for field in fields(kind)]
+    for name in map(str, node):
+        key = f"{path}.{name}" if path else name
+        if name not in names:
+            raise ConfigError(unknown_key(key, names))
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            continue
+        if isinstance(node[name], DictConfig):
+            need_known_keys(node[name], key)
+
+
+def need_values(composed: DictConfig) -> None:
+    """Refuse a configuration in which keys that must be given are not.
+
+    Raises:
+        ConfigError: names all such keys.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: a value is needed, for example {missing[0]}=…")
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error was raised by this package about the user's input, and needs no traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("vlm.")
+
+
+def opened(word: str) -> str:
+    """A word of the command line; keys of mappings whose names are the user's to choose need no `+`."""
+    key, equals, value = word.partition("=")
+    if named := re.fullmatch(r"(dataset\.sources|model\.head\.beside)\.(\w+)((?:\.\w+)*)", key):
+        names = [named[2], *named[3].split(".")[1:]]
+        return f"++{named[1]}={''.join(f'{{{name}: ' for name in names)}{value}{'}' * len(names)}"
+    return f"++{word}" if equals and re.fullmatch(r"dataset\.(options|sources)(\.\w+)*", key) else word
+
+
+def take_launcher_words(words: Sequence[str]) -> list[str]:
+    """The command line without `--local_rank=N`, which launchers add and Hydra refuses; it goes to the environment."""
+    kept = []
+    rest = iter(words)
+    for word in rest:
+        if match := re.fullmatch(r"--local[-_]rank(?:=(\d+))?", word):
+            os.environ.setdefault("LOCAL_RANK", match.group(1) or next(rest, "0"))
+        else:
+            kept.append(word)
+    return kept

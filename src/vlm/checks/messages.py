@@ -1,0 +1,132 @@
+"""Refusals of Hydra and OmegaConf in the user's terms: the key, what was got, what is allowed.
+
+Imports neither torch nor a model. A message of our own is a `ConfigError`, raised where the value is checked.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from vlm.checks.run import ConfigError, shown
+from vlm.config.packaged import group_names, run_names
+from vlm.config.schema import key_names
+
+NEEDED = {
+    "converted to Float": "a number is needed",
+    "converted to Integer": "a whole number is needed",
+    "not a valid bool": "true or false is needed",
+    "is not Optional": "a value is needed",
+    "does not support deletion": "a key cannot be removed; give it another value",
+}
+"""What OmegaConf says of a value, and what we say."""
+
+MOST = 40
+"""So many names are listed; of more, the nearest one is named."""
+
+NO_BASE = (
+    "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
+)
+
+
+def explain(error: BaseException) -> str:
+    """The message for an error that Hydra or OmegaConf raised while it composed."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for one in chain:
+        if isinstance(one, MissingConfigException):
+            return _missing_file(one)
+        if isinstance(one, OverrideParseException):
+            return _unreadable(one.override)
+        if isinstance(one, ConfigAttributeError | ConfigKeyError) and one.full_key:
+            return _unknown_key(one)
+        if isinstance(one, OmegaConfBaseException) and one.full_key:
+            return _wrong_value(one)
+    text = str(error)
+    if isinstance(error, YAMLError):
+        return f"not YAML: {text}"
+    if section := re.match(r"Could not override '([\w/]+)'\. No match in the defaults list", text):
+        return unknown_option(section[1].replace("/", "."), group_names())
+    return text.strip()
+
+
+def unknown(name: str, allowed: Sequence[str], prefix: str = "") -> str:
+    """Hints for a name that is not allowed: the nearest one, and all if they are few."""
+    near = get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {prefix}{near[0]}?" if near else ""
+    listing = f" Allowed are {', '.join(allowed) or 'none'}." if len(allowed) <= MOST else ""
+    return hint + listing or " vlm -cn RUN --cfg job shows all."
+
+
+def unknown_key(key: str, allowed: Iterable[str]) -> str:
+    """The message for a key that the schema does not have."""
+    parent, _, name = key.rpartition(".")
+    hint = unknown(name, list(allowed), f"{parent}." if parent else "")
+    own = f" An option of a connector class of your own: +{key}=…" if parent == "model.connector.options" else ""
+    return f"{key}: no such key.{hint}{own}"
+
+
+def unknown_option(key: str, groups: Sequence[str]) -> str:
+    """The message for a whole section that was given one value."""
+    group = key.replace(".", "/")
+    choose = f" A packaged choice of it is {group}=…" if group in groups else ""
+    names = key_names(key)
+    listing = ", ".join(names if len(names) <= 12 else [*names[:12], "…"])
+    return f"{key}: it is a section; set one of its keys ({listing}).{choose}"
+
+
+def _missing_file(error: MissingConfigException) -> str:
+    """A run or a group's option that does not exist."""
+    path = str(error.missing_cfg_file)
+    group, _, name = path.rpartition("/")
+    if error.options is not None:
+        return f"{group}={name}: no such choice.{unknown(name, list(error.options))}"
+    if "primary config" in str(error):
+        names = run_names()
+        return f"-cn {path}: no such run.{unknown(path, names)} A YAML of your own needs --config-dir FOLDER too."
+    return str(error).split("Config search path")[0].strip()
+
+
+def _unreadable(override: str) -> str:
+    """A word of the command line that is no `key=value`."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: a word of the form key=value is needed; vlm --help"
+    if value.startswith("~"):
+        return f"{override}: ~ is not replaced here; write {key}=$HOME{value[1:]}"
+    return f"{override}: it has characters with a meaning of their own; quote the value: '{key}=\"{value}\"'"
+
+
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    """A key that is in no schema, or a group that does not exist."""
+    key = str(error.full_key)
+    if "/" in key:
+        return f"{key}: no such group.{unknown(key, group_names())}"
+    parent: Any = error.parent_node
+    if "." not in key and isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent)):
+        return NO_BASE
+    allowed = [str(name) for name in parent] if isinstance(parent, DictConfig) else key_names(key.rpartition(".")[0])
+    return unknown_key(key, [name for name in allowed if name != "hydra"])
+
+
+def _wrong_value(error: OmegaConfBaseException) -> str:
+    """A value of the wrong type."""
+    key, text = str(error.full_key), str(error.msg or error).splitlines()[0]
+    if "is not a subclass of" in text:
+        return unknown_option(key, group_names())
+    needed = next((ours for theirs, ours in NEEDED.items() if theirs in text), text)
+    quoted = re.search(r"[Vv]alue '(.*?)'", text)
+    if "deletion" in text:
+        return f"~{key}: {needed}"
+    if needed == text:
+        return f"{key}: {text}"
+    return f"{key}={quoted[1] if quoted else shown(error.value)}: {needed}"

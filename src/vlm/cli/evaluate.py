@@ -1,0 +1,143 @@
+"""The subcommand `vlm eval`: a model's answers to a file of records, or lmms-eval's tasks.
+
+What imports torch is imported when the command has been understood.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.cli.model_options import add_drawing_options, add_loading_options, loaded, settings_of
+from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
+from vlm.config.schema import DatasetConfig
+from vlm.evaluation.output import markdown, need_no_results, need_references, place_of, write_json
+
+OF_RECORDS = (
+    "format", "option", "image_folder", "temperature", "top_p", "num_beams", "max_new_tokens", "cache_implementation",
+    "seed", "config_name", "config_dir", "overrides",
+)  # fmt: skip
+"""Options that tasks do not take, which say themselves what is asked and how answers are drawn."""
+OF_TASKS = ("limit", "include_path", "lmms_eval_python")
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `vlm eval` takes."""
+    found = argparse.ArgumentParser(
+        "vlm eval", description="Measure a model: on a file of records, or on tasks of lmms-eval."
+    )
+    found.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    found.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where results go (eval/ beside the checkpoint, in its run)"
+    )
+    records = found.add_argument_group("a file of records")
+    records.add_argument("--data", dest="input", metavar="FILE", help="records with replies, as training reads them")
+    records.add_argument(
+        "--metrics", default="exact_match,loss", metavar="NAME,NAME",
+        help="exact_match, vqa_accuracy, anls, cider, bleu, rouge, loss (%(default)s)",
+    )  # fmt: skip
+    add_reading_options(records)
+    found.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video")
+    tasks = found.add_argument_group("tasks of lmms-eval", "in its own environment, which `make install-eval` makes")
+    tasks.add_argument("--tasks", metavar="NAME,NAME", help="mme, gqa, textvqa_val …")
+    tasks.add_argument(
+        "--limit", type=float, metavar="N", help="of each task the first N documents, or a share of them"
+    )
+    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="where tasks of your own are")
+    tasks.add_argument("--lmms-eval-python", type=Path, metavar="FILE", help="the Python that has lmms-eval")
+    add_drawing_options(found)
+    add_loading_options(found)
+    return found
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm eval CHECKPOINT --data RECORDS --metrics …`, or `--tasks …`."""
+    args = parser().parse_intermixed_args(words)
+    try:
+        if (args.input is None) == (args.tasks is None):
+            raise ValueError("give --data for a file of records, or --tasks for tasks of lmms-eval")
+        mode, strange = ("--data", OF_TASKS) if args.input else ("--tasks", OF_RECORDS)
+        for name in strange:
+            if getattr(args, name) not in (None, []):
+                raise ValueError(f"--{name.replace('_', '-')} does not go with {mode}")
+        check_reading_options(args, "--data")
+        _tasks(args) if args.tasks else _records(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm eval: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nvlm eval: stopped" + ("; the same command goes on with it" if args.input else ""))
+
+
+def _records(args: argparse.Namespace) -> None:
+    """Measure answers to a file of records."""
+    from vlm.evaluation.text_metrics import ALL_METRICS, LOSS, check_metrics
+
+    names = list(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"--metrics {args.metrics!r}: allowed are {', '.join(ALL_METRICS)}")
+    check_metrics(names, ALL_METRICS, "--metrics ")
+    place = place_of(args.checkpoint, Path(args.input).stem, args.output)
+    need_no_results(place, overwrite=args.overwrite)
+    config, settings = source_config(args), settings_of(args)
+    need_references(config, names)
+
+    from vlm.assembly.adapter_base import fingerprint
+    from vlm.assembly.adapter_folder import local_folder
+    from vlm.data.cache import cache_folder, digest_of
+    from vlm.evaluation.records import evaluate, write_results
+
+    model = loaded(args)
+    print(f"Results go to {place}")
+    form = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
+    found = evaluate(
+        model, config, names, place, settings, cache=cache_folder(None), fingerprint=digest_of(form),
+        batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    drawn = {} if names == [LOSS] else {"inference": vars(settings), "seed": args.seed}
+    write_results(place, found, {**_asked(args), "data": args.input, **drawn})
+    print(f"\n{found.records:,} records\n\n{found}\n\n{place / 'results.json'}")
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    """Run lmms-eval's tasks, and write what came of them."""
+    from vlm.evaluation.bootstrap import columns
+    from vlm.evaluation.lmms_run import as_json, interpreter, model_args, rows_of, run_tasks, scores_of
+
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if args.limit is not None and args.limit <= 0:
+        raise ValueError(f"--limit {args.limit:g}: a number above 0 is needed")
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise ValueError(f"--include-path {args.include_path}: no such folder (seen from {Path.cwd()})")
+    place = place_of(args.checkpoint, "+".join(tasks)[:80], args.output)
+    need_no_results(place, overwrite=args.overwrite)
+    python = interpreter(args.lmms_eval_python)
+
+    from vlm.assembly.checkpoint import checkpoint_config
+    from vlm.models import VLMPredictionConfig
+
+    if isinstance(checkpoint_config(args.checkpoint), VLMPredictionConfig):
+        raise ValueError(f"{args.checkpoint} has prediction heads: ask it with vlm predict, or vlm.Predictor")
+    given = {
+        "pretrained": args.checkpoint, "base": ";".join(args.base) or None, "device": args.device, "dtype": args.dtype,
+        "quantization": args.quantization, "max_frames": args.max_frames, "system_prompt": args.system_prompt,
+        "trust_remote_code": args.trust_remote_code or None,
+    }  # fmt: skip
+    arguments = model_args({name: value for name, value in given.items() if value is not None})
+    results = run_tasks(
+        python, arguments, tasks, batch_size=args.batch_size, limit=args.limit, include=args.include_path
+    )
+    scores = scores_of(results)
+    rows = rows_of(scores)
+    write_json(place, {**_asked(args), "limit": args.limit, "results": as_json(scores)})
+    limited = [] if args.limit is None else [f"Of each task only a part was asked (--limit {args.limit:g})."]
+    parts = [f"`{args.checkpoint}`", markdown(rows[0], rows[1:]), *limited]
+    (place / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"\n{columns(rows)}\n\n{place / 'results.json'}")
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, and how it was loaded."""
+    names = ("checkpoint", "base", "dtype", "quantization", "system_prompt", "batch_size")
+    return {name: getattr(args, name) for name in names}

@@ -1,0 +1,80 @@
+"""The subcommand `vlm generate`: one question, or a file of records.
+
+What imports torch is imported when the command has been understood.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vlm.cli.model_options import add_drawing_options, add_loading_options, loaded, settings_of
+from vlm.cli.record_options import add_record_options, check_record_options, source_config
+from vlm.config.schema import InferenceConfig
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `vlm generate` takes."""
+    found = argparse.ArgumentParser(
+        "vlm generate", description="Ask a trained model: about pictures and videos, or about every record of a file."
+    )
+    found.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    one = found.add_argument_group("one question")
+    one.add_argument("--prompt", help="the question; <image> and <video> in it say where one stands")
+    one.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    one.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
+    add_record_options(found, "answers.jsonl or answers.csv")
+    add_drawing_options(found)
+    add_loading_options(found)
+    return found
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm generate CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
+    args = parser().parse_intermixed_args(words)
+    try:
+        check_record_options(args)
+        settings = settings_of(args)
+        _generate_file(args, settings) if args.input else _generate_one(args, settings)
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm generate: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nvlm generate: stopped" + ("; the same command goes on with it" if args.input else ""))
+
+
+def _generate_one(args: argparse.Namespace, settings: InferenceConfig) -> None:
+    """Print the answer as it comes."""
+    from vlm.inference.generate import check_videos, opened, user_turn
+
+    images = opened(args.image)
+    check_videos(args.video, args.max_frames)  # what is wrong is said before a model loads
+    user_turn(args.prompt, len(images), [()] * len(args.video))
+    model = loaded(args)
+    from transformers import set_seed
+
+    from vlm.inference.conversation import Conversation
+
+    if args.seed is not None:
+        set_seed(args.seed)
+    asked = Conversation(model, settings, system_prompt=args.system_prompt, max_frames=args.max_frames)
+    for piece in asked.ask(args.prompt, images, args.video):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
+    """Write a table, and say how many records it has."""
+    from vlm.assembly.adapter_base import fingerprint
+    from vlm.assembly.adapter_folder import local_folder
+    from vlm.data.cache import cache_folder, digest_of
+    from vlm.inference.generate_file import generate_file
+
+    config = source_config(args)
+    model = loaded(args)
+    form = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
+    rows = generate_file(
+        model, config, args.output, settings, cache=cache_folder(None), fingerprint=digest_of(form),
+        batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    bad = sum(bool(row["error"]) for row in rows)
+    print(f"{len(rows):,} records: {args.output}" + (f"; {bad} were not asked, column error says why" if bad else ""))

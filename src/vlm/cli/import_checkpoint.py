@@ -1,0 +1,57 @@
+"""`vlm import SOURCE OUT`: a LLaVA checkpoint of others as one of this framework.
+
+Modules that import torch are imported when the command has been understood.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm import SOURCE OUT`."""
+    args = make_parser().parse_args(words)
+    try:
+        import_checkpoint(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm import: {error}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `vlm import`."""
+    purpose = (
+        "A LLaVA checkpoint (the original code's: whole, projector or LoRA; or transformers'; 1.5, LLaVA-NeXT and "
+        "LLaVA-OneVision) as one of this framework, to ask and to train on."
+    )
+    parser = argparse.ArgumentParser("vlm import", description=purpose)
+    parser.add_argument("source", help="a folder, or a name on the Hub")
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--base-model", metavar="MODEL", help="the language model under a projector or a LoRA adapter")
+    parser.add_argument("--vision-tower", metavar="MODEL", help="the visual encoder, in place of the named one")
+    parser.add_argument("--template", help="plain, v1, chatml … or a .jinja file; default: what the source speaks")
+    parser.add_argument("--image-mode", choices=["square", "pad"], help="default: as the source has it")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the language model's")
+    return parser
+
+
+def import_checkpoint(args: argparse.Namespace) -> None:
+    """Import the checkpoint and print what it became."""
+    import torch
+
+    from vlm.hub import importing
+
+    config, processor = importing.import_checkpoint(
+        args.source, args.out, base_model=args.base_model, vision_tower=args.vision_tower, template=args.template,
+        image_mode=args.image_mode, dtype=getattr(torch, args.dtype) if args.dtype else None,
+    )  # fmt: skip
+    begins = str(processor.chat_template).splitlines()[0].strip("{#- }")
+    seen = f"{processor.tokens_per_image} tokens a picture, image_mode={processor.image_mode}"
+    if (tiling := processor.tiling) is not None:
+        limit = "" if tiling.max_tiles is None else f", shrunk to about {tiling.max_tiles} tiles"
+        seen = f"{processor.tokens_per_image} tokens a tile, pictures in {len(tiling.grids)} grids of tiles{limit}"
+    print(f"{args.out}: {seen}, {config.dtype}")
+    print(f"Its chat template: {begins}")
+    print(f"Ask it:  vlm generate {args.out} --image FILE --prompt 'What is in this picture?'")

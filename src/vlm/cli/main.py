@@ -1,0 +1,37 @@
+"""The console script `vlm`: subcommands, the overview, and the training entry for everything else."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from vlm.cli.overview import overview
+
+COMMANDS = {
+    "generate": "generate",
+    "chat": "chat",
+    "predict": "predict",
+    "eval": "evaluate",
+    "serve": "serve",
+    "web": "web",
+    "data": "data",
+    "models": "models",
+    "import": "import_checkpoint",
+    "export": "export_checkpoint",
+    "merge-lora": "merge_lora",
+    "push-to-hub": "push_to_hub",
+}
+"""Subcommand -> its module in `vlm.cli`, whose `main` takes the words behind it."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand that the command line names; any other command line is a training run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["--help"], ["-h"], ["help"]):
+        print(overview())
+    elif words == ["--version"]:
+        print(version("small-vlm"))
+    elif words and words[0] in COMMANDS:
+        import_module(f"vlm.cli.{COMMANDS[words[0]]}").main(words[1:])
+    else:
+        import_module("vlm.cli.train").main(words)

@@ -1,0 +1,105 @@
+"""What `vlm models` prints: parts and families, read from the tables, the YAML files and the installed libraries."""
+
+import argparse
+import importlib.util
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import CONFIG_MAPPING
+from transformers.utils import is_flash_attn_2_available
+
+from vlm.assembly.family import auto_class
+from vlm.config.packaged import packaged
+from vlm.families.table import FAMILIES
+from vlm.models.connectors import CONNECTORS
+from vlm.models.head_tasks import TASKS
+from vlm.models.poolings import POOLINGS
+
+ATTENTION = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
+"""Implementation -> the attribute of a model class that says whether it takes it."""
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm models`."""
+    purpose = "Parts and families of models that can be trained, and what each of them takes."
+    argparse.ArgumentParser("vlm models", description=purpose).parse_args(words)
+    print(listing())
+
+
+def listing() -> str:
+    """Parts of composed models, families of whole ones, and what this machine has installed for them."""
+    sections = [
+        ("Visual encoders: model/visual_encoder=…, or the hf_name of any CLIP, SigLIP, DINOv2 or timm model",
+         table(("name", "hf_name"), part_rows("visual_encoder"))),
+        ("Connectors: model/connector=…, or model.connector.type=package.module:Class",
+         table(("name", "what it is"), connector_rows())),
+        ("Language models: model/language_model=…, or the hf_name of any AutoModelForCausalLM",
+         table(("name", "hf_name"), part_rows("language_model"))),
+        ("Whole models: model=…, or model.hf_name=… of the same family",
+         table(("family", "model_type", "model=", "pictures", "videos", "attention", "quantised"), family_rows())),
+        ("Prediction heads: model/head=" + ", ".join(TASKS) + "; model.head.pooling=…", table(
+            ("pooling", "what is read"), iter(POOLINGS.items()))),
+        ("Quantised: the share of its weights that model.language_model.quantization and "
+         "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", table(("", ""), installed())),
+    ]  # fmt: skip
+    return "\n\n".join(f"{title}\n{body}" for title, body in sections)
+
+
+def part_rows(group: str) -> Iterator[tuple[str, str]]:
+    """The packaged choices of a group of parts, and what they load."""
+    for name, values in choices(f"model/{group}"):
+        yield name, values.hf_name or "any, by its hf_name" if "hf_name" in values else ""
+
+
+def connector_rows() -> Iterator[tuple[str, str]]:
+    """The table of connectors, each with the first line of its docstring."""
+    for name, kind in CONNECTORS.items():
+        yield name, (kind.__doc__ or "").strip().split("\n")[0]
+
+
+def family_rows() -> Iterator[tuple[str, ...]]:
+    """The table of families, and what the installed classes say of themselves."""
+    for model_type, family in FAMILIES.items():
+        config = CONFIG_MAPPING[model_type]()
+        auto = auto_class(config)
+        kind = auto._model_mapping[type(config)]
+        attention = ["eager", *(name for name, flag in ATTENTION.items() if getattr(kind, flag))]
+        videos = "as videos" if family.videos else "as frames"
+        share = f"{quantisable(auto, config):.0%}"
+        yield family.name, model_type, ", ".join(family.choices), "several", videos, ", ".join(attention), share
+
+
+def quantisable(auto: Any, config: Any) -> float:
+    """The share of a model's weights, at its family's default size, that lie in Linear layers."""
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    head = model.get_output_embeddings()
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
+    return sum(module.weight.numel() for module in linear) / sum(weight.numel() for weight in model.parameters())
+
+
+def installed() -> Iterator[tuple[str, str]]:
+    """What is installed for attention, quantisation and videos."""
+    yield "flash_attention_2", "yes" if is_flash_attn_2_available() else "no: pip install 'small-vlm[flash]'"
+    for package, extra, use in (("bitsandbytes", "quant", "4bit, 8bit"), ("av", "video", "videos")):
+        found = importlib.util.find_spec(package) is not None
+        yield use, f"{package}: yes" if found else f"{package}: no: pip install 'small-vlm[{extra}]'"
+
+
+def choices(group: str) -> Iterator[tuple[str, Any]]:
+    """The packaged YAML files of a group, with their content."""
+    folder = resources.files("vlm.config").joinpath(group)
+    for name in packaged("vlm.config", group, ".yaml"):
+        yield name, OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def table(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
+    """Rows in columns, as wide as they need to be."""
+    lines = [tuple(head), *rows]
+    widths = [max(len(row[place]) for row in lines) for place in range(len(head))]
+    shown = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in lines]
+    return "\n".join(line.rstrip() for line in (shown if any(head) else shown[1:]))

@@ -1,0 +1,41 @@
+"""What `vlm --help` prints, read from the YAML files. Imports neither torch nor Hydra."""
+
+from textwrap import fill
+
+from vlm.config.packaged import description, group_names, packaged, run_names
+
+USAGE = """\
+vlm composes, trains and asks vision-language models.
+
+  vlm -cn RUN dataset.path=RECORDS [key=value …]            train
+  vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; of a file: --input, --output
+  vlm chat CHECKPOINT --image FILE                          talk with a trained model
+  vlm predict CHECKPOINT --image FILE --prompt TEXT         ask a trained head; of a file: --input, --output
+  vlm eval CHECKPOINT --data RECORDS --metrics NAME,NAME    measure a trained model; or --tasks of lmms-eval
+  vlm web                                                   a page: chat, predict, train, look through data
+  vlm data TOOL …                                           download, convert, clean, stats, show; vlm data --help
+  vlm models                                                what can be trained: parts, families, what each takes
+  vlm import SOURCE OUT                                     a LLaVA checkpoint as one of this framework
+  vlm export CHECKPOINT OUT --format llava                  a checkpoint for transformers and vLLM; vlm export --help
+  vlm merge-lora CHECKPOINT OUT                             an adapter and its base as one complete checkpoint
+  vlm serve CHECKPOINT                                      a model as OpenAI's chat completions
+  vlm push-to-hub CHECKPOINT --repo OWNER/NAME              a checkpoint on the Hub, for plain transformers
+
+On several GPUs: torchrun --nproc-per-node 8 -m vlm -cn RUN …, or deepspeed --module vlm -cn RUN …"""
+
+HINTS = """\
+Any key can be set (trainer.num_train_epochs=2), any group exchanged (model/language_model=qwen2.5-0.5b).
+vlm -cn RUN --cfg job shows every key with its value and trains nothing; --config-dir FOLDER adds your YAML files."""
+
+
+def overview() -> str:
+    """Usage, the shipped runs with what they are for, and the groups with their choices."""
+    runs = "\n".join(_entry(name, description(name), 26) for name in run_names())
+    groups = "\n".join(_entry(group, ", ".join(packaged("vlm.config", group, ".yaml")), 24) for group in group_names())
+    return f"{USAGE}\n\nRuns\n{runs}\n\nGroups and their choices\n{groups}\n\n{HINTS}"
+
+
+def _entry(name: str, text: str, width: int) -> str:
+    """A name and what belongs to it, in two columns."""
+    lead = f"  {name:<{width - 2}}"
+    return fill(text, 118, initial_indent=lead, subsequent_indent=" " * width, break_on_hyphens=False)

@@ -1,0 +1,193 @@
+"""`push-to-hub`, which is `vlm push-to-hub`: a checkpoint as a repository on the Hub.
+
+What is not given as an option is asked; where there is no terminal, it is an error that names the option.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from vlm.assembly.adapter_merge import merge
+from vlm.cli.model_options import add_base_option
+
+
+def push_parser() -> argparse.ArgumentParser:
+    """What `push-to-hub` takes."""
+    purpose = "Upload a checkpoint, with its code and a model card, so that plain transformers loads it by its name."
+    parser = argparse.ArgumentParser("push-to-hub", description=purpose)
+    parser.add_argument("folder", nargs="?", type=Path, metavar="CHECKPOINT", help="a run's folder `final`")
+    parser.add_argument("--checkpoint", type=Path, metavar="CHECKPOINT", help="the same, as an option")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="the repository; without OWNER, your own")
+    parser.add_argument("--force", action="store_true", help="go on if the repository holds something already")
+    parser.add_argument("--yes", action="store_true", help="upload without asking once more")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--private", action="store_true", help="a new repository is for you alone (the default)")
+    shown.add_argument("--public", action="store_true", help="a new repository is for everybody")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch; one that is not there is made (main)")
+    parser.add_argument("--license", metavar="ID", help="the licence's identifier on the Hub, such as apache-2.0")
+    parser.add_argument("--merge", action="store_true", help="merge an adapter into its base first")
+    add_base_option(parser)
+    parser.add_argument("--trust-remote-code", action="store_true", help="with --merge: code of the base may run")
+    parser.add_argument("--dry-run", action="store_true", help="prepare and list the files, upload nothing")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="with --dry-run: a new folder for them")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """`push-to-hub CHECKPOINT --repo OWNER/NAME`."""
+    parser = push_parser()
+    args = parser.parse_args(words)
+    if args.folder and args.checkpoint:
+        parser.error("give CHECKPOINT once")
+    if args.output and not args.dry_run:
+        parser.error("--output is where --dry-run leaves the files; give both")
+    args.checkpoint = args.checkpoint or args.folder
+    try:
+        _need_answers(args)
+        _prepare_only(args) if args.dry_run else _push(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"push-to-hub: {error}")
+    except (KeyboardInterrupt, EOFError):
+        sys.exit("push-to-hub: stopped; what has arrived on the Hub is not sent again by the same command")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from vlm.hub.upload import Hub, full_name
+
+    checkpoint = args.checkpoint or Path(_ask("Checkpoint (a run's folder final)")).expanduser()
+    _need_publishable(args, checkpoint)
+    repo = args.repo or _ask("Repository on the Hub (OWNER/NAME)")
+    full_name(repo)
+    hub = Hub()
+    target = hub.look_at(repo, args.revision)
+    _need_force(args, target)
+    with _prepared(args, checkpoint, target.name) as prepared:
+        from vlm.hub.publishing import obsolete
+
+        gone = obsolete(target.files, prepared)
+        _list(prepared)
+        if gone:
+            print(f"Of the repository's files these go: {', '.join(gone)}")
+        private = target.private if target.exists else not args.public
+        if target.exists and (args.public or args.private) and private == args.public:
+            print(f"{target.name} stays {_seen_by(private)}: only its settings on the Hub change that")
+        what = f"{len(prepared.files)} files, {amount(prepared.size)}, to {hub.endpoint}/{target.name}"
+        if not args.yes and not _agreed(f"Upload {what} ({_seen_by(private)})?"):
+            raise ValueError("nothing was uploaded")
+        address = hub.send(prepared.folder, target, private=private, revision=args.revision, obsolete=gone)
+    print(f"Uploaded: {address}")
+
+
+def _prepare_only(args: argparse.Namespace) -> None:
+    checkpoint = args.checkpoint or Path(_ask("Checkpoint (a run's folder final)")).expanduser()
+    _need_publishable(args, checkpoint)
+    if args.repo:
+        from vlm.hub.upload import full_name
+
+        full_name(args.repo)
+    with _prepared(args, checkpoint, args.repo) as prepared:
+        _list(prepared)
+    print(f"Nothing was uploaded.{f' The files are in {args.output}' if args.output else ''}")
+
+
+@contextmanager
+def _prepared(args: argparse.Namespace, checkpoint: Path, repo: str | None) -> Iterator[Any]:
+    """The folder to upload: a temporary one, or `--output`, which appears when it is complete."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from vlm.hub.folders import new_folder
+    from vlm.hub.publishing import is_adapter, prepare
+    from vlm.hub.run_facts import read_run
+
+    disable_progress_bar()
+    run = read_run(checkpoint)
+    with TemporaryDirectory(prefix="push-to-hub-") as space:
+        if is_adapter(checkpoint):
+            merge(str(checkpoint), Path(space, "merged"), args.base, trust_remote_code=args.trust_remote_code)
+            checkpoint = Path(space, "merged")
+        if args.output:
+            with new_folder(args.output) as out:
+                yield prepare(checkpoint, out, run, repo=repo, licence=args.license)
+        else:
+            out = Path(space, "upload")
+            out.mkdir()
+            yield prepare(checkpoint, out, run, repo=repo, licence=args.license, may_link=True)
+
+
+# What is refused
+
+
+def _need_answers(args: argparse.Namespace) -> None:
+    """Raise ValueError where something has to be asked, and there is nobody to ask."""
+    if sys.stdin.isatty():
+        return
+    if args.checkpoint is None:
+        raise ValueError("no terminal to ask at: say which folder with --checkpoint")
+    if args.repo is None and not args.dry_run:
+        raise ValueError("no terminal to ask at: say where to with --repo OWNER/NAME")
+    if not args.yes and not args.dry_run:
+        raise ValueError("no terminal to ask at: agree to the upload with --yes, or look first with --dry-run")
+
+
+def _need_publishable(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Raise ValueError for a folder that is no checkpoint, or an adapter that is not to be merged."""
+    from vlm.hub.publishing import is_adapter, need_checkpoint
+
+    need_checkpoint(checkpoint)
+    if is_adapter(checkpoint):
+        if not args.merge:
+            raise ValueError(f"{checkpoint} is an adapter, nothing without its base: --merge merges it first")
+    elif args.merge or args.base:
+        raise ValueError(f"{'--merge' if args.merge else '--base'}: {checkpoint} is complete, it has no base")
+
+
+def _need_force(args: argparse.Namespace, target: Any) -> None:
+    """Raise ValueError where the repository holds something and nobody agreed."""
+    if not target.files or args.force:
+        return
+    said = f"{target.name} exists and holds {len(target.files)} files"
+    if not sys.stdin.isatty():
+        raise ValueError(f"{said}: go on with --force; the commits before this one stay in its history")
+    if not _agreed(f"{said}. Go on? The commits before this one stay in its history."):
+        raise ValueError("nothing was uploaded")
+
+
+# Questions and words
+
+
+def _ask(question: str) -> str:
+    """An answer that is not empty."""
+    while not (answer := input(f"{question}: ").strip()):
+        pass
+    return answer
+
+
+def _agreed(question: str) -> bool:
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _seen_by(private: bool) -> str:
+    return "private" if private else "public"
+
+
+def _list(prepared: Any) -> None:
+    """Print what is to be uploaded, and what is not."""
+    width = max(map(len, prepared.files))
+    for name, size in prepared.files.items():
+        print(f"  {name:<{width}}  {amount(size):>9}")
+    print(f"  {'total':<{width}}  {amount(prepared.size):>9}")
+    if prepared.left_out:
+        print(f"Left out: {', '.join(prepared.left_out)}")
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

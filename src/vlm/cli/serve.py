@@ -1,0 +1,58 @@
+"""The subcommand `vlm serve`. What imports torch is imported when the command has been understood."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from vlm.cli.model_options import add_loading_options, loaded
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `vlm serve` takes."""
+    found = argparse.ArgumentParser(
+        "vlm serve", description="Serve a model over HTTP as OpenAI's chat completions, streamed or whole."
+    )
+    found.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    found.add_argument("--name", help="what requests call the model (default: its folder's or run's name)")
+    found.add_argument("--host", default="127.0.0.1", help="whom it listens to (%(default)s: this machine only)")
+    found.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    add_loading_options(found)
+    return found
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm serve CHECKPOINT`."""
+    args = parser().parse_args(words)
+    if missing := [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) is None]:
+        sys.exit(f"vlm serve needs {', '.join(missing)}: pip install 'small-vlm[serve]'")
+    try:
+        _serve(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm serve: {error}")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    import uvicorn
+
+    from vlm.inference.serve import app_of
+
+    model = loaded(args)
+    if args.host not in LOOPBACK:
+        print(f"Whoever reaches {args.host}:{args.port} can ask the model: there is no password.", file=sys.stderr)
+    name = args.name or name_of(args.checkpoint)
+    print(f"{name}: http://{args.host}:{args.port}/v1")
+    hosts = LOOPBACK if args.host in LOOPBACK else ("*",)
+    uvicorn.run(app_of(model, name, hosts), host=args.host, port=args.port, log_level="warning")
+
+
+def name_of(checkpoint: str) -> str:
+    """What a checkpoint is called: its name on the Hub, its folder's name, or the run's whose `final` it is."""
+    folder = Path(checkpoint)
+    if not folder.exists():
+        return checkpoint
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "final" else folder.name

@@ -1,0 +1,31 @@
+"""`python -m vlm`, `vlm -cn RUN`, `deepspeed --module vlm` and `torchrun -m vlm`: train what a configuration says.
+
+Refuses what it can before importing torch; then hands a plain `RunConfig` to `vlm.train.run`.
+"""
+
+from collections.abc import Sequence
+
+from vlm.checks.compose import with_config
+from vlm.config.schema import RunConfig
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Compose the configuration that the command line asks for, check it, and run it."""
+    with_config(words, train)
+
+
+def train(config: RunConfig, name: str, overrides: list[str]) -> None:
+    """Train on this rank, together with every other rank."""
+    from vlm.train.run import run  # torch comes with it
+
+    run(config, name, overrides)
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Wait for the other ranks and close the connections: a rank that exits while another works may abort."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

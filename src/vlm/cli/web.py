@@ -1,0 +1,86 @@
+"""`vlm web`: its options, and what is checked before the page is laid out."""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from vlm.cli.model_options import add_base_option
+from vlm.web.guard import is_loopback
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm web [CHECKPOINT …]`."""
+    parser = argparse.ArgumentParser("vlm web", description="A page to chat, predict, train and look through data.")
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="to choose from, besides those of runs")
+    parser.add_argument("--host", default="127.0.0.1", help="where it listens (%(default)s: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="on which port (%(default)s)")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of runs (%(default)s)")
+    parser.add_argument("--max-upload", "--max_upload", default="20mb", help="largest file uploaded (%(default)s)")
+    add_base_option(parser)
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code out of checkpoints run")
+    args = parser.parse_args(words)
+    if find_spec("gradio") is None:
+        sys.exit("vlm web: Gradio is not installed: pip install 'small-vlm[web]'")
+    try:
+        _need_sensible(args)
+        _serve(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm web: {error}")
+
+
+def _need_sensible(args: argparse.Namespace) -> None:
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port}: a number from 1 to 65535 is needed")
+    if not re.fullmatch(r"[1-9]\d*(kb|mb|gb)", args.max_upload.lower()):
+        raise ValueError(f"--max-upload {args.max_upload}: a size such as 20mb is needed (kb, mb or gb)")
+    if args.outputs.exists() and not args.outputs.is_dir():
+        raise ValueError(f"--outputs {args.outputs}: it is a file; a folder is needed")
+    _need_free(args.host, args.port)
+    for one in args.checkpoints:
+        folder = Path(one)
+        if (one.startswith((".", "/", "~")) or len(folder.parts) != 2 or folder.exists()) and not folder.joinpath(
+            "config.json"
+        ).is_file():
+            raise ValueError(f"{one}: no checkpoint there (seen from {Path.cwd()}); a run's is its folder `final`")
+
+
+def _need_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from error
+
+
+def _serve(args: argparse.Namespace) -> None:
+    uploads = tempfile.mkdtemp(prefix="small-vlm-web-")
+    os.environ["GRADIO_TEMP_DIR"] = uploads  # its own is one that all users of the machine share
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read where Gradio is imported
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks the page whether it is up: not through a proxy
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that what was uploaded goes
+    try:
+        from vlm.web.page import Settings, build, serve
+
+        settings = Settings(
+            args.checkpoints, args.host, args.port, args.base, args.outputs, args.max_upload.lower(),
+            args.trust_remote_code,
+        )  # fmt: skip
+        page = build(settings)
+        address = serve(page, settings)
+        if not is_loopback(args.host):
+            print(
+                f"WARNING: --host {args.host}: whoever reaches this address may start trainings and read records and "
+                "pictures of this machine. There is no password.", flush=True,
+            )  # fmt: skip
+        print(f"vlm web: {address}  (Ctrl+C ends it; runs that it started go on)", flush=True)
+        page.block_thread()
+    finally:
+        shutil.rmtree(uploads, ignore_errors=True)

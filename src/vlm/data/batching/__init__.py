@@ -1,0 +1,1 @@
+"""From samples to batches: collation, packing, samplers, batch statistics."""

@@ -1,0 +1,1 @@
+"""From a sample to ids and labels."""

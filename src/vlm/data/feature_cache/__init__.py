@@ -1,0 +1,1 @@
+"""Image features on disk: files, store, the data set that reads them."""

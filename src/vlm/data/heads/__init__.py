@@ -1,0 +1,1 @@
+"""Labels and data sets of prediction heads."""

@@ -1,0 +1,1 @@
+"""From files, folders and data sets on the Hub to samples."""

@@ -1,0 +1,227 @@
+"""Where records are kept: `open_records` for those that can be asked for by number, `stream_records` for the rest.
+
+What kind of file it is follows from its name; what a record looks like is another matter (`data.formats`). JSON and
+JSONL are indexed here; tables and data sets are opened by Hugging Face's `datasets`, tar shards read by `webdataset`.
+"""
+
+import os
+import random
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from vlm.data.records.index import IndexedRecords, parsed
+from vlm.data.records.paths import HUB, PIPE, TABLES, is_stream_only, kind_problem
+from vlm.data.sample import BadSample
+
+T = TypeVar("T")
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Names of the members of a tar shard that are pictures."""
+ROWS = 16
+"""Rows of a table that a stream reads at a time, with their pictures."""
+
+
+class Records(Protocol):
+    """Records that are asked for by number; none is held in memory before."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class TableRecords:
+    """Rows of a Hugging Face data set, with pictures as they are stored: bytes or paths, not decoded."""
+
+    def __init__(self, dataset: Any):
+        self.fingerprint: str = dataset._fingerprint
+        self._rows = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index].to_pylist()[0]
+
+
+def open_records(path: str, cache: Path, *, split: str = "train", subset: str | None = None) -> Records:
+    """The records of a file, a folder or a data set on the Hub.
+
+    Args:
+        path: `.json`, `.jsonl`, `.parquet`, `.csv`, `.tsv`, `.arrow`; a folder that `datasets` wrote, or one of Parquet
+            files and the like; or `hf://owner/name[@revision]`.
+        cache: the cache's folder.
+        split: of a data set that has several.
+        subset: of a data set on the Hub that has several.
+
+    Raises:
+        ValueError: it is none of these, or does not open.
+    """
+    if is_stream_only(path):
+        raise ValueError(f"{path}: tar shards are read one after the other; that needs dataset.streaming=true")
+    if (suffix := Path(path).suffix) in (".json", ".jsonl"):
+        return IndexedRecords(Path(path), cache)
+    if suffix in TABLES and Path(path).is_file():
+        need_content(Path(path))
+    return TableRecords(_dataset(path, cache, split, subset, streaming=False))
+
+
+def stream_records(
+    path: str, cache: Path, *, split: str = "train", subset: str | None = None, shard: int = 0, num_shards: int = 1,
+    seed: int | None = None,
+) -> Iterator[Any]:  # fmt: skip
+    """The records of a file, a folder or a data set, one after the other, or one share of them.
+
+    A record that cannot be read comes as the `BadSample` that says why, and the next one follows.
+
+    Args:
+        path: as `open_records` takes it, or tar shards: `shards/{000..127}.tar`, a folder of them, or a command
+            `pipe:…` that writes one.
+        cache: the cache's folder.
+        split: of a data set that has several.
+        subset: of a data set on the Hub that has several.
+        shard: which share, from 0.
+        num_shards: into how many shares the records are dealt. Whole files where there are enough of them.
+        seed: shuffles the order of files; None leaves it.
+
+    Raises:
+        ValueError: the path is none of these, or does not open.
+    """
+    if Path(path).suffix != ".tar" and Path(path).is_file():
+        need_content(Path(path))
+    if is_stream_only(path):
+        urls = shuffled(shard_urls(path), seed)
+        whole = len(urls) >= num_shards
+        samples = tar_records(urls[shard::num_shards] if whole else urls)
+        yield from samples if whole else dealt(samples, shard, num_shards)
+    elif Path(path).suffix == ".jsonl":
+        with Path(path).open("rb") as file:
+            lines = (line for line in dealt(file, shard, num_shards) if line.strip())
+            yield from (attempt(parsed, line) for line in lines)
+    elif Path(path).suffix == ".json":
+        records = IndexedRecords(Path(path), cache)
+        yield from (attempt(records.__getitem__, index) for index in range(shard, len(records), num_shards))
+    else:
+        dataset = _dataset(path, cache, split, subset, streaming=True)
+        files = shuffled(list(range(dataset.num_shards)), seed)
+        whole = len(files) >= num_shards
+        rows = table_rows(dataset, files[shard::num_shards] if whole else files)
+        yield from rows if whole else dealt(rows, shard, num_shards)
+
+
+def table_rows(dataset: Any, files: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The rows of some files of a streamed Hugging Face data set, with pictures as they are stored.
+
+    Asked for in batches, since its plain iterator deals rows out a second time where it finds itself in a worker of a
+    `DataLoader`; and file by file, since its `shuffle` waits for five seconds at the end.
+    """
+    for file in files:
+        for table in dataset.with_format("arrow").shard(dataset.num_shards, file).iter(ROWS):
+            yield from table.to_pylist()
+
+
+def shard_urls(path: str) -> list[str]:
+    """The shards that a path with braces, a folder or a command stands for.
+
+    Raises:
+        ValueError: a shard does not exist.
+    """
+    from webdataset.shardlists import expand_urls
+
+    if path.startswith(PIPE):
+        return expand_urls(path)
+    urls = sorted(map(str, Path(path).glob("*.tar"))) if Path(path).is_dir() else expand_urls(path)
+    if missing := [url for url in urls if not os.path.isfile(url)]:
+        raise ValueError(f"{path}: there is no file {missing[0]}")
+    return urls
+
+
+def tar_records(urls: Sequence[str]) -> Iterator[Any]:
+    """The samples of tar shards as records: files of one name are one sample.
+
+    Its `.json` is the record, its `.txt` the `caption`; its pictures stand as bytes in `image` (`images` where it has
+    several), with the sample's name as `id` where the record has none.
+    """
+    from webdataset.tariterators import tarfile_samples
+
+    for url in urls:
+        try:
+            yield from (attempt(_tar_record, sample) for sample in tarfile_samples([{"url": url}]))
+        except (tarfile.TarError, OSError, ValueError) as error:  # a torn shard, a command that fails
+            yield BadSample("?", f"{url} does not read on: {error.args[0] if error.args else error}", url)
+
+
+def _tar_record(sample: dict[str, Any]) -> dict[str, Any]:
+    name = sample["__key__"]
+    record = parsed(sample["json"], name) if "json" in sample else {}
+    if not isinstance(record, dict):
+        raise BadSample(name, f"its .json must hold a mapping, got {type(record).__name__}")
+    if "txt" in sample:
+        record["caption"] = sample["txt"].decode(errors="replace")
+    files = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in PICTURES}
+    pictures = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_numbered)]
+    if pictures:
+        record = {key: value for key, value in record.items() if key not in ("image", "images")}
+        record["images" if len(pictures) > 1 else "image"] = pictures if len(pictures) > 1 else pictures[0]
+    return {"id": name, **record}
+
+
+def _numbered(key: str) -> list[tuple[int, str]]:
+    """An order in which `10.png` stands after `9.png`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]
+
+
+def attempt(read: Callable[[Any], Any], item: Any) -> Any:
+    """What a function makes of an item, or the `BadSample` that it raises."""
+    try:
+        return read(item)
+    except BadSample as error:
+        return error
+
+
+def dealt(items: Any, shard: int, num_shards: int) -> Iterator[Any]:
+    """Every `num_shards`-th item, from the `shard`-th on."""
+    return (item for number, item in enumerate(items) if number % num_shards == shard)
+
+
+def shuffled(items: list[T], seed: int | None) -> list[T]:
+    """The items in another order, the same for the same seed."""
+    return items if seed is None else random.Random(seed).sample(items, len(items))
+
+
+def need_content(path: Path) -> None:
+    """Raise ValueError where a file is empty."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+
+
+def _dataset(path: str, cache: Path, split: str, subset: str | None, *, streaming: bool) -> Any:
+    """A Hugging Face data set, with the library's errors as ours."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
+    if not streaming:
+        options["cache_dir"] = str(cache / "datasets")
+    try:
+        if hub := HUB.fullmatch(path):
+            return datasets.load_dataset(hub[1], subset, revision=hub[2], **options)
+        if (kind := TABLES.get(Path(path).suffix)) is not None:
+            separator = {"sep": "\t"} if path.endswith(".tsv") else {}
+            return datasets.load_dataset(kind, data_files={split: path}, **separator, **options)
+        if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
+            found = datasets.load_from_disk(path)
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise ValueError(f"it has the splits {', '.join(map(str, found))}")
+                found = found[split]
+            return found.to_iterable_dataset() if streaming else found
+        if Path(path).is_dir():
+            return datasets.load_dataset(path, subset, **options)
+    except (DatasetsError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path}: does not open (split {split}, subset {subset}): {error}") from error
+    raise ValueError(f"{path}: {kind_problem(path)}")

@@ -1,0 +1,1 @@
+"""Opening images and videos."""

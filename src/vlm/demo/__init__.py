@@ -1,0 +1,1 @@
+"""The generated scenes, and what trains on them."""

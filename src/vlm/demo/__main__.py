@@ -1,0 +1,6 @@
+"""`python -m vlm.demo`: hands over to `vlm.demo.main`."""
+
+from vlm.demo.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""`make demo`: the main job from nothing, on a CPU and without a network, in a few minutes.
+
+An entry point: generates scenes and small untrained parts, pretrains and finetunes through `python -m vlm`, shows how
+well the result answers questions about combinations of colour and shape that it has never seen, and trains a head on it
+that tells their shape.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+from vlm.config.schema import InferenceConfig
+from vlm.demo.scenes import write_scenes
+from vlm.demo.tiny_models import build_tiny_parts
+from vlm.inference.generate import VisionLanguageModel, user_turn
+
+QUESTIONS_A_BATCH = 100
+PICTURED = 16
+"""Questions shown in the grid."""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Generate, train, measure, show."""
+    parser = argparse.ArgumentParser("vlm.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("overrides", nargs="*", help="for all stages, such as trainer.max_steps=2")
+    args = parser.parse_args(words)
+    started = time.monotonic()
+    folder: Path = args.output
+    for stage in ("pretrain", "finetune", "head"):  # what an earlier demo left
+        shutil.rmtree(folder / stage, ignore_errors=True)
+    print(f"1/5  Drawing scenes and building small parts in {folder}", flush=True)
+    write_scenes(folder / "data")
+    build_tiny_parts(folder / "parts")
+    print("2/5  Pretraining on captions", flush=True)
+    pretrained = train("demo-pretrain", folder, "pretrain.json", args.overrides)
+    print("3/5  Finetuning on questions", flush=True)
+    final = train("demo-finetune", folder, "finetune.json", [f"trainer.from_pretrained={pretrained}", *args.overrides])
+    print("4/5  Asking about pairs of colour and shape that were never seen together", flush=True)
+    summary = examine(final, folder)
+    print("5/5  Training a prediction head that tells the shape", flush=True)
+    heldout = f"dataset.test_path={folder / 'data' / 'labelled-heldout.json'}"
+    head = train("demo-head", folder, "labelled.json", [f"trainer.from_pretrained={final}", heldout, *args.overrides])
+    summary["head"] = examine_head(head)
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(report(summary, final, head, folder))
+
+
+def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> Path:
+    """Run a stage through the entry point; returns its complete model."""
+    output = folder / stage.removeprefix("demo-")
+    keys = {
+        "model.visual_encoder.hf_name": folder / "parts" / "visual_encoder",
+        "model.language_model.hf_name": folder / "parts" / "language_model",
+        "dataset.path": folder / "data" / records,
+        "dataset.image_folder": folder / "data" / "images",
+        "trainer.output_dir": output,
+    }
+    settings = [f"{key}={value}" for key, value in keys.items()]
+    subprocess.run([sys.executable, "-m", "vlm", "-cn", stage, *settings, *overrides], check=True)
+    return output / "final"
+
+
+def examine(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Accuracy on the held-out questions, with the pictures and without, and the picture grid."""
+    records = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
+    model = VisionLanguageModel.load(checkpoint, device="cpu")
+    pictures: list[Image.Image] = [Image.open(folder / "data" / "images" / record["image"]) for record in records]
+    colour = tuple(int(mean * 255) for mean in model.processor.image_processor.image_mean)
+    blanks = [Image.new("RGB", picture.size, colour) for picture in pictures]
+    answers = ask(model, records, pictures, "answering")
+    on_blanks = ask(model, records, blanks, "answering about blank pictures")
+    draw_grid(records, pictures, answers, folder / "heldout.png")
+    seen, blank, constant = accuracy(records, answers), accuracy(records, on_blanks), best_constants(records)
+    return {
+        "accuracy": seen["all"],
+        "accuracy_by_kind": {kind: value for kind, value in seen.items() if kind != "all"},
+        "text_only_accuracy": max(blank["all"], constant["all"]),
+        "text_only_accuracy_by_kind": {
+            kind: max(blank[kind], constant[kind]) for kind in seen if kind != "all"
+        },
+        "blank_picture_accuracy": blank["all"],
+        "constant_answer_accuracy": constant["all"],
+        "questions": len(records),
+    }  # fmt: skip
+
+
+def examine_head(checkpoint: Path) -> dict[str, Any]:
+    """Accuracy of the head on pairs of colour and shape that were never seen, beside always saying one shape."""
+    said = json.loads((checkpoint.parent / "scores.json").read_text(encoding="utf-8"))["test"]["label"]
+    return {
+        "accuracy": said["scores"]["accuracy"],
+        "majority_accuracy": said["baseline"]["accuracy"],
+        "records": said["records"],
+    }
+
+
+def ask(model: VisionLanguageModel, records: list[dict], pictures: list[Image.Image], title: str) -> list[str]:
+    """The model's answers to all questions, in batches."""
+    settings = InferenceConfig(max_new_tokens=8)
+    answers = []
+    for start in tqdm(range(0, len(records), QUESTIONS_A_BATCH), title):
+        part = slice(start, start + QUESTIONS_A_BATCH)
+        turns = [[user_turn(question(record), 1)] for record in records[part]]
+        answers += model.answer(turns, [[picture] for picture in pictures[part]], settings)
+    return answers
+
+
+def question(record: dict) -> str:
+    """A record's question, its placeholder included."""
+    return record["conversations"][0]["value"]
+
+
+def reference(record: dict) -> str:
+    """A record's right answer."""
+    return record["conversations"][1]["value"]
+
+
+def accuracy(records: list[dict], answers: list[str]) -> dict[str, float]:
+    """The share of right answers, by kind of question and over all."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for record, answer in zip(records, answers, strict=True):
+        for key in (record["kind"], "all"):
+            right[key].append(answer.strip() == reference(record))
+    return {key: round(sum(values) / len(values), 4) for key, values in right.items()}
+
+
+def best_constants(records: list[dict]) -> dict[str, float]:
+    """The accuracy of always giving the commonest right answer to each exact question: what text alone can know."""
+    given: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        given[question(record)][reference(record)] += 1
+    return accuracy(records, [given[question(record)].most_common(1)[0][0] for record in records])
+
+
+def draw_grid(records: list[dict], pictures: list[Image.Image], answers: list[str], path: Path) -> None:
+    """Held-out pictures with their questions and answers, spread over the kinds; wrong answers in red."""
+    step = max(len(records) // PICTURED, 1)
+    figure = Figure(figsize=(11, 12), layout="constrained")
+    axes = figure.subplots(4, PICTURED // 4).ravel()
+    for axis, index in zip(axes, range(0, len(records), step), strict=False):
+        right = answers[index].strip() == reference(records[index])
+        text = question(records[index]).replace("<image>", "").strip()
+        axis.imshow(pictures[index], interpolation="nearest")
+        axis.set_title(text, fontsize=9, wrap=True)
+        note = answers[index] if right else f"{answers[index]} (it is {reference(records[index])})"
+        axis.set_xlabel(note, color="green" if right else "red", fontsize=11)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.savefig(path, dpi=100)
+
+
+def report(summary: dict[str, Any], checkpoint: Path, head: Path, folder: Path) -> str:
+    """What the demo says at its end."""
+    lines = [f"\nHeld-out accuracy {summary['accuracy']:.1%}, from the text alone {summary['text_only_accuracy']:.1%}"]
+    for kind, value in summary["accuracy_by_kind"].items():
+        lines.append(f"  {kind:<10} {value:7.1%}   text alone {summary['text_only_accuracy_by_kind'][kind]:7.1%}")
+    shape = summary["head"]
+    low, value, high = (shape["accuracy"][name] for name in ("low", "value", "high"))
+    lines.append(
+        f"\nThe head tells the shape of {value:.1%} [{low:.1%}, {high:.1%}] of pairs never seen, the commonest shape "
+        f"would {shape['majority_accuracy']['value']:.1%}; plots: {head.parent / 'scores'}"
+    )
+    first = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))[0]
+    image, text = folder / "data" / "images" / first["image"], question(first).replace("<image>", "").strip()
+    lines += [
+        f"\n{summary['seconds']:.0f} seconds. Figures: {folder / 'summary.json'}; pictures: {folder / 'heldout.png'}",
+        f"Ask it yourself:\n  vlm generate {checkpoint} --image {image} --prompt '{text}'",
+        f"  vlm predict {head} --image {image} --prompt 'What shape are they?'",
+    ]
+    return "\n".join(lines)

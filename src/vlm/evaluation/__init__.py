@@ -1,0 +1,1 @@
+"""Measuring answers, losses and heads."""

@@ -1,0 +1,1 @@
+"""Filling and reading the cache of image features."""

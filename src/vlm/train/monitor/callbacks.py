@@ -1,0 +1,102 @@
+"""What a run leaves behind while it goes: metrics, a loss plot, sample answers. And an end where its loss is NaN."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vlm.train.monitor.plots import draw_loss, draw_speed
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `metrics.jsonl`; redraws `loss.png` and `speed.png` when a run evaluates, saves or ends."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+        self.plot, self.speed_plot = folder / "loss.png", folder / "speed.png"
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """A resumed run forgets what was logged after the checkpoint; a new one begins anew."""
+        if state.is_world_process_zero:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step and state.global_step]
+            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
+        """One line a log: the step, the epoch and what was logged; null where it was no number."""
+        if state.is_world_process_zero and logs:
+            shown = {key: value if math.isfinite(value) else None for key, value in logs.items()}  # JSON has no NaN
+            line = {"step": state.global_step, **shown}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(line)}\n")
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+        """Redraw."""
+        self._draw(state)
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+        """Redraw."""
+        self._draw(state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+        """Redraw."""
+        self._draw(state)
+
+    def _draw(self, state: TrainerState) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            metrics = read_metrics(self.path)
+            draw_loss(metrics, self.plot)
+            if any("samples_per_second" in line for line in metrics):
+                draw_speed(metrics, self.speed_plot)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+class StopAtNaN(TrainerCallback):
+    """Ends a run whose loss is no number, before it spends another hour on it."""
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
+        """Raises FloatingPointError where the training loss is NaN or infinite."""
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss is {logs['loss'] if logs else None} at step {state.global_step}: lower the learning rate, "
+                "or train in bf16 or fp32 instead of fp16. Checkpoints in the run directory, if any, are from before."
+            )
+
+
+class SampleAnswers(TrainerCallback):
+    """Lets the model answer some samples at each evaluation and at the end; every rank takes part."""
+
+    def __init__(self, answer: Callable[[int], None]):
+        self.answer = answer
+        self.answered_at = -1
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+        """Answer, once a step."""
+        self._answer(state.global_step)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+        """Answer, unless the last evaluation just did."""
+        self._answer(state.global_step)
+
+    def _answer(self, step: int) -> None:
+        if step != self.answered_at:
+            self.answer(step)
+            self.answered_at = step
+
+
+class EpochOrder(TrainerCallback):
+    """Tells a sampler the epoch, also where wrappers of a resumed loader would not pass it on."""
+
+    def __init__(self, sampler_of: Callable[[], Any]):
+        self.sampler_of = sampler_of
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+        """The epoch is the whole part of how far the run is."""
+        if self.sampler_of() is not None:
+            self.sampler_of().set_epoch(int(state.epoch or 0))

@@ -1,0 +1,237 @@
+"""How fast a run is: real tokens, samples and operations a second, what padding and waiting cost, and memory.
+
+The clock runs from the batches of a step to the end of its update. Evaluation, saving, sample answers and logging are
+no part of it, nor is the first step of a call, in which kernels are chosen and data workers start. The device is waited
+for only where a run waits for it anyway: where it logs, evaluates or saves.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.data.batching.stats import BatchFacts
+from vlm.train.monitor.flops import StepFlops
+from vlm.train.monitor.peak_flops import Peak
+
+log = logging.getLogger(__name__)
+
+SPEED_FILE = "speed.json"
+BETWEEN = "between steps"
+"""What a profile calls evaluation, saving and logging."""
+
+UNITS = {
+    "tokens_per_second": ("tokens a second, all ranks", ",.0f"),
+    "supervised_tokens_per_second": ("supervised tokens a second", ",.0f"),
+    "samples_per_second": ("samples a second", ",.2f"),
+    "seconds_per_step": ("seconds a step", ".4f"),
+    "padding_share": ("padding, share of positions", ".1%"),
+    "data_wait_share": ("waiting for data, share of time", ".1%"),
+    "tflops_per_second": ("model TFLOP/s, each device", ".3f"),
+    "mfu": ("model FLOPs utilisation", ".1%"),
+    "peak_memory_gib": ("peak memory of a device, GiB", ".2f"),
+}
+"""Measure -> what the table at the end of a run calls it, and how it writes it."""
+
+
+@dataclass
+class Counts:
+    """What happened in some steps of a rank, or of several.
+
+    Attributes:
+        steps: updates.
+        batches: forward and backward passes.
+        encoded: images that the visual encoder read.
+        connected: images that the connector read.
+        waiting: seconds in which the loop waited for data.
+        seconds: that the steps took.
+    """
+
+    steps: float = 0
+    batches: float = 0
+    encoded: float = 0
+    connected: float = 0
+    waiting: float = 0
+    seconds: float = 0
+
+    def add(self, other: "Counts") -> None:
+        """Add those of other steps."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
+
+class SpeedMeter:
+    """Measures the steps of a run.
+
+    Args:
+        device: what the model is on.
+        flops: operations of this model; None: they are not known.
+        peak: what the device can do; None: it is not asked.
+        note: why operations are not known, for `speed.json`.
+        folder: where `speed.json` goes; None: nowhere, as on all ranks but the first.
+    """
+
+    def __init__(
+        self, device: torch.device, flops: StepFlops | None = None, peak: Peak | None = None, *,
+        note: str | None = None, folder: Path | None = None,
+    ):  # fmt: skip
+        self.device = device
+        self.flops, self.peak, self.note, self.folder = flops, peak, note, folder
+        self.lap, self.facts = Counts(), BatchFacts()
+        self.whole, self.whole_facts = Counts(), BatchFacts()
+        self.ranks, self.memory = 1, 0.0
+        self._steps_begun = 0
+        self._running_since: float | None = None
+        self._waiting_since: float | None = None
+
+    # --- the clock ------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Let the clock run, from the second step on."""
+        self._steps_begun += 1
+        if self._steps_begun == 2:
+            self._wait_for_device()
+        if self._steps_begun > 1 and self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def expect_data(self) -> None:
+        """Note that the loop begins to wait for data: an epoch begins."""
+        self._waiting_since = time.perf_counter() if self._running_since is not None else None
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; the time that each is waited for is counted."""
+        while True:
+            start = self._waiting_since or time.perf_counter()
+            self._waiting_since = None
+            try:
+                with torch.profiler.record_function("data wait"):
+                    batch = next(batches)
+            except StopIteration:
+                return
+            if self._running_since is not None:
+                self.lap.waiting += time.perf_counter() - start
+            yield batch
+
+    def add(self, batches: Sequence[tuple[BatchFacts, int, int]]) -> None:
+        """Count the batches of a step: what each holds, and how many images the encoder and the connector read."""
+        if self._running_since is None or not batches:
+            return
+        self.lap.add(Counts(steps=1, batches=len(batches)))
+        for facts, encoded, connected in batches:
+            self.facts += facts
+            self.lap.add(Counts(encoded=encoded, connected=connected))
+
+    def stop(self, *, waits: bool = False) -> None:
+        """Stop the clock until the next step; with `waits`, once the device is done with what it has to do."""
+        if self._running_since is not None:
+            if waits:
+                self._wait_for_device()
+            self.lap.seconds += time.perf_counter() - self._running_since
+            self._running_since = self._waiting_since = None
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # --- the numbers ----------------------------------------------------------------------------------------------
+
+    def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Measures of the steps since the last call, over all ranks; every rank has to call it.
+
+        Args:
+            gather: `(1, N)` of this rank -> `(ranks, N)` of all.
+        """
+        own = [*astuple(self.facts), *astuple(self.lap), peak_memory(self.device)]
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        every = gather(torch.tensor([own], dtype=dtype, device=self.device)).cpu()
+        self.ranks, self.memory = len(every), float(every[:, -1].max())
+        sums = every.sum(0).tolist()
+        number = len(fields(BatchFacts))
+        facts, counts = BatchFacts(*map(round, sums[:number])), Counts(*sums[number:-1])
+        counts.steps /= self.ranks
+        self.lap, self.facts = Counts(), BatchFacts()
+        self.whole.add(counts)
+        self.whole_facts += facts
+        return self._measures(facts, counts)
+
+    def _measures(self, facts: BatchFacts, counts: Counts) -> dict[str, float]:
+        """What a run logs of some steps; nothing where there were none."""
+        if not counts.seconds or not counts.steps:
+            return {}
+        seconds = counts.seconds / self.ranks
+        found = {"samples_per_second": facts.samples / seconds}
+        if facts.positions:
+            found = {
+                "tokens_per_second": facts.tokens / seconds,
+                "supervised_tokens_per_second": facts.supervised / seconds,
+                **found,
+                "padding_share": 1 - facts.tokens / facts.positions,
+            }
+        found["data_wait_share"] = counts.waiting / counts.seconds
+        if self.flops is not None:
+            operations = self.flops.of(facts, counts.encoded, counts.connected, counts.batches)
+            found["tflops_per_second"] = operations / counts.seconds / 1e12
+            if self.peak is not None:
+                found["mfu"] = found["tflops_per_second"] / self.peak.tflops
+        return {**found, "peak_memory_gib": self.memory}
+
+    def finish(self, last_step: int) -> None:
+        """Write the measures of the whole call into the log and `speed.json`.
+
+        Args:
+            last_step: the number of the last update.
+        """
+        found = self._measures(self.whole_facts, self.whole)
+        if self.folder is None:
+            return
+        if not found:
+            log.info("Speed: not measured, since the first step is left out and there is no other")
+            return
+        steps = round(self.whole.steps)
+        seconds = self.whole.seconds / self.ranks
+        found["seconds_per_step"] = seconds / steps
+        about = f"steps {last_step - steps + 1} to {last_step} ({seconds:.1f} s; the first step is left out)"
+        log.info("Speed of %s:\n\n%s\n", about, speed_table(found))
+        if self.note is not None:
+            log.info("Operations were not counted: %s", self.note)
+        described = {
+            "first_step": last_step - steps + 1,
+            "last_step": last_step,
+            "seconds": seconds,
+            "ranks": self.ranks,
+            "device": device_name(self.device),
+            **found,
+            "whole": {**asdict(self.whole_facts), **asdict(self.whole)},
+            "flops": self.flops and asdict(self.flops),
+            "flops_note": self.note,
+            "peak": self.peak and asdict(self.peak),
+        }
+        self.folder.joinpath(SPEED_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def speed_table(measures: dict[str, float]) -> str:
+    """Measures as a table, in the order of `UNITS`."""
+    rows = [(words, format(measures[name], how)) for name, (words, how) in UNITS.items() if name in measures]
+    left, right = (max(len(row[side]) for row in rows) for side in (0, 1))
+    return "\n".join(f"{words.ljust(left)}  {value.rjust(right)}" for words, value in rows)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at most so far: allocated on a GPU; else resident in this process, its data workers left out."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**30 if sys.platform == "darwin" else used / 2**20
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

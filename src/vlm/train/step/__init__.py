@@ -1,0 +1,1 @@
+"""What happens within an optimiser step: attention, memory, compilation, the chunked loss."""

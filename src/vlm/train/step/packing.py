@@ -1,0 +1,201 @@
+"""Packed rows in a run: the loader that deals them, and a look at the model before it trains on them."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainingArguments
+
+from vlm.data.batching.collator import Collator
+from vlm.data.batching.packing import LENGTHS, PackingCollator, PackSampler, pack, settled_capacity
+from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.sample import BadSample
+from vlm.data.stream import SampleStream
+from vlm.data.vision.images import picture_sizes
+from vlm.families.table import FAMILIES
+from vlm.train.arguments import order_seed
+from vlm.train.step.packed_attention import attending_to_packs
+
+AHEAD = 8
+"""Of a stream, samples of so many packs wait to be chosen from."""
+
+FIRST = 64
+"""So many samples of a stream are looked at where nothing says how many tokens a batch has."""
+
+
+class PackedStream(IterableDataset[Any]):
+    """Packs of a stream's samples: the fullest of those that the waiting ones make.
+
+    Args:
+        stream: the samples.
+        capacity: most tokens of a pack.
+    """
+
+    def __init__(self, stream: SampleStream, capacity: int):
+        self.stream, self.capacity = stream, capacity
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """One pack after the other, without end."""
+        waiting: list[Any] = []
+        left_out: list[Any] = []
+        total = 0
+        for item in self.stream:
+            if isinstance(item, Skipped):
+                left_out.append(item)
+                continue
+            waiting.append(item)
+            total += len(item["input_ids"])
+            if total < AHEAD * self.capacity:
+                continue
+            lengths = [len(one["input_ids"]) for one in waiting]
+            fullest = max(pack(lengths, self.capacity), key=lambda places: sum(lengths[place] for place in places))
+            total -= sum(lengths[place] for place in fullest)
+            yield [*(waiting[place] for place in fullest), *left_out]
+            waiting = [one for place, one in enumerate(waiting) if place not in set(fullest)]
+            left_out = []
+
+
+def packed_loader(
+    dataset: SampleDataset | SampleStream, collate: Collator, max_tokens: int | None, args: TrainingArguments,
+    **loading: Any,
+) -> tuple[DataLoader[Any], PackSampler | None]:  # fmt: skip
+    """This rank's packs, and what their order comes from; of a stream nothing does.
+
+    Args:
+        dataset: the samples.
+        collate: lays out padded batches.
+        max_tokens: `trainer.max_tokens_per_batch`.
+        args: batch size, seed, rank.
+        loading: for the `DataLoader`.
+    """
+    size = args.per_device_train_batch_size
+    if isinstance(dataset, SampleStream):
+        packs = PackedStream(dataset, stream_capacity(dataset, max_tokens, size))
+        return DataLoader(packs, batch_size=None, collate_fn=PackingCollator(collate), **loading), None
+    capacity = settled_capacity(max_tokens, size, dataset.lengths)
+    order = PackSampler(dataset.lengths, capacity, order_seed(args), args.process_index, args.world_size)
+    return DataLoader(dataset, batch_sampler=order, collate_fn=PackingCollator(collate), **loading), order
+
+
+def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: int) -> int:
+    """Most tokens of a stream's packs: as given, or as many as a padded batch has real ones of, going by the first.
+
+    Raises:
+        ValueError: a sample may be longer.
+    """
+    longest = max(source.encoder.longest for source in stream.sources)
+    if max_tokens is None:
+        return settled_capacity(None, batch_size, first_lengths(stream) or [longest], longest)
+    if max_tokens < longest:
+        raise ValueError(
+            f"trainer.max_tokens_per_batch={max_tokens}: a sample of the stream may have {longest:,} tokens; raise it, "
+            "or lower dataset.max_length"
+        )
+    return max_tokens
+
+
+def first_lengths(stream: SampleStream) -> list[int]:
+    """Tokens of the first samples of a stream; those that cannot be used are met again in training, and told there."""
+    encode = stream.sources[0].encoder
+    found = []
+    for sample in stream.samples(FIRST):
+        with suppress(BadSample):
+            found.append(len(encode(sample, picture_sizes(sample, stream.processor)).input_ids))
+    return found
+
+
+def check_family(model_type: str) -> None:
+    """Refuse families that see more of a row than restarted positions keep apart.
+
+    Raises:
+        ValueError: a model of this type cannot be trained on packed rows.
+    """
+    if model_type in FAMILIES and not FAMILIES[model_type].packs:
+        can = ", ".join(name for name, family in FAMILIES.items() if family.packs)
+        raise ValueError(
+            f"trainer.packing=true: {FAMILIES[model_type].name} ({model_type}) cannot keep the samples of a row apart; "
+            f"composed models can, and {can}. trainer.packing=false pads batches instead, and "
+            "trainer.train_sampling_strategy=group_by_modality_length pads them least"
+        )
+
+
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""Inputs that say how large the grids of pictures and videos are."""
+
+
+def with_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """A packed batch whose tokens have the positions that its model counts: of some families four, `(4, 1, T)`.
+
+    The first of the four are those of the text, by which samples are told apart; the others are counted by the model's
+    own code, sample by sample.
+    """
+    kind = model.config.model_type
+    if kind not in FAMILIES or not FAMILIES[kind].grid_positions:
+        return batch
+    lengths = batch[LENGTHS].diff().tolist()
+    rows = {
+        name: pad_sequence(list(batch[name][0].split(lengths)), batch_first=True)
+        for name in ("input_ids", "mm_token_type_ids")
+    }
+    mask = pad_sequence([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True)
+    grids = {name: batch[name] for name in GRIDS if name in batch}
+    positions, _ = model.model.get_rope_index(**rows, **grids, attention_mask=mask)
+    text = batch["position_ids"]
+    return batch | {"position_ids": torch.cat([text, positions[:, mask.bool()]])[:, None]}
+
+
+@torch.no_grad()
+def check_packing(model: Any, processor: Any) -> None:
+    """Ask a model a few tokens in packed rows: no sample may see another, and each sees what it sees alone.
+
+    Raises:
+        ValueError: it does not keep samples apart.
+    """
+    tokenizer = processor.tokenizer
+    words = [tokenizer(text, add_special_tokens=False).input_ids[:4] for text in ("one two", "red blue", "a dog runs")]
+    first, other, asked = words
+    size = min(len(first), len(other))
+    trained = model.training
+    model.eval()
+    try:
+        packed = [_asked(model, [before[:size], asked]) for before in (first, other)]
+        alone = model(input_ids=torch.tensor([asked], device=model.device), use_cache=False).logits[0]
+    finally:
+        model.train(trained)
+    behind = [logits[size:] for logits in packed]
+    scale = float(alone.abs().max())
+    near = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    if float((behind[0] - behind[1]).abs().max()) > near * 1e-2 * scale:
+        raise _mixes(model, "a sample's logits depend on the sample before it")
+    if float((behind[0] - alone).abs().max()) > near * scale:
+        raise _mixes(model, "a sample's logits are not those that it has alone")
+
+
+def _asked(model: Any, samples: list[list[int]]) -> Tensor:
+    """Logits `(T, vocabulary)` of samples in one row."""
+    lengths = [len(one) for one in samples]
+    ids = torch.tensor([list(chain(*samples))])
+    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+    batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
+    batch |= {"mm_token_type_ids": torch.zeros_like(ids), LENGTHS: starts}
+    batch = with_grid_positions(model, batch)
+    batch.pop("mm_token_type_ids")
+    batch |= {"cu_seq_lens_k": starts}
+    with attending_to_packs(model.config.get_text_config()):
+        return model(
+            **{name: value.to(model.device) for name, value in batch.items()},
+            **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)), use_cache=False,
+        ).logits[0]  # fmt: skip
+
+
+def _mixes(model: Any, what: str) -> ValueError:
+    text = model.config.get_text_config()
+    return ValueError(
+        f"trainer.packing=true: {what} in a packed row, with {text.model_type} and attention "
+        f"{text._attn_implementation}. Try another model.attn_implementation, or trainer.packing=false"
+    )

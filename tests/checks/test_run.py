@@ -1,0 +1,324 @@
+"""Every refusal of the checks: the full key, what was given, what is allowed. In this process, to the letter."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import config_of
+from vlm.checks.run import CHOICES, UNSUPPORTED, ConfigError, check, shown
+from vlm.config.packaged import group_names, packaged, run_names
+
+CHOSEN = {
+    "model.visual_encoder.feature_strategy": "patch, cls+patch, cls, full",
+    "model.visual_encoder.quantization": "null, 8bit, 4bit",
+    "model.language_model.quantization": "null, 8bit, 4bit",
+    "trainer.lora.bias": "none, lora_only, all",
+    "trainer.lora.init": "default, gaussian, orthogonal",
+    "model.attn_implementation": "auto, flash_attention_2, sdpa, flex_attention, eager",
+    "trainer.loss_average": "token, micro_batch",
+    "trainer.train_sampling_strategy": "random, sequential, group_by_modality_length",
+    "dataset.image_mode": "null, square, pad",
+    "dataset.over_length": "error, skip, truncate",
+    "dataset.on_bad_sample": "error, skip",
+}
+"""What each closed list says is allowed."""
+
+LINEAR = ["model/connector=linear"]
+EVAL_SPLIT = "a share from 0 to below 1 is needed"
+NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
+REFUSALS = {
+    "format": (
+        ["dataset.format=lava"],
+        "dataset.format=lava: allowed are llava, messages, caption, question, head, labelled, or package.module:",
+    ),
+    "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
+    "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),
+    "an old name": (
+        ["trainer.gradient_checkpointing=false"],
+        "trainer.gradient_checkpointing=false: it is called trainer.activation_checkpointing now",
+    ),
+    "connector": (
+        ["model.connector.type=mpl"],
+        "model.connector.type=mpl: allowed are c_abstractor, identity, ldp, ldp_v2, linear, mlp, pixel_shuffle, "
+        "pooling, qformer, resampler, or package.module:Class for your own",
+    ),
+    "connector's option": (
+        [*LINEAR, "+model.connector.options.num_layers=3"],
+        "model.connector.options.num_layers=3: linear does not take it; model.connector.options.num_layers=null leaves "
+        "it out. Allowed: bias, input_norm",
+    ),
+    "no layer": (
+        ["model.visual_encoder.feature_layer=[]"],
+        "model.visual_encoder.feature_layer=[]: a whole number is needed, a list of them, or null for the encoder's",
+    ),
+    "half a layer": (["model.visual_encoder.feature_layer=1.5"], "model.visual_encoder.feature_layer=1.5: a whole num"),
+    "a layer's name": (
+        ["model.visual_encoder.feature_layer=[-2,last]"],
+        "model.visual_encoder.feature_layer=[-2, 'last']: a whole",
+    ),
+    "no size": (["model.visual_encoder.image_size=0"], "model.visual_encoder.image_size=0: at least 1, or null"),
+    "a strategy of an encoder beside": (
+        ["model.visual_encoder.beside=[{hf_name: a, feature_strategy: patches}]"],
+        "model.visual_encoder.beside.0.feature_strategy=patches: allowed are patch, cls+patch, cls, full",
+    ),
+    "a folder of an encoder beside": (
+        ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.beside.0.hf_name=./no/where"],
+        "model.visual_encoder.beside.0.hf_name=./no/where: no such folder (seen from ",
+    ),
+    "a size of an encoder beside": (
+        ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.beside.0.image_size=-1"],
+        "model.visual_encoder.beside.0.image_size=-1: at least 1, or null, is needed",
+    ),
+    "a grid of tiles": (["model.anyres.grids=[[1,2],[3]]"], "model.anyres.grids: [3] is no grid; [rows, columns]"),
+    "tiles without grids": (
+        ["model.anyres.max_tiles=9"],
+        "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next",
+    ),
+    "tiles, no number of them": (
+        ["model/anyres=llava-next", "model.anyres.max_tiles=0"],
+        "model.anyres.max_tiles=0: at least 1 is needed, or null",
+    ),
+    "tiles and padding": (
+        ["model/anyres=llava-next", "dataset.image_mode=pad"],
+        "dataset.image_mode=pad: with model.anyres, a picture is squashed to a square as a whole and its tiles are ",
+    ),
+    "tiles of a whole model": (
+        ["model/anyres=llava-onevision", "model.hf_name=llava-hf/llava-1.5-7b-hf"],
+        "model.anyres.grids: model.hf_name=llava-hf/llava-1.5-7b-hf prepares pictures in its own way; choose "
+        "model/anyres=none",
+    ),
+    "format's option": (
+        ["dataset.format=caption", "dataset.options.key=a"],
+        "dataset.options.key: caption does not take it; allowed are image_key, caption_key, prompt",
+    ),
+    "a path and sources": (
+        ["dataset.sources.a.path=no.json"],
+        "dataset.path and dataset.sources: choose one (dataset.path=null leaves it out)",
+    ),
+    "a source's records": (
+        ["dataset.path=null", "dataset.sources.a.path=no.json"],
+        "dataset.sources.a.path=no.json: no such file (seen from ",
+    ),
+    "a source's weight": (
+        ["dataset.path=null", "dataset.sources.a={path: tests, weight: 0}"],
+        "dataset.sources.a.weight=0.0: a number above 0 is needed",
+    ),
+    "a source's template": (
+        ["dataset.path=null", "dataset.sources.a={path: tests, template: v2}"],
+        "dataset.sources.a.template=v2: allowed are ",
+    ),
+    "neither a path nor sources": (
+        ["dataset.path=null"],
+        "dataset.path: a value is needed, for example dataset.path=…",
+    ),
+    "no kind of records": (
+        ["dataset.path=pyproject.toml"],
+        "dataset.path=pyproject.toml: a file named *.json, *.jsonl, *.parquet, *.csv, *.tsv, *.arrow, *.tar, a folder",
+    ),
+    "an address": (
+        ["dataset.path=https://example.com/a.json"],
+        "dataset.path=https://example.com/a.json: addresses are not fetched; hf://owner/name is a data set on the Hub",
+    ),
+    "a shell": (
+        ['dataset.path="pipe:cat a.tar"'],
+        "dataset.path=pipe:cat a.tar: a shell would run this; dataset.allow_pipe=true says that it may",
+    ),
+    "an endless stream": (
+        ["dataset.streaming=true"],
+        "dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…",
+    ),
+    "a part of a stream": (
+        ["dataset.streaming=true", "trainer.max_steps=1", "dataset.max_samples=5"],
+        "dataset.max_samples: not with dataset.streaming=true; trainer.max_steps says how many",
+    ),
+    "holding out of a stream": (
+        ["dataset.streaming=true", "trainer.max_steps=1", "dataset.eval_split=0.5"],
+        "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path",
+    ),
+    "grouping a stream": (
+        [
+            "dataset.streaming=true",
+            "trainer.max_steps=1",
+            "trainer.packing=false",
+            "trainer.train_sampling_strategy=group_by_modality_length",
+        ],
+        "trainer.train_sampling_strategy=group_by_modality_length: a stream cannot be grouped; choose random",
+    ),
+    "frames": (["dataset.max_frames=0"], "dataset.max_frames=0: at least 1 is needed"),
+    "skipped share": (["dataset.max_skipped=2"], "dataset.max_skipped=2.0: a share from 0 to 1 is needed"),
+    "samples": (["dataset.max_samples=0"], "dataset.max_samples=0: at least 1 is needed"),
+    "records": (["dataset.path=no.json"], "dataset.path=no.json: no such file (seen from "),
+    "evaluation records": (["dataset.eval_path=no.json"], "dataset.eval_path=no.json: no such file (seen from "),
+    "pictures": (["dataset.image_folder=no"], "dataset.image_folder=no: no such folder (seen from "),
+    "evaluation pictures": (["dataset.eval_image_folder=no"], "dataset.eval_image_folder=no: no such folder (seen"),
+    "encoder's folder": (
+        ["model.visual_encoder.hf_name=./no"],
+        "model.visual_encoder.hf_name=./no: no such folder (seen from ",
+    ),
+    "language model's folder": (
+        ["model.language_model.hf_name=/no/such"],
+        "model.language_model.hf_name=/no/such: no such folder (seen from ",
+    ),
+    "checkpoint": (["trainer.from_pretrained=./no"], "trainer.from_pretrained=./no: no config.json there"),
+    "what to resume": (
+        ["trainer.resume_from_checkpoint=no"],
+        "trainer.resume_from_checkpoint=no: `true` or the folder of a complete checkpoint is needed",
+    ),
+    "resuming a run without a name": (
+        ["trainer.resume_from_checkpoint=true"],
+        "trainer.resume_from_checkpoint=true: name the run with trainer.output_dir",
+    ),
+    "resuming what did not begin": (
+        ["trainer.resume_from_checkpoint=true", "trainer.output_dir=no"],
+        "trainer.resume_from_checkpoint=true: no complete checkpoint in trainer.output_dir=no",
+    ),
+    "nothing trains": (
+        ["trainer.unfreeze.train_connector=false"],
+        "nothing trains: set one of trainer.unfreeze.train_vision_model, trainer.unfreeze.train_connector, "
+        "trainer.unfreeze.train_language_model to true",
+    ),
+    "no rate": (
+        ["trainer.unfreeze.train_vision_model=true"],
+        f"trainer.learning_rate.visual_encoder_learning_rate=null: {NEEDS_RATE}.train_vision_model=true",
+    ),
+    "rate of zero": (
+        ["trainer.learning_rate.connector_learning_rate=0"],
+        f"trainer.learning_rate.connector_learning_rate=0.0: {NEEDS_RATE}.train_connector=true",
+    ),
+    "precisions": (
+        ["trainer.bf16=true", "trainer.fp16=true"],
+        "trainer.bf16=true and trainer.fp16=true: choose one",
+    ),
+    "average": (
+        ["trainer.average_tokens_across_devices=false"],
+        "trainer.average_tokens_across_devices=false: trainer.loss_average says how losses average",
+    ),
+    "DeepSpeed": (
+        ["trainer.deepspeed=zero9"],
+        "trainer.deepspeed=zero9: allowed are zero0, zero1, zero2, zero3 or the path of a JSON file",
+    ),
+    "share above one": (["dataset.eval_split=1.5"], f"dataset.eval_split=1.5: {EVAL_SPLIT}"),
+    "share below zero": (["dataset.eval_split=-0.5"], f"dataset.eval_split=-0.5: {EVAL_SPLIT}"),
+    "evaluating on nothing": (
+        ["trainer.eval_strategy=epoch"],
+        "trainer.eval_strategy=epoch: give dataset.eval_path or dataset.eval_split",
+    ),
+    "not evaluating on something": (
+        ["dataset.eval_split=0.5"],
+        "trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps",
+    ),
+    "temperature": (
+        ["inference.temperature=-1"],
+        "inference.temperature=-1.0: 0 (greedy) or more is needed",
+    ),
+    "top_p": (["inference.top_p=0"], "inference.top_p=0.0: a share above 0, at most 1 is needed"),
+    "beams": (["inference.num_beams=0"], "inference.num_beams=0: at least 1 is needed"),
+    "length": (["inference.max_new_tokens=0"], "inference.max_new_tokens=0: at least 1 is needed"),
+    "scheduler": (["trainer.lr_scheduler_type=cosin"], "trainer.lr_scheduler_type=cosin: allowed are linear, cosine,"),
+    "optimiser": (["trainer.optim=adam"], "trainer.optim=adam: allowed are "),
+}
+"""Overrides -> how the message begins."""
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    (tmp_path / "records.json").write_text("[]")
+    return tmp_path / "records.json"
+
+
+def refused(records: Path, *overrides: str) -> str:
+    config = config_of("pretrain-smol", [f"dataset.path={records}", *overrides])
+    with pytest.raises(ConfigError) as error:
+        check(config)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_says_the_key_the_value_and_what_is_allowed(records: Path, overrides: list[str], message: str):
+    assert refused(records, *overrides).startswith(message)
+
+
+def test_shards_are_streamed_and_not_evaluated_on(records: Path, tmp_path: Path):
+    (tmp_path / "0.tar").touch()
+    said = refused(records, f"dataset.eval_path={tmp_path}", "trainer.eval_strategy=epoch")
+    assert said == f"dataset.eval_path={tmp_path}: tar shards cannot be evaluated on, only streamed"
+    said = refused(records, f"dataset.path={tmp_path / '0.tar'}")
+    assert said.endswith("tar shards are read one after the other: dataset.streaming=true")
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_closed_lists_are_listed(records: Path, key: str):
+    assert refused(records, f"{key}=nonsense") == f"{key}=nonsense: allowed are {CHOSEN[key]}"
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_not_supported_says_what_to_do(records: Path, name: str):
+    value = {"fsdp": "full_shard", "label_smoothing_factor": "0.1"}.get(name, "true")
+    assert refused(records, f"trainer.{name}={value}") == f"trainer.{name}={value}: {UNSUPPORTED[name]}"
+
+
+def test_a_run_directory_given_for_its_model_gets_a_hint(records: Path, tmp_path: Path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    message = refused(records, f"trainer.from_pretrained={tmp_path / 'run'}")
+    assert message.endswith("no config.json there (a run's complete model is its folder final)")
+
+
+def test_evaluation_records_and_a_share_contradict(records: Path):
+    message = refused(records, f"dataset.eval_path={records}", "dataset.eval_split=0.1")
+    assert message == "dataset.eval_path and dataset.eval_split: choose one"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.connector.type=my_package.my_module:MyConnector"],
+        ["+model.connector.options.depth=3", "model.connector.type=mine:Connector"],
+        ["model.connector.options.num_layers=3", "model.connector.options.input_norm=null"],
+        ["model/connector=identity", "model.connector.options.input_norm=null"],
+        ["dataset.template=tokenizer"],
+        ["dataset.template=null", "dataset.image_mode=pad"],
+        ["trainer.from_pretrained=somebody/some-model"],
+        ["trainer.resume_from_checkpoint=false"],
+        ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1"],
+        ["trainer.deepspeed=zero3"],
+        ["trainer/deepspeed=zero2", "trainer/unfreeze=all", "trainer/learning_rate=smol-finetune",
+         "trainer.learning_rate.visual_encoder_learning_rate=1e-6"],
+    ],
+)  # fmt: skip
+def test_what_can_be_run_passes(records: Path, overrides: list[str]):
+    check(config_of("pretrain-smol", [f"dataset.path={records}", *overrides]))
+
+
+def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
+    torn, whole = tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "checkpoint-2"
+    for folder in (torn, whole):
+        folder.mkdir(parents=True)
+    output = f"trainer.output_dir={tmp_path / 'run'}"
+    assert "no complete checkpoint" in refused(records, output, "trainer.resume_from_checkpoint=true")
+    assert "complete checkpoint is needed" in refused(records, output, f"trainer.resume_from_checkpoint={torn}")
+    (whole / "complete").touch()
+    for value in ("true", whole):
+        check(
+            config_of("pretrain-smol", [f"dataset.path={records}", output, f"trainer.resume_from_checkpoint={value}"])
+        )
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "final"])
+def test_another_runs_directory_is_not_written_into(records: Path, tmp_path: Path, name: str):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    said = refused(records, f"trainer.output_dir={tmp_path / 'run'}")
+    assert said.startswith(f"trainer.output_dir={tmp_path / 'run'}: holds another run.")
+
+
+def test_packaged_names():
+    assert "pretrain-llava" in run_names()
+    assert "base" not in run_names()
+    assert {"model/connector", "trainer/deepspeed"} <= set(group_names())
+    assert "zero3" in packaged("vlm.config", "trainer/deepspeed", ".yaml")
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), (1, "1"), (0.0, "0.0"), ("x", "x")])
+def test_values_are_shown_as_yaml_writes_them(value: object, text: str):
+    assert shown(value) == text

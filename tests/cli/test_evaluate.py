@@ -1,0 +1,263 @@
+"""`vlm eval`: measures of a file of records, lmms-eval's tasks through another Python, and what is refused first."""
+
+import json
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.command_line import refusal
+from tests.inference.test_generate import lively
+from tests.tiny_parts import Parts
+from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
+from vlm.cli.main import main
+from vlm.config.schema import SourceConfig
+from vlm.data.dataset import BlankPictures
+from vlm.evaluation.lmms_run import environment, model_args
+from vlm.evaluation.records import supervised_data
+
+COLOURS = ["red", "green", "blue"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory's `final`, untrained."""
+    folder = tmp_path_factory.mktemp("run") / "final"
+    ready = lively(parts, "llama")
+    ready.model.save_pretrained(folder)
+    ready.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight records: of four the reply is what the model answers; one picture is missing, one has no reply."""
+    folder = tmp_path_factory.mktemp("records")
+    model = VisionLanguageModel.load(checkpoint, device="cpu")
+    found = []
+    for number in range(8):
+        image = f"{number}.png"
+        Image.new("RGB", (30 + number, 24), COLOURS[number % 3]).save(folder / image)
+        question = f"what{' really' * number}?"
+        reply = model.generate(question, [folder / image], max_new_tokens=8) if number < 4 else "something else"
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": reply}]
+        found.append({"id": f"r{number}", "image": image, "conversations": turns[: 1 if number == 7 else 2]})
+    (folder / "6.png").unlink()
+    (folder / "val.json").write_text(json.dumps(found))
+    return folder / "val.json"
+
+
+def evaluate(*words: object) -> None:
+    main(["eval", *map(str, words), "--num-workers", "0", "--device", "cpu", "--max-new-tokens", "8"])
+
+
+def test_answers_and_losses_are_measured(checkpoint: Path, records: Path, capsys: pytest.CaptureFixture[str]):
+    evaluate(checkpoint, "--data", records, "--metrics", "exact_match,rouge,bleu,loss", "--batch-size", "3")
+    place = checkpoint.parent / "eval" / "val"
+    assert sorted(file.name for file in place.iterdir()) == ["answers.jsonl", "results.json", "results.md"]
+    results = json.loads((place / "results.json").read_text())
+    assert (results["records"], results["answered"]) == (8, 6)
+    assert results["metrics"]["exact_match"]["value"] == pytest.approx(4 / 6)
+    assert results["metrics"]["exact_match"]["low"] < 4 / 6 < results["metrics"]["exact_match"]["high"]
+    assert results["metrics"]["bleu"]["low"] is None
+    left_out = "\n".join(results["left_out"])
+    assert "2 of 8 records are not in the losses" in left_out
+    assert "1 of 8 records could not be asked; the first is 'r6': image" in left_out
+    assert "1 of 8 records have neither a reply nor `answers`" in left_out
+    said = capsys.readouterr().out
+    for name in ("exact_match", "rouge", "bleu", "loss", "blank_loss", "image_gain"):
+        assert f"\n{name} " in said
+        assert f"| {name} |" in (place / "results.md").read_text()
+    assert "results.json exists; name another folder" in refusal(
+        "eval", str(checkpoint), "--data", str(records), "--metrics", "exact_match"
+    )
+
+
+def test_the_losses_are_those_of_the_model(checkpoint: Path, records: Path, tmp_path: Path):
+    """As the model itself gives them, record by record, with pictures and with blank ones."""
+    evaluate(checkpoint, "--data", records, "--metrics", "loss", "--output", tmp_path)
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    ready = VisionLanguageModel.load(checkpoint, device="cpu")
+    dataset = supervised_data(ready, SourceConfig(path=str(records)), 8)
+    for data, name in ((dataset, "loss"), (BlankPictures(dataset), "blank_loss")):
+        total, tokens = 0.0, 0
+        for index in range(len(data)):
+            item: Any = data[index]
+            ids, labels = (torch.tensor([item[key]]) for key in ("input_ids", "labels"))
+            pixels = ready.processor.normalise(item["pixel_values"])
+            with torch.no_grad():
+                loss = ready.model(input_ids=ids, labels=labels, pixel_values=pixels).loss
+            number = int((labels[:, 1:] != -100).sum())
+            total, tokens = total + loss.item() * number, tokens + number
+        assert metrics[name]["value"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(
+    checkpoint: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = ["--data", records, "--metrics", "exact_match", "--output", tmp_path / "stopped", "--batch-size", "2"]
+    calls: list[int] = []
+    answers = VisionLanguageModel.answers
+
+    def stopped(self: VisionLanguageModel, inputs: Any, *rest: Any) -> list[str]:
+        calls.append(len(inputs["input_ids"]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answers(self, inputs, *rest)
+
+    monkeypatch.setattr(VisionLanguageModel, "answers", stopped)
+    with pytest.raises(SystemExit, match="the same command goes on with it"):
+        evaluate(checkpoint, *words)
+    evaluate(checkpoint, *words)
+    assert calls == [2, 2, 2, 2, 1], "two batches, the one that was stopped, and that again with the last record"
+    evaluate(checkpoint, *words[:-3], tmp_path / "whole", "--batch-size", "2")
+    whole, resumed = ((tmp_path / name / "answers.jsonl").read_text() for name in ("whole", "stopped"))
+    assert whole == resumed
+
+
+def test_several_references_count(checkpoint: Path, records: Path, tmp_path: Path):
+    """VQA's accuracy of what ten people said, of which three agree with the model."""
+    first = json.loads(records.read_text())[0]
+    said = first["conversations"][1]["value"]
+    first["answers"] = [{"answer": said}] * 3 + [{"answer": "no"}] * 7
+    one = records.with_name("one.json")
+    one.write_text(json.dumps([first]))
+    evaluate(checkpoint, "--data", one, "--metrics", "vqa_accuracy,exact_match", "--output", tmp_path)
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert metrics["vqa_accuracy"]["value"] == pytest.approx(0.9)
+    assert metrics["exact_match"]["value"] == 1
+
+
+def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Path, records: Path, tmp_path: Path):
+    none = tmp_path / "nothing"  # no checkpoint: whoever loads it says so
+
+    def refused(*words: object) -> str:
+        return refusal("eval", str(none), *map(str, words))
+
+    assert "give --data for a file of records, or --tasks" in refused()
+    assert "--metrics meteor: allowed are exact_match" in refused("--data", records, "--metrics", "meteor")
+    assert "--data nowhere.json: no such file" in refused("--data", "nowhere.json")
+    assert "--limit does not go with --data" in refused("--data", records, "--limit", "3")
+    assert "--temperature does not go with --tasks" in refused("--tasks", "mme", "--temperature", "1")
+    assert "--limit 0: a number above 0" in refused("--tasks", "mme", "--limit", "0")
+    assert "--lmms-eval-python nowhere: no such file" in refused("--tasks", "mme", "--lmms-eval-python", "nowhere")
+    for name, content, reason in (
+        ("empty.json", [], "it has no records"),
+        ("mute.json", json.loads(records.read_text())[7:], "loss needs records with replies"),
+        ("bad.json", [{"id": "a"}], "none of the first 1 records can be read; record 'a': `conversations`"),
+    ):
+        path = records.with_name(name)
+        path.write_text(json.dumps(content))
+        assert reason in refused("--data", path)
+    said = refused("--data", records.with_name("mute.json"), "--metrics", "exact_match")
+    assert "end with no reply and list no `answers`" in said
+
+
+def test_nothing_is_written_into_a_checkpoint(checkpoint: Path, records: Path):
+    said = refusal("eval", str(checkpoint), "--data", str(records), "--output", str(checkpoint / "eval"))
+    assert "this is within the checkpoint" in said
+
+
+def test_a_model_with_heads_is_refused(parts: Parts, records: Path, tmp_path: Path):
+    body, processor = parts.model("clip", "llama")
+    settings = [{"name": "warm", "loss": "", "pooling": "last", "task": "binary", "labels": ["no", "yes"]}]
+    config = VLMPredictionConfig(body.config, heads=settings, media_token_ids=[processor.image_token_id])
+    VLMForPrediction(config, body).save_pretrained(tmp_path / "final")
+    processor.save_pretrained(tmp_path / "final")
+    assert "has prediction heads" in refusal("eval", str(tmp_path / "final"), "--data", str(records))
+
+
+# lmms-eval
+
+
+@pytest.fixture
+def other_python(tmp_path: Path) -> Callable[[dict[str, Any] | None], Path]:
+    """A Python that stands in for one with lmms-eval: it keeps what it was told, and writes these results."""
+
+    def made(results: dict[str, Any] | None) -> Path:
+        (tmp_path / "results.json").write_text(json.dumps({"results": results}))
+        script = tmp_path / "python"
+        script.write_text(f"""\
+#!{sys.executable}
+import json, os, pathlib, sys
+here = pathlib.Path({str(tmp_path)!r})
+if sys.argv[1] == "-c":
+    sys.exit(0)
+(here / "told.json").write_text(json.dumps([sys.argv[1:], dict(os.environ)]))
+if {results is not None}:
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output_path") + 1], "model")
+    folder.mkdir()
+    (folder / "1_results.json").write_text((here / "results.json").read_text())
+""")
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        return script
+
+    return made
+
+
+def test_tasks_stand_beside_published_results(
+    checkpoint: Path, other_python: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    python = other_python({
+        "gqa": {"alias": "gqa", "exact_match,none": 0.5, "exact_match_stderr,none": 0.01, "samples": 4},
+        "mine": {"acc,none": 0.25, "submission,none": None},
+    })  # fmt: skip
+    place = tmp_path / "out"
+    main(list(map(str, [
+        "eval", checkpoint, "--tasks", "gqa, mine", "--limit", "4", "--batch-size", "2", "--lmms-eval-python", python,
+        "--output", place, "--include-path", tmp_path, "--dtype", "float32",
+    ])))  # fmt: skip
+    told, seen = json.loads((tmp_path / "told.json").read_text())
+    assert told[:2] == ["-m", "lmms_eval"]
+    options = dict(zip(told[2::2], told[3::2], strict=True))
+    del options["--output_path"]
+    assert options == {
+        "--model": "vlm", "--model_args": f"pretrained={checkpoint},dtype=float32,max_frames=8", "--tasks": "gqa,mine",
+        "--batch_size": "2", "--limit": "4", "--include_path": str(tmp_path),
+    }  # fmt: skip
+    assert "HF_TOKEN" not in seen, "lmms-eval prints it"
+    assert seen["HUGGING_FACE_HUB_TOKEN"] == "secret"
+    assert "| gqa | exact_match | 0.5 | 0.01 | 0.6201 | 0.6192 |" in (place / "results.md").read_text()
+    assert json.loads((place / "results.json").read_text())["results"][1] == {
+        "task": "mine", "metric": "acc", "value": 0.25, "error": None,
+    }  # fmt: skip
+    assert "0.6192" in capsys.readouterr().out
+
+
+def test_a_failure_of_lmms_eval_is_one_here(checkpoint: Path, other_python: Callable[..., Path], tmp_path: Path):
+    """It prints what went wrong and ends as if all were well."""
+    said = refusal(
+        "eval", str(checkpoint), "--tasks", "gqa", "--lmms-eval-python", str(other_python(None)),
+        "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert "lmms-eval came to no results" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_python_without_lmms_eval_is_refused(checkpoint: Path, tmp_path: Path):
+    said = refusal(
+        "eval", str(checkpoint), "--tasks", "gqa", "--lmms-eval-python", sys.executable, "--output",
+        str(tmp_path / "out"),
+    )  # fmt: skip
+    assert "lmms_eval is missing there; make install-eval" in said
+
+
+def test_names_that_lmms_eval_would_misread_are_refused():
+    assert model_args({"pretrained": "a/b", "base": "language_model=/x;connector=/y"}) == (
+        "pretrained=a/b,base=language_model=/x;connector=/y"
+    )
+    with pytest.raises(ValueError, match="pretrained=a,b: lmms-eval cannot be told"):
+        model_args({"pretrained": "a,b"})
+
+
+def test_the_environment_is_otherwise_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert environment()["HF_HUB_OFFLINE"] == "1"

@@ -1,0 +1,121 @@
+"""The entry: every way of starting reaches it, and what it refuses it refuses before torch is imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checks import test_messages as test_explain
+from tests.checks import test_run as test_check
+from tests.command_line import refusal
+from vlm.checks.compose import is_users, take_launcher_words
+from vlm.models.connectors import connector_class
+
+SECONDS = 20
+"""Longest time for an answer that needs no model: a second or two, and more where the machine is busy."""
+
+ASK_ALL = """
+import json, sys
+from vlm.cli.main import main
+for words in json.load(sys.stdin):
+    try:
+        main(words)
+    except SystemExit as stop:
+        said = str(stop.code or "")
+        assert said.startswith("vlm: ") or "--help" in words or "--cfg" in words, words
+print([name for name in ("torch", "transformers", "deepspeed") if name in sys.modules])
+"""
+
+
+def start(*words: str, given: str = "", seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run Python and wait."""
+    command = [sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, input=given)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> str:
+    (tmp_path / "records.json").write_text("[]")
+    return f"dataset.path={tmp_path / 'records.json'}"
+
+
+def test_all_that_is_refused_and_shown_needs_no_torch(records: str):
+    run = ["-cn", "pretrain-smol"]
+    refusals = [[*run, records, *overrides] for overrides, _ in test_check.REFUSALS.values()]
+    refusals += [[*run, records, override] for override in test_explain.REFUSALS]
+    shown = [["--help"], ["--version"], [*run, "--help"], [*run, records, "--cfg", "job"]]
+    done = start("-c", ASK_ALL, given=json.dumps([*refusals, *shown, run, []]), seconds=10 * SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_what_every_rank_finds_one_says():
+    done = start("-m", "vlm", "--local_rank=1", "-cn", "pretrain-smol")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("rank", [[], ["--local_rank=0"], ["--local-rank", "0"]], ids=str)
+def test_python_m_reaches_the_entry(rank: list[str]):
+    done = start("-m", "vlm", *rank, "-cn", "pretrain-smol")
+    assert (done.returncode, done.stderr) == (1, "vlm: dataset.path: a value is needed, for example dataset.path=…\n")
+
+
+def test_the_console_script_reaches_the_entry():
+    done = start(str(Path(sys.executable).parent / "vlm"), "-cn", "pretrain-smol")
+    assert done.stderr.startswith("vlm: dataset.path")
+
+
+def test_cfg_shows_the_composed_run():
+    done = start("-m", "vlm", "-cn", "finetune-llava", "--cfg", "job")
+    assert done.returncode == 0
+    assert "hf_name: lmsys/vicuna-7b-v1.5" in done.stdout
+    assert "run:" not in done.stdout.splitlines()
+
+
+def test_importing_the_package_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; start = time.perf_counter(); import vlm; took = time.perf_counter() - start\n"
+        "print(took, [name for name in ('torch', 'transformers', 'hydra', 'numpy') if name in sys.modules])"
+    )
+    answers = [start("-c", code).stdout.split(maxsplit=1) for _ in range(3)]
+    assert {heavy.strip() for _, heavy in answers} == {"[]"}
+    assert min(float(took) for took, _ in answers) < 0.3
+
+
+def test_launchers_words_are_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_RANK", "")  # so that what the launcher's word sets is taken back afterwards
+    monkeypatch.delenv("LOCAL_RANK")
+    assert take_launcher_words(["--local_rank=3", "-cn", "x"]) == ["-cn", "x"]
+    assert os.environ["LOCAL_RANK"] == "3"
+    assert take_launcher_words(["--local-rank", "1", "a=b"]) == ["a=b"]
+    assert os.environ["LOCAL_RANK"] == "3"
+
+
+def test_what_a_model_refuses_later_ends_without_a_traceback(
+    records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    said = refusal("-cn", "pretrain-smol", records, f"model.visual_encoder.hf_name={tmp_path}")
+    assert said.startswith(f"vlm: model.visual_encoder.hf_name={tmp_path}: no model configuration there")
+
+
+def test_a_connector_class_is_found_beside_the_run(records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    words = ["-cn", "pretrain-smol", records, f"model.visual_encoder.hf_name={tmp_path}"]
+    missing = refusal(*words, "model.connector.type=connector_beside:Mine")
+    assert missing == "vlm: model.connector.type=connector_beside:Mine: No module named 'connector_beside'"
+    (tmp_path / "connector_beside.py").write_text("class Mine:\n    pass\n")
+    said = refusal(*words, "model.connector.type=connector_beside:Mine")
+    assert said.startswith("vlm: model.connector.options.input_norm: connector_beside:Mine does not take it")
+
+
+def test_errors_of_ours_are_told_from_those_of_others():
+    for ours, cause in ((True, lambda: connector_class("mpl")), (False, lambda: int("x"))):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - which one is what is asked
+            cause()
+        assert is_users(error.value) is ours

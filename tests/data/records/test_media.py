@@ -1,0 +1,152 @@
+"""Where pictures and videos are: paths within the folder, addresses that hold them, bytes; all else is refused."""
+
+import base64
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm.data.records.media import file_of, picture_of, pictures_of, videos_of
+from vlm.data.sample import BadSample, OverLong, Picture, Video
+
+CONTENT = b"\x89PNG and so on"
+ADDRESS = f"data:image/png;base64,{base64.b64encode(CONTENT).decode()}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An image folder with `a.png` and `deep/b.png`; `outside.png` stands beside it."""
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png", "../outside.png"):
+        (images / name).write_bytes(CONTENT)
+    return images
+
+
+GIVEN: dict[str, tuple[Any, list[Any]]] = {
+    "nothing": (None, []),
+    "an empty list": ([], []),
+    "a path": ("a.png", ["a.png"]),
+    "paths": (["deep/b.png", "a.png"], ["deep/b.png", "a.png"]),
+    "a path by way of another folder": ("deep/../a.png", ["deep/../a.png"]),
+    "a path of a table": ({"bytes": None, "path": "a.png"}, ["a.png"]),
+    "bytes": ({"bytes": CONTENT, "path": None}, [None]),
+    "an address": (ADDRESS, [None]),
+    "all kinds": ([ADDRESS, "a.png", {"bytes": CONTENT}], [None, "a.png", None]),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_pictures_are_named_in_several_ways(folder: Path, name: str):
+    value, names = GIVEN[name]
+    found = [Picture(None, CONTENT) if path is None else Picture(folder / path) for path in names]
+    assert pictures_of(value, folder, "7") == found
+
+
+def test_bytes_keep_the_name_that_they_had(folder: Path):
+    """Only as a name: there need be no such file."""
+    assert picture_of({"bytes": CONTENT, "path": "gone.png"}, folder, "7") == Picture(Path("gone.png"), CONTENT)
+
+
+def test_videos_are_named_by_paths(folder: Path):
+    assert videos_of(["a.png", {"path": "deep/b.png"}], folder, "7") == [
+        Video(folder / "a.png"), Video(folder / "deep/b.png"),
+    ]  # fmt: skip
+    assert videos_of(None, folder, "7") == []
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "a number": (3, "`photo` must be a path or a list of paths, got 3"),
+    "raw bytes": (b"x", "`photo` must be a path or a list of paths, got b'x'"),
+    "a number in a list": (
+        ["a.png", 3],
+        "`photo` must be a path, a list of paths, or hold the bytes of a picture, got 3",
+    ),
+    "a list in a list": ([["a.png"]], "or hold the bytes of a picture, got ['a.png']"),
+    "None in a list": ([None], "or hold the bytes of a picture, got None"),
+    "an empty mapping": ({"bytes": None, "path": None}, "or hold the bytes of a picture, got None"),
+    "another encoding": ("data:image/png,abc", "a picture in a data: address does not decode: only base64 is read"),
+    "no base64": ("data:image/png;base64,a#c=", "a picture in a data: address does not decode: "),
+    "torn base64": (ADDRESS[:-1], "a picture in a data: address does not decode: "),
+    "letters beyond ASCII": ("data:image/png;base64,äöü=", "a picture in a data: address does not decode: "),
+    "no picture": ("data:text/plain;base64,YQ==", "does not exist"),
+    "missing": ("z.png", "z.png does not exist"),
+    "nothing": ("", "images does not exist"),
+    "a folder": ("deep", "deep does not exist"),
+    "upwards": ("../outside.png", "../outside.png leaves the image folder"),
+    "upwards by way of a folder": ("deep/../../outside.png", "leaves the image folder"),
+    "an address": ("https://example.com/a.png", "addresses are not fetched in training; download the picture first"),
+    "base64 alone": (ADDRESS.partition(",")[2] * 300, "does not exist"),
+    "half a surrogate pair": ("\ud83d.png", "does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_picture_is_refused_with_the_record_and_the_reason(folder: Path, name: str):
+    value, said = BAD[name]
+    with pytest.raises(BadSample) as caught:
+        pictures_of(value, folder, "7", "photo")
+    assert said in caught.value.reason
+    assert caught.value.sample_id == "7"
+
+
+BAD_VIDEOS: dict[str, tuple[Any, str]] = {
+    "a number": ([3], "`video` must be a path or a list of paths, got 3"),
+    "bytes": ({"bytes": CONTENT}, "`video` must be a path or a list of paths, got None"),
+    "missing": ("v.mp4", "v.mp4 does not exist"),
+    "upwards": ("../outside.png", "leaves the image folder"),
+    "an address": ("https://example.com/v.mp4", "addresses are not fetched"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_what_is_no_video_is_refused(folder: Path, name: str):
+    value, said = BAD_VIDEOS[name]
+    with pytest.raises(BadSample) as caught:
+        videos_of(value, folder, "7")
+    assert said in caught.value.reason
+
+
+@pytest.mark.parametrize("whole", [lambda path: path, lambda path: str(path) + "/../images"])
+def test_a_folder_may_be_written_in_any_way(folder: Path, whole: Callable[[Path], str]):
+    given = Path(whole(folder))
+    assert file_of("a.png", given, "7") == given / "a.png"
+    with pytest.raises(BadSample, match="leaves the image folder"):
+        file_of("../outside.png", given, "7")
+
+
+def test_a_folder_whose_name_begins_alike_is_another(folder: Path):
+    (folder.parent / "images2").mkdir()
+    (folder.parent / "images2" / "a.png").write_bytes(CONTENT)
+    with pytest.raises(BadSample, match="leaves the image folder"):
+        file_of("../images2/a.png", folder, "7")
+
+
+def test_a_relative_folder_is_one_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    assert file_of("a.png", Path(), "7") == Path("a.png")
+    with pytest.raises(BadSample, match="leaves the image folder"):
+        file_of("../outside.png", Path(), "7")
+    monkeypatch.chdir(folder / "deep")
+    assert file_of("a.png", Path(".."), "7") == Path("../a.png")
+    with pytest.raises(BadSample, match="leaves the image folder"):
+        file_of("../outside.png", Path(".."), "7")
+
+
+# What a picture and an error say of themselves
+
+
+def test_a_picture_names_itself_without_its_bytes():
+    assert str(Picture(None, CONTENT)) == "in the record itself"
+    assert str(Picture(Path("v.mp4"), frame=3)) == "v.mp4, frame 3"
+    assert "PNG" not in repr(Picture(Path("a.png"), CONTENT))
+
+
+@pytest.mark.parametrize("kind", [BadSample, OverLong])
+def test_an_error_comes_whole_out_of_a_worker(kind: type[BadSample]):
+    error = pickle.loads(pickle.dumps(kind("7", "too odd", "a.png")))
+    assert type(error) is kind
+    assert (error.sample_id, error.reason, error.file) == ("7", "too odd", "a.png")
+    assert str(error) == "record '7': too odd"

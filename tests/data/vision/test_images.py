@@ -1,0 +1,132 @@
+"""Opening pictures: whole ones decode, and errors name the record, the file and what the file is instead."""
+
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageFile
+
+from tests.tiny_parts import picture
+from vlm.data.sample import BadSample, Picture, Sample, Turn
+from vlm.data.vision.images import check_picture, open_picture, open_pictures
+
+
+def encoded(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
+    file = BytesIO()
+    (image or picture(size=(64, 48))).save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A small PNG that says it has so many pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
+    framed = [
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def given(folder: Path, name: str, content: bytes, how: str) -> Picture:
+    """A picture as a file, or as bytes that had a name."""
+    if how == "file":
+        (folder / name).write_bytes(content)
+        return Picture(folder / name)
+    return Picture(Path(name), content)
+
+
+@pytest.mark.parametrize("how", ["file", "bytes"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_a_picture_is_decoded(tmp_path: Path, how: str, kind: str):
+    found = given(tmp_path, "a", encoded(kind), how)
+    opened = open_picture(found, "7")
+    (tmp_path / "a").unlink(missing_ok=True)
+    assert opened.tobytes() == picture(size=(64, 48)).tobytes()
+
+
+def test_a_header_tells_the_size(tmp_path: Path):
+    whole = encoded("JPEG")
+    assert check_picture(given(tmp_path, "a.jpg", whole[:-500], "file"), "7") == (64, 48)
+    assert check_picture(Picture(None, whole), "7") == (64, 48)
+
+
+def test_an_animation_shows_its_first_frame():
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "green")]
+    content = encoded("GIF", frames[0], save_all=True, append_images=frames[1:])
+    assert open_picture(Picture(None, content), "7").convert("RGB").getpixel((5, 5)) == (255, 0, 0)
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a.jpg": (lambda: encoded("JPEG")[:-500], "image file is truncated"),
+    "a.png": (lambda: encoded("PNG")[:-3000], "image file is truncated"),
+    "a.webp": (lambda: encoded("WEBP", lossless=True)[:-500], ""),
+    "a.gif": (lambda: encoded("GIF", picture().convert("P"))[:-500], "image file is truncated"),
+    "empty.png": (lambda: b"", "the file is empty"),
+    "page.jpg": (lambda: b"\n <!DOCTYPE html><html>", "it is text that begins with '<!DOCTYPE html', not a picture"),
+    "noise.jpg": (lambda: bytes(range(200)), "cannot identify image file"),
+    "bomb.png": (lambda: png_of(20_000, 20_000), "decompression bomb"),
+    "folder": (lambda: b"", "Is a directory"),
+    "missing.png": (lambda: b"", "No such file"),
+}
+ONLY_FILES = ("folder", "missing.png")
+WHOLE_HEADERS = ("a.jpg", "a.png", "a.gif")
+
+
+@pytest.mark.parametrize("how", ["file", "bytes"])
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_decode_says_why(tmp_path: Path, name: str, how: str):
+    content, said = BAD[name]
+    if name in ONLY_FILES:
+        found = Picture(tmp_path / name)
+        (tmp_path / "folder").mkdir()
+    else:
+        found = given(tmp_path, name, content(), how)
+    with pytest.raises(BadSample) as caught:
+        open_picture(found, "7")
+    assert (caught.value.sample_id, caught.value.file) == ("7", str(found.path))
+    assert caught.value.reason.startswith(f"image {found} does not open: ")
+    assert said in caught.value.reason
+    if name not in WHOLE_HEADERS:
+        with pytest.raises(BadSample):
+            check_picture(found, "7")
+
+
+def test_bytes_without_a_name_are_told_as_such():
+    with pytest.raises(BadSample, match="image in the record itself does not open: the file is empty") as caught:
+        open_picture(Picture(None, b""), "7")
+    assert caught.value.file is None
+
+
+def test_a_large_picture_that_is_no_bomb_is_opened_without_a_warning():
+    """Pillow warns from half of what it refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_picture(Picture(None, png_of(10_000, 10_000)), "7") == (10_000, 10_000)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, SyntaxError, OverflowError, ValueError, OSError])
+def test_whatever_a_decoder_raises_is_the_records_trouble(error: type[Exception], monkeypatch: pytest.MonkeyPatch):
+    """Those of AVIF raise RuntimeError."""
+
+    def fail(*_: Any) -> None:
+        raise error("no such luck")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(BadSample, match="record '7': image in the record itself does not open: no such luck"):
+        open_picture(Picture(None, encoded("BMP")), "7")
+
+
+def test_the_pictures_of_a_sample_come_in_order(tmp_path: Path):
+    sizes = [(10, 12), (14, 16), (18, 20)]
+    contents = [encoded("PNG", picture(size=size)) for size in sizes]
+    (tmp_path / "a.png").write_bytes(contents[0])
+    shown = [Picture(tmp_path / "a.png"), Picture(None, contents[1]), Picture(None, contents[2])]
+    turns = (Turn("user", (shown[1], "and", shown[0], shown[0])), Turn("assistant", ("a",)), Turn("user", (shown[2],)))
+    assert [image.size for image in open_pictures(Sample("7", turns))] == [sizes[1], sizes[0], sizes[0], sizes[2]]
+    broken = Sample("9", (Turn("user", (shown[0], Picture(tmp_path / "b.png"))),))
+    with pytest.raises(BadSample, match=r"record '9': image .*b.png does not open"):
+        open_pictures(broken)

@@ -1,0 +1,174 @@
+"""Videos as frames: how many there are, which are taken, and files that are none."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm.data.sample import BadSample, Picture, Sample, Turn, Video
+from vlm.data.vision import images as pictures
+from vlm.data.vision.images import open_picture, open_pictures
+from vlm.data.vision.video import frames_of, num_frames, read_frames
+
+RATE = 10
+STEP = 12
+"""How much lighter a frame is than the one before."""
+
+
+def write_video(path: Path, number: int, codec: str = "mpeg4", title: str = "grey") -> Path:
+    """A video of grey frames, each lighter than the one before, with frames that depend on later ones."""
+    with av.open(str(path), "w", metadata_encoding="latin-1") as container:
+        container.metadata["title"] = title
+        stream = container.add_stream(codec, rate=RATE)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 48, "yuv420p", {"bf": "2", "qmax": "2"}
+        stream.bit_rate = 4_000_000
+        for index in range(number):
+            pixels = np.full((48, 64, 3), index * STEP, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(images: list[Image.Image]) -> list[int]:
+    """Which frames these are, told by how light they are."""
+    return [round(float(np.asarray(image).mean()) / STEP) for image in images]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of 20 frames, and `short.mp4` of three."""
+    path = tmp_path_factory.mktemp("videos")
+    for name in ("a.mp4", "a.avi", "a.mkv"):
+        write_video(path / name, 20)
+    write_video(path / "short.mp4", 3)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv"])
+def test_frames_are_counted_and_read(folder: Path, name: str):
+    assert num_frames(folder / name, "7") == 20
+    assert numbers(read_frames(folder / name, list(range(20)), "7")) == list(range(20))
+    assert read_frames(folder / name, [0], "7")[0].size == (64, 48)
+
+
+SPREAD = {1: [10], 2: [5, 15], 3: [3, 10, 16], 4: [2, 7, 12, 17], 20: list(range(20)), 99: list(range(20))}
+
+
+@pytest.mark.parametrize("most", SPREAD)
+def test_frames_are_spread_evenly(folder: Path, most: int):
+    found = frames_of(folder / "a.mp4", most, "7")
+    assert found == tuple(Picture(folder / "a.mp4", frame=frame) for frame in SPREAD[most])
+    assert numbers(read_frames(folder / "a.mp4", SPREAD[most], "7")) == SPREAD[most]
+
+
+def test_a_short_video_gives_all_that_it_has(folder: Path):
+    assert [picture.frame for picture in frames_of(folder / "short.mp4", 8, "7")] == [0, 1, 2]
+
+
+def test_frames_come_in_the_order_in_which_they_are_asked_for(folder: Path):
+    assert numbers(read_frames(folder / "a.mp4", [9, 2, 9, 0, 19], "7")) == [9, 2, 9, 0, 19]
+    assert numbers([open_picture(Picture(folder / "a.mp4", frame=4), "7")]) == [4]
+
+
+def test_a_sample_opens_each_video_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def read(path: Path, frames: list[int], sample_id: str) -> list[Image.Image]:
+        asked.append((path.name, frames))
+        return read_frames(path, frames, sample_id)
+
+    monkeypatch.setattr(pictures, "read_frames", read)
+    Image.new("RGB", (8, 8), (4 * STEP,) * 3).save(folder / "p.png")
+    turn = Turn("user", (Video(folder / "a.mp4"), "?", Picture(folder / "p.png"), Video(folder / "short.mp4")))
+    sample = Sample("7", (turn,)).with_videos(lambda video: frames_of(video.path, 2, "7"))
+    assert numbers(open_pictures(sample)) == [5, 15, 4, 0, 2]
+    assert asked == [("a.mp4", [5, 15]), ("short.mp4", [0, 2])]
+
+
+def test_frames_before_the_start_of_a_cut_video_do_not_count(folder: Path):
+    """Cut without encoding it again: what stands before its start is there to decode what follows."""
+    with av.open(str(folder / "a.mp4")) as whole, av.open(str(folder / "cut.mp4"), "w") as cut:
+        source = whole.streams.video[0]
+        target = cut.add_stream_from_template(source)
+        assert source.time_base is not None
+        shift = round(7 / RATE / source.time_base)
+        for packet in whole.demux(source):
+            if packet.size:
+                assert packet.pts is not None
+                assert packet.dts is not None
+                packet.stream, packet.pts, packet.dts = target, packet.pts - shift, packet.dts - shift
+                cut.mux(packet)
+    assert num_frames(folder / "cut.mp4", "7") == 13
+    frames = [picture.frame for picture in frames_of(folder / "cut.mp4", 99, "7")]
+    assert numbers(read_frames(folder / "cut.mp4", [frame for frame in frames if frame is not None], "7")) == [
+        *range(7, 20)
+    ]
+
+
+def test_a_title_may_be_in_any_encoding(tmp_path: Path):
+    path = write_video(tmp_path / "a.avi", 3, title="gréy")
+    assert "gréy".encode("latin-1") in path.read_bytes()
+    assert num_frames(path, "7") == 3
+
+
+def torn(folder: Path, name: str, share: float) -> bytes:
+    whole = (folder / name).read_bytes()
+    return whole[: int(len(whole) * share)]
+
+
+BAD: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "torn.mp4": (lambda folder: torn(folder, "a.mp4", 0.9), "does not open"),
+    "torn.avi": (lambda folder: torn(folder, "a.avi", 0.3), "does not open"),
+    "empty.mp4": (lambda folder: b"", "does not open"),
+    "page.mp4": (lambda folder: b"<html></html>", "does not open"),
+    "missing.mp4": (lambda folder: b"", "No such file"),
+    "sound.wav": (lambda folder: sound(), "holds no video"),
+}
+
+
+def sound() -> bytes:
+    """A tenth of a second of silence."""
+    head = b"fmt " + (16).to_bytes(4, "little") + bytes.fromhex("0100010040 1f0000 803e0000 0200 1000")
+    body = b"data" + (1600).to_bytes(4, "little") + bytes(1600)
+    return b"RIFF" + (4 + len(head) + len(body)).to_bytes(4, "little") + b"WAVE" + head + body
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_is_no_whole_video_is_told_with_its_record(folder: Path, tmp_path: Path, name: str):
+    content, said = BAD[name]
+    if name != "missing.mp4":
+        (tmp_path / name).write_bytes(content(folder))
+    for read in (lambda path: frames_of(path, 4, "7"), lambda path: read_frames(path, [0], "7")):
+        with pytest.raises(BadSample) as caught:
+            read(tmp_path / name)
+        assert said in caught.value.reason
+        assert (caught.value.sample_id, caught.value.file) == ("7", str(tmp_path / name))
+
+
+def test_a_video_that_ends_early_is_told(folder: Path):
+    with pytest.raises(BadSample, match=r"record '7': video .*short.mp4 ends before frame 3"):
+        read_frames(folder / "short.mp4", [1, 3, 5], "7")
+
+
+def test_a_video_whose_frames_are_broken_is_told(folder: Path, tmp_path: Path):
+    whole = bytearray((folder / "a.avi").read_bytes())
+    start = whole.index(b"movi") + 12
+    whole[start : start + 60] = bytes(60)
+    (tmp_path / "a.avi").write_bytes(whole)
+    with pytest.raises(BadSample, match=r"video .*a.avi (does not decode|ends before)"):
+        read_frames(tmp_path / "a.avi", list(range(20)), "7")
+
+
+def test_without_the_library_what_to_install_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    for read in (lambda: num_frames(tmp_path / "a.mp4", "7"), lambda: read_frames(tmp_path / "a.mp4", [0], "7")):
+        with pytest.raises(
+            ValueError, match=r"a.mp4 is a video; reading one needs PyAV: pip install small-vlm\[video\]"
+        ):
+            read()

@@ -1,0 +1,142 @@
+"""Metrics of answers against values worked out by hand and published examples."""
+
+import sys
+from collections.abc import Sequence
+from math import exp, log
+
+import numpy as np
+import pytest
+
+from vlm.evaluation.text_metrics import (
+    ALL_METRICS,
+    LIBRARIES,
+    METRICS,
+    bleu,
+    check_metrics,
+    cider,
+    measure,
+    vqa_normalised,
+)
+
+
+def one(metric: str, answer: str, *references: str) -> float:
+    """A metric of a single answer."""
+    found = METRICS[metric]([answer], [list(references)])
+    return found if isinstance(found, float) else float(found[0])
+
+
+@pytest.mark.parametrize(("answer", "references", "value"), [
+    ("Green", ["green"], 1), (" green.\n", ["red", "Green"], 1), ("green!", ["green"], 0), ("", ["green"], 0),
+    ("the cat", ["cat"], 0), ("STRASSE", ["straße"], 1),
+])  # fmt: skip
+def test_exact_match(answer: str, references: Sequence[str], value: float):
+    assert one("exact_match", answer, *references) == value
+
+
+@pytest.mark.parametrize(("people", "value"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy_is_the_official_one_of_ten_people(people: int, value: float):
+    """Of those who said it each is left out once: 3 of 10 give (3 x 2/3 + 7 x 1) / 10."""
+    assert one("vqa_accuracy", "two", *["2"] * people, *["many"] * (10 - people)) == pytest.approx(value)
+
+
+def test_vqa_accuracy_of_few_people():
+    assert one("vqa_accuracy", "a cat", "The cat.") == 1
+    assert one("vqa_accuracy", "dog", "cat") == 0
+    assert one("vqa_accuracy", "cat", "cat", "cat") == 1
+    assert one("vqa_accuracy", "cat", "cat", "dog") == 0.5  # with the cat left out nobody said it
+
+
+@pytest.mark.parametrize(("text", "normalised"), [
+    ("The two dogs!", "2 dogs"), ("None", "0"), ("1,000", "1000"), ("3.5", "3.5"), ("u.s.", "us"),
+    ("red/green", "red green"), ("red / green", "red green"), ("yes, sir", "yes sir"), ("dont", "don't"),
+    ("couldn'tve", "couldn't've"), ("its well", "its well"), ("An  apple\nand the\tpear", "apple and pear"),
+    ("$1,000-2", "$10002"),
+])  # fmt: skip
+def test_answers_are_normalised_as_vqa_does(text: str, normalised: str):
+    assert vqa_normalised(text) == normalised
+
+
+@pytest.mark.parametrize(("answer", "references", "value"), [
+    ("Hello", ["hello"], 1.0), ("helo", ["hello"], 0.8), ("abcd", ["abxy"], 0.0), ("abc", ["abd", "abcx"], 0.75),
+    ("", ["x"], 0.0),
+])  # fmt: skip
+def test_anls(answer: str, references: Sequence[str], value: float):
+    """1 less the distance over the longer length; nothing from a half on."""
+    assert one("anls", answer, *references) == pytest.approx(value)
+
+
+def test_cider_by_hand():
+    """Words of one of two references weigh log 2; a copy gives 10, half of the words in a row less by their share."""
+    copies = cider(["a red cat", "the blue dog"], [["A red cat."], ["the blue dog"]])
+    assert copies == pytest.approx([7.5, 7.5])  # of 1- to 4-grams, three words have no 4-gram
+    references = [["one two three four five"], ["six seven eight nine"]]
+    full, part = cider(["one two three four five", "six seven eight ten"], references)
+    assert full == pytest.approx(10.0)
+    # Of the words 3 in 4 are the reference's, of pairs 2 in 3, of triples 1 in 2, of fours none; an n-gram that no
+    # reference has weighs log 2 too.
+    assert part == pytest.approx(10 * (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4)
+
+
+def test_cider_of_a_single_record_says_nothing():
+    assert cider(["a cat"], [["a cat"]]).tolist() == [0.0]
+    assert len(cider([], [])) == 0
+
+
+def test_bleu_by_hand():
+    """Precisions 5/6, 3/5, 1/4 and, smoothed, 1/6 of the example "the cat the cat on the mat"."""
+    assert bleu(["the cat sat on the mat"], [["the cat sat on the mat"]]) == pytest.approx(100.0)
+    found = bleu(["the cat is on the mat"], [["the cat sat on the mat"]])
+    expected = exp((log(5 / 6) + log(3 / 5) + log(1 / 4) + log(1 / 2 / 3)) / 4)
+    assert found == pytest.approx(100 * expected, rel=1e-6)
+
+
+def test_bleu_takes_as_many_references_as_each_answer_has():
+    found = bleu(["the cat sat on the mat", "a dog"], [["no", "the cat sat on the mat"], ["a dog"]])
+    assert found == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(("answer", "references", "value"), [
+    ("police kill the gunman", ["police killed the gunman"], 3 / 4),
+    ("the gunman kill police", ["police killed the gunman"], 2 / 4),
+    ("gunman police killed", ["police killed the gunman"], 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)),
+    ("a cat", ["a dog", "A cat!"], 1.0),
+    ("", ["a dog"], 0.0),
+])  # fmt: skip
+def test_rouge_gives_the_examples_of_its_paper(answer: str, references: Sequence[str], value: float):
+    """Lin 2004, section 3.1: of two answers with the same words, the one in the reference's order is better."""
+    assert one("rouge", answer, *references) == pytest.approx(value)
+
+
+def test_means_have_intervals_and_measures_of_all_together_have_none():
+    answers, references = ["a", "b", "c", "d"] * 5, [["a"], ["b"], ["x"], ["d"]] * 5
+    found = measure(["exact_match", "bleu"], answers, references)
+    assert found["exact_match"].value == 0.75
+    low, high = found["exact_match"].low, found["exact_match"].high
+    assert low is not None
+    assert high is not None
+    assert low < 0.75 < high
+    assert (found["bleu"].low, found["bleu"].high) == (None, None)
+    quick = measure(["exact_match"], answers, references, intervals=False)
+    assert (quick["exact_match"].value, quick["exact_match"].low) == (0.75, None)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_no_answers_give_no_value(name: str):
+    assert measure([name], [], [])[name].value is None
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_tells_a_copy_from_something_else(name: str):
+    references = [["a black cat sleeps on the mat"], ["two dogs run in a field"], ["the red bus stops here today"]]
+    copies, others = [one[0] for one in references], ["nothing of this", "like that at all", "completely wrong 7"]
+    good, bad = (np.mean(METRICS[name](given, references)) for given in (copies, others))
+    assert good > bad
+
+
+def test_what_is_unknown_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"--metrics meteor: allowed are exact_match, .*, loss"):
+        check_metrics(["loss", "meteor"], ALL_METRICS, "--metrics ")
+    for name, module in LIBRARIES.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=r"is missing: pip install 'small-vlm\[eval\]'"):
+            check_metrics([name], ALL_METRICS, "--metrics ")

@@ -1,0 +1,9 @@
+"""`python -m vlm` with packs of a few pictures."""
+
+from vlm.cli.train import main
+from vlm.train.feature_cache import writer as filling
+
+filling.PACK_VIEWS = 4
+
+if __name__ == "__main__":
+    main()

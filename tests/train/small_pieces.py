@@ -1,9 +1,0 @@
-"""`python -m vlm` with pieces of the vocabulary so small that a tiny model's batches have several of them."""
-
-from vlm.__main__ import main
-from vlm.train import vocabulary
-
-vocabulary.MOST_LOGITS = 3000
-
-if __name__ == "__main__":
-    main()

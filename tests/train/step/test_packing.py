@@ -1,0 +1,443 @@
+"""Packed rows in training: no sample sees another, losses and gradients are those of the samples one by one."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import config_of, losses
+from tests.tiny_parts import LANGUAGE_MODELS, Parts, picture
+from vlm.checks.run import ConfigError, check
+from vlm.data.batching.collator import Collator
+from vlm.data.batching.packing import PackingCollator, PackSampler
+from vlm.data.dataset import dummy_image
+from vlm.data.encoding.labels import IGNORED
+from vlm.evaluation.loss import row_losses, supervised
+from vlm.families.table import FAMILIES
+from vlm.models import VLMForConditionalGeneration, modeling_vlm
+from vlm.train import trainer
+from vlm.train.step import chunked_loss as vocabulary
+from vlm.train.step import packed_attention as attention
+from vlm.train.step.chunked_loss import num_chunks, takes_chunks
+from vlm.train.step.packed_attention import attending_to_packs
+from vlm.train.step.packing import PackedStream, check_family, check_packing
+
+TEXTS = ("<image>a red circle and a blue square", "no picture here", "two: <image> and <image>, both red", "a")
+
+
+def items(processor: Any) -> list[dict[str, Any]]:
+    """Encoded texts; what follows the last image, or the first token, is supervised."""
+    found, number = [], 0
+    for text in TEXTS:
+        ids = processor.tokenize(text)[0]
+        seen = [picture(number + index) for index in range(text.count("<image>"))]
+        number += len(seen)
+        start = max([0, *(place for place, token in enumerate(ids) if token == processor.image_token_id)]) + 1
+        labels = [IGNORED] * start + ids[start:]
+        pixels = processor.pixel_values(seen) if seen else None
+        found.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+    return found
+
+
+class Ready:
+    """A collator's batches, a dummy image where they have none, with pixels as a model reads them."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+        self.padded = Collator(processor.tokenizer.pad_token_id, dummy_image(processor))
+
+    def __call__(self, samples: list[dict[str, Any]], *, packed: bool = False) -> dict[str, Any]:
+        """Padded, or packed."""
+        batch = (PackingCollator(self.padded) if packed else self.padded)(samples)
+        return batch | {"pixel_values": self.processor.normalise(batch["pixel_values"])}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Those that there are, taken off the model."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def one_by_one(model: Any, samples: list[dict[str, Any]], collate: Ready) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Logits at all supervised positions, and gradients of the summed loss, of samples in batches of their own."""
+    logits = []
+    for sample in samples:
+        batch = collate([sample])
+        outputs = model(**batch, num_items_in_batch=1)
+        outputs.loss.backward()
+        logits.append(outputs.logits.detach())
+    return torch.cat(logits), gradients(model)
+
+
+def packed(model: Any, samples: list[dict[str, Any]], collate: Ready) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The same of samples in one row."""
+    batch = collate(samples, packed=True)
+    with attending_to_packs(model.config.get_text_config()):
+        outputs = model(**batch, num_items_in_batch=1, use_cache=False)
+        outputs.loss.backward()
+    return outputs.logits.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_packed_row_is_its_samples_one_by_one(parts: Parts, name: str, attention: str):
+    model, processor = parts.model("clip", name)
+    if attention == "sdpa" and name == "gemma2":
+        pytest.skip("transformers runs Gemma 2, whose attention is capped, in eager mode")
+    if attention == "flex_attention" and name != "llama":
+        pytest.skip("flex attention is slow on a CPU: one language model is enough")
+    model.language_model.set_attn_implementation(attention)
+    model.train()
+    collate = Ready(processor)
+    if attention == "flex_attention":  # it knows no backward on a CPU
+        with torch.no_grad():
+            batches = [collate([sample]) for sample in items(processor)]
+            expected = torch.cat([model(**batch).logits for batch in batches])
+            found = model(**collate(items(processor), packed=True), use_cache=False).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        return
+    expected, wanted = one_by_one(model, items(processor), collate)
+    logits, found = packed(model, items(processor), collate)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert found.keys() == wanted.keys()
+    assert "connector.layers.0.weight" in found or any(key.startswith("connector.") for key in found)
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_without_blocks_samples_leak(parts: Parts):
+    """The comparison can fail: the same row, attended to as one sample, gives other logits."""
+    model, processor = parts.model("clip", "llama")
+    collate = Ready(processor)
+    expected, _ = one_by_one(model, items(processor), collate)
+    batch = collate(items(processor), packed=True)
+    leaking = model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).logits
+    assert (leaking - expected).abs().max() > 1e-3
+
+
+def test_the_look_before_training_finds_models_that_mix_samples(parts: Parts):
+    model, processor = parts.model("clip", "llama")
+    check_packing(model, processor)
+    assert model.language_model.config._attn_implementation == "sdpa"
+
+    class Mixing(torch.nn.Module):
+        """Adds what stands before in a row, whosever it is, as a state space model does."""
+
+        config = model.config
+        device = model.device
+
+        def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+            found = model(input_ids=input_ids, **inputs)
+            found.logits = found.logits + found.logits.cumsum(1)
+            return found
+
+    with pytest.raises(ValueError, match="a sample's logits depend on the sample before it"):
+        check_packing(Mixing(), processor)
+
+
+def test_every_family_packs_or_is_refused():
+    for name, family in FAMILIES.items():
+        if family.packs:
+            check_family(name)
+        else:
+            with pytest.raises(ValueError, match=rf"\({name}\) cannot keep the samples of a row apart"):
+                check_family(name)
+    check_family("vlm")
+
+
+# The vocabulary
+
+
+@pytest.mark.parametrize("pieces", [2, 5, 400])
+def test_a_loss_in_pieces_is_the_loss(parts: Parts, pieces: int):
+    model, processor = parts.model("clip", "tied_llama")
+    batch = Ready(processor)(items(processor))
+    plain = model(**batch)
+    plain.loss.backward()
+    wanted = gradients(model)
+    outputs = model(**batch, num_chunks=pieces)
+    assert outputs.logits is None
+    outputs.loss.backward()
+    torch.testing.assert_close(outputs.loss, plain.loss, atol=1e-6, rtol=1e-6)
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[key], atol=1e-6, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_only_heads_without_anything_behind_them_are_asked_in_pieces(parts: Parts, name: str):
+    model, _ = parts.model("clip", name)
+    assert takes_chunks(model) == (name != "gemma2")  # whose logits are capped
+
+
+def test_no_piece_has_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch):
+    labels = torch.full((2, 500), 7)
+    monkeypatch.setattr(vocabulary, "MOST_LOGITS", 1000 * 100)
+    assert num_chunks(labels, 1000, torch.device("cpu")) == 10
+    assert num_chunks(torch.full((2, 500), IGNORED), 1000, torch.device("cpu")) == 1
+
+
+def test_no_tensor_of_all_positions_and_the_vocabulary_exists(parts: Parts, monkeypatch: pytest.MonkeyPatch):
+    """The largest tensor that a step makes, counted at every operation, forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        logits = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            for one in found if isinstance(found, tuple | list) else [found]:
+                if isinstance(one, torch.Tensor) and one.ndim == 2 and one.shape[1] == vocabulary_size:
+                    self.logits = max(self.logits, len(one) if len(one) != width else 0)  # not the weights
+            return found
+
+    model, processor = parts.model("clip", "llama")
+    text = model.config.get_text_config()
+    vocabulary_size, width = text.vocab_size, text.hidden_size
+    batch = Ready(processor)(items(processor))
+    number = int((batch["labels"] != IGNORED).sum())
+    assert number != width
+    monkeypatch.setattr(vocabulary, "MOST_LOGITS", vocabulary_size * 8)
+    pieces = num_chunks(batch["labels"], vocabulary_size, torch.device("cpu"))
+    assert pieces == -(-number // 8)
+    with Largest() as counted:
+        model(**batch, num_chunks=pieces).loss.backward()
+    assert 0 < counted.logits <= 8
+    with Largest() as counted:
+        model(**batch).loss.backward()
+    assert counted.logits == number  # the count can tell
+
+
+def test_logits_of_less_precision_are_widened_piece_by_piece(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(modeling_vlm, "MOST_LOGITS", 64)
+    logits = torch.randn(10, 32, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.arange(10)
+    loss = modeling_vlm.supervised_loss(logits, targets, None)
+    loss.backward()
+    wide = logits.detach().float().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide, targets)
+    expected.backward()
+    assert wide.grad is not None
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits.grad, wide.grad.bfloat16())
+
+
+# Runs
+
+
+def told(folder: Path, name: str) -> list[Any]:
+    """What a run logged under a name."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+BRIEF = ("trainer.learning_rate.language_model_learning_rate=1e-3", "trainer.num_samples=0")
+PACKED = (*BRIEF, "trainer.packing=true", "trainer.max_tokens_per_batch=256")
+
+
+def test_a_packed_run_trains_as_a_padded_one_of_the_same_samples(
+    train: Callable[..., Path], common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All 24 records in one step, packed in several rows, or padded in several batches: the same losses."""
+    whole = "trainer.num_train_epochs=3"
+    padded = train(
+        "finetune-smol", tmp_path / "padded", *BRIEF, whole, "trainer.per_device_train_batch_size=8",
+        "trainer.gradient_accumulation_steps=3", "trainer.packing=false",
+    )  # fmt: skip
+    order = PackSampler(lengths_of(common), 256, seed=42)
+    found = train(
+        "finetune-smol", tmp_path / "packed", *PACKED, whole, f"trainer.gradient_accumulation_steps={len(order)}"
+    )
+    assert len(order) > 2
+    assert losses(found) == pytest.approx(losses(padded), abs=1e-4)
+    assert losses(found)[0] > losses(found)[-1]
+    assert (found / "first_batch.html").read_text().count(" tokens, ") > 1
+
+
+def lengths_of(common: list[str]) -> Any:
+    """The lengths of the tiny world's samples."""
+    from vlm.assembly.settle import settle_model
+    from vlm.train.arguments import training_arguments
+    from vlm.train.data import load_data
+
+    config = config_of("finetune-smol", [*common, *BRIEF])
+    model_config, processor = settle_model(config)
+    data, _ = load_data(config, model_config, processor, training_arguments(config.trainer))
+    return data.lengths  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_resumed_packed_run_goes_on_where_it_was(train: Callable[..., Path], tmp_path: Path):
+    words = (
+        *PACKED, "trainer.num_train_epochs=2", "trainer.save_strategy=steps", "trainer.save_steps=3",
+        "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0",
+    )  # fmt: skip
+    whole = train("finetune-smol", tmp_path / "whole", *words)
+    train("finetune-smol", tmp_path / "half", *words, "trainer.max_steps=3")
+    half = train("finetune-smol", tmp_path / "half", *words, "trainer.resume_from_checkpoint=true")
+    assert losses(half) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = train("finetune-smol", tmp_path / "plain", *PACKED, "trainer.max_steps=2")
+    monkeypatch.setattr(vocabulary, "MOST_LOGITS", 5000)
+    asked: list[int] = []
+    forward = VLMForConditionalGeneration.forward
+
+    def watched(self: Any, *args: Any, **inputs: Any) -> Any:
+        asked.append(inputs.get("num_chunks", 1))
+        return forward(self, *args, **inputs)
+
+    monkeypatch.setattr(VLMForConditionalGeneration, "forward", watched)
+    found = train("finetune-smol", tmp_path / "pieces", *PACKED, "trainer.max_steps=2")
+    assert max(asked) > 1
+    assert losses(found) == pytest.approx(losses(plain), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("trainer.train_sampling_strategy=sequential", "packing settles which samples stand together"),
+        (
+            "dataset.streaming=true",
+            "64: the lengths of a stream are not known before; at least dataset.max_length=2048",
+        ),
+        ("trainer.max_tokens_per_batch=0", "at least 1 is needed"),
+        ("trainer.dataloader_drop_last=true", "there is no last batch to drop"),
+    ],
+)
+def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str, message: str):
+    words = [*common, *BRIEF, "trainer.packing=true", "trainer.max_tokens_per_batch=64", "trainer.max_steps=2", word]
+    with pytest.raises(ConfigError, match=message):
+        check(config_of("finetune-smol", words))
+
+
+def test_a_number_of_tokens_without_packing_is_refused(common: list[str]):
+    with pytest.raises(ConfigError, match=r"only trainer\.packing=true fills batches by tokens"):
+        check(config_of("finetune-smol", [*common, "trainer.packing=false", "trainer.max_tokens_per_batch=64"]))
+
+
+def test_a_streams_packs_are_full_and_leave_nothing_out():
+    samples = [{"input_ids": [1] * (3 + number * 7 % 20), "number": number} for number in range(2000)]
+    packs = list(islice(PackedStream(iter(samples), 64), 200))  # pyright: ignore[reportArgumentType]
+    tokens = [sum(len(one["input_ids"]) for one in pack) for pack in packs]
+    assert max(tokens) <= 64
+    assert sum(tokens) / len(tokens) >= 0.98 * 64
+    numbers = [one["number"] for pack in packs for one in pack]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_a_stream_is_packed_without_what_cannot_be_used(train: Callable[..., Path], tmp_path: Path, world: Path):
+    """Records that are too long, or whose picture is missing, among the first ones."""
+    records = json.loads((world / "records.json").read_text())
+    records[1]["conversations"][1]["value"] = "blue " * 300
+    records[2]["image"] = "missing.png"
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    words = ["dataset.streaming=true", f"dataset.path={path}", "dataset.max_length=128", "dataset.over_length=skip",
+             "dataset.on_bad_sample=skip", "trainer.max_tokens_per_batch=null", "trainer.max_steps=2"]  # fmt: skip
+    assert len(losses(train("finetune-smol", tmp_path / "run", *PACKED, *words))) == 2
+
+
+def test_a_stream_whose_samples_may_be_longer_than_a_row_is_refused(train: Callable[..., Path], tmp_path: Path):
+    words = [
+        "dataset.streaming=true",
+        "dataset.max_length=null",
+        "trainer.max_steps=2",
+        "trainer.max_tokens_per_batch=99",
+    ]
+    with pytest.raises(ValueError, match=r"max_tokens_per_batch=99: a sample of the stream may have \d"):
+        train("finetune-smol", tmp_path / "run", *PACKED, *words)
+
+
+HALF = ("trainer.bf16=true", "trainer.max_steps=2")
+NEW_ROWS = ("trainer.unfreeze.train_language_model=false", "model.language_model.new_tokens=['<here>']")
+
+
+@pytest.mark.parametrize("further", [(), NEW_ROWS], ids=["all trains", "new tokens"])
+def test_a_packed_run_in_half_precision_attends_in_it(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: tuple[str, ...]
+):
+    """What the kernel for samples of different lengths gets is in bfloat16, though rotations are in float32, and that
+    it rounds otherwise than the one for single samples is no reason to refuse it."""
+    seen = []
+
+    def kernel(query: Any, key: Any, value: Any, starts: Any, longest: Any, scale: Any, window: Any) -> torch.Tensor:
+        seen.append({query.dtype, key.dtype, value.dtype})
+        groups = query.shape[1] // key.shape[1]
+        wide = [query.double(), *(one.double().repeat_interleave(groups, dim=1) for one in (key, value))]
+        rows = [torch.nn.functional.scaled_dot_product_attention(*(one[:, :, a:b] for one in wide), is_causal=True)
+                for a, b in pairwise(starts.tolist())]  # fmt: skip
+        return torch.cat(rows, dim=2).transpose(1, 2).to(query.dtype)
+
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "_by_kernel", kernel)
+    found = losses(train("finetune-smol", tmp_path / "run", *PACKED, *HALF, *further))
+    assert len(found) == 2
+    assert seen
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+
+
+def test_logits_stay_in_half_precision_until_their_piece(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where the language model gives all of them at once; accelerate would widen all."""
+    plain = train("finetune-smol", tmp_path / "plain", *PACKED, *HALF)
+    monkeypatch.setattr(trainer, "takes_chunks", lambda model: False)
+    seen = []
+
+    def watched(logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(logits.dtype)
+        return supervised_loss(logits, *args)
+
+    supervised_loss = trainer.supervised_loss
+    monkeypatch.setattr(trainer, "supervised_loss", watched)
+    found = train("finetune-smol", tmp_path / "run", *PACKED, *HALF)
+    assert set(seen) == {torch.bfloat16}
+    assert losses(found) == pytest.approx(losses(plain), abs=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "handed_on", "refused"),
+    [
+        ({"sliding_window": 4}, None, True),
+        ({"sliding_window": 4}, 4, False),
+        ({"sliding_window": 16}, None, False),
+        ({"sliding_window": 4, "use_sliding_window": False}, None, False),
+        ({"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}, None, False),
+        ({"attention_chunk_size": 4, "layer_types": ["chunked_attention", "full_attention"]}, None, True),
+        ({}, None, False),
+    ],
+)
+def test_a_window_that_only_masks_know_is_refused(settings: dict[str, Any], handed_on: int | None, refused: bool):
+    layer = torch.nn.Module()
+    layer.config, layer.layer_idx = SimpleNamespace(**settings), 0  # pyright: ignore[reportAttributeAccessIssue]
+    row = [torch.randn(1, 1, 9, 4) for _ in range(3)]
+    packed = {"cu_seq_lens_q": torch.tensor([0, 6, 9]), "max_length_q": 6, "sliding_window": handed_on}
+    refusal = pytest.raises(ValueError, match="only its masks say, and a sample has 6")
+    with refusal if refused else nullcontext():
+        attention.packed_attention(layer, *row, None, **packed)
+
+
+@pytest.mark.parametrize("most", ["256", "null"])
+def test_a_streaming_run_packs(train: Callable[..., Path], tmp_path: Path, most: str):
+    folder = train(
+        "finetune-smol", tmp_path / "run", *PACKED, "dataset.streaming=true", "dataset.max_length=200",
+        "trainer.max_steps=3", f"trainer.max_tokens_per_batch={most}",
+    )  # fmt: skip
+    assert len(losses(folder)) == 3
+
+
+def test_row_losses_are_those_of_all_logits(parts: Parts):
+    """Evaluation, which stays padded, widens logits in pieces."""
+    model, processor = parts.model("clip", "llama")
+    batch = Ready(processor)(items(processor))
+    with torch.no_grad():
+        sums, counts = row_losses(supervised(model, batch)[0].logits, batch["labels"])
+        whole = model(**batch)
+    torch.testing.assert_close(sums.sum() / counts.sum(), whole.loss)

@@ -1,0 +1,92 @@
+"""Metrics of answers while a model trains: logged beside the loss, the same as those of its checkpoint afterwards."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import config_of
+from tests.train.test_distributed_runs import launch
+from vlm import VisionLanguageModel
+from vlm.checks import run as module
+from vlm.checks.run import ConfigError, check
+from vlm.evaluation.text_metrics import METRICS
+from vlm.train.monitor.callbacks import read_metrics
+
+ANSWERS = [
+    "trainer.eval_metrics=[exact_match,anls,rouge]",
+    "trainer.eval_metrics_samples=6",
+    "trainer.eval_strategy=epoch",
+]
+
+
+def evaluated(run: Path) -> dict[str, float]:
+    """The last line of a run's log that is of an evaluation."""
+    return [line for line in read_metrics(run / "metrics.jsonl") if "eval_loss" in line][-1]
+
+
+@pytest.fixture(scope="module")
+def held_out(train: Callable[..., Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of which every other has a reference that is what the model answers once it is trained."""
+    run = train(*run_of(world, tmp_path_factory.mktemp("before")))
+    model = VisionLanguageModel.load(run / "final", device="cpu")
+    records = json.loads((world / "records.json").read_text())
+    for number, one in enumerate(records):
+        question, images = one["conversations"][0]["value"], [world / "images" / one["image"]] if "image" in one else []
+        answer = model.generate(question, images, max_new_tokens=6)
+        one["answers"] = ["something else", answer.upper() if number % 2 else "nothing"]
+    path = tmp_path_factory.mktemp("records") / "held_out.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def run_of(world: Path, folder: Path) -> list[Any]:
+    return [
+        "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.template=chatml", "inference.max_new_tokens=6",
+        "trainer.train_sampling_strategy=sequential", "trainer.num_samples=0",
+        f"dataset.eval_image_folder={world / 'images'}",
+    ]  # fmt: skip
+
+
+def test_metrics_of_answers_stand_beside_the_loss(
+    train: Callable[..., Path], world: Path, held_out: Path, tmp_path: Path
+):
+    """They are those of what the model answers to the first records, of which every other is answered so."""
+    run = train(*run_of(world, tmp_path), *ANSWERS, f"dataset.eval_path={held_out}")
+    assert evaluated(run)["eval_exact_match"] == 0.5
+    assert evaluated(run)["eval_rouge"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_what_cannot_be_measured_is_refused(common: list[str]):
+    def refused(*words: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            check(config_of("finetune-smol", [*common, "trainer.eval_strategy=no", *words]))
+        return str(caught.value)
+
+    assert "trainer.eval_metrics: meteor is none; allowed are exact_match" in refused("trainer.eval_metrics=[meteor]")
+    assert "set trainer.eval_strategy to epoch or steps" in refused("trainer.eval_metrics=[anls]")
+    assert "eval_metrics_samples=0: at least 1" in refused("trainer.eval_metrics_samples=0")
+
+
+def test_the_names_are_those_of_the_table():
+    assert tuple(METRICS) == module.EVAL_METRICS
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_as_one_does(
+    common: list[str], train: Callable[..., Path], world: Path, held_out: Path, tmp_path: Path
+):
+    """Under ZeRO-3 too, where every rank takes part in every call; text-only records are among them."""
+    words = [*ANSWERS, f"dataset.eval_path={held_out}", "trainer.eval_metrics_samples=12"]
+    name, folder, *rest = run_of(world, tmp_path / "single")
+    single = evaluated(train(name, folder, *rest, *words))
+    launch([
+        "-cn", name, *common, *rest, *words, "trainer.deepspeed=zero3", f"trainer.output_dir={tmp_path / 'two'}",
+        "trainer.per_device_train_batch_size=4",
+    ])  # fmt: skip
+    two = evaluated(tmp_path / "two")
+    assert single["eval_exact_match"] == 0.5
+    for measure in ("loss", "exact_match", "anls", "rouge"):
+        assert two[f"eval_{measure}"] == pytest.approx(single[f"eval_{measure}"], abs=2e-3)
