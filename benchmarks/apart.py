@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
 
 
-def in_a_process(module: str, what: str, size: Any, folder: Path) -> Any:
+def run_in_subprocess(module: str, what: str, size: Any, folder: Path) -> Any:
     """What `python -m benchmarks.MODULE --measure WHAT` finds: JSON in the last line that it prints."""
     words = [sys.executable, "-m", f"benchmarks.{module}", "--measure", what, "--folder", str(folder)]
     words += ["--size", json.dumps(asdict(size))]

@@ -17,14 +17,14 @@ from tqdm import tqdm
 from vlm import VisionLanguageModel
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankPictures, SampleDataset, load_dataset
+from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.vision.images import open_pictures
-from vlm.evaluation.loss import caption_retrieval, reply_text, row_losses
+from vlm.data.vision.images import open_media
+from vlm.evaluation.loss import caption_retrieval, last_reply_text, row_losses
 
 
 @torch.no_grad()
-def losses(ready: VisionLanguageModel, dataset: SampleDataset | BlankPictures, batch: int) -> torch.Tensor:
+def losses(ready: VisionLanguageModel, dataset: SampleDataset | BlankImageDataset, batch: int) -> torch.Tensor:
     """Summed loss and supervised tokens of each sample: `(samples, 2)`."""
     collate = Collator(ready.processor.tokenizer.pad_token_id)
     rows = []
@@ -42,14 +42,14 @@ def report(args: argparse.Namespace) -> dict:
     config = DatasetConfig(path=args.data, image_folder=args.image_folder)
     data = load_dataset(config, SampleEncoder(ready.processor, 2048, truncate=False), evaluates=True)
     samples = [data.sample(index) for index in range(len(data))]
-    seen, blank = losses(ready, data, args.batch), losses(ready, BlankPictures(data), args.batch)
+    seen, blank = losses(ready, data, args.batch), losses(ready, BlankImageDataset(data), args.batch)
     gains = (blank[:, 0] - seen[:, 0]) / seen[:, 1]
     found = caption_retrieval(ready.model, ready.processor, samples, ways=args.ways)
     answers = []
     for sample in samples[:: max(len(data) // args.answers, 1)][: args.answers]:
-        pictures = open_pictures(sample)
+        pictures = open_media(sample)
         answer = ready.answer([sample.turns[:-1]], [pictures], InferenceConfig(max_new_tokens=40))[0]
-        answers.append({"id": sample.id, "reference": reply_text(sample), "answer": answer})
+        answers.append({"id": sample.id, "reference": last_reply_text(sample), "answer": answer})
     return {
         "checkpoint": str(args.checkpoint),
         "samples": len(data),

@@ -16,19 +16,19 @@ from transformers import AutoModel
 from benchmarks.lengths import Record
 from benchmarks.shapes import Shape
 from benchmarks.variants import Sample
-from vlm.data.batching.stats import BatchFacts, facts_of
+from vlm.data.batching.stats import BatchStats, compute_batch_stats
 from vlm.train.monitor.flops import StepFlops, count_flops
 
 NEWLINE = 1
 """The token between a picture and the question."""
 
 
-def counted(model: Any, shape: Shape) -> tuple[StepFlops, float]:
+def count_operations(model: Any, shape: Shape) -> tuple[StepFlops, float]:
     """Operations of our model as it trains, and those of all layers of its encoder for one image."""
-    return count_flops(model, {"pixel_values": torch.empty(1, 3, shape.side, shape.side)}), whole_encoder(shape)
+    return count_flops(model, {"pixel_values": torch.empty(1, 3, shape.side, shape.side)}), count_whole_encoder(shape)
 
 
-def whole_encoder(shape: Shape) -> float:
+def count_whole_encoder(shape: Shape) -> float:
     """Operations of a forward pass through all layers of the encoder, an image."""
     with torch.device("meta"):
         encoder = AutoModel.from_config(shape.vision_config(), attn_implementation="eager")
@@ -38,15 +38,15 @@ def whole_encoder(shape: Shape) -> float:
     return counter.get_total_flops()
 
 
-def facts(samples: Sequence[Sample]) -> BatchFacts:
+def facts(samples: Sequence[Sample]) -> BatchStats:
     """What samples hold."""
-    return facts_of(samples, sum(len(sample["input_ids"]) for sample in samples))
+    return compute_batch_stats(samples, sum(len(sample["input_ids"]) for sample in samples))
 
 
 def ours(flops: StepFlops, samples: Sequence[Sample], batches: int = 1) -> float:
     """Operations of a step of ours, of so many packs."""
     held = facts(samples)
-    return flops.of(held, held.images, held.images, batches)
+    return flops.total(held, held.images, held.images, batches)
 
 
 def padded(flops: StepFlops, encoder: float, micro_batches: Sequence[Sequence[Sample]]) -> float:
@@ -61,7 +61,7 @@ def padded(flops: StepFlops, encoder: float, micro_batches: Sequence[Sequence[Sa
     return total
 
 
-def blank_samples(records: Sequence[Record], shape: Shape) -> list[Sample]:
+def make_blank_samples(records: Sequence[Record], shape: Shape) -> list[Sample]:
     """Samples as long as records of the mixture, of which only the numbers matter."""
     pixels = torch.empty(1, 3, 1, 1)
     made = []
@@ -74,14 +74,14 @@ def blank_samples(records: Sequence[Record], shape: Shape) -> list[Sample]:
     return made
 
 
-def forecast(
+def predict_ratio(
     flops: StepFlops, encoder: float, samples: Sequence[Sample], per_micro_batch: int, micro_batches: int = 1
 ) -> float:
     """The ratio that counting predicts over the whole mixture: padded operations over ours.
 
     Args:
         flops: of our model.
-        encoder: see `whole_encoder`.
+        encoder: see `count_whole_encoder`.
         samples: many, as drawn.
         per_micro_batch: samples of a micro-batch.
         micro_batches: over so many, a step's samples are sorted by length; 1: they are not.
@@ -96,10 +96,10 @@ def forecast(
     return theirs / sum(ours(flops, one) for one in steps)
 
 
-def shares(flops: StepFlops, samples: Sequence[Sample]) -> dict[str, float]:
+def operation_shares(flops: StepFlops, samples: Sequence[Sample]) -> dict[str, float]:
     """What each part of a step of ours costs, as a share of it."""
     held = facts(samples)
-    pairs = (held.squares + held.tokens) / 2
+    pairs = (held.squared_lengths + held.tokens) / 2
     parts = {
         "language model": flops.token * held.tokens,
         "attention": flops.pair * pairs,

@@ -26,15 +26,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import LlavaProcessor
 
-from benchmarks.opening import dataset, our_processor, parts
+from benchmarks.opening import dataset, load_parts, make_processor
 from benchmarks.report import below, compared, report
 from vlm.data.batching.collator import Collator
 from vlm.models import VLMProcessor
 
-PICTURES = 64
-BATCH = 16
-SAMPLES = 480
-ROUNDS = 7
+NUM_IMAGES = 64
+BATCH_SIZE = 16
+NUM_SAMPLES = 480
+NUM_ROUNDS = 7
 TEXT = "what is the red circle in this picture there are two blue squares at the top left of a green and a small one"
 WORDS = TEXT.split()
 
@@ -59,13 +59,13 @@ def main() -> None:
 def generate(folder: Path, number: int) -> None:
     """The pictures, a small set of records for the loader, and the large one."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for index in range(PICTURES):
+    for index in range(NUM_IMAGES):
         draw = np.random.default_rng(index)
         shapes = Image.fromarray(draw.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
         noise = np.asarray(shapes).astype(int) + draw.normal(0, 8, (480, 640, 1)).astype(int)
         Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{index}.jpg", quality=90)
     draw = random.Random(0)
-    small = [record(draw, index, turns=1) for index in range(SAMPLES)]
+    small = [record(draw, index, turns=1) for index in range(NUM_SAMPLES)]
     (folder / "small.json").write_text(json.dumps(small))
     if not (folder / "large.json").exists():
         with (folder / "large.json").open("w") as file:
@@ -82,17 +82,17 @@ def record(draw: random.Random, index: int, turns: int) -> dict[str, Any]:
         asked = " ".join(draw.choices(WORDS, k=12))
         answer = " ".join(draw.choices(WORDS, k=draw.choice((2, 8, 20, 60))))
         talk += [{"from": "human", "value": "<image>\n" * (turn == 0) + asked}, {"from": "gpt", "value": answer}]
-    return {"id": f"{index:012d}", "image": f"{index % PICTURES}.jpg", "conversations": talk}
+    return {"id": f"{index:012d}", "image": f"{index % NUM_IMAGES}.jpg", "conversations": talk}
 
 
 # --- the loader ------------------------------------------------------------------------------------------------------
 
 
-class Plain(Dataset[Any]):
+class TransformersDataset(Dataset[Any]):
     """transformers' own processor, called sample by sample."""
 
     def __init__(self, folder: Path):
-        image_processor, tokenizer = parts()
+        image_processor, tokenizer = load_parts()
         self.processor = LlavaProcessor(
             image_processor, tokenizer, patch_size=14, vision_feature_select_strategy="default",
             num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
@@ -120,15 +120,15 @@ class Plain(Dataset[Any]):
 
 def loader_rows(folder: Path, workers: int) -> list[Any]:
     """Samples per second through decode, resize, tokenise and collate, in as many processes."""
-    ours, plain = dataset(folder, "small.json", our_processor()), Plain(folder)
+    ours, plain = dataset(folder, "small.json", make_processor()), TransformersDataset(folder)
     processor = ours.processor
-    options: dict[str, Any] = {"batch_size": BATCH, "num_workers": workers, "persistent_workers": True}
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "num_workers": workers, "persistent_workers": True}
     loaders = {
         "vlm": DataLoader(ours, collate_fn=Collator(processor.tokenizer.pad_token_id), **options),
         "transformers": DataLoader(plain, collate_fn=plain.collate, **options),
     }
     measured: dict[tuple[str, bool], list[float]] = defaultdict(list)
-    for turn in range(ROUNDS + 1):
+    for turn in range(NUM_ROUNDS + 1):
         for (name, loader), normalises in product(loaders.items(), (False, True)):
             start = time.perf_counter()
             for batch in loader:
@@ -136,7 +136,7 @@ def loader_rows(folder: Path, workers: int) -> list[Any]:
                     processor.normalise(batch["pixel_values"])
             if turn:  # the first starts the workers
                 measured[name, normalises].append(len(ours) / (time.perf_counter() - start))
-    far = max(_levels_apart(ours[index], plain[index], processor) for index in range(PICTURES))
+    far = max(_max_pixel_difference(ours[index], plain[index], processor) for index in range(NUM_IMAGES))
     print(f"Pixels are at most {far:.3f} of 255 levels apart")
     if far > 1:
         raise SystemExit("the two do different work")
@@ -149,7 +149,7 @@ def loader_rows(folder: Path, workers: int) -> list[Any]:
     ]
 
 
-def _levels_apart(ours: Any, theirs: Any, processor: VLMProcessor) -> float:
+def _max_pixel_difference(ours: Any, theirs: Any, processor: VLMProcessor) -> float:
     """How far the pixels are apart, in levels of 255."""
     scale = 255 * torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
     return ((processor.normalise(ours["pixel_values"]) - theirs["pixel_values"]) * scale).abs().max().item()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from benchmarks.report import Row, below, compared, report
 from benchmarks.shapes import SHAPES, model_keys, write_parts
-from benchmarks.variants import config_of, data_keys, quiet
+from benchmarks.variants import compose_config, data_keys, silence_libraries
 from vlm.demo.scenes import write_scenes
 from vlm.train.run import run
 
@@ -45,7 +45,7 @@ def train(folder: Path, name: str, epochs: int, cached: bool, pooling: str) -> t
         "trainer.dataloader_num_workers=0",
         "trainer.per_device_train_batch_size=8",
     ]
-    config = config_of("head-classification", words)
+    config = compose_config("head-classification", words)
     begun = time.perf_counter()
     run(config, name, [word.split("=")[0] for word in words])
     seconds = time.perf_counter() - begun
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    quiet()
+    silence_libraries()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_parts(folder / "parts", SHAPES["smol"])

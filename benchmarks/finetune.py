@@ -30,26 +30,26 @@ from matplotlib.figure import Figure
 from benchmarks import counting
 from benchmarks.lengths import Record, draw_records, write_records
 from benchmarks.report import RESULTS, Row, compared, report
-from benchmarks.shapes import SHAPES, Shape, composed, llava_of, write_parts
-from benchmarks.sizes import parser_of, size_of
+from benchmarks.shapes import SHAPES, Shape, compose_model, make_llava, write_parts
+from benchmarks.sizes import make_parser, make_size
 from benchmarks.variants import (
     SEED,
     Sample,
     Steps,
-    in_micro_batches,
-    padded_positions,
-    quiet,
-    released,
+    count_padded_positions,
+    make_micro_batches,
+    release_memory,
     run_ours,
-    samples_of,
+    silence_libraries,
+    split_packed_batch,
     train_padded,
 )
-from vlm.data.batching.packing import pack
+from vlm.data.batching.packing import pack_lengths
 from vlm.train.monitor.flops import StepFlops
 
 
 @dataclass(frozen=True)
-class Near:
+class Tolerances:
     """How far variants may be apart, as a share of what is compared.
 
     Attributes:
@@ -61,7 +61,7 @@ class Near:
     later: float
 
 
-NEAR = {"float32": Near(1e-4, 5e-3), "bfloat16": Near(2e-2, 5e-2)}
+TOLERANCES = {"float32": Tolerances(1e-4, 5e-3), "bfloat16": Tolerances(2e-2, 5e-2)}
 """By what matrix products run in."""
 
 
@@ -95,7 +95,7 @@ GPU = Size(tokens=8192, accumulation=4, steps=10, samples=20, repeats=3, bf16=Tr
 
 
 @dataclass
-class Measured:
+class VariantMeasurements:
     """What one variant did.
 
     Attributes:
@@ -133,26 +133,26 @@ class Comparison:
 
     tokens: list[int]
     samples: float
-    variants: dict[str, Measured]
+    variants: dict[str, VariantMeasurements]
     flops: StepFlops
     encoder: float
 
 
-def fitting(records: Sequence[Record], shape: Shape, capacity: int, packs: int) -> list[Record]:
+def select_records(records: Sequence[Record], shape: Shape, capacity: int, packs: int) -> list[Record]:
     """The first records, as many as fill so many packs and do not need another."""
-    lengths = [len(sample["input_ids"]) for sample in counting.blank_samples(records, shape)]
+    lengths = [len(sample["input_ids"]) for sample in counting.make_blank_samples(records, shape)]
     number = int(np.searchsorted(np.cumsum(lengths), packs * capacity, side="right"))
-    while len(pack(lengths[:number], capacity, SEED)) > packs:
+    while len(pack_lengths(lengths[:number], capacity, SEED)) > packs:
         number -= 1
     return list(records[:number])
 
 
-def compare(size: Size, folder: Path) -> Comparison:
+def compare_variants(size: Size, folder: Path) -> Comparison:
     """Train every variant in turns, ours first: it says which samples a step has."""
     shape = SHAPES[size.shape]
     write_parts(folder / "parts", shape)
     packs = size.steps * size.accumulation
-    records = fitting(draw_records(packs * size.tokens // 50, size.seed), shape, size.tokens, packs)
+    records = select_records(draw_records(packs * size.tokens // 50, size.seed), shape, size.tokens, packs)
     path = write_records(folder / "data", records, shape.side)
     words = [
         f"trainer.max_tokens_per_batch={size.tokens}",
@@ -163,47 +163,47 @@ def compare(size: Size, folder: Path) -> Comparison:
     for turn in range(size.repeats):
         run = run_ours(folder / "parts", path, folder / f"ours-{turn}", *words, keeps=True)
         processor = run.trainer.processor
-        steps = [[sample for batch in step for sample in samples_of(batch, processor)] for step in run.batches]
+        steps = [[sample for batch in step for sample in split_packed_batch(batch, processor)] for step in run.batches]
         if found is None:
-            flops, encoder = counting.counted(run.trainer.model, shape)
+            flops, encoder = counting.count_operations(run.trainer.model, shape)
             tokens = [counting.facts(step).tokens for step in steps]
-            variants = {name: Measured() for name in ("ours", "padded", "grouped")}
+            variants = {name: VariantMeasurements() for name in ("ours", "padded", "grouped")}
             found = Comparison(
-                tokens, len(records) / len(steps) / num_micro_batches(steps, size), variants, flops, encoder
+                tokens, len(records) / len(steps) / count_micro_batches(steps, size), variants, flops, encoder
             )
             found.variants["ours"].flops = [counting.ours(flops, step, size.accumulation) for step in steps[1:]]
             print(f"{len(records)} samples, {sum(tokens):,} tokens in {packs} packs", end=", ")
             print(f"{sum(tokens) / (packs * size.tokens):.1%} of their positions", flush=True)
-        released(run)
+        release_memory(run)
         found.variants["ours"].add(run, found.tokens)
         for name in ("padded", "grouped"):
-            _train_theirs(found, name, steps, size, folder, processor)
+            _train_transformers(found, name, steps, size, folder, processor)
     assert found is not None
     return found
 
 
-def num_micro_batches(steps: Sequence[Sequence[Sample]], size: Size) -> int:
+def count_micro_batches(steps: Sequence[Sequence[Sample]], size: Size) -> int:
     """In how many a step is padded, so that none has more samples than it may."""
     return math.ceil(max(map(len, steps)) / size.samples)
 
 
-def _train_theirs(
+def _train_transformers(
     found: Comparison, name: str, steps: Sequence[Sequence[Sample]], size: Size, folder: Path, processor: object
 ) -> None:
     """One repetition of transformers' own."""
-    number = num_micro_batches(steps, size)
-    laid = [in_micro_batches(step, number, grouped=name == "grouped") for step in steps]
+    number = count_micro_batches(steps, size)
+    laid = [make_micro_batches(step, number, grouped=name == "grouped") for step in steps]
     measured = found.variants[name]
     if not measured.flops:
-        positions = [padded_positions(one) for step in laid for one in step]
+        positions = [count_padded_positions(one) for step in laid for one in step]
         measured.flops = [counting.padded(found.flops, found.encoder, step) for step in laid[1:]]
         print(f"{name}: {number} micro-batches a step of {found.samples:.2f} samples on average and", end=" ")
         print(
             f"{max(len(one) for step in laid for one in step)} at most, {max(positions):,} positions at most", end=", "
         )
         print(f"{sum(found.tokens) / sum(positions):.1%} real tokens", flush=True)
-    ours, _ = composed(folder / "parts", SEED)
-    model = llava_of(ours, folder / "parts")
+    ours, _ = compose_model(folder / "parts", SEED)
+    model = make_llava(ours, folder / "parts")
     del ours
     if size.bf16:
         model.model.vision_tower.to(torch.bfloat16)  # as a run of ours casts what is frozen
@@ -211,15 +211,15 @@ def _train_theirs(
     measured.add(done, found.tokens)
 
 
-def check_agreement(variants: dict[str, Measured], near: Near) -> dict[str, float]:
+def check_agreement(variants: dict[str, VariantMeasurements], near: Tolerances) -> dict[str, float]:
     """How far the variants' losses of a step and the norms of their first gradients are apart, as a share of them.
 
     Raises:
         SystemExit: the variants do not do the same work.
     """
     steps = list(zip(*(one.losses for one in variants.values()), strict=True))
-    apart = [_apart(losses) for losses in steps]
-    norms = _apart([one.norm for one in variants.values()])
+    apart = [_relative_range(losses) for losses in steps]
+    norms = _relative_range([one.norm for one in variants.values()])
     if max(apart[0], norms) > near.first or max(apart) > near.later:
         shown = {name: (one.losses, one.norm) for name, one in variants.items()}
         raise SystemExit(f"the variants do not compute the same; losses and the first gradient's norm: {shown}")
@@ -230,11 +230,11 @@ def check_agreement(variants: dict[str, Measured], near: Near) -> dict[str, floa
     }
 
 
-def _apart(values: Sequence[float]) -> float:
+def _relative_range(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / min(values)
 
 
-def rows_of(found: Comparison) -> list[Row]:
+def make_rows(found: Comparison) -> list[Row]:
     """The claims. A rate is that of all steps but the first; its spread that of single steps, whose samples differ."""
     ours, rows = found.variants["ours"], []
     for name, target, title in (
@@ -253,23 +253,23 @@ def rows_of(found: Comparison) -> list[Row]:
     return rows
 
 
-def notes_of(found: Comparison, size: Size) -> dict[str, Any]:
+def make_notes(found: Comparison, size: Size) -> dict[str, Any]:
     """Each step's ratio, measured and counted, and what counting predicts over the whole mixture at as many samples."""
     ours, notes = found.variants["ours"], {}
     for name in ("padded", "grouped"):
         theirs = found.variants[name]
         measured = [mine / other for mine, other in zip(ours.speeds, theirs.speeds, strict=True)]
-        counted = [other / mine for mine, other in zip(ours.flops, theirs.flops, strict=True)] * size.repeats
-        notes[f"{name}, step by step, measured and counted"] = list(zip(measured, counted, strict=True))
-    samples = counting.blank_samples(draw_records(4000, 1), SHAPES[size.shape])
+        count_operations = [other / mine for mine, other in zip(ours.flops, theirs.flops, strict=True)] * size.repeats
+        notes[f"{name}, step by step, measured and counted"] = list(zip(measured, count_operations, strict=True))
+    samples = counting.make_blank_samples(draw_records(4000, 1), SHAPES[size.shape])
     for number in (math.floor(found.samples), math.ceil(found.samples)):
-        notes[f"counted over the whole mixture, padded to {number} samples"] = counting.forecast(
+        notes[f"counted over the whole mixture, padded to {number} samples"] = counting.predict_ratio(
             found.flops, found.encoder, samples, number
         )
     return {"samples of a padded micro-batch, on average": found.samples, **notes, "size": asdict(size)}
 
 
-def draw_losses(variants: dict[str, Measured], path: Path) -> None:
+def draw_losses(variants: dict[str, VariantMeasurements], path: Path) -> None:
     """The loss of every step, of each variant."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -281,40 +281,40 @@ def draw_losses(variants: dict[str, Measured], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def explain(found: Comparison, size: Size) -> None:
+def print_predictions(found: Comparison, size: Size) -> None:
     """What counting says of other sizes, and of what would bring more."""
     shape = SHAPES[size.shape]
-    samples = counting.blank_samples(draw_records(4000, 1), shape)
+    samples = counting.make_blank_samples(draw_records(4000, 1), shape)
     print("\nOf the operations of our step: " + ", ".join(
-        f"{name} {share:.1%}" for name, share in counting.shares(found.flops, samples).items()
+        f"{name} {share:.1%}" for name, share in counting.operation_shares(found.flops, samples).items()
     ))  # fmt: skip
     print("What counting predicts over the whole mixture, padded over ours, by the samples of a micro-batch:")
     cached = replace(found.flops, encoded=0.0)
     for number in (3, 4, 5, 6, 8, 10, 16, 32):
-        plain = counting.forecast(found.flops, found.encoder, samples, number)
+        plain = counting.predict_ratio(found.flops, found.encoder, samples, number)
         few, many = (
-            counting.forecast(found.flops, found.encoder, samples, number, micro_batches=over) for over in (4, 50)
+            counting.predict_ratio(found.flops, found.encoder, samples, number, micro_batches=over) for over in (4, 50)
         )
-        kept = counting.forecast(cached, found.encoder, samples, number)
+        kept = counting.predict_ratio(cached, found.encoder, samples, number)
         print(f"{number:>4}: padded {plain:.2f}, grouped over 4 micro-batches {few:.2f}, over 50 {many:.2f}", end=", ")
         print(f"padded against ours with image features out of the cache {kept:.2f}")
 
 
 def main() -> None:
     """Measure and report."""
-    args = parser_of(__doc__, ("tokens", "accumulation", "steps", "samples", "repeats", "seed")).parse_args()
-    size = size_of(args, Size(), GPU)
-    quiet()
+    args = make_parser(__doc__, ("tokens", "accumulation", "steps", "samples", "repeats", "seed")).parse_args()
+    size = make_size(args, Size(), GPU)
+    silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(size, Path(folder))
+        found = compare_variants(size, Path(folder))
     for name, one in found.variants.items():
         losses = " ".join(f"{loss:.5f}" for loss in one.losses)
         print(f"losses, {name}: {losses}; norm of the first gradient {one.norm:.5f}")
-    apart = check_agreement(found.variants, NEAR["bfloat16" if size.bf16 else "float32"])
-    notes = {**apart, **notes_of(found, size)}
-    report("finetune-gpu" if args.gpu else "finetune", rows_of(found), notes)
+    apart = check_agreement(found.variants, TOLERANCES["bfloat16" if size.bf16 else "float32"])
+    notes = {**apart, **make_notes(found, size)}
+    report("finetune-gpu" if args.gpu else "finetune", make_rows(found), notes)
     draw_losses(found.variants, RESULTS / ("finetune-gpu_loss.png" if args.gpu else "finetune_loss.png"))
-    explain(found, size)
+    print_predictions(found, size)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ import torch
 from PIL import Image
 
 from benchmarks.report import Row, compared, report
-from benchmarks.shapes import SHAPES, composed, write_parts
-from benchmarks.sizes import parser_of, size_of
-from benchmarks.variants import SEED, quiet
+from benchmarks.shapes import SHAPES, compose_model, write_parts
+from benchmarks.sizes import make_parser, make_size
+from benchmarks.variants import SEED, silence_libraries
 from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.generate_file import generate_file
 
 WORDS = ("what", "is", "the", "colour", "of", "circle", "square", "in", "this", "picture", "red", "green", "blue")
-BATCH = 16
+BATCH_SIZE = 16
 """What `vlm generate --batch-size` is by default."""
-HELD = 32
+NUM_COMPARED_TOKENS = 32
 """So many ids of an answer are held against those of the same question in another batch. Batches of another size round
 otherwise; sooner or later two ids are as likely to within that, and a random model goes elsewhere from there."""
 
@@ -61,7 +61,7 @@ GPU = Size(bf16=True)
 """For one large GPU."""
 
 
-class Unending(VisionLanguageModel):
+class FixedLengthModel(VisionLanguageModel):
     """Its answers are as long as they may be, and are told as ids: a text would leave out those it has no word for."""
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def save(folder: Path, size: Size) -> None:
     embeddings says the last token again, whatever it was asked.
     """
     write_parts(folder, SHAPES[size.shape])
-    model, processor = composed(folder, SEED)
+    model, processor = compose_model(folder, SEED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.startswith("visual_encoder"):
@@ -105,9 +105,9 @@ def write_records(folder: Path, number: int) -> None:
         (folder / f"{name}.json").write_text(json.dumps(records))
 
 
-def ask(folder: Path, size: Size, records: str, batch_size: int, tokens: int) -> tuple[float, list[str]]:
+def time_answers(folder: Path, size: Size, records: str, batch_size: int, tokens: int) -> tuple[float, list[str]]:
     """Seconds and answers of a whole file, by a model that has just been loaded and has seen no picture."""
-    model = Unending.load(
+    model = FixedLengthModel.load(
         folder / "model", device="cuda" if torch.cuda.is_available() else "cpu",
         dtype="bfloat16" if size.bf16 else "float32",
     )  # fmt: skip
@@ -122,19 +122,19 @@ def ask(folder: Path, size: Size, records: str, batch_size: int, tokens: int) ->
     return seconds, [row["answer"] for row in rows]
 
 
-VARIANTS = {"one by one": ("many", 1), "in batches": ("many", BATCH), "one picture": ("one", BATCH)}
+VARIANTS = {"one by one": ("many", 1), "in batches": ("many", BATCH_SIZE), "one picture": ("one", BATCH_SIZE)}
 """Variant -> the file and how many records at a time."""
 
 
 def check_answers(answers: dict[str, list[str]]) -> None:
     """Raise SystemExit where answers in batches are not those one by one, or do not depend on what was asked."""
     alone, batched, one = (answers[name] for name in VARIANTS)
-    begun = [[answer.split()[:HELD] for answer in some] for some in (alone, batched)]
+    begun = [[answer.split()[:NUM_COMPARED_TOKENS] for answer in some] for some in (alone, batched)]
     if other := [place for place, (first, second) in enumerate(zip(*begun, strict=True)) if first != second]:
         raise SystemExit(f"answers in batches are not those one by one: records {other}, {answers}")
     if any(len(set(asked)) < len(asked) for asked in (alone, one)):
         raise SystemExit(f"different questions have the same answer, so comparing them proves nothing: {answers}")
-    if one[0].split()[:HELD] != begun[1][0]:
+    if one[0].split()[:NUM_COMPARED_TOKENS] != begun[1][0]:
         raise SystemExit(f"the first record, which is the same in both files, has two answers: {answers}")
     if same := [place for place in range(1, len(one)) if one[place] == batched[place]]:
         raise SystemExit(f"another picture gave the same answer, so comparing them proves nothing: {same}, {answers}")
@@ -144,19 +144,19 @@ def measure(size: Size, folder: Path) -> tuple[list[Row], dict[str, int]]:
     """All variants in turns, and how many answers are the same in batches and one by one to their last id."""
     save(folder, size)
     write_records(folder, size.records)
-    ask(folder, size, "many", BATCH, 2)  # reads what is read once
+    time_answers(folder, size, "many", BATCH_SIZE, 2)  # reads what is read once
     speeds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     answers: dict[str, list[str]] = {}
     for _ in range(size.repeats):
         for name, (records, batch_size) in VARIANTS.items():
-            seconds, answers[name] = ask(folder, size, records, batch_size, size.tokens)
+            seconds, answers[name] = time_answers(folder, size, records, batch_size, size.tokens)
             speeds[name].append(size.records / seconds)
     if not size.bf16:  # in half precision, ids are as likely as others all the time
         check_answers(answers)
     same = sum(a == b for a, b in zip(answers["in batches"], answers["one by one"], strict=True))
     rows = [
         compared(
-            f"answers of {size.tokens} tokens in batches of {BATCH}", speeds["in batches"], speeds["one by one"],
+            f"answers of {size.tokens} tokens in batches of {BATCH_SIZE}", speeds["in batches"], speeds["one by one"],
             ("in batches", "one by one"), "records/s", 3.0,
         ),
         compared(
@@ -169,9 +169,9 @@ def measure(size: Size, folder: Path) -> tuple[list[Row], dict[str, int]]:
 
 def main() -> None:
     """Measure and report."""
-    args = parser_of(__doc__, ("records", "repeats", "tokens")).parse_args()
-    size = size_of(args, Size(), GPU)
-    quiet()
+    args = make_parser(__doc__, ("records", "repeats", "tokens")).parse_args()
+    size = make_size(args, Size(), GPU)
+    silence_libraries()
     with tempfile.TemporaryDirectory() as name:
         report("generation-gpu" if args.gpu else "generation", *measure(size, Path(name)))
 

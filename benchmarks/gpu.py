@@ -22,16 +22,16 @@ from benchmarks import counting
 from benchmarks.lengths import Record, Source, draw_records, write_records
 from benchmarks.report import Row, compared, report
 from benchmarks.shapes import SHAPES, write_parts
-from benchmarks.sizes import parser_of, size_of
-from benchmarks.variants import quiet, released, run_ours, samples_of
-from vlm.train.monitor.peak_flops import Peak, measured, peak_of
+from benchmarks.sizes import make_parser, make_size
+from benchmarks.variants import release_memory, run_ours, silence_libraries, split_packed_batch
+from vlm.train.monitor.peak_flops import Peak, get_peak_tflops, measure_tflops
 
 CAPTION = Source("caption", 558, (1, 1), (8, 0.2), (14, 0.4))
 """LLaVA's first stage: a picture and a line of text. Its template drops the question."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """A stage as it is measured.
 
     Attributes:
@@ -46,8 +46,10 @@ class Stage:
 
 
 STAGES = {
-    "pretrain": Stage("pretrain-llava", 0.55, ("dataset.template=plain", "trainer.activation_checkpointing=true")),
-    "finetune": Stage("finetune-llava", 0.45, ("trainer.activation_checkpointing=true",)),
+    "pretrain": TrainingStage(
+        "pretrain-llava", 0.55, ("dataset.template=plain", "trainer.activation_checkpointing=true")
+    ),
+    "finetune": TrainingStage("finetune-llava", 0.45, ("trainer.activation_checkpointing=true",)),
 }
 
 
@@ -72,7 +74,7 @@ TINY = Size("tiny", 1024, 4, bf16=False)
 """For a check on a CPU."""
 
 
-def records_of(stage: str, size: Size) -> list[Record]:
+def draw_stage_records(stage: str, size: Size) -> list[Record]:
     """Enough of them for every step."""
     per_step = size.tokens // (SHAPES[size.shape].tokens_per_image + 10) + 1
     number = (size.steps + 1) * per_step
@@ -83,12 +85,12 @@ def records_of(stage: str, size: Size) -> list[Record]:
     return [record for record in draw_records(number) if record.tokens <= longest]
 
 
-def utilisation(
+def measure_utilisation(
     stage: str, size: Size, peak: Peak, folder: Path, words: Sequence[str]
 ) -> tuple[list[float], list[float]]:
     """Model TFLOP/s and real tokens a second, of every step of a stage but the first two."""
     shape = SHAPES[size.shape]
-    path = write_records(folder / stage / "data", records_of(stage, size), shape.side)
+    path = write_records(folder / stage / "data", draw_stage_records(stage, size), shape.side)
     chosen = STAGES[stage]
     run = run_ours(
         folder / "parts", path, folder / stage / "run", *chosen.words, "trainer/deepspeed=none",
@@ -96,27 +98,27 @@ def utilisation(
         f"trainer.max_steps={size.steps}", f"trainer.bf16={str(size.bf16).lower()}",
         f"trainer.peak_tflops={peak.tflops}", *words, name=chosen.run, keeps=True,
     )  # fmt: skip
-    flops, _ = counting.counted(run.trainer.model, shape)
+    flops, _ = counting.count_operations(run.trainer.model, shape)
     rates, speeds = [], []
     for seconds, step in list(zip(run.seconds, run.batches, strict=False))[2:]:
-        samples = [sample for batch in step for sample in samples_of(batch, run.trainer.processor)]
+        samples = [sample for batch in step for sample in split_packed_batch(batch, run.trainer.processor)]
         rates.append(counting.ours(flops, samples) / seconds / 1e12)
         speeds.append(counting.facts(samples).tokens / seconds)
-    released(run)
+    release_memory(run)
     return rates, speeds
 
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, ("tokens", "steps"))
+    parser = make_parser(__doc__, ("tokens", "steps"))
     parser.add_argument("--tiny", action="store_true", help="check the same on a CPU")
     parser.add_argument("--stage", choices=STAGES, default=None, help="one of the two; both")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="further overrides of the runs")
     args = parser.parse_args()
     if args.gpu == args.tiny:
         parser.error("it takes one of --gpu, which measures a GPU, and --tiny, which checks the same on a CPU")
-    size = size_of(args, TINY, Size())
-    quiet()
+    size = make_size(args, TINY, Size())
+    silence_libraries()
     rows, notes = measure(size, [args.stage] if args.stage else list(STAGES), args.words)
     report("gpu-tiny" if args.tiny else "gpu", rows, notes)
 
@@ -125,8 +127,8 @@ def measure(size: Size, stages: Sequence[str], words: Sequence[str]) -> tuple[li
     """The stages' utilisation, and what it is held against."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if size.bf16 else torch.float32
-    ceiling = measured(device, dtype)
-    peak = peak_of(device, dtype, None)
+    ceiling = measure_tflops(device, dtype)
+    peak = get_peak_tflops(device, dtype, None)
     notes: dict[str, object] = {
         "peak, TFLOP/s": peak.tflops, "peak from": peak.source, "a large matrix product attains, TFLOP/s": ceiling,
     }  # fmt: skip
@@ -137,7 +139,7 @@ def measure(size: Size, stages: Sequence[str], words: Sequence[str]) -> tuple[li
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # of the weights that were drawn
         for stage in stages:
-            rates, speeds = utilisation(stage, size, peak, folder, words)
+            rates, speeds = measure_utilisation(stage, size, peak, folder, words)
             title = f"{stage}: model FLOPs utilisation"
             rows.append(compared(title, rates, [peak.tflops], ("model", "peak"), "TFLOP/s", STAGES[stage].target))
             middle = sorted(rates)[len(rates) // 2]

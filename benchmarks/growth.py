@@ -23,15 +23,15 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import apart, counting
-from benchmarks.finetune import fitting
+from benchmarks.finetune import select_records
 from benchmarks.lengths import Record, Source, conversation, draw_records, write_records
 from benchmarks.memory import peak_gigabytes
 from benchmarks.report import RESULTS, Row, compared, report
 from benchmarks.shapes import SHAPES, write_parts
-from benchmarks.sizes import parser_of, size_of
-from benchmarks.variants import quiet, released, run_ours
+from benchmarks.sizes import make_parser, make_size
+from benchmarks.variants import release_memory, run_ours, silence_libraries
 
-MOST_GIGABYTES = 20.0
+MAX_GIGABYTES = 20.0
 """Of a machine without a GPU."""
 LINEAR = 1.1
 """Cost for each token or record may grow by so much at most."""
@@ -65,7 +65,7 @@ GPU = Size(tokens=(1024, 2048, 4096, 8192, 16384, 32768, 65536), steps=10, bf16=
 
 
 @dataclass
-class Grown:
+class GrowthMeasurements:
     """What was measured, by tokens of a step.
 
     Attributes:
@@ -87,9 +87,9 @@ def short_records(size: Size, tokens: int) -> list[Record]:
     shape = SHAPES[size.shape]
     shortest = min(size.tokens)
     drawn = draw_records(size.steps * tokens // 50)
-    lengths = [len(sample["input_ids"]) for sample in counting.blank_samples(drawn, shape)]
+    lengths = [len(sample["input_ids"]) for sample in counting.make_blank_samples(drawn, shape)]
     records = [record for record, length in zip(drawn, lengths, strict=True) if length <= shortest]
-    return fitting(records, shape, tokens, size.steps)
+    return select_records(records, shape, tokens, size.steps)
 
 
 def measure_steps(size: Size, tokens: int, folder: Path) -> dict[str, Any]:
@@ -102,17 +102,17 @@ def measure_steps(size: Size, tokens: int, folder: Path) -> dict[str, Any]:
     return {"seconds": each[1:], "peak": peak_gigabytes()}
 
 
-def grow_steps(size: Size, folder: Path) -> Grown:
+def grow_steps(size: Size, folder: Path) -> GrowthMeasurements:
     """Every number of tokens that there is memory for."""
     write_parts(folder / "parts", SHAPES[size.shape])
-    grown = Grown()
+    grown = GrowthMeasurements()
     for tokens in size.tokens:
         needed = expected_peak(grown.peaks, tokens)
         if needed > memory_limit():
             grown.left_out.append(f"{tokens:,} tokens: about {needed:.0f} GB needed, {memory_limit():.0f} GB there")
             print(f"Left out, {grown.left_out[-1]}", flush=True)
             continue
-        found = apart.in_a_process("growth", str(tokens), size, folder)
+        found = apart.run_in_subprocess("growth", str(tokens), size, folder)
         grown.seconds[tokens], grown.peaks[tokens] = found["seconds"], found["peak"]
         print(f"{tokens:,} tokens: {found['peak']:.2f} GB", flush=True)
     return grown
@@ -132,13 +132,13 @@ def memory_limit() -> float:
         return torch.cuda.mem_get_info()[0] / 1e9
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable:"))
-    return min(free, MOST_GIGABYTES)
+    return min(free, MAX_GIGABYTES)
 
 
 # --- the start -------------------------------------------------------------------------------------------------------
 
 
-def write_many(folder: Path, number: int) -> Path:
+def write_text_records(folder: Path, number: int) -> Path:
     """Records without pictures, of a short question and answer, one a line."""
     (folder / "images").mkdir(parents=True)  # where a run looks for pictures
     source = Source("short", 1, (1, 1), (10, 0.3), (8, 0.5), picture=False)
@@ -160,12 +160,12 @@ def grow_start(size: Size, folder: Path) -> dict[int, tuple[float, float]]:
     found = {}
     for number in (size.records[0], *size.records):  # once more at first: what a process does once
         data = folder / f"{number} records"
-        path = write_many(data, number)
+        path = write_text_records(data, number)
         words = ["trainer.max_tokens_per_batch=1024", "trainer.max_steps=1"]
         times = []
         for turn in ("first", "second"):
             run = run_ours(folder / "tiny", path, data / turn, *words)
-            times.append(released(run).until_first)
+            times.append(release_memory(run).seconds_to_first_step)
         found[number] = (times[0], times[1])
         print(f"{number:,} records: {times[0]:.2f} s, the second time {times[1]:.2f} s", flush=True)
         shutil.rmtree(data)
@@ -175,12 +175,12 @@ def grow_start(size: Size, folder: Path) -> dict[int, tuple[float, float]]:
 # --- what is told of them --------------------------------------------------------------------------------------------
 
 
-def step_rows(grown: Grown) -> list[Row]:
+def step_rows(grown: GrowthMeasurements) -> list[Row]:
     """Time for each token against that of the smallest step, and memory for each further token."""
     first, *rest = grown.seconds
     rows = [
-        compared(f"time a token, {tokens:,} a step over {first:,}", _micro(grown.seconds[tokens]),
-                 _micro(grown.seconds[first]), (f"{tokens:,}", f"{first:,}"), "µs", LINEAR, "lower")
+        compared(f"time a token, {tokens:,} a step over {first:,}", _microseconds(grown.seconds[tokens]),
+                 _microseconds(grown.seconds[first]), (f"{tokens:,}", f"{first:,}"), "µs", LINEAR, "lower")
         for tokens in rest
     ]  # fmt: skip
     sizes = list(grown.peaks)
@@ -195,7 +195,7 @@ def step_rows(grown: Grown) -> list[Row]:
     return rows
 
 
-def _micro(seconds: Sequence[float]) -> list[float]:
+def _microseconds(seconds: Sequence[float]) -> list[float]:
     return [1e6 * one for one in seconds]
 
 
@@ -212,7 +212,7 @@ def start_rows(found: dict[int, tuple[float, float]]) -> list[Row]:
     ]  # fmt: skip
 
 
-def draw_lines(grown: Grown | None, start: dict[int, tuple[float, float]] | None, path: Path) -> None:
+def draw_lines(grown: GrowthMeasurements | None, start: dict[int, tuple[float, float]] | None, path: Path) -> None:
     """Time and memory by tokens, and time to the first step by records."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     time, memory, first = figure.subplots(1, 3)
@@ -240,18 +240,18 @@ def draw_lines(grown: Grown | None, start: dict[int, tuple[float, float]] | None
 
 def main() -> None:
     """Measure and report, or, with `--measure`, be the process that is measured."""
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--part", choices=("steps", "start"), default=None, help="one of the two; both")
     for name in ("tokens", "records"):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=None)
     apart.add_arguments(parser)
     args = parser.parse_args()
-    quiet()
+    silence_libraries()
     if args.measure:
         size = Size(**{**args.size, "tokens": tuple(args.size["tokens"]), "records": tuple(args.size["records"])})
         print(json.dumps(measure_steps(size, int(args.measure), args.folder)))
         return
-    size = size_of(args, Size(), GPU)
+    size = make_size(args, Size(), GPU)
     with tempfile.TemporaryDirectory() as name:
         grown = grow_steps(size, Path(name)) if args.part != "start" else None
         start = grow_start(size, Path(name)) if args.part != "steps" else None

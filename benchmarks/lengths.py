@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm.demo.tiny_models import word_tokenizer
+from vlm.demo.tiny_models import make_word_tokenizer
 
-LONGEST = 2000
+MAX_LENGTH = 2000
 """Text tokens of a record, at most; a longer one is drawn again."""
-FRAME = 10
+TEMPLATE_TOKENS = 10
 """Tokens that ChatML puts around a question and its reply."""
-KNOWN = {"mean": 230, "median": 140, "90th percentile": 300, "99th percentile": 1900, "longest": 2000}
+PUBLISHED_FIGURES = {"mean": 230, "median": 140, "90th percentile": 300, "99th percentile": 1900, "longest": 2000}
 """Text tokens of a record of LLaVA-665k, as a tokenizer like SmolLM2's counts them, about."""
 
 
@@ -83,7 +83,7 @@ class Record:
     @property
     def tokens(self) -> int:
         """Text tokens, with what the template puts around each turn."""
-        return sum(question + reply + FRAME for question, reply in self.turns)
+        return sum(question + reply + TEMPLATE_TOKENS for question, reply in self.turns)
 
     @property
     def supervised(self) -> int:
@@ -95,24 +95,25 @@ def draw_records(number: int, seed: int = 0) -> list[Record]:
     """So many records of the mixture; a seed gives the same ones every time."""
     draw = random.Random(seed)
     shares = [source.thousands for source in SOURCES]
-    return [_record(draw, draw.choices(SOURCES, shares)[0]) for _ in range(number)]
+    return [_draw_record(draw, draw.choices(SOURCES, shares)[0]) for _ in range(number)]
 
 
-def _record(draw: random.Random, source: Source) -> Record:
+def _draw_record(draw: random.Random, source: Source) -> Record:
     while True:
         number = draw.randint(*source.turns)
         record = Record(
-            source, tuple((_words(draw, *source.question), _words(draw, *source.reply)) for _ in range(number))
+            source,
+            tuple((_draw_length(draw, *source.question), _draw_length(draw, *source.reply)) for _ in range(number)),
         )
-        if record.tokens <= LONGEST:
+        if record.tokens <= MAX_LENGTH:
             return record
 
 
-def _words(draw: random.Random, median: float, deviation: float) -> int:
+def _draw_length(draw: random.Random, median: float, deviation: float) -> int:
     return max(1, round(median * math.exp(draw.gauss(0, deviation))))
 
 
-def figures(records: Sequence[Record]) -> dict[str, float]:
+def summarize_lengths(records: Sequence[Record]) -> dict[str, float]:
     """What `KNOWN` tells of the mixture, of these records."""
     lengths = np.array([record.tokens for record in records])
     return {
@@ -159,20 +160,20 @@ def conversation(draw: random.Random, record: Record) -> list[dict[str, str]]:
     turns = []
     for place, (question, reply) in enumerate(record.turns):
         mark = "<image>\n" if record.source.picture and place == 0 else ""
-        turns.append({"from": "human", "value": mark + _text(draw, question)})
-        turns.append({"from": "gpt", "value": _text(draw, reply)})
+        turns.append({"from": "human", "value": mark + _draw_text(draw, question)})
+        turns.append({"from": "gpt", "value": _draw_text(draw, reply)})
     return turns
 
 
-def _text(draw: random.Random, words: int) -> str:
-    known = single_words()
+def _draw_text(draw: random.Random, words: int) -> str:
+    known = find_single_token_words()
     return " ".join(known[int(len(known) * draw.random() ** 3)] for _ in range(words))
 
 
 @cache
-def single_words() -> list[str]:
-    """Words that `word_tokenizer` reads as one token each, at the start of a text and behind a blank."""
-    tokenizer = word_tokenizer()
+def find_single_token_words() -> list[str]:
+    """Words that `make_word_tokenizer` reads as one token each, at the start of a text and behind a blank."""
+    tokenizer = make_word_tokenizer()
     candidates = sorted(token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ" and token[1:].isalpha())
     return [word for word in candidates if all(len(tokenizer.tokenize(text)) == 1 for text in (word, f" {word}"))]
 
@@ -184,8 +185,8 @@ def main() -> None:
     args = parser.parse_args()
     records = draw_records(args.records)
     print(f"{len(records):,} records; text tokens of a record:\n\n{'':<18}{'drawn':>8}{'LLaVA-665k':>12}")
-    for name, value in figures(records).items():
-        print(f"{name:<18}{value:>8,.0f}{KNOWN[name]:>12,}")
+    for name, value in summarize_lengths(records).items():
+        print(f"{name:<18}{value:>8,.0f}{PUBLISHED_FIGURES[name]:>12,}")
     tokens, supervised = (sum(getattr(one, name) for one in records) for name in ("tokens", "supervised"))
     print(f"\nwith a picture {statistics.mean(one.source.picture for one in records):.1%}", end=", ")
     print(f"supervised {supervised / tokens:.1%} of the text tokens:\n")

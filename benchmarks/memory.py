@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from benchmarks import apart, counting
-from benchmarks.finetune import fitting
+from benchmarks.finetune import select_records
 from benchmarks.lengths import Record, draw_records, write_records
-from benchmarks.opening import kilobytes
+from benchmarks.opening import read_kilobytes
 from benchmarks.report import compared, report
-from benchmarks.shapes import SHAPES, composed, llava_of, write_parts
-from benchmarks.sizes import parser_of, size_of
-from benchmarks.variants import SEED, padded_positions, quiet, run_ours, train_padded
+from benchmarks.shapes import SHAPES, compose_model, make_llava, write_parts
+from benchmarks.sizes import make_parser, make_size
+from benchmarks.variants import SEED, count_padded_positions, run_ours, silence_libraries, train_padded
 
-STEPS = 2
-DRAWN = 101
+NUM_STEPS = 2
+NUM_DRAWN_SETS = 101
 """So many sets of samples are drawn to find the one of average padding."""
 
 
@@ -52,13 +52,13 @@ GPU = Size(tokens=16384, repeats=3, bf16=True)
 """For one large GPU."""
 
 
-def average_set(size: Size) -> tuple[list[Record], int]:
+def draw_average_records(size: Size) -> tuple[list[Record], int]:
     """Records that fill one pack, of average padding among sets that were drawn alike; and their padded positions."""
     shape = SHAPES[size.shape]
     sets = []
-    for seed in range(DRAWN):
-        records = fitting(draw_records(size.tokens // 50, seed), shape, size.tokens, 1)
-        sets.append((padded_positions(counting.blank_samples(records, shape)), seed, records))
+    for seed in range(NUM_DRAWN_SETS):
+        records = select_records(draw_records(size.tokens // 50, seed), shape, size.tokens, 1)
+        sets.append((count_padded_positions(counting.make_blank_samples(records, shape)), seed, records))
     mean = statistics.mean(positions for positions, _, _ in sets)
     positions, _, records = min(sets, key=lambda one: (abs(one[0] - mean), one[1]))
     return records, positions
@@ -68,7 +68,7 @@ def measure_ours(size: Size, folder: Path) -> None:
     """The run that `vlm` starts, on packed rows."""
     words = [
         f"trainer.max_tokens_per_batch={size.tokens}",
-        f"trainer.num_train_epochs={STEPS}",
+        f"trainer.num_train_epochs={NUM_STEPS}",
         f"trainer.bf16={str(size.bf16).lower()}",
     ]
     run_ours(folder / "parts", folder / "data" / "records.json", folder / "packed", *words)
@@ -76,13 +76,13 @@ def measure_ours(size: Size, folder: Path) -> None:
 
 def measure_padded(size: Size, folder: Path) -> None:
     """LLaVA and Trainer of transformers, on one padded batch."""
-    ours, processor = composed(folder / "parts", SEED)
+    ours, processor = compose_model(folder / "parts", SEED)
     samples = encoded_samples(folder, processor)
-    model = llava_of(ours, folder / "parts")
+    model = make_llava(ours, folder / "parts")
     del ours
     if size.bf16:
         model.model.vision_tower.to(torch.bfloat16)
-    train_padded(model, processor.tokenizer, [[samples]] * STEPS, folder / "padded", bf16=size.bf16)
+    train_padded(model, processor.tokenizer, [[samples]] * NUM_STEPS, folder / "padded", bf16=size.bf16)
 
 
 def encoded_samples(folder: Path, processor: Any) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def peak_gigabytes() -> float:
     """The most memory that this process had so far, on its GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return kilobytes("status", "VmHWM") * 1024 / 1e9
+    return read_kilobytes("status", "VmHWM") * 1024 / 1e9
 
 
 MEASURES = {"packed": measure_ours, "padded": measure_padded}
@@ -115,26 +115,26 @@ MEASURES = {"packed": measure_ours, "padded": measure_padded}
 
 def main() -> None:
     """Measure and report, or, with `--measure`, be the process that is measured."""
-    parser = parser_of(__doc__, ("tokens", "repeats"))
+    parser = make_parser(__doc__, ("tokens", "repeats"))
     apart.add_arguments(parser)
     args = parser.parse_args()
-    quiet()
+    silence_libraries()
     if args.measure:
         MEASURES[args.measure](Size(**args.size), args.folder)
         print(json.dumps(peak_gigabytes()))
         return
-    size = size_of(args, Size(), GPU)
+    size = make_size(args, Size(), GPU)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_parts(folder / "parts", SHAPES[size.shape])
-        records, positions = average_set(size)
+        records, positions = draw_average_records(size)
         write_records(folder / "data", records, SHAPES[size.shape].side)
-        tokens = counting.facts(counting.blank_samples(records, SHAPES[size.shape])).tokens
+        tokens = counting.facts(counting.make_blank_samples(records, SHAPES[size.shape])).tokens
         print(f"{len(records)} samples of {tokens:,} tokens, padded {positions:,} positions", flush=True)
         found: dict[str, list[float]] = {name: [] for name in MEASURES}
         for _ in range(size.repeats):
             for variant, peaks in found.items():
-                peaks.append(apart.in_a_process("memory", variant, size, folder))
+                peaks.append(apart.run_in_subprocess("memory", variant, size, folder))
                 print(f"  {variant}: {peaks[-1]:.3f} GB", flush=True)
     title = f"peak memory at {size.tokens:,} tokens a step, packed over padded"
     notes = {"real tokens of a step": tokens, "positions once padded": positions}

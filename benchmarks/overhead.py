@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.finetune import fitting
+from benchmarks.finetune import select_records
 from benchmarks.lengths import draw_records, write_records
 from benchmarks.report import compared, report
 from benchmarks.shapes import SHAPES, write_parts
-from benchmarks.sizes import parser_of, size_of
-from benchmarks.variants import LEARNING_RATE, Steps, now, quiet, released, run_ours
-from vlm.data.encoding.labels import IGNORED
-from vlm.train.step.packed_attention import attending_to_packs
+from benchmarks.sizes import make_parser, make_size
+from benchmarks.variants import LEARNING_RATE, Steps, release_memory, run_ours, silence_libraries, synchronized_time
+from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.train.step.packed_attention import use_packed_attention
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "conv", "gemm", "attention")
+MATRIX_OPERATORS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "conv", "gemm", "attention")
 """How the names of operators that multiply matrices end or what they contain, after `aten::`."""
 
 
@@ -69,14 +69,14 @@ class BareLoop:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         device = next(model.parameters()).device
-        self.batches = [_prepared(batch, processor, device) for batch in batches]
+        self.batches = [_prepare_batch(batch, processor, device) for batch in batches]
 
     def step(self, number: int) -> None:
         """One optimiser step on one batch."""
         batch = self.batches[number]
-        supervised = (batch["labels"][:, 1:] != IGNORED).sum()
+        supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         precision = torch.autocast(self.trained[0].device.type, torch.bfloat16, enabled=self.bf16)
-        with attending_to_packs(self.model.config.get_text_config()):
+        with use_packed_attention(self.model.config.get_text_config()):
             with precision:
                 loss = self.model(**batch, num_items_in_batch=supervised, use_cache=False).loss
             loss.backward()
@@ -86,15 +86,15 @@ class BareLoop:
 
     def seconds(self) -> list[float]:
         """Of every step."""
-        stamps = [now()]
+        stamps = [synchronized_time()]
         for number in range(len(self.batches)):
             self.step(number)
-            stamps.append(now())
+            stamps.append(synchronized_time())
             print(f"  bare loop: step {number + 1} took {stamps[-1] - stamps[-2]:.2f} s", flush=True)
         return [end - start for start, end in pairwise(stamps)]
 
 
-def _prepared(batch: dict[str, Any], processor: Any, device: torch.device) -> dict[str, Any]:
+def _prepare_batch(batch: dict[str, Any], processor: Any, device: torch.device) -> dict[str, Any]:
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     if "pixel_values" in moved:
         moved["pixel_values"] = processor.normalise(moved["pixel_values"])
@@ -107,25 +107,25 @@ def product_share(loop: BareLoop) -> float:
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=kinds) as found:
         loop.step(min(1, len(loop.batches) - 1))
-        now()
+        synchronized_time()
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     times = {one.key: getattr(one, name) for one in found.key_averages() if one.key.startswith("aten::") or not on_gpu}
     print("\nOperators that a bare step spends most on:")
     for key, time in sorted(times.items(), key=lambda item: -item[1])[:12]:
-        print(f"  {key:<60}{time / sum(times.values()):>7.1%}{'  matrix products' if _multiplies(key) else ''}")
-    return sum(time for key, time in times.items() if _multiplies(key)) / sum(times.values())
+        print(f"  {key:<60}{time / sum(times.values()):>7.1%}{'  matrix products' if _is_matrix_operator(key) else ''}")
+    return sum(time for key, time in times.items() if _is_matrix_operator(key)) / sum(times.values())
 
 
-def _multiplies(operator: str) -> bool:
+def _is_matrix_operator(operator: str) -> bool:
     name = operator.removeprefix("aten::").removesuffix("_backward").removesuffix("_overrideable")
-    return operator.startswith("aten::") and (name.endswith(PRODUCTS) or "_attention" in name)
+    return operator.startswith("aten::") and (name.endswith(MATRIX_OPERATORS) or "_attention" in name)
 
 
 def measure(size: Size, folder: Path) -> tuple[list[float], list[float], float]:
     """Seconds of steps of the run and of the bare loop, in turns, and the share of matrix products."""
     shape = SHAPES[size.shape]
     write_parts(folder / "parts", shape)
-    records = fitting(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
+    records = select_records(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
     path = write_records(folder / "data", records, shape.side)
     words = [f"trainer.max_tokens_per_batch={size.tokens}", f"trainer.bf16={str(size.bf16).lower()}"]
     whole: list[float] = []
@@ -134,16 +134,16 @@ def measure(size: Size, folder: Path) -> tuple[list[float], list[float], float]:
     for turn in range(size.repeats):
         run = run_ours(folder / "parts", path, folder / f"ours-{turn}", *words, keeps=True)
         whole += run.seconds[1:]
-        loop = _loop_of(run, bf16=size.bf16)
+        loop = _make_bare_loop(run, bf16=size.bf16)
         bare += loop.seconds()[1:]
         if turn == size.repeats - 1:
             share = product_share(loop)
         del loop
-        released(run)
+        release_memory(run)
     return whole, bare, share
 
 
-def _loop_of(run: Steps, *, bf16: bool) -> BareLoop:
+def _make_bare_loop(run: Steps, *, bf16: bool) -> BareLoop:
     """A bare loop over what a run trained; the run's own optimiser goes, lest there be two sets of states."""
     trainer = run.trainer
     model, processor = trainer.model, trainer.processor
@@ -155,9 +155,9 @@ def _loop_of(run: Steps, *, bf16: bool) -> BareLoop:
 
 def main() -> None:
     """Measure and report."""
-    args = parser_of(__doc__, ("tokens", "steps", "repeats")).parse_args()
-    size = size_of(args, Size(), GPU)
-    quiet()
+    args = make_parser(__doc__, ("tokens", "steps", "repeats")).parse_args()
+    size = make_size(args, Size(), GPU)
+    silence_libraries()
     with tempfile.TemporaryDirectory() as name:
         whole, bare, share = measure(size, Path(name))
     row = compared("a step of the run over a step of a bare loop", whole, bare, ("run", "bare"), "s", 1.10, "lower")

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.counting import counted
+from benchmarks.counting import count_operations
 from benchmarks.report import Row, compared, report
 from benchmarks.shapes import SHAPES, write_parts
-from benchmarks.sizes import need_gpu, parser_of
-from benchmarks.variants import Steps, quiet, run_ours
-from vlm.data.batching.stats import facts_of
+from benchmarks.sizes import make_parser, require_gpu
+from benchmarks.variants import Steps, run_ours, silence_libraries
+from vlm.data.batching.stats import compute_batch_stats
 from vlm.demo.scenes import write_scenes
 
 EPOCHS = 4
 """Of each variant; the first is not measured."""
-SHARE = 0.9
+TARGET_SHARE = 0.9
 """Of what counting predicts."""
 
 
@@ -66,20 +66,20 @@ def train(folder: Path, shape: str, size: Size, epochs: int, *, keeps: bool) -> 
     return steps
 
 
-def epochs_of(steps: Steps, epochs: int, records: int) -> list[float]:
+def epoch_rates(steps: Steps, epochs: int, records: int) -> list[float]:
     """Samples a second of each epoch but the first."""
     number = len(steps.seconds) // epochs
     seconds = [sum(steps.seconds[start : start + number]) for start in range(0, number * epochs, number)]
     return [records / one for one in seconds[1:]]
 
 
-def predicted(steps: Steps, shape: str, epochs: int) -> float:
+def predict_ratio_without_encoder(steps: Steps, shape: str, epochs: int) -> float:
     """How much fewer operations an epoch has without the encoder."""
     data = steps.trainer.train_dataset
-    held = facts_of([data[index] for index in range(len(data))], 0)
-    flops, _ = counted(steps.trainer.model, SHAPES[shape])
+    held = compute_batch_stats([data[index] for index in range(len(data))], 0)
+    flops, _ = count_operations(steps.trainer.model, SHAPES[shape])
     batches = len(steps.seconds) // epochs
-    return flops.of(held, held.images, held.images, batches) / flops.of(held, 0, held.images, batches)
+    return flops.total(held, held.images, held.images, batches) / flops.total(held, 0, held.images, batches)
 
 
 def measure(shape: str, size: Size, epochs: int) -> tuple[Row, float]:
@@ -90,30 +90,30 @@ def measure(shape: str, size: Size, epochs: int) -> tuple[Row, float]:
         write_parts(folder / "parts", SHAPES[shape], dtype, "cuda" if torch.cuda.is_available() else "cpu")
         write_scenes(folder / "data", num_train=size.records, num_val=1, num_heldout=1, num_labelled=1)
         anew = train(folder, shape, size, epochs, keeps=False)
-        expected = predicted(anew, shape, epochs)
+        expected = predict_ratio_without_encoder(anew, shape, epochs)
         anew.trainer = None
         kept = train(folder, shape, size, epochs, keeps=True)
         kept.trainer = None
     tolerance = 2e-2 if torch.cuda.is_available() else 1e-3
     torch.testing.assert_close(torch.tensor(kept.losses), torch.tensor(anew.losses), rtol=tolerance, atol=tolerance)
     labels = ("kept features", "pictures seen anew")
-    speeds = [epochs_of(steps, epochs, size.records) for steps in (kept, anew)]
+    speeds = [epoch_rates(steps, epochs, size.records) for steps in (kept, anew)]
     title = f"further epochs, {NAMES[shape]}"
-    return compared(title, speeds[0], speeds[1], labels, "samples/s", SHARE * expected), expected
+    return compared(title, speeds[0], speeds[1], labels, "samples/s", TARGET_SHARE * expected), expected
 
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, ("epochs",))
+    parser = make_parser(__doc__, ("epochs",))
     parser.set_defaults(epochs=EPOCHS)
     args = parser.parse_args()
-    need_gpu(args)
+    require_gpu(args)
     if args.epochs < 2:
         parser.error(f"--epochs {args.epochs}: at least 2 are needed, since the first is not measured")
     sizes = GPU if args.gpu else CPU
     if args.shape not in (None, *sizes):
         parser.error(f"--shape {args.shape}: measured are {', '.join(sizes)}")
-    quiet()
+    silence_libraries()
     found = {shape: measure(shape, sizes[shape], args.epochs) for shape in ([args.shape] if args.shape else sizes)}
     notes = {"predicted by counting operations": {NAMES[shape]: round(one, 3) for shape, (_, one) in found.items()}}
     report("pretrain-gpu" if args.gpu else "pretrain", [row for row, _ in found.values()], notes)

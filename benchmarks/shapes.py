@@ -22,10 +22,10 @@ from transformers import (
 
 from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
-from vlm.demo.tiny_models import word_tokenizer
+from vlm.demo.tiny_models import make_word_tokenizer
 from vlm.models import VLMForConditionalGeneration
 
-LAYER = -2
+FEATURE_LAYER = -2
 """The hidden state of the encoder that is read, as LLaVA does."""
 
 
@@ -84,7 +84,7 @@ SHAPES = {
 def write_parts(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
     """Write `folder/visual_encoder` and `folder/language_model`, drawn on a device, in a precision."""
     torch.manual_seed(0)
-    tokenizer = word_tokenizer()
+    tokenizer = make_word_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     with torch.device(device):
         encoder = CLIPVisionModel(shape.vision_config())
@@ -101,17 +101,17 @@ def model_keys(folder: Path) -> list[str]:
     """What a run is told to compose these parts."""
     return [
         f"model.visual_encoder.hf_name={folder / 'visual_encoder'}",
-        f"model.visual_encoder.feature_layer={LAYER}",
+        f"model.visual_encoder.feature_layer={FEATURE_LAYER}",
         f"model.language_model.hf_name={folder / 'language_model'}",
         "model.connector.type=mlp",
         "model.attn_implementation=sdpa",
     ]
 
 
-def composed(folder: Path, seed: int) -> tuple[VLMForConditionalGeneration, Any]:
+def compose_model(folder: Path, seed: int) -> tuple[VLMForConditionalGeneration, Any]:
     """The model that a run with `model_keys` and this seed starts from, in float32, and its processor."""
     model = ModelConfig(
-        visual_encoder=VisualEncoderConfig(str(folder / "visual_encoder"), feature_layer=LAYER),
+        visual_encoder=VisualEncoderConfig(str(folder / "visual_encoder"), feature_layer=FEATURE_LAYER),
         connector=ConnectorConfig("mlp", {}),
         language_model=LanguageModelConfig(str(folder / "language_model")),
         attn_implementation="sdpa",
@@ -129,14 +129,14 @@ NAMES = {
 """Modules of `composed` -> of `llava_of`."""
 
 
-def llava_of(ours: VLMForConditionalGeneration, folder: Path) -> LlavaForConditionalGeneration:
+def make_llava(ours: VLMForConditionalGeneration, folder: Path) -> LlavaForConditionalGeneration:
     """The model of transformers with the weights of ours, and with all layers of the encoder, as it runs them."""
     encoder = CLIPVisionModel.from_pretrained(folder / "visual_encoder")
     text = copy.deepcopy(ours.config.text_config)
     text.use_cache = False  # nothing is generated; training with a cache would only cost more
     config = LlavaConfig(
         vision_config=encoder.config, text_config=text,
-        image_token_index=ours.config.image_token_id, vision_feature_layer=LAYER,
+        image_token_index=ours.config.image_token_id, vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
         tie_word_embeddings=text.tie_word_embeddings,
     )  # fmt: skip

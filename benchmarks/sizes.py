@@ -12,7 +12,7 @@ from benchmarks.shapes import SHAPES
 SizeT = TypeVar("SizeT")
 
 
-def parser_of(description: str | None, numbers: Sequence[str] = ()) -> argparse.ArgumentParser:
+def make_parser(description: str | None, numbers: Sequence[str] = ()) -> argparse.ArgumentParser:
     """`--gpu`, `--shape`, and an option for each of the size's numbers."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
@@ -22,20 +22,20 @@ def parser_of(description: str | None, numbers: Sequence[str] = ()) -> argparse.
     return parser
 
 
-def size_of(args: argparse.Namespace, plain: SizeT, gpu: SizeT) -> SizeT:
+def make_size(args: argparse.Namespace, plain: SizeT, gpu: SizeT) -> SizeT:
     """The size that was asked for: one of the two, a dataclass, with what the command line sets of it.
 
     Raises:
         SystemExit: that for a GPU was asked for, and there is none.
     """
-    need_gpu(args)
+    require_gpu(args)
     size: Any = gpu if args.gpu else plain
     given = {field.name: getattr(args, field.name, None) for field in fields(size)}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return replace(size, **{name: value for name, value in kept.items() if value is not None})
 
 
-def need_gpu(args: argparse.Namespace) -> None:
+def require_gpu(args: argparse.Namespace) -> None:
     """Raise SystemExit where `--gpu` was given and PyTorch sees none."""
     if args.gpu and not torch.cuda.is_available():
         raise SystemExit("--gpu: PyTorch sees none here; without it, the size for a CPU is measured")

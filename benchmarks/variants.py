@@ -27,11 +27,11 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.shapes import model_keys
-from vlm.checks.compose import opened
+from vlm.checks.compose import open_mapping_key
 from vlm.checks.run import check
 from vlm.config.schema import RunConfig
-from vlm.data.batching.packing import LENGTHS
-from vlm.data.encoding.labels import IGNORED
+from vlm.data.batching.packing import SEQUENCE_STARTS
+from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.train import run as running
 from vlm.train.trainer import VLMTrainer
 
@@ -56,7 +56,7 @@ class Steps:
         batches: of each optimiser step the inputs of the model, as they came out of the loader.
         trainer: what trained.
         begun: when the run was started.
-        until_first: seconds from there to the end of its first optimiser step.
+        seconds_to_first_step: seconds from there to the end of its first optimiser step.
     """
 
     name: str
@@ -66,10 +66,10 @@ class Steps:
     batches: list[list[dict[str, Any]]] = field(default_factory=list)
     trainer: Any = None
     begun: float = field(default_factory=time.perf_counter)
-    until_first: float = 0.0
+    seconds_to_first_step: float = 0.0
 
 
-class Clock(TrainerCallback):
+class StepTimer(TrainerCallback):
     """Times optimiser steps, and stamps when the first begins."""
 
     def __init__(self, steps: Steps):
@@ -78,13 +78,13 @@ class Clock(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model is ready; nothing has been loaded."""
-        self.last = now()
+        self.last = synchronized_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is over, all but its log."""
-        last, self.last = self.last, now()
+        last, self.last = self.last, synchronized_time()
         if not self.steps.seconds:
-            self.steps.until_first = self.last - self.steps.begun
+            self.steps.seconds_to_first_step = self.last - self.steps.begun
         self.steps.seconds.append(self.last - last)
         print(f"  {self.steps.name}: step {len(self.steps.seconds)} took {self.steps.seconds[-1]:.2f} s", flush=True)
 
@@ -95,7 +95,7 @@ class Clock(TrainerCallback):
             self.steps.norms.append(float(logs["grad_norm"]))
 
 
-def now() -> float:
+def synchronized_time() -> float:
     """Seconds, once what a GPU was told to do is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -119,12 +119,12 @@ def run_ours(
     """
     steps = Steps(folder.name)
 
-    class Watched(VLMTrainer):
+    class WatchedTrainer(VLMTrainer):
         """The run's trainer, watched."""
 
         def __init__(self, **kwargs: Any):
             super().__init__(**kwargs)
-            self.add_callback(Clock(steps))
+            self.add_callback(StepTimer(steps))
             self.remove_callback(PrinterCallback)
             steps.trainer = self
 
@@ -138,9 +138,9 @@ def run_ours(
                 super().save_model(*args, **kwargs)
 
     keys = [*model_keys(parts), *data_keys(records), *TRAINING, f"trainer.output_dir={folder}", *words]
-    config = config_of(name, keys)
+    config = compose_config(name, keys)
     check(config)
-    with patch.object(running, "VLMTrainer", Watched):
+    with patch.object(running, "VLMTrainer", WatchedTrainer):
         steps.begun = time.perf_counter()
         running.run(config, name, [key.split("=")[0] for key in keys])
     return steps
@@ -175,25 +175,25 @@ TRAINING = (
 """How every run is told to train; on a CPU all cores compute, and none is left for data workers."""
 
 
-def config_of(name: str, words: Sequence[str]) -> RunConfig:
+def compose_config(name: str, words: Sequence[str]) -> RunConfig:
     """A shipped run's configuration under overrides."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
     with initialize_config_module("vlm.config", version_base="1.3"):
-        config: Any = OmegaConf.to_object(compose(name, [opened(word) for word in words]))
+        config: Any = OmegaConf.to_object(compose(name, [open_mapping_key(word) for word in words]))
     return config
 
 
 # --- the samples of a step -------------------------------------------------------------------------------------------
 
 
-def samples_of(batch: dict[str, Any], processor: Any) -> list[Sample]:
+def split_packed_batch(batch: dict[str, Any], processor: Any) -> list[Sample]:
     """The samples that stand in a packed batch; dummies, which nothing supervises, are none."""
     pixels = batch.get("pixel_values")
     if pixels is not None:
         pixels = processor.normalise(pixels)
         pixels = pixels if batch.get("image_index") is None else pixels[batch["image_index"]]
     ids, labels = batch["input_ids"][0], batch["labels"][0]
-    starts, samples, images = batch[LENGTHS].tolist(), [], 0
+    starts, samples, images = batch[SEQUENCE_STARTS].tolist(), [], 0
     for start, end in pairwise(starts):
         sample: Sample = {"input_ids": ids[start:end].tolist(), "labels": labels[start:end].tolist()}
         number = sample["input_ids"].count(processor.image_token_id) // processor.tokens_per_image
@@ -201,12 +201,12 @@ def samples_of(batch: dict[str, Any], processor: Any) -> list[Sample]:
             assert pixels is not None
             sample["pixel_values"] = pixels[images : images + number]
         images += number
-        if any(label != IGNORED for label in sample["labels"]):
+        if any(label != IGNORE_INDEX for label in sample["labels"]):
             samples.append(sample)
     return samples
 
 
-def in_micro_batches(samples: Sequence[Sample], number: int, *, grouped: bool, seed: int = 0) -> list[list[Sample]]:
+def make_micro_batches(samples: Sequence[Sample], number: int, *, grouped: bool, seed: int = 0) -> list[list[Sample]]:
     """A step's samples in so many micro-batches of about equal size: as drawn, or sorted by length."""
     order = list(samples)
     random.Random(seed).shuffle(order)
@@ -216,7 +216,7 @@ def in_micro_batches(samples: Sequence[Sample], number: int, *, grouped: bool, s
     return [order[start:end] for start, end in pairwise(bounds)]
 
 
-def padded_positions(micro_batch: Sequence[Sample]) -> int:
+def count_padded_positions(micro_batch: Sequence[Sample]) -> int:
     """Positions of a micro-batch once it is padded."""
     return len(micro_batch) * max(len(sample["input_ids"]) for sample in micro_batch)
 
@@ -241,7 +241,7 @@ class PaddingCollator:
     """Pads ids and labels as transformers does, and lays the pictures one after the other."""
 
     def __init__(self, tokenizer: Any):
-        self.pad = DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=IGNORED)
+        self.pad = DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=IGNORE_INDEX)
 
     def __call__(self, items: list[list[Sample]]) -> dict[str, Tensor]:
         """One micro-batch."""
@@ -270,14 +270,14 @@ def train_padded(
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=args, train_dataset=MicroBatches([one for step in steps for one in step]),
-        data_collator=PaddingCollator(tokenizer), callbacks=[Clock(done)],
+        data_collator=PaddingCollator(tokenizer), callbacks=[StepTimer(done)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return done
 
 
-def released(steps: Steps) -> Steps:
+def release_memory(steps: Steps) -> Steps:
     """What was measured, without model and optimiser, whose memory the next variant needs."""
     steps.trainer = None
     gc.collect()
@@ -286,7 +286,7 @@ def released(steps: Steps) -> Steps:
     return steps
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Let libraries say only what goes wrong."""
     logging.disable(logging.INFO)
     transformers.utils.logging.set_verbosity_error()

@@ -38,10 +38,10 @@ from transformers import (
 )
 
 from tests.tiny_parts import Parts
-from vlm.checks.compose import opened
+from vlm.checks.compose import open_mapping_key
 from vlm.checks.run import check
 from vlm.config.schema import RunConfig
-from vlm.data.encoding.labels import template_text
+from vlm.data.encoding.labels import read_template
 from vlm.evaluation import head_metrics as scores
 from vlm.train.heads import report as head_report
 from vlm.train.run import run
@@ -102,7 +102,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
     model.train_from_iterator(["what is in this picture? a red circle, a blue square"] * 5, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = template_text("chatml")
+    tokenizer.chat_template = read_template("chatml")
     return tokenizer
 
 
@@ -180,7 +180,7 @@ def train_head(common: list[str], labelled: Path) -> Callable[..., Path]:
 
     def start(name: str, column: str, output_dir: Path, *overrides: str, plots: bool = False) -> Path:
         words = [*common, *head_words(labelled, column), f"trainer.output_dir={output_dir}", *overrides]
-        config = config_of(name, words)
+        config = compose_config(name, words)
         check(config)
         with quick_report(plots=plots):
             return run(config, name, [word.split("=")[0].replace("/", ".") for word in words])
@@ -195,7 +195,7 @@ def quick_report(*, plots: bool = False) -> Iterator[None]:
         for measure in (scores.scores, scores.baseline):
             patch.setitem(measure.__kwdefaults__, "num_resamples", 20)
         if not plots:
-            patch.setattr(head_report, "draw_scores", lambda *given, **named: None)
+            patch.setattr(head_report, "plot_head_scores", lambda *given, **named: None)
         yield
 
 
@@ -217,7 +217,7 @@ def train_whole(brief: list[str]) -> Callable[..., Path]:
     def start(name: str, model: Path, output_dir: Path, *overrides: str) -> Path:
         words = [*brief, f"model.hf_name={model}", f"trainer.output_dir={output_dir}", *overrides]
         keys = [word.split("=")[0].replace("/", ".") for word in words]
-        return run(config_of(name, words), name, keys)
+        return run(compose_config(name, words), name, keys)
 
     return start
 
@@ -229,16 +229,16 @@ def train(common: list[str]) -> Callable[..., Path]:
     def start(name: str, output_dir: Path, *overrides: str) -> Path:
         words = [*common, f"trainer.output_dir={output_dir}", *overrides]
         keys = [word.split("=")[0].replace("/", ".") for word in words]
-        return run(config_of(name, words), name, keys)
+        return run(compose_config(name, words), name, keys)
 
     return start
 
 
-def config_of(name: str, overrides: list[str]) -> RunConfig:
+def compose_config(name: str, overrides: list[str]) -> RunConfig:
     """A shipped run's configuration under overrides."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
     with initialize_config_module("vlm.config", version_base="1.3"):
-        config = OmegaConf.to_object(compose(name, [opened(word) for word in overrides]))
+        config = OmegaConf.to_object(compose(name, [open_mapping_key(word) for word in overrides]))
     assert isinstance(config, RunConfig)
     return config
 

@@ -13,9 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaModel
 
 from benchmarks import counting, features, finetune, generation, gpu, growth, memory, overhead, pretrain
-from benchmarks.lengths import KNOWN, SOURCES, draw_records, figures, write_records
-from benchmarks.shapes import SHAPES, composed, llava_of, write_parts
-from benchmarks.variants import SEED, PaddingCollator, Steps, in_micro_batches, padded_positions, run_ours, samples_of
+from benchmarks.lengths import PUBLISHED_FIGURES, SOURCES, draw_records, summarize_lengths, write_records
+from benchmarks.shapes import SHAPES, compose_model, make_llava, write_parts
+from benchmarks.variants import (
+    SEED,
+    PaddingCollator,
+    Steps,
+    count_padded_positions,
+    make_micro_batches,
+    run_ours,
+    split_packed_batch,
+)
 from vlm.demo.scenes import write_scenes
 from vlm.inference.generate import VisionLanguageModel
 from vlm.train.monitor.peak_flops import Peak
@@ -43,10 +51,10 @@ def kernels() -> Iterator[None]:
 
 
 def test_the_mixture_has_the_known_figures():
-    found = figures(draw_records(30_000))
+    found = summarize_lengths(draw_records(30_000))
     for name, near in (("mean", 0.05), ("median", 0.05), ("90th percentile", 0.05), ("99th percentile", 0.07)):
-        assert found[name] == pytest.approx(KNOWN[name], rel=near), name
-    assert 1900 < found["longest"] <= KNOWN["longest"]
+        assert found[name] == pytest.approx(PUBLISHED_FIGURES[name], rel=near), name
+    assert 1900 < found["longest"] <= PUBLISHED_FIGURES["longest"]
     assert sum(source.thousands for source in SOURCES) == pytest.approx(665, rel=0.01)
 
 
@@ -56,9 +64,9 @@ def test_a_seed_gives_the_same_records_and_another_one_others():
 
 
 def test_records_on_disk_are_as_long_as_they_were_drawn(folder: Path):
-    _, processor = composed(folder / "parts", SEED)
+    _, processor = compose_model(folder / "parts", SEED)
     samples = memory.encoded_samples(folder, processor)
-    expected = counting.blank_samples(draw_records(30), TINY)
+    expected = counting.make_blank_samples(draw_records(30), TINY)
     for sample, blank in zip(samples, expected, strict=True):
         assert len(sample["input_ids"]) == len(blank["input_ids"])
         assert sum(label != -100 for label in sample["labels"]) == sum(label != -100 for label in blank["labels"])
@@ -67,8 +75,8 @@ def test_records_on_disk_are_as_long_as_they_were_drawn(folder: Path):
 
 
 def test_both_programs_have_the_same_weights_and_kernels(folder: Path):
-    ours, processor = composed(folder / "parts", SEED)
-    theirs = llava_of(ours, folder / "parts")
+    ours, processor = compose_model(folder / "parts", SEED)
+    theirs = make_llava(ours, folder / "parts")
     batch = PaddingCollator(processor.tokenizer)([memory.encoded_samples(folder, processor)[:4]])
     with torch.no_grad():
         torch.testing.assert_close(ours(**batch).loss, theirs(**batch).loss)
@@ -82,7 +90,7 @@ def test_a_steps_samples_come_back_out_of_its_packs(folder: Path):
     words = ("trainer.max_tokens_per_batch=2048", "trainer.gradient_accumulation_steps=2")
     run = run_ours(folder / "parts", folder / "data" / "records.json", folder / "run", *words, keeps=True)
     processor = run.trainer.processor
-    found = [sample for step in run.batches for batch in step for sample in samples_of(batch, processor)]
+    found = [sample for step in run.batches for batch in step for sample in split_packed_batch(batch, processor)]
     expected = {tuple(sample["input_ids"]): sample for sample in memory.encoded_samples(folder, processor)}
     assert len(found) == len(expected)
     for sample in found:
@@ -92,25 +100,25 @@ def test_a_steps_samples_come_back_out_of_its_packs(folder: Path):
         if "pixel_values" in sample:
             torch.testing.assert_close(sample["pixel_values"], one["pixel_values"])
     assert len(run.seconds) == len(run.losses) == len(run.batches)
-    assert 0 < run.seconds[0] < run.until_first
+    assert 0 < run.seconds[0] < run.seconds_to_first_step
 
 
 def test_micro_batches_hold_a_steps_samples_as_drawn_or_by_length():
-    samples = counting.blank_samples(draw_records(20), TINY)
-    drawn, grouped = (in_micro_batches(samples, 3, grouped=one) for one in (False, True))
+    samples = counting.make_blank_samples(draw_records(20), TINY)
+    drawn, grouped = (make_micro_batches(samples, 3, grouped=one) for one in (False, True))
     lengths = sorted(len(sample["input_ids"]) for sample in samples)
     for laid in (drawn, grouped):
         assert [len(one) for one in laid] == [7, 6, 7]
         assert sorted(len(sample["input_ids"]) for one in laid for sample in one) == lengths
     assert [len(sample["input_ids"]) for one in grouped for sample in one] == lengths
-    assert sum(map(padded_positions, grouped)) < sum(map(padded_positions, drawn))
+    assert sum(map(count_padded_positions, grouped)) < sum(map(count_padded_positions, drawn))
 
 
 def test_a_padded_steps_operations_are_those_that_pytorch_counts(folder: Path):
-    ours, processor = composed(folder / "parts", SEED)
+    ours, processor = compose_model(folder / "parts", SEED)
     ours.visual_encoder.requires_grad_(False)
-    flops, encoder = counting.counted(ours, TINY)
-    theirs = llava_of(ours, folder / "parts")
+    flops, encoder = counting.count_operations(ours, TINY)
+    theirs = make_llava(ours, folder / "parts")
     theirs.set_attn_implementation("eager")
     theirs.model.vision_tower.requires_grad_(False)
     samples = memory.encoded_samples(folder, processor)[:5]
@@ -121,26 +129,26 @@ def test_a_padded_steps_operations_are_those_that_pytorch_counts(folder: Path):
 
 
 def test_counting_predicts_more_for_larger_padded_batches(folder: Path):
-    ours, _ = composed(folder / "parts", SEED)
-    flops, encoder = counting.counted(ours, TINY)
-    samples = counting.blank_samples(draw_records(200), TINY)
-    few, many = (counting.forecast(flops, encoder, samples, number) for number in (4, 10))
+    ours, _ = compose_model(folder / "parts", SEED)
+    flops, encoder = counting.count_operations(ours, TINY)
+    samples = counting.make_blank_samples(draw_records(200), TINY)
+    few, many = (counting.predict_ratio(flops, encoder, samples, number) for number in (4, 10))
     assert 1 < few < many
-    assert counting.forecast(flops, encoder, samples, 10, micro_batches=4) < many
-    assert sum(counting.shares(flops, samples).values()) == pytest.approx(1)
+    assert counting.predict_ratio(flops, encoder, samples, 10, micro_batches=4) < many
+    assert sum(counting.operation_shares(flops, samples).values()) == pytest.approx(1)
 
 
 def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
     size = finetune.Size("tiny", tokens=2048, accumulation=2, steps=3, samples=5)
-    found = finetune.compare(size, tmp_path)
-    apart = finetune.check_agreement(found.variants, finetune.NEAR["float32"])
+    found = finetune.compare_variants(size, tmp_path)
+    apart = finetune.check_agreement(found.variants, finetune.TOLERANCES["float32"])
     assert max(apart.values()) < 1e-4
     assert found.samples <= 5
-    assert finetune.num_micro_batches([[{}] * 7, [{}] * 11], size) == 3
+    assert finetune.count_micro_batches([[{}] * 7, [{}] * 11], size) == 3
     found.variants["grouped"].norm *= 1.01
     with pytest.raises(SystemExit, match="do not compute the same"):
-        finetune.check_agreement(found.variants, finetune.NEAR["float32"])
-    far = finetune.check_agreement(found.variants, finetune.Near(0.02, 0.02))
+        finetune.check_agreement(found.variants, finetune.TOLERANCES["float32"])
+    far = finetune.check_agreement(found.variants, finetune.Tolerances(0.02, 0.02))
     assert far["norms of the first gradients are apart by"] == pytest.approx(0.01, abs=1e-3)
     assert {**far, "norms of the first gradients are apart by": 0} == {
         **apart,
@@ -149,20 +157,20 @@ def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
     for one in found.variants.values():
         assert len(one.losses) == size.steps == len(one.speeds) + 1 == len(one.flops) + 1
     assert found.variants["padded"].flops > found.variants["ours"].flops
-    rows = finetune.rows_of(found)
+    rows = finetune.make_rows(found)
     assert [row.target for row in rows] == [2.0, 0.9, 1.25, 0.9]
     padded = found.variants["padded"]
     assert rows[0].ratio == pytest.approx(found.variants["ours"].rates[0] / padded.rates[0])
     assert rows[1].ratio == pytest.approx(rows[0].ratio * sum(found.variants["ours"].flops) / sum(padded.flops))
-    steps = finetune.notes_of(found, size)["padded, step by step, measured and counted"]
-    assert [counted > 1 for _, counted in steps] == [True] * (size.steps - 1)
+    steps = finetune.make_notes(found, size)["padded, step by step, measured and counted"]
+    assert [count_operations > 1 for _, count_operations in steps] == [True] * (size.steps - 1)
     finetune.draw_losses(found.variants, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size > 0
 
 
 def test_the_first_records_that_fill_the_packs():
-    records = finetune.fitting(draw_records(400), SHAPES["smol"], 4096, 4)
-    tokens = counting.facts(counting.blank_samples(records, SHAPES["smol"])).tokens
+    records = finetune.select_records(draw_records(400), SHAPES["smol"], 4096, 4)
+    tokens = counting.facts(counting.make_blank_samples(records, SHAPES["smol"])).tokens
     assert 0.9 * 4 * 4096 < tokens <= 4 * 4096
 
 
@@ -176,8 +184,8 @@ def test_a_bare_loop_takes_the_runs_batches(tmp_path: Path, monkeypatch: pytest.
         assert optimisers[0]() is None  # or there would be two sets of states
         return loop
 
-    loop_of = overhead._loop_of
-    monkeypatch.setattr(overhead, "_loop_of", watched)
+    loop_of = overhead._make_bare_loop
+    monkeypatch.setattr(overhead, "_make_bare_loop", watched)
     whole, bare, share = overhead.measure(size, tmp_path)
     assert len(optimisers) == 1
     assert len(whole) == len(bare) == 1
@@ -199,7 +207,7 @@ def test_a_bare_loop_takes_the_runs_batches(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_what_counts_as_a_matrix_product(operator: str, multiplies: bool):
-    assert overhead._multiplies(operator) == multiplies
+    assert overhead._is_matrix_operator(operator) == multiplies
 
 
 def test_memory_is_measured_of_both_variants(tmp_path: Path):
@@ -208,9 +216,9 @@ def test_memory_is_measured_of_both_variants(tmp_path: Path):
     for variant in memory.MEASURES.values():
         variant(memory.Size("tiny"), tmp_path)
     assert 0.1 < memory.peak_gigabytes() < 100
-    records, positions = memory.average_set(memory.Size("smol", tokens=4096))
-    samples = counting.blank_samples(records, SHAPES["smol"])
-    assert positions == padded_positions(samples) > counting.facts(samples).tokens
+    records, positions = memory.draw_average_records(memory.Size("smol", tokens=4096))
+    samples = counting.make_blank_samples(records, SHAPES["smol"])
+    assert positions == count_padded_positions(samples) > counting.facts(samples).tokens
 
 
 def test_steps_grow(folder: Path):
@@ -233,7 +241,7 @@ def test_the_start_is_measured_twice(tmp_path: Path):
     cost, again = growth.start_rows({100: (1.0, 0.5), 200: (2.0, 0.5), 400: (6.0, 0.6)})
     assert cost.ratio == pytest.approx(2)
     assert again.ratio == pytest.approx(0.1)
-    growth.draw_lines(growth.Grown({1: [1.0], 2: [1.5]}, {1: 2.0, 2: 3.0}), found, tmp_path / "lines.png")
+    growth.draw_lines(growth.GrowthMeasurements({1: [1.0], 2: [1.5]}, {1: 2.0, 2: 3.0}), found, tmp_path / "lines.png")
     assert (tmp_path / "lines.png").stat().st_size > 0
 
 
@@ -249,7 +257,7 @@ def test_both_stages_of_the_gpu_benchmark_run_on_a_cpu(monkeypatch: pytest.Monke
         return run
 
     monkeypatch.setattr(gpu, "run_ours", timed)
-    monkeypatch.setattr(gpu, "peak_of", lambda *_: Peak(0.01, "the test"))
+    monkeypatch.setattr(gpu, "get_peak_tflops", lambda *_: Peak(0.01, "the test"))
     rows, notes = gpu.measure(gpu.TINY, list(gpu.STAGES), ())
     attained: Any = notes["a large matrix product attains, TFLOP/s"]
     assert [row.target for row in rows] == [0.55, 0.45]
@@ -283,7 +291,7 @@ def test_pretraining_is_measured_with_features_kept_and_without(monkeypatch: pyt
 
 
 def test_the_first_epoch_is_not_measured():
-    assert pretrain.epochs_of(Steps("any", seconds=[9, 9, 2, 2, 1, 1]), 3, 8) == [2, 4]
+    assert pretrain.epoch_rates(Steps("any", seconds=[9, 9, 2, 2, 1, 1]), 3, 8) == [2, 4]
 
 
 @pytest.mark.slow
@@ -316,7 +324,7 @@ def test_answers_in_batches_are_held_against_those_one_by_one(
             inputs = {**inputs, name: change(inputs[name])}
         return VisionLanguageModel.answers(model, inputs, *args)
 
-    monkeypatch.setattr(generation.Unending, "answers", answers)
+    monkeypatch.setattr(generation.FixedLengthModel, "answers", answers)
     with pytest.raises(SystemExit, match=message):
         generation.measure(ANSWERS, tmp_path)
 

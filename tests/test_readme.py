@@ -12,14 +12,14 @@ import torch
 import yaml
 
 from tests.checks.test_messages import elsewhere  # noqa: F401 - Hydra leaves files behind
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from tests.tiny_parts import Parts, picture
-from vlm.checks.compose import opened, take_launcher_words
+from vlm.checks.compose import open_mapping_key, strip_launcher_arguments
 from vlm.checks.run import check_choices
 from vlm.cli.data import TOOLS
 from vlm.config.packaged import run_names
-from vlm.data.records.formats import FORMATS, reader_of
-from vlm.data.sample import Picture
+from vlm.data.records.formats import FORMATS, get_reader
+from vlm.data.sample import ImageRef
 from vlm.data.tools.convert import CONVERSIONS
 
 ROOT = Path(__file__).parent.parent
@@ -61,11 +61,11 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=str)
 def test_every_training_command_composes(page: str, line: str):
-    words = take_launcher_words(shlex.split(START.split(line, maxsplit=1)[1]))
+    words = strip_launcher_arguments(shlex.split(START.split(line, maxsplit=1)[1]))
     name = words[0] if line.startswith("vlm -cn ") else words[words.index("-cn") + 1]
     overrides = [word for word in words if "=" in word]
     assert name in run_names()
-    check_choices(config_of(name, overrides))
+    check_choices(compose_config(name, overrides))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -74,7 +74,7 @@ def test_every_key_in_the_text_is_one(page: str):
     found = KEYS.findall(text)
     assert found or page in WITHOUT_KEYS
     for override in found:
-        check_choices(config_of("pretrain-smol", ["dataset.path=x", opened(override.rstrip(".,;:)'"))]))
+        check_choices(compose_config("pretrain-smol", ["dataset.path=x", open_mapping_key(override.rstrip(".,;:)'"))]))
 
 
 def test_every_make_target_and_file_is_there():
@@ -126,7 +126,7 @@ def test_records_are_read_as_the_page_shows_them(tmp_path: Path):
     for name, described in forms:
         example = (re.findall(r"```json\n(.*?)```", described, re.DOTALL) or re.findall(r"`(\{\".*?\})`", described))[0]
         sample = FORMATS[name](json.loads(example), tmp_path)
-        assert sample.pictures
+        assert sample.images
         for option in re.findall(r"`dataset\.options\.(\w+)=", described):
             assert option in signature(FORMATS[name]).parameters
 
@@ -135,12 +135,12 @@ def test_the_reader_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "my_reader.py").write_text(blocks("docs/data.md", "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        read = reader_of("my_reader:read")
+        read = get_reader("my_reader:read")
         sample = read({"file": "cat.png", "label": "A cat."}, tmp_path, question="Which?")
     finally:
         sys.modules.pop("my_reader", None)
     assert [turn.content[-1] for turn in sample.turns] == ["\nWhich?", "A cat."]
-    assert sample.pictures == [Picture(tmp_path / "cat.png")]
+    assert sample.images == [ImageRef(tmp_path / "cat.png")]
 
 
 def test_the_mixture_composes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -166,7 +166,7 @@ def test_the_ways_to_ask_are_understood(tmp_path: Path, monkeypatch: pytest.Monk
     """Every command's options, and the settings that it takes from a run."""
     from vlm.cli import chat
     from vlm.cli import generate as generate_command
-    from vlm.cli.model_options import settings_of
+    from vlm.cli.model_options import read_inference_settings
 
     monkeypatch.setattr(sys, "argv", sys.argv)
     (tmp_path / "talkative.yaml").write_text(blocks("docs/inference.md", "yaml")[0])
@@ -176,8 +176,8 @@ def test_the_ways_to_ask_are_understood(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(asked) > 8
     settings = []
     for _, name, *words in asked:
-        parser = {"generate": generate_command, "chat": chat}[name].parser()
-        settings.append(settings_of(parser.parse_intermixed_args(words)))
+        make_parser = {"generate": generate_command, "chat": chat}[name].make_parser()
+        settings.append(read_inference_settings(make_parser.parse_intermixed_args(words)))
     assert {(one.temperature, one.max_new_tokens) for one in settings} == {(0.0, 128), (0.8, 256), (0.8, 128)}
 
 

@@ -49,10 +49,10 @@ from transformers import (
 
 from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import ConnectorConfig, EncoderConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
-from vlm.data.encoding.labels import template_text
+from vlm.data.encoding.labels import read_template
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
-IGNORED = -100
+IGNORE_INDEX = -100
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 
 WIDTH = 32
@@ -252,7 +252,7 @@ def byte_tokenizer(template: str | None = None, *, bos: str | None = "<s>", eos:
     model.train_from_iterator(PROSE * 5, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token=bos, eos_token=eos, pad_token=pad)
     if template is not None:
-        tokenizer.chat_template = template if "{" in template else template_text(template)
+        tokenizer.chat_template = template if "{" in template else read_template(template)
     return tokenizer
 
 
@@ -395,13 +395,13 @@ class ChatTemplate:
 
 
 CHAT_TEMPLATES = {
-    "chatml": ChatTemplate(template_text("chatml"), "<|im_end|>"),
-    "gemma": ChatTemplate(template_text("gemma"), "<end_of_turn>"),
-    "llama3": ChatTemplate(template_text("llama3"), "<|eot_id|>", "<|begin_of_text|>"),
-    "mistral": ChatTemplate(template_text("mistral"), "</s>", lead=" "),
-    "phi": ChatTemplate(template_text("phi"), "<|end|>"),
-    "plain": ChatTemplate(template_text("plain"), "\n"),
-    "v1": ChatTemplate(template_text("v1"), "</s>", lead=" "),
+    "chatml": ChatTemplate(read_template("chatml"), "<|im_end|>"),
+    "gemma": ChatTemplate(read_template("gemma"), "<end_of_turn>"),
+    "llama3": ChatTemplate(read_template("llama3"), "<|eot_id|>", "<|begin_of_text|>"),
+    "mistral": ChatTemplate(read_template("mistral"), "</s>", lead=" "),
+    "phi": ChatTemplate(read_template("phi"), "<|end|>"),
+    "plain": ChatTemplate(read_template("plain"), "\n"),
+    "v1": ChatTemplate(read_template("v1"), "</s>", lead=" "),
     "own-qwen2.5": ChatTemplate(QWEN25, "<|im_end|>"),
     "own-gemma2": ChatTemplate(GEMMA2, "<end_of_turn>", system=False, trims=True),
     "own-llama3.2": ChatTemplate(LLAMA32, "<|eot_id|>", "<|begin_of_text|>", trims=True),
@@ -481,7 +481,7 @@ def runs(labels: list[int]) -> list[list[int]]:
     """The stretches of supervised ids."""
     found: list[list[int]] = [[]]
     for label in labels:
-        if label != IGNORED:
+        if label != IGNORE_INDEX:
             found[-1].append(label)
         elif found[-1]:
             found.append([])

@@ -25,7 +25,6 @@ from transformers import (
 
 from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, PATCHES, PREFIX_TOKENS, WIDTH, Parts, picture
 from vlm.assembly.compose import (
-    add_connector_class,
     build_model,
     choose_attention,
     compose,
@@ -33,6 +32,7 @@ from vlm.assembly.compose import (
     load_model,
     load_processor,
     recipe_differences,
+    register_connector_class,
 )
 from vlm.config.schema import ModelConfig, from_mapping
 from vlm.models.connectors import CONNECTORS, Connector
@@ -313,7 +313,7 @@ def test_an_image_processor_of_no_fixed_size_is_refused(parts: Parts, tmp_path: 
 @pytest.mark.parametrize("kind", ["nowhere.at.all:Class", "vlm.models.connectors:NoSuchConnector"])
 def test_a_connector_class_that_does_not_exist_is_refused_by_key(kind: str):
     with pytest.raises(ValueError, match=re.escape(f"model.connector.type={kind}: ")):
-        add_connector_class(kind)
+        register_connector_class(kind)
     assert kind not in CONNECTORS
 
 

@@ -14,7 +14,7 @@ from transformers.image_utils import SizeDict
 
 from tests.conftest import losses
 from tests.tiny_parts import ENCODERS, WIDTH, Parts, picture
-from vlm.assembly.adapter_base import base_of
+from vlm.assembly.adapter_base import make_base
 from vlm.assembly.adapter_base import recipe as recipe_of
 from vlm.assembly.compose import (
     build_model,
@@ -25,13 +25,13 @@ from vlm.assembly.compose import (
     load_processor,
     recipe_differences,
 )
-from vlm.assembly.quantization import bits_of_whole
+from vlm.assembly.quantization import quantization_config_of
 from vlm.config.schema import EncoderConfig, ModelConfig, RunConfig, from_mapping
-from vlm.hub.targets import TARGETS
+from vlm.hub.targets import EXPORT_FORMATS
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
-from vlm.models.encoders import Encoders
+from vlm.models.encoders import EncoderEnsemble
 from vlm.models.pixels import pad_to_square
-from vlm.train.parts import split_parts, table
+from vlm.train.parts import make_parts, table
 
 Built = tuple[VLMForConditionalGeneration, VLMProcessor]
 
@@ -86,7 +86,7 @@ def by_hand(source: EncoderConfig, image: Image.Image, ours: Any) -> tuple[torch
         outputs = whole(pixels, output_hidden_states=True)
     layers = source.feature_layer if isinstance(source.feature_layer, list) else [source.feature_layer]
     states = [outputs.last_hidden_state if layer is None else outputs.hidden_states[layer] for layer in layers]
-    tokens = torch.cat([tokens_of(state) for state in states], dim=2)
+    tokens = torch.cat([to_tokens(state) for state in states], dim=2)
     prefix = 0 if states[0].ndim == 4 else PREFIX[Path(source.hf_name).name]
     chosen = {
         "patch": tokens[:, prefix:], "full": tokens, "cls": tokens[:, :1],
@@ -95,7 +95,7 @@ def by_hand(source: EncoderConfig, image: Image.Image, ours: Any) -> tuple[torch
     return pixels, chosen[source.feature_strategy]
 
 
-def tokens_of(state: torch.Tensor) -> torch.Tensor:
+def to_tokens(state: torch.Tensor) -> torch.Tensor:
     """A hidden state of an encoder as `(images, tokens, width)`."""
     return state.flatten(2).transpose(1, 2) if state.ndim == 4 else state
 
@@ -116,8 +116,8 @@ def test_several_layers_stand_side_by_side_in_their_order(parts: Parts, encoder:
     pixels = processor.pixel_values([picture(0), picture(1)])
     with torch.no_grad():
         states = whole(pixels, output_hidden_states=True).hidden_states
-        features = model.eval()._encode(pixels)
-    expected = torch.cat([tokens_of(states[layer]) for layer in layers], dim=2)
+        features = model.eval()._encode_and_concatenate(pixels)
+    expected = torch.cat([to_tokens(states[layer]) for layer in layers], dim=2)
     assert torch.allclose(features, expected, atol=1e-6)
     assert model.config.vision_dim == WIDTH * len(layers)
     assert model.config.feature_layer == [layer % len(states) for layer in layers]
@@ -157,7 +157,7 @@ def test_features_are_those_of_the_encoders_alone(parts: Parts, name: str):
     for row, seen in enumerate(expected):
         assert torch.allclose(pixels[row : row + 1], torch.cat([one for one, _ in seen], dim=1), atol=1e-5)
     with torch.no_grad():
-        features = model.eval()._encode(pixels)
+        features = model.eval()._encode_and_concatenate(pixels)
         tokens = model.get_image_features(pixels)
     wanted = torch.cat([torch.cat([one for _, one in seen], dim=2) for seen in expected])
     assert torch.allclose(features, wanted, atol=1e-5)
@@ -209,7 +209,7 @@ def test_they_are_one_part(parts: Parts):
     """Every parameter belongs to it, with the ones that are not read; the table names both sources."""
     model, _ = model_of(parts, "dinov2 + siglip")
     config = RunConfig(model=from_mapping(ModelConfig, model.config.recipe))
-    split = split_parts(model, config.trainer, config.model)[0]
+    split = make_parts(model, config.trainer, config.model)[0]
     assert split.name == "visual_encoder"
     assert len(split.parameters) == len(list(model.visual_encoder.parameters()))
     assert split.unread == {f"visual_encoder.{name}" for name in model.config.unread_parameters}
@@ -219,7 +219,7 @@ def test_they_are_one_part(parts: Parts):
 def test_one_encoder_is_held_as_it_is(parts: Parts):
     """Its names in checkpoints have nothing of several."""
     model, processor = parts.model("clip")
-    assert not isinstance(model.visual_encoder, Encoders)
+    assert not isinstance(model.visual_encoder, EncoderEnsemble)
     names = set(AutoModel.from_pretrained(parts.encoder("clip")).state_dict())
     assert {name for name in model.state_dict() if name.startswith("visual_encoder.")} == {
         f"visual_encoder.{name}" for name in names
@@ -271,7 +271,7 @@ def test_raw_pixels_are_whole_numbers_that_each_encoder_normalises(pair: Built):
     assert torch.equal(processor.normalise(normal), normal)
     assert not torch.allclose(normal[1, :3], normal[1, 3:])
     tensors = [pil_to_tensor(image) for image in images]
-    assert processor.reads_tensors
+    assert processor.accepts_tensors
     assert torch.equal(processor.raw_pixels(tensors), raw)
 
 
@@ -280,7 +280,7 @@ def test_an_encoder_whose_image_processor_does_more_gives_normalised_pixels(pair
     images = [picture(0)]
     expected = processor.pixel_values(images)
     monkeypatch.setattr(processor.beside[0], "do_pad", True, raising=False)
-    assert not processor.reads_tensors
+    assert not processor.accepts_tensors
     raw = processor.raw_pixels(images)
     assert raw.is_floating_point()
     assert torch.allclose(processor.normalise(raw), expected, atol=1e-6)
@@ -311,7 +311,7 @@ def test_models_and_processors_come_back_as_they_were(parts: Parts, name: str, t
     processor.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert loaded.config.readings == model.config.readings
+    assert loaded.config.feature_selections == model.config.feature_selections
     for again in (AutoProcessor.from_pretrained(tmp_path), load_processor(str(tmp_path), None, None)):
         assert [type(one) for one in again.image_processors] == [type(one) for one in processor.image_processors]
         inputs, other = (one(images=[picture()], text="<image> a cat") for one in (processor, again))
@@ -336,7 +336,7 @@ def test_a_quantised_checkpoint_leaves_no_encoder_out(pair: Built):
     """Every Linear of both encoders is stored in few bits."""
     config = pair[0].config
     try:
-        bits = bits_of_whole(config, {"visual_encoder": "8bit"})
+        bits = quantization_config_of(config, {"visual_encoder": "8bit"})
     except ValueError:
         pytest.skip("bitsandbytes is not installed")
     assert bits is not None
@@ -348,7 +348,7 @@ def test_an_adapter_remembers_every_encoder_it_was_trained_on(parts: Parts):
     trained = parts.recipe("dinov2", image_size=24, beside={"siglip": {"trust_remote_code": True}})
     config = RunConfig(model=trained)
     config.trainer.lora.language_model.r = 2
-    base = base_of(config, composed=True)
+    base = make_base(config, composed=True)
     assert base is not None
     assert set(base.sources) == {"visual_encoder", "visual_encoder.beside.0", "language_model"}
     again = recipe_of(base, trust_remote_code=False)
@@ -360,9 +360,9 @@ def test_an_adapter_remembers_every_encoder_it_was_trained_on(parts: Parts):
 def test_no_export_is_made_of_several_encoders_or_layers(pair: Built, parts: Parts):
     """Each target says so by key."""
     layers = parts.model("clip", layer=[-2, -3])
-    for target in TARGETS.values():
+    for target in EXPORT_FORMATS.values():
         for (model, processor), said in ((pair, "model.visual_encoder.beside:"), (layers, "feature_layer=[-2, -3]:")):
-            assert any(said in one for one in target.hindrances(model.config, processor))
+            assert any(said in one for one in target.incompatibilities(model.config, processor))
 
 
 def test_tiles_are_cut_for_each_encoder(parts: Parts):

@@ -17,12 +17,12 @@ from tests.tiny_parts import picture
 from tests.train.test_lora import adapted, logits
 from vlm.assembly import quantization
 from vlm.assembly.adapter_base import BASE_FILE
-from vlm.assembly.adapter_folder import ADAPTER, OTHERS, load
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, load
 from vlm.assembly.adapter_merge import merge
-from vlm.assembly.quantization import bits_config
+from vlm.assembly.quantization import make_quantization_config
 from vlm.cli.main import main
 from vlm.train.lora import is_adapter
-from vlm.train.trainer import WEIGHTS
+from vlm.train.trainer import TRAINED_WEIGHTS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (the extra `quant`)"
@@ -83,7 +83,7 @@ def test_adapters_learn_on_a_quantised_language_model(run: tuple[Path, str, list
     folder, _, _ = run
     first, *_, last = losses(folder)
     assert last < first
-    held = load_file(folder / "checkpoint-2" / WEIGHTS)
+    held = load_file(folder / "checkpoint-2" / TRAINED_WEIGHTS)
     assert all(is_adapter(name) or name.startswith("connector.") for name in held)
     assert "quantization" not in (folder / "final" / "config.json").read_text().replace('"quantization": null', "")
 
@@ -94,7 +94,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     folder, _, words = run
     resumed = train("pretrain-smol", tmp_path, *words, f"trainer.resume_from_checkpoint={folder / 'checkpoint-2'}")
     assert losses(resumed) == losses(folder)[2:]
-    for name in (ADAPTER, OTHERS):
+    for name in (ADAPTER_WEIGHTS, NON_LORA_WEIGHTS):
         torch.testing.assert_close(load_file(resumed / "final" / name), load_file(folder / "final" / name))
 
 
@@ -123,10 +123,10 @@ def test_a_quantised_encoder_beside_a_connector_leaves_what_it_trained(
         "model.language_model.quantization=8bit", "trainer.max_steps=2", "trainer.num_samples=1",
     )  # fmt: skip
     assert (run / "final" / BASE_FILE).is_file()
-    assert not (run / "final" / ADAPTER).exists()
+    assert not (run / "final" / ADAPTER_WEIGHTS).exists()
     merge(str(run / "final"), tmp_path / "whole")
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
-    trained = load_file(run / "final" / OTHERS)
+    trained = load_file(run / "final" / NON_LORA_WEIGHTS)
     for name, parameter in whole.connector.named_parameters():
         torch.testing.assert_close(parameter.data, trained[f"connector.{name}"])
 
@@ -158,4 +158,4 @@ def test_the_absence_of_bitsandbytes_is_said(monkeypatch: pytest.MonkeyPatch, pr
 def test_a_device_that_it_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(quantization.torch.accelerator, "current_accelerator", lambda: torch.device("mtia"))
     with pytest.raises(ValueError, match="bitsandbytes cannot use this machine's mtia; it can use "):
-        bits_config("4bit")
+        make_quantization_config("4bit")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from vlm.checks.feature_cache import cache_problems
 from vlm.checks.run import ConfigError, check
 
@@ -37,7 +37,7 @@ REFUSALS = {
 @pytest.mark.parametrize(("overrides", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_a_refusal_says_the_keys(tmp_path: Path, overrides: list[str], message: str):
     (tmp_path / "records.json").write_text("[]")
-    config = config_of("pretrain-smol", [f"dataset.path={tmp_path / 'records.json'}", *overrides])
+    config = compose_config("pretrain-smol", [f"dataset.path={tmp_path / 'records.json'}", *overrides])
     with pytest.raises(ConfigError) as error:
         check(config)
     assert str(error.value).startswith(message)
@@ -45,11 +45,11 @@ def test_a_refusal_says_the_keys(tmp_path: Path, overrides: list[str], message: 
 
 def test_what_fits_is_not_refused(tmp_path: Path):
     for overrides in ([CACHE], [CACHE, "dataset.cache_limit_gb=0.5"], ["dataset.cache_features=false"]):
-        config = config_of("pretrain-smol", [f"dataset.path={tmp_path}", *overrides])
+        config = compose_config("pretrain-smol", [f"dataset.path={tmp_path}", *overrides])
         assert not list(cache_problems(config))
 
 
 def test_whole_models_read_their_pictures_themselves(tmp_path: Path):
-    config = config_of("pretrain-smol", [f"dataset.path={tmp_path}", CACHE, "model.hf_name=some/model"])
+    config = compose_config("pretrain-smol", [f"dataset.path={tmp_path}", CACHE, "model.hf_name=some/model"])
     (problem,) = cache_problems(config)
     assert "model.hf_name=some/model is a whole model, which reads pictures itself" in problem

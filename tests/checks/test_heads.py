@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from vlm.checks import heads as head_problems
 from vlm.checks.run import ConfigError, check
-from vlm.config.derived import caches, extra_tokens, head_keys, heads_of, row_keys
-from vlm.config.packaged import packaged, run_names
+from vlm.config.derived import caches_features, embedding_row_keys, extra_tokens, get_heads, head_keys
+from vlm.config.packaged import packaged_names, run_names
 from vlm.data.batching.samplers import GROUPED
-from vlm.evaluation.calibration import THRESHOLD_BY
+from vlm.evaluation.calibration import THRESHOLD_CRITERIA
 from vlm.models import head_losses
-from vlm.models.head_tasks import CLASSIFYING, TASKS
+from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK
 from vlm.models.heads import HEADS
 from vlm.models.poolings import POOLINGS
 
@@ -140,7 +140,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(name: str, records: Path, *overrides: str) -> str:
-    config = config_of(name, [f"dataset.path={records}", *overrides])
+    config = compose_config(name, [f"dataset.path={records}", *overrides])
     with pytest.raises(ConfigError) as error:
         check(config)
     return str(error.value)
@@ -186,13 +186,15 @@ def test_records_to_measure_on_are_there(records: Path, tmp_path: Path):
     ],
 )
 def test_what_can_be_run_passes(records: Path, overrides: list[str]):
-    check(config_of(RUN, [f"dataset.path={records}", *overrides]))
+    check(compose_config(RUN, [f"dataset.path={records}", *overrides]))
 
 
 @pytest.mark.parametrize("name", [name for name in run_names() if name.startswith("head-")])
-@pytest.mark.parametrize("head", [name for name in packaged("vlm.config", "model/head", ".yaml") if name != "none"])
+@pytest.mark.parametrize(
+    "head", [name for name in packaged_names("vlm.config", "model/head", ".yaml") if name != "none"]
+)
 def test_every_head_passes_on_every_run(records: Path, name: str, head: str):
-    config = config_of(name, [f"dataset.path={records}", f"model/head={head}"])
+    config = compose_config(name, [f"dataset.path={records}", f"model/head={head}"])
     check(config)
     assert config.model.head.task == head
     assert head_keys(config) == {"head": f"model.head.task={head}"}
@@ -202,15 +204,15 @@ def test_heads_beside_need_no_plus():
     words = ["dataset.path=a.json", f"{BESIDE}.task=multiclass", f"{BESIDE}.labels=[low,high]",
              f"{BESIDE}.pooling=query", f"{BESIDE}.options.dropout=0.5",
              "model.head.beside.age.task=regression"]  # fmt: skip
-    config = config_of(RUN, words)
-    heads = heads_of(config.model.head)
+    config = compose_config(RUN, words)
+    heads = get_heads(config.model.head)
     assert {name: one.task for name, one in heads.items()} == {
         "label": "binary", "quality": "multiclass", "age": "regression"
     }  # fmt: skip
     assert heads["quality"].labels == ["low", "high"]
     assert heads["quality"].options == {"dropout": 0.5}
     assert extra_tokens(config.model) == ["<|query:quality|>"]
-    assert row_keys(config) == {"language_model": f"{BESIDE}.pooling=query"}
+    assert embedding_row_keys(config) == {"language_model": f"{BESIDE}.pooling=query"}
 
 
 def test_hidden_states_are_computed_once_where_the_body_stays():
@@ -219,7 +221,9 @@ def test_hidden_states_are_computed_once_where_the_body_stays():
         "query": ["model.head.pooling=query"], "told": ["dataset.cache_features=false"],
         "sharded": ["trainer.deepspeed=zero3"], "zero2": ["trainer.deepspeed=zero2"],
     }  # fmt: skip
-    found = {name: caches(config_of(RUN, ["dataset.path=a.json", *words])) for name, words in kept.items()}
+    found = {
+        name: caches_features(compose_config(RUN, ["dataset.path=a.json", *words])) for name, words in kept.items()
+    }
     assert [name for name, yes in found.items() if yes] == ["frozen", "zero2"]
 
 
@@ -229,7 +233,7 @@ def test_hidden_states_are_computed_once_where_the_body_stays():
 def test_losses_are_those_of_the_code():
     ours = {task: names for task, names in head_problems.LOSSES.items() if task != "pairwise"}
     assert ours == {task: tuple(losses) for task, losses in head_losses.LOSSES.items()}
-    assert set(head_problems.LOSSES) == set(TASKS)
+    assert set(head_problems.LOSSES) == set(NUM_OUTPUTS_BY_TASK)
 
 
 def test_loss_options_are_keyword_parameters():
@@ -241,7 +245,7 @@ def test_loss_options_are_keyword_parameters():
 
 def test_head_options_are_keyword_parameters():
     ours = {name: one for name, one in HEADS.items() if ":" not in name}  # other tests may have added their own
-    assert {name: keywords(one.__init__) for name, one in ours.items()} == head_problems.TYPES
+    assert {name: keywords(one.__init__) for name, one in ours.items()} == head_problems.HEAD_TYPES
 
 
 def keywords(function: object) -> tuple[str, ...]:
@@ -251,16 +255,18 @@ def keywords(function: object) -> tuple[str, ...]:
 
 def test_the_other_tables_are_those_of_the_code():
     assert tuple(POOLINGS) == head_problems.POOLINGS
-    assert head_problems.CLASSIFYING == CLASSIFYING
-    assert head_problems.THRESHOLDS == THRESHOLD_BY
+    assert head_problems.CLASSIFICATION_TASKS == CLASSIFICATION_TASKS
+    assert head_problems.THRESHOLD_CRITERIA == THRESHOLD_CRITERIA
     assert head_problems.GROUPED == GROUPED
 
 
-@pytest.mark.parametrize("head", [name for name in packaged("vlm.config", "model/head", ".yaml") if name != "none"])
+@pytest.mark.parametrize(
+    "head", [name for name in packaged_names("vlm.config", "model/head", ".yaml") if name != "none"]
+)
 def test_a_heads_yaml_declares_all_options(head: str):
     """Each is set on the command line without a plus."""
-    options = dict.fromkeys(name for names in head_problems.TYPES.values() for name in names)
+    options = dict.fromkeys(name for names in head_problems.HEAD_TYPES.values() for name in names)
     of_losses = [name for loss in head_problems.LOSSES[head] for name in head_problems.LOSS_OPTIONS.get(loss, ())]
-    given = config_of(RUN, ["dataset.path=a.json", f"model/head={head}"]).model.head
+    given = compose_config(RUN, ["dataset.path=a.json", f"model/head={head}"]).model.head
     assert set(given.options) == set(options)
     assert list(given.loss_options) == of_losses

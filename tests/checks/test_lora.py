@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from vlm.checks import lora as lora_problems
 from vlm.checks.run import ConfigError, check
-from vlm.config.derived import BASE_FILE, training_keys, value_of, zero_stage
+from vlm.config.derived import BASE_FILE, get_value, training_keys, zero_stage
 from vlm.config.packaged import run_names
 
 R = "trainer.lora.language_model.r=8"
@@ -80,7 +80,7 @@ def records(tmp_path: Path) -> Path:
 
 
 def refused(records: Path, *overrides: str) -> str:
-    config = config_of("pretrain-smol", [f"dataset.path={records}", *overrides])
+    config = compose_config("pretrain-smol", [f"dataset.path={records}", *overrides])
     with pytest.raises(ConfigError) as error:
         check(config)
     return str(error.value)
@@ -106,12 +106,14 @@ def test_an_adapter_is_merged_before_what_cannot_merge_it(records: Path, tmp_pat
     start = f"trainer.from_pretrained={tmp_path}"
     for overrides in (["trainer.deepspeed=zero3"], [f"{Q}=8bit"]):
         assert f"Merge it first: vlm merge-lora {tmp_path} OUT" in refused(records, start, *overrides)
-    check(config_of("pretrain-smol", [f"dataset.path={records}", start, "trainer.deepspeed=zero2"]))
+    check(compose_config("pretrain-smol", [f"dataset.path={records}", start, "trainer.deepspeed=zero2"]))
 
 
 @pytest.mark.parametrize("name", run_names())
 def test_an_adapter_needs_no_plus_on_any_run(name: str):
-    trainer = config_of(name, ["dataset.path=a.json", R, "trainer.lora.language_model.target_modules=[q_proj]"]).trainer
+    trainer = compose_config(
+        name, ["dataset.path=a.json", R, "trainer.lora.language_model.target_modules=[q_proj]"]
+    ).trainer
     assert trainer.lora.language_model.r == 8
     assert trainer.lora.language_model.target_modules == ["q_proj"]
 
@@ -127,11 +129,13 @@ def test_an_adapter_needs_no_plus_on_any_run(name: str):
     ],
 )
 def test_what_can_be_run_passes(records: Path, overrides: list[str]):
-    check(config_of("pretrain-smol", [f"dataset.path={records}", *overrides]))
+    check(compose_config("pretrain-smol", [f"dataset.path={records}", *overrides]))
 
 
 def test_adapters_count_among_what_trains():
-    trainer = config_of("pretrain-smol", ["dataset.path=a.json", R, "trainer.unfreeze.train_connector=false"]).trainer
+    trainer = compose_config(
+        "pretrain-smol", ["dataset.path=a.json", R, "trainer.unfreeze.train_connector=false"]
+    ).trainer
     assert training_keys(trainer) == {"language_model": R}
 
 
@@ -185,6 +189,6 @@ ZERO_STAGES = {"finetune-llava-lora": 3, "finetune-llava-qlora": 2, "finetune-ca
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_hold_their_figures(name: str):
-    config = config_of(name, ["dataset.path=a.json"])
-    assert {key: value_of(config, key) for key in RECIPES[name]} == RECIPES[name]
+    config = compose_config(name, ["dataset.path=a.json"])
+    assert {key: get_value(config, key) for key in RECIPES[name]} == RECIPES[name]
     assert zero_stage(config.trainer.deepspeed) == ZERO_STAGES[name]

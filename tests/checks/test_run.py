@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import config_of
-from vlm.checks.run import CHOICES, UNSUPPORTED, ConfigError, check, shown
-from vlm.config.packaged import group_names, packaged, run_names
+from tests.conftest import compose_config
+from vlm.checks.run import CHOICES, UNSUPPORTED, ConfigError, check, format_value
+from vlm.config.packaged import group_names, packaged_names, run_names
 
 CHOSEN = {
     "model.visual_encoder.feature_strategy": "patch, cls+patch, cls, full",
@@ -227,7 +227,7 @@ def records(tmp_path: Path) -> Path:
 
 
 def refused(records: Path, *overrides: str) -> str:
-    config = config_of("pretrain-smol", [f"dataset.path={records}", *overrides])
+    config = compose_config("pretrain-smol", [f"dataset.path={records}", *overrides])
     with pytest.raises(ConfigError) as error:
         check(config)
     return str(error.value)
@@ -288,7 +288,7 @@ def test_evaluation_records_and_a_share_contradict(records: Path):
     ],
 )  # fmt: skip
 def test_what_can_be_run_passes(records: Path, overrides: list[str]):
-    check(config_of("pretrain-smol", [f"dataset.path={records}", *overrides]))
+    check(compose_config("pretrain-smol", [f"dataset.path={records}", *overrides]))
 
 
 def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
@@ -301,7 +301,9 @@ def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
     (whole / "complete").touch()
     for value in ("true", whole):
         check(
-            config_of("pretrain-smol", [f"dataset.path={records}", output, f"trainer.resume_from_checkpoint={value}"])
+            compose_config(
+                "pretrain-smol", [f"dataset.path={records}", output, f"trainer.resume_from_checkpoint={value}"]
+            )
         )
 
 
@@ -316,9 +318,9 @@ def test_packaged_names():
     assert "pretrain-llava" in run_names()
     assert "base" not in run_names()
     assert {"model/connector", "trainer/deepspeed"} <= set(group_names())
-    assert "zero3" in packaged("vlm.config", "trainer/deepspeed", ".yaml")
+    assert "zero3" in packaged_names("vlm.config", "trainer/deepspeed", ".yaml")
 
 
 @pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), (1, "1"), (0.0, "0.0"), ("x", "x")])
 def test_values_are_shown_as_yaml_writes_them(value: object, text: str):
-    assert shown(value) == text
+    assert format_value(value) == text

@@ -26,7 +26,7 @@ from vlm.inference.conversation import Conversation
 from vlm.inference.generate import VisionLanguageModel
 
 GREEDY = InferenceConfig(max_new_tokens=6)
-Said = tuple[list[str], str]
+Output = tuple[list[str], str]
 """The lines of answers, and what the program says of itself."""
 
 
@@ -55,11 +55,11 @@ def images(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def chat(
     ours: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Said]:
+) -> Callable[..., Output]:
     """`chat(line, line, …, options=[…])`: what comes of typing these lines through a pipe."""
     monkeypatch.setattr(VisionLanguageModel, "load", lambda *given, **named: ours)
 
-    def typed(*lines: object, options: Any = ()) -> Said:
+    def typed(*lines: object, options: Any = ()) -> Output:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         main(["chat", "the/checkpoint", "--max-new-tokens", "6", *map(str, options)])
         found = capsys.readouterr()
@@ -68,7 +68,7 @@ def chat(
     return typed
 
 
-def answers(ours: VisionLanguageModel, *asked: tuple[str, list[Path]], **options: Any) -> list[str]:
+def get_expected_answers(ours: VisionLanguageModel, *asked: tuple[str, list[Path]], **options: Any) -> list[str]:
     """What the model answers to questions of one conversation, as it is printed."""
     talk = Conversation(ours, GREEDY, **options)
     return "".join("".join(talk.ask(text, images)) + "\n" for text, images in asked).split("\n")[:-1]
@@ -79,14 +79,14 @@ def answers(ours: VisionLanguageModel, *asked: tuple[str, list[Path]], **options
 
 def test_a_pipe_gets_the_answers_of_one_conversation(ours: Any, chat: Any, images: list[Path]):
     said, notes = chat("what?", "", f"/image {images[1]}", "and this?", "well?", options=["--image", images[0]])
-    assert said == answers(ours, ("what?", images[:1]), ("and this?", images[1:2]), ("well?", []))
+    assert said == get_expected_answers(ours, ("what?", images[:1]), ("and this?", images[1:2]), ("well?", []))
     assert notes == f"the next question comes with {images[1]}\n"
 
 
 def test_pictures_gather_for_a_question(ours: Any, chat: Any, images: list[Path]):
     """Their paths may have blanks, quoted or not; where they stand may be said."""
     said, _ = chat(f"/image {images[2]}", f"/image '{images[0]}'", "this <image> or that <image>?")
-    assert said == answers(ours, ("this <image> or that <image>?", [images[2], images[0]]))
+    assert said == get_expected_answers(ours, ("this <image> or that <image>?", [images[2], images[0]]))
 
 
 def test_videos_are_shown_too(ours: Any, chat: Any, tmp_path: Path):
@@ -97,11 +97,11 @@ def test_videos_are_shown_too(ours: Any, chat: Any, tmp_path: Path):
 
 def test_a_system_prompt(ours: Any, chat: Any):
     said, _ = chat("what?", options=["--system-prompt", "Be brief."])
-    assert said == answers(ours, ("what?", []), system_prompt="Be brief.")
+    assert said == get_expected_answers(ours, ("what?", []), system_prompt="Be brief.")
 
 
 def test_reset_and_undo_forget(ours: Any, chat: Any, images: list[Path]):
-    first, second = answers(ours, ("what?", [])), answers(ours, ("and this?", images[:1]))
+    first, second = get_expected_answers(ours, ("what?", [])), get_expected_answers(ours, ("and this?", images[:1]))
     said, notes = chat("what?", "/undo", f"/image {images[0]}", "/reset", "what?", "/reset", f"/image {images[0]}",
                        "and this?", "/undo", "/undo")  # fmt: skip
     assert said == [*first, *first, *second]
@@ -129,7 +129,7 @@ def test_it_ends(chat: Any, lines: list[str]):
 
 
 def test_a_question_may_begin_with_a_slash(ours: Any, chat: Any):
-    assert chat(" /usr is what?")[0] == answers(ours, ("/usr is what?", []))
+    assert chat(" /usr is what?")[0] == get_expected_answers(ours, ("/usr is what?", []))
 
 
 # What is wrong
@@ -140,7 +140,7 @@ def test_it_goes_on_after_what_is_wrong(ours: Any, chat: Any, images: list[Path]
     lines = ["/image", "/image no.png", f"/image {tmp_path / 'c.png'}", "/video no.mp4", "/foo", "/reset now",
              "<image>?", "word " * 600, f"/image {images[0]}", "what?"]  # fmt: skip
     said, notes = chat(*lines)
-    assert said == answers(ours, ("what?", images[:1]))
+    assert said == get_expected_answers(ours, ("what?", images[:1]))
     for expected in ("a file is needed", "no.png does not open", "c.png does not open", "video no.mp4 does not open",
                      "/foo: there is no such command; /help lists them", "/reset takes nothing, got now",
                      "the prompt has 1 <image>, but 0 images were given", "the model reads at most 512"):  # fmt: skip
@@ -149,14 +149,14 @@ def test_it_goes_on_after_what_is_wrong(ours: Any, chat: Any, images: list[Path]
 
 def test_pictures_wait_on_where_a_question_is_refused(ours: Any, chat: Any, images: list[Path]):
     said, _ = chat(f"/image {images[0]}", "<image><image>?", "what?")
-    assert said == answers(ours, ("what?", images[:1]))
+    assert said == get_expected_answers(ours, ("what?", images[:1]))
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_chat(
     ours: Any, chat: Any, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
     """Nothing of it is kept, and its pictures wait for the next question."""
-    expected = answers(ours, ("really?", images[:1]))
+    expected = get_expected_answers(ours, ("really?", images[:1]))
     streamed, asked = ours.streamed, []
 
     def interrupted(inputs: Any, settings: Any) -> Iterator[str]:
@@ -203,16 +203,16 @@ def test_a_terminal(checkpoint: Path, images: list[Path]):
     ) as ended:
         os.close(theirs)
         try:
-            assert b"/help says" in until(ours, b"/exit leaves.\r\n> ")
+            assert b"/help says" in read_until(ours, b"/exit leaves.\r\n> ")
             while not select.select([ours], [], [], 3)[0]:  # readline hears none between its prompt and its waiting
                 ended.send_signal(signal.SIGINT)
-            until(ours, b"/exit leaves\r\n> ")
+            read_until(ours, b"/exit leaves\r\n> ")
             os.write(ours, f"/image {images[0]}\n".encode())
-            until(ours, b".png\r\n> ")
+            read_until(ours, b".png\r\n> ")
             os.write(ours, b"what?\n")
-            until(ours, b"\r\n> ")
+            read_until(ours, b"\r\n> ")
             os.write(ours, b"/history\n")
-            assert b"user: <image>" in until(ours, b"\r\n> ")
+            assert b"user: <image>" in read_until(ours, b"\r\n> ")
             os.write(ours, b"\x04")
             assert ended.wait(timeout=30) == 0
         finally:
@@ -220,7 +220,7 @@ def test_a_terminal(checkpoint: Path, images: list[Path]):
             os.close(ours)
 
 
-def until(terminal: int, wanted: bytes, seconds: float = 120) -> bytes:
+def read_until(terminal: int, wanted: bytes, seconds: float = 120) -> bytes:
     """What a terminal shows, up to what it shows last."""
     seen, end = b"", time.monotonic() + seconds
     while not seen.endswith(wanted) and time.monotonic() < end:

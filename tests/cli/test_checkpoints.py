@@ -10,8 +10,8 @@ import pytest
 
 from tests.command_line import refusal
 from vlm.cli import export_checkpoint, import_checkpoint
-from vlm.cli.export_checkpoint import FORMS
-from vlm.hub.targets import TARGETS
+from vlm.cli.export_checkpoint import FORMAT_DESCRIPTIONS
+from vlm.hub.targets import EXPORT_FORMATS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
@@ -26,8 +26,8 @@ def test_the_pages_commands_are_understood(line: str):
 
 
 def test_every_form_is_named():
-    assert list(FORMS) == list(TARGETS)
-    assert all(f"--format {name}" in PAGE for name in FORMS)
+    assert list(FORMAT_DESCRIPTIONS) == list(EXPORT_FORMATS)
+    assert all(f"--format {name}" in PAGE for name in FORMAT_DESCRIPTIONS)
 
 
 def test_help_needs_no_torch():
@@ -38,7 +38,7 @@ def test_help_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    assert all(name in done.stdout for name in FORMS)
+    assert all(name in done.stdout for name in FORMAT_DESCRIPTIONS)
 
 
 @pytest.mark.parametrize("command", PARSERS)

@@ -17,9 +17,9 @@ from tests.tiny_parts import Parts
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.cli.main import main
 from vlm.config.schema import SourceConfig
-from vlm.data.dataset import BlankPictures
-from vlm.evaluation.lmms_run import environment, model_args
-from vlm.evaluation.records import supervised_data
+from vlm.data.dataset import BlankImageDataset
+from vlm.evaluation.lmms_run import format_model_args, make_environment
+from vlm.evaluation.records import load_supervised_dataset
 
 COLOURS = ["red", "green", "blue"]
 
@@ -83,8 +83,8 @@ def test_the_losses_are_those_of_the_model(checkpoint: Path, records: Path, tmp_
     evaluate(checkpoint, "--data", records, "--metrics", "loss", "--output", tmp_path)
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
     ready = VisionLanguageModel.load(checkpoint, device="cpu")
-    dataset = supervised_data(ready, SourceConfig(path=str(records)), 8)
-    for data, name in ((dataset, "loss"), (BlankPictures(dataset), "blank_loss")):
+    dataset = load_supervised_dataset(ready, SourceConfig(path=str(records)), 8)
+    for data, name in ((dataset, "loss"), (BlankImageDataset(dataset), "blank_loss")):
         total, tokens = 0.0, 0
         for index in range(len(data)):
             item: Any = data[index]
@@ -136,16 +136,16 @@ def test_several_references_count(checkpoint: Path, records: Path, tmp_path: Pat
 def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Path, records: Path, tmp_path: Path):
     none = tmp_path / "nothing"  # no checkpoint: whoever loads it says so
 
-    def refused(*words: object) -> str:
+    def get_refusal(*words: object) -> str:
         return refusal("eval", str(none), *map(str, words))
 
-    assert "give --data for a file of records, or --tasks" in refused()
-    assert "--metrics meteor: allowed are exact_match" in refused("--data", records, "--metrics", "meteor")
-    assert "--data nowhere.json: no such file" in refused("--data", "nowhere.json")
-    assert "--limit does not go with --data" in refused("--data", records, "--limit", "3")
-    assert "--temperature does not go with --tasks" in refused("--tasks", "mme", "--temperature", "1")
-    assert "--limit 0: a number above 0" in refused("--tasks", "mme", "--limit", "0")
-    assert "--lmms-eval-python nowhere: no such file" in refused("--tasks", "mme", "--lmms-eval-python", "nowhere")
+    assert "give --data for a file of records, or --tasks" in get_refusal()
+    assert "--metrics meteor: allowed are exact_match" in get_refusal("--data", records, "--metrics", "meteor")
+    assert "--data nowhere.json: no such file" in get_refusal("--data", "nowhere.json")
+    assert "--limit does not go with --data" in get_refusal("--data", records, "--limit", "3")
+    assert "--temperature does not go with --tasks" in get_refusal("--tasks", "mme", "--temperature", "1")
+    assert "--limit 0: a number above 0" in get_refusal("--tasks", "mme", "--limit", "0")
+    assert "--lmms-eval-python nowhere: no such file" in get_refusal("--tasks", "mme", "--lmms-eval-python", "nowhere")
     for name, content, reason in (
         ("empty.json", [], "it has no records"),
         ("mute.json", json.loads(records.read_text())[7:], "loss needs records with replies"),
@@ -153,8 +153,8 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Pat
     ):
         path = records.with_name(name)
         path.write_text(json.dumps(content))
-        assert reason in refused("--data", path)
-    said = refused("--data", records.with_name("mute.json"), "--metrics", "exact_match")
+        assert reason in get_refusal("--data", path)
+    said = get_refusal("--data", records.with_name("mute.json"), "--metrics", "exact_match")
     assert "end with no reply and list no `answers`" in said
 
 
@@ -250,14 +250,14 @@ def test_a_python_without_lmms_eval_is_refused(checkpoint: Path, tmp_path: Path)
 
 
 def test_names_that_lmms_eval_would_misread_are_refused():
-    assert model_args({"pretrained": "a/b", "base": "language_model=/x;connector=/y"}) == (
+    assert format_model_args({"pretrained": "a/b", "base": "language_model=/x;connector=/y"}) == (
         "pretrained=a/b,base=language_model=/x;connector=/y"
     )
     with pytest.raises(ValueError, match="pretrained=a,b: lmms-eval cannot be told"):
-        model_args({"pretrained": "a,b"})
+        format_model_args({"pretrained": "a,b"})
 
 
 def test_the_environment_is_otherwise_as_it_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert environment()["HF_HUB_OFFLINE"] == "1"
+    assert make_environment()["HF_HUB_OFFLINE"] == "1"

@@ -11,7 +11,7 @@ import vlm
 from tests.data.vision.test_video import write_video
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import COMMANDS, main
-from vlm.config.packaged import group_names, packaged, run_names
+from vlm.config.packaged import group_names, packaged_names, run_names
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models.connectors import CONNECTORS
 
@@ -46,7 +46,7 @@ def test_the_overview_lists_what_there_is(capsys: pytest.CaptureFixture[str], wo
     main(words)
     printed = capsys.readouterr().out
     wanted = [*run_names(), *group_names(), *(f"vlm {name}" for name in COMMANDS), "--config-dir", "--cfg job"]
-    wanted += [option for group in group_names() for option in packaged("vlm.config", group, ".yaml")]
+    wanted += [option for group in group_names() for option in packaged_names("vlm.config", group, ".yaml")]
     assert [text for text in wanted if text not in printed] == []
     assert max(map(len, printed.splitlines())) <= 120
 

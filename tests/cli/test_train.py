@@ -11,7 +11,7 @@ import pytest
 from tests.checks import test_messages as test_explain
 from tests.checks import test_run as test_check
 from tests.command_line import refusal
-from vlm.checks.compose import is_users, take_launcher_words
+from vlm.checks.compose import is_user_error, strip_launcher_arguments
 from vlm.models.connectors import connector_class
 
 SECONDS = 20
@@ -89,9 +89,9 @@ def test_importing_the_package_is_fast_and_imports_nothing_heavy():
 def test_launchers_words_are_taken(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_RANK", "")  # so that what the launcher's word sets is taken back afterwards
     monkeypatch.delenv("LOCAL_RANK")
-    assert take_launcher_words(["--local_rank=3", "-cn", "x"]) == ["-cn", "x"]
+    assert strip_launcher_arguments(["--local_rank=3", "-cn", "x"]) == ["-cn", "x"]
     assert os.environ["LOCAL_RANK"] == "3"
-    assert take_launcher_words(["--local-rank", "1", "a=b"]) == ["a=b"]
+    assert strip_launcher_arguments(["--local-rank", "1", "a=b"]) == ["a=b"]
     assert os.environ["LOCAL_RANK"] == "3"
 
 
@@ -118,4 +118,4 @@ def test_errors_of_ours_are_told_from_those_of_others():
     for ours, cause in ((True, lambda: connector_class("mpl")), (False, lambda: int("x"))):
         with pytest.raises(ValueError) as error:  # noqa: PT011 - which one is what is asked
             cause()
-        assert is_users(error.value) is ours
+        assert is_user_error(error.value) is ours

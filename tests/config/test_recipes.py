@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from tests.conftest import config_of
-from tests.tiny_parts import IGNORED, Parts, picture
+from tests.conftest import compose_config
+from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.assembly.compose import build_model, compose
 from vlm.checks.run import check
-from vlm.config.derived import value_of
+from vlm.config.derived import get_value
 from vlm.config.schema import RunConfig
-from vlm.train.parts import freeze, parameter_groups, split_parts
+from vlm.train.parts import freeze, make_parts, parameter_groups
 
 TINY_ENCODERS = {
     "openai/clip-vit-large-patch14-336": "clip",
@@ -95,13 +95,13 @@ def records(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_passes_the_checks(records: str, name: str):
-    check(config_of(name, [records]))
+    check(compose_config(name, [records]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_has_the_papers_figures(records: str, name: str):
     batch, gpus, rates, further = RECIPES[name]
-    config = config_of(name, [records])
+    config = compose_config(name, [records])
     trainer: Any = config.trainer
     assert trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * gpus == batch
     trained = {part for part, flag in (
@@ -110,7 +110,7 @@ def test_a_recipe_has_the_papers_figures(records: str, name: str):
     ) if getattr(trainer.unfreeze, flag)}  # fmt: skip
     assert trained == set(rates)
     assert {part: getattr(trainer.learning_rate, f"{part}_learning_rate") for part in rates} == rates
-    assert {key: value_of(config, key) for key in further} == further
+    assert {key: get_value(config, key) for key in further} == further
 
 
 def shrunk(config: RunConfig, parts: Parts, tiny: dict[str, Path]) -> RunConfig:
@@ -129,20 +129,20 @@ def shrunk(config: RunConfig, parts: Parts, tiny: dict[str, Path]) -> RunConfig:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_computes_at_reduced_width(parts: Parts, encoders: dict[str, Path], records: str, name: str):
     """One step forward and back: a finite loss, and a gradient for whatever it says that trains."""
-    config = shrunk(config_of(name, [records]), parts, encoders)
+    config = shrunk(compose_config(name, [records]), parts, encoders)
     data = config.dataset
     model_config, processor = compose(config.model, data.template, data.image_mode)
     model = build_model(config.model, model_config, processor, torch.float32, 0)
-    split = split_parts(model, config.trainer, config.model)
+    split = make_parts(model, config.trainer, config.model)
     freeze(split)
     model.train()
     ids = processor(images=[picture(0, (60, 40))], text="<image> a red circle")
     labels = ids["input_ids"].clone()
-    labels[labels == processor.image_token_id] = IGNORED
+    labels[labels == processor.image_token_id] = IGNORE_INDEX
     loss = model(**ids, labels=labels).loss
     assert torch.isfinite(loss)
     loss.backward()
-    trained = {part.name for part in split if part.trains}
+    trained = {part.name for part in split if part.is_unfrozen}
     assert trained == set(RECIPES[name][2])
     for part in split:
         gradients = [weight.grad for weight in part.parameters.values() if weight.requires_grad]
@@ -153,7 +153,7 @@ def test_a_recipe_computes_at_reduced_width(parts: Parts, encoders: dict[str, Pa
 
 def test_prismatics_encoders_stand_in_its_order(records: str):
     """DINOv2 first, then SigLIP, both of the layer before the last, in pictures of 384 pixels."""
-    encoder = config_of("train-prismatic", [records]).model.visual_encoder
+    encoder = compose_config("train-prismatic", [records]).model.visual_encoder
     seen = [(one.hf_name, one.feature_layer, one.feature_strategy) for one in (encoder, *encoder.beside)]
     assert seen == [
         ("facebook/dinov2-with-registers-large", -2, "patch"), ("google/siglip-so400m-patch14-384", -2, "patch"),

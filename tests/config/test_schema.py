@@ -8,18 +8,18 @@ import pytest
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from vlm.config.schema import (
     OUR_DEFAULTS,
     OWN_TRAINER_FIELDS,
-    PASSED_THROUGH,
+    TRAINING_ARGUMENT_FIELDS,
     ConnectorConfig,
     ModelConfig,
     TrainerConfig,
     from_mapping,
     key_names,
 )
-from vlm.config.training_fields import training_argument_choices, training_argument_fields
+from vlm.config.training_fields import read_training_argument_choices, read_training_argument_fields
 
 DATA = "dataset.path=data.json"
 SHADOWED = {"output_dir", "learning_rate", "weight_decay", "deepspeed", "resume_from_checkpoint"}
@@ -28,31 +28,33 @@ SHADOWED = {"output_dir", "learning_rate", "weight_decay", "deepspeed", "resume_
 
 def test_fields_are_those_of_training_arguments():
     own = {field.name for field in fields(TrainingArguments)}
-    assert own == set(training_argument_fields())
+    assert own == set(read_training_argument_fields())
 
 
 def test_literal_defaults_are_those_of_training_arguments():
     expected = {field.name: field.default for field in fields(TrainingArguments)}
-    for name, (_, default) in training_argument_fields().items():
+    for name, (_, default) in read_training_argument_fields().items():
         if default is not None:
             assert default == expected[name], name
 
 
 def test_enumerations_are_those_of_training_arguments():
-    choices = training_argument_choices()
+    choices = read_training_argument_choices()
     assert choices["lr_scheduler_type"] == [one.value for one in SchedulerType]
     assert "adamw_torch_fused" in choices["optim"]
 
 
 def test_every_field_is_a_key_of_the_trainer():
     names = {field.name for field in fields(TrainerConfig)}
-    assert names == set(training_argument_fields()) | OWN_TRAINER_FIELDS
-    assert set(training_argument_fields()) - set(PASSED_THROUGH) == SHADOWED & set(training_argument_fields())
+    assert names == set(read_training_argument_fields()) | OWN_TRAINER_FIELDS
+    assert set(read_training_argument_fields()) - set(TRAINING_ARGUMENT_FIELDS) == SHADOWED & set(
+        read_training_argument_fields()
+    )
 
 
 def test_our_defaults_are_keys_that_pass_through():
-    assert set(OUR_DEFAULTS) <= set(PASSED_THROUGH)
-    trainer: Any = config_of("pretrain-smol", [DATA]).trainer
+    assert set(OUR_DEFAULTS) <= set(TRAINING_ARGUMENT_FIELDS)
+    trainer: Any = compose_config("pretrain-smol", [DATA]).trainer
     assert {name: getattr(trainer, name) for name in OUR_DEFAULTS} == OUR_DEFAULTS
 
 
@@ -69,7 +71,7 @@ def test_our_defaults_are_keys_that_pass_through():
     ],
 )
 def test_any_field_is_set_without_a_plus(override: str, value: Any):
-    trainer = config_of("pretrain-smol", [DATA, f"trainer.{override}"]).trainer
+    trainer = compose_config("pretrain-smol", [DATA, f"trainer.{override}"]).trainer
     assert getattr(trainer, override.split("=")[0]) == value
 
 

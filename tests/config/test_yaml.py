@@ -8,20 +8,20 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import vlm.config
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from vlm.checks.run import CHOICES, check_choices
 from vlm.cli.overview import overview
-from vlm.config.derived import value_of
-from vlm.config.packaged import group_names, packaged, packaged_connectors, run_names
+from vlm.config.derived import get_value
+from vlm.config.packaged import group_names, packaged_connectors, packaged_names, run_names
 from vlm.config.schema import RunConfig
-from vlm.data.batching.samplers import GROUPED
+from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.connectors import CONNECTORS, connector_options
 from vlm.models.processing_vlm import IMAGE_MODES
 
 FOLDER = Path(vlm.config.__file__).parent
 DATA = "dataset.path=data.json"
-OPTIONS = [(group, option) for group in group_names() for option in packaged("vlm.config", group, ".yaml")]
+OPTIONS = [(group, option) for group in group_names() for option in packaged_names("vlm.config", group, ".yaml")]
 
 CLIP_VICUNA = {
     "model.visual_encoder.hf_name": "openai/clip-vit-large-patch14-336",
@@ -65,7 +65,7 @@ RECIPES = {
         "dataset.template": "v1",
         "dataset.image_mode": "pad",
         "trainer.per_device_train_batch_size": 128 // 8,
-        "trainer.train_sampling_strategy": GROUPED,
+        "trainer.train_sampling_strategy": GROUP_BY_MODALITY_LENGTH,
         "trainer.unfreeze.train_language_model": True,
         "trainer.learning_rate.connector_learning_rate": 2e-5,
         "trainer.learning_rate.language_model_learning_rate": 2e-5,
@@ -78,7 +78,7 @@ ZERO_STAGES = {"pretrain-llava": 2, "finetune-llava": 3}
 
 @pytest.mark.parametrize("name", run_names())
 def test_every_run_composes(name: str):
-    config = config_of(name, [DATA])
+    config = compose_config(name, [DATA])
     assert isinstance(config, RunConfig)
     check_choices(config)
 
@@ -91,7 +91,7 @@ def test_every_run_says_what_it_is_for(name: str):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, option: str):
-    check_choices(config_of("pretrain-smol", [DATA, f"{group}={option}"]))
+    check_choices(compose_config("pretrain-smol", [DATA, f"{group}={option}"]))
 
 
 def test_every_yaml_is_a_run_or_an_option():
@@ -110,7 +110,7 @@ def test_only_base_configures_hydra():
 
 def test_the_table_of_connectors_is_the_group():
     ours = {name for name in CONNECTORS if ":" not in name}  # other tests may have added classes of their own
-    assert set(packaged_connectors()) == ours == set(packaged("vlm.config", "model/connector", ".yaml"))
+    assert set(packaged_connectors()) == ours == set(packaged_names("vlm.config", "model/connector", ".yaml"))
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
@@ -122,13 +122,13 @@ def test_a_connectors_yaml_declares_its_options(name: str):
 def test_choices_are_the_tables():
     assert CHOICES["dataset.image_mode"] == (None, *IMAGE_MODES)
     assert CHOICES["model.visual_encoder.feature_strategy"] == FEATURE_STRATEGIES
-    assert GROUPED in CHOICES["trainer.train_sampling_strategy"]
+    assert GROUP_BY_MODALITY_LENGTH in CHOICES["trainer.train_sampling_strategy"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_is_llavas(name: str):
-    config = config_of(name, [DATA])
-    assert {key: value_of(config, key) for key in RECIPES[name]} == RECIPES[name]
+    config = compose_config(name, [DATA])
+    assert {key: get_value(config, key) for key in RECIPES[name]} == RECIPES[name]
     assert config.trainer.deepspeed["zero_optimization"]["stage"] == ZERO_STAGES[name]
     options = connector_options(config.model.connector.type, config.model.connector.options)
     assert {key: options[key] for key in ("num_layers", "activation")} == {"num_layers": 2, "activation": "gelu"}
@@ -136,13 +136,13 @@ def test_the_recipe_is_llavas(name: str):
 
 def test_13b_is_one_override():
     expected: dict[str, Any] = {**RECIPES["pretrain-llava"], "model.language_model.hf_name": "lmsys/vicuna-13b-v1.5"}
-    config = config_of("pretrain-llava", [DATA, "model/language_model=vicuna-13b-v1.5"])
-    assert {key: value_of(config, key) for key in expected} == expected
+    config = compose_config("pretrain-llava", [DATA, "model/language_model=vicuna-13b-v1.5"])
+    assert {key: get_value(config, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", packaged("vlm.config", "trainer/deepspeed", ".yaml"))
+@pytest.mark.parametrize("name", packaged_names("vlm.config", "trainer/deepspeed", ".yaml"))
 def test_deepspeed_leaves_the_optimiser_to_the_parts(name: str):
-    settings = config_of("pretrain-smol", [DATA, f"trainer/deepspeed={name}"]).trainer.deepspeed
+    settings = compose_config("pretrain-smol", [DATA, f"trainer/deepspeed={name}"]).trainer.deepspeed
     assert not {"optimizer", "scheduler"} & set(settings)
     if name != "none":
         assert settings["zero_optimization"]["stage"] == int(name.removeprefix("zero"))

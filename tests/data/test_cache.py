@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub.constants import HF_HOME
 
-from vlm.data.cache import cache_folder, content_hash, digest_of, made_once
+from vlm.data.cache import content_hash, create_once, json_digest, resolve_cache_folder
 
 ROOT = Path(__file__).parents[2]
 MAKER = """
 import os, signal, sys, time
 from pathlib import Path
-from vlm.data.cache import made_once
+from vlm.data.cache import create_once
 
 folder, deed = Path(sys.argv[1]), sys.argv[2]
 
@@ -33,7 +33,7 @@ def make(partial):
 (folder / f"ready-{os.getpid()}").touch()
 while not (folder / "go").exists():
     time.sleep(0.01)
-print(made_once(folder / "cache" / "deep" / "a.arrow", make).read_text())
+print(create_once(folder / "cache" / "deep" / "a.arrow", make).read_text())
 """
 """A process that waits for a file `go` and then asks for one of the cache."""
 
@@ -73,15 +73,15 @@ def test_a_maker_that_fails_leaves_nothing(tmp_path: Path):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        made_once(tmp_path / "a", fail)
+        create_once(tmp_path / "a", fail)
     assert not (tmp_path / "a").exists()
-    made_once(tmp_path / "a", lambda partial: partial.write_text("whole") and None)
+    create_once(tmp_path / "a", lambda partial: partial.write_text("whole") and None)
     assert (tmp_path / "a").read_text() == "whole"
 
 
 def test_what_is_there_is_not_made_again(tmp_path: Path):
     (tmp_path / "a").write_text("there")
-    made_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
+    create_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
 
 
 # Hashes
@@ -135,12 +135,12 @@ def test_a_cache_can_be_deleted_at_any_time(tmp_path: Path):
 
 
 def test_the_cache_lies_with_hugging_faces_unless_it_is_named():
-    assert cache_folder(None) == Path(HF_HOME, "vlm")
-    assert cache_folder("here") == Path("here")
+    assert resolve_cache_folder(None) == Path(HF_HOME, "vlm")
+    assert resolve_cache_folder("here") == Path("here")
 
 
 def test_a_digest_depends_on_values_and_their_order_but_not_on_that_of_keys():
-    assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
-    names = [digest_of(*values) for values in ((1, 2), (2, 1), (12,), ("1", "2"), ([1, 2],), (1, 2, None), ())]
+    assert json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
+    names = [json_digest(*values) for values in ((1, 2), (2, 1), (12,), ("1", "2"), ([1, 2],), (1, 2, None), ())]
     assert len({*names}) == len(names)
     assert all(len(name) == 32 for name in names)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from tests.tiny_parts import IGNORED, Parts, picture
+from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig
 from vlm.data import token_counts as counts
-from vlm.data.dataset import BlankPictures, SampleDataset, Skipped, load_dataset, split_dataset
+from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped, load_dataset, split_off_eval
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.models import VLMProcessor
@@ -115,9 +115,9 @@ def test_what_a_sample_may_be_cut_to_is_counted(load, processor: VLMProcessor):
     encoder, image = data.sources[0].encoder, processor.image_token_id
     for index in range(2):
         encoded = data.encoded(index)
-        first = next(place for place, label in enumerate(encoded.labels) if label != IGNORED)
+        first = next(place for place, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
         behind = max(place for place, token in enumerate(encoded.input_ids) if token == image) + 1
-        assert encoder.needed(encoded) == max(first + 1, behind)
+        assert encoder.min_length(encoded) == max(first + 1, behind)
         assert (behind > first) == (index == 1)
 
 
@@ -213,7 +213,7 @@ def test_a_picture_that_is_torn_behind_its_header_names_its_record_when_it_is_re
     assert data[1].reason.startswith(f"image {data[1].file} does not open")
     said = r"records.json, record 1: record 'r4': image .*torn.png does not open.*on_bad_sample=skip leaves"
     with pytest.raises(ValueError, match=said):
-        raise data[1].refusal()
+        raise data[1].as_error()
 
 
 def test_more_bad_records_than_allowed_stop_the_run(load):
@@ -231,8 +231,8 @@ def test_more_bad_records_than_allowed_stop_the_run(load):
 
 def test_what_was_counted_is_not_counted_again(load, monkeypatch: pytest.MonkeyPatch):
     first = load([*GOOD, ["x"]], on_bad_sample="skip")
-    real = counts.count_one
-    monkeypatch.setattr(counts, "count_one", lambda source, record, **options: (
+    real = counts.count_record
+    monkeypatch.setattr(counts, "count_record", lambda source, record, **options: (
         real(source, record, **options) if record == 4 else pytest.fail("counted again")
     ))  # fmt: skip
     again = load([*GOOD, ["x"]], on_bad_sample="skip")
@@ -260,8 +260,8 @@ def test_the_first_bad_record_stops_the_count(load, monkeypatch: pytest.MonkeyPa
     broken = [*records[:16], ["x"], *records[17:]]
     monkeypatch.setattr(counts, "CHUNK", 7)
     counted: list[int] = []
-    real = counts.count_one
-    monkeypatch.setattr(counts, "count_one", lambda s, record, **o: counted.append(record) or real(s, record, **o))
+    real = counts.count_record
+    monkeypatch.setattr(counts, "count_record", lambda s, record, **o: counted.append(record) or real(s, record, **o))
     for expected in (21, 7):
         counted.clear()
         with pytest.raises(ValueError, match=r"record 16: record '\?': a mapping is needed"):
@@ -273,8 +273,8 @@ def test_the_first_bad_record_stops_the_count(load, monkeypatch: pytest.MonkeyPa
 def test_another_setting_is_counted_anew(load, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]):
     load(GOOD)
     counted = []
-    real = counts.count_one
-    monkeypatch.setattr(counts, "count_one", lambda *a, **k: counted.append(1) or real(*a, **k))
+    real = counts.count_record
+    monkeypatch.setattr(counts, "count_record", lambda *a, **k: counted.append(1) or real(*a, **k))
     load(GOOD)
     assert not counted
     load(GOOD, **change)
@@ -351,7 +351,7 @@ def test_a_source_may_have_a_template_and_a_system_prompt_of_its_own(mixture, pr
 
 
 def test_held_out_records_are_trained_on_by_no_repetition(mixture):
-    rest, held = split_dataset(mixture({"weight": 3}, {}), 0.3, seed=0)
+    rest, held = split_off_eval(mixture({"weight": 3}, {}), 0.3, seed=0)
     assert len(held) == 6
     assert len(set(ids(held))) == 6
     assert not set(ids(held)) & set(ids(rest))
@@ -363,7 +363,7 @@ def test_held_out_records_are_trained_on_by_no_repetition(mixture):
 
 def test_blank_pictures_change_the_pixels_alone(load, processor: VLMProcessor):
     data = load(GOOD)
-    blank = BlankPictures(data)
+    blank = BlankImageDataset(data)
     assert len(blank) == len(data)
     assert blank.lengths is data.lengths
     assert blank.num_images is data.num_images
@@ -381,25 +381,25 @@ def test_a_share_is_held_out_by_seed(load):
     """Both parts together are the whole, in order; the same seed holds out the same."""
     data = load([record(number, [f"{number % 4}.png"] if number % 3 else []) for number in range(20)])
 
-    rest, held = split_dataset(data, 0.25, seed=1)
+    rest, held = split_off_eval(data, 0.25, seed=1)
     assert (len(rest), len(held)) == (15, 5)
     assert sorted([*ids(rest), *ids(held)]) == sorted(ids(data))
     assert ids(rest) == [one for one in ids(data) if one in ids(rest)]
-    assert ids(split_dataset(data, 0.25, seed=1)[1]) == ids(held)
-    assert ids(split_dataset(data, 0.25, seed=2)[1]) != ids(held)
+    assert ids(split_off_eval(data, 0.25, seed=1)[1]) == ids(held)
+    assert ids(split_off_eval(data, 0.25, seed=2)[1]) != ids(held)
     for one in (rest, held):
         assert one.lengths.tolist() == [len(one[index]["input_ids"]) for index in range(len(one))]
-        assert one.num_images.tolist() == [len(one.sample(index).pictures) for index in range(len(one))]
+        assert one.num_images.tolist() == [len(one.sample(index).images) for index in range(len(one))]
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.001, 1), (0.5, 2), (1.0, 3)])
 def test_both_parts_have_at_least_one_sample(load, share: float, held: int):
-    rest, found = split_dataset(load(GOOD), share, seed=0)
+    rest, found = split_off_eval(load(GOOD), share, seed=0)
     assert (len(rest), len(found)) == (4 - held, held)
 
 
 def test_what_was_left_out_is_told_once(load):
-    rest, held = split_dataset(load([*GOOD, ["x"], LONG], on_bad_sample="skip", over_length="truncate"), 0.4, seed=0)
+    rest, held = split_off_eval(load([*GOOD, ["x"], LONG], on_bad_sample="skip", over_length="truncate"), 0.4, seed=0)
     assert [skipped.id for skipped in rest.skipped] == ["?"]
     assert truncated(rest) == 1
     assert (held.skipped, held.contributions) == ([], [])
@@ -407,13 +407,13 @@ def test_what_was_left_out_is_told_once(load):
 
 def test_one_sample_cannot_be_split(load):
     with pytest.raises(ValueError, match=r"dataset.eval_split=0.5: at least two records are needed, got 1"):
-        split_dataset(load(GOOD[:1]), 0.5, seed=0)
+        split_off_eval(load(GOOD[:1]), 0.5, seed=0)
 
 
 def test_labels_cover_the_replies(load, processor: VLMProcessor):
     """What is learnt of a file, read back."""
     data = load(GOOD)
-    said = [processor.tokenizer.decode([i for i in data[n]["labels"] if i != IGNORED]) for n in range(4)]
+    said = [processor.tokenizer.decode([i for i in data[n]["labels"] if i != IGNORE_INDEX]) for n in range(4)]
     assert said == ["a cat<|im_end|>", "two<|im_end|>", "a mat<|im_end|>", "a cat<|im_end|>"]
 
 
@@ -429,7 +429,7 @@ def test_a_count_that_was_stopped_goes_on(load, monkeypatch: pytest.MonkeyPatch)
     records = [record(number, [f"{number % 4}.png"], "a cat " * (number % 5 + 1)) for number in range(40)]
     monkeypatch.setattr(counts, "CHUNK", 7)
     counted = []
-    real = counts.count_one
+    real = counts.count_record
 
     def until(number: int) -> Callable[..., Any]:
         def one(source: Any, record: int, **options: Any) -> Any:
@@ -440,13 +440,13 @@ def test_a_count_that_was_stopped_goes_on(load, monkeypatch: pytest.MonkeyPatch)
 
         return one
 
-    monkeypatch.setattr(counts, "count_one", until(24))
+    monkeypatch.setattr(counts, "count_record", until(24))
     with pytest.raises(KeyboardInterrupt):
         load(records, num_workers=0)
     partial = max(Path(HF_HOME, "vlm", "counts").glob("*.partial"), key=lambda file: file.stat().st_mtime_ns)
     partial.write_bytes(partial.read_bytes()[:-9])
     counted.clear()
-    monkeypatch.setattr(counts, "count_one", until(99))
+    monkeypatch.setattr(counts, "count_record", until(99))
     data = load(records, num_workers=0)
     assert counted == list(range(14, 40))
     assert data.lengths.tolist() == [len(data[index]["input_ids"]) for index in range(40)]

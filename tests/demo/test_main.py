@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from vlm.demo.main import accuracy, best_constants, main
+from vlm.demo.main import accuracy, constant_answer_accuracy, main
 
 
-def asked(kind: str, question: str, answer: str) -> dict:
+def make_record(kind: str, question: str, answer: str) -> dict:
     talk = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"kind": kind, "conversations": talk}
 
 
 RECORDS = [
-    asked("colour", "What colour?", "red"),
-    asked("colour", "What colour?", "red"),
-    asked("colour", "What colour?", "blue"),
-    asked("count", "How many?", "two"),
+    make_record("colour", "What colour?", "red"),
+    make_record("colour", "What colour?", "red"),
+    make_record("colour", "What colour?", "blue"),
+    make_record("count", "How many?", "two"),
 ]
 
 
@@ -26,7 +26,7 @@ def test_accuracy_is_by_kind_and_over_all():
 
 
 def test_the_best_constant_answer_is_the_commonest_of_each_question():
-    assert best_constants(RECORDS) == {"colour": 0.6667, "count": 1.0, "all": 0.75}
+    assert constant_answer_accuracy(RECORDS) == {"colour": 0.6667, "count": 1.0, "all": 0.75}
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ from vlm.demo.scenes import (
     CELL,
     CELLS,
     COLOURS,
+    CORNERS,
     HELD_OUT_PAIRS,
-    KINDS,
-    NUMBERS,
-    PLACES,
+    NUMBER_WORDS,
+    QUESTION_KINDS,
     SHAPES,
     Scene,
     caption,
@@ -29,7 +29,7 @@ from vlm.demo.scenes import (
     random_scene,
     write_scenes,
 )
-from vlm.demo.tiny_models import word_tokenizer
+from vlm.demo.tiny_models import make_word_tokenizer
 
 SPLITS = ("pretrain", "finetune", "val", "heldout")
 FEW = {"num_train": 60, "num_val": 20, "num_heldout": 20}
@@ -71,7 +71,9 @@ def test_records_are_well_formed(folder: Path, split: str) -> None:
 def test_held_out_records_ask_one_question_of_each_kind_alike(folder: Path) -> None:
     held_out = records(folder, "heldout")
     assert all(len(record["conversations"]) == 2 for record in held_out)
-    assert Counter(record["kind"] for record in held_out) == dict.fromkeys(KINDS, len(held_out) // len(KINDS))
+    assert Counter(record["kind"] for record in held_out) == dict.fromkeys(
+        QUESTION_KINDS, len(held_out) // len(QUESTION_KINDS)
+    )
 
 
 def test_no_picture_is_in_two_splits(folder: Path) -> None:
@@ -88,7 +90,7 @@ def test_held_out_pairs_are_drawn_where_they_are_asked_for_alone() -> None:
     for held_out, found in drawn.items():
         assert {(scene.colour, scene.shape) in HELD_OUT_PAIRS for scene in found} == {held_out}
         assert {len(scene.cells) for scene in found} == {1, 2, 3, 4}
-        assert {scene.place for scene in found} == set(PLACES)
+        assert {scene.place for scene in found} == set(CORNERS)
     pairs = {(scene.colour, scene.shape) for scene in drawn[False]}
     assert len(pairs) == len(COLOURS) * len(SHAPES) - len(HELD_OUT_PAIRS)
 
@@ -101,7 +103,7 @@ def test_things_lie_in_the_cells_that_are_told() -> None:
         changed = np.any(np.asarray(draw(scene, rng)) != np.array(BACKGROUND), axis=2)
         seen = changed.reshape(CELLS, CELL, CELLS, CELL).sum(axis=(1, 3)) > 20
         assert sorted(zip(*(index.tolist() for index in seen.nonzero()), strict=True)) == sorted(scene.cells)
-        assert questions(scene)["count"][1] == NUMBERS[len(scene.cells) - 1]
+        assert questions(scene)["count"][1] == NUMBER_WORDS[len(scene.cells) - 1]
         assert {Scene(scene.colour, scene.shape, (cell,)).place for cell in scene.cells} == {scene.place}
 
 
@@ -121,7 +123,7 @@ def test_a_caption_goes_through_all_cells() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUESTION_KINDS)
 def test_the_question_alone_does_not_answer(folder: Path, kind: str) -> None:
     """Always giving the commonest answer to each exact question is right in at most 40 of 100."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -140,7 +142,7 @@ def test_the_same_seed_writes_the_same_files(tmp_path: Path) -> None:
 
 
 def test_every_word_is_one_token(folder: Path) -> None:
-    tokenizer = word_tokenizer()
+    tokenizer = make_word_tokenizer()
     spoken = {text for split in SPLITS for record in records(folder, split) for text in said(record)}
     texts = {text.removeprefix("<image>\n") for text in spoken}
     assert all(tokenizer.decode(tokenizer(text).input_ids) == text for text in texts)

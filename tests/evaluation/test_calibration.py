@@ -5,13 +5,13 @@ import pytest
 from scipy.special import expit, logit, softmax
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
-from vlm.evaluation.calibration import THRESHOLD_BY, Calibration, calibrate, checked, checked_targets
+from vlm.evaluation.calibration import THRESHOLD_CRITERIA, Calibration, calibrate, validate_outputs, validate_targets
 
 SCORE = {"f1": f1_score, "accuracy": accuracy_score, "youden": balanced_accuracy_score}
 """What each way of choosing maximises; balanced accuracy is (Youden's J + 1) / 2."""
 
 
-def drawn(task: str, temperature: float, num: int = 20000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_outputs(task: str, temperature: float, num: int = 20000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Logits that are `temperature` times too large for targets drawn from their probabilities."""
     draw = np.random.default_rng(seed)
     if task == "multiclass":
@@ -31,15 +31,15 @@ def drawn(task: str, temperature: float, num: int = 20000, seed: int = 0) -> tup
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_the_temperature_of_logits_that_are_too_large_is_found(task: str, temperature: float):
     """Of `ordinal`, targets that are drawn with one number for all labels have the probabilities of the model."""
-    outputs, targets = drawn(task, temperature)
+    outputs, targets = draw_outputs(task, temperature)
     assert calibrate(task, outputs, targets).temperature == pytest.approx(temperature, rel=0.06)
 
 
 def test_a_temperature_leaves_the_decisions_of_multiclass_alone_and_mends_its_probabilities():
-    outputs, targets = drawn("multiclass", 3.0)
+    outputs, targets = draw_outputs("multiclass", 3.0)
     found = calibrate("multiclass", outputs, targets)
     assert found.threshold is None
-    assert (found.decide("multiclass", outputs) == outputs.argmax(axis=1)).all()
+    assert (found.choose_labels("multiclass", outputs) == outputs.argmax(axis=1)).all()
     said = found.probabilities("multiclass", outputs).max(axis=1)
     right = (outputs.argmax(axis=1) == targets).mean()
     assert said.mean() == pytest.approx(right, abs=0.01)
@@ -47,7 +47,7 @@ def test_a_temperature_leaves_the_decisions_of_multiclass_alone_and_mends_its_pr
 
 
 def test_the_temperature_is_that_of_the_least_loss():
-    outputs, targets = drawn("binary", 2.0, num=200)
+    outputs, targets = draw_outputs("binary", 2.0, num=200)
     found = calibrate("binary", outputs, targets).temperature
 
     def loss(temperature: float) -> float:
@@ -64,11 +64,11 @@ def test_no_threshold_is_better_and_none_sits_on_a_sample(by: str, seed: int):
     targets = (draw.random(60) < 0.3).astype(int)
     outputs = np.round(draw.normal(size=(60, 1)) + targets[:, None], 1)  # rounded: many are the same
     found = calibrate("binary", outputs, targets, by)
-    chances = found.probabilities("binary", outputs)[:, 1]
+    probs = found.probabilities("binary", outputs)[:, 1]
     assert isinstance(found.threshold, float)
-    assert abs(chances - found.threshold).min() > 1e-6
-    own = SCORE[by](targets, found.decide("binary", outputs))
-    every = [SCORE[by](targets, (chances >= level).astype(int)) for level in [*np.unique(chances), 2.0]]
+    assert abs(probs - found.threshold).min() > 1e-6
+    own = SCORE[by](targets, found.choose_labels("binary", outputs))
+    every = [SCORE[by](targets, (probs >= level).astype(int)) for level in [*np.unique(probs), 2.0]]
     assert own == pytest.approx(max(every))
 
 
@@ -85,9 +85,9 @@ def test_of_equally_good_thresholds_that_nearest_to_a_half_is_taken():
     """Two of four are right below all, between the second and the third, and above all."""
     outputs, targets = logit(np.array([[0.2], [0.3], [0.9], [0.95]])), np.array([1, 0, 1, 0])
     found = calibrate("binary", outputs, targets, "accuracy")
-    chances = found.probabilities("binary", outputs)[:, 1]
-    places = [chances[0] / 2, *((chances[1:] + chances[:-1]) / 2), (1 + chances[-1]) / 2]
-    right = [accuracy_score(targets, chances >= place) for place in places]
+    probs = found.probabilities("binary", outputs)[:, 1]
+    places = [probs[0] / 2, *((probs[1:] + probs[:-1]) / 2), (1 + probs[-1]) / 2]
+    right = [accuracy_score(targets, probs >= place) for place in places]
     best = [place for place, score in zip(places, right, strict=True) if score == max(right)]
     assert len(best) == 3
     assert found.threshold == pytest.approx(min(best, key=lambda place: abs(place - 0.5)))
@@ -95,15 +95,15 @@ def test_of_equally_good_thresholds_that_nearest_to_a_half_is_taken():
 
 def test_none_may_be_decided_positive_where_that_is_the_most_accurate():
     outputs, targets = np.array([[0.0], [1.0], [2.0], [3.0], [4.0]]), np.array([0, 1, 0, 0, 0])
-    assert calibrate("binary", outputs, targets, "accuracy").decide("binary", outputs).sum() == 0
-    assert calibrate("binary", outputs, targets, "f1").decide("binary", outputs).sum() > 0
+    assert calibrate("binary", outputs, targets, "accuracy").choose_labels("binary", outputs).sum() == 0
+    assert calibrate("binary", outputs, targets, "f1").choose_labels("binary", outputs).sum() > 0
 
 
 def test_saturated_probabilities_have_no_threshold_above_them():
     """1e4 is a probability of exactly 1: to decide none would be right four times, if it could be; all, three times."""
     outputs, targets = np.array([[1e4]] * 4 + [[0.0]] * 3), np.array([0, 0, 0, 1, 0, 1, 1])
     found = calibrate("binary", outputs, targets, "accuracy")
-    assert found.decide("binary", outputs).tolist() == [1] * 7
+    assert found.choose_labels("binary", outputs).tolist() == [1] * 7
 
 
 def test_a_threshold_from_validation_beats_a_half_where_a_classifier_is_shifted():
@@ -112,7 +112,7 @@ def test_a_threshold_from_validation_beats_a_half_where_a_classifier_is_shifted(
     outputs = (draw.normal(size=4000) + 2 * targets - 4)[:, None]
     found = calibrate("binary", outputs[:2000], targets[:2000], "f1")
     plain = Calibration(found.temperature)
-    f1, at_half = (f1_score(targets[2000:], one.decide("binary", outputs[2000:])) for one in (found, plain))
+    f1, at_half = (f1_score(targets[2000:], one.choose_labels("binary", outputs[2000:])) for one in (found, plain))
     assert f1 > at_half + 0.2
 
 
@@ -125,15 +125,15 @@ def test_each_label_of_multilabel_has_its_own_threshold():
     assert isinstance(found.threshold, list)
     assert found.threshold[0] < 0.5 < found.threshold[1]
     assert found.threshold[2] == 0.5
-    chances = found.probabilities("multilabel", outputs)
-    assert (found.decide("multilabel", outputs) == (chances >= np.array(found.threshold))).all()
+    probs = found.probabilities("multilabel", outputs)
+    assert (found.choose_labels("multilabel", outputs) == (probs >= np.array(found.threshold))).all()
 
 
 def test_one_class_and_by_none_keep_a_half():
-    outputs, targets = drawn("binary", 1.0, num=50)
+    outputs, targets = draw_outputs("binary", 1.0, num=50)
     assert calibrate("binary", outputs, targets, "none").threshold == 0.5
     assert calibrate("binary", outputs - 1, targets, "f1").threshold != 0.5
-    for by in THRESHOLD_BY:
+    for by in THRESHOLD_CRITERIA:
         assert calibrate("binary", outputs, np.ones(50), by).threshold == 0.5
 
 
@@ -141,19 +141,19 @@ def test_one_class_and_by_none_keep_a_half():
 def test_numbers_need_no_calibration(task: str):
     outputs = np.array([[1.5], [2.5]])
     assert calibrate(task, outputs, np.array([1.0, 3.0])) == Calibration()
-    assert Calibration().decide(task, outputs).tolist() == [1.5, 2.5]
+    assert Calibration().choose_labels(task, outputs).tolist() == [1.5, 2.5]
 
 
 def test_ordinal_probabilities_below_zero_are_taken_for_tiny_ones():
     """Numbers of a head that sometimes rise from label to label."""
-    outputs, targets = drawn("ordinal", 3.0, num=500)
+    outputs, targets = draw_outputs("ordinal", 3.0, num=500)
     outputs += np.random.default_rng(1).normal(size=outputs.shape, scale=3)
     found = calibrate("ordinal", outputs, targets)
     assert (found.probabilities("ordinal", outputs) < 0).any()
 
     def loss(temperature: float) -> float:
-        chances = Calibration(temperature).probabilities("ordinal", outputs)
-        return -np.log(np.maximum(chances[np.arange(500), targets], 1e-12)).mean()
+        probs = Calibration(temperature).probabilities("ordinal", outputs)
+        return -np.log(np.maximum(probs[np.arange(500), targets], 1e-12)).mean()
 
     assert loss(found.temperature) <= min(map(loss, np.geomspace(0.05, 20, 200))) + 1e-6
 
@@ -189,7 +189,7 @@ def test_other_ways_and_temperatures_are_refused():
 
 
 def test_checked_data_has_the_types_that_are_promised():
-    outputs, targets = checked("binary", np.zeros((2, 1), dtype=np.float32), np.array([True, False]))
+    outputs, targets = validate_outputs("binary", np.zeros((2, 1), dtype=np.float32), np.array([True, False]))
     assert (outputs.dtype, targets.dtype, targets.tolist()) == (np.float64, np.int64, [1, 0])
-    assert checked_targets("ordinal", np.array([4.0]), 5).dtype == np.int64
-    assert checked_targets("pairwise", np.array([4]), 0).dtype == np.float64
+    assert validate_targets("ordinal", np.array([4.0]), 5).dtype == np.int64
+    assert validate_targets("pairwise", np.array([4]), 0).dtype == np.float64

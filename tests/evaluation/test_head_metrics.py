@@ -9,10 +9,10 @@ import sklearn.metrics
 from scipy.special import expit, logit, softmax
 from scipy.stats import rankdata
 
-from vlm.evaluation.bootstrap import Score, as_json, as_table
+from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.head_metrics import baseline, confusion, scores
-from vlm.models.head_tasks import TASKS
+from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK
 
 METRICS = {
     "binary": {"auroc", "average_precision", "accuracy", "f1", "precision", "recall", "ece"},
@@ -46,7 +46,7 @@ def values(found: dict[str, Score]) -> dict[str, float | None]:
     return {name: score.value for name, score in found.items()}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NUM_OUTPUTS_BY_TASK)
 def test_perfect_predictions(task: str):
     outputs, targets, groups = perfect(task)
     found = scores(task, outputs, targets, PLAIN, groups=groups, num_resamples=20)
@@ -56,7 +56,7 @@ def test_perfect_predictions(task: str):
         assert [score.value, score.low, score.high] == pytest.approx([best] * 3, abs=1e-9), name
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NUM_OUTPUTS_BY_TASK)
 def test_inverted_predictions_rank_the_wrong_way(task: str):
     outputs, targets, groups = perfect(task)
     turned = -outputs if task != "ordinal" else -outputs[:, ::-1]
@@ -69,20 +69,20 @@ def test_inverted_predictions_rank_the_wrong_way(task: str):
 
 def test_binary_by_hand():
     """Probabilities 0.9, 0.8, 0.6, 0.3, 0.2 of 1, 0, 1, 1, 0: four of six pairs are ordered rightly."""
-    chances, targets = np.array([0.9, 0.8, 0.6, 0.3, 0.2]), np.array([1, 0, 1, 1, 0])
-    found = values(scores("binary", logit(chances)[:, None], targets, PLAIN, num_resamples=0))
+    probs, targets = np.array([0.9, 0.8, 0.6, 0.3, 0.2]), np.array([1, 0, 1, 1, 0])
+    found = values(scores("binary", logit(probs)[:, None], targets, PLAIN, num_resamples=0))
     assert found["auroc"] == pytest.approx(4 / 6)
     assert found["average_precision"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
     assert [found[name] for name in ("accuracy", "precision", "recall", "f1")] == pytest.approx([3 / 5, *[2 / 3] * 3])
-    assert found["ece"] == pytest.approx(abs(chances - targets).mean())  # each alone in its bin
+    assert found["ece"] == pytest.approx(abs(probs - targets).mean())  # each alone in its bin
 
 
 def test_the_threshold_and_the_temperature_are_used():
-    chances, targets = np.array([0.9, 0.8, 0.6, 0.3, 0.2]), np.array([1, 0, 1, 1, 0])
-    outputs = 2 * logit(chances)[:, None]
+    probs, targets = np.array([0.9, 0.8, 0.6, 0.3, 0.2]), np.array([1, 0, 1, 1, 0])
+    outputs = 2 * logit(probs)[:, None]
     found = values(scores("binary", outputs, targets, Calibration(2.0, 0.25), num_resamples=0))
     assert [found["recall"], found["precision"]] == pytest.approx([1, 3 / 4])
-    assert found["ece"] == pytest.approx(abs(chances - targets).mean())
+    assert found["ece"] == pytest.approx(abs(probs - targets).mean())
     assert confusion("binary", outputs, targets, Calibration(2.0, 0.25), 2).tolist() == [[1, 1], [0, 3]]
 
 
@@ -90,18 +90,18 @@ def test_multiclass_is_the_mean_over_labels_against_the_rest():
     draw = np.random.default_rng(0)
     targets = draw.integers(0, 4, 300)
     outputs = np.round(draw.normal(size=(300, 4)) + np.eye(4)[targets], 1)
-    chances = softmax(outputs, axis=1)
+    probs = softmax(outputs, axis=1)
     found = values(scores("multiclass", outputs, targets, PLAIN, num_resamples=0))
-    assert found["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(targets, chances, multi_class="ovr"))
-    areas = [sklearn.metrics.average_precision_score(targets == label, chances[:, label]) for label in range(4)]
+    assert found["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(targets, probs, multi_class="ovr"))
+    areas = [sklearn.metrics.average_precision_score(targets == label, probs[:, label]) for label in range(4)]
     assert found["average_precision"] == pytest.approx(np.mean(areas), abs=1e-6)
     decided = outputs.argmax(axis=1)
     hits = [
         2 * ((decided == k) & (targets == k)).sum() / ((decided == k).sum() + (targets == k).sum()) for k in range(4)
     ]
     assert found["f1"] == pytest.approx(np.mean(hits))
-    bins = (chances.max(axis=1) * 15).astype(int)
-    gaps = [abs(((decided == targets) - chances.max(axis=1))[bins == one].sum()) for one in range(15)]
+    bins = (probs.max(axis=1) * 15).astype(int)
+    gaps = [abs(((decided == targets) - probs.max(axis=1))[bins == one].sum()) for one in range(15)]
     assert found["ece"] == pytest.approx(sum(gaps) / 300, abs=1e-6)
 
 
@@ -167,7 +167,7 @@ def test_ordinal_by_formula():
     assert confusion("ordinal", outputs, targets, PLAIN, 4).sum(axis=1).tolist() == np.bincount(targets).tolist()
 
 
-def counted(given: np.ndarray, relevance: np.ndarray, groups: np.ndarray) -> float:
+def count_pair_accuracy(given: np.ndarray, relevance: np.ndarray, groups: np.ndarray) -> float:
     """Pair accuracy, pair by pair."""
     right, pairs = 0.0, 0
     for one, other in combinations(range(len(given)), 2):
@@ -184,7 +184,7 @@ def test_pair_accuracy_is_that_of_counting(num_groups: int):
     relevance, groups = draw.integers(0, 4, 60), draw.integers(0, num_groups, 60)
     given = np.round(relevance + draw.normal(size=60))  # many ties
     found = scores("pairwise", given[:, None], relevance, PLAIN, groups=groups, num_resamples=50)
-    assert found["pair_accuracy"].value == pytest.approx(counted(given, relevance, groups))
+    assert found["pair_accuracy"].value == pytest.approx(count_pair_accuracy(given, relevance, groups))
 
 
 def test_only_samples_of_a_group_are_compared():
@@ -223,13 +223,13 @@ def test_constant_data_has_no_correlation_and_one_sample_suffices():
     assert found["r2"] is None
     found = values(scores("ordinal", np.full((3, 2), -5.0), np.zeros(3), PLAIN, num_resamples=5))
     assert (found["kappa"], found["spearman"], found["accuracy"]) == (None, None, 1.0)
-    for task in TASKS:
+    for task in NUM_OUTPUTS_BY_TASK:
         outputs, targets, groups = perfect(task)
         groups = None if groups is None else groups[:1]
         assert scores(task, outputs[:1], targets[:1], PLAIN, groups=groups, num_resamples=5)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NUM_OUTPUTS_BY_TASK)
 def test_a_seed_fixes_the_intervals(task: str):
     outputs, targets, groups = perfect(task)
     noisy = outputs + np.random.default_rng(0).normal(size=outputs.shape) * abs(outputs).max()
@@ -294,18 +294,27 @@ def test_no_resamples_give_no_intervals():
 
 
 def test_baselines_by_hand():
-    def of(task: str, train: list, targets: list, num_labels: int) -> dict[str, float | None]:
+    def compute_baseline(task: str, train: list, targets: list, num_labels: int) -> dict[str, float | None]:
         return values(baseline(task, np.array(train), np.array(targets), num_labels=num_labels, num_resamples=5))
 
-    assert of("binary", [0, 1, 0], [0, 1, 1, 1], 2) == {"accuracy": 0.25, "f1": 0, "precision": None, "recall": 0}
-    assert of("binary", [1, 1, 0], [0, 1, 1, 1], 2)["f1"] == pytest.approx(6 / 7)
-    assert of("multiclass", [2, 2, 0], [2, 0, 1, 2], 3) == pytest.approx({"accuracy": 0.5, "f1": (2 / 3) / 3})
-    assert of("multilabel", [[1, 0], [1, 1], [1, 0]], [[1, 1], [1, 0]], 2) == {
+    assert compute_baseline("binary", [0, 1, 0], [0, 1, 1, 1], 2) == {
+        "accuracy": 0.25,
+        "f1": 0,
+        "precision": None,
+        "recall": 0,
+    }
+    assert compute_baseline("binary", [1, 1, 0], [0, 1, 1, 1], 2)["f1"] == pytest.approx(6 / 7)
+    assert compute_baseline("multiclass", [2, 2, 0], [2, 0, 1, 2], 3) == pytest.approx(
+        {"accuracy": 0.5, "f1": (2 / 3) / 3}
+    )
+    assert compute_baseline("multilabel", [[1, 0], [1, 1], [1, 0]], [[1, 1], [1, 0]], 2) == {
         "f1": 0, "accuracy": 0.75, "exact_match": 0.5  # the first label has one class, and so no part in f1
     }  # fmt: skip
-    assert of("regression", [1, 2, 6], [1, 5], 0) == pytest.approx({"mae": 2, "rmse": 2, "r2": 0})
-    assert of("ordinal", [0, 1, 1, 3, 3, 3], [0, 1, 3], 4) == pytest.approx({"accuracy": 1 / 3, "mae": 1, "kappa": 0})
-    assert of("pairwise", [0, 1], [1, 2, 3], 0) == {"pair_accuracy": 0.5}
+    assert compute_baseline("regression", [1, 2, 6], [1, 5], 0) == pytest.approx({"mae": 2, "rmse": 2, "r2": 0})
+    assert compute_baseline("ordinal", [0, 1, 1, 3, 3, 3], [0, 1, 3], 4) == pytest.approx(
+        {"accuracy": 1 / 3, "mae": 1, "kappa": 0}
+    )
+    assert compute_baseline("pairwise", [0, 1], [1, 2, 3], 0) == {"pair_accuracy": 0.5}
 
 
 def test_a_baseline_has_the_resamples_of_the_scores():
@@ -328,18 +337,18 @@ def test_confusion_counts_labels_that_are_absent():
 def test_the_table_and_the_json():
     found = {"mae": Score(1234.5678, 1000.0, 2000.0), "r2": Score(None, None, None), "f1": Score(0.5, None, None)}
     base = {"mae": Score(0.00123, 0.0, 0.5)}
-    assert as_table(found, {"baseline": base}).splitlines() == [
+    assert format_scores(found, {"baseline": base}).splitlines() == [
         "metric  value [95% interval]  baseline",
         "mae     1235 [1000, 2000]     0.00123 [0.000, 0.500]",
         "r2      undefined",
         "f1      0.500",
     ]
-    again = json.loads(json.dumps(as_json(found), allow_nan=False))
+    again = json.loads(json.dumps(scores_to_json(found), allow_nan=False))
     assert again["mae"] == {"value": 1234.5678, "low": 1000.0, "high": 2000.0}
     assert again["r2"] == {"value": None, "low": None, "high": None}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NUM_OUTPUTS_BY_TASK)
 def test_every_task_can_be_written_as_json(task: str):
     """Plain numbers, none of numpy's and no NaN, undefined ones too."""
     outputs, targets, groups = perfect(task)
@@ -349,7 +358,7 @@ def test_every_task_can_be_written_as_json(task: str):
         scores(task, outputs[:1], targets[:1], PLAIN, groups=once, num_resamples=5),
         baseline(task, targets, targets, num_labels=2 if task == "binary" else 3, num_resamples=5),
     ):
-        json.dumps(as_json(found), allow_nan=False)
+        json.dumps(scores_to_json(found), allow_nan=False)
 
 
 def test_groups_are_for_pairwise_alone_and_it_needs_them():

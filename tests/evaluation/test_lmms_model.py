@@ -19,10 +19,10 @@ from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
 from vlm import VisionLanguageModel
 from vlm.cli.main import main
-from vlm.data.encoding.labels import IGNORED, encode
+from vlm.data.encoding.labels import IGNORE_INDEX, encode
 from vlm.data.sample import Sample, Turn
-from vlm.evaluation.lmms_run import CLONE, ENVIRONMENT
-from vlm.inference.generate import STANDING_IN
+from vlm.evaluation.lmms_run import REPOSITORY, VENV_PYTHON
+from vlm.inference.generate import STAND_IN_IMAGE
 
 DOCUMENTS: list[dict[str, Any]] = [
     {"shown": [picture(0)]}, {"shown": [picture(1), picture(2)]}, {"shown": []}, {"shown": None},
@@ -124,19 +124,19 @@ def test_requests_that_want_different_things_are_not_one_batch(model: Any):
 def test_what_a_task_asks_for(
     adapter: ModuleType, given: dict[str, Any], settings: tuple[Any, ...], further: dict[str, Any], until: list[str]
 ):
-    drawn, rest, ends = adapter.drawn_by(given)
+    drawn, rest, ends = adapter.parse_generation_kwargs(given)
     assert (drawn.temperature, drawn.top_p, drawn.num_beams, drawn.max_new_tokens) == settings
     assert (rest, ends) == (further, until)
 
 
 def test_an_option_that_no_model_takes_is_told(adapter: ModuleType, caplog: pytest.LogCaptureFixture):
-    assert adapter.drawn_by({"max_gen_toks": 3})[1] == {}
+    assert adapter.parse_generation_kwargs({"max_gen_toks": 3})[1] == {}
     assert "left out: max_gen_toks" in caplog.text
 
 
 def test_answers_end_where_a_task_says(adapter: ModuleType, model: Any):
-    assert adapter.cut("a cat\nUSER: b", ["USER", "\n"]) == "a cat"
-    assert adapter.cut(" a cat ", [""]) == "a cat"
+    assert adapter.truncate_at_stop("a cat\nUSER: b", ["USER", "\n"]) == "a cat"
+    assert adapter.truncate_at_stop(" a cat ", [""]) == "a cat"
     whole = model.generate_until([request(0, {"max_new_tokens": 8})])[0]
     middle = whole[len(whole) // 2]
     found = model.generate_until([request(0, {"max_new_tokens": 8, "until": [middle]})])[0]
@@ -149,23 +149,23 @@ def test_choices_have_the_loss_of_the_reply(model: Any):
     choices = [(0, "a cat"), (0, " two words"), (1, "x"), (2, "a much longer reply than that"), (0, said)]
     found = [one.text for one in model.loglikelihood([request(place, choice) for place, choice in choices])]
     for (place, choice), (loss, greedy) in zip(choices, found, strict=True):
-        assert loss == pytest.approx(loss_of(model.asked, place, choice), rel=1e-4)
+        assert loss == pytest.approx(compute_loss(model.asked, place, choice), rel=1e-4)
         assert isinstance(greedy, bool)
     assert not any(greedy for _, greedy in found[:4])
     by_function = model.loglikelihood([request(0, lambda document: "a cat")])[0].text
     assert by_function[0] == pytest.approx(found[0][0], rel=1e-4)
 
 
-def loss_of(ready: VisionLanguageModel, place: int, reply: str) -> float:
+def compute_loss(ready: VisionLanguageModel, place: int, reply: str) -> float:
     """The model's own loss of a reply to one of the questions."""
     images = DOCUMENTS[place]["shown"]
     turn, opened = ready.asked(CONTEXTS[place], images)
     sample = Sample("one", (Turn("user", turn.content), Turn("assistant", (reply.strip(),))))
-    assert sum(part == STANDING_IN for part in turn.content) == len(images)
+    assert sum(part == STAND_IN_IMAGE for part in turn.content) == len(images)
     encoded = encode(ready.processor, sample)
     pixels = {"pixel_values": ready.processor.pixel_values(opened)} if images else {}
     ids, labels = (torch.tensor([one]) for one in (encoded.input_ids, encoded.labels))
-    assert (labels != IGNORED).any()
+    assert (labels != IGNORE_INDEX).any()
     with torch.no_grad():
         return ready.model(input_ids=ids, labels=labels, **pixels).loss.item()
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_asked_is_refused(adapter: ModuleType, model: Any, checkp
 def test_a_system_prompt_is_said_first(adapter: ModuleType, model: Any, checkpoint: Path):
     told = adapter.LmmsModel(str(checkpoint), device="cpu", system_prompt="Answer in one word.")
     told.task_dict = model.task_dict
-    (turns,), _ = told._asked([request(0, {}).args])
+    (turns,), _ = told._make_conversations([request(0, {}).args])
     assert [turn.role for turn in turns] == ["system", "user"]
     assert turns[0].content == ("Answer in one word.",)
 
@@ -209,7 +209,7 @@ def test_it_needs_nothing_that_lmms_eval_cannot_live_with():
 # Through lmms-eval itself
 
 
-def coloured(folder: Path, checkpoint: Path) -> Path:
+def make_images(folder: Path, checkpoint: Path) -> Path:
     """LLaVA records on plain colours, half of which have the reply that the model gives."""
     ready = VisionLanguageModel.load(checkpoint, device="cpu")
     found = []
@@ -228,11 +228,11 @@ def coloured(folder: Path, checkpoint: Path) -> Path:
 @pytest.mark.slow
 def test_lmms_eval_finds_what_vlm_eval_finds(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A task on the same records, through lmms-eval in its own environment, and `vlm eval --data`."""
-    python = next((place for place in (ENVIRONMENT, CLONE / ENVIRONMENT) if place.is_file()), None)
+    python = next((place for place in (VENV_PYTHON, REPOSITORY / VENV_PYTHON) if place.is_file()), None)
     if python is None:
-        pytest.skip(f"there is no {ENVIRONMENT}; make install-eval makes it")
+        pytest.skip(f"there is no {VENV_PYTHON}; make install-eval makes it")
     monkeypatch.setenv("HF_HOME", os.environ["HF_HOME"])
-    records = coloured(tmp_path, checkpoint)
+    records = make_images(tmp_path, checkpoint)
     write_tasks(records, tmp_path, tmp_path / "tasks", 12)
     tasks, answers = tmp_path / "by_tasks", tmp_path / "by_records"
     common = ["eval", str(checkpoint), "--device", "cpu", "--batch-size", "4"]

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_parts import IGNORED, Parts, picture
+from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import Sample
-from vlm.evaluation.loss import caption_retrieval, reply_text, row_losses, with_reply
+from vlm.evaluation.loss import caption_retrieval, last_reply_text, replace_reply, row_losses
 
 CAPTIONS = ("red", "a blue square", "two cats on a mat", "12", "a blue square")
 
@@ -41,29 +41,29 @@ def test_row_losses_are_those_of_each_row_alone(parts: Parts, data: SampleDatase
     model, processor = parts.model()
     collate = Collator(processor.tokenizer.pad_token_id)
 
-    def batch_of(*rows: int) -> dict[str, Any]:
+    def make_batch(*rows: int) -> dict[str, Any]:
         batch = collate([data[row] for row in rows])
         return {**batch, "pixel_values": processor.normalise(batch["pixel_values"])}
 
-    batch = batch_of(*range(5))
+    batch = make_batch(*range(5))
     with torch.no_grad():
         output = model.eval()(**batch)
         sums, counts = row_losses(output.logits, batch["labels"])
         for row in range(5):
-            alone = batch_of(row)
-            assert counts[row] == (alone["labels"] != IGNORED).sum()
+            alone = make_batch(row)
+            assert counts[row] == (alone["labels"] != IGNORE_INDEX).sum()
             assert torch.allclose(sums[row] / counts[row], model(**alone).loss, atol=1e-5)
     assert torch.allclose(sums.sum() / counts.sum(), output.loss, atol=1e-5)
 
 
 def test_a_row_without_supervision_counts_nothing():
-    labels = torch.tensor([[IGNORED, 1, 2], [IGNORED] * 3])
+    labels = torch.tensor([[IGNORE_INDEX, 1, 2], [IGNORE_INDEX] * 3])
     sums, counts = row_losses(torch.zeros(2, 4), labels)
     assert counts.tolist() == [2, 0]
     assert torch.allclose(sums, torch.tensor([2 * torch.log(torch.tensor(4.0)), 0.0]))
 
 
-class Knowing:
+class FakeModel:
     """A model whose loss is low where the pixels' mean is the caption's place in `known`."""
 
     device = torch.device("cpu")
@@ -73,10 +73,10 @@ class Knowing:
 
     def __call__(self, pixel_values: torch.Tensor, labels: torch.Tensor, image_index: torch.Tensor, **_: torch.Tensor):
         assert len(pixel_values) == 1  # the picture is encoded once, whatever it is asked about
-        targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         logits = []
         for row, pixels in enumerate(pixel_values[image_index]):
-            wanted = [target for target in targets[row].tolist() if target != IGNORED]
+            wanted = [target for target in targets[row].tolist() if target != IGNORE_INDEX]
             own = self.known[round(pixels.mean().item(), 4)] == wanted
             logits += [torch.nn.functional.one_hot(torch.tensor(t), 512) * (9.0 if own else 1.0) for t in wanted]
         return type("Output", (), {"logits": torch.stack(logits)})
@@ -88,12 +88,12 @@ def test_captions_are_found_by_a_model_that_knows_them(parts: Parts, samples: li
     known = {}
     for sample in samples:
         pixels = processor.pixel_values([picture(int(sample.id))])
-        ids = [label for label in encode(processor, sample).labels if label != IGNORED]
+        ids = [label for label in encode(processor, sample).labels if label != IGNORE_INDEX]
         known[round(pixels.mean().item(), 4)] = ids
-    assert caption_retrieval(Knowing(known), processor, samples, ways=4) == [True] * 5
+    assert caption_retrieval(FakeModel(known), processor, samples, ways=4) == [True] * 5
     keys = list(known)
     known[keys[0]] = known[keys[2]]
-    assert caption_retrieval(Knowing(known), processor, samples, ways=4) == [False, *[True] * 4]
+    assert caption_retrieval(FakeModel(known), processor, samples, ways=4) == [False, *[True] * 4]
 
 
 def test_retrieval_is_the_same_for_a_seed(parts: Parts, samples: list[Sample]):
@@ -103,6 +103,6 @@ def test_retrieval_is_the_same_for_a_seed(parts: Parts, samples: list[Sample]):
 
 
 def test_a_reply_is_replaced(samples: list[Sample]):
-    changed = with_reply(samples[0], "green")
-    assert (reply_text(samples[0]), reply_text(changed)) == ("red", "green")
-    assert changed.pictures == samples[0].pictures
+    changed = replace_reply(samples[0], "green")
+    assert (last_reply_text(samples[0]), last_reply_text(changed)) == ("red", "green")
+    assert changed.images == samples[0].images

@@ -9,13 +9,13 @@ import pytest
 
 from vlm.evaluation.text_metrics import (
     ALL_METRICS,
-    LIBRARIES,
+    METRIC_MODULES,
     METRICS,
     bleu,
     check_metrics,
     cider,
-    measure,
-    vqa_normalised,
+    compute_text_metrics,
+    normalize_vqa_answer,
 )
 
 
@@ -53,7 +53,7 @@ def test_vqa_accuracy_of_few_people():
     ("$1,000-2", "$10002"),
 ])  # fmt: skip
 def test_answers_are_normalised_as_vqa_does(text: str, normalised: str):
-    assert vqa_normalised(text) == normalised
+    assert normalize_vqa_answer(text) == normalised
 
 
 @pytest.mark.parametrize(("answer", "references", "value"), [
@@ -109,20 +109,20 @@ def test_rouge_gives_the_examples_of_its_paper(answer: str, references: Sequence
 
 def test_means_have_intervals_and_measures_of_all_together_have_none():
     answers, references = ["a", "b", "c", "d"] * 5, [["a"], ["b"], ["x"], ["d"]] * 5
-    found = measure(["exact_match", "bleu"], answers, references)
+    found = compute_text_metrics(["exact_match", "bleu"], answers, references)
     assert found["exact_match"].value == 0.75
     low, high = found["exact_match"].low, found["exact_match"].high
     assert low is not None
     assert high is not None
     assert low < 0.75 < high
     assert (found["bleu"].low, found["bleu"].high) == (None, None)
-    quick = measure(["exact_match"], answers, references, intervals=False)
+    quick = compute_text_metrics(["exact_match"], answers, references, intervals=False)
     assert (quick["exact_match"].value, quick["exact_match"].low) == (0.75, None)
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_no_answers_give_no_value(name: str):
-    assert measure([name], [], [])[name].value is None
+    assert compute_text_metrics([name], [], [])[name].value is None
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -136,7 +136,7 @@ def test_every_metric_tells_a_copy_from_something_else(name: str):
 def test_what_is_unknown_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"--metrics meteor: allowed are exact_match, .*, loss"):
         check_metrics(["loss", "meteor"], ALL_METRICS, "--metrics ")
-    for name, module in LIBRARIES.items():
+    for name, module in METRIC_MODULES.items():
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=r"is missing: pip install 'small-vlm\[eval\]'"):
             check_metrics([name], ALL_METRICS, "--metrics ")

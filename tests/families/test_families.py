@@ -9,21 +9,21 @@ from PIL import Image
 from torch import nn
 from transformers import AutoProcessor
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import picture, runs
-from vlm.assembly.family import auto_class, load_family_config, load_family_model
-from vlm.assembly.settle import settle_model
+from vlm.assembly.family import get_auto_class, load_family_config, load_family_model
+from vlm.assembly.settle import resolve_model
 from vlm.cli.main import main
-from vlm.config.packaged import packaged
+from vlm.config.packaged import packaged_names
 from vlm.config.schema import PARTS
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import dummy_image, model_inputs
 from vlm.data.encoding.labels import encode, encode_prompt
-from vlm.data.sample import Picture, Sample, Turn
+from vlm.data.sample import ImageRef, Sample, Turn
 from vlm.evaluation.loss import row_losses
 from vlm.families.processing import FamilyProcessor, load_family_processor
-from vlm.families.table import FAMILIES, family_of, part_names
+from vlm.families.table import FAMILIES, get_family, get_part_names
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models.connectors import CONNECTORS
 
@@ -65,16 +65,16 @@ def load(folder: Path) -> nn.Module:
     return load_family_model(str(folder), config, dtype=torch.float32, attention="eager").eval()
 
 
-def talk(number: int, *replies: str, asked: str = "what is it?") -> Sample:
+def make_sample(number: int, *replies: str, asked: str = "what is it?") -> Sample:
     """A conversation about pictures, which come first."""
-    turns = [Turn("user", (*(Picture(Path()) for _ in range(number)), asked))]
+    turns = [Turn("user", (*(ImageRef(Path()) for _ in range(number)), asked))]
     for place, reply in enumerate(replies):
         turns += [Turn("user", ("and?",))] if place else []
         turns.append(Turn("assistant", (reply,)))
     return Sample("x", tuple(turns))
 
 
-def pictures(number: int) -> list[Image.Image]:
+def make_images(number: int) -> list[Image.Image]:
     """Pictures of different sizes."""
     return [picture(seed, size[::-1]) for seed, size in enumerate(SIZES[:number])]
 
@@ -85,23 +85,23 @@ def test_every_family_is_tested():
 
 def test_the_parts_share_no_parameter_and_leave_none(name: str, folders: Callable[[str], Path]):
     model = load(folders(name))
-    names = part_names(model.config)
+    names = get_part_names(model.config)
     found = {parameter: names.part_of(parameter) for parameter, _ in model.named_parameters()}
     assert set(found.values()) == set(PARTS)
     vocabulary = [id(embedding.weight) for embedding in (model.get_input_embeddings(), model.get_output_embeddings())]
     for parameter, weight in model.named_parameters():
         if id(weight) in vocabulary:
             assert found[parameter] == "language_model"
-    for part in family_of(model.config.model_type).parts:
+    for part in get_family(model.config.model_type).parts:
         assert part in PARTS
 
 
 def test_a_parameter_of_no_part_is_an_error():
     with pytest.raises(ValueError, match="no prefix of a part"):
-        part_names(load_config_of("llava")).part_of("model.something.weight")
+        get_part_names(load_config("llava")).part_of("model.something.weight")
 
 
-def load_config_of(model_type: str):
+def load_config(model_type: str):
     """A configuration by its family alone."""
     from transformers import CONFIG_MAPPING
 
@@ -112,30 +112,30 @@ def load_config_of(model_type: str):
 def test_a_prompt_has_the_ids_of_the_familys_own_processor(processor: FamilyProcessor, number: int):
     if processor.native.chat_template is None:
         pytest.skip("it brings no chat template")
-    shown = pictures(number)
+    shown = make_images(number)
     asked = [*({"type": "image", "image": one} for one in shown), {"type": "text", "text": "what is it?"}]
     conversation = [{"role": "user", "content": asked}]
-    if not processor._own_reads_lists:
+    if not processor._own_template_takes_lists:
         conversation = [{"role": "user", "content": processor.image_token * number + "what is it?"}]
-    options = {} if processor._own_reads_lists else {"processor_kwargs": {"images": shown}}
+    options = {} if processor._own_template_takes_lists else {"processor_kwargs": {"images": shown}}
     theirs = processor.native.apply_chat_template(
         conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt", **options
     )
-    turns = talk(number, "").turns[:1]
+    turns = make_sample(number, "").turns[:1]
     ids = encode_prompt(processor, turns, SIZES[:number])
     assert ids == theirs["input_ids"][0].tolist()
     inputs = processor.image_inputs(shown)
     inputs |= processor.text_inputs(ids, [-100] * len(ids), inputs)
     for key in theirs.keys() - {"input_ids", "attention_mask"}:
-        mine = inputs[key] if key not in processor.token_inputs else inputs[key][None]
+        mine = inputs[key] if key not in processor.per_token_inputs else inputs[key][None]
         assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs[key])), key
 
 
 def test_paligemma_lays_out_prefix_and_suffix_as_its_processor_does(folders: Callable[[str], Path]):
     processor = load_family_processor(str(folders("paligemma")), FAMILIES["paligemma"])
-    shown = pictures(1)
+    shown = make_images(1)
     theirs = processor.native(images=[shown], text=["<image>what is it?"], suffix=["a cat"], return_tensors="pt")
-    sample = talk(1, "a cat")
+    sample = make_sample(1, "a cat")
     encoded = encode(processor, sample, SIZES[:1])
     assert encoded.input_ids == theirs["input_ids"][0].tolist()
     assert encoded.labels == theirs["labels"][0].tolist()
@@ -145,7 +145,7 @@ def test_paligemma_lays_out_prefix_and_suffix_as_its_processor_does(folders: Cal
 
 def test_exactly_the_replies_are_supervised(name: str, processor: FamilyProcessor):
     replies = ["a cat"] if name == "paligemma" else ["a cat <|end|>", "two of them"]
-    encoded = encode(processor, talk(1, *replies, asked=SPELLED), SIZES[:1])
+    encoded = encode(processor, make_sample(1, *replies, asked=SPELLED), SIZES[:1])
     end = processor.tokenizer.eos_token
     found = [processor.tokenizer.decode(run) for run in runs(encoded.labels)]
     assert found == [f"{reply}{end}" for reply in replies]
@@ -159,11 +159,13 @@ def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, folders: Call
     """
     model = load(folders(name))
     processor = load_family_processor(str(folders(name)), FAMILIES[TINY[name].model_type])
-    shown = [pictures(1), [], pictures(3)[1:2], pictures(2)]
+    shown = [make_images(1), [], make_images(3)[1:2], make_images(2)]
     rows = []
     for index, images in enumerate(shown):
         sizes = [image.size[::-1] for image in images]
-        rows.append(model_inputs(processor, encode(processor, talk(len(images), "yes" * (index + 1)), sizes), images))
+        rows.append(
+            model_inputs(processor, encode(processor, make_sample(len(images), "yes" * (index + 1)), sizes), images)
+        )
     collate = Collator.of(processor, dummy_image(processor))
 
     def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -192,17 +194,17 @@ def test_training_leaves_a_checkpoint_of_the_family(
         "trainer.train_sampling_strategy=random", "trainer.warmup_steps=0",
     )  # fmt: skip
     before, trained = load(folder), load(run / "final")
-    names = part_names(before.config)
+    names = get_part_names(before.config)
     for key, weight in trained.named_parameters():
         changed = not torch.equal(weight, before.get_parameter(key))
-        assert changed != names.is_unread(key), key
+        assert changed != names.is_unused(key), key
     kind = type(AutoProcessor.from_pretrained(run / "final"))
     assert kind is type(TINY[name].processor())
     config = load_family_config(str(run / "final"), "x")
-    assert auto_class(config).from_pretrained(run / "final").config.model_type == TINY[name].model_type
+    assert get_auto_class(config).from_pretrained(run / "final").config.model_type == TINY[name].model_type
     ours = VisionLanguageModel.load(run / "final", device="cpu")
-    said = ours.generate("what is it?", pictures(1), max_new_tokens=3)
-    assert ours.generate("what is it?", pictures(1), max_new_tokens=3, cache_implementation="static") == said
+    said = ours.generate("what is it?", make_images(1), max_new_tokens=3)
+    assert ours.generate("what is it?", make_images(1), max_new_tokens=3, cache_implementation="static") == said
 
 
 def test_a_family_that_is_not_in_the_table_is_refused(folders: Callable[[str], Path], tmp_path: Path):
@@ -214,14 +216,14 @@ def test_a_family_that_is_not_in_the_table_is_refused(folders: Callable[[str], P
 
 
 def test_every_packaged_model_belongs_to_one_family():
-    shipped = [name for name in packaged("vlm.config", "model", ".yaml") if name != "composed"]
+    shipped = [name for name in packaged_names("vlm.config", "model", ".yaml") if name != "composed"]
     assert sorted(name for family in FAMILIES.values() for name in family.choices) == shipped
 
 
 def test_the_listing_names_every_part_and_family(capsys: pytest.CaptureFixture[str]):
     main(["models"])
     said = capsys.readouterr().out
-    for name in (*CONNECTORS, *FAMILIES, *packaged("vlm.config", "model/visual_encoder", ".yaml")):
+    for name in (*CONNECTORS, *FAMILIES, *packaged_names("vlm.config", "model/visual_encoder", ".yaml")):
         assert name in said
     row = next(line for line in said.splitlines() if " qwen2_vl " in line)
     assert "eager, sdpa, flash_attention_2" in row
@@ -231,19 +233,19 @@ def test_the_listing_names_every_part_and_family(capsys: pytest.CaptureFixture[s
 def test_what_a_family_decides_is_refused_before_anything_is_fetched():
     """Nothing lies under that name: the mistake is told, not that."""
     base = ["dataset.path=x", "model.hf_name=nobody/nothing"]
-    config = config_of("pretrain-smol", [*base, "dataset.image_mode=pad"])
+    config = compose_config("pretrain-smol", [*base, "dataset.image_mode=pad"])
     with pytest.raises(ValueError, match="image_mode=pad: nobody/nothing prepares pictures in its own way"):
-        settle_model(config)
-    config = config_of("finetune-llava-onevision", [*base, "model/connector=linear"])
+        resolve_model(config)
+    config = compose_config("finetune-llava-onevision", [*base, "model/connector=linear"])
     with pytest.raises(ValueError, match=r"is a whole model: its parts are fixed. You asked for model\.connector"):
-        settle_model(config, ["model.hf_name", "model.connector"])
+        resolve_model(config, ["model.hf_name", "model.connector"])
 
 
 def test_a_run_begins_with_a_checkpoint_or_with_a_model(folders: Callable[[str], Path]):
     folder = folders("qwen2-vl")
-    config = config_of("finetune-llava-onevision", ["dataset.path=x", f"trainer.from_pretrained={folder}"])
+    config = compose_config("finetune-llava-onevision", ["dataset.path=x", f"trainer.from_pretrained={folder}"])
     for key in ("model", "model.hf_name"):
         with pytest.raises(ValueError, match=r"trainer\.from_pretrained=.* and model\.hf_name=.*: .* choose one"):
-            settle_model(config, [key])
-    assert settle_model(config)[0].model_type == "qwen2_vl"
+            resolve_model(config, [key])
+    assert resolve_model(config)[0].model_type == "qwen2_vl"
     assert config.model.hf_name == str(folder)

@@ -12,7 +12,7 @@ from tests.families.test_families import folders, load, name, pictures  # noqa: 
 from vlm.assembly.adapter_folder import load as load_on_base
 from vlm.assembly.adapter_merge import merge
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
-from vlm.families.table import part_names
+from vlm.families.table import get_part_names
 from vlm.inference.generate import VisionLanguageModel, user_turn
 from vlm.train.lora import add_adapter, linear_layers
 
@@ -20,7 +20,7 @@ from vlm.train.lora import add_adapter, linear_layers
 @pytest.mark.parametrize("part", PARTS)
 def test_an_adapter_stays_within_its_part(name: str, folders: Callable[[str], Path], part: str):  # noqa: F811
     model: Any = load(folders(name))
-    names, wanted = part_names(model.config), linear_layers(model, part)
+    names, wanted = get_part_names(model.config), linear_layers(model, part)
     if not wanted:  # some connectors are one convolution or one projection that is no Linear layer
         return
     add_adapter(model, LoraConfig(**{part: LoraPartConfig(r=2)}), 0, torch.float32)

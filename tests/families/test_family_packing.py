@@ -13,17 +13,17 @@ from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
 from vlm.data.dataset import dummy_image, model_inputs
 from vlm.data.encoding.labels import encode
-from vlm.evaluation.loss import supervised
+from vlm.evaluation.loss import supervised_logits
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
 from vlm.models.modeling_vlm import supervised_loss
-from vlm.train.step.packed_attention import attending_to_packs
-from vlm.train.step.packing import check_packing, with_grid_positions
+from vlm.train.step.packed_attention import use_packed_attention
+from vlm.train.step.packing import add_grid_positions, check_packing
 
-PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].packs]
+PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].supports_packing]
 
 
-def rows(processor: Any) -> list[dict[str, Any]]:
+def make_rows(processor: Any) -> list[dict[str, Any]]:
     """Samples with one picture, with none, with another, larger one, and with two."""
     found = []
     for index, images in enumerate([pictures(1), [], pictures(3)[1:2], pictures(2)]):
@@ -33,9 +33,9 @@ def rows(processor: Any) -> list[dict[str, Any]]:
     return found
 
 
-def trained(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def backpropagate(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Logits at supervised positions; the gradients of their summed loss are added to the model's."""
-    outputs, targets = supervised(model, batch)
+    outputs, targets = supervised_logits(model, batch)
     supervised_loss(outputs.logits, targets, 1).backward()
     return outputs.logits.detach()
 
@@ -50,11 +50,11 @@ def test_a_packed_row_is_its_samples_one_by_one(name: str, attention: str, tmp_p
     processor = load_family_processor(str(tmp_path), FAMILIES[TINY[name].model_type])
     check_packing(model, processor)
     collate = Collator.of(processor, dummy_image(processor))
-    expected = torch.cat([trained(model, collate([row])) for row in rows(processor)])
+    expected = torch.cat([backpropagate(model, collate([row])) for row in make_rows(processor)])
     wanted = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with attending_to_packs(model.config.get_text_config()):
-        logits = trained(model, with_grid_positions(model, PackingCollator(collate)(rows(processor))))
+    with use_packed_attention(model.config.get_text_config()):
+        logits = backpropagate(model, add_grid_positions(model, PackingCollator(collate)(make_rows(processor))))
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     for key, parameter in model.named_parameters():
         if key in wanted:

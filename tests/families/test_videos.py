@@ -18,24 +18,24 @@ from tests.tiny_parts import picture, runs
 from tests.train.test_distributed_runs import WHOLE, launch
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankPictures, dummy_image, dummy_video, encoded_item, load_dataset, model_inputs
+from vlm.data.dataset import BlankImageDataset, dummy_image, dummy_video, encode_sample, load_dataset, model_inputs
 from vlm.data.encoding.labels import encode, encode_prompt
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.sample import BadSample, Clip, Picture, Sample, Turn, Video
-from vlm.data.sources import Source, seen_of
-from vlm.data.tools.show import as_text, shown_records, write_page
-from vlm.data.vision.images import open_pictures, picture_sizes, seen_sizes
-from vlm.data.vision.video import clip_of, open_video
+from vlm.data.sample import BadSample, Clip, ImageRef, Sample, Turn, VideoRef
+from vlm.data.sources import Source, parts_for_video
+from vlm.data.tools.show import as_text, load_shown_records, write_page
+from vlm.data.vision.images import media_sizes_from_opened, open_media, read_media_sizes
+from vlm.data.vision.video import open_video, sample_clip
 from vlm.evaluation.loss import row_losses
 from vlm.families.processing import FamilyProcessor, load_family_processor
 from vlm.families.table import FAMILIES
 from vlm.inference.generate import VisionLanguageModel
 
-MOST = 4
+MAX_FRAMES = 4
 """Frames that are seen of a video."""
 
 NAMES = [name for name, made in TINY.items() if FAMILIES[made.model_type].videos]
-MARKS = {"picture": "<image>", "long": "<video>", "short": "<video>"}
+MARKERS = {"picture": "<image>", "long": "<video>", "short": "<video>"}
 MIXED = [
     ["long"], ["picture", "short"], [], ["picture"], ["short", "picture", "long"], ["long", "short"],
 ]  # fmt: skip
@@ -67,14 +67,16 @@ def processor(name: str, folder: Path) -> FamilyProcessor:
     return load_family_processor(str(folder / name), FAMILIES[TINY[name].model_type])
 
 
-def talk(processor: FamilyProcessor, folder: Path, shown: list[str], *replies: str, asked: str = "what?") -> Sample:
+def make_sample(
+    processor: FamilyProcessor, folder: Path, shown: list[str], *replies: str, asked: str = "what?"
+) -> Sample:
     """A conversation that begins with pictures and videos."""
     parts: list[Any] = []
     for one in shown:
         if one == "picture":
-            parts.append(Picture(folder / "picture.png"))
+            parts.append(ImageRef(folder / "picture.png"))
         else:
-            parts += seen_of(folder / f"{one}.mp4", MOST, processor, "x")
+            parts += parts_for_video(folder / f"{one}.mp4", MAX_FRAMES, processor, "x")
     turns = [Turn("user", (*parts, asked))]
     for place, reply in enumerate(replies):
         turns += [Turn("user", ("and?",))] if place else []
@@ -84,8 +86,8 @@ def talk(processor: FamilyProcessor, folder: Path, shown: list[str], *replies: s
 
 def item(processor: FamilyProcessor, sample: Sample) -> dict[str, Any]:
     """A sample as a data worker hands it on."""
-    opened = open_pictures(sample)
-    sizes = seen_sizes(sample.media, opened, processor)
+    opened = open_media(sample)
+    sizes = media_sizes_from_opened(sample.media, opened, processor)
     return model_inputs(processor, encode(processor, sample, sizes), opened, sizes)
 
 
@@ -103,17 +105,17 @@ def test_a_prompt_is_what_the_familys_own_processor_makes(
 ):
     if name == "smolvlm" and "picture" in shown:
         pytest.skip("its own call keeps the pixels of the videos only")
-    sample = talk(processor, folder, shown)
+    sample = make_sample(processor, folder, shown)
     content: list[dict[str, Any]] = []
     metadata = []
-    for part, opened in zip(sample.media, open_pictures(sample), strict=True):
-        if isinstance(part, Video):
+    for part, opened in zip(sample.media, open_media(sample), strict=True):
+        if isinstance(part, VideoRef):
             frames = np.stack([np.asarray(frame) for frame in opened.frames])
             content.append({"type": "video", "video": frames})
             clip = opened.clip
             metadata.append({
-                "total_num_frames": clip.total, "fps": clip.fps, "frames_indices": list(clip.frames),
-                "duration": clip.total / clip.fps, "height": clip.height, "width": clip.width,
+                "total_num_frames": clip.total_frames, "fps": clip.fps, "frames_indices": list(clip.frames),
+                "duration": clip.total_frames / clip.fps, "height": clip.height, "width": clip.width,
             })  # fmt: skip
         else:
             content.append({"type": "image", "image": opened})
@@ -122,22 +124,22 @@ def test_a_prompt_is_what_the_familys_own_processor_makes(
         conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt",
         processor_kwargs={"do_sample_frames": False, "video_metadata": metadata},
     )  # fmt: skip
-    sizes = picture_sizes(sample, processor)
+    sizes = read_media_sizes(sample, processor)
     ids = encode_prompt(processor, sample.turns, sizes)
     assert ids == theirs["input_ids"][0].tolist()
-    inputs = processor.image_inputs(open_pictures(sample), sizes)
+    inputs = processor.image_inputs(open_media(sample), sizes)
     inputs |= processor.text_inputs(ids, [-100] * len(ids), inputs)
     assert inputs.keys() == theirs.keys() - {"input_ids", "attention_mask"}
     for key, value in inputs.items():
         expected = torch.as_tensor(theirs[key])
         assert torch.equal(value.flatten(), expected.flatten()), key
-        assert key in processor.row_inputs + processor.token_inputs or value.shape == expected.shape, key
+        assert key in processor.per_sample_inputs + processor.per_token_inputs or value.shape == expected.shape, key
 
 
 def test_times_are_the_true_ones(folder: Path):
     processor = load_family_processor(str(folder / "qwen3-vl"), FAMILIES["qwen3_vl"])
-    sample = talk(processor, folder, ["long"])
-    text = processor.tokenizer.decode(encode_prompt(processor, sample.turns, picture_sizes(sample, processor)))
+    sample = make_sample(processor, folder, ["long"])
+    text = processor.tokenizer.decode(encode_prompt(processor, sample.turns, read_media_sizes(sample, processor)))
     frames = [2, 7, 12, 17]
     for first, last in (frames[:2], frames[2:]):
         assert f"<{(first / RATE + last / RATE) / 2:.1f} seconds>" in text
@@ -147,8 +149,8 @@ def test_times_are_the_true_ones(folder: Path):
 def test_exactly_the_replies_are_supervised(name: str, processor: FamilyProcessor, folder: Path, shown: list[str]):
     """A token that somebody spelled is no video."""
     spelled = f"what is <video> {processor.video_token}?"
-    sample = talk(processor, folder, shown, "a cat", "two <video>", asked=spelled)
-    encoded = encode(processor, sample, picture_sizes(sample, processor))
+    sample = make_sample(processor, folder, shown, "a cat", "two <video>", asked=spelled)
+    encoded = encode(processor, sample, read_media_sizes(sample, processor))
     before, end = (" ", "<end_of_utterance>") if name == "smolvlm" else ("", "<|end|>")  # `Assistant:` ends a prompt
     expected = [f"{before}{reply}{end}" for reply in ("a cat", "two <video>")]
     assert [processor.tokenizer.decode(run) for run in runs(encoded.labels)] == expected
@@ -156,28 +158,30 @@ def test_exactly_the_replies_are_supervised(name: str, processor: FamilyProcesso
 
 def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, processor: FamilyProcessor, folder: Path):
     model = load(folder / name)
-    rows = [item(processor, talk(processor, folder, shown, "yes" * (1 + place))) for place, shown in enumerate(MIXED)]
-    apart = dummy_video(processor) if processor.reads_videos_apart else None
+    rows = [
+        item(processor, make_sample(processor, folder, shown, "yes" * (1 + place))) for place, shown in enumerate(MIXED)
+    ]
+    apart = dummy_video(processor) if processor.encodes_videos_separately else None
     plain = Collator.of(processor, dummy_image(processor))
 
-    def losses_of(collate: Collator, chosen: list[dict[str, Any]]) -> torch.Tensor:
+    def compute_losses(collate: Collator, chosen: list[dict[str, Any]]) -> torch.Tensor:
         batch = collate([dict(row) for row in chosen])
         labels = batch.pop("labels")
         keep = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
         with torch.no_grad():
             return row_losses(model(**batch, logits_to_keep=keep).logits, labels)[0]
 
-    alone = torch.cat([losses_of(plain, [row]) for row in rows])
+    alone = torch.cat([compute_losses(plain, [row]) for row in rows])
     for collate in (plain, Collator.of(processor, dummy_image(processor), video_dummy=apart)):
-        assert torch.allclose(losses_of(collate, rows), alone, atol=1e-4)
-        assert torch.allclose(torch.cat([losses_of(collate, [row]) for row in rows]), alone, atol=1e-4)
-        assert torch.allclose(losses_of(collate, rows[:4]), alone[:4], atol=1e-4)
+        assert torch.allclose(compute_losses(collate, rows), alone, atol=1e-4)
+        assert torch.allclose(torch.cat([compute_losses(collate, [row]) for row in rows]), alone, atol=1e-4)
+        assert torch.allclose(compute_losses(collate, rows[:4]), alone[:4], atol=1e-4)
 
 
 def test_ranks_make_the_same_calls(name: str, processor: FamilyProcessor, folder: Path):
     """Whatever a batch holds, once videos are among the data and there are several ranks."""
     model = load(folder / name)
-    apart = dummy_video(processor) if processor.reads_videos_apart else None
+    apart = dummy_video(processor) if processor.encodes_videos_separately else None
     calls: list[list[str]] = []
     for key, module in model.named_modules():
         if not list(module.children()):
@@ -186,7 +190,7 @@ def test_ranks_make_the_same_calls(name: str, processor: FamilyProcessor, folder
         collate = Collator.of(processor, dummy_image(processor), video_dummy=video_dummy)
         calls.clear()
         for shown in MIXED:
-            batch = collate([item(processor, talk(processor, folder, shown, "yes"))])
+            batch = collate([item(processor, make_sample(processor, folder, shown, "yes"))])
             calls.append([])
             with torch.no_grad():
                 model(**batch)
@@ -200,7 +204,7 @@ def records(folder: Path, path: Path) -> Path:
         files = {"image": [], "video": []}
         for one in shown:
             files["image" if one == "picture" else "video"].append(f"{one}.png" if one == "picture" else f"{one}.mp4")
-        marks = "".join(MARKS.get(one, "<video>") for one in shown)
+        marks = "".join(MARKERS.get(one, "<video>") for one in shown)
         turns = [{"from": "human", "value": f"{marks}\nwhat?"}, {"from": "gpt", "value": f"a thing {place}"}]
         made.append({"id": str(place), **files, "conversations": turns})
     path.write_text(json.dumps(made))
@@ -209,12 +213,12 @@ def records(folder: Path, path: Path) -> Path:
 
 def test_what_is_counted_is_what_is_encoded(name: str, processor: FamilyProcessor, folder: Path, tmp_path: Path):
     config = DatasetConfig(
-        path=str(records(folder, tmp_path / "records.json")), image_folder=str(folder), max_frames=MOST,
+        path=str(records(folder, tmp_path / "records.json")), image_folder=str(folder), max_frames=MAX_FRAMES,
         on_bad_sample="skip", max_skipped=0.5, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     encoder = SampleEncoder(processor, 4096, truncate=False)
     data = load_dataset(config, encoder)
-    items = [encoded_item(data.sources[0], data.sample(index)) for index in range(len(data))]
+    items = [encode_sample(data.sources[0], data.sample(index)) for index in range(len(data))]
     assert data.lengths.tolist() == [len(one["input_ids"]) for one in items]
     assert data.num_images.tolist() == [len(shown) for shown in MIXED]
     assert data.has_videos
@@ -223,17 +227,17 @@ def test_what_is_counted_is_what_is_encoded(name: str, processor: FamilyProcesso
     assert "torn.mp4 does not open" in bad.reason
     assert bad.file == str(folder / "torn.mp4")
 
-    for place, blank in enumerate(BlankPictures(data)[index] for index in range(len(data))):
+    for place, blank in enumerate(BlankImageDataset(data)[index] for index in range(len(data))):
         assert blank.keys() == items[place].keys()
         assert blank["input_ids"] == items[place]["input_ids"]
         for key in blank.keys() & {"pixel_values", "pixel_values_videos"}:
             assert blank[key].shape == items[place][key].shape
             assert not torch.equal(blank[key], items[place][key])
 
-    shown = list(shown_records(config, encoder, number=7))
+    shown = list(load_shown_records(config, encoder, number=7))
     assert "video of 4 frames 64×48" in as_text(shown[0], colours=False)
     write_page(shown, tmp_path / "page.html")
-    seen = {"picture": 1, "long": MOST, "short": MOST if processor.family.equal_frames else 3}
+    seen = {"picture": 1, "long": MAX_FRAMES, "short": MAX_FRAMES if processor.family.equal_num_frames else 3}
     expected = sum(seen[one] for row in MIXED for one in row)
     assert (tmp_path / "page.html").read_text().count("<img") == expected
 
@@ -243,30 +247,32 @@ def test_counting_decodes_nothing(name: str, processor: FamilyProcessor, folder:
         raise AssertionError("decoded")
 
     monkeypatch.setattr("vlm.data.vision.video.read_frames", refuse)
-    sample = talk(processor, folder, ["long"], "yes")
-    (clip,) = picture_sizes(sample, processor)
+    sample = make_sample(processor, folder, ["long"], "yes")
+    (clip,) = read_media_sizes(sample, processor)
     assert clip == Clip((2, 7, 12, 17), 20, 48, 64, RATE)
-    assert len(encode(processor, sample, [clip]).input_ids) > MOST
+    assert len(encode(processor, sample, [clip]).input_ids) > MAX_FRAMES
 
 
 def test_a_single_frame_will_do(name: str, processor: FamilyProcessor, folder: Path):
     """Also where a model joins two frames to one."""
-    parts = seen_of(folder / "long.mp4", 1, processor, "x")
+    parts = parts_for_video(folder / "long.mp4", 1, processor, "x")
     row = item(processor, Sample("x", (Turn("user", (*parts, "what?")), Turn("assistant", ("yes",)))))
     with torch.no_grad():
         assert load(folder / name)(**Collator.of(processor)([row])).loss.isfinite()
 
 
 def test_a_broken_video_is_a_bad_sample(name: str, processor: FamilyProcessor, folder: Path):
-    source = Source("x", DatasetConfig(path=str(folder)), folder, SampleEncoder(processor, 512, truncate=False), MOST)
+    source = Source(
+        "x", DatasetConfig(path=str(folder)), folder, SampleEncoder(processor, 512, truncate=False), MAX_FRAMES
+    )
     record = {"id": "7", "video": "torn.mp4", "conversations": [
         {"from": "human", "value": "<video>\nwhat?"}, {"from": "gpt", "value": "that"},
     ]}  # fmt: skip
     with pytest.raises(BadSample, match=r"record '7': video .*torn.mp4 does not open"):
         source.read(record)
     (video,) = source.read({**record, "video": "long.mp4"}).videos
-    assert video.clip == clip_of(folder / "long.mp4", MOST, "7")
-    broken = Video(folder / "torn.mp4", video.clip)
+    assert video.clip == sample_clip(folder / "long.mp4", MAX_FRAMES, "7")
+    broken = VideoRef(folder / "torn.mp4", video.clip)
     with pytest.raises(BadSample, match=r"torn.mp4 does not open"):
         open_video(broken, "7")
 
@@ -275,7 +281,7 @@ def test_videos_of_other_numbers_of_frames_are_refused_where_a_model_cannot_take
     processor = load_family_processor(str(folder / "llava-onevision"), FAMILIES["llava_onevision"])
     rows = []
     for frames in (2, 4):
-        video = Video(folder / "long.mp4", clip_of(folder / "long.mp4", frames, "x"))
+        video = VideoRef(folder / "long.mp4", sample_clip(folder / "long.mp4", frames, "x"))
         sample = Sample("x", (Turn("user", (video, "what?")), Turn("assistant", ("yes",))))
         rows.append(item(processor, sample))
     with pytest.raises(ValueError, match=r"videos of one number of frames in a batch, got \[2, 4\]"):
@@ -286,7 +292,7 @@ def test_training_and_asking(name: str, folder: Path, train_whole: Callable[...,
     run = train_whole(
         "finetune-llava-onevision", folder / name, tmp_path / "run", "trainer.deepspeed=null", "trainer.max_steps=2",
         f"dataset.path={records(folder, tmp_path / 'records.json')}", f"dataset.image_folder={folder}",
-        f"dataset.max_frames={MOST}", "dataset.on_bad_sample=skip", "dataset.max_skipped=0.5", "dataset.eval_split=0.2",
+        f"dataset.max_frames={MAX_FRAMES}", "dataset.on_bad_sample=skip", "dataset.max_skipped=0.5", "dataset.eval_split=0.2",
         "trainer.bf16=false", "trainer.tf32=null", "trainer.activation_checkpointing=false", "dataset.max_length=2048",
         "trainer.learning_rate.connector_learning_rate=1e-2", "trainer.learning_rate.visual_encoder_learning_rate=1e-2",
         "trainer.learning_rate.language_model_learning_rate=1e-2", "trainer.per_device_train_batch_size=4",
@@ -299,9 +305,11 @@ def test_training_and_asking(name: str, folder: Path, train_whole: Callable[...,
     ours = VisionLanguageModel.load(run / "final", device="cpu")
     videos = [folder / "long.mp4", folder / "short.mp4"]
     asked = "<video> or <image> or <video>?"
-    assert isinstance(ours.generate(asked, [folder / "picture.png"], videos, max_new_tokens=2, max_frames=MOST), str)
-    turn, _ = ours.asked(asked, [folder / "picture.png"], videos, MOST)
-    assert [type(part) for part in turn.content] == [Video, str, Picture, str, Video, str]
+    assert isinstance(
+        ours.generate(asked, [folder / "picture.png"], videos, max_new_tokens=2, max_frames=MAX_FRAMES), str
+    )
+    turn, _ = ours.asked(asked, [folder / "picture.png"], videos, MAX_FRAMES)
+    assert [type(part) for part in turn.content] == [VideoRef, str, ImageRef, str, VideoRef, str]
     together = ours.generate(["<video>?", "what?"], videos=[videos[:1], videos[1:]], max_new_tokens=2, do_sample=False)
     assert together[0] == ours.generate("<video>?", videos=videos[:1], max_new_tokens=2)
     with pytest.raises(ValueError, match="the prompt has 1 <video>, but 2 videos were given"):
@@ -321,7 +329,7 @@ def test_two_ranks_reach_the_single_process(
     (tmp_path / "records.json").write_text(json.dumps([{**row, "id": str(place)} for place, row in enumerate(rows)]))
     words = [
         *WHOLE, f"dataset.path={tmp_path / 'records.json'}", f"dataset.image_folder={folder}",
-        f"dataset.max_frames={MOST}", "dataset.max_length=2048",
+        f"dataset.max_frames={MAX_FRAMES}", "dataset.max_length=2048",
     ]  # fmt: skip
     run = "finetune-llava-onevision"
     size = "trainer.per_device_train_batch_size="

@@ -152,7 +152,7 @@ def write_lora(folder: Path, parts: Parts, model: Any, base: Path, **options: An
     return folder
 
 
-def same_logits(theirs: Any, ours: VLMForConditionalGeneration, processor: VLMProcessor) -> bool:
+def have_same_logits(theirs: Any, ours: VLMForConditionalGeneration, processor: VLMProcessor) -> bool:
     """Whether all logits of the rows that both have agree to 1e-5, on a text with a picture."""
     inputs = processor(images=[picture()], text=TEXT)
     mine = ours.eval()(**inputs).logits

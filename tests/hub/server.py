@@ -33,12 +33,12 @@ class Repository:
         """The name and the files of a commit, by its name or by its branch; None where there is neither."""
         if revision in self.branches:
             files = self.branches[revision][-1]
-            return commit_name(files), files
+            return make_commit_name(files), files
         commits = [files for branch in self.branches.values() for files in branch]
-        return next(((revision, files) for files in commits if commit_name(files) == revision), None)
+        return next(((revision, files) for files in commits if make_commit_name(files) == revision), None)
 
 
-def commit_name(files: dict[str, bytes]) -> str:
+def make_commit_name(files: dict[str, bytes]) -> str:
     """Forty digits, as git has them."""
     return hashlib.sha1(repr(sorted((name, blob(data)) for name, data in files.items())).encode()).hexdigest()
 
@@ -114,17 +114,17 @@ class Answers(BaseHTTPRequestHandler):
             return
         words = path.split("/")
         if words[0] == "objects":
-            self.take_object(words[1])
+            self.receive_object(words[1])
             return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if words[0] == "api":
             self.answer_api(words[1:], body)
         elif path.endswith(".git/info/lfs/objects/batch"):
-            self.offer_uploads(json.loads(body))
+            self.answer_upload_request(json.loads(body))
         elif "resolve" in words:
             where = words.index("resolve")
             key = "/".join(words[:where] if words[0] == "datasets" else ["models", *words[:where]])
-            self.give_file(key, words[where + 1], "/".join(words[where + 2 :]))
+            self.send_file(key, words[where + 1], "/".join(words[where + 2 :]))
         else:
             self.refuse(404, "EntryNotFound", "there is nothing")
 
@@ -166,7 +166,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def answer_api(self, words: list[str], body: bytes) -> None:
         if words == ["whoami-v2"]:
-            self.tell_who()
+            self.answer_whoami()
         elif words == ["validate-yaml"]:
             self.say({"errors": [], "warnings": []})
         elif words[0] == "repos":
@@ -176,7 +176,7 @@ class Answers(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "EntryNotFound", "there is nothing")
 
-    def tell_who(self) -> None:
+    def answer_whoami(self) -> None:
         found = self.account()
         if found is None:
             self.refuse(401, "", "Invalid credentials in Authorization header")
@@ -221,7 +221,7 @@ class Answers(BaseHTTPRequestHandler):
             modes = [self.mode(one, commit[1]) for one in json.loads(body)["files"]]
             self.say({"files": modes})
         elif verb == "commit":
-            self.take_commit(key, revision, body)
+            self.receive_commit(key, revision, body)
         elif verb == "tree":
             self.say(
                 [tree_entry(path, data) for path, data in commit[1].items() if path.startswith("/".join(words[2:]))]
@@ -239,7 +239,7 @@ class Answers(BaseHTTPRequestHandler):
         mode = "lfs" if large else "regular"
         return {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": digest}
 
-    def take_commit(self, key: str, revision: str, body: bytes) -> None:
+    def receive_commit(self, key: str, revision: str, body: bytes) -> None:
         branch = self.hub.repositories[key].branches[revision]
         files = dict(branch[-1])
         for line in map(json.loads, body.splitlines()):
@@ -251,13 +251,13 @@ class Answers(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         branch.append(files)
-        name = commit_name(files)
+        name = make_commit_name(files)
         address = f"{self.hub.address}/{key.removeprefix('models/')}/commit/{name}"
         self.say({"commitUrl": address, "commitOid": name, "success": True})
 
     # Large files
 
-    def offer_uploads(self, wanted: dict[str, Any]) -> None:
+    def answer_upload_request(self, wanted: dict[str, Any]) -> None:
         objects = []
         for one in wanted["objects"]:
             there = one["oid"] in self.hub.objects
@@ -268,7 +268,7 @@ class Answers(BaseHTTPRequestHandler):
             {"Content-Type": "application/vnd.git-lfs+json"},
         )
 
-    def take_object(self, digest: str) -> None:
+    def receive_object(self, digest: str) -> None:
         """Read it piece by piece, counting; it is there once it is complete."""
         left, pieces = int(self.headers["Content-Length"]), []
         while left:
@@ -286,7 +286,7 @@ class Answers(BaseHTTPRequestHandler):
 
     # Downloads
 
-    def give_file(self, key: str, revision: str, path: str) -> None:
+    def send_file(self, key: str, revision: str, path: str) -> None:
         if (found := self.repository(key)) is None:
             return
         commit = found.at(revision)
@@ -295,9 +295,9 @@ class Answers(BaseHTTPRequestHandler):
         elif path not in commit[1]:
             self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit[0]})
         else:
-            self.give_range(commit[1][path], {"X-Repo-Commit": commit[0]})
+            self.send_range(commit[1][path], {"X-Repo-Commit": commit[0]})
 
-    def give_range(self, content: bytes, headers: dict[str, str]) -> None:
+    def send_range(self, content: bytes, headers: dict[str, str]) -> None:
         """A file, or the part of it that is asked for."""
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes", **headers}
         if not (asked := self.headers.get("Range")):

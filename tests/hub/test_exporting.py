@@ -235,7 +235,7 @@ def test_the_original_layouts_fields(parts: Parts, tmp_path: Path):
     assert AutoConfig.from_pretrained(tmp_path / "theirs").hidden_size == 32
 
 
-HINDERED = [
+INCOMPATIBLE = [
     (("dinov2", "llama"), {}, ["model_type=dinov2"]),
     (("siglip", "llama"), {}, ["model.visual_encoder.feature_layer=null"]),
     (
@@ -251,7 +251,7 @@ HINDERED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("names", "options", "reasons"), HINDERED, ids=str)
+@pytest.mark.parametrize(("names", "options", "reasons"), INCOMPATIBLE, ids=str)
 def test_all_that_hinders_is_said_at_once(parts: Parts, tmp_path: Path, names: tuple, options: dict, reasons: list):
     saved(parts, tmp_path / "ours", *names, template="chatml", **options)
     said = refusal("export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "llava")

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel, LlavaImageProcessor, LlavaProcessor
 import vlm
 from tests.command_line import refusal
 from tests.hub.foreign import (
-    same_logits,
+    have_same_logits,
     tokenizer_with_image,
     transformers_llava,
     write_base,
@@ -25,8 +25,8 @@ from tests.tiny_parts import Parts, picture
 from vlm.assembly.compose import load_config, load_model, load_processor
 from vlm.cli.main import main
 from vlm.config.schema import ModelConfig, from_mapping
-from vlm.data.encoding.labels import template_text
-from vlm.hub.importing import import_checkpoint, with_rows
+from vlm.data.encoding.labels import read_template
+from vlm.hub.importing import extend_rows, import_checkpoint
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 
@@ -47,9 +47,9 @@ def test_an_original_checkpoint(parts: Parts, tmp_path: Path, form: str, count: 
     folder = write_original(tmp_path / "theirs", parts, theirs, form=form, count=count, tower=tower)
     import_checkpoint(str(folder), tmp_path / "ours")
     model, processor = loaded(tmp_path / "ours")
-    assert same_logits(theirs, model, processor)
+    assert have_same_logits(theirs, model, processor)
     assert processor.image_mode == "pad"
-    assert processor.chat_template == template_text("v1")
+    assert processor.chat_template == read_template("v1")
     assert model.config.vision_config.num_hidden_layers == 2  # of 3: the last is never read
     assert model.config.text_config.vocab_size == 512  # 480 and <image>, filled up to 64
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ours", "theirs"]
@@ -64,7 +64,7 @@ def test_siglip_is_read_as_the_original_reads_it(parts: Parts, tmp_path: Path):
     theirs = transformers_llava(parts, "siglip")
     folder = write_original(tmp_path / "theirs", parts, theirs, encoder="siglip", mm_vision_select_layer=-1)
     import_checkpoint(str(folder), tmp_path / "ours")
-    assert same_logits(theirs, *loaded(tmp_path / "ours"))
+    assert have_same_logits(theirs, *loaded(tmp_path / "ours"))
 
 
 def test_a_projector_alone(parts: Parts, tmp_path: Path):
@@ -73,7 +73,7 @@ def test_a_projector_alone(parts: Parts, tmp_path: Path):
     base = write_base(tmp_path / "base", parts, theirs)
     write_projector(tmp_path / "projector", parts, theirs)
     import_checkpoint(str(tmp_path / "projector"), tmp_path / "ours", base_model=str(base))
-    assert same_logits(theirs, *loaded(tmp_path / "ours"))
+    assert have_same_logits(theirs, *loaded(tmp_path / "ours"))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_lora_adapter_is_merged(parts: Parts, tmp_path: Path, options: dict):
     base = write_base(tmp_path / "base", parts, theirs)
     write_lora(tmp_path / "lora", parts, theirs, base, **options)
     import_checkpoint(str(tmp_path / "lora"), tmp_path / "ours", base_model=str(base))
-    assert same_logits(theirs, *loaded(tmp_path / "ours"))
+    assert have_same_logits(theirs, *loaded(tmp_path / "ours"))
 
 
 @pytest.mark.parametrize("do_pad", [True, False], ids=["pads", "square"])
@@ -104,7 +104,7 @@ def test_transformers_llava(parts: Parts, tmp_path: Path, do_pad: bool):
     processor.save_pretrained(tmp_path / "theirs")
     import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
     model, ours = loaded(tmp_path / "ours")
-    assert same_logits(theirs, model, ours)
+    assert have_same_logits(theirs, model, ours)
     assert model.config.image_token_id == theirs.config.image_token_id
     theirs_pixels = processor(images=picture(), text="<image>", return_tensors="pt")["pixel_values"]
     assert torch.equal(ours.pixel_values([picture()]), theirs_pixels)
@@ -117,7 +117,7 @@ def test_start_and_end_tokens(parts: Parts, tmp_path: Path):
     tokenizer.save_pretrained(folder)
     import_checkpoint(str(folder), tmp_path / "ours")
     processor = loaded(tmp_path / "ours")[1]
-    around = processor.tokenizer.convert_ids_to_tokens(processor.image_ids())
+    around = processor.tokenizer.convert_ids_to_tokens(processor.image_token_ids())
     assert around == ["<im_start>", *["<image>"] * 9, "<im_end>"]
 
 
@@ -137,7 +137,7 @@ def test_linear_and_other_projectors(parts: Parts, tmp_path: Path):
 
 def test_new_rows_are_means_and_never_the_answer():
     table = torch.randn(10, 4)
-    grown = with_rows(table, 16)
+    grown = extend_rows(table, 16)
     assert torch.equal(grown[:10], table)
     hidden = torch.randn(50, 4)
     assert bool(((hidden @ grown.T).argmax(1) < 10).all())
@@ -148,9 +148,9 @@ def test_the_result_is_a_checkpoint_to_train_from_and_to_ask(
 ):
     folder = write_original(tmp_path / "theirs", parts, transformers_llava(parts))
     main(["import", str(folder), str(tmp_path / "ours"), "--dtype", "bfloat16"])
-    said = capsys.readouterr().out
-    assert "9 tokens a picture, image_mode=pad, torch.bfloat16" in said
-    assert "Vicuna 1.1, as LLaVA-1.5" in said
+    refusal_message = capsys.readouterr().out
+    assert "9 tokens a picture, image_mode=pad, torch.bfloat16" in refusal_message
+    assert "Vicuna 1.1, as LLaVA-1.5" in refusal_message
     ours = str(tmp_path / "ours")
     config = load_config(ours)
     recipe = from_mapping(ModelConfig, config.recipe)
@@ -194,8 +194,8 @@ def test_a_malicious_pickle_is_refused_and_leaves_nothing(parts: Parts, tmp_path
     folder = write_original(tmp_path / "theirs", parts, transformers_llava(parts))
     harm = tmp_path / "harm"
     torch.save({"lm_head.weight": Evil(harm)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    said = refusal("import", str(folder), str(tmp_path / "ours"))
-    assert "is refused: it asks for more than tensors, so loading it could run code" in said
+    refusal_message = refusal("import", str(folder), str(tmp_path / "ours"))
+    assert "is refused: it asks for more than tensors, so loading it could run code" in refusal_message
     assert not harm.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["theirs"]
 
@@ -205,7 +205,7 @@ CHANGES = {
     "mm_vision_select_feature": "middle", "mm_vision_tower": "/no/where", "mm_resampler_type": "perceiver",
     "model_type": "llava_mpt",
 }  # fmt: skip
-SAID = {
+EXPECTED_REFUSALS = {
     "image_aspect_ratio": "pictures in tiles are imported with mm_patch_merge_type=spatial_unpad",
     "mm_projector_type": "imported are linear, mlp<N>x_gelu and identity",
     "mm_vision_select_layer": "has no mm_vision_select_layer",
@@ -219,32 +219,32 @@ SAID = {
 @pytest.mark.parametrize("field", CHANGES)
 def test_what_cannot_be_imported_says_why(parts: Parts, tmp_path: Path, field: str):
     folder = write_original(tmp_path / "theirs", parts, transformers_llava(parts), **{field: CHANGES[field]})
-    said = refusal("import", str(folder), str(tmp_path / "ours"))
-    assert said.startswith("vlm import: ")
-    assert SAID[field] in said
+    refusal_message = refusal("import", str(folder), str(tmp_path / "ours"))
+    assert refusal_message.startswith("vlm import: ")
+    assert EXPECTED_REFUSALS[field] in refusal_message
     assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize("kind", ["llava_next_video", "vipllava"])
 def test_families_that_are_not_composed_are_refused_with_what_to_do(tmp_path: Path, kind: str):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    said = refusal("import", str(tmp_path), "ours")
-    assert f"is a {kind}, which cannot be composed of parts here. `vlm models` lists" in said
+    refusal_message = refusal("import", str(tmp_path), "ours")
+    assert f"is a {kind}, which cannot be composed of parts here. `vlm models` lists" in refusal_message
 
 
 def test_missing_shapes_and_surplus_are_named(parts: Parts, tmp_path: Path):
     folder = write_original(tmp_path / "theirs", parts, transformers_llava(parts))
     whole = torch.load(folder / "pytorch_model.bin")
 
-    def said(**changes: torch.Tensor | None) -> str:
+    def refusal_message(**changes: torch.Tensor | None) -> str:
         weights = {**whole, **{name.replace("__", "."): value for name, value in changes.items()}}
         torch.save({n: v for n, v in weights.items() if v is not None}, folder / "pytorch_model.bin")
         return refusal("import", str(folder), str(tmp_path / "ours"))
 
     norm = "language_model.model.norm.weight"
-    assert f"the source lacks 1 weights, such as {norm}" in said(model__norm__weight=None)
-    assert f"{norm} has the shape (3,), but (32,) is needed" in said(model__norm__weight=torch.ones(3))
-    assert "no place: 1 weights, such as image_newline.weight" in said(model__image_newline=torch.ones(32))
+    assert f"the source lacks 1 weights, such as {norm}" in refusal_message(model__norm__weight=None)
+    assert f"{norm} has the shape (3,), but (32,) is needed" in refusal_message(model__norm__weight=torch.ones(3))
+    assert "no place: 1 weights, such as image_newline.weight" in refusal_message(model__image_newline=torch.ones(32))
 
 
 def test_flags_that_are_missing_or_have_no_place(parts: Parts, tmp_path: Path):
@@ -275,10 +275,10 @@ def test_adapters_that_do_not_merge_as_a_sum_are_refused(parts: Parts, tmp_path:
     lora = write_lora(tmp_path / "lora", parts, theirs, base)
     settings = json.loads((lora / "adapter_config.json").read_text())
     (lora / "adapter_config.json").write_text(json.dumps(settings | change))
-    said = refusal("import", str(lora), str(tmp_path / "ours"), "--base-model", str(base))
+    refusal_message = refusal("import", str(lora), str(tmp_path / "ours"), "--base-model", str(base))
     key, value = next(iter(change.items()))
-    assert f"{key}={value}" in said
-    assert "merge_and_unload" in said
+    assert f"{key}={value}" in refusal_message
+    assert "merge_and_unload" in refusal_message
 
 
 def test_an_adapter_for_another_model_is_refused(parts: Parts, tmp_path: Path):
@@ -287,6 +287,6 @@ def test_an_adapter_for_another_model_is_refused(parts: Parts, tmp_path: Path):
     lora = write_lora(tmp_path / "lora", parts, theirs, base)
     values = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 1}))
-    said = refusal("import", str(lora), str(tmp_path / "ours"), "--base-model", str(base))
-    assert "no place" in said
+    refusal_message = refusal("import", str(lora), str(tmp_path / "ours"), "--base-model", str(base))
+    assert "no place" in refusal_message
     shutil.rmtree(base)

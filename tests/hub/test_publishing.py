@@ -11,14 +11,14 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.command_line import refusal
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from tests.families.tiny_families import save_family
 from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.tiny_parts import Parts
 from vlm.cli.main import main
-from vlm.hub.cleaning import hub_name, without_paths
-from vlm.hub.publishing import hub_code, prepare
-from vlm.hub.run_facts import RunFacts, read_run
+from vlm.hub.cleaning import find_hub_name, without_paths
+from vlm.hub.publishing import list_code_files, prepare_upload
+from vlm.hub.run_facts import RunSummary, read_run
 from vlm.models.configuration_vlm import AUTO_MAP
 from vlm.train.run import run
 
@@ -99,7 +99,7 @@ def test_the_published_folder_loads_and_trains_on(dry: Path, brief: list[str], t
     """Names that went from its recipe are not needed."""
     words = [*brief, "trainer.max_steps=1", "trainer.num_samples=0", f"trainer.from_pretrained={dry}"]
     words.append(f"trainer.output_dir={tmp_path / 'on'}")
-    folder = run(config_of("pretrain-smol", words), "pretrain-smol", [word.split("=")[0] for word in words])
+    folder = run(compose_config("pretrain-smol", words), "pretrain-smol", [word.split("=")[0] for word in words])
     assert (folder / "final" / "model.safetensors").is_file()
 
 
@@ -149,8 +149,8 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
         {"task": "vqav2_test", "metric": "submission", "value": None, "error": None},
     ]
     evaluations = {"vqa": {"records": 7, "metrics": {"accuracy": score}}, "gqa": {"limit": None, "results": tasks}}
-    facts = RunFacts(tmp_path / "final", data=data, evaluations=evaluations)
-    prepare(tmp_path / "final", tmp_path / "out", facts)
+    facts = RunSummary(tmp_path / "final", data=data, evaluations=evaluations)
+    prepare_upload(tmp_path / "final", tmp_path / "out", facts)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == ["openai/clip-vit-large-patch14-336", "Qwen/Qwen2.5-0.5B"]
     assert card.data.datasets == ["lab/pictures"]
@@ -167,7 +167,7 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
 def test_heads_bring_their_measures_and_their_code(train_head: Callable[..., Path], tmp_path: Path):
     folder = train_head("head-classification", "colour", tmp_path / "head")
     (tmp_path / "out").mkdir()
-    prepared = prepare(folder / "final", tmp_path / "out", read_run(folder / "final"), repo="ann/colours")
+    prepared = prepare_upload(folder / "final", tmp_path / "out", read_run(folder / "final"), repo="ann/colours")
     assert {"modeling_prediction.py", "configuration_prediction.py", "heads.py", "head_losses.py", "poolings.py",
             "head_tasks.py"} | HUB_FILES <= set(prepared.files)  # fmt: skip
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -184,7 +184,7 @@ def test_a_familys_model_needs_no_code(tmp_path: Path):
     folder = tmp_path / "final"
     save_family("llava-onevision", folder)
     (tmp_path / "out").mkdir()
-    prepared = prepare(folder, tmp_path / "out", RunFacts(folder), repo="ann/onevision")
+    prepared = prepare_upload(folder, tmp_path / "out", RunSummary(folder), repo="ann/onevision")
     assert [name for name in prepared.files if name.endswith(".py")] == []
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     text = (tmp_path / "out" / "README.md").read_text()
@@ -198,11 +198,11 @@ def test_a_class_of_the_users_own_has_to_be_there(tmp_path: Path):
         "model_type": "vlm", "connector": {"type": "mine:Connector"}, "auto_map": {"Connector": "user_connector.Mine"}
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"user_connector\.py, which has user_connector\.Mine, is missing"):
-        list(hub_code(tmp_path, config))
+        list(list_code_files(tmp_path, config))
     (tmp_path / "user_connector.py").write_text(OWN_CONNECTOR)
-    assert (tmp_path / "user_connector.py") in list(hub_code(tmp_path, config))
+    assert (tmp_path / "user_connector.py") in list(list_code_files(tmp_path, config))
     with pytest.raises(ValueError, match="mine:Connector is a class whose file is not there"):
-        list(hub_code(tmp_path, {**config, "auto_map": {}}))
+        list(list_code_files(tmp_path, {**config, "auto_map": {}}))
 
 
 # Refusals
@@ -275,7 +275,7 @@ def test_options_that_fit_nothing_are_refused(run_folder: Path, words: list[str]
 )
 def test_names_on_the_hub_are_told_from_folders(name: str | None, wanted: str | None, tmp_path: Path):
     (tmp_path / "runs").mkdir()
-    assert hub_name(name, tmp_path / "somewhere" / "final") == wanted
+    assert find_hub_name(name, tmp_path / "somewhere" / "final") == wanted
 
 
 def test_paths_go_and_tokens_stay(tmp_path: Path):

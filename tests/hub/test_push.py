@@ -32,7 +32,7 @@ def push(final: Path, repo: str, *words: str) -> None:
     main(["push-to-hub", str(final), "--repo", repo, "--yes", *words])
 
 
-def written(hub: LocalHub) -> list[str]:
+def list_write_requests(hub: LocalHub) -> list[str]:
     """Requests that changed something, or tried to."""
     marks = ("POST /api/repos", "DELETE", "PUT", "/commit/", "/preupload/", "/branch/")
     return [line for line in hub.asked if any(mark in line for mark in marks)]
@@ -132,7 +132,7 @@ def test_a_connection_that_is_cut_is_tried_again(online: LocalHub, final: Path):
 
 def test_a_killed_upload_goes_on_with_what_is_missing(online: LocalHub, final: Path, tmp_path: Path):
     """Of two files with weights one has arrived: the next try sends the other alone, without `--force`."""
-    two = in_two_files(final, tmp_path / "final")
+    two = split_into_two_files(final, tmp_path / "final")
     online.objects.clear()
     first: list[str] = []
 
@@ -174,7 +174,7 @@ def test_a_killed_upload_goes_on_with_what_is_missing(online: LocalHub, final: P
     assert sum(name.endswith(".safetensors") for name in online.files("ann/killed")) == 2
 
 
-def in_two_files(final: Path, folder: Path) -> Path:
+def split_into_two_files(final: Path, folder: Path) -> Path:
     """The same checkpoint, its weights in two files with an index."""
     from transformers import AutoModelForImageTextToText
 
@@ -193,7 +193,7 @@ def test_without_a_token(online: LocalHub, final: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("HF_TOKEN")
     said = refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
     assert said.startswith("push-to-hub: no token: log in (hf auth login), or set HF_TOKEN")
-    assert written(online) == []
+    assert list_write_requests(online) == []
 
 
 def test_a_refused_token(online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch):
@@ -202,19 +202,19 @@ def test_a_refused_token(online: LocalHub, final: Path, monkeypatch: pytest.Monk
     said = refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
     assert said.startswith(f"push-to-hub: {online.address} refuses the token (HF_TOKEN, or that of hf auth login)")
     assert wrong not in said
-    assert written(online) == []
+    assert list_write_requests(online) == []
 
 
 def test_a_token_that_may_only_read(online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", READER)
     assert "the token may only read" in refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
-    assert written(online) == []
+    assert list_write_requests(online) == []
 
 
 def test_somebody_elses_namespace(online: LocalHub, final: Path):
     said = refusal("push-to-hub", str(final), "--repo", "bob/model", "--yes")
     assert said == "push-to-hub: bob/model: ann may not write to bob, but to ann, lab"
-    assert written(online) == []
+    assert list_write_requests(online) == []
 
 
 def test_a_repository_that_holds_something(online: LocalHub, final: Path):
@@ -222,7 +222,7 @@ def test_a_repository_that_holds_something(online: LocalHub, final: Path):
     online.repositories["models/ann/there"] = Repository(branches={"main": [files]})
     said = refusal("push-to-hub", str(final), "--repo", "ann/there", "--yes")
     assert "ann/there exists and holds 1 files: go on with --force" in said
-    assert written(online) == []
+    assert list_write_requests(online) == []
     assert online.files("ann/there") == files
 
 
@@ -309,7 +309,7 @@ def test_existing_repositories_and_uploads_need_a_yes(
     Terminal(monkeypatch, "ann/kept", "y", "")
     assert refusal("push-to-hub", str(final)) == "push-to-hub: nothing was uploaded"
     assert online.files("ann/kept") == files
-    assert written(online) == []
+    assert list_write_requests(online) == []
     Terminal(monkeypatch, "ann/kept", "y", "yes")
     main(["push-to-hub", str(final)])
     assert "README.md" in online.files("ann/kept")

@@ -18,12 +18,12 @@ from transformers import (
 
 from tests.command_line import refusal
 from tests.hub.test_exporting import KEYS, weights
-from tests.hub.tiles import BATCHES, FIVE, LIKE, SIDE, SIXES, in_pixels, ours, pictures, same_answers
+from tests.hub.tiles import BATCHES, FIVE, LIKE, SIDE, SIXES, draw_images, in_pixels, ours, same_answers
 from tests.tiny_parts import Parts
 from vlm.config.schema import AnyResConfig
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.importing import import_checkpoint
-from vlm.hub.tiles import aspect_of, native_type
+from vlm.hub.tiles import make_aspect_ratio, native_type
 from vlm.inference.generate import VisionLanguageModel, user_turn
 from vlm.models.anyres import AnyRes
 
@@ -59,13 +59,13 @@ def test_transformers_answers_the_same(parts: Parts, tmp_path: Path, case: str):
     assert (type(theirs), type(reader)) == CLASSES[case.partition("-")[0]]
     assert not any(info.values()), info
     for batch, shapes in BATCHES.items():
-        content = [{"type": "image", "image": one} for one in pictures(batch)]
+        content = [{"type": "image", "image": one} for one in draw_images(batch)]
         given = reader.apply_chat_template(
             [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         )  # fmt: skip
         turns = [[user_turn("What is this?", len(shapes))]]
-        expected = VisionLanguageModel(model, processor).inputs(turns, [pictures(batch)])
+        expected = VisionLanguageModel(model, processor).inputs(turns, [draw_images(batch)])
         same_answers(theirs.eval(), given, model, expected)
 
 
@@ -123,7 +123,7 @@ def test_there_and_back_is_bit_equal(parts: Parts, tmp_path: Path, form: str, ca
     limit = None if case == "next-limit-unreached" else processor.tiling.max_tiles
     assert back.tiling == replace(processor.tiling, max_tiles=limit)
     for batch, shapes in BATCHES.items():
-        expected, seen = processor.image_inputs(pictures(batch)), back.image_inputs(pictures(batch))
+        expected, seen = processor.image_inputs(draw_images(batch)), back.image_inputs(draw_images(batch))
         assert all(torch.equal(seen[name], value) for name, value in expected.items())
         assert torch.equal(back.normalise(seen["pixel_values"]), processor.normalise(expected["pixel_values"]))
         sizes = [(height, width) for width, height in shapes]
@@ -155,7 +155,7 @@ def test_the_original_layouts_fields(parts: Parts, tmp_path: Path, case: str, as
 )  # fmt: skip
 def test_which_model_has_such_tiles(max_tiles: int | None, tile_several: bool, kind: str | None, aspect: str):
     anyres = AnyRes(FIVE, SIDE, 3, max_tiles, tile_several)
-    assert (native_type(anyres), aspect_of(anyres)) == (kind, aspect)
+    assert (native_type(anyres), make_aspect_ratio(anyres)) == (kind, aspect)
     if not tile_several:  # a limit that no grid reaches changes nothing
         shapes = [(1, 500), (500, 1), (400, 400), (30, 31)]
         limited = replace(anyres, max_tiles=int(aspect.removeprefix("anyres_max_")))

@@ -28,16 +28,16 @@ from tests.hub.tiles import (
     LIKE,
     SIDE,
     SIXES,
+    draw_images,
     in_pixels,
-    names_up_to_4_51,
     native,
     native_processor,
-    pictures,
+    rename_to_transformers_4_51,
     same_answers,
 )
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
-from vlm.data.encoding.labels import template_text
+from vlm.data.encoding.labels import read_template
 from vlm.hub.importing import import_checkpoint
 from vlm.models.anyres import AnyRes
 
@@ -64,7 +64,7 @@ def test_transformers_own(parts: Parts, tmp_path: Path, name: str, old: bool):
     theirs, reader = write_native(parts, tmp_path / "theirs", name)
     if old:
         (tmp_path / "theirs" / "model.safetensors").unlink()
-        write_shards(tmp_path / "theirs", names_up_to_4_51(theirs), "safetensors", 2)
+        write_shards(tmp_path / "theirs", rename_to_transformers_4_51(theirs), "safetensors", 2)
     import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
     found = vlm.load(tmp_path / "ours", device="cpu")
     kind, encoder, _ = KINDS[name]
@@ -75,11 +75,11 @@ def test_transformers_own(parts: Parts, tmp_path: Path, name: str, old: bool):
     }  # fmt: skip
     assert found.model.config.recipe["anyres"]["grids"] == wanted.grids
     assert type(found.processor.image_processor) is (CLIPImageProcessor if encoder == "clip" else SiglipImageProcessor)
-    assert found.processor.chat_template == template_text("chatml")
+    assert found.processor.chat_template == read_template("chatml")
     for batch in BATCHES:
         text = "what" + " <image> is" * len(BATCHES[batch]) + " in it?"
-        given = reader(images=[pictures(batch)], text=text, return_tensors="pt")
-        same_answers(theirs, given, found.model, found.processor(images=pictures(batch), text=text))
+        given = reader(images=[draw_images(batch)], text=text, return_tensors="pt")
+        same_answers(theirs, given, found.model, found.processor(images=draw_images(batch), text=text))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_template_for_lists_is_replaced_by_the_packaged_one_that_writes_the_sa
     write_native(parts, tmp_path / "theirs", "next-clip")
     (tmp_path / "theirs" / "chat_template.jinja").write_text(text)
     _, processor = import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
-    assert processor.chat_template == template_text(template)
+    assert processor.chat_template == read_template(template)
 
 
 # The original's
@@ -128,14 +128,14 @@ def test_the_originals(parts: Parts, tmp_path: Path, encoder: str, aspect: str, 
     theirs = write_tiled(parts, tmp_path / "theirs", encoder, image_aspect_ratio=aspect)
     import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
     found = vlm.load(tmp_path / "ours", device="cpu")
-    assert found.processor.chat_template == template_text("v1")
+    assert found.processor.chat_template == read_template("v1")
     assert found.processor.tiling == AnyRes(
         TURNED, SIDE, 3, 2 if aspect == "anyres_max_2" else None, aspect == "anyres"
     )
     reader = native_processor(parts, theirs, "vicuna")
-    given = reader.image_processor([pictures(batch)], return_tensors="pt")
+    given = reader.image_processor([draw_images(batch)], return_tensors="pt")
     text = "what" + " <image> is" * len(BATCHES[batch]) + " in it?"
-    expected = found.processor(images=pictures(batch), text=text)
+    expected = found.processor(images=draw_images(batch), text=text)
     assert found.processor.image_token_id == theirs.config.image_token_id
     same_answers(theirs, {**expected_ids(expected), **given}, found.model, expected)
 
@@ -153,13 +153,13 @@ def test_an_adapter_brings_its_newline(parts: Parts, tmp_path: Path):
     write_config(tmp_path / "lora", parts, **tiles)
     import_checkpoint(str(tmp_path / "lora"), tmp_path / "ours", base_model=str(base))
     found = vlm.load(tmp_path / "ours", device="cpu")
-    given = native_processor(parts, theirs, "vicuna").image_processor([pictures("one")], return_tensors="pt")
-    expected = found.processor(images=pictures("one"), text="what <image>")
+    given = native_processor(parts, theirs, "vicuna").image_processor([draw_images("one")], return_tensors="pt")
+    expected = found.processor(images=draw_images("one"), text="what <image>")
     same_answers(theirs, {**expected_ids(expected), **given}, found.model, expected)
     write_projector(tmp_path / "projector", parts, theirs)
     write_config(tmp_path / "projector", parts, **tiles)
-    said = refusal("import", str(tmp_path / "projector"), str(tmp_path / "out"), "--base-model", str(base))
-    assert "the source lacks 1 weights, such as image_newline.weight" in said
+    refusal_message = refusal("import", str(tmp_path / "projector"), str(tmp_path / "out"), "--base-model", str(base))
+    assert "the source lacks 1 weights, such as image_newline.weight" in refusal_message
 
 
 @pytest.mark.parametrize(
@@ -257,13 +257,13 @@ def test_natives_that_are_refused(parts: Parts, tmp_path: Path):
     write_native(parts, tmp_path / "theirs", "onevision-clip")
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
 
-    def said(**fields: Any) -> str:
+    def refusal_message(**fields: Any) -> str:
         (tmp_path / "theirs" / "config.json").write_text(json.dumps({**config, **fields}))
         return refusal("import", str(tmp_path / "theirs"), str(tmp_path / "ours"))
 
-    assert "vision_aspect_ratio=anyres; imported is anyres_max_<N>" in said(vision_aspect_ratio="anyres")
-    assert "of its model, but [[24, 24], " in said(image_grid_pinpoints=in_pixels(FIVE))
-    assert "model.visual_encoder.feature_strategy=patch" in said(vision_feature_select_strategy="full")
+    assert "vision_aspect_ratio=anyres; imported is anyres_max_<N>" in refusal_message(vision_aspect_ratio="anyres")
+    assert "of its model, but [[24, 24], " in refusal_message(image_grid_pinpoints=in_pixels(FIVE))
+    assert "model.visual_encoder.feature_strategy=patch" in refusal_message(vision_feature_select_strategy="full")
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     said_of_pad = refusal("import", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--image-mode", "pad")
     assert "image_mode=pad: with model.anyres, dataset.image_mode=square is needed" in said_of_pad
@@ -274,19 +274,22 @@ def test_an_image_processor_with_two_sizes_is_refused(parts: Parts, tmp_path: Pa
     model.save_pretrained(tmp_path / "theirs")
     processor = native_processor(parts, model, "llama", size={"shortest_edge": 30})
     processor.save_pretrained(tmp_path / "theirs")
-    said = refusal("import", str(tmp_path / "theirs"), str(tmp_path / "ours"))
-    assert "it sees the whole picture in (30, 30) pixels and tiles of 24; needed is one size" in said
+    refusal_message = refusal("import", str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    assert "it sees the whole picture in (30, 30) pixels and tiles of 24; needed is one size" in refusal_message
     processor.image_processor = CLIPImageProcessor()
     processor.save_pretrained(tmp_path / "theirs")
-    said = refusal("import", str(tmp_path / "theirs"), str(tmp_path / "ours"))
-    assert "is a CLIPImageProcessor, which cuts no tiles" in said
+    refusal_message = refusal("import", str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    assert "is a CLIPImageProcessor, which cuts no tiles" in refusal_message
 
 
 def test_what_is_imported_is_said_and_can_be_asked(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_native(parts, tmp_path / "theirs", "onevision-siglip")
     main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")])
-    said = capsys.readouterr().out
-    assert f"9 tokens a tile, pictures in {len(SIXES)} grids of tiles, shrunk to about 2 tiles, torch.float32" in said
+    refusal_message = capsys.readouterr().out
+    assert (
+        f"9 tokens a tile, pictures in {len(SIXES)} grids of tiles, shrunk to about 2 tiles, torch.float32"
+        in refusal_message
+    )
     picture().save(tmp_path / "picture.png")
     words = ["--image", str(tmp_path / "picture.png"), "--prompt", "What?", "--max-new-tokens", "3"]
     main(["generate", str(tmp_path / "ours"), *words])

@@ -88,7 +88,7 @@ def native_processor(parts: Parts, model: Any, language_model: str, **options: A
     )  # fmt: skip
 
 
-def names_up_to_4_51(model: Any) -> dict[str, Tensor]:
+def rename_to_transformers_4_51(model: Any) -> dict[str, Tensor]:
     """The weights as the checkpoints on the Hub call them."""
     names = {
         "model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector.",
@@ -124,7 +124,7 @@ BATCHES = {"one": [(40, 30)], "strip": [(100, 10)], "small": [(9, 9)], "several"
 """Widths and heights of the pictures of a sample."""
 
 
-def pictures(name: str) -> list[Any]:
+def draw_images(name: str) -> list[Any]:
     return [picture(number, shape) for number, shape in enumerate(BATCHES[name])]
 
 

@@ -19,8 +19,8 @@ from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.adapter_base import BASE_FILE
 from vlm.cli.main import main
-from vlm.data.encoding.labels import template_text
-from vlm.inference.eval import eval_model, load_pretrained_model, picture_files
+from vlm.data.encoding.labels import read_template
+from vlm.inference.eval import eval_model, load_pretrained_model, split_image_paths
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def images(tmp_path: Path) -> list[Path]:
     return [tmp_path / "0.png", tmp_path / "1.png"]
 
 
-def given(checkpoint: Path, **fields: Any) -> Any:
+def make_args(checkpoint: Path, **fields: Any) -> Any:
     """Arguments as LLaVA's users make them."""
     return type("Args", (), {"model_path": str(checkpoint), "query": "what?", **fields})()
 
@@ -48,7 +48,7 @@ def given(checkpoint: Path, **fields: Any) -> Any:
 
 
 def test_all_fields_as_llavas_users_give_them(checkpoint: Path, images: list[Path], capsys: pytest.CaptureFixture[str]):
-    args = given(
+    args = make_args(
         checkpoint, model_base=None, model_name="llava-v1.5-7b", conv_mode=None, image_file=str(images[0]), sep=",",
         temperature=0, top_p=None, num_beams=1, max_new_tokens=6,
     )  # fmt: skip
@@ -65,18 +65,20 @@ def test_what_is_missing_takes_its_default(checkpoint: Path):
 
 @pytest.mark.parametrize("separator", [",", ";"])
 def test_several_pictures_stand_where_the_query_says(checkpoint: Path, images: list[Path], separator: str):
-    args = given(checkpoint, query="<image-placeholder> or <image>?", image_file=separator.join(map(str, images)),
+    args = make_args(checkpoint, query="<image-placeholder> or <image>?", image_file=separator.join(map(str, images)),
                  sep=separator, max_new_tokens=6)  # fmt: skip
     assert eval_model(args) == vlm.load(checkpoint).generate("<image> or <image>?", images, max_new_tokens=6)
 
 
 def test_another_template(checkpoint: Path, images: list[Path]):
     """A packaged one, or the tokenizer's own; each asks with other words around the question."""
-    for mode, template in (("v1", template_text("v1")), ("plain", template_text("plain")), ("tokenizer", None)):
+    for mode, template in (("v1", read_template("v1")), ("plain", read_template("plain")), ("tokenizer", None)):
         model = vlm.load(checkpoint)
         model.processor.chat_template = template or model.processor.own_template
         expected = model.generate("what?", images[:1], max_new_tokens=6)
-        assert eval_model(given(checkpoint, image_file=str(images[0]), conv_mode=mode, max_new_tokens=6)) == expected
+        assert (
+            eval_model(make_args(checkpoint, image_file=str(images[0]), conv_mode=mode, max_new_tokens=6)) == expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -104,13 +106,13 @@ def test_another_template(checkpoint: Path, images: list[Path]):
 )
 def test_what_is_wrong_is_said(checkpoint: Path, fields: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=re.escape(said)):
-        eval_model(given(checkpoint, **fields))
+        eval_model(make_args(checkpoint, **fields))
 
 
 def test_paths_of_pictures():
-    assert picture_files("a.png, b.png,") == ["a.png", "b.png"]
-    assert picture_files("a,b.png|c.png", "|") == ["a,b.png", "c.png"]
-    assert picture_files("") == []
+    assert split_image_paths("a.png, b.png,") == ["a.png", "b.png"]
+    assert split_image_paths("a,b.png|c.png", "|") == ["a,b.png", "c.png"]
+    assert split_image_paths("") == []
 
 
 # load_pretrained_model
@@ -168,7 +170,7 @@ def test_a_base_that_moved_is_found_in_every_way(
 ):  # fmt: skip
     adapter, base, answer = moved
     asked = {"image_file": str(images[0]), "max_new_tokens": 4}
-    assert eval_model(given(adapter, model_base=base, **asked)) == answer
+    assert eval_model(make_args(adapter, model_base=base, **asked)) == answer
     assert load_pretrained_model(str(adapter), base)[3] > 0
     capsys.readouterr()
     options = [str(adapter), "--image", str(images[0]), "--max-new-tokens", "4", "--base", base]
@@ -184,4 +186,4 @@ def test_a_base_that_is_gone_is_said(moved: tuple[Path, str, str]):
     needed = f"{adapter} needs what it was trained on, /no/such/base, which is no longer there"
     assert needed in refusal("chat", str(adapter))
     with pytest.raises(ValueError, match="/no/such/base, which is no longer there"):
-        eval_model(given(adapter))
+        eval_model(make_args(adapter))

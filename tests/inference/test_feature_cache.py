@@ -11,7 +11,7 @@ from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
 from vlm.config.schema import InferenceConfig
 from vlm.inference.conversation import Conversation
-from vlm.inference.feature_cache import ImageMemory
+from vlm.inference.feature_cache import ImageFeatureCache
 from vlm.inference.generate import VisionLanguageModel, user_turn
 
 GREEDY = InferenceConfig(max_new_tokens=6)
@@ -24,7 +24,7 @@ def plain(parts: Parts) -> VisionLanguageModel:
 
 @pytest.fixture
 def ours(plain: VisionLanguageModel) -> VisionLanguageModel:
-    return VisionLanguageModel(plain.model, plain.processor, ImageMemory())
+    return VisionLanguageModel(plain.model, plain.processor, ImageFeatureCache())
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def encoded(plain: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list
     return calls
 
 
-def answers(model: VisionLanguageModel, shown: Sequence[Sequence[int]]) -> list[str]:
+def generate_answers(model: VisionLanguageModel, shown: Sequence[Sequence[int]]) -> list[str]:
     """What is said of pictures of these numbers, each row's question a word longer than the last."""
     prompts = [[user_turn(f"which{' of' * row}?", len(seeds))] for row, seeds in enumerate(shown)]
     return model.answer(prompts, [[picture(seed) for seed in seeds] for seeds in shown], GREEDY)
@@ -51,14 +51,14 @@ def test_a_picture_is_encoded_once_within_a_batch_and_across(
     plain: VisionLanguageModel, ours: VisionLanguageModel, encoded: list[int]
 ):
     shown = [[1], [2, 1], [], [1]]
-    expected = answers(plain, shown)
+    expected = generate_answers(plain, shown)
     assert len(set(expected)) > 2  # or this would prove little
     encoded.clear()
-    assert answers(ours, shown) == expected
+    assert generate_answers(ours, shown) == expected
     assert encoded == [2]
-    assert answers(ours, shown) == expected
+    assert generate_answers(ours, shown) == expected
     assert encoded == [2]
-    answers(ours, [[3], [1]])
+    generate_answers(ours, [[3], [1]])
     assert encoded == [2, 1]
 
 
@@ -75,69 +75,69 @@ def test_turns_of_a_conversation_encode_a_picture_once(
 
 
 def test_text_alone_is_left_as_it_is(plain: VisionLanguageModel, ours: VisionLanguageModel, encoded: list[int]):
-    assert answers(ours, [[]]) == answers(plain, [[]])
+    assert generate_answers(ours, [[]]) == generate_answers(plain, [[]])
     assert encoded == []
 
 
 def test_what_was_not_shown_for_longest_is_forgotten_first(plain: VisionLanguageModel, encoded: list[int]):
     one = plain.model.encode_images(torch.zeros(1, 3, 24, 24)).nbytes
-    ours = VisionLanguageModel(plain.model, plain.processor, ImageMemory(2 * one))
+    ours = VisionLanguageModel(plain.model, plain.processor, ImageFeatureCache(2 * one))
     encoded.clear()
     for seed in (1, 2, 1, 3):  # 2 goes
-        answers(ours, [[seed]])
-    assert (encoded, len(ours.memory or ())) == ([1, 1, 1], 2)
-    answers(ours, [[1], [3]])
+        generate_answers(ours, [[seed]])
+    assert (encoded, len(ours.feature_cache or ())) == ([1, 1, 1], 2)
+    generate_answers(ours, [[1], [3]])
     assert len(encoded) == 3
-    answers(ours, [[2]])
+    generate_answers(ours, [[2]])
     assert len(encoded) == 4
 
 
 def test_more_than_fits_is_answered_all_the_same(plain: VisionLanguageModel):
-    ours = VisionLanguageModel(plain.model, plain.processor, ImageMemory(0))
+    ours = VisionLanguageModel(plain.model, plain.processor, ImageFeatureCache(0))
     shown = [[1], [2, 1]]
-    assert answers(ours, shown) == answers(plain, shown)
-    assert len(ours.memory or ()) == 0
+    assert generate_answers(ours, shown) == generate_answers(plain, shown)
+    assert len(ours.feature_cache or ()) == 0
 
 
 def test_a_loaded_model_remembers(plain: VisionLanguageModel, tmp_path: Any):
     plain.model.save_pretrained(tmp_path)
     plain.processor.save_pretrained(tmp_path)
     loaded = VisionLanguageModel.load(tmp_path, device="cpu")
-    assert answers(loaded, [[1], [1, 2]]) == answers(plain, [[1], [1, 2]])
-    assert loaded.memory is not None
-    assert len(loaded.memory) == 2
+    assert generate_answers(loaded, [[1], [1, 2]]) == generate_answers(plain, [[1], [1, 2]])
+    assert loaded.feature_cache is not None
+    assert len(loaded.feature_cache) == 2
 
 
 def test_one_that_may_still_train_does_not(plain: VisionLanguageModel):
-    assert plain.memory is None
+    assert plain.feature_cache is None
 
 
 def test_what_changes_is_not_remembered(parts: Parts):
     """Other weights once it has been in training, and another precision."""
     ours = lively(parts, "llama")
-    ours.memory = memory = ImageMemory()
-    answers(ours, [[1]])
+    ours.feature_cache = feature_cache = ImageFeatureCache()
+    generate_answers(ours, [[1]])
     ours.model.train()
-    answers(ours, [[1]])
-    assert len(memory) == 0
+    generate_answers(ours, [[1]])
+    assert len(feature_cache) == 0
     ours.model.eval()
-    answers(ours, [[1]])
+    generate_answers(ours, [[1]])
     torch.nn.Module.to(ours.model, torch.float64)
     inputs = ours.inputs([[user_turn("what?", 1)]], [[picture(1)]])
-    assert memory.put_in(ours.model, inputs)["image_features"].dtype == torch.float64
+    assert feature_cache.replace_pixels(ours.model, inputs)["image_features"].dtype == torch.float64
 
 
 def test_several_threads_may_ask(plain: VisionLanguageModel):
     one = plain.model.encode_images(torch.zeros(1, 3, 24, 24)).nbytes
-    memory = ImageMemory(3 * one)
+    feature_cache = ImageFeatureCache(3 * one)
     shown = [plain.inputs([[user_turn("what?", 1)]], [[picture(seed)]]) for seed in range(6)]
     expected = [plain.model.encode_images(one["pixel_values"]) for one in shown]
 
     def ask(turn: int) -> None:
-        found = memory.put_in(plain.model, shown[turn % 6])
+        found = feature_cache.replace_pixels(plain.model, shown[turn % 6])
         torch.testing.assert_close(found["image_features"], expected[turn % 6])
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(60)))
-    assert len(memory) == 3
-    assert memory._bytes == 3 * one
+    assert len(feature_cache) == 3
+    assert feature_cache._bytes == 3 * one

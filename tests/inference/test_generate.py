@@ -14,9 +14,9 @@ from tests.data.vision.test_video import write_video
 from tests.tiny_parts import CHAT_TEMPLATES, Parts, byte_tokenizer, picture
 from vlm.config.schema import InferenceConfig
 from vlm.data.encoding.labels import encode_prompt
-from vlm.data.sample import Picture, Turn
-from vlm.data.vision.video import frames_of, read_frames
-from vlm.inference.generate import VisionLanguageModel, opened, user_turn
+from vlm.data.sample import ImageRef, Turn
+from vlm.data.vision.video import read_frames, sample_frame_refs
+from vlm.inference.generate import VisionLanguageModel, load_images, user_turn
 from vlm.models import VLMProcessor
 from vlm.models.connectors import CONNECTORS
 
@@ -34,10 +34,10 @@ ASKED: list[tuple[str, list[Image.Image]]] = [
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
 def ours(request, parts: Parts) -> VisionLanguageModel:
     """Three language models; the weights are chance, made livelier so that the answers differ."""
-    return lively(parts, request.param)
+    return make_random_model(parts, request.param)
 
 
-def lively(parts: Parts, language_model: str, **recipe: Any) -> VisionLanguageModel:
+def make_random_model(parts: Parts, language_model: str, **recipe: Any) -> VisionLanguageModel:
     model, processor = parts.model("clip", language_model, **recipe)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def lively(parts: Parts, language_model: str, **recipe: Any) -> VisionLanguageMo
     return VisionLanguageModel(model.eval(), processor)
 
 
-def ids_alone(ours: VisionLanguageModel, text: str, images: Sequence[Image.Image], steps: int) -> list[int]:
+def generate_ids_alone(ours: VisionLanguageModel, text: str, images: Sequence[Image.Image], steps: int) -> list[int]:
     """Greedy decoding by hand: whole passes without cache, padding or `generate`."""
     processor, model = ours.processor, ours.model
     ids = encode_prompt(processor, [user_turn(text, len(images))])
@@ -77,7 +77,7 @@ def test_a_batch_answers_token_by_token_as_each_alone(ours: VisionLanguageModel)
     assert torch.equal(output[:, :width], inputs["input_ids"])
     answers = []
     for row, (text, images) in enumerate(ASKED):
-        expected = ids_alone(ours, text, images, GREEDY.max_new_tokens)
+        expected = generate_ids_alone(ours, text, images, GREEDY.max_new_tokens)
         assert output[row, width : width + len(expected)].tolist() == expected
         rest = output[row, width + len(expected) :]
         assert set(rest.tolist()) <= {ours.processor.tokenizer.pad_token_id}
@@ -196,20 +196,20 @@ def test_generation_ends_where_the_template_ends_a_reply(parts: Parts, name: str
 
 def test_an_answer_stops_at_its_end(parts: Parts):
     """What the model is made to say is cut behind the end token; special tokens are not shown."""
-    ours = lively(parts, "llama")
+    ours = make_random_model(parts, "llama")
     tokenizer = ours.processor.tokenizer
     said = tokenizer.convert_tokens_to_ids(["c", "a", "t", "<|im_end|>", "x"])
-    answers = forced(ours, said)
+    answers = force_reply(ours, said)
     assert answers == "cat"
 
 
 def test_a_caption_stops_at_its_line_break(parts: Parts):
-    ours = lively(parts, "llama", template="plain")
+    ours = make_random_model(parts, "llama", template="plain")
     said = ours.processor.tokenizer.convert_tokens_to_ids(["c", "a", "t", "Ċ", "x"])
-    assert forced(ours, said) == "cat"
+    assert force_reply(ours, said) == "cat"
 
 
-def forced(ours: VisionLanguageModel, said: list[int]) -> str:
+def force_reply(ours: VisionLanguageModel, said: list[int]) -> str:
     """The answer of a model that can only say these ids, one after the other."""
     start = len(encode_prompt(ours.processor, [user_turn("what?", 1)]))
     return ours.generate(
@@ -256,7 +256,7 @@ def test_a_conversation_goes_on(ours: VisionLanguageModel):
 
 
 def test_pictures_stand_where_the_prompt_says():
-    one = Picture(Path())
+    one = ImageRef(Path())
     assert user_turn("what?", 2) == Turn("user", (one, one, "\nwhat?"))
     assert user_turn("a <image> b <image>", 2) == Turn("user", ("a ", one, " b ", one))
     assert user_turn("<image>", 1) == Turn("user", (one,))
@@ -294,7 +294,7 @@ def test_a_picture_that_does_not_open_is_an_error(ours: VisionLanguageModel, tmp
 
 def test_pictures_are_given_as_paths_or_opened(tmp_path: Path):
     picture().save(tmp_path / "a.png")
-    first, second, third = opened([picture(), tmp_path / "a.png", str(tmp_path / "a.png")])
+    first, second, third = load_images([picture(), tmp_path / "a.png", str(tmp_path / "a.png")])
     assert first.tobytes() == second.tobytes() == third.tobytes()
 
 
@@ -378,10 +378,10 @@ def test_training_switched_the_cache_off(ours: VisionLanguageModel):
 
 def test_a_video_is_frames_to_a_model_that_knows_pictures(parts: Parts, tmp_path: Path):
     """Where `<video>` stands, beside pictures, for one prompt of several."""
-    ours = lively(parts, "llama")
+    ours = make_random_model(parts, "llama")
     video = write_video(tmp_path / "a.mp4", 20)
     turn, media = ours.asked("<image> and <video>?", [picture(0)], [video], 2)
-    assert turn.content == (Picture(Path()), " and ", *frames_of(video, 2, "x"), "?")
+    assert turn.content == (ImageRef(Path()), " and ", *sample_frame_refs(video, 2, "x"), "?")
     frames = read_frames(video, [5, 15], "x")
     assert [image.size for image in media] == [picture(0).size, *(frame.size for frame in frames)]
     alone = ours.generate("<image> and <image><image>?", [picture(0), *frames], max_new_tokens=8)
@@ -389,7 +389,7 @@ def test_a_video_is_frames_to_a_model_that_knows_pictures(parts: Parts, tmp_path
     answers = ours.generate(asked, [[picture(0)], []], [[video], []], max_frames=2, max_new_tokens=8)
     assert answers[0] == alone
     turn, _ = ours.asked("what <image>?", [picture(0)], [video], 1)
-    assert turn.content == (*frames_of(video, 1, "x"), "\nwhat ", Picture(Path()), "?")
+    assert turn.content == (*sample_frame_refs(video, 1, "x"), "\nwhat ", ImageRef(Path()), "?")
     with pytest.raises(ValueError, match="max_frames=0: must be at least 1"):
         ours.generate("what?", videos=[video], max_frames=0)
     with pytest.raises(ValueError, match=r"b\.mp4 does not open"):

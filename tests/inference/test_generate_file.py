@@ -16,7 +16,7 @@ from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
 from vlm.config.schema import InferenceConfig, SourceConfig
-from vlm.data.sample import Picture, Turn
+from vlm.data.sample import ImageRef, Turn
 from vlm.inference.generate import VisionLanguageModel, user_turn
 from vlm.inference.generate_file import generate_file, question_text
 
@@ -41,13 +41,13 @@ def checkpoint(ours: VisionLanguageModel, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def pictures_of(number: int) -> int:
+def image_refs_from_value(number: int) -> int:
     return (1, 2, 0, 1)[number % 4]
 
 
-def question_of(number: int) -> str:
+def make_question(number: int) -> str:
     text = QUESTIONS[number % 4]
-    return f"<image>\n{text}" if pictures_of(number) > text.count("<image>") else text
+    return f"<image>\n{text}" if image_refs_from_value(number) > text.count("<image>") else text
 
 
 @pytest.fixture
@@ -55,10 +55,10 @@ def records(tmp_path: Path) -> Path:
     """Records of different lengths and numbers of pictures; the last one has a turn before its question."""
     found = []
     for number in range(NUMBER):
-        names = [f"{number}-{place}.png" for place in range(pictures_of(number))]
+        names = [f"{number}-{place}.png" for place in range(image_refs_from_value(number))]
         for place, name in enumerate(names):
             picture(10 * number + place).save(tmp_path / name)
-        turns = [{"from": "human", "value": question_of(number)}, {"from": "gpt", "value": f"gold {number}"}]
+        turns = [{"from": "human", "value": make_question(number)}, {"from": "gpt", "value": f"gold {number}"}]
         found.append({"id": f"r{number}", "image": names, "conversations": turns})
     before = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "well?"}]
     found[-1]["conversations"] = [*before, *found[-1]["conversations"]]
@@ -66,14 +66,14 @@ def records(tmp_path: Path) -> Path:
     return tmp_path / "records.json"
 
 
-def alone(ours: VisionLanguageModel, folder: Path, number: int) -> str:
+def answer_alone(ours: VisionLanguageModel, folder: Path, number: int) -> str:
     """What the model answers to one of the records, asked by itself."""
     before = [Turn("user", ("hello",)), Turn("assistant", ("well?",))] if number == NUMBER - 1 else []
-    images = [picture(10 * number + place) for place in range(pictures_of(number))]
-    return ours.answer([[*before, user_turn(question_of(number), len(images))]], [images], GREEDY)[0]
+    images = [picture(10 * number + place) for place in range(image_refs_from_value(number))]
+    return ours.answer([[*before, user_turn(make_question(number), len(images))]], [images], GREEDY)[0]
 
 
-def fill(
+def generate_rows(
     ours: VisionLanguageModel, records: Path, name: str = "answers.jsonl", settings: InferenceConfig = GREEDY,
     **options: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -82,7 +82,7 @@ def fill(
     return generate_file(ours, source, records.with_name(name), settings, cache=records.parent / "cache", **named)
 
 
-def changed(records: Path, number: int, **keys: Any) -> None:
+def change_record(records: Path, number: int, **keys: Any) -> None:
     """Put keys into a record of the file."""
     content = json.loads(records.read_text())
     content[number] |= keys
@@ -94,15 +94,15 @@ def changed(records: Path, number: int, **keys: Any) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_a_batch_answers_as_each_alone(ours: VisionLanguageModel, records: Path, batch_size: int):
-    rows = fill(ours, records, batch_size=batch_size)
-    assert [row["answer"] for row in rows] == [alone(ours, records.parent, number) for number in range(NUMBER)]
+    rows = generate_rows(ours, records, batch_size=batch_size)
+    assert [row["answer"] for row in rows] == [answer_alone(ours, records.parent, number) for number in range(NUMBER)]
     assert len({row["answer"] for row in rows}) > 3  # or this would prove little
     assert [row["source"] for row in rows] == [f"r{number}" for number in range(NUMBER)]
     assert not any(row["error"] for row in rows)
 
 
 def test_a_row_says_what_was_asked_and_what_the_record_replies(ours: VisionLanguageModel, records: Path):
-    rows = fill(ours, records)
+    rows = generate_rows(ours, records)
     first, second, third = rows[:3]
     assert (first["prompt"], first["reference"]) == ("what?", "gold 0")
     assert second["prompt"] == "a rather longer question about <image> and <image>: which is it?"
@@ -115,24 +115,24 @@ def test_a_row_says_what_was_asked_and_what_the_record_replies(ours: VisionLangu
 
 def test_the_reply_never_reaches_the_model(ours: VisionLanguageModel, records: Path):
     """Another reply, or none, gives the same answer."""
-    before = fill(ours, records)
+    before = generate_rows(ours, records)
     content = json.loads(records.read_text())
     content[0]["conversations"][1]["value"] = "something else entirely"
     content[1]["conversations"].pop()
     records.write_text(json.dumps(content))
-    after = fill(ours, records, "other.jsonl")
+    after = generate_rows(ours, records, "other.jsonl")
     assert [row["answer"] for row in after] == [row["answer"] for row in before]
     assert [row["reference"] for row in after[:2]] == ["something else entirely", None]
 
 
 def test_records_that_cannot_be_asked_are_rows(ours: VisionLanguageModel, records: Path):
-    before = fill(ours, records)
+    before = generate_rows(ours, records)
     records.with_name("0-0.png").write_text("no picture")
-    changed(records, 3, image=["missing.png"])
-    changed(records, 4, conversations=[{"from": "human", "value": "<image>\n" + "word " * 600}])
-    changed(records, 5, conversations=[])
-    changed(records, 6, image=["5-0.png"])
-    rows = fill(ours, records, "other.jsonl")
+    change_record(records, 3, image=["missing.png"])
+    change_record(records, 4, conversations=[{"from": "human", "value": "<image>\n" + "word " * 600}])
+    change_record(records, 5, conversations=[])
+    change_record(records, 6, image=["5-0.png"])
+    rows = generate_rows(ours, records, "other.jsonl")
     assert [number for number, row in enumerate(rows) if row["error"]] == [0, 3, 4, 5, 6]
     assert all(row["answer"] is None for row in rows if row["error"])
     assert "0-0.png does not open" in rows[0]["error"]
@@ -150,14 +150,14 @@ def test_broken_lines_are_rows(ours: VisionLanguageModel, records: Path):
     lines = [json.dumps(one) for one in json.loads(records.read_text())[:3]]
     broken = records.with_suffix(".jsonl")
     broken.write_text("\n".join([lines[0], "{broken", lines[1]]))
-    rows = fill(ours, broken)
+    rows = generate_rows(ours, broken)
     assert [row["source"] for row in rows] == ["r0", "records.jsonl:1", "r1"]
     assert "not JSON" in rows[1]["error"]
 
 
 def test_a_table(ours: VisionLanguageModel, records: Path):
-    changed(records, 0, image=["missing.png"])
-    rows = fill(ours, records, "answers.csv")
+    change_record(records, 0, image=["missing.png"])
+    rows = generate_rows(ours, records, "answers.csv")
     with (records.parent / "answers.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert {"source", "image_path", "prompt", "answer", "reference", "error"} <= set(read[0])
@@ -170,15 +170,15 @@ def test_questions_as_llava_writes_them(ours: VisionLanguageModel, records: Path
     questions = [{"question_id": 7, "image": "0-0.png", "text": "what?", "category": "conv"},
                  {"question_id": 8, "text": "no picture here"}]  # fmt: skip
     asked.write_text("\n".join(map(json.dumps, questions)))
-    rows = fill(ours, asked, format="labelled", options={"prompt_key": "text"})
+    rows = generate_rows(ours, asked, format="labelled", options={"prompt_key": "text"})
     assert [(row["source"], row["prompt"], row["reference"]) for row in rows] == [
         ("7", "what?", None), ("8", "no picture here", None)
     ]  # fmt: skip
-    assert rows[0]["answer"] == alone(ours, records.parent, 0)
+    assert rows[0]["answer"] == answer_alone(ours, records.parent, 0)
 
 
 def test_a_question_without_the_pictures_before_it():
-    shown = Picture(Path("a.png"))
+    shown = ImageRef(Path("a.png"))
     assert question_text(Turn("user", (shown, shown, "\nwhat?"))) == "what?"
     assert question_text(Turn("user", ("this ", shown, " or that ", shown, "?"))) == "this <image> or that <image>?"
 
@@ -190,7 +190,7 @@ class Stopped(Exception):
     """As if the process had ended."""
 
 
-def stopped_after(ours: VisionLanguageModel, batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def stop_after(ours: VisionLanguageModel, batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the model answer so many batches, then stop; the sizes of those it was asked."""
     real, sizes = ours.answers, []
 
@@ -210,18 +210,18 @@ def test_it_goes_on_where_it_was_stopped(
     ours: VisionLanguageModel, records: Path, settings: InferenceConfig, torn: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """To the same answers, sampled ones too; what was left of a batch is asked again."""
-    whole = fill(ours, records, "whole.jsonl", settings, seed=1)
+    whole = generate_rows(ours, records, "whole.jsonl", settings, seed=1)
     with monkeypatch.context() as patch:
-        stopped_after(ours, 2, patch)
+        stop_after(ours, 2, patch)
         with pytest.raises(Stopped):
-            fill(ours, records, settings=settings, seed=1)
+            generate_rows(ours, records, settings=settings, seed=1)
     begun = records.with_name("answers.jsonl.partial")
     assert len(begun.read_text().splitlines()) == 4
     if torn:
         begun.write_text("\n".join(begun.read_text().splitlines()[:3]) + '\n{"source": "r')
     with monkeypatch.context() as patch:
-        sizes = stopped_after(ours, 9, patch)
-        rows = fill(ours, records, settings=settings, seed=1)
+        sizes = stop_after(ours, 9, patch)
+        rows = generate_rows(ours, records, settings=settings, seed=1)
     assert sizes == ([2, 2, 1] if torn else [2, 1])
     assert rows == whole
     assert records.with_name("answers.jsonl").read_bytes() == records.with_name("whole.jsonl").read_bytes()
@@ -229,7 +229,7 @@ def test_it_goes_on_where_it_was_stopped(
 
 
 def test_sampling_follows_its_seed(ours: VisionLanguageModel, records: Path):
-    drawn = [[row["answer"] for row in fill(ours, records, f"{name}.jsonl", SAMPLED, seed=seed)]
+    drawn = [[row["answer"] for row in generate_rows(ours, records, f"{name}.jsonl", SAMPLED, seed=seed)]
              for name, seed in (("a", 1), ("b", 1), ("c", 2))]  # fmt: skip
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -251,41 +251,41 @@ def test_something_else_does_not_go_on_with_it(
 ):  # fmt: skip
     options = {"settings": settings, "seed": 1}
     with monkeypatch.context() as patch:
-        stopped_after(ours, 1, patch)
+        stop_after(ours, 1, patch)
         with pytest.raises(Stopped):
-            fill(ours, records, **options)
+            generate_rows(ours, records, **options)
     if "records" in change:
-        changed(records, 0, **change["records"])
+        change_record(records, 0, **change["records"])
         change = {}
     with pytest.raises(ValueError, match="begun with another checkpoint, other records or other options"):
-        fill(ours, records, **{**options, **change})
-    assert len(fill(ours, records, **{**options, **change}, overwrite=True)) == NUMBER
+        generate_rows(ours, records, **{**options, **change})
+    assert len(generate_rows(ours, records, **{**options, **change}, overwrite=True)) == NUMBER
 
 
 def test_greedy_answers_go_on_in_batches_of_another_size(
     ours: VisionLanguageModel, records: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As after a batch that was too large for the memory."""
-    whole = fill(ours, records, "whole.jsonl")
+    whole = generate_rows(ours, records, "whole.jsonl")
     with monkeypatch.context() as patch:
-        stopped_after(ours, 2, patch)
+        stop_after(ours, 2, patch)
         with pytest.raises(Stopped):
-            fill(ours, records)
-    assert fill(ours, records, batch_size=3) == whole
+            generate_rows(ours, records)
+    assert generate_rows(ours, records, batch_size=3) == whole
 
 
 def test_what_is_there_is_kept(ours: VisionLanguageModel, records: Path):
-    fill(ours, records)
+    generate_rows(ours, records)
     with pytest.raises(ValueError, match=r"answers.jsonl exists; name another output, or give --overwrite"):
-        fill(ours, records)
-    assert len(fill(ours, records, overwrite=True)) == NUMBER
+        generate_rows(ours, records)
+    assert len(generate_rows(ours, records, overwrite=True)) == NUMBER
 
 
 def test_more_than_the_model_can_read_is_refused_at_once(ours: VisionLanguageModel, records: Path):
     with pytest.raises(
         ValueError, match=r"its answer may have 512 \(max_new_tokens\), but the model reads at most 512"
     ):
-        fill(ours, records, settings=InferenceConfig(max_new_tokens=512))
+        generate_rows(ours, records, settings=InferenceConfig(max_new_tokens=512))
 
 
 # The command
@@ -298,11 +298,11 @@ def ask(*words: object) -> None:
 def test_the_command_writes_what_the_function_does(
     ours: VisionLanguageModel, checkpoint: Path, records: Path, capsys: pytest.CaptureFixture[str]
 ):
-    changed(records, 2, image=["missing.png"])
+    change_record(records, 2, image=["missing.png"])
     output = records.with_name("said.jsonl")
     ask(checkpoint, "--input", records, "--output", output, "--max-new-tokens", 6, "--batch-size", 4)
     assert capsys.readouterr().out == f"{NUMBER} records: {output}; 1 were not asked, column error says why\n"
-    assert [json.loads(line) for line in output.read_text().splitlines()] == fill(ours, records)
+    assert [json.loads(line) for line in output.read_text().splitlines()] == generate_rows(ours, records)
 
 
 @pytest.mark.parametrize(

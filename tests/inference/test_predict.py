@@ -71,11 +71,11 @@ def records(tmp_path: Path) -> Path:
     return tmp_path / "records.json"
 
 
-def ask(*words: object) -> None:
+def run_predict(*words: object) -> None:
     main(["predict", *map(str, words), "--num-workers", "0"])
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".csv":
         with path.open(newline="") as file:
             return list(csv.DictReader(file))
@@ -147,8 +147,8 @@ def test_each_kind_of_checkpoint_says_how_it_is_asked(checkpoint: Callable[..., 
 
 def test_a_file_becomes_a_table(checkpoint: Callable[..., Path], records: Path, capsys: pytest.CaptureFixture[str]):
     output = records.with_name("preds.csv")
-    ask(checkpoint("kind"), "--input", records, "--output", output, "--batch-size", 4)
-    rows = rows_of(output)
+    run_predict(checkpoint("kind"), "--input", records, "--output", output, "--batch-size", 4)
+    rows = read_rows(output)
     assert list(rows[0]) == ["source", "image_path", "label", "score", "prediction", "error"]
     assert [row["source"] for row in rows] == [f"r{number}" for number in range(9)]
     assert [row["label"] for row in rows] == [KINDS[number % 3] for number in range(9)]
@@ -173,8 +173,8 @@ def test_json_lines_hold_all_that_was_said(checkpoint: Callable[..., Path], reco
     for value in values:
         value["label"] = {"kind": value["label"], "size": 3}
     records.write_text(json.dumps(values))
-    ask(checkpoint("kind", "size"), "--input", records, "--output", output)
-    row = rows_of(output)[0]
+    run_predict(checkpoint("kind", "size"), "--input", records, "--output", output)
+    row = read_rows(output)[0]
     assert (row["label_kind"], row["label_size"]) == ("red", 3)
     assert row["prediction_kind"] in KINDS
     assert set(row["probabilities_kind"]) == set(KINDS)
@@ -185,8 +185,8 @@ def test_a_table_of_pictures_without_labels(checkpoint: Callable[..., Path], rec
     table, output = records.with_name("new.csv"), records.with_name("preds.csv")
     table.write_text("file\n0.png\n1.png\n")
     options = ["--option", "image_key=file", "--option", f"prompt={PROMPT}"]
-    ask(checkpoint("kind"), "--input", table, "--output", output, *options)
-    rows = rows_of(output)
+    run_predict(checkpoint("kind"), "--input", table, "--output", output, *options)
+    rows = read_rows(output)
     assert [row["label"] for row in rows] == ["", ""]
     predictor = Predictor.load(checkpoint("kind"), device="cpu")
     assert rows[1]["prediction"] == predictor.predict(PROMPT, [records.with_name("1.png")]).prediction
@@ -197,7 +197,7 @@ def test_a_stopped_run_goes_on(
     checkpoint: Callable[..., Path], records: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ):  # fmt: skip
     whole, stopped = (records.with_name(f"{name}.{ending}") for name in ("whole", "stopped"))
-    ask(checkpoint("kind"), "--input", records, "--output", whole, "--batch-size", 2)
+    run_predict(checkpoint("kind"), "--input", records, "--output", whole, "--batch-size", 2)
     asked = []
     before = Predictor.of
 
@@ -210,27 +210,27 @@ def test_a_stopped_run_goes_on(
     monkeypatch.setattr(Predictor, "of", of)
     command = [checkpoint("kind"), "--input", records, "--output", stopped, "--batch-size", 2]
     with pytest.raises(SystemExit, match="the same command goes on with it"):
-        ask(*command)
+        run_predict(*command)
     partial = stopped.with_name(f"{stopped.name}.partial")
     assert not stopped.exists()
     assert len(partial.read_text().splitlines()) == 4
     with partial.open("a") as file:
         file.write('{"source": "torn')
-    ask(*command)
+    run_predict(*command)
     assert sum(asked[3:]) == 4  # of the five records left one has no picture
-    assert [row["source"] for row in rows_of(stopped)] == [row["source"] for row in rows_of(whole)]
-    assert [row["prediction"] for row in rows_of(stopped)] == [row["prediction"] for row in rows_of(whole)]
+    assert [row["source"] for row in read_rows(stopped)] == [row["source"] for row in read_rows(whole)]
+    assert [row["prediction"] for row in read_rows(stopped)] == [row["prediction"] for row in read_rows(whole)]
 
 
 def test_what_was_begun_with_something_else_is_refused(checkpoint: Callable[..., Path], records: Path):
     output = records.with_name("preds.csv")
-    facts = module.Table(output, [], "another fingerprint")
-    facts.begin(overwrite=False)
+    facts = module.ResumableTable(output, [], "another fingerprint")
+    facts.begin_or_resume(overwrite=False)
     words = ["predict", str(checkpoint("kind")), "--input", str(records), "--output", str(output)]
     assert "was begun with another checkpoint, other records or other options" in refusal(*words)
     main([*words, "--overwrite", "--num-workers", "0"])
     assert f"{output} exists; name another output" in refusal(*words)
-    assert len(rows_of(output)) == 9
+    assert len(read_rows(output)) == 9
 
 
 def test_a_label_that_the_head_does_not_know_is_said(
@@ -238,18 +238,18 @@ def test_a_label_that_the_head_does_not_know_is_said(
 ):
     records.write_text(records.read_text().replace('"red"', '"pink"'))
     output = records.with_name("preds.csv")
-    ask(checkpoint("kind"), "--input", records, "--output", output)
+    run_predict(checkpoint("kind"), "--input", records, "--output", output)
     said = capsys.readouterr().out
     assert "3 of 8 labels are left out of the measures, the first is that of r0: head kind: 'pink' is none" in said
     assert "kind (multiclass), 5 records with a label" in said
-    assert len(rows_of(output)) == 9
+    assert len(read_rows(output)) == 9
 
 
 def test_a_record_without_a_name_is_called_by_its_place(checkpoint: Callable[..., Path], records: Path):
     table, output = records.with_name("new.csv"), records.with_name("preds.csv")
     table.write_text("image,prompt\n0.png,what colour?\nnone.png,what colour?\n")
-    ask(checkpoint("kind"), "--input", table, "--output", output)
-    assert [row["source"] for row in rows_of(output)] == ["new.csv:0", "new.csv:1"]
+    run_predict(checkpoint("kind"), "--input", table, "--output", output)
+    assert [row["source"] for row in read_rows(output)] == ["new.csv:0", "new.csv:1"]
 
 
 REFUSED = {
@@ -288,22 +288,24 @@ def test_one_prompt_is_answered_with_bars(checkpoint: Callable[..., Path], capsy
 def test_another_head_on_the_same_body_is_another_checkpoint(checkpoint: Callable[..., Path]):
     """A small head may lie between the pieces of a large file that its fingerprint is made of."""
     predictor = Predictor.load(checkpoint("warm"), device="cpu")
-    before = module.heads_digest(predictor)
-    assert module.heads_digest(Predictor.load(checkpoint("warm"), device="cpu")) == before
+    before = module.hash_heads(predictor)
+    assert module.hash_heads(Predictor.load(checkpoint("warm"), device="cpu")) == before
     weight = next(predictor.model.heads.parameters())
     with torch.no_grad():
         weight[0, 0] += 1e-3
-    changed = module.heads_digest(predictor)
+    changed = module.hash_heads(predictor)
     predictor.model.config.heads[0]["threshold"] = 0.4
-    assert len({before, changed, module.heads_digest(predictor)}) == 3
+    assert len({before, changed, module.hash_heads(predictor)}) == 3
 
 
 def test_a_system_prompt_is_said_before_one_prompt_as_before_many(checkpoint: Callable[..., Path], tmp_path: Path):
     turn = {"from": "human", "value": PROMPT}
     (tmp_path / "one.json").write_text(json.dumps([{"id": "a", "conversations": [turn]}]))
     output = tmp_path / "out.jsonl"
-    ask(checkpoint("size"), "--input", tmp_path / "one.json", "--output", output, "--system-prompt", "Be brief.")
+    run_predict(
+        checkpoint("size"), "--input", tmp_path / "one.json", "--output", output, "--system-prompt", "Be brief."
+    )
     predictor = Predictor.load(checkpoint("size"), device="cpu")
     said = predictor.predict(PROMPT, system_prompt="Be brief.")
-    assert rows_of(output)[0]["outputs"] == pytest.approx(said.outputs, abs=1e-5)
+    assert read_rows(output)[0]["outputs"] == pytest.approx(said.outputs, abs=1e-5)
     assert said.outputs != pytest.approx(predictor.predict(PROMPT).outputs, abs=1e-5)

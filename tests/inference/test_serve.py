@@ -12,11 +12,11 @@ from PIL import Image
 from tests.command_line import refusal
 from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
-from vlm.cli.serve import name_of
+from vlm.cli.serve import get_default_name
 from vlm.config.schema import InferenceConfig
-from vlm.data.sample import Picture, Turn
+from vlm.data.sample import ImageRef, Turn
 from vlm.inference.generate import VisionLanguageModel
-from vlm.inference.serve import app_of
+from vlm.inference.serve import make_app
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,10 @@ def model(parts: Parts) -> VisionLanguageModel:
 
 @pytest.fixture(scope="module")
 def client(model: VisionLanguageModel) -> TestClient:
-    return TestClient(app_of(model, "tiny", ["127.0.0.1"]), base_url="http://127.0.0.1")
+    return TestClient(make_app(model, "tiny", ["127.0.0.1"]), base_url="http://127.0.0.1")
 
 
-def as_data(image: Image.Image) -> dict[str, Any]:
+def to_data_url(image: Image.Image) -> dict[str, Any]:
     file = io.BytesIO()
     image.save(file, "PNG")
     return {
@@ -38,30 +38,33 @@ def as_data(image: Image.Image) -> dict[str, Any]:
     }
 
 
-def asked(client: TestClient, **fields: Any) -> dict[str, Any]:
+def post_chat(client: TestClient, **fields: Any) -> dict[str, Any]:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "what?"}], "max_tokens": 12, **fields}
     answer = client.post("/v1/chat/completions", json=body)
     return {"status": answer.status_code, **answer.json()}
 
 
 CONVERSATION = [
-    {"role": "user", "content": [as_data(picture(0)), {"type": "text", "text": "what is this?"}]},
+    {"role": "user", "content": [to_data_url(picture(0)), {"type": "text", "text": "what is this?"}]},
     {"role": "assistant", "content": "a thing"},
-    {"role": "user", "content": [{"type": "text", "text": "and"}, as_data(picture(1)), {"type": "text", "text": "?"}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "and"}, to_data_url(picture(1)), {"type": "text", "text": "?"}],
+    },
 ]
 
 
 @pytest.fixture(scope="module")
 def expected(model: VisionLanguageModel) -> str:
     turns = [
-        Turn("user", (Picture(), "\nwhat is this?")), Turn("assistant", ("a thing",)),
-        Turn("user", ("and", Picture(), "?")),
+        Turn("user", (ImageRef(), "\nwhat is this?")), Turn("assistant", ("a thing",)),
+        Turn("user", ("and", ImageRef(), "?")),
     ]  # fmt: skip
     return model.answer([turns], [[picture(0), picture(1)]], InferenceConfig(max_new_tokens=12))[0]
 
 
 def test_a_conversation_with_pictures_gets_the_answer_of_the_model(client: TestClient, expected: str):
-    found = asked(client, messages=CONVERSATION)
+    found = post_chat(client, messages=CONVERSATION)
     assert found["choices"][0]["message"]["content"].strip() == expected
     assert found["usage"]["completion_tokens"] <= 12
     assert found["model"] == "tiny"
@@ -81,15 +84,15 @@ def test_a_stream_is_the_same_answer_in_pieces(client: TestClient, expected: str
 
 def test_a_seed_repeats_what_is_sampled(client: TestClient):
     drawn = [
-        asked(client, temperature=1.5, seed=seed)["choices"][0]["message"]["content"] for seed in (1, 1, 2)
+        post_chat(client, temperature=1.5, seed=seed)["choices"][0]["message"]["content"] for seed in (1, 1, 2)
     ]  # fmt: skip
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_it_ends_at_what_a_request_names(client: TestClient):
-    whole = asked(client)["choices"][0]["message"]["content"]
+    whole = post_chat(client)["choices"][0]["message"]["content"]
     end = next(one for one in whole[2:] if one.isascii())
-    cut = asked(client, stop=[end])["choices"][0]["message"]["content"]
+    cut = post_chat(client, stop=[end])["choices"][0]["message"]["content"]
     assert cut == whole[: whole.index(end) + 1] != whole
 
 
@@ -106,7 +109,7 @@ def test_it_ends_at_what_a_request_names(client: TestClient):
     ({"messages": [{"role": "user", "content": "a " * 4000}]}, "tokens; the model takes fewer than"),
 ])  # fmt: skip
 def test_what_cannot_be_answered_is_refused_in_words(client: TestClient, fields: dict[str, Any], words: str):
-    found = asked(client, **fields)
+    found = post_chat(client, **fields)
     assert found["status"] == 400
     assert words in found["error"]["message"]
 
@@ -120,7 +123,9 @@ def test_what_cannot_be_answered_is_refused_in_words(client: TestClient, fields:
     ("data:image/png;base64,AAAA", "does not open"),
 ])  # fmt: skip
 def test_pictures_come_with_the_request_and_from_nowhere_else(client: TestClient, url: str, words: str):
-    found = asked(client, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+    found = post_chat(
+        client, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    )
     assert found["status"] == 400
     assert words in found["error"]["message"]
 
@@ -134,5 +139,5 @@ def test_a_page_of_another_site_does_not_reach_it(client: TestClient):
 def test_a_checkpoint_is_called_by_its_run(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "cats" / "final").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert [name_of(name) for name in ("cats/final", "cats", "me/cats-7b")] == ["cats", "cats", "me/cats-7b"]
+    assert [get_default_name(name) for name in ("cats/final", "cats", "me/cats-7b")] == ["cats", "cats", "me/cats-7b"]
     assert "vlm serve: nowhere/at/all: no such folder" in refusal("serve", "nowhere/at/all")

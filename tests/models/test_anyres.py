@@ -25,7 +25,7 @@ import vlm.config
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import AnyResConfig
-from vlm.models.anyres import AnyRes, misfit
+from vlm.models.anyres import AnyRes, first_mismatched_row
 
 FOLDER = Path(vlm.config.__file__).parent / "model" / "anyres"
 DOCS = Path(__file__).parents[2] / "docs" / "anyres.md"
@@ -96,8 +96,8 @@ def test_the_module_lays_out_what_is_counted():
     for anyres in (NEXT, ONEVISION):
         for size in [(1, 1000), (1000, 1), (1, 5000), (30, 5000), (333, 1007), (2304, 2304), (256, 256), (17, 18)]:
             views = anyres.num_views([size])[0]
-            grid = anyres.stitched(torch.zeros(views - 1, anyres.tokens_side**2, 2), size)
-            rows, columns = anyres.limited(anyres.kept(size))
+            grid = anyres.stitch_tiles(torch.zeros(views - 1, anyres.tokens_side**2, 2), size)
+            rows, columns = anyres.limit_size(anyres.unpadded_size(size))
             assert grid.shape == (2, rows, columns)
             assert anyres.num_tokens(size, views) == anyres.tokens_side**2 + rows * (columns + 1)
 
@@ -122,7 +122,7 @@ def test_the_table_in_the_documentation_is_what_is_counted():
      ([], [], None), ([3], [], 0)],
 )  # fmt: skip
 def test_the_first_row_that_does_not_fit(rows, images, row):
-    assert misfit(rows, images) == row
+    assert first_mismatched_row(rows, images) == row
 
 
 # Pixels
@@ -154,7 +154,7 @@ def like_onevision(parts: Parts) -> tuple[Any, Any]:
     return composed(parts, "siglip", SIX, layer=-1)
 
 
-def grids_in_pixels(processor: Any) -> list[list[int]]:
+def list_grids_in_pixels(processor: Any) -> list[list[int]]:
     return pinpoints(AnyRes(**processor.anyres))
 
 
@@ -162,7 +162,7 @@ def grids_in_pixels(processor: Any) -> list[list[int]]:
 def test_pixels_equal_transformers_llava_next(like_next, shape):
     processor = like_next[1]
     theirs = LlavaNextImageProcessor(
-        image_grid_pinpoints=grids_in_pixels(processor), size={"shortest_edge": 24},
+        image_grid_pinpoints=list_grids_in_pixels(processor), size={"shortest_edge": 24},
         crop_size={"height": 24, "width": 24},
     )  # fmt: skip
     expected = theirs([picture(0, shape)], return_tensors="pt")
@@ -179,7 +179,7 @@ def test_pixels_equal_transformers_llava_onevision(like_onevision, shape, severa
     processor = like_onevision[1]
     own = processor.image_processor
     theirs = LlavaOnevisionImageProcessor(
-        image_grid_pinpoints=grids_in_pixels(processor), size={"height": 24, "width": 24},
+        image_grid_pinpoints=list_grids_in_pixels(processor), size={"height": 24, "width": 24},
         image_mean=own.image_mean, image_std=own.image_std, resample=own.resample,
     )  # fmt: skip
     images: Any = [picture(number, shape) for number in range(1 + several)]
@@ -213,9 +213,9 @@ def test_frames_of_videos_are_one_pooled_view_and_no_pictures(like_onevision):
 # Logits and gradients
 
 
-def transplanted(ours: Any, processor: Any, kind: str, encoder: Any) -> Any:
+def copy_into_transformers(ours: Any, processor: Any, kind: str, encoder: Any) -> Any:
     """transformers' model with the weights of ours."""
-    grids = {"image_grid_pinpoints": grids_in_pixels(processor), "text_config": ours.config.text_config}
+    grids = {"image_grid_pinpoints": list_grids_in_pixels(processor), "text_config": ours.config.text_config}
     grids |= {"vision_config": encoder.config, "image_token_index": ours.config.image_token_id}
     if kind == "next":
         model: Any = LlavaNextForConditionalGeneration(
@@ -251,7 +251,7 @@ def batch(processor: Any, rows: list[list[tuple[int, int]]]) -> dict[str, torch.
     return dict(processor(images=images or None, text=texts, padding_side="right"))
 
 
-def theirs_of(inputs: dict[str, torch.Tensor], rows: list[list[tuple[int, int]]], kind: str) -> dict[str, Any]:
+def reference_features(inputs: dict[str, torch.Tensor], rows: list[list[tuple[int, int]]], kind: str) -> dict[str, Any]:
     """The same inputs as transformers' models take them: views of each picture, padded to as many."""
     views = inputs["pixel_values"].split(inputs["image_views"].tolist())
     padded = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)
@@ -266,10 +266,10 @@ def test_logits_and_gradients_equal_transformers(parts: Parts, like_next, like_o
     ours, processor = like_next if kind == "next" else like_onevision
     folder = parts.encoder("clip" if kind == "next" else "siglip")
     encoder = (CLIPVisionModel if kind == "next" else SiglipVisionModel).from_pretrained(folder)
-    theirs = transplanted(ours, processor, kind, encoder)
+    theirs = copy_into_transformers(ours, processor, kind, encoder)
     inputs = batch(processor, rows)
     ours.zero_grad()
-    mine, other = ours(**inputs).logits, theirs(**theirs_of(inputs, rows, kind)).logits
+    mine, other = ours(**inputs).logits, theirs(**reference_features(inputs, rows, kind)).logits
     real = inputs["attention_mask"].bool()
     assert torch.allclose(mine[real], other[real], atol=1e-5)
     for logits in (mine, other):
@@ -294,7 +294,9 @@ def test_logits_and_gradients_equal_transformers(parts: Parts, like_next, like_o
 
 def test_pooled_frames_equal_transformers_llava_onevision(parts: Parts, like_onevision):
     ours, processor = like_onevision
-    theirs = transplanted(ours, processor, "onevision", SiglipVisionModel.from_pretrained(parts.encoder("siglip")))
+    theirs = copy_into_transformers(
+        ours, processor, "onevision", SiglipVisionModel.from_pretrained(parts.encoder("siglip"))
+    )
     frames = [picture(number) for number in range(3)]
     inputs = processor.image_inputs(frames, [None] * 3)
     pixels = processor.normalise(inputs["pixel_values"])

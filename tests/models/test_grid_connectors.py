@@ -32,7 +32,7 @@ def connector(kind: str, **options: Any) -> Any:
     return made.eval()
 
 
-def give(theirs: nn.Module, ours: nn.Module) -> nn.Module:
+def copy_weights(theirs: nn.Module, ours: nn.Module) -> nn.Module:
     """Weights in the order in which both declare them; shapes must agree."""
     pairs = list(zip(theirs.parameters(), ours.parameters(), strict=True))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def features() -> torch.Tensor:
 
 
 @torch.no_grad()
-def agree(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+def have_equal_outputs(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
     return theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-5)
 
 
@@ -101,18 +101,18 @@ def test_pixel_shuffle_of_one_map_is_smolvlms(config: Any, theirs: Any, features
     ours = connector("pixel_shuffle", factor=3, num_layers=1, bias=False, input_norm=False)
     settings = config(scale_factor=3)
     settings.vision_config.hidden_size, settings.text_config.hidden_size = VISION_DIM, TEXT_DIM
-    module = give(theirs(settings), ours)
+    module = copy_weights(theirs(settings), ours)
     assert torch.equal(module.pixel_shuffle(features, 3), ours.shuffle(features))
-    assert agree(module(features), ours(features))
+    assert have_equal_outputs(module(features), ours(features))
 
 
 def test_pixel_shuffle_by_default_is_internvls(features: torch.Tensor):
     ours = connector("pixel_shuffle")
     settings = InternVLConfig(downsample_ratio=0.5)
     settings.vision_config.hidden_size, settings.text_config.hidden_size = VISION_DIM, TEXT_DIM
-    module = give(InternVLMultiModalProjector(settings), ours)
+    module = copy_weights(InternVLMultiModalProjector(settings), ours)
     shuffled = InternVLModel.pixel_shuffle(None, features.unflatten(1, (SIDE, SIDE)), 0.5).flatten(1, 2)
-    assert agree(module(shuffled), ours(features))
+    assert have_equal_outputs(module(shuffled), ours(features))
 
 
 # Pooling
@@ -125,13 +125,13 @@ def test_pooling_averages_as_gemma3_does(features: torch.Tensor):
     settings.vision_config.image_size, settings.vision_config.patch_size = 6 * 14, 14
     theirs = Gemma3MultiModalProjector(settings).avg_pool(features.transpose(1, 2).reshape(2, VISION_DIM, SIDE, SIDE))
     ours = connector("pooling", kernel=2)
-    assert agree(ours.layers(theirs.flatten(2).transpose(1, 2)), ours(features))
+    assert have_equal_outputs(ours.layers(theirs.flatten(2).transpose(1, 2)), ours(features))
 
 
 def test_both_poolings_are_one_where_the_sides_divide(features: torch.Tensor):
     squares, adaptive = connector("pooling", kernel=2), connector("pooling", output_side=3)
     adaptive.load_state_dict(squares.state_dict())
-    assert agree(squares(features), adaptive(features))
+    assert have_equal_outputs(squares(features), adaptive(features))
     assert connector("pooling", output_side=4)(features).shape == (2, 16, TEXT_DIM)
 
 
@@ -144,13 +144,13 @@ def test_the_c_abstractor_is_honeybees(num_blocks: int, features: torch.Tensor):
     hidden_dim = 8
     ours = connector("c_abstractor", num_queries=9, num_blocks=num_blocks, hidden_dim=hidden_dim, position_side=SIDE)
     stage = partial(RegStage, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=TimmLayerNorm2d)
-    before = give(stage(num_blocks, VISION_DIM, hidden_dim), ours.before)
-    after = give(stage(num_blocks, hidden_dim, hidden_dim), ours.after)
+    before = copy_weights(stage(num_blocks, VISION_DIM, hidden_dim), ours.before)
+    after = copy_weights(stage(num_blocks, hidden_dim, hidden_dim), ours.after)
     mlp = nn.Sequential(nn.Linear(hidden_dim, TEXT_DIM), nn.SiLU(), nn.Linear(TEXT_DIM, TEXT_DIM))
-    readout = give(mlp, ours.layers)
+    readout = copy_weights(mlp, ours.layers)
     placed = (features + ours.positions.weight).transpose(1, 2).reshape(2, VISION_DIM, SIDE, SIDE)
     tokens = after(nn.AdaptiveAvgPool2d(3)(before(placed))).flatten(2).transpose(1, 2)
-    assert agree(readout(tokens), ours(features))
+    assert have_equal_outputs(readout(tokens), ours(features))
 
 
 def test_positions_are_resized_to_the_grid(features: torch.Tensor):
@@ -181,16 +181,20 @@ def their_block(stride: int) -> nn.Module:
 def test_ldp_is_mobilevlms(side: int):
     features = torch.randn(2, side**2, VISION_DIM)
     ours = connector("ldp")
-    mlp = give(nn.Sequential(nn.Linear(VISION_DIM, TEXT_DIM), nn.GELU(), nn.Linear(TEXT_DIM, TEXT_DIM)), ours.layers)
-    blocks = give(nn.Sequential(their_block(1), their_block(2)), ours.blocks)
+    mlp = copy_weights(
+        nn.Sequential(nn.Linear(VISION_DIM, TEXT_DIM), nn.GELU(), nn.Linear(TEXT_DIM, TEXT_DIM)), ours.layers
+    )
+    blocks = copy_weights(nn.Sequential(their_block(1), their_block(2)), ours.blocks)
     grid = mlp(features).permute(0, 2, 1).reshape(2, TEXT_DIM, side, side)
-    assert agree(blocks(grid).flatten(2).permute(0, 2, 1), ours(features))
+    assert have_equal_outputs(blocks(grid).flatten(2).permute(0, 2, 1), ours(features))
     assert ours(features).shape[1] == CONNECTORS["ldp"].num_tokens(side**2) == 9
 
 
 def test_ldp_v2_is_mobilevlm_v2s(features: torch.Tensor):
     ours = connector("ldp_v2", output_side=4)
-    mlp = give(nn.Sequential(nn.Linear(VISION_DIM, TEXT_DIM), nn.GELU(), nn.Linear(TEXT_DIM, TEXT_DIM)), ours.layers)
-    peg = give(nn.Conv2d(TEXT_DIM, TEXT_DIM, 3, 1, 1, bias=True, groups=TEXT_DIM), ours.positions)
+    mlp = copy_weights(
+        nn.Sequential(nn.Linear(VISION_DIM, TEXT_DIM), nn.GELU(), nn.Linear(TEXT_DIM, TEXT_DIM)), ours.layers
+    )
+    peg = copy_weights(nn.Conv2d(TEXT_DIM, TEXT_DIM, 3, 1, 1, bias=True, groups=TEXT_DIM), ours.positions)
     grid = nn.AdaptiveAvgPool2d((4, 4))(mlp(features).permute(0, 2, 1).reshape(2, TEXT_DIM, SIDE, SIDE))
-    assert agree((peg(grid) + grid).flatten(2).transpose(1, 2), ours(features))
+    assert have_equal_outputs((peg(grid) + grid).flatten(2).transpose(1, 2), ours(features))

@@ -10,8 +10,8 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 
 from vlm.models.head_losses import LOSSES, focal, head_loss, margin_ranking
-from vlm.models.head_tasks import TASKS
-from vlm.models.heads import Cuts
+from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK
+from vlm.models.heads import OrdinalThresholds
 
 ROWS, LABELS = 12, 4
 NUMBERS = {"binary": 2, "multiclass": LABELS, "multilabel": LABELS, "regression": 0, "ordinal": LABELS, "pairwise": 0}
@@ -20,9 +20,9 @@ WEIGHTS = {"binary": [0.5, 3.0], "multiclass": [1.0, 2.0, 0.25, 4.0], "multilabe
 ALL = [(task, loss) for task, losses in LOSSES.items() for loss in losses] + [("pairwise", "margin")]
 
 
-def drawn(task: str) -> tuple[Tensor, Tensor]:
+def draw_outputs(task: str) -> tuple[Tensor, Tensor]:
     """Numbers of a head and targets of `ROWS` rows."""
-    outputs = 2 * torch.randn(ROWS, TASKS[task](NUMBERS[task]))
+    outputs = 2 * torch.randn(ROWS, NUM_OUTPUTS_BY_TASK[task](NUMBERS[task]))
     if task == "ordinal":
         outputs = outputs.sort(dim=1, descending=True).values
     targets = {
@@ -76,14 +76,14 @@ def naive(
 
 
 def test_every_task_has_a_loss():
-    assert {task for task, _ in ALL} == set(TASKS)
+    assert {task for task, _ in ALL} == set(NUM_OUTPUTS_BY_TASK)
 
 
 @pytest.mark.parametrize(("task", "loss"), [one for one in ALL if one[0] in WEIGHTS])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_cross_entropies(task: str, loss: str, smoothing: float, is_weighted: bool):
-    outputs, targets = drawn(task)
+    outputs, targets = draw_outputs(task)
     weights = WEIGHTS[task] if is_weighted else None
     found = head_loss(task, loss, outputs, targets, weights=weights, smoothing=smoothing)
     wanted = naive(task, outputs, targets, weights, smoothing, 2.0 if loss == "focal" else 0.0)
@@ -92,7 +92,7 @@ def test_cross_entropies(task: str, loss: str, smoothing: float, is_weighted: bo
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "ordinal"])
 def test_against_scikit_learn(task: str):
-    outputs, targets = drawn(task)
+    outputs, targets = draw_outputs(task)
     found = [chances(task, row) for row in outputs.double().tolist()]
     found = [[1 - one[0], one[0]] for one in found] if task == "binary" else found
     wanted = log_loss(targets[:, 0].long().numpy(), found, labels=range(len(found[0])))
@@ -100,14 +100,14 @@ def test_against_scikit_learn(task: str):
 
 
 def test_against_pytorch():
-    outputs, targets = drawn("multilabel")
+    outputs, targets = draw_outputs("multilabel")
     weights = torch.tensor(WEIGHTS["multilabel"])
     wanted = F.binary_cross_entropy_with_logits(outputs, targets, pos_weight=weights)
     assert torch.allclose(head_loss("multilabel", "bce", outputs, targets, weights=weights.tolist()), wanted)
-    outputs, targets = drawn("multiclass")
+    outputs, targets = draw_outputs("multiclass")
     wanted = F.cross_entropy(outputs, targets[:, 0].long(), label_smoothing=0.1)
     assert torch.allclose(head_loss("multiclass", "ce", outputs, targets, smoothing=0.1), wanted)
-    outputs, targets = drawn("regression")
+    outputs, targets = draw_outputs("regression")
     assert torch.allclose(head_loss("regression", "mse", outputs, targets), F.mse_loss(outputs, targets))
     for delta in (0.5, 1.0):
         found = head_loss("regression", "huber", outputs, targets, options={"delta": delta})
@@ -117,7 +117,7 @@ def test_against_pytorch():
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
 def test_focal_without_gamma_is_plain(task: str):
-    outputs, targets = drawn(task)
+    outputs, targets = draw_outputs(task)
     plain = head_loss(task, next(iter(LOSSES[task])), outputs, targets, weights=WEIGHTS[task])
     found = head_loss(task, "focal", outputs, targets, weights=WEIGHTS[task], options={"gamma": 0.0})
     assert torch.allclose(found, plain)
@@ -128,7 +128,7 @@ def test_focal_without_gamma_is_plain(task: str):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_has_a_slope_where_it_is_sure(task: str, gamma: float):
     """A root of 0 has none."""
-    outputs = torch.tensor([[200.0, -200.0], [-200.0, 200.0]])[:, : TASKS[task](2)].requires_grad_()
+    outputs = torch.tensor([[200.0, -200.0], [-200.0, 200.0]])[:, : NUM_OUTPUTS_BY_TASK[task](2)].requires_grad_()
     losses = focal(outputs, torch.tensor([[1.0], [1.0]]), None, 0.0, gamma=gamma)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
@@ -156,7 +156,7 @@ def test_balanced_classes_weigh_alike():
 @pytest.mark.parametrize(("task", "loss"), ALL)
 def test_rows_without_a_label_do_not_count(task: str, loss: str):
     """The loss is that of the other rows, they get no gradient, and nothing is NaN."""
-    outputs, targets = drawn(task)
+    outputs, targets = draw_outputs(task)
     targets[::3] = torch.nan
     known = ~targets.isnan().any(dim=1)
     outputs[~known] *= 40
@@ -171,7 +171,7 @@ def test_rows_without_a_label_do_not_count(task: str, loss: str):
 
 
 def test_a_row_that_lacks_one_of_several_labels_does_not_count():
-    outputs, targets = drawn("multilabel")
+    outputs, targets = draw_outputs("multilabel")
     targets[0, 2] = torch.nan
     assert torch.allclose(
         head_loss("multilabel", "bce", outputs, targets), head_loss("multilabel", "bce", outputs[1:], targets[1:])
@@ -181,7 +181,7 @@ def test_a_row_that_lacks_one_of_several_labels_does_not_count():
 @pytest.mark.parametrize(("task", "loss"), ALL)
 def test_without_any_label_there_is_a_graph_all_the_same(task: str, loss: str):
     """So that processes that wait for each other's gradients all have one."""
-    outputs, targets = drawn(task)
+    outputs, targets = draw_outputs(task)
     outputs.requires_grad_()
     found = head_loss(task, loss, outputs, torch.full_like(targets, torch.nan))
     assert found.item() == 0
@@ -192,7 +192,7 @@ def test_without_any_label_there_is_a_graph_all_the_same(task: str, loss: str):
 
 @pytest.mark.parametrize(("task", "loss"), ALL)
 def test_losses_are_in_single_precision_and_take_any_form_of_target(task: str, loss: str):
-    outputs, targets = drawn(task)
+    outputs, targets = draw_outputs(task)
     found = head_loss(task, loss, outputs.bfloat16(), targets)
     assert found.dtype == torch.float32
     assert torch.allclose(found, head_loss(task, loss, outputs, targets), rtol=0.05)
@@ -220,7 +220,7 @@ def ranked(outputs: Tensor, targets: Tensor, groups: list[int], margin: float) -
 @pytest.mark.parametrize("margin", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("groups", [[0] * ROWS, [0, 1, 2] * 4, [-1, 5, 5, *range(10, 19)], list(range(ROWS))])
 def test_ranking(margin: float, groups: list[int]):
-    outputs, targets = drawn("pairwise")
+    outputs, targets = draw_outputs("pairwise")
     targets[3] = torch.nan
     wanted = ranked(outputs, targets, groups, margin)
     found = head_loss(
@@ -231,7 +231,7 @@ def test_ranking(margin: float, groups: list[int]):
 
 
 def test_without_groups_all_rows_are_compared():
-    outputs, targets = drawn("pairwise")
+    outputs, targets = draw_outputs("pairwise")
     assert head_loss("pairwise", "margin", outputs, targets).item() == pytest.approx(
         ranked(outputs, targets, [0] * ROWS, 1.0), rel=1e-5
     )
@@ -269,7 +269,7 @@ def test_ordinal_is_exact_for_numbers_far_out():
 @pytest.mark.parametrize("steps", [0.0, -5.0])
 def test_ordinal_learns_where_every_label_begins(steps: float):
     """Also from cut points that nearly coincide at first, which the loss drives apart."""
-    cuts = Cuts(LABELS - 1)
+    cuts = OrdinalThresholds(LABELS - 1)
     torch.nn.init.constant_(cuts.steps, steps)  # -5: gaps of 0.007
     scores = torch.tensor([-3.0, -1.0, 1.0, 3.0]).repeat(5)[:, None]
     targets = torch.arange(LABELS).repeat(5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm.models.head_tasks import CLASSIFYING, TASKS, decide, probabilities
+from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK, choose_labels, probabilities
 
 
 @pytest.mark.parametrize(
@@ -13,8 +13,8 @@ from vlm.models.head_tasks import CLASSIFYING, TASKS, decide, probabilities
      ("ordinal", 4, 3), ("ordinal", 2, 1), ("pairwise", 0, 1)],
 )  # fmt: skip
 def test_how_many_numbers_a_task_has(task: str, labels: int, numbers: int):
-    assert TASKS[task](labels) == numbers
-    assert {task for task in TASKS if task not in CLASSIFYING} == {"regression", "pairwise"}
+    assert NUM_OUTPUTS_BY_TASK[task](labels) == numbers
+    assert {task for task in NUM_OUTPUTS_BY_TASK if task not in CLASSIFICATION_TASKS} == {"regression", "pairwise"}
 
 
 def expected(task: str, outputs: Tensor) -> list[list[float]]:
@@ -33,10 +33,10 @@ def expected(task: str, outputs: Tensor) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("task", CLASSIFYING)
+@pytest.mark.parametrize("task", CLASSIFICATION_TASKS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_probabilities(task: str, temperature: float):
-    outputs = 3 * torch.randn(20, TASKS[task](4 if task != "binary" else 2))
+    outputs = 3 * torch.randn(20, NUM_OUTPUTS_BY_TASK[task](4 if task != "binary" else 2))
     if task == "ordinal":
         outputs = outputs.sort(dim=1, descending=True).values
     found = probabilities(task, outputs, temperature)
@@ -64,9 +64,9 @@ def test_probabilities_have_at_least_single_precision(given: torch.dtype, found:
     assert probabilities("binary", torch.zeros(1, 1, dtype=given)).dtype == found
 
 
-@pytest.mark.parametrize("task", CLASSIFYING)
+@pytest.mark.parametrize("task", CLASSIFICATION_TASKS)
 def test_extreme_numbers_are_sure(task: str):
-    outputs = torch.tensor([[500.0], [-500.0]]).expand(2, TASKS[task](2))
+    outputs = torch.tensor([[500.0], [-500.0]]).expand(2, NUM_OUTPUTS_BY_TASK[task](2))
     found = probabilities(task, outputs)
     assert torch.isfinite(found).all()
     if task in ("binary", "ordinal"):
@@ -77,7 +77,7 @@ def test_an_ordinal_task_of_two_labels_is_a_binary_one():
     outputs = torch.randn(9, 1)
     binary, ordinal = (probabilities(task, outputs) for task in ("binary", "ordinal"))
     assert torch.equal(binary, ordinal)
-    assert torch.equal(decide("binary", binary), decide("ordinal", ordinal))
+    assert torch.equal(choose_labels("binary", binary), choose_labels("ordinal", ordinal))
 
 
 @pytest.mark.parametrize(
@@ -86,25 +86,33 @@ def test_an_ordinal_task_of_two_labels_is_a_binary_one():
 def test_the_threshold_of_binary(threshold: float | None, wanted: list[int]):
     """A probability that is the threshold is enough."""
     positive = torch.tensor([0.25, 0.5, 0.625, 0.75])
-    assert decide("binary", torch.stack([1 - positive, positive], dim=1), threshold).tolist() == wanted
+    assert choose_labels("binary", torch.stack([1 - positive, positive], dim=1), threshold).tolist() == wanted
 
 
 def test_each_label_of_multilabel_has_its_threshold():
-    chances = torch.tensor([[0.25, 0.5, 0.75], [0.5, 0.5, 0.125]])
-    assert decide("multilabel", chances).tolist() == [[False, True, True], [True, True, False]]
-    assert decide("multilabel", chances, [0.25, 0.75, 0.125]).tolist() == [[True, False, True], [True, False, True]]
-    assert decide("multilabel", chances, 0.75).tolist() == [[False, False, True], [False, False, False]]
+    label_probabilities = torch.tensor([[0.25, 0.5, 0.75], [0.5, 0.5, 0.125]])
+    assert choose_labels("multilabel", label_probabilities).tolist() == [[False, True, True], [True, True, False]]
+    assert choose_labels("multilabel", label_probabilities, [0.25, 0.75, 0.125]).tolist() == [
+        [True, False, True],
+        [True, False, True],
+    ]
+    assert choose_labels("multilabel", label_probabilities, 0.75).tolist() == [
+        [False, False, True],
+        [False, False, False],
+    ]
 
 
 def test_the_likeliest_label_of_multiclass():
-    chances = probabilities("multiclass", torch.randn(30, 5))
-    assert decide("multiclass", chances).tolist() == [max(range(5), key=row.__getitem__) for row in chances.tolist()]
+    label_probabilities = probabilities("multiclass", torch.randn(30, 5))
+    assert choose_labels("multiclass", label_probabilities).tolist() == [
+        max(range(5), key=row.__getitem__) for row in label_probabilities.tolist()
+    ]
 
 
 def test_ordinal_decides_the_median():
     """The first label with at least half of the probability up to it, which need not be the likeliest."""
-    chances = torch.tensor([[0.375, 0.25, 0.375], [0.5, 0.25, 0.25], [0.25, 0.125, 0.625], [0.0, 1.0, 0.0]])
-    assert decide("ordinal", chances).tolist() == [1, 0, 2, 1]
-    chances = torch.softmax(torch.randn(50, 6), dim=1)
-    wanted = [next(k for k in range(6) if k == 5 or sum(row[: k + 1]) >= 0.5) for row in chances.tolist()]
-    assert decide("ordinal", chances).tolist() == wanted
+    label_probabilities = torch.tensor([[0.375, 0.25, 0.375], [0.5, 0.25, 0.25], [0.25, 0.125, 0.625], [0.0, 1.0, 0.0]])
+    assert choose_labels("ordinal", label_probabilities).tolist() == [1, 0, 2, 1]
+    label_probabilities = torch.softmax(torch.randn(50, 6), dim=1)
+    wanted = [next(k for k in range(6) if k == 5 or sum(row[: k + 1]) >= 0.5) for row in label_probabilities.tolist()]
+    assert choose_labels("ordinal", label_probabilities).tolist() == wanted

@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm.models.head_tasks import TASKS, probabilities
-from vlm.models.heads import HEADS, Cuts, LinearHead, MLPHead, PredictionHead, head_class, mean_answer
-from vlm.models.poolings import EACH_TOKEN, POOLINGS, Marks
+from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK, probabilities
+from vlm.models.heads import (
+    HEADS,
+    LinearHead,
+    MLPHead,
+    OrdinalThresholds,
+    PredictionHead,
+    average_token_outputs,
+    head_class,
+)
+from vlm.models.poolings import EVERY_TOKEN_POOLINGS, POOLINGS, TokenMasks
 
 WIDTH, ROWS, TOKENS = 8, 3, 5
 LABELS = {"binary": 2, "multiclass": 4, "multilabel": 4, "regression": 0, "ordinal": 4, "pairwise": 0}
@@ -22,12 +30,12 @@ def head(task: str = "binary", pooling: str = "last", **more: Any) -> Prediction
     return PredictionHead(WIDTH, task=task, num_labels=LABELS[task], pooling=pooling, **more)
 
 
-def marks() -> Marks:
+def marks() -> TokenMasks:
     """Rows of 5, 3 and 2 tokens, padded on the left."""
-    real = torch.arange(TOKENS)[None] >= torch.tensor([0, 2, 3])[:, None]
-    chosen = real & (torch.arange(TOKENS) >= 3)
-    media = real & (torch.arange(TOKENS) == 4)
-    return Marks(real, media, chosen)
+    prompt_mask = torch.arange(TOKENS)[None] >= torch.tensor([0, 2, 3])[:, None]
+    chosen = prompt_mask & (torch.arange(TOKENS) >= 3)
+    media_mask = prompt_mask & (torch.arange(TOKENS) == 4)
+    return TokenMasks(prompt_mask, media_mask, chosen)
 
 
 def test_every_head_is_tested():
@@ -76,7 +84,7 @@ def test_a_linear_head_is_a_linear_map_of_normalised_features():
     assert torch.allclose(layers(features), normal @ layers.linear.weight.T + layers.linear.bias, atol=1e-6)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NUM_OUTPUTS_BY_TASK)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("kind", HEADS)
 def test_every_head_answers_every_task_from_every_pooling(task: str, pooling: str, kind: str):
@@ -84,52 +92,52 @@ def test_every_head_answers_every_task_from_every_pooling(task: str, pooling: st
     model = head(task, pooling, type=kind)
     hidden = torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)
     read = model.features(hidden, marks())
-    assert read.shape == ((ROWS, TOKENS, WIDTH) if pooling in EACH_TOKEN else (ROWS, WIDTH))
-    found = model(read, marks().real)
-    assert found.shape == (ROWS, TASKS[task](LABELS[task]))
+    assert read.shape == ((ROWS, TOKENS, WIDTH) if pooling in EVERY_TOKEN_POOLINGS else (ROWS, WIDTH))
+    found = model(read, marks().prompt_mask)
+    assert found.shape == (ROWS, NUM_OUTPUTS_BY_TASK[task](LABELS[task]))
     (found * torch.randn_like(found)).sum().backward()
     for name, parameter in model.named_parameters():
         assert isinstance(parameter.grad, Tensor), name
         assert parameter.grad.abs().sum() > 0, name
     assert isinstance(hidden.grad, Tensor)
     assert hidden.grad.abs().sum() > 0
-    assert (hidden.grad[~marks().real] == 0).all()
+    assert (hidden.grad[~marks().prompt_mask] == 0).all()
 
 
-@pytest.mark.parametrize("pooling", ["last", *EACH_TOKEN])
+@pytest.mark.parametrize("pooling", ["last", *EVERY_TOKEN_POOLINGS])
 @pytest.mark.parametrize("task", ["ordinal", "regression", "multiclass"])
 def test_numbers_are_in_single_precision(task: str, pooling: str):
     """With half-precision weights, and under autocast, which the head itself does not run in."""
     model, hidden = head(task, pooling), torch.randn(ROWS, TOKENS, WIDTH)
-    wanted = model(model.features(hidden, marks()), marks().real)
+    selected_mask = model(model.features(hidden, marks()), marks().prompt_mask)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(model.features(hidden, marks()), marks().real), wanted)
+        assert torch.equal(model(model.features(hidden, marks()), marks().prompt_mask), selected_mask)
     model.bfloat16()
-    found = model(model.features(hidden.bfloat16(), marks()), marks().real)
+    found = model(model.features(hidden.bfloat16(), marks()), marks().prompt_mask)
     assert found.dtype == torch.float32
-    assert torch.allclose(found, wanted, atol=0.05)
+    assert torch.allclose(found, selected_mask, atol=0.05)
 
 
 def test_a_regression_is_in_units_of_its_labels():
     plain, scaled = (head("regression", pooling="alltoken", **more) for more in ({}, {"shift": 40.0, "scale": 10.0}))
     scaled.load_state_dict(plain.state_dict())
     features = torch.randn(ROWS, TOKENS, WIDTH)
-    found = scaled(features, marks().real)
-    assert torch.allclose(found, 40 + 10 * plain(features, marks().real))
+    found = scaled(features, marks().prompt_mask)
+    assert torch.allclose(found, 40 + 10 * plain(features, marks().prompt_mask))
     assert torch.equal(head("pairwise", shift=40.0).eval()(torch.zeros(1, WIDTH)).abs() < 1, torch.tensor([[True]]))
 
 
 # Poolings with weights of their own
 
 
-@pytest.mark.parametrize("pooling", EACH_TOKEN)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("pooling", EVERY_TOKEN_POOLINGS)
+@pytest.mark.parametrize("task", NUM_OUTPUTS_BY_TASK)
 def test_padding_says_nothing(pooling: str, task: str):
     """Not even NaN, and its gradients stay finite; nor does it matter how much of it there is."""
-    model, real = head(task, pooling), marks().real
+    model, prompt_mask = head(task, pooling), marks().prompt_mask
     features = torch.randn(ROWS, TOKENS, WIDTH)
-    found = model(features.masked_fill(~real.unsqueeze(-1), torch.nan), real)
-    assert torch.equal(found, model(features, real))
+    found = model(features.masked_fill(~prompt_mask.unsqueeze(-1), torch.nan), prompt_mask)
+    assert torch.equal(found, model(features, prompt_mask))
     found.sum().backward()
     assert all(torch.isfinite(one.grad).all() for one in model.parameters() if one.grad is not None)
     for row, length in enumerate((5, 3, 2)):
@@ -140,18 +148,18 @@ def test_padding_says_nothing(pooling: str, task: str):
 
 
 def test_attention_is_a_mean_with_learned_weights():
-    model, real = head("pairwise", "attention"), marks().real
+    model, prompt_mask = head("pairwise", "attention"), marks().prompt_mask
     features = torch.randn(ROWS, TOKENS, WIDTH)
     assert model.attention is not None
     for row in range(ROWS):
-        seen = features[row, real[row]]
+        seen = features[row, prompt_mask[row]]
         normal = (seen - seen.mean(1, keepdim=True)) / seen.std(1, correction=0, keepdim=True)
         weights = torch.softmax((normal @ model.attention.weight.T)[:, 0], dim=0)
-        wanted = model.layers((weights[:, None] * seen).sum(dim=0))
-        assert torch.allclose(model(features, real)[row], wanted, atol=1e-4)
+        selected_mask = model.layers((weights[:, None] * seen).sum(dim=0))
+        assert torch.allclose(model(features, prompt_mask)[row], selected_mask, atol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", EACH_TOKEN)
+@pytest.mark.parametrize("pooling", EVERY_TOKEN_POOLINGS)
 def test_features_of_every_token_need_their_mask(pooling: str):
     with pytest.raises(ValueError, match=f"pooling={pooling} reads every token: give attention_mask with features"):
         head("binary", pooling)(torch.randn(ROWS, TOKENS, WIDTH))
@@ -160,25 +168,27 @@ def test_features_of_every_token_need_their_mask(pooling: str):
 @pytest.mark.parametrize("task", ["binary", "multilabel", "ordinal", "multiclass"])
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_a_mean_answer_has_the_log_odds_of_the_mean_probability(task: str, scale: float):
-    numbers, real = TASKS[task](LABELS[task]), marks().real
+    numbers, prompt_mask = NUM_OUTPUTS_BY_TASK[task](LABELS[task]), marks().prompt_mask
     outputs = (scale * torch.randn(ROWS, TOKENS, numbers)).sort(dim=2, descending=True).values
-    found = probabilities(task, mean_answer(task, outputs, real).double())
+    found = probabilities(task, average_token_outputs(task, outputs, prompt_mask).double())
     for row in range(ROWS):
-        chances = probabilities(task, outputs[row, real[row]].double()).mean(dim=0)
+        chances = probabilities(task, outputs[row, prompt_mask[row]].double()).mean(dim=0)
         assert torch.allclose(found[row], chances, rtol=1e-5, atol=1e-9)
         if task != "multiclass":
-            above = outputs[row, real[row]].double().sigmoid().mean(dim=0)
+            above = outputs[row, prompt_mask[row]].double().sigmoid().mean(dim=0)
             naive = above.log() - (1 - above).log()
-            assert torch.allclose(mean_answer(task, outputs, real)[row].double(), naive, rtol=1e-3, atol=1e-4)
+            assert torch.allclose(
+                average_token_outputs(task, outputs, prompt_mask)[row].double(), naive, rtol=1e-3, atol=1e-4
+            )
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NUM_OUTPUTS_BY_TASK)
 @pytest.mark.parametrize("value", [1e4, -1e4])
 def test_extreme_numbers_stay_finite(task: str, value: float):
-    outputs = torch.full((ROWS, TOKENS, TASKS[task](LABELS[task])), value)
+    outputs = torch.full((ROWS, TOKENS, NUM_OUTPUTS_BY_TASK[task](LABELS[task])), value)
     outputs[:, -1, 0] = -value
     outputs.requires_grad_()
-    found = mean_answer(task, outputs, marks().real)
+    found = average_token_outputs(task, outputs, marks().prompt_mask)
     assert torch.isfinite(found).all()
     found.sum().backward()
     assert isinstance(outputs.grad, Tensor)
@@ -191,7 +201,7 @@ def test_extreme_numbers_stay_finite(task: str, value: float):
 @pytest.mark.parametrize("number", [1, 2, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cut_points_ascend(number: int, dtype: torch.dtype):
-    cuts = Cuts(number)
+    cuts = OrdinalThresholds(number)
     at_first = -cuts(torch.zeros(1))
     assert torch.allclose(at_first, torch.arange(number) - (number - 1) / 2)
     for _ in range(20):
@@ -224,10 +234,10 @@ def test_an_unknown_head_is_refused():
 
 
 def test_a_head_that_gives_another_count_of_numbers_is_refused(monkeypatch: pytest.MonkeyPatch):
-    class Deaf(LinearHead):
+    class InputIgnoringHead(LinearHead):
         def __init__(self, width: int, num_outputs: int):
             super().__init__(width, num_outputs + 1)
 
-    monkeypatch.setitem(HEADS, "mine:Deaf", Deaf)
+    monkeypatch.setitem(HEADS, "mine:Deaf", InputIgnoringHead)
     with pytest.raises(ValueError, match=r"model\.head\.type=mine:Deaf gives 2 numbers; .* asked for 1"):
         head("regression", type="mine:Deaf")(torch.randn(1, WIDTH))

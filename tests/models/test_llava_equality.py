@@ -25,7 +25,7 @@ def ours(world: Path) -> VLMForConditionalGeneration:
 @pytest.fixture(scope="module")
 def theirs(ours: VLMForConditionalGeneration, world: Path) -> LlavaForConditionalGeneration:
     """transformers' model with all encoder layers and the same weights."""
-    return llava_of(ours, world, -2)
+    return make_llava(ours, world, -2)
 
 
 def composed(world: Path, layer: int | list[int]) -> VLMForConditionalGeneration:
@@ -39,7 +39,7 @@ def composed(world: Path, layer: int | list[int]) -> VLMForConditionalGeneration
     return build_model(model, config, processor, torch.float32, seed=0)
 
 
-def llava_of(ours: VLMForConditionalGeneration, world: Path, layer: int | list[int]) -> LlavaForConditionalGeneration:
+def make_llava(ours: VLMForConditionalGeneration, world: Path, layer: int | list[int]) -> LlavaForConditionalGeneration:
     """transformers' model with all encoder layers and the weights of ours."""
     config = LlavaConfig(
         vision_config=CLIPVisionModel.from_pretrained(world / "visual_encoder").config,
@@ -97,7 +97,7 @@ def test_loss_and_gradients_equal_transformers_llava(ours, theirs):
 def test_logits_over_several_feature_layers_equal_transformers_llava(world: Path, layers: list[int]):
     """A list of layers: their features side by side, in the order of the list."""
     mine = composed(world, layers).eval()
-    other = llava_of(mine, world, layers).eval()
+    other = make_llava(mine, world, layers).eval()
     inputs = {name: value for name, value in batch(mine).items() if name != "labels"}
     with torch.no_grad():
         assert torch.allclose(mine(**inputs).logits, other(**inputs).logits, atol=1e-5)

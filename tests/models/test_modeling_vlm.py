@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from tests.tiny_parts import ENCODERS, IGNORED, LANGUAGE_MODELS, Parts, picture
+from tests.tiny_parts import ENCODERS, IGNORE_INDEX, LANGUAGE_MODELS, Parts, picture
 from vlm.data.batching.collator import Collator
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
@@ -35,7 +35,7 @@ def batch(processor: VLMProcessor, rows: Sequence[str]) -> dict[str, Tensor]:
         seen = [picture(number + index, (30 + 5 * index, 40)) for index in range(images)]
         number += images
         start = max([0, *(place for place, token in enumerate(ids) if token == processor.image_token_id)]) + 1
-        labels = [IGNORED] * start + ids[start:]
+        labels = [IGNORE_INDEX] * start + ids[start:]
         pixels = processor.pixel_values(seen) if seen else None
         samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
     return Collator(processor.tokenizer.pad_token_id)(samples)
@@ -64,7 +64,7 @@ def test_every_hidden_layer_is_the_encoders_own(parts: Parts, encoder: str):
         pixels = processor.pixel_values([picture(0), picture(1)])
         with torch.no_grad():
             expected = whole(pixels, output_hidden_states=True).hidden_states[layer]
-            features = model.eval()._encode(pixels)
+            features = model.eval()._encode_and_concatenate(pixels)
         if expected.ndim == 4:
             expected = expected.flatten(2).transpose(1, 2)
         assert torch.allclose(features, expected, atol=1e-6), layer
@@ -82,7 +82,7 @@ def test_without_a_layer_the_encoders_own_output_is_read(parts: Parts, encoder: 
     pixels = processor.pixel_values([picture(0)])
     with torch.no_grad():
         expected = AutoModel.from_pretrained(parts.encoder(encoder)).eval()(pixels).last_hidden_state
-        features = model.eval()._encode(pixels)
+        features = model.eval()._encode_and_concatenate(pixels)
     if expected.ndim == 4:
         expected = expected.flatten(2).transpose(1, 2)
     assert torch.allclose(features, expected, atol=1e-6)
@@ -96,7 +96,7 @@ def test_strategies_choose_among_the_same_tokens(parts: Parts, encoder: str):
     for strategy in ("full", "patch", "cls", "cls+patch"):
         model = parts.model(encoder, connector="linear", strategy=strategy)[0].eval()
         with torch.no_grad():
-            seen[strategy] = model._encode(pixels)
+            seen[strategy] = model._encode_and_concatenate(pixels)
     prefix = model.config.num_prefix_tokens
     assert torch.equal(seen["patch"], seen["full"][:, prefix:])
     assert torch.equal(seen["cls"], seen["full"][:, :1])
@@ -175,14 +175,14 @@ def test_supervised_logits_are_those_of_a_whole_pass(parts: Parts, language_mode
     """For every language model: the kept logits are rows of all logits, and the loss is their cross-entropy."""
     model, processor = parts.model("clip", language_model)
     inputs = batch(processor, ROWS)
-    targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+    targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
     with torch.no_grad():
         whole = model.eval()(**{**inputs, "labels": None}).logits
         output = model(**inputs)
     assert whole.shape[:2] == inputs["input_ids"].shape
-    assert output.logits.shape == (int((targets != IGNORED).sum()), whole.shape[-1])
-    assert torch.allclose(output.logits, whole[targets != IGNORED], atol=1e-5)
-    expected = torch.nn.functional.cross_entropy(whole.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    assert output.logits.shape == (int((targets != IGNORE_INDEX).sum()), whole.shape[-1])
+    assert torch.allclose(output.logits, whole[targets != IGNORE_INDEX], atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(whole.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     assert torch.allclose(output.loss, expected, atol=1e-5)
 
 
@@ -231,7 +231,9 @@ def test_nothing_supervised_is_a_loss_of_zero_with_a_graph(built: Built):
     model, processor = built
     inputs = batch(processor, ROWS)
     for items in (None, torch.tensor(5)):
-        output = model(**{**inputs, "labels": torch.full_like(inputs["labels"], IGNORED)}, num_items_in_batch=items)
+        output = model(
+            **{**inputs, "labels": torch.full_like(inputs["labels"], IGNORE_INDEX)}, num_items_in_batch=items
+        )
         assert output.loss.item() == 0
         assert output.logits.shape[0] == 0
         output.loss.backward()

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm.models.poolings import AT_TOKEN, EACH_TOKEN, POOLINGS, Marks, masked_mean, pooled
+from vlm.models.poolings import (
+    EVERY_TOKEN_POOLINGS,
+    POOLINGS,
+    SPECIAL_TOKEN_POOLINGS,
+    TokenMasks,
+    mean_over_mask,
+    pool_hidden_states,
+)
 
 IMAGE, WANTED, ANSWER, PAD = 7, 8, 9, 0
 
@@ -25,7 +32,7 @@ READ = {
 """Pooling -> the places in each row that it reads, by hand."""
 
 
-def laid_out(side: str, answers: int) -> tuple[Marks, list[list[int]]]:
+def make_token_masks(side: str, answers: int) -> tuple[TokenMasks, list[list[int]]]:
     """Marks of the rows with padding on one side and answers behind them; and where each row's tokens stand."""
     longest = max(map(len, ROWS)) + answers
     ids, places = [], []
@@ -36,27 +43,27 @@ def laid_out(side: str, answers: int) -> tuple[Marks, list[list[int]]]:
         start = len(gap) if side == "left" else 0
         places.append(list(range(start, start + len(row))))
     tokens = torch.tensor(ids)
-    real = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, stand in zip(real, places, strict=True):
+    prompt_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, stand in zip(prompt_mask, places, strict=True):
         row[stand] = True
-    return Marks(real, real & (tokens == IMAGE), real & (tokens == WANTED)), places
+    return TokenMasks(prompt_mask, prompt_mask & (tokens == IMAGE), prompt_mask & (tokens == WANTED)), places
 
 
 def test_every_pooling_is_said_and_tested():
-    assert set(READ) | set(EACH_TOKEN) == set(POOLINGS)
-    assert set(AT_TOKEN) < set(READ)
+    assert set(READ) | set(EVERY_TOKEN_POOLINGS) == set(POOLINGS)
+    assert set(SPECIAL_TOKEN_POOLINGS) < set(READ)
 
 
 @pytest.mark.parametrize("pooling", READ)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("answers", [0, 3])
 def test_exactly_the_tokens_of_a_pooling_are_read(pooling: str, side: str, answers: int):
-    marks, places = laid_out(side, answers)
-    hidden = torch.randn(*marks.real.shape, 4, requires_grad=True)
-    found = pooled(pooling, hidden, marks)
+    marks, places = make_token_masks(side, answers)
+    hidden = torch.randn(*marks.prompt_mask.shape, 4, requires_grad=True)
+    found = pool_hidden_states(pooling, hidden, marks)
     read = [[stand[one] for one in chosen] for stand, chosen in zip(places, READ[pooling], strict=True)]
-    wanted = torch.stack([row[chosen].mean(dim=0) for row, chosen in zip(hidden, read, strict=True)])
-    assert torch.allclose(found, wanted, atol=1e-6)
+    selected_mask = torch.stack([row[chosen].mean(dim=0) for row, chosen in zip(hidden, read, strict=True)])
+    assert torch.allclose(found, selected_mask, atol=1e-6)
     found.sum().backward()
     assert isinstance(hidden.grad, Tensor)
     for gradient, chosen in zip(hidden.grad, read, strict=True):
@@ -67,26 +74,26 @@ def test_exactly_the_tokens_of_a_pooling_are_read(pooling: str, side: str, answe
 @pytest.mark.parametrize("pooling", READ)
 def test_what_stands_at_other_tokens_does_not_matter(pooling: str):
     """Not even NaN, which attention may leave at padding."""
-    marks, _ = laid_out("left", 2)
-    hidden = torch.randn(*marks.real.shape, 4)
-    spoilt = hidden.masked_fill(~marks.real.unsqueeze(-1), torch.nan)
-    assert torch.equal(pooled(pooling, spoilt, marks), pooled(pooling, hidden, marks))
+    marks, _ = make_token_masks("left", 2)
+    hidden = torch.randn(*marks.prompt_mask.shape, 4)
+    spoilt = hidden.masked_fill(~marks.prompt_mask.unsqueeze(-1), torch.nan)
+    assert torch.equal(pool_hidden_states(pooling, spoilt, marks), pool_hidden_states(pooling, hidden, marks))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_features_are_in_single_precision(pooling: str):
-    marks, _ = laid_out("right", 0)
-    hidden = torch.randn(*marks.real.shape, 4, dtype=torch.bfloat16)
-    found = pooled(pooling, hidden, marks)
+    marks, _ = make_token_masks("right", 0)
+    hidden = torch.randn(*marks.prompt_mask.shape, 4, dtype=torch.bfloat16)
+    found = pool_hidden_states(pooling, hidden, marks)
     assert found.dtype == torch.float32
-    assert found.shape == ((*marks.real.shape, 4) if pooling in EACH_TOKEN else (len(ROWS), 4))
+    assert found.shape == ((*marks.prompt_mask.shape, 4) if pooling in EVERY_TOKEN_POOLINGS else (len(ROWS), 4))
 
 
 def test_the_mean_is_taken_in_single_precision():
     """In half precision a mean over many tokens would be off."""
     hidden = torch.full((1, 4096, 1), 1.0, dtype=torch.bfloat16)
-    real = torch.ones(1, 4096, dtype=torch.bool)
-    assert pooled("mean", hidden, Marks(real, real, real)).item() == 1
+    prompt_mask = torch.ones(1, 4096, dtype=torch.bool)
+    assert pool_hidden_states("mean", hidden, TokenMasks(prompt_mask, prompt_mask, prompt_mask)).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -96,25 +103,27 @@ def test_the_mean_is_taken_in_single_precision():
         ("token", "wanted", r"row 1 has no token to read: .*model\.head\.token"),
         ("query", "wanted", r"row 1 has no token to read: .*config\.suffix"),
         *((pooling, "real", "row 1 has no token to read: it is empty") for pooling in ("last", "first", "mean")),
-        *((pooling, "real", "row 1 has no token to read: it is empty") for pooling in EACH_TOKEN),
+        *((pooling, "real", "row 1 has no token to read: it is empty") for pooling in EVERY_TOKEN_POOLINGS),
     ],
 )
 def test_a_row_without_anything_to_read_is_named(pooling: str, missing: str, says: str):
-    marks, _ = laid_out("left", 0)
+    marks, _ = make_token_masks("left", 0)
     mask = getattr(marks, missing).clone()
     mask[1] = False
     with pytest.raises(ValueError, match=f"pooling={pooling}: {says}"):
-        pooled(pooling, torch.randn(*marks.real.shape, 4), replace(marks, **{missing: mask}))
+        pool_hidden_states(pooling, torch.randn(*marks.prompt_mask.shape, 4), replace(marks, **{missing: mask}))
 
 
 def test_a_row_of_pictures_alone_has_no_text():
-    marks, _ = laid_out("left", 0)
+    marks, _ = make_token_masks("left", 0)
     with pytest.raises(ValueError, match="pooling=text: row 0 has no token to read: it is nothing but pictures"):
-        pooled("text", torch.randn(*marks.real.shape, 4), replace(marks, media=marks.real))
+        pool_hidden_states(
+            "text", torch.randn(*marks.prompt_mask.shape, 4), replace(marks, media_mask=marks.prompt_mask)
+        )
 
 
 def test_a_mean_over_nothing_is_zero():
     values = torch.randn(2, 3, 4)
     chosen = torch.tensor([[True, False, True], [False] * 3])
-    assert torch.allclose(masked_mean(values, chosen)[0], values[0, [0, 2]].mean(dim=0))
-    assert masked_mean(values, chosen)[1].tolist() == [0] * 4
+    assert torch.allclose(mean_over_mask(values, chosen)[0], values[0, [0, 2]].mean(dim=0))
+    assert mean_over_mask(values, chosen)[1].tolist() == [0] * 4

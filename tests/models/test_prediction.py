@@ -16,9 +16,9 @@ from tests.tiny_parts import Parts, picture
 from vlm.assembly.family import load_family_config, load_family_model
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import dummy_image, model_inputs
-from vlm.data.encoding.labels import Encoded, encode, encode_prompt, media_ids
+from vlm.data.encoding.labels import Encoded, encode, encode_prompt, get_media_token_ids
 from vlm.data.heads.dataset import prompt_mask
-from vlm.data.sample import Picture, Sample, Turn
+from vlm.data.sample import ImageRef, Sample, Turn
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
 from vlm.models import VLMForPrediction, VLMPredictionConfig
@@ -60,15 +60,15 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def predictor(body: Any, processor: Any, *heads: dict[str, Any], **more: Any) -> VLMForPrediction:
+def make_predictor(body: Any, processor: Any, *heads: dict[str, Any], **more: Any) -> VLMForPrediction:
     """A model with these heads, which does not train."""
     config = VLMPredictionConfig(
-        body_config=body.config, heads=heads or [BINARY], media_token_ids=media_ids(processor), **more
+        body_config=body.config, heads=heads or [BINARY], media_token_ids=get_media_token_ids(processor), **more
     )
     return VLMForPrediction(config, body).eval()
 
 
-def batch_of(
+def make_batch(
     processor: Any, *numbers: int, only: int | None = None, left: bool = False, reply: str = "a cat"
 ) -> dict[str, Tensor]:  # fmt: skip
     """Rows that show so many pictures, of different lengths, each with a reply that is supervised.
@@ -83,7 +83,7 @@ def batch_of(
     rows = []
     for row, number in enumerate(numbers):
         images = [picture(seed, (40 - 8 * seed, 30)) for seed in range(number)]
-        asked = (*(Picture(Path()) for _ in images), "what is it?" * (row + 1))
+        asked = (*(ImageRef(Path()) for _ in images), "what is it?" * (row + 1))
         turns = [Turn("user", asked), Turn("assistant", (reply,))]
         sizes = [(image.height, image.width) for image in images]
         if reply:
@@ -117,10 +117,10 @@ def refuse(*_: Any) -> None:
 def test_heads_read_the_hidden_states_of_the_body(name: str, opened: Callable[[str], tuple[Any, Any]]):
     """Exactly, of the last layer and of another one; the vocabulary head is not asked."""
     body, processor = opened(name)
-    batch = batch_of(processor, 1, 2, 0)
+    batch = make_batch(processor, 1, 2, 0)
     del batch["labels"]
     before = {key: value.clone() for key, value in body.state_dict().items()}
-    model = predictor(body, processor, *HEADS, {**EVERY, "name": "first", "layer": 0})
+    model = make_predictor(body, processor, *HEADS, {**EVERY, "name": "first", "layer": 0})
     assert all(torch.equal(value, before[key]) for key, value in body.state_dict().items())
     with torch.no_grad():
         states = body(**batch, output_hidden_states=True).hidden_states
@@ -140,9 +140,9 @@ def test_heads_read_the_hidden_states_of_the_body(name: str, opened: Callable[[s
 def test_a_model_comes_back_as_it_was(name: str, opened: Callable[[str], tuple[Any, Any]], tmp_path: Path):
     """Equal outputs through both auto classes; weights that are tied stay so, and are saved once."""
     body, processor = opened(name)
-    batch = batch_of(processor, 1, 2)
+    batch = make_batch(processor, 1, 2)
     del batch["labels"]
-    model = predictor(body, processor, *HEADS)
+    model = make_predictor(body, processor, *HEADS)
     tied = body.get_output_embeddings().weight is body.get_input_embeddings().weight
     with torch.no_grad():
         for weight in model.get_input_embeddings().parameters():
@@ -166,9 +166,9 @@ def test_a_model_comes_back_as_it_was(name: str, opened: Callable[[str], tuple[A
 def test_replies_are_learned_beside_and_not_read(name: str, opened: Callable[[str], tuple[Any, Any]]):
     """The loss is the heads' and a share of the body's own; another reply leaves what heads say as it was."""
     body, processor = opened(name)
-    batch = batch_of(processor, 1, 2)
+    batch = make_batch(processor, 1, 2)
     text = batch.pop("labels")
-    model = predictor(body, processor, *HEADS, generation_weight=0.3)
+    model = make_predictor(body, processor, *HEADS, generation_weight=0.3)
     prompt = prompt_mask(text, batch["attention_mask"])
     labels = {"answer": torch.tensor([0.0, 1.0]), "every": torch.tensor([2, 0])}
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, opened: Calla
     without one is left out, and heads that read such tokens.
     """
     body, processor = opened(name)
-    model = predictor(body, processor, *HEADS)
+    model = make_predictor(body, processor, *HEADS)
     compared = ["answer"] if name == "mllama" else [head["name"] for head in HEADS]
     numbers = (1, 2, 1) if name == "mllama" else (1, 2, 0)
 
@@ -199,9 +199,9 @@ def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, opened: Calla
         with torch.no_grad():
             return model(**batch, prompt_mask=prompt_mask(text, batch["attention_mask"])).outputs
 
-    together = said(batch_of(processor, *numbers))
+    together = said(make_batch(processor, *numbers))
     for row in range(3):
-        alone = said(batch_of(processor, *numbers, only=row))
+        alone = said(make_batch(processor, *numbers, only=row))
         for head in compared:
             assert torch.allclose(together[head][row], alone[head][0], atol=1e-4), (row, head)
 
@@ -222,9 +222,9 @@ POOLED = [
 
 
 def test_padding_may_stand_on_either_side(composed: tuple[Any, Any]):
-    model = predictor(*composed, *POOLED)
+    model = make_predictor(*composed, *POOLED)
     with torch.no_grad():
-        right, left = (batch_of(composed[1], 1, 2, 1, left=left, reply="") for left in (False, True))
+        right, left = (make_batch(composed[1], 1, 2, 1, left=left, reply="") for left in (False, True))
         assert not torch.equal(left["attention_mask"], right["attention_mask"])
         for batch in (left, right):
             del batch["labels"]
@@ -236,8 +236,8 @@ def test_padding_may_stand_on_either_side(composed: tuple[Any, Any]):
 
 
 def test_a_prompt_with_a_reply_behind_it_is_read_as_without(composed: tuple[Any, Any]):
-    model = predictor(*composed, *POOLED)
-    answered, waiting = batch_of(composed[1], 1, 2), batch_of(composed[1], 1, 2, reply="")
+    model = make_predictor(*composed, *POOLED)
+    answered, waiting = make_batch(composed[1], 1, 2), make_batch(composed[1], 1, 2, reply="")
     mask = prompt_mask(answered.pop("labels"), answered["attention_mask"])
     del waiting["labels"]
     with torch.no_grad():
@@ -248,8 +248,8 @@ def test_a_prompt_with_a_reply_behind_it_is_read_as_without(composed: tuple[Any,
 
 def test_features_say_what_inputs_do(composed: tuple[Any, Any]):
     """Computed once, they are all that heads need; of those that read every token, with the mask."""
-    model = predictor(*composed, *POOLED)
-    batch = batch_of(composed[1], 1, 2, reply="")
+    model = make_predictor(*composed, *POOLED)
+    batch = make_batch(composed[1], 1, 2, reply="")
     del batch["labels"]
     labels = {head["name"]: torch.tensor([0, 2]) for head in POOLED}
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_features_say_what_inputs_do(composed: tuple[Any, Any]):
 
 def test_a_head_reads_at_a_token(composed: tuple[Any, Any]):
     """Of its own behind the prompt, or one that stands in it; a row without any is an error that names it."""
-    batch = batch_of(composed[1], 1, 1, reply="", left=True)
+    batch = make_batch(composed[1], 1, 1, reply="", left=True)
     del batch["labels"]
     start, query = [one for one in range(256) if one not in batch["input_ids"]][:2]
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
@@ -279,7 +279,7 @@ def test_a_head_reads_at_a_token(composed: tuple[Any, Any]):
         {**EVERY, "name": "start", "pooling": "token", "token_id": start},
         {**EVERY, "name": "all"},
     ]
-    model = predictor(*composed, *at, suffix_ids=[query])
+    model = make_predictor(*composed, *at, suffix_ids=[query])
     with torch.no_grad():
         found = model.features(**inputs)
         assert torch.equal(found["own"], found["all"][:, -1])
@@ -289,17 +289,17 @@ def test_a_head_reads_at_a_token(composed: tuple[Any, Any]):
 
 
 def test_a_row_without_a_picture_has_none_to_read(composed: tuple[Any, Any]):
-    batch = batch_of(composed[1], 1, 0, 1, reply="")
+    batch = make_batch(composed[1], 1, 0, 1, reply="")
     del batch["labels"]
     with pytest.raises(ValueError, match="pooling=image: row 1 has no token to read: it shows no picture"):
-        predictor(*composed, {**BINARY, "pooling": "image"})(**batch)
+        make_predictor(*composed, {**BINARY, "pooling": "image"})(**batch)
 
 
 def test_several_heads_with_labels_for_some_rows(composed: tuple[Any, Any]):
     """The weighted sum of their losses; one without any label adds nothing, and has a gradient all the same."""
     age = {"name": "age", "task": "regression", "loss": "mse", "weight": 0.5, "shift": 40.0, "scale": 10.0}
-    model = predictor(*composed, BINARY, {**EVERY, "weight": 2.0, "label_smoothing": 0.1}, age)
-    batch = batch_of(composed[1], 1, 2, 1, reply="")
+    model = make_predictor(*composed, BINARY, {**EVERY, "weight": 2.0, "label_smoothing": 0.1}, age)
+    batch = make_batch(composed[1], 1, 2, 1, reply="")
     del batch["labels"]
     nan = torch.nan
     labels = {"answer": torch.tensor([1.0, nan, 0.0]), "every": torch.tensor([[2.0], [0.0], [nan]]),
@@ -324,8 +324,10 @@ def test_several_heads_with_labels_for_some_rows(composed: tuple[Any, Any]):
 
 
 def test_pairs_are_compared_within_groups(composed: tuple[Any, Any]):
-    model = predictor(*composed, {"name": "rank", "task": "pairwise", "loss": "margin", "loss_options": {"margin": 2}})
-    batch = batch_of(composed[1], 1, 2, 1, reply="")
+    model = make_predictor(
+        *composed, {"name": "rank", "task": "pairwise", "loss": "margin", "loss_options": {"margin": 2}}
+    )
+    batch = make_batch(composed[1], 1, 2, 1, reply="")
     del batch["labels"]
     found = model(**batch, labels=torch.tensor([1.0, 3.0, 2.0]), groups=torch.tensor([0, 1, 0]))
     assert torch.allclose(found.loss, torch.relu(2 - (found.logits[2, 0] - found.logits[0, 0])), atol=1e-6)
@@ -333,8 +335,8 @@ def test_pairs_are_compared_within_groups(composed: tuple[Any, Any]):
 
 def test_a_body_that_does_not_train_stays_as_in_evaluation(composed: tuple[Any, Any]):
     """It builds no graph, and its modules stay in evaluation mode; where a part of it trains, all is as usual."""
-    model = predictor(*composed, {**EVERY, "options": {"dropout": 0.5}})
-    batch = batch_of(composed[1], 1, 2, reply="")
+    model = make_predictor(*composed, {**EVERY, "options": {"dropout": 0.5}})
+    batch = make_batch(composed[1], 1, 2, reply="")
     del batch["labels"]
     model.body.requires_grad_(False)
     model.train()
@@ -351,7 +353,7 @@ def test_a_body_that_does_not_train_stays_as_in_evaluation(composed: tuple[Any, 
     assert all(one.grad is not None and one.grad.any() for one in model.body.connector.parameters())
 
 
-SAID = [
+EXPECTED_PREDICTIONS = [
     (BINARY, ["no", "yes"]),
     ({**EVERY, "labels": [1, 2, 3]}, [1, 2, 3]),
     ({"name": "several", "task": "multilabel", "labels": ["a", "b"], "threshold": [0.0, 1.1]}, [["a"]]),
@@ -364,11 +366,11 @@ SAID = [
 
 
 def test_what_is_predicted(composed: tuple[Any, Any]):
-    model = predictor(*composed, *(head for head, _ in SAID))
-    batch = batch_of(composed[1], 1, 2, 1, reply="")
+    model = make_predictor(*composed, *(head for head, _ in EXPECTED_PREDICTIONS))
+    batch = make_batch(composed[1], 1, 2, 1, reply="")
     del batch["labels"]
     found, outputs = model.predict(**batch), model(**batch).outputs
-    for head, allowed in SAID:
+    for head, allowed in EXPECTED_PREDICTIONS:
         one = found[head["name"]]
         assert len(one["predictions"]) == 3
         assert not one["scores"].requires_grad
@@ -384,16 +386,16 @@ def test_what_is_predicted(composed: tuple[Any, Any]):
 
 @pytest.mark.parametrize(("threshold", "label"), [(0.0, "yes"), (1.1, "no")])
 def test_a_threshold_decides(composed: tuple[Any, Any], threshold: float, label: str):
-    batch = batch_of(composed[1], 1, 2, reply="")
+    batch = make_batch(composed[1], 1, 2, reply="")
     del batch["labels"]
-    assert predictor(*composed, {**BINARY, "threshold": threshold}).predict(**batch)["answer"]["predictions"] == [
+    assert make_predictor(*composed, {**BINARY, "threshold": threshold}).predict(**batch)["answer"]["predictions"] == [
         label, label
     ]  # fmt: skip
 
 
 def test_arguments_that_do_not_fit(composed: tuple[Any, Any]):
-    model = predictor(*composed)
-    batch = batch_of(composed[1], 1)
+    model = make_predictor(*composed)
+    batch = make_batch(composed[1], 1)
     text = batch.pop("labels")
     with pytest.raises(ValueError, match="give input_ids, or features"):
         model()
@@ -411,7 +413,7 @@ def test_arguments_that_do_not_fit(composed: tuple[Any, Any]):
 def test_heads_stay_in_single_precision(composed: tuple[Any, Any], tmp_path: Path):
     """Temperatures and thresholds were chosen for their numbers: a body in half precision does not round them."""
     grade = {"name": "grade", "task": "ordinal", "labels": [1, 2, 3]}
-    model = predictor(composed[0].bfloat16(), composed[1], *POOLED, grade)
+    model = make_predictor(composed[0].bfloat16(), composed[1], *POOLED, grade)
     model.save_pretrained(tmp_path)
     for options in ({}, {"dtype": torch.bfloat16}):
         loaded = AutoModel.from_pretrained(tmp_path, **options)
@@ -424,7 +426,7 @@ def test_heads_stay_in_single_precision(composed: tuple[Any, Any], tmp_path: Pat
 
 
 def test_a_configuration_comes_back_as_it_was(composed: tuple[Any, Any], tmp_path: Path):
-    model = predictor(*composed, {**BINARY, "threshold": 0.4}, EVERY, suffix="<|every|>", suffix_ids=[5])
+    model = make_predictor(*composed, {**BINARY, "threshold": 0.4}, EVERY, suffix="<|every|>", suffix_ids=[5])
     model.config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, VLMPredictionConfig)
@@ -440,14 +442,14 @@ def test_a_configuration_comes_back_as_it_was(composed: tuple[Any, Any], tmp_pat
 
 def test_an_empty_model_can_be_made_of_its_configuration(composed: tuple[Any, Any]):
     grade = {"name": "grade", "task": "ordinal", "labels": [1, 2, 3]}
-    config = predictor(*composed, grade).config
+    config = make_predictor(*composed, grade).config
     model = AutoModel.from_config(config)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert torch.allclose(-model.heads["grade"].cuts(torch.zeros(1)), torch.tensor([-0.5, 0.5]))
 
 
 def test_a_reloaded_model_still_resizes_rightly(composed: tuple[Any, Any], tmp_path: Path):
-    predictor(*composed).save_pretrained(tmp_path / "a")
+    make_predictor(*composed).save_pretrained(tmp_path / "a")
     model = AutoModel.from_pretrained(tmp_path / "a")
     model.resize_token_embeddings(400)
     model.save_pretrained(tmp_path / "b")
@@ -462,5 +464,5 @@ def test_a_body_that_grew_keeps_its_rows(composed: tuple[Any, Any]):
     body, processor = composed
     body.resize_token_embeddings(400)
     before = {key: value.clone() for key, value in body.state_dict().items()}
-    predictor(body, processor)
+    make_predictor(body, processor)
     assert all(torch.equal(value, before[key]) for key, value in body.state_dict().items())

@@ -17,7 +17,7 @@ from vlm.assembly.compose import compose
 from vlm.models import VLMProcessor
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.pixels import pad_to_square
-from vlm.models.processing_vlm import FROZEN_DATE, IMAGE_MODES, images_of
+from vlm.models.processing_vlm import FIXED_DATE, IMAGE_MODES, images_in_conversation
 
 POINTWISE = ("identity", "linear", "mlp")
 """Connectors that take features of any number and keep it; `test_connectors.py` composes models with all others."""
@@ -187,7 +187,7 @@ def test_images_of_a_conversation_in_order():
         {"role": "assistant", "content": "c"},
         {"role": "user", "content": [{"type": "image", "url": "d"}, {"type": "image", "image": "e"}]},
     ]
-    assert images_of(talk) == ["a", "d", "e"]
+    assert images_in_conversation(talk) == ["a", "d", "e"]
 
 
 def test_pictures_as_openai_has_them(processor: VLMProcessor, tmp_path: Path):
@@ -207,12 +207,12 @@ def test_dates_and_thinking_are_the_same_every_day(parts: Parts):
     processor = parts.processor()
     dates = "{{ date_string }}|{{ strftime_now('%d %b %Y') }}"
     processor.chat_template = f"{dates}|{{{{ enable_thinking }}}}|{{{{ image_token }}}}"
-    frozen = f"{FROZEN_DATE}|{FROZEN_DATE}"
+    frozen = f"{FIXED_DATE}|{FIXED_DATE}"
     assert processor.apply_chat_template([{"role": "user", "content": "?"}]) == f"{frozen}|False|<image>"
     asked = processor.apply_chat_template([{"role": "user", "content": "?"}], enable_thinking=True)
     assert asked == f"{frozen}|True|<image>"
     processor.chat_template = "\n {{ strftime_now('%d') }} \n"  # nothing else of the template changes
-    assert processor.apply_chat_template([{"role": "user", "content": "?"}]) == f"\n {FROZEN_DATE} "
+    assert processor.apply_chat_template([{"role": "user", "content": "?"}]) == f"\n {FIXED_DATE} "
 
 
 # What it is made of

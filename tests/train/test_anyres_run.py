@@ -18,7 +18,7 @@ from tests.train.test_distributed_runs import launch
 from vlm.assembly.compose import build_model, compose
 from vlm.config.schema import AnyResConfig, DatasetConfig
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankPictures, SampleDataset, dummy_image, load_dataset
+from vlm.data.dataset import BlankImageDataset, SampleDataset, dummy_image, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.inference.generate import VisionLanguageModel
 from vlm.train.trainer import newest_checkpoint
@@ -114,7 +114,7 @@ def test_a_dummy_is_a_frame_and_changes_no_loss(tiled, data: SampleDataset):
 
 
 def test_blank_pictures_are_as_large(data: SampleDataset):
-    blank = BlankPictures(data)
+    blank = BlankImageDataset(data)
     for index in range(len(data)):
         item: Any = data[index]
         other = blank[index]

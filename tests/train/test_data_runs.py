@@ -31,7 +31,7 @@ def encoded(number: int, kind: str = "JPEG") -> bytes:
 
 
 def pictures(folder: Path) -> list[str]:
-    """Picture files of three kinds."""
+    """ImageRef files of three kinds."""
     names = [f"{number}.{('jpg', 'png', 'webp')[number % 3]}" for number in range(NUMBER)]
     for number, name in enumerate(names):
         (folder / name).write_bytes(encoded(number, ("JPEG", "PNG", "WEBP")[number % 3]))

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from vlm.train import distributed as ranks
-from vlm.train.distributed import locked_by_first_rank
+from vlm.train.distributed import rank0_lock
 
 
 def test_while_another_run_has_a_lock_ranks_hear_of_it(
@@ -30,21 +30,21 @@ def test_while_another_run_has_a_lock_ranks_hear_of_it(
         return value
 
     monkeypatch.setattr(ranks, "PATIENCE", 0.02)
-    monkeypatch.setattr(ranks, "as_first_rank", telling)
-    with caplog.at_level(logging.INFO), locked_by_first_rank(tmp_path / "store" / "lock", "it counts") as first:
+    monkeypatch.setattr(ranks, "broadcast_from_rank0", telling)
+    with caplog.at_level(logging.INFO), rank0_lock(tmp_path / "store" / "lock", "it counts") as first:
         assert first
         assert told == [False, False, False, True]
-        assert not ranks._has(FileLock(tmp_path / "store" / "lock"))
+        assert not ranks._acquire(FileLock(tmp_path / "store" / "lock"))
     assert len([record for record in caplog.records if "holds" in record.message]) == 1
-    assert ranks._has(FileLock(tmp_path / "store" / "lock"))
+    assert ranks._acquire(FileLock(tmp_path / "store" / "lock"))
 
 
 def test_another_rank_waits_for_word_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = iter([False, False, True])
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(ranks, "as_first_rank", lambda value: next(words))
-    with locked_by_first_rank(tmp_path / "store" / "lock", "it counts") as first:
+    monkeypatch.setattr(ranks, "broadcast_from_rank0", lambda value: next(words))
+    with rank0_lock(tmp_path / "store" / "lock", "it counts") as first:
         assert not first
     assert not list(words)
     assert not list(tmp_path.iterdir())
@@ -61,7 +61,7 @@ dist.init_process_group(
     "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=10)
 )
 (folder / f"ready{rank}").touch()
-with ranks.locked_by_first_rank(folder / "lock", "it counts") as first:
+with ranks.rank0_lock(folder / "lock", "it counts") as first:
     print(first)
     ranks.wait()
 """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from vlm.train.arguments import training_arguments
 from vlm.train.trainer import VLMTrainer
 
@@ -24,7 +24,7 @@ from vlm.train.trainer import VLMTrainer
     ],
 )
 def test_batches_are_copied_while_the_device_computes(common: list[str], words: list[str], expected: bool):
-    arguments: Any = training_arguments(config_of("pretrain-smol", [*common, *words]).trainer)
+    arguments: Any = training_arguments(compose_config("pretrain-smol", [*common, *words]).trainer)
     pinned = arguments.dataloader_pin_memory
     assert arguments.accelerator_config.non_blocking == (expected and pinned)
 

@@ -15,18 +15,18 @@ from transformers import AutoModelForImageTextToText
 
 import vlm
 from tests.command_line import refusal
-from tests.conftest import config_of, losses
+from tests.conftest import compose_config, losses
 from tests.tiny_parts import picture
 from vlm.assembly.adapter_base import BASE_FILE, fingerprint
-from vlm.assembly.adapter_folder import ADAPTER, OTHERS, load
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, load
 from vlm.assembly.adapter_merge import merge
-from vlm.assembly.settle import load_weights, settle_model
+from vlm.assembly.settle import load_weights, resolve_model
 from vlm.cli.main import main
 from vlm.inference.generate import user_turn
 from vlm.train import trainer
 from vlm.train.lora import add_adapter, is_adapter, linear_layers
-from vlm.train.parts import cast, freeze, parameter_groups, split_parts, table
-from vlm.train.trainer import WEIGHTS
+from vlm.train.parts import cast, freeze, make_parts, parameter_groups, table
+from vlm.train.trainer import TRAINED_WEIGHTS
 
 LORA = [
     "trainer.lora.language_model.r=4",
@@ -51,8 +51,8 @@ def built(common: list[str]) -> Callable[..., tuple[Any, Any]]:
     """`built(*overrides)`: configuration and model with its adapter, as a run makes it before training."""
 
     def build(*overrides: str) -> tuple[Any, Any]:
-        config = config_of("pretrain-smol", [*common, *overrides])
-        model_config, processor = settle_model(config)
+        config = compose_config("pretrain-smol", [*common, *overrides])
+        model_config, processor = resolve_model(config)
         model = load_weights(config, model_config, processor, torch.float32, 42)
         add_adapter(model, config.trainer.lora, 42, torch.float32)
         return config, model
@@ -102,11 +102,11 @@ def test_an_adapter_stays_within_its_part(built: Any, part: str):
     found = adapted(model)
     assert found
     assert all(name.startswith(f"{part}.") for name in found)
-    assert sorted(found) == sorted(linear_layers_before(built, part))
+    assert sorted(found) == sorted(expected_linear_layers(built, part))
     assert not any("lm_head" in name for name in found)
 
 
-def linear_layers_before(built: Any, part: str) -> list[str]:
+def expected_linear_layers(built: Any, part: str) -> list[str]:
     _, model = built()
     return linear_layers(model, part)
 
@@ -143,7 +143,7 @@ def test_rank_and_alpha_differ_by_part(built: Any):
 
 def test_only_adapters_and_whole_parts_train(built: Any):
     config, model = built(*LORA, "trainer.weight_decay.language_model_weight_decay=0.1")
-    parts = split_parts(model, config.trainer, config.model)
+    parts = make_parts(model, config.trainer, config.model)
     freeze(parts)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"connector", "language_model"}
@@ -159,7 +159,7 @@ def test_only_adapters_and_whole_parts_train(built: Any):
 
 def test_adapters_keep_float32_where_their_part_is_halved(built: Any):
     config, model = built(*LORA)
-    parts = split_parts(model, config.trainer, config.model)
+    parts = make_parts(model, config.trainer, config.model)
     freeze(parts)
     cast(model, parts, torch.float32, torch.bfloat16)
     for name, parameter in model.named_parameters():
@@ -196,7 +196,7 @@ def test_biases_train_within_parts_that_have_an_adapter(built: Any, bias: str):
         "trainer.lora.visual_encoder.r=2", "trainer.lora.visual_encoder.target_modules=[q_proj]",
         "trainer.learning_rate.visual_encoder_learning_rate=1e-2", f"trainer.lora.bias={bias}",
     )  # fmt: skip
-    freeze(split_parts(model, config.trainer, config.model))
+    freeze(make_parts(model, config.trainer, config.model))
     trained = {
         name for name, p in model.named_parameters()
         if p.requires_grad and name.endswith("bias") and not name.startswith("connector.")
@@ -213,7 +213,9 @@ def test_biases_train_within_parts_that_have_an_adapter(built: Any, bias: str):
 def test_a_run_leaves_an_adapter_as_peft_reads_it(on_checkpoint: Path, pretrained: Path):
     final = on_checkpoint / "final"
     assert not list(final.glob("model*.safetensors"))
-    assert {"processor_config.json", "config.json", BASE_FILE, OTHERS} <= {file.name for file in final.iterdir()}
+    assert {"processor_config.json", "config.json", BASE_FILE, NON_LORA_WEIGHTS} <= {
+        file.name for file in final.iterdir()
+    }
     base = AutoModelForImageTextToText.from_pretrained(pretrained)
     ours = load(final, merge=False)
     with_peft = peft.PeftModel.from_pretrained(base, final)
@@ -223,7 +225,7 @@ def test_a_run_leaves_an_adapter_as_peft_reads_it(on_checkpoint: Path, pretraine
 
 
 def test_a_run_from_parts_leaves_what_no_base_holds(on_parts: Path, world: Path):
-    others = load_file(on_parts / "final" / OTHERS)
+    others = load_file(on_parts / "final" / NON_LORA_WEIGHTS)
     assert {name.split(".")[0] for name in others} == {"connector", "language_model"}
     grown = {name: len(tensor) for name, tensor in others.items() if name.startswith("language_model.")}
     base = json.loads((world / "language_model" / "config.json").read_text())["vocab_size"]
@@ -234,7 +236,7 @@ def test_a_run_from_parts_leaves_what_no_base_holds(on_parts: Path, world: Path)
 
 def test_checkpoints_hold_what_trains(train: Callable[..., Path], tmp_path: Path):
     folder = train("pretrain-smol", tmp_path, *LORA, *SHORT, "trainer.save_strategy=steps", "trainer.save_steps=2")
-    held = load_file(folder / "checkpoint-2" / WEIGHTS)
+    held = load_file(folder / "checkpoint-2" / TRAINED_WEIGHTS)
     assert all(is_adapter(name) or name.startswith("connector.") for name in held)
     assert any(is_adapter(name) for name in held)
     assert not (folder / "checkpoint-2" / "adapter_config.json").exists()
@@ -332,22 +334,22 @@ def copied(on_checkpoint: Path, pretrained: Path, tmp_path: Path) -> tuple[Path,
 
 
 def test_a_base_that_moved_is_asked_for(copied: tuple[Path, Path], tmp_path: Path):
-    adapter, moved = copied
+    adapter, base_paths = copied
     said = refusal("generate", str(adapter), "--prompt", "a")
     assert said.startswith(f"vlm generate: {adapter} needs what it was trained on, /no/such/base, which is no longer")
     assert said.endswith("Say where it is now, to vlm generate or vlm merge-lora: --base PATH")
     assert refusal("merge-lora", str(adapter), str(tmp_path / "out")).endswith("--base PATH")
-    assert not adapted(load(adapter, moved=[str(moved)]))
+    assert not adapted(load(adapter, base_paths=[str(base_paths)]))
 
 
 def test_the_options_that_llavas_users_know_work(copied: tuple[Path, Path], tmp_path: Path):
-    adapter, moved = copied
+    adapter, base_paths = copied
     out = tmp_path / "out"
-    main(["merge-lora", "--base-model", str(moved), "--lora-path", str(adapter), "--output-path", str(out)])
+    main(["merge-lora", "--base-model", str(base_paths), "--lora-path", str(adapter), "--output-path", str(out)])
     assert (out / "model.safetensors").is_file()
     assert not (out / "adapter_config.json").exists()
     assert (out / "processor_config.json").is_file()
-    said = refusal("merge-lora", "--base", str(moved), str(adapter), str(out))
+    said = refusal("merge-lora", "--base", str(base_paths), str(adapter), str(out))
     assert said == f"vlm merge-lora: {out} is there already; name a new folder"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "moved", "out"]
 
@@ -358,11 +360,11 @@ def test_parts_that_moved_are_named(on_parts: Path, world: Path, tmp_path: Path)
     file.write_text(file.read_text().replace(str(world / "language_model"), "/no/such"))
     with pytest.raises(ValueError, match=r"/no/such, which is no longer there .* --base language_model=PATH"):
         load(tmp_path / "adapter")
-    assert load(tmp_path / "adapter", moved=[f"language_model={world / 'language_model'}"])
+    assert load(tmp_path / "adapter", base_paths=[f"language_model={world / 'language_model'}"])
     with pytest.raises(ValueError, match=r"give visual_encoder=PATH and language_model=PATH"):
-        load(tmp_path / "adapter", moved=[str(world)])
+        load(tmp_path / "adapter", base_paths=[str(world)])
     with pytest.raises(ValueError, match=r"--base language_model=/nowhere: no such folder"):
-        load(tmp_path / "adapter", moved=["language_model=/nowhere"])
+        load(tmp_path / "adapter", base_paths=["language_model=/nowhere"])
 
 
 def test_another_training_of_the_base_is_refused(
@@ -404,7 +406,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], t
         f"trainer.resume_from_checkpoint={whole / 'checkpoint-2'}",
     )  # fmt: skip
     assert losses(resumed) == losses(whole)[2:]
-    for name in (ADAPTER, OTHERS):
+    for name in (ADAPTER_WEIGHTS, NON_LORA_WEIGHTS):
         torch.testing.assert_close(load_file(resumed / "final" / name), load_file(whole / "final" / name))
 
 

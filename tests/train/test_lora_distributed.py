@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import losses
 from tests.train.test_distributed_runs import launch
-from vlm.assembly.adapter_folder import ADAPTER, OTHERS, load
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, load
 
 LORA = [
     "trainer.lora.language_model.r=4",
@@ -42,7 +42,7 @@ def test_two_ranks_reach_the_single_process(
     words.append("trainer.per_device_train_batch_size=4")
     launch(words)
     assert losses(sharded) == pytest.approx(losses(single), abs=2e-4)
-    saved = {name: load_file(sharded / "final" / name) for name in (ADAPTER, OTHERS)}
+    saved = {name: load_file(sharded / "final" / name) for name in (ADAPTER_WEIGHTS, NON_LORA_WEIGHTS)}
     for name, tensors in saved.items():
         torch.testing.assert_close(tensors, load_file(single / "final" / name), rtol=0, atol=5e-3)
     for late in sharded.glob("checkpoint-4/complete"):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tests.conftest import config_of, losses
+from tests.conftest import compose_config, losses
 from tests.tiny_parts import Parts
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer, newest_checkpoint
@@ -88,7 +88,7 @@ def test_a_stage_without_a_template_of_its_own_takes_the_language_models(
     pretrained: Path, train: Callable[..., Path], world: Path, tmp_path: Path
 ):
     """`plain` in the first stage does not replace it for the second."""
-    assert config_of("finetune-smol", ["dataset.path=x"]).dataset.template == "tokenizer"
+    assert compose_config("finetune-smol", ["dataset.path=x"]).dataset.template == "tokenizer"
     start = f"trainer.from_pretrained={pretrained / 'final'}"
     rates = "trainer.learning_rate.language_model_learning_rate=1e-3"
     folder = train("finetune-smol", tmp_path / "finetune", start, rates, "trainer.max_steps=1")
@@ -109,7 +109,7 @@ def test_a_checkpoints_architecture_is_not_contradicted(
     pretrained: Path, common: list[str], tmp_path: Path, override: str, named: str
 ):
     words = [*common, f"trainer.from_pretrained={pretrained / 'final'}", f"trainer.output_dir={tmp_path}", override]
-    config = config_of("finetune-smol", words)
+    config = compose_config("finetune-smol", words)
     with pytest.raises(ValueError, match=named) as refused:
         run(config, "finetune-smol", [word.split("=")[0].replace("/", ".") for word in words])
     assert "checkpoint has" in str(refused.value)
@@ -257,9 +257,9 @@ def test_records_of_another_form_are_read_by_a_function_of_the_users_own(
     train: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "captions_reader.py").write_text(
-        "from vlm.data.sample import Picture, Sample, Turn\n"
+        "from vlm.data.sample import ImageRef, Sample, Turn\n"
         "def read(record, image_folder):\n"
-        "    picture = Picture(image_folder / record['file'])\n"
+        "    picture = ImageRef(image_folder / record['file'])\n"
         "    return Sample(record['file'], (Turn('user', (picture,)), Turn('assistant', (record['text'],))))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from tests.train.test_distributed_runs import launch
 from vlm import VisionLanguageModel
 from vlm.checks import run as module
@@ -30,7 +30,7 @@ def evaluated(run: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def held_out(train: Callable[..., Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records of which every other has a reference that is what the model answers once it is trained."""
-    run = train(*run_of(world, tmp_path_factory.mktemp("before")))
+    run = train(*make_run_config(world, tmp_path_factory.mktemp("before")))
     model = VisionLanguageModel.load(run / "final", device="cpu")
     records = json.loads((world / "records.json").read_text())
     for number, one in enumerate(records):
@@ -42,7 +42,7 @@ def held_out(train: Callable[..., Path], world: Path, tmp_path_factory: pytest.T
     return path
 
 
-def run_of(world: Path, folder: Path) -> list[Any]:
+def make_run_config(world: Path, folder: Path) -> list[Any]:
     return [
         "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.template=chatml", "inference.max_new_tokens=6",
         "trainer.train_sampling_strategy=sequential", "trainer.num_samples=0",
@@ -54,7 +54,7 @@ def test_metrics_of_answers_stand_beside_the_loss(
     train: Callable[..., Path], world: Path, held_out: Path, tmp_path: Path
 ):
     """They are those of what the model answers to the first records, of which every other is answered so."""
-    run = train(*run_of(world, tmp_path), *ANSWERS, f"dataset.eval_path={held_out}")
+    run = train(*make_run_config(world, tmp_path), *ANSWERS, f"dataset.eval_path={held_out}")
     assert evaluated(run)["eval_exact_match"] == 0.5
     assert evaluated(run)["eval_rouge"] == pytest.approx(0.5, abs=0.2)
 
@@ -62,7 +62,7 @@ def test_metrics_of_answers_stand_beside_the_loss(
 def test_what_cannot_be_measured_is_refused(common: list[str]):
     def refused(*words: str) -> str:
         with pytest.raises(ConfigError) as caught:
-            check(config_of("finetune-smol", [*common, "trainer.eval_strategy=no", *words]))
+            check(compose_config("finetune-smol", [*common, "trainer.eval_strategy=no", *words]))
         return str(caught.value)
 
     assert "trainer.eval_metrics: meteor is none; allowed are exact_match" in refused("trainer.eval_metrics=[meteor]")
@@ -80,7 +80,7 @@ def test_two_ranks_answer_as_one_does(
 ):
     """Under ZeRO-3 too, where every rank takes part in every call; text-only records are among them."""
     words = [*ANSWERS, f"dataset.eval_path={held_out}", "trainer.eval_metrics_samples=12"]
-    name, folder, *rest = run_of(world, tmp_path / "single")
+    name, folder, *rest = make_run_config(world, tmp_path / "single")
     single = evaluated(train(name, folder, *rest, *words))
     launch([
         "-cn", name, *common, *rest, *words, "trainer.deepspeed=zero3", f"trainer.output_dir={tmp_path / 'two'}",

@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import config_of, losses
-from vlm.assembly.settle import load_weights, settle_model
+from tests.conftest import compose_config, losses
+from vlm.assembly.settle import load_weights, resolve_model
 from vlm.data.batching.collator import Collator
 from vlm.train.arguments import deepspeed_config, training_arguments
 from vlm.train.data import load_data
-from vlm.train.parts import freeze, parameter_groups, split_parts, table
+from vlm.train.parts import freeze, make_parts, parameter_groups, table
 
 
 @pytest.fixture
 def built(common: list[str]):
     """Configuration, model and data of a finetuning run."""
-    config = config_of(
+    config = compose_config(
         "finetune-smol", [*common, "trainer.learning_rate.language_model_learning_rate=1e-4",
                           "trainer.weight_decay.connector_weight_decay=0.1"],
     )  # fmt: skip
-    model_config, processor = settle_model(config)
+    model_config, processor = resolve_model(config)
     model = load_weights(config, model_config, processor, torch.float32, 42)
     data, _ = load_data(config, model_config, processor, training_arguments(config.trainer))
     return config, model, processor, data
@@ -56,7 +56,7 @@ def test_loss_averages(built, train: Callable[..., Path], tmp_path: Path, averag
 
 def test_every_trainable_parameter_is_in_exactly_one_group(built):
     config, model, _, _ = built
-    parts = split_parts(model, config.trainer, config.model)
+    parts = make_parts(model, config.trainer, config.model)
     freeze(parts)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {name for name in names.values() if not name.endswith("bias") and "norm" not in name}
@@ -85,7 +85,7 @@ def test_a_deepspeed_configuration_is_packaged_or_a_json_file(tmp_path: Path):
 def test_the_table_shows_each_part(built):
     config, model, _, _ = built
     config.model.connector.name = "two-layers"
-    parts = split_parts(model, config.trainer, config.model)
+    parts = make_parts(model, config.trainer, config.model)
     freeze(parts)
     shown = table(parts).splitlines()
     assert [line.split()[0] for line in shown[2:]] == ["visual_encoder", "connector", "language_model", "total"]

@@ -29,7 +29,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-QUESTION, FURTHER = "what is in this picture?", "and what else?"
+QUESTION, SECOND_QUESTION = "what is in this picture?", "and what else?"
 LONGEST = 24
 LIMIT = 200_000
 """Bytes that may be uploaded at once."""
@@ -49,7 +49,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The page over two tiny checkpoints and a folder of runs, served from this process."""
-    from vlm.web.page import Settings, build, serve
+    from vlm.web.page import PageSettings, build, serve
 
     root = tmp_path_factory.mktemp("page")
     body, processor = parts.model("clip", "llama")
@@ -69,7 +69,7 @@ def served(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = Settings(
+    settings = PageSettings(
         [str(root / "chat"), str(root / "head")], port=port, outputs=root / "outputs", max_upload="200kb"
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -137,11 +137,11 @@ def send(page: Any, text: str) -> None:
     page.locator("#chat-question textarea").press("Enter")
 
 
-def answers(page: Any) -> list[str]:
+def read_answers(page: Any) -> list[str]:
     return [one.strip() for one in page.locator("#chat-shown .bot .message-content").all_inner_texts()]
 
 
-def until(true: Callable[[], Any], page: Any, seconds: float = 20.0) -> None:
+def wait_until(true: Callable[[], Any], page: Any, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come about"
@@ -154,7 +154,7 @@ def until(true: Callable[[], Any], page: Any, seconds: float = 20.0) -> None:
 def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., Any]):
     said = Conversation(VisionLanguageModel.load(served.chat), InferenceConfig(max_new_tokens=LONGEST))
     first = "".join(said.ask(QUESTION, [served.image])).strip()
-    second = "".join(said.ask(FURTHER)).strip()
+    second = "".join(said.ask(SECOND_QUESTION)).strip()
     assert first
     assert second
 
@@ -168,20 +168,20 @@ def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., A
     page.locator("#chat-question input[type=file]").set_input_files(served.image)
     page.wait_for_selector("#chat-question img")
     send(page, QUESTION)
-    until(lambda: answers(page) and tidy(answers(page)[-1]) == tidy(first), page)
+    wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(first), page)
     steps = {one for one in page.evaluate("window.seen") if one}
     assert len(steps) > 1, "the answer came in pieces"
     assert page.locator("#chat-shown .user img").count() == 1
     page.get_by_role("tab", name="Predict", exact=True).click()  # and what was said is still known
     page.get_by_role("tab", name="Chat", exact=True).click()
-    send(page, FURTHER)
-    until(lambda: len(answers(page)) == 2 and tidy(answers(page)[-1]) == tidy(second), page)
+    send(page, SECOND_QUESTION)
+    wait_until(lambda: len(read_answers(page)) == 2 and tidy(read_answers(page)[-1]) == tidy(second), page)
     page.locator("#chat-clear").click()
-    until(lambda: not answers(page), page)
-    send(page, FURTHER)
+    wait_until(lambda: not read_answers(page), page)
+    send(page, SECOND_QUESTION)
     anew = Conversation(said.model, said.settings)
-    alone = "".join(anew.ask(FURTHER)).strip()
-    until(lambda: answers(page) and tidy(answers(page)[-1]) == tidy(alone), page)
+    alone = "".join(anew.ask(SECOND_QUESTION)).strip()
+    wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(alone), page)
 
 
 def tidy(text: str) -> str:
@@ -200,9 +200,9 @@ def test_chat_stops_and_says_that_it_did(visit: Callable[..., Any], monkeypatch:
     monkeypatch.setattr(VisionLanguageModel, "streamed", slowly)
     page = visit("Chat")
     send(page, QUESTION)
-    until(lambda: answers(page), page)
+    wait_until(lambda: read_answers(page), page)
     page.locator("#chat-question .stop-button").click()
-    until(lambda: "stopped" in answers(page)[-1], page)
+    wait_until(lambda: "stopped" in read_answers(page)[-1], page)
 
 
 def test_chat_shows_what_is_wrong_and_keeps_the_question(visit: Callable[..., Any], tmp_path: Path):
@@ -213,8 +213,8 @@ def test_chat_shows_what_is_wrong_and_keeps_the_question(visit: Callable[..., An
     send(page, QUESTION)
     page.locator(".toast-body").wait_for()
     assert "torn.png" in page.locator(".toast-body").inner_text()
-    until(lambda: page.locator("#chat-question textarea").input_value() == QUESTION, page)
-    assert not answers(page)
+    wait_until(lambda: page.locator("#chat-question textarea").input_value() == QUESTION, page)
+    assert not read_answers(page)
 
 
 # Predict
@@ -261,7 +261,7 @@ def test_train_checks_before_it_starts(served: Served, world: Path, visit: Calla
     train_form(page, world, "trainer.num_train_epoch=1")
     for button in ("check", "start"):
         page.locator(f"#train-{button}").click()
-        until(lambda: "num_train_epochs" in page.locator("#train-message").inner_text(), page)
+        wait_until(lambda: "num_train_epochs" in page.locator("#train-message").inner_text(), page)
         assert set(served.outputs.iterdir()) == before
     fill(page, "train-lines", "trainer.num_train_epochs=1")
     page.locator("#train-check").click()
@@ -281,10 +281,10 @@ def test_train_runs_shows_and_stops(served: Served, world: Path, brief: list[str
     page.locator("#train-start").click()
     page.locator("#run-status .vlm-running").wait_for()
     name = page.locator("#run-status h3").inner_text().split()[0]
-    until(lambda: "step" in page.locator("#run-status p").first.inner_text().lower()
+    wait_until(lambda: "step" in page.locator("#run-status p").first.inner_text().lower()
           and "loss" in page.locator("#run-status p").first.inner_text(), page, 120)  # fmt: skip
     page.locator("#run-plot canvas, #run-plot svg").first.wait_for()
-    until(lambda: page.locator("#run-status [role=progressbar]").get_attribute("aria-valuenow") is not None, page)
+    wait_until(lambda: page.locator("#run-status [role=progressbar]").get_attribute("aria-valuenow") is not None, page)
     assert "Run directory" in page.locator("#run-log").inner_text()
     job = jobs.read_job(served.outputs / name)
     assert job is not None
@@ -333,13 +333,13 @@ def test_data_marks_what_is_supervised(served: Served, world: Path, visit: Calla
     assert "red square" in page.locator("#data-shown mark").first.inner_text()
     assert "Record 0 of 3" in page.locator("#data-count").inner_text()
     page.locator("#data-next").click()
-    until(lambda: "blue square" in page.locator("#data-shown").inner_text(), page)
+    wait_until(lambda: "blue square" in page.locator("#data-shown").inner_text(), page)
     page.locator("#data-number input").fill("2")
     page.locator("#data-number input").press("Enter")
-    until(lambda: "cannot be used" in page.locator("#data-shown").inner_text(), page)
+    wait_until(lambda: "cannot be used" in page.locator("#data-shown").inner_text(), page)
     assert "nowhere.png" in page.locator("#data-shown").inner_text()
     page.locator("#data-previous").click()
-    until(lambda: "blue square" in page.locator("#data-shown").inner_text(), page)
+    wait_until(lambda: "blue square" in page.locator("#data-shown").inner_text(), page)
 
 
 def test_a_run_that_has_ended_can_be_asked(served: Served, visit: Callable[..., Any]):
@@ -362,7 +362,7 @@ def test_nothing_scrolls_sideways(visit: Callable[..., Any], tab: str):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def status_of(request: urllib.request.Request | str) -> int:
+def get_status(request: urllib.request.Request | str) -> int:
     try:
         with urllib.request.urlopen(request) as answer:
             return answer.status
@@ -372,7 +372,7 @@ def status_of(request: urllib.request.Request | str) -> int:
 
 def test_no_other_file_is_served(served: Served):
     for path in ("/etc/passwd", str(served.chat / "config.json"), str(served.image), str(Path.cwd() / "README.md")):
-        assert status_of(f"{served.address}gradio_api/file={path}") in (403, 404), path
+        assert get_status(f"{served.address}gradio_api/file={path}") in (403, 404), path
 
 
 def upload(served: Served, size: int, **headers: str) -> int:
@@ -382,7 +382,7 @@ def upload(served: Served, size: int, **headers: str) -> int:
         "Content-Type: image/png\r\n\r\n"
     ).encode() + bytes(size) + f"\r\n--{edge}--\r\n".encode()  # fmt: skip
     kind = {"Content-Type": f"multipart/form-data; boundary={edge}", **headers}
-    return status_of(urllib.request.Request(f"{served.address}gradio_api/upload", body, kind))
+    return get_status(urllib.request.Request(f"{served.address}gradio_api/upload", body, kind))
 
 
 def test_uploads_have_a_limit(served: Served):
@@ -393,6 +393,6 @@ def test_uploads_have_a_limit(served: Served):
 def test_other_sites_and_names_are_refused(served: Served):
     assert upload(served, 10, Origin="http://elsewhere.example") == 403
     named = urllib.request.Request(served.address, headers={"Host": "elsewhere.example"})
-    assert status_of(named) == 403
+    assert get_status(named) == 403
     with urllib.request.urlopen(served.address) as answer:
         assert "default-src 'self'" in answer.headers["Content-Security-Policy"]

@@ -9,8 +9,8 @@ import pytest
 
 from tests.command_line import refusal
 from vlm.checks.run import ConfigError
-from vlm.web.guard import Guard, is_loopback
-from vlm.web.plan import Plan, as_shell, choices, command_of, new_folder
+from vlm.web.guard import RequestGuard, is_loopback
+from vlm.web.plan import Plan, choices, choose_run_folder, format_for_shell, make_command
 
 FOLDER = Path("outputs/run")
 
@@ -28,10 +28,10 @@ def test_fields_become_words(records: str):
         "model/connector=resampler", "model.language_model.hf_name=owner/name", f"dataset.path={records}",
         "trainer.num_train_epochs=1",
     ]  # fmt: skip
-    config = plan.checked()
+    config = plan.compose_config()
     assert (config.model.connector.type, config.model.language_model.hf_name) == ("resampler", "owner/name")
     assert config.trainer.num_train_epochs == 1
-    assert plan.touched()[:2] == ["model.connector", "model.language_model.hf_name"]
+    assert plan.overridden_keys()[:2] == ["model.connector", "model.language_model.hf_name"]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_fields_become_words(records: str):
 )  # fmt: skip
 def test_what_the_command_line_refuses_is_refused_in_its_words(records: str, lines: str):
     with pytest.raises(ConfigError) as refused:
-        Plan("pretrain-smol", {}, {"dataset.path": records}, lines).checked()
+        Plan("pretrain-smol", {}, {"dataset.path": records}, lines).compose_config()
     assert f"vlm: {refused.value}" == refusal("-cn", "pretrain-smol", f"dataset.path={records}", lines)
 
 
@@ -53,14 +53,14 @@ def test_what_the_command_line_refuses_is_refused_in_its_words(records: str, lin
 )  # fmt: skip
 def test_the_page_does_not_reach_past_the_run(records: str, line: str):
     with pytest.raises(ConfigError, match=r"on the command line only|options are not taken|is not filled in"):
-        Plan("pretrain-smol", {}, {"dataset.path": records}, line).checked()
+        Plan("pretrain-smol", {}, {"dataset.path": records}, line).compose_config()
 
 
 def test_an_unknown_run_and_part_are_refused(records: str):
     with pytest.raises(ConfigError, match="choose a run"):
-        Plan("../base").checked()
+        Plan("../base").compose_config()
     with pytest.raises(ConfigError, match="Allowed are"):
-        Plan("pretrain-smol", {"connector": "/etc/passwd"}).checked()
+        Plan("pretrain-smol", {"connector": "/etc/passwd"}).compose_config()
     assert "mlp" in choices("connector")
 
 
@@ -73,33 +73,33 @@ def test_a_path_stays_a_path(tmp_path: Path, name: str):
     (folder / "records.json").write_text("[]")
     path = str(folder / "records.json")
     plan = Plan("pretrain-smol", {}, {"dataset.path": path, "dataset.image_folder": str(folder)})
-    config = plan.checked()
+    config = plan.compose_config()
     assert (config.dataset.path, config.dataset.image_folder) == (path, str(folder))
-    command = command_of(plan, FOLDER)
-    assert shlex.split(as_shell(command).replace("\\\n", "")) == command
+    command = make_command(plan, FOLDER)
+    assert shlex.split(format_for_shell(command).replace("\\\n", "")) == command
 
 
 def test_the_command_is_this_python_and_a_process_for_each_gpu(records: str):
     plan = Plan("pretrain-smol", {}, {"dataset.path": records})
     ending = ["-m", "vlm", "-cn", "pretrain-smol", f"dataset.path={records}", f"trainer.output_dir={FOLDER}"]
-    assert command_of(plan, FOLDER) == [sys.executable, *ending]
+    assert make_command(plan, FOLDER) == [sys.executable, *ending]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert command_of(plan, FOLDER, 2) == [sys.executable, *launcher, *ending]
+    assert make_command(plan, FOLDER, 2) == [sys.executable, *launcher, *ending]
     with pytest.raises(ConfigError, match="at least 1"):
-        command_of(plan, FOLDER, 0)
+        make_command(plan, FOLDER, 0)
 
 
 def test_the_folder_that_was_shown_is_the_one_that_is_used(tmp_path: Path):
-    first = new_folder("pretrain-smol", tmp_path)
+    first = choose_run_folder("pretrain-smol", tmp_path)
     assert first.parent == tmp_path
     shown = tmp_path / "pretrain-smol-20260101-000000"
-    assert new_folder("pretrain-smol", tmp_path, str(shown)) == shown
+    assert choose_run_folder("pretrain-smol", tmp_path, str(shown)) == shown
     for run, outputs in (("finetune-smol", tmp_path), ("pretrain-smol", tmp_path / "other")):
-        assert new_folder(run, outputs, str(shown)) != shown
+        assert choose_run_folder(run, outputs, str(shown)) != shown
     shown.mkdir()
-    assert new_folder("pretrain-smol", tmp_path, str(shown)) != shown
+    assert choose_run_folder("pretrain-smol", tmp_path, str(shown)) != shown
     own = Plan("pretrain-smol", lines=f"trainer.output_dir={tmp_path / 'own'}")
-    assert [word for word in command_of(own) if "output_dir" in word] == [f"trainer.output_dir={tmp_path / 'own'}"]
+    assert [word for word in make_command(own) if "output_dir" in word] == [f"trainer.output_dir={tmp_path / 'own'}"]
 
 
 # Who may ask
@@ -126,13 +126,13 @@ def test_only_loopback_is_loopback():
     ],
 )
 def test_other_sites_and_other_names_are_refused(host: str, origin, site, method: str, answered: bool):
-    assert (Guard(None, "127.0.0.1").problem(host, origin, site, method) is None) is answered
+    assert (RequestGuard(None, "127.0.0.1").refusal_reason(host, origin, site, method) is None) is answered
 
 
 def test_a_page_for_others_answers_to_addresses_and_its_own_names_only():
-    guard = Guard(None, "0.0.0.0")
-    assert guard.problem("192.168.0.2:7860", None, None, "GET") is None
-    assert guard.problem("evil.example", None, None, "GET") is not None
+    guard = RequestGuard(None, "0.0.0.0")
+    assert guard.refusal_reason("192.168.0.2:7860", None, None, "GET") is None
+    assert guard.refusal_reason("evil.example", None, None, "GET") is not None
 
 
 # The command

@@ -12,7 +12,6 @@ import pytest
 
 from vlm.web import jobs
 from vlm.web.runs import (
-    as_on_a_terminal,
     checkpoints,
     find_run,
     find_runs,
@@ -22,6 +21,7 @@ from vlm.web.runs import (
     log_tail,
     loss_rows,
     read_metrics,
+    render_terminal_text,
 )
 
 SLEEPS = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(120)"]
@@ -38,7 +38,7 @@ PARENT = [
 ]
 
 
-def until(true, seconds: float = 20.0) -> None:
+def wait_until(true, seconds: float = 20.0) -> None:
     """Wait for something, not for ever."""
     end = time.monotonic() + seconds
     while not true():
@@ -46,11 +46,11 @@ def until(true, seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
-def begun(folder: Path) -> bool:
+def has_started(folder: Path) -> bool:
     return bool(log_tail(folder / jobs.LOG_FILE))
 
 
-def written_run(folder: Path, *lines: dict, final: str | None = None, config: str = "") -> Path:
+def write_run(folder: Path, *lines: dict, final: str | None = None, config: str = "") -> Path:
     """A run directory as a run on the command line leaves it."""
     folder.mkdir(parents=True)
     (folder / "command.txt").write_text("vlm -cn pretrain-smol\n")
@@ -70,7 +70,7 @@ def started(tmp_path: Path):
     def start(command: list[str], name: str = "run") -> Path:
         folders.append(tmp_path / name)
         jobs.start(command, tmp_path / name)
-        until(lambda: begun(tmp_path / name))
+        wait_until(lambda: has_started(tmp_path / name))
         return tmp_path / name
 
     yield start
@@ -84,7 +84,7 @@ def test_a_run_is_found_again_from_disk_and_stopped(started, tmp_path: Path):
     folder = started(SLEEPS)
     assert [(run.name, run.state) for run in find_runs(tmp_path)] == [("run", "running")]
     jobs.stop(folder)
-    until(lambda: not jobs.read_job(folder).is_alive())
+    wait_until(lambda: not jobs.read_job(folder).is_alive())
     assert find_run(tmp_path, "run").state == "stopped"
     with pytest.raises(ValueError, match="has ended already"):
         jobs.stop(folder)
@@ -95,7 +95,7 @@ def test_what_a_run_started_ends_with_it(started):
     child = int(log_tail(folder / jobs.LOG_FILE))
     assert psutil.pid_exists(child)
     jobs.stop(folder)
-    until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_a_run_that_does_not_end_is_killed_only_after_it_was_asked(started, tmp_path: Path, monkeypatch):
@@ -104,16 +104,16 @@ def test_a_run_that_does_not_end_is_killed_only_after_it_was_asked(started, tmp_
         jobs.kill(folder)
     jobs.stop(folder)
     assert find_run(tmp_path, "run").state == "ending"
-    assert not jobs.may_kill(jobs.read_job(folder))
+    assert not jobs.can_kill(jobs.read_job(folder))
     monkeypatch.setattr(jobs, "PATIENCE", 0.0)
-    assert jobs.may_kill(jobs.read_job(folder))
+    assert jobs.can_kill(jobs.read_job(folder))
     jobs.kill(folder)
-    until(lambda: not jobs.read_job(folder).is_alive())
+    wait_until(lambda: not jobs.read_job(folder).is_alive())
 
 
 def test_a_run_that_ends_by_itself_without_a_model_failed(started, tmp_path: Path):
     started([sys.executable, "-c", "print('no such file'); raise SystemExit(1)"])
-    until(lambda: find_run(tmp_path, "run").state == "failed")
+    wait_until(lambda: find_run(tmp_path, "run").state == "failed")
 
 
 def test_another_process_with_the_number_is_not_the_run(started):
@@ -151,7 +151,7 @@ def test_a_run_outlives_the_page(tmp_path: Path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run"), *SLEEPS], check=True)
     assert find_run(tmp_path, "run").state == "running"
     jobs.stop(tmp_path / "run")
-    until(lambda: find_run(tmp_path, "run").state == "stopped")
+    wait_until(lambda: find_run(tmp_path, "run").state == "stopped")
 
 
 def test_words_are_no_shell(started, tmp_path: Path):
@@ -166,9 +166,9 @@ def test_words_are_no_shell(started, tmp_path: Path):
 
 def test_runs_are_read_from_their_directories(tmp_path: Path):
     logged = [{"step": 5, "loss": 2.0, "epoch": 0.5}, {"step": 10, "loss": None, "epoch": 1.0}]
-    written_run(tmp_path / "demo" / "half", *logged)
-    written_run(tmp_path / "done", {"step": 3, "loss": 1.5}, final="vlm")
-    written_run(tmp_path / "head", final="vlm_prediction")
+    write_run(tmp_path / "demo" / "half", *logged)
+    write_run(tmp_path / "done", {"step": 3, "loss": 1.5}, final="vlm")
+    write_run(tmp_path / "head", final="vlm_prediction")
     (tmp_path / "data").mkdir()
     found = {run.name: run for run in find_runs(tmp_path)}
     assert found.keys() == {"demo/half", "done", "head"}
@@ -181,8 +181,8 @@ def test_runs_are_read_from_their_directories(tmp_path: Path):
 
 
 def test_no_folder_beside_the_runs_is_read(tmp_path: Path):
-    written_run(tmp_path / "secret")
-    written_run(tmp_path / "outputs" / "run")
+    write_run(tmp_path / "secret")
+    write_run(tmp_path / "outputs" / "run")
     assert find_run(tmp_path / "outputs", "../secret") is None
     assert find_run(tmp_path / "outputs", None) is None
     assert find_run(tmp_path / "outputs", "run") is not None
@@ -190,12 +190,12 @@ def test_no_folder_beside_the_runs_is_read(tmp_path: Path):
 
 
 def test_progress_is_of_the_steps_where_they_are_given(tmp_path: Path):
-    written_run(tmp_path / "run", {"step": 5, "epoch": 0.1}, config="trainer: {max_steps: 20, num_train_epochs: 3}\n")
+    write_run(tmp_path / "run", {"step": 5, "epoch": 0.1}, config="trainer: {max_steps: 20, num_train_epochs: 3}\n")
     assert find_run(tmp_path, "run").progress == 0.25
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path):
-    written_run(tmp_path / "run", {"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0})
+    write_run(tmp_path / "run", {"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0})
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     assert loss_rows(read_metrics(tmp_path / "run")) == [(1, 2.0, "training"), (2, 1.0, "evaluation")]
@@ -203,7 +203,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path):
 
 def test_of_a_long_run_the_end_is_read_and_a_plot_has_not_every_point(tmp_path: Path):
     lines = [{"step": step, "loss": step / 2, "epoch": 2 * step / 5000} for step in range(1, 5001)]
-    folder = written_run(tmp_path / "run", *lines)
+    folder = write_run(tmp_path / "run", *lines)
     run = find_run(tmp_path, "run")
     assert (run.step, run.loss, run.progress) == (5000, 2500.0, 1.0)
     assert len(last_metrics(folder)) < 5000
@@ -223,7 +223,7 @@ def test_of_a_long_run_the_end_is_read_and_a_plot_has_not_every_point(tmp_path: 
     ],
 )
 def test_logs_read_as_on_a_terminal(written: str, shown: str):
-    assert as_on_a_terminal(written) == shown
+    assert render_terminal_text(written) == shown
 
 
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path):
@@ -251,7 +251,7 @@ def test_the_view_escapes_what_a_run_wrote(tmp_path: Path):
     gradio = pytest.importorskip("gradio")
     from vlm.web.run_view import RunView
 
-    folder = written_run(tmp_path / "run", {"step": 1, "loss": 2.0})
+    folder = write_run(tmp_path / "run", {"step": 1, "loss": 2.0})
     (folder / "samples.md").write_text("## Step 1\n\n- **question**: <script>x</script>\n- **answer**: <img src=x>\n")
     with gradio.Blocks(analytics_enabled=False):
         view = RunView(tmp_path)

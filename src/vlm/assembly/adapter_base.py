@@ -1,6 +1,6 @@
 """What an adapter was trained on: a checkpoint, or the parts of a composition, and how they are known again.
 
-`base.json` holds it. To let a run begin with another kind of base, add it to `base_of`.
+`base.json` holds it. To let a run begin with another kind of base, add it to `make_base`.
 """
 
 import hashlib
@@ -13,22 +13,22 @@ from typing import Any
 from transformers.utils import cached_file
 
 from vlm.assembly.encoders import encoder_sources
-from vlm.assembly.quantization import kinds_of
+from vlm.assembly.quantization import quantized_parts
 from vlm.config.derived import BASE_FILE
 from vlm.config.schema import PARTS, ModelConfig, RunConfig, from_mapping
 
-WHOLE = "checkpoint"
+WHOLE_CHECKPOINT = "checkpoint"
 """The name of the only source of a base that is one checkpoint."""
 
-WEIGHTS = (
+WEIGHT_FILE_PATTERNS = (
     ("model*.safetensors",),
     ("pytorch_model*.bin",),
     ("adapter_model.safetensors", "non_lora_trainables.safetensors"),
 )
 """Patterns of the files that hold weights; the first line that any file fits counts."""
 
-SAMPLES = 16
-SAMPLE_BYTES = 1 << 18
+NUM_FINGERPRINT_PIECES = 16
+FINGERPRINT_PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,21 @@ class Base:
         (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def base_of(config: RunConfig, *, composed: bool) -> Base | None:
+def make_base(config: RunConfig, *, composed: bool) -> Base | None:
     """The base that a run's result is written on top of; None where it is written whole.
 
     Args:
         config: the run's.
         composed: whether the model is one of this framework.
     """
-    model, started = config.model, config.trainer.from_pretrained
-    if all(getattr(config.trainer.lora, part).r is None for part in PARTS) and not kinds_of(model):
+    model, start_checkpoint = config.model, config.trainer.from_pretrained
+    if all(getattr(config.trainer.lora, part).r is None for part in PARTS) and not quantized_parts(model):
         return None
-    if started or not composed:
-        name = started or model.hf_name
+    if start_checkpoint or not composed:
+        name = start_checkpoint or model.hf_name
         assert name is not None
-        return Base({WHOLE: source_of(name, None if started else model.revision)})
-    sources = {part: source_of(given.hf_name, given.revision) for part, given in _loaded_parts(model).items()}
+        return Base({WHOLE_CHECKPOINT: make_source(name, None if start_checkpoint else model.revision)})
+    sources = {part: make_source(given.hf_name, given.revision) for part, given in _parts_with_weights(model).items()}
     return Base(sources, without_quantization(asdict(model)))
 
 
@@ -89,15 +89,15 @@ def without_quantization(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def source_of(name: str, revision: str | None) -> Source:
+def make_source(name: str, revision: str | None) -> Source:
     """A source as it is now; folders by their full path, so that they are found from anywhere."""
-    folder = folder_of(name, revision)
+    folder = get_source_folder(name, revision)
     if Path(name).is_dir():
         return Source(str(Path(name).resolve()), None, fingerprint(folder))
     return Source(name, folder.name if folder.parent.name == "snapshots" else revision, fingerprint(folder))
 
 
-def folder_of(name: str, revision: str | None) -> Path:
+def get_source_folder(name: str, revision: str | None) -> Path:
     """The folder that a source's files lie in: itself, or where the Hub's files are kept."""
     if Path(name).is_dir():
         return Path(name)
@@ -112,49 +112,49 @@ def fingerprint(folder: Path) -> str:
     Pieces are spread evenly; the first is at the beginning, where composed models keep their connector.
     """
     found: list[Path] = []
-    for patterns in WEIGHTS:
+    for patterns in WEIGHT_FILE_PATTERNS:
         found = found or sorted(file for pattern in patterns for file in folder.glob(pattern))
     digest = hashlib.sha256()
     for file in found:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
-            for step in range(SAMPLES):
-                opened.seek(step * size // SAMPLES)
-                digest.update(opened.read(SAMPLE_BYTES))
+            for step in range(NUM_FINGERPRINT_PIECES):
+                opened.seek(step * size // NUM_FINGERPRINT_PIECES)
+                digest.update(opened.read(FINGERPRINT_PIECE_BYTES))
     return digest.hexdigest()[:32]
 
 
-def read_base(folder: Path, moved: Sequence[str] = ()) -> Base:
+def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
     """The base of a checkpoint, where it lies now.
 
     Args:
         folder: of the checkpoint.
-        moved: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part's.
+        base_paths: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part's.
 
     Raises:
-        ValueError: a source is no longer there or not what it was, or `moved` names none of them.
+        ValueError: a source is no longer there or not what it was, or `base_paths` names none of them.
     """
     content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     sources = {name: Source(**values) for name, values in content["sources"].items()}
-    for word in moved:
+    for word in base_paths:
         part, equals, path = word.partition("=")
         if not equals or Path(word).exists():
-            part, path = WHOLE, word
+            part, path = WHOLE_CHECKPOINT, word
         if part not in sources:
-            needed = "PATH" if WHOLE in sources else " and ".join(f"{name}=PATH" for name in sources)
-            raise ValueError(f"--base {word}: {folder} was trained on {_described(sources)}; give {needed}")
+            needed = "PATH" if WHOLE_CHECKPOINT in sources else " and ".join(f"{name}=PATH" for name in sources)
+            raise ValueError(f"--base {word}: {folder} was trained on {_join_source_names(sources)}; give {needed}")
         if not Path(path).is_dir():
             raise ValueError(f"--base {word}: no such folder (seen from {Path.cwd()})")
         sources[part] = replace(sources[part], name=path, revision=None)
     for part, source in sources.items():
-        _need_same(folder, part, source)
+        _check_same_weights(folder, part, source)
     return Base(sources, content["model"])
 
 
-def _need_same(folder: Path, part: str, source: Source) -> None:
+def _check_same_weights(folder: Path, part: str, source: Source) -> None:
     """Raise ValueError where a source that is a folder is gone or holds other weights."""
-    option = "--base " + ("PATH" if part == WHOLE else f"{part}=PATH")
+    option = "--base " + ("PATH" if part == WHOLE_CHECKPOINT else f"{part}=PATH")
     if not Path(source.name).is_dir():
         if source.revision is None:  # a folder then: commits of names on the Hub are known
             raise ValueError(
@@ -170,7 +170,7 @@ def _need_same(folder: Path, part: str, source: Source) -> None:
         )
 
 
-def _described(sources: Mapping[str, Source]) -> str:
+def _join_source_names(sources: Mapping[str, Source]) -> str:
     return " and ".join(source.name for source in sources.values())
 
 
@@ -182,12 +182,12 @@ def recipe(base: Base, *, trust_remote_code: bool) -> ModelConfig:
     """
     assert base.model is not None
     model: ModelConfig = from_mapping(ModelConfig, base.model)
-    for part, given in _loaded_parts(model).items():
+    for part, given in _parts_with_weights(model).items():
         given.hf_name, given.revision = base.sources[part].name, base.sources[part].revision
         given.trust_remote_code = given.trust_remote_code and trust_remote_code
     return model
 
 
-def _loaded_parts(model: ModelConfig) -> dict[str, Any]:
+def _parts_with_weights(model: ModelConfig) -> dict[str, Any]:
     """What has weights of its own to load, under its key in `model`; each of several visual encoders."""
     return {**encoder_sources(model.visual_encoder), "language_model": model.language_model}

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from vlm.assembly.adapter_base import BASE_FILE, WHOLE, Base, read_base, recipe, without_quantization
+from vlm.assembly.adapter_base import BASE_FILE, WHOLE_CHECKPOINT, Base, read_base, recipe, without_quantization
 from vlm.assembly.compose import build_model, choose_attention, compose, load_model
-from vlm.assembly.family import auto_class, load_family_model
-from vlm.assembly.quantization import bits_of_whole
-from vlm.families.table import part_names
+from vlm.assembly.family import get_auto_class, load_family_model
+from vlm.assembly.quantization import quantization_config_of
+from vlm.families.table import get_part_names
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig
 from vlm.models.connectors import connector_class
 from vlm.models.heads import head_class
 
-ADAPTER = "adapter_model.safetensors"
-OTHERS = "non_lora_trainables.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NON_LORA_WEIGHTS = "non_lora_trainables.safetensors"
 """What is new besides the adapter: parts that trained, weights that no base holds. LLaVA's name for it."""
 
 PEFT_PREFIX = "base_model.model."
@@ -39,7 +39,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save(
-    model: Any, folder: Path, base: Base, *, new_rows: Mapping[str, int] | None = None, writes: bool = True
+    model: Any, folder: Path, base: Base, *, new_rows: Mapping[str, int] | None = None, is_writer: bool = True
 ) -> None:  # fmt: skip
     """Write what a model has beyond its base. Every rank calls it, as ZeRO-3 needs; one writes.
 
@@ -48,41 +48,43 @@ def save(
         folder: made where it does not exist.
         base: what the model began with.
         new_rows: full names of embeddings of which some rows alone trained -> the first of those.
-        writes: whether this rank writes.
+        is_writer: whether this rank writes.
     """
     adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
-    state = _gathered(model, {*adapted, *_others(model, base)}, keep=writes)
-    if not writes:
+    state = _gather_tensors(model, {*adapted, *_non_adapter_names(model, base)}, keep=is_writer)
+    if not is_writer:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if adapted:
         _save_adapter(model, {name: state.pop(name) for name in adapted}, folder, base)
-    rows = _rows_of_base(model, base) | {_plain(name): first for name, first in (new_rows or {}).items()}
-    state = {_plain(name): tensor[rows.get(_plain(name), 0) :].contiguous() for name, tensor in state.items()}
-    save_file(state, folder / OTHERS, metadata={"format": "pt"})
+    rows = _base_vocabulary_rows(model, base) | {_base_name(name): first for name, first in (new_rows or {}).items()}
+    state = {_base_name(name): tensor[rows.get(_base_name(name), 0) :].contiguous() for name, tensor in state.items()}
+    save_file(state, folder / NON_LORA_WEIGHTS, metadata={"format": "pt"})
     base.write(folder)
     if isinstance(model, VLMForPrediction):
-        model.save_own_code(folder)
+        model.save_custom_code(folder)
     elif isinstance(model, VLMForConditionalGeneration):
         model.save_connector_code(folder)
-    _plain_config(model.config).save_pretrained(folder)
+    _unquantised_config(model.config).save_pretrained(folder)
 
 
-def _others(model: Any, base: Base) -> set[str]:
+def _non_adapter_names(model: Any, base: Base) -> set[str]:
     """Names of what is new besides the adapter: what trained, and what a composition began with at random."""
-    names = part_names(model.config)
+    names = get_part_names(model.config)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
     learning = {names.part_of(name) for name, p in model.named_parameters() if p.requires_grad}
     if base.model is not None:
         learning.add("connector")
         trained |= {name for name, _ in model.named_parameters() if names.part_of(name) == "connector"}
-        trained |= {name for name, _ in model.named_parameters() if _plain(name) in _rows_of_base(model, base)}
+        trained |= {
+            name for name, _ in model.named_parameters() if _base_name(name) in _base_vocabulary_rows(model, base)
+        }
     saved = model.state_dict().keys()
     buffers = {name for name, _ in model.named_buffers() if name in saved and names.part_of(name) in learning}
     return {name for name in trained if ".lora_" not in name} | buffers
 
 
-def _rows_of_base(model: Any, base: Base) -> dict[str, int]:
+def _base_vocabulary_rows(model: Any, base: Base) -> dict[str, int]:
     """Embeddings that grew with the tokenizer -> how many rows the base has; only those behind them are new.
 
     Where embeddings train, all rows are new.
@@ -94,25 +96,25 @@ def _rows_of_base(model: Any, base: Base) -> dict[str, int]:
     config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trusted)
     rows = config.get_text_config().vocab_size
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    named = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
+    named = {id(parameter): _base_name(name) for name, parameter in model.named_parameters()}
     weights = [layer.weight for layer in layers if layer is not None and not layer.weight.requires_grad]
     return {
         named[id(weight)]: rows for weight in weights if getattr(weight, "ds_shape", weight.shape)[0] > rows
     }  # fmt: skip
 
 
-def _gathered(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
+def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors on the CPU, one after the other, also where ZeRO-3 shards them."""
     found = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in names:
-            with _whole(tensor):
+            with _gathered_parameter(tensor):
                 if keep:
                     found[name] = tensor.detach().cpu().clone().contiguous()
     return found
 
 
-def _whole(tensor: Tensor) -> Any:
+def _gathered_parameter(tensor: Tensor) -> Any:
     if not hasattr(tensor, "ds_id"):
         return nullcontext()
     import deepspeed  # slow to import, and only runs under it need it
@@ -123,22 +125,24 @@ def _whole(tensor: Tensor) -> Any:
 def _save_adapter(model: Any, state: dict[str, Tensor], folder: Path, base: Base) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, with the full names of the adapted layers."""
     weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    save_file({PEFT_PREFIX + name: tensor for name, tensor in weights.items()}, folder / ADAPTER, {"format": "pt"})
+    save_file(
+        {PEFT_PREFIX + name: tensor for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
+    )
     config = copy.copy(model.peft_config["default"])
     config.target_modules = sorted(name for name, module in model.named_modules() if isinstance(module, LoraLayer))
-    whole = base.sources.get(WHOLE)
+    whole = base.sources.get(WHOLE_CHECKPOINT)
     config.base_model_name_or_path = None if whole is None else whole.name
     config.revision = None if whole is None else whole.revision
     config.inference_mode = True
     config.save_pretrained(str(folder))
 
 
-def _plain(name: str) -> str:
+def _base_name(name: str) -> str:
     """A parameter's name in the model without an adapter."""
     return name.replace(".base_layer.", ".")
 
 
-def _plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def _unquantised_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A model's configuration without a word of quantisation, however deep."""
     plain = copy.deepcopy(config)
     waiting = [plain]
@@ -156,7 +160,7 @@ def _plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 # Loading
 
 
-def is_on_base(checkpoint: str | Path) -> bool:
+def is_adapter_checkpoint(checkpoint: str | Path) -> bool:
     """Whether a checkpoint, a folder or a name on the Hub, is complete only together with its base."""
     if Path(checkpoint).is_dir():
         return Path(checkpoint, BASE_FILE).is_file()
@@ -175,7 +179,7 @@ def local_folder(checkpoint: str | Path) -> Path:
 def load(
     checkpoint: str | Path,
     *,
-    moved: Sequence[str] = (),
+    base_paths: Sequence[str] = (),
     dtype: Any = "auto",
     attn_implementation: str = "auto",
     quantization: dict[str, str] | None = None,
@@ -186,7 +190,7 @@ def load(
 
     Args:
         checkpoint: the folder, or a name on the Hub.
-        moved: where the base lies now, see `read_base`.
+        base_paths: where the base lies now, see `read_base`.
         dtype: of the model; `auto`: the base's.
         attn_implementation: see `ModelConfig`.
         quantization: part -> `8bit` or `4bit`; the adapter is then not merged.
@@ -197,20 +201,26 @@ def load(
         ValueError: the base is not where it was, is not what it was, or does not fit.
     """
     folder = local_folder(checkpoint)
-    base = read_base(folder, moved)
+    base = read_base(folder, base_paths)
     if base.model is not None:
-        model = _compose(base, dtype, quantization or {}, trust_remote_code=trust_remote_code)
+        model = _build_composed_base(base, dtype, quantization or {}, trust_remote_code=trust_remote_code)
     else:
-        model = _whole_base(base, dtype, attn_implementation, quantization or {}, trust_remote_code=trust_remote_code)
-    model = _as_recorded(model, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
-    _put(model, load_file(folder / OTHERS), folder)
-    return _adapt(model, folder, merge=merge and not quantization) if (folder / ADAPTER).is_file() else model
+        model = _load_whole_base(
+            base, dtype, attn_implementation, quantization or {}, trust_remote_code=trust_remote_code
+        )
+    model = _apply_recorded_config(model, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    _replace_at(model, load_file(folder / NON_LORA_WEIGHTS), folder)
+    return (
+        _load_adapter(model, folder, merge=merge and not quantization)
+        if (folder / ADAPTER_WEIGHTS).is_file()
+        else model
+    )
 
 
-def _compose(base: Base, dtype: Any, kinds: dict[str, str], *, trust_remote_code: bool) -> Any:
+def _build_composed_base(base: Base, dtype: Any, kind_by_part: dict[str, str], *, trust_remote_code: bool) -> Any:
     """A base that was composed from parts; what it drew at random is replaced by what `folder` holds."""
     model = recipe(base, trust_remote_code=trust_remote_code)
-    for part, kind in kinds.items():
+    for part, kind in kind_by_part.items():
         getattr(model, part).quantization = kind
     connector_class(model.connector.type)  # raises for a class of somebody's own, which is not imported from here
     config, processor = compose(model, "plain", None)  # the template is of no account: the folder has its processor
@@ -219,11 +229,13 @@ def _compose(base: Base, dtype: Any, kinds: dict[str, str], *, trust_remote_code
     return build_model(model, config, processor, dtype, seed=0)
 
 
-def _whole_base(base: Base, dtype: Any, attention: str, kinds: dict[str, str], *, trust_remote_code: bool) -> Any:
+def _load_whole_base(
+    base: Base, dtype: Any, attention: str, kind_by_part: dict[str, str], *, trust_remote_code: bool
+) -> Any:
     """A base that is one checkpoint, perhaps on a base of its own."""
-    source = base.sources[WHOLE]
-    if is_on_base(source.name):
-        if kinds:
+    source = base.sources[WHOLE_CHECKPOINT]
+    if is_adapter_checkpoint(source.name):
+        if kind_by_part:
             raise ValueError(f"{source.name} is an adapter itself; merge it before quantising: vlm merge-lora")
         return load(
             source.name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
@@ -232,9 +244,9 @@ def _whole_base(base: Base, dtype: Any, attention: str, kinds: dict[str, str], *
         source.name, revision=source.revision, trust_remote_code=trust_remote_code
     )  # fmt: skip
     if isinstance(config, VLMConfig):
-        return load_model(source.name, config, dtype, attention, kinds)
+        return load_model(source.name, config, dtype, attention, kind_by_part)
     if isinstance(config, VLMPredictionConfig):
-        if kinds:
+        if kind_by_part:
             raise ValueError(f"{source.name} has prediction heads; such a checkpoint is loaded as it is, not quantised")
         return VLMForPrediction.from_pretrained(
             source.name, revision=source.revision or "main", dtype=dtype,
@@ -242,12 +254,12 @@ def _whole_base(base: Base, dtype: Any, attention: str, kinds: dict[str, str], *
         )  # fmt: skip
     return load_family_model(
         source.name, config, dtype=dtype, revision=source.revision, trust_remote_code=trust_remote_code,
-        attention=choose_attention(attention, dtype, config, auto_class(config)),
-        quantization_config=bits_of_whole(config, kinds),
+        attention=choose_attention(attention, dtype, config, get_auto_class(config)),
+        quantization_config=quantization_config_of(config, kind_by_part),
     )  # fmt: skip
 
 
-def _as_recorded(model: Any, config: PreTrainedConfig) -> Any:
+def _apply_recorded_config(model: Any, config: PreTrainedConfig) -> Any:
     """A base as a folder's configuration says: with as many embeddings, its heads, and what it was built with.
 
     Raises:
@@ -269,7 +281,7 @@ def _as_recorded(model: Any, config: PreTrainedConfig) -> Any:
 
 
 @torch.no_grad()
-def _put(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+def _replace_at(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     """Put tensors over a model's own; one with fewer rows holds the last ones (embeddings that grew).
 
     Raises:
@@ -286,17 +298,19 @@ def _put(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         target.copy_(tensor)
 
 
-def _adapt(model: Any, folder: Path, *, merge: bool) -> Any:
+def _load_adapter(model: Any, folder: Path, *, merge: bool) -> Any:
     """The model with the folder's adapter: within its weights, or beside them.
 
     Raises:
         ValueError: the adapter's layers are not those of the model.
     """
-    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER).items()}
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
     config: Any = LoraConfig.from_pretrained(str(folder))
     layers = {name for name, _ in model.named_modules()}
-    if strange := sorted(set(config.target_modules or ()) - layers):
-        raise ValueError(f"{folder}: its adapter is on {strange[0]}, which its base does not have: it is another model")
+    if unknown_layers := sorted(set(config.target_modules or ()) - layers):
+        raise ValueError(
+            f"{folder}: its adapter is on {unknown_layers[0]}, which its base does not have: it is another model"
+        )
     tuner = LoraModel(model, config, "default", state_dict=state)
     result = set_peft_model_state_dict(model, state, adapter_name="default")
     missing = [name for name in result.missing_keys if ".lora_" in name]

@@ -10,7 +10,7 @@ NOT_COPIED = (BASE_FILE, "adapter_*", "non_lora_trainables.*", "config.json", "*
 """Files of an adapter's folder that the complete checkpoint does not need, or writes itself."""
 
 
-def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote_code: bool = False) -> str:
+def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_remote_code: bool = False) -> str:
     """Write the complete checkpoint, in the precision of the base, which is returned by its name.
 
     A folder appears only once it is whole.
@@ -18,7 +18,7 @@ def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote
     Args:
         checkpoint: a folder that `vlm.assembly.adapter_folder.save` wrote, or a name on the Hub.
         out: a folder that is not there yet, or is empty.
-        moved: where the base lies now, see `read_base`.
+        base_paths: where the base lies now, see `read_base`.
         trust_remote_code: whether code out of repositories may run.
 
     Raises:
@@ -30,13 +30,13 @@ def merge(checkpoint: str, out: Path, moved: Sequence[str] = (), *, trust_remote
 
     if not Path(checkpoint).is_dir() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
         raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
-    from vlm.assembly.adapter_folder import is_on_base, load, local_folder  # torch comes with it
+    from vlm.assembly.adapter_folder import is_adapter_checkpoint, load, local_folder  # torch comes with it
 
     disable_progress_bar()
-    if not is_on_base(checkpoint):
+    if not is_adapter_checkpoint(checkpoint):
         hint = "; a run's result is its folder final" if Path(checkpoint, "final", BASE_FILE).is_file() else ""
         raise ValueError(f"{checkpoint}: no {BASE_FILE} there, so it is no adapter on a base{hint}")
-    model = load(checkpoint, moved=moved, trust_remote_code=trust_remote_code)
+    model = load(checkpoint, base_paths=base_paths, trust_remote_code=trust_remote_code)
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

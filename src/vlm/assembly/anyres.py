@@ -11,25 +11,25 @@ from vlm.models.pixels import is_plain
 from vlm.models.processing_vlm import VLMProcessor
 
 
-def settle_anyres(config: VLMConfig, processor: VLMProcessor, wanted: AnyResConfig, size: tuple[int, int]) -> None:
-    """Write into configuration and processor how pictures are tiled; where `wanted` says nothing, nothing changes.
+def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]) -> None:
+    """Write into configuration and processor how pictures are tiled; where `requested` says nothing, nothing changes.
 
     Args:
         config: the composition's.
         processor: the composition's.
-        wanted: `model.anyres`.
+        requested: `model.anyres`.
         size: height and width of what the visual encoder sees.
 
     Raises:
         ValueError: the parts do not allow it.
     """
-    if wanted.grids is not None:
-        config.anyres = _fields(config, processor, wanted, size) if wanted.grids else None
+    if requested.grids is not None:
+        config.anyres = _anyres_fields(config, processor, requested, size) if requested.grids else None
         processor.anyres = config.anyres
         config.recipe["anyres"] = {
-            "grids": [list(grid) for grid in wanted.grids],
-            "max_tiles": wanted.max_tiles,
-            "tile_several": wanted.tile_several,
+            "grids": [list(grid) for grid in requested.grids],
+            "max_tiles": requested.max_tiles,
+            "tile_several": requested.tile_several,
         }
     if processor.anyres is not None and processor.image_mode != "square":
         raise ValueError(
@@ -39,7 +39,9 @@ def settle_anyres(config: VLMConfig, processor: VLMProcessor, wanted: AnyResConf
         )
 
 
-def _fields(config: VLMConfig, processor: VLMProcessor, wanted: AnyResConfig, size: tuple[int, int]) -> dict[str, Any]:
+def _anyres_fields(
+    config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]
+) -> dict[str, Any]:
     """The fields of `AnyRes`.
 
     Raises:
@@ -60,8 +62,8 @@ def _fields(config: VLMConfig, processor: VLMProcessor, wanted: AnyResConfig, si
             f"{config.num_patches} of them patches; squares of patches alone are needed "
             "(model.visual_encoder.feature_strategy=patch)"
         )
-    if not processor.reads_tensors:
+    if not processor.accepts_tensors:
         name = next(type(one).__name__ for one in processor.image_processors if not is_plain(one))
         raise ValueError(f"model.anyres: {name} does more with pictures than to resize and normalise them; choose none")
-    grids = [list(grid) for grid in wanted.grids or []]
-    return vars(AnyRes(grids, size[0], side, wanted.max_tiles, wanted.tile_several))
+    grids = [list(grid) for grid in requested.grids or []]
+    return vars(AnyRes(grids, size[0], side, requested.max_tiles, requested.tile_several))

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from vlm.assembly.adapter_folder import is_on_base
+from vlm.assembly.adapter_folder import is_adapter_checkpoint
 from vlm.assembly.adapter_folder import load as load_on_base
-from vlm.assembly.family import auto_class, load_family_config
-from vlm.assembly.quantization import bits_of_whole
+from vlm.assembly.family import get_auto_class, load_family_config
+from vlm.assembly.quantization import quantization_config_of
 from vlm.families.processing import FamilyProcessor
-from vlm.families.table import family_of
+from vlm.families.table import get_family
 from vlm.models import VLMConfig, VLMPredictionConfig
 from vlm.models.connectors import CONNECTORS
 from vlm.models.heads import HEADS
@@ -56,34 +56,34 @@ def load_checkpoint(
         ValueError: options that do not fit it.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    need_device(place)
+    check_device(place)
     if trust_remote_code:
-        add_travelled_classes(config, str(checkpoint))
-    kinds = {} if quantization is None else {"language_model": quantization}
-    if is_on_base(checkpoint):
+        register_remote_classes(config, str(checkpoint))
+    quantization_by_part = {} if quantization is None else {"language_model": quantization}
+    if is_adapter_checkpoint(checkpoint):
         model: Any = load_on_base(
-            checkpoint, moved=base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), quantization=kinds,
+            checkpoint, base_paths=base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), quantization=quantization_by_part,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     elif base:
         raise ValueError(f"base={base[0]}: {checkpoint} is complete, it needs none")
     else:
-        if kinds and isinstance(config, VLMPredictionConfig):
+        if quantization_by_part and isinstance(config, VLMPredictionConfig):
             raise ValueError(f"quantization={quantization}: {checkpoint} has prediction heads, it is loaded as it is")
-        model = kind_of(config).from_pretrained(
+        model = get_checkpoint_class(config).from_pretrained(
             checkpoint, dtype=dtype, trust_remote_code=trust_remote_code,
-            quantization_config=bits_of_whole(config, kinds),
+            quantization_config=quantization_config_of(config, quantization_by_part),
         )  # fmt: skip
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     body = config.body_config if isinstance(config, VLMPredictionConfig) else config
     if not isinstance(body, VLMConfig):
-        processor = FamilyProcessor(processor, family_of(body.model_type))
-    if kinds and device is not None and torch.device(device).type != model.device.type:
+        processor = FamilyProcessor(processor, get_family(body.model_type))
+    if quantization_by_part and device is not None and torch.device(device).type != model.device.type:
         raise ValueError(f"device={device}: quantised weights lie on {model.device.type} already")
-    return (model.eval() if kinds else model.to(place).eval()), processor
+    return (model.eval() if quantization_by_part else model.to(place).eval()), processor
 
 
-def need_device(name: str) -> None:
+def check_device(name: str) -> None:
     """Raise ValueError where there is no such device."""
     try:
         torch.empty(0, device=name)
@@ -91,14 +91,14 @@ def need_device(name: str) -> None:
         raise ValueError(f"device={name}: {str(error).splitlines()[0]}") from error
 
 
-def kind_of(config: Any) -> Any:
+def get_checkpoint_class(config: Any) -> Any:
     """The auto class that a checkpoint's model loads through."""
     if isinstance(config, VLMPredictionConfig):
         return AutoModel
-    return AutoModelForImageTextToText if isinstance(config, VLMConfig) else auto_class(config)
+    return AutoModelForImageTextToText if isinstance(config, VLMConfig) else get_auto_class(config)
 
 
-def add_travelled_classes(config: Any, checkpoint: str) -> None:
+def register_remote_classes(config: Any, checkpoint: str) -> None:
     """Put the connector and head classes that travel with a checkpoint, if any do, in the tables under their names.
 
     This package's model classes take the place of the checkpoint's own code, which would have done it.

@@ -22,19 +22,19 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from vlm.assembly.anyres import settle_anyres
-from vlm.assembly.encoders import check_views, encoder_sources, settle_encoders
-from vlm.assembly.family import auto_class, load_family_config, load_family_model
+from vlm.assembly.anyres import resolve_anyres
+from vlm.assembly.encoders import check_views, encoder_sources, resolve_encoders
+from vlm.assembly.family import get_auto_class, load_family_config, load_family_model
 from vlm.assembly.heads import add_tokens, grow_embeddings
-from vlm.assembly.quantization import bits_config, bits_of_whole, kinds_of
+from vlm.assembly.quantization import make_quantization_config, quantization_config_of, quantized_parts
 from vlm.config.schema import ConnectorConfig, ModelConfig
-from vlm.data.encoding.labels import template_text
+from vlm.data.encoding.labels import read_template
 from vlm.families.processing import load_family_processor
-from vlm.families.table import family_of
+from vlm.families.table import get_family
 from vlm.models.configuration_prediction import VLMPredictionConfig
 from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connectors import CONNECTORS, connector_options, count_tokens
-from vlm.models.encoders import as_one_part
+from vlm.models.encoders import combine_encoders
 from vlm.models.modeling_vlm import VLMForConditionalGeneration
 from vlm.models.processing_vlm import VLMProcessor
 
@@ -47,14 +47,14 @@ def open_model(model: ModelConfig, template: str | None, image_mode: str | None)
     """
     if model.hf_name is None:
         return compose(model, template, image_mode)
-    refuse_image_mode(image_mode, model.hf_name)
+    check_no_image_mode(image_mode, model.hf_name)
     config = load_family_config(
         model.hf_name, "model.hf_name", revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     return config, open_family_processor(model, config.model_type, template)
 
 
-def refuse_image_mode(image_mode: str | None, name: str) -> None:
+def check_no_image_mode(image_mode: str | None, name: str) -> None:
     """Raise ValueError where a whole model is told how to prepare pictures."""
     if image_mode is not None:
         raise ValueError(
@@ -67,7 +67,7 @@ def open_family_processor(model: ModelConfig, model_type: str, template: str | N
     """The processor of a whole model, with another template where one is named, and the run's tokens."""
     assert model.hf_name is not None
     processor = load_family_processor(
-        model.hf_name, family_of(model_type), revision=model.revision, trust_remote_code=model.trust_remote_code
+        model.hf_name, get_family(model_type), revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     if template is not None:
         processor.chat_template = chat_template(template, processor.own_template, model.hf_name)
@@ -94,12 +94,12 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
     Raises:
         ValueError: parts that do not fit together, with the key, what was given and what is allowed.
     """
-    add_connector_class(model.connector.type)
+    register_connector_class(model.connector.type)
     options = connector_options(model.connector.type, model.connector.options)
     vision_configs = [_part_config(part, source) for part, source in encoder_sources(model.visual_encoder).items()]
     text_config = _part_config("language_model", model.language_model).get_text_config()
     tokenizer = _tokenizer(model)
-    features, image_processors, size = settle_encoders(model.visual_encoder, vision_configs)
+    features, image_processors, size = resolve_encoders(model.visual_encoder, vision_configs)
     config = VLMConfig(
         **features,
         text_config=text_config,
@@ -119,7 +119,7 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
         image_mode=image_mode or "square",
         beside=image_processors[1:],
     )
-    settle_anyres(config, processor, model.anyres, size)
+    resolve_anyres(config, processor, model.anyres, size)
     check_views(processor)
     return config, processor
 
@@ -144,15 +144,15 @@ def build_model(
     config.text_config = language_model.config
     config.dtype = dtype
     torch.manual_seed(seed)
-    built = VLMForConditionalGeneration(config, as_one_part(encoders), language_model)
+    built = VLMForConditionalGeneration(config, combine_encoders(encoders), language_model)
     built.connector.to(dtype)
     if built.image_newline is not None:
         built.image_newline.to(dtype)
-    built.generation_config = answer_settings(language_model.generation_config)
+    built.generation_config = make_generation_config(language_model.generation_config)
     return built
 
 
-def answer_settings(given: GenerationConfig | None) -> GenerationConfig:
+def make_generation_config(given: GenerationConfig | None) -> GenerationConfig:
     """A language model's own generation settings without its taste in sampling, which every caller here chooses."""
     tokens = {} if given is None else {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id")}
     return GenerationConfig(pad_token_id=None if given is None else given.pad_token_id, **tokens)
@@ -176,7 +176,7 @@ def load_config(checkpoint: str, connector_type: str | None = None) -> Any:
         ValueError: the folder holds another one.
     """
     if connector_type is not None:
-        add_connector_class(connector_type)
+        register_connector_class(connector_type)
     config = AutoConfig.from_pretrained(checkpoint)
     if isinstance(config, VLMConfig | VLMPredictionConfig):
         return config
@@ -188,8 +188,8 @@ def load_family(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype
     assert model.hf_name is not None
     return load_family_model(
         model.hf_name, config, dtype=dtype, revision=model.revision, trust_remote_code=model.trust_remote_code,
-        attention=choose_attention(model.attn_implementation, dtype, config, auto_class(config)),
-        quantization_config=bits_of_whole(config, kinds_of(model)),
+        attention=choose_attention(model.attn_implementation, dtype, config, get_auto_class(config)),
+        quantization_config=quantization_config_of(config, quantized_parts(model)),
     )  # fmt: skip
 
 
@@ -204,11 +204,11 @@ def load_model(
     }
     return VLMForConditionalGeneration.from_pretrained(
         checkpoint, config=config, dtype=dtype, attn_implementation=attention,
-        quantization_config=bits_of_whole(config, quantization or {}),
+        quantization_config=quantization_config_of(config, quantization or {}),
     )  # fmt: skip
 
 
-def add_connector_class(kind: str) -> None:
+def register_connector_class(kind: str) -> None:
     """Import `package.module:Class` and put it in the table under that name; other names are left alone.
 
     Raises:
@@ -245,7 +245,7 @@ def chat_template(name: str, own: Any, source: str) -> str:
         ValueError: the tokenizer brings none.
     """
     if name != "tokenizer":
-        return template_text(name)
+        return read_template(name)
     if not isinstance(own, str):
         raise ValueError(
             f"dataset.template=tokenizer: {source} brings no chat template. Name one, such as plain or v1."
@@ -292,9 +292,9 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.language_model.hf_name={source.hf_name}: no tokenizer loads from there: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    wanted = [model.image_token, model.image_start_token, model.image_end_token]
+    requested = [model.image_token, model.image_start_token, model.image_end_token]
     known = tokenizer.get_vocab()
-    new = [token for token in wanted if token is not None and token not in known]
+    new = [token for token in requested if token is not None and token not in known]
     tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     add_tokens(model, tokenizer)
     if tokenizer.pad_token is None:
@@ -313,7 +313,7 @@ def _load_part(
         trust_remote_code=source.trust_remote_code,
         dtype=dtype,
         attn_implementation=choose_attention(attention, dtype, config, auto),
-        quantization_config=None if bits is None else bits_config(bits),
+        quantization_config=None if bits is None else make_quantization_config(bits),
         output_loading_info=True,
     )
     if missing := sorted(info["missing_keys"]):
@@ -323,25 +323,25 @@ def _load_part(
     return part
 
 
-def recipe_differences(config: VLMConfig, model: ModelConfig, touched: list[str]) -> list[tuple[str, Any, Any]]:
+def recipe_differences(config: VLMConfig, model: ModelConfig, overridden_keys: list[str]) -> list[tuple[str, Any, Any]]:
     """Where `model` contradicts a checkpoint under the touched keys: (key, wanted, the checkpoint's)."""
-    recorded, wanted = _flat(asdict(ModelConfig())) | _flat(config.recipe), _flat(asdict(model))
+    recorded, requested = _flatten(asdict(ModelConfig())) | _flatten(config.recipe), _flatten(asdict(model))
     return [
-        (f"model.{key}", wanted[key], recorded.get(key))
-        for key in wanted
-        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in touched)
-        and wanted[key] != recorded.get(key)
+        (f"model.{key}", requested[key], recorded.get(key))
+        for key in requested
+        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in overridden_keys)
+        and requested[key] != recorded.get(key)
         and key not in ("attn_implementation", "connector.name")
         and not key.endswith(".quantization")
         and not key.startswith(("anyres.", "head."))
         and key != "language_model.new_tokens"
-        and not (wanted[key] is None and key.startswith("connector.options."))
+        and not (requested[key] is None and key.startswith("connector.options."))
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested mapping with dotted keys."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

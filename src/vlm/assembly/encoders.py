@@ -16,15 +16,15 @@ from transformers import (
 
 from vlm.config.schema import EncoderConfig, VisualEncoderConfig
 from vlm.models.configuration_vlm import encoder_names
-from vlm.models.encoders import as_tokens
+from vlm.models.encoders import flatten_feature_map
 from vlm.models.processing_vlm import VLMProcessor
 
-ENDS_EARLY = ("clip_vision_model", "siglip_vision_model")
+EARLY_EXIT_TYPES = ("clip_vision_model", "siglip_vision_model")
 """Encoders whose `hidden_states[k]` is what `k` layers alone give: layers past the selected one are not built."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class EncoderInfo:
     """One encoder, looked at without weights.
 
     Attributes:
@@ -47,7 +47,7 @@ def encoder_sources(given: VisualEncoderConfig) -> dict[str, EncoderConfig]:
     return {"visual_encoder": given} | {f"visual_encoder.beside.{i}": one for i, one in enumerate(given.beside)}
 
 
-def settle_encoders(
+def resolve_encoders(
     given: VisualEncoderConfig, configs: Sequence[PreTrainedConfig]
 ) -> tuple[dict[str, Any], list[Any], tuple[int, int]]:
     """Find out what the encoders give for one image; `configs` lose the layers that are not read.
@@ -70,23 +70,23 @@ def settle_encoders(
     processors = [_image_processor(part, source, config.model_type) for (part, source), config in loaded]
     sizes = [image_size(processor) for processor in processors]
     if len(set(sizes)) > 1:
-        raise ValueError(_unequal(sources, [f"{height} x {width} pixels" for height, width in sizes]))
-    seen = [_look(part, source, config, sizes[0]) for (part, source), config in loaded]
-    if len({one.num_features for one in seen}) > 1:
-        raise ValueError(_unequal(sources, [f"{one.num_features} features" for one in seen]))
-    leads = [""] if len(seen) == 1 else [f"encoders.{i}." for i in range(len(seen))]
+        raise ValueError(_mismatch_message(sources, [f"{height} x {width} pixels" for height, width in sizes]))
+    infos = [_inspect_encoder(part, source, config, sizes[0]) for (part, source), config in loaded]
+    if len({one.num_features for one in infos}) > 1:
+        raise ValueError(_mismatch_message(sources, [f"{one.num_features} features" for one in infos]))
+    prefixes = [""] if len(infos) == 1 else [f"encoders.{i}." for i in range(len(infos))]
     values = {
         **dict(zip(encoder_names(len(configs)), configs, strict=True)),
-        **seen[0].reading,
-        "num_patches": seen[0].num_patches,
-        "vision_dim": sum(one.width for one in seen),
-        "beside": [one.reading for one in seen[1:]],
-        "unread_parameters": [lead + name for lead, one in zip(leads, seen, strict=True) for name in one.unread],
+        **infos[0].reading,
+        "num_patches": infos[0].num_patches,
+        "vision_dim": sum(one.width for one in infos),
+        "beside": [one.reading for one in infos[1:]],
+        "unread_parameters": [lead + name for lead, one in zip(prefixes, infos, strict=True) for name in one.unread],
     }
     return values, processors, sizes[0]
 
 
-def _unequal(sources: dict[str, EncoderConfig], given: Sequence[str]) -> str:
+def _mismatch_message(sources: dict[str, EncoderConfig], given: Sequence[str]) -> str:
     """The message for encoders whose features cannot stand side by side."""
     shown = {part: "null" if source.image_size is None else source.image_size for part, source in sources.items()}
     each = ", ".join(
@@ -99,7 +99,7 @@ def _unequal(sources: dict[str, EncoderConfig], given: Sequence[str]) -> str:
     )
 
 
-WHOLE = "squashes the picture to a square"
+SQUASHED = "squashes the picture to a square"
 
 
 def check_views(processor: VLMProcessor) -> None:
@@ -110,12 +110,12 @@ def check_views(processor: VLMProcessor) -> None:
     """
     if processor.anyres is not None:
         return  # tiles are the same for all
-    seen = [_view(steps, processor.image_mode) for steps in processor.image_processors]
-    if len(set(seen)) > 1:
+    infos = [_describe_crop(steps, processor.image_mode) for steps in processor.image_processors]
+    if len(set(infos)) > 1:
         side = image_size(processor.image_processor)[0]
         keys = ["visual_encoder", *(f"visual_encoder.beside.{i}" for i in range(len(processor.beside)))]
-        each = ", ".join(f"model.{key} {what}" for key, what in zip(keys, seen, strict=True))
-        cropped = [key for key, what in zip(keys, seen, strict=True) if what != WHOLE]
+        each = ", ".join(f"model.{key} {what}" for key, what in zip(keys, infos, strict=True))
+        cropped = [key for key, what in zip(keys, infos, strict=True) if what != SQUASHED]
         fixes = ", ".join(f"model.{key}.image_size={side}" for key in cropped)
         raise ValueError(
             f"the visual encoders would see different parts of a picture (dataset.image_mode={processor.image_mode}): "
@@ -123,13 +123,13 @@ def check_views(processor: VLMProcessor) -> None:
         )
 
 
-def _view(steps: Any, image_mode: str) -> str:
+def _describe_crop(steps: Any, image_mode: str) -> str:
     """What part of a picture an image processor leaves, in words."""
     if not getattr(steps, "do_center_crop", None):
-        return WHOLE
+        return SQUASHED
     kept = min(image_size(steps)) / (steps.size.shortest_edge or min(steps.size.height, steps.size.width))
     if kept >= 1 and (image_mode == "pad" or not steps.size.shortest_edge):
-        return WHOLE
+        return SQUASHED
     return f"keeps its middle, {kept:.0%} of the shorter side"
 
 
@@ -182,7 +182,7 @@ def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcesso
     )
 
 
-def _look(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]) -> Seen:
+def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]) -> EncoderInfo:
     """What an encoder gives for one image, by running it without weights; layers that are not read leave `config`.
 
     Raises:
@@ -193,12 +193,12 @@ def _look(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tupl
     layers = None
     states = [outputs.last_hidden_state]
     if source.feature_layer is not None:
-        layers = list(_layers(part, source, len(outputs.hidden_states)))
-        if config.model_type in ENDS_EARLY:
+        layers = list(_resolve_layers(part, source, len(outputs.hidden_states)))
+        if config.model_type in EARLY_EXIT_TYPES:
             config.num_hidden_layers = max(*layers, 1)
             encoder, outputs = _dry_run(part, source, config, size)
         states = [outputs.hidden_states[layer] for layer in layers]
-    tokens = [as_tokens(state) for state in states]
+    tokens = [flatten_feature_map(state) for state in states]
     if len({state.shape[1] for state in tokens}) > 1:
         raise ValueError(
             f"model.{part}.feature_layer={source.feature_layer}: these layers of {source.hf_name} have "
@@ -213,7 +213,7 @@ def _look(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tupl
         )
     patches = features.shape[1] - prefix
     counts = {"patch": patches, "cls+patch": patches + 1, "cls": 1, "full": patches + prefix}
-    return Seen(
+    return EncoderInfo(
         reading={
             "feature_layer": layers if layers is None or isinstance(source.feature_layer, list) else layers[0],
             "feature_strategy": source.feature_strategy,
@@ -226,7 +226,7 @@ def _look(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tupl
     )
 
 
-def _layers(part: str, source: EncoderConfig, count: int) -> Iterator[int]:
+def _resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[int]:
     """The feature layers, counted from the front.
 
     Raises:
@@ -264,8 +264,8 @@ def _dry_run(part: str, source: EncoderConfig, config: PreTrainedConfig, size: t
 def _unread(encoder: Any, features: Tensor) -> list[str]:
     """Names of parameters that the features do not depend on."""
     named = dict(encoder.named_parameters())
-    slopes = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
-    return [name for name, slope in zip(named, slopes, strict=True) if slope is None]
+    gradients = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
+    return [name for name, slope in zip(named, gradients, strict=True) if slope is None]
 
 
 def _prefix_tokens(encoder: Any, tokens: int, size: tuple[int, int]) -> int:

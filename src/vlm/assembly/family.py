@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from vlm.families.table import FAMILIES
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
+def get_auto_class(config: PreTrainedConfig) -> Any:
     """The auto class that a family's model loads through; Phi-4-multimodal is a causal language model to it."""
     known = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if known else AutoModelForCausalLM
@@ -56,7 +56,7 @@ def load_family_model(
     Raises:
         ValueError: the checkpoint holds less than the model needs.
     """
-    model, info = auto_class(config).from_pretrained(
+    model, info = get_auto_class(config).from_pretrained(
         name, config=config, dtype=dtype, attn_implementation=attention, revision=revision,
         trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs,
     )  # fmt: skip

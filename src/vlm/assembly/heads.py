@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vlm.config.derived import LOSSES, extra_tokens, head_key, heads_of, query_token, query_tokens
+from vlm.config.derived import LOSSES, extra_tokens, get_heads, head_key, query_token, query_tokens
 from vlm.config.schema import HeadConfig, ModelConfig
-from vlm.data.encoding.labels import media_ids
-from vlm.data.heads.labels import HeadLabels, spread
+from vlm.data.encoding.labels import get_media_token_ids
+from vlm.data.heads.labels import HeadLabels, label_mean_and_std
 from vlm.models.configuration_prediction import HeadSettings, VLMPredictionConfig
 from vlm.models.heads import HEADS
-from vlm.models.modeling_prediction import built_head
+from vlm.models.modeling_prediction import make_head
 
 
 def add_tokens(model: ModelConfig, tokenizer: Any) -> None:
@@ -26,7 +26,7 @@ def add_tokens(model: ModelConfig, tokenizer: Any) -> None:
     tokenizer.add_tokens([token for token in extra_tokens(model) if token not in known])
 
 
-def new_rows(model: ModelConfig, tokenizer: Any) -> list[int]:
+def new_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
     """The ids of the tokens whose embeddings a run learns."""
     return tokenizer.convert_tokens_to_ids(extra_tokens(model))
 
@@ -42,7 +42,7 @@ def suffix_ids(model: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
     return tuple(tokenizer.convert_tokens_to_ids(query_tokens(model.head)))
 
 
-def settle_heads(
+def resolve_heads(
     model: ModelConfig, body_config: Any, processor: Any, labels: Sequence[HeadLabels],
     targets: Mapping[str, np.ndarray],
 ) -> VLMPredictionConfig:  # fmt: skip
@@ -59,25 +59,29 @@ def settle_heads(
         ValueError: a head does not fit the body, or its options.
     """
     settings = [
-        asdict(_settings(head_key(model.head, own.name), one, own, targets[own.name], processor.tokenizer, body_config))
-        for own, one in zip(labels, heads_of(model.head).values(), strict=True)
+        asdict(
+            _make_head_settings(
+                head_key(model.head, own.name), one, own, targets[own.name], processor.tokenizer, body_config
+            )
+        )
+        for own, one in zip(labels, get_heads(model.head).values(), strict=True)
     ]
     return VLMPredictionConfig(
-        body_config=body_config, heads=settings, media_token_ids=media_ids(processor),
+        body_config=body_config, heads=settings, media_token_ids=get_media_token_ids(processor),
         suffix="".join(query_tokens(model.head)), suffix_ids=suffix_ids(model, processor.tokenizer),
         generation_weight=model.head.generation_weight, recipe=asdict(model),
         hidden_size=body_config.get_text_config().hidden_size,  # asked for by DeepSpeed's integration
     )  # fmt: skip
 
 
-def _settings(
+def _make_head_settings(
     key: str, one: HeadConfig, labels: HeadLabels, targets: np.ndarray, tokenizer: Any, body_config: Any
 ) -> HeadSettings:  # fmt: skip
     """One head, settled; `key` is where it stands in the configuration."""
     assert one.task is not None
     if hasattr(nn.ModuleDict(), labels.name):
         raise ValueError(f"{key}: torch gives modules something of the name {labels.name}; choose another one")
-    add_head_class(one.type, f"{key}.type")
+    register_head_class(one.type, f"{key}.type")
     text = body_config.get_text_config()
     if one.layer is not None and not -text.num_hidden_layers - 1 <= one.layer <= text.num_hidden_layers:
         raise ValueError(
@@ -85,34 +89,34 @@ def _settings(
             f"{-text.num_hidden_layers - 1} to -1 counted from the last"
         )
     known = targets[~np.isnan(targets[:, 0]), 0]
-    shift, scale = (0.0, 1.0) if one.task != "regression" else _spread(key, known)
+    shift, scale = (0.0, 1.0) if one.task != "regression" else _target_mean_and_std(key, known)
     settings = HeadSettings(
-        name=labels.name, task=one.task, labels=list(labels.labels), type=one.type, options=_given(one.options),
+        name=labels.name, task=one.task, labels=list(labels.labels), type=one.type, options=_drop_nulls(one.options),
         pooling=one.pooling, layer=one.layer, token_id=_token_id(key, labels.name, one, tokenizer), shift=shift,
-        scale=scale, loss=one.loss or LOSSES[one.task][0], loss_options=_given(one.loss_options),
+        scale=scale, loss=one.loss or LOSSES[one.task][0], loss_options=_drop_nulls(one.loss_options),
         class_weights=_class_weights(key, one, targets, len(labels.labels)), label_smoothing=one.label_smoothing,
         weight=one.weight,
     )  # fmt: skip
     try:
-        built_head(settings, 8)
+        make_head(settings, 8)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}.options={settings.options}: {one.type} does not take them: {error}") from error
     return settings
 
 
-def _spread(key: str, known: np.ndarray) -> tuple[float, float]:
+def _target_mean_and_std(key: str, known: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation of the training records' numbers.
 
     Raises:
         ValueError: all are equal.
     """
     try:
-        return spread(known.tolist())
+        return label_mean_and_std(known.tolist())
     except ValueError as error:
         raise ValueError(f"{key}.task=regression: {error}") from error
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_nulls(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -157,7 +161,7 @@ def _class_weights(key: str, one: HeadConfig, targets: np.ndarray, num_labels: i
     return (len(known) / (num_labels * counts)).tolist()
 
 
-def add_head_class(kind: str, key: str = "model.head.type") -> None:
+def register_head_class(kind: str, key: str = "model.head.type") -> None:
     """Import `package.module:Class` and put it in the table under that name; other names are left alone.
 
     Raises:
@@ -171,7 +175,7 @@ def add_head_class(kind: str, key: str = "model.head.type") -> None:
             raise ValueError(f"{key}={kind}: {error}") from error
 
 
-def renewed(config: VLMPredictionConfig, start: Sequence[HeadSettings]) -> VLMPredictionConfig:
+def with_checkpoint_scales(config: VLMPredictionConfig, start: Sequence[HeadSettings]) -> VLMPredictionConfig:
     """Freshly settled heads that go on from a checkpoint's: its scale stays, which its weights were learned for."""
     before = {one.name: one for one in start}
     config.heads = [

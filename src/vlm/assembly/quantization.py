@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
-from vlm.assembly.family import auto_class
-from vlm.families.table import part_names
+from vlm.assembly.family import get_auto_class
+from vlm.families.table import get_part_names
 
 
-def bits_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndBytesConfig:
+def make_quantization_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndBytesConfig:
     """The configuration of `8bit` or `4bit` (NF4, its constants quantised too).
 
     Args:
@@ -26,7 +26,7 @@ def bits_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndByt
     Raises:
         ValueError: bitsandbytes is not installed, or knows nothing of this machine's device.
     """
-    need_bitsandbytes(kind)
+    check_bitsandbytes(kind)
     skip = None if skipped is None else sorted(skipped)
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
@@ -35,7 +35,7 @@ def bits_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndByt
     )
 
 
-def need_bitsandbytes(kind: str) -> None:
+def check_bitsandbytes(kind: str) -> None:
     """Raise ValueError where bitsandbytes cannot quantise here."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"quantization {kind}: bitsandbytes is not installed: pip install 'small-vlm[quant]'")
@@ -48,7 +48,7 @@ def need_bitsandbytes(kind: str) -> None:
         raise ValueError(f"quantization {kind}: bitsandbytes cannot use this machine's {device}; it can use {allowed}")
 
 
-def bits_of_whole(config: PreTrainedConfig, kinds: Mapping[str, str]) -> BitsAndBytesConfig | None:
+def quantization_config_of(config: PreTrainedConfig, kinds: Mapping[str, str]) -> BitsAndBytesConfig | None:
     """For a complete checkpoint: the configuration that quantises the named parts' Linear layers and no others.
 
     Args:
@@ -58,17 +58,17 @@ def bits_of_whole(config: PreTrainedConfig, kinds: Mapping[str, str]) -> BitsAnd
     if not kinds:
         return None
     with torch.device("meta"):
-        model = auto_class(config).from_config(config)
-    names = part_names(config)
+        model = get_auto_class(config).from_config(config)
+    names = get_part_names(config)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings()
     skipped = [
         name for name in linear if model.get_submodule(name) is head or names.part_of(f"{name}.weight") not in kinds
     ]
-    return bits_config(next(iter(kinds.values())), skipped)
+    return make_quantization_config(next(iter(kinds.values())), skipped)
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Let the layers that are stored in 4 bits multiply in a precision, whatever their first input has."""
     for module in model.modules():
         if hasattr(module, "compute_type_is_set"):  # bitsandbytes' Linear4bit
@@ -76,7 +76,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
-def kinds_of(model: Any) -> dict[str, str]:
+def quantized_parts(model: Any) -> dict[str, str]:
     """Part -> kind, of the parts that a `ModelConfig` quantises."""
     found = {part: getattr(model, part).quantization for part in ("visual_encoder", "language_model")}
     return {part: kind for part, kind in found.items() if kind is not None}

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.checks.messages import NO_BASE, explain, unknown_key
+from vlm.checks.messages import NO_BASE_MESSAGE, describe_unknown_key, explain
 from vlm.checks.run import ConfigError, check, check_inference
-from vlm.config.packaged import NOT_RUNS, run_names
+from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig
 
 
@@ -29,17 +29,17 @@ class RunError(ConfigError):
     """What a run refused once it had begun, on this rank."""
 
 
-def with_config(argv: Sequence[str] | None, act: Callable[[RunConfig, str, list[str]], object]) -> None:
+def with_config(argv: Sequence[str] | None, action: Callable[[RunConfig, str, list[str]], object]) -> None:
     """Compose and check a configuration, and act on it; what the user has to mend ends the program with a message.
 
     Args:
         argv: the command line; None: this process's.
-        act: what is done with the configuration, its name and the keys that the command line sets.
+        action: what is done with the configuration, its name and the keys that the command line sets.
     """
-    _compose(argv, lambda composed: _checked(composed, act))
+    _compose_and_apply(argv, lambda composed: _check_and_apply(composed, action))
 
 
-def inference_of(argv: list[str]) -> InferenceConfig:
+def compose_inference_config(argv: list[str]) -> InferenceConfig:
     """How answers are drawn where a run draws some; what else the run needs may be missing.
 
     What the user has to mend ends the program with a message.
@@ -47,18 +47,20 @@ def inference_of(argv: list[str]) -> InferenceConfig:
     found: list[Any] = []
 
     def take(composed: DictConfig) -> None:
-        _need_run(composed)
-        need_known_keys(composed)
+        _require_run(composed)
+        check_known_keys(composed)
         found.append(OmegaConf.to_object(composed.inference))
         check_inference(found[0])
 
-    _compose(argv, take)
+    _compose_and_apply(argv, take)
     return found[0]
 
 
-def _compose(argv: Sequence[str] | None, act: Callable[[DictConfig], None]) -> None:
+def _compose_and_apply(argv: Sequence[str] | None, action: Callable[[DictConfig], None]) -> None:
     """Let Hydra compose a configuration, and act on it; what the user has to mend ends the program with a message."""
-    words = [opened(word) for word in take_launcher_words(sys.argv[1:] if argv is None else argv)]
+    words = [
+        open_mapping_key(argument) for argument in strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
+    ]
     sys.argv = ["vlm", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
     ConfigStore.instance().store(name="schema", node=RunConfig)
@@ -66,7 +68,7 @@ def _compose(argv: Sequence[str] | None, act: Callable[[DictConfig], None]) -> N
 
     def job(composed: DictConfig) -> None:
         try:
-            act(composed)
+            action(composed)
         except (OmegaConfBaseException, ConfigError) as error:
             refused.append(error)  # Hydra would print the whole command line before it
 
@@ -80,12 +82,12 @@ def _compose(argv: Sequence[str] | None, act: Callable[[DictConfig], None]) -> N
         sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
 
 
-def _checked(composed: DictConfig, act: Callable[[RunConfig, str, list[str]], object]) -> None:
+def _check_and_apply(composed: DictConfig, action: Callable[[RunConfig, str, list[str]], object]) -> None:
     """From the composed configuration on, everything is plain dataclasses."""
     hydra_config = HydraConfig.get()
-    name = _need_run(composed)
-    need_known_keys(composed)
-    need_values(composed)
+    name = _require_run(composed)
+    check_known_keys(composed)
+    check_required_values(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
     check(config)
@@ -94,28 +96,28 @@ def _checked(composed: DictConfig, act: Callable[[RunConfig, str, list[str]], ob
     logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
     sys.path.append(os.getcwd())  # where a connector class of the user's own may lie; `python -m` has it anyway
     try:
-        act(config, name, overrides)
+        action(config, name, overrides)
     except (ValueError, FloatingPointError) as error:
-        if is_users(error):
+        if is_user_error(error):
             raise RunError(str(error)) from error
         raise
 
 
-def _need_run(composed: DictConfig) -> str:
+def _require_run(composed: DictConfig) -> str:
     """The name of a configuration that is a run.
 
     Raises:
         ConfigError: none was named, or it does not build on ours.
     """
     name = HydraConfig.get().job.config_name or "base"
-    if name in NOT_RUNS:
+    if name in NON_RUN_CONFIGS:
         raise ConfigError(f"choose a run: -cn {'|'.join(run_names())}, or a YAML of your own with --config-dir")
     if OmegaConf.get_type(composed) is not RunConfig:
-        raise ConfigError(NO_BASE)
+        raise ConfigError(NO_BASE_MESSAGE)
     return name
 
 
-def need_known_keys(node: DictConfig, path: str = "") -> None:
+def check_known_keys(node: DictConfig, path: str = "") -> None:
     """Refuse keys that `+` added to a section of the schema, which Hydra lets pass.
 
     Raises:
@@ -128,14 +130,14 @@ def need_known_keys(node: DictConfig, path: str = "") -> None:
     for name in map(str, node):
         key = f"{path}.{name}" if path else name
         if name not in names:
-            raise ConfigError(unknown_key(key, names))
+            raise ConfigError(describe_unknown_key(key, names))
         if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
             continue
         if isinstance(node[name], DictConfig):
-            need_known_keys(node[name], key)
+            check_known_keys(node[name], key)
 
 
-def need_values(composed: DictConfig) -> None:
+def check_required_values(composed: DictConfig) -> None:
     """Refuse a configuration in which keys that must be given are not.
 
     Raises:
@@ -146,7 +148,7 @@ def need_values(composed: DictConfig) -> None:
         raise ConfigError(f"{', '.join(missing)}: a value is needed, for example {missing[0]}=…")
 
 
-def is_users(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Whether an error was raised by this package about the user's input, and needs no traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -154,22 +156,22 @@ def is_users(error: BaseException) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("vlm.")
 
 
-def opened(word: str) -> str:
+def open_mapping_key(argument: str) -> str:
     """A word of the command line; keys of mappings whose names are the user's to choose need no `+`."""
-    key, equals, value = word.partition("=")
+    key, equals, value = argument.partition("=")
     if named := re.fullmatch(r"(dataset\.sources|model\.head\.beside)\.(\w+)((?:\.\w+)*)", key):
         names = [named[2], *named[3].split(".")[1:]]
         return f"++{named[1]}={''.join(f'{{{name}: ' for name in names)}{value}{'}' * len(names)}"
-    return f"++{word}" if equals and re.fullmatch(r"dataset\.(options|sources)(\.\w+)*", key) else word
+    return f"++{argument}" if equals and re.fullmatch(r"dataset\.(options|sources)(\.\w+)*", key) else argument
 
 
-def take_launcher_words(words: Sequence[str]) -> list[str]:
+def strip_launcher_arguments(words: Sequence[str]) -> list[str]:
     """The command line without `--local_rank=N`, which launchers add and Hydra refuses; it goes to the environment."""
     kept = []
     rest = iter(words)
-    for word in rest:
-        if match := re.fullmatch(r"--local[-_]rank(?:=(\d+))?", word):
+    for argument in rest:
+        if match := re.fullmatch(r"--local[-_]rank(?:=(\d+))?", argument):
             os.environ.setdefault("LOCAL_RANK", match.group(1) or next(rest, "0"))
         else:
-            kept.append(word)
+            kept.append(argument)
     return kept

@@ -17,17 +17,17 @@ FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
 def encoder_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the encoders of a run."""
     given = config.model.visual_encoder
-    yield from _problems("model.visual_encoder", given)
+    yield from _single_encoder_problems("model.visual_encoder", given)
     for index, one in enumerate(given.beside):
         key = f"model.visual_encoder.beside.{index}"
         if one.hf_name.startswith(("/", "./", "../", "~")) and not Path(one.hf_name).is_dir():
             yield f"{key}.hf_name={one.hf_name}: no such folder (seen from {Path.cwd()})"
         if one.feature_strategy not in FEATURE_STRATEGIES:
             yield f"{key}.feature_strategy={one.feature_strategy}: allowed are {', '.join(FEATURE_STRATEGIES)}"
-        yield from _problems(key, one)
+        yield from _single_encoder_problems(key, one)
 
 
-def _problems(key: str, encoder: EncoderConfig) -> Iterator[str]:
+def _single_encoder_problems(key: str, encoder: EncoderConfig) -> Iterator[str]:
     layer: Any = encoder.feature_layer
     layers = layer if isinstance(layer, list) else [layer]
     if not layers or (layer is not None and not all(type(one) is int for one in layers)):

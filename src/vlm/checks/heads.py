@@ -11,11 +11,11 @@ from typing import Any
 
 from vlm.config.derived import (
     LOSSES,
-    _moving,
-    _new_rows,
-    caches,
+    _find_body_changes,
+    _find_new_token_rows,
+    caches_features,
+    get_heads,
     head_key,
-    heads_of,
     query_tokens,
     training_keys,
 )
@@ -23,37 +23,37 @@ from vlm.config.schema import DatasetConfig, HeadConfig, HeadsConfig, RunConfig
 
 LOSS_OPTIONS = {"focal": ("gamma",), "huber": ("delta",), "margin": ("margin",)}
 """Loss -> its options."""
-TYPES = {
+HEAD_TYPES = {
     "linear": ("input_norm", "dropout"),
     "mlp": ("hidden_dim", "num_layers", "input_norm", "dropout"),
 }
 """Head -> its options."""
 POOLINGS = ("last", "mean", "image", "text", "attention", "query", "token", "first", "alltoken")
-THRESHOLDS = ("f1", "accuracy", "youden", "none")
-CLASSIFYING = ("binary", "multiclass", "multilabel", "ordinal")
-WITH_THRESHOLD = ("binary", "multilabel")
-OWN = re.compile(r"[\w.]+:\w+")
-SAMPLING, GROUPED = "train_sampling_strategy", "group_by_modality_length"
+THRESHOLD_CRITERIA = ("f1", "accuracy", "youden", "none")
+CLASSIFICATION_TASKS = ("binary", "multiclass", "multilabel", "ordinal")
+TASKS_WITH_THRESHOLD = ("binary", "multilabel")
+CUSTOM_CLASS_PATTERN = re.compile(r"[\w.]+:\w+")
+SAMPLING_KEY, GROUPED_SAMPLING = "train_sampling_strategy", "group_by_modality_length"
 
 
 def head_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the heads of a run."""
     head = config.model.head
     if head.task is None:
-        yield from _without_head(config)
+        yield from _head_only_key_problems(config)
         return
     if head.name in head.beside:
         yield f"model.head.beside.{head.name}: the first head has that name (model.head.name)"
-    for name, one in heads_of(head).items():
+    for name, one in get_heads(head).items():
         key = head_key(head, name)
         if not name.isidentifier():
             yield f"{key}: {name!r} is no name of a head; letters, digits and _ are needed"
-        yield from _problems(key, one)
+        yield from _single_head_problems(key, one)
     if head.weight != 1 and not head.beside and not head.generation_weight:
         yield f"model.head.weight={head.weight}: there is no other loss that it counts beside; leave it out"
     for key, value in (("profile", config.trainer.profile or None), ("peak_tflops", config.trainer.peak_tflops)):
         if value is not None:
-            yield f"trainer.{key}={_shown(value)}: what heads compute is neither profiled nor counted; leave it out"
+            yield f"trainer.{key}={_format_value(value)}: what heads compute is neither profiled nor counted; leave it out"
     yield from _generation_problems(config)
     yield from _data_problems(config)
 
@@ -69,25 +69,25 @@ def _generation_problems(config: RunConfig) -> Iterator[str]:
             f"{key}: with pooling=query a token stands behind the prompt, where the reply would begin; choose another "
             "pooling"
         )
-    if head.generation_weight and not training_keys(config.trainer) and not [*_new_rows(config)]:
+    if head.generation_weight and not training_keys(config.trainer) and not [*_find_new_token_rows(config)]:
         yield f"{key}: no part trains that writes replies; unfreeze one (trainer.unfreeze), or adapt one (trainer.lora)"
 
 
-def _without_head(config: RunConfig) -> Iterator[str]:
+def _head_only_key_problems(config: RunConfig) -> Iterator[str]:
     """Keys that nothing comes of without a head."""
     data = config.dataset
     for key in ("test_path", "test_image_folder", "test_split", "folds"):
         if (value := getattr(data, key)) != getattr(DatasetConfig, key):
-            yield f"dataset.{key}={_shown(value)}: this is for prediction heads; choose one, as model/head=binary"
+            yield f"dataset.{key}={_format_value(value)}: this is for prediction heads; choose one, as model/head=binary"
     for key in fields(HeadsConfig):
         default = key.default if key.default_factory is MISSING else key.default_factory()
         value = getattr(config.model.head, key.name)
         if value != default:
-            said = ", ".join(value) if key.name == "beside" else _shown(value)
+            said = ", ".join(value) if key.name == "beside" else _format_value(value)
             yield f"model.head.{key.name}={said}: there is no head (model.head.task); choose one, as model/head=binary"
 
 
-def _problems(key: str, one: HeadConfig) -> Iterator[str]:
+def _single_head_problems(key: str, one: HeadConfig) -> Iterator[str]:
     """What is wrong with one head."""
     if one.task not in LOSSES:
         yield f"{key}.task={one.task}: allowed are {', '.join(LOSSES)}"
@@ -98,15 +98,15 @@ def _problems(key: str, one: HeadConfig) -> Iterator[str]:
         yield f"{key}.pooling={one.pooling}, {key}.token={one.token}: pooling=token and a token belong together"
     if one.loss is not None and one.loss not in LOSSES[one.task]:
         yield f"{key}.loss={one.loss}: for task={one.task} allowed are {', '.join(LOSSES[one.task])}"
-    if one.type in TYPES:
-        yield from _unknown(f"{key}.options", one.options, TYPES[one.type], one.type)
-    elif not OWN.fullmatch(one.type):
-        yield f"{key}.type={one.type}: allowed are {', '.join(TYPES)}, or package.module:Class for your own"
+    if one.type in HEAD_TYPES:
+        yield from _unknown_options(f"{key}.options", one.options, HEAD_TYPES[one.type], one.type)
+    elif not CUSTOM_CLASS_PATTERN.fullmatch(one.type):
+        yield f"{key}.type={one.type}: allowed are {', '.join(HEAD_TYPES)}, or package.module:Class for your own"
     loss = one.loss or LOSSES[one.task][0]
-    yield from _unknown(f"{key}.loss_options", one.loss_options, LOSS_OPTIONS.get(loss, ()), loss)
-    if one.threshold_by not in THRESHOLDS:
-        yield f"{key}.threshold_by={one.threshold_by}: allowed are {', '.join(THRESHOLDS)}"
-    elif one.task not in WITH_THRESHOLD and one.threshold_by != HeadConfig.threshold_by:
+    yield from _unknown_options(f"{key}.loss_options", one.loss_options, LOSS_OPTIONS.get(loss, ()), loss)
+    if one.threshold_by not in THRESHOLD_CRITERIA:
+        yield f"{key}.threshold_by={one.threshold_by}: allowed are {', '.join(THRESHOLD_CRITERIA)}"
+    elif one.task not in TASKS_WITH_THRESHOLD and one.threshold_by != HeadConfig.threshold_by:
         yield f"{key}.threshold_by={one.threshold_by}: task={one.task} has no threshold; leave it out"
     if not 0 <= one.label_smoothing < 1:
         yield f"{key}.label_smoothing={one.label_smoothing}: a share from 0 to below 1 is needed"
@@ -116,32 +116,32 @@ def _problems(key: str, one: HeadConfig) -> Iterator[str]:
         yield f"{key}.labels={one.labels}: at least two are needed, or null for those of the training records"
     if one.task == "binary" and one.labels is not None and len(one.labels) != 2:
         yield f"{key}.labels={one.labels}: task=binary has two, the negative and the positive one"
-    if one.task not in CLASSIFYING:
+    if one.task not in CLASSIFICATION_TASKS:
         for name, value in (("labels", one.labels), ("class_weights", one.class_weights)):
             if value is not None:
                 yield f"{key}.{name}={value}: task={one.task} has no labels to choose among"
         if one.label_smoothing:
             yield f"{key}.label_smoothing={one.label_smoothing}: task={one.task} has no labels to choose among"
         return
-    if not (one.class_weights in (None, "balanced") or _are_numbers(one.class_weights)):
+    if not (one.class_weights in (None, "balanced") or _is_list_of_numbers(one.class_weights)):
         yield f"{key}.class_weights={one.class_weights}: balanced, a list of numbers above 0, or null is needed"
     elif isinstance(one.class_weights, list) and one.labels is not None and len(one.class_weights) != len(one.labels):
         yield f"{key}.class_weights={one.class_weights}: one for each of {len(one.labels)} labels is needed"
 
 
-def _unknown(key: str, given: dict[str, Any], allowed: tuple[str, ...], of: str) -> Iterator[str]:
+def _unknown_options(key: str, given: dict[str, Any], allowed: tuple[str, ...], of: str) -> Iterator[str]:
     """Options that something does not take."""
     for name, value in given.items():
         if value is not None and name not in allowed:
             yield f"{key}.{name}={value}: {of} does not take it; allowed are {', '.join(allowed) or 'none'}"
 
 
-def _are_numbers(value: Any) -> bool:
+def _is_list_of_numbers(value: Any) -> bool:
     numbers = isinstance(value, list) and not any(isinstance(one, bool) for one in value)
     return numbers and all(isinstance(one, int | float) and one > 0 for one in value)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as it is written in YAML."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -172,16 +172,16 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
                 yield f"dataset.folds={data.folds} and dataset.{key}={getattr(data, key)}: choose one"
         if data.max_eval_samples is not None:
             yield f"dataset.folds={data.folds} and dataset.max_eval_samples={data.max_eval_samples}: choose one"
-    sampling: Any = getattr(config.trainer, SAMPLING)
-    if caches(config) and sampling == GROUPED:
+    sampling: Any = getattr(config.trainer, SAMPLING_KEY)
+    if caches_features(config) and sampling == GROUPED_SAMPLING:
         yield (
-            f"trainer.{SAMPLING}={sampling}: hidden states are computed once here, and there is nothing to group; "
+            f"trainer.{SAMPLING_KEY}={sampling}: hidden states are computed once here, and there is nothing to group; "
             "choose random, or dataset.cache_features=false"
         )
     wants = "dataset.cache_features=true" if data.cache_features else None
     wants = f"dataset.folds={data.folds}" if data.folds is not None else wants
-    if wants is not None and not caches(config):
-        moving = next(_moving(config), None)
+    if wants is not None and not caches_features(config):
+        moving = next(_find_body_changes(config), None)
         if moving is None and data.cache_features is False:
             moving = "dataset.cache_features=false"
         yield f"{wants}: hidden states are computed once, but {moving or 'trainer.deepspeed=zero3'} does not allow that"

@@ -10,7 +10,7 @@ from pathlib import Path
 from vlm.config.derived import BASE_FILE, zero_stage
 from vlm.config.schema import PARTS, TRAIN_FLAGS, LoraConfig, LoraPartConfig, RunConfig
 
-QUANTISED = ("visual_encoder", "language_model")
+QUANTIZABLE_PARTS = ("visual_encoder", "language_model")
 """The parts that have a key `quantization`."""
 
 
@@ -55,7 +55,7 @@ def _part_problems(key: str, own: LoraPartConfig, lora: LoraConfig) -> Iterator[
 
 def quantization_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the quantised parts of a run."""
-    kinds = {part: kind for part in QUANTISED if (kind := getattr(config.model, part).quantization) is not None}
+    kinds = {part: kind for part in QUANTIZABLE_PARTS if (kind := getattr(config.model, part).quantization) is not None}
     for part, kind in kinds.items():
         key, flag = f"model.{part}.quantization={kind}", f"trainer.unfreeze.{TRAIN_FLAGS[part]}"
         if getattr(config.trainer.unfreeze, TRAIN_FLAGS[part]):

@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.checks.run import ConfigError, shown
+from vlm.checks.run import ConfigError, format_value
 from vlm.config.packaged import group_names, run_names
 from vlm.config.schema import key_names
 
-NEEDED = {
+EXPECTED_VALUES = {
     "converted to Float": "a number is needed",
     "converted to Integer": "a whole number is needed",
     "not a valid bool": "true or false is needed",
@@ -27,10 +27,10 @@ NEEDED = {
 }
 """What OmegaConf says of a value, and what we say."""
 
-MOST = 40
+MAX_LISTED_NAMES = 40
 """So many names are listed; of more, the nearest one is named."""
 
-NO_BASE = (
+NO_BASE_MESSAGE = (
     "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
 )
 
@@ -44,38 +44,38 @@ def explain(error: BaseException) -> str:
         chain.append(cause)
     for one in chain:
         if isinstance(one, MissingConfigException):
-            return _missing_file(one)
+            return _describe_missing_file(one)
         if isinstance(one, OverrideParseException):
-            return _unreadable(one.override)
+            return _describe_malformed_override(one.override)
         if isinstance(one, ConfigAttributeError | ConfigKeyError) and one.full_key:
-            return _unknown_key(one)
+            return _describe_unknown_key(one)
         if isinstance(one, OmegaConfBaseException) and one.full_key:
-            return _wrong_value(one)
+            return _describe_wrong_value(one)
     text = str(error)
     if isinstance(error, YAMLError):
         return f"not YAML: {text}"
     if section := re.match(r"Could not override '([\w/]+)'\. No match in the defaults list", text):
-        return unknown_option(section[1].replace("/", "."), group_names())
+        return describe_scalar_section(section[1].replace("/", "."), group_names())
     return text.strip()
 
 
-def unknown(name: str, allowed: Sequence[str], prefix: str = "") -> str:
+def suggest_names(name: str, allowed: Sequence[str], prefix: str = "") -> str:
     """Hints for a name that is not allowed: the nearest one, and all if they are few."""
     near = get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {prefix}{near[0]}?" if near else ""
-    listing = f" Allowed are {', '.join(allowed) or 'none'}." if len(allowed) <= MOST else ""
+    listing = f" Allowed are {', '.join(allowed) or 'none'}." if len(allowed) <= MAX_LISTED_NAMES else ""
     return hint + listing or " vlm -cn RUN --cfg job shows all."
 
 
-def unknown_key(key: str, allowed: Iterable[str]) -> str:
+def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
     """The message for a key that the schema does not have."""
     parent, _, name = key.rpartition(".")
-    hint = unknown(name, list(allowed), f"{parent}." if parent else "")
+    hint = suggest_names(name, list(allowed), f"{parent}." if parent else "")
     own = f" An option of a connector class of your own: +{key}=…" if parent == "model.connector.options" else ""
     return f"{key}: no such key.{hint}{own}"
 
 
-def unknown_option(key: str, groups: Sequence[str]) -> str:
+def describe_scalar_section(key: str, groups: Sequence[str]) -> str:
     """The message for a whole section that was given one value."""
     group = key.replace(".", "/")
     choose = f" A packaged choice of it is {group}=…" if group in groups else ""
@@ -84,19 +84,19 @@ def unknown_option(key: str, groups: Sequence[str]) -> str:
     return f"{key}: it is a section; set one of its keys ({listing}).{choose}"
 
 
-def _missing_file(error: MissingConfigException) -> str:
+def _describe_missing_file(error: MissingConfigException) -> str:
     """A run or a group's option that does not exist."""
     path = str(error.missing_cfg_file)
     group, _, name = path.rpartition("/")
     if error.options is not None:
-        return f"{group}={name}: no such choice.{unknown(name, list(error.options))}"
+        return f"{group}={name}: no such choice.{suggest_names(name, list(error.options))}"
     if "primary config" in str(error):
         names = run_names()
-        return f"-cn {path}: no such run.{unknown(path, names)} A YAML of your own needs --config-dir FOLDER too."
+        return f"-cn {path}: no such run.{suggest_names(path, names)} A YAML of your own needs --config-dir FOLDER too."
     return str(error).split("Config search path")[0].strip()
 
 
-def _unreadable(override: str) -> str:
+def _describe_malformed_override(override: str) -> str:
     """A word of the command line that is no `key=value`."""
     key, equals, value = override.partition("=")
     if not equals:
@@ -106,27 +106,27 @@ def _unreadable(override: str) -> str:
     return f"{override}: it has characters with a meaning of their own; quote the value: '{key}=\"{value}\"'"
 
 
-def _unknown_key(error: OmegaConfBaseException) -> str:
+def _describe_unknown_key(error: OmegaConfBaseException) -> str:
     """A key that is in no schema, or a group that does not exist."""
     key = str(error.full_key)
     if "/" in key:
-        return f"{key}: no such group.{unknown(key, group_names())}"
+        return f"{key}: no such group.{suggest_names(key, group_names())}"
     parent: Any = error.parent_node
     if "." not in key and isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent)):
-        return NO_BASE
+        return NO_BASE_MESSAGE
     allowed = [str(name) for name in parent] if isinstance(parent, DictConfig) else key_names(key.rpartition(".")[0])
-    return unknown_key(key, [name for name in allowed if name != "hydra"])
+    return describe_unknown_key(key, [name for name in allowed if name != "hydra"])
 
 
-def _wrong_value(error: OmegaConfBaseException) -> str:
+def _describe_wrong_value(error: OmegaConfBaseException) -> str:
     """A value of the wrong type."""
     key, text = str(error.full_key), str(error.msg or error).splitlines()[0]
     if "is not a subclass of" in text:
-        return unknown_option(key, group_names())
-    needed = next((ours for theirs, ours in NEEDED.items() if theirs in text), text)
+        return describe_scalar_section(key, group_names())
+    needed = next((ours for theirs, ours in EXPECTED_VALUES.items() if theirs in text), text)
     quoted = re.search(r"[Vv]alue '(.*?)'", text)
     if "deletion" in text:
         return f"~{key}: {needed}"
     if needed == text:
         return f"{key}: {text}"
-    return f"{key}={quoted[1] if quoted else shown(error.value)}: {needed}"
+    return f"{key}={quoted[1] if quoted else format_value(error.value)}: {needed}"

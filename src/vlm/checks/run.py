@@ -16,8 +16,8 @@ from vlm.checks.heads import head_problems
 from vlm.checks.lora import lora_problems, quantization_problems
 from vlm.checks.packing import packing_problems
 from vlm.checks.step import step_problems
-from vlm.config.derived import head_keys, row_keys, training_keys, value_of
-from vlm.config.packaged import packaged, packaged_connectors
+from vlm.config.derived import embedding_row_keys, get_value, head_keys, training_keys
+from vlm.config.packaged import packaged_connectors, packaged_names
 from vlm.config.schema import (
     TRAIN_FLAGS,
     ConnectorConfig,
@@ -26,9 +26,9 @@ from vlm.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from vlm.config.training_fields import training_argument_choices
+from vlm.config.training_fields import read_training_argument_choices
 from vlm.data.records.formats import FORMATS
-from vlm.data.records.paths import is_stream_only, kind_problem
+from vlm.data.records.paths import is_tar_path, path_problem
 
 CHOICES = {
     "model.visual_encoder.feature_strategy": FEATURE_STRATEGIES,
@@ -45,12 +45,12 @@ CHOICES = {
 }
 """Keys with closed lists of values. A test holds those that come from a table against the table."""
 
-CACHES = ("dynamic", "static", "offloaded")
+CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded")
 """What `inference.cache_implementation` may name, as transformers calls them."""
 EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
 """What `trainer.eval_metrics` may name. A test holds it against the table of metrics."""
 
-OWN = re.compile(r"[\w.]+:\w+")
+CUSTOM_CLASS_PATTERN = re.compile(r"[\w.]+:\w+")
 """How a class or function of the user's own is named."""
 
 
@@ -85,11 +85,11 @@ def check(config: RunConfig) -> None:
 def check_choices(config: RunConfig) -> None:
     """Every key of `CHOICES`, and every enumeration of `TrainingArguments`, has one of its values."""
     for key, allowed in CHOICES.items():
-        value = value_of(config, key)
+        value = get_value(config, key)
         if value not in allowed:
-            raise ConfigError(f"{key}={shown(value)}: allowed are {', '.join(map(shown, allowed))}")
-    for name, values in training_argument_choices().items():
-        value = value_of(config, f"trainer.{name}")
+            raise ConfigError(f"{key}={format_value(value)}: allowed are {', '.join(map(format_value, allowed))}")
+    for name, values in read_training_argument_choices().items():
+        value = get_value(config, f"trainer.{name}")
         if value is not None and value not in values:
             raise ConfigError(f"trainer.{name}={value}: allowed are {', '.join(values)}")
 
@@ -109,17 +109,17 @@ def check_dataset(config: RunConfig) -> None:
         if one.weight <= 0:
             raise ConfigError(f"dataset.sources.{name}.weight={one.weight}: a number above 0 is needed")
         check_template(one.template, f"dataset.sources.{name}.template")
-    need_folder("dataset.image_folder", data.image_folder)
-    need_folder("dataset.eval_image_folder", data.eval_image_folder)
-    need_folder("dataset.test_image_folder", data.test_image_folder)
+    require_folder("dataset.image_folder", data.image_folder)
+    require_folder("dataset.eval_image_folder", data.eval_image_folder)
+    require_folder("dataset.test_image_folder", data.test_image_folder)
     for key, path in {"dataset.eval_path": data.eval_path, "dataset.test_path": data.test_path}.items():
         if path is not None:
-            need_records(key, path)
-            if is_stream_only(path):
+            require_records(key, path)
+            if is_tar_path(path):
                 raise ConfigError(f"{key}={path}: tar shards cannot be evaluated on, only streamed")
     for name, (fits, needed) in _dataset_bounds(data).items():
         if not fits:
-            raise ConfigError(f"dataset.{name}={shown(getattr(data, name))}: {needed} is needed")
+            raise ConfigError(f"dataset.{name}={format_value(getattr(data, name))}: {needed} is needed")
     if data.streaming:
         check_stream(config)
 
@@ -131,10 +131,10 @@ def check_source(key: str, source: SourceConfig, data: DatasetConfig) -> None:
         if not data.allow_pipe:
             raise ConfigError(f"{key}.path={path}: a shell would run this; dataset.allow_pipe=true says that it may")
     elif "{" not in path:
-        need_records(f"{key}.path", path)
-    if is_stream_only(path) and not data.streaming:
+        require_records(f"{key}.path", path)
+    if is_tar_path(path) and not data.streaming:
         raise ConfigError(f"{key}.path={path}: tar shards are read one after the other: dataset.streaming=true")
-    if source.format not in FORMATS and not OWN.fullmatch(source.format):
+    if source.format not in FORMATS and not CUSTOM_CLASS_PATTERN.fullmatch(source.format):
         allowed = ", ".join(FORMATS)
         raise ConfigError(
             f"{key}.format={source.format}: allowed are {allowed}, or package.module:function for your own"
@@ -148,17 +148,17 @@ def check_source(key: str, source: SourceConfig, data: DatasetConfig) -> None:
                 )
     if source.max_samples is not None and source.max_samples < 1:
         raise ConfigError(f"{key}.max_samples={source.max_samples}: at least 1 is needed")
-    need_folder(f"{key}.image_folder", source.image_folder)
+    require_folder(f"{key}.image_folder", source.image_folder)
 
 
 def check_stream(config: RunConfig) -> None:
     """A stream has no length and no order but its own."""
     data = config.dataset
-    if value_of(config, "trainer.max_steps") < 1:
+    if get_value(config, "trainer.max_steps") < 1:
         raise ConfigError("dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…")
     if data.eval_split:
         raise ConfigError("dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path")
-    sampling = value_of(config, "trainer.train_sampling_strategy")
+    sampling = get_value(config, "trainer.train_sampling_strategy")
     if sampling == "group_by_modality_length" and not config.trainer.packing:  # packs it does not concern
         raise ConfigError(f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random")
     for key, source in {"dataset": data, **{f"dataset.sources.{k}": v for k, v in data.sources.items()}}.items():
@@ -177,15 +177,15 @@ def _dataset_bounds(data: DatasetConfig) -> dict[str, tuple[bool, str]]:
     }
 
 
-def need_records(key: str, path: str) -> None:
+def require_records(key: str, path: str) -> None:
     """Raise ConfigError where a path names neither a file, a folder nor a data set on the Hub."""
     if "://" not in path and not Path(path).exists():
         raise ConfigError(f"{key}={path}: no such file (seen from {Path.cwd()})")
-    if problem := kind_problem(path):
+    if problem := path_problem(path):
         raise ConfigError(f"{key}={path}: {problem}")
 
 
-def need_folder(key: str, path: str | None) -> None:
+def require_folder(key: str, path: str | None) -> None:
     """Raise ConfigError where a folder that is named does not exist."""
     if path is not None and not Path(path).is_dir():
         raise ConfigError(f"{key}={path}: no such folder (seen from {Path.cwd()})")
@@ -193,19 +193,19 @@ def need_folder(key: str, path: str | None) -> None:
 
 def check_template(name: str | None, key: str = "dataset.template") -> None:
     """A template is a packaged one, the tokenizer's own, or a file that exists."""
-    names = [*packaged("vlm.data", "templates", ".jinja"), "tokenizer"]
+    names = [*packaged_names("vlm.data", "templates", ".jinja"), "tokenizer"]
     if name is None or name in names:
         return
     if not name.endswith(".jinja"):
         raise ConfigError(f"{key}={name}: allowed are {', '.join(names)}, or the path of a .jinja file")
-    need_file(key, name)
+    require_file(key, name)
 
 
 def check_connector(connector: ConnectorConfig) -> None:
     """A connector is a packaged one with options that it takes, or `package.module:Class`."""
     options = packaged_connectors()
     if connector.type not in options:
-        if not OWN.fullmatch(connector.type):
+        if not CUSTOM_CLASS_PATTERN.fullmatch(connector.type):
             raise ConfigError(
                 f"model.connector.type={connector.type}: allowed are {', '.join(options)}, or package.module:Class for "
                 "your own"
@@ -215,7 +215,7 @@ def check_connector(connector: ConnectorConfig) -> None:
         if value is not None and name not in options[connector.type]:
             allowed = ", ".join(options[connector.type]) or "none"
             raise ConfigError(
-                f"model.connector.options.{name}={shown(value)}: {connector.type} does not take it; "
+                f"model.connector.options.{name}={format_value(value)}: {connector.type} does not take it; "
                 f"model.connector.options.{name}=null leaves it out. Allowed: {allowed}"
             )
 
@@ -248,18 +248,18 @@ def check_paths(config: RunConfig) -> None:
     """Whatever names a file or folder of this machine names one that exists."""
     trainer = config.trainer
     for part in ("visual_encoder", "language_model"):
-        name = value_of(config, f"model.{part}.hf_name")
+        name = get_value(config, f"model.{part}.hf_name")
         if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir() and not trainer.from_pretrained:
             raise ConfigError(f"model.{part}.hf_name={name}: no such folder (seen from {Path.cwd()})")
     if trainer.from_pretrained is not None:
-        _need_checkpoint(trainer.from_pretrained)
+        _check_checkpoint(trainer.from_pretrained)
     if trainer.resume_from_checkpoint is not None and trainer.resume_from_checkpoint.lower() != "false":
-        _need_resumable(trainer.resume_from_checkpoint, trainer.output_dir)
+        _check_resumable(trainer.resume_from_checkpoint, trainer.output_dir)
     elif trainer.output_dir is not None:
-        _need_unused(trainer.output_dir)
+        _check_unused(trainer.output_dir)
 
 
-def _need_resumable(resume: str, output_dir: str | None) -> None:
+def _check_resumable(resume: str, output_dir: str | None) -> None:
     key = f"trainer.resume_from_checkpoint={resume.lower() if resume.lower() == 'true' else resume}"
     if resume.lower() == "true":
         if output_dir is None:
@@ -270,7 +270,7 @@ def _need_resumable(resume: str, output_dir: str | None) -> None:
         raise ConfigError(f"{key}: `true` or the folder of a complete checkpoint is needed")
 
 
-def _need_unused(output_dir: str) -> None:
+def _check_unused(output_dir: str) -> None:
     """A fresh run writes into no other run's directory, whose checkpoints it would rotate away."""
     if any(Path(output_dir).glob("checkpoint-*")) or Path(output_dir, "final").exists():
         raise ConfigError(
@@ -279,7 +279,7 @@ def _need_unused(output_dir: str) -> None:
         )
 
 
-def _need_checkpoint(path: str) -> None:
+def _check_checkpoint(path: str) -> None:
     if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists():
         return  # a name on the Hub
     if not Path(path, "config.json").is_file():
@@ -290,7 +290,7 @@ def _need_checkpoint(path: str) -> None:
 def check_training(config: RunConfig) -> None:
     """Something trains, each part that does has a learning rate, and precisions do not contradict each other."""
     trainer = config.trainer
-    training = {**row_keys(config), **training_keys(trainer), **head_keys(config)}
+    training = {**embedding_row_keys(config), **training_keys(trainer), **head_keys(config)}
     if not training:
         flags = ", ".join(f"trainer.unfreeze.{flag}" for flag in TRAIN_FLAGS.values())
         raise ConfigError(
@@ -298,23 +298,23 @@ def check_training(config: RunConfig) -> None:
         )
     for part, reason in training.items():
         key = f"trainer.learning_rate.{part}_learning_rate"
-        if (rate := value_of(config, key)) is None or rate <= 0:
-            raise ConfigError(f"{key}={shown(rate)}: a positive number is needed, since {reason}")
+        if (rate := get_value(config, key)) is None or rate <= 0:
+            raise ConfigError(f"{key}={format_value(rate)}: a positive number is needed, since {reason}")
     if trainer.peak_tflops is not None and trainer.peak_tflops <= 0:
         raise ConfigError(f"trainer.peak_tflops={trainer.peak_tflops}: a positive number is needed, or null")
-    if value_of(config, "trainer.bf16") and value_of(config, "trainer.fp16"):
+    if get_value(config, "trainer.bf16") and get_value(config, "trainer.fp16"):
         raise ConfigError("trainer.bf16=true and trainer.fp16=true: choose one")
-    if not value_of(config, "trainer.average_tokens_across_devices"):
+    if not get_value(config, "trainer.average_tokens_across_devices"):
         raise ConfigError("trainer.average_tokens_across_devices=false: trainer.loss_average says how losses average")
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        if (value := value_of(config, f"trainer.{name}")) is not None:
+        if (value := get_value(config, f"trainer.{name}")) is not None:
             new = name.replace("gradient", "activation")
-            raise ConfigError(f"trainer.{name}={shown(value)}: it is called trainer.{new} now")
+            raise ConfigError(f"trainer.{name}={format_value(value)}: it is called trainer.{new} now")
     for name, reason in UNSUPPORTED.items():
-        if value_of(config, f"trainer.{name}"):
-            raise ConfigError(f"trainer.{name}={shown(value_of(config, f'trainer.{name}'))}: {reason}")
+        if get_value(config, f"trainer.{name}"):
+            raise ConfigError(f"trainer.{name}={format_value(get_value(config, f'trainer.{name}'))}: {reason}")
     if isinstance(trainer.deepspeed, str):
-        names = [name for name in packaged("vlm.config", "trainer/deepspeed", ".yaml") if name != "none"]
+        names = [name for name in packaged_names("vlm.config", "trainer/deepspeed", ".yaml") if name != "none"]
         if trainer.deepspeed not in names and not Path(trainer.deepspeed).is_file():
             raise ConfigError(
                 f"trainer.deepspeed={trainer.deepspeed}: allowed are {', '.join(names)} or the path of a JSON file"
@@ -340,7 +340,7 @@ def check_evaluation(config: RunConfig) -> None:
         raise ConfigError(f"dataset.eval_split={data.eval_split}: a share from 0 to below 1 is needed")
     if data.eval_path and data.eval_split:
         raise ConfigError("dataset.eval_path and dataset.eval_split: choose one")
-    strategy = value_of(config, "trainer.eval_strategy")
+    strategy = get_value(config, "trainer.eval_strategy")
     check_eval_metrics(config, evaluates=strategy != "no")
     if config.model.head.task is not None:
         return
@@ -371,19 +371,22 @@ def check_inference(settings: InferenceConfig, prefix: str = "inference.") -> No
         "top_p": (0 < settings.top_p <= 1, "a share above 0, at most 1"),
         "num_beams": (settings.num_beams >= 1, "at least 1"),
         "max_new_tokens": (settings.max_new_tokens >= 1, "at least 1"),
-        "cache_implementation": (settings.cache_implementation in (None, *CACHES), f"one of {', '.join(CACHES)}"),
+        "cache_implementation": (
+            settings.cache_implementation in (None, *CACHE_IMPLEMENTATIONS),
+            f"one of {', '.join(CACHE_IMPLEMENTATIONS)}",
+        ),
     }
     for name, (fits, needed) in bounds.items():
         if not fits:
             raise ConfigError(f"{prefix}{name}={getattr(settings, name)}: {needed} is needed")
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as it is written in YAML."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def need_file(key: str, path: str) -> None:
+def require_file(key: str, path: str) -> None:
     """Raise ConfigError where a path is no file."""
     if not Path(path).is_file():
         raise ConfigError(f"{key}={path}: no such file (seen from {Path.cwd()})")

@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlm.cli.model_options import add_drawing_options, add_loading_options, loaded, settings_of
+from vlm.cli.model_options import add_generation_options, add_loading_options, load_model, read_inference_settings
 from vlm.config.schema import DatasetConfig, InferenceConfig
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """What `vlm chat` takes."""
     found = argparse.ArgumentParser("vlm chat", description="Talk with a trained model about pictures and videos.")
     found.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
@@ -30,28 +30,28 @@ def parser() -> argparse.ArgumentParser:
         "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N",
         help="most frames of a video that are seen, evenly spread (%(default)s)",
     )  # fmt: skip
-    add_drawing_options(found)
+    add_generation_options(found)
     add_loading_options(found)
     return found
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """`vlm chat CHECKPOINT`."""
-    args = parser().parse_intermixed_args(words)
+    args = make_parser().parse_intermixed_args(argv)
     try:
-        _chat(args, settings_of(args))
+        _run_chat(args, read_inference_settings(args))
     except (ValueError, OSError) as error:
         sys.exit(f"vlm chat: {error}")
     except KeyboardInterrupt:
         sys.exit("\nvlm chat: stopped")
 
 
-def _chat(args: argparse.Namespace, settings: InferenceConfig) -> None:
-    from vlm.inference.generate import check_videos, opened
+def _run_chat(args: argparse.Namespace, settings: InferenceConfig) -> None:
+    from vlm.inference.generate import check_videos, load_images
 
-    opened(args.image)  # what is wrong is said before a model loads
+    load_images(args.image)  # what is wrong is said before a model loads
     check_videos(args.video, args.max_frames)
-    model = loaded(args)
+    model = load_model(args)
     from transformers import set_seed
 
     from vlm.inference.conversation import Conversation
@@ -61,13 +61,15 @@ def _chat(args: argparse.Namespace, settings: InferenceConfig) -> None:
     chat = Chat(Conversation(model, settings, system_prompt=args.system_prompt, max_frames=args.max_frames))
     chat.images, chat.videos = list(args.image), list(args.video)
     if sys.stdin.isatty():
-        say(f"{args.checkpoint}: ask it. /image FILE shows a picture, /help says what else there is, /exit leaves.")
-    for line in typed():
-        if not chat.take(line):
+        print_status(
+            f"{args.checkpoint}: ask it. /image FILE shows a picture, /help says what else there is, /exit leaves."
+        )
+    for line in read_lines():
+        if not chat.handle_line(line):
             break
 
 
-def typed() -> Iterator[str]:
+def read_lines() -> Iterator[str]:
     """The lines that are typed, or come through a pipe, until there are no more."""
     prompt = ""
     if sys.stdin.isatty():
@@ -80,10 +82,10 @@ def typed() -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
-            say("\n/exit leaves")
+            print_status("\n/exit leaves")
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """Tell the user something that the model did not say: a pipe gets answers only."""
     print(text, file=sys.stderr, flush=True)
 
@@ -104,7 +106,7 @@ class Chat:
         self.images: list[str] = []
         self.videos: list[str] = []
 
-    def take(self, line: str) -> bool:
+    def handle_line(self, line: str) -> bool:
         """Do what a line says; whether the chat goes on. What is wrong with it is said."""
         try:
             if not line.startswith("/"):
@@ -119,7 +121,7 @@ class Chat:
                 raise ValueError(f"/{name} takes nothing, got {rest.strip()}")
             return act(self, rest.strip()) is not False
         except (ValueError, OSError) as error:
-            say(str(error))
+            print_status(str(error))
             return True
 
     def ask(self, text: str) -> None:
@@ -140,7 +142,7 @@ class Chat:
                 print(flush=True)
         except KeyboardInterrupt:
             kept = "; its pictures wait for the next one" if self.images or self.videos else ""
-            say(f"stopped: the question and what there was of an answer are forgotten{kept}")
+            print_status(f"stopped: the question and what there was of an answer are forgotten{kept}")
         except OutOfMemoryError as error:
             raise ValueError(f"{error} /undo or /reset makes the conversation shorter.") from error
         else:
@@ -148,42 +150,42 @@ class Chat:
 
     def image(self, path: str) -> None:
         """Show a picture with the next question."""
-        from vlm.inference.generate import opened
+        from vlm.inference.generate import load_images
 
-        opened([place := file_of(path)])
+        load_images([place := expand_path(path)])
         self.images.append(place)
-        self._say_waiting()
+        self._print_pending_media()
 
     def video(self, path: str) -> None:
         """Show a video with the next question."""
         from vlm.inference.generate import check_videos
 
-        check_videos([place := file_of(path)], self.conversation.max_frames)
+        check_videos([place := expand_path(path)], self.conversation.max_frames)
         self.videos.append(place)
-        self._say_waiting()
+        self._print_pending_media()
 
-    def _say_waiting(self) -> None:
-        say(f"the next question comes with {', '.join([*self.images, *self.videos])}")
+    def _print_pending_media(self) -> None:
+        print_status(f"the next question comes with {', '.join([*self.images, *self.videos])}")
 
     def history(self, _: str) -> None:
         """Print what was said."""
         for turn in self.conversation.turns:
             print(f"{turn.role}: {turn.as_message('<image>', '<video>')['content']}")
         if self.images or self.videos:
-            self._say_waiting()
+            self._print_pending_media()
 
     def undo(self, _: str) -> None:
         """Forget the last question."""
         if not self.conversation.exchanges:
             raise ValueError("nothing was asked yet")
         self.conversation.undo()
-        say("the last question and its answer are forgotten")
+        print_status("the last question and its answer are forgotten")
 
     def reset(self, _: str) -> None:
         """Begin anew."""
         self.conversation.reset()
         self.images, self.videos = [], []
-        say("all is forgotten")
+        print_status("all is forgotten")
 
     def help(self, _: str) -> None:
         """Print what can be typed."""
@@ -197,7 +199,7 @@ class Chat:
         return False
 
 
-def file_of(path: str) -> str:
+def expand_path(path: str) -> str:
     """A path as it was typed: perhaps in quotes, perhaps from the home folder.
 
     Raises:

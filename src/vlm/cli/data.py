@@ -27,18 +27,22 @@ def main(words: Sequence[str]) -> None:
 
 def show(words: Sequence[str]) -> None:
     """`vlm data show -cn RUN …`: records as the run would train on them."""
-    parser = _of_a_run("show", "Records as a run would train on them, supervised tokens marked.")
+    parser = _make_run_parser("show", "Records as a run would train on them, supervised tokens marked.")
     parser.add_argument("--number", type=int, default=4, help="records of each source (%(default)s)")
-    parser.add_argument("--records", type=_numbers, default=[], metavar="N,N", help="the numbers of those wanted")
+    parser.add_argument("--records", type=_parse_numbers, default=[], metavar="N,N", help="the numbers of those wanted")
     parser.add_argument("--seed", type=int, default=None, help="draws them; without it, the first ones")
     parser.add_argument("--output", type=Path, default=Path("records.html"), help="the page (%(default)s)")
     args, rest = parser.parse_known_args(words)
 
-    def act(config: RunConfig, name: str, overrides: list[str]) -> None:
-        from vlm.data.tools.show import as_text, shown_records, write_page
+    def action(config: RunConfig, name: str, overrides: list[str]) -> None:
+        from vlm.data.tools.show import as_text, load_shown_records, write_page
 
-        records = shown_records(
-            config.dataset, _encoder(config, overrides), number=args.number, records=args.records, seed=args.seed
+        records = load_shown_records(
+            config.dataset,
+            _make_sample_encoder(config, overrides),
+            number=args.number,
+            records=args.records,
+            seed=args.seed,
         )
         found = []
         for one in records:
@@ -47,46 +51,48 @@ def show(words: Sequence[str]) -> None:
         write_page(found, args.output)
         print(f"With pictures: {args.output}")
 
-    with_config(rest, act)
+    with_config(rest, action)
 
 
 def stats(words: Sequence[str]) -> None:
     """`vlm data stats -cn RUN …`: what the run's records amount to."""
-    parser = _of_a_run("stats", "What a run's records amount to: counts, lengths, sizes, what would be left out.")
+    parser = _make_run_parser(
+        "stats", "What a run's records amount to: counts, lengths, sizes, what would be left out."
+    )
     parser.add_argument("--output", type=Path, default=Path("stats.png"), help="the picture (%(default)s)")
     args, rest = parser.parse_known_args(words)
 
-    def act(config: RunConfig, name: str, overrides: list[str]) -> None:
-        from vlm.data.tools.stats import as_text, draw, gather
+    def action(config: RunConfig, name: str, overrides: list[str]) -> None:
+        from vlm.data.tools.stats import as_text, compute_stats, draw
 
         if config.dataset.streaming:
             raise ConfigError("dataset.streaming=true: a stream is not counted")
-        found = gather(config.dataset, _encoder(config, overrides))
+        found = compute_stats(config.dataset, _make_sample_encoder(config, overrides))
         print(as_text(found))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         draw(found, args.output)
         print(f"As a picture: {args.output}")
 
-    with_config(rest, act)
+    with_config(rest, action)
 
 
-def _of_a_run(tool: str, purpose: str) -> argparse.ArgumentParser:
+def _make_run_parser(tool: str, purpose: str) -> argparse.ArgumentParser:
     usage = f"vlm data {tool} [options] -cn RUN dataset.path=… [key=value …]"
     return argparse.ArgumentParser(f"vlm data {tool}", usage, purpose, allow_abbrev=False)
 
 
-def _encoder(config: RunConfig, overrides: list[str]) -> Any:
+def _make_sample_encoder(config: RunConfig, overrides: list[str]) -> Any:
     """What encodes the samples of a run."""
-    from vlm.assembly.settle import settle_model
-    from vlm.train.data import sample_encoder
-    from vlm.train.heads.data import prompt_encoder
+    from vlm.assembly.settle import resolve_model
+    from vlm.train.data import make_sample_encoder
+    from vlm.train.heads.data import make_prompt_encoder
 
-    model_config, processor = settle_model(config, overrides)
-    encoder_of = sample_encoder if config.model.head.task is None else prompt_encoder
+    model_config, processor = resolve_model(config, overrides)
+    encoder_of = make_sample_encoder if config.model.head.task is None else make_prompt_encoder
     return encoder_of(config, model_config, processor)
 
 
-def _numbers(text: str) -> list[int]:
+def _parse_numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",")]
 
 

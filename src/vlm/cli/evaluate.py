@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.cli.model_options import add_drawing_options, add_loading_options, loaded, settings_of
+from vlm.cli.model_options import add_generation_options, add_loading_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
 from vlm.config.schema import DatasetConfig
-from vlm.evaluation.output import markdown, need_no_results, need_references, place_of, write_json
+from vlm.evaluation.output import check_no_results, check_references, markdown_table, resolve_output_folder, write_json
 
-OF_RECORDS = (
+RECORD_OPTIONS = (
     "format", "option", "image_folder", "temperature", "top_p", "num_beams", "max_new_tokens", "cache_implementation",
     "seed", "config_name", "config_dir", "overrides",
 )  # fmt: skip
 """Options that tasks do not take, which say themselves what is asked and how answers are drawn."""
-OF_TASKS = ("limit", "include_path", "lmms_eval_python")
+TASK_OPTIONS = ("limit", "include_path", "lmms_eval_python")
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """What `vlm eval` takes."""
     found = argparse.ArgumentParser(
         "vlm eval", description="Measure a model: on a file of records, or on tasks of lmms-eval."
@@ -46,30 +46,30 @@ def parser() -> argparse.ArgumentParser:
     )
     tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="where tasks of your own are")
     tasks.add_argument("--lmms-eval-python", type=Path, metavar="FILE", help="the Python that has lmms-eval")
-    add_drawing_options(found)
+    add_generation_options(found)
     add_loading_options(found)
     return found
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """`vlm eval CHECKPOINT --data RECORDS --metrics …`, or `--tasks …`."""
-    args = parser().parse_intermixed_args(words)
+    args = make_parser().parse_intermixed_args(argv)
     try:
         if (args.input is None) == (args.tasks is None):
             raise ValueError("give --data for a file of records, or --tasks for tasks of lmms-eval")
-        mode, strange = ("--data", OF_TASKS) if args.input else ("--tasks", OF_RECORDS)
-        for name in strange:
+        mode, disallowed = ("--data", TASK_OPTIONS) if args.input else ("--tasks", RECORD_OPTIONS)
+        for name in disallowed:
             if getattr(args, name) not in (None, []):
                 raise ValueError(f"--{name.replace('_', '-')} does not go with {mode}")
         check_reading_options(args, "--data")
-        _tasks(args) if args.tasks else _records(args)
+        _run_tasks(args) if args.tasks else _evaluate_records(args)
     except (ValueError, OSError) as error:
         sys.exit(f"vlm eval: {error}")
     except KeyboardInterrupt:
         sys.exit("\nvlm eval: stopped" + ("; the same command goes on with it" if args.input else ""))
 
 
-def _records(args: argparse.Namespace) -> None:
+def _evaluate_records(args: argparse.Namespace) -> None:
     """Measure answers to a file of records."""
     from vlm.evaluation.text_metrics import ALL_METRICS, LOSS, check_metrics
 
@@ -77,42 +77,49 @@ def _records(args: argparse.Namespace) -> None:
     if not names:
         raise ValueError(f"--metrics {args.metrics!r}: allowed are {', '.join(ALL_METRICS)}")
     check_metrics(names, ALL_METRICS, "--metrics ")
-    place = place_of(args.checkpoint, Path(args.input).stem, args.output)
-    need_no_results(place, overwrite=args.overwrite)
-    config, settings = source_config(args), settings_of(args)
-    need_references(config, names)
+    place = resolve_output_folder(args.checkpoint, Path(args.input).stem, args.output)
+    check_no_results(place, overwrite=args.overwrite)
+    config, settings = source_config(args), read_inference_settings(args)
+    check_references(config, names)
 
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
-    from vlm.data.cache import cache_folder, digest_of
+    from vlm.data.cache import json_digest, resolve_cache_folder
     from vlm.evaluation.records import evaluate, write_results
 
-    model = loaded(args)
+    model = load_model(args)
     print(f"Results go to {place}")
     form = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
     found = evaluate(
-        model, config, names, place, settings, cache=cache_folder(None), fingerprint=digest_of(form),
+        model, config, names, place, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(form),
         batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
         overwrite=args.overwrite,
     )  # fmt: skip
     drawn = {} if names == [LOSS] else {"inference": vars(settings), "seed": args.seed}
-    write_results(place, found, {**_asked(args), "data": args.input, **drawn})
+    write_results(place, found, {**_describe_run(args), "data": args.input, **drawn})
     print(f"\n{found.records:,} records\n\n{found}\n\n{place / 'results.json'}")
 
 
-def _tasks(args: argparse.Namespace) -> None:
+def _run_tasks(args: argparse.Namespace) -> None:
     """Run lmms-eval's tasks, and write what came of them."""
-    from vlm.evaluation.bootstrap import columns
-    from vlm.evaluation.lmms_run import as_json, interpreter, model_args, rows_of, run_tasks, scores_of
+    from vlm.evaluation.bootstrap import align_columns
+    from vlm.evaluation.lmms_run import (
+        find_interpreter,
+        format_model_args,
+        make_rows,
+        parse_scores,
+        run_tasks,
+        scores_to_json,
+    )
 
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if args.limit is not None and args.limit <= 0:
         raise ValueError(f"--limit {args.limit:g}: a number above 0 is needed")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"--include-path {args.include_path}: no such folder (seen from {Path.cwd()})")
-    place = place_of(args.checkpoint, "+".join(tasks)[:80], args.output)
-    need_no_results(place, overwrite=args.overwrite)
-    python = interpreter(args.lmms_eval_python)
+    place = resolve_output_folder(args.checkpoint, "+".join(tasks)[:80], args.output)
+    check_no_results(place, overwrite=args.overwrite)
+    python = find_interpreter(args.lmms_eval_python)
 
     from vlm.assembly.checkpoint import checkpoint_config
     from vlm.models import VLMPredictionConfig
@@ -124,20 +131,20 @@ def _tasks(args: argparse.Namespace) -> None:
         "quantization": args.quantization, "max_frames": args.max_frames, "system_prompt": args.system_prompt,
         "trust_remote_code": args.trust_remote_code or None,
     }  # fmt: skip
-    arguments = model_args({name: value for name, value in given.items() if value is not None})
+    arguments = format_model_args({name: value for name, value in given.items() if value is not None})
     results = run_tasks(
         python, arguments, tasks, batch_size=args.batch_size, limit=args.limit, include=args.include_path
     )
-    scores = scores_of(results)
-    rows = rows_of(scores)
-    write_json(place, {**_asked(args), "limit": args.limit, "results": as_json(scores)})
+    scores = parse_scores(results)
+    rows = make_rows(scores)
+    write_json(place, {**_describe_run(args), "limit": args.limit, "results": scores_to_json(scores)})
     limited = [] if args.limit is None else [f"Of each task only a part was asked (--limit {args.limit:g})."]
-    parts = [f"`{args.checkpoint}`", markdown(rows[0], rows[1:]), *limited]
+    parts = [f"`{args.checkpoint}`", markdown_table(rows[0], rows[1:]), *limited]
     (place / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(f"\n{columns(rows)}\n\n{place / 'results.json'}")
+    print(f"\n{align_columns(rows)}\n\n{place / 'results.json'}")
 
 
-def _asked(args: argparse.Namespace) -> dict[str, Any]:
+def _describe_run(args: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and how it was loaded."""
     names = ("checkpoint", "base", "dtype", "quantization", "system_prompt", "batch_size")
     return {name: getattr(args, name) for name in names}

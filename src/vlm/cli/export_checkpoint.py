@@ -8,16 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-FORMS = {
+FORMAT_DESCRIPTIONS = {
     "llava": "transformers and vLLM, without remote code",
     "llava-original": "the original LLaVA's code, and SGLang",
 }
 """The forms of `vlm.hub.targets.TARGETS`, named here too so that `--help` does not import torch, and who reads them."""
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """`vlm export CHECKPOINT OUT --format NAME`."""
-    args = make_parser().parse_args(words)
+    args = make_parser().parse_args(argv)
     try:
         export_checkpoint(args)
     except (ValueError, OSError) as error:
@@ -30,8 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vlm export", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     parser.add_argument("out", type=Path, help="a new folder")
-    forms = "; ".join(f"{name}: {reader}" for name, reader in FORMS.items())
-    parser.add_argument("--format", required=True, choices=FORMS, help=forms)
+    forms = "; ".join(f"{name}: {reader}" for name, reader in FORMAT_DESCRIPTIONS.items())
+    parser.add_argument("--format", required=True, choices=FORMAT_DESCRIPTIONS, help=forms)
     parser.add_argument("--vision-tower", metavar="NAME", help="with llava-original: the encoder's name to write down")
     return parser
 

@@ -7,12 +7,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlm.cli.model_options import add_drawing_options, add_loading_options, loaded, settings_of
+from vlm.cli.model_options import add_generation_options, add_loading_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_record_options, check_record_options, source_config
 from vlm.config.schema import InferenceConfig
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """What `vlm generate` takes."""
     found = argparse.ArgumentParser(
         "vlm generate", description="Ask a trained model: about pictures and videos, or about every record of a file."
@@ -23,17 +23,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     one.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
     add_record_options(found, "answers.jsonl or answers.csv")
-    add_drawing_options(found)
+    add_generation_options(found)
     add_loading_options(found)
     return found
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """`vlm generate CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
-    args = parser().parse_intermixed_args(words)
+    args = make_parser().parse_intermixed_args(argv)
     try:
         check_record_options(args)
-        settings = settings_of(args)
+        settings = read_inference_settings(args)
         _generate_file(args, settings) if args.input else _generate_one(args, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"vlm generate: {error}")
@@ -43,12 +43,12 @@ def main(words: Sequence[str]) -> None:
 
 def _generate_one(args: argparse.Namespace, settings: InferenceConfig) -> None:
     """Print the answer as it comes."""
-    from vlm.inference.generate import check_videos, opened, user_turn
+    from vlm.inference.generate import check_videos, load_images, user_turn
 
-    images = opened(args.image)
+    images = load_images(args.image)
     check_videos(args.video, args.max_frames)  # what is wrong is said before a model loads
     user_turn(args.prompt, len(images), [()] * len(args.video))
-    model = loaded(args)
+    model = load_model(args)
     from transformers import set_seed
 
     from vlm.inference.conversation import Conversation
@@ -65,14 +65,14 @@ def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
     """Write a table, and say how many records it has."""
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
-    from vlm.data.cache import cache_folder, digest_of
+    from vlm.data.cache import json_digest, resolve_cache_folder
     from vlm.inference.generate_file import generate_file
 
     config = source_config(args)
-    model = loaded(args)
+    model = load_model(args)
     form = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
     rows = generate_file(
-        model, config, args.output, settings, cache=cache_folder(None), fingerprint=digest_of(form),
+        model, config, args.output, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(form),
         batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
         overwrite=args.overwrite,
     )  # fmt: skip

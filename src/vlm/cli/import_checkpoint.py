@@ -11,9 +11,9 @@ from pathlib import Path
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """`vlm import SOURCE OUT`."""
-    args = make_parser().parse_args(words)
+    args = make_parser().parse_args(argv)
     try:
         import_checkpoint(args)
     except (ValueError, OSError) as error:

@@ -8,7 +8,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from vlm.checks.run import CACHES, ConfigError, check_inference
+from vlm.checks.run import CACHE_IMPLEMENTATIONS, ConfigError, check_inference
 from vlm.config.schema import InferenceConfig
 
 
@@ -25,9 +25,9 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
 
 
-def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Let a command say how answers are drawn; the parser is then asked by `parse_intermixed_args`."""
-    drawn = parser.add_argument_group("how answers are drawn", "where nothing is said: as the run of -cn, if any, does")
+    group = parser.add_argument_group("how answers are drawn", "where nothing is said: as the run of -cn, if any, does")
     for name, kind, purpose in (
         ("temperature", float, "0 is greedy"),
         ("top_p", float, "nucleus sampling"),
@@ -35,38 +35,40 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         ("max_new_tokens", int, "longest answer"),
     ):
         default = getattr(InferenceConfig, name)
-        drawn.add_argument(*_spellings(name), type=kind, metavar="N", help=f"{purpose} ({default})")
-    drawn.add_argument(
-        *_spellings("cache_implementation"), choices=CACHES, help="how keys and values are kept (as the model does)"
+        group.add_argument(*_option_spellings(name), type=kind, metavar="N", help=f"{purpose} ({default})")
+    group.add_argument(
+        *_option_spellings("cache_implementation"),
+        choices=CACHE_IMPLEMENTATIONS,
+        help="how keys and values are kept (as the model does)",
     )
-    drawn.add_argument("--seed", type=int, help="makes sampling repeatable")
-    drawn.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is taken")
-    drawn.add_argument("--config-dir", metavar="FOLDER", help="where a run of your own lies")
-    drawn.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="changes a key of that run")
+    group.add_argument("--seed", type=int, help="makes sampling repeatable")
+    group.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is taken")
+    group.add_argument("--config-dir", metavar="FOLDER", help="where a run of your own lies")
+    group.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="changes a key of that run")
 
 
-def _spellings(name: str) -> list[str]:
+def _option_spellings(name: str) -> list[str]:
     """An option with hyphens, and as the key is written."""
     return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
 
 
-def settings_of(args: argparse.Namespace) -> InferenceConfig:
+def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
     """How answers are drawn: as the command's own options say, else as the run that it names, else by default.
 
     Raises:
         ConfigError: a value is out of bounds, or a word is no key of a run's section `inference`.
         SystemExit: the run does not compose; as every command that composes one says it.
     """
-    from vlm.checks.compose import inference_of
+    from vlm.checks.compose import compose_inference_config
 
-    if strange := [word for word in args.overrides if not re.match(r"inference\.\w+=", word)]:
-        raise ConfigError(f"{strange[0]}: only inference.KEY=VALUE is taken here, for a run that -cn names")
+    if unknown := [word for word in args.overrides if not re.match(r"inference\.\w+=", word)]:
+        raise ConfigError(f"{unknown[0]}: only inference.KEY=VALUE is taken here, for a run that -cn names")
     if args.config_name is None and (args.overrides or args.config_dir):
         raise ConfigError(f"{args.overrides[0] if args.overrides else '--config-dir'}: name a run with it, -cn RUN")
     settings = InferenceConfig()
     if args.config_name is not None:
         folder = [] if args.config_dir is None else ["--config-dir", args.config_dir]
-        settings = inference_of(["-cn", args.config_name, *folder, *args.overrides])
+        settings = compose_inference_config(["-cn", args.config_name, *folder, *args.overrides])
     for name in (field.name for field in fields(InferenceConfig)):
         if (given := getattr(args, name)) is not None:
             setattr(settings, name, given)
@@ -74,7 +76,7 @@ def settings_of(args: argparse.Namespace) -> InferenceConfig:
     return settings
 
 
-def loaded(args: argparse.Namespace) -> Any:
+def load_model(args: argparse.Namespace) -> Any:
     """The `VisionLanguageModel` of a command's checkpoint.
 
     Raises:

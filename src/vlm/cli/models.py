@@ -12,14 +12,14 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
-from vlm.assembly.family import auto_class
-from vlm.config.packaged import packaged
+from vlm.assembly.family import get_auto_class
+from vlm.config.packaged import packaged_names
 from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
-from vlm.models.head_tasks import TASKS
+from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK
 from vlm.models.poolings import POOLINGS
 
-ATTENTION = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
+ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
 """Implementation -> the attribute of a model class that says whether it takes it."""
 
 
@@ -41,10 +41,10 @@ def listing() -> str:
          table(("name", "hf_name"), part_rows("language_model"))),
         ("Whole models: model=…, or model.hf_name=… of the same family",
          table(("family", "model_type", "model=", "pictures", "videos", "attention", "quantised"), family_rows())),
-        ("Prediction heads: model/head=" + ", ".join(TASKS) + "; model.head.pooling=…", table(
+        ("Prediction heads: model/head=" + ", ".join(NUM_OUTPUTS_BY_TASK) + "; model.head.pooling=…", table(
             ("pooling", "what is read"), iter(POOLINGS.items()))),
         ("Quantised: the share of its weights that model.language_model.quantization and "
-         "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", table(("", ""), installed())),
+         "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", table(("", ""), installed_rows())),
     ]  # fmt: skip
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
@@ -65,15 +65,15 @@ def family_rows() -> Iterator[tuple[str, ...]]:
     """The table of families, and what the installed classes say of themselves."""
     for model_type, family in FAMILIES.items():
         config = CONFIG_MAPPING[model_type]()
-        auto = auto_class(config)
+        auto = get_auto_class(config)
         kind = auto._model_mapping[type(config)]
-        attention = ["eager", *(name for name, flag in ATTENTION.items() if getattr(kind, flag))]
+        attention = ["eager", *(name for name, flag in ATTENTION_FLAGS.items() if getattr(kind, flag))]
         videos = "as videos" if family.videos else "as frames"
-        share = f"{quantisable(auto, config):.0%}"
+        share = f"{get_quantizable_share(auto, config):.0%}"
         yield family.name, model_type, ", ".join(family.choices), "several", videos, ", ".join(attention), share
 
 
-def quantisable(auto: Any, config: Any) -> float:
+def get_quantizable_share(auto: Any, config: Any) -> float:
     """The share of a model's weights, at its family's default size, that lie in Linear layers."""
     with torch.device("meta"):
         model = auto.from_config(config)
@@ -82,7 +82,7 @@ def quantisable(auto: Any, config: Any) -> float:
     return sum(module.weight.numel() for module in linear) / sum(weight.numel() for weight in model.parameters())
 
 
-def installed() -> Iterator[tuple[str, str]]:
+def installed_rows() -> Iterator[tuple[str, str]]:
     """What is installed for attention, quantisation and videos."""
     yield "flash_attention_2", "yes" if is_flash_attn_2_available() else "no: pip install 'small-vlm[flash]'"
     for package, extra, use in (("bitsandbytes", "quant", "4bit, 8bit"), ("av", "video", "videos")):
@@ -93,7 +93,7 @@ def installed() -> Iterator[tuple[str, str]]:
 def choices(group: str) -> Iterator[tuple[str, Any]]:
     """The packaged YAML files of a group, with their content."""
     folder = resources.files("vlm.config").joinpath(group)
-    for name in packaged("vlm.config", group, ".yaml"):
+    for name in packaged_names("vlm.config", group, ".yaml"):
         yield name, OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
 
 

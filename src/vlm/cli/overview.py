@@ -2,7 +2,7 @@
 
 from textwrap import fill
 
-from vlm.config.packaged import description, group_names, packaged, run_names
+from vlm.config.packaged import group_names, packaged_names, read_run_description, run_names
 
 USAGE = """\
 vlm composes, trains and asks vision-language models.
@@ -30,12 +30,14 @@ vlm -cn RUN --cfg job shows every key with its value and trains nothing; --confi
 
 def overview() -> str:
     """Usage, the shipped runs with what they are for, and the groups with their choices."""
-    runs = "\n".join(_entry(name, description(name), 26) for name in run_names())
-    groups = "\n".join(_entry(group, ", ".join(packaged("vlm.config", group, ".yaml")), 24) for group in group_names())
+    runs = "\n".join(_format_entry(name, read_run_description(name), 26) for name in run_names())
+    groups = "\n".join(
+        _format_entry(group, ", ".join(packaged_names("vlm.config", group, ".yaml")), 24) for group in group_names()
+    )
     return f"{USAGE}\n\nRuns\n{runs}\n\nGroups and their choices\n{groups}\n\n{HINTS}"
 
 
-def _entry(name: str, text: str, width: int) -> str:
+def _format_entry(name: str, text: str, width: int) -> str:
     """A name and what belongs to it, in two columns."""
     lead = f"  {name:<{width - 2}}"
     return fill(text, 118, initial_indent=lead, subsequent_indent=" " * width, break_on_hyphens=False)

@@ -12,7 +12,7 @@ from vlm.cli.model_options import add_base_option
 from vlm.cli.record_options import add_record_options, check_record_options, source_config
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """What `vlm predict` takes."""
     purpose = "Ask a model with prediction heads: about one prompt, or about every record of a file."
     found = argparse.ArgumentParser("vlm predict", description=purpose)
@@ -29,9 +29,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """`vlm predict CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
-    args = parser().parse_args(words)
+    args = make_parser().parse_args(argv)
     try:
         check_record_options(args)
         _predict_file(args) if args.input else _predict_one(args)
@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> None:
         sys.exit("\nvlm predict: stopped; the same command goes on with it")
 
 
-def _loaded(args: argparse.Namespace) -> Any:
+def _load_predictor(args: argparse.Namespace) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.inference.predict import Predictor
@@ -54,12 +54,12 @@ def _loaded(args: argparse.Namespace) -> Any:
 
 def _predict_one(args: argparse.Namespace) -> None:
     """Print what each head says of a prompt, with a bar for each label."""
-    from vlm.inference.generate import check_videos, opened, user_turn
+    from vlm.inference.generate import check_videos, load_images, user_turn
 
-    images = opened(args.image)
+    images = load_images(args.image)
     check_videos(args.video, args.max_frames)
     user_turn(args.prompt, len(images), [()] * len(args.video))
-    predictor = _loaded(args)
+    predictor = _load_predictor(args)
     found = predictor.predict(
         args.prompt, images, args.video, max_frames=args.max_frames, system_prompt=args.system_prompt
     )
@@ -73,17 +73,17 @@ def _predict_file(args: argparse.Namespace) -> None:
     """Write a table, and print measures where the records have labels."""
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
-    from vlm.data.cache import cache_folder
+    from vlm.data.cache import resolve_cache_folder
     from vlm.evaluation.predict_file import predict_file
 
     config = source_config(args)
-    predictor = _loaded(args)
+    predictor = _load_predictor(args)
     found = predict_file(
-        predictor, config, args.output, cache=cache_folder(None),
+        predictor, config, args.output, cache=resolve_cache_folder(None),
         fingerprint=fingerprint(local_folder(args.checkpoint)), batch_size=args.batch_size,
         num_workers=args.num_workers, max_frames=args.max_frames, overwrite=args.overwrite,
     )  # fmt: skip
-    if found.measures:
-        print(found.measures)
+    if found.metrics_text:
+        print(found.metrics_text)
     bad = f"; {found.bad} could not be read, column error says why" if found.bad else ""
     print(f"{found.records:,} records: {args.output}{bad}")

@@ -37,17 +37,17 @@ def push_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`push-to-hub CHECKPOINT --repo OWNER/NAME`."""
     parser = push_parser()
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.folder and args.checkpoint:
         parser.error("give CHECKPOINT once")
     if args.output and not args.dry_run:
         parser.error("--output is where --dry-run leaves the files; give both")
     args.checkpoint = args.checkpoint or args.folder
     try:
-        _need_answers(args)
+        _check_prompts_possible(args)
         _prepare_only(args) if args.dry_run else _push(args)
     except (ValueError, OSError) as error:
         sys.exit(f"push-to-hub: {error}")
@@ -56,51 +56,51 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from vlm.hub.upload import Hub, full_name
+    from vlm.hub.upload import HubClient, full_name
 
     checkpoint = args.checkpoint or Path(_ask("Checkpoint (a run's folder final)")).expanduser()
-    _need_publishable(args, checkpoint)
+    _check_publishable(args, checkpoint)
     repo = args.repo or _ask("Repository on the Hub (OWNER/NAME)")
     full_name(repo)
-    hub = Hub()
-    target = hub.look_at(repo, args.revision)
-    _need_force(args, target)
-    with _prepared(args, checkpoint, target.name) as prepared:
+    hub = HubClient()
+    target = hub.get_target(repo, args.revision)
+    _check_force(args, target)
+    with _prepare_folder(args, checkpoint, target.name) as prepared:
         from vlm.hub.publishing import obsolete
 
         gone = obsolete(target.files, prepared)
-        _list(prepared)
+        _print_files(prepared)
         if gone:
             print(f"Of the repository's files these go: {', '.join(gone)}")
         private = target.private if target.exists else not args.public
         if target.exists and (args.public or args.private) and private == args.public:
-            print(f"{target.name} stays {_seen_by(private)}: only its settings on the Hub change that")
-        what = f"{len(prepared.files)} files, {amount(prepared.size)}, to {hub.endpoint}/{target.name}"
-        if not args.yes and not _agreed(f"Upload {what} ({_seen_by(private)})?"):
+            print(f"{target.name} stays {_visibility(private)}: only its settings on the Hub change that")
+        what = f"{len(prepared.files)} files, {format_bytes(prepared.size)}, to {hub.endpoint}/{target.name}"
+        if not args.yes and not _confirm(f"Upload {what} ({_visibility(private)})?"):
             raise ValueError("nothing was uploaded")
-        address = hub.send(prepared.folder, target, private=private, revision=args.revision, obsolete=gone)
+        address = hub.upload_folder(prepared.folder, target, private=private, revision=args.revision, obsolete=gone)
     print(f"Uploaded: {address}")
 
 
 def _prepare_only(args: argparse.Namespace) -> None:
     checkpoint = args.checkpoint or Path(_ask("Checkpoint (a run's folder final)")).expanduser()
-    _need_publishable(args, checkpoint)
+    _check_publishable(args, checkpoint)
     if args.repo:
         from vlm.hub.upload import full_name
 
         full_name(args.repo)
-    with _prepared(args, checkpoint, args.repo) as prepared:
-        _list(prepared)
+    with _prepare_folder(args, checkpoint, args.repo) as prepared:
+        _print_files(prepared)
     print(f"Nothing was uploaded.{f' The files are in {args.output}' if args.output else ''}")
 
 
 @contextmanager
-def _prepared(args: argparse.Namespace, checkpoint: Path, repo: str | None) -> Iterator[Any]:
+def _prepare_folder(args: argparse.Namespace, checkpoint: Path, repo: str | None) -> Iterator[Any]:
     """The folder to upload: a temporary one, or `--output`, which appears when it is complete."""
     from transformers.utils.logging import disable_progress_bar
 
-    from vlm.hub.folders import new_folder
-    from vlm.hub.publishing import is_adapter, prepare
+    from vlm.hub.folders import create_folder
+    from vlm.hub.publishing import is_adapter, prepare_upload
     from vlm.hub.run_facts import read_run
 
     disable_progress_bar()
@@ -110,18 +110,18 @@ def _prepared(args: argparse.Namespace, checkpoint: Path, repo: str | None) -> I
             merge(str(checkpoint), Path(space, "merged"), args.base, trust_remote_code=args.trust_remote_code)
             checkpoint = Path(space, "merged")
         if args.output:
-            with new_folder(args.output) as out:
-                yield prepare(checkpoint, out, run, repo=repo, licence=args.license)
+            with create_folder(args.output) as out:
+                yield prepare_upload(checkpoint, out, run, repo=repo, licence=args.license)
         else:
             out = Path(space, "upload")
             out.mkdir()
-            yield prepare(checkpoint, out, run, repo=repo, licence=args.license, may_link=True)
+            yield prepare_upload(checkpoint, out, run, repo=repo, licence=args.license, allow_links=True)
 
 
 # What is refused
 
 
-def _need_answers(args: argparse.Namespace) -> None:
+def _check_prompts_possible(args: argparse.Namespace) -> None:
     """Raise ValueError where something has to be asked, and there is nobody to ask."""
     if sys.stdin.isatty():
         return
@@ -133,11 +133,11 @@ def _need_answers(args: argparse.Namespace) -> None:
         raise ValueError("no terminal to ask at: agree to the upload with --yes, or look first with --dry-run")
 
 
-def _need_publishable(args: argparse.Namespace, checkpoint: Path) -> None:
+def _check_publishable(args: argparse.Namespace, checkpoint: Path) -> None:
     """Raise ValueError for a folder that is no checkpoint, or an adapter that is not to be merged."""
-    from vlm.hub.publishing import is_adapter, need_checkpoint
+    from vlm.hub.publishing import is_adapter, require_checkpoint
 
-    need_checkpoint(checkpoint)
+    require_checkpoint(checkpoint)
     if is_adapter(checkpoint):
         if not args.merge:
             raise ValueError(f"{checkpoint} is an adapter, nothing without its base: --merge merges it first")
@@ -145,14 +145,14 @@ def _need_publishable(args: argparse.Namespace, checkpoint: Path) -> None:
         raise ValueError(f"{'--merge' if args.merge else '--base'}: {checkpoint} is complete, it has no base")
 
 
-def _need_force(args: argparse.Namespace, target: Any) -> None:
+def _check_force(args: argparse.Namespace, target: Any) -> None:
     """Raise ValueError where the repository holds something and nobody agreed."""
     if not target.files or args.force:
         return
     said = f"{target.name} exists and holds {len(target.files)} files"
     if not sys.stdin.isatty():
         raise ValueError(f"{said}: go on with --force; the commits before this one stay in its history")
-    if not _agreed(f"{said}. Go on? The commits before this one stay in its history."):
+    if not _confirm(f"{said}. Go on? The commits before this one stay in its history."):
         raise ValueError("nothing was uploaded")
 
 
@@ -166,25 +166,25 @@ def _ask(question: str) -> str:
     return answer
 
 
-def _agreed(question: str) -> bool:
+def _confirm(question: str) -> bool:
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _seen_by(private: bool) -> str:
+def _visibility(private: bool) -> str:
     return "private" if private else "public"
 
 
-def _list(prepared: Any) -> None:
+def _print_files(prepared: Any) -> None:
     """Print what is to be uploaded, and what is not."""
     width = max(map(len, prepared.files))
     for name, size in prepared.files.items():
-        print(f"  {name:<{width}}  {amount(size):>9}")
-    print(f"  {'total':<{width}}  {amount(prepared.size):>9}")
-    if prepared.left_out:
-        print(f"Left out: {', '.join(prepared.left_out)}")
+        print(f"  {name:<{width}}  {format_bytes(size):>9}")
+    print(f"  {'total':<{width}}  {format_bytes(prepared.size):>9}")
+    if prepared.skipped_files:
+        print(f"Left out: {', '.join(prepared.skipped_files)}")
 
 
-def amount(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:

@@ -10,31 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config.schema import DatasetConfig, SourceConfig
-from vlm.inference.resumable_table import need_new
+from vlm.inference.resumable_table import check_output
 
 
 def add_record_options(parser: argparse.ArgumentParser, output: str) -> None:
     """Let a command take a file of records; `output` names examples of what it writes."""
-    many = parser.add_argument_group("a file of records")
-    many.add_argument("--input", metavar="FILE", help="records, of the forms and kinds of files that training reads")
-    many.add_argument("--output", type=Path, metavar="FILE", help=f"what is written: {output}")
-    add_reading_options(many)
+    group = parser.add_argument_group("a file of records")
+    group.add_argument("--input", metavar="FILE", help="records, of the forms and kinds of files that training reads")
+    group.add_argument("--output", type=Path, metavar="FILE", help=f"what is written: {output}")
+    add_reading_options(group)
     parser.add_argument(
         "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video"
     )
 
 
-def add_reading_options(many: Any) -> None:
+def add_reading_options(group: Any) -> None:
     """How a file of records is read, into a parser's group."""
-    many.add_argument("--format", metavar="FORM", help="of the records; default: llava, of tables labelled")
-    many.add_argument(
+    group.add_argument("--format", metavar="FORM", help="of the records; default: llava, of tables labelled")
+    group.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of that form: prompt='Which digit?'"
     )
-    many.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="what their paths are relative to")
-    many.add_argument("--system-prompt", metavar="TEXT", help="said first, as dataset.system_prompt was in training")
-    many.add_argument("--batch-size", type=int, default=16, metavar="N", help="records at a time (%(default)s)")
-    many.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
-    many.add_argument("--overwrite", action="store_true", help="replace what is there, or was begun")
+    group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="what their paths are relative to")
+    group.add_argument("--system-prompt", metavar="TEXT", help="said first, as dataset.system_prompt was in training")
+    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records at a time (%(default)s)")
+    group.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="replace what is there, or was begun")
 
 
 def check_record_options(args: argparse.Namespace) -> None:
@@ -51,7 +51,7 @@ def check_record_options(args: argparse.Namespace) -> None:
         raise ValueError("--image and --video belong to --prompt; a file of records names its own")
     check_reading_options(args)
     if args.output is not None:
-        need_new(args.output, overwrite=args.overwrite)
+        check_output(args.output, overwrite=args.overwrite)
 
 
 def check_reading_options(args: argparse.Namespace, key: str = "--input") -> None:
@@ -83,12 +83,12 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
     if form not in FORMATS and ":" not in form:
         raise ValueError(f"--format {form}: allowed are {', '.join(FORMATS)}, or package.module:function for your own")
     return SourceConfig(
-        path=args.input, format=form, options=options_of(form, args.option), image_folder=args.image_folder,
+        path=args.input, format=form, options=parse_reader_options(form, args.option), image_folder=args.image_folder,
         system_prompt=args.system_prompt,
     )  # fmt: skip
 
 
-def options_of(form: str, words: Sequence[str]) -> dict[str, Any]:
+def parse_reader_options(form: str, assignments: Sequence[str]) -> dict[str, Any]:
     """The options of a form of records, out of `NAME=VALUE` with values as YAML has them.
 
     Raises:
@@ -96,12 +96,12 @@ def options_of(form: str, words: Sequence[str]) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    from vlm.data.records.formats import reader_of
+    from vlm.data.records.formats import get_reader
 
-    known = [p.name for p in signature(reader_of(form)).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for word in words:
+    known = [p.name for p in signature(get_reader(form)).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for word in assignments:
         name, equals, _ = word.partition("=")
         if not equals or name not in known:
             raise ValueError(f"--option {word}: NAME=VALUE is needed; {form} takes {', '.join(known) or 'none'}")
-    found: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)))
+    found: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(assignments)))
     return found

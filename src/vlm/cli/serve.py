@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from vlm.cli.model_options import add_loading_options, loaded
+from vlm.cli.model_options import add_loading_options, load_model
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """What `vlm serve` takes."""
     found = argparse.ArgumentParser(
         "vlm serve", description="Serve a model over HTTP as OpenAI's chat completions, streamed or whole."
@@ -24,9 +24,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """`vlm serve CHECKPOINT`."""
-    args = parser().parse_args(words)
+    args = make_parser().parse_args(argv)
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) is None]:
         sys.exit(f"vlm serve needs {', '.join(missing)}: pip install 'small-vlm[serve]'")
     try:
@@ -38,18 +38,18 @@ def main(words: Sequence[str]) -> None:
 def _serve(args: argparse.Namespace) -> None:
     import uvicorn
 
-    from vlm.inference.serve import app_of
+    from vlm.inference.serve import make_app
 
-    model = loaded(args)
-    if args.host not in LOOPBACK:
+    model = load_model(args)
+    if args.host not in LOOPBACK_HOSTS:
         print(f"Whoever reaches {args.host}:{args.port} can ask the model: there is no password.", file=sys.stderr)
-    name = args.name or name_of(args.checkpoint)
+    name = args.name or get_default_name(args.checkpoint)
     print(f"{name}: http://{args.host}:{args.port}/v1")
-    hosts = LOOPBACK if args.host in LOOPBACK else ("*",)
-    uvicorn.run(app_of(model, name, hosts), host=args.host, port=args.port, log_level="warning")
+    hosts = LOOPBACK_HOSTS if args.host in LOOPBACK_HOSTS else ("*",)
+    uvicorn.run(make_app(model, name, hosts), host=args.host, port=args.port, log_level="warning")
 
 
-def name_of(checkpoint: str) -> str:
+def get_default_name(checkpoint: str) -> str:
     """What a checkpoint is called: its name on the Hub, its folder's name, or the run's whose `final` it is."""
     folder = Path(checkpoint)
     if not folder.exists():

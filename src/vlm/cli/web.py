@@ -16,7 +16,7 @@ from vlm.cli.model_options import add_base_option
 from vlm.web.guard import is_loopback
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """`vlm web [CHECKPOINT …]`."""
     parser = argparse.ArgumentParser("vlm web", description="A page to chat, predict, train and look through data.")
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="to choose from, besides those of runs")
@@ -26,24 +26,24 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--max-upload", "--max_upload", default="20mb", help="largest file uploaded (%(default)s)")
     add_base_option(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="let code out of checkpoints run")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if find_spec("gradio") is None:
         sys.exit("vlm web: Gradio is not installed: pip install 'small-vlm[web]'")
     try:
-        _need_sensible(args)
+        _check_arguments(args)
         _serve(args)
     except (ValueError, OSError) as error:
         sys.exit(f"vlm web: {error}")
 
 
-def _need_sensible(args: argparse.Namespace) -> None:
+def _check_arguments(args: argparse.Namespace) -> None:
     if not 1 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: a number from 1 to 65535 is needed")
     if not re.fullmatch(r"[1-9]\d*(kb|mb|gb)", args.max_upload.lower()):
         raise ValueError(f"--max-upload {args.max_upload}: a size such as 20mb is needed (kb, mb or gb)")
     if args.outputs.exists() and not args.outputs.is_dir():
         raise ValueError(f"--outputs {args.outputs}: it is a file; a folder is needed")
-    _need_free(args.host, args.port)
+    _check_port_free(args.host, args.port)
     for one in args.checkpoints:
         folder = Path(one)
         if (one.startswith((".", "/", "~")) or len(folder.parts) != 2 or folder.exists()) and not folder.joinpath(
@@ -52,7 +52,7 @@ def _need_sensible(args: argparse.Namespace) -> None:
             raise ValueError(f"{one}: no checkpoint there (seen from {Path.cwd()}); a run's is its folder `final`")
 
 
-def _need_free(host: str, port: int) -> None:
+def _check_port_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
@@ -67,9 +67,9 @@ def _serve(args: argparse.Namespace) -> None:
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that what was uploaded goes
     try:
-        from vlm.web.page import Settings, build, serve
+        from vlm.web.page import PageSettings, build, serve
 
-        settings = Settings(
+        settings = PageSettings(
             args.checkpoints, args.host, args.port, args.base, args.outputs, args.max_upload.lower(),
             args.trust_remote_code,
         )  # fmt: skip

@@ -45,7 +45,7 @@ def zero_stage(deepspeed: Any) -> int:
     return (deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
 
 
-def value_of(config: RunConfig, key: str) -> Any:
+def get_value(config: RunConfig, key: str) -> Any:
     """The value at a dotted key."""
     node: Any = config
     for name in key.split("."):
@@ -64,7 +64,7 @@ LOSSES = {
 """Task -> its losses; the first is its default."""
 
 
-def heads_of(head: HeadsConfig) -> dict[str, HeadConfig]:
+def get_heads(head: HeadsConfig) -> dict[str, HeadConfig]:
     """All heads by their names; none where there is no task."""
     return {} if head.task is None else {head.name: head, **head.beside}
 
@@ -76,7 +76,7 @@ def extra_tokens(model: ModelConfig) -> list[str]:
 
 def query_tokens(head: HeadsConfig) -> list[str]:
     """The tokens that stand behind every prompt, one for each head that reads at one of its own."""
-    return [query_token(name) for name, one in heads_of(head).items() if one.pooling == "query"]
+    return [query_token(name) for name, one in get_heads(head).items() if one.pooling == "query"]
 
 
 def query_token(name: str) -> str:
@@ -89,31 +89,31 @@ def head_keys(config: RunConfig) -> dict[str, str]:
     return {} if config.model.head.task is None else {"head": f"model.head.task={config.model.head.task}"}
 
 
-def row_keys(config: RunConfig) -> dict[str, str]:
+def embedding_row_keys(config: RunConfig) -> dict[str, str]:
     """`language_model` -> the `key=value` that makes some rows of its embeddings train; nothing where none does."""
-    found = [*_new_rows(config)]
+    found = [*_find_new_token_rows(config)]
     return {"language_model": found[0]} if found else {}
 
 
-def caches(config: RunConfig) -> bool:
+def caches_features(config: RunConfig) -> bool:
     """Whether what heads read is computed once: wherever the body stays as it is, unless the run says otherwise."""
-    stays = not any(_moving(config))
+    stays = not any(_find_body_changes(config))
     return stays and config.dataset.cache_features is not False and zero_stage(config.trainer.deepspeed) < 3
 
 
-def _moving(config: RunConfig) -> Iterator[str]:
+def _find_body_changes(config: RunConfig) -> Iterator[str]:
     """What makes hidden states change in training."""
     yield from training_keys(config.trainer).values()
-    yield from _new_rows(config)
+    yield from _find_new_token_rows(config)
     if config.model.head.generation_weight:
         yield f"model.head.generation_weight={config.model.head.generation_weight}"
 
 
-def _new_rows(config: RunConfig) -> Iterator[str]:
+def _find_new_token_rows(config: RunConfig) -> Iterator[str]:
     """What adds tokens whose embeddings are learned."""
     if tokens := config.model.language_model.new_tokens:
         yield f"model.language_model.new_tokens={tokens}"
-    for name, one in heads_of(config.model.head).items():
+    for name, one in get_heads(config.model.head).items():
         if one.pooling == "query":
             yield f"{head_key(config.model.head, name)}.pooling=query"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-NOT_RUNS = ("base",)
+NON_RUN_CONFIGS = ("base",)
 """Top-level YAML files that others build on."""
 
 
@@ -17,7 +17,7 @@ def packaged_connectors() -> dict[str, list[str]]:
     """Type -> options of the packaged connectors. Each YAML declares all options of its class; a test holds that."""
     folder = resources.files("vlm.config").joinpath("model", "connector")
     found = {}
-    for name in packaged("vlm.config", "model/connector", ".yaml"):
+    for name in packaged_names("vlm.config", "model/connector", ".yaml"):
         declared: Any = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
         found[declared.type] = list(declared.options)
     return found
@@ -25,7 +25,7 @@ def packaged_connectors() -> dict[str, list[str]]:
 
 def run_names() -> list[str]:
     """The shipped runs."""
-    return [name for name in packaged("vlm.config", ".", ".yaml") if name not in NOT_RUNS]
+    return [name for name in packaged_names("vlm.config", ".", ".yaml") if name not in NON_RUN_CONFIGS]
 
 
 def group_names() -> list[str]:
@@ -42,13 +42,13 @@ def group_names() -> list[str]:
     return walk(resources.files("vlm.config"), "")
 
 
-def packaged(package: str, folder: str, suffix: str) -> list[str]:
+def packaged_names(package: str, folder: str, suffix: str) -> list[str]:
     """Names of the packaged files of a folder, without their suffix."""
     files = resources.files(package).joinpath(folder).iterdir()
     return sorted(file.name.removesuffix(suffix) for file in files if file.name.endswith(suffix))
 
 
-def description(run: str) -> str:
+def read_run_description(run: str) -> str:
     """The comment at the head of a run's YAML."""
     lines = resources.files("vlm.config").joinpath(f"{run}.yaml").read_text(encoding="utf-8").splitlines()
     head = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]

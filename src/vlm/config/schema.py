@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from vlm.config.training_fields import training_argument_fields
+from vlm.config.training_fields import read_training_argument_fields
 
 MISSING: Any = "???"
 """What omegaconf calls a value that has to be given."""
@@ -282,7 +282,9 @@ class TrainerOptions:
 OWN_TRAINER_FIELDS = frozenset(f.name for f in fields(TrainerOptions))
 
 
-PASSED_THROUGH = {name: kind for name, kind in training_argument_fields().items() if name not in OWN_TRAINER_FIELDS}
+TRAINING_ARGUMENT_FIELDS = {
+    name: kind for name, kind in read_training_argument_fields().items() if name not in OWN_TRAINER_FIELDS
+}
 """The `trainer` keys that go to `TrainingArguments` as they are."""
 
 OUR_DEFAULTS = {
@@ -298,7 +300,10 @@ OUR_DEFAULTS = {
 
 TrainerConfig = make_dataclass(
     "TrainerConfig",
-    [(name, kind, field(default=OUR_DEFAULTS.get(name, default))) for name, (kind, default) in PASSED_THROUGH.items()],
+    [
+        (name, kind, field(default=OUR_DEFAULTS.get(name, default)))
+        for name, (kind, default) in TRAINING_ARGUMENT_FIELDS.items()
+    ],
     bases=(TrainerOptions,),
 )
 TrainerConfig.__module__ = __name__
@@ -447,16 +452,16 @@ def from_mapping(kind: type[Any], values: dict[str, Any]) -> Any:
         found = msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise ValueError(f"{kind.__name__}: {error}") from error
-    for key in _unknown(values, asdict(found)):
+    for key in _find_unknown_paths(values, asdict(found)):
         raise ValueError(f"{kind.__name__}: there is no key {key}")
     return found
 
 
-def _unknown(given: Any, known: Any, path: str = "") -> list[str]:
+def _find_unknown_paths(given: Any, known: Any, path: str = "") -> list[str]:
     """The dotted paths that are in nested mappings, and not in others."""
     if not (isinstance(given, dict) and isinstance(known, dict)):
         return []
     found = []
     for name, value in given.items():
-        found += _unknown(value, known[name], f"{path}{name}.") if name in known else [f"{path}{name}"]
+        found += _find_unknown_paths(value, known[name], f"{path}{name}.") if name in known else [f"{path}{name}"]
     return found

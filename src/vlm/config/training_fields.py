@@ -11,7 +11,7 @@ from typing import Any
 
 
 @cache
-def training_argument_fields() -> dict[str, tuple[Any, Any]]:
+def read_training_argument_fields() -> dict[str, tuple[Any, Any]]:
     """Name -> (type, default) of every field of the installed `TrainingArguments`, without importing it.
 
     Types that OmegaConf cannot hold (unions of several, enums) become `Any`; a default that is no literal becomes
@@ -33,7 +33,7 @@ def training_argument_fields() -> dict[str, tuple[Any, Any]]:
 
 
 @cache
-def training_argument_choices() -> dict[str, list[str]]:
+def read_training_argument_choices() -> dict[str, list[str]]:
     """Name -> allowed values of every field of `TrainingArguments` that holds one of an enumeration's strings."""
     trees = [ast.parse(_transformers_source(name)) for name in ("training_args.py", "trainer_utils.py")]
     classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}

@@ -14,7 +14,7 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 
 
-def cache_folder(named: str | None) -> Path:
+def resolve_cache_folder(named: str | None) -> Path:
     """`dataset.cache_dir`, or `vlm` in the folder of Hugging Face's caches (`HF_HOME`)."""
     return Path(named) if named else Path(HF_HOME, "vlm")
 
@@ -22,7 +22,7 @@ def cache_folder(named: str | None) -> Path:
 def content_hash(path: Path, cache: Path) -> str:
     """SHA-256 of a file's content. Its path, size and modification time find one that was computed before."""
     facts = path.stat()
-    seen = digest_of(str(path.resolve()), facts.st_size, facts.st_mtime_ns)
+    seen = json_digest(str(path.resolve()), facts.st_size, facts.st_mtime_ns)
     stored = cache / "hashes" / seen
     if stored.is_file():
         return stored.read_text(encoding="ascii")
@@ -35,7 +35,7 @@ def content_hash(path: Path, cache: Path) -> str:
     return found
 
 
-def made_once(path: Path, make: Callable[[Path], None]) -> Path:
+def create_once(path: Path, make: Callable[[Path], None]) -> Path:
     """A file of the cache, made by `make(a path to write to)` where it is missing.
 
     Of processes that ask at the same time, one makes it and the others wait.
@@ -50,6 +50,6 @@ def made_once(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def digest_of(*values: object) -> str:
+def json_digest(*values: object) -> str:
     """A name for anything that JSON can hold: 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]

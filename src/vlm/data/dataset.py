@@ -13,14 +13,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.encoding.labels import IGNORED, Encoded
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.sample import BadSample, Clip, OverLong, Sample, Size
-from vlm.data.sources import Source, sources_of
+from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample
+from vlm.data.sources import Source, make_sources
 from vlm.data.token_counts import Counts, count
-from vlm.data.vision.images import picture_sizes, seen_sizes, size_of
-from vlm.data.vision.jpeg import decoded
-from vlm.data.vision.video import OpenVideo
+from vlm.data.vision.images import media_sizes_from_opened, read_media_sizes, upright_size
+from vlm.data.vision.jpeg import decode_sample_images
+from vlm.data.vision.video import DecodedVideo
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class Skipped:
     policy: str = "on_bad_sample"
 
     @classmethod
-    def by(cls, error: BadSample, source: Source, record: int | None = None) -> "Skipped":
+    def from_error(cls, error: BadSample, source: Source, record: int | None = None) -> "Skipped":
         """The record of a source that an error is about."""
         policy = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
         return cls(record, error.sample_id, error.reason, error.file, source.path, policy)
 
-    def refusal(self) -> ValueError:
+    def as_error(self) -> ValueError:
         """The error where such records are not left out."""
         place = self.source if self.record is None else f"{self.source}, record {self.record}"
         hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
@@ -114,7 +114,7 @@ class SampleDataset(Dataset[Any]):
         self.has_videos = has_videos
         self.skipped = list(skipped)
         self.contributions = list(contributions)
-        self._learnt = labels, groups
+        self._labels_and_groups = labels, groups
 
     def __len__(self) -> int:
         return len(self.places)
@@ -133,15 +133,15 @@ class SampleDataset(Dataset[Any]):
         number, record = self.places[index].tolist()
         source = self.sources[number]
         try:
-            return encoded_item(source, source.sample(record))
+            return encode_sample(source, source.sample(record))
         except BadSample as error:
-            return Skipped.by(error, source, record)
+            return Skipped.from_error(error, source, record)
 
     def blank(self) -> Dataset[dict[str, Any]]:
         """The same samples with blank pictures."""
-        return BlankPictures(self)
+        return BlankImageDataset(self)
 
-    def encoded(self, index: int, sizes: Sequence[Size] = ()) -> Encoded:
+    def encoded(self, index: int, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Ids and labels without the pictures; `sizes` where the processor needs them."""
         source, record = self.places[index].tolist()
         return self.sources[source].encoder(self.sources[source].sample(record), sizes)
@@ -154,22 +154,22 @@ class SampleDataset(Dataset[Any]):
     @property
     def labels(self) -> Sequence[Any]:
         """What a prediction head learns of each sample; None of one that has no label."""
-        return [None] * len(self) if self._learnt[0] is None else self._learnt[0]
+        return [None] * len(self) if self._labels_and_groups[0] is None else self._labels_and_groups[0]
 
     @property
     def groups(self) -> Sequence[str | None]:
         """In which group a ranking compares each sample; None for one that is in none."""
-        return [None] * len(self) if self._learnt[1] is None else self._learnt[1]
+        return [None] * len(self) if self._labels_and_groups[1] is None else self._labels_and_groups[1]
 
     def subset(self, indices: "Sequence[int] | np.ndarray") -> "SampleDataset":
         """The samples at these places, as a dataset of its own."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = self.places[chosen], self.lengths[chosen], self.num_images[chosen]
-        labels, groups = (one and [one[index] for index in chosen.tolist()] for one in self._learnt)
+        labels, groups = (one and [one[index] for index in chosen.tolist()] for one in self._labels_and_groups)
         return SampleDataset(self.sources, *rows, has_videos=self.has_videos, labels=labels, groups=groups)
 
 
-class BlankPictures(Dataset[dict[str, Any]]):
+class BlankImageDataset(Dataset[dict[str, Any]]):
     """The same samples with every picture, and every frame of a video, of the processor's mean colour."""
 
     def __init__(self, dataset: SampleDataset):
@@ -181,30 +181,30 @@ class BlankPictures(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         processor = self.dataset.processor
-        if not processor.needs_sizes:
-            blanks = [blank_picture(processor)] * int(self.num_images[index])
+        if not processor.needs_image_sizes:
+            blanks = [make_blank_image(processor)] * int(self.num_images[index])
             return model_inputs(processor, self.dataset.encoded(index), blanks)
-        sizes = picture_sizes(self.dataset.sample(index), processor)
-        blanks = [blank_of(processor, size) for size in sizes]
+        sizes = read_media_sizes(self.dataset.sample(index), processor)
+        blanks = [make_blank_medium(processor, size) for size in sizes]
         return model_inputs(processor, self.dataset.encoded(index, sizes), blanks, sizes)
 
 
-def encoded_item(source: Source, sample: Sample) -> dict[str, Any]:
+def encode_sample(source: Source, sample: Sample) -> dict[str, Any]:
     """A sample as a data worker hands it on.
 
     Raises:
         BadSample: it is too long, or a picture does not open.
     """
     processor = source.encoder.processor
-    if not processor.needs_sizes:
-        return model_inputs(processor, source.encoder(sample), decoded(sample, processor))
-    pictures = decoded(sample, processor)
-    sizes = seen_sizes(sample.media, pictures, processor)
+    if not processor.needs_image_sizes:
+        return model_inputs(processor, source.encoder(sample), decode_sample_images(sample, processor))
+    pictures = decode_sample_images(sample, processor)
+    sizes = media_sizes_from_opened(sample.media, pictures, processor)
     return model_inputs(processor, source.encoder(sample, sizes), pictures, sizes)
 
 
 def model_inputs(
-    processor: Any, encoded: Encoded, pictures: Sequence[Any], sizes: Sequence[Size] = ()
+    processor: Any, encoded: Encoded, pictures: Sequence[Any], sizes: Sequence[MediaSize] = ()
 ) -> dict[str, Any]:
     """Ids, labels, and what the model reads of pictures and videos, as the collator lays them out."""
     images = processor.image_inputs(pictures, sizes)
@@ -212,34 +212,34 @@ def model_inputs(
     return {"input_ids": encoded.input_ids, "labels": encoded.labels, **images, **tokens}
 
 
-def blank_picture(processor: Any, size: tuple[int, int] = (64, 64)) -> Image.Image:
+def make_blank_image(processor: Any, size: tuple[int, int] = (64, 64)) -> Image.Image:
     """A picture of the image processor's mean colour, so high and so wide."""
     means = processor.image_processor.image_mean or [0.5]
     return Image.new("RGB", (size[1], size[0]), tuple(int(mean * 255) for mean in (*means, *means, *means)[:3]))
 
 
-def blank_of(processor: Any, size: Size) -> Image.Image | OpenVideo:
+def make_blank_medium(processor: Any, size: MediaSize) -> Image.Image | DecodedVideo:
     """A blank picture or video of this size."""
     if isinstance(size, Clip):
-        return OpenVideo([blank_picture(processor, (size.height, size.width))] * len(size.frames), size)
-    return blank_picture(processor) if size is None else blank_picture(processor, size)
+        return DecodedVideo([make_blank_image(processor, (size.height, size.width))] * len(size.frames), size)
+    return make_blank_image(processor) if size is None else make_blank_image(processor, size)
 
 
 def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Ids of a blank image, and what a model reads of it; the few tokens of a video's frame will do."""
-    blank = blank_picture(processor)
-    sizes: list[Size] = [None if processor.pools_frames else size_of(blank)]
+    blank = make_blank_image(processor)
+    sizes: list[MediaSize] = [None if processor.pools_video_frames else upright_size(blank)]
     ids, _ = processor.tokenize(processor.image_token, (), sizes)
     images = processor.image_inputs([blank], sizes)
-    return ids, images | processor.text_inputs(ids, [IGNORED] * len(ids), images)
+    return ids, images | processor.text_inputs(ids, [IGNORE_INDEX] * len(ids), images)
 
 
 def dummy_video(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     """The same of a short blank video."""
-    clip = processor.shortest_clip
+    clip = processor.minimal_clip
     ids, _ = processor.tokenize(processor.video_token, (), [clip])
-    inputs = processor.image_inputs([blank_of(processor, clip)], [clip])
-    return ids, inputs | processor.text_inputs(ids, [IGNORED] * len(ids), inputs)
+    inputs = processor.image_inputs([make_blank_medium(processor, clip)], [clip])
+    return ids, inputs | processor.text_inputs(ids, [IGNORE_INDEX] * len(ids), inputs)
 
 
 def load_dataset(
@@ -260,24 +260,24 @@ def load_dataset(
     Raises:
         ValueError: a record cannot be used and the policy is `error`; or too many cannot; or none can.
     """
-    sources = sources_of(config, encoder)
+    sources = make_sources(config, encoder)
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []
     has_videos = False
     for number, source in enumerate(sources):
-        records = drawn(len(source), source.config.max_samples, seed)[:first]
+        records = draw_records(len(source), source.config.max_samples, seed)[:first]
         decode = None if evaluates else config.check_samples
-        counts = count(source, records, decode, config.num_workers, partial(_stop_where_asked, source, config))
-        left_out = unusable(source, counts, config)
-        need_few(source.path, list(counts.problems.values()), len(records), config.max_skipped)
+        counts = count(source, records, decode, config.num_workers, partial(_raise_unless_skipped, source, config))
+        left_out = find_unusable(source, counts, config)
+        check_skipped_share(source.path, list(counts.problems.values()), len(records), config.max_skipped)
         kept = np.setdiff1d(np.arange(len(records)), list(left_out))
-        kept = repeated(kept, source.weight, seed)
+        kept = repeat_by_weight(kept, source.weight, seed)
         places.append(np.stack([np.full(len(kept), number), counts.record[kept]], axis=1))
         lengths.append(np.minimum(counts.length[kept], encoder.longest))
         images.append(counts.images[kept])
         has_videos |= bool(counts.videos[kept].any())
-        if encoder.learns_labels:
-            learnt = counts.learnt_at(kept)
+        if encoder.encodes_labels:
+            learnt = counts.labels_and_groups_at(kept)
             labels += learnt[0]
             groups += learnt[1]
         skipped += [left_out[place] for place in sorted(left_out)]
@@ -287,7 +287,9 @@ def load_dataset(
         ))  # fmt: skip
     if not sum(map(len, places)):
         names = ", ".join(source.path for source in sources)
-        raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {_reasons(skipped)}")
+        raise ValueError(
+            f"{names}: none of {sum(map(len, sources))} records can be used; {_most_common_reason(skipped)}"
+        )
     return SampleDataset(
         sources, np.concatenate(places), np.concatenate(lengths), np.concatenate(images),
         has_videos=has_videos, skipped=skipped, contributions=contributions, labels=labels or None,
@@ -295,13 +297,13 @@ def load_dataset(
     )  # fmt: skip
 
 
-def _stop_where_asked(source: Source, config: DatasetConfig, record: int, problem: BadSample) -> None:
+def _raise_unless_skipped(source: Source, config: DatasetConfig, record: int, problem: BadSample) -> None:
     """Raise ValueError at the first record that cannot be used, where such are not left out."""
     if config.on_bad_sample == "error":
-        raise Skipped.by(problem, source, record).refusal()
+        raise Skipped.from_error(problem, source, record).as_error()
 
 
-def unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict[int, Skipped]:
+def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict[int, Skipped]:
     """Which of the counted records are left out, and why: those with a problem, and those that are too long.
 
     Raises:
@@ -312,19 +314,19 @@ def unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict[int,
     errors = dict(counts.problems)
     for place in np.flatnonzero(too_long).tolist():
         length = int(counts.length[place])
-        errors[place] = OverLong(counts.id_of(place), (
+        errors[place] = OverLong(counts.record_id(place), (
             f"{length} tokens: cutting it to {longest} would cut an image or every reply" if truncate else
             f"{length} tokens, at most {longest} are allowed (dataset.max_length, or the language model's positions)"
         ))  # fmt: skip
     found = {}
     for place, error in sorted(errors.items()):
-        found[place] = Skipped.by(error, source, int(counts.record[place]))
+        found[place] = Skipped.from_error(error, source, int(counts.record[place]))
         if getattr(config, found[place].policy) == "error":
-            raise found[place].refusal()
+            raise found[place].as_error()
     return found
 
 
-def need_few(path: str, bad: Sequence[BadSample | Skipped], total: int, share: float) -> None:
+def check_skipped_share(path: str, bad: Sequence[BadSample | Skipped], total: int, share: float) -> None:
     """Raise ValueError where more records cannot be used than `dataset.max_skipped` allows."""
     if len(bad) > share * total:
         reasons = Counter(one.reason for one in bad).most_common(3)
@@ -335,26 +337,26 @@ def need_few(path: str, bad: Sequence[BadSample | Skipped], total: int, share: f
         )
 
 
-def drawn(number: int, most: int | None, seed: int) -> np.ndarray:
+def draw_records(number: int, most: int | None, seed: int) -> np.ndarray:
     """Numbers of `most` of `number` records, in order; all where there are no more."""
     if most is None or most >= number:
         return np.arange(number)
     return np.sort(np.random.default_rng(seed).choice(number, most, replace=False))
 
 
-def repeated(places: np.ndarray, weight: float, seed: int) -> np.ndarray:
+def repeat_by_weight(places: np.ndarray, weight: float, seed: int) -> np.ndarray:
     """Each place `weight` times; of a broken number, the rest goes to as many as are drawn."""
     whole = np.repeat(places, int(weight))
     rest = round((weight - int(weight)) * len(places))
     return np.sort(np.concatenate([whole, np.random.default_rng(seed).choice(places, rest, replace=False)]))
 
 
-def _reasons(skipped: list[Skipped]) -> str:
+def _most_common_reason(skipped: list[Skipped]) -> str:
     commonest = Counter(one.reason for one in skipped).most_common(1)
     return f"the commonest reason is: {commonest[0][0]}" if commonest else "there are none"
 
 
-def split_dataset(dataset: SampleDataset, share: float, seed: int) -> tuple[SampleDataset, SampleDataset]:
+def split_off_eval(dataset: SampleDataset, share: float, seed: int) -> tuple[SampleDataset, SampleDataset]:
     """Hold out a share of the records, drawn with a seed: (rest, held out), at least one in each.
 
     A record that is taken several times is on one side only.

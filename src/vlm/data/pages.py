@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm.data.encoding.labels import IGNORED
+from vlm.data.encoding.labels import IGNORE_INDEX
 
 STYLE = (
     "body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -14,9 +14,9 @@ STYLE = (
     "section{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}.bad{color:#b00}"
     "small{color:#666}h2{font-size:1em;margin:.2em 0}"
 )
-COUNTED = {"pad": "padding", "image": "image token", "video": "video token"}
+COUNTED_KINDS = {"pad": "padding", "image": "image token", "video": "video token"}
 """Kinds of tokens of which only the number is shown."""
-GREEN, BLUE, PLAIN = "\033[30;42m", "\033[34m", "\033[0m"
+GREEN, BLUE, RESET = "\033[30;42m", "\033[34m", "\033[0m"
 
 
 def token_runs(
@@ -27,7 +27,7 @@ def token_runs(
     run: list[int] = []
     last = ""
     for token, label, attended in zip(ids, labels, mask, strict=True):
-        kind = "pad" if not attended else media.get(token) or ("mark" if label != IGNORED else "text")
+        kind = "pad" if not attended else media.get(token) or ("mark" if label != IGNORE_INDEX else "text")
         if run and kind != last:
             yield last, run
             run = []
@@ -41,8 +41,8 @@ def tokens_as_html(ids: Sequence[int], labels: Sequence[int], mask: Sequence[int
     """A row's tokens as HTML; runs of tokens of images and videos and of padding as counts."""
     html = []
     for kind, run in token_runs(ids, labels, mask, processor):
-        if kind in COUNTED:
-            html.append(f'<span class="{kind}">[{len(run)} × {COUNTED[kind]}]</span>')
+        if kind in COUNTED_KINDS:
+            html.append(f'<span class="{kind}">[{len(run)} × {COUNTED_KINDS[kind]}]</span>')
         else:
             text = escape(processor.tokenizer.decode(run)).replace("\n", "⏎<br>")
             html.append(f"<mark>{text}</mark>" if kind == "mark" else text)
@@ -53,15 +53,15 @@ def tokens_as_text(ids: Sequence[int], labels: Sequence[int], processor: Any, *,
     """A sample's tokens for a terminal: supervised ones on green, or between 【 and 】 without colours."""
     text = []
     for kind, run in token_runs(ids, labels, [1] * len(ids), processor):
-        said = f"[{len(run)} × {COUNTED[kind]}]" if kind in COUNTED else processor.tokenizer.decode(run)
+        said = f"[{len(run)} × {COUNTED_KINDS[kind]}]" if kind in COUNTED_KINDS else processor.tokenizer.decode(run)
         if kind == "mark":
-            text.append(f"{GREEN}{said}{PLAIN}" if colours else f"【{said}】")
+            text.append(f"{GREEN}{said}{RESET}" if colours else f"【{said}】")
         else:
-            text.append(f"{BLUE}{said}{PLAIN}" if colours and kind in COUNTED else said)
+            text.append(f"{BLUE}{said}{RESET}" if colours and kind in COUNTED_KINDS else said)
     return "".join(text)
 
 
-def page(title: str, intro: str, sections: Sequence[str]) -> str:
+def render_page(title: str, intro: str, sections: Sequence[str]) -> str:
     """A whole page; `intro` and `sections` are HTML."""
     body = "".join(f"<section>{section}</section>" for section in sections)
     return (
@@ -70,8 +70,8 @@ def page(title: str, intro: str, sections: Sequence[str]) -> str:
     )
 
 
-def thumbnail(picture: Image.Image, side: int = 192) -> Image.Image:
+def thumbnail(image: Image.Image, side: int = 192) -> Image.Image:
     """A small copy of a picture."""
-    small = picture.convert("RGB")
+    small = image.convert("RGB")
     small.thumbnail((side, side))
     return small

@@ -25,13 +25,13 @@ class Clip:
     """
 
     frames: tuple[int, ...]
-    total: int
+    total_frames: int
     height: int
     width: int
     fps: float
 
 
-Size = tuple[int, int] | Clip | None
+MediaSize = tuple[int, int] | Clip | None
 """Height and width of a picture, or what is seen of a video; None for a frame that stands for one, where a processor
 takes all frames alike."""
 
@@ -55,7 +55,7 @@ class OverLong(BadSample):
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageRef:
     """A picture in a turn: an image file, the bytes of one, or a frame of a video file.
 
     Attributes:
@@ -74,7 +74,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoRef:
     """A video file in a turn. A model that knows pictures only gets some of its frames, see `data.video`.
 
     Attributes:
@@ -86,7 +86,7 @@ class Video:
     clip: Clip | None = None
 
 
-Part = str | Picture | Video
+ContentPart = str | ImageRef | VideoRef
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class Turn:
     """What one side says: texts, pictures and videos in the order in which they stand."""
 
     role: str
-    content: tuple[Part, ...]
+    content: tuple[ContentPart, ...]
 
     def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, str]:
         """The turn as chat templates read it, a token for each picture and video."""
-        tokens = {Picture: image_token, Video: video_token or image_token}
+        tokens = {ImageRef: image_token, VideoRef: video_token or image_token}
         parts = [part if isinstance(part, str) else tokens[type(part)] for part in self.content]
         return {"role": self.role, "content": "".join(parts)}
 
@@ -123,27 +123,27 @@ class Sample:
     references: tuple[str, ...] = ()
 
     @property
-    def pictures(self) -> list[Picture]:
+    def images(self) -> list[ImageRef]:
         """All pictures, in the order in which they stand in the text."""
-        return [part for turn in self.turns for part in turn.content if isinstance(part, Picture)]
+        return [part for turn in self.turns for part in turn.content if isinstance(part, ImageRef)]
 
     @property
-    def videos(self) -> list[Video]:
+    def videos(self) -> list[VideoRef]:
         """All videos, in the order in which they stand in the text."""
-        return [part for turn in self.turns for part in turn.content if isinstance(part, Video)]
+        return [part for turn in self.turns for part in turn.content if isinstance(part, VideoRef)]
 
     @property
-    def media(self) -> list[Picture | Video]:
+    def media(self) -> list[ImageRef | VideoRef]:
         """All pictures and videos, in the order in which they stand in the text."""
         return [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
 
-    def with_videos(self, replace_video: Callable[[Video], tuple[Part, ...]]) -> "Sample":
+    def with_videos(self, replace_video: Callable[[VideoRef], tuple[ContentPart, ...]]) -> "Sample":
         """The sample with other parts in place of each video."""
         if not self.videos:
             return self
         turns = [
             replace(turn, content=tuple(
-                new for part in turn.content for new in (replace_video(part) if isinstance(part, Video) else (part,))
+                new for part in turn.content for new in (replace_video(part) if isinstance(part, VideoRef) else (part,))
             ))
             for turn in self.turns
         ]  # fmt: skip

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig, SourceConfig
-from vlm.data.cache import cache_folder, digest_of
-from vlm.data.encoding.labels import template_text
+from vlm.data.cache import json_digest, resolve_cache_folder
+from vlm.data.encoding.labels import read_template
 from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
-from vlm.data.records.formats import reader_of
+from vlm.data.records.formats import get_reader
 from vlm.data.records.open import Records, open_records, stream_records
-from vlm.data.sample import BadSample, Part, Sample, Turn, Video
-from vlm.data.vision.video import clip_of, frames_of
+from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
+from vlm.data.vision.video import sample_clip, sample_frame_refs
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Source:
         place = Path(self.path)
         self.folder = Path(self.config.image_folder or (place if place.is_dir() else place.parent))
         options = {name: value for name, value in self.config.options.items() if value is not None}
-        self._read = partial(reader_of(self.config.format), **options)
+        self._reader = partial(get_reader(self.config.format), **options)
 
     @cached_property
     def records(self) -> Records:
@@ -78,7 +78,7 @@ class Source:
         if isinstance(record, BadSample):
             raise record
         try:
-            sample = self._read(record, self.folder)
+            sample = self._reader(record, self.folder)
         except BadSample:
             raise
         except Exception as error:  # whatever a reader of the user's own trips over belongs to this record
@@ -89,47 +89,47 @@ class Source:
         prompt = self.config.system_prompt
         if prompt and sample.turns[0].role != "system":
             sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
-        return sample.with_videos(lambda video: self._seen_of(video, sample.id))
+        return sample.with_videos(lambda video: self._parts_shown_for(video, sample.id))
 
-    def _seen_of(self, video: Video, sample_id: str) -> tuple[Part, ...]:
-        return seen_of(video.path, self.max_frames, self.encoder.processor, sample_id)
+    def _parts_shown_for(self, video: VideoRef, sample_id: str) -> tuple[ContentPart, ...]:
+        return parts_for_video(video.path, self.max_frames, self.encoder.processor, sample_id)
 
     @cached_property
     def fingerprint(self) -> str:
         """Of everything that a sample's ids depend on: records, reader, processor, and the code in between."""
-        reader = inspect.getsource(inspect.getmodule(reader_of(self.config.format)) or sys)
+        reader = inspect.getsource(inspect.getmodule(get_reader(self.config.format)) or sys)
         settings = (self.config.format, self.config.options, str(self.folder), self.config.system_prompt)
-        return digest_of(
+        return json_digest(
             self.records.fingerprint, reader, settings, self.max_frames, processor_digest(self.encoder.processor),
-            self.encoder.kind,
+            self.encoder.fingerprint_fields,
         )  # fmt: skip
 
 
-def seen_of(path: Path, max_frames: int, processor: Any, sample_id: str) -> tuple[Part, ...]:
+def parts_for_video(path: Path, max_frames: int, processor: Any, sample_id: str) -> tuple[ContentPart, ...]:
     """What a model sees of a video: the video where its processor knows them, else frames as pictures.
 
     Raises:
         BadSample: it is no video.
     """
     if processor.video_token is None:
-        return frames_of(path, max_frames, sample_id)
-    return (Video(path, clip_of(path, max_frames, sample_id, fewest=processor.fewest_frames(max_frames))),)
+        return sample_frame_refs(path, max_frames, sample_id)
+    return (VideoRef(path, sample_clip(path, max_frames, sample_id, min_frames=processor.min_frames(max_frames))),)
 
 
-def sources_of(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
+def make_sources(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
     """The sources of a run: those that are named, or the one that `dataset.path` is."""
-    cache = cache_folder(config.cache_dir)
+    cache = resolve_cache_folder(config.cache_dir)
     if not config.sources:
         assert config.path is not None
         return [Source(Path(config.path).name, config, cache, encoder, config.max_frames)]
     return [
         Source(name, replace(one, image_folder=one.image_folder or config.image_folder), cache,
-               _with_template(encoder, one), config.max_frames, one.weight)
+               _encoder_with_template(encoder, one), config.max_frames, one.weight)
         for name, one in config.sources.items()
     ]  # fmt: skip
 
 
-def _with_template(encoder: SampleEncoder, source: MixtureSourceConfig) -> SampleEncoder:
+def _encoder_with_template(encoder: SampleEncoder, source: MixtureSourceConfig) -> SampleEncoder:
     """The encoder, rendering with the source's own template where it has one."""
     if source.template is None:
         return encoder
@@ -137,5 +137,5 @@ def _with_template(encoder: SampleEncoder, source: MixtureSourceConfig) -> Sampl
     own = source.template == "tokenizer"
     if own and processor.own_template is None:
         raise ValueError("dataset.sources: template=tokenizer, but the language model's tokenizer has no template")
-    processor.chat_template = processor.own_template if own else template_text(source.template)
+    processor.chat_template = processor.own_template if own else read_template(source.template)
     return replace(encoder, processor=processor)

@@ -11,13 +11,13 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.dataset import Skipped, encoded_item
+from vlm.data.dataset import Skipped, encode_sample
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.records.open import attempt
+from vlm.data.records.open import value_or_bad_sample
 from vlm.data.sample import BadSample, Sample
-from vlm.data.sources import Source, sources_of
-from vlm.data.vision.images import picture_sizes
+from vlm.data.sources import Source, make_sources
+from vlm.data.vision.images import read_media_sizes
 
 
 class SampleStream(IterableDataset[Any]):
@@ -52,25 +52,25 @@ class SampleStream(IterableDataset[Any]):
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         shard, num_shards = self.rank * workers + number, self.world_size * workers
         draw = random.Random(f"{self.seed} {shard}")
-        streams = [self._records(source, shard, num_shards, draw) for source in self.sources]
+        streams = [self._shuffled_records(source, shard, num_shards, draw) for source in self.sources]
         weights = [source.weight for source in self.sources]
         while True:
             place = draw.choices(range(len(streams)), weights)[0]
-            yield self._item(self.sources[place], next(streams[place]))
+            yield self._encode_or_skip(self.sources[place], next(streams[place]))
 
-    def samples(self, most: int) -> list[Sample]:
+    def samples(self, max_samples: int) -> list[Sample]:
         """The first samples that can be used, in the order in which they stand."""
         found: list[Sample] = []
         for source in self.sources:
             for record in source.stream(0, 1, None):
-                sample = attempt(source.read, record)
+                sample = value_or_bad_sample(source.read, record)
                 if isinstance(sample, Sample):
                     found.append(sample)
-                if len(found) >= most:
+                if len(found) >= max_samples:
                     return found
         return found
 
-    def _records(self, source: Source, shard: int, num_shards: int, draw: random.Random) -> Iterator[Any]:
+    def _shuffled_records(self, source: Source, shard: int, num_shards: int, draw: random.Random) -> Iterator[Any]:
         """A source's records, epoch after epoch, drawn from a buffer."""
         epoch = 0
         while True:
@@ -80,9 +80,9 @@ class SampleStream(IterableDataset[Any]):
                 seen += 1
                 waiting.append(record)
                 if len(waiting) > self.buffer:
-                    yield _taken(waiting, draw)
+                    yield _pop_random(waiting, draw)
             while waiting:
-                yield _taken(waiting, draw)
+                yield _pop_random(waiting, draw)
             if not seen:
                 raise ValueError(
                     f"{source.path}: no record for reader {shard + 1} of {num_shards} (ranks times "
@@ -90,11 +90,11 @@ class SampleStream(IterableDataset[Any]):
                 )
             epoch += 1
 
-    def _item(self, source: Source, record: Any) -> dict[str, Any] | Skipped:
+    def _encode_or_skip(self, source: Source, record: Any) -> dict[str, Any] | Skipped:
         try:
-            return encoded_item(source, source.read(record))
+            return encode_sample(source, source.read(record))
         except BadSample as error:
-            return Skipped.by(error, source)
+            return Skipped.from_error(error, source)
 
 
 def open_stream(
@@ -105,18 +105,18 @@ def open_stream(
     Raises:
         ValueError: a source does not open or is empty, or one of its first records cannot be used.
     """
-    stream = SampleStream(sources_of(config, encoder), config.shuffle_buffer, seed, rank, world_size)
+    stream = SampleStream(make_sources(config, encoder), config.shuffle_buffer, seed, rank, world_size)
     for source in stream.sources:
         record = next(source.stream(0, 1, None), None)
         if record is None:
             raise ValueError(f"{source.path}: there is no record in it")
-        sample = attempt(source.read, record)
+        sample = value_or_bad_sample(source.read, record)
         if not isinstance(sample, BadSample):
-            encode(source.encoder.processor, sample, picture_sizes(sample, source.encoder.processor))
+            encode(source.encoder.processor, sample, read_media_sizes(sample, source.encoder.processor))
     return stream
 
 
-def _taken(waiting: list[Any], draw: random.Random) -> Any:
+def _pop_random(waiting: list[Any], draw: random.Random) -> Any:
     """One of those that wait, the last put in its place."""
     place = draw.randrange(len(waiting))
     waiting[place], waiting[-1] = waiting[-1], waiting[place]

@@ -15,12 +15,12 @@ import pyarrow as pa
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlm.data.cache import digest_of, made_once
-from vlm.data.encoding.labels import IGNORED
+from vlm.data.cache import create_once, json_digest
+from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processes import num_cores
 from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source
-from vlm.data.vision.images import check_picture, open_pictures, picture_sizes
+from vlm.data.vision.images import open_media, read_image_size, read_media_sizes
 
 SCHEMA = pa.schema(
     [
@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
         ("problem", pa.string()), ("file", pa.string()),
     ]
 )  # fmt: skip
-NUMBERS, TEXTS = SCHEMA.names[:9], ("label", "group")
+INTEGER_COLUMNS, LABEL_COLUMNS = SCHEMA.names[:9], ("label", "group")
 """The columns of whole numbers, and those of what a prediction head learns, both as they are counted."""
 CHUNK = 256
 FEW = 4 * CHUNK
@@ -71,11 +71,11 @@ class Counts:
     problems: dict[int, BadSample]
     ids: pa.ChunkedArray
 
-    def id_of(self, place: int) -> str:
+    def record_id(self, place: int) -> str:
         """What the record at a place calls itself."""
         return self.ids[place].as_py()
 
-    def learnt_at(self, places: np.ndarray) -> tuple[list[Any], list[str | None]]:
+    def labels_and_groups_at(self, places: np.ndarray) -> tuple[list[Any], list[str | None]]:
         """Labels and groups of the records at some places; None where one has none."""
         rows = pa.array(places)
         labels = [None if text is None else json.loads(text) for text in self.labels.take(rows).to_pylist()]
@@ -98,32 +98,32 @@ def count(
         on_problem: told of each record that cannot be used, as soon as it is found; where it raises, what was counted
             up to there is kept.
     """
-    key = digest_of(source.fingerprint, decode, str(SCHEMA), hashlib.sha256(records.tobytes()).hexdigest())
+    key = json_digest(source.fingerprint, decode, str(SCHEMA), hashlib.sha256(records.tobytes()).hexdigest())
     path = source.cache / "counts" / f"{key}.arrow"
 
     known = path.exists()
     whole = len(records) if decode is None else decode
-    made_once(path, lambda partial: _write(source, records, whole, workers, on_problem, partial))
+    create_once(path, lambda partial: _write_counts(source, records, whole, workers, on_problem, partial))
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    columns = {name: _numbers(table.column(name)) for name in NUMBERS}
-    texts = {name: table.column(name) for name in TEXTS}
+    columns = {name: _integer_column(table.column(name)) for name in INTEGER_COLUMNS}
+    texts = {name: table.column(name) for name in LABEL_COLUMNS}
     places = np.flatnonzero(columns["length"] == 0)
     if known:
-        rows = _again(source, columns, places, int(np.searchsorted(places, whole)), workers)
-        texts = {name: _put(column, places, [row[name] for row in rows]) for name, column in texts.items()}
+        rows = _recount_unusable(source, columns, places, int(np.searchsorted(places, whole)), workers)
+        texts = {name: _replace_at(column, places, [row[name] for row in rows]) for name, column in texts.items()}
     else:
         rows = table.take(pa.array(places)).to_pylist() if len(places) else []
-    bad = {place: _problem(row) for place, row in zip(places.tolist(), rows, strict=True) if row["problem"]}
+    bad = {place: _bad_sample_from_row(row) for place, row in zip(places.tolist(), rows, strict=True) if row["problem"]}
     for place, problem in bad.items():
         on_problem(int(columns["record"][place]), problem)
     return Counts(**columns, labels=texts["label"], groups=texts["group"], problems=bad, ids=table.column("id"))
 
 
-def _again(
+def _recount_unusable(
     source: Source, columns: dict[str, np.ndarray], places: np.ndarray, decode: int, workers: int | None
 ) -> list[dict[str, Any]]:
     """Rows of records that could not be used once, counted anew; the columns take on what is different."""
-    found = _counted(source, columns["record"][places], 0, decode, workers)
+    found = _iter_counted_rows(source, columns["record"][places], 0, decode, workers)
     rows = [dict(zip(SCHEMA.names, row, strict=True)) for chunk in found for row in chunk]
     for place, row in zip(places.tolist(), rows, strict=True):
         for name, column in columns.items():
@@ -131,7 +131,7 @@ def _again(
     return rows
 
 
-def _put(column: pa.ChunkedArray, places: np.ndarray, texts: list[str | None]) -> pa.ChunkedArray:
+def _replace_at(column: pa.ChunkedArray, places: np.ndarray, texts: list[str | None]) -> pa.ChunkedArray:
     """A column with other texts at some places."""
     if not any(text is not None for text in texts):
         return column
@@ -141,28 +141,28 @@ def _put(column: pa.ChunkedArray, places: np.ndarray, texts: list[str | None]) -
     return pa.chunked_array([pa.array(rows, column.type)])
 
 
-def _problem(row: dict[str, Any]) -> BadSample:
+def _bad_sample_from_row(row: dict[str, Any]) -> BadSample:
     return BadSample(row["id"], row["problem"], row["file"])
 
 
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+def _integer_column(column: pa.ChunkedArray) -> np.ndarray:
     """A column of whole numbers; `to_numpy` would import pandas, which takes a second and has no part in this."""
     kind = np.dtype(str(column.type))
     parts = [np.frombuffer(one.buffers()[1], kind, len(one), one.offset * kind.itemsize) for one in column.chunks]
     return np.concatenate(parts) if parts else np.empty(0, kind)
 
 
-def _write(
+def _write_counts(
     source: Source, records: np.ndarray, decode: int, workers: int | None,
     on_problem: Callable[[int, BadSample], None], path: Path,
 ) -> None:  # fmt: skip
     """Count into a file; whole chunks that a stopped count left there are not counted again."""
-    before = _whole_batches(path)
+    before = _read_complete_batches(path)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for batch in before:
             writer.write_batch(batch)
         done = sum(map(len, before))
-        for rows in _counted(source, records, done, decode, workers):
+        for rows in _iter_counted_rows(source, records, done, decode, workers):
             for row in rows:
                 if row[-2]:
                     on_problem(row[0], BadSample(*row[-3:]))
@@ -170,7 +170,7 @@ def _write(
             sink.flush()
 
 
-def _whole_batches(path: Path) -> list[pa.RecordBatch]:
+def _read_complete_batches(path: Path) -> list[pa.RecordBatch]:
     """The chunks of a file that was not finished, up to where it is torn."""
     batches = []
     if path.exists():
@@ -182,7 +182,7 @@ def _whole_batches(path: Path) -> list[pa.RecordBatch]:
     return batches
 
 
-class _Chunks(Dataset[Any]):
+class _RecordChunks(Dataset[Any]):
     """Chunks of records, counted when they are asked for; an error comes as a value, since it crosses processes."""
 
     def __init__(self, source: Source, records: np.ndarray, done: int, decode: int):
@@ -196,18 +196,18 @@ class _Chunks(Dataset[Any]):
         start = self.starts[chunk]
         places = range(start, min(start + CHUNK, len(self.records)))
         try:
-            return [count_one(self.source, int(self.records[place]), decode=place < self.decode) for place in places]
+            return [count_record(self.source, int(self.records[place]), decode=place < self.decode) for place in places]
         except Exception as error:
             return error
 
 
-def _counted(
+def _iter_counted_rows(
     source: Source, records: np.ndarray, done: int, decode: int, workers: int | None
 ) -> Iterator[list[tuple[Any, ...]]]:
     """Rows of the table of counts, chunk by chunk in order, from a record on."""
     few = len(records) <= FEW
     number = 0 if few else num_cores() if workers is None else workers
-    loader = DataLoader(_Chunks(source, records, done, decode), batch_size=None, num_workers=number)
+    loader = DataLoader(_RecordChunks(source, records, done, decode), batch_size=None, num_workers=number)
     title = f"counting {source.name}"
     with tqdm(total=len(records), initial=done, desc=title, unit="record", disable=few) as bar:
         for rows in loader:
@@ -217,29 +217,29 @@ def _counted(
             yield rows
 
 
-def count_one(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
+def count_record(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
     """A record's row, as in `SCHEMA`; of one that cannot be used all counts are 0."""
     try:
         sample = source.sample(number)
-        width, height = look_at_pictures(sample, decode=decode)
-        encoded = source.encoder.encode(sample, picture_sizes(sample, source.encoder.processor))
-        learnt = source.encoder.learnt(sample)
+        width, height = check_images(sample, decode=decode)
+        encoded = source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
+        label_and_group = source.encoder.label_and_group(sample)
     except BadSample as error:
         return number, *[0] * 8, None, None, error.sample_id, error.reason, error.file
-    needed = source.encoder.needed(encoded)
-    supervised = len(encoded.labels) - encoded.labels.count(IGNORED)
+    needed = source.encoder.min_length(encoded)
+    supervised = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
     replies = sum(turn.role == "assistant" for turn in sample.turns)
     seen = len(sample.media), len(sample.videos), width, height
-    return number, len(encoded.input_ids), needed, supervised, replies, *seen, *learnt, sample.id, None, None
+    return number, len(encoded.input_ids), needed, supervised, replies, *seen, *label_and_group, sample.id, None, None
 
 
-def look_at_pictures(sample: Sample, *, decode: bool) -> tuple[int, int]:
+def check_images(sample: Sample, *, decode: bool) -> tuple[int, int]:
     """Whether a sample's pictures open, as a whole or their headers; width and height of the first, else zeros.
 
     Raises:
         BadSample: one does not.
     """
     if decode:
-        open_pictures(sample)
-    sizes = [check_picture(picture, sample.id) for picture in sample.pictures if picture.frame is None]
+        open_media(sample)
+    sizes = [read_image_size(image_ref, sample.id) for image_ref in sample.images if image_ref.frame is None]
     return sizes[0] if sizes else (0, 0)

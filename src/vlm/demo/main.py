@@ -25,17 +25,17 @@ from vlm.demo.scenes import write_scenes
 from vlm.demo.tiny_models import build_tiny_parts
 from vlm.inference.generate import VisionLanguageModel, user_turn
 
-QUESTIONS_A_BATCH = 100
-PICTURED = 16
+BATCH_SIZE = 100
+NUM_GRID_IMAGES = 16
 """Questions shown in the grid."""
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Generate, train, measure, show."""
     parser = argparse.ArgumentParser("vlm.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("overrides", nargs="*", help="for all stages, such as trainer.max_steps=2")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     started = time.monotonic()
     folder: Path = args.output
     for stage in ("pretrain", "finetune", "head"):  # what an earlier demo left
@@ -48,14 +48,14 @@ def main(words: Sequence[str] | None = None) -> None:
     print("3/5  Finetuning on questions", flush=True)
     final = train("demo-finetune", folder, "finetune.json", [f"trainer.from_pretrained={pretrained}", *args.overrides])
     print("4/5  Asking about pairs of colour and shape that were never seen together", flush=True)
-    summary = examine(final, folder)
+    summary = evaluate_model(final, folder)
     print("5/5  Training a prediction head that tells the shape", flush=True)
     heldout = f"dataset.test_path={folder / 'data' / 'labelled-heldout.json'}"
     head = train("demo-head", folder, "labelled.json", [f"trainer.from_pretrained={final}", heldout, *args.overrides])
-    summary["head"] = examine_head(head)
+    summary["head"] = evaluate_head(head)
     summary["seconds"] = round(time.monotonic() - started, 1)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(report(summary, final, head, folder))
+    print(format_report(summary, final, head, folder))
 
 
 def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> Path:
@@ -73,17 +73,17 @@ def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> P
     return output / "final"
 
 
-def examine(checkpoint: Path, folder: Path) -> dict[str, Any]:
+def evaluate_model(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Accuracy on the held-out questions, with the pictures and without, and the picture grid."""
     records = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
     model = VisionLanguageModel.load(checkpoint, device="cpu")
-    pictures: list[Image.Image] = [Image.open(folder / "data" / "images" / record["image"]) for record in records]
+    images: list[Image.Image] = [Image.open(folder / "data" / "images" / record["image"]) for record in records]
     colour = tuple(int(mean * 255) for mean in model.processor.image_processor.image_mean)
-    blanks = [Image.new("RGB", picture.size, colour) for picture in pictures]
-    answers = ask(model, records, pictures, "answering")
-    on_blanks = ask(model, records, blanks, "answering about blank pictures")
-    draw_grid(records, pictures, answers, folder / "heldout.png")
-    seen, blank, constant = accuracy(records, answers), accuracy(records, on_blanks), best_constants(records)
+    blanks = [Image.new("RGB", image.size, colour) for image in images]
+    answers = answer_questions(model, records, images, "answering")
+    on_blanks = answer_questions(model, records, blanks, "answering about blank pictures")
+    draw_grid(records, images, answers, folder / "heldout.png")
+    seen, blank, constant = accuracy(records, answers), accuracy(records, on_blanks), constant_answer_accuracy(records)
     return {
         "accuracy": seen["all"],
         "accuracy_by_kind": {kind: value for kind, value in seen.items() if kind != "all"},
@@ -97,7 +97,7 @@ def examine(checkpoint: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def examine_head(checkpoint: Path) -> dict[str, Any]:
+def evaluate_head(checkpoint: Path) -> dict[str, Any]:
     """Accuracy of the head on pairs of colour and shape that were never seen, beside always saying one shape."""
     said = json.loads((checkpoint.parent / "scores.json").read_text(encoding="utf-8"))["test"]["label"]
     return {
@@ -107,23 +107,25 @@ def examine_head(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def ask(model: VisionLanguageModel, records: list[dict], pictures: list[Image.Image], title: str) -> list[str]:
+def answer_questions(
+    model: VisionLanguageModel, records: list[dict], images: list[Image.Image], title: str
+) -> list[str]:
     """The model's answers to all questions, in batches."""
     settings = InferenceConfig(max_new_tokens=8)
     answers = []
-    for start in tqdm(range(0, len(records), QUESTIONS_A_BATCH), title):
-        part = slice(start, start + QUESTIONS_A_BATCH)
-        turns = [[user_turn(question(record), 1)] for record in records[part]]
-        answers += model.answer(turns, [[picture] for picture in pictures[part]], settings)
+    for start in tqdm(range(0, len(records), BATCH_SIZE), title):
+        part = slice(start, start + BATCH_SIZE)
+        turns = [[user_turn(get_question(record), 1)] for record in records[part]]
+        answers += model.answer(turns, [[image] for image in images[part]], settings)
     return answers
 
 
-def question(record: dict) -> str:
+def get_question(record: dict) -> str:
     """A record's question, its placeholder included."""
     return record["conversations"][0]["value"]
 
 
-def reference(record: dict) -> str:
+def get_answer(record: dict) -> str:
     """A record's right answer."""
     return record["conversations"][1]["value"]
 
@@ -133,36 +135,36 @@ def accuracy(records: list[dict], answers: list[str]) -> dict[str, float]:
     right: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers, strict=True):
         for key in (record["kind"], "all"):
-            right[key].append(answer.strip() == reference(record))
+            right[key].append(answer.strip() == get_answer(record))
     return {key: round(sum(values) / len(values), 4) for key, values in right.items()}
 
 
-def best_constants(records: list[dict]) -> dict[str, float]:
+def constant_answer_accuracy(records: list[dict]) -> dict[str, float]:
     """The accuracy of always giving the commonest right answer to each exact question: what text alone can know."""
     given: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
-        given[question(record)][reference(record)] += 1
-    return accuracy(records, [given[question(record)].most_common(1)[0][0] for record in records])
+        given[get_question(record)][get_answer(record)] += 1
+    return accuracy(records, [given[get_question(record)].most_common(1)[0][0] for record in records])
 
 
-def draw_grid(records: list[dict], pictures: list[Image.Image], answers: list[str], path: Path) -> None:
+def draw_grid(records: list[dict], images: list[Image.Image], answers: list[str], path: Path) -> None:
     """Held-out pictures with their questions and answers, spread over the kinds; wrong answers in red."""
-    step = max(len(records) // PICTURED, 1)
+    step = max(len(records) // NUM_GRID_IMAGES, 1)
     figure = Figure(figsize=(11, 12), layout="constrained")
-    axes = figure.subplots(4, PICTURED // 4).ravel()
+    axes = figure.subplots(4, NUM_GRID_IMAGES // 4).ravel()
     for axis, index in zip(axes, range(0, len(records), step), strict=False):
-        right = answers[index].strip() == reference(records[index])
-        text = question(records[index]).replace("<image>", "").strip()
-        axis.imshow(pictures[index], interpolation="nearest")
+        right = answers[index].strip() == get_answer(records[index])
+        text = get_question(records[index]).replace("<image>", "").strip()
+        axis.imshow(images[index], interpolation="nearest")
         axis.set_title(text, fontsize=9, wrap=True)
-        note = answers[index] if right else f"{answers[index]} (it is {reference(records[index])})"
+        note = answers[index] if right else f"{answers[index]} (it is {get_answer(records[index])})"
         axis.set_xlabel(note, color="green" if right else "red", fontsize=11)
         axis.set_xticks([])
         axis.set_yticks([])
     figure.savefig(path, dpi=100)
 
 
-def report(summary: dict[str, Any], checkpoint: Path, head: Path, folder: Path) -> str:
+def format_report(summary: dict[str, Any], checkpoint: Path, head: Path, folder: Path) -> str:
     """What the demo says at its end."""
     lines = [f"\nHeld-out accuracy {summary['accuracy']:.1%}, from the text alone {summary['text_only_accuracy']:.1%}"]
     for kind, value in summary["accuracy_by_kind"].items():
@@ -174,7 +176,7 @@ def report(summary: dict[str, Any], checkpoint: Path, head: Path, folder: Path) 
         f"would {shape['majority_accuracy']['value']:.1%}; plots: {head.parent / 'scores'}"
     )
     first = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))[0]
-    image, text = folder / "data" / "images" / first["image"], question(first).replace("<image>", "").strip()
+    image, text = folder / "data" / "images" / first["image"], get_question(first).replace("<image>", "").strip()
     lines += [
         f"\n{summary['seconds']:.0f} seconds. Figures: {folder / 'summary.json'}; pictures: {folder / 'heldout.png'}",
         f"Ask it yourself:\n  vlm generate {checkpoint} --image {image} --prompt '{text}'",

@@ -34,9 +34,9 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("square", "triangle", "cross", "circle")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
-NUMBERS = ("one", "two", "three", "four")
-KINDS = ("colour", "shape", "count", "place")
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+NUMBER_WORDS = ("one", "two", "three", "four")
+QUESTION_KINDS = ("colour", "shape", "count", "place")
 HELD_OUT_PAIRS = frozenset(zip(COLOURS, SHAPES, strict=False))
 """Red squares, green triangles, blue crosses and yellow circles."""
 BACKGROUND = (128, 128, 128)
@@ -55,7 +55,7 @@ class Scene:
     def place(self) -> str:
         """The corner of the picture."""
         row, column = self.cells[0]
-        return PLACES[2 * (row >= CELLS // 2) + (column >= CELLS // 2)]
+        return CORNERS[2 * (row >= CELLS // 2) + (column >= CELLS // 2)]
 
 
 def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
@@ -64,7 +64,7 @@ def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
     colour, shape = rng.choice([pair for pair in pairs if (pair in HELD_OUT_PAIRS) == held_out])
     half = CELLS // 2
     top, left = rng.choice((0, half)), rng.choice((0, half))
-    cells = rng.sample(range(half * half), rng.randint(1, len(NUMBERS)))
+    cells = rng.sample(range(half * half), rng.randint(1, len(NUMBER_WORDS)))
     return Scene(colour, shape, tuple((top + cell // half, left + cell % half) for cell in cells))
 
 
@@ -101,7 +101,7 @@ def questions(scene: Scene) -> dict[str, tuple[str, str]]:
     return {
         "colour": ("What colour are they?", scene.colour),
         "shape": ("What shape are they?", scene.shape),
-        "count": ("How many things are there?", NUMBERS[len(scene.cells) - 1]),
+        "count": ("How many things are there?", NUMBER_WORDS[len(scene.cells) - 1]),
         "place": ("Which corner are they in?", scene.place),
     }
 
@@ -111,11 +111,11 @@ def caption(scene: Scene, rng: random.Random) -> str:
     kind = rng.choice(("colour", "shape"))
     word = questions(scene)[kind][1]
     cells = [word if divmod(cell, CELLS) in scene.cells else "none" for cell in range(CELLS * CELLS)]
-    told = " ".join(f"{question} {answer}." for question, answer in talk(scene, rng, kind))
+    told = " ".join(f"{question} {answer}." for question, answer in draw_questions(scene, rng, kind))
     return f"{told} {' '.join(cells)}."
 
 
-def talk(scene: Scene, rng: random.Random, kind: str) -> list[tuple[str, str]]:
+def draw_questions(scene: Scene, rng: random.Random, kind: str) -> list[tuple[str, str]]:
     """Questions of one kind, colour or shape, and about number and place, in any order, with their answers."""
     asked = questions(scene)
     return [asked[name] for name in rng.sample((kind, "count", "place"), 3)]
@@ -145,22 +145,22 @@ def write_scenes(
         name = f"{index:05d}.png"
         scene = random_scene(rng, held_out=index >= num_train + num_val)
         if index >= num_train + num_val:
-            kind = KINDS[index % len(KINDS)]
+            kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
             files["heldout"].append({**record(name, [questions(scene)[kind]]), "kind": kind})
-            files["labelled-heldout"].append(labelled(name, scene))
+            files["labelled-heldout"].append(make_labelled_record(name, scene))
         else:
-            spoken = record(name, talk(scene, rng, rng.choice(("colour", "shape"))))
+            spoken = record(name, draw_questions(scene, rng, rng.choice(("colour", "shape"))))
             files["val" if index >= num_train else "finetune"].append(spoken)
             if index < num_train:
                 files["pretrain"].append(record(name, [(CAPTION_PROMPT, caption(scene, rng))]))
             if index < min(num_train, num_labelled):
-                files["labelled"].append(labelled(name, scene))
+                files["labelled"].append(make_labelled_record(name, scene))
         draw(scene, rng).save(folder / "images" / name, compress_level=1)
     for split, records in files.items():
         (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
-def labelled(name: str, scene: Scene) -> dict[str, Any]:
+def make_labelled_record(name: str, scene: Scene) -> dict[str, Any]:
     """A record that asks for the shape, and has it as its label."""
     asked = record(name, [questions(scene)["shape"]])
     return {**asked, "conversations": asked["conversations"][:1], "label": scene.shape}

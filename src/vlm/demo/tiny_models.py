@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm.data.encoding.labels import template_text
+from vlm.data.encoding.labels import read_template
 from vlm.demo import scenes
 
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -48,7 +48,7 @@ def build_tiny_parts(folder: Path, *, width: int = 128, vision_layers: int = 2, 
     CLIPImageProcessor(
         size=size, do_center_crop=False, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3
     ).save_pretrained(folder / "visual_encoder")
-    tokenizer = word_tokenizer()
+    tokenizer = make_word_tokenizer()
     tokenizer.save_pretrained(folder / "language_model")
     text = LlamaConfig(
         vocab_size=len(tokenizer) + 1,  # room for the image token
@@ -67,7 +67,7 @@ def build_tiny_parts(folder: Path, *, width: int = 128, vision_layers: int = 2, 
     LlamaForCausalLM(text).save_pretrained(folder / "language_model")
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose merges make one token of each word of the scenes' texts."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,13 +76,13 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=2000, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
-    model.train_from_iterator(texts(), trainer)
+    model.train_from_iterator(generate_texts(), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|pad|>")
-    tokenizer.chat_template = template_text("chatml")
+    tokenizer.chat_template = read_template("chatml")
     return tokenizer
 
 
-def texts() -> Iterator[str]:
+def generate_texts() -> Iterator[str]:
     """Everything that captions, questions and answers say."""
     rng = random.Random(0)
     for number in range(300):

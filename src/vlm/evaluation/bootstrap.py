@@ -7,7 +7,7 @@ import numpy as np
 from sklearn import config_context
 from sklearn.utils import resample
 
-INTERVAL = (2.5, 97.5)
+INTERVAL_PERCENTILES = (2.5, 97.5)
 """Percentiles of the bootstrap."""
 
 
@@ -27,7 +27,7 @@ class Score:
 
 
 def bootstrap(
-    measured: Callable[[np.ndarray], dict[str, float]],
+    compute_metrics: Callable[[np.ndarray], dict[str, float]],
     num_units: int,
     num_resamples: int,
     seed: int,
@@ -35,24 +35,24 @@ def bootstrap(
     """Metrics of all units, and how they vary where units are drawn with replacement.
 
     Args:
-        measured: metrics of the units of these numbers.
+        compute_metrics: metrics of the units of these numbers.
         num_units: how many there are.
         num_resamples: how often.
         seed: of the draws.
     """
     with config_context(assume_finite=True, skip_parameter_validation=True):  # checked once; else a third of the time
-        points = measured(np.arange(num_units))
-        drawn = [measured(units) for units in _resamples(num_units, num_resamples, seed)]
-    return {name: _score(value, np.array([one[name] for one in drawn])) for name, value in points.items()}
+        points = compute_metrics(np.arange(num_units))
+        resampled = [compute_metrics(units) for units in _resamples(num_units, num_resamples, seed)]
+    return {name: _make_score(value, np.array([one[name] for one in resampled])) for name, value in points.items()}
 
 
 def mean_score(values: np.ndarray, *, num_resamples: int = 1000, seed: int = 0) -> Score:
     """The mean of a metric of single samples, `(samples,)`; undefined of none."""
 
-    def measured(rows: np.ndarray) -> dict[str, float]:
+    def compute_metrics(rows: np.ndarray) -> dict[str, float]:
         return {"mean": float(values[rows].mean()) if len(rows) else np.nan}
 
-    return bootstrap(measured, len(values), num_resamples if len(values) else 0, seed)["mean"]
+    return bootstrap(compute_metrics, len(values), num_resamples if len(values) else 0, seed)["mean"]
 
 
 def _resamples(num_units: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -61,47 +61,47 @@ def _resamples(num_units: int, num_resamples: int, seed: int) -> Iterator[np.nda
         yield np.asarray(resample(np.arange(num_units), random_state=random))
 
 
-def _score(value: float, drawn: np.ndarray) -> Score:
+def _make_score(value: float, resampled: np.ndarray) -> Score:
     """A value with the interval of those `(resamples,)` that are defined."""
-    drawn = drawn[~np.isnan(drawn)]
+    resampled = resampled[~np.isnan(resampled)]
     if np.isnan(value):
         return Score(None, None, None)
-    if not len(drawn):
+    if not len(resampled):
         return Score(float(value), None, None)
-    low, high = np.percentile(drawn, INTERVAL)
+    low, high = np.percentile(resampled, INTERVAL_PERCENTILES)
     return Score(float(value), float(low), float(high))
 
 
-def as_table(found: dict[str, Score], others: Mapping[str, dict[str, Score]] | None = None) -> str:
+def format_scores(found: dict[str, Score], others: Mapping[str, dict[str, Score]] | None = None) -> str:
     """Metrics with their 95% intervals beside those of others, by what they are called, for a log."""
     beside = others or {}
     rows = [
-        (name, _shown(score), *(_shown(one[name]) if name in one else "" for one in beside.values()))
+        (name, _format_score(score), *(_format_score(one[name]) if name in one else "" for one in beside.values()))
         for name, score in found.items()
     ]
-    return columns([("metric", "value [95% interval]", *beside), *rows])
+    return align_columns([("metric", "value [95% interval]", *beside), *rows])
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows as lines, their cells under each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
 
-def _shown(score: Score) -> str:
+def _format_score(score: Score) -> str:
     if score.value is None:
         return "undefined"
     if score.low is None or score.high is None:
-        return _number(score.value)
-    return f"{_number(score.value)} [{_number(score.low)}, {_number(score.high)}]"
+        return _format_number(score.value)
+    return f"{_format_number(score.value)} [{_format_number(score.low)}, {_format_number(score.high)}]"
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     """Three decimals; four digits where they would say nothing, as errors are in any unit."""
     return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.4g}"
 
 
-def as_json(found: dict[str, Score]) -> dict[str, dict[str, float | None]]:
+def scores_to_json(found: dict[str, Score]) -> dict[str, dict[str, float | None]]:
     """Metrics for a JSON file; None where they are undefined."""
     return {name: asdict(score) for name, score in found.items()}

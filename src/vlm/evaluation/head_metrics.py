@@ -25,8 +25,8 @@ from sklearn.metrics import (
 )
 
 from vlm.evaluation.bootstrap import Score, bootstrap
-from vlm.evaluation.calibration import Calibration, checked, checked_targets
-from vlm.models.head_tasks import CLASSIFYING
+from vlm.evaluation.calibration import Calibration, validate_outputs, validate_targets
+from vlm.models.head_tasks import CLASSIFICATION_TASKS
 
 NUM_BINS = 15
 """Equally wide bins of the expected calibration error (Guo et al. 2017, arXiv:1706.04599)."""
@@ -63,15 +63,15 @@ def scores(
     Raises:
         ValueError: data that `calibration.checked` refuses, or groups that are missing, too many or not wanted.
     """
-    outputs, targets = checked(task, outputs, targets)
+    outputs, targets = validate_outputs(task, outputs, targets)
     if task == "pairwise":
-        return _pairwise(outputs[:, 0], targets, checked_groups(groups, len(targets)), num_resamples, seed)
+        return _pairwise_scores(outputs[:, 0], targets, validate_groups(groups, len(targets)), num_resamples, seed)
     if groups is not None:
         raise ValueError(f"groups: {task} has none, only pairwise compares within groups")
-    decided, ranked = calibration.decide(task, outputs), outputs[:, 0]
-    if task in CLASSIFYING:
-        ranked = calibration.probabilities(task, outputs)
-    return _with_intervals(task, targets, decided, ranked, num_resamples, seed)
+    decisions, ranking_values = calibration.choose_labels(task, outputs), outputs[:, 0]
+    if task in CLASSIFICATION_TASKS:
+        ranking_values = calibration.probabilities(task, outputs)
+    return _bootstrap_samples(task, targets, decisions, ranking_values, num_resamples, seed)
 
 
 def baseline(
@@ -100,8 +100,8 @@ def baseline(
     Raises:
         ValueError: data that `calibration.checked` refuses.
     """
-    train_targets = checked_targets(task, train_targets, num_labels)
-    targets = checked_targets(task, targets, num_labels)
+    train_targets = validate_targets(task, train_targets, num_labels)
+    targets = validate_targets(task, targets, num_labels)
     if task == "pairwise":
         return {"pair_accuracy": Score(0.5, *((0.5, 0.5) if num_resamples else (None, None)))}
     if task == "regression":
@@ -112,126 +112,139 @@ def baseline(
         constant = (train_targets.mean(axis=0) > 0.5).astype(np.int64)
     else:
         constant = np.bincount(train_targets).argmax()
-    decided = np.broadcast_to(constant, targets.shape).copy()
-    return _with_intervals(task, targets, decided, None, num_resamples, seed)
+    decisions = np.broadcast_to(constant, targets.shape).copy()
+    return _bootstrap_samples(task, targets, decisions, None, num_resamples, seed)
 
 
-def _with_intervals(
-    task: str, targets: np.ndarray, decided: np.ndarray, ranked: np.ndarray | None, num_resamples: int, seed: int
+def _bootstrap_samples(
+    task: str,
+    targets: np.ndarray,
+    decisions: np.ndarray,
+    ranking_values: np.ndarray | None,
+    num_resamples: int,
+    seed: int,
 ) -> dict[str, Score]:
     """Metrics of samples that count one by one."""
 
-    def measured(rows: np.ndarray) -> dict[str, float]:
-        return MEASURES[task](targets[rows], decided[rows], None if ranked is None else ranked[rows])
+    def compute_metrics(rows: np.ndarray) -> dict[str, float]:
+        return TASK_METRICS[task](
+            targets[rows], decisions[rows], None if ranking_values is None else ranking_values[rows]
+        )
 
-    return bootstrap(measured, len(targets), num_resamples, seed)
+    return bootstrap(compute_metrics, len(targets), num_resamples, seed)
 
 
-def _binary(targets: np.ndarray, decided: np.ndarray, ranked: np.ndarray | None) -> dict[str, float]:
+def _binary_metrics(targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None) -> dict[str, float]:
     precision, recall, f1, _ = precision_recall_fscore_support(
         targets,
-        decided,
+        decisions,
         average="binary",
         zero_division=np.nan,  # pyright: ignore[reportArgumentType]: NaN is allowed
     )
-    found = {"accuracy": accuracy_score(targets, decided), "f1": f1, "precision": precision, "recall": recall}
-    if ranked is None:
+    found = {"accuracy": accuracy_score(targets, decisions), "f1": f1, "precision": precision, "recall": recall}
+    if ranking_values is None:
         return found
-    preds, target = torch.tensor(ranked[:, 1]), torch.from_numpy(targets)
+    preds, target = torch.tensor(ranking_values[:, 1]), torch.from_numpy(targets)
     ece = classification.binary_calibration_error(preds, target, n_bins=NUM_BINS, validate_args=False)
-    return {**_ranking(targets[:, None], ranked[:, 1:]), **found, "ece": ece.item()}
+    return {**_ranking_metrics(targets[:, None], ranking_values[:, 1:]), **found, "ece": ece.item()}
 
 
-def _multiclass(targets: np.ndarray, decided: np.ndarray, ranked: np.ndarray | None) -> dict[str, float]:
+def _multiclass_metrics(
+    targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None
+) -> dict[str, float]:
     present = np.unique(targets)
     f1 = np.nan
     if len(present) > 1:
-        f1 = f1_score(targets, decided, labels=present, average="macro")
-    found = {"accuracy": accuracy_score(targets, decided), "f1": f1}
-    if ranked is None:
+        f1 = f1_score(targets, decisions, labels=present, average="macro")
+    found = {"accuracy": accuracy_score(targets, decisions), "f1": f1}
+    if ranking_values is None:
         return found
-    num_labels = ranked.shape[1]
+    num_labels = ranking_values.shape[1]
     ece = classification.multiclass_calibration_error(
-        torch.from_numpy(ranked), torch.from_numpy(targets), num_labels, n_bins=NUM_BINS, validate_args=False
+        torch.from_numpy(ranking_values), torch.from_numpy(targets), num_labels, n_bins=NUM_BINS, validate_args=False
     )
-    return {**found, **_ranking(np.eye(num_labels, dtype=np.int64)[targets], ranked), "ece": ece.item()}
+    return {**found, **_ranking_metrics(np.eye(num_labels, dtype=np.int64)[targets], ranking_values), "ece": ece.item()}
 
 
-def _multilabel(targets: np.ndarray, decided: np.ndarray, ranked: np.ndarray | None) -> dict[str, float]:
-    both = _both(targets)
-    preds, target = torch.from_numpy(decided), torch.from_numpy(targets)
+def _multilabel_metrics(
+    targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None
+) -> dict[str, float]:
+    both = _has_both_classes(targets)
+    preds, target = torch.from_numpy(decisions), torch.from_numpy(targets)
     f1 = classification.multilabel_f1_score(preds, target, targets.shape[1], average="none", validate_args=False)
     found = {
         "f1": f1.reshape(-1).numpy()[both].mean() if both.any() else np.nan,  # of one label it has no dimension
-        "accuracy": accuracy_score(targets.ravel(), decided.ravel()),
-        "exact_match": accuracy_score(targets, decided),
+        "accuracy": accuracy_score(targets.ravel(), decisions.ravel()),
+        "exact_match": accuracy_score(targets, decisions),
     }
-    if ranked is None:
+    if ranking_values is None:
         return found
-    preds = torch.from_numpy(ranked).flatten()
+    preds = torch.from_numpy(ranking_values).flatten()
     ece = classification.binary_calibration_error(preds, target.flatten(), n_bins=NUM_BINS, validate_args=False)
-    return {**_ranking(targets, ranked), **found, "ece": ece.item()}
+    return {**_ranking_metrics(targets, ranking_values), **found, "ece": ece.item()}
 
 
-def _both(targets: np.ndarray) -> np.ndarray:
+def _has_both_classes(targets: np.ndarray) -> np.ndarray:
     """Which labels some samples have and some have not: `(N, C) -> (C,)`."""
     return targets.min(axis=0) < targets.max(axis=0)
 
 
-def _ranking(targets: np.ndarray, chances: np.ndarray) -> dict[str, float]:
+def _ranking_metrics(targets: np.ndarray, probs: np.ndarray) -> dict[str, float]:
     """Macro areas under the ROC and the precision-recall curve: `(N, C), (N, C)`.
 
     By torchmetrics, whose areas are those of scikit-learn in a fifth of the time.
     """
     found: dict[str, list[float]] = {"auroc": [], "average_precision": []}
-    for label in np.flatnonzero(_both(targets)):
-        preds, target = torch.tensor(chances[:, label]), torch.tensor(targets[:, label])
+    for label in np.flatnonzero(_has_both_classes(targets)):
+        preds, target = torch.tensor(probs[:, label]), torch.tensor(targets[:, label])
         found["auroc"].append(classification.binary_auroc(preds, target, validate_args=False).item())
         area = classification.binary_average_precision(preds, target, validate_args=False)
         found["average_precision"].append(area.item())
     return {name: float(np.mean(areas)) if areas else np.nan for name, areas in found.items()}
 
 
-def _regression(targets: np.ndarray, decided: np.ndarray, ranked: np.ndarray | None) -> dict[str, float]:
+def _regression_metrics(
+    targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None
+) -> dict[str, float]:
     found = {
-        "mae": mean_absolute_error(targets, decided),
-        "rmse": root_mean_squared_error(targets, decided),
-        "r2": r2_score(targets, decided) if np.ptp(targets) else np.nan,
+        "mae": mean_absolute_error(targets, decisions),
+        "rmse": root_mean_squared_error(targets, decisions),
+        "r2": r2_score(targets, decisions) if np.ptp(targets) else np.nan,
     }
-    return found if ranked is None else {**found, "spearman": _spearman(targets, ranked)}
+    return found if ranking_values is None else {**found, "spearman": _rank_correlation(targets, ranking_values)}
 
 
-def _ordinal(targets: np.ndarray, decided: np.ndarray, ranked: np.ndarray | None) -> dict[str, float]:
-    labels = np.arange(max(targets.max(), decided.max()) + 1)  # their numbers are what steps are counted in
-    agreed = targets.min() == targets.max() == decided.min() == decided.max()  # nothing to agree on beyond chance
+def _ordinal_metrics(targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None) -> dict[str, float]:
+    labels = np.arange(max(targets.max(), decisions.max()) + 1)  # their numbers are what steps are counted in
+    agreed = targets.min() == targets.max() == decisions.min() == decisions.max()  # nothing to agree on beyond chance
     found = {
-        "accuracy": accuracy_score(targets, decided),
-        "mae": mean_absolute_error(targets, decided),
-        "kappa": np.nan if agreed else cohen_kappa_score(targets, decided, labels=labels, weights="quadratic"),
+        "accuracy": accuracy_score(targets, decisions),
+        "mae": mean_absolute_error(targets, decisions),
+        "kappa": np.nan if agreed else cohen_kappa_score(targets, decisions, labels=labels, weights="quadratic"),
     }
-    if ranked is None:
+    if ranking_values is None:
         return found
-    return {**found, "spearman": _spearman(targets, ranked @ np.arange(ranked.shape[1]))}
+    return {**found, "spearman": _rank_correlation(targets, ranking_values @ np.arange(ranking_values.shape[1]))}
 
 
-MEASURES = {
-    "binary": _binary,
-    "multiclass": _multiclass,
-    "multilabel": _multilabel,
-    "regression": _regression,
-    "ordinal": _ordinal,
+TASK_METRICS = {
+    "binary": _binary_metrics,
+    "multiclass": _multiclass_metrics,
+    "multilabel": _multilabel_metrics,
+    "regression": _regression_metrics,
+    "ordinal": _ordinal_metrics,
 }
 """Task -> its metrics on some samples; `pairwise`, whose samples do not count one by one, has `_pairwise`."""
 
 
-def _spearman(first: np.ndarray, second: np.ndarray) -> float:
+def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Rank correlation; NaN where one side is constant."""
     if not np.ptp(first) or not np.ptp(second):
         return np.nan
     return spearmanr(first, second).statistic  # pyright: ignore[reportAttributeAccessIssue]: typed as a bare tuple
 
 
-def checked_groups(groups: np.ndarray | None, num_samples: int) -> np.ndarray:
+def validate_groups(groups: np.ndarray | None, num_samples: int) -> np.ndarray:
     """Groups of `pairwise`, `(N,)`; refused where they are missing or of another shape."""
     if groups is None or np.shape(groups) != (num_samples,):
         shape = None if groups is None else np.shape(groups)
@@ -239,8 +252,8 @@ def checked_groups(groups: np.ndarray | None, num_samples: int) -> np.ndarray:
     return np.asarray(groups)
 
 
-def _pairwise(
-    given: np.ndarray, relevance: np.ndarray, groups: np.ndarray, num_resamples: int, seed: int
+def _pairwise_scores(
+    predicted: np.ndarray, relevance: np.ndarray, groups: np.ndarray, num_resamples: int, seed: int
 ) -> dict[str, Score]:
     """`pair_accuracy`, of all pairs together, and `spearman`, the mean of the groups where it is defined.
 
@@ -249,13 +262,16 @@ def _pairwise(
     rows = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     if len(rows) == 1:
         return bootstrap(
-            lambda some: _of_groups(_group(given[some], relevance[some])[None]), len(given), num_resamples, seed
+            lambda some: _aggregate_groups(_group_statistics(predicted[some], relevance[some])[None]),
+            len(predicted),
+            num_resamples,
+            seed,
         )
-    table = np.array([_group(given[some], relevance[some]) for some in rows])
-    return bootstrap(lambda some: _of_groups(table[some]), len(rows), num_resamples, seed)
+    table = np.array([_group_statistics(predicted[some], relevance[some]) for some in rows])
+    return bootstrap(lambda some: _aggregate_groups(table[some]), len(rows), num_resamples, seed)
 
 
-def _of_groups(table: np.ndarray) -> dict[str, float]:
+def _aggregate_groups(table: np.ndarray) -> dict[str, float]:
     """The metrics of groups from those of each: `(groups, 3)`."""
     right, pairs, spearman = table.T
     defined = spearman[~np.isnan(spearman)]
@@ -265,20 +281,20 @@ def _of_groups(table: np.ndarray) -> dict[str, float]:
     }
 
 
-def _group(given: np.ndarray, relevance: np.ndarray) -> np.ndarray:
+def _group_statistics(predicted: np.ndarray, relevance: np.ndarray) -> np.ndarray:
     """Pairs of one group that are ordered rightly, pairs that have an order, and rank correlation: `(3,)`.
 
     Right pairs less wrong ones are Kendall's tau-b, less its correction for ties (Kendall 1945): with a tie of scores
     as half a right pair, no pair need be looked at.
     """
-    pairs, distinct = _pairs_that_differ(relevance), _pairs_that_differ(given)
-    if not pairs or not distinct:
+    pairs, predicted_pairs = _count_unequal_pairs(relevance), _count_unequal_pairs(predicted)
+    if not pairs or not predicted_pairs:
         return np.array([pairs / 2, pairs, np.nan])
-    excess = kendalltau(relevance, given)[0] * np.sqrt(pairs * distinct)
-    return np.array([(pairs + np.rint(excess)) / 2, pairs, _spearman(relevance, given)])
+    excess = kendalltau(relevance, predicted)[0] * np.sqrt(pairs * predicted_pairs)
+    return np.array([(pairs + np.rint(excess)) / 2, pairs, _rank_correlation(relevance, predicted)])
 
 
-def _pairs_that_differ(values: np.ndarray) -> float:
+def _count_unequal_pairs(values: np.ndarray) -> float:
     """How many pairs of samples do not have the same value: `(N,)`."""
     counts = np.unique(values, return_counts=True)[1].astype(np.float64)
     return (len(values) ** 2 - (counts**2).sum()) / 2
@@ -300,11 +316,11 @@ def confusion(
         `(C, C)`, a row for each true label; of `multilabel` `(C, 2, 2)`, those of each label; None for tasks without
         labels.
     """
-    outputs, targets = checked(task, outputs, targets)
-    if task not in CLASSIFYING:
+    outputs, targets = validate_outputs(task, outputs, targets)
+    if task not in CLASSIFICATION_TASKS:
         return None
-    decided = calibration.decide(task, outputs)
+    decisions = calibration.choose_labels(task, outputs)
     if task == "multilabel":  # label by label: multilabel_confusion_matrix takes a single column for two classes
-        pairs = zip(targets.T, decided.T, strict=True)
-        return np.stack([confusion_matrix(truth, given, labels=[0, 1]) for truth, given in pairs])
-    return confusion_matrix(targets, decided, labels=np.arange(num_labels))
+        pairs = zip(targets.T, decisions.T, strict=True)
+        return np.stack([confusion_matrix(truth, predicted, labels=[0, 1]) for truth, predicted in pairs])
+    return confusion_matrix(targets, decisions, labels=np.arange(num_labels))

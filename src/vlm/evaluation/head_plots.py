@@ -1,7 +1,7 @@
 """What the predictions of a head look like: its curves, its reliability, its mistakes, as PNGs.
 
 May import `vlm.evaluation.calibration` and `vlm.evaluation.head_metrics`. To add a plot, draw it in a
-function of its own and write it in `draw_scores`.
+function of its own and write it in `plot_head_scores`.
 
 Shapes: N samples, C labels, K numbers that a head gives for a sample.
 """
@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import auc, average_precision_score, confusion_matrix, precision_recall_curve, roc_curve
 
-from vlm.evaluation.calibration import Calibration, checked
-from vlm.evaluation.head_metrics import NUM_BINS, checked_groups, confusion
+from vlm.evaluation.calibration import Calibration, validate_outputs
+from vlm.evaluation.head_metrics import NUM_BINS, confusion, validate_groups
 
 DPI = 120
 MAX_LEGEND = 12
@@ -28,13 +28,13 @@ MAX_TICK_LABELS = 40
 """About how many names of labels fit along an axis."""
 MAX_NAME = 24
 """Most characters of a label's name."""
-STEPS = {"roc": "default", "precision_recall": "steps-post"}
+DRAW_STYLES = {"roc": "default", "precision_recall": "steps-post"}
 """How the points of a curve are joined: precision between two points is not on the line between them."""
-GRID = np.linspace(0, 1, 501)
+CURVE_GRID = np.linspace(0, 1, 501)
 """Where curves of several labels are averaged."""
 
 
-def draw_scores(
+def plot_head_scores(
     task: str,
     outputs: np.ndarray,
     targets: np.ndarray,
@@ -65,25 +65,25 @@ def draw_scores(
     Raises:
         ValueError: data that `calibration.checked` refuses, too few or too many names, groups of a wrong shape.
     """
-    outputs, targets = checked(task, outputs, targets)
+    outputs, targets = validate_outputs(task, outputs, targets)
     wanted = {"binary": 2, "ordinal": outputs.shape[1] + 1, "regression": 0, "pairwise": 0}
     if len(labels) != wanted.get(task, outputs.shape[1]):
         raise ValueError(f"labels of {task}: got {len(labels)}, expected {wanted.get(task, outputs.shape[1])}")
     figures: dict[str, Figure | None] = {}
     if task in ("binary", "multiclass", "multilabel"):
         figures = {
-            "roc": _curves(task, outputs, targets, calibration, labels, "roc"),
-            "precision_recall": _curves(task, outputs, targets, calibration, labels, "precision_recall"),
+            "roc": _plot_curves(task, outputs, targets, calibration, labels, "roc"),
+            "precision_recall": _plot_curves(task, outputs, targets, calibration, labels, "precision_recall"),
         }
     if task in ("binary", "multiclass"):
-        figures["calibration"] = _reliability(task, outputs, targets, calibration)
+        figures["calibration"] = _plot_reliability(task, outputs, targets, calibration)
     counts = None if task == "multilabel" else confusion(task, outputs, targets, calibration, len(labels))
     if counts is not None:
-        figures["confusion"] = _confusion(counts, labels)
+        figures["confusion"] = _plot_confusion(counts, labels)
     if task == "regression":
-        figures["predictions"] = _predictions(outputs[:, 0], targets)
+        figures["predictions"] = _plot_predictions(outputs[:, 0], targets)
     if task == "pairwise":
-        figures["scores"] = _scores(outputs[:, 0], targets, checked_groups(groups, len(targets)))
+        figures["scores"] = _plot_scores(outputs[:, 0], targets, validate_groups(groups, len(targets)))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -93,33 +93,33 @@ def draw_scores(
     return paths
 
 
-def _curves(
+def _plot_curves(
     task: str, outputs: np.ndarray, targets: np.ndarray, calibration: Calibration, labels: Sequence[str], kind: str
 ) -> Figure | None:
     """`roc` or `precision_recall`, of the labels that some samples have and some have not; None without any."""
-    chances = calibration.probabilities(task, outputs)
+    probs = calibration.probabilities(task, outputs)
     truth = targets if task == "multilabel" else np.eye(len(labels), dtype=np.int64)[targets]
     both = np.flatnonzero(truth.min(axis=0) < truth.max(axis=0))
     shown: list[int] = [1] * (1 in both) if task == "binary" else both.tolist()
     if not shown:
         return None
-    curve_of = _roc if kind == "roc" else _precision_recall
-    curves = [curve_of(truth[:, label], chances[:, label]) for label in shown]
+    compute_curve = _roc_curve if kind == "roc" else _precision_recall_curve
+    curves = [compute_curve(truth[:, label], probs[:, label]) for label in shown]
     legend = len(shown) <= MAX_LEGEND
     figure = Figure(figsize=(9, 5.5) if legend and len(shown) > 1 else (6, 5.5), layout="constrained")
     axes = figure.subplots()
     for place, (label, (x, y, area)) in enumerate(zip(shown, curves, strict=True)):
         style = {"alpha": 0.5, "linewidth": 1} if len(shown) > 1 else {}
         style |= {"linestyle": "-" if place < 10 else "--"}  # there are 10 colours
-        style |= {"label": f"{_short(labels[label])} ({area:.3f})"} if legend else {"color": "tab:gray"}
-        axes.plot(x, y, drawstyle=STEPS[kind], **style)
+        style |= {"label": f"{_shorten(labels[label])} ({area:.3f})"} if legend else {"color": "tab:gray"}
+        axes.plot(x, y, drawstyle=DRAW_STYLES[kind], **style)
     if len(shown) > 1:
-        mean = np.mean([_on_grid(kind, x, y) for x, y, _ in curves], axis=0)
+        mean = np.mean([_interpolate(kind, x, y) for x, y, _ in curves], axis=0)
         area = np.mean([area for _, _, area in curves])
-        axes.plot(GRID, mean, color="black", linewidth=2, label=f"mean of {len(shown)} labels ({area:.3f})")
+        axes.plot(CURVE_GRID, mean, color="black", linewidth=2, label=f"mean of {len(shown)} labels ({area:.3f})")
     if task == "binary":
-        _mark_threshold(axes, kind, targets, calibration.decide(task, outputs), calibration.threshold)
-    _frame(axes, kind, truth[:, shown].mean())
+        _mark_threshold(axes, kind, targets, calibration.choose_labels(task, outputs), calibration.threshold)
+    _decorate_axes(axes, kind, truth[:, shown].mean())
     if legend and len(shown) > 1:
         figure.legend(loc="outside right center", fontsize=9)
     else:
@@ -127,44 +127,46 @@ def _curves(
     return figure
 
 
-def _roc(truth: np.ndarray, chances: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _roc_curve(truth: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """False positive rate, true positive rate and area of one label."""
-    false_positive_rate, true_positive_rate, _ = roc_curve(truth, chances)
+    false_positive_rate, true_positive_rate, _ = roc_curve(truth, probs)
     return false_positive_rate, true_positive_rate, float(auc(false_positive_rate, true_positive_rate))
 
 
-def _precision_recall(truth: np.ndarray, chances: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _precision_recall_curve(truth: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Recall, precision and average precision of one label."""
-    precision, recall, _ = precision_recall_curve(truth, chances)
-    return recall, precision, float(average_precision_score(truth, chances))
+    precision, recall, _ = precision_recall_curve(truth, probs)
+    return recall, precision, float(average_precision_score(truth, probs))
 
 
-def _on_grid(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _interpolate(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A curve at the points of `GRID`."""
     if kind == "roc":
-        return np.interp(GRID, x, y)
-    wanted = np.maximum(GRID, GRID[1])  # at a recall of 0 a curve ends at 1, whatever its precision
+        return np.interp(CURVE_GRID, x, y)
+    wanted = np.maximum(CURVE_GRID, CURVE_GRID[1])  # at a recall of 0 a curve ends at 1, whatever its precision
     at_least = np.searchsorted(x[::-1], wanted)  # recall falls along the curve; precision is a step up to each recall
     return y[::-1][at_least]
 
 
 def _mark_threshold(
-    axes: Axes, kind: str, targets: np.ndarray, decided: np.ndarray, threshold: float | list[float] | None
+    axes: Axes, kind: str, targets: np.ndarray, decisions: np.ndarray, threshold: float | list[float] | None
 ) -> None:
     """Where on the curve of `binary` decisions are made; nowhere where precision is undefined."""
-    (negatives_right, wrong), (missed, right) = confusion_matrix(targets, decided, labels=[0, 1])
-    recall = right / (right + missed)
+    (true_negatives, false_positives), (false_negatives, true_positives) = confusion_matrix(
+        targets, decisions, labels=[0, 1]
+    )
+    recall = true_positives / (true_positives + false_negatives)
     if kind == "roc":
-        x, y = wrong / (wrong + negatives_right), recall
-    elif right + wrong:
-        x, y = recall, right / (right + wrong)
+        x, y = false_positives / (false_positives + true_negatives), recall
+    elif true_positives + false_positives:
+        x, y = recall, true_positives / (true_positives + false_positives)
     else:
         return
     label = f"threshold {0.5 if threshold is None else threshold:.3f}"
     axes.plot(x, y, "o", color="tab:red", markersize=8, clip_on=False, zorder=3, label=label)
 
 
-def _frame(axes: Axes, kind: str, share: float) -> None:
+def _decorate_axes(axes: Axes, kind: str, share: float) -> None:
     """Axes of a curve, with what chance gives; `share` of the samples are positive."""
     if kind == "roc":
         axes.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="chance")
@@ -177,7 +179,7 @@ def _frame(axes: Axes, kind: str, share: float) -> None:
     axes.grid(alpha=0.3)
 
 
-def _reliability(task: str, outputs: np.ndarray, targets: np.ndarray, calibration: Calibration) -> Figure:
+def _plot_reliability(task: str, outputs: np.ndarray, targets: np.ndarray, calibration: Calibration) -> Figure:
     """How often what is said with some probability is so, before and after the temperature.
 
     Of `binary` the probability of the positive label, of `multiclass` that of the likeliest one.
@@ -187,13 +189,13 @@ def _reliability(task: str, outputs: np.ndarray, targets: np.ndarray, calibratio
     curves.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="perfect")
     bins = np.linspace(0, 1, NUM_BINS + 1)
     for temperature, color, name in ((1.0, "tab:gray", "before"), (calibration.temperature, "tab:blue", "after")):
-        chances = Calibration(temperature).probabilities(task, outputs)
-        said, so = chances[:, 1], targets
+        probs = Calibration(temperature).probabilities(task, outputs)
+        claimed, observed = probs[:, 1], targets
         if task == "multiclass":
-            said, so = chances.max(axis=1), chances.argmax(axis=1) == targets
-        share, mean = calibration_curve(so, said, n_bins=NUM_BINS, pos_label=1)
+            claimed, observed = probs.max(axis=1), probs.argmax(axis=1) == targets
+        share, mean = calibration_curve(observed, claimed, n_bins=NUM_BINS, pos_label=1)
         curves.plot(mean, share, "o-", color=color, markersize=5, label=f"{name}: temperature {temperature:.2f}")
-        histogram.hist(said, bins=bins, color=color, histtype="step", linewidth=1.5)
+        histogram.hist(claimed, bins=bins, color=color, histtype="step", linewidth=1.5)
     what = "of the positive label" if task == "binary" else "of the likeliest label"
     curves.set(ylabel="share that is so", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02), title=f"Calibration {what}")
     histogram.set(xlabel=f"probability {what}", ylabel="samples")
@@ -204,11 +206,11 @@ def _reliability(task: str, outputs: np.ndarray, targets: np.ndarray, calibratio
     return figure
 
 
-def _confusion(counts: np.ndarray, labels: Sequence[str]) -> Figure:
+def _plot_confusion(counts: np.ndarray, labels: Sequence[str]) -> Figure:
     """Counts, and what share of a row they are: `(C, C)`."""
     size = float(np.clip(0.36 * len(labels), 3.2, 12))
-    room = 0.08 * max(len(_short(label)) for label in labels)
-    figure = Figure(figsize=(2 * (size + room + 0.7), size + room + 1), layout="compressed")
+    label_margin = 0.08 * max(len(_shorten(label)) for label in labels)
+    figure = Figure(figsize=(2 * (size + label_margin + 0.7), size + label_margin + 1), layout="compressed")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for axes, values, title in zip(
         figure.subplots(1, 2), (counts, shares), ("samples", "share of the true label"), strict=True
@@ -217,16 +219,16 @@ def _confusion(counts: np.ndarray, labels: Sequence[str]) -> Figure:
         axes.imshow(values, cmap="Blues", vmin=0, vmax=top)
         places = range(0, len(labels), -(-len(labels) // MAX_TICK_LABELS))
         small = 9 if len(labels) <= 20 else 7
-        names = [_short(labels[place]) for place in places]
-        axes.set_xticks(places, names, rotation=90 if room > size / len(labels) else 0, fontsize=small)
+        names = [_shorten(labels[place]) for place in places]
+        axes.set_xticks(places, names, rotation=90 if label_margin > size / len(labels) else 0, fontsize=small)
         axes.set_yticks(places, names, fontsize=small)
         axes.set(xlabel="decided", ylabel="true", title=title)
         if len(labels) <= MAX_NUMBERS:
-            _write_cells(axes, values, top)
+            _annotate_cells(axes, values, top)
     return figure
 
 
-def _write_cells(axes: Axes, values: np.ndarray, top: float) -> None:
+def _annotate_cells(axes: Axes, values: np.ndarray, top: float) -> None:
     """Numbers in the cells of a matrix; of a large one zeros are left out, so that the others stand out."""
     small = 10 if len(values) <= 8 else 9 if len(values) <= 15 else 7
     for (row, column), value in np.ndenumerate(values):
@@ -236,20 +238,20 @@ def _write_cells(axes: Axes, values: np.ndarray, top: float) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=small, color=color)
 
 
-def _predictions(given: np.ndarray, targets: np.ndarray) -> Figure:
+def _plot_predictions(predicted: np.ndarray, targets: np.ndarray) -> Figure:
     """Predicted over true values, and what is left: `(N,), (N,)`."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     over, left = figure.subplots(1, 2)
     style = {"s": 12, "alpha": min(1.0, max(0.1, 300 / len(targets))), "linewidths": 0, "rasterized": True}
-    over.scatter(targets, given, **style)
-    ends = [min(targets.min(), given.min()), max(targets.max(), given.max())]
+    over.scatter(targets, predicted, **style)
+    ends = [min(targets.min(), predicted.min()), max(targets.max(), predicted.max())]
     over.plot(ends, ends, color="black", linestyle=":", linewidth=1, label="predicted = true")
     over.set(xlabel="true", ylabel="predicted", title="Predictions")
     over.set_aspect("equal", adjustable="datalim")
     over.legend(loc="upper left", fontsize=9)
-    left.scatter(given, given - targets, **style)
+    left.scatter(predicted, predicted - targets, **style)
     left.axhline(0, color="black", linestyle=":", linewidth=1)
-    bias = float((given - targets).mean())
+    bias = float((predicted - targets).mean())
     left.axhline(bias, color="tab:red", linewidth=1, label=f"mean {bias:.3g}")
     left.set(xlabel="predicted", ylabel="predicted - true", title="Residuals")
     left.legend(loc="upper left", fontsize=9)
@@ -258,10 +260,10 @@ def _predictions(given: np.ndarray, targets: np.ndarray) -> Figure:
     return figure
 
 
-def _scores(given: np.ndarray, relevance: np.ndarray, groups: np.ndarray) -> Figure:
+def _plot_scores(predicted: np.ndarray, relevance: np.ndarray, groups: np.ndarray) -> Figure:
     """Scores less their group's mean, as only those of a group are compared, by relevance: `(N,), (N,), (N,)`."""
     _, group = np.unique(groups, return_inverse=True)
-    centred = given - (np.bincount(group, weights=given) / np.bincount(group))[group]
+    centred = predicted - (np.bincount(group, weights=predicted) / np.bincount(group))[group]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     levels = np.unique(relevance)
@@ -270,14 +272,14 @@ def _scores(given: np.ndarray, relevance: np.ndarray, groups: np.ndarray) -> Fig
         axes.boxplot(rows, tick_labels=[f"{level:g}\n({len(row)})" for level, row in zip(levels, rows, strict=True)])
         axes.set_xlabel("relevance (samples)")
     else:
-        axes.scatter(relevance, centred, s=12, alpha=min(1.0, max(0.1, 300 / len(given))), linewidths=0)
+        axes.scatter(relevance, centred, s=12, alpha=min(1.0, max(0.1, 300 / len(predicted))), linewidths=0)
         axes.set_xlabel("relevance")
     axes.set(ylabel="score - mean score of its group", title="Scores by relevance")
     axes.grid(alpha=0.3)
     return figure
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     """A label's name, its middle left out where it is long, as plain text to matplotlib."""
     name = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}…{name[-(MAX_NAME // 2 - 1) :]}"
     return name.replace("$", r"\$")  # else it begins a formula

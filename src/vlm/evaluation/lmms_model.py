@@ -23,16 +23,16 @@ from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import encode
 from vlm.data.sample import PLACEHOLDER, BadSample, Sample, Turn
-from vlm.data.vision.images import seen_sizes
-from vlm.evaluation.loss import row_losses, supervised
-from vlm.inference.generate import VisionLanguageModel, need_room, on_device
+from vlm.data.vision.images import media_sizes_from_opened
+from vlm.evaluation.loss import row_losses, supervised_logits
+from vlm.inference.generate import VisionLanguageModel, check_length, on_device
 
 log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 1024
 """Where a task does not say how long an answer may be; as lmms-eval's own models have it."""
 
-OF_OTHERS = {"image_aspect_ratio"}
+IGNORED_KWARGS = {"image_aspect_ratio"}
 """What tasks tell LLaVA's own code; here the checkpoint's processor decides it."""
 
 
@@ -84,27 +84,27 @@ class LmmsModel(lmms):
         """An answer for each request, generated in batches of requests that want the same."""
         answers: list[str] = [""] * len(requests)
 
-        def wanted(place: int) -> str:
+        def get_request_key(place: int) -> str:
             return json.dumps(requests[place].args[1], sort_keys=True, default=str)
 
-        order = sorted(range(len(requests)), key=lambda place: (wanted(place), -len(requests[place].args[0])))
+        order = sorted(range(len(requests)), key=lambda place: (get_request_key(place), -len(requests[place].args[0])))
         with tqdm(total=len(order), desc="answering", unit="request", disable=self.rank != 0) as bar:
-            for _, group in groupby(order, wanted):
-                for places in _pieces(group, self.batch_size):
-                    for place, answer in zip(places, self._answered([requests[p] for p in places]), strict=True):
+            for _, group in groupby(order, get_request_key):
+                for places in _chunks(group, self.batch_size):
+                    for place, answer in zip(places, self._generate_batch([requests[p] for p in places]), strict=True):
                         answers[place] = answer
                     bar.update(len(places))
         return answers
 
-    def _answered(self, requests: Sequence[Any]) -> list[str]:
+    def _generate_batch(self, requests: Sequence[Any]) -> list[str]:
         """Answers to one batch."""
-        conversations, media = self._asked([one.args for one in requests])
+        conversations, media = self._make_conversations([one.args for one in requests])
         inputs = self.asked.inputs(conversations, media)
-        settings, further, until = drawn_by(requests[0].args[1])
+        settings, extra_options, until = parse_generation_kwargs(requests[0].args[1])
         length = int(inputs["attention_mask"].sum(dim=1).max())
-        need_room(length, self.asked.positions, 1)
+        check_length(length, self.asked.positions, 1)
         settings.max_new_tokens = min(settings.max_new_tokens, self.asked.positions - length)
-        return [cut(answer, until) for answer in self.asked.answers(inputs, settings, **further)]
+        return [truncate_at_stop(answer, until) for answer in self.asked.answers(inputs, settings, **extra_options)]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """The loss of each continuation as the model's reply, and whether the model would give just that, greedily.
@@ -115,33 +115,33 @@ class LmmsModel(lmms):
         """
         found: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), desc="comparing", unit="request", disable=self.rank != 0) as bar:
-            for places in _pieces(range(len(requests)), self.batch_size):
-                found += self._compared([requests[place].args for place in places])
+            for places in _chunks(range(len(requests)), self.batch_size):
+                found += self._score_batch([requests[place].args for place in places])
                 bar.update(len(places))
         return [GenerationResult(pair) for pair in found]
 
     @torch.no_grad()
-    def _compared(self, arguments: Sequence[Any]) -> list[tuple[float, bool]]:
+    def _score_batch(self, arguments: Sequence[Any]) -> list[tuple[float, bool]]:
         """The losses of one batch."""
         for one in arguments:
             if len(one) != 6:
                 raise ValueError("acc_mutual_info: continuations without a prompt cannot be compared; use acc")
-        conversations, media = self._asked([(one[0], {}, *one[2:]) for one in arguments])
+        conversations, media = self._make_conversations([(one[0], {}, *one[2:]) for one in arguments])
         rows = []
         for turns, opened, one in zip(conversations, media, arguments, strict=True):
-            reply = one[1] if isinstance(one[1], str) else str(one[1](self._document(one)))
+            reply = one[1] if isinstance(one[1], str) else str(one[1](self._get_document(one)))
             sample = Sample(f"{one[4]} {one[3]}", (*turns, Turn("assistant", (reply.strip(),))))
-            sizes = seen_sizes(sample.media, opened, self.asked.processor)
+            sizes = media_sizes_from_opened(sample.media, opened, self.asked.processor)
             encoded = encode(self.asked.processor, sample, sizes)
-            need_room(len(encoded.input_ids), self.asked.positions, 0)
+            check_length(len(encoded.input_ids), self.asked.positions, 0)
             rows.append(model_inputs(self.asked.processor, encoded, opened, sizes))
         batch = Collator.of(self.asked.processor)(rows)
         labels = batch["labels"].to(self.device)
-        inputs = self.asked.remembered(on_device(batch, self.asked.processor, self.device))
-        output, targets = supervised(self.asked.model, {**inputs, "labels": labels})
+        inputs = self.asked.use_cached_features(on_device(batch, self.asked.processor, self.device))
+        output, targets = supervised_logits(self.asked.model, {**inputs, "labels": labels})
         sums, counts = row_losses(output.logits, labels)
-        right = _all_right(output.logits.argmax(dim=-1) == targets, counts)
-        return list(zip((sums / counts).tolist(), right, strict=True))
+        correct = _all_correct(output.logits.argmax(dim=-1) == targets, counts)
+        return list(zip((sums / counts).tolist(), correct, strict=True))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refused.
@@ -151,23 +151,25 @@ class LmmsModel(lmms):
         """
         raise NotImplementedError("model vlm does not answer tasks of several rounds (generate_until_multi_round)")
 
-    def _document(self, arguments: Sequence[Any]) -> Any:
+    def _get_document(self, arguments: Sequence[Any]) -> Any:
         """What a request is about: `(context, …, document, task, split)`."""
         number, task, split = arguments[-3:]
         return self.task_dict[task][split][number]
 
-    def _asked(self, arguments: Sequence[Any]) -> tuple[list[list[Turn]], list[list[Any]]]:
+    def _make_conversations(self, arguments: Sequence[Any]) -> tuple[list[list[Turn]], list[list[Any]]]:
         """Requests as conversations that wait for a reply, and what each of them shows, opened."""
         conversations, media = [], []
         for one in arguments:
-            shown = list(one[2](self._document(one)) or [])
+            shown = list(one[2](self._get_document(one)) or [])
             images = [part for part in shown if isinstance(part, Image.Image)]
             videos = [part for part in shown if isinstance(part, str)]
             if len(images) + len(videos) < len(shown):
                 kinds = sorted({type(part).__name__ for part in shown if not isinstance(part, Image.Image | str)})
                 raise ValueError(f"task {one[4]}: it shows {', '.join(kinds)}; only pictures and videos can be shown")
             try:
-                turn, opened = self.asked.asked(placed(one[0], len(images)), images, videos, self.max_frames)
+                turn, opened = self.asked.asked(
+                    match_placeholders(one[0], len(images)), images, videos, self.max_frames
+                )
             except (ValueError, BadSample) as error:
                 raise ValueError(f"task {one[4]}, document {one[3]}: {error}") from error
             system = [Turn("system", (self.system_prompt,))] if self.system_prompt else []
@@ -176,14 +178,14 @@ class LmmsModel(lmms):
         return conversations, media
 
 
-def placed(context: str, num_images: int) -> str:
+def match_placeholders(context: str, num_images: int) -> str:
     """A question whose `<image>` are as many as its pictures; otherwise they go, and the pictures stand before it."""
     if context.count(PLACEHOLDER) in (0, num_images):
         return context
     return context.replace(PLACEHOLDER, "").strip()
 
 
-def drawn_by(given: dict[str, Any]) -> tuple[InferenceConfig, dict[str, Any], list[str]]:
+def parse_generation_kwargs(given: dict[str, Any]) -> tuple[InferenceConfig, dict[str, Any], list[str]]:
     """What a task's `generation_kwargs` ask for: our settings, transformers' further options, and what ends an answer.
 
     Without `do_sample: true` or a temperature above 0, answers are greedy.
@@ -199,24 +201,24 @@ def drawn_by(given: dict[str, Any]) -> tuple[InferenceConfig, dict[str, Any], li
     if settings.top_p <= 0:  # how some tasks write greedy
         settings.top_p = InferenceConfig.top_p
     known = GenerationConfig().to_dict()
-    if strange := sorted(given.keys() - known.keys() - OF_OTHERS):
-        log.warning("generation_kwargs that no model here takes are left out: %s", ", ".join(strange))
-    further = {name: value for name, value in given.items() if name in known}
-    return settings, further, [until] if isinstance(until, str) else list(until)
+    if unknown := sorted(given.keys() - known.keys() - IGNORED_KWARGS):
+        log.warning("generation_kwargs that no model here takes are left out: %s", ", ".join(unknown))
+    extra_options = {name: value for name, value in given.items() if name in known}
+    return settings, extra_options, [until] if isinstance(until, str) else list(until)
 
 
-def cut(answer: str, until: Sequence[str]) -> str:
+def truncate_at_stop(answer: str, until: Sequence[str]) -> str:
     """An answer up to the first of what ends it."""
     for end in until:
         answer = answer.split(end, 1)[0] if end else answer
     return answer.strip()
 
 
-def _pieces(places: Iterable[int], size: int) -> Iterator[list[int]]:
+def _chunks(places: Iterable[int], size: int) -> Iterator[list[int]]:
     given = list(places)
     return (given[start : start + size] for start in range(0, len(given), size))
 
 
-def _all_right(right: Tensor, counts: Tensor) -> list[bool]:
+def _all_correct(correct: Tensor, counts: Tensor) -> list[bool]:
     """Whether all of each row's supervised tokens are right: `(S,), (B,) -> B values`."""
-    return [bool(one.all()) for one in right.split(counts.long().tolist())]
+    return [bool(one.all()) for one in correct.split(counts.long().tolist())]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from vlm.evaluation.published import published
 
-ENVIRONMENT = Path(".venv-eval", "bin", "python")
-CLONE = Path(__file__).parents[3]
+VENV_PYTHON = Path(".venv-eval", "bin", "python")
+REPOSITORY = Path(__file__).parents[3]
 """The clone's folder, where this package runs out of one."""
 
 
@@ -38,17 +38,17 @@ class TaskScore:
     error: float | None
 
 
-def interpreter(given: Path | None) -> str:
+def find_interpreter(requested: Path | None) -> str:
     """The Python that has lmms-eval: the given one, this one, or that of `.venv-eval` here or in the clone.
 
     Raises:
         ValueError: there is none, or it has not both lmms-eval and this package.
     """
     here = [Path(sys.executable)] if importlib.util.find_spec("lmms_eval") else []
-    places = [given] if given is not None else [*here, ENVIRONMENT, CLONE / ENVIRONMENT]
+    places = [requested] if requested is not None else [*here, VENV_PYTHON, REPOSITORY / VENV_PYTHON]
     found = next((place for place in places if place.is_file()), None)
-    if found is None and given is not None:
-        raise ValueError(f"--lmms-eval-python {given}: no such file")
+    if found is None and requested is not None:
+        raise ValueError(f"--lmms-eval-python {requested}: no such file")
     if found is None:
         raise ValueError(
             "lmms-eval needs an environment of its own: make install-eval, in a clone, makes .venv-eval; "
@@ -65,7 +65,7 @@ def interpreter(given: Path | None) -> str:
     return str(found)
 
 
-def model_args(values: dict[str, object]) -> str:
+def format_model_args(values: dict[str, object]) -> str:
     """Arguments of a model as lmms-eval reads them.
 
     Raises:
@@ -104,14 +104,14 @@ def run_tasks(
             *([] if limit is None else ["--limit", f"{limit:g}"]),
             *([] if include is None else ["--include_path", str(include)]),
         ]  # fmt: skip
-        subprocess.run(words, env=environment(), check=False)
+        subprocess.run(words, env=make_environment(), check=False)
         written = sorted(Path(folder).rglob("*_results.json"))  # on a failure it says so and ends as if all were well
         if not written:
             raise ValueError("lmms-eval came to no results; what it printed last says why")
         return json.loads(written[-1].read_text(encoding="utf-8"))["results"]
 
 
-def environment() -> dict[str, str]:
+def make_environment() -> dict[str, str]:
     """This process's, but for the name of a token: lmms-eval prints what is called HF_TOKEN."""
     found = dict(os.environ)
     if token := found.pop("HF_TOKEN", None):
@@ -119,7 +119,7 @@ def environment() -> dict[str, str]:
     return found
 
 
-def scores_of(results: dict[str, dict[str, object]]) -> list[TaskScore]:
+def parse_scores(results: dict[str, dict[str, object]]) -> list[TaskScore]:
     """The metrics in lmms-eval's results, which it keeps as `metric,filter` beside `metric_stderr,filter`."""
     found = []
     for task, values in results.items():
@@ -129,15 +129,15 @@ def scores_of(results: dict[str, dict[str, object]]) -> list[TaskScore]:
                 continue
             error = values.get(f"{name}_stderr,{kind}")
             metric = name if kind == "none" else f"{name} ({kind})"
-            found.append(TaskScore(task, metric, _number(value), _number(error)))
+            found.append(TaskScore(task, metric, _to_float(value), _to_float(error)))
     return found
 
 
-def _number(value: object) -> float | None:
+def _to_float(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def rows_of(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
+def make_rows(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
     """A table of scores, beside published ones where there are any; of metrics without a number nothing."""
     head = ("task", "metric", "value", "± standard error", "LLaVA-1.5 7B, this recipe", "LLaVA-1.5 7B, original")
     rows: list[tuple[str, ...]] = [head]
@@ -153,6 +153,6 @@ def rows_of(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
     return rows if known else [row[:-2] for row in rows]
 
 
-def as_json(scores: Sequence[TaskScore]) -> list[dict[str, object]]:
+def scores_to_json(scores: Sequence[TaskScore]) -> list[dict[str, object]]:
     """Scores for a JSON file."""
     return [asdict(one) for one in scores]

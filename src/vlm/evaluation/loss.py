@@ -11,28 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm.data.batching.collator import ONCE, Collator
+from vlm.data.batching.collator import DEDUPLICATED_INPUTS, Collator
 from vlm.data.dataset import model_inputs
-from vlm.data.encoding.labels import IGNORED, encode
+from vlm.data.encoding.labels import IGNORE_INDEX, encode
 from vlm.data.sample import Sample, Turn
-from vlm.data.vision.images import open_pictures, seen_sizes
+from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.models import VLMProcessor
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss and supervised tokens of each row: `(S, vocabulary), (B, T) -> (B,), (B,)`."""
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+    rows, columns = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     pieces = zip(logits.split(1024), targets[rows, columns].split(1024), strict=True)  # widened one by one
     losses = torch.cat([F.cross_entropy(some.float(), wanted, reduction="none") for some, wanted in pieces])
     sums = losses.new_zeros(len(labels)).index_add_(0, rows, losses)
     return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
 
 
-def supervised(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+def supervised_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
     """What a model gives at supervised positions, and what they predict: logits `(S, vocabulary)` and `(S,)`."""
-    targets = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]  # (B, T)
-    keep = targets != IGNORED
+    targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
+    keep = targets != IGNORE_INDEX
     rest = {name: value for name, value in inputs.items() if name != "labels"}
     return model(**rest, logits_to_keep=keep, use_cache=False), targets[keep]
 
@@ -50,13 +50,13 @@ def sample_losses(
     """
     found = []
     for inputs in batches:
-        rows = row_losses(supervised(model, inputs)[0].logits, inputs["labels"])
+        rows = row_losses(supervised_logits(model, inputs)[0].logits, inputs["labels"])
         found.append([gather(one).cpu() for one in rows])
     sums, counts = zip(*found, strict=True)
     return torch.cat(sums), torch.cat(counts)
 
 
-def loss_measures(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor) -> dict[str, float]:
+def loss_metrics(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor) -> dict[str, float]:
     """Loss per supervised token, and the same on blank pictures: does the model use the image at all?
 
     Args:
@@ -96,14 +96,14 @@ def caption_retrieval(
         One value a sample.
     """
     draw = random.Random(seed)
-    collate = Collator.of(processor, once=ONCE if isinstance(processor, VLMProcessor) else ())
-    texts = [reply_text(sample) for sample in samples]
+    collate = Collator.of(processor, deduplicate=DEDUPLICATED_INPUTS if isinstance(processor, VLMProcessor) else ())
+    texts = [last_reply_text(sample) for sample in samples]
     found = []
     for sample, own in zip(tqdm(samples, "caption retrieval"), texts, strict=True):
         others = draw.sample(sorted({text for text in texts if text != own}), ways - 1)
-        pictures = open_pictures(sample)
-        sizes = seen_sizes(sample.media, pictures, processor)
-        encoded = [encode(processor, with_reply(sample, text), sizes) for text in [own, *others]]
+        pictures = open_media(sample)
+        sizes = media_sizes_from_opened(sample.media, pictures, processor)
+        encoded = [encode(processor, replace_reply(sample, text), sizes) for text in [own, *others]]
         batch = collate([model_inputs(processor, one, pictures, sizes) for one in encoded])
         if "pixel_values" in batch:
             batch["pixel_values"] = processor.normalise(batch["pixel_values"])
@@ -113,11 +113,11 @@ def caption_retrieval(
     return found
 
 
-def reply_text(sample: Sample) -> str:
+def last_reply_text(sample: Sample) -> str:
     """The text of a sample's last reply."""
     return "".join(part for part in sample.turns[-1].content if isinstance(part, str))
 
 
-def with_reply(sample: Sample, text: str) -> Sample:
+def replace_reply(sample: Sample, text: str) -> Sample:
     """The sample with another last reply."""
     return replace(sample, turns=(*sample.turns[:-1], Turn("assistant", (text,))))

@@ -12,14 +12,14 @@ from typing import Any
 from vlm.config.schema import SourceConfig
 from vlm.data.sample import BadSample, Sample
 
-LOOKED_AT = 100
+NUM_INSPECTED = 100
 """So many records are looked at for references before a model loads."""
 
-FINAL = "final"
+FINAL_FOLDER = "final"
 """The folder of a run's complete model."""
 
 
-def place_of(checkpoint: str, data: str, given: Path | None) -> Path:
+def resolve_output_folder(checkpoint: str, data: str, requested: Path | None) -> Path:
     """The folder of an evaluation: as given, else `eval/DATA` beside the checkpoint.
 
     Beside a run's `final` that is the run's directory; beside a folder of another name, and for a model of the Hub
@@ -28,18 +28,18 @@ def place_of(checkpoint: str, data: str, given: Path | None) -> Path:
     Args:
         checkpoint: a folder, or a name on the Hub.
         data: what the data is called.
-        given: what the user asked for.
+        requested: what the user asked for.
 
     Raises:
         ValueError: it is within the checkpoint, or cannot be written to.
     """
     folder = Path(checkpoint)
     local = folder.is_dir()
-    if given is not None:
-        place = given
+    if requested is not None:
+        place = requested
     elif local:
         whole = folder.resolve()
-        place = whole.parent / "eval" / (data if whole.name == FINAL else f"{whole.name}-{data}")
+        place = whole.parent / "eval" / (data if whole.name == FINAL_FOLDER else f"{whole.name}-{data}")
     else:
         place = Path("eval") / f"{checkpoint.replace('/', '--')}-{data}"
     if local and folder.resolve() in (place.resolve(), *place.resolve().parents):
@@ -50,29 +50,29 @@ def place_of(checkpoint: str, data: str, given: Path | None) -> Path:
     return place
 
 
-def need_no_results(place: Path, *, overwrite: bool) -> None:
+def check_no_results(place: Path, *, overwrite: bool) -> None:
     """Raise ValueError where results are there already."""
     if (place / "results.json").exists() and not overwrite:
         raise ValueError(f"{place / 'results.json'} exists; name another folder with --output, or give --overwrite")
 
 
-def need_references(config: SourceConfig, names: Sequence[str]) -> None:
+def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     """Refuse a file whose first records hold nothing that answers could be measured against.
 
     Raises:
         ValueError: it has no records; or none of the first ones has a reply, `answers` or, for losses, a reply.
     """
-    from vlm.data.cache import cache_folder
-    from vlm.data.records.formats import reader_of
-    from vlm.data.records.open import attempt, open_records
+    from vlm.data.cache import resolve_cache_folder
+    from vlm.data.records.formats import get_reader
+    from vlm.data.records.open import open_records, value_or_bad_sample
     from vlm.evaluation.text_metrics import LOSS
 
     assert config.path is not None
-    records = open_records(config.path, cache_folder(None), split=config.split, subset=config.subset)
+    records = open_records(config.path, resolve_cache_folder(None), split=config.split, subset=config.subset)
     if not len(records):
         raise ValueError(f"--data {config.path}: it has no records")
     folder = Path(config.image_folder or Path(config.path).parent)
-    read = reader_of(config.format)
+    read = get_reader(config.format)
 
     def sample(place: int) -> Sample:
         record = records[place]
@@ -80,7 +80,7 @@ def need_references(config: SourceConfig, names: Sequence[str]) -> None:
             raise record
         return read(record, folder, **config.options)
 
-    first = [attempt(sample, place) for place in range(min(len(records), LOOKED_AT))]
+    first = [value_or_bad_sample(sample, place) for place in range(min(len(records), NUM_INSPECTED))]
     bad = [one for one in first if isinstance(one, BadSample)]
     samples = [one for one in first if not isinstance(one, BadSample)]
     if not samples:
@@ -103,6 +103,6 @@ def write_json(place: Path, content: dict[str, Any]) -> None:
     (place / "results.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))

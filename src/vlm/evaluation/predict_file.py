@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from vlm.config.schema import SourceConfig
-from vlm.data.cache import digest_of
+from vlm.data.cache import json_digest
 from vlm.data.heads.labels import HeadLabels
 from vlm.data.sample import BadSample, Sample
-from vlm.evaluation.bootstrap import as_table
+from vlm.evaluation.bootstrap import format_scores
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.head_metrics import scores
-from vlm.inference.batch import fill, prompt_source, shown_files
+from vlm.inference.batch import fill_table, format_media_paths, prompt_source
 from vlm.inference.predict import Prediction, Predictor
-from vlm.inference.resumable_table import Table, need_new
+from vlm.inference.resumable_table import ResumableTable, check_output
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Predicted:
 
     records: int
     bad: int
-    measures: str
+    metrics_text: str
 
 
 def predict_file(
@@ -59,28 +59,30 @@ def predict_file(
     Raises:
         ValueError: the output is there already, or was begun with something else.
     """
-    need_new(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
     model = predictor.model
     source = prompt_source(
         model, predictor.processor, config, cache=cache, max_frames=max_frames, suffix=model.config.suffix_ids
     )
-    table = Table(output, column_names(predictor), digest_of(fingerprint, heads_digest(predictor), source.fingerprint))
-    rows = fill(
-        table, source, predictor.processor, model.device, predictor.of, partial(row_of, predictor), what="predicting",
+    table = ResumableTable(
+        output, make_column_names(predictor), json_digest(fingerprint, hash_heads(predictor), source.fingerprint)
+    )
+    rows = fill_table(
+        table, source, predictor.processor, model.device, predictor.of, partial(make_row, predictor), progress_label="predicting",
         batch_size=batch_size, num_workers=num_workers, overwrite=overwrite,
     )  # fmt: skip
-    return Predicted(len(rows), sum(bool(row["error"]) for row in rows), measured(predictor, rows))
+    return Predicted(len(rows), sum(bool(row["error"]) for row in rows), format_metrics(predictor, rows))
 
 
-def heads_digest(predictor: Predictor) -> str:
+def hash_heads(predictor: Predictor) -> str:
     """A name for a model's heads and what they decide by: they are too small for a fingerprint of pieces of files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(predictor.model.heads.state_dict().items()):
         digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest_of(digest.hexdigest(), predictor.model.config.heads)
+    return json_digest(digest.hexdigest(), predictor.model.config.heads)
 
 
-def column_names(predictor: Predictor) -> list[str]:
+def make_column_names(predictor: Predictor) -> list[str]:
     """The columns of a table for a model's heads.
 
     What a record calls itself, its pictures, its label if it has one, what the head says, or why it could not be read.
@@ -92,11 +94,11 @@ def column_names(predictor: Predictor) -> list[str]:
     return ["source", "image_path", *own, "error"]
 
 
-def row_of(
+def make_row(
     predictor: Predictor, sample: Sample, found: dict[str, Prediction] | None, problem: BadSample | None
 ) -> dict[str, Any]:  # fmt: skip
     """A record's row; in JSON lines with the `outputs` of its heads and the `probabilities` of labels beside."""
-    row: dict[str, Any] = {"source": sample.id, "image_path": shown_files(sample, problem)}
+    row: dict[str, Any] = {"source": sample.id, "image_path": format_media_paths(sample, problem)}
     label = sample.label
     for one in predictor.heads:
         end = "" if len(predictor.heads) == 1 else f"_{one.name}"
@@ -111,7 +113,7 @@ def row_of(
     return {**row, "error": "" if problem is None else problem.reason}
 
 
-def attempted(labels: HeadLabels, value: Any) -> list[float] | ValueError:
+def target_or_error(labels: HeadLabels, value: Any) -> list[float] | ValueError:
     """A label as numbers, or why the head does not know it."""
     try:
         return labels.target(value)
@@ -119,7 +121,7 @@ def attempted(labels: HeadLabels, value: Any) -> list[float] | ValueError:
         return error
 
 
-def measured(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
+def format_metrics(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
     """Measures of what was said of records that have labels that a head knows, as tables, and how many it does not."""
     tables = []
     for one in predictor.heads:
@@ -128,10 +130,10 @@ def measured(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
         if not known or one.task == "pairwise":
             continue
         labels = HeadLabels(one.name, one.task, tuple(one.labels))
-        said = [attempted(labels, row[f"label{end}"]) for row in known]
-        if strange := [number for number, target in enumerate(said) if isinstance(target, ValueError)]:
-            tables.append(f"{len(strange)} of {len(known)} labels are left out of the measures, the first is that of "
-                          f"{known[strange[0]]['source']}: {said[strange[0]]}")  # fmt: skip
+        said = [target_or_error(labels, row[f"label{end}"]) for row in known]
+        if unknown := [number for number, target in enumerate(said) if isinstance(target, ValueError)]:
+            tables.append(f"{len(unknown)} of {len(known)} labels are left out of the measures, the first is that of "
+                          f"{known[unknown[0]]['source']}: {said[unknown[0]]}")  # fmt: skip
         known = [row for row, target in zip(known, said, strict=True) if not isinstance(target, ValueError)]
         if not known:
             continue
@@ -139,5 +141,5 @@ def measured(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
         outputs = np.array([row[f"outputs{end}"] for row in known])
         chosen = Calibration(one.temperature, one.threshold)
         found = scores(one.task, outputs, targets if one.task == "multilabel" else targets[:, 0], chosen)
-        tables.append(f"{one.name} ({one.task}), {len(known):,} records with a label\n\n{as_table(found)}")
+        tables.append(f"{one.name} ({one.task}), {len(known):,} records with a label\n\n{format_scores(found)}")
     return "\n\n".join(tables)

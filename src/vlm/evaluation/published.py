@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """Results of a metric of a task.
 
     Attributes:
@@ -24,20 +24,20 @@ class Published:
     original: float
 
 
-PUBLISHED = (
-    Published("gqa", "exact_match", 0.6201, 0.6192),
-    Published("mme", "mme_perception_score", 1505.5, 1509.1),
-    Published("mme", "mme_cognition_score", 321.4, 355.7),
-    Published("mmbench_en_dev", "gpt_eval_score", 66.07, 64.09),
-    Published("mmbench_cn_dev", "gpt_eval_score", 54.90, 55.67),
-    Published("scienceqa", "exact_match", 0.6977, 0.6572),
-    Published("seedbench", "seed_image", 0.6593, 0.6616),
-    Published("textvqa_val", "exact_match", 0.4902, 0.4600),
-    Published("mmmu_val", "mmmu_acc", 0.3789, 0.3611),
-    Published("ai2d", "exact_match", 0.5379, 0.5518),
+PUBLISHED_RESULTS = (
+    PublishedResult("gqa", "exact_match", 0.6201, 0.6192),
+    PublishedResult("mme", "mme_perception_score", 1505.5, 1509.1),
+    PublishedResult("mme", "mme_cognition_score", 321.4, 355.7),
+    PublishedResult("mmbench_en_dev", "gpt_eval_score", 66.07, 64.09),
+    PublishedResult("mmbench_cn_dev", "gpt_eval_score", 54.90, 55.67),
+    PublishedResult("scienceqa", "exact_match", 0.6977, 0.6572),
+    PublishedResult("seedbench", "seed_image", 0.6593, 0.6616),
+    PublishedResult("textvqa_val", "exact_match", 0.4902, 0.4600),
+    PublishedResult("mmmu_val", "mmmu_acc", 0.3789, 0.3611),
+    PublishedResult("ai2d", "exact_match", 0.5379, 0.5518),
 )
 
 
-def published(task: str, metric: str) -> Published | None:
+def published(task: str, metric: str) -> PublishedResult | None:
     """The published results of a metric of a task, if there are any."""
-    return next((one for one in PUBLISHED if (one.task, one.metric) == (task, metric)), None)
+    return next((one for one in PUBLISHED_RESULTS if (one.task, one.metric) == (task, metric)), None)

@@ -13,19 +13,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
-from vlm.data.batching.collator import SKIPPED, Collator
-from vlm.data.dataset import BlankPictures, SampleDataset, load_dataset
+from vlm.data.batching.collator import SKIPPED_KEY, Collator
+from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.evaluation.bootstrap import Score, as_json, as_table
-from vlm.evaluation.loss import loss_measures, sample_losses
-from vlm.evaluation.output import markdown, write_json
-from vlm.evaluation.text_metrics import LOSS, measure
+from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
+from vlm.evaluation.loss import loss_metrics, sample_losses
+from vlm.evaluation.output import markdown_table, write_json
+from vlm.evaluation.text_metrics import LOSS, compute_text_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationResult:
     """What came of a file of records.
 
     Attributes:
@@ -36,19 +36,19 @@ class Evaluated:
     """
 
     records: int
-    answered: int
-    left_out: tuple[str, ...]
+    num_answered: int
+    exclusions: tuple[str, ...]
     scores: dict[str, Score]
 
     def __str__(self) -> str:
-        return "\n".join([as_table(self.scores), *(f"\n{one}" for one in self.left_out)])
+        return "\n".join([format_scores(self.scores), *(f"\n{one}" for one in self.exclusions)])
 
 
 def evaluate(
     model: VisionLanguageModel, config: SourceConfig, names: Sequence[str], folder: Path, settings: InferenceConfig, *,
     cache: Path, fingerprint: str, batch_size: int, num_workers: int, max_frames: int, seed: int | None = None,
     overwrite: bool = False,
-) -> Evaluated:  # fmt: skip
+) -> EvaluationResult:  # fmt: skip
     """Measure a model on a file of records; its answers are written to `answers.jsonl` as they come.
 
     Args:
@@ -69,15 +69,15 @@ def evaluate(
         ValueError: there are answers already, or none can be measured.
     """
     scores: dict[str, Score] = {}
-    left_out: list[str] = []
-    records = answered = 0
+    exclusions: list[str] = []
+    records = num_answered = 0
     if LOSS in names:
-        dataset = supervised_data(model, config, max_frames)
-        scores |= losses(model, dataset, batch_size=batch_size, num_workers=num_workers)
+        dataset = load_supervised_dataset(model, config, max_frames)
+        scores |= compute_losses(model, dataset, batch_size=batch_size, num_workers=num_workers)
         records = dataset.contributions[0].records
         if dataset.skipped:
             first = dataset.skipped[0]
-            left_out.append(f"{len(dataset.skipped):,} of {records:,} records are not in the losses; the first is "
+            exclusions.append(f"{len(dataset.skipped):,} of {records:,} records are not in the losses; the first is "
                             f"{first.id!r}: {first.reason}")  # fmt: skip
     if of_answers := [name for name in names if name != LOSS]:
         rows = generate_file(
@@ -85,29 +85,31 @@ def evaluate(
             batch_size=batch_size, num_workers=num_workers, max_frames=max_frames, seed=seed, overwrite=overwrite,
         )  # fmt: skip
         known = [row for row in rows if not row["error"] and row["references"]]
-        left_out += without(rows)
+        exclusions += describe_exclusions(rows)
         if not known:
-            raise ValueError(f"{config.path}: there is no answer to measure. {' '.join(left_out)}")
-        records, answered = len(rows), len(known)
-        scores |= measure(of_answers, [row["answer"] for row in known], [row["references"] for row in known])
-    return Evaluated(records, answered, tuple(left_out), scores)
+            raise ValueError(f"{config.path}: there is no answer to measure. {' '.join(exclusions)}")
+        records, num_answered = len(rows), len(known)
+        scores |= compute_text_metrics(
+            of_answers, [row["answer"] for row in known], [row["references"] for row in known]
+        )
+    return EvaluationResult(records, num_answered, tuple(exclusions), scores)
 
 
-def without(rows: Sequence[dict[str, Any]]) -> list[str]:
+def describe_exclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which rows are not measured, as sentences."""
     bad = [row for row in rows if row["error"]]
-    mute = [row for row in rows if not row["error"] and not row["references"]]
+    unreferenced = [row for row in rows if not row["error"] and not row["references"]]
     found = []
     if bad:
         found.append(f"{len(bad):,} of {len(rows):,} records could not be asked; the first is "
                      f"{bad[0]['source']!r}: {bad[0]['error']}")  # fmt: skip
-    if mute:
-        found.append(f"{len(mute):,} of {len(rows):,} records have neither a reply nor `answers` to hold an answer "
-                     f"against; the first is {mute[0]['source']!r}")  # fmt: skip
+    if unreferenced:
+        found.append(f"{len(unreferenced):,} of {len(rows):,} records have neither a reply nor `answers` to hold an answer "
+                     f"against; the first is {unreferenced[0]['source']!r}")  # fmt: skip
     return found
 
 
-def supervised_data(model: VisionLanguageModel, config: SourceConfig, max_frames: int) -> SampleDataset:
+def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, max_frames: int) -> SampleDataset:
     """The records of a file as training would read them; those that cannot be used are left out and listed.
 
     Raises:
@@ -119,18 +121,19 @@ def supervised_data(model: VisionLanguageModel, config: SourceConfig, max_frames
     return load_dataset(data, SampleEncoder(model.processor, model.positions, truncate=False), evaluates=True)
 
 
-def losses(
+def compute_losses(
     model: VisionLanguageModel, dataset: SampleDataset, *, batch_size: int, num_workers: int
 ) -> dict[str, Score]:
-    """The measures of `loss_measures`; that of the images with its interval."""
+    """The measures of `loss_metrics`; that of the images with its interval."""
     with_images = torch.as_tensor(dataset.num_images) > 0
-    sums, counts = sample_losses(model.model, _batches(model, dataset, "loss", batch_size, num_workers))
+    sums, counts = sample_losses(model.model, _make_batches(model, dataset, "loss", batch_size, num_workers))
     blank = None
     if with_images.any():
         blank, _ = sample_losses(
-            model.model, _batches(model, BlankPictures(dataset), "loss on blank pictures", batch_size, num_workers)
+            model.model,
+            _make_batches(model, BlankImageDataset(dataset), "loss on blank pictures", batch_size, num_workers),
         )
-    found = loss_measures(sums, counts, blank, with_images)
+    found = loss_metrics(sums, counts, blank, with_images)
     half = found.pop("image_gain_ci95", None)
     scores = {name: Score(value, None, None) for name, value in found.items()}
     if half is not None:
@@ -139,34 +142,38 @@ def losses(
     return scores
 
 
-def _batches(
-    model: VisionLanguageModel, dataset: Any, what: str, batch_size: int, num_workers: int
+def _make_batches(
+    model: VisionLanguageModel, dataset: Any, progress_label: str, batch_size: int, num_workers: int
 ) -> Iterator[dict[str, Any]]:
     loader = DataLoader(dataset, batch_size, collate_fn=Collator.of(model.processor), num_workers=num_workers)
-    for batch in tqdm(loader, what, unit="batch"):
-        for one in batch.pop(SKIPPED, []):
-            raise one.refusal()
+    for batch in tqdm(loader, progress_label, unit="batch"):
+        for one in batch.pop(SKIPPED_KEY, []):
+            raise one.as_error()
         labels = batch["labels"].to(model.model.device)
-        inputs = model.remembered(on_device(batch, model.processor, model.model.device))
+        inputs = model.use_cached_features(on_device(batch, model.processor, model.model.device))
         yield {**inputs, "labels": labels}
 
 
-def write_results(folder: Path, found: Evaluated, facts: dict[str, Any]) -> None:
+def write_results(folder: Path, found: EvaluationResult, run_info: dict[str, Any]) -> None:
     """Write `results.json` and `results.md`: the measures, and what they are of."""
     write_json(folder, {
-        **facts, "records": found.records, "answered": found.answered, "left_out": list(found.left_out),
-        "metrics": as_json(found.scores),
+        **run_info, "records": found.records, "answered": found.num_answered, "left_out": list(found.exclusions),
+        "metrics": scores_to_json(found.scores),
     })  # fmt: skip
-    title = f"`{facts['checkpoint']}` on `{facts['data']}`, {found.records:,} records"
-    parts = [title, markdown(("metric", "value", "95% interval"), _cells(found.scores)), *found.left_out]
+    title = f"`{run_info['checkpoint']}` on `{run_info['data']}`, {found.records:,} records"
+    parts = [title, markdown_table(("metric", "value", "95% interval"), _make_cells(found.scores)), *found.exclusions]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _cells(scores: dict[str, Score]) -> list[tuple[str, str, str]]:
-    def shown(number: float | None) -> str:
+def _make_cells(scores: dict[str, Score]) -> list[tuple[str, str, str]]:
+    def format_number(number: float | None) -> str:
         return "undefined" if number is None else f"{number:.4g}"
 
     return [
-        (name, shown(one.value), "" if one.low is None else f"{shown(one.low)} to {shown(one.high)}")
+        (
+            name,
+            format_number(one.value),
+            "" if one.low is None else f"{format_number(one.low)} to {format_number(one.high)}",
+        )
         for name, one in scores.items()
     ]

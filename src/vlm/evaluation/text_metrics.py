@@ -24,7 +24,9 @@ ANLS_THRESHOLD = 0.5
 
 def exact_match(answers: Sequence[str], references: References) -> np.ndarray:
     """1 where an answer is one of its references, but for case, white space around it and a full stop at its end."""
-    return _of_each(lambda answer, known: plain(answer) in {plain(one) for one in known}, answers, references)
+    return _score_each(
+        lambda answer, known: normalize_answer(answer) in {normalize_answer(one) for one in known}, answers, references
+    )
 
 
 def vqa_accuracy(answers: Sequence[str], references: References) -> np.ndarray:
@@ -32,28 +34,28 @@ def vqa_accuracy(answers: Sequence[str], references: References) -> np.ndarray:
 
     For each person left out, `min(people among the others who said it / 3, 1)`; the mean of these. Among fewer than
     three others all must agree; a single reference counts 1 or 0. Answers and references are compared as
-    `vqa_normalised`.
+    `normalize_vqa_answer`.
     """
 
     def accuracy(answer: str, known: Sequence[str]) -> float:
-        same = [vqa_normalised(one) == vqa_normalised(answer) for one in known]
+        same = [normalize_vqa_answer(one) == normalize_vqa_answer(answer) for one in known]
         if len(same) == 1:
             return float(same[0])
         enough = min(3, len(same) - 1)
         return float(np.mean([min((sum(same) - one) / enough, 1) for one in same]))
 
-    return _of_each(accuracy, answers, references)
+    return _score_each(accuracy, answers, references)
 
 
 def anls(answers: Sequence[str], references: References) -> np.ndarray:
     """Average normalised Levenshtein similarity to the nearest reference, without regard to case (arXiv:1907.00490)."""
-    distance = needed("rapidfuzz.distance").Levenshtein.normalized_distance
+    distance = import_extra("rapidfuzz.distance").Levenshtein.normalized_distance
 
     def similarity(answer: str, known: Sequence[str]) -> float:
         nearest = min(distance(answer.strip().lower(), one.strip().lower()) for one in known)
         return 1 - nearest if nearest < ANLS_THRESHOLD else 0.0
 
-    return _of_each(similarity, answers, references)
+    return _score_each(similarity, answers, references)
 
 
 def cider(answers: Sequence[str], references: References) -> np.ndarray:
@@ -64,19 +66,19 @@ def cider(answers: Sequence[str], references: References) -> np.ndarray:
     in words: where texts have such, figures differ a little. Words count by how few of the references have them, so
     scores of few records say little (of one, always 0), and their interval takes that as given.
     """
-    score = needed("pycocoevalcap.cider.cider").Cider().compute_score
+    score = import_extra("pycocoevalcap.cider.cider").Cider().compute_score
     if not answers:
         return np.zeros(0)
     _, found = score(
-        {number: [words(one) for one in known] for number, known in enumerate(references)},
-        {number: [words(one)] for number, one in enumerate(answers)},
+        {number: [tokenize(one) for one in known] for number, known in enumerate(references)},
+        {number: [tokenize(one)] for number, one in enumerate(answers)},
     )
     return np.asarray(found)
 
 
 def bleu(answers: Sequence[str], references: References) -> float:
     """BLEU-4 of all answers together, 0 to 100, by sacrebleu with its own tokenisation (`13a`)."""
-    library = needed("sacrebleu")
+    library = import_extra("sacrebleu")
     most = max(map(len, references), default=0)
     columns = [[known[place] if place < len(known) else None for known in references] for place in range(most)]
     return library.corpus_bleu(list(answers), columns).score if answers else float("nan")
@@ -87,8 +89,8 @@ def rouge(answers: Sequence[str], references: References) -> np.ndarray:
 
     By rouge-score, without stemming; its words are runs of the letters a to z and digits, so it is for English.
     """
-    scorer = needed("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-    return _of_each(lambda answer, known: scorer.score_multi(known, answer)["rougeL"].fmeasure, answers, references)
+    scorer = import_extra("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    return _score_each(lambda answer, known: scorer.score_multi(known, answer)["rougeL"].fmeasure, answers, references)
 
 
 METRICS: dict[str, Metric] = {
@@ -104,7 +106,7 @@ LOSS = "loss"
 """What stands for the losses where metrics are named; they are in `metrics.py`."""
 ALL_METRICS = (*METRICS, LOSS)
 
-LIBRARIES = {
+METRIC_MODULES = {
     "anls": "rapidfuzz.distance",
     "cider": "pycocoevalcap.cider.cider",
     "bleu": "sacrebleu",
@@ -113,7 +115,7 @@ LIBRARIES = {
 """Metric -> the module of the extra `eval` that it needs."""
 
 
-def measure(
+def compute_text_metrics(
     names: Sequence[str], answers: Sequence[str], references: References, *, intervals: bool = True
 ) -> dict[str, Score]:
     """Metrics by name, with 95% intervals where they are wanted and metrics are means of what single answers get."""
@@ -141,11 +143,11 @@ def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> Non
     for name in names:
         if name not in allowed:
             raise ValueError(f"{key}{name}: allowed are {', '.join(allowed)}")
-        if name in LIBRARIES:
-            needed(LIBRARIES[name])
+        if name in METRIC_MODULES:
+            import_extra(METRIC_MODULES[name])
 
 
-def needed(module: str) -> Any:
+def import_extra(module: str) -> Any:
     """A module of the extra `eval`.
 
     Raises:
@@ -157,27 +159,27 @@ def needed(module: str) -> Any:
         raise ValueError(f"{module.partition('.')[0]} is missing: pip install 'small-vlm[eval]'") from error
 
 
-def _of_each(
+def _score_each(
     value: Callable[[str, Sequence[str]], float], answers: Sequence[str], references: References
 ) -> np.ndarray:
     return np.array([value(*one) for one in zip(answers, references, strict=True)], dtype=np.float64)
 
 
-def plain(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """A text in lower case, without white space around it or a full stop at its end."""
     return text.strip().removesuffix(".").rstrip().casefold()
 
 
-def words(text: str) -> str:
+def tokenize(text: str) -> str:
     """The words of a text in lower case, a space between each."""
     return " ".join(re.findall(r"\w+(?:['’]\w+)*", text.lower()))
 
 
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
-NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBER_WORDS.split())}
+NUMBER_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBER_WORDS.split())}
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-CONTRACTED = (
+CONTRACTED_WORDS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
     "he'd've he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll let's ma'am might've mightn't "
     "mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've "
@@ -188,10 +190,10 @@ CONTRACTED = (
     "y'all y'all'd've y'all'll you'd you'd've you'll you're you've"
 )
 """Contractions that people write without apostrophes; those that are other words then (`we'll`) are left out."""
-CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED.split()}
+CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED_WORDS.split()}
 
 
-def vqa_normalised(text: str) -> str:
+def normalize_vqa_answer(text: str) -> str:
     """An answer as VQA's evaluation compares it: lower case, numbers as digits, no articles, no punctuation.
 
     Punctuation beside a space, or in a text with a comma between digits, goes; elsewhere a space takes its place. Of
@@ -204,6 +206,6 @@ def vqa_normalised(text: str) -> str:
         beside_space = f"{mark} " in given or f" {mark}" in given
         text = text.replace(mark, "" if grouped or beside_space else " ")
     text = re.sub(r"\.(?!\d)", "", text).lower()
-    found = (NUMBERS.get(word, word) for word in text.split())
+    found = (NUMBER_DIGITS.get(word, word) for word in text.split())
     kept = (word for word in found if word not in ARTICLES)
     return " ".join(CONTRACTIONS.get(word.replace("'", ""), word) for word in kept)

@@ -22,19 +22,19 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from vlm.data.encoding.labels import IGNORED
+from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.sample import Clip
-from vlm.data.vision.video import FPS, OpenVideo
+from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
 from vlm.families.table import Family
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb
-from vlm.models.processing_vlm import FROZEN_CLOCK, FROZEN_DATE
+from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE
 
-OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor that belong to its text."""
 
 Size = tuple[int, int]
-Replaced = list[tuple[int, int, str]]
+Replacements = list[tuple[int, int, str]]
 """(start, end, what stands there instead) of each token of an image or video of a text."""
 
 
@@ -50,14 +50,14 @@ class FamilyProcessor:
         ValueError: it brings no chat template, and none is given.
     """
 
-    needs_sizes = True
-    pools_frames = False
-    reads_tensors = False
+    needs_image_sizes = True
+    pools_video_frames = False
+    accepts_tensors = False
 
     def __init__(self, native: Any, family: Family, chat_template: str | None = None):
         self.native = native
         self.family = family
-        self.row_inputs, self.token_inputs = family.rows, family.tokens
+        self.per_sample_inputs, self.per_token_inputs = family.rows, family.tokens
         self.tokenizer = native.tokenizer
         self.image_processor = native.image_processor
         self.image_token = native.image_token
@@ -72,7 +72,7 @@ class FamilyProcessor:
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         every = sorted({*special, *self.media_tokens}, key=len, reverse=True)
         self.special_tokens = re.compile("|".join(map(re.escape, every)))
-        self._expansions = lru_cache(4096)(self._look_up_expansions)
+        self._cached_expansions = lru_cache(4096)(self._compute_expansions)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Made anew where it is sent to, such as a data worker."""
@@ -84,7 +84,7 @@ class FamilyProcessor:
     @cached_property
     def image_token_id(self) -> int:
         """The id that stands for image features: the one that an image has most of."""
-        counts = Counter(self.image_ids())
+        counts = Counter(self.image_token_ids())
         return max(counts, key=lambda one: (counts[one], one == self.native.image_token_id))
 
     @cached_property
@@ -93,25 +93,25 @@ class FamilyProcessor:
         if self.videos is None:
             return None
         own = self.tokenizer.convert_tokens_to_ids(self.video_token)
-        ids, _ = self.tokenize(self.videos.token, (), [self.shortest_clip])
+        ids, _ = self.tokenize(self.videos.token, (), [self.minimal_clip])
         return own if own in ids else self.image_token_id
 
     @property
-    def shortest_clip(self) -> Clip:
+    def minimal_clip(self) -> Clip:
         """What is seen of a video that has no more than the model needs."""
-        number = self.family.fewest_frames
-        return Clip(tuple(range(number)), number, 64, 64, FPS)
+        number = self.family.min_frames
+        return Clip(tuple(range(number)), number, 64, 64, DEFAULT_FPS)
 
-    def fewest_frames(self, most: int) -> int:
+    def min_frames(self, most: int) -> int:
         """How many frames of a video are seen at least, where no more than `most` are, whatever it has."""
-        return most if self.family.equal_frames else self.family.fewest_frames
+        return most if self.family.equal_num_frames else self.family.min_frames
 
     @property
-    def reads_videos_apart(self) -> bool:
+    def encodes_videos_separately(self) -> bool:
         """Whether the model reads videos by a call of their own."""
         return self.videos is not None and not self.family.joined
 
-    def image_ids(self) -> list[int]:
+    def image_token_ids(self) -> list[int]:
         """The ids of a small image by itself."""
         return self.tokenize(self.image_token, (), [(64, 64)])[0]
 
@@ -128,14 +128,14 @@ class FamilyProcessor:
         if own and self.family.video_template and any(map(self._shows_video, conversation)):
             template = self.family.video_template
         if "strftime_now" in template:
-            template = FROZEN_CLOCK + template
+            template = FIXED_CLOCK + template
         messages = [dict(turn) for turn in conversation]
-        if own and self._own_reads_lists:
-            messages = [{**turn, "content": self._items(turn["content"])} for turn in conversation]
+        if own and self._own_template_takes_lists:
+            messages = [{**turn, "content": self._to_items(turn["content"])} for turn in conversation]
         return self._render(messages, template, add_generation_prompt)
 
     @cached_property
-    def _own_reads_lists(self) -> bool:
+    def _own_template_takes_lists(self) -> bool:
         """Whether the family's template wants lists of text and images; a few want strings with image tokens."""
         question = [{"type": "image"}, {"type": "text", "text": "a question"}]
         try:
@@ -147,10 +147,10 @@ class FamilyProcessor:
     def _render(self, messages: list[dict[str, Any]], template: str, add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False,
-            date_string=FROZEN_DATE, enable_thinking=False,
+            date_string=FIXED_DATE, enable_thinking=False,
         )  # fmt: skip
 
-    def _items(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _to_items(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(content, str):
             return content
         kinds = {self.image_token: "image", self.video_token: "video"}
@@ -160,12 +160,12 @@ class FamilyProcessor:
         ]
 
     def _shows_video(self, turn: dict[str, Any]) -> bool:
-        return any(item["type"] == "video" for item in self._items(turn["content"]))
+        return any(item["type"] == "video" for item in self._to_items(turn["content"]))
 
     # --- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(
-        self, text: str, spoken: Sequence[tuple[int, int]] = (), sizes: Sequence[Size | Clip] = ()
+        self, text: str, user_spans: Sequence[tuple[int, int]] = (), sizes: Sequence[Size | Clip] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered conversation, and the character span that each came from.
 
@@ -173,24 +173,24 @@ class FamilyProcessor:
         as it does. Only a special token that somebody spelled is taken apart.
 
         Args:
-            text: a rendered conversation; each token of an image or video outside `spoken` stands for one.
-            spoken: character spans that people wrote, in order.
+            text: a rendered conversation; each token of an image or video outside `user_spans` stands for one.
+            user_spans: character spans that people wrote, in order.
             sizes: height and width of each image, and what is seen of each video, in order.
 
         Raises:
             ValueError: the text has more or fewer such tokens than there are images and videos, or another order of
                 them where the model reads both by the same inputs.
         """
-        expanded, replaced, cuts = self._expanded(text, spoken, sizes)
+        expanded, replaced, cuts = self._expand_media_tokens(text, user_spans, sizes)
         bos = self.tokenizer.bos_token
-        begun = bool(bos) and bos in text[: spoken[0][0] if spoken else None]  # the template wrote it already
+        has_bos = bool(bos) and bos in text[: user_spans[0][0] if user_spans else None]  # the template wrote it already
         starts = [0, *cuts]
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         for start, end in pairwise([*starts, len(expanded)]):
             lead = self.image_token if start else ""  # behind a token, no tokenizer begins a word of its own
             encoded = self.tokenizer(
-                lead + expanded[start:end], return_offsets_mapping=True, add_special_tokens=not start and not begun
+                lead + expanded[start:end], return_offsets_mapping=True, add_special_tokens=not start and not has_bos
             )
             skipped = 1 if lead else 0
             ids += encoded["input_ids"][skipped:]
@@ -198,20 +198,20 @@ class FamilyProcessor:
                 (start - len(lead) + a, start - len(lead) + b) if b else (0, 0)
                 for a, b in encoded["offset_mapping"][skipped:]
             ]
-        return ids, _in_the_original(spans, replaced)
+        return ids, _map_to_original(spans, replaced)
 
-    def _expanded(
-        self, text: str, spoken: Sequence[tuple[int, int]], sizes: Sequence[Size | Clip]
-    ) -> tuple[str, Replaced, list[int]]:
+    def _expand_media_tokens(
+        self, text: str, user_spans: Sequence[tuple[int, int]], sizes: Sequence[Size | Clip]
+    ) -> tuple[str, Replacements, list[int]]:
         """The text with its media's tokens replaced, what was replaced, and where spelled special tokens are cut."""
         places, cuts = [], []
         for match in self.special_tokens.finditer(text):
-            if any(a <= match.start() and match.end() <= b for a, b in spoken):
+            if any(a <= match.start() and match.end() <= b for a, b in user_spans):
                 cuts.append(match.start() + 1)  # neither half is a special token
             elif match.group() in self.media_tokens:
                 places.append(match.span())
-        instead = self._instead([text[start:end] for start, end in places], sizes)
-        replaced = [(start, end, new) for (start, end), new in zip(places, instead, strict=True)]
+        expansions = self._get_expansions([text[start:end] for start, end in places], sizes)
+        replaced = [(start, end, new) for (start, end), new in zip(places, expansions, strict=True)]
         shifts = [(end, len(new) - (end - start)) for start, end, new in replaced]
         moved = [cut + sum(shift for end, shift in shifts if end <= cut) for cut in cuts]
         pieces, last = [], 0
@@ -220,7 +220,7 @@ class FamilyProcessor:
             last = end
         return "".join([*pieces, text[last:]]), replaced, moved
 
-    def _instead(self, tokens: list[str], sizes: Sequence[Size | Clip]) -> list[str]:
+    def _get_expansions(self, tokens: list[str], sizes: Sequence[Size | Clip]) -> list[str]:
         """What stands for each image and video, in the order of their tokens in the text."""
         given = [self.video_token if isinstance(size, Clip) else self.image_token for size in sizes]
         for token, kind in zip(self.media_tokens, ("images", "videos"), strict=False):
@@ -229,17 +229,17 @@ class FamilyProcessor:
         if self.family.joined and tokens != given:
             raise ValueError("the template moves videos behind images, which this model cannot tell apart then")
         images = tuple(size for size in sizes if not isinstance(size, Clip))
-        of_images = iter(self._expansions(images) if images else ())
+        of_images = iter(self._cached_expansions(images) if images else ())
         of_videos = iter([self.videos.expansion(size) for size in sizes if self.videos and isinstance(size, Clip)])
         return [next(of_videos if token == self.video_token else of_images) for token in tokens]
 
-    def _look_up_expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
+    def _compute_expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
         """What the family writes for images of these sizes in one sample: their content does not matter."""
-        return self._read([Image.new("RGB", (width, height)) for height, width in sizes])[1]
+        return self._process_images([Image.new("RGB", (width, height)) for height, width in sizes])[1]
 
     # --- images -----------------------------------------------------------------------------------------------------
 
-    def _read(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    def _process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """What the model reads of a sample's images, and what stands for each in its text."""
         out = self.native(
             text=[self.image_token * len(images)], images=[list(images)], return_tensors="pt",
@@ -247,41 +247,41 @@ class FamilyProcessor:
         )  # fmt: skip
         replacements = out.pop("text_replacement_offsets", None)
         if replacements is None:  # a family that writes one token for an image, whatever it looks like
-            instead = (self.image_token,) * len(images)
+            expansions = (self.image_token,) * len(images)
         else:
-            instead = tuple(one["replacement"] for one in replacements[0])
-        return {name: value for name, value in out.items() if name not in OF_TEXT}, instead
+            expansions = tuple(one["replacement"] for one in replacements[0])
+        return {name: value for name, value in out.items() if name not in TEXT_INPUTS}, expansions
 
     def image_inputs(self, images: Sequence[Any], sizes: Sequence[Any] = ()) -> dict[str, Tensor]:
         """What the model reads of a sample's images and videos, as the family's processor gives it.
 
         Nothing where it has none. Where both are read by the same inputs, they stand there in order.
         """
-        videos = [image for image in images if isinstance(image, OpenVideo)]
+        videos = [image for image in images if isinstance(image, DecodedVideo)]
         if not videos:
-            return self._read([as_rgb(image) for image in images])[0] if images else {}
+            return self._process_images([as_rgb(image) for image in images])[0] if images else {}
         if self.family.joined:
-            return joined([self._read_one(image) for image in images], self.row_inputs)
-        pictures = self.image_inputs([image for image in images if not isinstance(image, OpenVideo)])
-        return pictures | joined([self._read_one(video) for video in videos], self.row_inputs)
+            return joined([self._process_one(image) for image in images], self.per_sample_inputs)
+        pictures = self.image_inputs([image for image in images if not isinstance(image, DecodedVideo)])
+        return pictures | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
 
-    def _read_one(self, image: Any) -> dict[str, Tensor]:
+    def _process_one(self, image: Any) -> dict[str, Tensor]:
         """What the model reads of one image or video by itself."""
-        if self.videos is None or not isinstance(image, OpenVideo):
-            return self._read([as_rgb(image)])[0]
-        return {name: value for name, value in self.videos.inputs(image).items() if name not in OF_TEXT}
+        if self.videos is None or not isinstance(image, DecodedVideo):
+            return self._process_images([as_rgb(image)])[0]
+        return {name: value for name, value in self.videos.inputs(image).items() if name not in TEXT_INPUTS}
 
     def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the model reads for each token besides its id: `(tokens, …)` each."""
         found = {}
-        for name in self.token_inputs:
+        for name in self.per_token_inputs:
             if name == "cross_attention_mask":
                 if images:
                     found[name] = self._cross_attention_mask(ids, images)
             elif self.native.return_mm_token_type_ids:
                 found[name] = torch.tensor(self.native.create_mm_token_type_ids([list(ids)])[0])
             else:  # PaliGemma: what follows the first supervised token attends to the past only
-                first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
+                first = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
                 found[name] = torch.tensor([0] * first + [1] * (len(ids) - first))
         return found
 
@@ -317,16 +317,16 @@ def load_family_processor(
     return FamilyProcessor(native, family)
 
 
-def _in_the_original(spans: list[tuple[int, int]], replaced: Replaced) -> list[tuple[int, int]]:
+def _map_to_original(spans: list[tuple[int, int]], replaced: Replacements) -> list[tuple[int, int]]:
     """Spans in the expanded text as spans in the rendered one; whatever lies in an expansion is the image token's."""
     found = []
-    waiting = iter([*replaced, None])
-    image = next(waiting)
+    remaining = iter([*replaced, None])
+    image = next(remaining)
     shift = 0
     for a, b in spans:
         while image is not None and a - shift >= image[0] + len(image[2]):
             shift += len(image[2]) - (image[1] - image[0])
-            image = next(waiting)
+            image = next(remaining)
         if image is not None and b - shift > image[0]:
             found.append((min(a - shift, image[0]), image[1]))
         else:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-CROSS_ATTENTION = "{cross_attention_layers}"
+CROSS_ATTENTION_LAYERS = "{cross_attention_layers}"
 """In a prefix: each of the layers that the language model's configuration lists under that name."""
 
 
-PAST_SELECTED = "{past_selected}"
+UNUSED_LAYERS = "{past_selected}"
 """In a prefix: each of the visual encoder's layers past the one that is read."""
 
 
@@ -30,8 +30,8 @@ class Family:
         tokens: inputs with one value for each token, besides ids and mask.
         videos: whether it knows videos as such.
         joined: whether videos are read by the inputs of pictures, in the order in which all stand in the text.
-        equal_frames: whether all videos of a batch must have as many frames.
-        fewest_frames: how many frames a video must have.
+        equal_num_frames: whether all videos of a batch must have as many frames.
+        min_frames: how many frames a video must have.
         video_template: the chat template of conversations with videos, where its own has no place for them.
         template: the chat template where its processor brings none.
         packs: whether it keeps the samples of a packed row apart (`trainer.packing`).
@@ -41,20 +41,20 @@ class Family:
     name: str
     parts: dict[str, tuple[str, ...]]
     choices: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
+    unused_prefixes: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     videos: bool = False
     joined: bool = False
-    equal_frames: bool = False
-    fewest_frames: int = 1
+    equal_num_frames: bool = False
+    min_frames: int = 1
     video_template: str | None = None
     template: str | None = None
-    packs: bool = False
+    supports_packing: bool = False
     grid_positions: bool = False
 
 
-COMPOSED = Family(
+COMPOSED_FAMILY = Family(
     "composed",
     {
         "visual_encoder": ("visual_encoder.",),
@@ -64,23 +64,23 @@ COMPOSED = Family(
 )
 """A model of this framework, in the same terms."""
 
-LLAVA = {
+LLAVA_PARTS = {
     "visual_encoder": ("model.vision_tower.",),
     "connector": ("model.multi_modal_projector.", "model.image_newline"),
     "language_model": ("model.language_model.", "lm_head."),
 }
-IDEFICS = {
+IDEFICS_PARTS = {
     "visual_encoder": ("model.vision_model.",),
     "connector": ("model.connector.",),
     "language_model": ("model.text_model.", "lm_head."),
 }
-QWEN = {
+QWEN_PARTS = {
     "visual_encoder": ("model.visual.",),
     "connector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
     "language_model": ("model.language_model.", "lm_head."),
 }
 
-PALIGEMMA = """\
+PALIGEMMA_TEMPLATE = """\
 {%- if messages | length > 2 -%}
     {{- raise_exception('PaliGemma knows one question and one answer') -}}
 {%- endif -%}
@@ -95,7 +95,7 @@ PALIGEMMA = """\
 """
 """PaliGemma's own layout (Beyer et al. 2024, arXiv:2407.07726, section 3.2): images, prefix, line break, suffix."""
 
-SMOLVLM = (
+SMOLVLM_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
     "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
     "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
@@ -104,94 +104,108 @@ SMOLVLM = (
 )
 """What SmolVLM's processor renders conversations with videos with, whatever template it brings."""
 
-PAST_LLAVAS_LAYER = (f"model.vision_tower.encoder.layers.{PAST_SELECTED}.", "model.vision_tower.post_layernorm.")
+LLAVA_UNUSED_PREFIXES = (f"model.vision_tower.encoder.layers.{UNUSED_LAYERS}.", "model.vision_tower.post_layernorm.")
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(
         "LLaVA-1.5, LLaVA-Interleave",
-        LLAVA,
+        LLAVA_PARTS,
         ("llava-1.5-7b", "llava-1.5-13b", "llava-interleave-0.5b"),
-        unread=PAST_LLAVAS_LAYER,
-        packs=True,
+        unused_prefixes=LLAVA_UNUSED_PREFIXES,
+        supports_packing=True,
     ),
     "llava_next": Family(
         "LLaVA-NeXT (1.6)",
-        LLAVA,
+        LLAVA_PARTS,
         ("llava-next-7b", "llava-next-mistral-7b"),
-        unread=PAST_LLAVAS_LAYER,
-        packs=True,
+        unused_prefixes=LLAVA_UNUSED_PREFIXES,
+        supports_packing=True,
     ),
     "llava_next_video": Family(
         "LLaVA-NeXT-Video",
-        LLAVA,
+        LLAVA_PARTS,
         ("llava-next-video-7b",),
-        unread=PAST_LLAVAS_LAYER,
+        unused_prefixes=LLAVA_UNUSED_PREFIXES,
         videos=True,
-        equal_frames=True,
-        packs=True,
+        equal_num_frames=True,
+        supports_packing=True,
     ),
     "llava_onevision": Family(
         "LLaVA-OneVision",
-        LLAVA,
+        LLAVA_PARTS,
         ("llava-onevision-0.5b", "llava-onevision-7b"),
-        unread=PAST_LLAVAS_LAYER,
+        unused_prefixes=LLAVA_UNUSED_PREFIXES,
         videos=True,
-        equal_frames=True,
-        packs=True,
+        equal_num_frames=True,
+        supports_packing=True,
     ),
     "qwen2_vl": Family(
         "Qwen2-VL",
-        QWEN,
+        QWEN_PARTS,
         ("qwen2-vl-2b", "qwen2-vl-7b"),
         tokens=("mm_token_type_ids",),
         videos=True,
-        packs=True,
+        supports_packing=True,
         grid_positions=True,
     ),
     "qwen2_5_vl": Family(
         "Qwen2.5-VL",
-        QWEN,
+        QWEN_PARTS,
         ("qwen2.5-vl-3b", "qwen2.5-vl-7b"),
         tokens=("mm_token_type_ids",),
         videos=True,
-        packs=True,
+        supports_packing=True,
         grid_positions=True,
     ),
     "qwen3_vl": Family(
         "Qwen3-VL",
-        QWEN,
+        QWEN_PARTS,
         ("qwen3-vl-2b", "qwen3-vl-4b"),
         tokens=("mm_token_type_ids",),
         videos=True,
-        fewest_frames=2,
-        packs=True,
+        min_frames=2,
+        supports_packing=True,
         grid_positions=True,
     ),
     "idefics3": Family(
-        "Idefics3", IDEFICS, ("idefics3-8b",), rows=("pixel_values", "pixel_attention_mask"), packs=True
+        "Idefics3",
+        IDEFICS_PARTS,
+        ("idefics3-8b",),
+        rows=("pixel_values", "pixel_attention_mask"),
+        supports_packing=True,
     ),
     "smolvlm": Family(
         "SmolVLM",
-        IDEFICS,
+        IDEFICS_PARTS,
         ("smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b"),
         rows=("pixel_values", "pixel_attention_mask"),
         videos=True,
         joined=True,
-        video_template=SMOLVLM,
-        packs=True,
+        video_template=SMOLVLM_TEMPLATE,
+        supports_packing=True,
     ),
-    "internvl": Family("InternVL", LLAVA, ("internvl3-1b", "internvl3-2b"), videos=True, joined=True, packs=True),
+    "internvl": Family(
+        "InternVL", LLAVA_PARTS, ("internvl3-1b", "internvl3-2b"), videos=True, joined=True, supports_packing=True
+    ),
     "paligemma": Family(
-        "PaliGemma", LLAVA, ("paligemma-3b", "paligemma2-3b"), tokens=("token_type_ids",), template=PALIGEMMA
+        "PaliGemma",
+        LLAVA_PARTS,
+        ("paligemma-3b", "paligemma2-3b"),
+        tokens=("token_type_ids",),
+        template=PALIGEMMA_TEMPLATE,
     ),
     "gemma3": Family(
-        "Gemma 3", LLAVA, ("gemma3-4b",), tokens=("token_type_ids",), unread=("model.vision_tower.head.",)
+        "Gemma 3",
+        LLAVA_PARTS,
+        ("gemma3-4b",),
+        tokens=("token_type_ids",),
+        unused_prefixes=("model.vision_tower.head.",),
     ),
     "mllama": Family(
         "Llama 3.2 Vision",
         {
             "visual_encoder": ("model.vision_model.",),
-            "connector": ("model.multi_modal_projector.", f"model.language_model.layers.{CROSS_ATTENTION}."),
+            "connector": ("model.multi_modal_projector.", f"model.language_model.layers.{CROSS_ATTENTION_LAYERS}."),
             "language_model": ("model.language_model.", "lm_head."),
         },
         ("llama-3.2-11b-vision",),
@@ -209,13 +223,13 @@ FAMILIES: dict[str, Family] = {
             "language_model": ("model.", "lm_head."),
         },
         ("phi4-multimodal",),
-        unread=(
+        unused_prefixes=(
             "model.embed_tokens_extend.audio_embed.",
-            f"model.embed_tokens_extend.image_embed.img_processor.encoder.layers.{PAST_SELECTED}.",
+            f"model.embed_tokens_extend.image_embed.img_processor.encoder.layers.{UNUSED_LAYERS}.",
             "model.embed_tokens_extend.image_embed.img_processor.post_layernorm.",
             "model.embed_tokens_extend.image_embed.img_processor.head.",
         ),
-        packs=True,
+        supports_packing=True,
     ),
 }
 """`model_type` of `config.json` -> family."""
@@ -231,7 +245,7 @@ class PartNames:
     """
 
     prefixes: dict[str, str]
-    unread: tuple[str, ...] = field(default=())
+    unused_prefixes: tuple[str, ...] = field(default=())
 
     def part_of(self, name: str) -> str:
         """The part of a parameter or buffer, by its full name; the longest prefix that fits wins.
@@ -244,32 +258,37 @@ class PartNames:
             raise ValueError(f"{name}: begins with no prefix of a part; the table of families lacks it")
         return self.prefixes[max(fitting, key=len)]
 
-    def is_unread(self, name: str) -> bool:
+    def is_unused(self, name: str) -> bool:
         """Whether no answer depends on it."""
-        return name.startswith(self.unread)
+        return name.startswith(self.unused_prefixes)
 
 
-def part_names(config: Any) -> PartNames:
+def get_part_names(config: Any) -> PartNames:
     """The parts of a model, by its configuration.
 
     Raises:
         ValueError: its family is not in the table.
     """
     if config.model_type == "vlm_prediction":
-        body = part_names(config.body_config)
+        body = get_part_names(config.body_config)
         prefixes = {f"body.{prefix}": part for prefix, part in body.prefixes.items()}
-        return PartNames({**prefixes, "heads.": "head"}, tuple(f"body.{prefix}" for prefix in body.unread))
+        return PartNames({**prefixes, "heads.": "head"}, tuple(f"body.{prefix}" for prefix in body.unused_prefixes))
     composed = config.model_type == "vlm"
-    family = COMPOSED if composed else family_of(config.model_type)
+    family = COMPOSED_FAMILY if composed else get_family(config.model_type)
     prefixes = {
-        filled: part for part, given in family.parts.items() for prefix in given for filled in _filled(prefix, config)
+        filled: part
+        for part, given in family.parts.items()
+        for prefix in given
+        for filled in _expand_prefix(prefix, config)
     }
     if composed:
         return PartNames(prefixes, tuple(f"visual_encoder.{name}" for name in config.unread_parameters))
-    return PartNames(prefixes, tuple(filled for prefix in family.unread for filled in _filled(prefix, config)))
+    return PartNames(
+        prefixes, tuple(filled for prefix in family.unused_prefixes for filled in _expand_prefix(prefix, config))
+    )
 
 
-def family_of(model_type: str) -> Family:
+def get_family(model_type: str) -> Family:
     """A row of the table.
 
     Raises:
@@ -280,17 +299,17 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _filled(prefix: str, config: Any) -> Iterator[str]:
-    if CROSS_ATTENTION in prefix:
+def _expand_prefix(prefix: str, config: Any) -> Iterator[str]:
+    if CROSS_ATTENTION_LAYERS in prefix:
         layers = config.get_text_config().cross_attention_layers
-        yield from (prefix.replace(CROSS_ATTENTION, str(layer)) for layer in layers)
-    elif PAST_SELECTED in prefix:
-        yield from (prefix.replace(PAST_SELECTED, str(layer)) for layer in _past_selected(config))
+        yield from (prefix.replace(CROSS_ATTENTION_LAYERS, str(layer)) for layer in layers)
+    elif UNUSED_LAYERS in prefix:
+        yield from (prefix.replace(UNUSED_LAYERS, str(layer)) for layer in _unused_layers(config))
     else:
         yield prefix
 
 
-def _past_selected(config: Any) -> range:
+def _unused_layers(config: Any) -> range:
     """The visual encoder's layers past the hidden state that is read, of which state 0 is before the first."""
     count = config.vision_config.num_hidden_layers
     phi = config.model_type == "phi4_multimodal"

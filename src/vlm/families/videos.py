@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from vlm.data.sample import Clip
-from vlm.data.vision.video import OpenVideo
+from vlm.data.vision.video import DecodedVideo
 
-MANY = 1000
+MAX_KEPT_VALUES = 1000
 """More values than this are no grid of patches, nor anything else that a number of tokens is read from."""
 
 
@@ -30,37 +30,37 @@ class FamilyVideos:
     def __init__(self, native: Any):
         self.native = native
         self.token: str = native.video_token
-        self.expansion = lru_cache(4096)(self._expansion)
-        self._of_shape = lru_cache(256)(self._read_blank)
+        self.expansion = lru_cache(4096)(self._compute_expansion)
+        self._blank_outputs = lru_cache(256)(self._read_blank)
 
-    def inputs(self, video: OpenVideo) -> dict[str, Any]:
+    def inputs(self, video: DecodedVideo) -> dict[str, Any]:
         """All that the processor makes of a video by itself: inputs of the model, and of its text."""
         return self.native(
-            text=[self.token], videos=[_as_tensor(video)], video_metadata=[metadata_of(video.clip)],
+            text=[self.token], videos=[_frames_to_tensor(video)], video_metadata=[make_metadata(video.clip)],
             do_sample_frames=False, return_tensors="pt",
         )  # fmt: skip
 
-    def _expansion(self, clip: Clip) -> str:
+    def _compute_expansion(self, clip: Clip) -> str:
         """What stands in the text for a video of which this is seen."""
-        read = self._of_shape(len(clip.frames), clip.height, clip.width)
-        return str(self.native.replace_video_token({**read, "video_metadata": [metadata_of(clip)]}, video_idx=0))
+        read = self._blank_outputs(len(clip.frames), clip.height, clip.width)
+        return str(self.native.replace_video_token({**read, "video_metadata": [make_metadata(clip)]}, video_idx=0))
 
     def _read_blank(self, frames: int, height: int, width: int) -> Mapping[str, Any]:
         """What the video processor makes of blank frames; of large outputs the shapes alone are kept."""
         blank = torch.zeros(1, dtype=torch.uint8).expand(frames, 3, height, width)
         clip = Clip(tuple(range(frames)), frames, height, width, 1.0)
         read = self.native.video_processor(
-            [blank], video_metadata=[metadata_of(clip)], do_sample_frames=False, return_metadata=True,
+            [blank], video_metadata=[make_metadata(clip)], do_sample_frames=False, return_metadata=True,
             return_tensors="pt",
         )  # fmt: skip
-        return {name: _light(value) for name, value in read.items()}
+        return {name: _without_memory(value) for name, value in read.items()}
 
 
-def metadata_of(clip: Clip) -> VideoMetadata:
+def make_metadata(clip: Clip) -> VideoMetadata:
     """What is seen of a video, as transformers says it; made anew each time, since processors write into it."""
     return VideoMetadata(
-        total_num_frames=clip.total, fps=clip.fps, width=clip.width, height=clip.height,
-        duration=clip.total / clip.fps, frames_indices=list(clip.frames),
+        total_num_frames=clip.total_frames, fps=clip.fps, width=clip.width, height=clip.height,
+        duration=clip.total_frames / clip.fps, frames_indices=list(clip.frames),
     )  # fmt: skip
 
 
@@ -78,12 +78,12 @@ def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str]) -> dict[s
     return {name: torch.cat(values, dim=int(name in rows)) for name, values in collected.items()}
 
 
-def _as_tensor(video: OpenVideo) -> Tensor:
+def _frames_to_tensor(video: DecodedVideo) -> Tensor:
     """Frames as `(frames, 3, height, width)` whole numbers."""
     return torch.from_numpy(np.stack([np.asarray(frame) for frame in video.frames])).permute(0, 3, 1, 2).contiguous()
 
 
-def _light(value: Any) -> Any:
+def _without_memory(value: Any) -> Any:
     """A tensor of something about each pixel without its memory; grids and all else as they are."""
-    large = isinstance(value, Tensor) and value.numel() > MANY
+    large = isinstance(value, Tensor) and value.numel() > MAX_KEPT_VALUES
     return value.new_zeros(1).expand(value.shape) if large else value

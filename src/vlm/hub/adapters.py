@@ -15,29 +15,29 @@ from torch import Tensor
 from vlm.hub.folders import read_json
 from vlm.hub.shards import read_shard
 
-FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-WRAPPER = "base_model.model."
+LORA_FACTOR_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+PEFT_PREFIX = "base_model.model."
 
-UNMERGED = (
+UNMERGEABLE_OPTIONS = (
     "use_dora", "fan_in_fan_out", "lora_bias", "layer_replication", "modules_to_save", "target_parameters",
     "trainable_token_indices", "megatron_config", "alora_invocation_tokens", "use_qalora", "arrow_config",
     "kasa_config", "velora_config", "monteclora_config", "use_bdlora",
 )  # fmt: skip
 """Fields of `adapter_config.json` whose use changes the sum."""
 
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+SUPPORTED_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base model's weights as they are; PiSSA, OLoRA and others do not."""
 
 
 @dataclass(frozen=True)
-class Delta:
+class LoraDelta:
     """What is added to one weight: `scale * up @ down`, `(out, rank) @ (rank, in)`."""
 
     down: Tensor
     up: Tensor
     scale: float
 
-    def added_to(self, weight: Tensor) -> Tensor:
+    def add_to(self, weight: Tensor) -> Tensor:
         """The merged weight in its own dtype; the sum is made in float32."""
         merged = torch.addmm(weight.float(), self.up.float(), self.down.float(), alpha=self.scale)
         return merged.to(weight.dtype)
@@ -47,8 +47,8 @@ class Delta:
 class Adapter:
     """An adapter under its model's own names: weights with something to add, and weights that replace theirs."""
 
-    deltas: dict[str, Delta]
-    replaced: dict[str, Tensor]
+    deltas: dict[str, LoraDelta]
+    replacements: dict[str, Tensor]
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -58,41 +58,43 @@ def read_adapter(folder: Path) -> Adapter:
         ValueError: it is no LoRA that merges as a sum, or its weights are missing or do not belong together.
     """
     settings = read_json(folder / "adapter_config.json")
-    _check(folder, settings)
+    _check_supported(folder, settings)
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
     if not files:
         raise ValueError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors or adapter_model.bin")
     factors: dict[str, dict[str, Tensor]] = {}
-    replaced: dict[str, Tensor] = {}
+    replacements: dict[str, Tensor] = {}
     for name, tensor in read_shard(files[0]):
-        if found := FACTOR.fullmatch(name):
-            factors.setdefault(found[1].removeprefix(WRAPPER), {})[found[2]] = tensor
+        if found := LORA_FACTOR_NAME.fullmatch(name):
+            factors.setdefault(found[1].removeprefix(PEFT_PREFIX), {})[found[2]] = tensor
         elif "lora_" in name:
-            raise ValueError(f"{files[0]}: {name} is adapted in a way that is not merged here. {_BY_HAND}")
+            raise ValueError(f"{files[0]}: {name} is adapted in a way that is not merged here. {MERGE_BY_HAND_HINT}")
         else:
-            replaced[name.removeprefix(WRAPPER)] = tensor
+            replacements[name.removeprefix(PEFT_PREFIX)] = tensor
     if (extra := folder / "non_lora_trainables.bin").is_file():
-        replaced |= {_unwrapped(name): tensor for name, tensor in read_shard(extra)}
-    return Adapter({f"{name}.weight": _delta(name, pair, settings) for name, pair in factors.items()}, replaced)
+        replacements |= {_strip_prefixes(name): tensor for name, tensor in read_shard(extra)}
+    return Adapter(
+        {f"{name}.weight": _make_delta(name, pair, settings) for name, pair in factors.items()}, replacements
+    )
 
 
-_BY_HAND = "Merge it with the code that trained it (merge_and_unload) and import the result."
+MERGE_BY_HAND_HINT = "Merge it with the code that trained it (merge_and_unload) and import the result."
 
 
-def _check(folder: Path, settings: dict) -> None:
+def _check_supported(folder: Path, settings: dict) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{folder}: its adapter is of peft_type={kind}; LORA is merged here. {_BY_HAND}")
-    used = [f"{key}={settings[key]}" for key in UNMERGED if settings.get(key)]
+        raise ValueError(f"{folder}: its adapter is of peft_type={kind}; LORA is merged here. {MERGE_BY_HAND_HINT}")
+    used = [f"{key}={settings[key]}" for key in UNMERGEABLE_OPTIONS if settings.get(key)]
     if settings.get("bias", "none") != "none":
         used.append(f"bias={settings['bias']}")
-    if settings.get("init_lora_weights") not in PLAIN_STARTS:
+    if settings.get("init_lora_weights") not in SUPPORTED_INITIALIZATIONS:
         used.append(f"init_lora_weights={settings['init_lora_weights']}")
     if used:
-        raise ValueError(f"{folder}: its adapter is not merged here because of {', '.join(used)}. {_BY_HAND}")
+        raise ValueError(f"{folder}: its adapter is not merged here because of {', '.join(used)}. {MERGE_BY_HAND_HINT}")
 
 
-def _delta(name: str, pair: dict[str, Tensor], settings: dict) -> Delta:
+def _make_delta(name: str, pair: dict[str, Tensor], settings: dict) -> LoraDelta:
     """Raises: ValueError: a factor is missing, or they are no matrices of one rank."""
     if set(pair) != {"A", "B"}:
         raise ValueError(f"the adapter has lora_{next(iter(pair))} of {name} alone")
@@ -102,10 +104,10 @@ def _delta(name: str, pair: dict[str, Tensor], settings: dict) -> Delta:
     rank = down.shape[0]
     patterns = settings.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), name), settings["lora_alpha"])
-    return Delta(down, up, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+    return LoraDelta(down, up, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
 
 
-def _unwrapped(name: str) -> str:
+def _strip_prefixes(name: str) -> str:
     """A name of `non_lora_trainables.bin`: `base_model.` goes, and `model.` if there are two."""
     name = name.removeprefix("base_model.")
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.")) else name

@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from vlm.hub.cleaning import hub_name, last_of
-from vlm.hub.run_facts import RunFacts
-from vlm.models.configuration_vlm import OLDEST_TRANSFORMERS
-from vlm.models.head_tasks import CLASSIFYING
+from vlm.hub.cleaning import find_hub_name, last_path_component
+from vlm.hub.run_facts import RunSummary
+from vlm.models.configuration_vlm import MIN_TRANSFORMERS_VERSION
+from vlm.models.head_tasks import CLASSIFICATION_TASKS
 
 FAMILIES_SINCE = (5, 23)
 """The transformers in which families are trained and saved; they are its own models, in its own code."""
@@ -27,7 +27,7 @@ messages = [
 
 
 def model_card(
-    cleaned: dict[str, Any], config: dict[str, Any], run: RunFacts, counts: dict[str, int], *, repo: str | None,
+    cleaned: dict[str, Any], config: dict[str, Any], run: RunSummary, counts: dict[str, int], *, repo: str | None,
     licence: str | None,
 ) -> str:  # fmt: skip
     """The text of `README.md`, with its front matter.
@@ -48,17 +48,22 @@ def model_card(
         library_name="transformers",
         pipeline_tag=_pipeline_tag(heads),
         base_model=list(dict.fromkeys(name for _, name, on_hub in sources if on_hub)) or None,
-        datasets=run.hub_data_sets() or None,
+        datasets=run.hub_datasets() or None,
         license=licence,
         tags=["small-vlm", "vision-language-model", *(["prediction-head"] if heads else [])],
     )
     name = repo or "OWNER/NAME"
     sections = [
         ("", _introduction(name, heads, composed)),
-        ("Use", _use(name, cleaned, composed)),
-        ("Parts", _table(("part", "what", "parameters"), _parts(body, heads, dict_of(sources), counts))),
-        ("Training", _table(("", ""), run.recipe())),
-        ("Data", _table(("role", "source", "samples", "pictures"), [tuple(map(_count, row)) for row in run.sources()])),
+        ("Use", _usage_section(name, cleaned, composed)),
+        ("Parts", _format_table(("part", "what", "parameters"), _parts(body, heads, group_sources(sources), counts))),
+        ("Training", _format_table(("", ""), run.recipe())),
+        (
+            "Data",
+            _format_table(
+                ("role", "source", "samples", "pictures"), [tuple(map(_format_count, row)) for row in run.sources()]
+            ),
+        ),
         ("Results", _results(run)),
         ("Licence", _licence(licence)),
     ]
@@ -66,7 +71,7 @@ def model_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
-def dict_of(sources: Sequence[tuple[str, str, bool]]) -> dict[str, str]:
+def group_sources(sources: Sequence[tuple[str, str, bool]]) -> dict[str, str]:
     """Part -> the names that it came from."""
     found: dict[str, str] = {}
     for part, name, on_hub in sources:
@@ -75,21 +80,21 @@ def dict_of(sources: Sequence[tuple[str, str, bool]]) -> dict[str, str]:
     return found
 
 
-def _sources(config: dict[str, Any], run: RunFacts) -> list[tuple[str, str, bool]]:
+def _sources(config: dict[str, Any], run: RunSummary) -> list[tuple[str, str, bool]]:
     """Where parts came from: part, a name on the Hub or the last component of a path, which of both."""
     body = config.get("body_config", config)
     recipe = body.get("recipe") or {}
-    named = [("visual_encoder", one) for one in (recipe.get("visual_encoder"), *_beside(recipe)) if one]
+    named = [("visual_encoder", one) for one in (recipe.get("visual_encoder"), *_extra_encoders(recipe)) if one]
     named += [("language_model", recipe["language_model"])] if recipe.get("language_model") else []
     given = [(part, one["hf_name"]) for part, one in named if one.get("hf_name")]
     if not given:  # a family's model, which its run names
         model = run.config.get("model") or {}
         given = [("model", model["hf_name"])] if model.get("hf_name") else []
-    return [(part, hub_name(name, run.checkpoint) or last_of(name), hub_name(name, run.checkpoint) is not None)
+    return [(part, find_hub_name(name, run.checkpoint) or last_path_component(name), find_hub_name(name, run.checkpoint) is not None)
             for part, name in given]  # fmt: skip
 
 
-def _beside(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+def _extra_encoders(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     return (recipe.get("visual_encoder") or {}).get("beside") or []
 
 
@@ -97,13 +102,13 @@ def _pipeline_tag(heads: Sequence[dict[str, Any]]) -> str | None:
     """What the Hub calls its task; it has no name for numbers and rankings of pictures."""
     if not heads:
         return "image-text-to-text"
-    return "image-classification" if heads[0]["task"] in CLASSIFYING else None
+    return "image-classification" if heads[0]["task"] in CLASSIFICATION_TASKS else None
 
 
 def _introduction(name: str, heads: Sequence[dict[str, Any]], composed: bool) -> str:
     what = "A vision-language model" + (" that predicts from pictures and text" if heads else "")
     made = "composed of a visual encoder, a connector and a language model" if composed else "of a known family"
-    return f"# {last_of(name)}\n\n{what}, {made}, trained with small-vlm."
+    return f"# {last_path_component(name)}\n\n{what}, {made}, trained with small-vlm."
 
 
 # Parts
@@ -137,40 +142,43 @@ def _parts(
 # Results
 
 
-def _results(run: RunFacts) -> str:
+def _results(run: RunSummary) -> str:
     blocks = []
     if run.plot is not None:
         blocks.append("![Loss](loss.png)")
-    if losses := run.losses():
-        blocks.append(_table(("loss", "value"), [(title, f"{value:.4g}") for title, value in losses]))
+    if last_losses := run.last_losses():
+        blocks.append(_format_table(("loss", "value"), [(title, f"{value:.4g}") for title, value in last_losses]))
     for records, heads in run.scores.items():
         for head, found in heads.items():
             note = f" ({found['note']})" if found.get("note") else ""
             columns = [key for key in ("scores", "baseline", "blank_pictures") if found.get(key)]
-            rows = [(measure, *(_interval(found[key].get(measure)) for key in columns)) for measure in found["scores"]]
+            rows = [
+                (measure, *(_format_interval(found[key].get(measure)) for key in columns))
+                for measure in found["scores"]
+            ]
             title = f"Head `{head}`, {records}, {found['records']:,} records{note}; 95 % intervals in brackets:"
             titles = ("measure", *(key.replace("_", " ") for key in columns))
-            blocks.append(f"{title}\n\n{_table(titles, rows)}")
+            blocks.append(f"{title}\n\n{_format_table(titles, rows)}")
     for name, results in run.evaluations.items():
-        if rows := [*_measures(results.get("metrics", {})), *_benchmarks(results.get("results", []))]:
+        if rows := [*_metric_rows(results.get("metrics", {})), *_benchmark_rows(results.get("results", []))]:
             number = f", {results['records']:,} records" if "records" in results else ""
-            blocks.append(f"Evaluation `{name}`{number}:\n\n{_table(('measure', 'value'), rows)}")
+            blocks.append(f"Evaluation `{name}`{number}:\n\n{_format_table(('measure', 'value'), rows)}")
     return "\n\n".join(block for block in blocks if block)
 
 
-def _interval(found: Any) -> str:
+def _format_interval(found: Any) -> str:
     if not isinstance(found, dict) or found.get("value") is None:
         return "–"
     ends = f" [{found['low']:.3f}, {found['high']:.3f}]" if found.get("low") is not None else ""
     return f"{found['value']:.3f}{ends}"
 
 
-def _measures(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _metric_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What `vlm eval --data` measured."""
-    yield from ((name, _interval(one)) for name, one in found.items())
+    yield from ((name, _format_interval(one)) for name, one in found.items())
 
 
-def _benchmarks(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def _benchmark_rows(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """What `vlm eval --tasks` measured, with standard errors where lmms-eval gives some."""
     for one in found:
         error = "" if one.get("error") is None else f" ± {one['error']:.3g}"
@@ -181,9 +189,9 @@ def _benchmarks(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 # Use
 
 
-def _use(name: str, config: dict[str, Any], composed: bool) -> str:
+def _usage_section(name: str, config: dict[str, Any], composed: bool) -> str:
     heads = config.get("heads", [])
-    oldest = ".".join(map(str, OLDEST_TRANSFORMERS if composed else FAMILIES_SINCE))
+    oldest = ".".join(map(str, MIN_TRANSFORMERS_VERSION if composed else FAMILIES_SINCE))
     trust = ", trust_remote_code=True" if composed or heads else ""
     why = " The repository brings its own code, hence `trust_remote_code=True`." if trust else ""
     auto = "AutoModelForSequenceClassification" if heads else "AutoModelForImageTextToText"
@@ -195,7 +203,7 @@ def _use(name: str, config: dict[str, Any], composed: bool) -> str:
     )
     blocks = [f"Needs transformers {oldest} or newer, and one that knows its parts.{why}"]
     if heads:
-        return "\n\n".join([*blocks, _python(opening + _asked_heads(config, composed))])
+        return "\n\n".join([*blocks, _python(opening + _heads_example(config, composed))])
     answer = (
         "inputs = processor.apply_chat_template(\n"
         '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"\n'
@@ -211,7 +219,7 @@ def _use(name: str, config: dict[str, Any], composed: bool) -> str:
     return "\n\n".join([*blocks, _python(opening + answer), "Or:", _python(pipe)])
 
 
-def _asked_heads(config: dict[str, Any], composed: bool) -> str:
+def _heads_example(config: dict[str, Any], composed: bool) -> str:
     """Lines that ask a model with heads; where heads read at tokens of their own, those stand behind the prompt."""
     if not config.get("suffix"):
         return (
@@ -238,7 +246,7 @@ def _licence(licence: str | None) -> str:
     return "None was named by who published it; those of the parts and of the data apply."
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, or nothing where it has no rows."""
     if not rows:
         return ""
@@ -246,5 +254,5 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _count(cell: str | int | None) -> str:
+def _format_count(cell: str | int | None) -> str:
     return "streamed" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell

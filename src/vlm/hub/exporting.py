@@ -12,23 +12,23 @@ from tqdm import tqdm
 
 from vlm.assembly.compose import load_config
 from vlm.config.derived import BASE_FILE
-from vlm.hub.folders import local_folder, new_folder, read_json, write_json
-from vlm.hub.layouts import there
-from vlm.hub.processors import WORD, transformers_processor
+from vlm.hub.folders import create_folder, read_json, resolve_folder, write_json
+from vlm.hub.layouts import rename_to_foreign
+from vlm.hub.processors import PROBE_WORD, make_transformers_processor
 from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard, weight_files
-from vlm.hub.targets import TARGETS
+from vlm.hub.targets import EXPORT_FORMATS
 from vlm.models import VLMProcessor
 
 
 def export_checkpoint(
-    name: str, out: Path, form: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
+    name: str, out: Path, format_name: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
 ) -> list[str]:
     """Write a checkpoint of this framework in another form.
 
     Args:
         name: a run's folder `final`, or a name on the Hub.
         out: a new folder.
-        form: a name of the table `TARGETS`.
+        format_name: a name of the table `TARGETS`.
         vision_tower: what `llava-original` calls the encoder, in place of the recorded name.
         largest_shard: bytes of a written file.
 
@@ -38,8 +38,8 @@ def export_checkpoint(
     Raises:
         ValueError: the form has no place for some of it; everything that hinders is listed.
     """
-    target = TARGETS[form]
-    checkpoint = local_folder(name)
+    target = EXPORT_FORMATS[format_name]
+    checkpoint = resolve_folder(name)
     if (checkpoint / BASE_FILE).is_file():
         raise ValueError(f"{name} is an adapter on a base; merge it first: vlm merge-lora {name} MERGED")
     kind = read_json(checkpoint / "config.json").get("model_type")
@@ -49,17 +49,19 @@ def export_checkpoint(
         raise ValueError(f"{name} is a {kind} checkpoint, which others load as it is; exported are composed models")
     config = load_config(str(checkpoint))
     if vision_tower is not None:
-        if form != "llava-original":
+        if format_name != "llava-original":
             raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
         config.recipe["visual_encoder"]["hf_name"] = vision_tower
     processor = VLMProcessor.from_pretrained(checkpoint)
-    if found := target.hindrances(config, processor):
+    if found := target.incompatibilities(config, processor):
         listing = "".join(f"\n  - {one}" for one in found)
-        raise ValueError(f"{name} does not fit --format {form}:{listing}")
-    with new_folder(out) as folder:
-        _write_weights(name, checkpoint, folder, target.table(config), largest_shard)
-        theirs = transformers_processor(config, processor, sees=form == "llava")  # adds tokens that are named below
-        write_json(folder / "config.json", target.configuration(config, processor))
+        raise ValueError(f"{name} does not fit --format {format_name}:{listing}")
+    with create_folder(out) as folder:
+        _write_weights(name, checkpoint, folder, target.weight_prefixes(config), largest_shard)
+        theirs = make_transformers_processor(
+            config, processor, prepares_images=format_name == "llava"
+        )  # adds tokens that are named below
+        write_json(folder / "config.json", target.make_config(config, processor))
         settings = read_json(checkpoint / "generation_config.json")
         write_json(folder / "generation_config.json", settings | generation_ids(settings, processor))
         theirs.save_pretrained(folder)
@@ -67,20 +69,20 @@ def export_checkpoint(
         return _differences(theirs, processor)
 
 
-def _write_weights(name: str, checkpoint: Path, folder: Path, table: Any, largest_shard: int) -> None:
+def _write_weights(name: str, checkpoint: Path, folder: Path, weight_prefixes: Any, largest_shard: int) -> None:
     writer = ShardWriter(folder, largest_shard)
     files = weight_files(checkpoint)
     if not files:
         raise ValueError(f"{name} holds no weights; a run's complete model is its folder `final`")
-    for ours, tensor in tqdm(_tensors(files), desc="weights", unit=""):
-        theirs = there(ours, table)
+    for ours, tensor in tqdm(_read_tensors(files), desc="weights", unit=""):
+        theirs = rename_to_foreign(ours, weight_prefixes)
         if theirs is None:
             raise ValueError(f"{name}: the form has no name for the weight {ours}")
         writer.add(theirs, tensor)
     writer.finish()
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         yield from read_shard(file)
 
@@ -119,7 +121,7 @@ def generation_ids(settings: dict[str, Any], processor: VLMProcessor) -> dict[st
 def _differences(theirs: Any, ours: VLMProcessor) -> list[str]:
     """Where the exported processor gives other ids than ours, found by asking both."""
     found = []
-    first = {"role": "user", "content": f"{ours.image_token}\n{WORD}?"}
+    first = {"role": "user", "content": f"{ours.image_token}\n{PROBE_WORD}?"}
     second = {"role": "user", "content": f"Is {ours.image_token} like {ours.image_token}?"}
     for talk in ([first], [first, {"role": "assistant", "content": "A cat."}, second]):
         text = theirs.apply_chat_template(talk, add_generation_prompt=True)

@@ -14,12 +14,12 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+NON_WEIGHT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 """Configuration, tokenizer and processor files."""
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def create_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to fill, which becomes `out` at the end; after an error nothing is left of it.
 
     Raises:
@@ -39,7 +39,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def local_folder(name: str) -> Path:
+def resolve_folder(name: str) -> Path:
     """A local folder as it is; a name on the Hub as the folder of its download, safetensors before pickles.
 
     Raises:
@@ -52,7 +52,7 @@ def local_folder(name: str) -> Path:
         raise ValueError(f"{name}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
     try:
         for weights in ("*.safetensors", "*.bin"):
-            folder = Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, weights]))
+            folder = Path(snapshot_download(name, allow_patterns=[*NON_WEIGHT_FILES, weights]))
             if any(folder.glob(weights)):
                 break
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:

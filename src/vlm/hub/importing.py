@@ -15,18 +15,18 @@ from tqdm import tqdm
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from vlm.assembly.compose import answer_settings, compose
-from vlm.hub.adapters import Delta
-from vlm.hub.folders import new_folder, read_json, write_json
-from vlm.hub.layouts import NO_WEIGHTS, here
+from vlm.assembly.compose import compose, make_generation_config
+from vlm.hub.adapters import LoraDelta
+from vlm.hub.folders import create_folder, read_json, write_json
+from vlm.hub.layouts import COMPUTED_BUFFER_SUFFIXES, rename_to_ours
 from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard
-from vlm.hub.sources import Source, read_source
-from vlm.hub.templates import brought, default_template
+from vlm.hub.sources import ForeignCheckpoint, read_source
+from vlm.hub.templates import default_template, find_working_template
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
-ENCODER = "visual_encoder."
+ENCODER_PREFIX = "visual_encoder."
 
 
 def import_checkpoint(
@@ -56,9 +56,9 @@ def import_checkpoint(
         ValueError: it cannot be imported; says why and what to do.
     """
     source = read_source(name, base_model, vision_tower)
-    with new_folder(out) as folder:
+    with create_folder(out) as folder:
         parts = folder / "parts"
-        config, processor = _compose(source, parts, template, image_mode)
+        config, processor = _compose_model(source, parts, template, image_mode)
         shutil.rmtree(parts)
         if len(processor.tokenizer) > config.text_config.vocab_size:
             config.text_config.vocab_size = -(-len(processor.tokenizer) // 64) * 64
@@ -71,12 +71,12 @@ def import_checkpoint(
         custom_object_save(model, folder, config)  # pyright: ignore[reportArgumentType] - or a configuration, it says
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        _generation(source).save_pretrained(folder)
+        _make_generation_config(source).save_pretrained(folder)
     return config, processor
 
 
-def _compose(
-    source: Source, parts: Path, template: str | None, image_mode: str | None
+def _compose_model(
+    source: ForeignCheckpoint, parts: Path, template: str | None, image_mode: str | None
 ) -> tuple[VLMConfig, VLMProcessor]:
     """Settle the composition as a run does, on folders that hold the parts' configurations and no weights."""
     tokenizer = parts / "language_model"
@@ -100,7 +100,7 @@ def _compose(
     return config, processor
 
 
-def _stage_tokenizer(source: Source, folder: Path) -> tuple[str | None, list[str]]:
+def _stage_tokenizer(source: ForeignCheckpoint, folder: Path) -> tuple[str | None, list[str]]:
     """Copy the tokenizer's files, with the one chat template that works here; returns it, and all that there are."""
     folder.mkdir(parents=True)
     for pattern in TOKENIZER_FILES:
@@ -114,7 +114,7 @@ def _stage_tokenizer(source: Source, folder: Path) -> tuple[str | None, list[str
         settings.get("chat_template"),
     ]
     texts = [text for text in found if isinstance(text, str) and text]
-    own = brought(texts, source.recipe.image_token)
+    own = find_working_template(texts, source.recipe.image_token)
     if settings:
         settings.pop("chat_template", None)
         write_json(folder / "tokenizer_config.json", settings)
@@ -123,18 +123,20 @@ def _stage_tokenizer(source: Source, folder: Path) -> tuple[str | None, list[str
     return own, texts
 
 
-def _common_dtype(source: Source) -> torch.dtype:
+def _common_dtype(source: ForeignCheckpoint) -> torch.dtype:
     """The dtype of the language model's first weight in floating point."""
     for store in source.stores:
         for file in store.files:
             for name, tensor in read_shard(file):
-                if (here(name, store.table) or name).startswith("language_model.") and tensor.is_floating_point():
+                if (rename_to_ours(name, store.table) or name).startswith(
+                    "language_model."
+                ) and tensor.is_floating_point():
                     return tensor.dtype
     raise ValueError("the source has no weights of a language model")
 
 
 def _write_weights(
-    source: Source, model: VLMForConditionalGeneration, folder: Path, dtype: torch.dtype, largest_shard: int
+    source: ForeignCheckpoint, model: VLMForConditionalGeneration, folder: Path, dtype: torch.dtype, largest_shard: int
 ) -> None:
     """Every weight of `model` out of the source, under our names.
 
@@ -146,81 +148,83 @@ def _write_weights(
         del expected["language_model.lm_head.weight"]
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     with_vocabulary = {f"{name}.weight" for name, module in model.named_modules() if module in tables}
-    writer, deltas, missing = ShardWriter(folder, largest_shard), _deltas(source), set(expected)
+    writer, deltas, missing = ShardWriter(folder, largest_shard), _read_deltas(source), set(expected)
     with tqdm(total=len(expected), desc="weights", unit="") as bar:
 
         def write(name: str, tensor: Tensor) -> None:
             if name in deltas:
-                tensor = deltas.pop(name).added_to(tensor)
+                tensor = deltas.pop(name).add_to(tensor)
             if name in with_vocabulary:
-                tensor = with_rows(tensor, expected[name][0])
+                tensor = extend_rows(tensor, expected[name][0])
             if tensor.shape != expected[name]:
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, but {tuple(expected[name])} is needed")
             writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
             missing.remove(name)
             bar.update()
 
-        for name, tensor in _tensors(source, set(expected)):
+        for name, tensor in _read_tensors(source, set(expected)):
             write(name, tensor)
-        if any(name.startswith(ENCODER) for name in missing):
+        if any(name.startswith(ENCODER_PREFIX) for name in missing):
             for name, tensor in _encoder_tensors(source, model.config.vision_config):
                 if name in missing:
                     write(name, tensor)
-    _complain("the source lacks", missing)
-    _complain("the adapter adapts what the model does not have:", {one for one in deltas if not _expendable(one)})
+    _raise_for_weights("the source lacks", missing)
+    _raise_for_weights(
+        "the adapter adapts what the model does not have:", {one for one in deltas if not _is_optional_weight(one)}
+    )
     writer.finish()
 
 
-def _deltas(source: Source) -> dict[str, Delta]:
+def _read_deltas(source: ForeignCheckpoint) -> dict[str, LoraDelta]:
     """What the adapter adds, under our names."""
     table = source.stores[-1].table
-    return {here(name, table) or name: delta for name, delta in source.adapter.deltas.items()}
+    return {rename_to_ours(name, table) or name: delta for name, delta in source.adapter.deltas.items()}
 
 
-def _tensors(source: Source, expected: set[str]) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(source: ForeignCheckpoint, expected: set[str]) -> Iterator[tuple[str, Tensor]]:
     """The source's weights under our names, each once; an adapter's own come first.
 
     Raises:
         ValueError: one has no place in the model.
     """
     seen: set[str] = set()
-    for name, tensor in source.adapter.replaced.items():
-        ours = here(name, source.stores[-1].table) or name
-        _complain("the adapter's own weights have no place:", {ours} - expected)
+    for name, tensor in source.adapter.replacements.items():
+        ours = rename_to_ours(name, source.stores[-1].table) or name
+        _raise_for_weights("the adapter's own weights have no place:", {ours} - expected)
         seen.add(ours)
         yield ours, tensor
     for store in source.stores:
         unknown = set()
         for file in store.files:
             for name, tensor in read_shard(file):
-                ours = here(name, store.table) or name
+                ours = rename_to_ours(name, store.table) or name
                 if ours in expected and ours not in seen:
                     seen.add(ours)
                     yield ours, tensor
-                elif ours not in expected and not _expendable(ours):
+                elif ours not in expected and not _is_optional_weight(ours):
                     unknown.add(ours)
-        _complain("these weights have no place:", unknown)
+        _raise_for_weights("these weights have no place:", unknown)
 
 
-def _expendable(name: str) -> bool:
+def _is_optional_weight(name: str) -> bool:
     """Whether a weight may be left out: an encoder's (unread layers, pooling), a tied one, a computed one."""
-    return name.startswith((ENCODER, "language_model.lm_head.")) or name.endswith(NO_WEIGHTS)
+    return name.startswith((ENCODER_PREFIX, "language_model.lm_head.")) or name.endswith(COMPUTED_BUFFER_SUFFIXES)
 
 
-def _encoder_tensors(source: Source, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def _encoder_tensors(source: ForeignCheckpoint, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """The weights of the encoder that the source names, as transformers loads them."""
     if source.encoder is None:
         return
     encoder = AutoModel.from_pretrained(source.encoder, config=config)
-    yield from ((ENCODER + name, tensor) for name, tensor in encoder.state_dict().items())
+    yield from ((ENCODER_PREFIX + name, tensor) for name, tensor in encoder.state_dict().items())
 
 
-def _complain(what: str, names: set[str]) -> None:
+def _raise_for_weights(what: str, names: set[str]) -> None:
     if names:
         raise ValueError(f"{what} {len(names)} weights, such as {', '.join(sorted(names)[:5])}")
 
 
-def with_rows(table: Tensor, rows: int) -> Tensor:
+def extend_rows(table: Tensor, rows: int) -> Tensor:
     """Embeddings or a vocabulary head with more rows, `(vocabulary, width) -> (rows, width)`.
 
     A new row is the mean of the old ones, so a new token's logit is the mean of the others' and never the largest.
@@ -232,9 +236,9 @@ def with_rows(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean.expand(missing, *table.shape[1:])])
 
 
-def _generation(source: Source) -> GenerationConfig:
+def _make_generation_config(source: ForeignCheckpoint) -> GenerationConfig:
     """The ids that the source begins and ends answers with."""
     folder = source.generation
     if folder is not None and (folder / "generation_config.json").is_file():
-        return answer_settings(GenerationConfig.from_pretrained(folder))
-    return answer_settings(GenerationConfig.from_model_config(source.text_config))
+        return make_generation_config(GenerationConfig.from_pretrained(folder))
+    return make_generation_config(GenerationConfig.from_model_config(source.text_config))

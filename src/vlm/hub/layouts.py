@@ -4,10 +4,10 @@ Imports nothing. Ours are the model's own: `visual_encoder.…`, `connector.…`
 `language_model.…`. A table is read from the top, the first prefix that fits decides.
 """
 
-Table = tuple[tuple[str, str], ...]
+PrefixPairs = tuple[tuple[str, str], ...]
 """Prefix there, prefix here."""
 
-ORIGINAL: Table = (
+ORIGINAL_LLAVA_PREFIXES: PrefixPairs = (
     ("model.vision_tower.vision_tower.vision_model.", "visual_encoder."),
     ("model.vision_tower.vision_tower.", "visual_encoder."),
     ("model.mm_projector.", "connector."),
@@ -17,7 +17,7 @@ ORIGINAL: Table = (
 )
 """The original LLaVA's, and of any language model in it."""
 
-LLAVA: Table = (
+TRANSFORMERS_LLAVA_PREFIXES: PrefixPairs = (
     ("vision_tower.vision_model.", "visual_encoder."),
     ("vision_tower.", "visual_encoder."),
     ("model.vision_tower.vision_model.", "visual_encoder."),
@@ -35,23 +35,26 @@ LLAVA: Table = (
 )
 """transformers' LLaVA's, also with tiles: on disk up to 4.51 and as we write it, and in memory since."""
 
-PROJECTORS = {"linear": "connector.linear.", "mlp": "connector.layers.", "identity": "connector."}
+CONNECTOR_PREFIXES = {"linear": "connector.linear.", "mlp": "connector.layers.", "identity": "connector."}
 """Connector type -> what stands for `model.mm_projector.`."""
 
-NO_WEIGHTS = (".inv_freq", ".position_ids")
+COMPUTED_BUFFER_SUFFIXES = (".inv_freq", ".position_ids")
 """Ends of names of buffers that older versions saved and that are computed now."""
 
 
-def original(connector: str) -> Table:
+def make_original_prefixes(connector: str) -> PrefixPairs:
     """The original LLaVA's names for a connector of a type."""
-    return tuple((there, PROJECTORS[connector] if here == "connector." else here) for there, here in ORIGINAL)
+    return tuple(
+        (rename_to_foreign, CONNECTOR_PREFIXES[connector] if rename_to_ours == "connector." else rename_to_ours)
+        for rename_to_foreign, rename_to_ours in ORIGINAL_LLAVA_PREFIXES
+    )
 
 
-def here(name: str, table: Table) -> str | None:
+def rename_to_ours(name: str, table: PrefixPairs) -> str | None:
     """Our name for a foreign one; None: none."""
     return next((to + name.removeprefix(prefix) for prefix, to in table if name.startswith(prefix)), None)
 
 
-def there(name: str, table: Table) -> str | None:
+def rename_to_foreign(name: str, table: PrefixPairs) -> str | None:
     """The foreign name for one of ours; None: there is none."""
     return next((prefix + name.removeprefix(to) for prefix, to in table if name.startswith(to)), None)

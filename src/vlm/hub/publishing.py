@@ -16,34 +16,34 @@ from typing import Any
 from vlm.config.derived import BASE_FILE
 from vlm.families.table import FAMILIES
 from vlm.hub.card import model_card
-from vlm.hub.cleaning import leaks, without_paths
+from vlm.hub.cleaning import find_local_paths, without_paths
 from vlm.hub.folders import read_json, write_json
-from vlm.hub.run_facts import RunFacts
+from vlm.hub.run_facts import RunSummary
 
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
-INDEX = "model.safetensors.index.json"
-SETTINGS = (
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
+WEIGHT_INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILES = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
     "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
 """Small JSON files, which are cleaned of paths."""
 
-VOCABULARY = (
+VOCABULARY_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-MODEL_FILES = (*WEIGHTS, INDEX, *SETTINGS, *VOCABULARY)
-STATISTICS = (".running_mean", ".running_var")
+MODEL_FILES = (*WEIGHT_FILES, WEIGHT_INDEX_FILE, *CONFIG_FILES, *VOCABULARY_FILES)
+STATISTICS_SUFFIXES = (".running_mean", ".running_var")
 """Endings of what a file holds besides parameters."""
 
-CARD, PLOT = "README.md", "loss.png"
+CARD_FILE, PLOT_FILE = "README.md", "loss.png"
 
-COMPOSED, PREDICTION = "vlm", "vlm_prediction"
+COMPOSED_MODEL_TYPE, PREDICTION_MODEL_TYPE = "vlm", "vlm_prediction"
 """The `model_type` of our own models."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedFolder:
     """A folder that is ready.
 
     Attributes:
@@ -54,7 +54,7 @@ class Prepared:
 
     folder: Path
     files: dict[str, int]
-    left_out: list[str]
+    skipped_files: list[str]
 
     @property
     def size(self) -> int:
@@ -62,10 +62,10 @@ class Prepared:
         return sum(self.files.values())
 
 
-def prepare(
-    checkpoint: Path, out: Path, run: RunFacts, *, repo: str | None = None, licence: str | None = None,
-    may_link: bool = False,
-) -> Prepared:  # fmt: skip
+def prepare_upload(
+    checkpoint: Path, out: Path, run: RunSummary, *, repo: str | None = None, licence: str | None = None,
+    allow_links: bool = False,
+) -> PreparedFolder:  # fmt: skip
     """Fill a new folder with what is to be uploaded.
 
     Args:
@@ -74,38 +74,42 @@ def prepare(
         run: what is known of its run, or of that of the adapter that was merged.
         repo: the name on the Hub, for the example in the card.
         licence: its identifier on the Hub.
-        may_link: whether weights may be symbolic links, in a folder that does not last.
+        allow_links: whether weights may be symbolic links, in a folder that does not last.
 
     Raises:
         ValueError: the checkpoint is not complete, this version cannot read it, or a text names a path of this machine.
     """
-    config = need_complete(checkpoint)
-    _need_readable(checkpoint)
+    config = require_complete_checkpoint(checkpoint)
+    _require_readable(checkpoint)
     for name in sorted(file.name for file in checkpoint.iterdir() if is_model_file(file.name)):
-        if name in SETTINGS:
+        if name in CONFIG_FILES:
             write_json(out / name, without_paths(read_json(checkpoint / name), run.checkpoint))
         elif name.endswith(".safetensors"):
-            _place(checkpoint / name, out / name, may_link=may_link)
+            _link_or_copy(checkpoint / name, out / name, allow_links=allow_links)
         else:
             shutil.copyfile(checkpoint / name, out / name)
-    for source in hub_code(checkpoint, config):
+    for source in list_code_files(checkpoint, config):
         shutil.copyfile(source, out / source.name)
     _write_auto_maps(out)
     if run.plot is not None:
-        shutil.copyfile(run.plot, out / PLOT)
+        shutil.copyfile(run.plot, out / PLOT_FILE)
     card = model_card(read_json(out / "config.json"), config, run, parameters(out, config), repo=repo, licence=licence)
-    (out / CARD).write_text(card, encoding="utf-8")
-    if found := list(leaks(out, checkpoint, run.checkpoint)):
+    (out / CARD_FILE).write_text(card, encoding="utf-8")
+    if found := list(find_local_paths(out, checkpoint, run.checkpoint)):
         raise ValueError(f"{'; '.join(found)}: that is a place of this machine, which is not for others to read")
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
-    left_out = sorted(file.name for file in checkpoint.iterdir() if file.name not in files or file.name == CARD)
-    return Prepared(out, files, left_out)
+    skipped_files = sorted(
+        file.name for file in checkpoint.iterdir() if file.name not in files or file.name == CARD_FILE
+    )
+    return PreparedFolder(out, files, skipped_files)
 
 
-def obsolete(there: Iterable[str], prepared: Prepared) -> list[str]:
+def obsolete(there: Iterable[str], prepared: PreparedFolder) -> list[str]:
     """Files of a repository that a checkpoint would be mistaken with: those of an earlier model, and its code."""
     code = {file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py")}
-    ours = (name for name in there if is_model_file(name) or name in code or fnmatch(name, "user_*.py") or name == PLOT)
+    ours = (
+        name for name in there if is_model_file(name) or name in code or fnmatch(name, "user_*.py") or name == PLOT_FILE
+    )
     return sorted(set(ours) - set(prepared.files))
 
 
@@ -122,7 +126,7 @@ def is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / BASE_FILE).is_file()
 
 
-def need_checkpoint(folder: Path) -> None:
+def require_checkpoint(folder: Path) -> None:
     """Refuse what is no checkpoint's folder, an adapter's included in those that are.
 
     Raises:
@@ -141,18 +145,18 @@ def need_checkpoint(folder: Path) -> None:
         raise ValueError(f"{folder} is no checkpoint: {hint}")
 
 
-def need_complete(checkpoint: Path) -> dict[str, Any]:
+def require_complete_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """The configuration of a checkpoint that holds all of its model.
 
     Raises:
         ValueError: files are missing or torn, or it is of a kind that is not known here.
     """
-    need_checkpoint(checkpoint)
+    require_checkpoint(checkpoint)
     config = read_json(checkpoint / "config.json")
-    kind = body_of(config).get("model_type")
-    if kind != COMPOSED and kind not in FAMILIES:
+    kind = get_body_config(config).get("model_type")
+    if kind != COMPOSED_MODEL_TYPE and kind not in FAMILIES:
         raise ValueError(f"{checkpoint}: model_type={kind} is no model of this framework, nor of a family it knows")
-    shards = read_json(checkpoint / INDEX).get("weight_map")
+    shards = read_json(checkpoint / WEIGHT_INDEX_FILE).get("weight_map")
     for name in sorted(set(shards.values())) if shards else ["model.safetensors"]:
         file = checkpoint / name
         if not file.is_file():
@@ -161,7 +165,7 @@ def need_complete(checkpoint: Path) -> dict[str, Any]:
         ends = [one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"]
         if start + max(ends, default=0) != file.stat().st_size:
             raise ValueError(f"{file} is torn: it is not as long as it says")
-    needed = ["processor_config.json"] if kind == COMPOSED else []
+    needed = ["processor_config.json"] if kind == COMPOSED_MODEL_TYPE else []
     for name in [*needed, "tokenizer_config.json"]:
         if not (checkpoint / name).is_file():
             raise ValueError(
@@ -187,7 +191,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _need_readable(checkpoint: Path) -> None:
+def _require_readable(checkpoint: Path) -> None:
     """Open the configuration and the processor with the code that will be published.
 
     Raises:
@@ -204,21 +208,21 @@ def _need_readable(checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} cannot be read by this version: {str(error).splitlines()[0]}") from error
 
 
-def body_of(config: dict[str, Any]) -> dict[str, Any]:
+def get_body_config(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the vision-language model, with prediction heads or without."""
-    return config["body_config"] if config.get("model_type") == PREDICTION else config
+    return config["body_config"] if config.get("model_type") == PREDICTION_MODEL_TYPE else config
 
 
 # Code
 
 
-def own_classes(config: dict[str, Any]) -> dict[str, str]:
+def get_custom_classes(config: dict[str, Any]) -> dict[str, str]:
     """Classes of the user's own: key of `auto_map` -> `file.Class`."""
-    maps = {**(body_of(config).get("auto_map") or {}), **(config.get("auto_map") or {})}
+    maps = {**(get_body_config(config).get("auto_map") or {}), **(config.get("auto_map") or {})}
     return {key: value for key, value in maps.items() if key == "Connector" or key.startswith("Head.")}
 
 
-def hub_code(checkpoint: Path, config: dict[str, Any]) -> Iterator[Path]:
+def list_code_files(checkpoint: Path, config: dict[str, Any]) -> Iterator[Path]:
     """Files of the installed package that read a checkpoint, and those of the user's own classes; none of a family's.
 
     Raises:
@@ -228,15 +232,21 @@ def hub_code(checkpoint: Path, config: dict[str, Any]) -> Iterator[Path]:
 
     import vlm.models
 
-    composed, predicts = body_of(config)["model_type"] == COMPOSED, config["model_type"] == PREDICTION
+    composed, predicts = (
+        get_body_config(config)["model_type"] == COMPOSED_MODEL_TYPE,
+        config["model_type"] == PREDICTION_MODEL_TYPE,
+    )
     roots = ["configuration_vlm", "modeling_vlm", "processing_vlm"] if composed else []
     roots += ["configuration_prediction", "modeling_prediction"] if predicts else []
     package = Path(vlm.models.__file__).parent
     found = {package / f"{name}.py" for name in roots}
     found |= {Path(needed) for root in list(found) for needed in get_relative_import_files(root)}
     yield from sorted(found)
-    named = [body_of(config).get("connector", {}).get("type", ""), *(head["type"] for head in config.get("heads", []))]
-    own = own_classes(config)
+    named = [
+        get_body_config(config).get("connector", {}).get("type", ""),
+        *(head["type"] for head in config.get("heads", [])),
+    ]
+    own = get_custom_classes(config)
     if sum(":" in name for name in named) != len(own):
         raise ValueError(f"{checkpoint} is not complete: {', '.join(named)} is a class whose file is not there")
     for reference in sorted(set(own.values())):
@@ -252,15 +262,15 @@ def _write_auto_maps(out: Path) -> None:
     from vlm.models.configuration_vlm import AUTO_MAP as COMPOSING
 
     config = read_json(out / "config.json")
-    body, own = body_of(config), own_classes(config)
-    if body["model_type"] == COMPOSED:
+    body, own = get_body_config(config), get_custom_classes(config)
+    if body["model_type"] == COMPOSED_MODEL_TYPE:
         body["auto_map"] = {**COMPOSING, **{key: value for key, value in own.items() if key == "Connector"}}
         processor = read_json(out / "processor_config.json")
         processor["auto_map"] = {"AutoProcessor": COMPOSING["AutoProcessor"]}
         write_json(out / "processor_config.json", processor)
-    if config["model_type"] == PREDICTION:
+    if config["model_type"] == PREDICTION_MODEL_TYPE:
         known = {key: value for key, value in PREDICTING.items() if key != "AutoProcessor"}
-        processor = {"AutoProcessor": PREDICTING["AutoProcessor"]} if body["model_type"] == COMPOSED else {}
+        processor = {"AutoProcessor": PREDICTING["AutoProcessor"]} if body["model_type"] == COMPOSED_MODEL_TYPE else {}
         config["auto_map"] = {**known, **processor, **own}
     write_json(out / "config.json", config)
 
@@ -268,13 +278,13 @@ def _write_auto_maps(out: Path) -> None:
 # Weights
 
 
-def _place(source: Path, target: Path, *, may_link: bool) -> None:
+def _link_or_copy(source: Path, target: Path, *, allow_links: bool) -> None:
     """Weights in a further folder: the same file where that can be, else a copy."""
     source = source.resolve()
     try:
         os.link(source, target)
     except OSError:  # another file system
-        if may_link:
+        if allow_links:
             target.symlink_to(source)
         else:
             shutil.copyfile(source, target)
@@ -283,9 +293,9 @@ def _place(source: Path, target: Path, *, may_link: bool) -> None:
 def parameters(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     """How many parameters each part of a composed model has, `total` of all; of a family's model, `total` alone."""
     counts: dict[str, int] = {}
-    for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+    for file in sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
         for name, one in read_header(file)[0].items():
-            if name == "__metadata__" or name.endswith(STATISTICS) or not one["dtype"].startswith(("F", "BF")):
+            if name == "__metadata__" or name.endswith(STATISTICS_SUFFIXES) or not one["dtype"].startswith(("F", "BF")):
                 continue
             part = name.removeprefix("body.").partition(".")[0]
             part = {"image_newline": "connector", "heads": "head"}.get(part, part)
@@ -294,4 +304,4 @@ def parameters(folder: Path, config: dict[str, Any]) -> dict[str, int]:
                 size *= length
             counts[part] = counts.get(part, 0) + size
     total = sum(counts.values())
-    return {**(counts if body_of(config)["model_type"] == COMPOSED else {}), "total": total}
+    return {**(counts if get_body_config(config)["model_type"] == COMPOSED_MODEL_TYPE else {}), "total": total}

@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 
 from vlm.config.schema import PARTS, TRAIN_FLAGS
-from vlm.hub.cleaning import hub_name, last_of
+from vlm.hub.cleaning import find_hub_name, last_path_component
 from vlm.hub.folders import read_json
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunSummary:
     """What is known of a run; what is not there is empty.
 
     Attributes:
@@ -50,9 +50,9 @@ class RunFacts:
             return []
         found = [("stage", self.name)] if self.name else []
         if started := trainer.get("from_pretrained"):
-            found.append(("began with", hub_name(started, self.checkpoint) or "an earlier stage's checkpoint"))
-        found += [(f"learning rate of {part}", rate) for part, rate in _rates(trainer, bool(self.scores))]
-        found += list(self._amounts(trainer))
+            found.append(("began with", find_hub_name(started, self.checkpoint) or "an earlier stage's checkpoint"))
+        found += [(f"learning rate of {part}", rate) for part, rate in _learning_rates(trainer, bool(self.scores))]
+        found += list(self._training_amounts(trainer))
         for key in ("lr_scheduler_type", "warmup_steps", "optim", "loss_average", "seed"):
             if trainer.get(key) is not None:
                 found.append((key, str(trainer[key])))
@@ -60,9 +60,9 @@ class RunFacts:
         if stage := (trainer.get("deepspeed") or {}).get("zero_optimization", {}).get("stage"):
             found.append(("DeepSpeed", f"ZeRO-{stage}"))
         template = self.config.get("dataset", {}).get("template")
-        return found + ([("chat template", last_of(str(template)))] if template else [])
+        return found + ([("chat template", last_path_component(str(template)))] if template else [])
 
-    def _amounts(self, trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    def _training_amounts(self, trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
         batch = trainer.get("per_device_train_batch_size", 0) * trainer.get("gradient_accumulation_steps", 1)
         ranks = self.versions.get("world_size", 1)
         yield "samples a step", f"{batch * ranks} ({ranks} × {batch})" if ranks > 1 else str(batch)
@@ -80,22 +80,24 @@ class RunFacts:
             for one in sources:
                 if len(sources) == 1:  # of which records may have been split off
                     one = {**one, "samples": facts["samples"], "images": facts["images"]}
-                name = hub_name(one["path"], self.checkpoint) or last_of(str(one["source"]))
+                name = find_hub_name(one["path"], self.checkpoint) or last_path_component(str(one["source"]))
                 found.append((role, name, one["samples"], one["images"]))
             if not sources and "samples" in facts:
                 found.append((role, "split off", facts["samples"], facts["images"]))
-            found += [(role, hub_name(one["path"], self.checkpoint) or last_of(str(one["source"])), None, None)
+            found += [(role, find_hub_name(one["path"], self.checkpoint) or last_path_component(str(one["source"])), None, None)
                       for one in facts.get("streamed", [])]  # fmt: skip
         return found
 
-    def hub_data_sets(self) -> list[str]:
+    def hub_datasets(self) -> list[str]:
         """Names of data sets on the Hub that it read."""
         paths = [one["path"] for facts in self.data.values()
                  for one in [*facts.get("sources", []), *facts.get("streamed", [])]]  # fmt: skip
-        found = [name for path in paths if str(path).startswith("hf://") and (name := hub_name(path, self.checkpoint))]
+        found = [
+            name for path in paths if str(path).startswith("hf://") and (name := find_hub_name(path, self.checkpoint))
+        ]
         return list(dict.fromkeys(found))
 
-    def losses(self) -> list[tuple[str, float]]:
+    def last_losses(self) -> list[tuple[str, float]]:
         """The last of each loss that was logged."""
         titles = {
             "loss": "training loss, last logged",
@@ -107,22 +109,22 @@ class RunFacts:
         return [(title, last[key]) for key, title in titles.items() if isinstance(last.get(key), int | float)]
 
 
-def read_run(checkpoint: Path) -> RunFacts:
+def read_run(checkpoint: Path) -> RunSummary:
     """What lies beside a checkpoint that is a run's folder `final`; nothing is known of others."""
     run = checkpoint.resolve().parent
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
-        return RunFacts(checkpoint)
+        return RunSummary(checkpoint)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plot = run / "loss.png"
-    return RunFacts(
-        checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _name_of(run),
+    return RunSummary(
+        checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _read_run_name(run),
         [json.loads(line) for line in lines if line.strip()], read_json(run / "data.json"),
-        read_json(run / "versions.json"), read_json(run / "scores.json"), dict(_evaluations(run)),
+        read_json(run / "versions.json"), read_json(run / "scores.json"), dict(_read_evaluations(run)),
         plot if plot.is_file() else None,
     )  # fmt: skip
 
 
-def _name_of(run: Path) -> str | None:
+def _read_run_name(run: Path) -> str | None:
     """What the last command of a run named with `-cn`."""
     file = run / "command.txt"
     words = shlex.split(file.read_text(encoding="utf-8").splitlines()[-1]) if file.is_file() else []
@@ -130,12 +132,12 @@ def _name_of(run: Path) -> str | None:
     return named[-1] if named else None
 
 
-def _evaluations(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_evaluations(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in sorted((run / "eval").glob("**/results.json")):
         yield "/".join(file.relative_to(run / "eval").parts[:-1]) or "evaluation", read_json(file)
 
 
-def _rates(trainer: dict[str, Any], has_head: bool) -> Iterator[tuple[str, str]]:
+def _learning_rates(trainer: dict[str, Any], has_head: bool) -> Iterator[tuple[str, str]]:
     """Part -> its learning rate, or that it was frozen."""
     for part in PARTS:
         rate = trainer["learning_rate"].get(f"{part}_learning_rate")

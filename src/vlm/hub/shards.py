@@ -46,7 +46,7 @@ def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
         ValueError: it is torn, or a pickle that asks for more than tensors.
     """
     if file.suffix == ".safetensors":
-        with _opened(file) as weights:
+        with _open_safetensors(file) as weights:
             for name in weights.keys():  # noqa: SIM118 - it is no mapping
                 yield name, weights.get_tensor(name)
         return
@@ -54,7 +54,7 @@ def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
+def _open_safetensors(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, "pt") as weights:
             yield weights
@@ -83,16 +83,16 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 class ShardWriter:
-    """Writes tensors into safetensors files of at most `largest` bytes (or one tensor), and their index.
+    """Writes tensors into safetensors files of at most `max_bytes` bytes (or one tensor), and their index.
 
     Args:
         folder: where.
-        largest: bytes of a file.
+        max_bytes: bytes of a file.
     """
 
-    def __init__(self, folder: Path, largest: int = LARGEST_SHARD):
+    def __init__(self, folder: Path, max_bytes: int = LARGEST_SHARD):
         self.folder = folder
-        self.largest = largest
+        self.max_bytes = max_bytes
         self.names: list[list[str]] = []
         self.total = 0
         self._pending: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """One more tensor, copied: what it was read from may be closed."""
-        if self._pending and self._pending_bytes + tensor.nbytes > self.largest:
+        if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
             self._flush()
         self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._pending_bytes += tensor.nbytes

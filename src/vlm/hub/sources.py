@@ -28,8 +28,8 @@ from transformers.image_utils import PILImageResampling
 from vlm.assembly.encoders import image_size
 from vlm.config.schema import AnyResConfig, ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.hub.adapters import Adapter, read_adapter
-from vlm.hub.folders import local_folder, read_json
-from vlm.hub.layouts import LLAVA, Table, original
+from vlm.hub.folders import read_json, resolve_folder
+from vlm.hub.layouts import TRANSFORMERS_LLAVA_PREFIXES, PrefixPairs, make_original_prefixes
 from vlm.hub.shards import weight_files
 from vlm.hub.tiles import is_tiled, read_native, read_original
 
@@ -49,9 +49,9 @@ NATIVE_TYPES = ("llava", "llava_next", "llava_onevision")
 """`model_type` of transformers' classes that are imported."""
 
 NATIVE_FAMILIES = ("llava_next_video", "vipllava", "video_llava")
-TOWERS = ("clip_vision_model", "siglip_vision_model")
+VISION_TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
-OWN_FIELDS = re.compile(
+ORIGINAL_LLAVA_FIELDS = re.compile(
     r"mm_|tune_mm|freeze_mm|unfreeze_mm|use_mm|image_|vision_|text_config|projector_|multimodal_|tokenizer_|"
     r"(model_type|architectures|auto_map|transformers_version|_name_or_path|torch_dtype|dtype|s2|s2_scales|"
     r"use_pos_skipping|pos_skipping_range|add_faster_video|add_time_instruction|faster_token_stride|force_sample)$"
@@ -60,15 +60,15 @@ OWN_FIELDS = re.compile(
 
 
 @dataclass
-class Store:
+class WeightStore:
     """Files of weights, and what their names are called here."""
 
     files: list[Path]
-    table: Table
+    table: PrefixPairs
 
 
 @dataclass
-class Source:
+class ForeignCheckpoint:
     """A foreign checkpoint.
 
     Attributes:
@@ -87,7 +87,7 @@ class Source:
     recipe: ModelConfig
     text_config: PreTrainedConfig
     tokenizer: Path
-    stores: list[Store]
+    stores: list[WeightStore]
     encoder: str | None = None
     vision_config: PreTrainedConfig | None = None
     image_processor: Any = None
@@ -96,7 +96,7 @@ class Source:
     generation: Path | None = None
 
 
-def read_source(name: str, base_model: str | None, vision_tower: str | None) -> Source:
+def read_source(name: str, base_model: str | None, vision_tower: str | None) -> ForeignCheckpoint:
     """Find out what a checkpoint is, and describe it.
 
     Args:
@@ -107,7 +107,7 @@ def read_source(name: str, base_model: str | None, vision_tower: str | None) -> 
     Raises:
         ValueError: it is nothing that can be imported, or something is missing; says what to do.
     """
-    folder = local_folder(name)
+    folder = resolve_folder(name)
     values = read_json(folder / "config.json")
     kind = values.get("model_type")
     if kind == "vlm":
@@ -122,9 +122,9 @@ def read_source(name: str, base_model: str | None, vision_tower: str | None) -> 
     if kind in NATIVE_TYPES and "mm_vision_tower" not in values:
         _refuse_flag(name, "--base-model", base_model)
         _refuse_flag(name, "--vision-tower", vision_tower)
-        return _transformers_llava(name, folder)
+        return _read_transformers_llava(name, folder)
     if kind in ORIGINAL_TYPES and "mm_vision_tower" in values:
-        return _original_llava(name, folder, values, base_model, vision_tower)
+        return _read_original_llava(name, folder, values, base_model, vision_tower)
     raise ValueError(
         f"{name} has model_type={kind}; imported are the original LLaVA's ({', '.join(ORIGINAL_TYPES)}, with an "
         f"mm_vision_tower) and transformers' {', '.join(NATIVE_TYPES)}"
@@ -136,7 +136,7 @@ def _refuse_flag(name: str, flag: str, value: str | None) -> None:
         raise ValueError(f"{name} is complete, so {flag}={value} has no place; leave it out")
 
 
-def _transformers_llava(name: str, folder: Path) -> Source:
+def _read_transformers_llava(name: str, folder: Path) -> ForeignCheckpoint:
     """Transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision."""
     config = AutoConfig.from_pretrained(folder)
     assert isinstance(config, LlavaConfig | LlavaNextConfig | LlavaOnevisionConfig)
@@ -144,8 +144,8 @@ def _transformers_llava(name: str, folder: Path) -> Source:
     assert isinstance(vision, PreTrainedConfig)
     assert isinstance(text, PreTrainedConfig)
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    if vision.model_type not in TOWERS:
-        raise ValueError(f"{name}: its encoder is a {vision.model_type}; imported are {', '.join(TOWERS)}")
+    if vision.model_type not in VISION_TOWER_TYPES:
+        raise ValueError(f"{name}: its encoder is a {vision.model_type}; imported are {', '.join(VISION_TOWER_TYPES)}")
     if not isinstance(layer, int):
         raise ValueError(f"{name}: vision_feature_layer={layer}; a composed model reads one layer")
     if vision.model_type == "siglip_vision_model" and strategy == "default":
@@ -154,7 +154,7 @@ def _transformers_llava(name: str, folder: Path) -> Source:
             "first patch, which a composed model does not. Imported is full"
         )
     text.tie_word_embeddings = config.tie_word_embeddings  # which LLaVA-NeXT alone has apart from its text_config's
-    processor, image_mode, anyres = _native_pictures(name, folder, config)
+    processor, image_mode, anyres = _read_native_image_settings(name, folder, config)
     options = {"activation": config.projector_hidden_act, "bias": config.multimodal_projector_bias}
     settings = read_json(folder / "processor_config.json")
     tokens = "patch" if strategy == "default" else "full"
@@ -165,13 +165,13 @@ def _transformers_llava(name: str, folder: Path) -> Source:
         image_token=settings.get("image_token", ModelConfig.image_token),
         anyres=anyres,
     )
-    return Source(
-        recipe, text, folder, [_store(name, folder, LLAVA)], vision_config=vision, image_processor=processor,
+    return ForeignCheckpoint(
+        recipe, text, folder, [_make_store(name, folder, TRANSFORMERS_LLAVA_PREFIXES)], vision_config=vision, image_processor=processor,
         image_mode=image_mode, generation=folder,
     )  # fmt: skip
 
 
-def _native_pictures(name: str, folder: Path, config: Any) -> tuple[Any, str, AnyResConfig]:
+def _read_native_image_settings(name: str, folder: Path, config: Any) -> tuple[Any, str, AnyResConfig]:
     """The encoder's image processor, our image mode and our tiles for what transformers' image processor does.
 
     LLaVA's own class is CLIP's with padding to a square, LLaVA-NeXT's and LLaVA-OneVision's are CLIP's with tiles.
@@ -187,7 +187,11 @@ def _native_pictures(name: str, folder: Path, config: Any) -> tuple[Any, str, An
     if config.model_type == "llava":
         if not isinstance(found, LlavaImageProcessor):
             return found, "square", AnyResConfig()
-        return _without_tiles(found, CLIPImageProcessor), "pad" if found.do_pad else "square", AnyResConfig()
+        return (
+            _make_untiled_image_processor(found, CLIPImageProcessor),
+            "pad" if found.do_pad else "square",
+            AnyResConfig(),
+        )
     if not isinstance(found, LlavaNextImageProcessor | LlavaOnevisionImageProcessor):
         raise ValueError(f"{name}: its image processor is a {type(found).__name__}, which cuts no tiles")
     size, crop = cast(Any, found.size), cast(Any, found.crop_size)
@@ -195,25 +199,25 @@ def _native_pictures(name: str, folder: Path, config: Any) -> tuple[Any, str, An
     tile = (crop.height if crop else None) or size.height or size.shortest_edge
     if set(whole) != {tile}:
         raise ValueError(f"{name}: it sees the whole picture in {whole} pixels and tiles of {tile}; needed is one size")
-    return _without_tiles(found, kind), "square", read_native(name, config, found, tile)
+    return _make_untiled_image_processor(found, kind), "square", read_native(name, config, found, tile)
 
 
-def _without_tiles(found: Any, kind: Any) -> Any:
+def _make_untiled_image_processor(found: Any, kind: Any) -> Any:
     """An image processor as one of a `kind` that does no more than to resize, crop and normalise."""
     kept = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize")
     values = {key: value for key, value in found.to_dict().items() if key in kept and value is not None}
     return kind(**values, do_center_crop=bool(found.do_center_crop))
 
 
-def _original_llava(
+def _read_original_llava(
     name: str, folder: Path, values: dict[str, Any], base_model: str | None, vision_tower: str | None
-) -> Source:
+) -> ForeignCheckpoint:
     """The original code's output: a whole model, a projector, or an adapter."""
-    connector = _original_connector(name, values)
-    table = original(connector.type)
+    connector = _make_connector_config(name, values)
+    table = make_original_prefixes(connector.type)
     encoder = vision_tower or str(values["mm_vision_tower"])
     recipe = ModelConfig(
-        visual_encoder=_original_encoder(name, values, encoder),
+        visual_encoder=_make_encoder_config(name, values, encoder),
         connector=connector,
         language_model=LanguageModelConfig(base_model or name),
     )
@@ -221,29 +225,29 @@ def _original_llava(
         recipe.image_start_token, recipe.image_end_token = "<im_start>", "<im_end>"
     vision = processor = None
     if is_tiled(name, values):
-        vision, processor = _original_tiles(encoder)
+        vision, processor = _make_original_tile_settings(encoder)
         recipe.anyres = read_original(name, values, image_size(processor)[0])
     adapter = Adapter({}, {})
     projector = folder / "mm_projector.bin"
     if (folder / "adapter_config.json").is_file():
         trained_on = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        base = _base_folder(name, "an adapter", base_model, f" It was trained on {trained_on}.")
-        adapter, stores = read_adapter(folder), [_store(str(base_model), base, table)]
+        base = _require_base_folder(name, "an adapter", base_model, f" It was trained on {trained_on}.")
+        adapter, stores = read_adapter(folder), [_make_store(str(base_model), base, table)]
     elif weight_files(folder):
         _refuse_flag(name, "--base-model", base_model)
-        base, stores = folder, [_store(name, folder, table)]
+        base, stores = folder, [_make_store(name, folder, table)]
     elif projector.is_file():
-        base = _base_folder(name, "a projector", base_model, "")
-        stores = [Store([projector], table), _store(str(base_model), base, table)]
+        base = _require_base_folder(name, "a projector", base_model, "")
+        stores = [WeightStore([projector], table), _make_store(str(base_model), base, table)]
     else:
         raise ValueError(f"{name} holds no weights: no safetensors, pytorch_model.bin, adapter or mm_projector.bin")
-    return Source(
-        recipe, _text_config(base), base, stores, encoder, vision, processor, adapter,
+    return ForeignCheckpoint(
+        recipe, _read_text_config(base), base, stores, encoder, vision, processor, adapter,
         image_mode="pad" if values.get("image_aspect_ratio") == "pad" else "square", generation=base,
     )  # fmt: skip
 
 
-def _original_tiles(encoder: str) -> tuple[PreTrainedConfig, Any]:
+def _make_original_tile_settings(encoder: str) -> tuple[PreTrainedConfig, Any]:
     """The encoder's configuration, and its image processor as the original resizes pictures: always bicubically."""
     config = AutoConfig.from_pretrained(encoder)
     processor = AutoImageProcessor.from_pretrained(encoder)
@@ -251,23 +255,23 @@ def _original_tiles(encoder: str) -> tuple[PreTrainedConfig, Any]:
     return getattr(config, "vision_config", config), processor
 
 
-def _base_folder(name: str, what: str, base_model: str | None, hint: str) -> Path:
+def _require_base_folder(name: str, what: str, base_model: str | None, hint: str) -> Path:
     if base_model is None:
         raise ValueError(f"{name} is {what} alone: name its language model with --base-model FOLDER.{hint}")
-    return local_folder(base_model)
+    return resolve_folder(base_model)
 
 
-def _text_config(folder: Path) -> PreTrainedConfig:
+def _read_text_config(folder: Path) -> PreTrainedConfig:
     """The language model's configuration, out of an original LLaVA's or its own."""
     values = read_json(folder / "config.json")
     if "mm_vision_tower" not in values:
         return AutoConfig.from_pretrained(folder).get_text_config()
     architecture = (values.get("architectures") or [""])[0]
     kind = ARCHITECTURES.get(architecture, ORIGINAL_TYPES[values["model_type"]])
-    return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if not OWN_FIELDS.match(key)})
+    return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if not ORIGINAL_LLAVA_FIELDS.match(key)})
 
 
-def _original_connector(name: str, values: dict[str, Any]) -> ConnectorConfig:
+def _make_connector_config(name: str, values: dict[str, Any]) -> ConnectorConfig:
     """Raises: ValueError: a projector that there is no connector for."""
     if values.get("mm_resampler_type") or values.get("s2"):
         raise ValueError(f"{name}: resamplers and multi-scale features (s2) have no connector here")
@@ -279,7 +283,7 @@ def _original_connector(name: str, values: dict[str, Any]) -> ConnectorConfig:
     raise ValueError(f"{name}: mm_projector_type={kind}; imported are linear, mlp<N>x_gelu and identity")
 
 
-def _original_encoder(name: str, values: dict[str, Any], encoder: str) -> VisualEncoderConfig:
+def _make_encoder_config(name: str, values: dict[str, Any], encoder: str) -> VisualEncoderConfig:
     """Raises: ValueError: the encoder's configuration does not load, or a field has no meaning here."""
     try:
         config = AutoConfig.from_pretrained(encoder)
@@ -301,8 +305,8 @@ def _original_encoder(name: str, values: dict[str, Any], encoder: str) -> Visual
     )
 
 
-def _store(name: str, folder: Path, table: Table) -> Store:
+def _make_store(name: str, folder: Path, table: PrefixPairs) -> WeightStore:
     files = weight_files(folder)
     if not files:
         raise ValueError(f"{name} holds no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
-    return Store(files, table)
+    return WeightStore(files, table)

@@ -8,8 +8,14 @@ from typing import Any, Protocol
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from vlm.hub.layouts import LLAVA, Table, original
-from vlm.hub.tiles import aspect_of, native_type, original_sizes, shrinks, sizes_of
+from vlm.hub.layouts import TRANSFORMERS_LLAVA_PREFIXES, PrefixPairs, make_original_prefixes
+from vlm.hub.tiles import (
+    limits_tiles,
+    make_aspect_ratio,
+    make_grid_pinpoints,
+    make_original_grid_pinpoints,
+    native_type,
+)
 from vlm.models import VLMConfig, VLMProcessor
 
 RESCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
@@ -23,18 +29,18 @@ BICUBIC = 3
 """What Pillow resizes with unless told otherwise, and so the original LLaVA."""
 
 
-class Target(Protocol):
+class ExportFormat(Protocol):
     """A form."""
 
-    def hindrances(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
+    def incompatibilities(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
         """Why a checkpoint does not fit; empty: it fits."""
         ...
 
-    def table(self, config: VLMConfig) -> Table:
+    def weight_prefixes(self, config: VLMConfig) -> PrefixPairs:
         """What the weights are called there."""
         ...
 
-    def configuration(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
+    def make_config(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
         """Its `config.json`."""
         ...
 
@@ -48,48 +54,48 @@ class Llava:
         "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     }
 
-    def hindrances(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
+    def incompatibilities(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
         """See `Target`."""
-        found = _encoder_hindrances(config)
+        found = _encoder_incompatibilities(config)
         if config.connector["type"] != "mlp" or config.connector["options"]["num_layers"] != 2:
-            found.append(f"{_connector(config)}: LLaVA has an mlp with num_layers=2")
-        found += _mlp_hindrances(config)
-        found += _text_hindrances(config)
-        found += _tile_hindrances(config, processor)
+            found.append(f"{_describe_connector(config)}: LLaVA has an mlp with num_layers=2")
+        found += _mlp_incompatibilities(config)
+        found += _text_incompatibilities(config)
+        found += _tile_incompatibilities(config, processor)
         for name in ("image_start", "image_end"):
             if token := getattr(processor, name):
                 found.append(f"model.{name}_token={token}: LLaVA has no tokens around a picture")
         return found
 
-    def table(self, config: VLMConfig) -> Table:
+    def weight_prefixes(self, config: VLMConfig) -> PrefixPairs:
         """See `Target`."""
-        return LLAVA
+        return TRANSFORMERS_LLAVA_PREFIXES
 
-    def configuration(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
+    def make_config(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
         """See `Target`."""
-        text = with_old_names(config.text_config)
+        text = with_legacy_field_names(config.text_config)
         options = config.connector["options"]
         kind, tiles = "llava", {}
         if (tiling := processor.tiling) is not None:
-            kind, tiles = str(native_type(tiling)), {"image_grid_pinpoints": sizes_of(tiling)}
+            kind, tiles = str(native_type(tiling)), {"image_grid_pinpoints": make_grid_pinpoints(tiling)}
             if kind == "llava_onevision":
                 video = processor.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-                tiles |= {"vision_aspect_ratio": aspect_of(tiling), "video_token_index": video}
+                tiles |= {"vision_aspect_ratio": make_aspect_ratio(tiling), "video_token_index": video}
         return {
             **tiles,
             "architectures": [self.architectures[kind]],
             "model_type": kind,
-            "vision_config": _nested(config.vision_config),
+            "vision_config": _nested_configs(config.vision_config),
             "text_config": text,
             "image_token_index": config.image_token_id,
             "image_seq_length": config.num_features,
             "projector_hidden_act": options["activation"],
             "multimodal_projector_bias": options["bias"],
-            "vision_feature_layer": last_layer(config),
+            "vision_feature_layer": get_last_layer(config),
             "vision_feature_select_strategy": select_strategy(config),
             "tie_word_embeddings": bool(config.text_config.tie_word_embeddings),
-            "dtype": _dtype(config),
-            "torch_dtype": _dtype(config),
+            "dtype": _get_text_dtype(config),
+            "torch_dtype": _get_text_dtype(config),
         }
 
 
@@ -102,9 +108,9 @@ class OriginalLlava:
         "mistral": "LlavaMistralForCausalLM",
     }
 
-    def hindrances(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
+    def incompatibilities(self, config: VLMConfig, processor: VLMProcessor) -> list[str]:
         """See `Target`."""
-        found = _encoder_hindrances(config)
+        found = _encoder_incompatibilities(config)
         recorded = config.recipe["visual_encoder"]
         if config.vision_config.model_type == "siglip_vision_model" and recorded["feature_layer"] != -2:
             found.append(
@@ -116,13 +122,13 @@ class OriginalLlava:
                 "`siglip` in its name. Give one with --vision-tower, such as openai/clip-vit-large-patch14-336"
             )
         if config.connector["type"] not in ("mlp", "linear", "identity"):
-            found.append(f"{_connector(config)}: the original has mlp, linear and identity")
-        found += _mlp_hindrances(config)
+            found.append(f"{_describe_connector(config)}: the original has mlp, linear and identity")
+        found += _mlp_incompatibilities(config)
         if config.connector["type"] == "mlp" and config.connector["options"]["activation"] != "gelu":
-            found.append(f"{_connector(config)}: the original's mlp has activation=gelu")
+            found.append(f"{_describe_connector(config)}: the original's mlp has activation=gelu")
         if config.connector["options"].get("bias") is False:
             found.append("model.connector.options.bias=false: the original's projector has biases")
-        found += _text_hindrances(config)
+        found += _text_incompatibilities(config)
         if config.text_config.model_type not in self.architectures:
             allowed = ", ".join(self.architectures)
             found.append(f"a language model of model_type={config.text_config.model_type}: the original has {allowed}")
@@ -131,13 +137,13 @@ class OriginalLlava:
                 f"model.image_start_token={processor.image_start}, image_end_token={processor.image_end}: the original "
                 "has <im_start> and <im_end>, or neither"
             )
-        return found + _original_tile_hindrances(processor)
+        return found + _original_tile_incompatibilities(processor)
 
-    def table(self, config: VLMConfig) -> Table:
+    def weight_prefixes(self, config: VLMConfig) -> PrefixPairs:
         """See `Target`."""
-        return original(config.connector["type"])
+        return make_original_prefixes(config.connector["type"])
 
-    def configuration(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
+    def make_config(self, config: VLMConfig, processor: VLMProcessor) -> dict[str, Any]:
         """See `Target`.
 
         `model_type` is the bare `llava` of the first releases: the original's classes take it, and AutoConfig, through
@@ -149,13 +155,13 @@ class OriginalLlava:
         projector = f"mlp{config.connector['options']['num_layers']}x_gelu" if kind == "mlp" else kind
         tiles: dict[str, Any] = {"image_aspect_ratio": processor.image_mode, "mm_patch_merge_type": "flat"}
         if (tiling := processor.tiling) is not None:
-            tiles = {"image_aspect_ratio": aspect_of(tiling), "mm_patch_merge_type": "spatial_unpad"}
-            tiles["image_grid_pinpoints"] = original_sizes(tiling)
+            tiles = {"image_aspect_ratio": make_aspect_ratio(tiling), "mm_patch_merge_type": "spatial_unpad"}
+            tiles["image_grid_pinpoints"] = make_original_grid_pinpoints(tiling)
         return {
-            **with_old_names(config.text_config),
+            **with_legacy_field_names(config.text_config),
             "architectures": [self.architectures[config.text_config.model_type]],
             "model_type": "llava",
-            "torch_dtype": _dtype(config),
+            "torch_dtype": _get_text_dtype(config),
             "use_mm_proj": True,
             "mm_vision_tower": recorded["hf_name"],
             "mm_hidden_size": config.vision_dim,
@@ -176,15 +182,15 @@ def select_strategy(config: VLMConfig) -> str:
     return "default" if config.feature_strategy == "patch" and config.num_prefix_tokens == 1 else "full"
 
 
-def last_layer(config: VLMConfig) -> int:
+def get_last_layer(config: VLMConfig) -> int:
     """The layer that is read, counted from the end of the layers that the checkpoint has."""
     states = config.vision_config.num_hidden_layers + 1
     return -1 if config.feature_layer is None else config.feature_layer - states
 
 
-def with_old_names(config: PreTrainedConfig) -> dict[str, Any]:
+def with_legacy_field_names(config: PreTrainedConfig) -> dict[str, Any]:
     """A language model's configuration under transformers 5's names of fields and under those before it."""
-    values = _nested(config)
+    values = _nested_configs(config)
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     values["architectures"] = [model_class.__name__]
     rotary = values.get("rope_parameters") or {}
@@ -195,24 +201,24 @@ def with_old_names(config: PreTrainedConfig) -> dict[str, Any]:
     return values
 
 
-def _nested(config: PreTrainedConfig) -> dict[str, Any]:
+def _nested_configs(config: PreTrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     values.pop("_name_or_path", None)
     values.pop("transformers_version", None)
     return values
 
 
-def _dtype(config: VLMConfig) -> str:
+def _get_text_dtype(config: VLMConfig) -> str:
     return str(config.dtype or "float32").removeprefix("torch.")
 
 
-def _connector(config: VLMConfig) -> str:
+def _describe_connector(config: VLMConfig) -> str:
     given = config.connector["options"]
     shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     return f"model.connector.type={config.connector['type']}" + (f" ({shown})" if shown else "")
 
 
-def _encoder_hindrances(config: VLMConfig) -> list[str]:
+def _encoder_incompatibilities(config: VLMConfig) -> list[str]:
     kind, found = config.vision_config.model_type, []
     if config.beside:
         found.append("model.visual_encoder.beside: several encoders side by side, and LLaVA has one")
@@ -231,7 +237,7 @@ def _encoder_hindrances(config: VLMConfig) -> list[str]:
     return found
 
 
-def _mlp_hindrances(config: VLMConfig) -> list[str]:
+def _mlp_incompatibilities(config: VLMConfig) -> list[str]:
     options, width = config.connector["options"], config.text_config.hidden_size
     found = []
     if options.get("input_norm"):
@@ -241,14 +247,14 @@ def _mlp_hindrances(config: VLMConfig) -> list[str]:
     return found
 
 
-def _tile_hindrances(config: VLMConfig, processor: VLMProcessor) -> list[str]:
+def _tile_incompatibilities(config: VLMConfig, processor: VLMProcessor) -> list[str]:
     """Tiles that neither LLaVA-NeXT nor LLaVA-OneVision has."""
     tiling, found = processor.tiling, []
     if tiling is None:
         return []
     kind = native_type(tiling)
     if kind is None:
-        found.append(_tiled_and_shrunk(tiling.max_tiles))
+        found.append(_shrunk_tiles_message(tiling.max_tiles))
     tokens = processor.tokenizer.get_vocab()
     if kind == "llava_onevision" and VIDEO_TOKEN not in tokens and len(tokens) >= config.text_config.vocab_size:
         found.append(
@@ -257,26 +263,26 @@ def _tile_hindrances(config: VLMConfig, processor: VLMProcessor) -> list[str]:
     return found
 
 
-def _original_tile_hindrances(processor: VLMProcessor) -> list[str]:
+def _original_tile_incompatibilities(processor: VLMProcessor) -> list[str]:
     """Tiles that the original has no words for."""
     tiling, found = processor.tiling, []
     if tiling is None:
         return []
-    if tiling.tile_several and shrinks(tiling):
-        found.append(_tiled_and_shrunk(tiling.max_tiles))
+    if tiling.tile_several and limits_tiles(tiling):
+        found.append(_shrunk_tiles_message(tiling.max_tiles))
     if (resample := processor.image_processor.resample) != BICUBIC:
         found.append(f"an image processor with resample={int(resample)}: the original resizes bicubically (3)")
     return found
 
 
-def _tiled_and_shrunk(max_tiles: int | None) -> str:
+def _shrunk_tiles_message(max_tiles: int | None) -> str:
     return (
         f"model.anyres.tile_several=true with max_tiles={max_tiles}: LLaVA-NeXT tiles each of several pictures and "
         "shrinks none, LLaVA-OneVision shrinks and sees each of several as one square"
     )
 
 
-def _text_hindrances(config: VLMConfig) -> list[str]:
+def _text_incompatibilities(config: VLMConfig) -> list[str]:
     values = config.text_config.to_dict()
     found = [
         f"a language model with {name}={values[name]}: LLaVA's logits are the vocabulary head's alone"
@@ -288,4 +294,4 @@ def _text_hindrances(config: VLMConfig) -> list[str]:
     return found
 
 
-TARGETS: dict[str, Target] = {"llava": Llava(), "llava-original": OriginalLlava()}
+EXPORT_FORMATS: dict[str, ExportFormat] = {"llava": Llava(), "llava-original": OriginalLlava()}

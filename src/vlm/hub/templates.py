@@ -7,7 +7,7 @@ make those strings, so that every server renders what `vlm generate` renders; im
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-HEAD = """\
+TEMPLATE_HEADER = """\
 {#- vlm: contents as strings, an image token for each image, the pictures of a turn on a line before its text. -#}
 {%- set image_token = %IMAGE% -%}
 {%- set enable_thinking = false -%}
@@ -35,8 +35,8 @@ HEAD = """\
 """
 """What stands before one of our templates."""
 
-OPEN = "{%- set rendered -%}\n"
-CLOSE = """
+CAPTURE_START = "{%- set rendered -%}\n"
+CAPTURE_END = """
 {%- endset -%}
 {%- for piece in rendered.split(image_token) -%}
   {{- '' if loop.first else image_token -}}
@@ -52,7 +52,7 @@ CLOSE = """
 """Around a template whose tokenizer begins a word only at the start of a text: ours cuts the text at images and behind
 BOS and reads each piece on its own, so the blank that a piece's first word begins with is written out."""
 
-DEFAULTS = {
+DEFAULT_TEMPLATES = {
     "llama": "v1",
     "mistral": "mistral",
     "qwen2": "chatml",
@@ -64,25 +64,30 @@ DEFAULTS = {
 """The packaged template for a language model that brings none which works here."""
 
 
-MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral", "<start_of_turn>": "gemma"}
+TEMPLATE_MARKERS = {
+    "<|im_start|>": "chatml",
+    "<|start_header_id|>": "llama3",
+    "[INST]": "mistral",
+    "<start_of_turn>": "gemma",
+}
 """What a template writes around turns -> the packaged template that writes it too."""
 
 
-def exported(template: str, image_token: str, *, spaced: bool) -> str:
+def export_template(template: str, image_token: str, *, space_after_image: bool) -> str:
     """Our template as transformers' processors take it; `spaced`: see `CLOSE`."""
-    head = HEAD.replace("%IMAGE%", repr(image_token))
-    return head + (OPEN + template + CLOSE if spaced else template)
+    head = TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token))
+    return head + (CAPTURE_START + template + CAPTURE_END if space_after_image else template)
 
 
-def recovered(template: str, image_token: str) -> str | None:
+def recover_template(template: str, image_token: str) -> str | None:
     """Our template out of one that `exported` made; None: it made none."""
-    head = HEAD.replace("%IMAGE%", repr(image_token))
+    head = TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token))
     if not template.startswith(head):
         return None
-    return template.removeprefix(head).removeprefix(OPEN).removesuffix(CLOSE)
+    return template.removeprefix(head).removeprefix(CAPTURE_START).removesuffix(CAPTURE_END)
 
 
-def reads_strings(template: str) -> bool:
+def accepts_string_contents(template: str) -> bool:
     """Whether a template renders contents that are strings."""
     said = "\ufdd0"
     try:
@@ -94,7 +99,7 @@ def reads_strings(template: str) -> bool:
     return said in rendered[0]
 
 
-def brought(texts: list[str], image_token: str) -> str | None:
+def find_working_template(texts: list[str], image_token: str) -> str | None:
     """The template that works here among those that a folder brings, the first that does.
 
     Args:
@@ -102,9 +107,9 @@ def brought(texts: list[str], image_token: str) -> str | None:
         image_token: the placeholder.
     """
     for text in texts:
-        if (ours := recovered(text, image_token)) is not None:
+        if (ours := recover_template(text, image_token)) is not None:
             return ours
-        if reads_strings(text):
+        if accepts_string_contents(text):
             return text
     return None
 
@@ -120,12 +125,12 @@ def default_template(text_type: str, texts: list[str]) -> str:
         ValueError: there is none.
     """
     for text in texts:
-        for mark, name in MARKS.items():
+        for mark, name in TEMPLATE_MARKERS.items():
             if mark in text:
                 return name
-    if text_type not in DEFAULTS:
+    if text_type not in DEFAULT_TEMPLATES:
         raise ValueError(
             f"the source brings no chat template that works here, and there is none for model_type={text_type}: name "
             "one with --template (plain, v1, chatml, llama3, mistral, gemma, phi or a .jinja file)"
         )
-    return DEFAULTS[text_type]
+    return DEFAULT_TEMPLATES[text_type]

@@ -14,10 +14,10 @@ from typing import Any
 from vlm.config.schema import AnyResConfig
 from vlm.models.anyres import AnyRes
 
-LIMITED = re.compile(r"anyres_max_(\d+)")
+MAX_TILES_PATTERN = re.compile(r"anyres_max_(\d+)")
 """How LLaVA-OneVision writes `max_tiles`."""
 
-UNTILED = (None, "square", "pad")
+UNTILED_ASPECT_RATIOS = (None, "square", "pad")
 """Values of the original's `image_aspect_ratio` that make one square of a picture."""
 
 
@@ -36,13 +36,13 @@ def read_grids(name: str, sizes: Any, tile: int) -> list[list[int]]:
     return [[length // tile for length in size] for size in sizes]
 
 
-def read_limit(name: str, field: str, value: Any) -> int:
+def read_max_tiles(name: str, field: str, value: Any) -> int:
     """`max_tiles` out of `anyres_max_9`.
 
     Raises:
         ValueError: it is written in no such way.
     """
-    found = LIMITED.fullmatch(str(value))
+    found = MAX_TILES_PATTERN.fullmatch(str(value))
     if found is None or int(found[1]) < 1:
         raise ValueError(f"{name}: {field}={value}; imported is anyres_max_<N>, such as anyres_max_9")
     return int(found[1])
@@ -60,11 +60,11 @@ def is_tiled(name: str, values: dict[str, Any]) -> bool:
     """
     aspect, merge = values.get("image_aspect_ratio"), values.get("mm_patch_merge_type") or "flat"
     shown = f"{name} has image_aspect_ratio={aspect}, mm_patch_merge_type={merge}"
-    if aspect in UNTILED:
+    if aspect in UNTILED_ASPECT_RATIOS:
         if merge != "flat":
             raise ValueError(f"{shown}: one square a picture is imported with mm_patch_merge_type=flat")
         return False
-    if aspect != "anyres" and not LIMITED.fullmatch(str(aspect)):
+    if aspect != "anyres" and not MAX_TILES_PATTERN.fullmatch(str(aspect)):
         raise ValueError(f"{shown}: imported are square, pad, anyres and anyres_max_<N>")
     if merge != "spatial_unpad":
         raise ValueError(
@@ -88,12 +88,12 @@ def read_original(name: str, values: dict[str, Any], tile: int) -> AnyResConfig:
         ValueError: its grids cannot be read.
     """
     aspect = values["image_aspect_ratio"]
-    grids = read_grids(name, _original_sizes(name, values.get("image_grid_pinpoints"), tile), tile)
-    limit = None if aspect == "anyres" else read_limit(name, "image_aspect_ratio", aspect)
+    grids = read_grids(name, _read_original_sizes(name, values.get("image_grid_pinpoints"), tile), tile)
+    limit = None if aspect == "anyres" else read_max_tiles(name, "image_aspect_ratio", aspect)
     return AnyResConfig([[rows, columns] for columns, rows in grids], limit, tile_several=limit is None)
 
 
-def _original_sizes(name: str, written: Any, tile: int) -> Any:
+def _read_original_sizes(name: str, written: Any, tile: int) -> Any:
     """Sizes in pixels out of a list, a list in a string, or tiles in a string: `(1x1),...,(6x6)` is a range.
 
     Raises:
@@ -133,38 +133,38 @@ def read_native(name: str, config: Any, processor: Any, tile: int) -> AnyResConf
     grids = read_grids(name, sizes, tile)
     if config.model_type == "llava_next":
         return AnyResConfig(grids, None, tile_several=True)
-    return AnyResConfig(grids, read_limit(name, "vision_aspect_ratio", config.vision_aspect_ratio))
+    return AnyResConfig(grids, read_max_tiles(name, "vision_aspect_ratio", config.vision_aspect_ratio))
 
 
 def native_type(anyres: AnyRes) -> str | None:
     """Which of transformers' models sees pictures in these tiles: `llava_next`, `llava_onevision`; None: neither."""
     if not anyres.tile_several:
         return "llava_onevision"
-    return None if shrinks(anyres) else "llava_next"
+    return None if limits_tiles(anyres) else "llava_next"
 
 
-def shrinks(anyres: AnyRes) -> bool:
+def limits_tiles(anyres: AnyRes) -> bool:
     """Whether `max_tiles` is less than the largest grid has."""
-    return anyres.max_tiles is not None and anyres.max_tiles < largest(anyres)
+    return anyres.max_tiles is not None and anyres.max_tiles < max_grid_tiles(anyres)
 
 
-def largest(anyres: AnyRes) -> int:
+def max_grid_tiles(anyres: AnyRes) -> int:
     """Tiles of the largest grid."""
     return max(math.prod(grid) for grid in anyres.grids)
 
 
-def aspect_of(anyres: AnyRes) -> str:
+def make_aspect_ratio(anyres: AnyRes) -> str:
     """`anyres` where nothing shrinks and every picture is tiled, else `anyres_max_<N>`."""
-    if anyres.tile_several and not shrinks(anyres):
+    if anyres.tile_several and not limits_tiles(anyres):
         return "anyres"
-    return f"anyres_max_{anyres.max_tiles or largest(anyres)}"
+    return f"anyres_max_{anyres.max_tiles or max_grid_tiles(anyres)}"
 
 
-def sizes_of(anyres: AnyRes) -> list[list[int]]:
+def make_grid_pinpoints(anyres: AnyRes) -> list[list[int]]:
     """Transformers' `image_grid_pinpoints`: `[height, width]` in pixels."""
     return [[rows * anyres.tile_size, columns * anyres.tile_size] for rows, columns in anyres.grids]
 
 
-def original_sizes(anyres: AnyRes) -> list[Sequence[int]]:
+def make_original_grid_pinpoints(anyres: AnyRes) -> list[Sequence[int]]:
     """The original's `image_grid_pinpoints`: `[width, height]` in pixels."""
-    return [[width, height] for height, width in sizes_of(anyres)]
+    return [[width, height] for height, width in make_grid_pinpoints(anyres)]

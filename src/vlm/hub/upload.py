@@ -22,17 +22,17 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import enable_progress_bars, validate_repo_id
 
-UNTOUCHED = (".gitattributes",)
+KEPT_FILES = (".gitattributes",)
 """What the Hub itself puts into an empty repository."""
 
-REFUSED = (400, 401, 403, 404)
+REFUSAL_STATUS_CODES = (400, 401, 403, 404)
 """Answers after which trying again is of no use."""
 
-AGAIN = "The same command goes on where it stopped: what has arrived is not sent again."
+RESUME_HINT = "The same command goes on where it stopped: what has arrived is not sent again."
 
 
 @dataclass(frozen=True)
-class Target:
+class UploadTarget:
     """A repository to upload to, as it is now.
 
     Attributes:
@@ -62,7 +62,7 @@ def full_name(repo: str, owner: str | None = None) -> str:
     return name
 
 
-class Hub:
+class HubClient:
     """The Hub, as the user whose token is in `HF_TOKEN` or was left by `hf auth login`."""
 
     def __init__(self) -> None:
@@ -73,13 +73,13 @@ class Hub:
         """Its address."""
         return self.api.endpoint
 
-    def look_at(self, repo: str, revision: str | None) -> Target:
+    def get_target(self, repo: str, revision: str | None) -> UploadTarget:
         """Ask who we are and what is there; nothing is written.
 
         Raises:
             ValueError: no name of a repository, no token or a refused one, no right to write, no connection.
         """
-        with self._in_words(repo):
+        with self._readable_errors(repo):
             who = self.api.whoami()
             name = full_name(repo, who["name"])
             role = who.get("auth", {}).get("accessToken", {}).get("role")
@@ -91,22 +91,22 @@ class Hub:
             try:
                 found = self.api.model_info(name)
             except RepositoryNotFoundError:
-                return Target(name, exists=False)
+                return UploadTarget(name, exists=False)
             files = found.siblings
             if revision is not None:
                 with suppress(RevisionNotFoundError):  # made when it is uploaded to
                     files = self.api.model_info(name, revision=revision).siblings
-            names = tuple(one.rfilename for one in files or () if one.rfilename not in UNTOUCHED)
-            return Target(name, exists=True, private=bool(found.private), files=names)
+            names = tuple(one.rfilename for one in files or () if one.rfilename not in KEPT_FILES)
+            return UploadTarget(name, exists=True, private=bool(found.private), files=names)
 
-    def send(
-        self, folder: Path, target: Target, *, private: bool, revision: str | None, obsolete: Sequence[str]
+    def upload_folder(
+        self, folder: Path, target: UploadTarget, *, private: bool, revision: str | None, obsolete: Sequence[str]
     ) -> str:
         """Upload a folder's files in one commit; returns the address.
 
         Args:
             folder: its files.
-            target: what `look_at` found.
+            target: what `get_target` found.
             private: whether a new repository is.
             revision: a branch, which is made where it is not there; None: `main`.
             obsolete: files of the repository that go with the same commit.
@@ -114,7 +114,7 @@ class Hub:
         Raises:
             ValueError: in words. A repository made here for an upload that was refused is gone again.
         """
-        with self._in_words(target.name):
+        with self._readable_errors(target.name):
             if not target.exists:
                 self.api.create_repo(target.name, private=private)
             try:
@@ -126,9 +126,9 @@ class Hub:
                 if (
                     not target.exists
                     and isinstance(refused, HfHubHTTPError)
-                    and refused.response.status_code in REFUSED
+                    and refused.response.status_code in REFUSAL_STATUS_CODES
                 ):
-                    self._take_back(target.name)
+                    self._delete_new_repository(target.name)
                 raise
         branch = f"/tree/{revision}" if revision else ""
         return f"{self.endpoint}/{target.name}{branch}"
@@ -139,7 +139,7 @@ class Hub:
         enable_progress_bars()  # transformers, told to be quiet while a model is read, silences the client too
         self.api.create_commit(name, [*files, *gone], commit_message="Model, processor and card", revision=revision)
 
-    def _take_back(self, name: str) -> None:
+    def _delete_new_repository(self, name: str) -> None:
         """Remove a repository that was made for an upload that may not be."""
         try:
             self.api.delete_repo(name, missing_ok=True)
@@ -149,16 +149,16 @@ class Hub:
             ) from error
 
     @contextmanager
-    def _in_words(self, repo: str) -> Iterator[None]:
+    def _readable_errors(self, repo: str) -> Iterator[None]:
         """What the client raises, in words that say what to do."""
         try:
             yield
         except RuntimeError as error:  # around an error of a file's upload
-            raise ValueError(self._words(error.__cause__ or error, repo)) from error
+            raise ValueError(self._make_error_message(error.__cause__ or error, repo)) from error
         except (HfHubHTTPError, LocalTokenNotFoundError, httpx2.HTTPError, OSError) as error:
-            raise ValueError(self._words(error, repo)) from error
+            raise ValueError(self._make_error_message(error, repo)) from error
 
-    def _words(self, error: Any, repo: str) -> str:
+    def _make_error_message(self, error: Any, repo: str) -> str:
         if isinstance(error, LocalTokenNotFoundError):
             return "no token: log in (hf auth login), or set HF_TOKEN; its account's settings make one that may write"
         if isinstance(error, OfflineModeIsEnabled):
@@ -169,8 +169,8 @@ class Hub:
                 return f"{self.endpoint} refuses the token (HF_TOKEN, or that of hf auth login): {said}"
             if code == 403:
                 return f"{repo}: no right to write there: {said}"
-            hint = f" {AGAIN}" if code >= 429 else ""
+            hint = f" {RESUME_HINT}" if code >= 429 else ""
             return f"{repo}: {self.endpoint} answers {code}: {said}.{hint}"
         if isinstance(error, httpx2.HTTPError):
-            return f"no connection to {self.endpoint} ({error or type(error).__name__}). {AGAIN}"
-        return f"{repo}: {error}. {AGAIN}"
+            return f"no connection to {self.endpoint} ({error or type(error).__name__}). {RESUME_HINT}"
+        return f"{repo}: {error}. {RESUME_HINT}"

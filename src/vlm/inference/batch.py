@@ -13,22 +13,22 @@ from tqdm import tqdm
 
 from vlm.config.schema import SourceConfig
 from vlm.data.batching.collator import Collator
-from vlm.data.cache import digest_of
-from vlm.data.dataset import encoded_item
+from vlm.data.cache import json_digest
+from vlm.data.dataset import encode_sample
 from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.prompts import PromptEncoder
-from vlm.data.sample import BadSample, Sample, Size
+from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.sources import Source
-from vlm.inference.generate import need_room, on_device
-from vlm.inference.resumable_table import Table
+from vlm.inference.generate import check_length, on_device
+from vlm.inference.resumable_table import ResumableTable
 
-WINDOW = 8
+WINDOW_BATCHES = 8
 """So many batches of records are read before they are put together by length; up to twice as many are in memory."""
 
 
 def prompt_source(
     model: Any, processor: Any, config: SourceConfig, *, cache: Path, max_frames: int, suffix: Sequence[int] = (),
-    room: int = 0,
+    answer_tokens: int = 0,
 ) -> Source:  # fmt: skip
     """The records of a file, each as the prompt that it was in training, up to its last reply.
 
@@ -39,28 +39,28 @@ def prompt_source(
         cache: where indices of records are kept.
         max_frames: of a video.
         suffix: ids behind every prompt.
-        room: tokens that an answer may have; a prompt that leaves less is refused.
+        answer_tokens: tokens that an answer may have; a prompt that leaves less is refused.
 
     Raises:
         ValueError: no prompt leaves so much.
     """
     longest = model.config.get_text_config().max_position_embeddings
-    need_room(1, longest, room)
-    encoder = WholePrompts(processor, longest, truncate=False, suffix=tuple(suffix), room=room)
+    check_length(1, longest, answer_tokens)
+    encoder = FullPromptEncoder(processor, longest, truncate=False, suffix=tuple(suffix), answer_tokens=answer_tokens)
     return Source(Path(str(config.path)).name, config, cache, encoder, max_frames)
 
 
 @dataclass(frozen=True)
-class WholePrompts(PromptEncoder):
+class FullPromptEncoder(PromptEncoder):
     """Encodes prompts that a model is asked.
 
     Attributes:
         room: tokens that its answer may have.
     """
 
-    room: int = 0
+    answer_tokens: int = 0
 
-    def __call__(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
+    def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Ids of a prompt.
 
         Raises:
@@ -68,15 +68,15 @@ class WholePrompts(PromptEncoder):
         """
         encoded = self.encode(sample, sizes)
         try:
-            need_room(len(encoded.input_ids), self.longest, self.room)
+            check_length(len(encoded.input_ids), self.longest, self.answer_tokens)
         except ValueError as error:
             raise BadSample(sample.id, str(error)) from error
         return encoded
 
 
-def fill(
-    table: Table, source: Source, processor: Any, device: torch.device, ask: Callable[[dict[str, Any]], Sequence[Any]],
-    row: Callable[[Sample, Any, BadSample | None], dict[str, Any]], *, what: str, batch_size: int, num_workers: int,
+def fill_table(
+    table: ResumableTable, source: Source, processor: Any, device: torch.device, run_batch: Callable[[dict[str, Any]], Sequence[Any]],
+    row: Callable[[Sample, Any, BadSample | None], dict[str, Any]], *, progress_label: str, batch_size: int, num_workers: int,
     left: bool = False, seed: int | None = None, overwrite: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Ask about every record, and write a table; a table that was begun is gone on with.
@@ -86,9 +86,9 @@ def fill(
         source: the records.
         processor: the model's.
         device: the model's.
-        ask: inputs of a batch -> what is said of each row of it.
+        run_batch: inputs of a batch -> what is said of each row of it.
         row: makes a row of the table of a sample, what was said of it, and why it could not be read (one of the two).
-        what: what the progress bar calls it.
+        progress_label: what the progress bar calls it.
         batch_size: records at a time.
         num_workers: processes that read and decode pictures.
         left: whether rows are padded on the left, as generation wants them.
@@ -102,35 +102,38 @@ def fill(
     Raises:
         ValueError: the table was begun with something else.
     """
-    done = table.begin(overwrite=overwrite)
+    done = table.begin_or_resume(overwrite=overwrite)
     collate = Collator.of(processor, left=left)
-    with table.opened() as write, tqdm(total=len(source), initial=len(done), desc=what, unit="record") as bar:
+    with (
+        table.open_writer() as write,
+        tqdm(total=len(source), initial=len(done), desc=progress_label, unit="record") as bar,
+    ):
         for window in read_windows(source, done, batch_size, num_workers):
-            for batch in batches_of(window, batch_size):
+            for batch in batch_by_length(window, batch_size):
                 numbers = [one.number for one in batch]
                 if done.issuperset(numbers):
                     continue
                 if seed is not None:
-                    torch.manual_seed(int(digest_of(seed, numbers[0])[:15], 16))
-                said = ask(on_device(collate([one.inputs for one in batch]), processor, device))
+                    torch.manual_seed(int(json_digest(seed, numbers[0])[:15], 16))
+                said = run_batch(on_device(collate([one.inputs for one in batch]), processor, device))
                 write((one.number, row(one.sample, found, None)) for one, found in zip(batch, said, strict=True))
                 bar.update(len(set(numbers) - done))
             bad = [one for one in window if one.problem is not None and one.number not in done]
             write((one.number, row(one.sample, None, one.problem)) for one in bad)
             bar.update(len(bad))
     rows = table.rows()
-    table.finish()
+    table.finalize()
     return rows
 
 
-def shown_files(sample: Sample, problem: BadSample | None) -> str:
+def format_media_paths(sample: Sample, problem: BadSample | None) -> str:
     """The files that a record shows, or the one that its problem is about; the cell `image_path` of its row."""
     if problem is not None and problem.file is not None:
         return problem.file
     return ";".join(map(str, sample.media))
 
 
-class Prompts(Dataset[Any]):
+class PromptDataset(Dataset[Any]):
     """Records from a number on: each sample, and what the model reads of it or why it cannot be read.
 
     Of a record that is no sample, what it calls itself and its label are kept.
@@ -147,13 +150,13 @@ class Prompts(Dataset[Any]):
         try:
             record = self.source.records[self.start + index]
             sample = self.source.read(record)
-            return self._named(sample, index), encoded_item(self.source, sample)
+            return self._with_id(sample, index), encode_sample(self.source, sample)
         except BadSample as error:
             label = record.get("label") if isinstance(record, dict) else None
             sample = sample or Sample(error.sample_id, (), label)
-            return self._named(sample, index), error
+            return self._with_id(sample, index), error
 
-    def _named(self, sample: Sample, index: int) -> Sample:
+    def _with_id(self, sample: Sample, index: int) -> Sample:
         """A sample that calls itself nothing is called by its file and its number there, from 0."""
         return sample if sample.id != "?" else replace(sample, id=f"{self.source.name}:{self.start + index}")
 
@@ -182,7 +185,7 @@ def read_windows(
 
     The pieces begin at the same records wherever a run was stopped, so that the same batches are made of them.
     """
-    size = WINDOW * batch_size
+    size = WINDOW_BATCHES * batch_size
     first = next((number for number in range(len(source)) if number not in done), None)
     if first is None:
         return
@@ -190,15 +193,15 @@ def read_windows(
     # What data workers hand over as tensors would hold an open file for each, of which a process has few. They read a
     # window ahead, so that the next one is there when this one has been asked.
     loader = DataLoader(
-        Prompts(source, start), batch_size, collate_fn=_as_arrays, num_workers=num_workers,
-        prefetch_factor=-(-WINDOW // num_workers) if num_workers else None,
+        PromptDataset(source, start), batch_size, collate_fn=_as_arrays, num_workers=num_workers,
+        prefetch_factor=-(-WINDOW_BATCHES // num_workers) if num_workers else None,
     )  # fmt: skip
     rows = enumerate((row for chunk in loader for row in chunk), start)
-    while window := [_prompt(number, *row) for number, row in islice(rows, size)]:
+    while window := [_make_prompt(number, *row) for number, row in islice(rows, size)]:
         yield window
 
 
-def batches_of(window: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
+def batch_by_length(window: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
     """The records of a window that can be asked, those of like length together, the longest first.
 
     The longest of a window come first, so that what the memory does not hold shows early.
@@ -216,7 +219,7 @@ def _as_arrays(rows: Sequence[tuple[Sample, Any]]) -> list[tuple[Sample, Any]]:
     ]  # fmt: skip
 
 
-def _prompt(number: int, sample: Sample, item: Any) -> Prompt:
+def _make_prompt(number: int, sample: Sample, item: Any) -> Prompt:
     if isinstance(item, BadSample):
         return Prompt(number, sample, {}, item)
     inputs = {name: torch.from_numpy(one) if isinstance(one, np.ndarray) else one for name, one in item.items()}

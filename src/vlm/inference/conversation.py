@@ -50,7 +50,7 @@ class Conversation:
         self.model, self.settings, self.max_frames = model, settings or InferenceConfig(), max_frames
         self.system = () if system_prompt is None else (Turn("system", (system_prompt,)),)
         self.exchanges: tuple[Exchange, ...] = ()
-        self._changes = 0
+        self._revision = 0
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -86,10 +86,12 @@ class Conversation:
             inputs = self.model.inputs([[*self.turns, question]], [[*self.media, *media]])
         except BadSample as error:
             raise ValueError(error.reason) from error
-        self.model.need_room(inputs, self.settings, "conversation")
-        return self._answered(inputs, question, tuple(media), self._changes)
+        self.model.check_length(inputs, self.settings, "conversation")
+        return self._generate_answer(inputs, question, tuple(media), self._revision)
 
-    def _answered(self, inputs: dict[str, Any], question: Turn, media: tuple[Any, ...], changes: int) -> Generator[str]:
+    def _generate_answer(
+        self, inputs: dict[str, Any], question: Turn, media: tuple[Any, ...], revision: int
+    ) -> Generator[str]:
         if self.settings.num_beams > 1:
             pieces = self.model.answers(inputs, self.settings)
             yield pieces[0]
@@ -98,17 +100,17 @@ class Conversation:
             for piece in self.model.streamed(inputs, self.settings):
                 pieces.append(piece)
                 yield piece
-        if changes == self._changes:
-            self._change((*self.exchanges, Exchange(question, media, "".join(pieces).strip())))
+        if revision == self._revision:
+            self._set_exchanges((*self.exchanges, Exchange(question, media, "".join(pieces).strip())))
 
     def undo(self) -> None:
         """Forget the last question and its answer; nothing where there is none."""
-        self._change(self.exchanges[:-1])
+        self._set_exchanges(self.exchanges[:-1])
 
     def reset(self) -> None:
         """Forget all but the system prompt."""
-        self._change(())
+        self._set_exchanges(())
 
-    def _change(self, exchanges: tuple[Exchange, ...]) -> None:
+    def _set_exchanges(self, exchanges: tuple[Exchange, ...]) -> None:
         self.exchanges = exchanges
-        self._changes += 1
+        self._revision += 1

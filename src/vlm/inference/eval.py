@@ -10,10 +10,10 @@ import torch
 
 from vlm.checks.run import check_inference, check_template
 from vlm.config.schema import InferenceConfig
-from vlm.data.encoding.labels import template_text
+from vlm.data.encoding.labels import read_template
 from vlm.data.sample import PLACEHOLDER
 from vlm.inference.conversation import Conversation
-from vlm.inference.generate import VisionLanguageModel, opened, user_turn
+from vlm.inference.generate import VisionLanguageModel, load_images, user_turn
 
 LLAVA_PLACEHOLDER = "<image-placeholder>"
 """What LLaVA's users write in a query where a picture stands; `<image>` is taken too."""
@@ -38,38 +38,48 @@ def eval_model(args: Any) -> str:
     Raises:
         ValueError: a value is out of bounds, a picture does not open, or the model cannot be asked so.
     """
-    given: dict[str, Any] = {name: getattr(args, name, None) for name in FIELDS}
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in ARGUMENT_FIELDS}
     for name in ("model_path", "query"):
         if not given[name]:
             raise ValueError(f"args.{name}: a value is needed")
-    settings = InferenceConfig(**{name: given[name] for name in DRAWN if given[name] is not None})
+    settings = InferenceConfig(**{name: given[name] for name in GENERATION_FIELDS if given[name] is not None})
     check_inference(settings, prefix="args.")
     check_template(given["conv_mode"], "args.conv_mode")
-    images = opened(picture_files(given["image_file"] or "", given["sep"] or ","))
+    images = load_images(split_image_paths(given["image_file"] or "", given["sep"] or ","))
     query = given["query"].replace(LLAVA_PLACEHOLDER, PLACEHOLDER)
     user_turn(query, len(images))  # what is wrong is said before a model loads
-    model = _loaded(given["model_path"], given["model_base"], given["load_8bit"], given["load_4bit"])
+    model = _load_model(given["model_path"], given["model_base"], given["load_8bit"], given["load_4bit"])
     if (template := given["conv_mode"]) is not None:
         own = model.processor.own_template
         if template == "tokenizer" and own is None:
             raise ValueError("args.conv_mode=tokenizer: the language model's tokenizer has no template")
-        model.processor.chat_template = own if template == "tokenizer" else template_text(template)
+        model.processor.chat_template = own if template == "tokenizer" else read_template(template)
     answer = "".join(Conversation(model, settings).ask(query, images)).strip()
     print(answer)
     return answer
 
 
-DRAWN = ("temperature", "top_p", "num_beams", "max_new_tokens")
-FIELDS = ("model_path", "model_base", "query", "image_file", "sep", "conv_mode", *DRAWN, "load_8bit", "load_4bit")
+GENERATION_FIELDS = ("temperature", "top_p", "num_beams", "max_new_tokens")
+ARGUMENT_FIELDS = (
+    "model_path",
+    "model_base",
+    "query",
+    "image_file",
+    "sep",
+    "conv_mode",
+    *GENERATION_FIELDS,
+    "load_8bit",
+    "load_4bit",
+)
 
 
-def picture_files(joined: str, separator: str = ",") -> list[str]:
+def split_image_paths(paths: str, separator: str = ",") -> list[str]:
     """The paths of pictures that are joined by a separator.
 
     Raises:
         ValueError: one is an address.
     """
-    files = [file.strip() for file in joined.split(separator) if file.strip()]
+    files = [file.strip() for file in paths.split(separator) if file.strip()]
     for file in files:
         if file.lower().startswith(("http://", "https://")):
             raise ValueError(f"{file}: nothing is fetched; download the picture and give its path")
@@ -109,14 +119,14 @@ def load_pretrained_model(
     trusted = given.pop("trust_remote_code", False)
     if given:
         raise ValueError(f"{', '.join(given)}: not taken; besides its own names dtype and trust_remote_code are")
-    model = _loaded(
-        model_path, model_base, load_8bit, load_4bit, device=device or _device_of(device_map),
+    model = _load_model(
+        model_path, model_base, load_8bit, load_4bit, device=device or _parse_device_map(device_map),
         dtype=str(dtype).removeprefix("torch."), trust_remote_code=trusted,
     )  # fmt: skip
     return model.processor.tokenizer, model.model, model.processor.image_processor, model.positions
 
 
-def _device_of(device_map: str | dict[str, Any]) -> str | None:
+def _parse_device_map(device_map: str | dict[str, Any]) -> str | None:
     """The device that a map with one place names.
 
     Raises:
@@ -134,7 +144,7 @@ def _device_of(device_map: str | dict[str, Any]) -> str | None:
     raise ValueError(f"device_map={device_map}: a model lies on one device: auto, cuda, cuda:1, cpu …")
 
 
-def _loaded(
+def _load_model(
     model_path: str, model_base: str | Sequence[str] | None, load_8bit: Any, load_4bit: Any, **options: Any
 ) -> VisionLanguageModel:
     if load_8bit and load_4bit:

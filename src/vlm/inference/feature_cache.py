@@ -13,24 +13,24 @@ from torch import Tensor
 
 from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 
-MOST_BYTES = 2**28
+MAX_BYTES = 2**28
 """So much is remembered: of CLIP-L at 336 pixels in half precision, about 230 pictures."""
 
 Key = tuple[bytes, str, str]
 
 
-class ImageMemory:
+class ImageFeatureCache:
     """The features of the pictures that were shown last, by the content of their pixels.
 
     For a model whose weights do not change meanwhile: one in training mode has none, and what was known of it before
     is forgotten. Several threads may ask at once.
 
     Args:
-        most_bytes: how much is kept at most, on the model's device; what was not shown for longest goes first.
+        max_bytes: how much is kept at most, on the model's device; what was not shown for longest goes first.
     """
 
-    def __init__(self, most_bytes: int = MOST_BYTES):
-        self.most_bytes = most_bytes
+    def __init__(self, max_bytes: int = MAX_BYTES):
+        self.max_bytes = max_bytes
         self._bytes = 0
         self._features: OrderedDict[Key, Tensor] = OrderedDict()
         self._lock = Lock()
@@ -39,7 +39,7 @@ class ImageMemory:
         return len(self._features)
 
     @torch.no_grad()
-    def put_in(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def replace_pixels(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Inputs with `image_features` in place of `pixel_values`, each picture once, and `image_index` beside them.
 
         As they are where they have no pictures, or where the model is not composed, or in training mode.
@@ -56,33 +56,33 @@ class ImageMemory:
                 self._features.clear()
                 self._bytes = 0
                 return inputs
-            return self._put_in(body, inputs)
+            return self._replace_pixels(body, inputs)
 
-    def _put_in(self, body: VLMForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _replace_pixels(self, body: VLMForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = inputs["pixel_values"]
-        keys = [_key(one, body.dtype) for one in pixels]
-        places = {key: place for place, key in enumerate(keys)}  # each picture once
-        found = {key: self._features[key] for key in places if key in self._features}
-        if new := [key for key in places if key not in found]:
-            found |= zip(new, body.encode_images(pixels[[places[key] for key in new]]), strict=True)
-        order = {key: row for row, key in enumerate(places)}
-        self._keep({key: found[key] for key in order})
+        keys = [_make_key(one, body.dtype) for one in pixels]
+        positions = {key: place for place, key in enumerate(keys)}  # each picture once
+        found = {key: self._features[key] for key in positions if key in self._features}
+        if new := [key for key in positions if key not in found]:
+            found |= zip(new, body.encode_images(pixels[[positions[key] for key in new]]), strict=True)
+        order = {key: row for row, key in enumerate(positions)}
+        self._store({key: found[key] for key in order})
         others = {name: value for name, value in inputs.items() if name != "pixel_values"}
         index = torch.tensor([order[key] for key in keys], device=pixels.device)
         return {**others, "image_features": torch.stack([found[key] for key in order]), "image_index": index}
 
-    def _keep(self, shown: dict[Key, Tensor]) -> None:
+    def _store(self, shown: dict[Key, Tensor]) -> None:
         for key, features in shown.items():
             if key in self._features:
                 self._features.move_to_end(key)
             else:
                 self._features[key] = features.clone()  # a row of a batch would keep the whole batch alive
                 self._bytes += features.nbytes
-        while self._bytes > self.most_bytes:
+        while self._bytes > self.max_bytes:
             self._bytes -= self._features.popitem(last=False)[1].nbytes
 
 
-def _key(pixels: Tensor, dtype: torch.dtype) -> Key:
+def _make_key(pixels: Tensor, dtype: torch.dtype) -> Key:
     """A name for a picture's pixels, and for where and in what its features are computed."""
     content = pixels.detach().contiguous().cpu().view(torch.uint8).numpy()
     return blake2b(content.data, digest_size=16).digest(), str(pixels.device), str(dtype)

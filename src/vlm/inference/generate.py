@@ -15,12 +15,12 @@ from vlm.assembly.checkpoint import checkpoint_config, load_checkpoint
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
-from vlm.data.encoding.labels import IGNORED, Encoded, encode_prompt, render, reply_end
-from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn
-from vlm.data.sources import seen_of
-from vlm.data.vision.images import open_picture, open_pictures, seen_sizes
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, render, reply_end
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
+from vlm.data.sources import parts_for_video
+from vlm.data.vision.images import media_sizes_from_opened, open_image, open_media
 from vlm.data.vision.video import num_frames
-from vlm.inference.feature_cache import ImageMemory
+from vlm.inference.feature_cache import ImageFeatureCache
 from vlm.models import VLMPredictionConfig
 
 
@@ -30,13 +30,13 @@ class VisionLanguageModel:
     Args:
         model: the model, composed or of a family.
         processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
-        memory: features of pictures that were shown before; None: a model whose visual encoder may change has none.
+        feature_cache: features of pictures that were shown before; None: a model whose visual encoder may change has none.
     """
 
-    def __init__(self, model: Any, processor: Any, memory: ImageMemory | None = None):
+    def __init__(self, model: Any, processor: Any, feature_cache: ImageFeatureCache | None = None):
         self.model = model
         self.processor = processor
-        self.memory = memory
+        self.feature_cache = feature_cache
 
     @classmethod
     def load(
@@ -65,7 +65,7 @@ class VisionLanguageModel:
             checkpoint, config, device=device, dtype=dtype, quantization=quantization, base=base,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        return cls(model, processor, ImageMemory())
+        return cls(model, processor, ImageFeatureCache())
 
     def generate(
         self,
@@ -104,7 +104,7 @@ class VisionLanguageModel:
         turns, media = self.conversations(prompt, images, videos, max_frames)
         settings = InferenceConfig(temperature, top_p, num_beams, max_new_tokens)
         inputs = self.inputs(turns, media)
-        self.need_room(inputs, settings)
+        self.check_length(inputs, settings)
         answers = self.answers(inputs, settings, **kwargs)
         return answers[0] if isinstance(prompt, str) else answers
 
@@ -119,7 +119,7 @@ class VisionLanguageModel:
         many = not isinstance(prompt, str)
         prompts: list[str] = list(prompt) if many else [str(prompt)]
         pictures, clips = (
-            _for_each(given if many else [given], len(prompts), kind)
+            _media_per_prompt(given if many else [given], len(prompts), kind)
             for given, kind in ((images, "images"), (videos, "videos"))
         )
         asked = [
@@ -138,15 +138,15 @@ class VisionLanguageModel:
         """
         check_videos(videos, max_frames)
         try:
-            seen = [seen_of(Path(path), max_frames, self.processor, str(path)) for path in videos]
+            seen = [parts_for_video(Path(path), max_frames, self.processor, str(path)) for path in videos]
             turn = user_turn(prompt, len(images), seen)
             from_videos = tuple(part for parts in seen for part in parts)
-            frames = iter(open_pictures(Sample("prompt", (Turn("user", from_videos),))))
+            frames = iter(open_media(Sample("prompt", (Turn("user", from_videos),))))
         except BadSample as error:
             raise ValueError(error.reason) from error
-        pictures = iter(opened(images))
+        pictures = iter(load_images(images))
         media = [part for part in turn.content if not isinstance(part, str)]
-        return turn, [next(pictures if part == STANDING_IN else frames) for part in media]
+        return turn, [next(pictures if part == STAND_IN_IMAGE else frames) for part in media]
 
     def answer(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]],
@@ -158,12 +158,12 @@ class VisionLanguageModel:
     def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: Any) -> list[str]:
         """What the model answers to each row of a batch as it reads it."""
         options = {**self.generation_options(settings), **kwargs}
-        output = self.model.generate(**self.remembered(inputs), **options)
-        return [self._text(row) for row in output[:, inputs["input_ids"].shape[1] :]]
+        output = self.model.generate(**self.use_cached_features(inputs), **options)
+        return [self._decode(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
-    def remembered(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Inputs of a batch with what is known of its pictures in place of their pixels, see `ImageMemory`."""
-        return inputs if self.memory is None else self.memory.put_in(self.model, inputs)
+    def use_cached_features(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs of a batch with what is known of its pictures in place of their pixels, see `ImageFeatureCache`."""
+        return inputs if self.feature_cache is None else self.feature_cache.replace_pixels(self.model, inputs)
 
     def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Generator[str]:
         """The next reply, piece by piece as it is generated; see `streamed`."""
@@ -172,9 +172,9 @@ class VisionLanguageModel:
     def streamed(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig) -> Generator[str]:
         """What the model answers to the only row of a batch, piece by piece; it stops where nobody listens any more."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        unheard = Unheard()
-        seen = self.remembered(inputs)
-        options = {**seen, **self.generation_options(settings), "streamer": streamer, "stopping_criteria": [unheard]}
+        cancel = CancelCriteria()
+        seen = self.use_cached_features(inputs)
+        options = {**seen, **self.generation_options(settings), "streamer": streamer, "stopping_criteria": [cancel]}
         failure: list[BaseException] = []
 
         def work() -> None:
@@ -189,7 +189,7 @@ class VisionLanguageModel:
         try:
             yield from filter(None, streamer)
         finally:
-            unheard.now = True
+            cancel.cancelled = True
             thread.join()
         if failure:
             raise failure[0]
@@ -202,19 +202,19 @@ class VisionLanguageModel:
 
         Args:
             conversations: the turns of each.
-            images: the pictures and videos of each as `open_pictures` gives them, in order.
+            images: the pictures and videos of each as `open_media` gives them, in order.
             suffix: ids behind each.
             left: whether they are padded on the left, as generation wants them.
         """
         rows = []
         for turns, pictures in zip(conversations, images, strict=True):
-            shown = [part for turn in turns for part in turn.content if not isinstance(part, str)]
-            sizes = seen_sizes(shown, pictures, self.processor)
+            media_parts = [part for turn in turns for part in turn.content if not isinstance(part, str)]
+            sizes = media_sizes_from_opened(media_parts, pictures, self.processor)
             ids = encode_prompt(self.processor, turns, sizes)
             if not ids:
                 raise ValueError("the model's template leaves nothing of this prompt (plain keeps pictures only)")
             ids = [*ids, *suffix]
-            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORED] * len(ids)), pictures, sizes))
+            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORE_INDEX] * len(ids)), pictures, sizes))
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
 
     @property
@@ -222,9 +222,9 @@ class VisionLanguageModel:
         """How many tokens the model can read, a prompt and its answer together."""
         return self.model.config.get_text_config().max_position_embeddings
 
-    def need_room(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, what: str = "prompt") -> None:
+    def check_length(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, subject: str = "prompt") -> None:
         """Raise ValueError where a prompt of a batch and its answer may be longer than the model can read."""
-        need_room(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens, what)
+        check_length(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens, subject)
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
         """Transformers' options for our settings; generation ends where the template ends a reply."""
@@ -252,19 +252,19 @@ class VisionLanguageModel:
         end = rendered.replies[-1][1]
         return rendered.text[end : reply_end(self.processor, rendered.text, end)].lstrip(" ")
 
-    def _text(self, ids: torch.Tensor) -> str:
+    def _decode(self, ids: torch.Tensor) -> str:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-class Unheard(StoppingCriteria):
+class CancelCriteria(StoppingCriteria):
     """Ends a generation between two tokens, once `now` is set."""
 
     def __init__(self):
-        self.now = False
+        self.cancelled = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Whether each row ends: `(rows,)`."""
-        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
+        return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
 
 
 def on_device(batch: dict[str, Any], processor: Any, device: Any) -> dict[str, torch.Tensor]:
@@ -275,25 +275,25 @@ def on_device(batch: dict[str, Any], processor: Any, device: Any) -> dict[str, t
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def need_room(length: int, positions: int, room: int, what: str = "prompt") -> None:
+def check_length(length: int, positions: int, answer_tokens: int, subject: str = "prompt") -> None:
     """Raise ValueError where a prompt of so many tokens leaves too little of a model's positions for its answer.
 
     Args:
         length: tokens of the prompt, those of its pictures counted.
         positions: of the model.
-        room: tokens that the answer may have.
-        what: what the message calls it.
+        answer_tokens: tokens that the answer may have.
+        subject: what the message calls it.
     """
-    if length + room > positions:
-        answer = f" and its answer may have {room:,} (max_new_tokens)" if room else ""
-        raise ValueError(f"the {what} has {length:,} tokens{answer}, but the model reads at most {positions:,}")
+    if length + answer_tokens > positions:
+        answer = f" and its answer may have {answer_tokens:,} (max_new_tokens)" if answer_tokens else ""
+        raise ValueError(f"the {subject} has {length:,} tokens{answer}, but the model reads at most {positions:,}")
 
 
-STANDING_IN = Picture(Path())
+STAND_IN_IMAGE = ImageRef(Path())
 """A picture in a prompt that is given beside it."""
 
 
-def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[Part]] = ()) -> Turn:
+def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPart]] = ()) -> Turn:
     """A question with its pictures and videos: where `<image>` and `<video>` stand, else before the text.
 
     Args:
@@ -305,25 +305,25 @@ def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[Part]] = (
         ValueError: the prompt has some of these marks, but not as many as there are pictures or videos.
     """
     leading = ""
-    for mark, kind, number in ((PLACEHOLDER, "images", num_images), (VIDEO_PLACEHOLDER, "videos", len(videos))):
-        slots = prompt.count(mark) if number or mark == PLACEHOLDER else 0
+    for placeholder, kind, number in ((PLACEHOLDER, "images", num_images), (VIDEO_PLACEHOLDER, "videos", len(videos))):
+        slots = prompt.count(placeholder) if number or placeholder == PLACEHOLDER else 0
         if slots == 0 and number:
-            leading += mark * number
+            leading += placeholder * number
         elif slots != number:
-            raise ValueError(f"the prompt has {slots} {mark}, but {number} {kind} were given")
+            raise ValueError(f"the prompt has {slots} {placeholder}, but {number} {kind} were given")
     if leading:
         prompt = f"{leading}\n{prompt}"
-    waiting = iter(videos)
-    content: list[Part] = []
+    remaining_videos = iter(videos)
+    content: list[ContentPart] = []
     for piece in re.split(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})" if videos else f"({PLACEHOLDER})", prompt):
         if piece == PLACEHOLDER:
-            content.append(STANDING_IN)
+            content.append(STAND_IN_IMAGE)
         else:
-            content += next(waiting) if videos and piece == VIDEO_PLACEHOLDER else [piece]
+            content += next(remaining_videos) if videos and piece == VIDEO_PLACEHOLDER else [piece]
     return Turn("user", tuple(part for part in content if part != ""))
 
 
-def _for_each(given: Sequence[Any], number: int, kind: str) -> list[Any]:
+def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Any]:
     """A list of pictures or videos for each prompt; where nothing is given, none for any."""
     found = list(given) or [()] * number
     if len(found) != number:
@@ -342,7 +342,7 @@ def check_videos(videos: Sequence[Any], max_frames: int) -> None:
         raise ValueError(error.reason) from error
 
 
-def opened(images: Sequence[Any]) -> list[Image.Image]:
+def load_images(images: Sequence[Any]) -> list[Image.Image]:
     """Pictures, opened where they are paths.
 
     Raises:
@@ -350,7 +350,7 @@ def opened(images: Sequence[Any]) -> list[Image.Image]:
     """
     try:
         return [
-            image if isinstance(image, Image.Image) else open_picture(Picture(Path(image)), str(image))
+            image if isinstance(image, Image.Image) else open_image(ImageRef(Path(image)), str(image))
             for image in images
         ]
     except BadSample as error:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config.schema import InferenceConfig, SourceConfig
-from vlm.data.cache import digest_of
+from vlm.data.cache import json_digest
 from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Sample, Turn
-from vlm.inference.batch import fill, prompt_source, shown_files
+from vlm.inference.batch import fill_table, format_media_paths, prompt_source
 from vlm.inference.generate import VisionLanguageModel
-from vlm.inference.resumable_table import Table, need_new
+from vlm.inference.resumable_table import ResumableTable, check_output
 
 COLUMNS = ("source", "image_path", "prompt", "answer", "reference", "error")
 """What a record calls itself, its pictures, its last question, what the model answers, the record's last reply (none
@@ -44,26 +44,26 @@ def generate_file(
     Raises:
         ValueError: the output is there already, or was begun with something else.
     """
-    need_new(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
     source = prompt_source(
-        model.model, model.processor, config, cache=cache, max_frames=max_frames, room=settings.max_new_tokens
+        model.model, model.processor, config, cache=cache, max_frames=max_frames, answer_tokens=settings.max_new_tokens
     )
     drawn = (seed, batch_size) if settings.temperature > 0 else ()  # what greedy answers do not depend on
-    return fill(
-        Table(output, COLUMNS, digest_of(fingerprint, source.fingerprint, asdict(settings), drawn)), source,
-        model.processor, model.model.device, lambda inputs: model.answers(inputs, settings), row_of, what="answering",
+    return fill_table(
+        ResumableTable(output, COLUMNS, json_digest(fingerprint, source.fingerprint, asdict(settings), drawn)), source,
+        model.processor, model.model.device, lambda inputs: model.answers(inputs, settings), make_row, progress_label="answering",
         batch_size=batch_size, num_workers=num_workers, left=True, seed=seed, overwrite=overwrite,
     )  # fmt: skip
 
 
-def row_of(sample: Sample, answer: str | None, problem: BadSample | None) -> dict[str, Any]:
+def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> dict[str, Any]:
     """A record's row; in JSON lines with the `references` that an answer is held against beside."""
     asked = prompt_turns(sample) if sample.turns else ()
     question = next((turn for turn in reversed(asked) if turn.role == "user"), None)
-    reply = _text(sample.turns[-1]) if len(asked) < len(sample.turns) else None
+    reply = _turn_text(sample.turns[-1]) if len(asked) < len(sample.turns) else None
     return {
         "source": sample.id,
-        "image_path": shown_files(sample, problem),
+        "image_path": format_media_paths(sample, problem),
         "prompt": "" if question is None else question_text(question),
         "answer": answer,
         "reference": reply,
@@ -74,11 +74,11 @@ def row_of(sample: Sample, answer: str | None, problem: BadSample | None) -> dic
 
 def question_text(turn: Turn) -> str:
     """What is asked, without the pictures before it; those within it are `<image>` and `<video>`."""
-    return LEADING.sub("", _text(turn)).strip()
+    return LEADING_PLACEHOLDERS.sub("", _turn_text(turn)).strip()
 
 
-def _text(turn: Turn) -> str:
+def _turn_text(turn: Turn) -> str:
     return turn.as_message(PLACEHOLDER, VIDEO_PLACEHOLDER)["content"]
 
 
-LEADING = re.compile(rf"^(?:\s|{PLACEHOLDER}|{VIDEO_PLACEHOLDER})+")
+LEADING_PLACEHOLDERS = re.compile(rf"^(?:\s|{PLACEHOLDER}|{VIDEO_PLACEHOLDER})+")

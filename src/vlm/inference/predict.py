@@ -10,12 +10,12 @@ import torch
 from vlm.assembly.checkpoint import checkpoint_config, load_checkpoint
 from vlm.config.schema import DatasetConfig
 from vlm.data.sample import Turn
-from vlm.inference.feature_cache import ImageMemory
+from vlm.inference.feature_cache import ImageFeatureCache
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMPredictionConfig
 from vlm.models.configuration_prediction import HeadSettings
-from vlm.models.head_tasks import CLASSIFYING
-from vlm.models.modeling_prediction import decision
+from vlm.models.head_tasks import CLASSIFICATION_TASKS
+from vlm.models.modeling_prediction import interpret_outputs
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Predictor:
     Args:
         model: a `VLMForPrediction`.
         processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
-        memory: as `VisionLanguageModel`.
+        feature_cache: as `VisionLanguageModel`.
     """
 
-    def __init__(self, model: Any, processor: Any, memory: ImageMemory | None = None):
+    def __init__(self, model: Any, processor: Any, feature_cache: ImageFeatureCache | None = None):
         self.model, self.processor = model, processor
-        self._asking = VisionLanguageModel(model, processor, memory)
+        self._vlm = VisionLanguageModel(model, processor, feature_cache)
 
     @classmethod
     def load(
@@ -65,7 +65,7 @@ class Predictor:
         model, processor = load_checkpoint(
             checkpoint, config, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code
         )
-        return cls(model, processor, ImageMemory())
+        return cls(model, processor, ImageFeatureCache())
 
     @property
     def heads(self) -> list[HeadSettings]:
@@ -92,35 +92,35 @@ class Predictor:
         Raises:
             ValueError: as `VisionLanguageModel.generate`.
         """
-        turns, media = self._asking.conversations(prompt, images, videos, max_frames)
+        turns, media = self._vlm.conversations(prompt, images, videos, max_frames)
         first = [] if system_prompt is None else [Turn("system", (system_prompt,))]
         turns = [[*first, *one] for one in turns]
-        inputs = self._asking.inputs(turns, media, suffix=self.model.config.suffix_ids, left=False)
+        inputs = self._vlm.inputs(turns, media, suffix=self.model.config.suffix_ids, left=False)
         found = [one if len(one) > 1 else next(iter(one.values())) for one in self.of(inputs)]
         return found[0] if isinstance(prompt, str) else found
 
     @torch.no_grad()
     def of(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, Prediction]]:
         """What each head says of each row of a batch as the model reads it."""
-        outputs = self.model(**self._asking.remembered(inputs)).outputs
-        columns = {one.name: self._predictions(one, outputs[one.name]) for one in self.heads}
+        outputs = self.model(**self._vlm.use_cached_features(inputs)).outputs
+        columns = {one.name: self._make_predictions(one, outputs[one.name]) for one in self.heads}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def _predictions(self, one: HeadSettings, outputs: torch.Tensor) -> list[Prediction]:
+    def _make_predictions(self, one: HeadSettings, outputs: torch.Tensor) -> list[Prediction]:
         """What one head says: `(B, K)` to B predictions."""
-        decided = decision(one, outputs)
+        decided = interpret_outputs(one, outputs)
         scores = decided["scores"].float().cpu().tolist()
         raw = [tuple(row) for row in outputs.float().cpu().tolist()]
-        if one.task not in CLASSIFYING:
+        if one.task not in CLASSIFICATION_TASKS:
             return [Prediction(number, number, {}, numbers) for number, numbers in zip(scores, raw, strict=True)]
         named = [dict(zip(one.labels, row, strict=True)) for row in scores]
         return [
-            Prediction(label, _score(one, label, chances), chances, numbers)
-            for label, chances, numbers in zip(decided["predictions"], named, raw, strict=True)
+            Prediction(label, _get_score(one, label, probs), probs, numbers)
+            for label, probs, numbers in zip(decided["predictions"], named, raw, strict=True)
         ]
 
 
-def _score(one: HeadSettings, label: Any, chances: dict[Any, float]) -> float:
+def _get_score(one: HeadSettings, label: Any, probs: dict[Any, float]) -> float:
     if one.task == "binary":
-        return chances[one.labels[1]]
-    return max(chances.values()) if one.task == "multilabel" else chances[label]
+        return probs[one.labels[1]]
+    return max(probs.values()) if one.task == "multilabel" else probs[label]

@@ -20,20 +20,20 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, Modality
 
 from vlm.config.schema import InferenceConfig
-from vlm.data.sample import BadSample, Part, Picture, Turn
-from vlm.data.vision.images import open_picture
+from vlm.data.sample import BadSample, ContentPart, ImageRef, Turn
+from vlm.data.vision.images import open_image
 from vlm.inference.generate import VisionLanguageModel
 
 ROLES = ("system", "user", "assistant")
-BOUNDS = {"temperature": (0, 2), "top_p": (0, 1), "max_tokens": (1, 2**20), "max_completion_tokens": (1, 2**20)}
+FIELD_BOUNDS = {"temperature": (0, 2), "top_p": (0, 1), "max_tokens": (1, 2**20), "max_completion_tokens": (1, 2**20)}
 """Field of a request -> least and most."""
-PASSED_OVER = {"user", "metadata", "store", "stream_options", "service_tier", "parallel_tool_calls"}
+IGNORED_FIELDS = {"user", "metadata", "store", "stream_options", "service_tier", "parallel_tool_calls"}
 """Fields that change nothing of an answer."""
-UNSET = (None, 1, 0, False, [], {}, "", "none", "auto", {"type": "text"})
+NEUTRAL_VALUES = (None, 1, 0, False, [], {}, "", "none", "auto", {"type": "text"})
 """Values that ask for nothing: one answer, no tools, no log probabilities …"""
 
 
-class Prompts:
+class PromptProcessor:
     """What the handler takes for a processor: messages to inputs by our own code; all else is the tokenizer's.
 
     Args:
@@ -52,7 +52,7 @@ class Prompts:
 
     def apply_chat_template(self, conversation: Sequence[dict[str, Any]], **options: Any) -> BatchFeature:
         """Inputs of a conversation that waits for a reply; `options` are transformers' own, which are settled here."""
-        turns, images = turns_of(conversation)
+        turns, images = parse_messages(conversation)
         try:
             inputs = self.vlm.inputs([turns], [images])
         except ValueError as error:  # the template refuses it, or leaves nothing of it
@@ -64,7 +64,7 @@ class Prompts:
         return BatchFeature(inputs)
 
 
-class Remembering:
+class CachingModel:
     """A model as the handler takes it; it looks for pictures that it was shown before where it generates.
 
     That is on a thread of its own: requests are read on another, which must not wait for the visual encoder.
@@ -81,10 +81,10 @@ class Remembering:
 
     def generate(self, **inputs: Any) -> Any:
         """As the model's."""
-        return self.vlm.model.generate(**self.vlm.remembered(inputs))
+        return self.vlm.model.generate(**self.vlm.use_cached_features(inputs))
 
 
-class OneModel(ModelManager):
+class SingleModelManager(ModelManager):
     """The one model that is served, under one name.
 
     Args:
@@ -93,7 +93,7 @@ class OneModel(ModelManager):
     """
 
     def __init__(self, name: str, model: VisionLanguageModel):
-        self.force_model, self.prompts, self.model = name, Prompts(model), Remembering(model)
+        self.force_model, self.prompts, self.model = name, PromptProcessor(model), CachingModel(model)
 
     def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
         """The model, whatever is asked for: names are checked by the handler."""
@@ -110,10 +110,10 @@ class OneModel(ModelManager):
         return Modality.VLM
 
 
-class Handler(ChatCompletionHandler):
+class ChatHandler(ChatCompletionHandler):
     """`/v1/chat/completions`."""
 
-    model_manager: OneModel
+    model_manager: SingleModelManager
 
     def get_processor_inputs_from_messages(self, messages: Any, modality: Modality) -> list[dict[str, Any]]:
         """Messages as they came: `Prompts` reads them."""
@@ -137,18 +137,20 @@ class Handler(ChatCompletionHandler):
     def _validate_request(self, body: dict[str, Any]) -> None:
         """Refuse what is no chat request, or asks for what would be passed over."""
         super()._validate_request(body)
-        refused = {*self._unused_fields, "tools", "generation_config", "logit_bias"} - PASSED_OVER
-        if unheard := [f"{name}={body[name]!r:.40}" for name in sorted(refused & {*body}) if body[name] not in UNSET]:
-            raise HTTPException(400, f"not served here: {', '.join(unheard)}")
+        refused = {*self._unused_fields, "tools", "generation_config", "logit_bias"} - IGNORED_FIELDS
+        if unsupported := [
+            f"{name}={body[name]!r:.40}" for name in sorted(refused & {*body}) if body[name] not in NEUTRAL_VALUES
+        ]:
+            raise HTTPException(400, f"not served here: {', '.join(unsupported)}")
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise HTTPException(400, "messages: a list of at least one message is needed")
-        for field, (least, most) in BOUNDS.items():
+        for field, (least, most) in FIELD_BOUNDS.items():
             value = body.get(field)
             if value is not None and not (isinstance(value, int | float) and least <= value <= most):
                 raise HTTPException(400, f"{field}={value}: a number from {least} to {most} is needed")
 
 
-def turns_of(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Any]]:
+def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Any]]:
     """A request's messages as a conversation, and its pictures, opened.
 
     Raises:
@@ -163,7 +165,7 @@ def turns_of(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Any]]
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(items, list) or not items:
             raise HTTPException(400, f"{where}: content must be a text, or a list of texts and pictures")
-        parts: list[Part] = []
+        parts: list[ContentPart] = []
         for place, item in enumerate(items):
             kind = item.get("type") if isinstance(item, dict) else None
             if kind == "text" and isinstance(item.get("text"), str):
@@ -171,15 +173,15 @@ def turns_of(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Any]]
                 # pictures before a text stand on a line of their own, as `vlm generate` puts them
                 parts.append("\n" + item["text"] if leads and not item["text"].startswith("\n") else item["text"])
             elif kind == "image_url":
-                images.append(_picture(item["image_url"], f"{where}.content[{place}]"))
-                parts.append(Picture())
+                images.append(_decode_image(item["image_url"], f"{where}.content[{place}]"))
+                parts.append(ImageRef())
             else:
                 raise HTTPException(400, f"{where}.content[{place}]: type must be text or image_url")
         turns.append(Turn(message["role"], tuple(parts)))
     return turns, images
 
 
-def _picture(given: Any, where: str) -> Any:
+def _decode_image(given: Any, where: str) -> Any:
     """The picture of a `data:` address."""
     address = given.get("url") if isinstance(given, dict) else given
     head, comma, content = address.partition(",") if isinstance(address, str) else ("", "", "")
@@ -188,14 +190,14 @@ def _picture(given: Any, where: str) -> Any:
             400, f"{where}: the picture itself is needed, as data:image/png;base64,…; addresses are not fetched"
         )
     try:
-        return open_picture(Picture(content=base64.b64decode(content, validate=True)), where)
+        return open_image(ImageRef(content=base64.b64decode(content, validate=True)), where)
     except binascii.Error as error:
         raise HTTPException(400, f"{where}: its base64 does not decode: {error}") from error
     except BadSample as error:
         raise HTTPException(400, f"{where}: {error.reason}") from error
 
 
-def app_of(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> FastAPI:
+def make_app(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> FastAPI:
     """The endpoints of a model.
 
     Args:
@@ -204,7 +206,7 @@ def app_of(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> FastA
         hosts: by which names the server may be addressed, so that no page of another site reaches it by a name of its
             own; `*`: any.
     """
-    handler = Handler(OneModel(name, model), GenerationState())
+    handler = ChatHandler(SingleModelManager(name, model), GenerationState())
     app = FastAPI(title=f"vlm serve {name}")
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 

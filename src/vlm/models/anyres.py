@@ -21,7 +21,7 @@ from transformers.image_processing_utils import select_best_resolution
 Size = tuple[int, int]
 """Height and width."""
 
-FRAME = 0
+VIDEO_FRAME_VIEWS = 0
 """The number of views of a video's frame: it is one square, whose tokens are pooled."""
 
 
@@ -51,7 +51,9 @@ class AnyRes:
             sizes: of its pictures in order; None for frames of videos.
         """
         several = sum(size is not None for size in sizes) > 1 and not self.tile_several
-        return [FRAME if size is None else 1 if several else 1 + math.prod(self.grid(size)) for size in sizes]
+        return [
+            VIDEO_FRAME_VIEWS if size is None else 1 if several else 1 + math.prod(self.grid(size)) for size in sizes
+        ]
 
     def grid(self, size: Size) -> Size:
         """Rows and columns of tiles: where most pixels of the picture are kept, then where least is padded."""
@@ -66,11 +68,11 @@ class AnyRes:
     def num_tokens(self, size: Size | None, views: int) -> int:
         """Tokens of one picture."""
         whole = self.tokens_side**2
-        if size is None or views == FRAME:
+        if size is None or views == VIDEO_FRAME_VIEWS:
             return self.pooled_side**2
         if views == 1:
             return whole + 1
-        rows, columns = self.limited(self.kept(size))
+        rows, columns = self.limit_size(self.unpadded_size(size))
         return whole + rows * (columns + 1)
 
     @property
@@ -78,7 +80,7 @@ class AnyRes:
         """Side of the grid of tokens that a frame becomes."""
         return math.ceil(self.tokens_side / 2)
 
-    def kept(self, size: Size) -> Size:
+    def unpadded_size(self, size: Size) -> Size:
         """Rows and columns of the tiles' tokens that are not padding; as many are cut off at either side.
 
         The rounding is transformers' (`unpad_image`), since it decides how many tokens there are.
@@ -91,21 +93,21 @@ class AnyRes:
         wanted = int(round(width * (rows / height), 7))
         return rows, columns - (columns - wanted) // 2 * 2
 
-    def limited(self, kept: Size) -> Size:
+    def limit_size(self, unpadded_size: Size) -> Size:
         """Rows and columns after `max_tiles`; they shrink where they are more than 1.1 times too long."""
         if self.max_tiles is None:
-            return kept
-        times = math.sqrt(kept[0] * kept[1] / (self.max_tiles * self.tokens_side**2))
-        return kept if times <= 1.1 else (int(kept[0] // times), int(kept[1] // times))
+            return unpadded_size
+        times = math.sqrt(unpadded_size[0] * unpadded_size[1] / (self.max_tiles * self.tokens_side**2))
+        return unpadded_size if times <= 1.1 else (int(unpadded_size[0] // times), int(unpadded_size[1] // times))
 
-    def cut(self, picture: Tensor, resize: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    def cut_tiles(self, image: Tensor, resize: Callable[[Tensor, int, int], Tensor]) -> Tensor:
         """A picture's tiles, row by row, resized to fit their grid in the middle of black: `(tiles, 3, side, side)`.
 
         Args:
-            picture: `(3, height, width)`, before normalisation.
+            image: `(3, height, width)`, before normalisation.
             resize: to a height and width.
         """
-        height, width = picture.shape[1:]
+        height, width = image.shape[1:]
         rows, columns = self.grid((height, width))
         full_height, full_width = rows * self.tile_size, columns * self.tile_size
         if full_width / width < full_height / height:
@@ -114,25 +116,25 @@ class AnyRes:
             new = full_height, min(math.ceil(width * (full_height / height)), full_width)
         down, right = full_height - new[0], full_width - new[1]
         edges = (right // 2, right - right // 2, down // 2, down - down // 2)
-        whole = F.pad(resize(picture, *new), edges)  # (3, full_height, full_width)
+        whole = F.pad(resize(image, *new), edges)  # (3, full_height, full_width)
         tiles = whole.unflatten(2, (columns, -1)).unflatten(1, (rows, -1))  # (3, rows, side, columns, side)
         return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
-    def pooled(self, tokens: Tensor) -> Tensor:
+    def pool_frame(self, tokens: Tensor) -> Tensor:
         """The tokens of a frame, bilinearly pooled to half the side, rounded up: `(N, D) -> (pooled, D)`."""
         grid = tokens.T.unflatten(1, (self.tokens_side, self.tokens_side))  # (D, side, side)
         return F.interpolate(grid[None], size=(self.pooled_side,) * 2, mode="bilinear")[0].flatten(1).T
 
-    def stitched(self, tokens: Tensor, size: Size) -> Tensor:
+    def stitch_tiles(self, tokens: Tensor, size: Size) -> Tensor:
         """The tokens of a picture's tiles as one grid without the padding: `(tiles, N, D) -> (D, rows, columns)`."""
         side = self.tokens_side
         rows, columns = self.grid(size)
         grid = tokens.unflatten(1, (side, side)).unflatten(0, (rows, columns))  # (rows, columns, side, side, D)
         grid = grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # (D, rows * side, columns * side)
-        height, width = self.kept(size)
+        height, width = self.unpadded_size(size)
         top, left = (rows * side - height) // 2, (columns * side - width) // 2
         grid = grid[:, top : top + height, left : left + width]
-        if (limit := self.limited((height, width))) != (height, width):
+        if (limit := self.limit_size((height, width))) != (height, width):
             grid = F.interpolate(grid[None], size=limit, mode="bilinear")[0]
         return grid
 
@@ -169,18 +171,18 @@ class ImageNewline(nn.Module):
         found = [newline[None, :][:0]]  # nothing, with a gradient
         split = tokens.split([max(number, 1) for number in views])
         for seen, size, number in zip(split, sizes, views, strict=True):
-            if number == FRAME:
-                found.append(self.anyres.pooled(seen[0]))
+            if number == VIDEO_FRAME_VIEWS:
+                found.append(self.anyres.pool_frame(seen[0]))
             elif number == 1:
                 found += [seen[0], newline[None, :]]
             else:
-                grid = self.anyres.stitched(seen[1:], size)  # (D, rows, columns)
+                grid = self.anyres.stitch_tiles(seen[1:], size)  # (D, rows, columns)
                 grid = torch.cat([grid, newline[:, None, None].expand(-1, grid.shape[1], 1)], dim=2)
                 found += [seen[0], grid.flatten(1).T]
         return torch.cat(found)
 
 
-def misfit(rows: Sequence[int], images: Sequence[int]) -> int | None:
+def first_mismatched_row(rows: Sequence[int], images: Sequence[int]) -> int | None:
     """The first row whose placeholders are not the tokens of whole images in order; None where all are.
 
     Args:

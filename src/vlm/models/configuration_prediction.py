@@ -91,7 +91,7 @@ class VLMPredictionConfig(PreTrainedConfig):
         recipe: dict | None = None,
         **kwargs,
     ):
-        self.body_config = nested_body(body_config)
+        self.body_config = copy_body_config(body_config)
         self.heads = [asdict(HeadSettings(**head)) for head in heads]
         self.media_token_ids = list(media_token_ids)
         self.suffix = suffix
@@ -131,7 +131,7 @@ def is_composed(config: PreTrainedConfig) -> bool:
     return config.model_type == VLMConfig.model_type
 
 
-def nested_body(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+def copy_body_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     """A body's configuration as an object of its own: what `PreTrainedConfig` sets on it touches no loaded model."""
     if isinstance(config, PreTrainedConfig):
         return deepcopy(config)

@@ -8,12 +8,12 @@ so whatever encoder or language model transformers knows needs no field here.
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-OLDEST_TRANSFORMERS = (5, 10)
+MIN_TRANSFORMERS_VERSION = (5, 10)
 """Older ones fail, or load and answer otherwise (5.0)."""
 
-if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
+if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < MIN_TRANSFORMERS_VERSION:
     raise ImportError(
-        f"this model needs transformers {'.'.join(map(str, OLDEST_TRANSFORMERS))} or newer; "
+        f"this model needs transformers {'.'.join(map(str, MIN_TRANSFORMERS_VERSION))} or newer; "
         f"{transformers.__version__} is installed, in which it would answer otherwise: pip install -U transformers"
     )
 
@@ -102,7 +102,7 @@ class VLMConfig(PreTrainedConfig):
         return dict.fromkeys([*self.encoder_names, "text_config"], AutoConfig)
 
     @property
-    def readings(self) -> list[dict]:
+    def feature_selections(self) -> list[dict]:
         """What is read of each encoder: keyword arguments of `encoders.read_features`."""
         names = ("feature_layer", "feature_strategy", "num_prefix_tokens")
         return [{name: getattr(self, name) for name in names}, *self.beside]

@@ -89,48 +89,48 @@ class MLPConnector(Connector):
         return self.layers(features)
 
 
-def connector_class(kind: str) -> type[Connector]:
+def connector_class(connector_type: str) -> type[Connector]:
     """The class behind `model.connector.type`; a class of the user's own must have been added to the table."""
-    if kind not in CONNECTORS:
+    if connector_type not in CONNECTORS:
         raise ValueError(
-            f"model.connector.type={kind}: allowed are {', '.join(CONNECTORS)}, or package.module:Class for a class of "
+            f"model.connector.type={connector_type}: allowed are {', '.join(CONNECTORS)}, or package.module:Class for a class of "
             "your own. A checkpoint with such a class loads once you have named it in your own configuration, or with "
             "trust_remote_code=True."
         )
-    return CONNECTORS[kind]
+    return CONNECTORS[connector_type]
 
 
-def connector_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def connector_options(connector_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` without the nulls, completed with the class's own defaults.
 
     Raises:
         ValueError: an option that the class does not take, or one without a value and without a default.
     """
-    parameters = inspect.signature(connector_class(kind).__init__).parameters
+    parameters = inspect.signature(connector_class(connector_type).__init__).parameters
     taken = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in taken:
             allowed = ", ".join(taken) or "none"
             raise ValueError(
-                f"model.connector.options.{name}: {kind} does not take it; null leaves it out. Allowed: {allowed}"
+                f"model.connector.options.{name}: {connector_type} does not take it; null leaves it out. Allowed: {allowed}"
             )
     complete = {name: given.get(name, p.default) for name, p in taken.items()}
     for name, value in complete.items():
         if value is inspect.Parameter.empty:
-            raise ValueError(f"model.connector.options.{name}: {kind} needs a value for it")
+            raise ValueError(f"model.connector.options.{name}: {connector_type} needs a value for it")
     return complete
 
 
-def count_tokens(kind: str, num_features: int, options: Mapping[str, Any]) -> int:
+def count_tokens(connector_type: str, num_features: int, options: Mapping[str, Any]) -> int:
     """Tokens that one image of `num_features` features becomes; a class without `num_tokens` keeps their number."""
-    count = getattr(connector_class(kind), "num_tokens", None)
+    count = getattr(connector_class(connector_type), "num_tokens", None)
     return count(num_features, **options) if count else num_features
 
 
-def keeps_grid(kind: str) -> bool:
+def keeps_grid(connector_type: str) -> bool:
     """Whether the tokens of a connector stand row by row as features do; so do those of a class that does not say."""
-    return getattr(connector_class(kind), "keeps_grid", True)
+    return getattr(connector_class(connector_type), "keeps_grid", True)
 
 
 CONNECTORS: dict[str, type[Connector]] = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-STOPPED = (
+EARLY_EXIT_TYPES = (
     "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "ijepa",
 )  # fmt: skip
 """Model types whose `hidden_states[k]` is what the first `k` of their layers give: no layer behind it has to run.
@@ -23,7 +23,7 @@ timm's models stop where timm's own code lets them; any other encoder runs to it
 """
 
 
-class Encoders(nn.Module):
+class EncoderEnsemble(nn.Module):
     """Several visual encoders that see the same pictures; their features are concatenated by channel.
 
     As DINOv2 and SigLIP are in prismatic (Karamcheti et al. 2024, arXiv:2402.07865, section 4.2). A model with one
@@ -44,9 +44,9 @@ class Encoders(nn.Module):
         return next(encoder.dtype for encoder in self.encoders if isinstance(encoder, PreTrainedModel))
 
 
-def as_one_part(encoders: Sequence[PreTrainedModel]) -> PreTrainedModel | Encoders:
+def combine_encoders(encoders: Sequence[PreTrainedModel]) -> PreTrainedModel | EncoderEnsemble:
     """One encoder as it is, several as `Encoders`."""
-    return encoders[0] if len(encoders) == 1 else Encoders(encoders)
+    return encoders[0] if len(encoders) == 1 else EncoderEnsemble(encoders)
 
 
 def read_features(
@@ -69,15 +69,15 @@ def read_features(
         num_prefix_tokens: tokens that the encoder puts before the patches.
     """
     if feature_layer is None:
-        features = as_tokens(encoder(pixel_values, return_dict=True).last_hidden_state)
+        features = flatten_feature_map(encoder(pixel_values, return_dict=True).last_hidden_state)
     else:
         layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-        wanted = sorted(set(layers))
-        states = _hidden_states(encoder, pixel_values, wanted)
+        requested_layers = sorted(set(layers))
+        states = _hidden_states(encoder, pixel_values, requested_layers)
         kept = [state for state in states if state is not None]
-        if len(kept) != len(wanted):  # an encoder that gives all of them, whatever it is asked for
-            kept = [states[layer] for layer in wanted]
-        features = torch.cat([as_tokens(kept[wanted.index(layer)]) for layer in layers], dim=2)
+        if len(kept) != len(requested_layers):  # an encoder that gives all of them, whatever it is asked for
+            kept = [states[layer] for layer in requested_layers]
+        features = torch.cat([flatten_feature_map(kept[requested_layers.index(layer)]) for layer in layers], dim=2)
     match feature_strategy:
         case "patch":
             return features[:, num_prefix_tokens:]
@@ -89,52 +89,54 @@ def read_features(
             return features
 
 
-def _hidden_states(encoder: Any, pixel_values: Tensor, wanted: list[int]) -> Sequence[Any]:
+def _hidden_states(encoder: Any, pixel_values: Tensor, requested_layers: list[int]) -> Sequence[Any]:
     """Those that are wanted, or all; those of others may be None."""
     if hasattr(encoder, "timm_model") and not encoder.features_only:
         pixels = pixel_values.to(encoder.device, encoder.dtype)  # as the wrapper does, which would not stop
         timm_model = encoder.timm_model
-        return timm_model.forward_intermediates(pixels, indices=wanted, stop_early=True, intermediates_only=True)
-    with _first_layers(encoder, max(*wanted, 1)):
-        return encoder(pixel_values, output_hidden_states=wanted, return_dict=True).hidden_states
+        return timm_model.forward_intermediates(
+            pixels, indices=requested_layers, stop_early=True, intermediates_only=True
+        )
+    with _truncated_layers(encoder, max(*requested_layers, 1)):
+        return encoder(pixel_values, output_hidden_states=requested_layers, return_dict=True).hidden_states
 
 
-class _FirstLayers(nn.ModuleList):
+class _TruncatedLayers(nn.ModuleList):
     """All layers under their names, of which a loop sees the first so many: nothing is taken out of the model.
 
     Args:
         layers: all of them.
-        number: how many a loop sees.
+        num_layers: how many a loop sees.
     """
 
-    def __init__(self, layers: nn.ModuleList, number: int):
+    def __init__(self, layers: nn.ModuleList, num_layers: int):
         super().__init__()
         self._modules = layers._modules
-        self.number = number
-        self.whole = (layers,)  # in a tuple, it is no module of this one
+        self.num_layers = num_layers
+        self.all_layers = (layers,)  # in a tuple, it is no module of this one
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return islice(super().__iter__(), self.number)
+        return islice(super().__iter__(), self.num_layers)
 
 
 @contextmanager
-def _first_layers(encoder: Any, number: int) -> Iterator[None]:
+def _truncated_layers(encoder: Any, num_layers: int) -> Iterator[None]:
     """Within, an encoder that is `STOPPED` runs its first so many layers."""
-    place = _place_of_layers(encoder) if encoder.config.model_type in STOPPED else None
-    if place is None or number >= encoder.config.num_hidden_layers or torch.compiler.is_compiling():
+    location = _find_layer_list(encoder) if encoder.config.model_type in EARLY_EXIT_TYPES else None
+    if location is None or num_layers >= encoder.config.num_hidden_layers or torch.compiler.is_compiling():
         yield
         return
-    owner, name = place
+    owner, name = location
     layers = getattr(owner, name)
-    whole = layers.whole[0] if isinstance(layers, _FirstLayers) else layers  # another thread may be at it
-    setattr(owner, name, _FirstLayers(whole, number))
+    all_layers = layers.all_layers[0] if isinstance(layers, _TruncatedLayers) else layers  # another thread may be at it
+    setattr(owner, name, _TruncatedLayers(all_layers, num_layers))
     try:
         yield
     finally:
-        setattr(owner, name, whole)
+        setattr(owner, name, all_layers)
 
 
-def _place_of_layers(encoder: Any) -> tuple[nn.Module, str] | None:
+def _find_layer_list(encoder: Any) -> tuple[nn.Module, str] | None:
     """The module that holds an encoder's layers, and under which name; None where it has several such lists."""
     found = [
         (owner, name) for owner in encoder.modules() for name, child in owner.named_children()
@@ -143,6 +145,6 @@ def _place_of_layers(encoder: Any) -> tuple[nn.Module, str] | None:
     return found[0] if len(found) == 1 else None
 
 
-def as_tokens(state: Tensor) -> Tensor:
+def flatten_feature_map(state: Tensor) -> Tensor:
     """A hidden state as tokens; a feature map row by row: `(I, V, rows, columns) -> (I, rows * columns, V)`."""
     return state.flatten(2).transpose(1, 2) if state.ndim == 4 else state

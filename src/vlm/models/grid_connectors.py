@@ -115,7 +115,7 @@ class PoolingConnector(GridConnector):
         input_norm: bool = False,
     ):
         super().__init__()
-        _require_one(kernel, output_side)
+        _require_one_size(kernel, output_side)
         self.pool = nn.AdaptiveAvgPool2d(output_side) if kernel is None else nn.AvgPool2d(kernel)
         self.layers = mlp_layers(
             vision_dim,
@@ -130,7 +130,7 @@ class PoolingConnector(GridConnector):
     @classmethod
     def output_side(cls, side: int, *, kernel: int | None, output_side: int | None, **options: Any) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
-        _require_one(kernel, output_side)
+        _require_one_size(kernel, output_side)
         if output_side is not None:
             require_at_most(side, output_side=output_side)
             return output_side
@@ -143,7 +143,7 @@ class PoolingConnector(GridConnector):
         return self.layers(from_grid(self.pool(to_grid(features))))
 
 
-def _require_one(kernel: int | None, output_side: int | None) -> None:
+def _require_one_size(kernel: int | None, output_side: int | None) -> None:
     """Refuse a pooling of two sizes, or of none."""
     given = {name: size for name, size in (("kernel", kernel), ("output_side", output_side)) if size is not None}
     if len(given) != 1:

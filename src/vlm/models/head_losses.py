@@ -21,7 +21,7 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | Non
     """
     soft = targets * (1 - smoothing) + smoothing / 2
     losses = F.binary_cross_entropy_with_logits(outputs, soft, reduction="none")
-    return (losses * _yes_no_weights(targets, weights)).mean(dim=1)
+    return (losses * _binary_label_weights(targets, weights)).mean(dim=1)
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
@@ -50,7 +50,7 @@ def focal(
     wrong = F.logsigmoid(torch.where(targets > 0.5, -outputs, outputs))  # (B, K)
     soft = targets * (1 - smoothing) + smoothing / 2
     losses = F.binary_cross_entropy_with_logits(outputs, soft, reduction="none")
-    return ((gamma * wrong).exp() * losses * _yes_no_weights(targets, weights)).mean(dim=1)
+    return ((gamma * wrong).exp() * losses * _binary_label_weights(targets, weights)).mean(dim=1)
 
 
 def squared_error(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
@@ -75,10 +75,10 @@ def ordinal(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing:
     # leaves no gap between them, its logarithm and slope stay finite
     gap = -torch.expm1(-(upper - lower).clamp(min=0)) + torch.finfo(outputs.dtype).eps
     between = F.logsigmoid(upper) + F.logsigmoid(-lower) + gap.log()
-    chances = torch.cat([first, between, last], dim=1)  # (B, C)
+    label_probabilities = torch.cat([first, between, last], dim=1)  # (B, C)
     numbers = targets[:, 0].long()
-    losses = F.nll_loss(chances, numbers, reduction="none")
-    losses = (1 - smoothing) * losses - smoothing * chances.mean(dim=1)
+    losses = F.nll_loss(label_probabilities, numbers, reduction="none")
+    losses = (1 - smoothing) * losses - smoothing * label_probabilities.mean(dim=1)
     return losses if weights is None else losses * weights[numbers]
 
 
@@ -137,7 +137,7 @@ def head_loss(
     return losses.where(known, 0).sum() / known.sum().clamp(min=1)
 
 
-def _yes_no_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
+def _binary_label_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
     """What each yes or no counts: `(B, K), (2,) or (K,) -> (B, K)`."""
     if weights is None:
         return torch.ones_like(targets)

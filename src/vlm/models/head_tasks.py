@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-TASKS: dict[str, Callable[[int], int]] = {
+NUM_OUTPUTS_BY_TASK: dict[str, Callable[[int], int]] = {
     "binary": lambda labels: 1,
     "multiclass": lambda labels: labels,
     "multilabel": lambda labels: labels,
@@ -22,7 +22,7 @@ TASKS: dict[str, Callable[[int], int]] = {
 """Task -> how many numbers (K) its head gives for so many labels (C). The labels of `binary` are the negative and the
 positive one; `regression` and `pairwise` have none."""
 
-CLASSIFYING = ("binary", "multiclass", "multilabel", "ordinal")
+CLASSIFICATION_TASKS = ("binary", "multiclass", "multilabel", "ordinal")
 """The tasks that choose among labels."""
 
 
@@ -48,12 +48,12 @@ def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tenso
     return torch.cat([ones, above], dim=1) - torch.cat([above, 0 * ones], dim=1)
 
 
-def decide(task: str, chances: Tensor, threshold: float | Sequence[float] | None = None) -> Tensor:
+def choose_labels(task: str, label_probabilities: Tensor, threshold: float | Sequence[float] | None = None) -> Tensor:
     """What is decided by probabilities.
 
     Args:
         task: one of `CLASSIFYING`.
-        chances: `(N, C)`, as `probabilities` gives them.
+        label_probabilities: `(N, C)`, as `probabilities` gives them.
         threshold: from which probability on the positive label is decided (`binary`), or each label (`multilabel`,
             one number for each); None: 0.5. The others have none.
 
@@ -61,11 +61,13 @@ def decide(task: str, chances: Tensor, threshold: float | Sequence[float] | None
         `(N,)`, the number of the label: the likeliest one, of `ordinal` the median; of `multilabel` `(N, C)`, whether
         each label is.
     """
-    least = torch.as_tensor(0.5 if threshold is None else threshold, dtype=chances.dtype, device=chances.device)
+    least = torch.as_tensor(
+        0.5 if threshold is None else threshold, dtype=label_probabilities.dtype, device=label_probabilities.device
+    )
     if task == "multilabel":
-        return chances >= least
+        return label_probabilities >= least
     if task == "multiclass":
-        return chances.argmax(dim=1)
+        return label_probabilities.argmax(dim=1)
     if task == "binary":
-        return (chances[:, 1] >= least).long()
-    return (chances.cumsum(dim=1)[:, :-1] < 0.5).sum(dim=1)
+        return (label_probabilities[:, 1] >= least).long()
+    return (label_probabilities.cumsum(dim=1)[:, :-1] < 0.5).sum(dim=1)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .head_tasks import TASKS
-from .poolings import EACH_TOKEN, Marks, masked_mean, pooled
+from .head_tasks import NUM_OUTPUTS_BY_TASK
+from .poolings import EVERY_TOKEN_POOLINGS, TokenMasks, mean_over_mask, pool_hidden_states
 
 
 class LinearHead(nn.Module):
@@ -72,16 +72,16 @@ class MLPHead(nn.Module):
         return self.layers(self.norm(features))
 
 
-class Cuts(nn.Module):
+class OrdinalThresholds(nn.Module):
     """Cut points of an ordinal task: one score against C - 1 ascending thresholds: `(..., 1) -> (..., C - 1)`.
 
     McCullagh 1980, "Regression models for ordinal data": logit P(label > k) = score - cut_k.
     """
 
-    def __init__(self, num_cuts: int):
+    def __init__(self, num_thresholds: int):
         super().__init__()
         self.first = nn.Parameter(torch.empty(1))
-        self.steps = nn.Parameter(torch.empty(num_cuts - 1))
+        self.steps = nn.Parameter(torch.empty(num_thresholds - 1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -114,66 +114,66 @@ class PredictionHead(nn.Module):
         options: Mapping[str, Any] | None = None, shift: float = 0.0, scale: float = 1.0,
     ):  # fmt: skip
         super().__init__()
-        self.task, self.pooling, self.kind = task, pooling, type
+        self.task, self.pooling, self.head_type = task, pooling, type
         self.shift, self.scale = shift, scale
-        self.num_numbers = 1 if task == "ordinal" else TASKS[task](num_labels)
-        self.layers = head_class(type)(width, self.num_numbers, **(options or {}))
-        self.cuts = Cuts(num_labels - 1) if task == "ordinal" else None
+        self.num_outputs = 1 if task == "ordinal" else NUM_OUTPUTS_BY_TASK[task](num_labels)
+        self.layers = head_class(type)(width, self.num_outputs, **(options or {}))
+        self.cuts = OrdinalThresholds(num_labels - 1) if task == "ordinal" else None
         # without a bias, which a softmax would not see
         self.attention = nn.Linear(width, 1, bias=False) if pooling == "attention" else None
 
-    def features(self, hidden: Tensor, marks: Marks) -> Tensor:
+    def features(self, hidden: Tensor, masks: TokenMasks) -> Tensor:
         """What depends on the body alone: `(B, T, D) -> (B, D)`, or all of it where every token counts."""
-        return pooled(self.pooling, hidden, marks)
+        return pool_hidden_states(self.pooling, hidden, masks)
 
-    def forward(self, features: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
         """The task's numbers, in float32.
 
         Args:
-            features: as `features` gives them: `(B, D)`, or `(B, T, D)` with `real` where every token counts.
-            real: `(B, T)`, boolean: tokens of the prompt.
+            features: as `features` gives them: `(B, D)`, or `(B, T, D)` with `prompt_mask` where every token counts.
+            prompt_mask: `(B, T)`, boolean: tokens of the prompt.
 
         Returns:
             `(B, K)`; of `regression` in units of the labels.
 
         Raises:
-            ValueError: `real` is missing, or a class of the user's own gives another count of numbers.
+            ValueError: `prompt_mask` is missing, or a class of the user's own gives another count of numbers.
         """
-        if self.pooling in EACH_TOKEN and real is None:
+        if self.pooling in EVERY_TOKEN_POOLINGS and prompt_mask is None:
             raise ValueError(f"pooling={self.pooling} reads every token: give attention_mask with features")
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(next(self.layers.parameters(), features).dtype)
-            if self.pooling in EACH_TOKEN:
-                assert real is not None
-                features = features.masked_fill(~real.unsqueeze(-1), 0)  # whatever stands at padding, NaN too
+            if self.pooling in EVERY_TOKEN_POOLINGS:
+                assert prompt_mask is not None
+                features = features.masked_fill(~prompt_mask.unsqueeze(-1), 0)  # whatever stands at padding, NaN too
             if self.attention is not None:
-                assert real is not None
+                assert prompt_mask is not None
                 normal = F.layer_norm(features, features.shape[-1:])  # raw states would leave one token all the weight
-                scores = self.attention(normal).squeeze(-1).float().masked_fill(~real, -torch.inf)
+                scores = self.attention(normal).squeeze(-1).float().masked_fill(~prompt_mask, -torch.inf)
                 features = (scores.softmax(dim=1).to(features.dtype).unsqueeze(1) @ features).squeeze(1)
             outputs = self.layers(features)
-            if outputs.shape[-1] != self.num_numbers:
+            if outputs.shape[-1] != self.num_outputs:
                 raise ValueError(
-                    f"model.head.type={self.kind} gives {outputs.shape[-1]} numbers; its second argument asked for "
-                    f"{self.num_numbers}"
+                    f"model.head.type={self.head_type} gives {outputs.shape[-1]} numbers; its second argument asked for "
+                    f"{self.num_outputs}"
                 )
             if self.cuts is not None:
                 outputs = self.cuts(outputs)
             outputs = outputs.float()
             if self.pooling == "alltoken":
-                assert real is not None
-                outputs = mean_answer(self.task, outputs, real)
+                assert prompt_mask is not None
+                outputs = average_token_outputs(self.task, outputs, prompt_mask)
         return outputs * self.scale + self.shift if self.task == "regression" else outputs
 
 
-def mean_answer(task: str, outputs: Tensor, real: Tensor) -> Tensor:
+def average_token_outputs(task: str, outputs: Tensor, prompt_mask: Tensor) -> Tensor:
     """The logits whose probabilities are the mean of those at each token: `(B, T, K), (B, T) -> (B, K)`.
 
     Numbers of `regression` and `pairwise` are averaged themselves.
     """
     if task in ("regression", "pairwise"):
-        return masked_mean(outputs, real)
-    absent = ~real.unsqueeze(-1)
+        return mean_over_mask(outputs, prompt_mask)
+    absent = ~prompt_mask.unsqueeze(-1)
     if task == "multiclass":
         return outputs.log_softmax(dim=2).masked_fill(absent, -torch.inf).logsumexp(dim=1)
     yes, no = (F.logsigmoid(one).masked_fill(absent, -torch.inf).logsumexp(dim=1) for one in (outputs, -outputs))

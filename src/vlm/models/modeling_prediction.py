@@ -21,10 +21,10 @@ from transformers.utils import ModelOutput
 
 from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_composed
 from .head_losses import head_loss
-from .head_tasks import CLASSIFYING, decide, probabilities
+from .head_tasks import CLASSIFICATION_TASKS, choose_labels, probabilities
 from .heads import HEADS, PredictionHead
-from .modeling_vlm import IGNORED, VLMForConditionalGeneration, supervised_loss
-from .poolings import Marks
+from .modeling_vlm import IGNORE_INDEX, VLMForConditionalGeneration, supervised_loss
+from .poolings import TokenMasks
 
 
 @dataclass
@@ -66,15 +66,15 @@ class VLMForPrediction(PreTrainedModel):
         super().__init__(config)
         if body is None:
             config.body_config.name_or_path = config.name_or_path  # where code that travels with a body lies
-        self.body = built_body(config.body_config) if body is None else body
+        self.body = make_body(config.body_config) if body is None else body
         config.body_config = self.body.config
         width = config.get_text_config().hidden_size
         for one in config.settings:
-            self._add_travelled_head(one)
-        self.heads = nn.ModuleDict({one.name: built_head(one, width) for one in config.settings})
+            self._register_remote_head(one)
+        self.heads = nn.ModuleDict({one.name: make_head(one, width) for one in config.settings})
         self.post_init()
 
-    def _add_travelled_head(self, one: HeadSettings) -> None:
+    def _register_remote_head(self, one: HeadSettings) -> None:
         """Put a head class that travels with the checkpoint in the table, where this code does too."""
         if one.type not in HEADS and type(self).__module__.startswith("transformers_modules."):
             reference = self.config.auto_map[f"Head.{one.name}"]
@@ -154,43 +154,45 @@ class VLMForPrediction(PreTrainedModel):
             if input_ids is None:
                 raise ValueError("give input_ids, or features")
             real = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
-            states, replies = self._states(input_ids, real, text_labels, inputs)
+            states, reply_loss = self._hidden_states_by_layer(input_ids, real, text_labels, inputs)
             prompt = (real if prompt_mask is None else prompt_mask).bool()
-            given, prompt = prompt, self._without_suffix(input_ids, prompt)
-            features = self._read(states, input_ids, given, prompt)
+            prompt_and_suffix_mask, prompt = prompt, self._mask_suffix(input_ids, prompt)
+            features = self._read_head_features(states, input_ids, prompt_and_suffix_mask, prompt)
             if text_labels is not None:
-                loss = self.config.generation_weight * replies
+                loss = self.config.generation_weight * reply_loss
         else:
             prompt = None if attention_mask is None else attention_mask.bool()
         outputs = {name: head(features[name], prompt) for name, head in self.heads.items()}
         if labels is not None:
-            found = self._loss(outputs, labels, groups)
+            found = self._weighted_head_loss(outputs, labels, groups)
             loss = found if loss is None else loss + found
         return VLMPredictionOutput(loss=loss, logits=next(iter(outputs.values())), outputs=outputs)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> dict[str, Tensor]:
         """What the heads read of prompts, for `forward`: head -> `(B, D)`, or `(B, T, D)` where every token counts."""
-        states, _ = self._states(input_ids, attention_mask, None, inputs)
-        given = attention_mask.bool()
-        return self._read(states, input_ids, given, self._without_suffix(input_ids, given))
+        states, _ = self._hidden_states_by_layer(input_ids, attention_mask, None, inputs)
+        prompt_and_suffix_mask = attention_mask.bool()
+        return self._read_head_features(
+            states, input_ids, prompt_and_suffix_mask, self._mask_suffix(input_ids, prompt_and_suffix_mask)
+        )
 
-    def _without_suffix(self, input_ids: Tensor, given: Tensor) -> Tensor:
+    def _mask_suffix(self, input_ids: Tensor, prompt_and_suffix_mask: Tensor) -> Tensor:
         """Which tokens are the prompt's, without those that heads of their own read at: `(B, T), (B, T) -> (B, T)`."""
-        return given & ~torch.isin(input_ids, input_ids.new_tensor(self.config.suffix_ids))
+        return prompt_and_suffix_mask & ~torch.isin(input_ids, input_ids.new_tensor(self.config.suffix_ids))
 
-    def _read(
-        self, states: dict[int | None, Tensor], input_ids: Tensor, given: Tensor, prompt: Tensor
+    def _read_head_features(
+        self, states: dict[int | None, Tensor], input_ids: Tensor, prompt_and_suffix_mask: Tensor, prompt: Tensor
     ) -> dict[str, Tensor]:
         """What each head reads of hidden states; `prompt` is without the tokens that are other heads' own."""
         media = torch.isin(input_ids, input_ids.new_tensor(self.config.media_token_ids)) & prompt
         found = {}
         for one in self.config.settings:
-            wanted = given & (input_ids == (-1 if one.token_id is None else one.token_id))
+            wanted = prompt_and_suffix_mask & (input_ids == (-1 if one.token_id is None else one.token_id))
             head: Any = self.heads[one.name]
-            found[one.name] = head.features(states[one.layer], Marks(prompt, media, wanted))
+            found[one.name] = head.features(states[one.layer], TokenMasks(prompt, media, wanted))
         return found
 
-    def _states(
+    def _hidden_states_by_layer(
         self, input_ids: Tensor, attention_mask: Tensor, text_labels: Tensor | None, inputs: dict[str, Any]
     ) -> tuple[dict[int | None, Tensor], Tensor | None]:
         """The hidden states that heads read, by layer: each `(B, T, D)`; and the loss of replies, where there are."""
@@ -198,19 +200,21 @@ class VLMForPrediction(PreTrainedModel):
         inputs = {**inputs, "input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if is_composed(self.config.body_config):
             inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        grows = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.body.parameters())
-        with torch.set_grad_enabled(grows):
+        needs_gradients = torch.is_grad_enabled() and any(
+            parameter.requires_grad for parameter in self.body.parameters()
+        )
+        with torch.set_grad_enabled(needs_gradients):
             if text_labels is None:
-                output = decoded(self.body, **inputs, output_hidden_states=layers != {None})
+                output = run_decoder(self.body, **inputs, output_hidden_states=layers != {None})
                 last, loss = output.last_hidden_state, None
             else:
-                targets = F.pad(text_labels, (0, 1), value=IGNORED)[:, 1:]  # (B, T): what each position predicts
-                keep = targets != IGNORED
+                targets = F.pad(text_labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
+                keep = targets != IGNORE_INDEX
                 output = self.body(**inputs, logits_to_keep=keep, output_hidden_states=True)
                 last, loss = output.hidden_states[-1], supervised_loss(output.logits, targets[keep], None)
         return {layer: last if layer is None else output.hidden_states[layer] for layer in layers}, loss
 
-    def _loss(self, outputs: dict[str, Tensor], labels: Any, groups: Tensor | None) -> Tensor:
+    def _weighted_head_loss(self, outputs: dict[str, Tensor], labels: Any, groups: Tensor | None) -> Tensor:
         """The weighted sum of the heads' losses."""
         named = labels if isinstance(labels, Mapping) else {self.config.settings[0].name: labels}
         if not named or named.keys() - self.heads.keys():
@@ -238,14 +242,14 @@ class VLMForPrediction(PreTrainedModel):
             label, the labels that hold of `multilabel`, or the number.
         """
         outputs = self(**inputs).outputs
-        return {one.name: decision(one, outputs[one.name]) for one in self.config.settings}
+        return {one.name: interpret_outputs(one, outputs[one.name]) for one in self.config.settings}
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As usual; the files of connector and head classes of the user's own travel with the hub code."""
-        self.save_own_code(save_directory)
+        self.save_custom_code(save_directory)
         super().save_pretrained(save_directory, **kwargs)
 
-    def save_own_code(self, save_directory) -> None:
+    def save_custom_code(self, save_directory) -> None:
         """Copy the files of classes of the user's own, if there are any, and note them in the configuration."""
         if isinstance(self.body, VLMForConditionalGeneration):
             self.body.save_connector_code(save_directory)
@@ -260,24 +264,24 @@ class VLMForPrediction(PreTrainedModel):
                 self.config.auto_map[f"Head.{one.name}"] = f"{copy.stem}.{type(head.layers).__name__}"
 
 
-def built_body(config: PreTrainedConfig) -> Any:
+def make_body(config: PreTrainedConfig) -> Any:
     """A vision-language model of a configuration, without weights; all of it in the configuration's dtype."""
-    hand_on_dtype(config)
+    propagate_dtype(config)
     if is_composed(config):
         return VLMForConditionalGeneration(config)  # pyright: ignore[reportArgumentType] - by name, see is_composed
     known = type(config) in AutoModelForImageTextToText._model_mapping
     return (AutoModelForImageTextToText if known else AutoModelForCausalLM).from_config(config)
 
 
-def hand_on_dtype(config: PreTrainedConfig) -> None:
+def propagate_dtype(config: PreTrainedConfig) -> None:
     """Give nested configurations, by which parts are built, the dtype: transformers does so for one level only."""
     for name in config.sub_configs:
         if (nested := getattr(config, name, None)) is not None:
             nested.dtype = config.dtype
-            hand_on_dtype(nested)
+            propagate_dtype(nested)
 
 
-def built_head(one: HeadSettings, width: int) -> PredictionHead:
+def make_head(one: HeadSettings, width: int) -> PredictionHead:
     """A head with fresh weights."""
     return PredictionHead(
         width, task=one.task, num_labels=len(one.labels), pooling=one.pooling, type=one.type, options=one.options,
@@ -285,20 +289,20 @@ def built_head(one: HeadSettings, width: int) -> PredictionHead:
     )  # fmt: skip
 
 
-def decoded(body: Any, **inputs) -> Any:
+def run_decoder(body: Any, **inputs) -> Any:
     """A body's language model over text and pictures, without its vocabulary head: has `last_hidden_state`."""
     if isinstance(body, VLMForConditionalGeneration):
         return body.decode(**inputs)
     return body.base_model(**inputs)
 
 
-def decision(one: HeadSettings, outputs: Tensor) -> dict[str, Any]:
+def interpret_outputs(one: HeadSettings, outputs: Tensor) -> dict[str, Any]:
     """What a head's numbers `(B, K)` mean: see `VLMForPrediction.predict`."""
-    if one.task not in CLASSIFYING:
+    if one.task not in CLASSIFICATION_TASKS:
         return {"scores": outputs[:, 0], "predictions": outputs[:, 0].tolist()}
-    chances = probabilities(one.task, outputs, one.temperature)
-    chosen = decide(one.task, chances, one.threshold)
+    label_probabilities = probabilities(one.task, outputs, one.temperature)
+    decisions = choose_labels(one.task, label_probabilities, one.threshold)
     if one.task == "multilabel":
-        rows = [[label for label, holds in zip(one.labels, row, strict=True) if holds] for row in chosen.tolist()]
-        return {"scores": chances, "predictions": rows}
-    return {"scores": chances, "predictions": [one.labels[number] for number in chosen.tolist()]}
+        rows = [[label for label, holds in zip(one.labels, row, strict=True) if holds] for row in decisions.tolist()]
+        return {"scores": label_probabilities, "predictions": rows}
+    return {"scores": label_probabilities, "predictions": [one.labels[number] for number in decisions.tolist()]}

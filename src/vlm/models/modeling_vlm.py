@@ -21,15 +21,15 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import ModelOutput
 
-from .anyres import AnyRes, ImageNewline, misfit
+from .anyres import AnyRes, ImageNewline, first_mismatched_row
 from .configuration_vlm import VLMConfig
 from .connectors import CONNECTORS, connector_class, connector_options
-from .encoders import Encoders, as_one_part, read_features
+from .encoders import EncoderEnsemble, combine_encoders, read_features
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a position that is not supervised."""
 
-MOST_LOGITS = 2**26
+MAX_LOGITS = 2**26
 """So many logits of one piece at most: 256 MiB in float32."""
 
 
@@ -76,14 +76,14 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         config: VLMConfig,
-        visual_encoder: PreTrainedModel | Encoders | None = None,
+        visual_encoder: PreTrainedModel | EncoderEnsemble | None = None,
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
         kind, options = config.connector["type"], config.connector["options"]
         if kind not in CONNECTORS and type(self).__module__.startswith("transformers_modules."):
             CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], str(config.name_or_path))
-        self.visual_encoder = visual_encoder or as_one_part(
+        self.visual_encoder = visual_encoder or combine_encoders(
             [AutoModel.from_config(getattr(config, name)) for name in config.encoder_names]
         )
         self.connector = connector_class(kind)(
@@ -123,7 +123,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> "VLMForConditionalGeneration":
         """As usual, but an encoder that does not train stays in evaluation mode (its batch statistics too)."""
         super().train(mode)
-        if not _trains(self.visual_encoder):
+        if not _has_trainable_parameters(self.visual_encoder):
             self.visual_encoder.eval()
         return self
 
@@ -147,33 +147,33 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if image_features is None:
             assert pixel_values is not None
-            if image_index is not None and self.encodes_each():
+            if image_index is not None and self.encodes_duplicates():
                 pixel_values, image_index = pixel_values[image_index], None
             image_features = self.encode_images(pixel_values)
-        if image_index is not None and self.connects_each():
+        if image_index is not None and self.connects_duplicates():
             image_features, image_index = image_features[image_index], None
-        mapped = self.connector(image_features.to(_dtype(self.connector, image_features)))
+        mapped = self.connector(image_features.to(get_module_dtype(self.connector, image_features)))
         return mapped if image_index is None else mapped[image_index]
 
-    def encodes_each(self) -> bool:
+    def encodes_duplicates(self) -> bool:
         """Whether equal images go through the visual encoder one by one: where it trains."""
         return self.visual_encoder.training
 
-    def connects_each(self) -> bool:
+    def connects_duplicates(self) -> bool:
         """Whether they go through the connector one by one: where training makes them different."""
-        return _draws(self.connector)
+        return _is_stochastic(self.connector)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """What the connector reads: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.visual_encoder)):
-            return self._encode(pixel_values.to(self.visual_encoder.dtype))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _has_trainable_parameters(self.visual_encoder)):
+            return self._encode_and_concatenate(pixel_values.to(self.visual_encoder.dtype))
 
-    def _encode(self, pixel_values: Tensor) -> Tensor:
+    def _encode_and_concatenate(self, pixel_values: Tensor) -> Tensor:
         """The features that are read, of all encoders by channel: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
         part = self.visual_encoder
-        encoders = list(part.encoders) if isinstance(part, Encoders) else [part]
-        seen = zip(encoders, pixel_values.chunk(len(encoders), dim=1), self.config.readings, strict=True)
-        return torch.cat([read_features(encoder, pixels, **reading) for encoder, pixels, reading in seen], dim=2)
+        encoders = list(part.encoders) if isinstance(part, EncoderEnsemble) else [part]
+        seen = zip(encoders, pixel_values.chunk(len(encoders), dim=1), self.config.feature_selections, strict=True)
+        return torch.cat([read_features(encoder, pixels, **selection) for encoder, pixels, selection in seen], dim=2)
 
     def merge_images(
         self,
@@ -201,7 +201,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = self.get_image_features(pixel_values, image_features, image_index).to(embeddings.dtype)  # (I, N, D)
         if self.image_newline is not None:
             return embeddings.masked_scatter(
-                placeholders.unsqueeze(-1), self._lay_out(features, placeholders, image_sizes, image_views)
+                placeholders.unsqueeze(-1), self._tokens_from_views(features, placeholders, image_sizes, image_views)
             )
         images, tokens = features.shape[:2]
         if not torch.compiler.is_compiling() and int(placeholders.sum()) != images * tokens:
@@ -213,7 +213,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return embeddings.masked_scatter(placeholders.unsqueeze(-1), features)
 
-    def _lay_out(self, views: Tensor, placeholders: Tensor, image_sizes: Any, image_views: Any) -> Tensor:
+    def _tokens_from_views(self, views: Tensor, placeholders: Tensor, image_sizes: Any, image_views: Any) -> Tensor:
         """The tokens of all images out of those of their views: `(I, N, D), (B, T) -> (tokens, D)`.
 
         Raises:
@@ -227,7 +227,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"image_views={numbers} are {seen} views, but pixel_values hold {len(views)}")
         tokens = [self.image_newline.anyres.num_tokens(*image) for image in zip(sizes, numbers, strict=True)]
         rows = placeholders.sum(1).tolist()
-        if (row := misfit(rows, tokens)) is not None:
+        if (row := first_mismatched_row(rows, tokens)) is not None:
             raise ValueError(
                 f"images of {tokens} tokens need as many placeholders (id {self.config.image_token_id}), image by "
                 f"image; row {row} does not fit: row -> count {dict(enumerate(rows))}. Prepare the inputs with this "
@@ -286,8 +286,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         targets = None
         if labels is not None:
-            targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # (B, T): what each position predicts
-            logits_to_keep = targets != IGNORED
+            targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
+            logits_to_keep = targets != IGNORE_INDEX
             if num_chunks > 1:
                 hidden = self.get_decoder()(inputs_embeds=inputs_embeds, **text).last_hidden_state
                 seen = hidden[logits_to_keep], targets[logits_to_keep]
@@ -363,7 +363,7 @@ def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | N
     The sum over `num_items`, or the mean; 0 where nothing is supervised. Logits of less precision are widened piece by
     piece.
     """
-    num_chunks = 1 if logits.dtype == torch.float32 else max(-(-logits.numel() // MOST_LOGITS), 1)
+    num_chunks = 1 if logits.dtype == torch.float32 else max(-(-logits.numel() // MAX_LOGITS), 1)
     return chunked_loss(nn.Identity(), logits, targets, num_items, num_chunks)
 
 
@@ -376,28 +376,28 @@ def chunked_loss(head: Any, hidden: Tensor, targets: Tensor, num_items: Tensor |
     targets = targets.to(hidden.device)
     with record_function("loss"):  # the name that a profile knows it by
         if num_chunks == 1:
-            total = _piece_loss(head, hidden, targets)
+            total = _chunk_loss(head, hidden, targets)
         else:
             pieces = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
-            losses: list[Any] = [checkpoint(_piece_loss, head, *piece, use_reentrant=False) for piece in pieces]
+            losses: list[Any] = [checkpoint(_chunk_loss, head, *piece, use_reentrant=False) for piece in pieces]
             total = torch.stack(losses).sum()
         return total / (max(targets.numel(), 1) if num_items is None else num_items)
 
 
-def _piece_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _chunk_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-def _trains(module: nn.Module) -> bool:
+def _has_trainable_parameters(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _draws(module: nn.Module) -> bool:
+def _is_stochastic(module: nn.Module) -> bool:
     """Whether a module in training may give different rows for equal ones."""
     kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
     return any(child.training and isinstance(child, kinds) for child in module.modules())
 
 
-def _dtype(module: nn.Module, fallback: Tensor) -> torch.dtype:
+def get_module_dtype(module: nn.Module, fallback: Tensor) -> torch.dtype:
     """The dtype of a module's parameters, or of a tensor where it has none."""
     return next((parameter.dtype for parameter in module.parameters()), fallback.dtype)

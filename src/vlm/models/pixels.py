@@ -13,43 +13,43 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import SizeDict, load_image
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
-from .anyres import FRAME, AnyRes
+from .anyres import VIDEO_FRAME_VIEWS, AnyRes
 
-Picture = Image.Image | torch.Tensor
+ImageRef = Image.Image | torch.Tensor
 """Pillow's, or whole numbers `(3, height, width)`."""
 
 
-def raw_of(steps: Any, pictures: Sequence[Picture], image_mode: str) -> torch.Tensor:
+def make_raw_pixels(image_processor: Any, rgb_images: Sequence[ImageRef], image_mode: str) -> torch.Tensor:
     """Pictures in RGB as `(images, 3, height, width)`: whole numbers from an image processor that `is_plain`.
 
     Others do all that they do, and give what the encoder reads.
     """
     if image_mode == "pad":
-        pictures = [pad_to_square(picture, mean_colour(steps)) for picture in pictures]
-    if not is_plain(steps):
-        return steps(pictures, return_tensors="pt")["pixel_values"]
-    return torch.stack([resized(steps, picture) for picture in pictures])
+        rgb_images = [pad_to_square(rgb_image, mean_color_value(image_processor)) for rgb_image in rgb_images]
+    if not is_plain(image_processor):
+        return image_processor(rgb_images, return_tensors="pt")["pixel_values"]
+    return torch.stack([resize_and_crop(image_processor, rgb_image) for rgb_image in rgb_images])
 
 
-def resized(steps: Any, picture: Picture) -> torch.Tensor:
+def resize_and_crop(image_processor: Any, rgb_image: ImageRef) -> torch.Tensor:
     """The image processor's own resizing and cropping, without what its call does around them."""
-    pixels = picture if isinstance(picture, torch.Tensor) else as_tensor(picture)
-    if steps.do_resize:
-        pixels = steps.resize(pixels, steps.size, resample=steps.resample)
-    if steps.do_center_crop:
-        pixels = steps.center_crop(pixels, steps.crop_size)
+    pixels = rgb_image if isinstance(rgb_image, torch.Tensor) else as_tensor(rgb_image)
+    if image_processor.do_resize:
+        pixels = image_processor.resize(pixels, image_processor.size, resample=image_processor.resample)
+    if image_processor.do_center_crop:
+        pixels = image_processor.center_crop(pixels, image_processor.crop_size)
     return pixels
 
 
-def normalised(steps: Any, pixels: torch.Tensor) -> torch.Tensor:
+def normalise_pixels(image_processor: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Whole numbers as the encoder reads them, on the device where they are; other pixels are normalised already."""
     if pixels.dtype != torch.uint8:
         return pixels
-    mean, std = tuple(steps.image_mean), tuple(steps.image_std)
-    return steps.rescale_and_normalize(pixels, True, steps.rescale_factor, True, mean, std)
+    mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
+    return image_processor.rescale_and_normalize(pixels, True, image_processor.rescale_factor, True, mean, std)
 
 
-def views_of(steps: Any, tiling: AnyRes, picture: torch.Tensor, number: int) -> torch.Tensor:
+def make_views(image_processor: Any, tiling: AnyRes, rgb_image: torch.Tensor, num_views: int) -> torch.Tensor:
     """What the encoder sees of a picture: `(3, height, width) -> (views, 3, tile_size, tile_size)`.
 
     The whole is squashed to a square, or, where it is one of several, padded to one in the mean colour; a frame is
@@ -57,12 +57,16 @@ def views_of(steps: Any, tiling: AnyRes, picture: torch.Tensor, number: int) -> 
     """
 
     def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        return steps.resize(pixels, SizeDict(height=height, width=width), resample=steps.resample)
+        return image_processor.resize(pixels, SizeDict(height=height, width=width), resample=image_processor.resample)
 
     side = tiling.tile_size
-    if number not in (FRAME, 1):
-        return torch.cat([resize(picture, side, side)[None], tiling.cut(picture, resize)])
-    return resize(picture if number == FRAME else pad_to_square(picture, mean_colour(steps)), side, side)[None]
+    if num_views not in (VIDEO_FRAME_VIEWS, 1):
+        return torch.cat([resize(rgb_image, side, side)[None], tiling.cut_tiles(rgb_image, resize)])
+    return resize(
+        rgb_image if num_views == VIDEO_FRAME_VIEWS else pad_to_square(rgb_image, mean_color_value(image_processor)),
+        side,
+        side,
+    )[None]
 
 
 def is_plain(image_processor: Any) -> bool:
@@ -77,16 +81,16 @@ def is_plain(image_processor: Any) -> bool:
     )
 
 
-def image_processor_of(given: Any) -> Any:
+def make_image_processor(given: Any) -> Any:
     """An image processor, as it is or out of what its `to_dict` gave."""
     if not isinstance(given, dict):
         return given
     return get_image_processor_class_from_name(given["image_processor_type"]).from_dict(given)
 
 
-def mean_colour(steps: Any) -> tuple[int, ...]:
+def mean_color_value(image_processor: Any) -> tuple[int, ...]:
     """What normalises to all but zero, in whole numbers."""
-    return tuple(int(mean * 255) for mean in steps.image_mean)
+    return tuple(int(mean * 255) for mean in image_processor.image_mean)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -123,8 +127,8 @@ def pad_to_square(image: Any, colour: tuple[int, ...]) -> Any:
     return square
 
 
-def as_pictures(images: Any) -> list[Image.Image]:
+def load_images(images: Any) -> list[Image.Image]:
     """Pictures as Pillow's: out of one, or lists, of paths, addresses, base64 texts, arrays and Pillow's own."""
     if isinstance(images, (list, tuple)):
-        return [picture for image in images for picture in as_pictures(image)]
+        return [rgb_image for image in images for rgb_image in load_images(image)]
     return [load_image(images) if isinstance(images, str) else to_pil_image(images)]

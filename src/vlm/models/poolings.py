@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Marks:
+class TokenMasks:
     """What the tokens of a batch are; each `(B, T)`, boolean.
 
     Attributes:
@@ -21,15 +21,15 @@ class Marks:
         wanted: those of them that a head asked for by their id.
     """
 
-    real: Tensor
-    media: Tensor
-    wanted: Tensor
+    prompt_mask: Tensor
+    media_mask: Tensor
+    selected_mask: Tensor
 
 
-EACH_TOKEN = ("attention", "alltoken")
+EVERY_TOKEN_POOLINGS = ("attention", "alltoken")
 """Poolings that need every token's hidden state, since what they learn comes before the mean."""
 
-AT_TOKEN = ("token", "query")
+SPECIAL_TOKEN_POOLINGS = ("token", "query")
 """Poolings that read at a token: one of the user's choice, or one of their own that stands behind the prompt."""
 
 POOLINGS: dict[str, str] = {
@@ -46,7 +46,7 @@ POOLINGS: dict[str, str] = {
 """Pooling -> what it reads."""
 
 
-def pooled(pooling: str, hidden: Tensor, marks: Marks) -> Tensor:
+def pool_hidden_states(pooling: str, hidden: Tensor, masks: TokenMasks) -> Tensor:
     """What a pooling reads before any weights of its own, in float32.
 
     Returns:
@@ -55,33 +55,33 @@ def pooled(pooling: str, hidden: Tensor, marks: Marks) -> Tensor:
     Raises:
         ValueError: a row has no such token.
     """
-    if pooling in EACH_TOKEN:
-        _need(marks.real, pooling)
+    if pooling in EVERY_TOKEN_POOLINGS:
+        _require_tokens(masks.prompt_mask, pooling)
         return hidden.float()
     if pooling in ("last", "first"):
         order = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
-        _need(marks.real, pooling)
-        place = (marks.real * (order if pooling == "last" else order.flip(0))).argmax(dim=1)
+        _require_tokens(masks.prompt_mask, pooling)
+        place = (masks.prompt_mask * (order if pooling == "last" else order.flip(0))).argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), place].float()
-    chosen = {
-        "mean": marks.real, "image": marks.media, "text": marks.real & ~marks.media,
-        "token": marks.wanted, "query": marks.wanted,
+    mask = {
+        "mean": masks.prompt_mask, "image": masks.media_mask, "text": masks.prompt_mask & ~masks.media_mask,
+        "token": masks.selected_mask, "query": masks.selected_mask,
     }[pooling]  # fmt: skip
-    _need(chosen, pooling)
-    return masked_mean(hidden.float(), chosen)
+    _require_tokens(mask, pooling)
+    return mean_over_mask(hidden.float(), mask)
 
 
-def masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
+def mean_over_mask(values: Tensor, mask: Tensor) -> Tensor:
     """The mean over the chosen tokens of each row: `(B, T, D), (B, T) -> (B, D)`; 0 where none is chosen."""
-    total = values.masked_fill(~chosen.unsqueeze(-1), 0).sum(dim=1)  # whatever stands at the others, NaN too
-    return total / chosen.sum(dim=1, keepdim=True).clamp(min=1)
+    total = values.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1)  # whatever stands at the others, NaN too
+    return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _need(chosen: Tensor, pooling: str) -> None:
+def _require_tokens(mask: Tensor, pooling: str) -> None:
     """Raise ValueError where a row has nothing to read."""
-    if torch.compiler.is_compiling() or bool(chosen.any(dim=1).all()):
+    if torch.compiler.is_compiling() or bool(mask.any(dim=1).all()):
         return
-    row = int((~chosen.any(dim=1)).nonzero()[0])
+    row = int((~mask.any(dim=1)).nonzero()[0])
     hints = {
         "image": "it shows no picture; choose another pooling for records of text only",
         "text": "it is nothing but pictures",

@@ -14,12 +14,21 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .anyres import AnyRes, Size
-from .pixels import as_pictures, as_rgb, as_tensor, image_processor_of, is_plain, normalised, raw_of, views_of
+from .pixels import (
+    as_rgb,
+    as_tensor,
+    is_plain,
+    load_images,
+    make_image_processor,
+    make_raw_pixels,
+    make_views,
+    normalise_pixels,
+)
 
 IMAGE_MODES = ("square", "pad")
-FROZEN_DATE = "26 Jul 2024"
+FIXED_DATE = "26 Jul 2024"
 """Given to templates that would write today's date (Llama-3.2), so that a prompt is the same every day."""
-FROZEN_CLOCK = f"{{% macro strftime_now(format) %}}{FROZEN_DATE}{{% endmacro +%}}"
+FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{FIXED_DATE}{{% endmacro +%}}"
 """Stands before templates that ask what day it is: transformers hands them its own clock, and no function of ours."""
 
 
@@ -41,9 +50,9 @@ class VLMProcessor(ProcessorMixin):
     """
 
     _auto_class = "AutoProcessor"
-    row_inputs = ()
+    per_sample_inputs = ()
     """Inputs of images that have one row for each sample: none, all have one for each image."""
-    token_inputs = ()
+    per_token_inputs = ()
     """Inputs with one value for each token, besides ids and mask: none."""
     video_token = None
     video_token_id = None
@@ -76,7 +85,7 @@ class VLMProcessor(ProcessorMixin):
         self.image_mode = image_mode
         self.own_template = own_template
         self.anyres = anyres
-        self.beside = [image_processor_of(one) for one in beside]
+        self.beside = [make_image_processor(one) for one in beside]
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = re.compile(
@@ -98,16 +107,16 @@ class VLMProcessor(ProcessorMixin):
         return None if self.anyres is None else AnyRes(**self.anyres)
 
     @property
-    def needs_sizes(self) -> bool:
+    def needs_image_sizes(self) -> bool:
         """Whether an image's tokens depend on how large it is."""
         return self.anyres is not None
 
     @property
-    def pools_frames(self) -> bool:
+    def pools_video_frames(self) -> bool:
         """Whether frames of videos are seen as other pictures are not; their sizes are then None."""
         return self.anyres is not None
 
-    def image_ids(self, num_tokens: int | None = None) -> list[int]:
+    def image_token_ids(self, num_tokens: int | None = None) -> list[int]:
         """The ids that one image takes in a conversation, its start and end token included.
 
         Args:
@@ -118,25 +127,25 @@ class VLMProcessor(ProcessorMixin):
         return start + [self.image_token_id] * (self.tokens_per_image if num_tokens is None else num_tokens) + end
 
     def tokenize(
-        self, text: str, spoken: Sequence[tuple[int, int]] = (), sizes: Sequence[Size | None] = ()
+        self, text: str, user_spans: Sequence[tuple[int, int]] = (), sizes: Sequence[Size | None] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered conversation, and the character span that each came from.
 
         The text between two images is tokenised on its own, and so is what follows a leading BOS token, as LLaVA
-        does. A special token that somebody spelled within a `spoken` span is read as plain text.
+        does. A special token that somebody spelled within a `user_spans` span is read as plain text.
 
         Args:
-            text: a rendered conversation; each `image_token` outside `spoken` stands for one image.
-            spoken: character spans that people wrote, in order.
+            text: a rendered conversation; each `image_token` outside `user_spans` stands for one image.
+            user_spans: character spans that people wrote, in order.
             sizes: height and width of each image, in order, None for a frame of a video; only looked at where
-                `needs_sizes`.
+                `needs_image_sizes`.
 
         Raises:
-            ValueError: the text has more or fewer image tokens than there are sizes, where `needs_sizes`.
+            ValueError: the text has more or fewer image tokens than there are sizes, where `needs_image_sizes`.
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        pieces = self._pieces(text, spoken)
+        pieces = self._split_text(text, user_spans)
         if (tiling := self.tiling) is not None:
             wanted = sum(text[start:end] == self.image_token for start, end, _ in pieces)
             if wanted != len(sizes):
@@ -144,33 +153,35 @@ class VLMProcessor(ProcessorMixin):
             counts = iter(tiling.image_tokens(sizes))
         else:
             counts = repeat(self.tokens_per_image)
-        for start, end, goes_on in pieces:
+        for start, end, continues_text in pieces:
             piece = text[start:end]
             if piece == self.image_token:
-                new = self.image_ids(next(counts))
+                new = self.image_token_ids(next(counts))
                 ids += new
                 spans += [(start, end)] * len(new)
             else:
-                lead = self.image_token if goes_on else ""  # behind a token, no tokenizer begins a word of its own
+                lead = (
+                    self.image_token if continues_text else ""
+                )  # behind a token, no tokenizer begins a word of its own
                 encoded = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
                 origin = start - len(lead)
-                ids += encoded["input_ids"][goes_on:]
-                spans += [(origin + a, origin + b) for a, b in encoded["offset_mapping"][goes_on:]]
+                ids += encoded["input_ids"][continues_text:]
+                spans += [(origin + a, origin + b) for a, b in encoded["offset_mapping"][continues_text:]]
         return ids, spans
 
-    def _pieces(self, text: str, spoken: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+    def _split_text(self, text: str, user_spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
         """Cut `text` at images, after its BOS and within spelled special tokens: (start, end, whether text goes on)."""
         starts = [(0, False)]
         for match in self.special_tokens.finditer(text):
             start, end = match.span()
-            if any(a <= start and end <= b for a, b in spoken):
+            if any(a <= start and end <= b for a, b in user_spans):
                 starts.append((start + 1, True))  # neither half is a special token
             elif match.group() == self.image_token:
                 starts += [(start, False), (end, False)]
             elif start == 0 and match.group() == self.tokenizer.bos_token:
                 starts.append((end, False))
         pairs = pairwise([*starts, (len(text), False)])
-        return [(start, end, goes_on) for (start, goes_on), (end, _) in pairs if start < end]
+        return [(start, end, continues_text) for (start, continues_text), (end, _) in pairs if start < end]
 
     def image_inputs(
         self, images: Sequence[Image.Image | torch.Tensor], sizes: Sequence[Size | None] = ()
@@ -178,20 +189,23 @@ class VLMProcessor(ProcessorMixin):
         """What the model reads of a sample's images, before `normalise`; nothing where it has none.
 
         Args:
-            images: Pillow's, or, where `reads_tensors`, whole numbers `(3, height, width)`.
+            images: Pillow's, or, where `accepts_tensors`, whole numbers `(3, height, width)`.
             sizes: None for each that is a frame of a video, as in `tokenize`; where nothing is given, none is.
         """
         if not images:
             return {}
         if (tiling := self.tiling) is None:
             return {"pixel_values": self.raw_pixels(images)}
-        pictures = [image if isinstance(image, torch.Tensor) else as_tensor(as_rgb(image)) for image in images]
-        own: list[Size] = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+        rgb_images = [image if isinstance(image, torch.Tensor) else as_tensor(as_rgb(image)) for image in images]
+        own: list[Size] = [(rgb_image.shape[1], rgb_image.shape[2]) for rgb_image in rgb_images]
         frames = [size is None for size in sizes] or [False] * len(images)
         views = tiling.num_views([None if frame else size for frame, size in zip(frames, own, strict=True)])
         pixels = [
-            torch.cat([views_of(steps, tiling, picture, number) for steps in self.image_processors], dim=1)
-            for picture, number in zip(pictures, views, strict=True)
+            torch.cat(
+                [make_views(image_processor, tiling, rgb_image, number) for image_processor in self.image_processors],
+                dim=1,
+            )
+            for rgb_image, number in zip(rgb_images, views, strict=True)
         ]
         return {
             "pixel_values": torch.cat(pixels),
@@ -202,7 +216,7 @@ class VLMProcessor(ProcessorMixin):
     def text_inputs(
         self, ids: Sequence[int], labels: Sequence[int], images: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """What the model reads for each token besides its id; see `token_inputs`."""
+        """What the model reads for each token besides its id; see `per_token_inputs`."""
         return {}
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -210,7 +224,7 @@ class VLMProcessor(ProcessorMixin):
         return self.normalise(self.raw_pixels(images))
 
     @property
-    def reads_tensors(self) -> bool:
+    def accepts_tensors(self) -> bool:
         """Whether `raw_pixels` takes decoded pictures as tensors too."""
         return all(map(is_plain, self.image_processors))
 
@@ -221,18 +235,23 @@ class VLMProcessor(ProcessorMixin):
         quarter of the bytes. Else they are what `normalise` returns.
 
         Args:
-            images: Pillow's, or, where `reads_tensors`, whole numbers `(3, height, width)`.
+            images: Pillow's, or, where `accepts_tensors`, whole numbers `(3, height, width)`.
         """
-        pictures = [image if isinstance(image, torch.Tensor) else as_rgb(image) for image in images]
-        seen = [raw_of(steps, pictures, self.image_mode) for steps in self.image_processors]
-        if not self.reads_tensors:
-            seen = [normalised(steps, pixels) for steps, pixels in zip(self.image_processors, seen, strict=True)]
+        rgb_images = [image if isinstance(image, torch.Tensor) else as_rgb(image) for image in images]
+        seen = [
+            make_raw_pixels(image_processor, rgb_images, self.image_mode) for image_processor in self.image_processors
+        ]
+        if not self.accepts_tensors:
+            seen = [
+                normalise_pixels(image_processor, pixels)
+                for image_processor, pixels in zip(self.image_processors, seen, strict=True)
+            ]
         return torch.cat(seen, dim=1)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """What `raw_pixels` gave as the visual encoders read it, on the device where it is."""
         seen = pixels.chunk(len(self.image_processors), dim=1)
-        return torch.cat([normalised(*one) for one in zip(self.image_processors, seen, strict=True)], dim=1)
+        return torch.cat([normalise_pixels(*one) for one in zip(self.image_processors, seen, strict=True)], dim=1)
 
     def __call__(
         self,
@@ -253,19 +272,19 @@ class VLMProcessor(ProcessorMixin):
         Raises:
             ValueError: the texts have more or fewer image tokens than there are images.
         """
-        pictures = [as_rgb(picture) for picture in ([] if images is None else as_pictures(images))]
+        rgb_images = [as_rgb(rgb_image) for rgb_image in ([] if images is None else load_images(images))]
         texts = None if text is None else [text] if isinstance(text, str) else list(text)
-        slots = [1] * len(pictures) if texts is None else [one.count(self.image_token) for one in texts]
-        if sum(slots) != len(pictures):
-            raise ValueError(f"{len(pictures)} images given, but the text has {sum(slots)} {self.image_token}")
-        waiting = iter(pictures)
+        slots = [1] * len(rgb_images) if texts is None else [one.count(self.image_token) for one in texts]
+        if sum(slots) != len(rgb_images):
+            raise ValueError(f"{len(rgb_images)} images given, but the text has {sum(slots)} {self.image_token}")
+        waiting = iter(rgb_images)
         samples = [list(islice(waiting, number)) for number in slots]
         inputs = [self.image_inputs(sample) for sample in samples if sample]
         data: dict[str, Any] = {name: torch.cat([one[name] for one in inputs]) for name in (inputs or [{}])[0]}
         if inputs:
             data["pixel_values"] = self.normalise(data["pixel_values"])
         if texts is not None:
-            sizes = [[(picture.height, picture.width) for picture in sample] for sample in samples]
+            sizes = [[(rgb_image.height, rgb_image.width) for rgb_image in sample] for sample in samples]
             encoded = [{"input_ids": self.tokenize(one, (), seen)[0]} for one, seen in zip(texts, sizes, strict=True)]
             data |= self.tokenizer.pad(encoded, padding_side=padding_side, return_tensors=return_tensors)
         return BatchFeature(data)
@@ -275,17 +294,17 @@ class VLMProcessor(ProcessorMixin):
         many = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if many else [conversation]
         if kwargs.pop("tokenize", False):
-            images = [item for talk in conversations for item in images_of(talk)]
+            images = [item for talk in conversations for item in images_in_conversation(talk)]
             text = self.apply_chat_template(
                 conversation, *args, **{k: v for k, v in kwargs.items() if k not in ("return_dict", "return_tensors")}
             )
             inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
             return inputs if kwargs.get("return_dict") else inputs["input_ids"]
         flat = [[{**turn, "content": self._flatten(turn["content"])} for turn in talk] for talk in conversations]
-        frozen = {"date_string": FROZEN_DATE, "enable_thinking": False, "image_token": self.image_token}
+        frozen = {"date_string": FIXED_DATE, "enable_thinking": False, "image_token": self.image_token}
         template = kwargs.pop("chat_template", self.chat_template)
         if template and "strftime_now" in template:
-            template = FROZEN_CLOCK + template
+            template = FIXED_CLOCK + template
         rendered = self.tokenizer.apply_chat_template(
             flat, *args, tokenize=False, chat_template=template,
             **{**frozen, **{k: v for k, v in kwargs.items() if k not in ("return_dict", "return_tensors")}},
@@ -316,17 +335,17 @@ class VLMProcessor(ProcessorMixin):
         return names if self.anyres is None else [*names, "image_sizes", "image_views"]
 
 
-def images_of(conversation: Sequence[dict[str, Any]]) -> list[Any]:
+def images_in_conversation(conversation: Sequence[dict[str, Any]]) -> list[Any]:
     """The pictures (objects, paths, addresses) that a conversation's content lists name, in order.
 
     Items are `{"type": "image", "image": …}` (or `path`, `url`, `base64`), or OpenAI's `{"type": "image_url",
     "image_url": {"url": …}}`.
     """
     items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
-    return [_picture_of(item) for item in items if item["type"] in ("image", "image_url")]
+    return [_image_from_item(item) for item in items if item["type"] in ("image", "image_url")]
 
 
-def _picture_of(item: dict[str, Any]) -> Any:
+def _image_from_item(item: dict[str, Any]) -> Any:
     if item["type"] == "image_url":
         named = item["image_url"]
         return named["url"] if isinstance(named, dict) else named

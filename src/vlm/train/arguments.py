@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
-from vlm.config.schema import PARTS, PASSED_THROUGH, TrainerOptions
-from vlm.data.batching.samplers import GROUPED
-from vlm.train.parts import learns
+from vlm.config.schema import PARTS, TRAINING_ARGUMENT_FIELDS, TrainerOptions
+from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH
+from vlm.train.parts import is_trainable
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +29,17 @@ def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> Tr
         trainer: the run's section.
         extra: what trains besides the parts that it names: a head, rows of the language model's embeddings.
     """
-    given = {name: getattr(trainer, name) for name in PASSED_THROUGH}
+    given = {name: getattr(trainer, name) for name in TRAINING_ARGUMENT_FIELDS}
     values = {name: value for name, value in given.items() if value is not None}
-    if values["train_sampling_strategy"] == GROUPED:
+    if values["train_sampling_strategy"] == GROUP_BY_MODALITY_LENGTH:
         values["train_sampling_strategy"] = "random"  # our own sampler takes its place
     if values.get("tf32") and not is_torch_tf32_available():
         log.info("trainer.tf32=true: this machine has no GPU that knows TF32; left out")
         del values["tf32"]
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
-        _be_the_only_rank_if_unlaunched()
-    parts = [*[part for part in PARTS if learns(trainer, part)], *extra]
+        _set_single_process_env()
+    parts = [*[part for part in PARTS if is_trainable(trainer, part)], *extra]
     rates = {part: getattr(trainer.learning_rate, f"{part}_learning_rate") for part in parts}
     if without := [part for part, rate in rates.items() if rate is None]:  # a checkpoint's heads may ask for more
         raise ValueError(
@@ -96,7 +96,7 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
     return dict(value)
 
 
-def _be_the_only_rank_if_unlaunched() -> None:
+def _set_single_process_env() -> None:
     if "WORLD_SIZE" in os.environ:
         return
     with socket.socket() as probe:
@@ -106,6 +106,6 @@ def _be_the_only_rank_if_unlaunched() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def order_seed(args: TrainingArguments) -> int:
+def sampler_seed(args: TrainingArguments) -> int:
     """What the order of samples is drawn with: `trainer.data_seed`, else `trainer.seed`."""
     return args.seed if args.data_seed is None else args.data_seed

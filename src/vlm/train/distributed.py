@@ -17,15 +17,15 @@ PATIENCE = 60.0
 """Seconds that rank 0 tries to get a lock before it tells the others that it still waits: no rank gives them up."""
 
 
-def as_first_rank(value: T) -> T:
+def broadcast_from_rank0(value: T) -> T:
     """A value as rank 0 has it."""
-    told = [value]
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
-def gathered_objects(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """The values of all ranks, in the order of ranks."""
     every: list[Any] = [value]
     if dist.is_initialized():
@@ -34,19 +34,19 @@ def gathered_objects(value: T) -> list[T]:
     return every
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
-def locked_by_first_rank(file: Path, what: str) -> Iterator[bool]:
+def rank0_lock(file: Path, reason: str) -> Iterator[bool]:
     """Rank 0 holds a lock, which another run may have for longer than ranks wait for each other.
 
     Args:
         file: the lock.
-        what: why it is waited for, for the log.
+        reason: why it is waited for, for the log.
 
     Yields:
         Whether this is rank 0.
@@ -56,9 +56,9 @@ def locked_by_first_rank(file: Path, what: str) -> Iterator[bool]:
     if first:
         file.parent.mkdir(parents=True, exist_ok=True)
     tries = 0
-    while not as_first_rank(first and _has(lock)):
+    while not broadcast_from_rank0(first and _acquire(lock)):
         if first and not tries:
-            log.info("Waiting for another run, which holds %s: %s", file, what)
+            log.info("Waiting for another run, which holds %s: %s", file, reason)
         tries += 1
     try:
         yield first
@@ -66,7 +66,7 @@ def locked_by_first_rank(file: Path, what: str) -> Iterator[bool]:
         lock.release()
 
 
-def _has(lock: FileLock) -> bool:
+def _acquire(lock: FileLock) -> bool:
     """Whether a lock is held after some patience."""
     try:
         lock.acquire(timeout=PATIENCE)

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
-from vlm.families.table import part_names
+from vlm.families.table import get_part_names
 
-INIT = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+PEFT_INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 """`trainer.lora.init` -> what peft calls it. Others of its choices change the base, which is not saved."""
 
 
@@ -35,7 +35,7 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int, dtype: torch.dtype) -> 
     Raises:
         ValueError: a part has no layer to adapt, or none of a name that was given.
     """
-    targets = {part: layers for part in PARTS if (layers := adapted_layers(model, part, getattr(lora, part)))}
+    targets = {part: layers for part in PARTS if (layers := select_adapted_layers(model, part, getattr(lora, part)))}
     if not targets:
         return
     torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int, dtype: torch.dtype) -> 
             parameter.data = parameter.data.to(dtype)
 
 
-def adapted_layers(model: Any, part: str, own: LoraPartConfig) -> list[str]:
+def select_adapted_layers(model: Any, part: str, own: LoraPartConfig) -> list[str]:
     """Full names of the layers of a part that get an adapter.
 
     Raises:
@@ -63,8 +63,8 @@ def adapted_layers(model: Any, part: str, own: LoraPartConfig) -> list[str]:
     for ending in own.target_modules:
         if not any(f".{name}".endswith(f".{ending}") for name in linear):
             endings = sorted({name.rpartition(".")[2] for name in linear})
-            near = difflib.get_close_matches(ending, endings, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            close_matches = difflib.get_close_matches(ending, endings, 1)
+            hint = f" Did you mean {close_matches[0]}?" if close_matches else ""
             raise ValueError(
                 f"trainer.lora.{part}.target_modules: no Linear layer of the {part} is named {ending}.{hint} Their "
                 f"names end in {', '.join(endings)}"
@@ -74,7 +74,7 @@ def adapted_layers(model: Any, part: str, own: LoraPartConfig) -> list[str]:
 
 def linear_layers(model: Any, part: str) -> list[str]:
     """Full names of a part's Linear layers: without `lm_head`, and without those that no answer depends on."""
-    names, head = part_names(model.config), model.get_output_embeddings()
+    names, head = get_part_names(model.config), model.get_output_embeddings()
     return [
         name
         for name, module in model.named_modules()
@@ -82,7 +82,7 @@ def linear_layers(model: Any, part: str) -> list[str]:
         and module is not head
         and not isinstance(module, NonDynamicallyQuantizableLinear)  # attention reads its weight and never calls it
         and names.part_of(f"{name}.weight") == part
-        and not names.is_unread(f"{name}.weight")
+        and not names.is_unused(f"{name}.weight")
     ]
 
 
@@ -104,17 +104,17 @@ def peft_config(lora: LoraConfig, targets: dict[str, list[str]]) -> peft.LoraCon
         r=rank,
         lora_alpha=alpha,
         target_modules=list(ranks),
-        rank_pattern={_exactly(name): value for name, value in ranks.items() if value != rank},
-        alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
+        rank_pattern={_exact_name_pattern(name): value for name, value in ranks.items() if value != rank},
+        alpha_pattern={_exact_name_pattern(name): value for name, value in alphas.items() if value != alpha},
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         bias=lora.bias,  # pyright: ignore[reportArgumentType] - checked against the same list
-        init_lora_weights=INIT[lora.init],  # pyright: ignore[reportArgumentType] - a subset of peft's
+        init_lora_weights=PEFT_INITS[lora.init],  # pyright: ignore[reportArgumentType] - a subset of peft's
     )
 
 
-def _exactly(name: str) -> str:
+def _exact_name_pattern(name: str) -> str:
     """A pattern, as peft reads it, that one layer's name fits and no other."""
     return f"^{re.escape(name)}"
 
@@ -124,7 +124,7 @@ def is_adapter(name: str) -> bool:
     return any(step.startswith("lora_") for step in name.split("."))
 
 
-def trains_with_adapter(name: str, lora: LoraConfig) -> bool:
+def is_trained_with_adapter(name: str, lora: LoraConfig) -> bool:
     """Whether a parameter of a part with an adapter trains: the adapter's own, and the biases that `bias` names."""
     if is_adapter(name) or lora.bias == "none":
         return is_adapter(name)

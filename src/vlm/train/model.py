@@ -6,29 +6,29 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from vlm.assembly.heads import new_rows
-from vlm.assembly.quantization import compute_in
+from vlm.assembly.heads import new_token_ids
+from vlm.assembly.quantization import set_compute_dtype
 from vlm.config.schema import RunConfig
 from vlm.train.lora import add_adapter
-from vlm.train.parts import Part, cast, freeze, split_parts
-from vlm.train.step.activation_checkpointing import checkpoint_parts
+from vlm.train.parts import Part, cast, freeze, make_parts
+from vlm.train.step.activation_checkpointing import enable_activation_checkpointing
 from vlm.train.step.compile import compile_layers
-from vlm.train.step.liger import use_liger
+from vlm.train.step.liger import apply_liger_kernels
 
 
 def prepare(model: Any, config: RunConfig, args: TrainingArguments, processor: Any) -> list[Part]:
     """Adapters, parts, and what trains of them in which precision: the model is ready to train then."""
     trained_dtype = torch.float32 if args.deepspeed is None else compute_dtype(args)
     add_adapter(model, config.trainer.lora, args.seed, trained_dtype)
-    parts = split_parts(model, config.trainer, config.model, new_rows(config.model, processor.tokenizer))
+    parts = make_parts(model, config.trainer, config.model, new_token_ids(config.model, processor.tokenizer))
     freeze(parts)
     if not is_deepspeed_zero3_enabled():
         cast(model, parts, trained_dtype, compute_dtype(args))
-    compute_in(model, compute_dtype(args))
+    set_compute_dtype(model, compute_dtype(args))
     if args.use_liger_kernel:
-        use_liger(model, args.liger_kernel_config)
+        apply_liger_kernels(model, args.liger_kernel_config)
         args.use_liger_kernel = False  # `Trainer` would look for the whole model in Liger's list
-    checkpoint_parts(model, parts, config.trainer, args)
+    enable_activation_checkpointing(model, parts, config.trainer, args)
     compile_layers(model, args)
     return parts
 

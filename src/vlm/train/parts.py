@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.config.derived import heads_of
+from vlm.config.derived import get_heads
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
-from vlm.families.table import part_names
+from vlm.families.table import get_part_names
 from vlm.models import VLMForPrediction
-from vlm.train.lora import trains_with_adapter
+from vlm.train.lora import is_trained_with_adapter
 
 FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})
 """What language models call the norm behind their last layer, which hidden states before the last do not see."""
@@ -39,7 +39,7 @@ class Part:
     name: str
     source: str
     parameters: dict[str, nn.Parameter]
-    trains: bool
+    is_unfrozen: bool
     learning_rate: float | None
     weight_decay: float
     unread: frozenset[str] = frozenset()
@@ -49,14 +49,12 @@ class Part:
     new_tokens: tuple[int, ...] = ()
 
     @property
-    def learns(self) -> bool:
+    def is_trainable(self) -> bool:
         """Whether it trains, as a whole, through an adapter or in rows of its embeddings."""
-        return self.trains or bool(self.adapter) or bool(self.rows)
+        return self.is_unfrozen or bool(self.adapter) or bool(self.rows)
 
 
-def split_parts(
-    model: Any, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = ()
-) -> list[Part]:
+def make_parts(model: Any, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = ()) -> list[Part]:
     """The parts of a model with the run's settings for them; every parameter belongs to exactly one.
 
     Args:
@@ -65,32 +63,36 @@ def split_parts(
         sources: where its parts come from.
         new_tokens: ids whose embeddings train even where the language model does not.
     """
-    names = part_names(model.config)
-    unread = unread_by_heads(model)
+    names = get_part_names(model.config)
+    unread = parameters_unread_by_heads(model)
     every = (*PARTS, HEAD) if isinstance(model, VLMForPrediction) else PARTS
     named = {
         "visual_encoder": " + ".join(one.hf_name for one in (sources.visual_encoder, *sources.visual_encoder.beside)),
         "connector": sources.connector.name or sources.connector.type,
         "language_model": sources.language_model.hf_name,
-        HEAD: ", ".join(f"{one.task} at {one.pooling}" for one in heads_of(sources.head).values()),
+        HEAD: ", ".join(f"{one.task} at {one.pooling}" for one in get_heads(sources.head).values()),
     }
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in every}
     for name, parameter in model.named_parameters():
         parameters[names.part_of(name)][name] = parameter
-    rows = embedding_rows(model) - unread if new_tokens and not trains(trainer, "language_model") else frozenset()
+    rows = (
+        token_embedding_names(model) - unread
+        if new_tokens and not is_unfrozen(trainer, "language_model")
+        else frozenset()
+    )
     return [
         Part(
             name=name,
             source=named[name],
             parameters=parameters[name],
-            trains=trains(trainer, name),
+            is_unfrozen=is_unfrozen(trainer, name),
             learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate")
-            if learns(trainer, name) or rows & parameters[name].keys() else None,
+            if is_trainable(trainer, name) or rows & parameters[name].keys() else None,
             weight_decay=getattr(trainer.weight_decay, f"{name}_weight_decay"),
-            unread=unread.union(filter(names.is_unread, parameters[name])) & parameters[name].keys(),
+            unread=unread.union(filter(names.is_unused, parameters[name])) & parameters[name].keys(),
             rank=(rank := None if name == HEAD else getattr(trainer.lora, name).r),
             adapter=frozenset(
-                one for one in parameters[name] if rank is not None and trains_with_adapter(one, trainer.lora)
+                one for one in parameters[name] if rank is not None and is_trained_with_adapter(one, trainer.lora)
             ),
             rows=rows & parameters[name].keys(),
             new_tokens=tuple(new_tokens),
@@ -99,14 +101,14 @@ def split_parts(
     ]  # fmt: skip
 
 
-def embedding_rows(model: Any) -> frozenset[str]:
+def token_embedding_names(model: Any) -> frozenset[str]:
     """Full names of the matrices that have a row for each token: embeddings, and vocabulary heads of their own."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(layer.weight) for layer in layers if layer is not None}
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in weights)
 
 
-def unread_by_heads(model: Any) -> frozenset[str]:
+def parameters_unread_by_heads(model: Any) -> frozenset[str]:
     """Full names of what no head depends on: a vocabulary head of its own where no reply is learned, later layers."""
     if not isinstance(model, VLMForPrediction) or model.config.generation_weight:
         return frozenset()
@@ -115,12 +117,14 @@ def unread_by_heads(model: Any) -> frozenset[str]:
     depth = model.config.get_text_config().num_hidden_layers
     read = [depth if one.layer is None else one.layer % (depth + 1) for one in model.config.settings]
     if max(read) < depth:
-        left_out += [parameter for module in _behind(model, max(read)) for parameter in module.parameters()]
+        left_out += [
+            parameter for module in _modules_after_layer(model, max(read)) for parameter in module.parameters()
+        ]
     ids = set(map(id, left_out))
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in ids)
 
 
-def _behind(model: Any, layer: int) -> list[nn.Module]:
+def _modules_after_layer(model: Any, layer: int) -> list[nn.Module]:
     """The language model's modules behind a hidden state, of which state 0 is before the first layer."""
     depth = model.config.get_text_config().num_hidden_layers
     children = dict(model.get_decoder().named_children())
@@ -129,14 +133,14 @@ def _behind(model: Any, layer: int) -> list[nn.Module]:
     return [*(one for stack in layers for one in stack[layer:]), *norms]
 
 
-def trains(trainer: TrainerOptions, part: str) -> bool:
+def is_unfrozen(trainer: TrainerOptions, part: str) -> bool:
     """Whether `trainer.unfreeze` lets a part train; a head always does."""
     return part == HEAD or getattr(trainer.unfreeze, TRAIN_FLAGS[part])
 
 
-def learns(trainer: TrainerOptions, part: str) -> bool:
+def is_trainable(trainer: TrainerOptions, part: str) -> bool:
     """Whether a part trains, as a whole or through an adapter."""
-    return trains(trainer, part) or getattr(trainer.lora, part).r is not None
+    return is_unfrozen(trainer, part) or getattr(trainer.lora, part).r is not None
 
 
 def freeze(parts: list[Part]) -> None:
@@ -147,13 +151,13 @@ def freeze(parts: list[Part]) -> None:
     """
     for part in parts:
         for name, parameter in part.parameters.items():
-            trains = (part.trains or name in part.adapter or name in part.rows) and name not in part.unread
-            parameter.requires_grad_(trains)
+            is_unfrozen = (part.is_unfrozen or name in part.adapter or name in part.rows) and name not in part.unread
+            parameter.requires_grad_(is_unfrozen)
             if name in part.rows:
-                parameter.register_hook(partial(_only_rows, part.new_tokens))
+                parameter.register_hook(partial(_keep_gradient_rows, part.new_tokens))
 
 
-def _only_rows(rows: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
+def _keep_gradient_rows(rows: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
     """A gradient `(vocabulary, D)` that is 0 but in these rows."""
     kept = torch.zeros_like(gradient)
     kept[list(rows)] = gradient[list(rows)]
@@ -166,8 +170,8 @@ def cast(model: nn.Module, parts: list[Part], trained: torch.dtype, frozen: torc
     Buffers that no checkpoint holds stay as their modules made them: rotary frequencies lose too much in half
     precision.
     """
-    names = part_names(model.config)
-    dtypes = {part.name: trained if part.trains else frozen for part in parts}
+    names = get_part_names(model.config)
+    dtypes = {part.name: trained if part.is_unfrozen else frozen for part in parts}
     adapters = frozenset[str]().union(*(part.adapter | part.rows for part in parts))
     saved = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
@@ -200,7 +204,7 @@ def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
 
 def table(parts: list[Part]) -> str:
     """The table that a run begins with, once `freeze` has settled what trains."""
-    rows = [("part", "from", "parameters", "trainable", "learning rate", "weight decay"), *_rows(parts)]
+    rows = [("part", "from", "parameters", "trainable", "learning rate", "weight decay"), *_table_rows(parts)]
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = []
     for row in rows:
@@ -209,28 +213,28 @@ def table(parts: list[Part]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _rows(parts: list[Part]) -> Iterator[tuple[str, ...]]:
+def _table_rows(parts: list[Part]) -> Iterator[tuple[str, ...]]:
     total = trainable = 0
     for part in parts:
-        sizes = {name: _size(parameter) for name, parameter in part.parameters.items()}
+        sizes = {name: _num_elements(parameter) for name, parameter in part.parameters.items()}
         count = sum(sizes.values())
         training = sum(sizes[name] for name, p in part.parameters.items() if p.requires_grad and name not in part.rows)
-        training += sum(_width(part.parameters[name]) * len(part.new_tokens) for name in part.rows)
+        training += sum(_row_width(part.parameters[name]) * len(part.new_tokens) for name in part.rows)
         total += count
         trainable += training
-        rate = f"{part.learning_rate:g}" if part.learns else "-"
-        decay = f"{part.weight_decay:g}" if part.learns else "-"
+        rate = f"{part.learning_rate:g}" if part.is_trainable else "-"
+        decay = f"{part.weight_decay:g}" if part.is_trainable else "-"
         adapter = f"LoRA r={part.rank}: " if part.adapter else "new tokens: " if part.rows else ""
         yield part.name, part.source, f"{count:,}", f"{adapter}{training:,}", rate, decay
     yield "total", "", f"{total:,}", f"{trainable:,}", "", ""
 
 
-def _width(matrix: nn.Parameter) -> int:
+def _row_width(matrix: nn.Parameter) -> int:
     """How long a row is, where ZeRO-3 shards it too."""
     return getattr(matrix, "ds_shape", matrix.shape)[1]
 
 
-def _size(parameter: nn.Parameter) -> int:
+def _num_elements(parameter: nn.Parameter) -> int:
     """How many numbers a parameter stands for, where ZeRO-3 shards it or four bits hold each, too."""
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())

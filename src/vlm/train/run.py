@@ -7,33 +7,33 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from vlm.assembly.adapter_base import base_of
-from vlm.assembly.settle import load_weights, settle_model
-from vlm.config.derived import head_keys, row_keys
+from vlm.assembly.adapter_base import make_base
+from vlm.assembly.settle import load_weights, resolve_model
+from vlm.config.derived import embedding_row_keys, head_keys
 from vlm.config.schema import RunConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset
 from vlm.evaluation.text_metrics import METRICS, check_metrics
 from vlm.models import VLMConfig
 from vlm.train.arguments import training_arguments
-from vlm.train.data import collator_of, first_samples, load_data
-from vlm.train.feature_cache.dataset import check_composed, with_features
+from vlm.train.data import first_samples, load_data, make_collator
+from vlm.train.feature_cache.dataset import replace_images_with_features, require_composed_model
 from vlm.train.model import compute_dtype, prepare
-from vlm.train.monitor.callbacks import EpochOrder, MetricsFile, SampleAnswers, StopAtNaN
+from vlm.train.monitor.callbacks import MetricsFile, SampleGenerationCallback, SetSamplerEpoch, StopAtNaN
 from vlm.train.monitor.plots import write_first_batch
-from vlm.train.monitor.profiler import Profile
+from vlm.train.monitor.profiler import ProfilerCallback
 from vlm.train.parts import Part, table
 from vlm.train.run_directory import (
     SkippedRecords,
     choose_directory,
     contribution_table,
-    describe,
-    describe_data,
+    write_data_summary,
+    write_run_files,
 )
-from vlm.train.sample_generation import answer_metrics, answerer
-from vlm.train.signals import StopWhenAsked
-from vlm.train.step.packing import check_family
-from vlm.train.timed_trainer import meter_of
+from vlm.train.sample_generation import generation_metrics, make_sample_generator
+from vlm.train.signals import SigtermCheckpoint
+from vlm.train.step.packing import check_packing_support
+from vlm.train.timed_trainer import make_speed_meter
 from vlm.train.trainer import VLMTrainer, checkpoint_to_resume
 
 log = logging.getLogger(__name__)
@@ -51,43 +51,45 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         The run directory; its `final` holds the model: complete, or on top of its base.
     """
     check_metrics(config.trainer.eval_metrics, tuple(METRICS), "trainer.eval_metrics=")
-    model_config, processor = settle_model(config, overrides)
-    args = training_arguments(config.trainer, [*head_keys(config), *row_keys(config)])
+    model_config, processor = resolve_model(config, overrides)
+    args = training_arguments(config.trainer, [*head_keys(config), *embedding_row_keys(config)])
     args.output_dir = str(folder := choose_directory(config, name))
     if first := args.process_index == 0:
-        describe(folder, config)
+        write_run_files(folder, config)
     if config.model.head.task is not None:
         from vlm.train.heads.run import train_head  # its measures take seconds to import
 
         return train_head(config, folder, args, model_config, processor)
 
     if config.trainer.packing:
-        check_family(model_config.model_type)
+        check_packing_support(model_config.model_type)
     if config.dataset.cache_features:
-        check_composed(model_config)
+        require_composed_model(model_config)
     train_data, eval_data = load_data(config, model_config, processor, args)
     if first:
         resumed = checkpoint_to_resume(config, folder) is not None
-        describe_data(folder, {"train": train_data, "eval": eval_data}, resumed=resumed)
+        write_data_summary(folder, {"train": train_data, "eval": eval_data}, resumed=resumed)
     if isinstance(train_data, SampleDataset):
         log.info("Training data:\n\n%s\n", contribution_table(train_data.contributions))
 
     set_seed(args.seed)
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
     parts = prepare(model, config, args, processor)
-    collate = collator_of(processor, [train_data, eval_data], args.world_size)
+    collate = make_collator(processor, [train_data, eval_data], args.world_size)
     if config.dataset.cache_features:
-        train_data, eval_data = with_features(model, processor, [train_data, eval_data], collate, config.dataset, args)
+        train_data, eval_data = replace_images_with_features(
+            model, processor, [train_data, eval_data], collate, config.dataset, args
+        )
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
-    trainer = trainer_of(config, model, processor, parts, collate, train_data, eval_data, args, folder)
+    trainer = make_trainer(config, model, processor, parts, collate, train_data, eval_data, args, folder)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
     trainer.save_model(str(folder / "final"))
     log.info("Done. Ask it:  vlm generate %s --image FILE --prompt 'What is in this picture?'", folder / "final")
     return folder
 
 
-def trainer_of(
+def make_trainer(
     config: RunConfig, model: Any, processor: Any, parts: list[Part], collate: Collator, train_data: Any,
     eval_data: Any, args: TrainingArguments, folder: Path,
 ) -> VLMTrainer:  # fmt: skip
@@ -110,7 +112,7 @@ def trainer_of(
         processor=processor,
         args=args,
         parts=parts,
-        base=base_of(config, composed=isinstance(model.config, VLMConfig)),
+        base=make_base(config, composed=isinstance(model.config, VLMConfig)),
         loss_average=config.trainer.loss_average,
         sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         packing=config.trainer.packing,
@@ -120,14 +122,16 @@ def trainer_of(
         data_collator=collate,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        answer_metrics=answer_metrics(config, eval_data, processor, args),
-        callbacks=[MetricsFile(folder), StopAtNaN(), StopWhenAsked()],
-        meter=meter_of(model, processor, args, compute_dtype(args), config.trainer.peak_tflops, folder),
+        generation_metrics=generation_metrics(config, eval_data, processor, args),
+        callbacks=[MetricsFile(folder), StopAtNaN(), SigtermCheckpoint()],
+        meter=make_speed_meter(model, processor, args, compute_dtype(args), config.trainer.peak_tflops, folder),
     )
-    trainer.add_callback(EpochOrder(lambda: trainer.order))
+    trainer.add_callback(SetSamplerEpoch(lambda: trainer.sampler))
     if config.trainer.profile and first:
-        trainer.add_callback(Profile(folder / "profile", model))  # it ends before the answers at the end are drawn
+        trainer.add_callback(
+            ProfilerCallback(folder / "profile", model)
+        )  # it ends before the answers at the end are drawn
     if config.trainer.num_samples:
         shown = first_samples(eval_data or train_data, config.trainer.num_samples)
-        trainer.add_callback(SampleAnswers(answerer(config, trainer, processor, shown, folder)))
+        trainer.add_callback(SampleGenerationCallback(make_sample_generator(config, trainer, processor, shown, folder)))
     return trainer

@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 from transformers.utils import is_torchvision_available
 
 from vlm.config.schema import DatasetConfig, RunConfig
-from vlm.data.dataset import Contribution, SampleDataset, Skipped, need_few
+from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped_share
 from vlm.data.stream import SampleStream
-from vlm.train.distributed import as_first_rank
+from vlm.train.distributed import broadcast_from_rank0
 
 SKIPPED_FILE = "skipped.jsonl"
-FIRST_OF_STREAM = 1000
+MIN_STREAM_RECORDS = 1000
 """So many records of a stream are waited for before a share of them says anything."""
 
 PACKAGES = (
@@ -36,10 +36,10 @@ def choose_directory(config: RunConfig, name: str) -> Path:
     """The run's directory: `trainer.output_dir`, or one that rank 0 names and tells the others."""
     if config.trainer.output_dir:
         return Path(config.trainer.output_dir)
-    return Path(as_first_rank(f"outputs/{name}-{datetime.now():%Y%m%d-%H%M%S}"))
+    return Path(broadcast_from_rank0(f"outputs/{name}-{datetime.now():%Y%m%d-%H%M%S}"))
 
 
-def describe(folder: Path, config: RunConfig) -> None:
+def write_run_files(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration, the command and the versions; called on one rank.
 
     A resumed run adds its command to those before it.
@@ -81,7 +81,7 @@ def _git(*words: str) -> str | None:
         return None
 
 
-def describe_data(
+def write_data_summary(
     folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None], *, resumed: bool = False
 ) -> None:
     """Write what each source gave (`data.json`) and what was left out (`skipped.jsonl`).
@@ -109,7 +109,7 @@ def describe_data(
     write_json(folder / "data.json", facts)
     file = folder / SKIPPED_FILE
     before = file.read_text(encoding="utf-8").splitlines(keepends=True) if resumed and file.exists() else []
-    file.write_text("".join(dict.fromkeys([*before, *map(skipped_line, skipped)])), encoding="utf-8")
+    file.write_text("".join(dict.fromkeys([*before, *map(skipped_as_json_line, skipped)])), encoding="utf-8")
 
 
 def contribution_table(contributions: Sequence[Contribution]) -> str:
@@ -131,7 +131,7 @@ def contribution_table(contributions: Sequence[Contribution]) -> str:
     return "\n".join(lines)
 
 
-def skipped_line(one: Skipped) -> str:
+def skipped_as_json_line(one: Skipped) -> str:
     """A record that was left out, as a line of `skipped.jsonl`."""
     return f"{json.dumps(asdict(one), ensure_ascii=False)}\n"
 
@@ -144,18 +144,18 @@ class SkippedRecords:
         dataset: what is trained on.
         config: the policies, and how many may be left out.
         world_size: ranks; each sees its own part of the records.
-        writes: whether it adds them itself; else another rank, which is told of the same, does.
+        is_writer: whether it adds them itself; else another rank, which is told of the same, does.
     """
 
     def __init__(
         self, folder: Path, dataset: SampleDataset | SampleStream, config: DatasetConfig, world_size: int, *,
-        writes: bool = True,
+        is_writer: bool = True,
     ):  # fmt: skip
         self.path = folder / SKIPPED_FILE
-        self.writes = writes
+        self.is_writer = is_writer
         self.dataset, self.config, self.world_size = dataset, config, world_size
-        self.known: set[Skipped] = set()
-        self.seen = 0
+        self.known_skipped: set[Skipped] = set()
+        self.num_seen = 0
 
     def __call__(self, left_out: list[Skipped], number: int) -> None:
         """Take note of a batch of `number` samples.
@@ -163,23 +163,23 @@ class SkippedRecords:
         Raises:
             ValueError: the policy is `error`, or more records cannot be used than `dataset.max_skipped` allows.
         """
-        self.seen += number
+        self.num_seen += number
         for one in left_out:
             if getattr(self.config, one.policy) == "error":
-                raise one.refusal()
-        new = [one for one in left_out if one not in self.known]
+                raise one.as_error()
+        new = [one for one in left_out if one not in self.known_skipped]
         if not new:
             return
-        self.known.update(new)
-        if self.writes:
+        self.known_skipped.update(new)
+        if self.is_writer:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(skipped_line, new)))
+                file.write("".join(map(skipped_as_json_line, new)))
         if isinstance(self.dataset, SampleDataset):
             total = (len(self.dataset) + len(self.dataset.skipped)) / self.world_size
         else:
-            total = max(self.seen, FIRST_OF_STREAM)
-        bad = [one for one in self.known if one.policy == "on_bad_sample"]
-        need_few(new[0].source, bad, round(total), self.config.max_skipped)
+            total = max(self.num_seen, MIN_STREAM_RECORDS)
+        bad = [one for one in self.known_skipped if one.policy == "on_bad_sample"]
+        check_skipped_share(new[0].source, bad, round(total), self.config.max_skipped)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -17,48 +17,48 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 log = logging.getLogger(__name__)
 
-TERMINATED = 128 + signal.SIGTERM
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 """With what a run ends that was asked to."""
 
 
-class StopWhenAsked(TrainerCallback):
+class SigtermCheckpoint(TrainerCallback):
     """SIGTERM ends a run behind the step that it is at, with a checkpoint to go on from.
 
     It may come several times, from whoever sends it and from a launcher that hands it on. Ranks get it at different
     steps, or only one of them does: they agree behind each step.
 
     Args:
-        saves: whether there is a checkpoint to be left.
+        can_save: whether there is a checkpoint to be left.
     """
 
-    def __init__(self, *, saves: bool = True):
-        self.saves = saves
-        self.asked = self.agreed = self.listens = False
-        self.before: Any = signal.SIG_DFL
+    def __init__(self, *, can_save: bool = True):
+        self.can_save = can_save
+        self.received = self.any_rank_received = self.handler_installed = False
+        self.previous_handler: Any = signal.SIG_DFL
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """Listen; only a main thread can."""
         if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._heard)
-            self.listens = True
+            self.previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self.handler_installed = True
 
-    def _heard(self, number: int, frame: Any) -> None:
+    def _on_sigterm(self, number: int, frame: Any) -> None:
         """Take note."""
-        self.asked = True
+        self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Ask for a checkpoint where any rank was asked to end."""
-        self.agreed = self._any_rank(args.device)
-        if not self.agreed:
+        self.any_rank_received = self._any_rank_received_sigterm(args.device)
+        if not self.any_rank_received:
             return control
-        if not self.saves:
+        if not self.can_save:
             self._end("was asked to end, and there is nothing to go on from")
         control.should_save = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any):
         """End, now that the checkpoint is complete."""
-        if self.agreed:
+        if self.any_rank_received:
             self._end(
                 f"was asked to end and saved checkpoint-{state.global_step}; the same command with "
                 f"trainer.output_dir={args.output_dir} trainer.resume_from_checkpoint=true goes on"
@@ -68,42 +68,42 @@ class StopWhenAsked(TrainerCallback):
         """Listen no more."""
         self.restore()
 
-    def _any_rank(self, device: torch.device) -> bool:
+    def _any_rank_received_sigterm(self, device: torch.device) -> bool:
         if not dist.is_initialized():
-            return self.asked
-        heard = torch.tensor([int(self.asked)], device=device)
-        dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-        return bool(heard.item())
+            return self.received
+        received_flag = torch.tensor([int(self.received)], device=device)
+        dist.all_reduce(received_flag, op=dist.ReduceOp.MAX)
+        return bool(received_flag.item())
 
-    def _end(self, how: str) -> None:
+    def _end(self, message: str) -> None:
         self.restore()
-        log.info("The run %s", how)
-        raise SystemExit(TERMINATED)
+        log.info("The run %s", message)
+        raise SystemExit(SIGTERM_EXIT_CODE)
 
     def restore(self) -> None:
         """Listen no more, whether the run is over or has failed."""
-        if self.listens:
-            self.listens = False
-            signal.signal(signal.SIGTERM, self.before)
+        if self.handler_installed:
+            self.handler_installed = False
+            signal.signal(signal.SIGTERM, self.previous_handler)
 
 
 @atexit.register
-def _end_workers() -> None:
+def _kill_workers() -> None:
     """End data workers that are still there, as after an error: Python would ask them by SIGTERM, and wait."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
 
 
-def left_running(loader: DataLoader[Any]) -> DataLoader[Any]:
+def ignore_sigterm_in_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Let a signal to all processes of a run leave a loader's workers to their process, with which they end."""
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper makes its workers by another one
-    inner.worker_init_fn = partial(_deaf, inner.worker_init_fn)
+    inner.worker_init_fn = partial(ignore_sigterm, inner.worker_init_fn)
     return loader
 
 
-def _deaf(then: Callable[[int], None] | None, worker: int) -> None:
+def ignore_sigterm(init_fn: Callable[[int], None] | None, worker: int) -> None:
     """Begin a data worker: PyTorch lets it die of the signal, and its process of that."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if then is not None:
-        then(worker)
+    if init_fn is not None:
+        init_fn(worker)

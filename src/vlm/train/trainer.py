@@ -22,30 +22,30 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from vlm.assembly.adapter_base import Base
 from vlm.assembly.adapter_folder import save as save_on_base
 from vlm.config.schema import RunConfig
-from vlm.data.batching.collator import SKIPPED
+from vlm.data.batching.collator import SKIPPED_KEY
 from vlm.data.batching.packing import PackSampler
-from vlm.data.batching.samplers import GROUPED, ModalityLengthSampler, TogetherSampler
-from vlm.data.batching.stats import FACTS
+from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH, GroupSampler, ModalityLengthSampler
+from vlm.data.batching.stats import BATCH_STATS
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.stream import SampleStream
-from vlm.evaluation.loss import loss_measures, sample_losses, supervised
-from vlm.families.table import part_names
+from vlm.evaluation.loss import loss_metrics, sample_losses, supervised_logits
+from vlm.families.table import get_part_names
 from vlm.models.modeling_vlm import supervised_loss
-from vlm.train.arguments import order_seed
-from vlm.train.distributed import wait
+from vlm.train.arguments import sampler_seed
+from vlm.train.distributed import barrier
 from vlm.train.parts import Part, parameter_groups
-from vlm.train.signals import StopWhenAsked, left_running
-from vlm.train.step.chunked_loss import CHUNKS, num_chunks, takes_chunks
-from vlm.train.step.compile import uncompiled
-from vlm.train.step.packed_attention import attending_to_packs
-from vlm.train.step.packing import check_packing, packed_loader, with_grid_positions
-from vlm.train.timed_trainer import MeasuredTrainer
+from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
+from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY, num_chunks, supports_chunked_loss
+from vlm.train.step.compile import force_eager
+from vlm.train.step.packed_attention import use_packed_attention
+from vlm.train.step.packing import add_grid_positions, check_packing, make_packed_loader
+from vlm.train.timed_trainer import TimedTrainer
 
-WEIGHTS = "trained.safetensors"
-COMPLETE = "complete"
+TRAINED_WEIGHTS = "trained.safetensors"
+COMPLETE_MARK = "complete"
 
 
-class VLMTrainer(MeasuredTrainer):
+class VLMTrainer(TimedTrainer):
     """Trains a model whose parts have learning rates of their own.
 
     Args:
@@ -58,8 +58,8 @@ class VLMTrainer(MeasuredTrainer):
         max_tokens: `trainer.max_tokens_per_batch`.
         on_first_batch: called with the first batch of this rank, before its forward pass.
         on_skipped: called with the records that a batch leaves out, and how many samples it has.
-        answer_metrics: measures of what a model answers to evaluation records; None: there are none.
-        kwargs: as `MeasuredTrainer`.
+        generation_metrics: measures of what a model answers to evaluation records; None: there are none.
+        kwargs: as `TimedTrainer`.
     """
 
     # `Trainer` declares these as unions; here each is what a run makes it.
@@ -83,7 +83,7 @@ class VLMTrainer(MeasuredTrainer):
         max_tokens: int | None = None,
         on_first_batch: Callable[[dict[str, Tensor]], None] | None = None,
         on_skipped: Callable[[list[Skipped], int], None],
-        answer_metrics: Callable[[Any], dict[str, float]] | None = None,
+        generation_metrics: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(processing_class=processor.tokenizer, **kwargs)
@@ -93,11 +93,11 @@ class VLMTrainer(MeasuredTrainer):
         self.loss_average = loss_average
         self.sampling = sampling
         self.packing, self.max_tokens = packing, max_tokens
-        self.takes_chunks = False
+        self.supports_chunked_loss = False
         self.on_first_batch = on_first_batch
         self.on_skipped = on_skipped
-        self.answer_metrics = answer_metrics
-        self.order: ModalityLengthSampler | TogetherSampler | PackSampler | None = None
+        self.generation_metrics = generation_metrics
+        self.sampler: ModalityLengthSampler | GroupSampler | PackSampler | None = None
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -107,14 +107,14 @@ class VLMTrainer(MeasuredTrainer):
             return super().train(*args, **kwargs)
         finally:
             for one in self.callback_handler.callbacks:
-                if isinstance(one, StopWhenAsked):
+                if isinstance(one, SigtermCheckpoint):
                     one.restore()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
         """The run's precision; `Trainer` has it around calls of the whole model alone."""
         return self.accelerator.autocast()
 
-    def _keep_precision(self) -> None:
+    def _remove_autocast_wrapper(self) -> None:
         """Take off what accelerate put around the model's `forward`: it widens all logits to float32 at once."""
         forward = self.model.__dict__.pop("_original_forward", None)
         if forward is not None:
@@ -147,7 +147,7 @@ class VLMTrainer(MeasuredTrainer):
         if self.on_first_batch is not None:
             self.on_first_batch(inputs)
             self.on_first_batch = None
-        attending = attending_to_packs(self.model.config.get_text_config()) if self.packing else nullcontext()
+        attending = use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext()
         with attending:
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -156,11 +156,11 @@ class VLMTrainer(MeasuredTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
         """The loss of the supervised positions, whichever the model: vocabulary logits are computed there alone."""
-        if CHUNKS in inputs:
+        if NUM_CHUNKS_KEY in inputs:
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
             loss = outputs.loss
         else:
-            outputs, targets = supervised(model, inputs)
+            outputs, targets = supervised_logits(model, inputs)
             loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the number is that of all ranks, which average gradients
@@ -171,10 +171,10 @@ class VLMTrainer(MeasuredTrainer):
         if "loss" in logs and self.lr_scheduler is not None:
             logs.pop("learning_rate", None)
             names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
-            logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, self._rates(), strict=True)}
+            logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, self._learning_rates(), strict=True)}
         super().log(logs, start_time)
 
-    def _rates(self) -> list[float]:
+    def _learning_rates(self) -> list[float]:
         return [float(rate) for rate in self.lr_scheduler.get_last_lr()]
 
     # --- data ---------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class VLMTrainer(MeasuredTrainer):
             return super().get_train_dataloader()
         args, collate = self.args, cast(Any, self.data_collator)
         workers = args.dataloader_num_workers
-        loading: dict[str, Any] = {
+        loader_options: dict[str, Any] = {
             "num_workers": workers,
             "pin_memory": args.dataloader_pin_memory,
             "persistent_workers": args.dataloader_persistent_workers,
@@ -195,10 +195,12 @@ class VLMTrainer(MeasuredTrainer):
             "in_order": args.dataloader_in_order,
         }
         if self.packing:
-            loader, self.order = packed_loader(self.train_dataset, collate, self.max_tokens, args, **loading)
+            loader, self.sampler = make_packed_loader(
+                self.train_dataset, collate, self.max_tokens, args, **loader_options
+            )
         else:
-            loader = DataLoader(self.train_dataset, self._train_batch_size, collate_fn=collate, **loading)
-        return left_running(loader)
+            loader = DataLoader(self.train_dataset, self._train_batch_size, collate_fn=collate, **loader_options)
+        return ignore_sigterm_in_workers(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As usual, but anew: `Trainer` would give persistent workers' records for their blank pictures too."""
@@ -209,19 +211,19 @@ class VLMTrainer(MeasuredTrainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As usual; its workers outlive a signal to all of the run, which then saves a checkpoint."""
-        return left_running(super()._get_dataloader(*args, **kwargs))
+        return ignore_sigterm_in_workers(super()._get_dataloader(*args, **kwargs))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """As usual; what a batch says of records left out is taken out of it and told."""
         batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            facts = batch.pop(FACTS, None)
-            self.on_skipped(batch.pop(SKIPPED, []), len(batch[self.ROWS]) if facts is None else facts.samples)
+            facts = batch.pop(BATCH_STATS, None)
+            self.on_skipped(batch.pop(SKIPPED_KEY, []), len(batch[self.ROW_KEY]) if facts is None else facts.samples)
             if self.packing:
-                batch |= with_grid_positions(self.model, batch)
-            if self.takes_chunks:
+                batch |= add_grid_positions(self.model, batch)
+            if self.supports_chunked_loss:
                 chunks = num_chunks(batch["labels"], self.model.config.get_text_config().vocab_size, device)
-                batch |= {CHUNKS: chunks} if chunks > 1 else {}
+                batch |= {NUM_CHUNKS_KEY: chunks} if chunks > 1 else {}
         return batches, number
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -234,37 +236,37 @@ class VLMTrainer(MeasuredTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.sampling != GROUPED:
+        if self.sampling != GROUP_BY_MODALITY_LENGTH:
             return super()._get_train_sampler(dataset)
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.order = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, order_seed(args))
-        return self.order
+        self.sampler = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, sampler_seed(args))
+        return self.sampler
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(
         self, eval_dataset: SampleDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The measures of `loss_measures`, each name with `eval_` before it, and then those of `answer_metrics`."""
+        """The measures of `loss_metrics`, each name with `eval_` before it, and then those of `generation_metrics`."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
-        sums, counts = self._losses(dataset, "evaluating")
+        sums, counts = self._sample_losses(dataset, "evaluating")
         with_images = torch.as_tensor(dataset.num_images) > 0
         blank = None
         if with_images.any():
-            blank, _ = self._losses(dataset.blank(), "evaluating on blank pictures")
-        found = loss_measures(sums, counts, blank, with_images)
-        if self.answer_metrics is not None:
-            with self.compute_loss_context_manager(), uncompiled():
-                found |= self.answer_metrics(self.model)
+            blank, _ = self._sample_losses(dataset.blank(), "evaluating on blank pictures")
+        found = loss_metrics(sums, counts, blank, with_images)
+        if self.generation_metrics is not None:
+            with self.compute_loss_context_manager(), force_eager():
+                found |= self.generation_metrics(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _losses(self, dataset: Any, title: str) -> tuple[Tensor, Tensor]:
+    def _sample_losses(self, dataset: Any, title: str) -> tuple[Tensor, Tensor]:
         """Summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU."""
         loader: DataLoader = self.get_eval_dataloader(dataset)
         self.model.eval()
@@ -272,9 +274,9 @@ class VLMTrainer(MeasuredTrainer):
 
         def batches() -> Iterator[dict[str, Any]]:
             for batch in tqdm(loader, title, leave=False, disable=silent):
-                batch.pop(FACTS, None)
-                for one in batch.pop(SKIPPED, []):
-                    raise one.refusal()
+                batch.pop(BATCH_STATS, None)
+                for one in batch.pop(SKIPPED_KEY, []):
+                    raise one.as_error()
                 yield self._prepare_inputs(batch)
 
         with self.compute_loss_context_manager():
@@ -287,7 +289,7 @@ class VLMTrainer(MeasuredTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if not _internal_call and self.base is not None:
             new_rows = {name: min(part.new_tokens) for part in self.parts for name in part.rows}
-            save_on_base(self.model, folder, self.base, new_rows=new_rows, writes=self.args.should_save)
+            save_on_base(self.model, folder, self.base, new_rows=new_rows, is_writer=self.args.should_save)
             if self.args.should_save:
                 self.processor.save_pretrained(folder)
         elif not _internal_call:
@@ -298,14 +300,17 @@ class VLMTrainer(MeasuredTrainer):
         elif self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.is_deepspeed_enabled:  # DeepSpeed writes weights beside its optimiser states
-                save_file({name: t.detach().contiguous() for name, t in self._trained().items()}, folder / WEIGHTS)
+                save_file(
+                    {name: t.detach().contiguous() for name, t in self._trained_tensors().items()},
+                    folder / TRAINED_WEIGHTS,
+                )
 
-    def _trained(self) -> dict[str, Tensor]:
+    def _trained_tensors(self) -> dict[str, Tensor]:
         """What training changes: parameters with a gradient, and the buffers (batch statistics) of parts that train."""
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         saved = self.model.state_dict().keys()
-        names = part_names(self.model.config)
-        training = {part.name for part in self.parts if part.learns}
+        names = get_part_names(self.model.config)
+        training = {part.name for part in self.parts if part.is_trainable}
         return named | {
             name: b for name, b in self.model.named_buffers() if name in saved and names.part_of(name) in training
         }
@@ -323,9 +328,9 @@ class VLMTrainer(MeasuredTrainer):
         most, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = most
-        wait()
+        barrier()
         if self.args.should_save:
-            Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", COMPLETE).touch()
+            Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", COMPLETE_MARK).touch()
             rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=most)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -334,14 +339,14 @@ class VLMTrainer(MeasuredTrainer):
         Raises:
             ValueError: the checkpoint trained other parameters than this run does.
         """
-        path = Path(resume_from_checkpoint, WEIGHTS)
+        path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
         if not path.is_file():
             raise ValueError(
-                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: no {WEIGHTS} in it; a checkpoint written "
+                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: no {TRAINED_WEIGHTS} in it; a checkpoint written "
                 "under DeepSpeed is resumed with the same trainer.deepspeed."
             )
         state = load_file(path)
-        trained = self._trained().keys()
+        trained = self._trained_tensors().keys()
         if different := sorted(trained ^ state.keys()):
             raise ValueError(
                 f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it does not train what this run does, for "
@@ -363,11 +368,11 @@ class VLMTrainer(MeasuredTrainer):
                     "this run trains with it. Resume with the trainer.deepspeed that it was made with."
                 )
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        self._keep_precision()
-        with self.compute_loss_context_manager(), uncompiled():
+        self._remove_autocast_wrapper()
+        with self.compute_loss_context_manager(), force_eager():
             if self.packing:
                 check_packing(self.model, self.processor)
-            self.takes_chunks = takes_chunks(self.model)
+            self.supports_chunked_loss = supports_chunked_loss(self.model)
         return prepared
 
 
@@ -377,7 +382,7 @@ def newest_checkpoint(run_directory: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARK}")]
     if not complete:
         raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")
     return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
@@ -385,7 +390,7 @@ def newest_checkpoint(run_directory: Path) -> Path:
 
 def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
     """What `trainer.resume_from_checkpoint` stands for."""
-    wanted = config.trainer.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
+    requested = config.trainer.resume_from_checkpoint
+    if requested is None or requested.lower() == "false":
         return None
-    return str(newest_checkpoint(folder)) if wanted.lower() == "true" else wanted
+    return str(newest_checkpoint(folder)) if requested.lower() == "true" else requested

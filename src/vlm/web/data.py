@@ -6,19 +6,19 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.config.packaged import packaged, run_names
+from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import DatasetConfig
-from vlm.web.html import note, problem
+from vlm.web.html import error_html, note_html
 from vlm.web.plan import Plan, choices
 from vlm.web.runs import checkpoints
 
-EMPTY = "Records appear here, with supervised tokens marked."
-RUN = "finetune-smol"
+EMPTY_TEXT = "Records appear here, with supervised tokens marked."
+DEFAULT_RUN = "finetune-smol"
 """The run that is chosen at first."""
 
 
 @dataclass
-class Records:
+class OpenRecords:
     """The records of a run's sources, open.
 
     Attributes:
@@ -36,38 +36,40 @@ class Records:
 
     def html(self, number: int) -> str:
         """A record, counted through all sources from 0."""
-        from vlm.data.tools.show import as_html, shown_records
+        from vlm.data.tools.show import as_html, load_shown_records
 
         config = self.config
         for name, size in self.sizes.items():
             if number < size:
                 if config.sources:
                     config = replace(config, sources={name: config.sources[name]})
-                return as_html(next(iter(shown_records(config, self.encoder, number=1, records=[number]))))
+                return as_html(next(iter(load_shown_records(config, self.encoder, number=1, records=[number]))))
             number -= size
         raise ValueError(f"there are {len(self)} records")
 
 
-def open_records(plan: Plan) -> Records:
+def open_records(plan: Plan) -> OpenRecords:
     """The records of a plan's run, as it would read them.
 
     Raises:
         ValueError: what the checks of the run refuse, a stream, or sources that do not open.
     """
-    config = plan.checked()
+    config = plan.compose_config()
     if config.dataset.streaming:
         raise ValueError(
             "dataset.streaming=true: a stream has no numbers to go by; vlm data show shows its first records"
         )
-    from vlm.assembly.settle import settle_model
-    from vlm.data.sources import sources_of
-    from vlm.train.data import sample_encoder
-    from vlm.train.heads.data import prompt_encoder
+    from vlm.assembly.settle import resolve_model
+    from vlm.data.sources import make_sources
+    from vlm.train.data import make_sample_encoder
+    from vlm.train.heads.data import make_prompt_encoder
 
-    model_config, processor = settle_model(config, plan.touched())
-    encoder = (sample_encoder if config.model.head.task is None else prompt_encoder)(config, model_config, processor)
-    sizes = {source.name: len(source) for source in sources_of(config.dataset, encoder)}
-    return Records(config.dataset, encoder, sizes)
+    model_config, processor = resolve_model(config, plan.overridden_keys())
+    encoder = (make_sample_encoder if config.model.head.task is None else make_prompt_encoder)(
+        config, model_config, processor
+    )
+    sizes = {source.name: len(source) for source in make_sources(config.dataset, encoder)}
+    return OpenRecords(config.dataset, encoder, sizes)
 
 
 def build(outputs: Path) -> gr.Dropdown:
@@ -79,14 +81,14 @@ def build(outputs: Path) -> gr.Dropdown:
             images = gr.Textbox(
                 label="Folder of pictures", info="Beside the records where empty", elem_id="data-images"
             )
-            run = gr.Dropdown(run_names(), value=RUN, label="As this run reads them", elem_id="data-run")
+            run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="As this run reads them", elem_id="data-run")
             checkpoint = gr.Dropdown(
                 checkpoints(outputs), value=None, allow_custom_value=True, label="Checkpoint",
                 elem_id="data-checkpoint", info="Whose tokenizer and template they are for; empty: the run's parts",
             )  # fmt: skip
             with gr.Accordion("More", open=False, elem_id="data-more"):
                 template = gr.Dropdown(
-                    [("as the run", ""), "tokenizer", *packaged("vlm.data", "templates", ".jinja")], value="",
+                    [("as the run", ""), "tokenizer", *packaged_names("vlm.data", "templates", ".jinja")], value="",
                     label="Template", elem_id="data-template",
                 )  # fmt: skip
                 language_model = gr.Dropdown(
@@ -105,41 +107,41 @@ def build(outputs: Path) -> gr.Dropdown:
                 )
                 following = gr.Button("Next", elem_id="data-next", min_width=80, interactive=False)
             count = gr.HTML("", elem_id="data-count", elem_classes="vlm-line")
-            shown = gr.HTML(note(EMPTY), elem_id="data-shown", elem_classes="vlm-record")
+            shown = gr.HTML(note_html(EMPTY_TEXT), elem_id="data-shown", elem_classes="vlm-record")
 
     fields = [run, path, images, checkpoint, template, language_model, lines]
     view = [number, count, shown]
     options: dict[str, Any] = {"api_visibility": "private"}
-    button.click(begin, fields, [records, *view, previous, following], **options)
+    button.click(open_first, fields, [records, *view, previous, following], **options)
     previous.click(lambda found, at: show(found, (at or 0) - 1), [records, number], view, **options)
     following.click(lambda found, at: show(found, (at or 0) + 1), [records, number], view, **options)
     number.submit(show, [records, number], view, **options)
     return checkpoint
 
 
-def begin(*values: Any) -> tuple[Any, ...]:
+def open_first(*values: Any) -> tuple[Any, ...]:
     """The records of the fields, the first of them, and whether there is something to page through."""
     try:
-        found = open_records(_plan(*values))
+        found = open_records(_make_plan(*values))
         first = show(found, 0)
     except (ValueError, OSError) as error:
-        return None, 0, "", problem(str(error)), *[gr.update(interactive=False)] * 2
+        return None, 0, "", error_html(str(error)), *[gr.update(interactive=False)] * 2
     return found, gr.update(value=first[0], interactive=True), *first[1:], *[gr.update(interactive=True)] * 2
 
 
-def show(found: Records | None, wanted: float | None) -> tuple[Any, str, str]:
+def show(found: OpenRecords | None, requested: float | None) -> tuple[Any, str, str]:
     """A record: its number, where it is, and itself; of numbers beyond the ends, the nearest."""
     if found is None:
-        return 0, "", note(EMPTY)
-    at = max(min(int(wanted or 0), len(found) - 1), 0)
-    where = note(f"Record {at} of {len(found):,}, numbered from 0")
+        return 0, "", note_html(EMPTY_TEXT)
+    at = max(min(int(requested or 0), len(found) - 1), 0)
+    where = note_html(f"Record {at} of {len(found):,}, numbered from 0")
     try:
         return at, where, found.html(at)
     except (ValueError, OSError) as error:
-        return at, where, problem(str(error))
+        return at, where, error_html(str(error))
 
 
-def _plan(
+def _make_plan(
     run: str, path: str | None, images: str | None, checkpoint: str | None, template: str | None,
     language_model: str | None, lines: str | None,
 ) -> Plan:  # fmt: skip

@@ -10,21 +10,21 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-POLICY = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
     "worker-src 'self' blob:; object-src 'none'; frame-src 'self' blob:; frame-ancestors 'none'; form-action 'self'"
 )
 """Everything comes from the page's own address: nothing that a model says makes a browser load from elsewhere."""
 
-HEADERS = [
-    (b"content-security-policy", POLICY.encode()),
+SECURITY_HEADERS = [
+    (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 ]
 
 
-class Guard:
+class RequestGuard:
     """ASGI middleware: refuses requests for other hosts and from other sites, and adds `HEADERS` to the answers.
 
     Args:
@@ -34,27 +34,27 @@ class Guard:
 
     def __init__(self, app: Any, host: str):
         self.app = app
-        self.names = own_names(host)
-        self.only_loopback = is_loopback(host)
+        self.names = allowed_names(host)
+        self.loopback_only = is_loopback(host)
 
     async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        problem = self.problem(headers.get(b"host", ""), headers.get(b"origin"), headers.get(b"sec-fetch-site"),
+        refusal_reason = self.refusal_reason(headers.get(b"host", ""), headers.get(b"origin"), headers.get(b"sec-fetch-site"),
                                scope.get("method", "GET"))  # fmt: skip
-        if problem is not None:
-            return await _refuse(scope, send, problem)
+        if refusal_reason is not None:
+            return await _refuse(scope, send, refusal_reason)
 
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *HEADERS]
+                message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
             await send(message)
 
         return await self.app(scope, receive, with_headers)
 
-    def problem(self, host: str, origin: str | None, site: str | None, method: str) -> str | None:
+    def refusal_reason(self, host: str, origin: str | None, site: str | None, method: str) -> str | None:
         """Why a request is refused; None: it is not.
 
         Args:
@@ -64,7 +64,7 @@ class Guard:
             method: its method.
         """
         name = urlsplit(f"//{host}").hostname or ""
-        if not self.is_own(name):
+        if not self.is_allowed_name(name):
             return f"This page does not answer to the name {name!r}. Give it with vlm web --host."
         if origin is not None and urlsplit(origin).netloc != host:
             return "Requests from other sites are not answered."
@@ -72,11 +72,11 @@ class Guard:
             return "Requests from other sites are not answered."
         return None
 
-    def is_own(self, name: str) -> bool:
+    def is_allowed_name(self, name: str) -> bool:
         """Whether a name stands for this machine: a site's own name that leads here (DNS rebinding) does not."""
         if name in self.names or is_loopback(name):
             return True
-        return not self.only_loopback and _is_address(name)
+        return not self.loopback_only and _is_address(name)
 
 
 def is_loopback(host: str) -> bool:
@@ -84,7 +84,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
-def own_names(host: str) -> set[str]:
+def allowed_names(host: str) -> set[str]:
     """The names by which a page that listens there may be asked for."""
     return {host} if is_loopback(host) else {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
 

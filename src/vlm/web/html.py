@@ -9,17 +9,17 @@ from typing import Any
 from vlm.web.runs import Run
 
 
-def problem(text: str) -> str:
+def error_html(text: str) -> str:
     """What has to be mended, as the checks say it."""
     return f'<p class="vlm-problem" role="alert">{escape(text)}</p>'
 
 
-def note(text: str) -> str:
+def note_html(text: str) -> str:
     """A line in passing."""
     return f'<p class="vlm-note">{escape(text)}</p>'
 
 
-def bars(title: str, decided: str, shares: Mapping[Any, float]) -> str:
+def bars_html(title: str, decided: str, shares: Mapping[Any, float]) -> str:
     """A head's answer: what it decided, and a bar for each label, the likeliest first."""
     rows = "".join(
         f'<div class="vlm-bar"><span>{escape(str(label))}</span>'
@@ -33,28 +33,28 @@ def bars(title: str, decided: str, shares: Mapping[Any, float]) -> str:
 
 def status(run: Run) -> str:
     """A run's state in a line, and how far it is."""
-    facts = [f"step {run.step:,}" if run.step else "no step logged yet"]
-    facts += [f"loss {run.loss:.4g}"] if run.loss is not None else []
-    facts += [f"started {run.started:%Y-%m-%d %H:%M}"]
+    details = [f"step {run.step:,}" if run.step else "no step logged yet"]
+    details += [f"loss {run.loss:.4g}"] if run.loss is not None else []
+    details += [f"started {run.started:%Y-%m-%d %H:%M}"]
     share = run.progress or 0.0
     return (
-        f'<section class="vlm-run"><h3>{escape(run.name)} {_state(run)}</h3>'
-        f"<p>{' · '.join(facts)}</p>"
+        f'<section class="vlm-run"><h3>{escape(run.name)} {_state_html(run)}</h3>'
+        f"<p>{' · '.join(details)}</p>"
         f'<div class="vlm-progress" role="progressbar" aria-label="progress" aria-valuenow="{100 * share:.0f}">'
         f'<i style="width:{100 * share:.1f}%"></i></div><p class="vlm-note">{100 * share:.0f}%</p></section>'
     )
 
 
-def log_end(text: str) -> str:
+def log_html(text: str) -> str:
     """A log, of which the end is seen."""
     return f'<div class="vlm-log" tabindex="0"><pre>{escape(text)}</pre></div>'
 
 
-def run_table(runs: Sequence[Run], selected: str | None) -> str:
+def run_table_html(runs: Sequence[Run], selected: str | None) -> str:
     """The runs, a row each; a row's name is a button, so that keys reach it too."""
     rows = "".join(
         f'<tr data-run="{escape(run.name)}" aria-selected="{str(run.name == selected).lower()}">'
-        f"<td><button>{escape(run.name)}</button></td><td>{_state(run)}</td>"
+        f"<td><button>{escape(run.name)}</button></td><td>{_state_html(run)}</td>"
         f'<td class="number">{run.step:,}</td><td class="number">{"" if run.loss is None else f"{run.loss:.4g}"}</td>'
         f'<td class="started">{run.started:%Y-%m-%d %H:%M}</td></tr>'
         for run in runs
@@ -64,26 +64,26 @@ def run_table(runs: Sequence[Run], selected: str | None) -> str:
     return f'<table class="vlm-runs"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
-def _state(run: Run) -> str:
+def _state_html(run: Run) -> str:
     return f'<span class="vlm-state vlm-{run.state.replace(" ", "-")}">{run.state}</span>'
 
 
 def samples(title: str, found: Sequence[Mapping[str, str]]) -> str:
     """Sample answers of a run, with their pictures."""
     if not found:
-        return note("No sample answers yet. A run writes them when it evaluates, saves or ends.")
+        return note_html("No sample answers yet. A run writes them when it evaluates, saves or ends.")
     parts = []
     for one in found:
-        picture = f'<img src="{_address(Path(one["picture"]))}" alt="">' if "picture" in one else ""
+        image = f'<img src="{_data_url(Path(one["picture"]))}" alt="">' if "picture" in one else ""
         texts = "".join(
             f"<dt>{name}</dt><dd>{escape(one[name])}</dd>"
             for name in ("question", "reference", "answer")
             if name in one
         )
-        parts.append(f'<div class="vlm-sample">{picture}<dl>{texts}</dl></div>')
+        parts.append(f'<div class="vlm-sample">{image}<dl>{texts}</dl></div>')
     return f"<h3>{escape(title)}</h3>{''.join(parts)}"
 
 
-def _address(picture: Path) -> str:
+def _data_url(image: Path) -> str:
     """A picture of a run directory as a `data:` address: no folder has to be served for it."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}" if picture.is_file() else ""
+    return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}" if image.is_file() else ""

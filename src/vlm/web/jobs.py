@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 JOB_FILE, LOG_FILE = "page.json", "page.log"
-SAME = 2.0
+START_TIME_TOLERANCE = 2.0
 """Seconds by which the time at which a process began may seem to differ: it is told from a clock that is corrected."""
 
 PATIENCE = 60.0
@@ -44,17 +44,17 @@ class Job:
     asked_to_stop: float | None = None
 
     @property
-    def is_elsewhere(self) -> bool:
+    def is_on_other_machine(self) -> bool:
         """Whether it was started on another machine, of which nothing is known here."""
         return self.host != socket.gethostname()
 
     def is_alive(self) -> bool:
         """Whether this very process still runs on this machine."""
-        if self.is_elsewhere:
+        if self.is_on_other_machine:
             return False
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.began) < SAME
+            same = abs(process.create_time() - self.began) < START_TIME_TOLERANCE
             return (
                 same and process.status() != psutil.STATUS_ZOMBIE
             )  # which has ended, and waits for its parent to look
@@ -83,7 +83,7 @@ def start(command: Sequence[str], folder: Path) -> Job:
         )  # fmt: skip
     began = psutil.Process(child.pid).create_time()
     job = Job(child.pid, began, socket.gethostname(), time.time(), list(command))
-    _write(job, folder)
+    _write_job(job, folder)
     return job
 
 
@@ -99,11 +99,11 @@ def stop(folder: Path) -> Job:
     Raises:
         ValueError: no run that the page started goes on there.
     """
-    job = _living(folder)
-    asked = replace(job, asked_to_stop=job.asked_to_stop or time.time())
-    _write(asked, folder)
+    job = _require_running_job(folder)
+    stopped_job = replace(job, asked_to_stop=job.asked_to_stop or time.time())
+    _write_job(stopped_job, folder)
     os.killpg(job.pid, signal.SIGTERM)
-    return asked
+    return stopped_job
 
 
 def kill(folder: Path) -> None:
@@ -112,29 +112,29 @@ def kill(folder: Path) -> None:
     Raises:
         ValueError: it was not asked, or no run that the page started goes on there.
     """
-    job = _living(folder)
+    job = _require_running_job(folder)
     if job.asked_to_stop is None:
         raise ValueError(f"{folder}: ask the run to stop first; killing it saves nothing")
     os.killpg(job.pid, signal.SIGKILL)
 
 
-def may_kill(job: Job | None) -> bool:
+def can_kill(job: Job | None) -> bool:
     """Whether a run was asked to end so long ago that killing it is offered."""
     return job is not None and job.asked_to_stop is not None and time.time() - job.asked_to_stop > PATIENCE
 
 
-def _living(folder: Path) -> Job:
+def _require_running_job(folder: Path) -> Job:
     job = read_job(folder)
     if job is None:
         raise ValueError(f"{folder}: this page did not start that run; stop it where it was started")
-    if job.is_elsewhere:
+    if job.is_on_other_machine:
         raise ValueError(f"{folder}: that run was started on {job.host}; stop it there")
     if not job.is_alive():
         raise ValueError(f"{folder}: the run has ended already")
     return job
 
 
-def _write(job: Job, folder: Path) -> None:
+def _write_job(job: Job, folder: Path) -> None:
     """Write it whole or not at all: it is read while it is written."""
     new = folder / f"{JOB_FILE}.new"
     new.write_text(json.dumps(asdict(job), indent=2) + "\n", encoding="utf-8")

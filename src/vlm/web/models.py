@@ -6,7 +6,7 @@ from threading import Lock
 from typing import Any
 
 
-class HeldModel:
+class ModelHolder:
     """Loads a checkpoint when it is first asked for, and holds it until another one is.
 
     Args:
@@ -17,7 +17,7 @@ class HeldModel:
     def __init__(self, base: Sequence[str] = (), *, trust_remote_code: bool = False):
         self.base, self.trust_remote_code = list(base), trust_remote_code
         self._held: tuple[tuple[Any, ...], Any] | None = None
-        self._loading = Lock()
+        self._lock = Lock()
 
     def model(self, checkpoint: str) -> Any:
         """A `VisionLanguageModel` of a checkpoint.
@@ -37,31 +37,31 @@ class HeldModel:
 
     def release(self) -> None:
         """Let go of the model, so that a training finds the memory."""
-        with self._loading:
-            self._drop()
+        with self._lock:
+            self._release_model()
 
     def _load(self, checkpoint: str, *, heads: bool) -> Any:
-        with self._loading:
-            wanted = (checkpoint, heads, _written(checkpoint))
-            if self._held is not None and self._held[0] == wanted:
+        with self._lock:
+            key = (checkpoint, heads, _modified_at(checkpoint))
+            if self._held is not None and self._held[0] == key:
                 return self._held[1]
-            self._drop()  # before the other one is loaded: there may be no room for both
+            self._release_model()  # before the other one is loaded: there may be no room for both
             from vlm.inference.generate import VisionLanguageModel
             from vlm.inference.predict import Predictor
 
-            base = self.base if self._is_on_base(checkpoint) else ()
+            base = self.base if self._is_adapter_checkpoint(checkpoint) else ()
             kind = Predictor if heads else VisionLanguageModel
-            loaded = kind.load(checkpoint, base=base, trust_remote_code=self.trust_remote_code)
-            self._held = (wanted, loaded)
-            return loaded
+            model_or_predictor = kind.load(checkpoint, base=base, trust_remote_code=self.trust_remote_code)
+            self._held = (key, model_or_predictor)
+            return model_or_predictor
 
-    def _is_on_base(self, checkpoint: str) -> bool:
+    def _is_adapter_checkpoint(self, checkpoint: str) -> bool:
         """Whether `base` is for it: one that is complete takes none, and the page has several to choose from."""
-        from vlm.assembly.adapter_folder import is_on_base
+        from vlm.assembly.adapter_folder import is_adapter_checkpoint
 
-        return is_on_base(checkpoint)
+        return is_adapter_checkpoint(checkpoint)
 
-    def _drop(self) -> None:
+    def _release_model(self) -> None:
         if self._held is None:
             return
         self._held = None
@@ -71,7 +71,7 @@ class HeldModel:
             torch.cuda.empty_cache()
 
 
-def _written(checkpoint: str) -> int | None:
+def _modified_at(checkpoint: str) -> int | None:
     """When a folder was written: another run may have taken its place; None for a name on the Hub."""
     file = Path(checkpoint, "config.json")
     return file.stat().st_mtime_ns if file.is_file() else None

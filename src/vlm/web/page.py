@@ -12,16 +12,16 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from vlm.web import chat, data, predict, train
-from vlm.web.guard import Guard
-from vlm.web.models import HeldModel
+from vlm.web.guard import RequestGuard
+from vlm.web.models import ModelHolder
 from vlm.web.runs import checkpoints
 
-UPLOADS_SWEPT, UPLOADS_KEPT = 600, 24 * 3600
+UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS = 600, 24 * 3600
 """Seconds between looks for uploaded pictures, and after which they are removed."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class PageSettings:
     """What `vlm web` was told.
 
     Attributes:
@@ -43,34 +43,53 @@ class Settings:
     trust_remote_code: bool = False
 
 
-def build(settings: Settings) -> gr.Blocks:
+def build(settings: PageSettings) -> gr.Blocks:
     """Lay the page out."""
-    held = HeldModel(settings.base, trust_remote_code=settings.trust_remote_code)
-    given, outputs = list(settings.checkpoints), settings.outputs
-    with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=(UPLOADS_SWEPT, UPLOADS_KEPT)) as page, gr.Tabs():
+    model_holder = ModelHolder(settings.base, trust_remote_code=settings.trust_remote_code)
+    extra_checkpoints, outputs = list(settings.checkpoints), settings.outputs
+    with (
+        gr.Blocks(
+            analytics_enabled=False, title="vlm", delete_cache=(UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS)
+        ) as page,
+        gr.Tabs(),
+    ):
         with gr.Tab("Chat", id="chat") as tab:
-            _keep_new(tab, page, chat.build(outputs, given, held), partial(checkpoints, outputs, given, heads=False))
+            _refresh_choices(
+                tab,
+                page,
+                chat.build(outputs, extra_checkpoints, model_holder),
+                partial(checkpoints, outputs, extra_checkpoints, heads=False),
+            )
         with gr.Tab("Predict", id="predict") as tab:
-            _keep_new(tab, page, predict.build(outputs, given, held), partial(checkpoints, outputs, given, heads=True))
+            _refresh_choices(
+                tab,
+                page,
+                predict.build(outputs, extra_checkpoints, model_holder),
+                partial(checkpoints, outputs, extra_checkpoints, heads=True),
+            )
         with gr.Tab("Train", id="train") as tab:
-            _keep_new(tab, page, train.build(outputs, held, page), partial(checkpoints, outputs, given))
+            _refresh_choices(
+                tab, page, train.build(outputs, model_holder, page), partial(checkpoints, outputs, extra_checkpoints)
+            )
         with gr.Tab("Data", id="data") as tab:
-            _keep_new(tab, page, data.build(outputs), partial(checkpoints, outputs, given))
+            _refresh_choices(tab, page, data.build(outputs), partial(checkpoints, outputs, extra_checkpoints))
     return page
 
 
-def _keep_new(tab: gr.Tab, page: gr.Blocks, choice: gr.Dropdown, found: Callable[[], list[str]]) -> None:
+def _refresh_choices(
+    tab: gr.Tab, page: gr.Blocks, choice: gr.Dropdown, find_checkpoints: Callable[[], list[str]]
+) -> None:
     """Offer the checkpoints of runs that have ended since the page was laid out."""
-    known = gr.State(found())
+    known = gr.State(find_checkpoints())
 
-    def look(before: list[str]) -> tuple[Any, list[str]]:
-        now = found()
+    def refresh(before: list[str]) -> tuple[Any, list[str]]:
+        now = find_checkpoints()
         return (gr.skip() if now == before else gr.update(choices=now)), now  # a list that is open is not redrawn
 
-    gr.on([page.load, tab.select], look, known, [choice, known], show_progress="hidden", api_visibility="private")
+    gr.on([page.load, tab.select], refresh, known, [choice, known], show_progress="hidden", api_visibility="private")
 
 
-def serve(page: gr.Blocks, settings: Settings) -> str:
+def serve(page: gr.Blocks, settings: PageSettings) -> str:
     """Serve the page from a thread of its own; returns its address.
 
     Nothing of it comes from or goes to another address: no sharing, no telemetry, no fonts from elsewhere, no server
@@ -89,6 +108,6 @@ def serve(page: gr.Blocks, settings: Settings) -> str:
             block_info_text_color_dark="*neutral_400",
         ),
         css=resources.files("vlm.web").joinpath("style.css").read_text(encoding="utf-8"),
-        app_kwargs={"middleware": [Middleware(Guard, host=settings.host)]},
+        app_kwargs={"middleware": [Middleware(RequestGuard, host=settings.host)]},
     )  # fmt: skip
     return address

@@ -19,17 +19,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.checks.compose import need_known_keys, need_values, opened
+from vlm.checks.compose import check_known_keys, check_required_values, open_mapping_key
 from vlm.checks.messages import explain
 from vlm.checks.run import ConfigError, check
-from vlm.config.packaged import packaged, run_names
+from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import RunConfig
 
 PARTS = ("visual_encoder", "connector", "language_model", "head")
-NAMED_BY = {"visual_encoder": "model.visual_encoder.hf_name", "language_model": "model.language_model.hf_name"}
+HF_NAME_KEYS = {"visual_encoder": "model.visual_encoder.hf_name", "language_model": "model.language_model.hf_name"}
 """Parts that may also be a folder or a name on the Hub, and the key that says so."""
 
-_composing = Lock()
+_compose_lock = Lock()
 """Hydra composes one configuration at a time in a process."""
 
 
@@ -55,8 +55,10 @@ class Plan:
         Raises:
             ConfigError: a line is an option, or reaches for Hydra's own settings or the environment.
         """
-        parts = [_of_part(part, choice.strip()) for part, choice in self.parts.items() if choice and choice.strip()]
-        keys = [f"{key}={_quoted(value.strip())}" for key, value in self.keys.items() if value and value.strip()]
+        parts = [
+            _part_override(part, choice.strip()) for part, choice in self.parts.items() if choice and choice.strip()
+        ]
+        keys = [f"{key}={_quote(value.strip())}" for key, value in self.keys.items() if value and value.strip()]
         lines = [line.strip() for line in (self.lines or "").splitlines()]
         typed = [line for line in lines if line and not line.startswith("#")]
         for line in typed:
@@ -70,33 +72,33 @@ class Plan:
                 raise ConfigError(f"{word}: ${{…}} is not filled in here; write the value itself")
         return words
 
-    def checked(self) -> RunConfig:
+    def compose_config(self) -> RunConfig:
         """The configuration, refused by the checks of the command line.
 
         Raises:
             ConfigError: with the key, what was got and what is allowed.
         """
-        return compose_checked(self.run, self.words())
+        return compose_and_check(self.run, self.words())
 
-    def touched(self) -> list[str]:
+    def overridden_keys(self) -> list[str]:
         """The keys that the overrides set, as `with_config` names them to those who act on a configuration."""
         return [word.split("=")[0].lstrip("+~").replace("/", ".") for word in self.words()]
 
 
 def choices(part: str) -> list[str]:
     """The packaged choices of a part."""
-    return packaged("vlm.config", f"model/{part}", ".yaml")
+    return packaged_names("vlm.config", f"model/{part}", ".yaml")
 
 
-def _of_part(part: str, choice: str) -> str:
+def _part_override(part: str, choice: str) -> str:
     if choice in choices(part):
         return f"model/{part}={choice}"
-    if part not in NAMED_BY:
+    if part not in HF_NAME_KEYS:
         raise ConfigError(f"model/{part}={choice}: no such choice. Allowed are {', '.join(choices(part))}.")
-    return f"{NAMED_BY[part]}={_quoted(choice)}"
+    return f"{HF_NAME_KEYS[part]}={_quote(choice)}"
 
 
-def _quoted(value: str) -> str:
+def _quote(value: str) -> str:
     """A value of a field, quoted where Hydra's grammar would read more in it than its characters."""
     plain = all(character.isalnum() or character in "/-_.:%+@?|" for character in value)
     if plain:
@@ -105,7 +107,7 @@ def _quoted(value: str) -> str:
     return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + (r"\"" if found[2] else ""), value) + '"'
 
 
-def compose_checked(run: str, words: Sequence[str]) -> RunConfig:
+def compose_and_check(run: str, words: Sequence[str]) -> RunConfig:
     """The configuration of a shipped run under overrides, checked as on the command line.
 
     Raises:
@@ -113,13 +115,13 @@ def compose_checked(run: str, words: Sequence[str]) -> RunConfig:
     """
     if run not in run_names():
         raise ConfigError(f"choose a run: {', '.join(run_names())}")
-    with _composing:
+    with _compose_lock:
         ConfigStore.instance().store(name="schema", node=RunConfig)
         try:
             with initialize_config_module("vlm.config", version_base="1.3"):
-                composed = compose(run, [opened(word) for word in words])
-                need_known_keys(composed)
-                need_values(composed)
+                composed = compose(run, [open_mapping_key(word) for word in words])
+                check_known_keys(composed)
+                check_required_values(composed)
                 config = OmegaConf.to_object(composed)
                 assert isinstance(config, RunConfig)
                 check(config)
@@ -130,7 +132,7 @@ def compose_checked(run: str, words: Sequence[str]) -> RunConfig:
     return config
 
 
-def new_folder(run: str, outputs: Path, before: str | None = None) -> Path:
+def choose_run_folder(run: str, outputs: Path, before: str | None = None) -> Path:
     """A directory for a run: the one that was shown before while nothing uses it, else a new one."""
     if before is not None:
         shown = Path(before)
@@ -139,7 +141,7 @@ def new_folder(run: str, outputs: Path, before: str | None = None) -> Path:
     return outputs / f"{run}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def command_of(plan: Plan, folder: Path | None = None, processes: int = 1) -> list[str]:
+def make_command(plan: Plan, folder: Path | None = None, processes: int = 1) -> list[str]:
     """The words that run a plan: this Python, and one process for each GPU where there are several.
 
     Args:
@@ -157,11 +159,11 @@ def command_of(plan: Plan, folder: Path | None = None, processes: int = 1) -> li
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "vlm"]
     words = plan.words()
     if folder is not None:
-        words.append(f"trainer.output_dir={_quoted(str(folder))}")
+        words.append(f"trainer.output_dir={_quote(str(folder))}")
     return [sys.executable, *launcher, "-cn", plan.run, *words]
 
 
-def as_shell(command: Sequence[str]) -> str:
+def format_for_shell(command: Sequence[str]) -> str:
     """A command to copy into a shell, a word of its own line each from the run's name on."""
     at = command.index("-cn") + 2
     return " \\\n  ".join([shlex.join(command[:at]), *map(shlex.quote, command[at:])])

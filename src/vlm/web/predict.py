@@ -5,16 +5,16 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.web.html import bars, note, problem
-from vlm.web.models import HeldModel
+from vlm.web.html import bars_html, error_html, note_html
+from vlm.web.models import ModelHolder
 from vlm.web.runs import checkpoints
 
-EMPTY = "Scores of every label appear here."
+EMPTY_TEXT = "Scores of every label appear here."
 
 
-def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
+def build(outputs: Path, extra_checkpoints: list[str], model_holder: ModelHolder) -> gr.Dropdown:
     """Lay the tab out; returns the choice of checkpoints."""
-    found = checkpoints(outputs, given, heads=True)
+    found = checkpoints(outputs, extra_checkpoints, heads=True)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             checkpoint = gr.Dropdown(
@@ -23,29 +23,29 @@ def build(outputs: Path, given: list[str], held: HeldModel) -> gr.Dropdown:
                 else f"No run with heads found under {outputs}/ yet: type a folder or a name on the Hub",
                 elem_id="predict-checkpoint",
             )  # fmt: skip
-            pictures = gr.Gallery(
+            images = gr.Gallery(
                 label="Pictures", type="filepath", file_types=["image"], interactive=True, columns=3, height=220,
                 object_fit="contain", elem_id="predict-pictures", buttons=[],
             )  # fmt: skip
             prompt = gr.Textbox(label="Prompt", info="As it was asked in training", lines=2, elem_id="predict-prompt")
             button = gr.Button("Predict", variant="primary", elem_id="predict-go")
         with gr.Column(scale=3, min_width=300):
-            result = gr.HTML(note(EMPTY), elem_id="predict-result")
+            result = gr.HTML(note_html(EMPTY_TEXT), elem_id="predict-result")
 
-    def ask(path: str | None, shown: list[Any] | None, text: str) -> str:
+    def ask(path: str | None, gallery: list[Any] | None, text: str) -> str:
         try:
-            return said(held, path, [one[0] for one in shown or []], text)
+            return predict_as_html(model_holder, path, [one[0] for one in gallery or []], text)
         except (ValueError, OSError, RuntimeError) as error:  # the last: no memory left on a GPU
-            return problem(str(error))
+            return error_html(str(error))
 
     gr.on(
-        [button.click, prompt.submit], ask, [checkpoint, pictures, prompt], result, concurrency_id="model",
+        [button.click, prompt.submit], ask, [checkpoint, images, prompt], result, concurrency_id="model",
         concurrency_limit=1, api_visibility="private",
     )  # fmt: skip
     return checkpoint
 
 
-def said(held: HeldModel, checkpoint: str | None, pictures: list[str], prompt: str) -> str:
+def predict_as_html(model_holder: ModelHolder, checkpoint: str | None, images: list[str], prompt: str) -> str:
     """What every head of a checkpoint says, as bars.
 
     Raises:
@@ -53,13 +53,13 @@ def said(held: HeldModel, checkpoint: str | None, pictures: list[str], prompt: s
     """
     if not (checkpoint or "").strip():
         raise ValueError("choose a checkpoint with heads")
-    predictor = held.predictor(str(checkpoint).strip())
-    found = predictor.predict(prompt, pictures)
+    predictor = model_holder.predictor(str(checkpoint).strip())
+    found = predictor.predict(prompt, images)
     predictions = found if isinstance(found, dict) else {predictor.heads[0].name: found}
-    return "".join(bars(name, _decided(one), one.probabilities) for name, one in predictions.items())
+    return "".join(bars_html(name, _format_prediction(one), one.probabilities) for name, one in predictions.items())
 
 
-def _decided(one: Any) -> str:
+def _format_prediction(one: Any) -> str:
     """What a head decided, in words."""
     if isinstance(one.prediction, float):
         return f"{one.prediction:.4g}"

@@ -7,17 +7,17 @@ import gradio as gr
 import pandas as pd
 
 from vlm.web import jobs
-from vlm.web.html import log_end, note, problem, run_table, samples, status
-from vlm.web.runs import Run, find_run, find_runs, last_samples, log_tail, loss_rows, read_metrics, text_of
+from vlm.web.html import error_html, log_html, note_html, run_table_html, samples, status
+from vlm.web.runs import Run, find_run, find_runs, last_samples, log_tail, loss_rows, read_metrics, read_run_file
 
-SELECTING = """
+ROW_SELECT_JS = """
 element.addEventListener('click', event => {
   const row = event.target.closest('[data-run]');
   if (row) trigger('select', {index: 0, value: row.dataset.run});
 })"""
 """What tells the server which row of the table was clicked."""
 
-SECONDS = 2.0
+REFRESH_SECONDS = 2.0
 """Between two looks at a run that is going."""
 
 
@@ -31,9 +31,9 @@ class RunView:
     def __init__(self, outputs: Path):
         self.outputs = outputs
         self.selected = gr.State(None)
-        self.seen = gr.State(None)
-        self.table = gr.HTML(elem_id="runs-table", js_on_load=SELECTING, max_height=300, apply_default_css=False)
-        self.again = gr.Button("Look again", size="sm", elem_id="runs-again")
+        self.last_signature = gr.State(None)
+        self.table = gr.HTML(elem_id="runs-table", js_on_load=ROW_SELECT_JS, max_height=300, apply_default_css=False)
+        self.refresh_button = gr.Button("Look again", size="sm", elem_id="runs-again")
         self.status = gr.HTML(elem_id="run-status", elem_classes="vlm-line")
         with gr.Row(visible=False) as self.ending:
             self.stop = gr.Button("Stop", variant="stop", elem_id="run-stop")
@@ -55,21 +55,21 @@ class RunView:
                         elem_id="run-config",
                     )  # fmt: skip
         self.shown = [
-            self.selected, self.seen, self.table, self.status, self.ending, self.kill, self.details,
+            self.selected, self.last_signature, self.table, self.status, self.ending, self.kill, self.details,
             self.plot, self.log, self.samples, self.config,
         ]  # fmt: skip
 
-    def wire(self, page: gr.Blocks) -> None:
+    def connect_events(self, page: gr.Blocks) -> None:
         """Connect what is pressed and what time brings."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        page.load(self._at_first, None, self.shown, **quiet)
-        self.again.click(self.refresh, self.selected, self.shown, **quiet)
-        self.table.select(self._select, None, [*self.shown, self.message], **quiet)
-        gr.Timer(SECONDS).tick(self._look, [self.selected, self.seen], self.shown, **quiet)
-        self.stop.click(lambda name: self._end(name, jobs.stop), self.selected, self.message, **quiet).then(
+        page.load(self._on_load, None, self.shown, **quiet)
+        self.refresh_button.click(self.refresh, self.selected, self.shown, **quiet)
+        self.table.select(self._on_select, None, [*self.shown, self.message], **quiet)
+        gr.Timer(REFRESH_SECONDS).tick(self._poll, [self.selected, self.last_signature], self.shown, **quiet)
+        self.stop.click(lambda name: self._end_run(name, jobs.stop), self.selected, self.message, **quiet).then(
             self.refresh, self.selected, self.shown, **quiet
         )
-        self.kill.click(lambda name: self._end(name, jobs.kill), self.selected, self.message, **quiet).then(
+        self.kill.click(lambda name: self._end_run(name, jobs.kill), self.selected, self.message, **quiet).then(
             self.refresh, self.selected, self.shown, **quiet
         )
 
@@ -77,35 +77,39 @@ class RunView:
         """Everything anew, in the order of `shown`."""
         runs = find_runs(self.outputs)
         run = find_run(self.outputs, name)
-        table = run_table(runs, name) if runs else note(f"No run found under {self.outputs}/ yet.")
-        return run.name if run else None, _signature(run), table, *_details(run)
+        table = run_table_html(runs, name) if runs else note_html(f"No run found under {self.outputs}/ yet.")
+        return run.name if run else None, _get_signature(run), table, *_render_details(run)
 
-    def _at_first(self) -> tuple[Any, ...]:
+    def _on_load(self) -> tuple[Any, ...]:
         """A run that is going is found again by whoever opens the page."""
-        return self.refresh(next((run.name for run in find_runs(self.outputs) if run.is_going), None))
+        return self.refresh(next((run.name for run in find_runs(self.outputs) if run.is_active), None))
 
-    def _select(self, event: gr.SelectData) -> tuple[Any, ...]:
+    def _on_select(self, event: gr.SelectData) -> tuple[Any, ...]:
         return *self.refresh(str(event.value)), ""
 
-    def _look(self, name: str | None, seen: Any) -> Any:
+    def _poll(self, name: str | None, last_signature: Any) -> Any:
         """What changed since the last look; nothing where nothing did."""
         run = find_run(self.outputs, name) if name else None
-        return [gr.skip()] * len(self.shown) if run is None or _signature(run) == seen else self.refresh(name)
+        return (
+            [gr.skip()] * len(self.shown)
+            if run is None or _get_signature(run) == last_signature
+            else self.refresh(name)
+        )
 
-    def _end(self, name: str | None, end: Any) -> str:
+    def _end_run(self, name: str | None, end: Any) -> str:
         run = find_run(self.outputs, name)
         if run is None:
-            return problem("choose a run first")
+            return error_html("choose a run first")
         try:
             end(run.folder)
         except (ValueError, OSError) as error:
-            return problem(str(error))
+            return error_html(str(error))
         if end is jobs.stop:
-            return note(f"Asked {run.name} and all its processes to end.")
-        return note(f"Killed {run.name}: what it had not saved is gone.")
+            return note_html(f"Asked {run.name} and all its processes to end.")
+        return note_html(f"Killed {run.name}: what it had not saved is gone.")
 
 
-def _details(run: Run | None) -> tuple[Any, ...]:
+def _render_details(run: Run | None) -> tuple[Any, ...]:
     """What is shown of one run, from `status` on."""
     if run is None:
         off = gr.update(visible=False)
@@ -114,33 +118,33 @@ def _details(run: Run | None) -> tuple[Any, ...]:
     job = jobs.read_job(run.folder)
     unknown = "This run was not started from the page: its log is where it was started."
     log = log_tail(run.folder / jobs.LOG_FILE) or (unknown if job is None else "Nothing printed yet.")
-    config = "\n".join(f"# {line}" for line in text_of(run.folder, "command.txt").splitlines())
+    config = "\n".join(f"# {line}" for line in read_run_file(run.folder, "command.txt").splitlines())
     return (
-        status(run) + _last_words(run), gr.update(visible=run.is_going),
-        gr.update(visible=run.is_going and jobs.may_kill(job)), gr.update(visible=True),
-        pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None, log_end(log),
-        samples(*last_samples(run.folder)), f"{config}\n{text_of(run.folder, 'config.yaml')}",
+        status(run) + _resume_advice(run), gr.update(visible=run.is_active),
+        gr.update(visible=run.is_active and jobs.can_kill(job)), gr.update(visible=True),
+        pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None, log_html(log),
+        samples(*last_samples(run.folder)), f"{config}\n{read_run_file(run.folder, 'config.yaml')}",
     )  # fmt: skip
 
 
-def _last_words(run: Run) -> str:
+def _resume_advice(run: Run) -> str:
     """What can be done about a run that did not come to its end."""
     if run.state == "ending":
-        return note("Asked to end; it is still busy.")
+        return note_html("Asked to end; it is still busy.")
     if run.state not in ("stopped", "failed", "not finished"):
         return ""
     saved = [file.parent for file in run.folder.glob("checkpoint-*/complete")]
     if not saved:
-        return note("It saved no checkpoint." + (" The log says why it ended." if run.state == "failed" else ""))
+        return note_html("It saved no checkpoint." + (" The log says why it ended." if run.state == "failed" else ""))
     newest = max(saved, key=lambda folder: int(folder.name.rpartition("-")[2]))
-    return note(f"Saved up to {newest.name}. To go on: trainer.output_dir={run.folder} and "
+    return note_html(f"Saved up to {newest.name}. To go on: trainer.output_dir={run.folder} and "
                 "trainer.resume_from_checkpoint=true among the overrides.")  # fmt: skip
 
 
-def _signature(run: Run | None) -> Any:
+def _get_signature(run: Run | None) -> Any:
     """What changes when there is something new to see of a run."""
     if run is None:
         return None
     files = ("metrics.jsonl", jobs.LOG_FILE, "samples.md", "config.yaml")
     sizes = [(run.folder / name).stat().st_size if (run.folder / name).is_file() else 0 for name in files]
-    return [run.state, jobs.may_kill(jobs.read_job(run.folder)), *sizes]
+    return [run.state, jobs.can_kill(jobs.read_job(run.folder)), *sizes]

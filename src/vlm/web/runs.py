@@ -15,16 +15,16 @@ from omegaconf import OmegaConf
 
 from vlm.web.jobs import Job, read_job
 
-HEAD_MODELS = ("vlm_prediction",)
+PREDICTION_MODEL_TYPES = ("vlm_prediction",)
 """`model_type` of checkpoints with prediction heads."""
 
-DEEPEST = 2
+MAX_RUN_DEPTH = 2
 """Runs lie directly below the folder of outputs, or in a folder there."""
 
 TAIL_BYTES, TAIL_LINES = 64 * 1024, 200
 """So much of a log's end is read, and so many lines of it are shown."""
 
-MOST_POINTS = 1000
+MAX_PLOT_POINTS = 1000
 """Of each loss in a plot."""
 
 
@@ -52,23 +52,23 @@ class Run:
     @property
     def progress(self) -> float | None:
         """The share that is done, where it can be told."""
-        return 1.0 if self.state == "finished" else _progress(self.folder, last_metrics(self.folder))
+        return 1.0 if self.state == "finished" else _get_progress(self.folder, last_metrics(self.folder))
 
     @property
-    def is_going(self) -> bool:
+    def is_active(self) -> bool:
         """Whether its process lives."""
         return self.state in ("running", "ending")
 
 
 def find_runs(outputs: Path) -> list[Run]:
     """The runs below a folder, the newest first."""
-    runs = [read_run(folder, outputs) for folder in _run_folders(outputs, DEEPEST)]
+    runs = [read_run(folder, outputs) for folder in _run_folders(outputs, MAX_RUN_DEPTH)]
     return sorted(runs, key=lambda run: run.started, reverse=True)
 
 
 def find_run(outputs: Path, name: str | None) -> Run | None:
     """The run of a name that `find_runs` gave; None where there is none, so that no other folder is ever read."""
-    folder = next((one for one in _run_folders(outputs, DEEPEST) if _name(one, outputs) == name), None)
+    folder = next((one for one in _run_folders(outputs, MAX_RUN_DEPTH) if _run_name(one, outputs) == name), None)
     return None if folder is None else read_run(folder, outputs)
 
 
@@ -86,7 +86,7 @@ def _run_folders(folder: Path, depth: int) -> list[Path]:
     return found
 
 
-def _name(folder: Path, outputs: Path) -> str:
+def _run_name(folder: Path, outputs: Path) -> str:
     return folder.relative_to(outputs).as_posix()
 
 
@@ -97,31 +97,31 @@ def read_run(folder: Path, outputs: Path) -> Run:
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     return Run(
         folder=folder,
-        name=_name(folder, outputs),
-        started=_started(folder, job),
-        state=_state(folder, job),
+        name=_run_name(folder, outputs),
+        started=_get_start_time(folder, job),
+        state=_get_state(folder, job),
         step=max((line["step"] for line in lines), default=0),
         loss=losses[-1] if losses else None,
     )
 
 
-def _state(folder: Path, job: Job | None) -> str:
+def _get_state(folder: Path, job: Job | None) -> str:
     if job is not None and job.is_alive():
         return "ending" if job.asked_to_stop else "running"
     if is_checkpoint(folder / "final"):
         return "finished"
-    if job is None or job.is_elsewhere:
+    if job is None or job.is_on_other_machine:
         return "not finished"
     return "stopped" if job.asked_to_stop else "failed"
 
 
-def _started(folder: Path, job: Job | None) -> datetime:
+def _get_start_time(folder: Path, job: Job | None) -> datetime:
     """When the page started it; else when its command was written, which is the first thing that a run does."""
     file = folder / "command.txt"
     return datetime.fromtimestamp(job.started if job is not None else file.stat().st_mtime)
 
 
-def _progress(folder: Path, lines: Sequence[dict[str, Any]]) -> float | None:
+def _get_progress(folder: Path, lines: Sequence[dict[str, Any]]) -> float | None:
     """The share of a run that is done: of `max_steps` where that is set, else of its epochs."""
     file = folder / "config.yaml"
     if not lines or not file.is_file():
@@ -144,19 +144,25 @@ def is_checkpoint(folder: Path) -> bool:
 def has_heads(checkpoint: str | Path) -> bool | None:
     """Whether a checkpoint has prediction heads; None where it is no folder of this machine."""
     file = Path(checkpoint, "config.json")
-    return json.loads(file.read_text(encoding="utf-8")).get("model_type") in HEAD_MODELS if file.is_file() else None
+    return (
+        json.loads(file.read_text(encoding="utf-8")).get("model_type") in PREDICTION_MODEL_TYPES
+        if file.is_file()
+        else None
+    )
 
 
-def checkpoints(outputs: Path, given: Sequence[str] = (), *, heads: bool | None = None) -> list[str]:
+def checkpoints(outputs: Path, extra_checkpoints: Sequence[str] = (), *, heads: bool | None = None) -> list[str]:
     """Checkpoints to choose from: those given, and the complete models of runs, the newest first.
 
     Args:
         outputs: the folder of runs.
-        given: paths and Hub names; of the latter it is only known what they are once they are loaded.
+        extra_checkpoints: paths and Hub names; of the latter it is only known what they are once they are loaded.
         heads: those with prediction heads, those without, or None: all.
     """
     own = [str(run.folder / "final") for run in find_runs(outputs) if is_checkpoint(run.folder / "final")]
-    return [one for one in dict.fromkeys([*given, *own]) if heads is None or has_heads(one) in (heads, None)]
+    return [
+        one for one in dict.fromkeys([*extra_checkpoints, *own]) if heads is None or has_heads(one) in (heads, None)
+    ]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -170,27 +176,27 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def last_metrics(folder: Path) -> list[dict[str, Any]]:
     """The last whole lines of `metrics.jsonl`: enough to know where a run is, however long it is."""
-    text = _end_of(folder / "metrics.jsonl")
+    text = _read_tail(folder / "metrics.jsonl")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def loss_rows(lines: Sequence[dict[str, Any]], most: int = MOST_POINTS) -> list[tuple[int, float, str]]:
+def loss_rows(lines: Sequence[dict[str, Any]], max_points: int = MAX_PLOT_POINTS) -> list[tuple[int, float, str]]:
     """(step, loss, which) for a plot: the training loss, and those of evaluations; of many, evenly spread ones."""
     names = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
     rows = []
     for key, name in names.items():
         found = [(line["step"], line[key], name) for line in lines if line.get(key) is not None]
-        every = -(-len(found) // most) or 1
+        every = -(-len(found) // max_points) or 1
         rows += found[::-1][::every][::-1]  # with the last one
     return rows
 
 
 def log_tail(file: Path) -> str:
     """The end of a log as a terminal would show it; empty where there is none."""
-    return "\n".join(as_on_a_terminal(_end_of(file)).splitlines()[-TAIL_LINES:])
+    return "\n".join(render_terminal_text(_read_tail(file)).splitlines()[-TAIL_LINES:])
 
 
-def _end_of(file: Path) -> str:
+def _read_tail(file: Path) -> str:
     """The last lines of a file, which may be long; empty where there is none."""
     if not file.is_file():
         return ""
@@ -201,7 +207,7 @@ def _end_of(file: Path) -> str:
     return text if size <= TAIL_BYTES else text.partition("\n")[2]  # the first one is torn
 
 
-def as_on_a_terminal(text: str) -> str:
+def render_terminal_text(text: str) -> str:
     """Text without colours and control characters; of a line that was written over, what was written last."""
     text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])", "", text)
     kept = []
@@ -218,19 +224,19 @@ def last_samples(folder: Path) -> tuple[str, list[dict[str, str]]]:
         return "", []
     title, _, body = file.read_text(encoding="utf-8").rpartition("## Step ")[2].partition("\n")
     samples: list[dict[str, str]] = []
-    picture = None
+    image = None
     for line in body.splitlines():
         if found := re.fullmatch(r"!\[sample \d+\]\((samples/\d+\.png)\)", line):
-            picture = str(folder / found[1])
+            image = str(folder / found[1])
         elif found := re.match(r"- \*\*(question|reference|answer)\*\*: (.*)", line):
             if found[1] == "question":
-                samples.append({} if picture is None else {"picture": picture})
-                picture = None
+                samples.append({} if image is None else {"picture": image})
+                image = None
             samples[-1][found[1]] = found[2]
     return f"Step {title.strip()}", samples
 
 
-def text_of(folder: Path, name: str) -> str:
+def read_run_file(folder: Path, name: str) -> str:
     """A file of a run directory; empty where it is not there yet."""
     file = folder / name
     return file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -6,28 +6,28 @@ from typing import Any
 
 import gradio as gr
 
-from vlm.config.packaged import description, run_names
+from vlm.config.packaged import read_run_description, run_names
 from vlm.web import jobs
-from vlm.web.html import note, problem
-from vlm.web.models import HeldModel
-from vlm.web.plan import PARTS, Plan, as_shell, choices, command_of, new_folder
+from vlm.web.html import error_html, note_html
+from vlm.web.models import ModelHolder
+from vlm.web.plan import PARTS, Plan, choices, choose_run_folder, format_for_shell, make_command
 from vlm.web.run_view import RunView
 from vlm.web.runs import checkpoints, find_runs
 
-RUN = "pretrain-smol"
+DEFAULT_RUN = "pretrain-smol"
 """The run that is chosen at first."""
 
 
-def build(outputs: Path, held: HeldModel, page: gr.Blocks) -> gr.Dropdown:
+def build(outputs: Path, model_holder: ModelHolder, page: gr.Blocks) -> gr.Dropdown:
     """Lay the tab out; returns the choice of checkpoints."""
     with gr.Tabs() as tabs:
         with gr.Tab("New run", id="new"):
-            form = Form(outputs)
+            form = RunForm(outputs)
         with gr.Tab("Runs", id="runs"):
             view = RunView(outputs)
 
     def start(*values: Any) -> tuple[Any, ...]:
-        folder, shown = form.begin(held, *values)
+        folder, shown = form.start_run(model_holder, *values)
         if folder is None:
             return *shown, gr.skip(), gr.skip()
         return *shown, gr.update(selected="runs"), folder.relative_to(outputs).as_posix()
@@ -35,11 +35,11 @@ def build(outputs: Path, held: HeldModel, page: gr.Blocks) -> gr.Dropdown:
     form.start.click(
         start, form.fields, [*form.shown, tabs, view.selected], api_visibility="private", concurrency_limit=1
     ).then(view.refresh, view.selected, view.shown, api_visibility="private", show_progress="hidden")
-    view.wire(page)
+    view.connect_events(page)
     return form.checkpoint
 
 
-class Form:
+class RunForm:
     """The fields of a new run, its check, and its command.
 
     Args:
@@ -51,9 +51,9 @@ class Form:
         self.folder = gr.State(None)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                self._lay_out_parts()
+                self._build_part_fields()
             with gr.Column(scale=1, min_width=300):
-                self._lay_out_settings()
+                self._build_setting_fields()
         self.message = gr.HTML("", elem_id="train-message", elem_classes="vlm-line")
         self.command = gr.Code(
             label="The command", language="shell", interactive=False, visible=False, lines=3, wrap_lines=True,
@@ -66,12 +66,16 @@ class Form:
         self.shown = [self.message, self.command, self.folder]
         self.check.click(self._check, self.fields, self.shown, api_visibility="private")
         self.run.change(
-            lambda run: note(description(run)), self.run, self.about, api_visibility="private", show_progress="hidden"
+            lambda run: note_html(read_run_description(run)),
+            self.run,
+            self.run_description,
+            api_visibility="private",
+            show_progress="hidden",
         )
 
-    def _lay_out_parts(self) -> None:
-        self.run = gr.Dropdown(run_names(), value=RUN, label="Run", elem_id="train-run")
-        self.about = gr.HTML(note(description(RUN)), elem_id="train-about")
+    def _build_part_fields(self) -> None:
+        self.run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="Run", elem_id="train-run")
+        self.run_description = gr.HTML(note_html(read_run_description(DEFAULT_RUN)), elem_id="train-about")
         self.parts = {}
         for part in PARTS:
             free = part in ("visual_encoder", "language_model")
@@ -80,7 +84,7 @@ class Form:
                 info="Or a folder, or a name on the Hub" if free else None, elem_id=f"train-{part}",
             )  # fmt: skip
 
-    def _lay_out_settings(self) -> None:
+    def _build_setting_fields(self) -> None:
         self.path = gr.Textbox(label="dataset.path", placeholder="records.json", elem_id="train-path")
         self.images = gr.Textbox(
             label="dataset.image_folder", info="Beside the records where empty", elem_id="train-images"
@@ -100,7 +104,7 @@ class Form:
             self.check = gr.Button("Check", elem_id="train-check", min_width=100)
             self.start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=100)
 
-    def _planned(self, values: Sequence[Any]) -> tuple[list[str], Path]:
+    def _make_command(self, values: Sequence[Any]) -> tuple[list[str], Path]:
         """The command of the fields and its run directory.
 
         Raises:
@@ -112,33 +116,37 @@ class Form:
             "dataset.path": path, "dataset.image_folder": images, "trainer.from_pretrained": checkpoint,
         }  # fmt: skip
         plan = Plan(run, dict(zip(PARTS, parts, strict=True)), keys, lines)
-        named = plan.checked().trainer.output_dir
-        folder = new_folder(run, self.outputs, before) if named is None else Path(named)
-        need_below(folder, self.outputs)
-        return command_of(plan, folder if named is None else None, int(processes or 0)), folder
+        named = plan.compose_config().trainer.output_dir
+        folder = choose_run_folder(run, self.outputs, before) if named is None else Path(named)
+        check_below(folder, self.outputs)
+        return make_command(plan, folder if named is None else None, int(processes or 0)), folder
 
     def _check(self, *values: Any) -> tuple[Any, ...]:
         try:
-            command, folder = self._planned(values)
+            command, folder = self._make_command(values)
         except (ValueError, OSError) as error:
-            return problem(str(error)), gr.update(visible=False), None
-        said = note(f"Nothing to mend. It will write into {folder}.")
-        return said, gr.update(value=as_shell(command), visible=True), str(folder)
+            return error_html(str(error)), gr.update(visible=False), None
+        said = note_html(f"Nothing to mend. It will write into {folder}.")
+        return said, gr.update(value=format_for_shell(command), visible=True), str(folder)
 
-    def begin(self, held: HeldModel, *values: Any) -> tuple[Path | None, tuple[Any, ...]]:
+    def start_run(self, model_holder: ModelHolder, *values: Any) -> tuple[Path | None, tuple[Any, ...]]:
         """Start a run; returns its directory, none where something has to be mended, and what the form then shows."""
         try:
-            command, folder = self._planned(values)
-            if going := [run.name for run in find_runs(self.outputs) if run.is_going]:
+            command, folder = self._make_command(values)
+            if going := [run.name for run in find_runs(self.outputs) if run.is_active]:
                 raise ValueError(f"{going[0]} is still running; stop it first, or wait for its end")
-            held.release()
+            model_holder.release()
             jobs.start(command, folder)
         except (ValueError, OSError) as error:
-            return None, (problem(str(error)), gr.update(visible=False), None)
-        return folder, (note(f"Started in {folder}."), gr.update(value=as_shell(command), visible=True), None)
+            return None, (error_html(str(error)), gr.update(visible=False), None)
+        return folder, (
+            note_html(f"Started in {folder}."),
+            gr.update(value=format_for_shell(command), visible=True),
+            None,
+        )
 
 
-def need_below(folder: Path, outputs: Path) -> None:
+def check_below(folder: Path, outputs: Path) -> None:
     """Raise ValueError where the page would not find a run again."""
     inside = folder.resolve().is_relative_to(outputs.resolve())
     depth = len(folder.resolve().relative_to(outputs.resolve()).parts) if inside else 0

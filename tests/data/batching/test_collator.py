@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_parts import IGNORED, Parts, picture
-from vlm.data.batching.collator import INDEX, ONCE, SKIPPED, Collator
-from vlm.data.dataset import Skipped, blank_picture, dummy_image
+from tests.tiny_parts import IGNORE_INDEX, Parts, picture
+from vlm.data.batching.collator import DEDUPLICATED_INPUTS, IMAGE_INDEX, SKIPPED_KEY, Collator
+from vlm.data.dataset import Skipped, dummy_image, make_blank_image
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.models.anyres import AnyRes, ImageNewline
 
@@ -17,14 +17,14 @@ PAD = 99
 def sample(ids: list[int], images: int = 0, first: int = 0) -> dict[str, Any]:
     """Ids of which the last two are supervised, and pictures filled with `first`, `first + 1` …"""
     pixels = torch.stack([torch.full((3, 2, 2), float(first + n)) for n in range(images)]) if images else None
-    return {"input_ids": ids, "labels": [IGNORED] * (len(ids) - 2) + ids[-2:], "pixel_values": pixels}
+    return {"input_ids": ids, "labels": [IGNORE_INDEX] * (len(ids) - 2) + ids[-2:], "pixel_values": pixels}
 
 
 def test_rows_are_padded_on_the_right():
     batch = Collator(PAD)([sample([1, 2, 3, 4]), sample([5, 6])])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, PAD, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 3, 4], [5, 6, IGNORED, IGNORED]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, IGNORE_INDEX, 3, 4], [5, 6, IGNORE_INDEX, IGNORE_INDEX]]
     assert {value.dtype for value in batch.values()} == {torch.long}
     assert "pixel_values" not in batch
 
@@ -33,7 +33,7 @@ def test_the_mask_does_not_mistake_an_eos_for_padding():
     """Where padding and EOS share an id, the EOS of a reply is attended to and learnt."""
     batch = Collator(PAD)([sample([1, 2, PAD]), sample([3, 4])])
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"][0].tolist() == [IGNORED, 2, PAD]
+    assert batch["labels"][0].tolist() == [IGNORE_INDEX, 2, PAD]
 
 
 def test_pictures_of_all_rows_stand_one_after_the_other():
@@ -56,7 +56,7 @@ def test_a_batch_without_pictures_gets_a_dummy():
     )
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, PAD, PAD], [5, 6, 7, 8, 8, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
-    assert batch["labels"][1].tolist() == [5, 6, *[IGNORED] * 4]
+    assert batch["labels"][1].tolist() == [5, 6, *[IGNORE_INDEX] * 4]
     assert torch.equal(batch["pixel_values"], torch.ones(1, 3, 2, 2))
 
 
@@ -73,7 +73,7 @@ LEFT_OUT = Skipped(3, "x", "it is torn", "a.png", "records.json", "on_bad_sample
 
 def test_a_record_that_was_left_out_is_no_row():
     batch = Collator(PAD)([sample([1, 2]), LEFT_OUT, sample([3])])
-    assert batch.pop(SKIPPED) == [LEFT_OUT]
+    assert batch.pop(SKIPPED_KEY) == [LEFT_OUT]
     assert {name: value.tolist() for name, value in batch.items()} == {
         name: value.tolist() for name, value in Collator(PAD)([sample([1, 2]), sample([3])]).items()
     }
@@ -81,10 +81,10 @@ def test_a_record_that_was_left_out_is_no_row():
 
 def test_a_batch_of_which_nothing_is_left_supervises_nothing():
     batch = Collator(PAD, ([7, 8], {"pixel_values": torch.ones(1, 3, 2, 2)}))([LEFT_OUT, LEFT_OUT])
-    assert batch[SKIPPED] == [LEFT_OUT, LEFT_OUT]
+    assert batch[SKIPPED_KEY] == [LEFT_OUT, LEFT_OUT]
     assert batch["input_ids"].tolist() == [[PAD, 7, 8]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0]]
-    assert (batch["labels"] == IGNORED).all()
+    assert (batch["labels"] == IGNORE_INDEX).all()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_padding_changes_nothing(built):
 
 def test_a_blank_picture_is_the_processors_mean(built):
     """All but zero behind the normalisation, the same in every mode."""
-    pixels = built[1].pixel_values([blank_picture(built[1])])
+    pixels = built[1].pixel_values([make_blank_image(built[1])])
     assert pixels.shape == (1, 3, 24, 24)
     assert pixels.abs().max() < 0.02
     assert not torch.equal(pixels, built[1].pixel_values([picture()]))
@@ -139,27 +139,27 @@ def test_a_blank_picture_is_the_processors_mean(built):
 
 def test_equal_pictures_stand_once():
     rows = [sample([1, 2], 2, 0), sample([3, 4]), sample([5, 6], 3, 0)]
-    batch = Collator(PAD, once=ONCE)(rows)
+    batch = Collator(PAD, deduplicate=DEDUPLICATED_INPUTS)(rows)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert batch[INDEX].tolist() == [0, 1, 0, 1, 2]
+    assert batch[IMAGE_INDEX].tolist() == [0, 1, 0, 1, 2]
     assert len(rows[2]["pixel_values"]) == 3, "the samples are left as they were"
     whole = Collator(PAD)(rows)
-    assert INDEX not in whole
-    assert torch.equal(batch["pixel_values"][batch[INDEX]], whole["pixel_values"])
+    assert IMAGE_INDEX not in whole
+    assert torch.equal(batch["pixel_values"][batch[IMAGE_INDEX]], whole["pixel_values"])
 
 
 def test_a_row_may_have_nothing_but_pictures_of_others():
-    batch = Collator(PAD, once=ONCE)([sample([1, 2], 1, 7), sample([3, 4], 1, 7)])
+    batch = Collator(PAD, deduplicate=DEDUPLICATED_INPUTS)([sample([1, 2], 1, 7), sample([3, 4], 1, 7)])
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
-    assert batch[INDEX].tolist() == [0, 0]
+    assert batch[IMAGE_INDEX].tolist() == [0, 0]
 
 
 def test_pictures_that_differ_in_one_place_are_two():
     one, other = sample([1, 2], 1), sample([3, 4], 1)
     other["pixel_values"][0, 2, 1, 1] += 1e-6
-    batch = Collator(PAD, once=ONCE)([one, other])
+    batch = Collator(PAD, deduplicate=DEDUPLICATED_INPUTS)([one, other])
     assert len(batch["pixel_values"]) == 2
-    assert INDEX not in batch
+    assert IMAGE_INDEX not in batch
 
 
 @pytest.mark.parametrize("trains", [("connector",), ("visual_encoder", "connector", "language_model")])
@@ -175,10 +175,10 @@ def test_pictures_that_stand_once_train_as_all_of_them_do(parts: Parts, connecto
     model.visual_encoder.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     rows = [pictured_row(processor, 1, 2), pictured_row(processor), pictured_row(processor, 2, 1, 1)]
     found = []
-    for once in ((), ONCE):
+    for deduplicate in ((), DEDUPLICATED_INPUTS):
         model.zero_grad()
         torch.manual_seed(1)
-        loss = model(**Collator.of(processor, once=once)(rows)).loss
+        loss = model(**Collator.of(processor, deduplicate=deduplicate)(rows)).loss
         loss.backward()
         found.append((loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     assert seen == ([5, 5] if "visual_encoder" in trains else [5, 2])
@@ -202,13 +202,13 @@ def test_equal_tiles_stand_once(parts: Parts):
     model.config.anyres = processor.anyres = tiling
     model.image_newline = ImageNewline(AnyRes(**tiling), model.config.text_config.hidden_size)
     rows = []
-    for one in (blank_picture(processor, (24, 48)), picture(1, (48, 24)), blank_picture(processor, (24, 48))):
+    for one in (make_blank_image(processor, (24, 48)), picture(1, (48, 24)), make_blank_image(processor, (24, 48))):
         size = (one.height, one.width)
         ids, _ = processor.tokenize("<image>what is it?", (), [size])
         inputs = processor.image_inputs([one], [size])
         rows.append(sample(ids) | inputs | {"pixel_values": processor.normalise(inputs["pixel_values"])})
-    whole, once = Collator.of(processor)(rows), Collator.of(processor, once=ONCE)(rows)
+    whole, deduplicate = Collator.of(processor)(rows), Collator.of(processor, deduplicate=DEDUPLICATED_INPUTS)(rows)
     assert len(whole["pixel_values"]) == 9
-    assert len(once["pixel_values"]) < 6
+    assert len(deduplicate["pixel_values"]) < 6
     with torch.no_grad():
-        torch.testing.assert_close(model(**once).loss, model(**whole).loss, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model(**deduplicate).loss, model(**whole).loss, rtol=0, atol=1e-6)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks.lengths import draw_records
-from vlm.data.batching.collator import SKIPPED, Collator
-from vlm.data.batching.packing import PackingCollator, PackSampler, pack, settled_capacity
-from vlm.data.batching.stats import FACTS
+from vlm.data.batching.collator import SKIPPED_KEY, Collator
+from vlm.data.batching.packing import PackingCollator, PackSampler, pack_lengths, resolve_pack_capacity
+from vlm.data.batching.stats import BATCH_STATS
 from vlm.data.dataset import Skipped
-from vlm.data.encoding.labels import IGNORED
+from vlm.data.encoding.labels import IGNORE_INDEX
 
 
 def drawn_lengths(number: int = 20_000, image_tokens: int = 576) -> np.ndarray:
@@ -23,20 +23,20 @@ def drawn_lengths(number: int = 20_000, image_tokens: int = 576) -> np.ndarray:
 @pytest.mark.parametrize("capacity", [2048, 4096, 40_000_000])
 def test_packs_hold_every_sample_once_and_no_more_than_fits(capacity: int):
     lengths = drawn_lengths()
-    packs = pack(lengths, capacity)
+    packs = pack_lengths(lengths, capacity)
     assert sorted(place for one in packs for place in one) == list(range(len(lengths)))
     assert max(lengths[one].sum() for one in packs) <= capacity
-    assert pack([], capacity) == []
+    assert pack_lengths([], capacity) == []
 
 
 @pytest.mark.parametrize(("image_tokens", "capacity"), [(576, 8192), (576, 16384), (196, 4096), (196, 8192)])
 def test_packs_are_full(image_tokens: int, capacity: int):
-    assert PackSampler(drawn_lengths(image_tokens=image_tokens), capacity, seed=0).fill >= 0.98
+    assert PackSampler(drawn_lengths(image_tokens=image_tokens), capacity, seed=0).fill_ratio >= 0.98
 
 
 def test_a_sample_that_fits_nowhere_is_an_error():
     with pytest.raises(ValueError, match=r"a sample of 9 tokens does not fit into trainer.max_tokens_per_batch=8"):
-        pack([3, 9], 8)
+        pack_lengths([3, 9], 8)
 
 
 def test_an_epoch_is_the_same_on_every_start_and_another_one_differs():
@@ -79,20 +79,20 @@ def test_fewer_samples_than_ranks_are_an_error():
 
 
 def test_the_capacity_is_what_a_batch_has_on_average():
-    assert settled_capacity(None, 4, [10, 20, 30]) == 80
-    assert settled_capacity(None, 1, [10, 20, 30]) == 30  # the longest has to fit
-    assert settled_capacity(64, 4, [10, 20, 30]) == 64
+    assert resolve_pack_capacity(None, 4, [10, 20, 30]) == 80
+    assert resolve_pack_capacity(None, 1, [10, 20, 30]) == 30  # the longest has to fit
+    assert resolve_pack_capacity(64, 4, [10, 20, 30]) == 64
 
 
 def item(*ids: int, supervised: int = 1, pixels: int = 0) -> dict:
     """A sample whose last tokens are supervised."""
-    labels = [IGNORED] * (len(ids) - supervised) + list(ids[len(ids) - supervised :])
+    labels = [IGNORE_INDEX] * (len(ids) - supervised) + list(ids[len(ids) - supervised :])
     pictures = {"pixel_values": torch.full((pixels, 3, 2, 2), float(ids[0]))} if pixels else {}
     return {"input_ids": list(ids), "labels": labels, **pictures}
 
 
 def test_samples_stand_one_behind_the_other():
-    collate = PackingCollator(Collator(0, facts=True))
+    collate = PackingCollator(Collator(0, with_stats=True))
     batch = collate([item(5, 6, 7, pixels=1), item(8, 9, supervised=2), item(3, 4, 4, 3, pixels=2)])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 4, 4, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
@@ -102,30 +102,30 @@ def test_samples_stand_one_behind_the_other():
     assert batch["max_length_q"] == batch["max_length_k"] == 4
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [5.0, 3.0, 3.0]
     assert "attention_mask" not in batch
-    facts = batch[FACTS]
-    assert (facts.samples, facts.tokens, facts.positions, facts.squares) == (3, 9, 9, 9 + 4 + 16)
+    facts = batch[BATCH_STATS]
+    assert (facts.samples, facts.tokens, facts.positions, facts.squared_lengths) == (3, 9, 9, 9 + 4 + 16)
 
 
 def test_a_dummy_image_is_a_sample_of_its_own():
     dummy = ([1, 2, 2], {"pixel_values": torch.zeros(1, 3, 2, 2)})
-    batch = PackingCollator(Collator(0, dummy, facts=True))([item(8, 9), item(5, 6, 7)])
+    batch = PackingCollator(Collator(0, dummy, with_stats=True))([item(8, 9), item(5, 6, 7)])
     starts = batch["cu_seq_lens_q"].tolist()
     rows = [batch["input_ids"][0, start:end].tolist() for start, end in pairwise(starts)]
     assert sorted(rows) == [[1, 2, 2], [5, 6, 7], [8, 9]]
-    assert (batch["labels"] != IGNORED).sum() == 2
-    assert batch[FACTS].tokens == 5
-    assert batch[FACTS].positions == 8
+    assert (batch["labels"] != IGNORE_INDEX).sum() == 2
+    assert batch[BATCH_STATS].tokens == 5
+    assert batch[BATCH_STATS].positions == 8
 
 
 def test_records_left_out_are_told_and_a_row_is_left_where_none_remain():
     gone = Skipped(1, "x", "no picture", None, "file")
-    batch = PackingCollator(Collator(0, facts=True))([gone, item(5, 6)])
+    batch = PackingCollator(Collator(0, with_stats=True))([gone, item(5, 6)])
     assert batch["input_ids"].tolist() == [[5, 6]]
-    assert batch[SKIPPED] == [gone]
-    empty = PackingCollator(Collator(0, facts=True))([gone])
+    assert batch[SKIPPED_KEY] == [gone]
+    empty = PackingCollator(Collator(0, with_stats=True))([gone])
     assert empty["input_ids"].shape == (1, 1)
-    assert (empty["labels"] == IGNORED).all()
-    assert empty[FACTS].samples == 0
+    assert (empty["labels"] == IGNORE_INDEX).all()
+    assert empty[BATCH_STATS].samples == 0
 
 
 def test_inputs_of_rows_and_of_tokens_follow():

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from vlm.data.batching.samplers import ModalityLengthSampler, TogetherSampler, modality_length_order
+from vlm.data.batching.samplers import GroupSampler, ModalityLengthSampler, group_by_modality_and_length
 
 BATCH = 4
 
@@ -22,7 +22,7 @@ def data(request) -> tuple[list[int], list[int]]:
 
 
 def order(data: tuple[list[int], list[int]], seed: int = 0) -> list[int]:
-    return modality_length_order(*data, BATCH, torch.Generator().manual_seed(seed))
+    return group_by_modality_and_length(*data, BATCH, torch.Generator().manual_seed(seed))
 
 
 def batches(indices: list[int]) -> list[list[int]]:
@@ -97,7 +97,7 @@ def test_epochs_differ_and_repeat_themselves():
 
 def test_samples_of_a_group_stand_together():
     groups = [0, 1, -1, 0, 2, 1, -1, 0]
-    sampler = TogetherSampler(groups, seed=1)
+    sampler = GroupSampler(groups, seed=1)
     order = list(sampler)
     assert sorted(order) == list(range(8))
     assert order == list(sampler)

@@ -9,7 +9,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from tests.tiny_parts import (
     CHAT_TEMPLATES,
-    IGNORED,
+    IGNORE_INDEX,
     QWEN3,
     ChatTemplate,
     byte_tokenizer,
@@ -19,16 +19,16 @@ from vlm.data.encoding.labels import (
     Encoded,
     encode,
     encode_prompt,
-    limit,
+    limit_length,
+    read_template,
     render,
     reply_end,
     template_names,
-    template_text,
 )
-from vlm.data.sample import BadSample, OverLong, Picture, Sample, Turn
+from vlm.data.sample import BadSample, ImageRef, OverLong, Sample, Turn
 from vlm.models import VLMProcessor
 
-PICTURE = Picture(Path("picture.png"))
+PICTURE = ImageRef(Path("picture.png"))
 
 REPLIES = {
     "one": ["a red circle."],
@@ -93,7 +93,7 @@ def test_the_replies_and_their_ends_are_supervised_and_nothing_else(processors, 
     encoded = encode(processor, conversation(replies))
     assert [decoded(processor, run) for run in runs(encoded.labels)] == expected_runs(name, replies)
     assert len(encoded.labels) == len(encoded.input_ids)
-    assert all(label in (IGNORED, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
     assert encoded.input_ids.count(processor.image_token_id) == 3
 
 
@@ -132,7 +132,7 @@ def test_a_prompt_is_what_stands_before_the_first_supervised_token(processors, n
     for replies in (["a cat"], ["3", "4"], [""]):
         whole = conversation(replies)
         encoded = encode(processor, whole)
-        first = next(index for index, label in enumerate(encoded.labels) if label != IGNORED)
+        first = next(index for index, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
         if name == "own-qwen3" and len(replies) > 1:  # writes an empty thinking block before the last reply only
             continue
         assert encode_prompt(processor, whole.turns[:1]) == encoded.input_ids[:first]
@@ -232,7 +232,7 @@ def test_a_token_that_reaches_into_a_reply_is_supervised(processors):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, bytes_])
     tokenizer.add_tokens(["\n\n"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    processor = VLMProcessor(chatml.image_processor, tokenizer, chat_template=template_text("chatml"))
+    processor = VLMProcessor(chatml.image_processor, tokenizer, chat_template=read_template("chatml"))
     labels = encode(processor, conversation(["\na cat"])).labels
     assert [decoded(processor, run) for run in runs(labels)] == ["\n\na cat<|im_end|>"]
 
@@ -243,7 +243,7 @@ def test_a_tokenizer_without_a_bos_token_gets_none(processors, name: str):
     tokenizer = byte_tokenizer(bos=None, eos="</s>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     image_processor = processors[name].image_processor
-    processor = VLMProcessor(image_processor, tokenizer, chat_template=template_text(name), tokens_per_image=3)
+    processor = VLMProcessor(image_processor, tokenizer, chat_template=read_template(name), tokens_per_image=3)
     text = decoded(processor, encode(processor, conversation(["a cat"])).input_ids)
     usual = decoded(processors[name], encode(processors[name], conversation(["a cat"])).input_ids)
     assert text == usual.removeprefix(CHAT_TEMPLATES[name].bos)
@@ -266,37 +266,37 @@ def test_dates_do_not_reach_a_prompt(processors):
 
 def test_a_template_of_the_users_own_is_read_from_its_file(tmp_path: Path):
     (tmp_path / "mine.jinja").write_text(QWEN3)
-    assert template_text(str(tmp_path / "mine.jinja")) == QWEN3
-    assert template_text("v1").startswith("{#- Vicuna")
+    assert read_template(str(tmp_path / "mine.jinja")) == QWEN3
+    assert read_template("v1").startswith("{#- Vicuna")
 
 
 # Length
 
 
-WHOLE = Encoded([1, 9, 9, 4, 5, 6], [IGNORED] * 4 + [5, 6])
+WHOLE = Encoded([1, 9, 9, 4, 5, 6], [IGNORE_INDEX] * 4 + [5, 6])
 
 
 def test_a_sample_within_the_limit_is_left_alone():
-    assert limit(WHOLE, 6, [9], "x", truncate=False) is WHOLE
+    assert limit_length(WHOLE, 6, [9], "x", truncate=False) is WHOLE
 
 
 def test_an_overlong_sample_is_refused_with_its_length():
     with pytest.raises(OverLong, match=r"record 'x': 6 tokens, at most 5 are allowed"):
-        limit(WHOLE, 5, [9], "x", truncate=False)
+        limit_length(WHOLE, 5, [9], "x", truncate=False)
 
 
 def test_truncation_keeps_the_beginning():
-    assert limit(WHOLE, 5, [9], "x", truncate=True) == Encoded([1, 9, 9, 4, 5], [IGNORED] * 4 + [5])
+    assert limit_length(WHOLE, 5, [9], "x", truncate=True) == Encoded([1, 9, 9, 4, 5], [IGNORE_INDEX] * 4 + [5])
 
 
 @pytest.mark.parametrize(("second", "kept"), [([6, 7, 8], 5), ([6, 9, 8], 7)])
 def test_nothing_is_left_of_a_question_whose_answer_is_cut(second: list[int], kept: int):
     """Unless an image stands in it."""
-    two = Encoded([1, 9, 9, 4, 5, *second, 3, 2], [IGNORED] * 4 + [5] + [IGNORED] * 4 + [2])
-    assert limit(two, 8, [9], "x", truncate=True) == Encoded(two.input_ids[:kept], two.labels[:kept])
+    two = Encoded([1, 9, 9, 4, 5, *second, 3, 2], [IGNORE_INDEX] * 4 + [5] + [IGNORE_INDEX] * 4 + [2])
+    assert limit_length(two, 8, [9], "x", truncate=True) == Encoded(two.input_ids[:kept], two.labels[:kept])
 
 
 @pytest.mark.parametrize(("longest", "what"), [(4, "every reply"), (2, "an image")])
 def test_truncation_cuts_neither_images_nor_all_replies(longest: int, what: str):
     with pytest.raises(OverLong, match=rf"cutting it to {longest} would cut {what}"):
-        limit(WHOLE, longest, [9], "x", truncate=True)
+        limit_length(WHOLE, longest, [9], "x", truncate=True)

@@ -11,11 +11,11 @@ import sentencepiece
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor
 
-from vlm.data.encoding.labels import encode, template_text
+from vlm.data.encoding.labels import encode, read_template
 from vlm.data.records.formats import read_llava
 from vlm.models import VLMProcessor
 
-BOS, EOS, IMAGE, IGNORED = 1, 2, -1, -100
+BOS, EOS, IMAGE, IGNORE_INDEX = 1, 2, -1, -100
 TOKENS_PER_IMAGE = 4
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -51,7 +51,7 @@ def processor(folder: Path, template: str) -> VLMProcessor:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.pad_token = tokenizer.unk_token
     return VLMProcessor(
-        CLIPImageProcessor(), tokenizer, chat_template=template_text(template), tokens_per_image=TOKENS_PER_IMAGE
+        CLIPImageProcessor(), tokenizer, chat_template=read_template(template), tokens_per_image=TOKENS_PER_IMAGE
     )
 
 
@@ -73,21 +73,21 @@ def reference(pieces: sentencepiece.SentencePieceProcessor, segments: list[tuple
     """
     text = "".join(part for part, _ in segments)
     marks = [supervised for part, supervised in segments for _ in part]
-    ids, labels = [BOS], [IGNORED]
+    ids, labels = [BOS], [IGNORE_INDEX]
     position = 0
     for number, stretch in enumerate(text.split("<image>")):
         if number:
             ids += [IMAGE] * TOKENS_PER_IMAGE
-            labels += [IGNORED] * TOKENS_PER_IMAGE
+            labels += [IGNORE_INDEX] * TOKENS_PER_IMAGE
             position += len("<image>")
         for index, run in enumerate(stretch.split("</s>")):
             if index:
                 ids.append(EOS)
-                labels.append(EOS if marks[position] else IGNORED)
+                labels.append(EOS if marks[position] else IGNORE_INDEX)
                 position += len("</s>")
             for token, start, end in tokens(pieces, run, word_start=index == 0):
                 ids.append(token)
-                labels.append(token if any(marks[position + start : position + end]) else IGNORED)
+                labels.append(token if any(marks[position + start : position + end]) else IGNORE_INDEX)
             position += len(run)
     return ids, labels
 
@@ -154,5 +154,5 @@ def test_where_ours_differs_a_spelled_special_token_stays_text(folder: Path, tmp
     record = sample(tmp_path, "<image>\nwhat does </s> mean?", "the end </s> of a turn")
     encoded = encode(made, record)
     assert encoded.input_ids.count(EOS) == 1
-    supervised = [label for label in encoded.labels if label != IGNORED]
+    supervised = [label for label in encoded.labels if label != IGNORE_INDEX]
     assert made.tokenizer.decode(supervised[:-1]).replace(" ", "") == "theend</s>ofaturn"

@@ -8,10 +8,10 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig
 
-from tests.tiny_parts import IGNORED, Parts, picture, runs, save_sentencepiece
+from tests.tiny_parts import IGNORE_INDEX, Parts, picture, runs, save_sentencepiece
 from vlm.data.encoding.labels import encode, encode_prompt
 from vlm.data.records.formats import read_llava
-from vlm.data.sample import Picture, Sample, Turn
+from vlm.data.sample import ImageRef, Sample, Turn
 from vlm.models import VLMProcessor
 
 BOS, EOS = 1, 2
@@ -47,25 +47,25 @@ class Reference:
 
     def v1(self, turns: list[tuple[str, str]], system: str = SYSTEM) -> tuple[list[int], list[int]]:
         """`{system} USER: {question} ASSISTANT: {answer}</s>USER: …`: all that follows `ASSISTANT:` is learnt."""
-        ids, labels = [BOS], [IGNORED]
+        ids, labels = [BOS], [IGNORE_INDEX]
         word_start, text = "▁", f"{system} "
         for question, answer in turns:
             *before, last = f"{text}USER: {question} ASSISTANT:".split("<image>")
             for chunk in before:
                 new = [*(self.pieces.encode(word_start + chunk) if chunk else []), *self.image]
-                ids, labels, word_start = ids + new, labels + [IGNORED] * len(new), "▁"
+                ids, labels, word_start = ids + new, labels + [IGNORE_INDEX] * len(new), "▁"
             asked = self.pieces.encode(word_start + last)
             whole = self.pieces.encode(f"{word_start}{last} {answer}")
             assert whole[: len(asked)] == asked
             ids += [*whole, EOS]
-            labels += [IGNORED] * len(asked) + [*whole[len(asked) :], EOS]
+            labels += [IGNORE_INDEX] * len(asked) + [*whole[len(asked) :], EOS]
             word_start, text = "", ""  # no word start behind </s>
         return ids, labels
 
     def plain(self, caption: str) -> tuple[list[int], list[int]]:
         """`<s><image>{caption}\\n`: caption and line break are learnt."""
         said = self.pieces.encode(f"▁{caption}\n")
-        return [BOS, *self.image, *said], [IGNORED] * (1 + len(self.image)) + said
+        return [BOS, *self.image, *said], [IGNORE_INDEX] * (1 + len(self.image)) + said
 
 
 def sample(turns: list[tuple[str, str]], system: str | None = None) -> Sample:
@@ -73,7 +73,7 @@ def sample(turns: list[tuple[str, str]], system: str | None = None) -> Sample:
     made = [Turn("system", (system,))] if system else []
     for question, answer in turns:
         texts = question.split("<image>")
-        content = [texts[0], *(part for text in texts[1:] for part in (Picture(Path("x.png")), text))]
+        content = [texts[0], *(part for text in texts[1:] for part in (ImageRef(Path("x.png")), text))]
         made += [Turn("user", tuple(part for part in content if part != "")), Turn("assistant", (answer,))]
     return Sample("x", tuple(made))
 
@@ -131,7 +131,7 @@ def test_v1_prompt_is_where_training_begins_to_learn(processors: dict[str, VLMPr
     """What a model is asked at inference is what stood before the first supervised token."""
     whole = sample(V1[name])
     encoded = encode(processors["v1"], whole)
-    first = next(index for index, label in enumerate(encoded.labels) if label != IGNORED)
+    first = next(index for index, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
     assert encode_prompt(processors["v1"], whole.turns[:1]) == encoded.input_ids[:first]
 
 

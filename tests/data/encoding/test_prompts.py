@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_parts import CHAT_TEMPLATES, IGNORED, Parts, picture
+from tests.tiny_parts import CHAT_TEMPLATES, IGNORE_INDEX, Parts, picture
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import load_dataset
 from vlm.data.encoding.labels import Encoded, encode, encode_prompt
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.sample import BadSample, Picture, Sample, Turn
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn
 from vlm.data.sources import Source
 from vlm.models import VLMProcessor
 
-SEEN = Picture(Path("a.png"))
+SEEN = ImageRef(Path("a.png"))
 ASKED = Turn("user", (SEEN, "\nwhat is it?"))
 SECRET = "ÆØÅßð"  # no template has such letters
 TALKS = {
@@ -60,7 +60,7 @@ def test_a_prompt_ends_before_its_last_reply(processor: VLMProcessor, name: str,
     asked = turns[:-1] if turns[-1].role == "assistant" else turns
     encoded = encoder(own).encode(Sample("1", turns))
     assert encoded.input_ids == encode_prompt(own, asked)
-    assert encoded.labels == [IGNORED] * len(encoded.input_ids)
+    assert encoded.labels == [IGNORE_INDEX] * len(encoded.input_ids)
     assert not set(SECRET) & set(own.tokenizer.decode(encoded.input_ids))
 
 
@@ -77,13 +77,13 @@ def test_what_a_reply_says_changes_nothing(processor: VLMProcessor):
 def test_a_suffix_stands_behind_every_prompt(processor: VLMProcessor):
     sample = Sample("1", TALKS["two answers"])
     bare, longer = encoder(processor).encode(sample), encoder(processor, suffix=(5, 7)).encode(sample)
-    assert longer == Encoded([*bare.input_ids, 5, 7], [*bare.labels, IGNORED, IGNORED])
+    assert longer == Encoded([*bare.input_ids, 5, 7], [*bare.labels, IGNORE_INDEX, IGNORE_INDEX])
 
 
 def test_a_prompt_is_never_cut(processor: VLMProcessor):
     sample = Sample("r1", (ASKED,))
     length = len(encoder(processor, suffix=(5,)).encode(sample).input_ids)
-    assert encoder(processor, suffix=(5,)).needed(Encoded([1] * 9, [IGNORED] * 9)) == 9
+    assert encoder(processor, suffix=(5,)).min_length(Encoded([1] * 9, [IGNORE_INDEX] * 9)) == 9
     assert len(encoder(processor, length, suffix=(5,))(sample).input_ids) == length
     with pytest.raises(BadSample, match=rf"record 'r1': {length} tokens, at most {length - 1} are allowed"):
         encoder(processor, length - 1, suffix=(5,))(sample)
@@ -114,9 +114,9 @@ def test_with_answers_the_last_reply_alone_is_learnt(processor: VLMProcessor, na
     found = encoder(own, answers=True).encode(sample)
     assert found.input_ids == whole.input_ids
     assert found.input_ids[: len(prompt)] == prompt
-    assert found.labels == [IGNORED] * len(prompt) + whole.labels[len(prompt) :]
-    assert SECRET in own.tokenizer.decode([label for label in found.labels if label != IGNORED])
-    assert next(place for place, label in enumerate(found.labels) if label != IGNORED) == len(prompt)
+    assert found.labels == [IGNORE_INDEX] * len(prompt) + whole.labels[len(prompt) :]
+    assert SECRET in own.tokenizer.decode([label for label in found.labels if label != IGNORE_INDEX])
+    assert next(place for place, label in enumerate(found.labels) if label != IGNORE_INDEX) == len(prompt)
 
 
 def test_with_answers_a_sample_may_have_none(processor: VLMProcessor):
@@ -149,15 +149,18 @@ def test_a_reply_stands_behind_no_suffix(processor: VLMProcessor):
 
 @pytest.mark.parametrize("label", [None, 0, "x", [], ["a"], {"a": 1.5, "b": [True]}])
 def test_labels_are_handed_on_as_json(processor: VLMProcessor, label: Any):
-    text, group = encoder(processor).learnt(Sample("1", (ASKED,), label, "g"))
+    text, group = encoder(processor).label_and_group(Sample("1", (ASKED,), label, "g"))
     assert (label if text is None else json.loads(text)) == label
     assert group == "g"
-    assert SampleEncoder(processor, 9, truncate=False).learnt(Sample("1", (ASKED,), label, "g")) == (None, None)
+    assert SampleEncoder(processor, 9, truncate=False).label_and_group(Sample("1", (ASKED,), label, "g")) == (
+        None,
+        None,
+    )
 
 
 def test_a_label_that_json_cannot_hold_is_its_records_trouble(processor: VLMProcessor):
     with pytest.raises(BadSample, match=r"record 'r1': its label b'x' cannot be written as JSON"):
-        encoder(processor).learnt(Sample("r1", (ASKED,), b"x"))
+        encoder(processor).label_and_group(Sample("r1", (ASKED,), b"x"))
 
 
 # Counts

@@ -14,22 +14,32 @@ import torch
 from filelock import FileLock, Timeout
 
 from vlm.data.feature_cache import store as feature_store
-from vlm.data.feature_cache.reader import FORM, INDEX, ROWS, USED, Form, ImageFeatures, Pack, open_packs, shared_pack
-from vlm.data.feature_cache.store import finish_pack, make_room, new_pack, opened_rows, sweep
+from vlm.data.feature_cache.reader import (
+    FEATURES_FILE,
+    FORMAT_FILE,
+    INDEX_FILE,
+    LOCK_FILE,
+    FeatureFormat,
+    ImageFeatures,
+    Pack,
+    open_all_packs,
+    open_shared_pack,
+)
+from vlm.data.feature_cache.store import create_pack, finalize_pack, make_room, map_new_rows, remove_stale_packs
 
-FORM_OF_ONE = Form("bfloat16", 2, 3, stride=20)
+FORM_OF_ONE = FeatureFormat("bfloat16", 2, 3, stride=20)
 """Rows that do not touch: 12 bytes, 20 apart."""
 
 
 def made(store: Path, name: str, *values: float, limit: float | None = None) -> Pack:
     """A pack of pictures of one view each, filled with these numbers."""
-    with new_pack(store, name, len(values), FORM_OF_ONE, limit, []) as folder:
-        rows = opened_rows(folder, FORM_OF_ONE)
+    with create_pack(store, name, len(values), FORM_OF_ONE, limit, []) as folder:
+        rows = map_new_rows(folder, FORM_OF_ONE)
         for place, value in enumerate(values):
             rows[place] = torch.full((6,), value, dtype=torch.bfloat16).view(torch.uint8).numpy()
         numbers = np.arange(len(values))
         keys = [key_of(value) for value in values]
-        finish_pack(folder, FORM_OF_ONE, keys, numbers, np.ones_like(numbers), np.zeros((len(values), 2), int), {})
+        finalize_pack(folder, FORM_OF_ONE, keys, numbers, np.ones_like(numbers), np.zeros((len(values), 2), int), {})
         return Pack(store / name)
 
 
@@ -55,25 +65,29 @@ def test_what_was_not_used_for_longest_makes_room_and_what_is_read_stays(tmp_pat
     packs_["a"].close()
     packs_["b"].close()
     made(store, "d", *range(10), limit=600e-9).close()
-    assert {pack.folder.name for pack in open_packs(store)} == {"a", "c", "d"}, "the oldest goes, and no more than that"
+    assert {pack.folder.name for pack in open_all_packs(store)} == {"a", "c", "d"}, (
+        "the oldest goes, and no more than that"
+    )
     packs_["c"].touch()
     with pytest.raises(ValueError, match=r"need 5e-07 GB more in .*, where 6e-07 GB are in use; 6e-07 GB are allowed"):
         make_room(tmp_path, 500, 600e-9, [])
-    assert {pack.folder.name for pack in open_packs(store)} == {"a", "c", "d"}, "nothing goes where that is not enough"
+    assert {pack.folder.name for pack in open_all_packs(store)} == {"a", "c", "d"}, (
+        "nothing goes where that is not enough"
+    )
     assert torch.equal(packs_["c"].read(1, 1), torch.ones(1, 2, 3, dtype=torch.bfloat16))
 
 
 def test_a_view_takes_whole_pages_of_its_file(tmp_path: Path):
     """Machines that share the folder over NFS write whole pages, and must not write each other's."""
     features = torch.arange(24.0).view(2, 4, 3)
-    form = Form.of(features)
+    form = FeatureFormat.of(features)
     assert (form.nbytes, form.stride) == (48, mmap.PAGESIZE)
-    assert Form.of(torch.zeros(1, 197, 768)).stride == -(-197 * 768 * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
-    with new_pack(tmp_path / "store", "a", 2, form, None, []) as folder:
-        opened_rows(folder, form)[:] = features.view(torch.uint8).flatten(1).numpy()
-        assert (folder / ROWS).stat().st_size == 2 * mmap.PAGESIZE
+    assert FeatureFormat.of(torch.zeros(1, 197, 768)).stride == -(-197 * 768 * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
+    with create_pack(tmp_path / "store", "a", 2, form, None, []) as folder:
+        map_new_rows(folder, form)[:] = features.view(torch.uint8).flatten(1).numpy()
+        assert (folder / FEATURES_FILE).stat().st_size == 2 * mmap.PAGESIZE
         zeros = np.zeros((2, 2), dtype=int)
-        finish_pack(folder, form, [key_of(0), key_of(1)], np.arange(2), np.ones(2, dtype=int), zeros, {})
+        finalize_pack(folder, form, [key_of(0), key_of(1)], np.arange(2), np.ones(2, dtype=int), zeros, {})
     assert torch.equal(Pack(tmp_path / "store" / "a").read(0, 2), features)
 
 
@@ -86,7 +100,7 @@ def test_a_pack_that_nothing_refers_to_makes_room(tmp_path: Path):
     assert not list((tmp_path / "store").iterdir())
 
 
-@pytest.mark.parametrize("missing", [[], [ROWS], [FORM], [INDEX, FORM], [USED]])
+@pytest.mark.parametrize("missing", [[], [FEATURES_FILE], [FORMAT_FILE], [INDEX_FILE, FORMAT_FILE], [LOCK_FILE]])
 def test_what_is_left_of_a_removal_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]):
     """A process ended while it removed a pack; then one of the same name is made."""
     store = tmp_path / "store"
@@ -101,12 +115,12 @@ def test_what_is_left_of_a_removal_goes(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(feature_store.shutil, "rmtree", stops)
         with pytest.raises(KeyboardInterrupt):
             make_room(tmp_path, 20, 30e-9, [])
-    assert not open_packs(store)
+    assert not open_all_packs(store)
     assert len(made(store, "a", 1.0)) == 1
     assert [one.name for one in store.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("missing", [ROWS, INDEX, FORM, USED])
+@pytest.mark.parametrize("missing", [FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE])
 def test_a_pack_that_lacks_a_file_is_made_again(tmp_path: Path, missing: str):
     store = tmp_path / "store"
     made(store, "a", 1.0).close()
@@ -142,7 +156,11 @@ def test_files_that_go_meanwhile_end_nothing(tmp_path: Path, monkeypatch: pytest
         shutil.rmtree(store / "a", ignore_errors=True)
         return found
 
-    for look in (lambda: open_packs(store), lambda: make_room(tmp_path, 20, 30e-9, []), lambda: sweep(tmp_path)):
+    for look in (
+        lambda: open_all_packs(store),
+        lambda: make_room(tmp_path, 20, 30e-9, []),
+        lambda: remove_stale_packs(tmp_path),
+    ):
         made(store, "a", 1.0).close()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "glob", behind)
@@ -173,7 +191,7 @@ def test_nothing_is_renamed_or_removed_without_the_roots_lock(tmp_path: Path, mo
     monkeypatch.setattr(feature_store.shutil, "rmtree", removed)
     made(tmp_path / "store", "a", 1.0).close()
     made(tmp_path / "store", "b", 1.0, limit=30e-9).close()
-    with pytest.raises(KeyboardInterrupt), new_pack(tmp_path / "store", "c", 1, FORM_OF_ONE, None, []):
+    with pytest.raises(KeyboardInterrupt), create_pack(tmp_path / "store", "c", 1, FORM_OF_ONE, None, []):
         raise KeyboardInterrupt
     assert len(held) == 2 + 2 + 2
     assert all(held)
@@ -182,17 +200,17 @@ def test_nothing_is_renamed_or_removed_without_the_roots_lock(tmp_path: Path, mo
 
 def test_a_pack_that_another_machine_does_not_have_is_explained(tmp_path: Path):
     with pytest.raises(ValueError, match=r"another rank has it, .* must be a folder that all machines share"):
-        shared_pack(tmp_path / "store" / "a")
+        open_shared_pack(tmp_path / "store" / "a")
     with pytest.raises(ValueError, match=r"another rank has it, .* must be a folder that all machines share"):
-        opened_rows(tmp_path / "store" / "a.partial", FORM_OF_ONE)
+        map_new_rows(tmp_path / "store" / "a.partial", FORM_OF_ONE)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.data.feature_cache.test_reader import FORM_OF_ONE
-from vlm.data.feature_cache.store import new_pack
-with new_pack(Path(sys.argv[1]), "a", 10, FORM_OF_ONE, None, []) as folder:
+from vlm.data.feature_cache.store import create_pack
+with create_pack(Path(sys.argv[1]), "a", 10, FORM_OF_ONE, None, []) as folder:
     print(folder, flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 """
@@ -204,13 +222,13 @@ def test_what_a_killed_run_leaves_is_not_read_and_goes(tmp_path: Path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(store)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     begun = Path(process.stdout.readline().strip())
-    sweep(tmp_path)
+    remove_stale_packs(tmp_path)
     assert begun.is_dir()
     process.kill()
     process.wait()
-    assert not open_packs(store)
+    assert not open_all_packs(store)
     for _ in range(50):
-        sweep(tmp_path)
+        remove_stale_packs(tmp_path)
         if not begun.exists():
             break
         time.sleep(0.1)

@@ -11,14 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny_parts import IGNORED, Parts, picture
+from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig
 from vlm.data import token_counts as counts
-from vlm.data.batching.collator import SKIPPED, Collator
+from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.dataset import SampleDataset, Skipped, load_dataset
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.heads.dataset import HeadCollator, HeadDataset, fold_labelled, prompt_mask, split_labelled, values_of
+from vlm.data.heads.dataset import (
+    HeadCollator,
+    HeadDataset,
+    fold_by_label,
+    prompt_mask,
+    split_by_label,
+    values_per_head,
+)
 from vlm.data.heads.labels import HeadLabels, strata
 from vlm.models import VLMProcessor
 
@@ -72,7 +79,7 @@ def test_labels_are_read_back_from_the_cache(load, monkeypatch: pytest.MonkeyPat
     labels = [1.5, True, ["a", "b"], {"a": 1, "b": None}, "é\ud800", 0]
     records = [asked(label, number) for number, label in enumerate(labels)]
     assert load(records).labels == labels
-    monkeypatch.setattr(counts, "count_one", lambda *a, **k: pytest.fail("counted again"))
+    monkeypatch.setattr(counts, "count_record", lambda *a, **k: pytest.fail("counted again"))
     assert load(records).labels == labels
 
 
@@ -117,7 +124,7 @@ def test_each_sample_of_a_mixture_has_its_own_label(load, tmp_path: Path):
         assert data.groups[index] == (None if source == 1 else str(record))
     numbers = HeadDataset(
         data, [HeadLabels("kind", "multiclass", tuple(sorted({*data.labels} - {None})))]
-    ).group_numbers
+    ).group_indices
     assert numbers[10:12].tolist() == [-1, -1]
     assert not {*numbers[:10].tolist()} & {*numbers[12:].tolist()}, "groups of two sources are others"
 
@@ -139,7 +146,7 @@ def test_an_item_has_targets_and_a_group(load):
     item = heads[0]
     assert isinstance(item, dict)
     assert item.pop("targets") == {"kind": [1.0]}
-    assert item.pop("group") == heads.group_numbers[3] != heads.group_numbers[2]
+    assert item.pop("group") == heads.group_indices[3] != heads.group_indices[2]
     plain = data[0]
     assert item.keys() == plain.keys()
     assert item["input_ids"] == plain["input_ids"]
@@ -181,14 +188,16 @@ def test_several_heads_read_a_mapping(load):
 
 
 def test_one_head_reads_a_value_or_a_mapping_with_its_name():
-    assert values_of(["cat", {"kind": "dog"}, {"other": 1}, None], ["kind"]) == {"kind": ["cat", "dog", None, None]}
-    assert values_of([["a"]], ["tags"]) == {"tags": [["a"]]}
+    assert values_per_head(["cat", {"kind": "dog"}, {"other": 1}, None], ["kind"]) == {
+        "kind": ["cat", "dog", None, None]
+    }
+    assert values_per_head([["a"]], ["tags"]) == {"tags": [["a"]]}
 
 
 @pytest.mark.parametrize("label", ["cat", 0, ["cat"]])
 def test_several_heads_need_a_mapping(label: Any):
     with pytest.raises(ValueError, match=r"label .*: there are the heads kind, tags, so a mapping from their names"):
-        values_of([None, {"kind": "cat"}, label], ["kind", "tags"])
+        values_per_head([None, {"kind": "cat"}, label], ["kind", "tags"])
 
 
 def test_a_label_that_a_head_does_not_know_is_refused_at_once(load):
@@ -201,7 +210,7 @@ def test_a_label_that_a_head_does_not_know_is_refused_at_once(load):
 
 def item(ids: list[int], supervised: int = 0, **targets: Any) -> dict[str, Any]:
     """An item of which the last ids are supervised."""
-    labels = [IGNORED] * (len(ids) - supervised) + ids[len(ids) - supervised :]
+    labels = [IGNORE_INDEX] * (len(ids) - supervised) + ids[len(ids) - supervised :]
     return {"input_ids": ids, "labels": labels, "targets": targets, "group": targets.pop("group", -1)}
 
 
@@ -237,14 +246,14 @@ def test_the_prompt_is_what_stands_before_the_reply(left: bool):
 
 
 def test_the_mask_of_one_prompt():
-    labels = torch.tensor([[IGNORED, IGNORED, 5, IGNORED, 6]])
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 5, IGNORE_INDEX, 6]])
     assert prompt_mask(labels, torch.tensor([[0, 1, 1, 1, 1]])).tolist() == [[0, 1, 0, 0, 0]]
 
 
 def test_a_record_that_was_left_out_has_no_row():
     collate = HeadCollator(Collator(99), [KIND, TAGS])
     batch = collate([LEFT_OUT, item([1, 2], kind=[1.0], tags=[0.0, 1.0], group=3)])
-    assert batch[SKIPPED] == [LEFT_OUT]
+    assert batch[SKIPPED_KEY] == [LEFT_OUT]
     assert (batch["targets"]["kind"].tolist(), batch["groups"].tolist()) == ([[1.0]], [3])
     nothing = collate([LEFT_OUT])
     assert nothing["input_ids"].tolist() == [[99]]
@@ -270,7 +279,7 @@ def test_a_batch_of_records(load, processor: VLMProcessor):
         found = with_replies["input_ids"][row][with_replies["prompt_mask"][row] == 1]
         assert torch.equal(found, prompts["input_ids"][row][prompts["attention_mask"][row] == 1])
     assert "labels" not in prompts
-    learnt = with_replies["labels"][with_replies["labels"] != IGNORED]
+    learnt = with_replies["labels"][with_replies["labels"] != IGNORE_INDEX]
     assert processor.tokenizer.decode(learnt) == "a cat<|im_end|>"
 
 
@@ -292,19 +301,19 @@ def repeated(load, tmp_path: Path) -> SampleDataset:
 
 def test_a_repeated_record_is_on_one_side_with_its_label(repeated: SampleDataset):
     of = strata(KIND, repeated.labels)
-    rest, held = split_labelled(repeated, of, 0.2, seed=0)
+    rest, held = split_by_label(repeated, of, 0.2, seed=0)
     assert (len(rest), len(held)) == (64, 8)
     assert not set(ids(rest)) & set(ids(held))
     assert Counter(held.labels) == {"cat": 6, "dog": 2}
     assert Counter(rest.labels) == {"cat": 48, "dog": 16}
     assert rest.labels == [rest.sample(index).label for index in range(len(rest))]
     assert (len(rest.skipped), len(rest.contributions), held.skipped, held.contributions) == (1, 1, [], [])
-    assert ids(split_labelled(repeated, of, 0.2, seed=0)[1]) == ids(held)
-    assert ids(split_labelled(repeated, of, 0.2, seed=1)[1]) != ids(held)
+    assert ids(split_by_label(repeated, of, 0.2, seed=0)[1]) == ids(held)
+    assert ids(split_by_label(repeated, of, 0.2, seed=1)[1]) != ids(held)
 
 
 def test_each_record_is_held_out_in_one_fold(repeated: SampleDataset):
-    parts = fold_labelled(repeated, strata(KIND, repeated.labels), 5, seed=0)
+    parts = fold_by_label(repeated, strata(KIND, repeated.labels), 5, seed=0)
     assert sorted(one for _, held in parts for one in ids(held)) == sorted(set(ids(repeated)))
     for rest, held in parts:
         assert (len(rest), Counter(held.labels)) == (64, {"cat": 6, "dog": 2})
@@ -315,7 +324,7 @@ def test_a_group_is_on_one_side(load):
     records = [asked(number % 2, number, group=str(number // 4)) for number in range(24)] + [asked(0, 30), asked(1, 31)]
     data = load(records)
     of = np.zeros(len(data), dtype=np.int64)
-    for rest, held in [split_labelled(data, of, 0.3, seed=0), *fold_labelled(data, of, 4, seed=0)]:
+    for rest, held in [split_by_label(data, of, 0.3, seed=0), *fold_by_label(data, of, 4, seed=0)]:
         assert not {*rest.groups} & {*held.groups} - {None}
         assert len(rest) + len(held) == 26
         assert len(held)
@@ -325,6 +334,6 @@ def test_a_label_of_one_record_cannot_be_divided(load):
     data = load([asked("cat", 0), asked("cat", 1), asked("dog", 2)])
     of = strata(KIND, data.labels)
     with pytest.raises(ValueError, match=r"dataset.eval_split=0.5: .* at least 2 records of each label.*; 'dog' has 1"):
-        split_labelled(data, of, 0.5, 0, KIND.labels)
+        split_by_label(data, of, 0.5, 0, KIND.labels)
     with pytest.raises(ValueError, match=r"3 folds: one for each, so at least 3 records of each .*; 'dog' has 1"):
-        fold_labelled(data, of, 3, 0, KIND.labels)
+        fold_by_label(data, of, 3, 0, KIND.labels)

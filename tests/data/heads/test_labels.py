@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm.data.heads.labels import FULL, HeadLabels, check_values, folds, settle_labels, split, spread, strata
+from vlm.data.heads.labels import (
+    MIN_STRATUM_SIZE,
+    HeadLabels,
+    check_values,
+    label_mean_and_std,
+    make_folds,
+    resolve_labels,
+    split,
+    strata,
+)
 
 NAN = float("nan")
 
@@ -108,7 +117,7 @@ SETTLED: dict[str, tuple[str, list[Any] | None, list[Any], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("name", SETTLED)
 def test_labels_are_those_of_the_training_records(name: str):
     task, given, values, labels = SETTLED[name]
-    found = settle_labels("h", task, given, values)
+    found = resolve_labels("h", task, given, values)
     assert (found.name, found.task, found.labels) == ("h", task, labels)
     assert [type(label) for label in found.labels] == [type(label) for label in labels]
     assert json.loads(json.dumps(found.labels)) == list(labels)
@@ -158,7 +167,7 @@ UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
 def test_labels_that_cannot_be_settled_say_why(name: str):
     task, given, values, said = UNSETTLED[name]
     with pytest.raises(ValueError, match="head h: ") as caught:
-        settle_labels("h", task, given, values)
+        resolve_labels("h", task, given, values)
     assert said in str(caught.value)
 
 
@@ -170,12 +179,12 @@ def test_another_set_has_no_other_labels():
 
 
 def test_how_numbers_are_spread():
-    assert spread([1, None, 3.0]) == (2.0, 1.0)
+    assert label_mean_and_std([1, None, 3.0]) == (2.0, 1.0)
     for values in ([0.1] * 3, [None, 2]):
         with pytest.raises(ValueError, match=r"all labels are equal \((0.1|2.0)\): nothing to learn"):
-            spread(values)
+            label_mean_and_std(values)
     with pytest.raises(ValueError, match=r"all labels are equal \(there is none\)"):
-        spread([None])
+        label_mean_and_std([None])
 
 
 # Dividing
@@ -197,7 +206,7 @@ def test_strata_of_numbers_are_parts_of_their_range():
     assert set(strata(head("regression"), [1.0, 2.0, None]).tolist()) == {0}
     assert set(strata(head("regression"), [None]).tolist()) == {1}
     ties = strata(head("regression"), [0] * 99 + [1])
-    assert min(Counter(ties.tolist()).values()) >= FULL, "values of which many are equal"
+    assert min(Counter(ties.tolist()).values()) >= MIN_STRATUM_SIZE, "values of which many are equal"
 
 
 def test_a_stratum_of_sets_is_that_of_their_rarest_frequent_label():
@@ -225,20 +234,20 @@ def test_groups_stay_together():
     rest, held = split(np.zeros(30), 0.2, 0, groups)
     assert len(held) == 6
     assert not set(groups[rest]) & set(groups[held])
-    parts = folds(np.zeros(30), 5, 0, groups)
+    parts = make_folds(np.zeros(30), 5, 0, groups)
     assert sorted(place for _, held in parts for place in held) == list(range(30))
     assert not any(set(groups[rest]) & set(groups[held]) for rest, held in parts)
-    assert [held.tolist() for _, held in folds(np.zeros(30), 5, 1, groups)] != [held.tolist() for _, held in parts]
+    assert [held.tolist() for _, held in make_folds(np.zeros(30), 5, 1, groups)] != [held.tolist() for _, held in parts]
 
 
 def test_folds_have_as_much_of_each_label():
     of = np.array([0] * 40 + [1] * 10)
-    parts = folds(of, 5, seed=0)
+    parts = make_folds(of, 5, seed=0)
     assert sorted(place for _, held in parts for place in held) == list(range(50))
     assert all(Counter(of[held].tolist()) == {0: 8, 1: 2} for _, held in parts)
     assert all(sorted([*rest, *held]) == list(range(50)) for rest, held in parts)
-    assert [held.tolist() for _, held in folds(of, 5, seed=0)] == [held.tolist() for _, held in parts]
-    assert [held.tolist() for _, held in folds(of, 5, seed=1)] != [held.tolist() for _, held in parts]
+    assert [held.tolist() for _, held in make_folds(of, 5, seed=0)] == [held.tolist() for _, held in parts]
+    assert [held.tolist() for _, held in make_folds(of, 5, seed=1)] != [held.tolist() for _, held in parts]
 
 
 LETTERS = ("a", "b")
@@ -283,5 +292,5 @@ def test_what_cannot_be_split_says_why(of: list[int], share: float, groups: list
 )
 def test_what_cannot_be_folded_says_why(of: list[int], number: int, groups: list[int] | None, said: str):
     with pytest.raises(ValueError, match="folds") as caught:
-        folds(np.array(of), number, 0, None if groups is None else np.array(groups), LETTERS)
+        make_folds(np.array(of), number, 0, None if groups is None else np.array(groups), LETTERS)
     assert said in str(caught.value)

@@ -11,15 +11,15 @@ from tests.tiny_parts import picture
 from vlm.data.records.formats import (
     CHOICE_INSTRUCTION,
     FORMATS,
+    get_reader,
     read_caption,
     read_head,
     read_labelled,
     read_llava,
     read_messages,
     read_question,
-    reader_of,
 )
-from vlm.data.sample import ROLES, BadSample, OverLong, Picture, Sample, Turn, Video
+from vlm.data.sample import ROLES, BadSample, ImageRef, OverLong, Sample, Turn, VideoRef
 from vlm.data.tools.forms import FORMS
 
 
@@ -44,7 +44,7 @@ def read(folder: Path, *texts: str, **record: Any) -> Sample:
     return read_llava({"id": "7", "conversations": talk(*texts), **record}, folder)
 
 
-def content(folder: Path, text: str, *images: str) -> tuple[str | Picture, ...]:
+def content(folder: Path, text: str, *images: str) -> tuple[str | ImageRef, ...]:
     """The content of a first human turn."""
     return read(folder, text, "yes", image=list(images)).turns[0].content
 
@@ -54,12 +54,12 @@ def content(folder: Path, text: str, *images: str) -> tuple[str | Picture, ...]:
 
 def test_a_record_is_a_sample(folder: Path):
     sample = read(folder, "<image>\nwhat?", "a cat", "sure?", "yes", image="a.png")
-    seen = Picture(folder / "a.png")
+    seen = ImageRef(folder / "a.png")
     assert sample == Sample("7", (
         Turn("user", (seen, "\nwhat?")), Turn("assistant", ("a cat",)), Turn("user", ("sure?",)),
         Turn("assistant", ("yes",)),
     ))  # fmt: skip
-    assert sample.pictures == [seen]
+    assert sample.images == [seen]
     assert all(turn.role in ROLES for turn in sample.turns)
 
 
@@ -67,35 +67,35 @@ def test_a_record_is_a_sample(folder: Path):
     "text", ["what is it?\n<image>", "<image>\nwhat is it?", "what <image>is it?", " <image> what is it?"]
 )
 def test_a_lone_image_is_moved_to_the_start_of_its_turn(folder: Path, text: str):
-    assert content(folder, text, "a.png") == (Picture(folder / "a.png"), "\nwhat is it?")
+    assert content(folder, text, "a.png") == (ImageRef(folder / "a.png"), "\nwhat is it?")
 
 
 def test_an_image_without_words_stands_alone(folder: Path):
-    assert content(folder, "<image>", "a.png") == (Picture(folder / "a.png"),)
+    assert content(folder, "<image>", "a.png") == (ImageRef(folder / "a.png"),)
 
 
 def test_several_images_stay_where_they_are(folder: Path):
     found = content(folder, "one <image> two <image><image>", "a.png", "deep/c.png", "b.png")
     names = ("a.png", "deep/c.png", "b.png")
-    a, c, b = (Picture(folder / name) for name in names)
+    a, c, b = (ImageRef(folder / name) for name in names)
     assert found == ("one ", a, " two ", c, b)
 
 
 def test_images_are_taken_in_order_over_the_turns(folder: Path):
     sample = read(folder, "<image>\none", "1", "<image> and <image>", "2", image=["b.png", "a.png", "b.png"])
-    assert [seen.path.name for seen in sample.pictures] == ["b.png", "a.png", "b.png"]
-    assert [sum(isinstance(part, Picture) for part in turn.content) for turn in sample.turns] == [1, 0, 2, 0]
+    assert [seen.path.name for seen in sample.images] == ["b.png", "a.png", "b.png"]
+    assert [sum(isinstance(part, ImageRef) for part in turn.content) for turn in sample.turns] == [1, 0, 2, 0]
 
 
 @pytest.mark.parametrize("key", ["image", "images"])
 def test_images_under_either_key(folder: Path, key: str):
-    assert len(read(folder, "<image>\n<image>", "two", **{key: ["a.png", "b.png"]}).pictures) == 2
+    assert len(read(folder, "<image>\n<image>", "two", **{key: ["a.png", "b.png"]}).images) == 2
 
 
 @pytest.mark.parametrize("record", [{}, {"image": None}, {"image": []}])
 def test_text_only(folder: Path, record: dict[str, Any]):
     sample = read(folder, "what?", "that", **record)
-    assert sample.pictures == []
+    assert sample.images == []
     assert sample.turns[0].content == ("what?",)
 
 
@@ -116,7 +116,7 @@ def test_numbers_as_ids(folder: Path):
 
 
 def test_a_turn_as_templates_read_it(folder: Path):
-    turn = Turn("user", (Picture(folder / "a.png"), "\nwhat?", Picture(folder / "b.png")))
+    turn = Turn("user", (ImageRef(folder / "a.png"), "\nwhat?", ImageRef(folder / "b.png")))
     assert turn.as_message("<img>") == {"role": "user", "content": "<img>\nwhat?<img>"}
 
 
@@ -190,7 +190,7 @@ def test_a_folder_linked_into_the_image_folder_is_part_of_it(folder: Path, tmp_p
     picture().save(elsewhere / "0.png")
     (folder / "linked").symlink_to(elsewhere)
     sample = read(folder, "<image>", "b", image="linked/0.png")
-    assert sample.pictures == [Picture(folder / "linked" / "0.png")]
+    assert sample.images == [ImageRef(folder / "linked" / "0.png")]
 
 
 def test_errors_are_value_errors():
@@ -219,16 +219,16 @@ WHOLE: dict[str, dict[str, Any]] = {
 def test_pictures_come_in_every_form_to_every_reader(name: str, folder: Path):
     content = (folder / "a.png").read_bytes()
     given = [
-        ("a.png", Picture(folder / "a.png")),
-        (["deep/c.png"], Picture(folder / "deep/c.png")),
-        (f"data:image/png;base64,{base64.b64encode(content).decode()}", Picture(None, content)),
-        ({"bytes": content, "path": None}, Picture(None, content)),
-        ({"bytes": content, "path": "x.png"}, Picture(Path("x.png"), content)),
-        ({"bytes": None, "path": "a.png"}, Picture(folder / "a.png")),
+        ("a.png", ImageRef(folder / "a.png")),
+        (["deep/c.png"], ImageRef(folder / "deep/c.png")),
+        (f"data:image/png;base64,{base64.b64encode(content).decode()}", ImageRef(None, content)),
+        ({"bytes": content, "path": None}, ImageRef(None, content)),
+        ({"bytes": content, "path": "x.png"}, ImageRef(Path("x.png"), content)),
+        ({"bytes": None, "path": "a.png"}, ImageRef(folder / "a.png")),
     ]
     for value, found in given:
         sample = FORMATS[name]({**WHOLE[name], "image": value}, folder)
-        assert sample.pictures == [found]
+        assert sample.images == [found]
         if name == "labelled":
             assert (sample.turns[-1].role, sample.label) == ("user", "that")
         else:
@@ -255,17 +255,17 @@ def test_every_reader_refuses_a_path_that_is_no_picture_of_the_folder(name: str,
 
 def test_pictures_and_videos_are_handed_out_apart(folder: Path):
     sample = read(folder, "<video>a<image>b<video>", "yes", images=["a.png"], videos=["v.mp4", "w.mp4"])
-    v, w = Video(folder / "v.mp4"), Video(folder / "w.mp4")
-    assert sample.turns[0].content[0] == Picture(folder / "a.png"), "a lone image is moved to the start"
+    v, w = VideoRef(folder / "v.mp4"), VideoRef(folder / "w.mp4")
+    assert sample.turns[0].content[0] == ImageRef(folder / "a.png"), "a lone image is moved to the start"
     assert sample.videos == [v, w]
     mixed = read(folder, "<image><video>a<image>b<video>", "yes", images=["a.png", "b.png"], video=["v.mp4", "w.mp4"])
-    a, b = Picture(folder / "a.png"), Picture(folder / "b.png")
+    a, b = ImageRef(folder / "a.png"), ImageRef(folder / "b.png")
     assert mixed.turns[0].content == (a, v, "a", b, "b", w)
 
 
 def test_frames_take_the_place_of_videos(folder: Path):
     sample = read(folder, "<video>what?", "yes", video="v.mp4")
-    frames = (Picture(folder / "v.mp4", frame=0), "\n", Picture(folder / "v.mp4", frame=5))
+    frames = (ImageRef(folder / "v.mp4", frame=0), "\n", ImageRef(folder / "v.mp4", frame=5))
     assert sample.with_videos(lambda video: frames).turns[0].content == (*frames, "what?")
     assert read(folder, "what?", "yes").with_videos(lambda video: frames) == read(folder, "what?", "yes")
 
@@ -303,7 +303,7 @@ def test_messages_keep_their_order_and_their_system_turn(folder: Path):
         folder, message("system", "be brief"), message("user", "what <image> is\n<image>?"), message("assistant", "a"),
         message("user", "and <image>"), message("assistant", "b <image>"), images=["b.png", "a.png", "deep/c.png"],
     )  # fmt: skip
-    a, b, c = (Picture(folder / name) for name in ("a.png", "b.png", "deep/c.png"))
+    a, b, c = (ImageRef(folder / name) for name in ("a.png", "b.png", "deep/c.png"))
     assert sample.turns == (
         Turn("system", ("be brief",)), Turn("user", ("what ", b, " is\n", a, "?")), Turn("assistant", ("a",)),
         Turn("user", ("and ", c)), Turn("assistant", ("b <image>",)),
@@ -312,7 +312,7 @@ def test_messages_keep_their_order_and_their_system_turn(folder: Path):
 
 def test_a_lone_image_of_a_message_stays_where_it_is(folder: Path):
     sample = said_by(folder, message("user", "what is <image>?"), message("assistant", "a"), image="a.png")
-    assert sample.turns[0].content == ("what is ", Picture(folder / "a.png"), "?")
+    assert sample.turns[0].content == ("what is ", ImageRef(folder / "a.png"), "?")
 
 
 ITEMS = {
@@ -338,14 +338,14 @@ def test_an_item_names_its_picture_or_takes_the_next(folder: Path, name: str):
     waiting = {"images": ["a.png"]} if name.startswith("next") else {}
     reply = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]
     sample = said_by(folder, message("user", parts), message("assistant", reply), **waiting)
-    assert sample.turns[0].content == ("one two ", Picture(folder / "a.png"), "?")
+    assert sample.turns[0].content == ("one two ", ImageRef(folder / "a.png"), "?")
     assert sample.turns[1].content == ("a b",)
 
 
 def test_items_of_videos(folder: Path):
     items = [{"type": "video"}, {"type": "video", "video": "w.mp4"}, {"type": "text", "text": "?"}]
     sample = said_by(folder, message("user", items), message("assistant", "a"), video="v.mp4")
-    assert sample.turns[0].content == (Video(folder / "v.mp4"), Video(folder / "w.mp4"), "?")
+    assert sample.turns[0].content == (VideoRef(folder / "v.mp4"), VideoRef(folder / "w.mp4"), "?")
 
 
 def test_messages_out_of_a_parquet_file_are_the_same(folder: Path):
@@ -406,7 +406,7 @@ def test_messages_that_cannot_be_used_say_which(folder: Path, name: str):
 
 def test_a_caption_is_a_reply_to_its_picture(folder: Path):
     record = {"image_id": 9, "jpg": ["a.png", "b.png"], "text": "two"}
-    seen = (Picture(folder / "a.png"), Picture(folder / "b.png"))
+    seen = (ImageRef(folder / "a.png"), ImageRef(folder / "b.png"))
     bare = read_caption(record, folder, image_key="jpg", caption_key="text")
     assert bare == Sample("9", (Turn("user", seen), Turn("assistant", ("two",))))
     asked = read_caption(record, folder, image_key="jpg", caption_key="text", prompt="Describe it.")
@@ -459,7 +459,7 @@ CHOICES = {"number": 1, "letter": "B", "text": "dog"}
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_is_given_by_number_letter_or_text(folder: Path, name: str):
     said, reply = asked(folder, image="a.png", choices=["cat", "dog"], answer=CHOICES[name])
-    assert said == (Picture(folder / "a.png"), f"\nwhich?\nA. cat\nB. dog\n{CHOICE_INSTRUCTION}")
+    assert said == (ImageRef(folder / "a.png"), f"\nwhich?\nA. cat\nB. dog\n{CHOICE_INSTRUCTION}")
     assert reply == "B"
 
 
@@ -512,7 +512,7 @@ def test_what_people_answered_are_references_beside_the_reply(folder: Path):
 
 
 def test_pictures_stand_before_a_question_or_within_it(folder: Path):
-    a, b, v = Picture(folder / "a.png"), Picture(folder / "b.png"), Video(folder / "v.mp4")
+    a, b, v = ImageRef(folder / "a.png"), ImageRef(folder / "b.png"), VideoRef(folder / "v.mp4")
     both = {"images": ["a.png", "b.png"], "answer": "x"}
     assert asked(folder, **both, video="v.mp4")[0] == (v, a, b, "\nwhich?")
     assert asked(folder, **both, question="is <image> or <image>?")[0] == ("is ", a, " or ", b, "?")
@@ -552,7 +552,7 @@ def test_a_question_that_cannot_be_used_says_why(folder: Path, name: str):
 
 
 def test_a_prompt_and_its_answer(folder: Path):
-    a, b, v = Picture(folder / "a.png"), Picture(folder / "b.png"), Video(folder / "v.mp4")
+    a, b, v = ImageRef(folder / "a.png"), ImageRef(folder / "b.png"), VideoRef(folder / "v.mp4")
     record = {"source": "s1", "images": ["a.png", "b.png"], "videos": ["v.mp4"], "conversations": ["which?", "that"]}
     assert read_head(record, folder) == Sample(
         "s1", (Turn("user", (v, a, b, "\nwhich?")), Turn("assistant", ("that",))), label=0
@@ -619,21 +619,21 @@ def test_an_answer_of_yes_or_1_is_the_positive_label(folder: Path, answer: str, 
 
 
 def test_a_prompt_with_its_label(folder: Path):
-    a, b = Picture(folder / "a.png"), Picture(folder / "b.png")
+    a, b = ImageRef(folder / "a.png"), ImageRef(folder / "b.png")
     record = {"id": 7, "image": ["a.png", "b.png"], "prompt": "which?", "label": "cat", "group": 1}
     assert read_labelled(record, folder) == Sample("7", (Turn("user", (a, b, "\nwhich?")),), "cat", "1")
     within = {"image": ["a.png", "b.png"], "prompt": "is <image> like <image>?"}
     assert read_labelled(within, folder) == Sample("?", (Turn("user", ("is ", a, " like ", b, "?")),))
     assert read_labelled({"prompt": "which?"}, folder) == Sample("?", (Turn("user", ("which?",)),))
     assert read_labelled({"image": "a.png", "prompt": ""}, folder).turns == (Turn("user", (a,)),)
-    assert read_labelled({"images": ["b.png"], "prompt": "which?"}, folder).pictures == [b]
+    assert read_labelled({"images": ["b.png"], "prompt": "which?"}, folder).images == [b]
 
 
 def test_columns_of_other_names(folder: Path):
     keys = {"image_key": "photo", "prompt_key": "asked", "label_key": "kind", "group_key": "who"}
     record = {"photo": "a.png", "asked": "which?", "kind": 2, "who": "x", "image": "z.png", "label": 9, "group": 9}
     sample = read_labelled(record, folder, **keys)
-    assert sample == Sample("?", (Turn("user", (Picture(folder / "a.png"), "\nwhich?")),), 2, "x")
+    assert sample == Sample("?", (Turn("user", (ImageRef(folder / "a.png"), "\nwhich?")),), 2, "x")
     assert read_labelled({**record, "photo": None}, folder, **keys).turns == (Turn("user", ("which?",)),)
 
 
@@ -694,11 +694,11 @@ def test_a_labelled_record_that_cannot_be_used_says_why(folder: Path, name: str)
 
 
 def test_a_reader_of_the_users_own_is_named_by_its_function():
-    assert reader_of("llava") is read_llava
-    assert reader_of("vlm.data.records.formats:read_llava") is read_llava
+    assert get_reader("llava") is read_llava
+    assert get_reader("vlm.data.records.formats:read_llava") is read_llava
 
 
 @pytest.mark.parametrize("name", ["no.such.module:read", "vlm.data.records.formats:read_nothing"])
 def test_a_reader_that_does_not_exist_is_refused_by_key(name: str):
     with pytest.raises(ValueError, match=f"dataset.format={name}: "):
-        reader_of(name)
+        get_reader(name)

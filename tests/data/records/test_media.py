@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
-from vlm.data.records.media import file_of, picture_of, pictures_of, videos_of
-from vlm.data.sample import BadSample, OverLong, Picture, Video
+from vlm.data.records.media import (
+    image_ref_from_value,
+    image_refs_from_value,
+    resolve_media_file,
+    video_refs_from_value,
+)
+from vlm.data.sample import BadSample, ImageRef, OverLong, VideoRef
 
 CONTENT = b"\x89PNG and so on"
 ADDRESS = f"data:image/png;base64,{base64.b64encode(CONTENT).decode()}"
@@ -41,20 +46,22 @@ GIVEN: dict[str, tuple[Any, list[Any]]] = {
 @pytest.mark.parametrize("name", GIVEN)
 def test_pictures_are_named_in_several_ways(folder: Path, name: str):
     value, names = GIVEN[name]
-    found = [Picture(None, CONTENT) if path is None else Picture(folder / path) for path in names]
-    assert pictures_of(value, folder, "7") == found
+    found = [ImageRef(None, CONTENT) if path is None else ImageRef(folder / path) for path in names]
+    assert image_refs_from_value(value, folder, "7") == found
 
 
 def test_bytes_keep_the_name_that_they_had(folder: Path):
     """Only as a name: there need be no such file."""
-    assert picture_of({"bytes": CONTENT, "path": "gone.png"}, folder, "7") == Picture(Path("gone.png"), CONTENT)
+    assert image_ref_from_value({"bytes": CONTENT, "path": "gone.png"}, folder, "7") == ImageRef(
+        Path("gone.png"), CONTENT
+    )
 
 
 def test_videos_are_named_by_paths(folder: Path):
-    assert videos_of(["a.png", {"path": "deep/b.png"}], folder, "7") == [
-        Video(folder / "a.png"), Video(folder / "deep/b.png"),
+    assert video_refs_from_value(["a.png", {"path": "deep/b.png"}], folder, "7") == [
+        VideoRef(folder / "a.png"), VideoRef(folder / "deep/b.png"),
     ]  # fmt: skip
-    assert videos_of(None, folder, "7") == []
+    assert video_refs_from_value(None, folder, "7") == []
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -87,7 +94,7 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_what_is_no_picture_is_refused_with_the_record_and_the_reason(folder: Path, name: str):
     value, said = BAD[name]
     with pytest.raises(BadSample) as caught:
-        pictures_of(value, folder, "7", "photo")
+        image_refs_from_value(value, folder, "7", "photo")
     assert said in caught.value.reason
     assert caught.value.sample_id == "7"
 
@@ -105,43 +112,43 @@ BAD_VIDEOS: dict[str, tuple[Any, str]] = {
 def test_what_is_no_video_is_refused(folder: Path, name: str):
     value, said = BAD_VIDEOS[name]
     with pytest.raises(BadSample) as caught:
-        videos_of(value, folder, "7")
+        video_refs_from_value(value, folder, "7")
     assert said in caught.value.reason
 
 
 @pytest.mark.parametrize("whole", [lambda path: path, lambda path: str(path) + "/../images"])
 def test_a_folder_may_be_written_in_any_way(folder: Path, whole: Callable[[Path], str]):
     given = Path(whole(folder))
-    assert file_of("a.png", given, "7") == given / "a.png"
+    assert resolve_media_file("a.png", given, "7") == given / "a.png"
     with pytest.raises(BadSample, match="leaves the image folder"):
-        file_of("../outside.png", given, "7")
+        resolve_media_file("../outside.png", given, "7")
 
 
 def test_a_folder_whose_name_begins_alike_is_another(folder: Path):
     (folder.parent / "images2").mkdir()
     (folder.parent / "images2" / "a.png").write_bytes(CONTENT)
     with pytest.raises(BadSample, match="leaves the image folder"):
-        file_of("../images2/a.png", folder, "7")
+        resolve_media_file("../images2/a.png", folder, "7")
 
 
 def test_a_relative_folder_is_one_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
-    assert file_of("a.png", Path(), "7") == Path("a.png")
+    assert resolve_media_file("a.png", Path(), "7") == Path("a.png")
     with pytest.raises(BadSample, match="leaves the image folder"):
-        file_of("../outside.png", Path(), "7")
+        resolve_media_file("../outside.png", Path(), "7")
     monkeypatch.chdir(folder / "deep")
-    assert file_of("a.png", Path(".."), "7") == Path("../a.png")
+    assert resolve_media_file("a.png", Path(".."), "7") == Path("../a.png")
     with pytest.raises(BadSample, match="leaves the image folder"):
-        file_of("../outside.png", Path(".."), "7")
+        resolve_media_file("../outside.png", Path(".."), "7")
 
 
 # What a picture and an error say of themselves
 
 
 def test_a_picture_names_itself_without_its_bytes():
-    assert str(Picture(None, CONTENT)) == "in the record itself"
-    assert str(Picture(Path("v.mp4"), frame=3)) == "v.mp4, frame 3"
-    assert "PNG" not in repr(Picture(Path("a.png"), CONTENT))
+    assert str(ImageRef(None, CONTENT)) == "in the record itself"
+    assert str(ImageRef(Path("v.mp4"), frame=3)) == "v.mp4, frame 3"
+    assert "PNG" not in repr(ImageRef(Path("a.png"), CONTENT))
 
 
 @pytest.mark.parametrize("kind", [BadSample, OverLong])

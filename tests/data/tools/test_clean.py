@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 from tests.data.vision.test_video import write_video
 from vlm.data.records.formats import read_caption
 from vlm.data.sample import Sample
-from vlm.data.tools.clean import Seen, Summary, as_line, clean, main
-from vlm.data.tools.verdicts import Task, Verdict, picture_digest
+from vlm.data.tools.clean import CleanSummary, DuplicateFinder, clean, main, record_to_json_line
+from vlm.data.tools.verdicts import CleanTask, RecordVerdict, image_pixel_digest
 
 ROOT = Path(__file__).parents[3]
 
@@ -58,11 +58,11 @@ def write(folder: Path, records: list[Any]) -> Path:
     return path
 
 
-def task(folder: Path, **rules: Any) -> Task:
-    return Task(str(folder / "in.jsonl"), folder / "cache", **{"format": "caption", **rules})
+def task(folder: Path, **rules: Any) -> CleanTask:
+    return CleanTask(str(folder / "in.jsonl"), folder / "cache", **{"format": "caption", **rules})
 
 
-def cleaned(folder: Path, records: list[Any], duplicates: str = "record", **rules: Any) -> Summary:
+def cleaned(folder: Path, records: list[Any], duplicates: str = "record", **rules: Any) -> CleanSummary:
     """Clean records in this process, to `out.jsonl`."""
     write(folder, records)
     return clean(task(folder, **rules), folder / "out.jsonl", duplicates=duplicates, workers=1)
@@ -275,19 +275,19 @@ def test_pictures_are_told_apart_by_what_is_shown():
     changed = tall.copy()
     changed.putpixel((29, 599), (0, 0, 1))
     shown = [drawn(), turned(3), turned(6), drawn().convert("L"), grey, *deep, tall, changed, tall.transpose(2)]
-    assert len({picture_digest(image) for image in shown}) == len(shown)
-    assert picture_digest(turned(1)) == picture_digest(drawn())
-    assert picture_digest(grey) == picture_digest(grey.convert("RGB"))
+    assert len({image_pixel_digest(image) for image in shown}) == len(shown)
+    assert image_pixel_digest(turned(1)) == image_pixel_digest(drawn())
+    assert image_pixel_digest(grey) == image_pixel_digest(grey.convert("RGB"))
 
 
 def test_only_what_was_kept_has_been_seen():
     one, two, three = ("1" * 32, "2" * 32, "3" * 32)
-    seen = Seen("picture")
+    seen = DuplicateFinder("picture")
     verdicts = [
-        Verdict("a", pictures=[one]), Verdict("b", pictures=[one, two]), Verdict("c", pictures=[two, two]),
-        Verdict("d", "broken", pictures=[three]), Verdict("e", pictures=[three]),
+        RecordVerdict("a", pictures=[one]), RecordVerdict("b", pictures=[one, two]), RecordVerdict("c", pictures=[two, two]),
+        RecordVerdict("d", "broken", pictures=[three]), RecordVerdict("e", pictures=[three]),
     ]  # fmt: skip
-    found = [seen.judged(number, verdict).reason for number, verdict in enumerate(verdicts)]
+    found = [seen.mark_duplicate(number, verdict).reason for number, verdict in enumerate(verdicts)]
     assert found == [None, "duplicate", None, "broken", None]
 
 
@@ -301,9 +301,9 @@ def test_records_that_are_kept_are_as_they_were_and_in_order(folder: Path):
     ]
     cleaned(folder, records)
     assert lines(folder / "out.jsonl") == records
-    written = (folder / "out.jsonl").read_bytes()
-    assert "日本".encode() in written
-    assert written.count(b"\n") == len(records)
+    write_verdicts = (folder / "out.jsonl").read_bytes()
+    assert "日本".encode() in write_verdicts
+    assert write_verdicts.count(b"\n") == len(records)
 
 
 def test_json_and_parquet_are_read_and_pictures_inline_become_addresses(folder: Path):
@@ -311,12 +311,12 @@ def test_json_and_parquet_are_read_and_pictures_inline_become_addresses(folder: 
     pictures = [{"bytes": content, "path": "x.png"}, {"bytes": b"", "path": None}, {"bytes": None, "path": "1.png"}]
     rows = [{"id": number, "image": given, "caption": "a"} for number, given in enumerate(pictures)]
     pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
-    table = Task(str(folder / "in.parquet"), folder / "cache", format="caption")
+    table = CleanTask(str(folder / "in.parquet"), folder / "cache", format="caption")
     assert clean(table, folder / "out.jsonl", workers=1).dropped == {"broken": 1}
     first, last = lines(folder / "out.jsonl")
     assert first == {"id": 0, "image": f"data:image/png;base64,{base64.b64encode(content).decode()}", "caption": "a"}
     assert last["image"] == {"bytes": None, "path": "1.png"}
-    again = Task(str(folder / "out.jsonl"), folder / "cache", format="caption")
+    again = CleanTask(str(folder / "out.jsonl"), folder / "cache", format="caption")
     assert clean(again, folder / "again.jsonl", workers=1).kept == 2
     assert lines(folder / "again.jsonl") == [first, last]
 
@@ -325,7 +325,7 @@ def test_what_json_cannot_hold_is_written_as_text():
     from datetime import date
 
     record = {"day": date(2020, 1, 2), "sound": {"bytes": b"RIFF", "path": None}, "raw": [b"\0"]}
-    assert json.loads(as_line(record)) == {
+    assert json.loads(record_to_json_line(record)) == {
         "day": "2020-01-02", "sound": "data:application/octet-stream;base64,UklGRg==",
         "raw": ["data:application/octet-stream;base64,AA=="],
     }  # fmt: skip
@@ -358,7 +358,7 @@ def test_the_input_is_never_written_over(folder: Path, source: str):
     if source == "linked.jsonl":
         output.symlink_to(folder / source)
     with pytest.raises(ValueError, match=f"would write over the input .*{source}"):
-        clean(Task(str(folder / source), folder / "cache", format="caption"), output, force=True)
+        clean(CleanTask(str(folder / source), folder / "cache", format="caption"), output, force=True)
     assert (folder / source).read_bytes() == before
 
 
@@ -374,7 +374,7 @@ OUTPUTS = {
 def test_an_output_that_cannot_be_is_refused(folder: Path, name: str):
     (folder / "data" / "deep").mkdir(parents=True)
     with pytest.raises(ValueError, match=f"OUTPUT .*{name}.*{OUTPUTS[name]}"):
-        clean(Task(str(folder / "data"), folder / "cache"), folder / name)
+        clean(CleanTask(str(folder / "data"), folder / "cache"), folder / name)
 
 
 def test_nothing_but_the_results_is_left(folder: Path):
@@ -474,7 +474,7 @@ def test_workers_end_with_a_killed_parent_and_a_killed_worker_is_told(folder: Pa
     assert dropped(folder) == [(40, "duplicate")]
 
 
-def half_done(folder: Path, rules: Task) -> None:
+def half_done(folder: Path, rules: CleanTask) -> None:
     """A run that stops at the fourth record."""
     with pytest.MonkeyPatch.context() as patch:
         opened = Image.open

@@ -14,13 +14,13 @@ import pytest
 from tests.tiny_parts import picture
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import open_records, stream_records
-from vlm.data.sample import BadSample, Picture, Sample, Turn
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn
 from vlm.data.tools import convert
-from vlm.data.tools.convert import CONVERSIONS, OPTIONS, keywords, main
-from vlm.data.tools.corpora import SHORT_ANSWER, named_by
+from vlm.data.tools.convert import CONVERSIONS, OPTIONS, keyword_parameters, main
+from vlm.data.tools.corpora import SHORT_ANSWER, make_image_namer
 from vlm.data.tools.forms import FORMS
 
-NAMES = ("a.png", "b.png", "deep/c.png", "form.jpg", "00000/000000000.jpg", "00000/000000002.webp",
+OUTPUT_NAMES = ("a.png", "b.png", "deep/c.png", "form.jpg", "00000/000000000.jpg", "00000/000000002.webp",
          "00001/000010000.png",
          "COCO_train2014_000000000042.jpg", "COCO_train2014_000000000043.jpg", "7/upload-d.png", "e f.png")  # fmt: skip
 
@@ -28,7 +28,7 @@ NAMES = ("a.png", "b.png", "deep/c.png", "form.jpg", "00000/000000000.jpg", "000
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the folder `images`."""
-    for name in NAMES:
+    for name in OUTPUT_NAMES:
         file = tmp_path / "images" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         picture().save(file)
@@ -286,14 +286,14 @@ def test_vqa_one_record_a_question(folder: Path):
 )
 def test_image_patterns_are_checked_at_once(pattern: str):
     with pytest.raises(ValueError, match=r"--image-pattern .*the field image_id and no other"):
-        named_by(pattern)
+        make_image_namer(pattern)
 
 
 def test_image_patterns(folder: Path):
-    assert named_by("{image_id:05d}.jpg")(12) == "00012.jpg"
-    assert named_by("x/{image_id}.jpg")("ab") == "x/ab.jpg"
+    assert make_image_namer("{image_id:05d}.jpg")(12) == "00012.jpg"
+    assert make_image_namer("x/{image_id}.jpg")("ab") == "x/ab.jpg"
     with pytest.raises(BadSample, match="image_id='ab' does not fit"):
-        named_by("{image_id:05d}.jpg")("ab")
+        make_image_namer("{image_id:05d}.jpg")("ab")
 
 
 def test_vqa_annotations_that_are_none(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -493,7 +493,7 @@ def test_label_studio_without_what_it_needs(
 def test_every_form_is_converted_and_every_option_has_a_flag():
     assert set(FORMATS) <= set(CONVERSIONS)
     assert {one.form for one in CONVERSIONS.values()} <= set(FORMATS)
-    own = {name for one in CONVERSIONS.values() for name in keywords(one.records)}
+    own = {name for one in CONVERSIONS.values() for name in keyword_parameters(one.records)}
     known = {name for one in CONVERSIONS.values() for name in one.options}
     assert own - {"group"} <= set(OPTIONS) <= known
     assert set(FORMS) == {"llava", "messages"}
@@ -522,12 +522,12 @@ def test_help_names_everything(capsys: pytest.CaptureFixture[str]):
     ],
 )
 def test_what_an_input_is(content: Any, found: str, folder: Path):
-    assert convert.detected(put("in.json", content), Path("cache")) == found
+    assert convert.detect_conversion(put("in.json", content), Path("cache")) == found
     if isinstance(content, list):
-        assert convert.detected(put("in.jsonl", content), Path("cache")) == found
+        assert convert.detect_conversion(put("in.jsonl", content), Path("cache")) == found
     put("bom.json", "\ufeff " + json.dumps(content))
     if not isinstance(content, list):
-        assert convert.detected("bom.json", Path("cache")) == found
+        assert convert.detect_conversion("bom.json", Path("cache")) == found
 
 
 @pytest.mark.parametrize(
@@ -627,7 +627,7 @@ def test_records_are_not_collected(output: str, kind: str, folder: Path, monkeyp
     """Each record is written before the next but one is read."""
     given = {"llava": LLAVA[0], "ubiai": document(), "label-studio": task("a.png", result("rating", "r", rating=3))}
     counts = Counter[str]()
-    writer = convert.writer_for
+    writer = convert.make_writer
 
     def endless(*_: object, **__: object) -> Iterator[Any]:
         for counts["read"] in range(1, 301):
@@ -646,7 +646,7 @@ def test_records_are_not_collected(output: str, kind: str, folder: Path, monkeyp
         return made
 
     monkeypatch.setattr(convert, "stream_records", endless)
-    monkeypatch.setattr(convert, "writer_for", counting)
+    monkeypatch.setattr(convert, "make_writer", counting)
     options = ["--prompt", "Rate it."] if kind == "label-studio" else []
     main(["in.jsonl", output, "--from", kind, "--image-folder", "images", *options])
     assert counts == {"read": 300, "written": 300}
@@ -654,13 +654,15 @@ def test_records_are_not_collected(output: str, kind: str, folder: Path, monkeyp
 
 def test_lines_of_captions_are_taken_as_they_are_needed(folder: Path):
     put("in.tsv", "a cat\thttps://example.com/0\n" * 3)
-    records = CONVERSIONS["conceptual-captions"].records("in.tsv", convert.Context(Path("images"), Path("cache")))
+    records = CONVERSIONS["conceptual-captions"].records(
+        "in.tsv", convert.ConversionContext(Path("images"), Path("cache"))
+    )
     assert isinstance(records, Iterator)
     assert [record["id"] for record in itertools.islice(records, 1)] == ["000000000"]
 
 
 def test_samples_are_pictures_and_turns(folder: Path):
     [found] = run(put("in.jsonl", LLAVA[:1]), "out.jsonl")
-    seen = Picture(Path("images/a.png"))
+    seen = ImageRef(Path("images/a.png"))
     asked_and_told = (Turn("user", (seen, "\nwhat is it?")), Turn("assistant", ("a cat",)))
     assert FORMATS["llava"](found, Path("images")) == Sample("1", asked_and_told)

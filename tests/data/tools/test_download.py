@@ -21,19 +21,19 @@ from tests.data.tools.test_fetch import Site, drip, picture, send
 from vlm.data.records.formats import read_llava
 from vlm.data.tools import download as module
 from vlm.data.tools import fetch
-from vlm.data.tools.download import Options, Summary, Workers, download, main
+from vlm.data.tools.download import DownloadSummary, DownloadWorkers, Options, download, main
 from vlm.data.tools.table import Row, Table
 
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(fetch, "INITIAL_RETRY_WAIT", 0.01)
     site = Site()
     yield site
     site.close()
 
 
-def get(table: Path, output: Path, **changes: Any) -> Summary:
+def get(table: Path, output: Path, **changes: Any) -> DownloadSummary:
     return download(table, output, Options(**{"allow_private": True, "workers": 4, "timeout": 5.0, **changes}))
 
 
@@ -56,7 +56,7 @@ def reasons(output: Path) -> dict[int, str]:
     return {failure["row"]: failure["reason"] for failure in lines(output / "failures.jsonl")}
 
 
-def table_rows(path: Path, url: str | None = None, caption: str | None = None) -> list[tuple[str, str]]:
+def stream_table_rows(path: Path, url: str | None = None, caption: str | None = None) -> list[tuple[str, str]]:
     return [(row.url, row.caption) for row in Table(path, url, caption).rows()]
 
 
@@ -79,7 +79,7 @@ def test_leaves_pictures_and_records_of_llavas_form(site: Site, tmp_path: Path):
         "download.json", "failures.jsonl", "images", "records.jsonl",
     ]  # fmt: skip
     for record in records.values():
-        (path,) = [image.path for image in read_llava(record, output / "images").pictures]
+        (path,) = [image.path for image in read_llava(record, output / "images").images]
         assert path is not None
         Image.open(path).load()
 
@@ -132,9 +132,9 @@ def test_goes_on_and_tries_failures_again_only_when_told(site: Site, tmp_path: P
     assert sorted(site.paths) == ["/jpeg", "/later", "/png"]
     site.asked.clear()
     site.page("/later", picture())
-    assert get(table, output) == Summary(output, 3, {"HTTP 404": 1})
+    assert get(table, output) == DownloadSummary(output, 3, {"HTTP 404": 1})
     assert site.paths == ["/gif"]
-    assert get(table, output, retry_failed=True) == Summary(output, 4, {})
+    assert get(table, output, retry_failed=True) == DownloadSummary(output, 4, {})
     assert site.paths == ["/gif", "/later"]
     assert sorted(ids(output)) == [0, 1, 2, 3]
     assert not reasons(output)
@@ -247,7 +247,7 @@ def test_takes_only_a_few_rows_ahead(tmp_path: Path):
         for taken in range(1, 101):
             yield Row(taken - 1, "", "words")
 
-    with Workers(tmp_path, Options(workers=3)) as workers:
+    with DownloadWorkers(tmp_path, Options(workers=3)) as workers:
         for number, outcome in enumerate(workers.outcomes(rows()), start=1):
             assert outcome.reason == "no URL"
             assert taken < number + 6
@@ -278,7 +278,7 @@ def test_trouble_of_this_machine_ends_the_run(site: Site, tmp_path: Path, monkey
 )
 def test_columns_are_found(tmp_path: Path, name: str, content: str):
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    assert table_rows(tmp_path / name) == [("http://example.com/1", "a cat"), ("http://example.com/2", "b")]
+    assert stream_table_rows(tmp_path / name) == [("http://example.com/1", "a cat"), ("http://example.com/2", "b")]
     assert Table(tmp_path / name, None, None).num_rows == 2
 
 
@@ -287,26 +287,26 @@ def test_columns_are_named(tmp_path: Path):
     table.write_text("one,two,three\nhttp://example.com/1,http://example.com/2,x\n")
     with pytest.raises(ValueError, match=r"--url-column='2': no such column; .* has one, two, three"):
         Table(table, "2", "3")
-    assert table_rows(table, "two", "three") == [("http://example.com/2", "x")]
+    assert stream_table_rows(table, "two", "three") == [("http://example.com/2", "x")]
     table.write_text("http://example.com/1,http://example.com/2,x\n")
-    assert table_rows(table, "2", "3") == [("http://example.com/2", "x")]
+    assert stream_table_rows(table, "2", "3") == [("http://example.com/2", "x")]
 
 
 def test_quotation_marks_of_tsv_are_text_and_those_of_csv_are_not(tmp_path: Path):
     (tmp_path / "a.tsv").write_text('"a" cat\thttp://example.com/1\n"b\thttp://example.com/2\n')
-    assert [caption for _, caption in table_rows(tmp_path / "a.tsv")] == ['"a" cat', '"b']
+    assert [caption for _, caption in stream_table_rows(tmp_path / "a.tsv")] == ['"a" cat', '"b']
     (tmp_path / "a.csv").write_text('url,caption\nhttp://example.com/1,"a, ""b""\nc"\n')
-    assert table_rows(tmp_path / "a.csv") == [("http://example.com/1", 'a, "b"\nc')]
+    assert stream_table_rows(tmp_path / "a.csv") == [("http://example.com/1", 'a, "b"\nc')]
 
 
 def test_parquet(site: Site, tmp_path: Path):
     table = tmp_path / "a.parquet"
     columns = {"width": [1, 2, 3], "url": [site.url("/png"), None, site.url("/gif")], "caption": ["a", "b", None]}
     pyarrow.parquet.write_table(pa.table(columns), table, row_group_size=2)
-    assert table_rows(table) == [(site.url("/png"), "a"), ("", "b"), (site.url("/gif"), "")]
-    assert get(table, tmp_path / "out") == Summary(tmp_path / "out", 1, {"no URL": 1, "empty caption": 1})
+    assert stream_table_rows(table) == [(site.url("/png"), "a"), ("", "b"), (site.url("/gif"), "")]
+    assert get(table, tmp_path / "out") == DownloadSummary(tmp_path / "out", 1, {"no URL": 1, "empty caption": 1})
     with pytest.raises(ValueError, match="column 'width' is of int64; it must be of strings"):
-        table_rows(table, None, "width")
+        stream_table_rows(table, None, "width")
     table.write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="is no Parquet file"):
         Table(table, None, None)
@@ -339,7 +339,7 @@ def test_columns_that_cannot_be_told(tmp_path: Path, content: str, message: str)
 def test_a_field_without_end_names_its_line(tmp_path: Path):
     (tmp_path / "a.csv").write_text('url,caption\nhttp://example.com/,"' + "a" * 200_000)
     with pytest.raises(ValueError, match=r"a\.csv, line 2: field larger"):
-        table_rows(tmp_path / "a.csv")
+        stream_table_rows(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(

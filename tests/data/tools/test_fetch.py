@@ -14,7 +14,16 @@ import pytest
 from PIL import Image
 
 from vlm.data.tools import fetch
-from vlm.data.tools.fetch import Clock, Fetcher, FetchError, Stopped, is_public, look_up, picture_suffix, retry_after
+from vlm.data.tools.fetch import (
+    Deadline,
+    Fetcher,
+    FetchError,
+    FetchStopped,
+    check_image_suffix,
+    is_public,
+    resolve_host,
+    retry_after,
+)
 
 PUBLIC = "93.184.216.34"
 """An address that the check lets pass; no test connects to it."""
@@ -88,7 +97,7 @@ class Site:
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(fetch, "INITIAL_RETRY_WAIT", 0.01)
     site = Site()
     yield site
     site.close()
@@ -154,7 +163,7 @@ def test_follows_redirects_relative_ones_too(site: Site):
 def test_a_loop_of_redirects_ends(site: Site):
     site.pages["/loop"] = lambda handler: send(handler, 301, Location="/loop")
     assert reason(site.url("/loop")) == "too many redirects"
-    assert len(site.asked) == 1 + fetch.REDIRECTS
+    assert len(site.asked) == 1 + fetch.MAX_REDIRECTS
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 410, 204, 304])
@@ -190,7 +199,7 @@ def test_waits_as_long_as_the_server_asks_but_not_for_ever(site: Site, monkeypat
     asked_for = iter(["7", "3600", "nonsense"])
     site.pages["/busy"] = lambda handler: send(handler, 429, Retry_After=next(asked_for, "0"))
     assert reason(site.url("/busy"), retries=3, stop=stop) == "HTTP 429"
-    assert waits[:2] == [7, fetch.LONGEST_WAIT]
+    assert waits[:2] == [7, fetch.MAX_RETRY_WAIT]
     assert 0.02 <= waits[2] <= 0.06  # the third wait, four times the first, give or take a half
 
 
@@ -222,7 +231,7 @@ def test_stops_in_the_middle(site: Site):
     site.pages["/drip"] = lambda handler: (send(handler, 200, Content_Length="1000"), drip(handler, b"x", 0.02))[1]
     threading.Timer(0.2, stop.set).start()
     begun = time.monotonic()
-    with pytest.raises(Stopped):
+    with pytest.raises(FetchStopped):
         fetcher(stop=stop, timeout=20).fetch(site.url("/drip"))
     assert time.monotonic() - begun < 2
 
@@ -370,7 +379,7 @@ def test_the_environments_proxies_are_not_used(site: Site, monkeypatch: pytest.M
     ("code", "expected", "times"), [(socket.EAI_NONAME, "no such host", 1), (socket.EAI_AGAIN, "look-up failed", 3)]
 )
 def test_names_that_are_not_found(monkeypatch: pytest.MonkeyPatch, code: int, expected: str, times: int):
-    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(fetch, "INITIAL_RETRY_WAIT", 0.01)
     asked = []
 
     def getaddrinfo(*args: Any, **kwargs: Any):
@@ -386,15 +395,15 @@ def test_too_many_open_files_is_not_the_pictures_fault(monkeypatch: pytest.Monke
     def full(*args: Any):
         raise OSError(24, "Too many open files")
 
-    found = look_up("127.0.0.1", 80, 1)
-    monkeypatch.setattr(fetch, "look_up", lambda *args: found)
+    found = resolve_host("127.0.0.1", 80, 1)
+    monkeypatch.setattr(fetch, "resolve_host", lambda *args: found)
     monkeypatch.setattr(socket, "socket", full)
     with pytest.raises(OSError, match="Too many"):
         fetcher().fetch("http://127.0.0.1/")
 
 
 def test_clock():
-    clock = Clock(threading.Event())
+    clock = Deadline(threading.Event())
     with pytest.raises(TimeoutError):
         clock.left()
     clock.start(5)
@@ -403,14 +412,14 @@ def test_clock():
 
 @pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")])
 def test_suffix_is_that_of_the_content(kind: str, suffix: str):
-    assert picture_suffix(picture(kind), 16) == suffix
+    assert check_image_suffix(picture(kind), 16) == suffix
 
 
 def test_a_jpeg_with_a_second_picture_is_a_jpeg():
     file = BytesIO()
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])
-    assert picture_suffix(file.getvalue(), 0) == "jpg"
+    assert check_image_suffix(file.getvalue(), 0) == "jpg"
 
 
 @pytest.mark.parametrize(
@@ -426,7 +435,7 @@ def test_a_jpeg_with_a_second_picture_is_a_jpeg():
 )
 def test_what_is_no_picture_to_train_with(content: bytes, expected: str):
     with pytest.raises(FetchError) as error:
-        picture_suffix(content, 16)
+        check_image_suffix(content, 16)
     assert error.value.reason == expected
 
 
@@ -436,4 +445,4 @@ def test_a_bomb_is_not_unpacked(monkeypatch: pytest.MonkeyPatch, limit: int):
     content = picture("PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(FetchError, match="too many pixels"):
-        picture_suffix(content, 0)
+        check_image_suffix(content, 0)

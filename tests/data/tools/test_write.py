@@ -12,11 +12,11 @@ from PIL import Image
 
 from vlm.data.records.formats import FORMATS, read_llava, read_messages
 from vlm.data.records.open import open_records, stream_records
-from vlm.data.sample import BadSample, Picture, Sample, Turn, Video
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn, VideoRef
 from vlm.data.tools import write
-from vlm.data.tools.forms import FORMS, is_moved_by_llava, to_llava, to_messages
-from vlm.data.tools.write import writer_for
-from vlm.data.vision.images import open_pictures
+from vlm.data.tools.forms import FORMS, is_image_moved_by_llava, to_llava, to_messages
+from vlm.data.tools.write import make_writer
+from vlm.data.vision.images import open_media
 
 COLOURS = {"a.png": (250, 0, 0), "deep/b.jpg": (0, 0, 250), "c.png": (0, 250, 0)}
 
@@ -34,19 +34,19 @@ def folder(tmp_path: Path) -> Path:
 
 def samples(folder: Path) -> list[Sample]:
     """What both forms can say: no, one and several pictures, their order, a system prompt, odd characters, a video."""
-    a, b, c = (Picture(folder / name) for name in COLOURS)
+    a, b, c = (ImageRef(folder / name) for name in COLOURS)
     reply = Turn("assistant", ("Straße\n<image> 語",))
     return [
         Sample("1", (Turn("user", (a, "\nwhat?")), reply, Turn("user", ("and?",)), reply)),
         Sample("2", (Turn("system", ("Be brief.",)), Turn("user", ("hello",)), reply)),
         Sample("3", (Turn("user", ("one ", b, " two ", c, a)), reply, Turn("user", (b,)), Turn("assistant", ("",)))),
-        Sample("4", (Turn("user", (Video(folder / "film.mp4"), a, b, "\nwhat \\ \"now\"?")), reply)),
+        Sample("4", (Turn("user", (VideoRef(folder / "film.mp4"), a, b, "\nwhat \\ \"now\"?")), reply)),
     ]  # fmt: skip
 
 
 def written(output: str, folder: Path, records: list[dict[str, Any]], **options: Any) -> list[Any]:
     """Records as they are read back."""
-    with writer_for(output, folder, **options) as writer:
+    with make_writer(output, folder, **options) as writer:
         for record in records:
             writer.write(record)
     return list(stream_records(output, folder.parent / "cache"))
@@ -54,9 +54,9 @@ def written(output: str, folder: Path, records: list[dict[str, Any]], **options:
 
 def seen(sample: Sample) -> tuple[list[list[Any]], list[tuple[int, ...]]]:
     """Turns with a mark for each picture, and the pictures' first pixels, to the nearest fifty."""
-    turns = [[turn.role, *("picture" if isinstance(part, Picture) else part for part in turn.content)]
+    turns = [[turn.role, *("picture" if isinstance(part, ImageRef) else part for part in turn.content)]
              for turn in sample.turns]  # fmt: skip
-    pixels = [image.convert("RGB").getpixel((0, 0)) for image in open_pictures(sample)]
+    pixels = [image.convert("RGB").getpixel((0, 0)) for image in open_media(sample)]
     return turns, [tuple(round(value / 50) for value in pixel) for pixel in pixels]  # pyright: ignore
 
 
@@ -94,12 +94,12 @@ def test_messages_look_as_chat_templates_have_them(folder: Path):
 
 
 def test_a_picture_after_text_is_one_that_llava_moves(folder: Path):
-    picture = Picture(folder / "a.png")
+    picture = ImageRef(folder / "a.png")
     sample = Sample("1", (Turn("user", ("what?", picture)), Turn("assistant", ("a cat",))))
-    assert [is_moved_by_llava(turn) for turn in sample.turns] == [True, False]
+    assert [is_image_moved_by_llava(turn) for turn in sample.turns] == [True, False]
     assert read_llava(to_llava(sample, folder), folder).turns[0].content == (picture, "\nwhat?")
     assert read_messages(to_messages(sample, folder), folder) == sample
-    assert not any(is_moved_by_llava(turn) for sample in samples(folder) for turn in sample.turns)
+    assert not any(is_image_moved_by_llava(turn) for sample in samples(folder) for turn in sample.turns)
 
 
 def test_text_that_llava_would_take_for_a_picture_is_refused(folder: Path):
@@ -110,7 +110,7 @@ def test_text_that_llava_would_take_for_a_picture_is_refused(folder: Path):
 
 
 def test_a_frame_has_no_name(folder: Path):
-    sample = Sample("9", (Turn("user", (Picture(folder / "film.mp4", frame=3),)), Turn("assistant", ("a film",))))
+    sample = Sample("9", (Turn("user", (ImageRef(folder / "film.mp4", frame=3),)), Turn("assistant", ("a film",))))
     with pytest.raises(BadSample, match="frame 3 is no file of its own"):
         to_llava(sample, folder)
 
@@ -124,7 +124,7 @@ def test_every_kind_of_file_is_read_back(name: str, form: str, folder: Path, tmp
     made = [FORMS[form](sample, folder) for sample in samples(folder)]
     found = written(f"{tmp_path}/{name.partition('%')[0]}", folder, made) if "%" not in name else None
     if found is None:
-        with writer_for(f"{tmp_path}/{name}", folder, shard_size=3) as writer:
+        with make_writer(f"{tmp_path}/{name}", folder, shard_size=3) as writer:
             for record in made:
                 writer.write(record)
         assert sorted(file.name for file in (tmp_path / "shards").iterdir()) == ["00000.tar", "00001.tar"]
@@ -133,7 +133,7 @@ def test_every_kind_of_file_is_read_back(name: str, form: str, folder: Path, tmp
     assert [sample.id for sample in read] == ["1", "2", "3", "4"]
     if "tar" in name or "shards" in name:
         assert list(map(seen, read[:3])) == list(map(seen, samples(folder)[:3]))
-        assert all(picture.content for sample in read for picture in sample.pictures)
+        assert all(picture.content for sample in read for picture in sample.images)
         assert read[3].videos == samples(folder)[3].videos
     else:
         assert read == samples(folder)
@@ -219,7 +219,7 @@ def test_dates_are_text_in_json(folder: Path, tmp_path: Path):
 )
 def test_what_json_cannot_hold_leaves_no_trace(record: dict[str, Any], reason: str, folder: Path, tmp_path: Path):
     for name in ("out.jsonl", "out.json"):
-        with writer_for(f"{tmp_path}/{name}", folder) as writer:
+        with make_writer(f"{tmp_path}/{name}", folder) as writer:
             with pytest.raises(BadSample, match=reason) as caught:
                 writer.write(record)
             assert caught.value.sample_id == "7"
@@ -230,7 +230,7 @@ def test_what_json_cannot_hold_leaves_no_trace(record: dict[str, Any], reason: s
 
 def stop(output: str, folder: Path, record: dict[str, Any], **options: Any) -> None:
     """Begin to write, and stop."""
-    writer = writer_for(output, folder, **options)
+    writer = make_writer(output, folder, **options)
     with pytest.raises(KeyboardInterrupt), writer:  # noqa: PT012, the interruption comes within
         writer.write(record)
         raise KeyboardInterrupt
@@ -241,15 +241,15 @@ def test_a_stopped_writer_leaves_what_was_there(name: str, folder: Path, tmp_pat
     output, record = f"{tmp_path}/new/{name}", to_llava(samples(folder)[0], folder)
     stop(output, folder, record)
     assert not [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
-    with writer_for(output, folder) as writer:
+    with make_writer(output, folder) as writer:
         writer.write(record)
     [file] = [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
     before = file.read_bytes()
     with pytest.raises(ValueError, match="exists; name another output, or give --force"):
-        writer_for(output, folder)
+        make_writer(output, folder)
     stop(output, folder, to_llava(samples(folder)[2], folder), force=True)
     assert file.read_bytes() == before
-    with writer_for(output, folder, force=True) as writer:
+    with make_writer(output, folder, force=True) as writer:
         writer.write(to_llava(samples(folder)[2], folder))
     assert file.read_bytes() != before
 
@@ -258,7 +258,7 @@ def test_fewer_shards_replace_more(folder: Path, tmp_path: Path):
     made = [to_llava(sample, folder) for sample in samples(folder)]
     output = f"{tmp_path}/shards/part-%04d.tar"
     for number in (4, 2):
-        with writer_for(output, folder, shard_size=1, force=True) as writer:
+        with make_writer(output, folder, shard_size=1, force=True) as writer:
             for record in made[:number]:
                 writer.write(record)
     assert sorted(file.name for file in (tmp_path / "shards").iterdir()) == ["part-0000.tar", "part-0001.tar"]
@@ -266,7 +266,7 @@ def test_fewer_shards_replace_more(folder: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.json", "out.parquet", "shards/"])
 def test_no_records_make_no_file(name: str, folder: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="there was no record"), writer_for(f"{tmp_path}/{name}", folder):
+    with pytest.raises(ValueError, match="there was no record"), make_writer(f"{tmp_path}/{name}", folder):
         pass
     assert not [file for file in tmp_path.rglob("out*") if file.is_file()]
 
@@ -289,12 +289,12 @@ def test_names_and_options_that_do_not_fit(
     name: str, options: dict[str, Any], message: str, folder: Path, tmp_path: Path
 ):
     with pytest.raises(ValueError, match=message):
-        writer_for(f"{tmp_path}/{name}", folder, **options)
+        make_writer(f"{tmp_path}/{name}", folder, **options)
 
 
 def test_a_folder_with_the_name_of_a_file_is_refused(folder: Path, tmp_path: Path):
     (tmp_path / "out.json").mkdir()
     with pytest.raises(ValueError, match="exists"):
-        writer_for(f"{tmp_path}/out.json", folder)
+        make_writer(f"{tmp_path}/out.json", folder)
     with pytest.raises(ValueError, match="is a folder; for tar shards in it, write"):
-        writer_for(f"{tmp_path}/out.json", folder, force=True)
+        make_writer(f"{tmp_path}/out.json", folder, force=True)

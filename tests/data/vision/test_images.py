@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from tests.tiny_parts import picture
-from vlm.data.sample import BadSample, Picture, Sample, Turn
-from vlm.data.vision.images import check_picture, open_picture, open_pictures
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn
+from vlm.data.vision.images import open_image, open_media, read_image_size
 
 
 def encoded(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
@@ -31,33 +31,33 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
-def given(folder: Path, name: str, content: bytes, how: str) -> Picture:
+def given(folder: Path, name: str, content: bytes, how: str) -> ImageRef:
     """A picture as a file, or as bytes that had a name."""
     if how == "file":
         (folder / name).write_bytes(content)
-        return Picture(folder / name)
-    return Picture(Path(name), content)
+        return ImageRef(folder / name)
+    return ImageRef(Path(name), content)
 
 
 @pytest.mark.parametrize("how", ["file", "bytes"])
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
 def test_a_picture_is_decoded(tmp_path: Path, how: str, kind: str):
     found = given(tmp_path, "a", encoded(kind), how)
-    opened = open_picture(found, "7")
+    opened = open_image(found, "7")
     (tmp_path / "a").unlink(missing_ok=True)
     assert opened.tobytes() == picture(size=(64, 48)).tobytes()
 
 
 def test_a_header_tells_the_size(tmp_path: Path):
     whole = encoded("JPEG")
-    assert check_picture(given(tmp_path, "a.jpg", whole[:-500], "file"), "7") == (64, 48)
-    assert check_picture(Picture(None, whole), "7") == (64, 48)
+    assert read_image_size(given(tmp_path, "a.jpg", whole[:-500], "file"), "7") == (64, 48)
+    assert read_image_size(ImageRef(None, whole), "7") == (64, 48)
 
 
 def test_an_animation_shows_its_first_frame():
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "green")]
     content = encoded("GIF", frames[0], save_all=True, append_images=frames[1:])
-    assert open_picture(Picture(None, content), "7").convert("RGB").getpixel((5, 5)) == (255, 0, 0)
+    assert open_image(ImageRef(None, content), "7").convert("RGB").getpixel((5, 5)) == (255, 0, 0)
 
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -81,23 +81,23 @@ WHOLE_HEADERS = ("a.jpg", "a.png", "a.gif")
 def test_what_does_not_decode_says_why(tmp_path: Path, name: str, how: str):
     content, said = BAD[name]
     if name in ONLY_FILES:
-        found = Picture(tmp_path / name)
+        found = ImageRef(tmp_path / name)
         (tmp_path / "folder").mkdir()
     else:
         found = given(tmp_path, name, content(), how)
     with pytest.raises(BadSample) as caught:
-        open_picture(found, "7")
+        open_image(found, "7")
     assert (caught.value.sample_id, caught.value.file) == ("7", str(found.path))
     assert caught.value.reason.startswith(f"image {found} does not open: ")
     assert said in caught.value.reason
     if name not in WHOLE_HEADERS:
         with pytest.raises(BadSample):
-            check_picture(found, "7")
+            read_image_size(found, "7")
 
 
 def test_bytes_without_a_name_are_told_as_such():
     with pytest.raises(BadSample, match="image in the record itself does not open: the file is empty") as caught:
-        open_picture(Picture(None, b""), "7")
+        open_image(ImageRef(None, b""), "7")
     assert caught.value.file is None
 
 
@@ -105,7 +105,7 @@ def test_a_large_picture_that_is_no_bomb_is_opened_without_a_warning():
     """Pillow warns from half of what it refuses."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert check_picture(Picture(None, png_of(10_000, 10_000)), "7") == (10_000, 10_000)
+        assert read_image_size(ImageRef(None, png_of(10_000, 10_000)), "7") == (10_000, 10_000)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, SyntaxError, OverflowError, ValueError, OSError])
@@ -117,16 +117,16 @@ def test_whatever_a_decoder_raises_is_the_records_trouble(error: type[Exception]
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(BadSample, match="record '7': image in the record itself does not open: no such luck"):
-        open_picture(Picture(None, encoded("BMP")), "7")
+        open_image(ImageRef(None, encoded("BMP")), "7")
 
 
 def test_the_pictures_of_a_sample_come_in_order(tmp_path: Path):
     sizes = [(10, 12), (14, 16), (18, 20)]
     contents = [encoded("PNG", picture(size=size)) for size in sizes]
     (tmp_path / "a.png").write_bytes(contents[0])
-    shown = [Picture(tmp_path / "a.png"), Picture(None, contents[1]), Picture(None, contents[2])]
+    shown = [ImageRef(tmp_path / "a.png"), ImageRef(None, contents[1]), ImageRef(None, contents[2])]
     turns = (Turn("user", (shown[1], "and", shown[0], shown[0])), Turn("assistant", ("a",)), Turn("user", (shown[2],)))
-    assert [image.size for image in open_pictures(Sample("7", turns))] == [sizes[1], sizes[0], sizes[0], sizes[2]]
-    broken = Sample("9", (Turn("user", (shown[0], Picture(tmp_path / "b.png"))),))
+    assert [image.size for image in open_media(Sample("7", turns))] == [sizes[1], sizes[0], sizes[0], sizes[2]]
+    broken = Sample("9", (Turn("user", (shown[0], ImageRef(tmp_path / "b.png"))),))
     with pytest.raises(BadSample, match=r"record '9': image .*b.png does not open"):
-        open_pictures(broken)
+        open_media(broken)

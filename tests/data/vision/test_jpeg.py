@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
 from tests.tiny_parts import byte_tokenizer
-from vlm.data.encoding.labels import template_text
-from vlm.data.sample import BadSample, Picture, Sample, Turn
-from vlm.data.vision.jpeg import decoded, tensor_or_picture
+from vlm.data.encoding.labels import read_template
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn
+from vlm.data.vision.jpeg import decode_sample_images, read_image_or_tensor
 from vlm.models import VLMProcessor
 
 SIZE = {"height": 24, "width": 24}
@@ -32,11 +32,11 @@ def photo(width: int = 61, height: int = 40) -> Image.Image:
 
 
 def processor(kind: str, mode: str = "square") -> VLMProcessor:
-    tokenizer = byte_tokenizer(template_text("chatml"), bos="<s>", eos="</s>")
+    tokenizer = byte_tokenizer(read_template("chatml"), bos="<s>", eos="</s>")
     return VLMProcessor(IMAGE_PROCESSORS[kind], tokenizer, image_mode=mode)
 
 
-def sample(*pictures: Picture) -> Sample:
+def sample(*pictures: ImageRef) -> Sample:
     return Sample("7", (Turn("user", pictures), Turn("assistant", ("a",))))
 
 
@@ -63,11 +63,13 @@ def test_a_jpeg_has_the_pixels_that_pillow_reads(mode: str, options: dict):
     """Within one of 255 levels."""
     content = jpeg(photo(), **options)
     ours = processor("clip", mode)
-    fast = tensor_or_picture(Picture(content=content), "7")
+    fast = read_image_or_tensor(ImageRef(content=content), "7")
     assert isinstance(fast, torch.Tensor)
     slow = ours.raw_pixels([Image.open(BytesIO(content))])
     assert (ours.raw_pixels([fast]).int() - slow.int()).abs().max() <= 1
-    assert torch.equal(ours.raw_pixels(decoded(sample(Picture(content=content)), ours)), ours.raw_pixels([fast]))
+    assert torch.equal(
+        ours.raw_pixels(decode_sample_images(sample(ImageRef(content=content)), ours)), ours.raw_pixels([fast])
+    )
 
 
 def upright() -> Image.Image:
@@ -114,7 +116,7 @@ KINDS = {
 def test_every_kind_of_picture_looks_as_it_should(kind: str, name: str):
     """Dark above, bright below."""
     ours = processor(kind)
-    pixels = ours.raw_pixels(decoded(sample(Picture(content=KINDS[name])), ours)).float()
+    pixels = ours.raw_pixels(decode_sample_images(sample(ImageRef(content=KINDS[name])), ours)).float()
     assert pixels.shape == (1, 3, 24, 24)
     assert pixels[:, :, :10].mean() < 12
     assert pixels[:, :, 14:].mean() > 243
@@ -124,11 +126,11 @@ def test_every_kind_of_picture_looks_as_it_should(kind: str, name: str):
 def test_a_torn_jpeg_names_its_record(tmp_path: Path, length: int):
     (tmp_path / "a.jpg").write_bytes(jpeg(photo(200, 200))[:length])
     with pytest.raises(BadSample, match=r"record '7': image .*a.jpg does not open: ") as caught:
-        decoded(sample(Picture(tmp_path / "a.jpg")), processor("clip"))
+        decode_sample_images(sample(ImageRef(tmp_path / "a.jpg")), processor("clip"))
     assert caught.value.file == str(tmp_path / "a.jpg")
     with pytest.raises(BadSample, match=r"record '7': image .*b.jpg does not open: .*No such file"):
-        decoded(sample(Picture(tmp_path / "b.jpg")), processor("clip"))
+        decode_sample_images(sample(ImageRef(tmp_path / "b.jpg")), processor("clip"))
 
 
 def test_a_sample_without_pictures_has_no_pixels():
-    assert processor("clip").image_inputs(decoded(sample(), processor("clip"))) == {}
+    assert processor("clip").image_inputs(decode_sample_images(sample(), processor("clip"))) == {}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.sample import BadSample, Picture, Sample, Turn, Video
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn, VideoRef
 from vlm.data.vision import images as pictures
-from vlm.data.vision.images import open_picture, open_pictures
-from vlm.data.vision.video import frames_of, num_frames, read_frames
+from vlm.data.vision.images import open_image, open_media
+from vlm.data.vision.video import num_frames, read_frames, sample_frame_refs
 
 RATE = 10
 STEP = 12
@@ -61,18 +61,18 @@ SPREAD = {1: [10], 2: [5, 15], 3: [3, 10, 16], 4: [2, 7, 12, 17], 20: list(range
 
 @pytest.mark.parametrize("most", SPREAD)
 def test_frames_are_spread_evenly(folder: Path, most: int):
-    found = frames_of(folder / "a.mp4", most, "7")
-    assert found == tuple(Picture(folder / "a.mp4", frame=frame) for frame in SPREAD[most])
+    found = sample_frame_refs(folder / "a.mp4", most, "7")
+    assert found == tuple(ImageRef(folder / "a.mp4", frame=frame) for frame in SPREAD[most])
     assert numbers(read_frames(folder / "a.mp4", SPREAD[most], "7")) == SPREAD[most]
 
 
 def test_a_short_video_gives_all_that_it_has(folder: Path):
-    assert [picture.frame for picture in frames_of(folder / "short.mp4", 8, "7")] == [0, 1, 2]
+    assert [picture.frame for picture in sample_frame_refs(folder / "short.mp4", 8, "7")] == [0, 1, 2]
 
 
 def test_frames_come_in_the_order_in_which_they_are_asked_for(folder: Path):
     assert numbers(read_frames(folder / "a.mp4", [9, 2, 9, 0, 19], "7")) == [9, 2, 9, 0, 19]
-    assert numbers([open_picture(Picture(folder / "a.mp4", frame=4), "7")]) == [4]
+    assert numbers([open_image(ImageRef(folder / "a.mp4", frame=4), "7")]) == [4]
 
 
 def test_a_sample_opens_each_video_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -84,9 +84,9 @@ def test_a_sample_opens_each_video_once(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(pictures, "read_frames", read)
     Image.new("RGB", (8, 8), (4 * STEP,) * 3).save(folder / "p.png")
-    turn = Turn("user", (Video(folder / "a.mp4"), "?", Picture(folder / "p.png"), Video(folder / "short.mp4")))
-    sample = Sample("7", (turn,)).with_videos(lambda video: frames_of(video.path, 2, "7"))
-    assert numbers(open_pictures(sample)) == [5, 15, 4, 0, 2]
+    turn = Turn("user", (VideoRef(folder / "a.mp4"), "?", ImageRef(folder / "p.png"), VideoRef(folder / "short.mp4")))
+    sample = Sample("7", (turn,)).with_videos(lambda video: sample_frame_refs(video.path, 2, "7"))
+    assert numbers(open_media(sample)) == [5, 15, 4, 0, 2]
     assert asked == [("a.mp4", [5, 15]), ("short.mp4", [0, 2])]
 
 
@@ -104,7 +104,7 @@ def test_frames_before_the_start_of_a_cut_video_do_not_count(folder: Path):
                 packet.stream, packet.pts, packet.dts = target, packet.pts - shift, packet.dts - shift
                 cut.mux(packet)
     assert num_frames(folder / "cut.mp4", "7") == 13
-    frames = [picture.frame for picture in frames_of(folder / "cut.mp4", 99, "7")]
+    frames = [picture.frame for picture in sample_frame_refs(folder / "cut.mp4", 99, "7")]
     assert numbers(read_frames(folder / "cut.mp4", [frame for frame in frames if frame is not None], "7")) == [
         *range(7, 20)
     ]
@@ -143,7 +143,7 @@ def test_a_file_that_is_no_whole_video_is_told_with_its_record(folder: Path, tmp
     content, said = BAD[name]
     if name != "missing.mp4":
         (tmp_path / name).write_bytes(content(folder))
-    for read in (lambda path: frames_of(path, 4, "7"), lambda path: read_frames(path, [0], "7")):
+    for read in (lambda path: sample_frame_refs(path, 4, "7"), lambda path: read_frames(path, [0], "7")):
         with pytest.raises(BadSample) as caught:
             read(tmp_path / name)
         assert said in caught.value.reason

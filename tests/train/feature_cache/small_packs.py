@@ -3,7 +3,7 @@
 from vlm.cli.train import main
 from vlm.train.feature_cache import writer as filling
 
-filling.PACK_VIEWS = 4
+filling.VIEWS_PER_PACK = 4
 
 if __name__ == "__main__":
     main()

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import losses
 from tests.train.heads.head_runs import logged
-from vlm.data.feature_cache.reader import FORM, PARTIAL, ROWS
+from vlm.data.feature_cache.reader import FEATURES_FILE, FORMAT_FILE, PARTIAL_SUFFIX
 from vlm.models import VLMForConditionalGeneration
 from vlm.train.feature_cache import fingerprints as digests
 from vlm.train.feature_cache import writer as filling
-from vlm.train.feature_cache.encoder import Encoding
+from vlm.train.feature_cache.encoder import FrozenVisualEncoder
 
 SHORT = [
     "trainer.num_train_epochs=2", "trainer.max_steps=-1", "trainer.num_samples=0", "trainer.eval_strategy=epoch",
@@ -44,18 +44,18 @@ def start(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many views each call of the encoder sees, whoever calls it."""
     seen: list[int] = []
-    original = VLMForConditionalGeneration._encode
+    original = VLMForConditionalGeneration._encode_and_concatenate
 
     def counted(self: Any, pixels: torch.Tensor) -> torch.Tensor:
         seen.extend([len(pixels)] * (pixels.device.type != "meta"))  # operations are counted there
         return original(self, pixels)
 
-    monkeypatch.setattr(VLMForConditionalGeneration, "_encode", counted)
+    monkeypatch.setattr(VLMForConditionalGeneration, "_encode_and_concatenate", counted)
     return seen
 
 
 def packs(cache: Path) -> set[Path]:
-    return {form.parent for form in cache.glob(f"image_features/*/*/{FORM}")}
+    return {form.parent for form in cache.glob(f"image_features/*/*/{FORMAT_FILE}")}
 
 
 def evaluated(folder: Path) -> list[tuple[float, float]]:
@@ -208,7 +208,7 @@ def test_a_torn_picture_is_refused_or_left_out(start: Callable[..., Path], tmp_p
     with pytest.raises(ValueError, match=r"12\.png does not open"):
         start(tmp_path, "trainer.eval_strategy=no", *torn)
     assert not packs(tmp_path)
-    assert not list(tmp_path.rglob(f"*{PARTIAL}"))
+    assert not list(tmp_path.rglob(f"*{PARTIAL_SUFFIX}"))
     words = ["dataset.on_bad_sample=skip", "trainer.eval_strategy=no", *torn]
     assert "12.png does not open" in (start(tmp_path, *words) / "skipped.jsonl").read_text()
 
@@ -219,22 +219,22 @@ def test_no_room_is_said_before_anything_is_written(start: Callable[..., Path], 
         match=rf"need {19 * mmap.PAGESIZE / 1e9:.3g} GB more .* 1e-06 GB are allowed \(dataset.cache_limit_gb=1e-06",
     ):
         start(tmp_path, SPLIT, "dataset.cache_limit_gb=1e-6")
-    assert not list(tmp_path.rglob(ROWS))
+    assert not list(tmp_path.rglob(FEATURES_FILE))
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many views each call of the encoder sees, of which the third runs out of memory."""
-    original = Encoding.__call__
+    original = FrozenVisualEncoder.__call__
     calls: list[int] = []
 
-    def fails(self: Encoding, pixels: torch.Tensor) -> torch.Tensor:
+    def fails(self: FrozenVisualEncoder, pixels: torch.Tensor) -> torch.Tensor:
         calls.append(len(pixels))
         if len(calls) == 3:
             raise RuntimeError("out of memory")
         return original(self, pixels)
 
-    monkeypatch.setattr(Encoding, "__call__", fails)
+    monkeypatch.setattr(FrozenVisualEncoder, "__call__", fails)
     return calls
 
 
@@ -242,14 +242,14 @@ def test_an_error_while_it_is_computed_leaves_nothing(start: Callable[..., Path]
     with pytest.raises(RuntimeError, match="out of memory"):
         start(tmp_path, SPLIT)
     assert len(failing) == 3
-    assert not list(tmp_path.rglob(ROWS))
+    assert not list(tmp_path.rglob(FEATURES_FILE))
 
 
 def test_packs_that_were_done_before_an_error_stay(
     start: Callable[..., Path], tmp_path: Path, failing: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     """The first four views, in a pack of their own."""
-    monkeypatch.setattr(filling, "PACK_VIEWS", 4)
+    monkeypatch.setattr(filling, "VIEWS_PER_PACK", 4)
     with pytest.raises(RuntimeError, match="out of memory"):
         start(tmp_path, SPLIT, "trainer.per_device_train_batch_size=4")
     assert failing == [1, 4, 4]
@@ -273,14 +273,14 @@ def test_packs_of_a_run_that_is_over_make_room(start: Callable[..., Path], tmp_p
 
 
 def test_a_stores_name_tells_what_opens_pictures(monkeypatch: pytest.MonkeyPatch):
-    before = digests.code_digest(Encoding)
-    content, version = Path.read_bytes, digests.version_of
+    before = digests.code_digest(FrozenVisualEncoder)
+    content, version = Path.read_bytes, digests.installed_version
     for file in ("pictures.py", "pixels.py", "video.py", "encoding.py", "processing_vlm.py"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda self, file=file: content(self) + b"#" * (self.name == file))
-            assert digests.code_digest(Encoding) != before, file
+            assert digests.code_digest(FrozenVisualEncoder) != before, file
     for library in ("torchvision", "pillow", "simplejpeg", "timm", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(digests, "version_of", lambda name, one=library: "0" if name == one else version(name))
-            assert digests.code_digest(Encoding) != before, library
-    assert digests.code_digest(Encoding) == before
+            patch.setattr(digests, "installed_version", lambda name, one=library: "0" if name == one else version(name))
+            assert digests.code_digest(FrozenVisualEncoder) != before, library
+    assert digests.code_digest(FrozenVisualEncoder) == before

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import losses
 from tests.train.test_distributed_runs import launch
-from vlm.data.feature_cache.reader import FORM
+from vlm.data.feature_cache.reader import FORMAT_FILE
 
 WORDS = [
     "trainer.num_train_epochs=1", "trainer.max_steps=-1", "trainer.num_samples=0", "trainer.eval_strategy=epoch",
@@ -31,11 +31,11 @@ def test_two_ranks_reach_the_single_process(
     launch([*words, f"trainer.output_dir={tmp_path / 'two'}"])
     assert losses(tmp_path / "two") == pytest.approx(losses(single), abs=2e-4)
     assert (tmp_path / "two" / "final" / "model.safetensors").is_file()
-    kept = {form: form.stat().st_mtime_ns for form in tmp_path.glob(f"cache/image_features/*/*/{FORM}")}
+    kept = {form: form.stat().st_mtime_ns for form in tmp_path.glob(f"cache/image_features/*/*/{FORMAT_FILE}")}
     assert kept
     launch([*words, f"trainer.output_dir={tmp_path / 'again'}"])
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
-    assert {form: form.stat().st_mtime_ns for form in tmp_path.glob(f"cache/image_features/*/*/{FORM}")} == kept
+    assert {form: form.stat().st_mtime_ns for form in tmp_path.glob(f"cache/image_features/*/*/{FORMAT_FILE}")} == kept
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_two_ranks_write_several_packs(common: list[str], train: Callable[..., P
     ]  # fmt: skip
     launch([*words, f"trainer.output_dir={tmp_path / 'two'}"], "tests.train.feature_cache.small_packs")
     assert losses(tmp_path / "two") == pytest.approx(losses(single), abs=2e-4)
-    packs = {form.parent for form in tmp_path.glob(f"cache/image_features/*/*/{FORM}")}
+    packs = {form.parent for form in tmp_path.glob(f"cache/image_features/*/*/{FORMAT_FILE}")}
     assert len(packs) == 5
     shutil.rmtree(gone := min(packs))
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoProcessor
 
-from vlm.data.sample import Picture, Sample, Turn
+from vlm.data.sample import ImageRef, Sample, Turn
 from vlm.inference.predict import Predictor
 
 SHORT = ["trainer.max_steps=3"]
@@ -56,7 +56,7 @@ def rewritten(labelled: Path, folder: Path, change: Callable[[int, dict], object
 
 def answered(record: dict, image_folder: Path, label_key: str = "colour") -> Sample:
     """A reader: the colour is the label, and what a model would answer."""
-    content = (Picture(image_folder / record["image"]), record["prompt"])
+    content = (ImageRef(image_folder / record["image"]), record["prompt"])
     turns = (Turn("user", content), Turn("assistant", (f"it is {record['colour']}",)))
     return Sample(record["id"], turns, record[label_key])
 

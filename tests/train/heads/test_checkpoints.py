@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoProcessor
 
-from tests.conftest import config_of, head_words, losses, quick_report
+from tests.conftest import compose_config, head_words, losses, quick_report
 from tests.families.tiny_families import save_family
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, rewritten, scores_of
-from vlm.assembly.adapter_folder import ADAPTER, OTHERS, load
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, load
 from vlm.assembly.adapter_merge import merge
 from vlm.inference.predict import Predictor
 from vlm.models import VLMForPrediction
@@ -24,7 +24,7 @@ from vlm.train.trainer import newest_checkpoint
 LORA = ["trainer.lora.language_model.r=4", "trainer.max_steps=4"]
 
 
-def said_on(told: list[dict[str, Any]]) -> np.ndarray:
+def read_head_outputs(told: list[dict[str, Any]]) -> np.ndarray:
     """What the newest run's model said of its test records."""
     return told[-1]["test"]["label"].outputs
 
@@ -49,10 +49,10 @@ def test_an_adapter_with_a_head_loads_and_merges(
     begun = [f"trainer.from_pretrained={composed}"] if start == "checkpoint" else []
     words = [*LORA, *begun, f"model.head.pooling={pooling}", f"dataset.test_path={labelled}"]
     final = train_head("head-classification", "colour", tmp_path / "run", *words) / "final"
-    said = said_on(told)
+    said = read_head_outputs(told)
     assert not list(final.glob("model*.safetensors"))
-    assert all(".lora_" in name for name in load_file(final / ADAPTER))
-    others = load_file(final / OTHERS)
+    assert all(".lora_" in name for name in load_file(final / ADAPTER_WEIGHTS))
+    others = load_file(final / NON_LORA_WEIGHTS)
     assert {name for name in others if name.startswith("heads.")} == {
         "heads.label.layers.linear.weight", "heads.label.layers.linear.bias"
     }  # fmt: skip
@@ -86,7 +86,7 @@ def test_training_goes_on_from_an_adapter_with_a_head(
     after = AutoModelForSequenceClassification.from_pretrained(second / "final").body.state_dict()
     torch.testing.assert_close(after, merged)
     train_head("head-classification", "colour", tmp_path / "third", *words, *LORA)
-    said = said_on(told)
+    said = read_head_outputs(told)
     found = ask(
         Predictor(load(tmp_path / "third" / "final").eval(), AutoProcessor.from_pretrained(first / "final")), labelled
     )
@@ -115,7 +115,9 @@ def test_a_composed_checkpoint_gets_a_head(
 ):
     words = [f"trainer.from_pretrained={composed}", f"dataset.test_path={labelled}", *SHORT]
     folder = train_head("head-regression", "light", tmp_path / "run", *words)
-    np.testing.assert_allclose(ask(alone(folder / "final"), labelled)["label"], said_on(told), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        ask(alone(folder / "final"), labelled)["label"], read_head_outputs(told), rtol=1e-4, atol=1e-3
+    )
     before, after = load_file(composed / "model.safetensors"), load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(value, after[f"body.{name}"]) for name, value in before.items())
     recipe = json.loads((folder / "final" / "config.json").read_text())["recipe"]
@@ -273,7 +275,7 @@ def test_a_familys_model_gets_a_head(
         final = tmp_path / "whole"
     predictor = Predictor.load(final, device="cpu")
     assert isinstance(predictor.model, VLMForPrediction)
-    np.testing.assert_allclose(ask(predictor, labelled)["label"], said_on(told), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ask(predictor, labelled)["label"], read_head_outputs(told), rtol=1e-3, atol=1e-3)
     assert isinstance(AutoModelForSequenceClassification.from_pretrained(final), VLMForPrediction)
     before, after = load_file(families(family) / "model.safetensors"), load_file(final / "model.safetensors")
     assert after.keys() >= {f"body.{name}" for name in before}
@@ -288,11 +290,13 @@ def test_a_familys_model_gets_a_head(
 def test_a_familys_head_goes_on(train_family: Any, brief: list[str], labelled: Path, tmp_path: Path):
     first = train_family("qwen2-vl", "head-binary", "bright", tmp_path / "first", *SHORT, "model.head.pooling=query")
     words = [*brief, *head_words(labelled, "bright")[1:], f"trainer.from_pretrained={first / 'final'}", *SHORT]
-    config = config_of("head-binary", [*words, "dataset.max_length=600", f"trainer.output_dir={tmp_path / 'second'}"])
+    config = compose_config(
+        "head-binary", [*words, "dataset.max_length=600", f"trainer.output_dir={tmp_path / 'second'}"]
+    )
     with quick_report():
         second = run(config, "head-binary", [word.split("=")[0] for word in words])
-    before = alone_weights(first)
-    after = alone_weights(second)
+    before = load_weights_alone(first)
+    after = load_weights_alone(second)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[0] for name in changed} == {"heads", "body"}
@@ -301,7 +305,7 @@ def test_a_familys_head_goes_on(train_family: Any, brief: list[str], labelled: P
     ]
 
 
-def alone_weights(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights_alone(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForSequenceClassification.from_pretrained(folder / "final").state_dict()
 
 
@@ -312,4 +316,4 @@ def test_a_familys_adapter_keeps_the_tokens_that_it_added(
     words = [*LORA, "model.head.pooling=query", f"dataset.test_path={labelled}"]
     final = train_family("llava-onevision", "head-binary", "bright", tmp_path / "run", *words) / "final"
     predictor = Predictor.load(final, device="cpu")
-    np.testing.assert_allclose(ask(predictor, labelled)["label"], said_on(told), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ask(predictor, labelled)["label"], read_head_outputs(told), rtol=1e-3, atol=1e-3)

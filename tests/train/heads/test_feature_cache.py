@@ -19,7 +19,13 @@ from vlm.data.heads.dataset import BlankHeadDataset
 from vlm.models import VLMForPrediction
 from vlm.train.heads import feature_cache as features
 from vlm.train.heads import run as head_run
-from vlm.train.heads.feature_cache import LOCK, PARTIAL, Computation, FeatureDataset, lay_out
+from vlm.train.heads.feature_cache import (
+    LOCK_NAME,
+    PARTIAL_SUFFIX,
+    FeatureComputation,
+    HeadFeatureDataset,
+    collate_features,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +44,14 @@ def start(train_head: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts with their own pictures, not with blank ones, each call of the body read."""
     seen: list[int] = []
-    original = Computation._read
+    original = FeatureComputation._read
 
-    def counted(self: Computation, batch: dict[str, Any]) -> Any:
+    def counted(self: FeatureComputation, batch: dict[str, Any]) -> Any:
         if not isinstance(self.dataset, BlankHeadDataset):
             seen.append(len(batch["input_ids"]))
         return original(self, batch)
 
-    monkeypatch.setattr(Computation, "_read", counted)
+    monkeypatch.setattr(FeatureComputation, "_read", counted)
     return seen
 
 
@@ -58,7 +64,7 @@ def pictured(labelled: Path, tmp_path: Path) -> list[str]:
 
 
 def files(cache: Path) -> set[str]:
-    return {file.name for file in cache.glob("features/*/*") if file.name != LOCK}
+    return {file.name for file in cache.glob("features/*/*") if file.name != LOCK_NAME}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,9 @@ def test_the_body_is_not_called_again(start: Callable[..., Path], tmp_path: Path
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("features/*/*.npy")}
     calls.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VLMForPrediction, "_states", lambda *given, **named: pytest.fail("the body was called"))
+        patch.setattr(
+            VLMForPrediction, "_hidden_states_by_layer", lambda *given, **named: pytest.fail("the body was called")
+        )
         assert losses(start(tmp_path, *words)) == losses(first)
         for other in (
             ["model.head.type=mlp"], ["trainer.learning_rate.head_learning_rate=1e-3"], ["trainer.data_seed=7"],
@@ -170,14 +178,14 @@ def test_a_new_reading_is_computed_beside_the_others(start: Callable[..., Path],
 
 
 def test_it_is_read_through_memory_maps(start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen: list[FeatureDataset] = []
+    seen: list[HeadFeatureDataset] = []
 
-    class Kept(FeatureDataset):
+    class Kept(HeadFeatureDataset):
         def __init__(self, *given: Any):
             super().__init__(*given)
             seen.append(self)
 
-    monkeypatch.setattr(head_run, "FeatureDataset", Kept)
+    monkeypatch.setattr(head_run, "HeadFeatureDataset", Kept)
     start(tmp_path, "model.head.pooling=attention")
     assert seen
     for dataset in seen:
@@ -188,7 +196,7 @@ def test_it_is_read_through_memory_maps(start: Callable[..., Path], tmp_path: Pa
     lengths = [len(item["features"]["label"]) for item in items]
     assert len(set(lengths)) == 1  # of one prompt and one picture each
     items[2]["features"]["label"] = items[2]["features"]["label"][:-4]
-    batch = lay_out(items)
+    batch = collate_features(items)
     assert batch["attention_mask"].sum(dim=1).tolist() == [lengths[0], lengths[0], lengths[0] - 4, *[lengths[0]] * 2]
     assert not batch["features"]["label"][2, -4:].any()
 
@@ -253,13 +261,13 @@ def test_too_many_torn_pictures_stop_the_run(start: Callable[..., Path], picture
 def test_a_run_that_was_killed_leaves_nothing_that_is_taken_for_whole(
     start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    original = Computation._write
+    original = FeatureComputation._write
 
     def dies(self: Any, *given: Any) -> None:
         original(self, *given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Computation, "_write", dies)
+    monkeypatch.setattr(FeatureComputation, "_write", dies)
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path)
     assert not files(tmp_path)
@@ -269,20 +277,20 @@ def test_a_run_that_was_killed_leaves_nothing_that_is_taken_for_whole(
     whole = max(tmp_path.glob("features/*/*.npy"), key=lambda file: file.stat().st_size)  # the other has blank pictures
     content = whole.read_bytes()
     listed = whole.with_suffix(".json")
-    whole.rename(whole.with_suffix(PARTIAL))
+    whole.rename(whole.with_suffix(PARTIAL_SUFFIX))
     listed.unlink()
     other = tmp_path / "features" / "other"
     other.mkdir()
-    (other / f"a{PARTIAL}").write_bytes(b"half")
+    (other / f"a{PARTIAL_SUFFIX}").write_bytes(b"half")
     busy = tmp_path / "features" / "busy"
     busy.mkdir()
-    (busy / f"a{PARTIAL}").write_bytes(b"half")
-    with FileLock(busy / LOCK):  # another run is at work there
+    (busy / f"a{PARTIAL_SUFFIX}").write_bytes(b"half")
+    with FileLock(busy / LOCK_NAME):  # another run is at work there
         assert losses(start(tmp_path)) == losses(expected)
     assert whole.read_bytes() == content
-    assert not (other / f"a{PARTIAL}").exists()
-    assert (busy / f"a{PARTIAL}").exists()
-    assert not whole.with_suffix(PARTIAL).exists()
+    assert not (other / f"a{PARTIAL_SUFFIX}").exists()
+    assert (busy / f"a{PARTIAL_SUFFIX}").exists()
+    assert not whole.with_suffix(PARTIAL_SUFFIX).exists()
 
 
 def test_a_full_disk_is_refused_before_anything_is_computed(

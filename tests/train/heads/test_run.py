@@ -12,7 +12,7 @@ from tests.conftest import losses
 from tests.train.heads.head_runs import SHORT, alone, ask, rewritten, scores_of
 from vlm.models.poolings import POOLINGS
 from vlm.train.heads import run as head_run
-from vlm.train.heads.trainer import Said
+from vlm.train.heads.trainer import HeadOutputs
 
 LONG = ["model.head.pooling=image", "trainer.num_train_epochs=60"]
 TASKS = {
@@ -95,7 +95,7 @@ def test_heads_learn_what_pictures_show(trained: Any, task: str, measure: str, l
 @pytest.mark.parametrize("task", TASKS)
 def test_the_saved_model_says_what_was_measured(trained: Any, labelled: Path, task: str):
     folder, told = trained(task)
-    said: Said = told["test"]["label"]
+    said: HeadOutputs = told["test"]["label"]
     predictor = alone(folder / "final")
     np.testing.assert_allclose(ask(predictor, labelled)["label"], said.outputs, rtol=1e-4, atol=1e-4)
     settings = predictor.heads[0]

@@ -18,17 +18,17 @@ from transformers import (
     set_seed,
 )
 
-from tests.conftest import config_of, head_words, losses
+from tests.conftest import compose_config, head_words, losses
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, logged, rewritten, scores_of
-from vlm.assembly.heads import settle_heads
-from vlm.assembly.settle import load_weights, settle_model
+from vlm.assembly.heads import resolve_heads
+from vlm.assembly.settle import load_weights, resolve_model
 from vlm.checks.run import check
-from vlm.config.derived import head_keys, row_keys
+from vlm.config.derived import embedding_row_keys, head_keys
 from vlm.models import VLMForConditionalGeneration
 from vlm.train.arguments import training_arguments
 from vlm.train.heads import trainer as head_trainer
-from vlm.train.heads.data import load_head_data, targets_of
-from vlm.train.heads.run import with_heads
+from vlm.train.heads.data import load_head_data, targets_by_head
+from vlm.train.heads.run import attach_heads
 from vlm.train.model import prepare
 from vlm.train.parts import Part, parameter_groups, table
 
@@ -38,15 +38,17 @@ def prepared(common: list[str], labelled: Path) -> Callable[..., tuple[Any, list
     """`prepared(*overrides)`: the model, its parts and its processor, as a run has them before it trains."""
 
     def build(*overrides: str) -> tuple[Any, list[Part], Any]:
-        config = config_of("head-classification", [*common, *head_words(labelled, "colour"), *overrides])
+        config = compose_config("head-classification", [*common, *head_words(labelled, "colour"), *overrides])
         check(config)
-        body_config, processor = settle_model(config)
-        args = training_arguments(config.trainer, [*head_keys(config), *row_keys(config)])
+        body_config, processor = resolve_model(config)
+        args = training_arguments(config.trainer, [*head_keys(config), *embedding_row_keys(config)])
         data = load_head_data(config, body_config, processor, args.seed)
-        settled = settle_heads(config.model, body_config, processor, data.heads, targets_of(data.heads, data.train))
+        settled = resolve_heads(
+            config.model, body_config, processor, data.heads, targets_by_head(data.heads, data.train)
+        )
         set_seed(args.seed)
         body = load_weights(config, body_config, processor, torch.float32, args.seed)
-        model = with_heads(body, settled, args.seed)
+        model = attach_heads(body, settled, args.seed)
         return model, prepare(model, config, args, processor), processor
 
     return build
@@ -191,7 +193,7 @@ def test_replies_are_learnt_beside_the_head(
 
     def apart(self: Any, model: Any, inputs: dict[str, Any], **named: Any) -> Any:
         with torch.no_grad():
-            arguments = head_trainer.as_arguments(inputs)
+            arguments = head_trainer.to_forward_kwargs(inputs)
             both = model(**arguments).loss.item()
             arguments.pop("text_labels", None)
             alone = model(**arguments).loss.item()

@@ -9,21 +9,27 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from tests.families.test_families import load, pictures, talk
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import LANGUAGE_MODELS, Parts
 from tests.train.test_distributed_runs import CONNECTORS
-from vlm.assembly.settle import load_weights, settle_model
+from vlm.assembly.settle import load_weights, resolve_model
 from vlm.data.batching.collator import Collator
-from vlm.data.batching.stats import BatchFacts, facts_of
+from vlm.data.batching.stats import BatchStats, compute_batch_stats
 from vlm.data.dataset import dummy_image, model_inputs
-from vlm.data.encoding.labels import IGNORED, encode
+from vlm.data.encoding.labels import IGNORE_INDEX, encode
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
 from vlm.train.lora import add_adapter
-from vlm.train.monitor.flops import ONE_SIZE, NotCountable, StepFlops, count_flops, without_storage
-from vlm.train.parts import freeze, split_parts
+from vlm.train.monitor.flops import (
+    FIXED_IMAGE_SIZE_FAMILIES,
+    FlopsNotCountable,
+    StepFlops,
+    copy_to_meta_device,
+    count_flops,
+)
+from vlm.train.parts import freeze, make_parts
 
 LORA = ["trainer.lora.language_model.r=4", "trainer.learning_rate.language_model_learning_rate=1e-2"]
 EVERYTHING = [
@@ -42,25 +48,25 @@ def built(common: list[str]) -> Callable[..., tuple[Any, Any]]:
     """`built(*overrides)`: model and processor as a run has them when it begins to train."""
 
     def build(*overrides: str) -> tuple[Any, Any]:
-        config = config_of("pretrain-smol", [*common, "model.attn_implementation=eager", *overrides])
-        model_config, processor = settle_model(config)
+        config = compose_config("pretrain-smol", [*common, "model.attn_implementation=eager", *overrides])
+        model_config, processor = resolve_model(config)
         model = load_weights(config, model_config, processor, torch.float32, 42)
         add_adapter(model, config.trainer.lora, 42, torch.float32)
-        freeze(split_parts(model, config.trainer, config.model))
+        freeze(make_parts(model, config.trainer, config.model))
         return model.train(), processor
 
     return build
 
 
-def batch_of(processor: Any, words: int) -> tuple[dict[str, torch.Tensor], BatchFacts]:
+def batch_of(processor: Any, words: int) -> tuple[dict[str, torch.Tensor], BatchStats]:
     """A sample with one picture and a reply, and what it holds."""
     ids, inputs = dummy_image(processor)
     ids = [*ids, *range(5, 5 + words)]
-    labels = [IGNORED] * (len(ids) - words) + ids[-words:]
+    labels = [IGNORE_INDEX] * (len(ids) - words) + ids[-words:]
     item = {"input_ids": ids, "labels": labels, **inputs}
     batch = Collator.of(processor)([item])
     batch["pixel_values"] = processor.normalise(batch["pixel_values"])
-    return batch, facts_of([item], batch["input_ids"].numel())
+    return batch, compute_batch_stats([item], batch["input_ids"].numel())
 
 
 def really(model: Any, batch: dict[str, torch.Tensor]) -> int:
@@ -70,9 +76,9 @@ def really(model: Any, batch: dict[str, torch.Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def as_squares(flops: StepFlops, facts: BatchFacts) -> float:
+def as_squares(flops: StepFlops, facts: BatchStats) -> float:
     """Operations where attention computes what it masks too, as plain attention does."""
-    return flops.of(facts, facts.images, facts.images, 1) + flops.pair * (facts.squares - facts.tokens) / 2
+    return flops.total(facts, facts.images, facts.images, 1) + flops.pair * (facts.squared_lengths - facts.tokens) / 2
 
 
 @pytest.mark.parametrize(
@@ -100,8 +106,8 @@ def test_layers_behind_the_selected_one_and_what_is_frozen_cost_nothing(built: C
 
 def test_attention_is_counted_as_a_triangle_of_each_sample():
     flops = StepFlops(token=10.0, pair=1.0, supervised=100.0, encoded=1000.0, connected=10000.0, batch=7.0)
-    facts = BatchFacts(samples=2, tokens=5, positions=8, supervised=2, images=2, squares=13)  # lengths 3 and 2
-    assert flops.of(facts, 1, 2, 2) == 50 + (6 + 3) + 200 + 1000 + 20000 + 14
+    facts = BatchStats(samples=2, tokens=5, positions=8, supervised=2, images=2, squared_lengths=13)  # lengths 3 and 2
+    assert flops.total(facts, 1, 2, 2) == 50 + (6 + 3) + 200 + 1000 + 20000 + 14
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -114,7 +120,7 @@ def test_language_models_of_all_kinds_are_counted(parts: Parts, name: str):
 def test_counting_leaves_the_model_as_it_is(built: Callable[..., tuple[Any, Any]]):
     model, processor = built(*LORA, "model.attn_implementation=sdpa")
     before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
-    bare = without_storage(model)
+    bare = copy_to_meta_device(model)
     assert all(p.device.type == "meta" for p in bare.parameters())
     assert [n for n, p in bare.named_parameters() if p.requires_grad] == [n for n, (_, on) in before.items() if on]
     count_flops(model, dummy_image(processor)[1])
@@ -128,7 +134,7 @@ def test_what_the_lengths_do_not_tell_is_refused(parts: Parts):
     model, processor = parts.model("clip", "llama")
     image = dummy_image(processor)[1]
     model.language_model.model.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
-    with pytest.raises(NotCountable, match="experts"):
+    with pytest.raises(FlopsNotCountable, match="experts"):
         count_flops(model, image)
 
 
@@ -146,16 +152,16 @@ def test_families_are_counted_where_all_images_cost_the_same(name: str, tmp_path
     kind = TINY[name].model_type
     model = load(tmp_path).train()
     processor = load_family_processor(str(tmp_path), FAMILIES[kind])
-    if kind not in ONE_SIZE:
-        with pytest.raises(NotCountable, match=f"not the same for all in model_type={kind}"):
+    if kind not in FIXED_IMAGE_SIZE_FAMILIES:
+        with pytest.raises(FlopsNotCountable, match=f"not the same for all in model_type={kind}"):
             count_flops(model, {})
         return
     shown = pictures(1)
     sizes: list[Any] = [one.size[::-1] for one in shown]
     item = model_inputs(processor, encode(processor, talk(1, "yes"), sizes), shown)
-    facts, batch = facts_of([item], 0), Collator.of(processor)([item])
+    facts, batch = compute_batch_stats([item], 0), Collator.of(processor)([item])
     batch["pixel_values"] = processor.normalise(batch["pixel_values"])
-    targets = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=IGNORED)[:, 1:]
+    targets = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=IGNORE_INDEX)[:, 1:]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**batch, logits_to_keep=targets != IGNORED, use_cache=False).logits.sum().backward()
+        model(**batch, logits_to_keep=targets != IGNORE_INDEX, use_cache=False).logits.sum().backward()
     assert as_squares(count_flops(model, dummy_image(processor)[1]), facts) == counter.get_total_flops()

@@ -15,7 +15,7 @@ from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import Parts
 from vlm.assembly.family import load_family_config, load_family_model
 from vlm.models import VLMForConditionalGeneration
-from vlm.train.monitor.profiler import LOSS, OTHER, part_modules, times
+from vlm.train.monitor.profiler import LOSS, OTHER_ROW, part_modules, time_by_part
 from vlm.train.trainer import VLMTrainer
 
 SHORT = ["trainer.num_samples=0", "trainer.per_device_train_batch_size=2", "trainer.save_strategy=no"]
@@ -53,7 +53,7 @@ def test_a_gradient_belongs_to_the_part_whose_operation_it_is_of():
             loss = two.sum()
         loss.backward()
     events = found.events() or []
-    rows, whole, on_device = times(events, ["outer", "inner"])
+    rows, whole, on_device = time_by_part(events, ["outer", "inner"])
     spent = {name: host for name, (host, _) in rows.items()}
     assert spent["inner backward"] > 5 * (spent["outer backward"] + spent["loss backward"])
     assert spent["outer forward"] > 0  # the time of the inner call is not in it
@@ -118,7 +118,7 @@ def test_a_run_leaves_a_trace_and_a_table(train: Callable[..., Path], tmp_path: 
     rows = {line[:32].strip(): line[32:].split() for line in by_part.splitlines()[1:]}
     ways = [f"{part} {way}" for part in ("visual_encoder", "connector", "language_model", LOSS)
             for way in ("forward", "backward")]  # fmt: skip
-    assert list(rows) == ["data wait", *ways, "optimiser", OTHER, "whole step"]
+    assert list(rows) == ["data wait", *ways, "optimiser", OTHER_ROW, "whole step"]
     assert all(float(row[0]) > 0 for row in rows.values())
     assert sum(float(row[1].rstrip("%")) for row in rows.values()) == pytest.approx(200, abs=1)
     assert "aten::" in by_operator

@@ -12,16 +12,16 @@ import torch
 from tests.command_line import refusal
 from tests.train.test_distributed_runs import launch
 from vlm.data.batching.collator import Collator
-from vlm.data.batching.stats import BatchFacts
+from vlm.data.batching.stats import BatchStats
 from vlm.train.monitor import speed
 from vlm.train.monitor.flops import StepFlops
-from vlm.train.monitor.peak_flops import DATA_SHEETS, Peak, in_table, measured, peak_of
+from vlm.train.monitor.peak_flops import DATA_SHEET_TFLOPS, Peak, data_sheet_tflops, get_peak_tflops, measure_tflops
 from vlm.train.monitor.speed import SpeedMeter
 from vlm.train.trainer import VLMTrainer
 
 CPU = torch.device("cpu")
 FLOPS = StepFlops(token=1e9, pair=0.0, supervised=0.0, encoded=1e12, connected=0.0, batch=0.0)
-FACTS = BatchFacts(samples=2, tokens=60, positions=100, supervised=20, images=2, squares=1800)
+BATCH_STATS = BatchStats(samples=2, tokens=60, positions=100, supervised=20, images=2, squared_lengths=1800)
 
 
 class Clock:
@@ -53,20 +53,20 @@ def take_step(meter: SpeedMeter, clock: Clock, seconds: float = 2.0, wait: float
         yield "batch"
 
     meter.begin_step()
-    assert next(meter.timed(arriving())) == "batch"
-    meter.add([(FACTS, 1, 2)])
+    assert next(meter.time_waits(arriving())) == "batch"
+    meter.add([(BATCH_STATS, 1, 2)])
     clock.now += seconds - wait
 
 
 def test_steps_are_measured_from_the_second_on(clock: Clock):
     meter = SpeedMeter(CPU, FLOPS, Peak(1.0, "given"))
     take_step(meter, clock, seconds=100.0)
-    assert meter.take(alone) == {}
+    assert meter.gather_metrics(alone) == {}
     for _ in range(2):
         take_step(meter, clock)
     meter.stop()
     clock.now += 50  # evaluation
-    found = meter.take(alone)
+    found = meter.gather_metrics(alone)
     assert found.pop("peak_memory_gib") > 0.05
     assert found == pytest.approx({
         "tokens_per_second": 30, "supervised_tokens_per_second": 10, "samples_per_second": 1, "padding_share": 0.4,
@@ -78,11 +78,11 @@ def test_the_beginning_of_an_epoch_is_waiting(clock: Clock):
     meter = SpeedMeter(CPU)
     take_step(meter, clock)
     take_step(meter, clock, wait=0.0)
-    meter.expect_data()
+    meter.begin_data_wait()
     clock.now += 1  # data workers start
     take_step(meter, clock, wait=0.0)
     meter.stop()
-    assert meter.take(alone)["data_wait_share"] == pytest.approx(1 / 5)
+    assert meter.gather_metrics(alone)["data_wait_share"] == pytest.approx(1 / 5)
 
 
 def test_ranks_are_summed(clock: Clock):
@@ -90,20 +90,20 @@ def test_ranks_are_summed(clock: Clock):
     for _ in range(3):
         take_step(meter, clock)
     meter.stop()
-    found = meter.take(lambda values: values.repeat(2, 1))
+    found = meter.gather_metrics(lambda values: values.repeat(2, 1))
     assert found["tokens_per_second"] == pytest.approx(60)
     assert found["tflops_per_second"] == pytest.approx(0.53)
-    assert meter.whole.steps == 2
+    assert meter.total_counts.steps == 2
 
 
 def test_a_step_without_any_record_counts_no_token(clock: Clock):
     meter = SpeedMeter(CPU)
     take_step(meter, clock)
     meter.begin_step()
-    meter.add([(BatchFacts(positions=4), 0, 0)])
+    meter.add([(BatchStats(positions=4), 0, 0)])
     clock.now += 1
     meter.stop()
-    found = meter.take(alone)
+    found = meter.gather_metrics(alone)
     assert (found["tokens_per_second"], found["padding_share"]) == (0, 1)
 
 
@@ -188,23 +188,23 @@ def test_the_time_in_which_data_come_is_that_of_waiting(
     assert found["data_wait_share"] == pytest.approx(share, abs=0.02)
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
+def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_each_training_log_says_how_fast_the_run_is(measured_run: Path):
-    lines = [line for line in lines_of(measured_run) if "loss" in line]
+    lines = [line for line in read_lines(measured_run) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
         assert line["tokens_per_second"] > line["supervised_tokens_per_second"] > line["samples_per_second"] > 0
         assert 0 <= line["padding_share"] < 1
         assert 0 < line["data_wait_share"] < 1
         assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 0.5)
-    assert not any("tokens_per_second" in line for line in lines_of(measured_run) if "eval_loss" in line)
+    assert not any("tokens_per_second" in line for line in read_lines(measured_run) if "eval_loss" in line)
 
 
 def test_what_the_trainer_says_of_its_speed_stays_away(measured_run: Path):
-    last = next(line for line in lines_of(measured_run) if "train_runtime" in line)
+    last = next(line for line in read_lines(measured_run) if "train_runtime" in line)
     assert not {"train_samples_per_second", "train_steps_per_second", "total_flos", "tokens_per_second"} & last.keys()
     assert "train_loss" in last
 
@@ -212,14 +212,18 @@ def test_what_the_trainer_says_of_its_speed_stays_away(measured_run: Path):
 def test_the_whole_run_is_summed_up(measured_run: Path):
     found = json.loads((measured_run / "speed.json").read_text())
     assert (found["first_step"], found["last_step"], found["ranks"]) == (2, 6, 1)
-    whole = found["whole"]
-    assert (whole["steps"], whole["batches"], whole["samples"]) == (5, 10, 19)  # the last of an epoch has one
-    assert whole["positions"] >= whole["tokens"] > whole["supervised"] > 0
+    total_counts = found["whole"]
+    assert (total_counts["steps"], total_counts["batches"], total_counts["samples"]) == (
+        5,
+        10,
+        19,
+    )  # the last of an epoch has one
+    assert total_counts["positions"] >= total_counts["tokens"] > total_counts["supervised"] > 0
     assert found["samples_per_second"] == pytest.approx(19 / found["seconds"])
-    flops, pairs = found["flops"], (whole["squares"] + whole["tokens"]) / 2
+    flops, pairs = found["flops"], (total_counts["squares"] + total_counts["tokens"]) / 2
     operations = (
-        flops["token"] * whole["tokens"] + flops["pair"] * pairs + flops["supervised"] * whole["supervised"]
-        + flops["encoded"] * whole["encoded"] + flops["connected"] * whole["connected"]
+        flops["token"] * total_counts["tokens"] + flops["pair"] * pairs + flops["supervised"] * total_counts["supervised"]
+        + flops["encoded"] * total_counts["encoded"] + flops["connected"] * total_counts["connected"]
     )  # fmt: skip
     assert found["tflops_per_second"] == pytest.approx(operations / found["seconds"] / 1e12)
     assert found["peak"] == {"tflops": 0.5, "source": "trainer.peak_tflops"}
@@ -252,23 +256,23 @@ def test_a_run_of_one_step_says_that_nothing_was_measured(
 
 def test_heads_say_how_many_samples_a_second_they_see(train_head: Callable[..., Path], tmp_path: Path):
     folder = train_head("head-classification", "colour", tmp_path / "run", "trainer.max_steps=3")
-    lines = [line for line in lines_of(folder) if "loss" in line]
+    lines = [line for line in read_lines(folder) if "loss" in line]
     assert lines[-1]["samples_per_second"] > 0
     assert "tokens_per_second" not in lines[-1]
 
 
 def test_the_longest_name_of_a_data_sheet_is_taken():
-    assert in_table("NVIDIA H100 PCIe") == DATA_SHEETS["H100 PCIE"]
-    assert in_table("NVIDIA H100 80GB HBM3") == DATA_SHEETS["H100"]
-    assert in_table("NVIDIA A100-SXM4-80GB") == DATA_SHEETS["A100"]
-    assert in_table("NVIDIA A10") == DATA_SHEETS["A10"]
-    assert in_table("NVIDIA GeForce GTX 1080") is None
-    assert in_table("") is None
+    assert data_sheet_tflops("NVIDIA H100 PCIe") == DATA_SHEET_TFLOPS["H100 PCIE"]
+    assert data_sheet_tflops("NVIDIA H100 80GB HBM3") == DATA_SHEET_TFLOPS["H100"]
+    assert data_sheet_tflops("NVIDIA A100-SXM4-80GB") == DATA_SHEET_TFLOPS["A100"]
+    assert data_sheet_tflops("NVIDIA A10") == DATA_SHEET_TFLOPS["A10"]
+    assert data_sheet_tflops("NVIDIA GeForce GTX 1080") is None
+    assert data_sheet_tflops("") is None
 
 
 def test_a_device_that_no_sheet_knows_is_measured():
-    assert measured(CPU, torch.float32, seconds=0.05) > 1e-4
-    assert peak_of(CPU, torch.bfloat16, 12.5) == Peak(12.5, "trainer.peak_tflops")
+    assert measure_tflops(CPU, torch.float32, seconds=0.05) > 1e-4
+    assert get_peak_tflops(CPU, torch.bfloat16, 12.5) == Peak(12.5, "trainer.peak_tflops")
 
 
 def test_a_peak_of_nothing_is_refused(common: list[str]):

@@ -3,7 +3,7 @@
 from vlm.cli.train import main
 from vlm.train.step import chunked_loss as vocabulary
 
-vocabulary.MOST_LOGITS = 3000
+vocabulary.MAX_LOGITS = 3000
 
 if __name__ == "__main__":
     main()

@@ -8,16 +8,16 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tests.conftest import config_of
+from tests.conftest import compose_config
 from tests.families.tiny_families import TINY
 from tests.models.test_modeling_vlm import batch
-from vlm.assembly.family import auto_class
-from vlm.assembly.settle import load_weights, settle_model
+from vlm.assembly.family import get_auto_class
+from vlm.assembly.settle import load_weights, resolve_model
 from vlm.checks.run import ConfigError, check
-from vlm.families.table import part_names
+from vlm.families.table import get_part_names
 from vlm.train.arguments import training_arguments
 from vlm.train.model import prepare
-from vlm.train.step.activation_checkpointing import _switch
+from vlm.train.step.activation_checkpointing import _enable_checkpointed_layers
 
 EVERYTHING = [
     "trainer.unfreeze.train_vision_model=true", "trainer.learning_rate.visual_encoder_learning_rate=1e-3",
@@ -36,9 +36,9 @@ def built(common: list[str]) -> Callable[..., tuple[Any, Any, Any]]:
     """`built(*overrides)`: a model with what trains of it settled, its processor, and the run's arguments."""
 
     def build(*overrides: str) -> tuple[Any, Any, Any]:
-        config = config_of("pretrain-smol", [*common, *overrides])
+        config = compose_config("pretrain-smol", [*common, *overrides])
         args: Any = training_arguments(config.trainer)
-        model_config, processor = settle_model(config)
+        model_config, processor = resolve_model(config)
         model = load_weights(config, model_config, processor, torch.float32, 42)
         prepare(model, config, args, processor)
         return model.train(), processor, args
@@ -49,7 +49,7 @@ def built(common: list[str]) -> Callable[..., tuple[Any, Any, Any]]:
 def step(model: Any, processor: Any) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """How often the layers of each part ran in a forward and a backward pass, in layers; and the gradients."""
     calls: dict[str, int] = dict.fromkeys(("visual_encoder", "connector", "language_model"), 0)
-    names = part_names(model.config)
+    names = get_part_names(model.config)
     hooks = []
     for path, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -138,7 +138,7 @@ def test_parts_that_keep_nothing_are_refused(
 )  # fmt: skip
 def test_keys_that_mean_nothing_are_refused(common: list[str], words: list[str], said: str):
     with pytest.raises(ConfigError, match=f"trainer.checkpointed_parts=.*{said}"):
-        check(config_of("pretrain-smol", [*common, *words]))
+        check(compose_config("pretrain-smol", [*common, *words]))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -146,13 +146,13 @@ def test_the_layers_of_every_family_belong_to_one_part(name: str):
     made = TINY[name]
     config = CONFIG_MAPPING[made.model_type](**made.config(made.processor()))
     with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+        model = get_auto_class(config).from_config(config)
     model.activation_checkpointing_enable()
-    found = _switch(model, ["language_model"], 1)
+    found = _enable_checkpointed_layers(model, ["language_model"], 1)
     assert found["language_model"] > 0
-    names = part_names(config)
+    names = get_part_names(config)
     on = [path for path, module in model.named_modules()
           if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]  # fmt: skip
     assert {names.part_of(f"{path}.") for path in on} == {"language_model"}
-    seen = _switch(model, ["visual_encoder"], 1)["visual_encoder"]
+    seen = _enable_checkpointed_layers(model, ["visual_encoder"], 1)["visual_encoder"]
     assert (seen > 0) == (name != "mllama")  # whose vision layers transformers does not checkpoint

@@ -17,8 +17,8 @@ from tests.models.test_modeling_vlm import batch
 from tests.tiny_parts import Parts
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
-from vlm.train.step.compile import compile_layers, repeated_layers, uncompiled
-from vlm.train.step.packed_attention import attending_to_packs
+from vlm.train.step.compile import compile_layers, force_eager, repeated_layers
+from vlm.train.step.packed_attention import use_packed_attention
 
 SHORT = ["trainer.max_steps=4", "trainer.num_samples=1", "trainer.save_strategy=steps", "trainer.save_steps=2"]
 COMPILED = ["trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager"]
@@ -75,7 +75,7 @@ def batches(processor: Any, packed: bool) -> list[dict[str, Any]]:
 
 def stepped(model: Any, inputs: dict[str, Any], optimizer: torch.optim.Optimizer) -> float:
     packed = "cu_seq_lens_q" in inputs
-    with attending_to_packs(model.config.get_text_config()) if packed else nullcontext():
+    with use_packed_attention(model.config.get_text_config()) if packed else nullcontext():
         loss = model(**inputs, use_cache=False).loss
         loss.backward()
     optimizer.step()
@@ -118,7 +118,7 @@ def test_generation_compiles_nothing(parts: Parts):
     plain, compiled, processor = models(parts)
     inputs = {name: value for name, value in batch(processor, ROWS[2]).items() if name != "labels"}
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": True}
-    with uncompiled():
+    with force_eager():
         answer = compiled.eval().generate(**inputs, **options)
     assert torch.equal(answer, plain.eval().generate(**inputs, **options))
     assert not counters["stats"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.tiny_parts import Parts
-from vlm.train.step.liger import use_liger
+from vlm.train.step.liger import apply_liger_kernels
 
 pytest.importorskip("liger_kernel", reason="the extra liger is not installed")
 
@@ -19,12 +19,12 @@ import sys
 import torch
 from pathlib import Path
 from tests.tiny_parts import Parts
-from vlm.train.step.liger import use_liger
+from vlm.train.step.liger import apply_liger_kernels
 
 model, _ = Parts(Path(sys.argv[1])).model("clip", sys.argv[2])
 """
 CHANGED = """
-changed = use_liger(model, {"rope": False})
+changed = apply_liger_kernels(model, {"rope": False})
 assert "model.layers.0.mlp" in changed, changed
 assert "model.norm" in changed, changed
 assert not any("forward" in vars(module) for module in model.visual_encoder.modules())
@@ -33,7 +33,7 @@ SAME = """
 torch.nn.Module.to(model, "cuda")
 ids = torch.arange(8, device="cuda")[None]
 plain = model(input_ids=ids).logits
-use_liger(model, {"rope": False})
+apply_liger_kernels(model, {"rope": False})
 torch.testing.assert_close(model(input_ids=ids).logits, plain, atol=1e-4, rtol=1e-4)
 """
 
@@ -58,7 +58,7 @@ def test_the_kernels_compute_the_same(parts: Parts):
 
 
 def test_a_language_model_that_liger_does_not_know_is_an_error(parts: Parts):
-    found = done(parts, "phi", "use_liger(model, None)")
+    found = done(parts, "phi", "apply_liger_kernels(model, None)")
     assert "ValueError: trainer.use_liger_kernel=true: Liger computes nothing of model_type=phi" in found.stderr
 
 
@@ -66,4 +66,4 @@ def test_a_language_model_that_liger_does_not_know_is_an_error(parts: Parts):
 def test_its_losses_are_refused(parts: Parts, name: str):
     model, _ = parts.model("clip", "llama")
     with pytest.raises(ValueError, match=rf"liger_kernel_config\.{name}=true: the loss is computed at supervised"):
-        use_liger(model, {name: True})
+        apply_liger_kernels(model, {name: True})

@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import config_of, losses
+from tests.conftest import compose_config, losses
 from tests.tiny_parts import LANGUAGE_MODELS, Parts, picture
 from vlm.checks.run import ConfigError, check
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator, PackSampler
 from vlm.data.dataset import dummy_image
-from vlm.data.encoding.labels import IGNORED
-from vlm.evaluation.loss import row_losses, supervised
+from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.evaluation.loss import row_losses, supervised_logits
 from vlm.families.table import FAMILIES
 from vlm.models import VLMForConditionalGeneration, modeling_vlm
 from vlm.train import trainer
 from vlm.train.step import chunked_loss as vocabulary
 from vlm.train.step import packed_attention as attention
-from vlm.train.step.chunked_loss import num_chunks, takes_chunks
-from vlm.train.step.packed_attention import attending_to_packs
-from vlm.train.step.packing import PackedStream, check_family, check_packing
+from vlm.train.step.chunked_loss import num_chunks, supports_chunked_loss
+from vlm.train.step.packed_attention import use_packed_attention
+from vlm.train.step.packing import PackedStream, check_packing, check_packing_support
 
 TEXTS = ("<image>a red circle and a blue square", "no picture here", "two: <image> and <image>, both red", "a")
 
@@ -39,7 +39,7 @@ def items(processor: Any) -> list[dict[str, Any]]:
         seen = [picture(number + index) for index in range(text.count("<image>"))]
         number += len(seen)
         start = max([0, *(place for place, token in enumerate(ids) if token == processor.image_token_id)]) + 1
-        labels = [IGNORED] * start + ids[start:]
+        labels = [IGNORE_INDEX] * start + ids[start:]
         pixels = processor.pixel_values(seen) if seen else None
         found.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
     return found
@@ -65,7 +65,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def one_by_one(model: Any, samples: list[dict[str, Any]], collate: Ready) -> tuple[torch.Tensor, dict[str, Any]]:
+def forward_one_by_one(
+    model: Any, samples: list[dict[str, Any]], collate: Ready
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Logits at all supervised positions, and gradients of the summed loss, of samples in batches of their own."""
     logits = []
     for sample in samples:
@@ -79,7 +81,7 @@ def one_by_one(model: Any, samples: list[dict[str, Any]], collate: Ready) -> tup
 def packed(model: Any, samples: list[dict[str, Any]], collate: Ready) -> tuple[torch.Tensor, dict[str, Any]]:
     """The same of samples in one row."""
     batch = collate(samples, packed=True)
-    with attending_to_packs(model.config.get_text_config()):
+    with use_packed_attention(model.config.get_text_config()):
         outputs = model(**batch, num_items_in_batch=1, use_cache=False)
         outputs.loss.backward()
     return outputs.logits.detach(), gradients(model)
@@ -103,7 +105,7 @@ def test_a_packed_row_is_its_samples_one_by_one(parts: Parts, name: str, attenti
             found = model(**collate(items(processor), packed=True), use_cache=False).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         return
-    expected, wanted = one_by_one(model, items(processor), collate)
+    expected, wanted = forward_one_by_one(model, items(processor), collate)
     logits, found = packed(model, items(processor), collate)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert found.keys() == wanted.keys()
@@ -116,7 +118,7 @@ def test_without_blocks_samples_leak(parts: Parts):
     """The comparison can fail: the same row, attended to as one sample, gives other logits."""
     model, processor = parts.model("clip", "llama")
     collate = Ready(processor)
-    expected, _ = one_by_one(model, items(processor), collate)
+    expected, _ = forward_one_by_one(model, items(processor), collate)
     batch = collate(items(processor), packed=True)
     leaking = model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).logits
     assert (leaking - expected).abs().max() > 1e-3
@@ -145,11 +147,11 @@ def test_the_look_before_training_finds_models_that_mix_samples(parts: Parts):
 def test_every_family_packs_or_is_refused():
     for name, family in FAMILIES.items():
         if family.packs:
-            check_family(name)
+            check_packing_support(name)
         else:
             with pytest.raises(ValueError, match=rf"\({name}\) cannot keep the samples of a row apart"):
-                check_family(name)
-    check_family("vlm")
+                check_packing_support(name)
+    check_packing_support("vlm")
 
 
 # The vocabulary
@@ -173,14 +175,14 @@ def test_a_loss_in_pieces_is_the_loss(parts: Parts, pieces: int):
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_only_heads_without_anything_behind_them_are_asked_in_pieces(parts: Parts, name: str):
     model, _ = parts.model("clip", name)
-    assert takes_chunks(model) == (name != "gemma2")  # whose logits are capped
+    assert supports_chunked_loss(model) == (name != "gemma2")  # whose logits are capped
 
 
 def test_no_piece_has_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch):
     labels = torch.full((2, 500), 7)
-    monkeypatch.setattr(vocabulary, "MOST_LOGITS", 1000 * 100)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 1000 * 100)
     assert num_chunks(labels, 1000, torch.device("cpu")) == 10
-    assert num_chunks(torch.full((2, 500), IGNORED), 1000, torch.device("cpu")) == 1
+    assert num_chunks(torch.full((2, 500), IGNORE_INDEX), 1000, torch.device("cpu")) == 1
 
 
 def test_no_tensor_of_all_positions_and_the_vocabulary_exists(parts: Parts, monkeypatch: pytest.MonkeyPatch):
@@ -201,9 +203,9 @@ def test_no_tensor_of_all_positions_and_the_vocabulary_exists(parts: Parts, monk
     text = model.config.get_text_config()
     vocabulary_size, width = text.vocab_size, text.hidden_size
     batch = Ready(processor)(items(processor))
-    number = int((batch["labels"] != IGNORED).sum())
+    number = int((batch["labels"] != IGNORE_INDEX).sum())
     assert number != width
-    monkeypatch.setattr(vocabulary, "MOST_LOGITS", vocabulary_size * 8)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", vocabulary_size * 8)
     pieces = num_chunks(batch["labels"], vocabulary_size, torch.device("cpu"))
     assert pieces == -(-number // 8)
     with Largest() as counted:
@@ -215,7 +217,7 @@ def test_no_tensor_of_all_positions_and_the_vocabulary_exists(parts: Parts, monk
 
 
 def test_logits_of_less_precision_are_widened_piece_by_piece(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(modeling_vlm, "MOST_LOGITS", 64)
+    monkeypatch.setattr(modeling_vlm, "MAX_LOGITS", 64)
     logits = torch.randn(10, 32, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.arange(10)
     loss = modeling_vlm.supervised_loss(logits, targets, None)
@@ -250,7 +252,7 @@ def test_a_packed_run_trains_as_a_padded_one_of_the_same_samples(
         "finetune-smol", tmp_path / "padded", *BRIEF, whole, "trainer.per_device_train_batch_size=8",
         "trainer.gradient_accumulation_steps=3", "trainer.packing=false",
     )  # fmt: skip
-    order = PackSampler(lengths_of(common), 256, seed=42)
+    order = PackSampler(read_lengths(common), 256, seed=42)
     found = train(
         "finetune-smol", tmp_path / "packed", *PACKED, whole, f"trainer.gradient_accumulation_steps={len(order)}"
     )
@@ -260,14 +262,14 @@ def test_a_packed_run_trains_as_a_padded_one_of_the_same_samples(
     assert (found / "first_batch.html").read_text().count(" tokens, ") > 1
 
 
-def lengths_of(common: list[str]) -> Any:
+def read_lengths(common: list[str]) -> Any:
     """The lengths of the tiny world's samples."""
-    from vlm.assembly.settle import settle_model
+    from vlm.assembly.settle import resolve_model
     from vlm.train.arguments import training_arguments
     from vlm.train.data import load_data
 
-    config = config_of("finetune-smol", [*common, *BRIEF])
-    model_config, processor = settle_model(config)
+    config = compose_config("finetune-smol", [*common, *BRIEF])
+    model_config, processor = resolve_model(config)
     data, _ = load_data(config, model_config, processor, training_arguments(config.trainer))
     return data.lengths  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -285,7 +287,7 @@ def test_a_resumed_packed_run_goes_on_where_it_was(train: Callable[..., Path], t
 
 def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plain = train("finetune-smol", tmp_path / "plain", *PACKED, "trainer.max_steps=2")
-    monkeypatch.setattr(vocabulary, "MOST_LOGITS", 5000)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 5000)
     asked: list[int] = []
     forward = VLMForConditionalGeneration.forward
 
@@ -314,21 +316,21 @@ def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path:
 def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str, message: str):
     words = [*common, *BRIEF, "trainer.packing=true", "trainer.max_tokens_per_batch=64", "trainer.max_steps=2", word]
     with pytest.raises(ConfigError, match=message):
-        check(config_of("finetune-smol", words))
+        check(compose_config("finetune-smol", words))
 
 
 def test_a_number_of_tokens_without_packing_is_refused(common: list[str]):
     with pytest.raises(ConfigError, match=r"only trainer\.packing=true fills batches by tokens"):
-        check(config_of("finetune-smol", [*common, "trainer.packing=false", "trainer.max_tokens_per_batch=64"]))
+        check(compose_config("finetune-smol", [*common, "trainer.packing=false", "trainer.max_tokens_per_batch=64"]))
 
 
 def test_a_streams_packs_are_full_and_leave_nothing_out():
     samples = [{"input_ids": [1] * (3 + number * 7 % 20), "number": number} for number in range(2000)]
     packs = list(islice(PackedStream(iter(samples), 64), 200))  # pyright: ignore[reportArgumentType]
-    tokens = [sum(len(one["input_ids"]) for one in pack) for pack in packs]
+    tokens = [sum(len(one["input_ids"]) for one in pack_lengths) for pack_lengths in packs]
     assert max(tokens) <= 64
     assert sum(tokens) / len(tokens) >= 0.98 * 64
-    numbers = [one["number"] for pack in packs for one in pack]
+    numbers = [one["number"] for pack_lengths in packs for one in pack_lengths]
     assert len(set(numbers)) == len(numbers)
 
 
@@ -375,8 +377,8 @@ def test_a_packed_run_in_half_precision_attends_in_it(
                 for a, b in pairwise(starts.tolist())]  # fmt: skip
         return torch.cat(rows, dim=2).transpose(1, 2).to(query.dtype)
 
-    monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
-    monkeypatch.setattr(attention, "_by_kernel", kernel)
+    monkeypatch.setattr(attention, "_supports_varlen_kernel", lambda query: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "_varlen_attention", kernel)
     found = losses(train("finetune-smol", tmp_path / "run", *PACKED, *HALF, *further))
     assert len(found) == 2
     assert seen
@@ -388,7 +390,7 @@ def test_logits_stay_in_half_precision_until_their_piece(
 ):
     """Where the language model gives all of them at once; accelerate would widen all."""
     plain = train("finetune-smol", tmp_path / "plain", *PACKED, *HALF)
-    monkeypatch.setattr(trainer, "takes_chunks", lambda model: False)
+    monkeypatch.setattr(trainer, "supports_chunked_loss", lambda model: False)
     seen = []
 
     def watched(logits: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -438,6 +440,6 @@ def test_row_losses_are_those_of_all_logits(parts: Parts):
     model, processor = parts.model("clip", "llama")
     batch = Ready(processor)(items(processor))
     with torch.no_grad():
-        sums, counts = row_losses(supervised(model, batch)[0].logits, batch["labels"])
+        sums, counts = row_losses(supervised_logits(model, batch)[0].logits, batch["labels"])
         whole = model(**batch)
     torch.testing.assert_close(sums.sum() / counts.sum(), whole.loss)

@@ -27,7 +27,7 @@ def test_two_ranks_reach_the_single_process(
     common: list[str], train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
     """Each step has the packs that two accumulated batches of one process have; some are without pictures."""
-    monkeypatch.setattr(vocabulary, "MOST_LOGITS", 2**26)
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 2**26)
     single = train("finetune-smol", tmp_path / "single", *PACKED, "trainer.gradient_accumulation_steps=2")
     two = tmp_path / "two"
     words = ["-cn", "finetune-smol", *common, *PACKED, f"trainer.deepspeed={stage}", f"trainer.output_dir={two}"]

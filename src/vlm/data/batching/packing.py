@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from vlm.data.batching.collator import Collator
-from vlm.data.batching.stats import FACTS
-from vlm.data.encoding.labels import IGNORED
+from vlm.data.batching.stats import BATCH_STATS
+from vlm.data.encoding.labels import IGNORE_INDEX
 
-LENGTHS = "cu_seq_lens_q"
+SEQUENCE_STARTS = "cu_seq_lens_q"
 """The key that packed batches have: where each sample begins, and where the last one ends."""
 
 
 Lengths = Sequence[int] | np.ndarray
 
-DRAWN = 3.0
+DRAW_WHILE_FITS = 3.0
 """A row takes samples as they are drawn as long as so many of mean length fit."""
 
 
-def pack(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[int]]:
+def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[int]]:
     """Groups of places whose lengths sum up to at most `capacity`, few of them.
 
     A group takes samples as they are drawn until few more fit, and is closed by the one or two that leave least room.
@@ -48,22 +48,22 @@ def pack(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[int]]:
             f"a sample of {array.max():,} tokens does not fit into trainer.max_tokens_per_batch={capacity}; raise it, "
             "or lower dataset.max_length and choose dataset.over_length=skip or truncate"
         )
-    pool = _Pool(array, np.random.default_rng(seed))
+    pool = _UnpackedSamples(array, np.random.default_rng(seed))
     packs = []
     while pool.number:
         chosen: list[int] = []
         room = capacity
-        while room >= DRAWN * pool.mean and (place := pool.drawn(room)) is not None:
+        while room >= DRAW_WHILE_FITS * pool.mean and (place := pool.drawn(room)) is not None:
             chosen.append(place)
             room -= int(array[place])
-        while found := pool.best(room):
-            chosen += map(pool.take, found)
+        while found := pool.best_fitting_lengths(room):
+            chosen += map(pool.take_of_length, found)
             room -= sum(found)
         packs.append(chosen)
     return packs
 
 
-class _Pool:
+class _UnpackedSamples:
     """Samples that are in no pack yet.
 
     Args:
@@ -80,9 +80,9 @@ class _Pool:
         self.waiting = [True] * len(lengths)
         self.counts = np.bincount(lengths)
         self.present = np.flatnonzero(self.counts)
-        self.of_length: dict[int, list[int]] = {int(length): [] for length in self.present}
+        self.indices_by_length: dict[int, list[int]] = {int(length): [] for length in self.present}
         for place in self.order:
-            self.of_length[self.lengths[place]].append(place)
+            self.indices_by_length[self.lengths[place]].append(place)
 
     def drawn(self, room: int) -> int | None:
         """Take out the next sample as they are drawn; None: it does not fit, or there is none."""
@@ -91,19 +91,19 @@ class _Pool:
         if self.next == len(self.order) or self.lengths[self.order[self.next]] > room:
             return None
         place = self.order[self.next]
-        self._remove(place)
+        self._mark_packed(place)
         return place
 
-    def take(self, length: int) -> int:
+    def take_of_length(self, length: int) -> int:
         """Take out a sample of a length."""
-        same = self.of_length[length]
+        same = self.indices_by_length[length]
         while not self.waiting[same[-1]]:
             same.pop()
         place = same.pop()
-        self._remove(place)
+        self._mark_packed(place)
         return place
 
-    def _remove(self, place: int) -> None:
+    def _mark_packed(self, place: int) -> None:
         length = self.lengths[place]
         self.waiting[place] = False
         self.number -= 1
@@ -111,7 +111,7 @@ class _Pool:
         if not self.counts[length]:
             self.present = self.present[self.present != length]
 
-    def best(self, room: int) -> list[int]:
+    def best_fitting_lengths(self, room: int) -> list[int]:
         """The one or two lengths that fill a room most; none where none fits."""
         present = self.present[: np.searchsorted(self.present, room, side="right")]
         if not len(present):
@@ -144,11 +144,11 @@ class PackSampler(Sampler[list[int]]):
         self.capacity, self.seed, self.rank, self.world_size = capacity, seed, rank, world_size
         if len(self.lengths) < world_size:
             raise ValueError(f"trainer.packing=true: {len(self.lengths)} samples cannot be dealt to {world_size} ranks")
-        self.packs = _dealt(pack(self.lengths, capacity, seed), world_size)
+        self.packs = _even_packs(pack_lengths(self.lengths, capacity, seed), world_size)
         self.epoch = 0
 
     @property
-    def fill(self) -> float:
+    def fill_ratio(self) -> float:
         """The mean share of `capacity` that packs hold."""
         return float(self.lengths.sum()) / (len(self.packs) * self.capacity)
 
@@ -161,12 +161,12 @@ class PackSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         draw = np.random.default_rng([self.seed, self.epoch])
-        standing = _exchanged(self.lengths, draw)
+        sample_at = _swap_equal_lengths(self.lengths, draw)
         order = draw.permutation(len(self.packs))
-        return (standing[self.packs[number]].tolist() for number in order[self.rank :: self.world_size].tolist())
+        return (sample_at[self.packs[number]].tolist() for number in order[self.rank :: self.world_size].tolist())
 
 
-def _dealt(packs: list[list[int]], world_size: int) -> list[list[int]]:
+def _even_packs(packs: list[list[int]], world_size: int) -> list[list[int]]:
     """As many packs as ranks can share evenly: those of most samples are halved.
 
     Where each has one alone, the first ones stand twice, as in batches that are not packed.
@@ -182,15 +182,15 @@ def _dealt(packs: list[list[int]], world_size: int) -> list[list[int]]:
     return packs
 
 
-def _exchanged(lengths: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+def _swap_equal_lengths(lengths: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """`(samples,)`: which sample stands at each place, samples of equal length having changed places."""
     drawn = draw.permutation(len(lengths))
-    standing = np.empty(len(lengths), dtype=np.int64)
-    standing[np.argsort(lengths, kind="stable")] = drawn[np.argsort(lengths[drawn], kind="stable")]
-    return standing
+    sample_at = np.empty(len(lengths), dtype=np.int64)
+    sample_at[np.argsort(lengths, kind="stable")] = drawn[np.argsort(lengths[drawn], kind="stable")]
+    return sample_at
 
 
-def settled_capacity(max_tokens: int | None, batch_size: int, lengths: Lengths, longest: int = 0) -> int:
+def resolve_pack_capacity(max_tokens: int | None, batch_size: int, lengths: Lengths, longest: int = 0) -> int:
     """What `trainer.max_tokens_per_batch` stands for; None: on average as many samples as a padded batch has.
 
     At least as much as the longest sample has, of these and of others that may come.
@@ -225,15 +225,15 @@ class PackingCollator:
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         }
         starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        packed["labels"][0, starts[:-1].long()] = IGNORED
-        packed |= {LENGTHS: starts, "cu_seq_lens_k": starts}
+        packed["labels"][0, starts[:-1].long()] = IGNORE_INDEX
+        packed |= {SEQUENCE_STARTS: starts, "cu_seq_lens_k": starts}
         packed |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
-        packed |= {name: self._flat(name, value, placed) for name, value in batch.items()}
-        if FACTS in packed:
-            packed[FACTS] = replace(packed[FACTS], positions=packed["input_ids"].numel())
+        packed |= {name: self._flatten_rows(name, value, placed) for name, value in batch.items()}
+        if BATCH_STATS in packed:
+            packed[BATCH_STATS] = replace(packed[BATCH_STATS], positions=packed["input_ids"].numel())
         return packed
 
-    def _flat(self, name: str, value: Any, placed: Tensor) -> Any:
+    def _flatten_rows(self, name: str, value: Any, placed: Tensor) -> Any:
         """An input of padded rows as that of the one row."""
         if name in self.collate.tokens:
             return value[placed][None]

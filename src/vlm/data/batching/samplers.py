@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-GROUPED = "group_by_modality_length"
+GROUP_BY_MODALITY_LENGTH = "group_by_modality_length"
 """The value of `trainer.train_sampling_strategy` that chooses it."""
 
 
-def modality_length_order(
+def group_by_modality_and_length(
     lengths: Sequence[int], num_images: Sequence[int], batch: int, generator: torch.Generator
 ) -> list[int]:
     """LLaVA's order: global batches of one modality each, samples of like length together, batches shuffled.
@@ -27,7 +27,7 @@ def modality_length_order(
     rest: list[int] = []
     for with_images in (True, False):
         chosen = [i for i, number in enumerate(num_images) if (number > 0) == with_images]
-        grouped = [chosen[i] for i in _length_grouped([lengths[i] for i in chosen], batch, generator)]
+        grouped = [chosen[i] for i in _group_by_length([lengths[i] for i in chosen], batch, generator)]
         whole = len(grouped) // batch * batch
         batches += [grouped[i : i + batch] for i in range(0, whole, batch)]
         rest += grouped[whole:]
@@ -35,7 +35,7 @@ def modality_length_order(
     return [index for number in order for index in batches[number]] + rest
 
 
-def _length_grouped(lengths: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
+def _group_by_length(lengths: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
     """Shuffle, then sort by length (longest first) within stretches of 50 batches."""
     stretch = batch * 50
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -44,7 +44,7 @@ def _length_grouped(lengths: Sequence[int], batch: int, generator: torch.Generat
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Iterates in `modality_length_order`, another one each epoch; resuming an epoch repeats its order.
+    """Iterates in `group_by_modality_and_length`, another one each epoch; resuming an epoch repeats its order.
 
     Args:
         lengths: tokens of each sample.
@@ -67,10 +67,10 @@ class ModalityLengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(modality_length_order(self.lengths, self.num_images, self.batch, generator))
+        return iter(group_by_modality_and_length(self.lengths, self.num_images, self.batch, generator))
 
 
-class TogetherSampler(Sampler[int]):
+class GroupSampler(Sampler[int]):
     """Iterates over groups in a drawn order, the samples of each one after the other, for losses that compare them.
 
     Resuming an epoch repeats its order.

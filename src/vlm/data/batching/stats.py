@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.encoding.labels import IGNORED
+from vlm.data.encoding.labels import IGNORE_INDEX
 
-FACTS = "facts"
-"""The key of a batch under which its `BatchFacts` stand; the training loop takes them out."""
+BATCH_STATS = "facts"
+"""The key of a batch under which its `BatchStats` stand; the training loop takes them out."""
 
 
 @dataclass(frozen=True)
-class BatchFacts:
+class BatchStats:
     """What a batch holds; dummy images, padding and records that were left out are no part of it.
 
     Attributes:
@@ -31,14 +31,14 @@ class BatchFacts:
     positions: int = 0
     supervised: int = 0
     images: int = 0
-    squares: int = 0
+    squared_lengths: int = 0
 
-    def __add__(self, other: "BatchFacts") -> "BatchFacts":
+    def __add__(self, other: "BatchStats") -> "BatchStats":
         """Those of two batches."""
-        return BatchFacts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+        return BatchStats(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
-def facts_of(items: Sequence[Mapping[str, Any]], positions: int) -> BatchFacts:
+def compute_batch_stats(items: Sequence[Mapping[str, Any]], positions: int) -> BatchStats:
     """What a batch of these samples holds, before anything is appended to them.
 
     Args:
@@ -46,14 +46,14 @@ def facts_of(items: Sequence[Mapping[str, Any]], positions: int) -> BatchFacts:
         positions: those of the batch, padding and dummies included.
     """
     lengths = [len(item["input_ids"]) for item in items]
-    learnt = [np.asarray(item["labels"])[1:] != IGNORED for item in items]  # nothing predicts the first token
-    return BatchFacts(
+    learnt = [np.asarray(item["labels"])[1:] != IGNORE_INDEX for item in items]  # nothing predicts the first token
+    return BatchStats(
         samples=len(items),
         tokens=sum(lengths),
         positions=positions,
         supervised=sum(int(one.sum()) for one in learnt),
         images=sum(map(num_images, items)),
-        squares=sum(length * length for length in lengths),
+        squared_lengths=sum(length * length for length in lengths),
     )
 
 
@@ -68,10 +68,10 @@ def num_images(inputs: Mapping[str, Any]) -> int:
     if (features := inputs.get("image_features")) is not None:
         return len(features)
     named = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-    return sum(_count(inputs.get(pixels), inputs.get(grids)) for pixels, grids in named)
+    return sum(_count_images(inputs.get(pixels), inputs.get(grids)) for pixels, grids in named)
 
 
-def _count(pixels: Any, grids: Any) -> int:
+def _count_images(pixels: Any, grids: Any) -> int:
     if pixels is None:
         return 0
     if pixels.ndim < 4:
@@ -79,17 +79,19 @@ def _count(pixels: Any, grids: Any) -> int:
     return math.prod(pixels.shape[:-3])
 
 
-def num_read(inputs: Mapping[str, Any], images: int, encodes_each: bool, connects_each: bool) -> tuple[int, int]:
+def num_encoded_and_connected(
+    inputs: Mapping[str, Any], images: int, encodes_duplicates: bool, connects_duplicates: bool
+) -> tuple[int, int]:
     """How many of a batch's images the visual encoder reads, and the connector.
 
     Args:
         inputs: of a model; equal images may stand in them once.
-        images: see `BatchFacts`.
-        encodes_each: whether the encoder reads equal images one by one all the same.
-        connects_each: whether the connector does.
+        images: see `BatchStats`.
+        encodes_duplicates: whether the encoder reads equal images one by one all the same.
+        connects_duplicates: whether the connector does.
     """
     features, distinct = inputs.get("image_features"), images
     if inputs.get("image_index") is not None:
         distinct = len(inputs["pixel_values"] if features is None else features)
-    encoded = 0 if features is not None else images if encodes_each else distinct
-    return encoded, images if connects_each or encoded == images else distinct
+    encoded = 0 if features is not None else images if encodes_duplicates else distinct
+    return encoded, images if connects_duplicates or encoded == images else distinct

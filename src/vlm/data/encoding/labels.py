@@ -16,13 +16,13 @@ from typing import Any
 
 import jinja2
 
-from vlm.data.sample import BadSample, OverLong, Sample, Size, Turn
+from vlm.data.sample import BadSample, MediaSize, OverLong, Sample, Turn
 
-IGNORED = -100
-MARKS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+IGNORE_INDEX = -100
+MARKERS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 """Unicode noncharacters around what people said while a template renders it; they never occur in text."""
-MARK = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
-THINKING = re.compile(r".*</think>\s*", re.DOTALL)
+MARKER_PATTERN = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
+THINKING_PATTERN = re.compile(r".*</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Encoded:
     labels: list[int]
 
 
-def media_ids(processor: Any) -> list[int]:
+def get_media_token_ids(processor: Any) -> list[int]:
     """The ids that stand for features of pictures and videos."""
     ids = processor.image_token_id, processor.video_token_id
     return [one for one in dict.fromkeys(ids) if one is not None]
 
 
-def template_text(name: str) -> str:
+def read_template(name: str) -> str:
     """A packaged template by name, or the text of a `.jinja` file."""
     if name.endswith(".jinja"):
         return Path(name).read_text(encoding="utf-8")
@@ -71,13 +71,13 @@ def render(processor: Any, turns: Sequence[Turn], sample_id: str = "?", *, promp
         BadSample: the template refuses the turns, or drops a reply.
     """
     said = [(turn.role, part) for turn in turns for part in turn.content if isinstance(part, str)]
-    if any(mark in part for _, part in said for mark in MARKS):
+    if any(mark in part for _, part in said for mark in MARKERS):
         raise BadSample(sample_id, "contains one of the Unicode noncharacters U+FDD0 to U+FDD2")
-    text, spans = _render_marked(processor, turns, sample_id, prompt)
+    text, spans = _render_with_markers(processor, turns, sample_id, prompt)
     kept = {}
     if any(role == "assistant" and part != part.strip() for role, part in said):
-        bare = _render_marked(processor, [_without_blanks(turn) for turn in turns], sample_id, prompt)
-        kept = _kept_blanks((text, spans), bare)
+        bare = _render_with_markers(processor, [_strip_replies(turn) for turn in turns], sample_id, prompt)
+        kept = _kept_whitespace((text, spans), bare)
     replies = []
     for number, (role, part) in enumerate(said):
         if role == "assistant":
@@ -88,23 +88,25 @@ def render(processor: Any, turns: Sequence[Turn], sample_id: str = "?", *, promp
     return Rendered(text, sorted(spans.values()), replies)
 
 
-def _render_marked(
+def _render_with_markers(
     processor: Any, turns: Sequence[Turn], sample_id: str, prompt: bool
 ) -> tuple[str, dict[int, tuple[int, int]]]:
     """Render with marks around each text; the rendered text without them, and where each numbered text stands."""
     numbers, tokens = count(), (processor.image_token, processor.video_token)
     marked = [
-        Turn(turn.role, tuple(_mark(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content))
+        Turn(
+            turn.role, tuple(_add_markers(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content)
+        )
         for turn in turns
     ]
     messages = [turn.as_message(*tokens) for turn in marked]
     try:
-        return _unmark(processor.apply_chat_template(messages, add_generation_prompt=prompt))
+        return _strip_markers(processor.apply_chat_template(messages, add_generation_prompt=prompt))
     except jinja2.TemplateError as error:
         raise BadSample(sample_id, f"its template refuses it: {error}") from error
 
 
-def _mark(part: str, number: int, tokens: Sequence[str | None]) -> str:
+def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
     """Marks around the text proper, and once more behind its thinking, which some templates drop.
 
     Blanks at the ends stay outside, where a template may trim them. A token of a picture or video that somebody spelled
@@ -113,19 +115,19 @@ def _mark(part: str, number: int, tokens: Sequence[str | None]) -> str:
     core = part.strip()
     start = part.index(core) if core else len(part)
     opened, closed = f"{OPEN}{number}{NUMBERED}", f"{CLOSE}{number}{NUMBERED}"
-    text = THINKING.sub(lambda thinking: thinking[0] + opened, core, count=1)
+    text = THINKING_PATTERN.sub(lambda thinking: thinking[0] + opened, core, count=1)
     for token in tokens:
         if token is not None:
             text = text.replace(token, f"{token[0]}{NUMBERED}{token[1:]}")
     return f"{part[:start]}{opened}{text}{closed}{part[start + len(core) :]}"
 
 
-def _unmark(marked: str) -> tuple[str, dict[int, tuple[int, int]]]:
+def _strip_markers(marked: str) -> tuple[str, dict[int, tuple[int, int]]]:
     """The text without marks, and the span that each numbered pair of marks enclosed."""
     text, position = "", 0
     opened: dict[int, int] = {}
     spans: dict[int, tuple[int, int]] = {}
-    for match in MARK.finditer(marked):
+    for match in MARKER_PATTERN.finditer(marked):
         text += marked[position : match.start()]
         position = match.end()
         number = int(match[2] or -1)
@@ -136,18 +138,18 @@ def _unmark(marked: str) -> tuple[str, dict[int, tuple[int, int]]]:
     return text + marked[position:], spans
 
 
-def _without_blanks(turn: Turn) -> Turn:
+def _strip_replies(turn: Turn) -> Turn:
     """A reply without the blanks at its ends; other turns as they are."""
     if turn.role != "assistant":
         return turn
     return Turn(turn.role, tuple(part.strip() if isinstance(part, str) else part for part in turn.content))
 
 
-def _kept_blanks(
+def _kept_whitespace(
     full: tuple[str, dict[int, tuple[int, int]]], bare: tuple[str, dict[int, tuple[int, int]]]
 ) -> dict[int, tuple[int, int]]:
     """How many blanks at the ends of each text the template kept: what its neighbours are further away for them."""
-    (gaps, bare_gaps) = (_gaps(text, spans) for text, spans in (full, bare))
+    (gaps, bare_gaps) = (_span_gaps(text, spans) for text, spans in (full, bare))
     return {
         number: (before - bare_gaps[number][0], after - bare_gaps[number][1])
         for number, (before, after) in gaps.items()
@@ -155,7 +157,7 @@ def _kept_blanks(
     }
 
 
-def _gaps(text: str, spans: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+def _span_gaps(text: str, spans: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
     """Characters between each span and the one before it, and the one after it."""
     order = sorted(spans, key=lambda number: spans[number])
     ends = [0, *(spans[number][1] for number in order)]
@@ -191,13 +193,13 @@ def reply_end(processor: Any, text: str, end: int) -> int:
     return end + blank
 
 
-def encode(processor: Any, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
+def encode(processor: Any, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
     """Ids of a whole conversation, and labels: the id within replies and their ends, -100 elsewhere.
 
     Args:
         processor: decides every token.
         sample: the conversation.
-        sizes: of its pictures and videos, where the processor needs them; see `pictures.seen_sizes`.
+        sizes: of its pictures and videos, where the processor needs them; see `pictures.media_sizes_from_opened`.
 
     Raises:
         BadSample: there is no reply, the template refuses the turns or drops one, or nothing would be supervised.
@@ -208,7 +210,7 @@ def encode(processor: Any, sample: Sample, sizes: Sequence[Size] = ()) -> Encode
     text = rendered.text
     supervised = [(reply_start(text, start), reply_end(processor, text, end)) for start, end in rendered.replies]
     ids, spans = processor.tokenize(text, rendered.spoken, sizes)
-    labels = [IGNORED] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)
     waiting = iter([*supervised, (len(text) + 1,) * 2])
     start, stop = next(waiting)
     for position, (a, b) in enumerate(spans):
@@ -216,18 +218,18 @@ def encode(processor: Any, sample: Sample, sizes: Sequence[Size] = ()) -> Encode
             start, stop = next(waiting)
         if b > start and a < stop:
             labels[position] = ids[position]
-    if labels.count(IGNORED) == len(labels):
+    if labels.count(IGNORE_INDEX) == len(labels):
         raise BadSample(sample.id, "no supervised token")
     return Encoded(ids, labels)
 
 
-def encode_prompt(processor: Any, turns: Sequence[Turn], sizes: Sequence[Size] = ()) -> list[int]:
+def encode_prompt(processor: Any, turns: Sequence[Turn], sizes: Sequence[MediaSize] = ()) -> list[int]:
     """Ids of a conversation that waits for an answer."""
     rendered = render(processor, turns, prompt=True)
     return processor.tokenize(rendered.text, rendered.spoken, sizes)[0]
 
 
-def limit(encoded: Encoded, longest: int, media: Sequence[int], sample_id: str, *, truncate: bool) -> Encoded:
+def limit_length(encoded: Encoded, longest: int, media: Sequence[int], sample_id: str, *, truncate: bool) -> Encoded:
     """The sample if it has at most `longest` tokens; with `truncate`, its beginning.
 
     The beginning ends within a reply or with one: what would be left of a question that is not answered goes too,
@@ -247,9 +249,9 @@ def limit(encoded: Encoded, longest: int, media: Sequence[int], sample_id: str, 
     cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest])
     if not set(media).isdisjoint(encoded.input_ids[longest:]):
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image")
-    if cut.labels.count(IGNORED) == longest:
+    if cut.labels.count(IGNORE_INDEX) == longest:
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut every reply")
-    while cut.labels[-1] == IGNORED and cut.input_ids[-1] not in media:
+    while cut.labels[-1] == IGNORE_INDEX and cut.input_ids[-1] not in media:
         cut.input_ids.pop()
         cut.labels.pop()
     return cut

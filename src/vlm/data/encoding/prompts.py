@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vlm.data.encoding.labels import IGNORED, Encoded, encode, render
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, render
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.sample import BadSample, Sample, Size, Turn
+from vlm.data.sample import BadSample, MediaSize, Sample, Turn
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PromptEncoder(SampleEncoder):
         ValueError: prompts would be cut, or replies would stand behind a suffix.
     """
 
-    learns_labels: ClassVar[bool] = True
+    encodes_labels: ClassVar[bool] = True
 
     suffix: tuple[int, ...] = ()
     answers: bool = False
@@ -38,7 +38,7 @@ class PromptEncoder(SampleEncoder):
                 f"suffix={self.suffix}, answers=True: a reply follows its prompt, nothing can stand between them"
             )
 
-    def encode(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
+    def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Ids of a whole prompt, and with `answers` of its reply; labels: the reply's ids, -100 elsewhere.
 
         Raises:
@@ -47,23 +47,23 @@ class PromptEncoder(SampleEncoder):
         """
         prompt = self._prompt(sample, sizes)
         if not self.answers or sample.turns[-1].role != "assistant":
-            return Encoded([*prompt, *self.suffix], [IGNORED] * (len(prompt) + len(self.suffix)))
+            return Encoded([*prompt, *self.suffix], [IGNORE_INDEX] * (len(prompt) + len(self.suffix)))
         whole = encode(self.processor, sample, sizes)
         behind = len(prompt)
         # A head reads the end of the prompt: nothing may stand between it and what is supervised.
-        if whole.input_ids[:behind] != prompt or whole.labels[behind : behind + 1] in ([], [IGNORED]):
+        if whole.input_ids[:behind] != prompt or whole.labels[behind : behind + 1] in ([], [IGNORE_INDEX]):
             raise BadSample(
                 sample.id,
                 "its template renders a prompt otherwise once it is answered, as some do that have thinking blocks; "
                 "dataset.template names another",
             )
-        return Encoded(whole.input_ids, [*[IGNORED] * behind, *whole.labels[behind:]])
+        return Encoded(whole.input_ids, [*[IGNORE_INDEX] * behind, *whole.labels[behind:]])
 
-    def needed(self, encoded: Encoded) -> int:
+    def min_length(self, encoded: Encoded) -> int:
         """All tokens: a prompt is never cut."""
         return len(encoded.input_ids)
 
-    def learnt(self, sample: Sample) -> tuple[str | None, str | None]:
+    def label_and_group(self, sample: Sample) -> tuple[str | None, str | None]:
         """A sample's label as JSON, and its group.
 
         Raises:
@@ -76,11 +76,11 @@ class PromptEncoder(SampleEncoder):
             raise BadSample(sample.id, f"its label {sample.label!r:.60} cannot be written as JSON: {error}") from error
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def fingerprint_fields(self) -> tuple[Any, ...]:
         """What ids and labels depend on besides the processor."""
-        return (*super().kind, self.suffix, self.answers)
+        return (*super().fingerprint_fields, self.suffix, self.answers)
 
-    def _prompt(self, sample: Sample, sizes: Sequence[Size]) -> list[int]:
+    def _prompt(self, sample: Sample, sizes: Sequence[MediaSize]) -> list[int]:
         """Ids as `encode.encode_prompt` gives them, with the sample named where it cannot be used."""
         turns = prompt_turns(sample)
         if not turns:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm.data.cache import digest_of
-from vlm.data.encoding.labels import IGNORED, Encoded, encode, limit, media_ids
-from vlm.data.sample import Sample, Size
+from vlm.data.cache import json_digest
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, get_media_token_ids, limit_length
+from vlm.data.sample import MediaSize, Sample
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,25 @@ class SampleEncoder:
         truncate: whether a longer one loses its end, instead of being refused.
     """
 
-    learns_labels: ClassVar[bool] = False
+    encodes_labels: ClassVar[bool] = False
     """Whether labels of records are asked for, see `learnt`."""
 
     processor: Any
     longest: int
     truncate: bool
 
-    def __call__(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
+    def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Ids and labels of a sample; `sizes` of its pictures, where the processor needs them.
 
         Raises:
             BadSample: it cannot be used, or is too long.
         """
         encoded = self.encode(sample, sizes)
-        return limit(encoded, self.longest, media_ids(self.processor), sample.id, truncate=self.truncate)
+        return limit_length(
+            encoded, self.longest, get_media_token_ids(self.processor), sample.id, truncate=self.truncate
+        )
 
-    def encode(self, sample: Sample, sizes: Sequence[Size] = ()) -> Encoded:
+    def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """The same of a whole sample, however long it is.
 
         Raises:
@@ -47,20 +49,20 @@ class SampleEncoder:
         """
         return encode(self.processor, sample, sizes)
 
-    def needed(self, encoded: Encoded) -> int:
+    def min_length(self, encoded: Encoded) -> int:
         """The fewest tokens that it may be cut to: up to its last image or video, and its first supervised one."""
         ids, labels = encoded.input_ids, encoded.labels
-        first = next(place for place, label in enumerate(labels) if label != IGNORED)
-        media = media_ids(self.processor)
+        first = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
+        media = get_media_token_ids(self.processor)
         behind_media = max((len(ids) - ids[::-1].index(one) for one in media if one in ids), default=0)
         return max(first + 1, behind_media)
 
-    def learnt(self, sample: Sample) -> tuple[str | None, str | None]:
+    def label_and_group(self, sample: Sample) -> tuple[str | None, str | None]:
         """What a prediction head learns of a sample, as JSON, and its group; nothing where replies are learnt alone."""
         return None, None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def fingerprint_fields(self) -> tuple[Any, ...]:
         """What ids and labels depend on besides the processor."""
         return (type(self).__name__,)
 
@@ -75,7 +77,7 @@ def processor_digest(processor: Any) -> str:
     files = [*sorted(Path(__file__).parent.glob("*.py")), *beside]
     for file in files:
         code.update(file.read_bytes())
-    return digest_of(
-        processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_ids(),
+    return json_digest(
+        processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_token_ids(),
         processor.image_token, processor.to_dict(), versions, code.hexdigest(),
     )  # fmt: skip

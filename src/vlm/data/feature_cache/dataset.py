@@ -8,54 +8,54 @@ from typing import Any
 import torch
 
 from vlm.data.dataset import SampleDataset, Skipped
-from vlm.data.feature_cache.reader import ImageFeatures, Seen
-from vlm.data.sample import BadSample, Picture, Sample, Size, Video
+from vlm.data.feature_cache.reader import CachedImage, ImageFeatures
+from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 
 BLANK_SIZE = (64, 64)
-"""Height and width of a blank picture where no picture's own are needed, as `dataset.blank_picture` has it."""
+"""Height and width of a blank picture where no picture's own are needed, as `dataset.make_blank_image` has it."""
 
-FRAME, WHOLE, TILES = "frame", "whole", "tiles"
+FRAME_VIEW, SQUARE_VIEW, TILED_VIEW = "frame", "whole", "tiles"
 """How a picture is seen: as a frame of a video, as one square, or as one and its tiles."""
 
 
-def kinds_of(sample: Sample, processor: Any) -> list[str]:
+def view_kinds(sample: Sample, processor: Any) -> list[str]:
     """How each picture of a sample is seen."""
     tiling = processor.tiling
     if tiling is None:
-        return [WHOLE] * len(sample.media)
+        return [SQUARE_VIEW] * len(sample.media)
     side = (tiling.tile_size, tiling.tile_size)
-    views = tiling.num_views([None if is_frame(one) else side for one in sample.media])
-    return [{0: FRAME, 1: WHOLE}.get(number, TILES) for number in views]
+    views = tiling.num_views([None if is_video_frame(one) else side for one in sample.media])
+    return [{0: FRAME_VIEW, 1: SQUARE_VIEW}.get(number, TILED_VIEW) for number in views]
 
 
-def is_frame(one: Picture | Video) -> bool:
+def is_video_frame(one: ImageRef | VideoRef) -> bool:
     """Whether a picture stands for a part of a video."""
-    return isinstance(one, Picture) and one.frame is not None
+    return isinstance(one, ImageRef) and one.frame is not None
 
 
-def picture_key(picture: Picture, kind: str) -> bytes:
+def image_cache_key(image_ref: ImageRef, kind: str) -> bytes:
     """A name for a picture's content, and how it is seen: 16 bytes. Of a file, path, size and time stand for it.
 
     Raises:
         OSError: there is no such file.
     """
     digest = blake2b(kind.encode(), digest_size=16)
-    if picture.content is not None:
-        digest.update(b"\0" + picture.content)
+    if image_ref.content is not None:
+        digest.update(b"\0" + image_ref.content)
     else:
-        assert picture.path is not None
-        facts = picture.path.stat()
-        name = f"\1{os.path.abspath(picture.path)}\n{facts.st_size}\n{facts.st_mtime_ns}\n{picture.frame}"
+        assert image_ref.path is not None
+        facts = image_ref.path.stat()
+        name = f"\1{os.path.abspath(image_ref.path)}\n{facts.st_size}\n{facts.st_mtime_ns}\n{image_ref.frame}"
         digest.update(name.encode(errors="surrogateescape"))
     return digest.digest()
 
 
-def blank_key(size: tuple[int, int], kind: str) -> bytes:
+def blank_image_cache_key(size: tuple[int, int], kind: str) -> bytes:
     """A name for a blank picture of this size."""
     return blake2b(f"{kind}\2{size[0]} x {size[1]}".encode(), digest_size=16).digest()
 
 
-class SeenDataset(SampleDataset):
+class CachedFeatureDataset(SampleDataset):
     """A `SampleDataset` with `image_features` in place of `pixel_values`.
 
     Args:
@@ -75,26 +75,26 @@ class SeenDataset(SampleDataset):
         source = self.sources[number]
         try:
             sample = source.sample(record)
-            seen = seen_of(sample, self.processor, self.features)
-            encoded = source.encoder(sample, sizes_of(sample, seen, self.processor))
+            seen = find_cached_images(sample, self.processor, self.features)
+            encoded = source.encoder(sample, cached_image_sizes(sample, seen, self.processor))
         except BadSample as error:
-            return Skipped.by(error, source, record)
+            return Skipped.from_error(error, source, record)
         return self.inputs(encoded, seen)
 
-    def blank(self) -> "BlankSeen":
+    def blank(self) -> "BlankCachedFeatureDataset":
         """The same samples with blank pictures."""
-        return BlankSeen(self)
+        return BlankCachedFeatureDataset(self)
 
-    def inputs(self, encoded: Any, seen: Sequence[Seen]) -> dict[str, Any]:
+    def inputs(self, encoded: Any, seen: Sequence[CachedImage]) -> dict[str, Any]:
         """What the model reads of a sample."""
         found: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
-        return found | feature_inputs(self.features, seen, tiled=self.processor.needs_sizes)
+        return found | make_feature_inputs(self.features, seen, tiled=self.processor.needs_image_sizes)
 
 
-class BlankSeen(torch.utils.data.Dataset[dict[str, Any]]):
-    """The samples of a `SeenDataset` with blank pictures, as `BlankPictures` has them."""
+class BlankCachedFeatureDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """The samples of a `CachedFeatureDataset` with blank pictures, as `BlankImageDataset` has them."""
 
-    def __init__(self, dataset: SeenDataset):
+    def __init__(self, dataset: CachedFeatureDataset):
         self.dataset = dataset
         self.lengths, self.num_images = dataset.lengths, dataset.num_images
 
@@ -104,12 +104,14 @@ class BlankSeen(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         whole, processor = self.dataset, self.dataset.processor
         sample = whole.sample(index)
-        seen = seen_of(sample, processor, whole.features)
-        blanks = [found_in(whole.features, key) for key, _, _ in blanks_of(sample, seen, processor)]
-        return whole.inputs(whole.encoded(index, sizes_of(sample, seen, processor)), blanks)
+        seen = find_cached_images(sample, processor, whole.features)
+        blanks = [require_cached_image(whole.features, key) for key, _, _ in make_blank_keys(sample, seen, processor)]
+        return whole.inputs(whole.encoded(index, cached_image_sizes(sample, seen, processor)), blanks)
 
 
-def feature_inputs(features: ImageFeatures, seen: Sequence[Seen], *, tiled: bool) -> dict[str, torch.Tensor]:
+def make_feature_inputs(
+    features: ImageFeatures, seen: Sequence[CachedImage], *, tiled: bool
+) -> dict[str, torch.Tensor]:
     """What the model reads of pictures; nothing where there are none."""
     if not seen:
         return {}
@@ -120,22 +122,22 @@ def feature_inputs(features: ImageFeatures, seen: Sequence[Seen], *, tiled: bool
     return inputs
 
 
-def file_name(picture: Picture) -> str | None:
+def image_file_name(image_ref: ImageRef) -> str | None:
     """What an error calls a picture's file."""
-    return None if picture.path is None else str(picture.path)
+    return None if image_ref.path is None else str(image_ref.path)
 
 
-def seen_of(sample: Sample, processor: Any, features: ImageFeatures) -> list[Seen]:
+def find_cached_images(sample: Sample, processor: Any, features: ImageFeatures) -> list[CachedImage]:
     """A sample's pictures in the files.
 
     Raises:
         BadSample: one did not open when its features were computed, or is not there any more as it was then.
     """
     found = []
-    for one, kind in zip(sample.pictures, kinds_of(sample, processor), strict=True):
-        file = file_name(one)
+    for one, kind in zip(sample.images, view_kinds(sample, processor), strict=True):
+        file = image_file_name(one)
         try:
-            seen = features.find(picture_key(one, kind))
+            seen = features.find(image_cache_key(one, kind))
         except OSError as error:
             raise BadSample(sample.id, f"image {one} does not open: {error}", file) from error
         if seen is None:
@@ -146,23 +148,25 @@ def seen_of(sample: Sample, processor: Any, features: ImageFeatures) -> list[See
     return found
 
 
-def sizes_of(sample: Sample, seen: Sequence[Seen], processor: Any) -> list[Size]:
+def cached_image_sizes(sample: Sample, seen: Sequence[CachedImage], processor: Any) -> list[MediaSize]:
     """What the processor needs to know of the pictures to count tokens."""
-    if not processor.needs_sizes:
+    if not processor.needs_image_sizes:
         return []
-    pooled = [processor.pools_frames and is_frame(one) for one in sample.media]
+    pooled = [processor.pools_video_frames and is_video_frame(one) for one in sample.media]
     return [None if hidden else one.size for hidden, one in zip(pooled, seen, strict=True)]
 
 
-def blanks_of(sample: Sample, seen: Sequence[Seen], processor: Any) -> list[tuple[bytes, tuple[int, int], str]]:
+def make_blank_keys(
+    sample: Sample, seen: Sequence[CachedImage], processor: Any
+) -> list[tuple[bytes, tuple[int, int], str]]:
     """Key, size and kind of the blank picture that stands for each picture of a sample."""
-    kinds = kinds_of(sample, processor)
-    known: list[Any] = sizes_of(sample, seen, processor)  # no clips, where pictures are all there is
+    kinds = view_kinds(sample, processor)
+    known: list[Any] = cached_image_sizes(sample, seen, processor)  # no clips, where pictures are all there is
     sizes = [one or BLANK_SIZE for one in known] or [BLANK_SIZE] * len(kinds)
-    return [(blank_key(size, kind), size, kind) for size, kind in zip(sizes, kinds, strict=True)]
+    return [(blank_image_cache_key(size, kind), size, kind) for size, kind in zip(sizes, kinds, strict=True)]
 
 
-def found_in(features: ImageFeatures, key: bytes) -> Seen:
+def require_cached_image(features: ImageFeatures, key: bytes) -> CachedImage:
     """A picture that must be there."""
     seen = features.find(key)
     assert seen is not None

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROWS, INDEX, FORM, USED = "features.bin", "index.npz", "form.json", "used"
+FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE = "features.bin", "index.npz", "form.json", "used"
 """The files of a pack: features, where each picture's are, what all are; the last is locked, and dates its last use."""
 
-PARTIAL = ".partial"
+PARTIAL_SUFFIX = ".partial"
 """How the name of a pack ends that is not whole, not yet or not any more."""
 
 
 @dataclass(frozen=True)
-class Form:
+class FeatureFormat:
     """What the features of one view are.
 
     Attributes:
@@ -44,7 +44,7 @@ class Form:
     stride: int
 
     @classmethod
-    def of(cls, features: Tensor) -> "Form":
+    def of(cls, features: Tensor) -> "FeatureFormat":
         """That of features `(views, P, V)`.
 
         In a file a view takes whole pages: of one that two machines write to, NFS keeps what the later one has.
@@ -65,7 +65,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Seen:
+class CachedImage:
     """One picture in a pack.
 
     Attributes:
@@ -95,14 +95,14 @@ class Pack:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._release = weakref.finalize(self, os.close, shared_lock(folder))
-        if not (folder / FORM).is_file():
+        self._release = weakref.finalize(self, os.close, acquire_shared_lock(folder))
+        if not (folder / FORMAT_FILE).is_file():
             self.close()
-            raise FileNotFoundError(folder / FORM)
-        facts = json.loads((folder / FORM).read_text(encoding="utf-8"))
-        self.form = Form(**facts["form"])
+            raise FileNotFoundError(folder / FORMAT_FILE)
+        facts = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
+        self.form = FeatureFormat(**facts["form"])
         self.problems = {int(place): tuple(problem) for place, problem in facts["problems"].items()}
-        with np.load(folder / INDEX) as index:
+        with np.load(folder / INDEX_FILE) as index:
             self.keys, self.starts, self.views, self.sizes = (index[n] for n in ("keys", "starts", "views", "sizes"))
         self._rows: np.ndarray | None = None
 
@@ -119,7 +119,7 @@ class Pack:
 
     def touch(self) -> None:
         """Note that it is used now: what was not for longest goes first."""
-        os.utime(self.folder / USED)
+        os.utime(self.folder / LOCK_FILE)
 
     def place(self, key: bytes) -> int | None:
         """Where a picture stands in the index; None: it is not here."""
@@ -134,7 +134,7 @@ class Pack:
     def read(self, start: int, number: int) -> Tensor:
         """Features of some views: `(number, P, V)`."""
         if self._rows is None:
-            self._rows = rows_of(self.folder / ROWS, self.form, "r")
+            self._rows = map_feature_rows(self.folder / FEATURES_FILE, self.form, "r")
         found = torch.from_numpy(np.array(self._rows[start : start + number])).view(self.form.torch_dtype)
         return found.view(number, self.form.tokens, self.form.width)
 
@@ -149,31 +149,31 @@ class ImageFeatures:
     def __init__(self, packs: Sequence[Pack]):
         self.packs = list(packs)
 
-    def find(self, key: bytes) -> Seen | None:
+    def find(self, key: bytes) -> CachedImage | None:
         """A picture by its key; None: it is in no pack."""
         for number, pack in enumerate(self.packs):
             if (place := pack.place(key)) is not None:
                 height, width = pack.sizes[place].tolist()
                 problem = pack.problems.get(place)
-                return Seen(number, int(pack.starts[place]), int(pack.views[place]), (height, width), problem)
+                return CachedImage(number, int(pack.starts[place]), int(pack.views[place]), (height, width), problem)
         return None
 
-    def read(self, seen: Seen) -> Tensor:
+    def read(self, seen: CachedImage) -> Tensor:
         """The features of a picture's views: `(views, P, V)`; a frame has one."""
         return self.packs[seen.pack].read(seen.start, max(seen.views, 1))
 
 
-def open_packs(store: Path) -> list[Pack]:
+def open_all_packs(store: Path) -> list[Pack]:
     """The whole packs of a store, the newest first."""
     found = []
-    for folder in sorted((form.parent for form in store.glob(f"*/{FORM}")), key=last_used, reverse=True):
-        if not folder.name.endswith(PARTIAL):
+    for folder in sorted((form.parent for form in store.glob(f"*/{FORMAT_FILE}")), key=last_used, reverse=True):
+        if not folder.name.endswith(PARTIAL_SUFFIX):
             with suppress(FileNotFoundError):
                 found.append(Pack(folder))
     return found
 
 
-def shared_pack(folder: Path) -> Pack:
+def open_shared_pack(folder: Path) -> Pack:
     """A pack that another rank has, open.
 
     Raises:
@@ -182,10 +182,10 @@ def shared_pack(folder: Path) -> Pack:
     try:
         return Pack(folder)
     except FileNotFoundError as error:
-        raise not_shared(folder) from error
+        raise not_shared_error(folder) from error
 
 
-def not_shared(path: Path) -> ValueError:
+def not_shared_error(path: Path) -> ValueError:
     """What to say where something of another rank's is not here."""
     return ValueError(
         f"{path}: another rank has it, and it is not here; dataset.cache_dir must be a folder that all machines share, "
@@ -193,7 +193,7 @@ def not_shared(path: Path) -> ValueError:
     )
 
 
-def rows_of(file: Path, form: Form, mode: Literal["r", "r+"]) -> np.ndarray:
+def map_feature_rows(file: Path, form: FeatureFormat, mode: Literal["r", "r+"]) -> np.ndarray:
     """The features in a file as a memory map: `(views, bytes)`."""
     return np.memmap(file, np.uint8, mode).reshape(-1, form.stride)[:, : form.nbytes]
 
@@ -201,13 +201,13 @@ def rows_of(file: Path, form: Form, mode: Literal["r", "r+"]) -> np.ndarray:
 def last_used(folder: Path) -> float:
     """When a pack was last used, in seconds."""
     try:
-        return (folder / USED).stat().st_mtime
+        return (folder / LOCK_FILE).stat().st_mtime
     except FileNotFoundError:
         return 0.0
 
 
-def shared_lock(folder: Path, *, create: bool = False) -> int:
+def acquire_shared_lock(folder: Path, *, create: bool = False) -> int:
     """Hold a pack: nobody removes it while this, or a process forked from it, has the descriptor open."""
-    lock = os.open(folder / USED, os.O_RDWR | (os.O_CREAT if create else 0))
+    lock = os.open(folder / LOCK_FILE, os.O_RDWR | (os.O_CREAT if create else 0))
     fcntl.flock(lock, fcntl.LOCK_SH)
     return lock

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankPictures, Contribution, SampleDataset, Skipped
-from vlm.data.encoding.labels import IGNORED
-from vlm.data.heads.labels import HeadLabels, check_values, folds, split
+from vlm.data.dataset import BlankImageDataset, Contribution, SampleDataset, Skipped
+from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.heads.labels import HeadLabels, check_values, make_folds, split
 from vlm.data.sample import Sample
 
 NO_GROUP = -1
@@ -29,20 +29,20 @@ class HeadDataset(Dataset[Any]):
         heads: what each head learns.
 
     Attributes:
-        group_numbers: `(samples,)`: equal where a ranking compares samples, which it does within a source only; -1 of
+        group_indices: `(samples,)`: equal where a ranking compares samples, which it does within a source only; -1 of
             those that have no group.
 
     Raises:
         ValueError: a head cannot learn a label.
     """
 
-    pictures = "own"
+    shown_images = "own"
     """Which pictures the samples show."""
 
     def __init__(self, dataset: SampleDataset, heads: Sequence[HeadLabels]):
         self.dataset, self.heads = dataset, list(heads)
-        self.group_numbers = group_numbers(dataset)
-        self._values = values_of(dataset.labels, [head.name for head in heads])
+        self.group_indices = group_indices(dataset)
+        self._values = values_per_head(dataset.labels, [head.name for head in heads])
         paths = ", ".join(source.path for source in dataset.sources)
         for head in self.heads:
             check_values(head, self._values[head.name], paths)
@@ -52,13 +52,13 @@ class HeadDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
         """As of the samples, with `targets` (for each head the numbers of `HeadLabels.target`) and `group`."""
-        item = self.shown(index)
+        item = self.model_item(index)
         if isinstance(item, Skipped):
             return item
         targets = {head.name: head.target(self._values[head.name][index]) for head in self.heads}
-        return {**item, "targets": targets, "group": int(self.group_numbers[index])}
+        return {**item, "targets": targets, "group": int(self.group_indices[index])}
 
-    def shown(self, index: int) -> dict[str, Any] | Skipped:
+    def model_item(self, index: int) -> dict[str, Any] | Skipped:
         """The sample itself, with its pictures."""
         return self.dataset[index]
 
@@ -118,11 +118,11 @@ class HeadDataset(Dataset[Any]):
 class BlankHeadDataset(HeadDataset):
     """The same samples with every picture of the processor's mean colour: what do heads know without seeing?"""
 
-    pictures = "blank"
+    shown_images = "blank"
 
-    def shown(self, index: int) -> dict[str, Any] | Skipped:
+    def model_item(self, index: int) -> dict[str, Any] | Skipped:
         """The sample itself, with blank pictures."""
-        return BlankPictures(self.dataset)[index]
+        return BlankImageDataset(self.dataset)[index]
 
 
 class HeadCollator:
@@ -154,7 +154,7 @@ class HeadCollator:
             for head in self.heads
         }
         batch["groups"] = torch.tensor([one["group"] for one in kept], dtype=torch.int64)
-        if (batch["labels"] != IGNORED).any():
+        if (batch["labels"] != IGNORE_INDEX).any():
             batch["prompt_mask"] = prompt_mask(batch["labels"], batch["attention_mask"])
         else:
             del batch["labels"]
@@ -163,11 +163,11 @@ class HeadCollator:
 
 def prompt_mask(labels: Tensor, attention_mask: Tensor) -> Tensor:
     """1 at tokens that are attended to and stand before what is supervised: `(rows, tokens)`, as both arguments."""
-    before = (labels != IGNORED).cumsum(dim=1) == 0
+    before = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
     return attention_mask * before
 
 
-def values_of(labels: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
+def values_per_head(labels: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
     """What records say to each head, None where that is nothing.
 
     Args:
@@ -189,7 +189,7 @@ def values_of(labels: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any
     return found
 
 
-def group_numbers(dataset: SampleDataset) -> np.ndarray:
+def group_indices(dataset: SampleDataset) -> np.ndarray:
     """`(samples,)`: a number for each group of each source, -1 for samples that have none."""
     numbers: dict[tuple[int, str], int] = {}
     sources = dataset.places[:, 0].tolist()
@@ -200,7 +200,7 @@ def group_numbers(dataset: SampleDataset) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def split_labelled(
+def split_by_label(
     dataset: SampleDataset,
     strata: np.ndarray,
     share: float,
@@ -223,42 +223,45 @@ def split_labelled(
     Raises:
         ValueError: there are too few records or groups, or too few that have one of the labels.
     """
-    first, which = _distinct(dataset)
-    groups = _kept_together(dataset, first)
-    return _sides(dataset, first, which, split(strata[first], share, seed, groups, names, key))
+    first, which = _unique_records(dataset)
+    groups = _split_groups(dataset, first)
+    return _split_datasets(dataset, first, which, split(strata[first], share, seed, groups, names, key))
 
 
-def fold_labelled(
+def fold_by_label(
     dataset: SampleDataset, strata: np.ndarray, number: int, seed: int, names: Sequence[Any] = ()
 ) -> list[tuple[SampleDataset, SampleDataset]]:
-    """Hold out each record once, see `labels.folds`: (rest, held out) of each fold; otherwise as `split_labelled`.
+    """Hold out each record once, see `labels.folds`: (rest, held out) of each fold; otherwise as `split_by_label`.
 
     Raises:
         ValueError: there are fewer groups, or records that have one of the labels, than folds.
     """
-    first, which = _distinct(dataset)
-    groups = _kept_together(dataset, first)
-    return [_sides(dataset, first, which, both) for both in folds(strata[first], number, seed, groups, names)]
+    first, which = _unique_records(dataset)
+    groups = _split_groups(dataset, first)
+    return [
+        _split_datasets(dataset, first, which, indices)
+        for indices in make_folds(strata[first], number, seed, groups, names)
+    ]
 
 
-def _distinct(dataset: SampleDataset) -> tuple[np.ndarray, np.ndarray]:
+def _unique_records(dataset: SampleDataset) -> tuple[np.ndarray, np.ndarray]:
     """Where each record stands first, and for each sample the number of its record among those."""
     _, first, which = np.unique(dataset.places, axis=0, return_index=True, return_inverse=True)
     return first, which.ravel()
 
 
-def _kept_together(dataset: SampleDataset, first: np.ndarray) -> np.ndarray | None:
+def _split_groups(dataset: SampleDataset, first: np.ndarray) -> np.ndarray | None:
     """`(records,)`: numbers of groups, each record without one in a group of its own; None where there are none."""
-    numbers = group_numbers(dataset)[first]
+    numbers = group_indices(dataset)[first]
     if (numbers == NO_GROUP).all():
         return None
     return np.where(numbers == NO_GROUP, numbers.max() + 1 + np.arange(len(numbers)), numbers)
 
 
-def _sides(
-    dataset: SampleDataset, first: np.ndarray, which: np.ndarray, both: tuple[np.ndarray, np.ndarray]
+def _split_datasets(
+    dataset: SampleDataset, first: np.ndarray, which: np.ndarray, indices: tuple[np.ndarray, np.ndarray]
 ) -> tuple[SampleDataset, SampleDataset]:
     """The datasets of records on two sides; what was left out is told with the rest."""
-    rest = dataset.subset(np.flatnonzero(np.isin(which, both[0])))
+    rest = dataset.subset(np.flatnonzero(np.isin(which, indices[0])))
     rest.skipped, rest.contributions = dataset.skipped, dataset.contributions
-    return rest, dataset.subset(np.sort(first[both[1]]))
+    return rest, dataset.subset(np.sort(first[indices[1]]))

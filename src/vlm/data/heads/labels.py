@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFold, train_test_split
 
-NUMERIC = ("regression", "pairwise")
+NUMERIC_TASKS = ("regression", "pairwise")
 """The tasks that learn numbers; the others choose among labels."""
-PAIRS = (("0", "1"), ("false", "true"), ("no", "yes"), ("negative", "positive"))
+KNOWN_BINARY_LABELS = (("0", "1"), ("false", "true"), ("no", "yes"), ("negative", "positive"))
 """Labels of `binary`, as lower-case text, of which everybody knows the positive one: the second."""
-LARGEST = float(np.finfo(np.float32).max)
+MAX_TARGET = float(np.finfo(np.float32).max)
 """Targets are float32."""
-BINS = 10
+MAX_STRATA = 10
 """The most strata that numbers, or sets of labels, are divided into."""
-FULL = 20
+MIN_STRATUM_SIZE = 20
 """So many records such a stratum has at least."""
 
 
@@ -56,28 +56,28 @@ class HeadLabels:
         """
         if value is None:
             return [float("nan")] * self.width
-        if self.task in NUMERIC:
-            if not _is_number(value) or not abs(value) <= LARGEST:
+        if self.task in NUMERIC_TASKS:
+            if not _is_number(value) or not abs(value) <= MAX_TARGET:
                 raise ValueError(f"head {self.name}: {self.task} needs a finite number, got {value!r:.60}")
             return [float(value)]
         if self.task != "multilabel":
-            return [float(self._number_of(value))]
-        present = {self._number_of(one) for one in _listed(self.name, value)}
+            return [float(self._class_index(value))]
+        present = {self._class_index(one) for one in _label_list(self.name, value)}
         return [float(number in present) for number in range(self.width)]
 
-    def _number_of(self, label: Any) -> int:
-        number = self._numbers.get(_key(label)) if _is_label(label) else None
+    def _class_index(self, label: Any) -> int:
+        number = self._class_indices.get(_label_key(label)) if _is_label(label) else None
         if number is None:
             allowed = ", ".join(map(repr, self.labels[:20])) + ", …" * (len(self.labels) > 20)
             raise ValueError(f"head {self.name}: {label!r:.60} is none of its labels, which are {allowed}")
         return number
 
     @cached_property
-    def _numbers(self) -> dict[tuple[str, Any], int]:
-        return {_key(label): number for number, label in enumerate(self.labels)}
+    def _class_indices(self) -> dict[tuple[str, Any], int]:
+        return {_label_key(label): number for number, label in enumerate(self.labels)}
 
 
-def settle_labels(name: str, task: str, given: Sequence[Any] | None, values: Sequence[Any]) -> HeadLabels:
+def resolve_labels(name: str, task: str, given: Sequence[Any] | None, values: Sequence[Any]) -> HeadLabels:
     """Which labels a head has: those that are given, else those of the training records, sorted.
 
     Args:
@@ -96,19 +96,19 @@ def settle_labels(name: str, task: str, given: Sequence[Any] | None, values: Seq
             f"head {name}: no training record has a label. It is looked for in `label` of each record; "
             "dataset.format=labelled with dataset.options.label_key reads it from elsewhere"
         )
-    if task in NUMERIC:
+    if task in NUMERIC_TASKS:
         if given is not None:
             raise ValueError(f"head {name}: model.head.labels={list(given)}: {task} learns numbers and has no labels")
         head = HeadLabels(name, task)
         check_values(head, values, "training records")
         return head
-    labels = _found(name, task, present) if given is None else _of_one_kind(name, given)
+    labels = _labels_from_records(name, task, present) if given is None else _check_same_type(name, given)
     head = HeadLabels(name, task, labels)
-    _need_labels_of_task(head, are_given=given is not None)
+    _check_num_labels(head, from_config=given is not None)
     check_values(head, values, "training records")
     if given is not None:
-        occurring = {_key(label) for label in _single(name, task, present)}
-        if absent := [label for label in labels if _key(label) not in occurring]:
+        occurring = {_label_key(label) for label in _flatten_labels(name, task, present)}
+        if absent := [label for label in labels if _label_key(label) not in occurring]:
             raise ValueError(
                 f"head {name}: model.head.labels has {', '.join(map(repr, absent))}, a class absent from training: no "
                 "training record has it"
@@ -131,7 +131,7 @@ def check_values(head: HeadLabels, values: Iterable[Any], what: str) -> None:
         raise ValueError(f"{what}: {said} ({number} of {total} records{others})")
 
 
-def spread(values: Iterable[Any]) -> tuple[float, float]:
+def label_mean_and_std(values: Iterable[Any]) -> tuple[float, float]:
     """Mean and standard deviation of the labels of `regression`; None is left out.
 
     Raises:
@@ -143,9 +143,13 @@ def spread(values: Iterable[Any]) -> tuple[float, float]:
     return float(numbers.mean()), float(numbers.std())
 
 
-def _found(name: str, task: str, present: Sequence[Any]) -> tuple[Any, ...]:
+def _labels_from_records(name: str, task: str, present: Sequence[Any]) -> tuple[Any, ...]:
     """The labels of records, sorted; of `binary` the positive one last."""
-    labels = sorted(_of_one_kind(name, {_key_of(name, one): one for one in _single(name, task, present)}.values()))
+    labels = sorted(
+        _check_same_type(
+            name, {_checked_label_key(name, one): one for one in _flatten_labels(name, task, present)}.values()
+        )
+    )
     if task == "ordinal" and isinstance(labels[0], str):
         raise ValueError(
             f"head {name}: nobody can tell the order of {', '.join(map(repr, labels[:10]))}; "
@@ -153,7 +157,7 @@ def _found(name: str, task: str, present: Sequence[Any]) -> tuple[Any, ...]:
         )
     if task == "binary" and len(labels) == 2:
         labels.sort(key=lambda label: str(label).lower())  # as in PAIRS
-        if tuple(str(label).lower() for label in labels) not in PAIRS:
+        if tuple(str(label).lower() for label in labels) not in KNOWN_BINARY_LABELS:
             raise ValueError(
                 f"head {name}: it cannot be told which of {labels[0]!r} and {labels[1]!r} is positive; "
                 "model.head.labels=[negative, positive] decides"
@@ -161,22 +165,22 @@ def _found(name: str, task: str, present: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(labels)
 
 
-def _need_labels_of_task(head: HeadLabels, *, are_given: bool) -> None:
+def _check_num_labels(head: HeadLabels, *, from_config: bool) -> None:
     """Raise ValueError where a task cannot have so many labels."""
     number, shown = len(head.labels), ", ".join(map(repr, head.labels[:10]))
     fewest, most = {"binary": (2, 2), "multilabel": (1, sys.maxsize)}.get(head.task, (2, sys.maxsize))
     if not fewest <= number <= most:
         needed = f"{'exactly' if most == fewest else 'at least'} {fewest} label{'s' * (fewest > 1)}"
-        where = "model.head.labels has" if are_given else "the training records have"
+        where = "model.head.labels has" if from_config else "the training records have"
         raise ValueError(f"head {head.name}: {head.task} needs {needed}, {where} {number}: {shown or 'none'}")
 
 
-def _single(name: str, task: str, present: Sequence[Any]) -> list[Any]:
+def _flatten_labels(name: str, task: str, present: Sequence[Any]) -> list[Any]:
     """The labels of all records one after the other, where a record may have several."""
-    return [label for value in present for label in _listed(name, value)] if task == "multilabel" else list(present)
+    return [label for value in present for label in _label_list(name, value)] if task == "multilabel" else list(present)
 
 
-def _listed(name: str, value: Any) -> Sequence[Any]:
+def _label_list(name: str, value: Any) -> Sequence[Any]:
     """The value of a record that may have several labels.
 
     Raises:
@@ -190,9 +194,9 @@ def _listed(name: str, value: Any) -> Sequence[Any]:
     return value
 
 
-def _of_one_kind(name: str, labels: Iterable[Any]) -> tuple[Any, ...]:
+def _check_same_type(name: str, labels: Iterable[Any]) -> tuple[Any, ...]:
     """Distinct labels, all text, all numbers or all truth values; whole numbers as such, if all are."""
-    keys = [_key_of(name, label) for label in labels]
+    keys = [_checked_label_key(name, label) for label in labels]
     kinds = sorted({kind for kind, _ in keys})
     if len(kinds) > 1:
         shown = ", ".join(repr(label) for _, label in keys[:10])
@@ -205,7 +209,7 @@ def _of_one_kind(name: str, labels: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(map(int, values)) if kinds == ["numbers"] else tuple(values)
 
 
-def _key_of(name: str, label: Any) -> tuple[str, Any]:
+def _checked_label_key(name: str, label: Any) -> tuple[str, Any]:
     """What a label is known by.
 
     Raises:
@@ -213,16 +217,16 @@ def _key_of(name: str, label: Any) -> tuple[str, Any]:
     """
     if not _is_label(label):
         raise ValueError(f"head {name}: a label is a text, a finite number, true or false, got {label!r:.60}")
-    return _key(label)
+    return _label_key(label)
 
 
-def _key(label: Any) -> tuple[str, Any]:
+def _label_key(label: Any) -> tuple[str, Any]:
     """Its kind and itself: Python takes True for 1, and 1.0."""
     return ("truth values" if isinstance(label, bool) else "texts" if isinstance(label, str) else "numbers"), label
 
 
 def _is_label(value: Any) -> bool:
-    return isinstance(value, (str, bool)) or (_is_number(value) and abs(value) <= LARGEST)
+    return isinstance(value, (str, bool)) or (_is_number(value) and abs(value) <= MAX_TARGET)
 
 
 def _is_number(value: Any) -> bool:
@@ -247,25 +251,25 @@ def strata(head: HeadLabels, values: Sequence[Any]) -> np.ndarray:
     if head.task == "multilabel":
         found[:] = head.width
         counts = np.nansum(targets, axis=0)
-        least = max(FULL, len(values) / BINS)
+        least = max(MIN_STRATUM_SIZE, len(values) / MAX_STRATA)
         for number in np.argsort(-counts, kind="stable"):  # rarer ones later, over the others
             if counts[number] >= least:
                 found[targets[:, number] == 1] = number
-        return _rest_joined(found, least)
+        return _merge_small_strata(found, least)
     if head.task == "pairwise":
         return found
     if head.task == "regression":
-        number = max(min(BINS, known.sum() // FULL), 1)
+        number = max(min(MAX_STRATA, known.sum() // MIN_STRATUM_SIZE), 1)
         ranks = np.argsort(np.argsort(targets[known, 0], kind="stable"), kind="stable")
         found[known] = ranks * number // max(known.sum(), 1)
         found[~known] = number
-        return _rest_joined(found, FULL)
+        return _merge_small_strata(found, MIN_STRATUM_SIZE)
     found[known] = targets[known, 0]
     found[~known] = len(head.labels)
     return found
 
 
-def _rest_joined(numbers: np.ndarray, least: float) -> np.ndarray:
+def _merge_small_strata(numbers: np.ndarray, least: float) -> np.ndarray:
     """Strata of which those that have fewer records than that are one with the largest."""
     names, which, counts = np.unique(numbers, return_inverse=True, return_counts=True)
     if len(names) == 0:
@@ -309,7 +313,7 @@ def split(
         return np.sort(rest), np.sort(held)
     if len(places) < 2:
         raise ValueError(f"{key}: at least two records are needed, got {len(places)}")
-    _need_of_each(strata, 2, names, f"{key}: one for each side")
+    _check_stratum_sizes(strata, 2, names, f"{key}: one for each side")
     held_out = int(np.ceil(share * len(places)))
     number = len(np.unique(strata))
     if (smaller := min(held_out, len(places) - held_out)) < number:
@@ -321,7 +325,7 @@ def split(
     return np.sort(rest), np.sort(held)
 
 
-def folds(
+def make_folds(
     strata: np.ndarray, number: int, seed: int, groups: np.ndarray | None = None, names: Sequence[Any] = ()
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Hold out each record once, in so many folds drawn with a seed, each with as large a part of each stratum.
@@ -349,12 +353,12 @@ def folds(
         return [(np.sort(rest), np.sort(held)) for rest, held in parts]
     if len(places) < number:
         raise ValueError(f"{number} folds: as many records are needed, got {len(places)}")
-    _need_of_each(strata, number, names, f"{number} folds: one for each")
+    _check_stratum_sizes(strata, number, names, f"{number} folds: one for each")
     parts = StratifiedKFold(number, shuffle=True, random_state=seed).split(places, strata)
     return [(np.sort(rest), np.sort(held)) for rest, held in parts]
 
 
-def _need_of_each(strata: np.ndarray, least: int, names: Sequence[Any], why: str) -> None:
+def _check_stratum_sizes(strata: np.ndarray, least: int, names: Sequence[Any], why: str) -> None:
     """Raise ValueError where fewer records than that are of one stratum."""
     numbers, counts = np.unique(strata, return_counts=True)
     if counts.min() < least:

@@ -15,8 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm.data.records.media import REFERENCES, picture_of, pictures_of, video_of, videos_of
-from vlm.data.sample import PLACEHOLDER, ROLES, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn, Video
+from vlm.data.records.media import (
+    FILE_KEYS,
+    image_ref_from_value,
+    image_refs_from_value,
+    video_ref_from_value,
+    video_refs_from_value,
+)
+from vlm.data.sample import (
+    PLACEHOLDER,
+    ROLES,
+    VIDEO_PLACEHOLDER,
+    BadSample,
+    ContentPart,
+    ImageRef,
+    Sample,
+    Turn,
+    VideoRef,
+)
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -27,11 +43,11 @@ def read_llava(record: Any, image_folder: Path) -> Sample:
 
     `<image>` in what the human says stands for the pictures in order. A lone one is moved to the start of its turn.
     """
-    sample_id = id_of(record)
+    sample_id = read_id(record)
     conversation = record.get("conversations")
     if not isinstance(conversation, list) or not conversation:
         raise BadSample(sample_id, "`conversations` must be a list of at least one turn")
-    media = Media(record, image_folder, sample_id)
+    media = MediaPlacer(record, image_folder, sample_id)
     turns = []
     for number, turn in enumerate(conversation, start=1):
         if not (isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
@@ -39,9 +55,9 @@ def read_llava(record: Any, image_folder: Path) -> Sample:
         if turn["from"] not in LLAVA_ROLES:
             raise BadSample(sample_id, f"turn {number}: from={turn['from']!r}; allowed are {', '.join(LLAVA_ROLES)}")
         role = LLAVA_ROLES[turn["from"]]
-        content = media.within(_image_first(turn["value"])) if role == "user" else (turn["value"],)
+        content = media.within(_move_image_first(turn["value"])) if role == "user" else (turn["value"],)
         turns.append(Turn(role, content))
-    return finished(record, turns, media)
+    return make_sample(record, turns, media)
 
 
 def read_messages(record: Any, image_folder: Path, *, key: str = "messages") -> Sample:
@@ -56,19 +72,19 @@ def read_messages(record: Any, image_folder: Path, *, key: str = "messages") -> 
         image_folder: what paths are relative to.
         key: where the messages stand.
     """
-    sample_id = id_of(record)
+    sample_id = read_id(record)
     messages = record.get(key)
     if not isinstance(messages, list) or not messages:
         raise BadSample(sample_id, f"`{key}` must be a list of at least one message")
-    media = Media(record, image_folder, sample_id)
+    media = MediaPlacer(record, image_folder, sample_id)
     turns = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
             raise BadSample(sample_id, f"message {number}: role={role!r:.40}; allowed are {', '.join(ROLES)}")
-        content = _message_content(message.get("content"), message["role"], media, f"message {number}")
+        content = _parse_message_content(message.get("content"), message["role"], media, f"message {number}")
         turns.append(Turn(message["role"], content))
-    return finished(record, turns, media)
+    return make_sample(record, turns, media)
 
 
 def read_caption(
@@ -85,17 +101,17 @@ def read_caption(
         prompt: what is asked after the picture; of a list, each record gets one, chosen by its caption. None: nothing,
             as the template `plain` has it.
     """
-    sample_id = id_of(record)
-    pictures = pictures_of(record.get(image_key), image_folder, sample_id, image_key)
+    sample_id = read_id(record)
+    pictures = image_refs_from_value(record.get(image_key), image_folder, sample_id, image_key)
     if not pictures:
         raise BadSample(sample_id, f"`{image_key}` must name a picture")
-    caption = _string(record, caption_key, sample_id)
+    caption = _require_string(record, caption_key, sample_id)
     if isinstance(prompt, list):
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
-    asked: tuple[Part, ...] = (*pictures, f"\n{prompt}") if prompt else tuple(pictures)
+    asked: tuple[ContentPart, ...] = (*pictures, f"\n{prompt}") if prompt else tuple(pictures)
     return Sample(
-        sample_id, (Turn("user", asked), Turn("assistant", (caption,))), record.get("label"), group_of(record),
-        references_of(record, sample_id),
+        sample_id, (Turn("user", asked), Turn("assistant", (caption,))), record.get("label"), read_group(record),
+        read_references(record, sample_id),
     )  # fmt: skip
 
 
@@ -114,10 +130,10 @@ def read_question(
         instruction: a last line of questions without choices.
         choice_instruction: a last line of questions with choices.
     """
-    sample_id = id_of(record)
-    media = Media(record, image_folder, sample_id)
-    lines = [_string(record, "question", sample_id)]
-    answer = _either(record, "answer", "answers")
+    sample_id = read_id(record)
+    media = MediaPlacer(record, image_folder, sample_id)
+    lines = [_require_string(record, "question", sample_id)]
+    answer = _first_present(record, "answer", "answers")
     replies = answer is not None or record.get("label") is None
     if choices := record.get("choices"):
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
@@ -126,12 +142,12 @@ def read_question(
             raise BadSample(sample_id, f"{len(choices)} choices, but there are letters for 26")
         lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
         lines.append(choice_instruction)
-        said = [_letter(record.get("answer"), choices, sample_id)] if replies else []
+        said = [_choice_letter(record.get("answer"), choices, sample_id)] if replies else []
     else:
         lines += [instruction] if instruction else []
-        said = [_commonest(answer, sample_id)] if replies else []
-    asked = media.before_or_within("\n".join(lines))
-    sample = finished(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in said)], media)
+        said = [_most_common_answer(answer, sample_id)] if replies else []
+    asked = media.place_or_prepend("\n".join(lines))
+    sample = make_sample(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in said)], media)
     return replace(sample, references=()) if choices else sample  # the letter is what counts
 
 
@@ -141,17 +157,17 @@ def read_head(record: Any, image_folder: Path) -> Sample:
     Pictures stand where `<image>` does in the prompt, or before it where it has none. The label is the record's
     `label`; where it has none, 1 for an answer that begins with "yes" or is "1", else 0.
     """
-    sample_id = id_of(record, "source")
+    sample_id = read_id(record, "source")
     conversation = record.get("conversations")
     if not (isinstance(conversation, list) and len(conversation) == 2
             and all(isinstance(text, str) for text in conversation)):  # fmt: skip
         raise BadSample(sample_id, "`conversations` must be a prompt and an answer, both strings")
-    media = Media(record, image_folder, sample_id)
+    media = MediaPlacer(record, image_folder, sample_id)
     prompt, answer = conversation
     system = record.get("system_prompt")
     turns = [Turn("system", (system,))] if isinstance(system, str) and system else []
-    turns += [Turn("user", media.before_or_within(prompt)), Turn("assistant", (answer,))]
-    sample = finished(record, turns, media)
+    turns += [Turn("user", media.place_or_prepend(prompt)), Turn("assistant", (answer,))]
+    sample = make_sample(record, turns, media)
     said = answer.strip().lower()
     return sample if sample.label is not None else replace(sample, label=int(said.startswith("yes") or said == "1"))
 
@@ -176,25 +192,29 @@ def read_labelled(
         prompt: what is asked where the record has no prompt.
         label_separator: splits a label that is a string into a list of labels; a string without any is an empty list.
     """
-    sample_id = id_of(record)
+    sample_id = read_id(record)
     given = record
     if image_key != "image":
         if image_key not in record:
             raise BadSample(sample_id, f"`{image_key}` is not there; it has {', '.join(record)}")
         given = {**record, "image": record[image_key], "images": None}
-    media = Media(given, image_folder, sample_id)
-    asked = prompt if prompt is not None and record.get(prompt_key) is None else _string(record, prompt_key, sample_id)
-    content = media.before_or_within(asked) if asked else media.rest()
+    media = MediaPlacer(given, image_folder, sample_id)
+    asked = (
+        prompt
+        if prompt is not None and record.get(prompt_key) is None
+        else _require_string(record, prompt_key, sample_id)
+    )
+    content = media.place_or_prepend(asked) if asked else media.rest()
     if not content:
         raise BadSample(sample_id, "it has neither a picture nor a prompt")
-    media.need_all_shown()
+    media.check_all_placed()
     keys = [label_key] if isinstance(label_key, str) else label_key
-    found = {key: _split(record[key], label_separator) for key in keys if record.get(key) is not None}
+    found = {key: _split_label(record[key], label_separator) for key in keys if record.get(key) is not None}
     label = found.get(label_key) if isinstance(label_key, str) else found or None
-    return Sample(sample_id, (Turn("user", content),), label, group_of(record, group_key))
+    return Sample(sample_id, (Turn("user", content),), label, read_group(record, group_key))
 
 
-class Media:
+class MediaPlacer:
     """The pictures and videos that a record lists, handed out in order to the placeholders in its text.
 
     Args:
@@ -205,32 +225,32 @@ class Media:
 
     def __init__(self, record: dict[str, Any], folder: Path, sample_id: str):
         self.folder, self.sample_id = folder, sample_id
-        pictures = pictures_of(_either(record, "image", "images"), folder, sample_id)
-        videos = videos_of(_either(record, "video", "videos"), folder, sample_id)
+        pictures = image_refs_from_value(_first_present(record, "image", "images"), folder, sample_id)
+        videos = video_refs_from_value(_first_present(record, "video", "videos"), folder, sample_id)
         self.number = len(pictures) + len(videos)
-        self.waiting: dict[str, Iterator[Picture | Video]] = {
+        self.unplaced: dict[str, Iterator[ImageRef | VideoRef]] = {
             PLACEHOLDER: iter(pictures), VIDEO_PLACEHOLDER: iter(videos)
         }  # fmt: skip
 
-    def next(self, mark: str) -> Picture | Video:
+    def next(self, placeholder: str) -> ImageRef | VideoRef:
         """The next picture or video.
 
         Raises:
             BadSample: there is none left.
         """
-        found = next(self.waiting[mark], None)
+        found = next(self.unplaced[placeholder], None)
         if found is None:
-            things = "images" if mark == PLACEHOLDER else "videos"
-            raise BadSample(self.sample_id, f"more {mark} in its text than {things}")
+            things = "images" if placeholder == PLACEHOLDER else "videos"
+            raise BadSample(self.sample_id, f"more {placeholder} in its text than {things}")
         return found
 
-    def rest(self) -> tuple[Picture | Video, ...]:
+    def rest(self) -> tuple[ImageRef | VideoRef, ...]:
         """All that are left: videos first, as they are longer."""
-        return (*self.waiting[VIDEO_PLACEHOLDER], *self.waiting[PLACEHOLDER])
+        return (*self.unplaced[VIDEO_PLACEHOLDER], *self.unplaced[PLACEHOLDER])
 
-    def within(self, text: str) -> tuple[Part, ...]:
+    def within(self, text: str) -> tuple[ContentPart, ...]:
         """A text, its placeholders replaced by pictures and videos."""
-        content: list[Part] = []
+        content: list[ContentPart] = []
         for number, piece in enumerate(text.split(PLACEHOLDER)):
             content += [self.next(PLACEHOLDER)] if number else []
             for place, rest in enumerate(piece.split(VIDEO_PLACEHOLDER)):
@@ -238,35 +258,35 @@ class Media:
                 content += [rest] if rest else []
         return tuple(content)
 
-    def before_or_within(self, text: str) -> tuple[Part, ...]:
+    def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
         """A question, its placeholders replaced; where it has none, everything stands before it."""
         if PLACEHOLDER in text or VIDEO_PLACEHOLDER in text:
-            return self.within(_image_first(text))
+            return self.within(_move_image_first(text))
         return (*self.rest(), f"\n{text}" if self.number else text)
 
-    def need_all_shown(self) -> None:
+    def check_all_placed(self) -> None:
         """Raise BadSample where a picture or video is left over, which stands nowhere in the text."""
         if left := len(self.rest()):
             raise BadSample(self.sample_id, f"{left} more image(s) than {PLACEHOLDER} in its text")
 
 
-def finished(record: dict[str, Any], turns: list[Turn], media: Media) -> Sample:
+def make_sample(record: dict[str, Any], turns: list[Turn], media: MediaPlacer) -> Sample:
     """The sample, with the record's label, group and references, once nothing that it lists is left over.
 
     Raises:
         BadSample: a picture stands nowhere in the text, or `answers` are no texts.
     """
-    media.need_all_shown()
-    references = references_of(record, media.sample_id)
-    return Sample(media.sample_id, tuple(turns), record.get("label"), group_of(record), references)
+    media.check_all_placed()
+    references = read_references(record, media.sample_id)
+    return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references)
 
 
-def group_of(record: dict[str, Any], key: str = "group") -> str | None:
+def read_group(record: dict[str, Any], key: str = "group") -> str | None:
     """The group in which a ranking compares a record."""
     return None if record.get(key) is None else str(record[key])
 
 
-def references_of(record: dict[str, Any], sample_id: str) -> tuple[str, ...]:
+def read_references(record: dict[str, Any], sample_id: str) -> tuple[str, ...]:
     """What people answered: a record's `answers`, or several that stand in its `answer`; none where it has neither.
 
     Raises:
@@ -275,10 +295,10 @@ def references_of(record: dict[str, Any], sample_id: str) -> tuple[str, ...]:
     given = record.get("answers")
     if given is None and isinstance(record.get("answer"), list):
         given = record["answer"]
-    return () if given is None else tuple(_answers(given, sample_id))
+    return () if given is None else tuple(_read_answers(given, sample_id))
 
 
-def id_of(record: Any, *names: str) -> str:
+def read_id(record: Any, *names: str) -> str:
     """A record's own name: its `id`, or one of the other keys.
 
     Raises:
@@ -290,7 +310,7 @@ def id_of(record: Any, *names: str) -> str:
     return str(next(found, "?"))
 
 
-def _image_first(text: str) -> str:
+def _move_image_first(text: str) -> str:
     """A lone placeholder is moved to the start of its turn, as LLaVA does."""
     texts = text.split(PLACEHOLDER)
     if len(texts) != 2:
@@ -299,15 +319,15 @@ def _image_first(text: str) -> str:
     return f"{PLACEHOLDER}\n{rest}" if rest else PLACEHOLDER
 
 
-def _message_content(content: Any, role: str, media: Media, where: str) -> tuple[Part, ...]:
+def _parse_message_content(content: Any, role: str, media: MediaPlacer, where: str) -> tuple[ContentPart, ...]:
     """What a message says: texts joined, pictures and videos in their places."""
     if isinstance(content, str):
         return media.within(content) if role == "user" else (content,)
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise BadSample(media.sample_id, f"{where}: `content` must be a string or a list of items")
-    parts: list[Part] = []
+    parts: list[ContentPart] = []
     for item in content:
-        part = _item(item, media, where)
+        part = _parse_item(item, media, where)
         if not isinstance(part, str) and role != "user":
             raise BadSample(media.sample_id, f"{where}: only the user shows pictures, here it is the {role}")
         if isinstance(part, str) and parts and isinstance(parts[-1], str):
@@ -317,42 +337,46 @@ def _message_content(content: Any, role: str, media: Media, where: str) -> tuple
     return tuple(parts) if role == "user" else tuple(parts) or ("",)
 
 
-def _item(item: dict[str, Any], media: Media, where: str) -> Part:
+def _parse_item(item: dict[str, Any], media: MediaPlacer, where: str) -> ContentPart:
     """One item of a message's list. Tables hold None where a row lacks a key, so None means absent."""
     kind = item.get("type")
     if kind == "text" and isinstance(item.get("text"), str):
         return item["text"]
     if kind == "image_url":
         inner = item.get("image_url")
-        return picture_of(inner.get("url") if isinstance(inner, dict) else inner, media.folder, media.sample_id, kind)
+        return image_ref_from_value(
+            inner.get("url") if isinstance(inner, dict) else inner, media.folder, media.sample_id, kind
+        )
     if kind in ("image", "video"):
-        named = [item[key] for key in REFERENCES if item.get(key) is not None]
+        named = [item[key] for key in FILE_KEYS if item.get(key) is not None]
         if not named:
             return media.next(PLACEHOLDER if kind == "image" else VIDEO_PLACEHOLDER)
-        return (picture_of if kind == "image" else video_of)(named[0], media.folder, media.sample_id, kind)
+        return (image_ref_from_value if kind == "image" else video_ref_from_value)(
+            named[0], media.folder, media.sample_id, kind
+        )
     raise BadSample(
         media.sample_id, f"{where}: type={kind!r}; allowed are text (with a string), image, image_url and video"
     )
 
 
-def _either(record: dict[str, Any], one: str, many: str) -> Any:
+def _first_present(record: dict[str, Any], one: str, many: str) -> Any:
     return record.get(one) if record.get(one) is not None else record.get(many)
 
 
-def _string(record: dict[str, Any], key: str, sample_id: str) -> str:
+def _require_string(record: dict[str, Any], key: str, sample_id: str) -> str:
     if not isinstance(value := record.get(key), str):
         raise BadSample(sample_id, f"`{key}` must be a string, got {value!r:.60}; it has {', '.join(record)}")
     return value
 
 
-def _split(label: Any, separator: str | None) -> Any:
+def _split_label(label: Any, separator: str | None) -> Any:
     """A label that is a string, split into those that it lists; any other label as it is."""
     if separator is None or not isinstance(label, str):
         return label
     return [part.strip() for part in label.split(separator) if part.strip()]
 
 
-def _letter(answer: Any, choices: list[str], sample_id: str) -> str:
+def _choice_letter(answer: Any, choices: list[str], sample_id: str) -> str:
     """The letter of a choice that is given by number, letter or text."""
     letters = string.ascii_uppercase[: len(choices)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
@@ -364,12 +388,12 @@ def _letter(answer: Any, choices: list[str], sample_id: str) -> str:
     raise BadSample(sample_id, f"answer={answer!r:.60}; it must be one of the choices, its number from 0 or its letter")
 
 
-def _commonest(answer: Any, sample_id: str) -> str:
+def _most_common_answer(answer: Any, sample_id: str) -> str:
     """A string, or the commonest of several; of equally common ones the first."""
-    return Counter(_answers(answer, sample_id)).most_common(1)[0][0]
+    return Counter(_read_answers(answer, sample_id)).most_common(1)[0][0]
 
 
-def _answers(given: Any, sample_id: str) -> list[str]:
+def _read_answers(given: Any, sample_id: str) -> list[str]:
     """One answer or several, as strings or as VQA has them (`{"answer": "a cat"}`)."""
     answers = [one.get("answer") if isinstance(one, dict) else one for one in (
         given if isinstance(given, list) else [given]
@@ -391,7 +415,7 @@ FORMATS: dict[str, Reader] = {
 }
 
 
-def reader_of(name: str) -> Reader:
+def get_reader(name: str) -> Reader:
     """The reader that `dataset.format` names: one of `FORMATS`, or a function `package.module:function`.
 
     Raises:

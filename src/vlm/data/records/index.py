@@ -14,11 +14,11 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from vlm.data.cache import content_hash, made_once
+from vlm.data.cache import content_hash, create_once
 from vlm.data.sample import BadSample
 
 SCHEMA = pa.schema([("record", pa.large_binary())])
-BATCH = 4096
+RECORDS_PER_BATCH = 4096
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -39,12 +39,12 @@ class IndexedRecords:
     def __init__(self, path: Path, cache: Path):
         digest = content_hash(path, cache)
         kind = "lines" if path.suffix == ".jsonl" else "list"
-        index = made_once(cache / "records" / f"{digest}.{kind}.arrow", lambda partial: write_index(path, partial))
+        index = create_once(cache / "records" / f"{digest}.{kind}.arrow", lambda partial: write_index(path, partial))
         self.fingerprint = digest
         self._file = index
-        self._column = self._open()
+        self._column = self._open_column()
 
-    def _open(self) -> pa.ChunkedArray:
+    def _open_column(self) -> pa.ChunkedArray:
         return pa.ipc.open_file(pa.memory_map(str(self._file))).read_all().column("record")
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class IndexedRecords:
         Raises:
             BadSample: its bytes are no JSON.
         """
-        return parsed(self._column[index].as_buffer().to_pybytes())
+        return parse_record(self._column[index].as_buffer().to_pybytes())
 
     def __getstate__(self) -> Path:
         return self._file
@@ -65,7 +65,7 @@ class IndexedRecords:
         """A process of its own maps the file again."""
         self._file = file
         self.fingerprint = file.name.partition(".")[0]
-        self._column = self._open()
+        self._column = self._open_column()
 
 
 def write_index(source: Path, target: Path) -> None:
@@ -77,12 +77,12 @@ def write_index(source: Path, target: Path) -> None:
     if source.stat().st_size == 0:
         raise ValueError(f"{source}: the file is empty")
     with source.open("rb") as file, pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        records = _lines(file) if source.suffix == ".jsonl" else _list_items(file, source)
-        for part in _batched(records):
-            writer.write_batch(pa.record_batch([_as_column(part)], schema=SCHEMA))
+        records = _iter_jsonl_lines(file) if source.suffix == ".jsonl" else _iter_list_items(file, source)
+        for part in _batch_records(records):
+            writer.write_batch(pa.record_batch([_to_binary_column(part)], schema=SCHEMA))
 
 
-def _as_column(records: Sequence[bytes | memoryview]) -> pa.Array:
+def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
     """Bytes as an Arrow column; `pa.array` would import pandas to find out that they are no series of its."""
     offsets = np.zeros(len(records) + 1, dtype=np.int64)
     np.cumsum([len(record) for record in records], out=offsets[1:])
@@ -90,24 +90,24 @@ def _as_column(records: Sequence[bytes | memoryview]) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(records), buffers)
 
 
-def _batched(records: Iterable[Any]) -> Iterator[list[Any]]:
+def _batch_records(records: Iterable[Any]) -> Iterator[list[Any]]:
     waiting: list[Any] = []
     for record in records:
         waiting.append(record)
-        if len(waiting) == BATCH:
+        if len(waiting) == RECORDS_PER_BATCH:
             yield waiting
             waiting = []
     yield waiting
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
+def _iter_jsonl_lines(file: Iterable[bytes]) -> Iterator[bytes]:
     """The lines of a JSONL file, except empty ones."""
     for number, line in enumerate(file):
         if bare := line.removeprefix(BYTE_ORDER_MARK if number == 0 else b"").strip():
             yield bare
 
 
-def _list_items(file: BinaryIO, source: Path) -> Iterator[memoryview | bytes]:
+def _iter_list_items(file: BinaryIO, source: Path) -> Iterator[memoryview | bytes]:
     """The items of a JSON list, as they stand in the file, which is mapped and not read."""
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = len(BYTE_ORDER_MARK) if content[:3] == BYTE_ORDER_MARK else 0
@@ -117,14 +117,14 @@ def _list_items(file: BinaryIO, source: Path) -> Iterator[memoryview | bytes]:
         kind = str(error).rpartition("got ")[2]
         raise ValueError(f"{source}: a list of records is needed, got {kind}; vlm data convert knows some") from None
     except msgspec.DecodeError:
-        yield from _lenient_items(content[start:], source)
+        yield from _iter_lenient_list_items(content[start:], source)
         return
     content.madvise(mmap.MADV_DONTNEED)
     for item in items:
         yield memoryview(item)
 
 
-def _lenient_items(content: bytes, source: Path) -> Iterator[bytes]:
+def _iter_lenient_list_items(content: bytes, source: Path) -> Iterator[bytes]:
     """The items of a list that only Python's own reader takes for JSON, such as one with NaN: slower, and in memory.
 
     Raises:
@@ -133,31 +133,31 @@ def _lenient_items(content: bytes, source: Path) -> Iterator[bytes]:
     text = content.decode("utf-8", "surrogateescape")
     decoder = json.JSONDecoder()
 
-    def behind_blanks(place: int) -> int:
+    def skip_whitespace(place: int) -> int:
         return next((i for i in range(place, len(text)) if text[i] not in " \t\r\n"), len(text))
 
-    begin = behind_blanks(0)
-    place = behind_blanks(begin + 1)
+    begin = skip_whitespace(0)
+    place = skip_whitespace(begin + 1)
     try:
         if text[begin : begin + 1] != "[":
             raise json.JSONDecodeError("Expecting '['", text, begin)
         while text[place : place + 1] != "]":
             _, end = decoder.raw_decode(text, place)
             yield text[place:end].encode("utf-8", "surrogateescape")
-            place = behind_blanks(end)
+            place = skip_whitespace(end)
             if text[place : place + 1] == ",":
-                place = behind_blanks(place + 1)
+                place = skip_whitespace(place + 1)
                 if text[place : place + 1] == "]":
                     raise json.JSONDecodeError("Illegal trailing comma", text, place)
             elif text[place : place + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
-        if (place := behind_blanks(place + 1)) < len(text):
+        if (place := skip_whitespace(place + 1)) < len(text):
             raise json.JSONDecodeError("Extra data", text, place)
     except json.JSONDecodeError as error:
         raise ValueError(f"{source}: not JSON ({error}); one record a line is read from a file named .jsonl") from None
 
 
-def parsed(line: bytes, sample_id: str = "?") -> Any:
+def parse_record(line: bytes, sample_id: str = "?") -> Any:
     """A record out of its bytes.
 
     Raises:

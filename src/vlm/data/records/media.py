@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlm.data.sample import BadSample, Picture, Video
+from vlm.data.sample import BadSample, ImageRef, VideoRef
 
-REFERENCES = ("path", "url", "image", "video", "file")
+FILE_KEYS = ("path", "url", "image", "video", "file")
 """Keys under which an item of a message names its file, besides its own type."""
 
 
-def pictures_of(value: Any, folder: Path, sample_id: str, key: str = "image") -> list[Picture]:
+def image_refs_from_value(value: Any, folder: Path, sample_id: str, key: str = "image") -> list[ImageRef]:
     """The pictures that a record names: none, one or a list.
 
     Each is a path within `folder`, a `data:` address, or a mapping with `bytes` or `path`, as Hugging Face data sets
@@ -24,44 +24,44 @@ def pictures_of(value: Any, folder: Path, sample_id: str, key: str = "image") ->
     Raises:
         BadSample: one is neither, does not exist, or leaves the folder.
     """
-    return [picture_of(one, folder, sample_id, key) for one in _listed(value, sample_id, key)]
+    return [image_ref_from_value(one, folder, sample_id, key) for one in _as_list(value, sample_id, key)]
 
 
-def videos_of(value: Any, folder: Path, sample_id: str, key: str = "video") -> list[Video]:
+def video_refs_from_value(value: Any, folder: Path, sample_id: str, key: str = "video") -> list[VideoRef]:
     """The videos that a record names, as paths within `folder`: none, one or a list.
 
     Raises:
         BadSample: one is no path, does not exist, or leaves the folder.
     """
-    return [video_of(one, folder, sample_id, key) for one in _listed(value, sample_id, key)]
+    return [video_ref_from_value(one, folder, sample_id, key) for one in _as_list(value, sample_id, key)]
 
 
-def picture_of(value: Any, folder: Path, sample_id: str, key: str = "image") -> Picture:
-    """One picture, as `pictures_of` takes it."""
+def image_ref_from_value(value: Any, folder: Path, sample_id: str, key: str = "image") -> ImageRef:
+    """One picture, as `image_refs_from_value` takes it."""
     if isinstance(value, dict):
         content, name = value.get("bytes"), value.get("path")
         if isinstance(content, bytes):
-            return Picture(Path(name) if isinstance(name, str) else None, content)
+            return ImageRef(Path(name) if isinstance(name, str) else None, content)
         value = name
     if not isinstance(value, str):
         raise BadSample(
             sample_id, f"`{key}` must be a path, a list of paths, or hold the bytes of a picture, got {value!r:.60}"
         )
     if value.startswith("data:image/"):
-        return Picture(None, _decoded(value, sample_id))
-    return Picture(file_of(value, folder, sample_id))
+        return ImageRef(None, _decode_data_url(value, sample_id))
+    return ImageRef(resolve_media_file(value, folder, sample_id))
 
 
-def video_of(value: Any, folder: Path, sample_id: str, key: str = "video") -> Video:
-    """One video, as `videos_of` takes it."""
+def video_ref_from_value(value: Any, folder: Path, sample_id: str, key: str = "video") -> VideoRef:
+    """One video, as `video_refs_from_value` takes it."""
     if isinstance(value, dict):
         value = value.get("path")
     if not isinstance(value, str):
         raise BadSample(sample_id, f"`{key}` must be a path or a list of paths, got {value!r:.60}")
-    return Video(file_of(value, folder, sample_id))
+    return VideoRef(resolve_media_file(value, folder, sample_id))
 
 
-def file_of(name: str, folder: Path, sample_id: str) -> Path:
+def resolve_media_file(name: str, folder: Path, sample_id: str) -> Path:
     """A file within a folder.
 
     Raises:
@@ -77,7 +77,7 @@ def file_of(name: str, folder: Path, sample_id: str) -> Path:
     return path
 
 
-def _listed(value: Any, sample_id: str, key: str) -> list[Any]:
+def _as_list(value: Any, sample_id: str, key: str) -> list[Any]:
     """A record's value as a list; what is neither nothing, one thing nor a list is refused."""
     if value is None or isinstance(value, list):
         return value or []
@@ -86,7 +86,7 @@ def _listed(value: Any, sample_id: str, key: str) -> list[Any]:
     raise BadSample(sample_id, f"`{key}` must be a path or a list of paths, got {value!r:.60}")
 
 
-def _decoded(address: str, sample_id: str) -> bytes:
+def _decode_data_url(address: str, sample_id: str) -> bytes:
     """The bytes of a `data:image/…;base64,…` address."""
     head, _, body = address.partition(",")
     try:

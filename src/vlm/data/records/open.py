@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from vlm.data.records.index import IndexedRecords, parsed
-from vlm.data.records.paths import HUB, PIPE, TABLES, is_stream_only, kind_problem
+from vlm.data.records.index import IndexedRecords, parse_record
+from vlm.data.records.paths import HUB_PATTERN, PIPE_PREFIX, TABLE_BUILDERS, is_tar_path, path_problem
 from vlm.data.sample import BadSample
 
 T = TypeVar("T")
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Names of the members of a tar shard that are pictures."""
-ROWS = 16
+STREAM_BATCH_ROWS = 16
 """Rows of a table that a stream reads at a time, with their pictures."""
 
 
@@ -34,7 +34,7 @@ class Records(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-class TableRecords:
+class HubTableRecords:
     """Rows of a Hugging Face data set, with pictures as they are stored: bytes or paths, not decoded."""
 
     def __init__(self, dataset: Any):
@@ -61,13 +61,13 @@ def open_records(path: str, cache: Path, *, split: str = "train", subset: str | 
     Raises:
         ValueError: it is none of these, or does not open.
     """
-    if is_stream_only(path):
+    if is_tar_path(path):
         raise ValueError(f"{path}: tar shards are read one after the other; that needs dataset.streaming=true")
     if (suffix := Path(path).suffix) in (".json", ".jsonl"):
         return IndexedRecords(Path(path), cache)
-    if suffix in TABLES and Path(path).is_file():
-        need_content(Path(path))
-    return TableRecords(_dataset(path, cache, split, subset, streaming=False))
+    if suffix in TABLE_BUILDERS and Path(path).is_file():
+        check_not_empty(Path(path))
+    return HubTableRecords(_load_hf_dataset(path, cache, split, subset, streaming=False))
 
 
 def stream_records(
@@ -92,39 +92,39 @@ def stream_records(
         ValueError: the path is none of these, or does not open.
     """
     if Path(path).suffix != ".tar" and Path(path).is_file():
-        need_content(Path(path))
-    if is_stream_only(path):
-        urls = shuffled(shard_urls(path), seed)
+        check_not_empty(Path(path))
+    if is_tar_path(path):
+        urls = shuffle_items(expand_shard_urls(path), seed)
         whole = len(urls) >= num_shards
-        samples = tar_records(urls[shard::num_shards] if whole else urls)
-        yield from samples if whole else dealt(samples, shard, num_shards)
+        samples = read_tar_records(urls[shard::num_shards] if whole else urls)
+        yield from samples if whole else shard_items(samples, shard, num_shards)
     elif Path(path).suffix == ".jsonl":
         with Path(path).open("rb") as file:
-            lines = (line for line in dealt(file, shard, num_shards) if line.strip())
-            yield from (attempt(parsed, line) for line in lines)
+            lines = (line for line in shard_items(file, shard, num_shards) if line.strip())
+            yield from (value_or_bad_sample(parse_record, line) for line in lines)
     elif Path(path).suffix == ".json":
         records = IndexedRecords(Path(path), cache)
-        yield from (attempt(records.__getitem__, index) for index in range(shard, len(records), num_shards))
+        yield from (value_or_bad_sample(records.__getitem__, index) for index in range(shard, len(records), num_shards))
     else:
-        dataset = _dataset(path, cache, split, subset, streaming=True)
-        files = shuffled(list(range(dataset.num_shards)), seed)
+        dataset = _load_hf_dataset(path, cache, split, subset, streaming=True)
+        files = shuffle_items(list(range(dataset.num_shards)), seed)
         whole = len(files) >= num_shards
-        rows = table_rows(dataset, files[shard::num_shards] if whole else files)
-        yield from rows if whole else dealt(rows, shard, num_shards)
+        rows = stream_table_rows(dataset, files[shard::num_shards] if whole else files)
+        yield from rows if whole else shard_items(rows, shard, num_shards)
 
 
-def table_rows(dataset: Any, files: Sequence[int]) -> Iterator[dict[str, Any]]:
+def stream_table_rows(dataset: Any, files: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The rows of some files of a streamed Hugging Face data set, with pictures as they are stored.
 
     Asked for in batches, since its plain iterator deals rows out a second time where it finds itself in a worker of a
     `DataLoader`; and file by file, since its `shuffle` waits for five seconds at the end.
     """
     for file in files:
-        for table in dataset.with_format("arrow").shard(dataset.num_shards, file).iter(ROWS):
+        for table in dataset.with_format("arrow").shard(dataset.num_shards, file).iter(STREAM_BATCH_ROWS):
             yield from table.to_pylist()
 
 
-def shard_urls(path: str) -> list[str]:
+def expand_shard_urls(path: str) -> list[str]:
     """The shards that a path with braces, a folder or a command stands for.
 
     Raises:
@@ -132,7 +132,7 @@ def shard_urls(path: str) -> list[str]:
     """
     from webdataset.shardlists import expand_urls
 
-    if path.startswith(PIPE):
+    if path.startswith(PIPE_PREFIX):
         return expand_urls(path)
     urls = sorted(map(str, Path(path).glob("*.tar"))) if Path(path).is_dir() else expand_urls(path)
     if missing := [url for url in urls if not os.path.isfile(url)]:
@@ -140,7 +140,7 @@ def shard_urls(path: str) -> list[str]:
     return urls
 
 
-def tar_records(urls: Sequence[str]) -> Iterator[Any]:
+def read_tar_records(urls: Sequence[str]) -> Iterator[Any]:
     """The samples of tar shards as records: files of one name are one sample.
 
     Its `.json` is the record, its `.txt` the `caption`; its pictures stand as bytes in `image` (`images` where it has
@@ -150,32 +150,32 @@ def tar_records(urls: Sequence[str]) -> Iterator[Any]:
 
     for url in urls:
         try:
-            yield from (attempt(_tar_record, sample) for sample in tarfile_samples([{"url": url}]))
+            yield from (value_or_bad_sample(_tar_record, sample) for sample in tarfile_samples([{"url": url}]))
         except (tarfile.TarError, OSError, ValueError) as error:  # a torn shard, a command that fails
             yield BadSample("?", f"{url} does not read on: {error.args[0] if error.args else error}", url)
 
 
 def _tar_record(sample: dict[str, Any]) -> dict[str, Any]:
     name = sample["__key__"]
-    record = parsed(sample["json"], name) if "json" in sample else {}
+    record = parse_record(sample["json"], name) if "json" in sample else {}
     if not isinstance(record, dict):
         raise BadSample(name, f"its .json must hold a mapping, got {type(record).__name__}")
     if "txt" in sample:
         record["caption"] = sample["txt"].decode(errors="replace")
-    files = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in PICTURES}
-    pictures = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_numbered)]
+    files = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in IMAGE_EXTENSIONS}
+    pictures = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_natural_sort_key)]
     if pictures:
         record = {key: value for key, value in record.items() if key not in ("image", "images")}
         record["images" if len(pictures) > 1 else "image"] = pictures if len(pictures) > 1 else pictures[0]
     return {"id": name, **record}
 
 
-def _numbered(key: str) -> list[tuple[int, str]]:
+def _natural_sort_key(key: str) -> list[tuple[int, str]]:
     """An order in which `10.png` stands after `9.png`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]
 
 
-def attempt(read: Callable[[Any], Any], item: Any) -> Any:
+def value_or_bad_sample(read: Callable[[Any], Any], item: Any) -> Any:
     """What a function makes of an item, or the `BadSample` that it raises."""
     try:
         return read(item)
@@ -183,23 +183,23 @@ def attempt(read: Callable[[Any], Any], item: Any) -> Any:
         return error
 
 
-def dealt(items: Any, shard: int, num_shards: int) -> Iterator[Any]:
+def shard_items(items: Any, shard: int, num_shards: int) -> Iterator[Any]:
     """Every `num_shards`-th item, from the `shard`-th on."""
     return (item for number, item in enumerate(items) if number % num_shards == shard)
 
 
-def shuffled(items: list[T], seed: int | None) -> list[T]:
+def shuffle_items(items: list[T], seed: int | None) -> list[T]:
     """The items in another order, the same for the same seed."""
     return items if seed is None else random.Random(seed).sample(items, len(items))
 
 
-def need_content(path: Path) -> None:
+def check_not_empty(path: Path) -> None:
     """Raise ValueError where a file is empty."""
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
 
 
-def _dataset(path: str, cache: Path, split: str, subset: str | None, *, streaming: bool) -> Any:
+def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, streaming: bool) -> Any:
     """A Hugging Face data set, with the library's errors as ours."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -208,9 +208,9 @@ def _dataset(path: str, cache: Path, split: str, subset: str | None, *, streamin
     if not streaming:
         options["cache_dir"] = str(cache / "datasets")
     try:
-        if hub := HUB.fullmatch(path):
+        if hub := HUB_PATTERN.fullmatch(path):
             return datasets.load_dataset(hub[1], subset, revision=hub[2], **options)
-        if (kind := TABLES.get(Path(path).suffix)) is not None:
+        if (kind := TABLE_BUILDERS.get(Path(path).suffix)) is not None:
             separator = {"sep": "\t"} if path.endswith(".tsv") else {}
             return datasets.load_dataset(kind, data_files={split: path}, **separator, **options)
         if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
@@ -224,4 +224,4 @@ def _dataset(path: str, cache: Path, split: str, subset: str | None, *, streamin
             return datasets.load_dataset(path, subset, **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path}: does not open (split {split}, subset {subset}): {error}") from error
-    raise ValueError(f"{path}: {kind_problem(path)}")
+    raise ValueError(f"{path}: {path_problem(path)}")

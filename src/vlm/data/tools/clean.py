@@ -20,16 +20,16 @@ from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from vlm.data.cache import cache_folder
+from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import Records
-from vlm.data.tools.verdicts import REASONS, Task, Verdict, checked
+from vlm.data.tools.verdicts import REASONS, CleanTask, RecordVerdict, check_records
 
 DUPLICATES = ("record", "picture", "keep")
 
 
 @dataclass(frozen=True)
-class Summary:
+class CleanSummary:
     """What came out.
 
     Attributes:
@@ -51,7 +51,7 @@ class Summary:
         return "\n".join(lines)
 
 
-class Places:
+class OutputFiles:
     """The files around an output: it appears as a whole at the end, and what leads up to it goes away."""
 
     def __init__(self, output: Path):
@@ -88,9 +88,9 @@ class Places:
 
 
 def clean(
-    task: Task, output: Path, *, duplicates: str = "record", workers: int | None = None, force: bool = False,
+    task: CleanTask, output: Path, *, duplicates: str = "record", workers: int | None = None, force: bool = False,
     dry_run: bool = False,
-) -> Summary:  # fmt: skip
+) -> CleanSummary:  # fmt: skip
     """Write the records that can be used to `output`, and why others cannot to `OUTPUT-dropped.jsonl` beside it.
 
     Args:
@@ -109,18 +109,20 @@ def clean(
         raise ValueError(f"--duplicates {duplicates}: allowed are {', '.join(DUPLICATES)}")
     if task.max_aspect is not None and task.max_aspect < 1:
         raise ValueError(f"--max-aspect {task.max_aspect}: it is the longer side over the shorter, so 1 or more")
-    places = Places(output)
+    places = OutputFiles(output)
     task.reader()
     if dry_run:
         records = task.records()
-        return written(records, checked(task, records, 0, workers), duplicates, Path(os.devnull), Path(os.devnull))
+        return write_verdicts(
+            records, check_records(task, records, 0, workers), duplicates, Path(os.devnull), Path(os.devnull)
+        )
     places.check(task.source, force=force)
     records = task.records()
     try:
         with FileLock(places.lock, blocking=False):
-            with Journal(places.journal, task, records) as journal:
-                verdicts = journal.continued(workers)
-                summary = written(records, verdicts, duplicates, places.partial, places.partial_dropped)
+            with VerdictJournal(places.journal, task, records) as journal:
+                verdicts = journal.resume(workers)
+                summary = write_verdicts(records, verdicts, duplicates, places.partial, places.partial_dropped)
             places.finish()
             places.lock.unlink()
     except Timeout:
@@ -128,25 +130,27 @@ def clean(
     return summary
 
 
-def written(records: Records, verdicts: Iterator[Verdict], duplicates: str, kept: Path, dropped: Path) -> Summary:
+def write_verdicts(
+    records: Records, verdicts: Iterator[RecordVerdict], duplicates: str, kept: Path, dropped: Path
+) -> CleanSummary:
     """Write kept records to one file and the other verdicts to another, in order."""
-    seen = Seen(duplicates)
+    seen = DuplicateFinder(duplicates)
     counts, examples = dict.fromkeys(REASONS, 0), {}
     with kept.open("wb") as output, dropped.open("w", encoding="ascii") as others:
         for number, verdict in enumerate(tqdm(verdicts, "records", len(records), unit="record")):
-            found = seen.judged(number, verdict)
+            found = seen.mark_duplicate(number, verdict)
             if found.reason is None:
-                output.write(as_line(records[number]))
+                output.write(record_to_json_line(records[number]))
                 continue
             counts[found.reason] += 1
             examples.setdefault(found.reason, f"record {number} ({found.id!r}): {found.detail}")
             line = {key: getattr(found, key) for key in ("id", "reason", "detail", "file")}
             others.write(json.dumps({"record": number, **line}) + "\n")
     counts = {reason: count for reason, count in counts.items() if count}
-    return Summary(len(records), len(records) - sum(counts.values()), counts, examples)
+    return CleanSummary(len(records), len(records) - sum(counts.values()), counts, examples)
 
 
-class Seen:
+class DuplicateFinder:
     """Finds records that repeat an earlier one, by 128-bit digests that stay in memory: about 140 bytes for each.
 
     Args:
@@ -154,24 +158,24 @@ class Seen:
     """
 
     def __init__(self, by: str):
-        self._by = by
-        self._numbers: dict[bytes, int] = {}
+        self._criterion = by
+        self._record_by_digest: dict[bytes, int] = {}
 
-    def judged(self, number: int, verdict: Verdict) -> Verdict:
+    def mark_duplicate(self, number: int, verdict: RecordVerdict) -> RecordVerdict:
         """The verdict, or another where the record repeats one that was kept."""
-        if verdict.reason or self._by == "keep":
+        if verdict.reason or self._criterion == "keep":
             return verdict
-        alike = self._by == "picture" and verdict.pictures
+        alike = self._criterion == "picture" and verdict.pictures
         keys = [bytes.fromhex(digest) for digest in (verdict.pictures if alike else [verdict.digest])]
-        earlier = next((self._numbers[key] for key in keys if key in self._numbers), None)
+        earlier = next((self._record_by_digest[key] for key in keys if key in self._record_by_digest), None)
         if earlier is None:
-            self._numbers.update(dict.fromkeys(keys, number))
+            self._record_by_digest.update(dict.fromkeys(keys, number))
             return verdict
         what = "has a picture of" if alike else "has the text and pictures of"
         return replace(verdict, reason="duplicate", detail=f"{what} record {earlier}")
 
 
-class Journal:
+class VerdictJournal:
     """Verdicts on disk, one a line, after a line that says what was asked for.
 
     Args:
@@ -180,7 +184,7 @@ class Journal:
         records: its records.
     """
 
-    def __init__(self, path: Path, task: Task, records: Records):
+    def __init__(self, path: Path, task: CleanTask, records: Records):
         self.task, self.records = task, records
         rules = {name: value for name, value in asdict(task).items() if name not in ("source", "cache")}
         asked = {**rules, "image_folder": str(task.folder.resolve()), "fingerprint": records.fingerprint}
@@ -190,7 +194,7 @@ class Journal:
         first = self._file.readline()
         if first == head:
             return
-        if (before := _parsed(first)) is not None:
+        if (before := _parse_line(first)) is not None:
             changed = [name for name, value in json.loads(head).items() if before.get(name) != value]
             names = ["the records" if name == "fingerprint" else name for name in changed]
             tqdm.write(f"{path}: since that run was stopped, {', '.join(names)} changed; beginning anew")
@@ -198,37 +202,37 @@ class Journal:
         self._file.write(head)
         self._file.flush()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "VerdictJournal":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def continued(self, workers: int | None) -> Iterator[Verdict]:
+    def resume(self, workers: int | None) -> Iterator[RecordVerdict]:
         """The verdicts that are there, then those of the other records, which are appended."""
         known = 0
-        for verdict in self._known():
+        for verdict in self._read_known():
             known += 1
             yield verdict
         if known:
             tqdm.write(f"{known} of {len(self.records)} records were looked at before; going on from there")
-        for verdict in checked(self.task, self.records, known, workers):
+        for verdict in check_records(self.task, self.records, known, workers):
             self._file.write(json.dumps(vars(verdict)).encode() + b"\n")
             self._file.flush()
             yield verdict
 
-    def _known(self) -> Iterator[Verdict]:
+    def _read_known(self) -> Iterator[RecordVerdict]:
         """The verdicts up to a line that was not written to its end, which is cut off."""
         end = self._file.tell()
         while line := self._file.readline():
-            if (values := _parsed(line)) is None:
+            if (values := _parse_line(line)) is None:
                 self._file.truncate(end)
                 return
             end += len(line)
-            yield Verdict(**values)
+            yield RecordVerdict(**values)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> dict[str, Any] | None:
     """A line of the journal; None for one that is not whole."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
@@ -236,27 +240,27 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def as_line(record: Any) -> bytes:
+def record_to_json_line(record: Any) -> bytes:
     """A record as a line of JSON. What JSON cannot hold: pictures become data: addresses, dates and the like text."""
-    text = json.dumps(_plain(record), ensure_ascii=False, default=str)
+    text = json.dumps(_without_bytes(record), ensure_ascii=False, default=str)
     try:
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can stand for
-        return json.dumps(_plain(record), default=str).encode() + b"\n"
+        return json.dumps(_without_bytes(record), default=str).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def _without_bytes(value: Any) -> Any:
     """A value without bytes."""
     if isinstance(value, dict):
         if isinstance(content := value.get("bytes"), bytes):
-            return _address(content)
-        return {key: _plain(inner) for key, inner in value.items()}
+            return _data_url(content)
+        return {key: _without_bytes(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return _address(value) if isinstance(value, bytes) else value
+        return [_without_bytes(inner) for inner in value]
+    return _data_url(value) if isinstance(value, bytes) else value
 
 
-def _address(content: bytes) -> str:
+def _data_url(content: bytes) -> str:
     """Bytes as a data: address, which the readers know as a picture."""
     try:
         with Image.open(BytesIO(content)) as image:
@@ -266,11 +270,11 @@ def _address(content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def main(words: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """`vlm data clean INPUT OUTPUT --format llava`."""
-    args = _parser().parse_args(words)
-    task = Task(
-        args.input, cache_folder(args.cache_dir), args.image_folder or "", args.format, tuple(args.option), args.split,
+    args = _parser().parse_args(arguments)
+    task = CleanTask(
+        args.input, resolve_cache_folder(args.cache_dir), args.image_folder or "", args.format, tuple(args.option), args.split,
         args.subset, args.min_side, args.max_aspect,
     )  # fmt: skip
     output = Path(args.output)
@@ -282,7 +286,7 @@ def main(words: Sequence[str]) -> None:
     except KeyboardInterrupt:
         sys.exit("vlm data clean: stopped" if args.dry_run else "vlm data clean: stopped; run it again to go on")
     if not args.dry_run:
-        print(f"kept in {output}, with image paths relative to {task.folder}; dropped in {Places(output).dropped}")
+        print(f"kept in {output}, with image paths relative to {task.folder}; dropped in {OutputFiles(output).dropped}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -294,16 +298,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("input", metavar="INPUT", help=".json, .jsonl, .parquet …, whatever dataset.path takes")
     parser.add_argument("output", metavar="OUTPUT", help="a .jsonl file; beside it, OUTPUT-dropped.jsonl says why")
     parser.add_argument(
-        "--format", default=Task.format, help=f"{', '.join(FORMATS)}, or package.module:function (%(default)s)"
+        "--format", default=CleanTask.format, help=f"{', '.join(FORMATS)}, or package.module:function (%(default)s)"
     )
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the format; may be repeated"
     )
     parser.add_argument("--image-folder", help="what image paths are relative to (the folder of INPUT)")
-    parser.add_argument("--split", default=Task.split, help="of a data set that has several (%(default)s)")
+    parser.add_argument("--split", default=CleanTask.split, help="of a data set that has several (%(default)s)")
     parser.add_argument("--subset", help="of a data set on the Hub that has several")
     parser.add_argument(
-        "--min-side", type=_positive, default=Task.min_side, metavar="PIXELS", help="smaller pictures go (%(default)s)"
+        "--min-side",
+        type=_positive_int,
+        default=CleanTask.min_side,
+        metavar="PIXELS",
+        help="smaller pictures go (%(default)s)",
     )
     parser.add_argument("--max-aspect", type=float, metavar="RATIO", help="pictures of a longer shape go (any)")
     parser.add_argument(
@@ -311,14 +319,14 @@ def _parser() -> argparse.ArgumentParser:
         help="record: those with text and pictures of an earlier one go; picture: also those with a picture of an "
         "earlier one; keep: none (%(default)s). About 140 MB of memory for a million of either",
     )  # fmt: skip
-    parser.add_argument("--workers", type=_positive, metavar="N", help="processes (as many as there are cores)")
+    parser.add_argument("--workers", type=_positive_int, metavar="N", help="processes (as many as there are cores)")
     parser.add_argument("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
     parser.add_argument("--force", action="store_true", help="replace an OUTPUT that exists")
     parser.add_argument("--dry-run", action="store_true", help="say what would go, and write nothing")
     return parser
 
 
-def _positive(text: str) -> int:
+def _positive_int(text: str) -> int:
     """A number of the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on is needed")

@@ -22,41 +22,50 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from vlm.data.cache import cache_folder
+from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
-from vlm.data.records.open import attempt, stream_records
+from vlm.data.records.open import stream_records, value_or_bad_sample
 from vlm.data.sample import BadSample, Sample
-from vlm.data.tools.corpora import SHORT_ANSWER, Context, coco_captions, conceptual_captions, decoded, vqa
+from vlm.data.tools.corpora import (
+    SHORT_ANSWER,
+    ConversionContext,
+    coco_captions,
+    conceptual_captions,
+    decode_json_file,
+    vqa,
+)
 from vlm.data.tools.exports import LabelStudioReader, UbiaiReader
-from vlm.data.tools.forms import FORMS, is_moved_by_llava
-from vlm.data.tools.write import NAMES, SHARD_SIZE, RecordWriter, writer_for
+from vlm.data.tools.forms import FORMS, is_image_moved_by_llava
+from vlm.data.tools.write import OUTPUT_NAMES, SHARD_SIZE, RecordWriter, make_writer
 
-STRUCTURE = ("id", "image", "images", "video", "videos", "conversations", "messages")
+STRUCTURE_KEYS = ("id", "image", "images", "video", "videos", "conversations", "messages")
 """Keys of a record that its form speaks of; others of one in LLaVA's form or of chat messages are kept as they are."""
-ON_BAD = ("error", "skip")
+ON_BAD_CHOICES = ("error", "skip")
 URL_COLUMN = "a table's header that is a URL"
-STRINGS = "conversations of strings"
+STRING_CONVERSATIONS = "conversations of strings"
 """What stands for keys where these do not tell what a record is."""
 
 
 # Conversions, besides those in `corpora`
 
 
-def records_of(source: str, context: Context, *, split: str = "train", subset: str | None = None) -> Iterator[Any]:
+def read_plain_records(
+    source: str, context: ConversionContext, *, split: str = "train", subset: str | None = None
+) -> Iterator[Any]:
     """Records that a reader takes as they are, out of any file that `data.files` opens."""
     return stream_records(source, context.cache, split=split, subset=subset)
 
 
 def ubiai(
-    source: str, context: Context, *, question_label: str = "QUESTION", answer_label: str = "ANSWER"
+    source: str, context: ConversionContext, *, question_label: str = "QUESTION", answer_label: str = "ANSWER"
 ) -> Iterator[Any]:
     """UBIAI's export, see `exports.UbiaiReader`."""
     reader = UbiaiReader(context.folder, context.left_out, question_label=question_label, answer_label=answer_label)
-    return _made(reader, source, context)
+    return _convert_records(reader, source, context)
 
 
 def label_studio(
-    source: str, context: Context, *, image_field: str = "image", question_field: str | None = None,
+    source: str, context: ConversionContext, *, image_field: str = "image", question_field: str | None = None,
     prompt: str | None = None, from_name: str | None = None,
 ) -> Iterator[Any]:  # fmt: skip
     """Label Studio's export, see `exports.LabelStudioReader`."""
@@ -64,13 +73,13 @@ def label_studio(
         context.folder, context.left_out, image_field=image_field, question_field=question_field, prompt=prompt,
         from_name=from_name,
     )  # fmt: skip
-    return _made(reader, source, context)
+    return _convert_records(reader, source, context)
 
 
-def _made(make: Callable[[Any], Any], source: str, context: Context) -> Iterator[Any]:
+def _convert_records(make: Callable[[Any], Any], source: str, context: ConversionContext) -> Iterator[Any]:
     """What a function makes of each record of a file, without those of which it makes nothing."""
     for record in stream_records(source, context.cache):
-        made = record if isinstance(record, BadSample) else attempt(make, record)
+        made = record if isinstance(record, BadSample) else value_or_bad_sample(make, record)
         if made is not None:
             yield made
 
@@ -88,23 +97,23 @@ class Conversion:
 
     records: Callable[..., Iterator[Any]]
     form: str
-    marks: frozenset[str] = frozenset()
+    identifying_keys: frozenset[str] = frozenset()
     is_list: bool = True
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword parameters of `records` and of the reader."""
         functions = (FORMATS[self.form], self.records)
-        return {name: one for function in functions for name, one in keywords(function).items()}
+        return {name: one for function in functions for name, one in keyword_parameters(function).items()}
 
 
 CONVERSIONS = {
-    "llava": Conversion(records_of, "llava", frozenset({"conversations"})),
-    "messages": Conversion(records_of, "messages", frozenset({"messages"})),
-    "caption": Conversion(records_of, "caption", frozenset({"image", "caption"})),
-    "question": Conversion(records_of, "question", frozenset({"question", "answer"})),
-    "head": Conversion(records_of, "head", frozenset({STRINGS})),
-    "labelled": Conversion(records_of, "labelled", frozenset({"prompt", "label"})),
+    "llava": Conversion(read_plain_records, "llava", frozenset({"conversations"})),
+    "messages": Conversion(read_plain_records, "messages", frozenset({"messages"})),
+    "caption": Conversion(read_plain_records, "caption", frozenset({"image", "caption"})),
+    "question": Conversion(read_plain_records, "question", frozenset({"question", "answer"})),
+    "head": Conversion(read_plain_records, "head", frozenset({STRING_CONVERSATIONS})),
+    "labelled": Conversion(read_plain_records, "labelled", frozenset({"prompt", "label"})),
     "conceptual-captions": Conversion(conceptual_captions, "caption", frozenset({URL_COLUMN})),
     "coco-captions": Conversion(coco_captions, "caption", frozenset({"images", "annotations"}), is_list=False),
     "vqa": Conversion(vqa, "llava", frozenset({"questions"}), is_list=False),
@@ -113,20 +122,24 @@ CONVERSIONS = {
 }
 
 
-def keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The parameters of a function that are given by keyword only."""
     parameters = inspect.signature(function).parameters
     return {name: one for name, one in parameters.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def detected(source: str, cache: Path) -> str:
+def detect_conversion(source: str, cache: Path) -> str:
     """The one conversion that a file is for, by the keys of its first record.
 
     Raises:
         ValueError: there is none, or several.
     """
     keys, is_list = _first_keys(source, cache)
-    fits = [name for name, one in CONVERSIONS.items() if one.marks and one.marks <= keys and one.is_list == is_list]
+    fits = [
+        name
+        for name, one in CONVERSIONS.items()
+        if one.identifying_keys and one.identifying_keys <= keys and one.is_list == is_list
+    ]
     if len(fits) != 1:
         found = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
         raise ValueError(f"{source}: its records {found}; say with --from what they are: {', '.join(CONVERSIONS)}")
@@ -138,13 +151,13 @@ def _first_keys(source: str, cache: Path) -> tuple[set[str], bool]:
     if source.endswith(".json") and Path(source).is_file():
         with open(source, "rb") as file:
             if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
-                return set(decoded(Path(source), dict[str, msgspec.Raw])), False
+                return set(decode_json_file(Path(source), dict[str, msgspec.Raw])), False
     first = next(iter(stream_records(source, cache)), None)
     if not isinstance(first, dict):
         return set(), True
     turns = first.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], str):
-        return {STRINGS}, True
+        return {STRING_CONVERSATIONS}, True
     if source.endswith(".tsv") and len(first) == 2 and any(key.startswith(("http://", "https://")) for key in first):
         return {URL_COLUMN}, True
     return {key for key, value in first.items() if value is not None}, True
@@ -154,7 +167,7 @@ def _first_keys(source: str, cache: Path) -> tuple[set[str], bool]:
 
 
 @dataclass(frozen=True)
-class Form:
+class RecordConverter:
     """What a record is read and written with.
 
     Attributes:
@@ -167,9 +180,9 @@ class Form:
     read: Callable[[Any, Path], Sample]
     write: Callable[[Sample, Path], dict[str, Any]]
     folder: Path
-    drops: frozenset[str] | None
+    dropped_keys: frozenset[str] | None
 
-    def written(self, item: Any, number: int) -> tuple[Sample, dict[str, Any]]:
+    def convert_record(self, item: Any, number: int) -> tuple[Sample, dict[str, Any]]:
         """A record as a sample and as it is written; one without an id gets its number.
 
         Raises:
@@ -181,8 +194,8 @@ class Form:
         if sample.id == "?":
             sample = replace(sample, id=str(number))
         record = self.write(sample, self.folder)
-        if self.drops is not None:
-            record |= {key: value for key, value in item.items() if key not in self.drops and value is not None}
+        if self.dropped_keys is not None:
+            record |= {key: value for key, value in item.items() if key not in self.dropped_keys and value is not None}
         return sample, record
 
 
@@ -202,8 +215,8 @@ def convert(
         cache: the cache's folder, for the index of a `.json` file.
         options: of the conversion, and of the reader that takes what it yields.
         on_bad: `error` stops at a record that cannot be used; `skip` lists them in `OUTPUT.skipped.jsonl`.
-        embed_images: see `write.writer_for`.
-        shard_size: see `write.writer_for`.
+        embed_images: see `write.make_writer`.
+        shard_size: see `write.make_writer`.
         force: replaces what is there.
 
     Raises:
@@ -211,27 +224,27 @@ def convert(
     """
     if Path(source).resolve() == Path(output).resolve():
         raise ValueError(f"{output}: that is the input; name another output")
-    folder = _folder(source, image_folder)
+    folder = _resolve_image_folder(source, image_folder)
     chosen = CONVERSIONS[conversion]
-    own, of_reader = arranged(conversion, options or {})
-    drops = frozenset((*STRUCTURE, str(of_reader.get("key")))) if chosen.form in FORMS else None
-    form = Form(partial(FORMATS[chosen.form], **of_reader), FORMS[to], folder, drops)
-    writer = writer_for(output, folder, embed_images=embed_images, shard_size=shard_size, force=force)
-    tally = Tally()
-    records = chosen.records(source, Context(folder, cache, tally.left_out), **own)
+    own, of_reader = split_options(conversion, options or {})
+    dropped_keys = frozenset((*STRUCTURE_KEYS, str(of_reader.get("key")))) if chosen.form in FORMS else None
+    form = RecordConverter(partial(FORMATS[chosen.form], **of_reader), FORMS[to], folder, dropped_keys)
+    writer = make_writer(output, folder, embed_images=embed_images, shard_size=shard_size, force=force)
+    tally = ConversionTally()
+    records = chosen.records(source, ConversionContext(folder, cache, tally.left_out), **own)
     skipped = Path(f"{output.rstrip('/')}.skipped.jsonl")
     _write_all(records, form, writer, skipped if on_bad == "skip" else None, tally)
     told = [f"{writer.number} records written to {output}, paths of pictures relative to {folder}", *tally.told()]
-    if tally.bad:
-        told.append(f"{tally.bad} skipped, see {skipped}")
+    if tally.num_bad:
+        told.append(f"{tally.num_bad} skipped, see {skipped}")
     else:
         skipped.unlink(missing_ok=True)  # of a run before
-    if tally.moved and to == "llava":
-        told.append(f"{tally.moved} turns have their only picture after text, which LLaVA's form reads before it")
+    if tally.num_moved and to == "llava":
+        told.append(f"{tally.num_moved} turns have their only picture after text, which LLaVA's form reads before it")
     return "; ".join(told)
 
 
-def _folder(source: str, image_folder: str | None) -> Path:
+def _resolve_image_folder(source: str, image_folder: str | None) -> Path:
     """The image folder: that of the records, or the working directory where they are in none."""
     place = Path(source)
     near = place if place.is_dir() else place.parent if place.parent.is_dir() else Path()
@@ -241,7 +254,7 @@ def _folder(source: str, image_folder: str | None) -> Path:
 
 
 @dataclass
-class Tally:
+class ConversionTally:
     """What came of the records that are not simply written.
 
     Attributes:
@@ -252,38 +265,40 @@ class Tally:
     """
 
     left_out: Counter[str] = field(default_factory=Counter)
-    bad: int = 0
+    num_bad: int = 0
     first: str = ""
-    moved: int = 0
+    num_moved: int = 0
 
     def told(self) -> list[str]:
         """What was left out, in words."""
         return [f"left out: {number} {what}" for what, number in self.left_out.items() if number]
 
 
-def _write_all(records: Iterator[Any], form: Form, writer: RecordWriter, skipped: Path | None, tally: Tally) -> None:
+def _write_all(
+    records: Iterator[Any], form: RecordConverter, writer: RecordWriter, skipped: Path | None, tally: ConversionTally
+) -> None:
     """Write records; list those that cannot be used in a file, or stop at the first where there is none."""
     with ExitStack() as stack:
         stack.enter_context(writer)
         journal: RecordWriter | None = None
         for number, item in enumerate(tqdm(records, "records", unit="record", disable=None)):
             try:
-                sample, record = form.written(item, number)
+                sample, record = form.convert_record(item, number)
                 writer.write(record)
-                tally.moved += sum(map(is_moved_by_llava, sample.turns))
+                tally.num_moved += sum(map(is_image_moved_by_llava, sample.turns))
             except BadSample as error:
                 tally.first = tally.first or f"record {number} ({error.sample_id!r}): {error.reason}"
                 if skipped is None:
                     raise ValueError(f"{tally.first}; --on-bad skip lists such records and goes on") from error
                 if journal is None:
-                    journal = stack.enter_context(writer_for(str(skipped), skipped.parent, force=True))
+                    journal = stack.enter_context(make_writer(str(skipped), skipped.parent, force=True))
                 journal.write({"record": number, "id": error.sample_id, "reason": error.reason})
-                tally.bad += 1
+                tally.num_bad += 1
         if not writer.number:
             raise ValueError(f"there is no record to write; {'; '.join([*tally.told(), tally.first])}")
 
 
-def arranged(conversion: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(conversion: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the conversion itself, and of the reader.
 
     Raises:
@@ -295,8 +310,8 @@ def arranged(conversion: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
         takes = ", ".join(known) or "none"
         raise ValueError(f"--from {conversion} has no option {', '.join(unknown)}; it has {takes}")
     if missing := [name for name, one in known.items() if one.default is one.empty and name not in options]:
-        raise ValueError(f"--from {conversion} needs {', '.join(map(flag, missing))}")
-    own = keywords(chosen.records)
+        raise ValueError(f"--from {conversion} needs {', '.join(map(option_flag, missing))}")
+    own = keyword_parameters(chosen.records)
     return (
         {name: value for name, value in options.items() if name in own},
         {name: value for name, value in options.items() if name not in own},
@@ -323,19 +338,19 @@ OPTIONS = {
 """Options of conversions that have a flag of their own -> what it takes, and help."""
 
 
-def flag(name: str) -> str:
+def option_flag(name: str) -> str:
     """What an option is given as."""
     return f"--{name.replace('_', '-')}" if name in OPTIONS else f"--option {name}=VALUE"
 
 
-def main(words: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """`vlm data convert INPUT OUTPUT --from FORM`."""
-    args = _parser().parse_args(words)
+    args = _parser().parse_args(arguments)
     given = {name: getattr(args, name) for name in (*OPTIONS, "group") if getattr(args, name) is not None}
-    cache = cache_folder(args.cache_dir)
+    cache = resolve_cache_folder(args.cache_dir)
     try:
         print(convert(
-            args.input, args.output, args.conversion or detected(args.input, cache), to=args.to, cache=cache,
+            args.input, args.output, args.conversion or detect_conversion(args.input, cache), to=args.to, cache=cache,
             image_folder=args.image_folder, options={**given, **dict(args.option)}, on_bad=args.on_bad,
             embed_images=args.embed_images, shard_size=args.shard_size, force=args.force,
         ))  # fmt: skip
@@ -351,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"Kinds (--from): {', '.join(CONVERSIONS)}.",
     )  # fmt: skip
     parser.add_argument("input", metavar="INPUT", help=".json, .jsonl, .parquet, tar shards …; .tsv or .json of a kind")
-    parser.add_argument("output", metavar="OUTPUT", help=NAMES.replace("%", "%%"))
+    parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_NAMES.replace("%", "%%"))
     parser.add_argument(
         "--from",
         dest="conversion",
@@ -364,25 +379,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--embed-images", action="store_true", help=".parquet: hold the pictures themselves")
     parser.add_argument("--shard-size", type=int, metavar="N", help=f"samples in a tar shard ({SHARD_SIZE})")
     parser.add_argument(
-        "--on-bad", choices=ON_BAD, default=ON_BAD[0],
+        "--on-bad", choices=ON_BAD_CHOICES, default=ON_BAD_CHOICES[0],
         help="what to do at a record that cannot be used; skip lists them in OUTPUT.skipped.jsonl (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an OUTPUT that exists")
     parser.add_argument("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
     options = parser.add_argument_group("options of some kinds")
     for name, (metavar, text) in OPTIONS.items():
-        options.add_argument(flag(name), metavar=metavar, help=text.replace("%", "%%"))
+        options.add_argument(option_flag(name), metavar=metavar, help=text.replace("%", "%%"))
     options.add_argument(
         "--no-group", dest="group", action="store_false", default=None, help="vqa: a record a question"
     )
     options.add_argument(
-        "--option", action="append", default=[], type=_option, metavar="NAME=VALUE",
+        "--option", action="append", default=[], type=_parse_option, metavar="NAME=VALUE",
         help="any other option of the reader, such as caption_key=text; may be repeated",
     )  # fmt: skip
     return parser
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _parse_option(text: str) -> tuple[str, Any]:
     """`name=value`, the value as JSON where it is that, else as it stands."""
     name, sign, value = text.partition("=")
     if not (sign and name.isidentifier()):

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
-from vlm.data.records.open import PICTURES, attempt
+from vlm.data.records.open import IMAGE_EXTENSIONS, value_or_bad_sample
 from vlm.data.sample import BadSample
-from vlm.data.tools.exports import Kind, conversation, typed
+from vlm.data.tools.exports import Kind, convert_record, make_llava_record
 from vlm.data.tools.table import FOLDER_SIZE, Table
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -23,7 +23,7 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)
-class Context:
+class ConversionContext:
     """What every conversion may need.
 
     Attributes:
@@ -38,7 +38,7 @@ class Context:
 
 
 def conceptual_captions(
-    source: str, context: Context, *, url_column: str | None = None, caption_column: str | None = None
+    source: str, context: ConversionContext, *, url_column: str | None = None, caption_column: str | None = None
 ) -> Iterator[Any]:
     """A table of captions and URLs, whose pictures `vlm data download` has put into the image folder.
 
@@ -58,7 +58,7 @@ def conceptual_captions(
     for row in Table(Path(source), url_column, caption_column).rows():
         if row.number // FOLDER_SIZE != number:
             number = row.number // FOLDER_SIZE
-            names = _pictures_by_row(context.folder / f"{number:05d}")
+            names = _image_names_by_row(context.folder / f"{number:05d}")
         name = names.get(row.number)
         if name and row.caption:
             yield {"id": f"{row.number:09d}", "image": f"{number:05d}/{name}", "caption": row.caption}
@@ -66,9 +66,11 @@ def conceptual_captions(
             context.left_out["rows without a caption" if name else "rows without a picture"] += 1
 
 
-def _pictures_by_row(folder: Path) -> dict[int, str]:
+def _image_names_by_row(folder: Path) -> dict[int, str]:
     """Row -> name of its picture, of one folder."""
-    files = [file for file in folder.iterdir() if file.suffix[1:].lower() in PICTURES] if folder.is_dir() else []
+    files = (
+        [file for file in folder.iterdir() if file.suffix[1:].lower() in IMAGE_EXTENSIONS] if folder.is_dir() else []
+    )
     return {int(file.stem): file.name for file in files if file.stem.isdecimal()}
 
 
@@ -94,24 +96,24 @@ class CocoFile(msgspec.Struct):
     annotations: list[msgspec.Raw]
 
 
-def coco_captions(source: str, context: Context) -> Iterator[Any]:
+def coco_captions(source: str, context: ConversionContext) -> Iterator[Any]:
     """COCO's `captions_*.json`: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
 
     Each caption is a record. The names of all pictures and the places of all captions stay in memory, about 250 bytes
     for a picture and 80 for a caption; the file itself is mapped.
     """
-    file = decoded(Path(source), CocoFile)
+    file = decode_json_file(Path(source), CocoFile)
     names = {image.id: image.file_name for image in file.images}
 
-    def captioned(annotation: msgspec.Raw) -> dict[str, Any]:
-        found = typed(msgspec.json.decode(annotation), CocoCaption)
+    def make_caption_record(annotation: msgspec.Raw) -> dict[str, Any]:
+        found = convert_record(msgspec.json.decode(annotation), CocoCaption)
         sample_id = str(found.image_id if found.id is None else found.id)
         if found.image_id not in names:
             raise BadSample(sample_id, f"image_id={found.image_id} is none of `images`")
         return {"id": sample_id, "image": names[found.image_id], "caption": found.caption.strip()}
 
     for annotation in file.annotations:
-        yield attempt(captioned, annotation)
+        yield value_or_bad_sample(make_caption_record, annotation)
 
 
 class VqaQuestion(msgspec.Struct):
@@ -149,7 +151,7 @@ class VqaAnnotations(msgspec.Struct):
 
 
 def vqa(
-    source: str, context: Context, *, annotations: str, image_pattern: str, group: bool = True,
+    source: str, context: ConversionContext, *, annotations: str, image_pattern: str, group: bool = True,
     instruction: str = SHORT_ANSWER,
 ) -> Iterator[Any]:  # fmt: skip
     """VQAv2's questions with their answers, by default all about one picture as one conversation.
@@ -169,10 +171,10 @@ def vqa(
     Raises:
         ValueError: a file is no such file, or the pattern none.
     """
-    name_of = named_by(image_pattern)
-    answers = dict(_vqa_answers(Path(annotations)))
+    image_name = make_image_namer(image_pattern)
+    answers = dict(_read_vqa_answers(Path(annotations)))
     groups: dict[Any, list[VqaQuestion]] = {}
-    for question in decoded(Path(source), VqaQuestions).questions:
+    for question in decode_json_file(Path(source), VqaQuestions).questions:
         if question.question_id in answers:
             groups.setdefault(question.image_id if group else question.question_id, []).append(question)
         else:
@@ -183,15 +185,15 @@ def vqa(
         if instruction:
             texts[0] = f"{texts[0]}\n{instruction}"
         asked = zip(texts, (answers[question.question_id] for question in item[1]), strict=True)
-        return conversation(str(item[0]), name_of(item[1][0].image_id), asked)
+        return make_llava_record(str(item[0]), image_name(item[1][0].image_id), asked)
 
     for item in groups.items():
-        yield attempt(record, item)
+        yield value_or_bad_sample(record, item)
 
 
-def _vqa_answers(file: Path) -> Iterator[tuple[int | str, str]]:
+def _read_vqa_answers(file: Path) -> Iterator[tuple[int | str, str]]:
     """Question -> its answer."""
-    for number, raw in enumerate(decoded(file, VqaAnnotations).annotations, start=1):
+    for number, raw in enumerate(decode_json_file(file, VqaAnnotations).annotations, start=1):
         try:
             found = msgspec.json.decode(raw, type=VqaAnnotation)
         except msgspec.DecodeError as error:
@@ -203,7 +205,7 @@ def _vqa_answers(file: Path) -> Iterator[tuple[int | str, str]]:
             yield found.question_id, answers.most_common(1)[0][0]
 
 
-def named_by(pattern: str) -> Callable[[int | str], str]:
+def make_image_namer(pattern: str) -> Callable[[int | str], str]:
     """What gives a picture's name by its number.
 
     Raises:
@@ -222,16 +224,16 @@ def named_by(pattern: str) -> Callable[[int | str], str]:
             "COCO_train2014_{image_id:012d}.jpg"
         )
 
-    def name_of(image_id: int | str) -> str:
+    def image_name(image_id: int | str) -> str:
         try:
             return pattern.format(image_id=image_id)
         except ValueError as error:
             raise BadSample(str(image_id), f"image_id={image_id!r} does not fit {pattern!r}: {error}") from None
 
-    return name_of
+    return image_name
 
 
-def decoded(file: Path, kind: type[Kind]) -> Kind:
+def decode_json_file(file: Path, kind: type[Kind]) -> Kind:
     """A file of JSON as a structure; raw parts of it lie in the file, which stays mapped.
 
     Raises:

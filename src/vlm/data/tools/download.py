@@ -30,38 +30,44 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlm.data.sample import PLACEHOLDER
-from vlm.data.tools.fetch import Fetcher, FetchError, Stopped, picture_suffix
-from vlm.data.tools.table import FOLDER_SIZE, KINDS, Row, Table
+from vlm.data.tools.fetch import Fetcher, FetchError, FetchStopped, check_image_suffix
+from vlm.data.tools.table import FOLDER_SIZE, TABLE_KINDS, Row, Table
 
-LONGEST_GOODBYE = 2.0
+SHUTDOWN_TIMEOUT = 2.0
 """Seconds that a stopped run waits for what is under way."""
-MOST_WORKERS = 256
+MAX_WORKERS = 256
 """Each may hold three files open, and processes often may open no more than 1024."""
 
 
-def option(default: Any, words: str) -> Any:
+def option_field(default: Any, arguments: str) -> Any:
     """A field with the words that `--help` has for it."""
-    return field(default=default, metadata={"help": words})
+    return field(default=default, metadata={"help": arguments})
 
 
 @dataclass(frozen=True)
 class Options:
     """How to download; each field is a flag of the same name."""
 
-    url_column: str | None = option(None, "name of the column of URLs; in a file without header its number, from 1")
-    caption_column: str | None = option(None, "the same of the captions")
-    workers: int = option(32, f"pictures that are fetched at the same time, at most {MOST_WORKERS} (%(default)s)")
-    retries: int = option(2, "further tries after timeouts, broken connections and servers' troubles (%(default)s)")
-    timeout: float = option(10.0, "seconds that one try may take in all (%(default)s)")
-    max_bytes: int = option(20 * 2**20, "the largest file (%(default)s)")
-    min_size: int = option(0, "pixels that the shorter side must have (%(default)s)")
-    limit: int | None = option(None, "take so many rows from the table's beginning only")
-    allow_private: bool = option(False, "fetch from this machine and private networks too: for tables that you trust")
-    retry_failed: bool = option(False, "try again what failed in earlier runs")
+    url_column: str | None = option_field(
+        None, "name of the column of URLs; in a file without header its number, from 1"
+    )
+    caption_column: str | None = option_field(None, "the same of the captions")
+    workers: int = option_field(32, f"pictures that are fetched at the same time, at most {MAX_WORKERS} (%(default)s)")
+    retries: int = option_field(
+        2, "further tries after timeouts, broken connections and servers' troubles (%(default)s)"
+    )
+    timeout: float = option_field(10.0, "seconds that one try may take in all (%(default)s)")
+    max_bytes: int = option_field(20 * 2**20, "the largest file (%(default)s)")
+    min_size: int = option_field(0, "pixels that the shorter side must have (%(default)s)")
+    limit: int | None = option_field(None, "take so many rows from the table's beginning only")
+    allow_private: bool = option_field(
+        False, "fetch from this machine and private networks too: for tables that you trust"
+    )
+    retry_failed: bool = option_field(False, "try again what failed in earlier runs")
 
     def __post_init__(self) -> None:
         bounds = {
-            "workers": (1, MOST_WORKERS), "retries": (0, 20), "timeout": (0.1, 3600), "max_bytes": (1, 2**31),
+            "workers": (1, MAX_WORKERS), "retries": (0, 20), "timeout": (0.1, 3600), "max_bytes": (1, 2**31),
             "min_size": (0, 2**16), "limit": (1, 2**40),
         }  # fmt: skip
         for name, (least, most) in bounds.items():
@@ -74,7 +80,7 @@ DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
-class Summary:
+class DownloadSummary:
     """What a folder holds after a run, earlier runs included.
 
     Attributes:
@@ -107,10 +113,10 @@ class Outcome:
     detail: str = ""
 
 
-def main(words: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """`vlm data download TABLE OUT`."""
     parser = argparse.ArgumentParser("vlm data download", description="Fetch the pictures of a table of captions.")
-    parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(KINDS)}")
+    parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(TABLE_KINDS)}")
     parser.add_argument("output", type=Path, help="a new folder, or the same as before to go on")
     for field_ in fields(Options):
         flag, default = f"--{field_.name}", field_.default
@@ -120,7 +126,7 @@ def main(words: Sequence[str]) -> None:
             style = {"type": kind, "default": default, "metavar": "COLUMN" if kind is str else "N"}
         names = dict.fromkeys((flag.replace("_", "-"), flag))
         parser.add_argument(*names, help=field_.metadata["help"], **style)
-    args = vars(parser.parse_args(words))
+    args = vars(parser.parse_args(arguments))
     try:
         print(download(args.pop("table"), args.pop("output"), Options(**args)))
     except KeyboardInterrupt:
@@ -130,7 +136,7 @@ def main(words: Sequence[str]) -> None:
         sys.exit(f"vlm data download: {error}")
 
 
-def download(table: Path, output: Path, options: Options = DEFAULTS) -> Summary:
+def download(table: Path, output: Path, options: Options = DEFAULTS) -> DownloadSummary:
     """Fetch what a folder does not have yet of a table's pictures.
 
     Args:
@@ -143,11 +149,11 @@ def download(table: Path, output: Path, options: Options = DEFAULTS) -> Summary:
         OSError: the disk is full, and the like.
     """
     source = Table(table, options.url_column, options.caption_column)
-    claim(output, source)
-    with Ledger(output) as ledger, Workers(output, options) as workers, warnings.catch_warnings():
+    claim_output_folder(output, source)
+    with DownloadLedger(output) as ledger, DownloadWorkers(output, options) as workers, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
         if options.retry_failed:
-            ledger.forget_failures()
+            ledger.clear_failures()
         rows = (row for row in islice(source.rows(), options.limit) if not ledger.is_done(row.number))
         total = min(source.num_rows, options.limit or source.num_rows)
         with tqdm(total=total, initial=min(total, ledger.num_done), desc="pictures", unit="") as bar:
@@ -155,10 +161,10 @@ def download(table: Path, output: Path, options: Options = DEFAULTS) -> Summary:
                 ledger.add(outcome)
                 bar.set_postfix(got=ledger.got, failed=ledger.failed.total(), refresh=False)
                 bar.update()
-    return Summary(output, ledger.got, dict(ledger.failed))
+    return DownloadSummary(output, ledger.got, dict(ledger.failed))
 
 
-def claim(output: Path, table: Table) -> None:
+def claim_output_folder(output: Path, table: Table) -> None:
     """Make the folder this table's, or make sure that it is.
 
     Raises:
@@ -182,7 +188,7 @@ def claim(output: Path, table: Table) -> None:
         )
 
 
-class Ledger:
+class DownloadLedger:
     """The two files of lines of a folder: which rows are done, and the only one who adds to them.
 
     Attributes:
@@ -203,11 +209,11 @@ class Ledger:
             fcntl.flock(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
         except BlockingIOError as error:
             raise ValueError(f"another download writes to {output}: wait for it, or stop it") from error
-        for number, _ in whole_lines(self._records, "id"):
-            self._mark(number)
+        for number, _ in read_complete_lines(self._records, "id"):
+            self._mark_done(number)
             self.got += 1
-        for number, failure in whole_lines(self._failures, "row"):
-            self._mark(number)
+        for number, failure in read_complete_lines(self._failures, "row"):
+            self._mark_done(number)
             self.failed[failure["reason"]] += 1
 
     def __enter__(self) -> Self:
@@ -226,9 +232,9 @@ class Ledger:
         """Whether a row was got, or failed for good."""
         return number < len(self._done) and self._done[number] == 1
 
-    def forget_failures(self) -> None:
+    def clear_failures(self) -> None:
         """Take failed rows for new ones."""
-        for number, _ in whole_lines(self._failures, "row"):
+        for number, _ in read_complete_lines(self._failures, "row"):
             self._done[number] = 0
         self._failures.truncate(0)
         self.failed.clear()
@@ -238,26 +244,26 @@ class Ledger:
         row = outcome.row
         if outcome.image is None:
             line = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
-            write_line(self._failures, line)
+            append_line(self._failures, line)
             self.failed[outcome.reason] += 1
         else:
             turns = [{"from": "human", "value": PLACEHOLDER}, {"from": "gpt", "value": row.caption}]
-            write_line(self._records, {"id": f"{row.number:09d}", "image": outcome.image, "conversations": turns})
+            append_line(self._records, {"id": f"{row.number:09d}", "image": outcome.image, "conversations": turns})
             self.got += 1
-        self._mark(row.number)
+        self._mark_done(row.number)
 
-    def _mark(self, number: int) -> None:
+    def _mark_done(self, number: int) -> None:
         self._done.extend(bytes(max(0, number + 1 - len(self._done))))
         self._done[number] = 1
 
 
-def write_line(file: BinaryIO, line: dict[str, Any]) -> None:
+def append_line(file: BinaryIO, line: dict[str, Any]) -> None:
     """Add a line; once this returns, it outlives the process."""
     file.write(json.dumps(line).encode() + b"\n")
     file.flush()
 
 
-def whole_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_complete_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a file, each with the number of its row; a torn one at the end, which a kill leaves, is cut off.
 
     Raises:
@@ -278,7 +284,7 @@ def whole_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]
         yield number, record
 
 
-class Workers:
+class DownloadWorkers:
     """Threads that make files of rows. They are daemons: nobody waits long for a server when all is to stop.
 
     Args:
@@ -294,7 +300,7 @@ class Workers:
         self._decoders = threading.BoundedSemaphore(os.cpu_count() or 1)  # a picture unpacked may be large
         self._tasks: Queue[Row | None] = Queue()
         self._results: SimpleQueue[Outcome | Exception] = SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(options.workers)]
+        self._threads = [threading.Thread(target=self._run_worker, daemon=True) for _ in range(options.workers)]
 
     def __enter__(self) -> Self:
         Image.init()  # so that no two threads do
@@ -308,7 +314,7 @@ class Workers:
         self._stop.set()
         for _ in self._threads:
             self._tasks.put(None)
-        end = time.monotonic() + LONGEST_GOODBYE
+        end = time.monotonic() + SHUTDOWN_TIMEOUT
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -320,18 +326,18 @@ class Workers:
             self._tasks.put(row)
             under_way += 1
             if under_way == 2 * len(self._threads):
-                yield self._next()
+                yield self._next_outcome()
                 under_way -= 1
         for _ in range(under_way):
-            yield self._next()
+            yield self._next_outcome()
 
-    def _next(self) -> Outcome:
+    def _next_outcome(self) -> Outcome:
         result = self._results.get()
         if isinstance(result, Exception):
             raise result
         return result
 
-    def _work(self) -> None:
+    def _run_worker(self) -> None:
         chosen = self._options
         fetcher = Fetcher(
             timeout=chosen.timeout, retries=chosen.retries, max_bytes=chosen.max_bytes,
@@ -339,20 +345,20 @@ class Workers:
         )  # fmt: skip
         try:
             while not self._stop.is_set() and (row := self._tasks.get()) is not None:
-                self._results.put(self._outcome(row, fetcher))
-        except Stopped:
+                self._results.put(self._fetch_row(row, fetcher))
+        except FetchStopped:
             pass
         except Exception as error:  # a full disk, say: the end of the run, not of a row
             self._results.put(error)
         finally:
             fetcher.close()
 
-    def _outcome(self, row: Row, fetcher: Fetcher) -> Outcome:
+    def _fetch_row(self, row: Row, fetcher: Fetcher) -> Outcome:
         try:
-            check_text(row)
+            check_row_text(row)
             content = fetcher.fetch(row.url)
             with self._decoders:
-                suffix = picture_suffix(content, self._options.min_size)
+                suffix = check_image_suffix(content, self._options.min_size)
         except FetchError as error:
             return Outcome(row, reason=error.reason, detail=error.detail)
         image = f"{row.number // FOLDER_SIZE:05d}/{row.number:09d}.{suffix}"
@@ -363,7 +369,7 @@ class Workers:
         return Outcome(row, image)
 
 
-def check_text(row: Row) -> None:
+def check_row_text(row: Row) -> None:
     """Raise `FetchError` where a row is none before anything is fetched."""
     if not row.url:
         raise FetchError("no URL")

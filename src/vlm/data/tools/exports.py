@@ -13,13 +13,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 from msgspec import Struct, field
 
-from vlm.data.records.open import PICTURES
+from vlm.data.records.open import IMAGE_EXTENSIONS
 from vlm.data.sample import PLACEHOLDER, BadSample
 
 Kind = TypeVar("Kind")
 
 
-def typed(value: Any, kind: type[Kind], sample_id: str = "?") -> Kind:
+def convert_record(value: Any, kind: type[Kind], sample_id: str = "?") -> Kind:
     """A record as a structure with types.
 
     Raises:
@@ -33,7 +33,7 @@ def typed(value: Any, kind: type[Kind], sample_id: str = "?") -> Kind:
         raise BadSample(sample_id, str(error)) from None
 
 
-def conversation(sample_id: str, image: str, asked: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def make_llava_record(sample_id: str, image: str, asked: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """A record of LLaVA's form: questions about one picture with their answers."""
     turns: list[dict[str, str]] = []
     for question, answer in asked:
@@ -55,13 +55,13 @@ class Entity(Struct):
     token_end: int | None = None
     id: int | str | None = None
     entity_label: str | None = field(default=None, name="entityLabel")
-    snake_label: str | None = field(default=None, name="entity_label")
-    plain_label: str | None = field(default=None, name="label")
+    entity_label_snake_case: str | None = field(default=None, name="entity_label")
+    entity_label_short: str | None = field(default=None, name="label")
 
     @property
     def label(self) -> str | None:
         """What it is marked as."""
-        return self.entity_label or self.snake_label or self.plain_label
+        return self.entity_label or self.entity_label_snake_case or self.entity_label_short
 
     @property
     def place(self) -> tuple[int, int]:
@@ -86,7 +86,7 @@ class Document(Struct):
     relations: list[Relation] | None = None
 
 
-def _tokens(entity: Entity) -> Iterable[int]:
+def _token_range(entity: Entity) -> Iterable[int]:
     return (
         ()
         if entity.token_start is None or entity.token_end is None
@@ -94,10 +94,10 @@ def _tokens(entity: Entity) -> Iterable[int]:
     )
 
 
-ADDRESSES: dict[str, Callable[[Entity], Iterable[int | str | None]]] = {
+ENTITY_ADDRESSES: dict[str, Callable[[Entity], Iterable[int | str | None]]] = {
     "token_start": lambda entity: [entity.token_start],
     "start": lambda entity: [entity.start],
-    "token_start to token_end": lambda entity: _tokens(entity),
+    "token_start to token_end": lambda entity: _token_range(entity),
     "id": lambda entity: [entity.id],
 }
 """What a relation may name an entity by. A document's is the first by which all of its relations lead somewhere."""
@@ -131,7 +131,7 @@ class UbiaiReader:
         Raises:
             BadSample: it is no such document.
         """
-        document = typed(value, Document)
+        document = convert_record(value, Document)
         entities = document.entities or document.tokens or []
         asked = [entity for entity in entities if entity.label == self._labels[0]]
         answers = self._answers(document, entities)
@@ -139,18 +139,20 @@ class UbiaiReader:
         for question in sorted(asked, key=lambda entity: entity.place):
             found = sorted(answers.get(id(question), []), key=lambda entity: entity.place)
             if found:
-                pairs.append((_span(question, document), " ".join(_span(answer, document) for answer in found)))
+                pairs.append(
+                    (_entity_text(question, document), " ".join(_entity_text(answer, document) for answer in found))
+                )
         self._left_out["questions without an answer"] += len(asked) - len(pairs)
         self._left_out["documents without an answered question"] += not pairs
         if not pairs:
             return None
-        return conversation(document.name, picture_name(document.name, self._folder), pairs)
+        return make_llava_record(document.name, resolve_image_name(document.name, self._folder), pairs)
 
     def _answers(self, document: Document, entities: list[Entity]) -> dict[int, list[Entity]]:
         """The answers that each question is linked with, by the question's identity."""
         answers: dict[int, list[Entity]] = {}
         relations = document.relations or []
-        places = _addressed(relations, entities, document.name)
+        places = _entities_by_address(relations, entities, document.name)
         for relation in relations:
             for one in places[relation.head]:
                 for other in places[relation.child]:
@@ -161,10 +163,10 @@ class UbiaiReader:
         return answers
 
 
-def _addressed(relations: list[Relation], entities: list[Entity], name: str) -> dict[int | str, list[Entity]]:
+def _entities_by_address(relations: list[Relation], entities: list[Entity], name: str) -> dict[int | str, list[Entity]]:
     """The entities by what relations name them by."""
     named = {end for relation in relations for end in (relation.head, relation.child)}
-    for addresses in ADDRESSES.values():
+    for addresses in ENTITY_ADDRESSES.values():
         places: dict[int | str, list[Entity]] = {}
         for entity in entities:
             for address in addresses(entity):
@@ -172,23 +174,25 @@ def _addressed(relations: list[Relation], entities: list[Entity], name: str) -> 
                     places.setdefault(address, []).append(entity)
         if named <= places.keys():
             return places
-    raise BadSample(name, f"relations name {sorted(map(str, named))}, which no entities have as {', '.join(ADDRESSES)}")
+    raise BadSample(
+        name, f"relations name {sorted(map(str, named))}, which no entities have as {', '.join(ENTITY_ADDRESSES)}"
+    )
 
 
-def _span(entity: Entity, document: Document) -> str:
+def _entity_text(entity: Entity, document: Document) -> str:
     text = entity.text if entity.text is not None else document.text[entity.start or 0 : entity.end or 0]
     if not text.strip():
         raise BadSample(document.name, f"an entity at {entity.start} has no text")
     return " ".join(text.split())
 
 
-def picture_name(name: str, folder: Path) -> str:
+def resolve_image_name(name: str, folder: Path) -> str:
     """A picture's name, or for that of another file the picture of the same stem in a folder."""
     path = PurePosixPath(name)
-    if path.suffix.lower().removeprefix(".") in PICTURES:
+    if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS:
         return name
-    found = (str(path.with_suffix(f".{kind}")) for kind in PICTURES)
-    return next((picture for picture in found if isfile(folder / picture)), name)
+    found = (str(path.with_suffix(f".{kind}")) for kind in IMAGE_EXTENSIONS)
+    return next((candidate for candidate in found if isfile(folder / candidate)), name)
 
 
 # Label Studio
@@ -209,7 +213,7 @@ class Annotation(Struct):
     was_cancelled: bool | None = None
 
 
-class LabelTask(Struct):
+class LabelStudioTask(Struct):
     """What is read of a task."""
 
     data: dict[str, Any]
@@ -217,9 +221,9 @@ class LabelTask(Struct):
     annotations: list[Annotation] | None = None
 
 
-CONTROLS = {"textarea": "text", "choices": "choices", "rating": "rating", "number": "number"}
+ANSWER_CONTROLS = {"textarea": "text", "choices": "choices", "rating": "rating", "number": "number"}
 """Type of a control whose result can be an answer -> where its value stands."""
-MIN_FIELDS = frozenset((
+JSON_MIN_FIELDS = frozenset((
     "id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "was_cancelled", "ground_truth",
     "annotators", "agreement", "inner_id", "comment_count", "unresolved_comment_count", "comment_authors",
 ))  # fmt: skip
@@ -235,7 +239,7 @@ class LabelStudioReader:
     choices with commas), or a rating or number.
 
     Args:
-        folder: the image folder; see `local_name`.
+        folder: the image folder; see `resolve_local_image_name`.
         left_out: counts tasks without a completed annotation, and those without an answer.
         image_field: the data field that has the picture.
         question_field: the data field that has the question; None: `prompt` is it.
@@ -255,7 +259,7 @@ class LabelStudioReader:
         self._folder, self._left_out = folder, left_out
         self._image_field, self._question_field, self._prompt = image_field, question_field, prompt
         self._control = from_name
-        self._is_given = from_name is not None
+        self._control_is_given = from_name is not None
 
     def __call__(self, value: Any) -> dict[str, Any] | None:
         """A task as `{"id", "image", "question", "answer"}`; None where it was not done.
@@ -265,9 +269,12 @@ class LabelStudioReader:
             ValueError: there are several controls, and none is named.
         """
         if isinstance(value, dict) and "data" not in value:
-            task, answer = typed({"data": value, "id": value.get("id", "?")}, LabelTask), self._min_answer(value)
+            task, answer = (
+                convert_record({"data": value, "id": value.get("id", "?")}, LabelStudioTask),
+                self._min_answer(value),
+            )
         else:
-            task = typed(value, LabelTask)
+            task = convert_record(value, LabelStudioTask)
             answer = self._answer(task)
         if not answer:
             return None
@@ -276,29 +283,34 @@ class LabelStudioReader:
         if not isinstance(image, str) or not isinstance(question, str):
             name = self._image_field if not isinstance(image, str) else self._question_field
             raise BadSample(str(task.id), f"`{name}` must be a string of its data, which has {', '.join(task.data)}")
-        return {"id": task.id, "image": local_name(image, self._folder), "question": question, "answer": answer}
+        return {
+            "id": task.id,
+            "image": resolve_local_image_name(image, self._folder),
+            "question": question,
+            "answer": answer,
+        }
 
-    def _answer(self, task: LabelTask) -> str:
+    def _answer(self, task: LabelStudioTask) -> str:
         done = next((one for one in task.annotations or [] if not one.was_cancelled), None)
         if done is None:
             self._left_out["tasks without a completed annotation"] += 1
             return ""
-        results = [result for result in done.result or [] if result.type in CONTROLS]
-        control = self._only({result.from_name for result in results})
+        results = [result for result in done.result or [] if result.type in ANSWER_CONTROLS]
+        control = self._answer_control({result.from_name for result in results})
         chosen = [result.value for result in results if result.from_name == control]
-        return self._counted("\n".join(filter(None, map(_text, chosen))))
+        return self._count_if_empty("\n".join(filter(None, map(_value_as_text, chosen))))
 
     def _min_answer(self, fields: dict[str, Any]) -> str:
         if fields.get("was_cancelled"):
             self._left_out["tasks without a completed annotation"] += 1
             return ""
-        others = {name for name in fields if name not in (*MIN_FIELDS, self._image_field, self._question_field)}
-        control = self._only(others)
-        return self._counted(_text(fields.get(control)) if control else "")
+        others = {name for name in fields if name not in (*JSON_MIN_FIELDS, self._image_field, self._question_field)}
+        control = self._answer_control(others)
+        return self._count_if_empty(_value_as_text(fields.get(control)) if control else "")
 
-    def _only(self, controls: set[str]) -> str | None:
+    def _answer_control(self, controls: set[str]) -> str | None:
         """The control that has the answer, the same in every task."""
-        if self._is_given:
+        if self._control_is_given:
             return self._control
         known = controls if self._control is None else controls | {self._control}
         if len(known) > 1:
@@ -306,23 +318,23 @@ class LabelStudioReader:
         self._control = next(iter(known), None)
         return self._control
 
-    def _counted(self, answer: str) -> str:
+    def _count_if_empty(self, answer: str) -> str:
         self._left_out["tasks without an answer"] += not answer
         return answer
 
 
-def _text(value: Any) -> str:
+def _value_as_text(value: Any) -> str:
     """A control's value as text."""
     if isinstance(value, dict):
         if isinstance(choices := value.get("choices"), list):
             return ", ".join(map(str, choices))
-        return next((_text(value[key]) for key in CONTROLS.values() if key in value), "")
+        return next((_value_as_text(value[key]) for key in ANSWER_CONTROLS.values() if key in value), "")
     if isinstance(value, list):
-        return "\n".join(filter(None, map(_text, value)))
+        return "\n".join(filter(None, map(_value_as_text, value)))
     return "" if value is None else str(value).strip()
 
 
-def local_name(address: str, folder: Path) -> str:
+def resolve_local_image_name(address: str, folder: Path) -> str:
     """Where the picture that Label Studio names stands in the image folder.
 
     `/data/local-files/?d=a/b.jpg` is `a/b.jpg` (as the folder is that of local files), `/data/upload/7/b.jpg` is

@@ -34,20 +34,20 @@ HEADERS = (
     ("Accept", "image/jpeg,image/png,image/webp,image/gif;q=0.9,*/*;q=0.1"),
     ("Accept-Encoding", "identity"),  # pictures do not compress, and an answer that grows when unpacked is a trap
 )
-REDIRECTS = 5
-TEMPORARY = (408, 425, 429)
+MAX_REDIRECTS = 5
+RETRYABLE_STATUSES = (408, 425, 429)
 """Statuses that are worth a retry, besides those of 500 and above."""
-FIRST_WAIT = 1.0
-LONGEST_WAIT = 30.0
+INITIAL_RETRY_WAIT = 1.0
+MAX_RETRY_WAIT = 30.0
 """Seconds before the first retry (each one waits twice as long as the one before), and before any."""
 
-FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 """Pillow's name of a format -> suffix of its files. An MPO is a JPEG with more behind it, and opened as one."""
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
+AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
 """An answer of `getaddrinfo`: family, type, protocol, canonical name, address."""
 
 
@@ -59,19 +59,19 @@ class FetchError(Exception):
         wait: seconds that the server asks for before it.
     """
 
-    def __init__(self, reason: str, detail: str = "", *, temporary: bool = False, wait: float = 0.0):
+    def __init__(self, reason: str, detail: str = "", *, retryable: bool = False, wait: float = 0.0):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
-        self.temporary = temporary
+        self.retryable = retryable
         self.wait = wait
 
 
-class Stopped(Exception):
+class FetchStopped(Exception):
     """The one who wanted the picture no longer does."""
 
 
-class Clock:
+class Deadline:
     """What is left of a try's time, whatever it is spent on: a server that drips has no more of it than a silent one.
 
     Args:
@@ -80,11 +80,11 @@ class Clock:
 
     def __init__(self, stop: threading.Event):
         self.stop = stop
-        self._end = 0.0
+        self._deadline = 0.0
 
     def start(self, seconds: float) -> None:
         """Begin a try that may take so long."""
-        self._end = time.monotonic() + seconds
+        self._deadline = time.monotonic() + seconds
 
     def left(self) -> float:
         """Seconds, above 0.
@@ -94,8 +94,8 @@ class Clock:
             Stopped: nobody waits any more.
         """
         if self.stop.is_set():
-            raise Stopped
-        left = self._end - time.monotonic()
+            raise FetchStopped
+        left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the time for one try is over")
         return left
@@ -120,12 +120,12 @@ class Fetcher:
         self.timeout = timeout
         self.retries = retries
         self.max_bytes = max_bytes
-        self._clock = Clock(stop)
+        self._clock = Deadline(stop)
         self._pool = httpcore2.ConnectionPool(
             ssl_context,
             max_connections=2,
             keepalive_expiry=10.0,
-            network_backend=CheckedNetwork(self._clock, allow_private),
+            network_backend=PublicAddressBackend(self._clock, allow_private),
         )
 
     def fetch(self, url: str) -> bytes:
@@ -137,48 +137,48 @@ class Fetcher:
         """
         for number in range(self.retries + 1):
             try:
-                return self._try(url)
+                return self._fetch_once(url)
             except FetchError as error:
-                if number == self.retries or not error.temporary:
+                if number == self.retries or not error.retryable:
                     raise
-                wait = min(LONGEST_WAIT, max(error.wait, FIRST_WAIT * 2**number * random.uniform(0.5, 1.5)))
+                wait = min(MAX_RETRY_WAIT, max(error.wait, INITIAL_RETRY_WAIT * 2**number * random.uniform(0.5, 1.5)))
             if self._clock.stop.wait(wait):
-                raise Stopped
+                raise FetchStopped
         raise AssertionError("retries must be 0 or more")
 
     def close(self) -> None:
         """Close the connections that were kept."""
         self._pool.close()
 
-    def _try(self, url: str) -> bytes:
+    def _fetch_once(self, url: str) -> bytes:
         """One try, with every trouble as a `FetchError`."""
         self._clock.start(self.timeout)
         try:
-            return self._follow(url)
+            return self._follow_redirects(url)
         except ssl.SSLCertVerificationError as error:
             raise FetchError("bad certificate", error.verify_message) from error
         except socket.gaierror as error:
             passing = error.errno in (socket.EAI_AGAIN, socket.EAI_SYSTEM)
-            raise FetchError("look-up failed" if passing else "no such host", str(error), temporary=passing) from error
+            raise FetchError("look-up failed" if passing else "no such host", str(error), retryable=passing) from error
         except TimeoutError as error:
-            raise FetchError("timed out", f"after {self.timeout:g} s", temporary=True) from error
+            raise FetchError("timed out", f"after {self.timeout:g} s", retryable=True) from error
         except (httpx2.InvalidURL, httpcore2.LocalProtocolError, ValueError) as error:  # names that no DNS allows too
             raise FetchError("bad URL", str(error)) from error
         except (OSError, httpcore2.RemoteProtocolError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # this machine's trouble, not the picture's
-            raise FetchError("connection failed", str(error), temporary=True) from error
+            raise FetchError("connection failed", str(error), retryable=True) from error
 
-    def _follow(self, url: str) -> bytes:
-        target = parsed(url)
-        for _ in range(REDIRECTS + 1):
-            answer = self._ask(target)
+    def _follow_redirects(self, url: str) -> bytes:
+        target = parse_url(url)
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = self._request(target)
             if isinstance(answer, bytes):
                 return answer
-            target = parsed(target.join(answer))
-        raise FetchError("too many redirects", f"more than {REDIRECTS}")
+            target = parse_url(target.join(answer))
+        raise FetchError("too many redirects", f"more than {MAX_REDIRECTS}")
 
-    def _ask(self, url: httpx2.URL) -> bytes | str:
+    def _request(self, url: httpx2.URL) -> bytes | str:
         """The body, or where the server says that it is."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         with self._pool.stream("GET", target, headers=[("Host", url.netloc), *HEADERS]) as response:
@@ -186,15 +186,15 @@ class Fetcher:
             if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
                 return headers[b"location"]
             if response.status != 200:
-                temporary = response.status in TEMPORARY or response.status >= 500
-                wait = retry_after(headers.get(b"retry-after", "")) if temporary else 0.0
-                raise FetchError(f"HTTP {response.status}", temporary=temporary, wait=wait)
-            return self._body(response, int(headers.get(b"content-length", 0)))
+                retryable = response.status in RETRYABLE_STATUSES or response.status >= 500
+                wait = retry_after(headers.get(b"retry-after", "")) if retryable else 0.0
+                raise FetchError(f"HTTP {response.status}", retryable=retryable, wait=wait)
+            return self._read_body(response, int(headers.get(b"content-length", 0)))
 
-    def _body(self, response: httpcore2.Response, announced: int) -> bytes:
+    def _read_body(self, response: httpcore2.Response, content_length: int) -> bytes:
         body = bytearray()
         chunks = response.iter_stream()
-        while max(len(body), announced) <= self.max_bytes:  # what is announced need not be what comes
+        while max(len(body), content_length) <= self.max_bytes:  # what is announced need not be what comes
             self._clock.left()  # chunks that lie ready in a buffer cost no read
             chunk = next(chunks, None)
             if chunk is None:
@@ -203,7 +203,7 @@ class Fetcher:
         raise FetchError("too large", f"more than {self.max_bytes} bytes")
 
 
-class CheckedNetwork(httpcore2.NetworkBackend):
+class PublicAddressBackend(httpcore2.NetworkBackend):
     """Connects to addresses that were looked at, and within a clock's time (the transport's timeouts are not used).
 
     Args:
@@ -211,21 +211,21 @@ class CheckedNetwork(httpcore2.NetworkBackend):
         allow_private: leave the look out.
     """
 
-    def __init__(self, clock: Clock, allow_private: bool):
+    def __init__(self, clock: Deadline, allow_private: bool):
         self._clock = clock
         self._allow_private = allow_private
 
     def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
-    ) -> "ClockedStream":  # fmt: skip
+    ) -> "DeadlineStream":  # fmt: skip
         """Look the name up, look at what it means, and connect to that.
 
         Raises:
             FetchError: an address is not public.
             OSError: no address answers in time.
         """
-        found = look_up(host, port, self._clock.left())
+        found = resolve_host(host, port, self._clock.left())
         for *_, address in found:
             if not (self._allow_private or is_public(address[0])):
                 raise FetchError("private address", f"{host} is {address[0]}")
@@ -237,17 +237,17 @@ class CheckedNetwork(httpcore2.NetworkBackend):
                 connection.settimeout(seconds)
                 connection.connect(address)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return ClockedStream(connection, self._clock)
+                return DeadlineStream(connection, self._clock)
             except OSError as error:
                 connection.close()
                 failure = error
         raise failure
 
 
-class ClockedStream(httpcore2.NetworkStream):
+class DeadlineStream(httpcore2.NetworkStream):
     """A connection on which every wait ends when the clock's time does."""
 
-    def __init__(self, connection: socket.socket, clock: Clock):
+    def __init__(self, connection: socket.socket, clock: Deadline):
         self._connection = connection
         self._clock = clock
 
@@ -267,7 +267,7 @@ class ClockedStream(httpcore2.NetworkStream):
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> "ClockedStream":
+    ) -> "DeadlineStream":
         """The same with TLS; the certificate must be the name's, whatever address it was found at."""
         try:
             self._connection.settimeout(self._clock.left())
@@ -275,7 +275,7 @@ class ClockedStream(httpcore2.NetworkStream):
         except BaseException:
             self._connection.close()
             raise
-        return ClockedStream(wrapped, self._clock)
+        return DeadlineStream(wrapped, self._clock)
 
     def get_extra_info(self, info: str) -> Any:
         """Whether something waits to be read, which on an idle connection means that the server has closed it."""
@@ -286,7 +286,7 @@ class ClockedStream(httpcore2.NetworkStream):
         return bool(waiting.poll(0))
 
 
-def parsed(url: str | httpx2.URL) -> httpx2.URL:
+def parse_url(url: str | httpx2.URL) -> httpx2.URL:
     """A URL that may be asked for.
 
     Raises:
@@ -300,22 +300,22 @@ def parsed(url: str | httpx2.URL) -> httpx2.URL:
     return parts
 
 
-def look_up(host: str, port: int, seconds: float) -> Sequence[Found]:
+def resolve_host(host: str, port: int, seconds: float) -> Sequence[AddressInfo]:
     """The addresses of a name. The system's look-up knows no time limit, so a thread does it that may be left behind.
 
     Raises:
         OSError: there are none (`socket.gaierror`), or not in time (`TimeoutError`).
         UnicodeError: no name can read so.
     """
-    answers: SimpleQueue[Sequence[Found] | Exception] = SimpleQueue()
+    answers: SimpleQueue[Sequence[AddressInfo] | Exception] = SimpleQueue()
 
-    def ask() -> None:
+    def resolve() -> None:
         try:
             answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except Exception as error:
             answers.put(error)
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=resolve, daemon=True).start()
     try:
         answer = answers.get(timeout=seconds)
     except Empty:
@@ -352,20 +352,20 @@ def retry_after(text: str) -> float:
         return 0.0
 
 
-def picture_suffix(content: bytes, min_size: int) -> str:
+def check_image_suffix(content: bytes, min_size: int) -> str:
     """The suffix of a picture's format, once it is unpacked whole (of an animated one the first frame).
 
     Raises:
         FetchError: it is no picture, or not one to train with.
     """
     try:
-        with Image.open(BytesIO(content), formats=[name for name in FORMATS if name != "MPO"]) as image:
+        with Image.open(BytesIO(content), formats=[name for name in SUFFIX_BY_FORMAT if name != "MPO"]) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             if min(image.size) < min_size:
                 raise FetchError("too small", f"{image.width} x {image.height} pixels")
             image.load()
-            return FORMATS[image.format or ""]
+            return SUFFIX_BY_FORMAT[image.format or ""]
     except FetchError:
         raise
     except UnidentifiedImageError as error:

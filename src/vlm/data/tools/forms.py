@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Part, Picture, Sample, Turn, Video
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn, VideoRef
 
-LLAVA_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+LLAVA_ROLE_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
 def to_llava(sample: Sample, image_folder: Path) -> dict[str, Any]:
     """A sample as a record of LLaVA's form, which `formats.read_llava` reads.
 
     That form moves the only picture of a turn to its start, on a line of its own; a sample whose turns have it so
-    (`is_moved_by_llava` tells) is read back as it was.
+    (`is_image_moved_by_llava` tells) is read back as it was.
 
     Args:
         sample: the sample.
@@ -31,11 +31,11 @@ def to_llava(sample: Sample, image_folder: Path) -> dict[str, Any]:
         BadSample: its text holds `<image>` or `<video>` itself, or a picture has no name to be written.
     """
     record: dict[str, Any] = {"id": sample.id}
-    for key, names in _media(sample, image_folder).items():
+    for key, names in _media_values(sample, image_folder).items():
         record[key] = names[0] if len(names) == 1 else names
-    record["conversations"] = [{"from": LLAVA_NAMES[turn.role], "value": _llava_text(turn, sample.id)}
+    record["conversations"] = [{"from": LLAVA_ROLE_NAMES[turn.role], "value": _llava_value(turn, sample.id)}
                                for turn in sample.turns]  # fmt: skip
-    return record | _learnt(sample)
+    return record | _labels_and_groups(sample)
 
 
 def to_messages(sample: Sample, image_folder: Path) -> dict[str, Any]:
@@ -48,61 +48,61 @@ def to_messages(sample: Sample, image_folder: Path) -> dict[str, Any]:
     Raises:
         BadSample: a picture has no name to be written.
     """
-    media = {f"{key}s": names for key, names in _media(sample, image_folder).items()}
-    messages = [{"role": turn.role, "content": [_item(part) for part in turn.content]} for turn in sample.turns]
-    return {"id": sample.id, **media, "messages": messages, **_learnt(sample)}
+    media = {f"{key}s": names for key, names in _media_values(sample, image_folder).items()}
+    messages = [{"role": turn.role, "content": [_message_item(part) for part in turn.content]} for turn in sample.turns]
+    return {"id": sample.id, **media, "messages": messages, **_labels_and_groups(sample)}
 
 
 FORMS: dict[str, Callable[[Sample, Path], dict[str, Any]]] = {"llava": to_llava, "messages": to_messages}
 """Forms that records are written in."""
 
 
-def is_moved_by_llava(turn: Turn) -> bool:
+def is_image_moved_by_llava(turn: Turn) -> bool:
     """Whether a turn has one picture, and LLaVA's form reads it before what stands before it here."""
-    return sum(isinstance(part, Picture) for part in turn.content) == 1 and not isinstance(turn.content[0], Picture)
+    return sum(isinstance(part, ImageRef) for part in turn.content) == 1 and not isinstance(turn.content[0], ImageRef)
 
 
-def _learnt(sample: Sample) -> dict[str, Any]:
+def _labels_and_groups(sample: Sample) -> dict[str, Any]:
     """What a prediction head learns of a sample, and its group, where it has such."""
     found = {"label": sample.label, "group": sample.group}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _media(sample: Sample, folder: Path) -> dict[str, list[Any]]:
-    pictures = [named(picture, folder, sample.id) for picture in sample.pictures]
-    found = {"image": pictures, "video": [_relative(video.path, folder) for video in sample.videos]}
+def _media_values(sample: Sample, folder: Path) -> dict[str, list[Any]]:
+    pictures = [image_cell_value(image_ref, folder, sample.id) for image_ref in sample.images]
+    found = {"image": pictures, "video": [_relative_path(video.path, folder) for video in sample.videos]}
     return {key: names for key, names in found.items() if names}
 
 
-def named(picture: Picture, folder: Path, sample_id: str) -> str | dict[str, Any]:
+def image_cell_value(image_ref: ImageRef, folder: Path, sample_id: str) -> str | dict[str, Any]:
     """What a record has for a picture: a path relative to a folder, or its bytes with their name.
 
     Raises:
         BadSample: it is a frame of a video.
     """
-    if picture.content is not None:
-        return {"bytes": picture.content, "path": None if picture.path is None else str(picture.path)}
-    if picture.path is None or picture.frame is not None:
-        raise BadSample(sample_id, f"image {picture} is no file of its own, and records name files")
-    return _relative(picture.path, folder)
+    if image_ref.content is not None:
+        return {"bytes": image_ref.content, "path": None if image_ref.path is None else str(image_ref.path)}
+    if image_ref.path is None or image_ref.frame is not None:
+        raise BadSample(sample_id, f"image {image_ref} is no file of its own, and records name files")
+    return _relative_path(image_ref.path, folder)
 
 
-def _relative(path: Path, folder: Path) -> str:
+def _relative_path(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def _llava_text(turn: Turn, sample_id: str) -> str:
+def _llava_value(turn: Turn, sample_id: str) -> str:
     texts = [part for part in turn.content if isinstance(part, str)]
     if turn.role == "user" and (mark := re.search(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}", "\n".join(texts))):
         raise BadSample(sample_id, f"its text holds {mark[0]}, which LLaVA's form takes for a picture or video")
-    return "".join(part if isinstance(part, str) else _mark(part) for part in turn.content)
+    return "".join(part if isinstance(part, str) else _placeholder(part) for part in turn.content)
 
 
-def _mark(part: Picture | Video) -> str:
-    return PLACEHOLDER if isinstance(part, Picture) else VIDEO_PLACEHOLDER
+def _placeholder(part: ImageRef | VideoRef) -> str:
+    return PLACEHOLDER if isinstance(part, ImageRef) else VIDEO_PLACEHOLDER
 
 
-def _item(part: Part) -> dict[str, str]:
+def _message_item(part: ContentPart) -> dict[str, str]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    return {"type": "image" if isinstance(part, Picture) else "video"}
+    return {"type": "image" if isinstance(part, ImageRef) else "video"}

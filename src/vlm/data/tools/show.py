@@ -11,25 +11,25 @@ from typing import Any
 from PIL import Image
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.dataset import drawn
-from vlm.data.encoding.labels import IGNORED, Encoded
+from vlm.data.dataset import draw_records
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.pages import page, thumbnail, tokens_as_html, tokens_as_text
+from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_text
 from vlm.data.sample import BadSample
-from vlm.data.sources import Source, sources_of
-from vlm.data.vision.images import open_pictures, seen_sizes
-from vlm.data.vision.video import OpenVideo
+from vlm.data.sources import Source, make_sources
+from vlm.data.vision.images import media_sizes_from_opened, open_media
+from vlm.data.vision.video import DecodedVideo
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownRecord:
     """A record that is shown: as ids, labels, pictures and videos, or why it cannot be used."""
 
     source: Source
     record: int | None
     id: str
     encoded: Encoded | None
-    pictures: Sequence[Image.Image | OpenVideo]
+    pictures: Sequence[Image.Image | DecodedVideo]
     problem: str | None = None
     label: Any = None
 
@@ -38,15 +38,15 @@ class Shown:
         place = self.source.name if self.record is None else f"{self.source.name}, record {self.record}"
         if self.encoded is None:
             return f"{place}, id {self.id}"
-        supervised = sum(label != IGNORED for label in self.encoded.labels)
-        sizes = ", ".join(map(_size, self.pictures)) or "no picture"
+        supervised = sum(label != IGNORE_INDEX for label in self.encoded.labels)
+        sizes = ", ".join(map(_describe_size, self.pictures)) or "no picture"
         learnt = f"{supervised} supervised" if supervised else f"label {self.label!r}"
         return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {learnt}; {sizes}"
 
 
-def shown_records(
+def load_shown_records(
     config: DatasetConfig, encoder: SampleEncoder, *, number: int, records: Sequence[int] = (), seed: int | None = None
-) -> Iterable[Shown]:
+) -> Iterable[ShownRecord]:
     """Records of each source of a run.
 
     Args:
@@ -59,41 +59,41 @@ def shown_records(
     Raises:
         ValueError: a source does not open, or has no record of such a number.
     """
-    for source in sources_of(config, encoder):
+    for source in make_sources(config, encoder):
         if config.streaming:
             for _, record in zip(range(number), source.stream(0, 1, None), strict=False):
-                yield _shown(source, None, record)
+                yield _load_shown_record(source, None, record)
             continue
         total = len(source)
         if beyond := [one for one in records if not 0 <= one < total]:
             raise ValueError(f"--records {beyond[0]}: {source.path} has {total} records, numbered from 0")
-        some = range(min(number, total)) if seed is None else drawn(total, number, seed).tolist()
+        some = range(min(number, total)) if seed is None else draw_records(total, number, seed).tolist()
         for one in records or some:
             try:
-                yield _shown(source, one, source.records[one])
+                yield _load_shown_record(source, one, source.records[one])
             except BadSample as error:
-                yield Shown(source, one, error.sample_id, None, [], error.reason)
+                yield ShownRecord(source, one, error.sample_id, None, [], error.reason)
 
 
-def _size(shown: Image.Image | OpenVideo) -> str:
+def _describe_size(shown: Image.Image | DecodedVideo) -> str:
     """How large a picture is, or a video."""
-    if isinstance(shown, OpenVideo):
+    if isinstance(shown, DecodedVideo):
         return f"video of {len(shown.frames)} frames {shown.clip.width}×{shown.clip.height}"
     return f"{shown.width}×{shown.height}"
 
 
-def _shown(source: Source, number: int | None, record: object) -> Shown:
-    pictures: list[Image.Image | OpenVideo] = []
+def _load_shown_record(source: Source, number: int | None, record: object) -> ShownRecord:
+    pictures: list[Image.Image | DecodedVideo] = []
     try:
         sample = source.read(record)
-        pictures = open_pictures(sample)
-        sizes = seen_sizes(sample.media, pictures, source.encoder.processor)
-        return Shown(source, number, sample.id, source.encoder(sample, sizes), pictures, label=sample.label)
+        pictures = open_media(sample)
+        sizes = media_sizes_from_opened(sample.media, pictures, source.encoder.processor)
+        return ShownRecord(source, number, sample.id, source.encoder(sample, sizes), pictures, label=sample.label)
     except BadSample as error:
-        return Shown(source, number, error.sample_id, None, pictures, error.reason)
+        return ShownRecord(source, number, error.sample_id, None, pictures, error.reason)
 
 
-def as_text(shown: Shown, *, colours: bool) -> str:
+def as_text(shown: ShownRecord, *, colours: bool) -> str:
     """A record for the terminal."""
     if shown.encoded is None:
         return f"── {shown.title()}\n   cannot be used: {shown.problem}\n"
@@ -101,10 +101,10 @@ def as_text(shown: Shown, *, colours: bool) -> str:
     return f"── {shown.title()}\n{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
 
 
-def as_html(shown: Shown) -> str:
+def as_html(shown: ShownRecord) -> str:
     """A record as a section of a page, with its pictures in it."""
-    seen = [image for one in shown.pictures for image in (one.frames if isinstance(one, OpenVideo) else [one])]
-    images = "".join(f'<img src="{_address(image)}" alt="">' for image in seen)
+    seen = [image for one in shown.pictures for image in (one.frames if isinstance(one, DecodedVideo) else [one])]
+    images = "".join(f'<img src="{_thumbnail_data_url(image)}" alt="">' for image in seen)
     head = f"<h2>{escape(shown.title())}</h2>{images}"
     if shown.encoded is None:
         return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
@@ -112,15 +112,15 @@ def as_html(shown: Shown) -> str:
     return f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>"
 
 
-def write_page(records: Sequence[Shown], path: Path) -> None:
+def write_page(records: Sequence[ShownRecord], path: Path) -> None:
     """All records on one HTML page that needs no other file."""
     intro = "As a run would train on them. <mark>Marked</mark> tokens are supervised."
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page("Records", intro, [as_html(one) for one in records]), encoding="utf-8")
+    path.write_text(render_page("Records", intro, [as_html(one) for one in records]), encoding="utf-8")
 
 
-def _address(picture: Image.Image) -> str:
+def _thumbnail_data_url(image: Image.Image) -> str:
     """A thumbnail as a `data:` address."""
     buffer = BytesIO()
-    thumbnail(picture).save(buffer, "JPEG", quality=85)
+    thumbnail(image).save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.dataset import drawn
+from vlm.data.dataset import draw_records
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.sources import sources_of
+from vlm.data.sources import make_sources
 from vlm.data.token_counts import Counts, count
 
 
@@ -34,18 +34,18 @@ class SourceStats:
     truncate: bool
 
     @property
-    def usable(self) -> np.ndarray:
+    def usable_mask(self) -> np.ndarray:
         """Which records can be used, long ones included."""
         return self.counts.length > 0
 
-    def facts(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The figures."""
-        counts, good = self.counts, self.usable
+        counts, good = self.counts, self.usable_mask
         length = counts.length[good]
         over, fixed = length > self.longest, counts.needed[good] > self.longest
         quantiles = np.quantile(length, (0.5, 0.9, 0.99)).tolist() if good.any() else [0, 0, 0]
         labels = Counter(label for label in counts.labels.to_pylist() if label is not None)
-        reasons = Counter(_kind_of(error.reason, error.file) for error in counts.problems.values())
+        reasons = Counter(_reason_without_file(error.reason, error.file) for error in counts.problems.values())
         return {
             "records": len(good),
             "usable": int(good.sum()),
@@ -62,11 +62,11 @@ class SourceStats:
         }
 
 
-def gather(config: DatasetConfig, encoder: SampleEncoder, seed: int = 0) -> list[SourceStats]:
+def compute_stats(config: DatasetConfig, encoder: SampleEncoder, seed: int = 0) -> list[SourceStats]:
     """The figures of each source of a run; records that cannot be used are counted, not refused."""
     found = []
-    for source in sources_of(config, encoder):
-        records = drawn(len(source), source.config.max_samples, seed)
+    for source in make_sources(config, encoder):
+        records = draw_records(len(source), source.config.max_samples, seed)
         counts = count(source, records, config.check_samples, config.num_workers)
         found.append(SourceStats(source.name, counts, encoder.longest, encoder.truncate))
     return found
@@ -77,7 +77,7 @@ def as_text(found: list[SourceStats]) -> str:
     lines = []
     for stats in found:
         lines.append(f"── {stats.name}")
-        for name, value in stats.facts().items():
+        for name, value in stats.summary().items():
             if isinstance(value, dict):
                 lines += [f"  {name}:"] * bool(value)
                 lines += [f"    {number:>9,}  {reason}" for reason, number in value.items()]
@@ -94,7 +94,7 @@ def draw(found: list[SourceStats], path: Path) -> None:
     names = [stats.name for stats in found]
     for axes, title, field in ((lengths, "tokens of a record, image tokens counted", "length"),
                                (supervised, "supervised tokens of a record", "supervised")):  # fmt: skip
-        values = [getattr(stats.counts, field)[stats.usable] for stats in found]
+        values = [getattr(stats.counts, field)[stats.usable_mask] for stats in found]
         top = max((int(one.max(initial=1)) for one in values), default=1)
         axes.hist(values, bins=np.linspace(0, top + 1, min(top + 2, 60)), stacked=True, label=names)
         axes.set_xlabel(title)
@@ -103,18 +103,18 @@ def draw(found: list[SourceStats], path: Path) -> None:
     if longest <= 1.5 * lengths.get_xlim()[1]:
         lengths.axvline(longest, color="black", linestyle="--", label=f"dataset.max_length: {longest}")
     lengths.legend()
-    turns = [stats.counts.replies[stats.usable] for stats in found]
+    turns = [stats.counts.replies[stats.usable_mask] for stats in found]
     most = max((int(one.max(initial=1)) for one in turns), default=1)
     replies.hist(turns, bins=np.arange(most + 1) + 0.5 if most < 60 else 60, stacked=True, label=names, rwidth=0.8)
     replies.xaxis.set_major_locator(MaxNLocator(integer=True))
     replies.set_xlim(left=0)
     replies.set_xlabel("replies of a record")
     replies.set_ylabel("records")
-    _draw_sizes(found, sizes)
+    _plot_image_sizes(found, sizes)
     figure.savefig(path, dpi=110)
 
 
-def _draw_sizes(found: list[SourceStats], axes: Any) -> None:
+def _plot_image_sizes(found: list[SourceStats], axes: Any) -> None:
     """Width and height of first pictures; where there are many, a part of them drawn by chance."""
     draw_from = np.random.default_rng(0)
     for stats in found:
@@ -129,6 +129,6 @@ def _draw_sizes(found: list[SourceStats], axes: Any) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _kind_of(reason: str, file: str | None) -> str:
+def _reason_without_file(reason: str, file: str | None) -> str:
     """A reason without the name of the file, so that like reasons are counted together."""
     return re.sub(rf"\S*{re.escape(file)}\S*", "…", reason) if file else reason

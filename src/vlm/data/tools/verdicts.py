@@ -24,10 +24,10 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from vlm.data.processes import num_cores
-from vlm.data.records.formats import reader_of
+from vlm.data.records.formats import get_reader
 from vlm.data.records.open import Records, open_records
-from vlm.data.sample import BadSample, Picture, Sample, Video
-from vlm.data.vision.images import open_picture
+from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
+from vlm.data.vision.images import open_image
 from vlm.data.vision.video import num_frames
 
 REASONS = {
@@ -39,18 +39,18 @@ REASONS = {
     "duplicate": "the same as an earlier record, see --duplicates",
 }
 """Why a record is left out."""
-CHUNK = 16
+RECORDS_PER_CHUNK = 16
 """Records that a worker looks at before it hands over what it found."""
-AHEAD = 4
+CHUNKS_AHEAD = 4
 """Chunks for each worker that are under way or wait to be taken in order."""
-EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
 """Modes of pictures that lose nothing as RGBA."""
-ROWS = 256
+HASHED_ROWS = 256
 """Rows of pixels that are hashed at a time, so that a large picture is not copied whole."""
 
 
 @dataclass(frozen=True)
-class Task:
+class CleanTask:
     """What is cleaned, and by which rules.
 
     Attributes:
@@ -91,8 +91,8 @@ class Task:
         Raises:
             ValueError: there is no such reader, or it has no such option.
         """
-        read = reader_of(self.format)
-        options = dict(_option(text) for text in self.options)
+        read = get_reader(self.format)
+        options = dict(_parse_option(text) for text in self.options)
         try:
             inspect.signature(read).bind(None, self.folder, **options)
         except TypeError as error:
@@ -102,7 +102,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RecordVerdict:
     """What became of a record.
 
     Attributes:
@@ -122,36 +122,36 @@ class Verdict:
     pictures: Sequence[str] = ()
 
 
-class Checker:
+class RecordChecker:
     """Looks at records by number: what the reader refuses, replies, and pictures down to their last pixel."""
 
-    def __init__(self, task: Task, records: Records):
+    def __init__(self, task: CleanTask, records: Records):
         self.task, self.records = task, records
 
     @cached_property
     def _read(self) -> partial[Sample]:
         return self.task.reader()
 
-    def __call__(self, number: int) -> Verdict:
+    def __call__(self, number: int) -> RecordVerdict:
         """The verdict on a record."""
         try:
             sample = self._sample(number)
         except BadSample as error:
-            return Verdict(error.sample_id, "refused", error.reason, error.file)
+            return RecordVerdict(error.sample_id, "refused", error.reason, error.file)
         replies = [part for turn in sample.turns if turn.role == "assistant" for part in turn.content]
         if not any(isinstance(part, str) and part.strip() for part in replies):
-            return Verdict(sample.id, "silent", "its replies are blank")
+            return RecordVerdict(sample.id, "silent", "its replies are blank")
         digests: list[str] = []
         try:
-            for picture in sample.pictures:
-                image = open_picture(picture, sample.id)
-                if found := self._misshapen(image, picture, sample.id):
+            for image_ref in sample.images:
+                image = open_image(image_ref, sample.id)
+                if found := self._check_image_shape(image, image_ref, sample.id):
                     return found
-                digests.append(self._digest(image, picture, sample.id))
-            digests += [video_digest(video, sample.id) for video in sample.videos]
+                digests.append(self._image_digest(image, image_ref, sample.id))
+            digests += [video_file_digest(video, sample.id) for video in sample.videos]
         except BadSample as error:
-            return Verdict(sample.id, "broken", error.reason, error.file)
-        return Verdict(sample.id, digest=sample_digest(sample, digests), pictures=digests)
+            return RecordVerdict(sample.id, "broken", error.reason, error.file)
+        return RecordVerdict(sample.id, digest=sample_digest(sample, digests), pictures=digests)
 
     def _sample(self, number: int) -> Sample:
         record = self.records[number]
@@ -163,36 +163,36 @@ class Checker:
             name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
             raise BadSample(name, f"its reader raised {type(error).__name__}: {error}") from error
 
-    def _misshapen(self, image: Image.Image, picture: Picture, sample_id: str) -> Verdict | None:
-        file = None if picture.path is None else str(picture.path)
+    def _check_image_shape(self, image: Image.Image, image_ref: ImageRef, sample_id: str) -> RecordVerdict | None:
+        file = None if image_ref.path is None else str(image_ref.path)
         size, (short, long) = "{} x {}".format(*image.size), sorted(image.size)
         if short < self.task.min_side:
-            return Verdict(sample_id, "small", f"image {picture} is {size} pixels", file)
+            return RecordVerdict(sample_id, "small", f"image {image_ref} is {size} pixels", file)
         if self.task.max_aspect is not None and long > self.task.max_aspect * short:
-            return Verdict(sample_id, "narrow", f"image {picture} is {size} pixels", file)
+            return RecordVerdict(sample_id, "narrow", f"image {image_ref} is {size} pixels", file)
         return None
 
-    def _digest(self, image: Image.Image, picture: Picture, sample_id: str) -> str:
+    def _image_digest(self, image: Image.Image, image_ref: ImageRef, sample_id: str) -> str:
         try:
-            return picture_digest(image)
+            return image_pixel_digest(image)
         except Exception as error:  # Pillow reads a picture's orientation only now, and what it raises is not closed
-            file = None if picture.path is None else str(picture.path)
-            raise BadSample(sample_id, f"image {picture} does not turn upright: {error}", file) from error
+            file = None if image_ref.path is None else str(image_ref.path)
+            raise BadSample(sample_id, f"image {image_ref} does not turn upright: {error}", file) from error
 
 
-def picture_digest(image: Image.Image) -> str:
+def image_pixel_digest(image: Image.Image) -> str:
     """Of the pixels as they are shown, so that a picture which is saved again in another way counts as the same."""
     image = ImageOps.exif_transpose(image)
     width, height = image.size
-    mode = "RGBA" if image.mode in EIGHT_BIT else image.mode
+    mode = "RGBA" if image.mode in EIGHT_BIT_MODES else image.mode
     digest = hashlib.blake2b(f"{mode} {width} x {height}".encode(), digest_size=16)
-    for top in range(0, height, ROWS):
-        strip = image.crop((0, top, width, min(top + ROWS, height)))
+    for top in range(0, height, HASHED_ROWS):
+        strip = image.crop((0, top, width, min(top + HASHED_ROWS, height)))
         digest.update((strip if strip.mode == mode else strip.convert(mode)).tobytes())
     return digest.hexdigest()
 
 
-def video_digest(video: Video, sample_id: str) -> str:
+def video_file_digest(video: VideoRef, sample_id: str) -> str:
     """Of a video's file, since decoding every frame takes too long; that it opens and has frames is looked at.
 
     Raises:
@@ -212,22 +212,22 @@ def sample_digest(sample: Sample, pictures: Sequence[str]) -> str:
     return hashlib.blake2b(json.dumps([turns, list(pictures)]).encode(), digest_size=16).hexdigest()
 
 
-def checked(task: Task, records: Records, first: int, workers: int | None) -> Iterator[Verdict]:
+def check_records(task: CleanTask, records: Records, first: int, workers: int | None) -> Iterator[RecordVerdict]:
     """The verdicts of the records from the `first` on, in order."""
-    number = min(num_cores() if workers is None else workers, -(-(len(records) - first) // CHUNK))
+    number = min(num_cores() if workers is None else workers, -(-(len(records) - first) // RECORDS_PER_CHUNK))
     if number < 2:
-        yield from map(Checker(task, records), range(first, len(records)))
+        yield from map(RecordChecker(task, records), range(first, len(records)))
         return
-    waiting: deque[Future[list[Verdict]]] = deque()
+    waiting: deque[Future[list[RecordVerdict]]] = deque()
     done = first
     with ExitStack() as stack:
-        pool = ProcessPoolExecutor(number, get_context("spawn"), initializer=follow_parent)
+        pool = ProcessPoolExecutor(number, get_context("spawn"), initializer=exit_with_parent)
         stack.callback(pool.shutdown, cancel_futures=True)
         try:
-            for start in range(first, len(records), CHUNK):
-                chunk = range(start, min(start + CHUNK, len(records)))
-                waiting.append(pool.submit(check_chunk, task, records.fingerprint, chunk))
-                while len(waiting) > AHEAD * number or (waiting and chunk.stop == len(records)):
+            for start in range(first, len(records), RECORDS_PER_CHUNK):
+                chunk = range(start, min(start + RECORDS_PER_CHUNK, len(records)))
+                waiting.append(pool.submit(check_record_chunk, task, records.fingerprint, chunk))
+                while len(waiting) > CHUNKS_AHEAD * number or (waiting and chunk.stop == len(records)):
                     found = waiting.popleft().result()
                     done += len(found)
                     yield from found
@@ -238,21 +238,21 @@ def checked(task: Task, records: Records, first: int, workers: int | None) -> It
             ) from error
 
 
-def check_chunk(task: Task, fingerprint: str, chunk: range) -> list[Verdict]:
+def check_record_chunk(task: CleanTask, fingerprint: str, chunk: range) -> list[RecordVerdict]:
     """The verdicts of some records, in a worker."""
-    checker = _opened(task)
+    checker = _open_checker(task)
     if checker.records.fingerprint != fingerprint:
         raise ValueError(f"{task.source} changed while it was read; run it again")
     return [checker(index) for index in chunk]
 
 
 @lru_cache(maxsize=1)
-def _opened(task: Task) -> Checker:
+def _open_checker(task: CleanTask) -> RecordChecker:
     """A worker opens the records once."""
-    return Checker(task, task.records())
+    return RecordChecker(task, task.records())
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     """Let a worker end with its parent, even a killed one, and leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
@@ -265,7 +265,7 @@ def follow_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _parse_option(text: str) -> tuple[str, Any]:
     """A parameter's name and value: JSON where the value is JSON, else a string."""
     name, _, value = text.partition("=")
     try:

@@ -1,7 +1,7 @@
 """Writing records as a file, whose kind follows from its name.
 
 A file is written under another name and gets its own when it is complete, so what stands there is whole. To add a kind
-of file, derive from `RecordWriter` and name it in `writer_for`.
+of file, derive from `RecordWriter` and name it in `make_writer`.
 
 Imports the standard library, pyarrow and siblings only.
 """
@@ -18,19 +18,19 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm.data.records.media import pictures_of
-from vlm.data.sample import BadSample, Picture
-from vlm.data.tools.contents import as_json, content_of, ending_of
-from vlm.data.tools.forms import named
+from vlm.data.records.media import image_refs_from_value
+from vlm.data.sample import BadSample, ImageRef
+from vlm.data.tools.contents import as_json, image_file_extension, read_image_bytes
+from vlm.data.tools.forms import image_cell_value
 
-NAMES = "NAME.jsonl, NAME.json, NAME.parquet, FOLDER/ or FOLDER/%06d.tar (tar shards), NAME.tar (one of them)"
+OUTPUT_NAMES = "NAME.jsonl, NAME.json, NAME.parquet, FOLDER/ or FOLDER/%06d.tar (tar shards), NAME.tar (one of them)"
 SHARD_NAME = "shard-%06d.tar"
 SHARD_SIZE = 1000
 """Samples in a tar shard."""
-ROWS = 1000
-ROW_BYTES = 64 << 20
+ROWS_PER_GROUP = 1000
+BYTES_PER_GROUP = 64 << 20
 """Most records, and about the most bytes of pictures, that wait to become a row group of a Parquet file."""
-COLUMNS = {
+KNOWN_COLUMN_TYPES = {
     "id": pa.string(),
     "videos": pa.list_(pa.string()),
     "conversations": pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())])),
@@ -39,13 +39,13 @@ COLUMNS = {
     ])),
 }  # fmt: skip
 """Types of the columns that are known before a record has shown them."""
-EMBEDDED = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
 class RecordWriter(ABC):
     """Writes records, for use in a `with` statement: what is written appears at its end, unless that is an error's.
 
-    Pictures are those that a record lists as `image` or `images`, as `data.media.pictures_of` takes them.
+    Pictures are those that a record lists as `image` or `images`, as `data.media.image_refs_from_value` takes them.
 
     Args:
         path: the file to be.
@@ -64,13 +64,13 @@ class RecordWriter(ABC):
         self.image_folder = image_folder
         self.number = 0
         self.partial = path.with_name(f"{path.name.replace('%', '')}.partial")
-        if not force and (there := self.existing()):
+        if not force and (there := self.existing_files()):
             raise ValueError(f"{there[0]} exists; name another output, or give --force to replace it")
         if path.is_dir():
             raise ValueError(f"{path} is a folder; for tar shards in it, write {path}/")
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def existing(self) -> list[Path]:
+    def existing_files(self) -> list[Path]:
         """What the output would replace."""
         return [self.path] if self.path.exists() else []
 
@@ -118,10 +118,10 @@ class RecordWriter(ABC):
         """Remove what is left of the partial file."""
         self.partial.unlink(missing_ok=True)
 
-    def pictures(self, record: dict[str, Any]) -> list[Picture]:
+    def pictures(self, record: dict[str, Any]) -> list[ImageRef]:
         """The pictures that a record lists."""
         listed = record.get("image") if record.get("image") is not None else record.get("images")
-        return pictures_of(listed, self.image_folder, str(record.get("id", "?")))
+        return image_refs_from_value(listed, self.image_folder, str(record.get("id", "?")))
 
 
 class JsonLinesWriter(RecordWriter):
@@ -164,7 +164,7 @@ class ParquetWriter(RecordWriter):
         super().__init__(path, image_folder, force=force)
         self._embed = embed_images
         self._rows: list[dict[str, Any]] = []
-        self._waiting = 0
+        self._pending_bytes = 0
         self._file: pq.ParquetWriter | None = None
 
     def open(self) -> None:
@@ -176,29 +176,29 @@ class ParquetWriter(RecordWriter):
         if isinstance(video := record.get("video", []), (str, list)) and video:
             row["videos"] = [video] if isinstance(video, str) else video
         if pictures := self.pictures(record):
-            row["images"] = [self._cell(picture, str(record.get("id", "?"))) for picture in pictures]
+            row["images"] = [self._image_cell(image_ref, str(record.get("id", "?"))) for image_ref in pictures]
         if not self._rows:
-            self._first = self.number + 1
+            self._first_pending = self.number + 1
         self._rows.append(row)
-        if len(self._rows) >= ROWS or self._waiting >= ROW_BYTES:
+        if len(self._rows) >= ROWS_PER_GROUP or self._pending_bytes >= BYTES_PER_GROUP:
             self._flush()
 
-    def _cell(self, picture: Picture, sample_id: str) -> str | dict[str, Any]:
-        if not self._embed and picture.content is not None:
+    def _image_cell(self, image_ref: ImageRef, sample_id: str) -> str | dict[str, Any]:
+        if not self._embed and image_ref.content is not None:
             raise BadSample(sample_id, "its pictures are no files but held as bytes; --embed-images writes them so")
-        name = named(picture, self.image_folder, sample_id)
+        name = image_cell_value(image_ref, self.image_folder, sample_id)
         if not self._embed:
             return name
-        content = content_of(picture, sample_id)
-        self._waiting += len(content)
+        content = read_image_bytes(image_ref, sample_id)
+        self._pending_bytes += len(content)
         return {"bytes": content, "path": name["path"] if isinstance(name, dict) else name}
 
     def _flush(self) -> None:
         try:
             found = pa.schema(list(pa.array(self._rows).type))
             if self._file is None:
-                known = pa.schema([(name, kind) for name, kind in COLUMNS.items() if name in found.names])
-                images = pa.schema([("images", EMBEDDED if self._embed else pa.list_(pa.string()))])
+                known = pa.schema([(name, kind) for name, kind in KNOWN_COLUMN_TYPES.items() if name in found.names])
+                images = pa.schema([("images", EMBEDDED_IMAGES_TYPE if self._embed else pa.list_(pa.string()))])
                 schema = pa.unify_schemas([known, found, images], promote_options="permissive")
                 self._file = pq.ParquetWriter(self.partial, schema, compression="zstd")
             schema = self._file.schema
@@ -208,10 +208,10 @@ class ParquetWriter(RecordWriter):
             self._file.write_table(pa.Table.from_pylist(self._rows, schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(
-                f"{self.path}: one of the {len(self._rows)} records from {self._first} on does not go into a table "
+                f"{self.path}: one of the {len(self._rows)} records from {self._first_pending} on does not go into a table "
                 f"with the others ({error}); a .jsonl file takes records of any keys"
             ) from error
-        self._rows, self._waiting = [], 0
+        self._rows, self._pending_bytes = [], 0
 
     def close(self, *, complete: bool) -> None:
         """Write what waits."""
@@ -237,15 +237,19 @@ class TarWriter(RecordWriter):
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool, shard_size: int | None):
         before, number, after = re.fullmatch(r"(.*?)((?:%\d*d)?)([^%]*)", path.name).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        self._names = re.compile(re.escape(before) + (r"\d+" if number else "") + re.escape(after))
-        self._size = shard_size
+        self._shard_name_pattern = re.compile(re.escape(before) + (r"\d+" if number else "") + re.escape(after))
+        self._shard_size = shard_size
         self._shard: tarfile.TarFile | None = None
         super().__init__(path, image_folder, force=force)
 
-    def existing(self) -> list[Path]:
+    def existing_files(self) -> list[Path]:
         """Shards of such names."""
         folder = self.path.parent
-        return sorted(file for file in folder.iterdir() if self._names.fullmatch(file.name)) if folder.is_dir() else []
+        return (
+            sorted(file for file in folder.iterdir() if self._shard_name_pattern.fullmatch(file.name))
+            if folder.is_dir()
+            else []
+        )
 
     def open(self) -> None:
         """Begin a folder, in which shards are kept until all are there."""
@@ -255,24 +259,24 @@ class TarWriter(RecordWriter):
     def add(self, record: dict[str, Any]) -> None:
         """Write the files of a sample."""
         name, sample_id = f"{self.number:09d}", str(record.get("id", "?"))
-        pictures = [(content_of(picture, sample_id), picture) for picture in self.pictures(record)]
-        kinds = [ending_of(picture, content, sample_id) for content, picture in pictures]
+        pictures = [(read_image_bytes(image_ref, sample_id), image_ref) for image_ref in self.pictures(record)]
+        kinds = [image_file_extension(image_ref, content, sample_id) for content, image_ref in pictures]
         digits = max(3, len(str(len(kinds))))  # members are taken in the order of their names
         endings = kinds if len(kinds) == 1 else [f"{place:0{digits}d}.{kind}" for place, kind in enumerate(kinds)]
         rest = as_json({key: value for key, value in record.items() if key not in ("image", "images")})
-        if self._shard is None or (self._size and self.number % self._size == 0):
-            self._next_shard()
-        self._member(f"{name}.json", rest)
+        if self._shard is None or (self._shard_size and self.number % self._shard_size == 0):
+            self._open_next_shard()
+        self._add_member(f"{name}.json", rest)
         for ending, (content, _) in zip(endings, pictures, strict=True):
-            self._member(f"{name}.{ending}", content)
+            self._add_member(f"{name}.{ending}", content)
 
-    def _next_shard(self) -> None:
+    def _open_next_shard(self) -> None:
         if self._shard is not None:
             self._shard.close()
-        name = self.path.name % (self.number // (self._size or 1)) if "%" in self.path.name else self.path.name
+        name = self.path.name % (self.number // (self._shard_size or 1)) if "%" in self.path.name else self.path.name
         self._shard = tarfile.open(self.partial / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, more follow
 
-    def _member(self, name: str, content: bytes) -> None:
+    def _add_member(self, name: str, content: bytes) -> None:
         assert self._shard is not None
         member = tarfile.TarInfo(name)
         member.size = len(content)
@@ -285,7 +289,7 @@ class TarWriter(RecordWriter):
 
     def finish(self) -> None:
         """Put the shards in the place of those before."""
-        for file in self.existing():
+        for file in self.existing_files():
             file.unlink()
         for file in sorted(self.partial.iterdir()):
             file.rename(self.path.parent / file.name)
@@ -296,7 +300,7 @@ class TarWriter(RecordWriter):
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def writer_for(
+def make_writer(
     output: str, image_folder: Path, *, embed_images: bool = False, shard_size: int | None = None, force: bool = False
 ) -> RecordWriter:
     """What writes a file of that name.
@@ -325,7 +329,7 @@ def writer_for(
         return ParquetWriter(path, image_folder, force=force, embed_images=embed_images)
     if path.suffix in (".json", ".jsonl"):
         return (JsonWriter if path.suffix == ".json" else JsonLinesWriter)(path, image_folder, force=force)
-    raise ValueError(f"{output}: its name must say what to write: {NAMES}")
+    raise ValueError(f"{output}: its name must say what to write: {OUTPUT_NAMES}")
 
 
 def _tar_writer(output: str, image_folder: Path, *, force: bool, shard_size: int | None) -> TarWriter:

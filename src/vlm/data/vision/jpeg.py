@@ -8,38 +8,38 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from vlm.data.sample import Picture, Sample
-from vlm.data.vision.images import errors_named, open_picture, open_pictures
+from vlm.data.sample import ImageRef, Sample
+from vlm.data.vision.images import open_image, open_media, wrap_image_errors
 
 JPEG = b"\xff\xd8\xff"
 
 
-def decoded(sample: Sample, processor: Any) -> list[Tensor | Image.Image]:
+def decode_sample_images(sample: Sample, processor: Any) -> list[Tensor | Image.Image]:
     """A sample's pictures, as tensors where the processor reads them and that is quicker.
 
     Raises:
         BadSample: one does not open.
     """
-    if not processor.reads_tensors or any(picture.frame is not None for picture in sample.pictures):
-        return list(open_pictures(sample))
-    return [tensor_or_picture(picture, sample.id) for picture in sample.pictures]
+    if not processor.accepts_tensors or any(image_ref.frame is not None for image_ref in sample.images):
+        return list(open_media(sample))
+    return [read_image_or_tensor(image_ref, sample.id) for image_ref in sample.images]
 
 
-def tensor_or_picture(picture: Picture, sample_id: str) -> Tensor | Image.Image:
+def read_image_or_tensor(image_ref: ImageRef, sample_id: str) -> Tensor | Image.Image:
     """A plain JPEG as `(3, height, width)` whole numbers, the very ones that Pillow reads; another as Pillow opens it.
 
     Raises:
         BadSample: it does not open.
     """
-    with errors_named(picture, sample_id):
-        assert picture.path is not None or picture.content is not None
-        content = picture.path.read_bytes() if picture.content is None else picture.content  # pyright: ignore[reportOptionalMemberAccess]
+    with wrap_image_errors(image_ref, sample_id):
+        assert image_ref.path is not None or image_ref.content is not None
+        content = image_ref.path.read_bytes() if image_ref.content is None else image_ref.content  # pyright: ignore[reportOptionalMemberAccess]
         if content.startswith(JPEG) and _is_plain(content):
             try:
                 return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
             except ValueError:
                 pass  # Pillow forgives some damage, and says what is wrong with the rest
-    return open_picture(Picture(picture.path, content), sample_id)
+    return open_image(ImageRef(image_ref.path, content), sample_id)
 
 
 def _is_plain(content: bytes) -> bool:

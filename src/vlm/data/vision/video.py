@@ -10,54 +10,54 @@ from typing import Any
 
 from PIL import Image
 
-from vlm.data.sample import BadSample, Clip, Picture, Video
+from vlm.data.sample import BadSample, Clip, ImageRef, VideoRef
 
-FPS = 24.0
+DEFAULT_FPS = 24.0
 """Frames per second of a file that does not say: what processors of videos take then."""
 
 
 @dataclass(frozen=True)
-class OpenVideo:
+class DecodedVideo:
     """The frames that are seen of a video, decoded, and what else is known of them."""
 
     frames: list[Image.Image]
     clip: Clip
 
 
-def frames_of(path: Path, most: int, sample_id: str) -> tuple[Picture, ...]:
+def sample_frame_refs(path: Path, max_frames: int, sample_id: str) -> tuple[ImageRef, ...]:
     """Up to `most` frames of a video, evenly spread: the middle of each of as many equal stretches.
 
     Raises:
         BadSample: it is no video.
     """
     number = num_frames(path, sample_id)
-    return tuple(Picture(path, frame=frame) for frame in spread(number, min(most, number)))
+    return tuple(ImageRef(path, frame=frame) for frame in spread_frames(number, min(max_frames, number)))
 
 
-def clip_of(path: Path, most: int, sample_id: str, *, fewest: int = 1) -> Clip:
-    """What is seen of a video: up to `most` frames, spread as those of `frames_of`. Nothing is decoded.
+def sample_clip(path: Path, max_frames: int, sample_id: str, *, min_frames: int = 1) -> Clip:
+    """What is seen of a video: up to `max_frames` frames, spread as those of `sample_frame_refs`. Nothing is decoded.
 
     Args:
         path: the file.
-        most: how many frames at most.
+        max_frames: how many frames at most.
         sample_id: the record's.
-        fewest: how many at least; those of a shorter video are seen more than once.
+        min_frames: how many at least; those of a shorter video are seen more than once.
 
     Raises:
         BadSample: it is no video.
     """
-    number, size, fps = _looked_over(path, sample_id)
+    number, size, fps = _probe_video(path, sample_id)
     if not all(size):
         raise BadSample(sample_id, f"video {path} does not say how large its frames are", str(path))
-    return Clip(spread(number, max(fewest, min(most, number))), number, *size, fps)
+    return Clip(spread_frames(number, max(min_frames, min(max_frames, number))), number, *size, fps)
 
 
-def spread(number: int, kept: int) -> tuple[int, ...]:
+def spread_frames(number: int, num_kept: int) -> tuple[int, ...]:
     """The middle of each of `kept` equal stretches of so many frames."""
-    return tuple((2 * index + 1) * number // (2 * kept) for index in range(kept))
+    return tuple((2 * index + 1) * number // (2 * num_kept) for index in range(num_kept))
 
 
-def open_video(video: Video, sample_id: str) -> OpenVideo:
+def open_video(video: VideoRef, sample_id: str) -> DecodedVideo:
     """What is seen of a video, decoded; a frame of another size than the file says is made as large as the others.
 
     Raises:
@@ -67,7 +67,7 @@ def open_video(video: Video, sample_id: str) -> OpenVideo:
     assert clip is not None
     size = (clip.width, clip.height)
     frames = read_frames(video.path, clip.frames, sample_id)
-    return OpenVideo([frame if frame.size == size else frame.resize(size) for frame in frames], clip)
+    return DecodedVideo([frame if frame.size == size else frame.resize(size) for frame in frames], clip)
 
 
 def num_frames(path: Path, sample_id: str) -> int:
@@ -78,15 +78,15 @@ def num_frames(path: Path, sample_id: str) -> int:
     Raises:
         BadSample: it is no video, or has no frame.
     """
-    return _looked_over(path, sample_id)[0]
+    return _probe_video(path, sample_id)[0]
 
 
-def _looked_over(path: Path, sample_id: str) -> tuple[int, tuple[int, int], float]:
+def _probe_video(path: Path, sample_id: str) -> tuple[int, tuple[int, int], float]:
     """How many frames a video file holds, their height and width, and how many there are per second."""
-    av = _av(path)
-    with _opened(path, sample_id) as container:
+    av = _import_av(path)
+    with _open_container(path, sample_id) as container:
         stream = container.streams.video[0]
-        size, fps = (stream.codec_context.height, stream.codec_context.width), float(stream.average_rate or FPS)
+        size, fps = (stream.codec_context.height, stream.codec_context.width), float(stream.average_rate or DEFAULT_FPS)
         try:
             number = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
         except av.FFmpegError as error:
@@ -102,9 +102,9 @@ def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image
     Raises:
         BadSample: the file does not decode as far as that.
     """
-    av = _av(path)
+    av = _import_av(path)
     wanted, found = set(frames), {}
-    with _opened(path, sample_id) as container:
+    with _open_container(path, sample_id) as container:
         try:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
@@ -118,7 +118,7 @@ def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image
     return [found[number] for number in frames]
 
 
-def _av(path: Path) -> Any:
+def _import_av(path: Path) -> Any:
     """The library.
 
     Raises:
@@ -131,9 +131,9 @@ def _av(path: Path) -> Any:
     return av
 
 
-def _opened(path: Path, sample_id: str) -> Any:
+def _open_container(path: Path, sample_id: str) -> Any:
     """An open container with a video stream."""
-    av = _av(path)
+    av = _import_av(path)
     try:
         container = av.open(str(path), metadata_errors="replace")  # titles may be in any encoding
     except (av.FFmpegError, OSError) as error:

@@ -17,26 +17,26 @@ from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset, dummy_image
 from vlm.data.feature_cache.dataset import (
     BLANK_SIZE,
-    FRAME,
-    WHOLE,
-    SeenDataset,
-    blank_key,
-    blanks_of,
-    feature_inputs,
-    found_in,
-    kinds_of,
-    picture_key,
-    seen_of,
+    FRAME_VIEW,
+    SQUARE_VIEW,
+    CachedFeatureDataset,
+    blank_image_cache_key,
+    find_cached_images,
+    image_cache_key,
+    make_blank_keys,
+    make_feature_inputs,
+    require_cached_image,
+    view_kinds,
 )
 from vlm.data.feature_cache.reader import ImageFeatures
 from vlm.data.sample import BadSample
 from vlm.data.sources import Source
 from vlm.models import VLMConfig
-from vlm.train.feature_cache.encoder import BLANK, Encoding, Request
-from vlm.train.feature_cache.writer import Filler, refuse_bad
+from vlm.train.feature_cache.encoder import BLANK_SOURCE, FeatureRequest, FrozenVisualEncoder
+from vlm.train.feature_cache.writer import FeatureCacheWriter, raise_unless_skipped
 
 
-def check_composed(model_config: Any) -> None:
+def require_composed_model(model_config: Any) -> None:
     """Raise ValueError where a model's own code reads its pictures, which then has to have them."""
     if not isinstance(model_config, VLMConfig):
         raise ValueError(
@@ -45,7 +45,7 @@ def check_composed(model_config: Any) -> None:
         )
 
 
-def with_features(
+def replace_images_with_features(
     model: Any, processor: Any, datasets: Sequence[Any], collate: Collator, config: DatasetConfig,
     args: TrainingArguments,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -62,66 +62,66 @@ def with_features(
     Raises:
         ValueError: there is no room for them, or a picture does not open.
     """
-    given = [one for one in datasets if one is not None]
-    sources = list({id(source): source for one in given for source in one.sources}.values())
-    with Encoding(model, processor, args) as encoding:
-        filler = Filler(encoding, sources, config)
-        filler.add(lambda: wanted(given, sources, config))
-        for evaluated in given[1:]:
-            filler.add(partial(wanted_blanks, evaluated, filler.features))
-    collate.dummy = featured_dummy(processor, filler.features)
-    return tuple(None if one is None else SeenDataset(one, filler.features) for one in datasets)
+    given_datasets = [one for one in datasets if one is not None]
+    sources = list({id(source): source for one in given_datasets for source in one.sources}.values())
+    with FrozenVisualEncoder(model, processor, args) as encoding:
+        cache_writer = FeatureCacheWriter(encoding, sources, config)
+        cache_writer.add(lambda: find_image_requests(given_datasets, sources, config))
+        for evaluated in given_datasets[1:]:
+            cache_writer.add(partial(find_blank_requests, evaluated, cache_writer.features))
+    collate.dummy = make_dummy_features(processor, cache_writer.features)
+    return tuple(None if one is None else CachedFeatureDataset(one, cache_writer.features) for one in datasets)
 
 
-def featured_dummy(processor: Any, features: ImageFeatures) -> tuple[list[int], dict[str, Tensor]]:
+def make_dummy_features(processor: Any, features: ImageFeatures) -> tuple[list[int], dict[str, Tensor]]:
     """The dummy image of batches without pictures, its features in place of its pixels."""
     ids, inputs = dummy_image(processor)
-    seen = [found_in(features, dummy_key(processor))]
-    return ids, feature_inputs(features, seen, tiled="image_views" in inputs)
+    seen = [require_cached_image(features, dummy_key(processor))]
+    return ids, make_feature_inputs(features, seen, tiled="image_views" in inputs)
 
 
 def dummy_key(processor: Any) -> bytes:
     """The key of the picture that the dummy is."""
-    return blank_key(BLANK_SIZE, dummy_kind(processor))
+    return blank_image_cache_key(BLANK_SIZE, dummy_view_kind(processor))
 
 
-def dummy_kind(processor: Any) -> str:
+def dummy_view_kind(processor: Any) -> str:
     """How it is seen."""
-    return FRAME if processor.pools_frames else WHOLE
+    return FRAME_VIEW if processor.pools_video_frames else SQUARE_VIEW
 
 
-def wanted(
+def find_image_requests(
     datasets: Sequence[SampleDataset], sources: Sequence[Source], config: DatasetConfig
-) -> dict[bytes, Request]:  # fmt: skip
+) -> dict[bytes, FeatureRequest]:  # fmt: skip
     """The distinct pictures of datasets, and the blank one of a dummy."""
     processor = datasets[0].processor
-    found = {dummy_key(processor): Request(BLANK, 0, 0, dummy_kind(processor))}
+    found = {dummy_key(processor): FeatureRequest(BLANK_SOURCE, 0, 0, dummy_view_kind(processor))}
     for dataset in datasets:
         numbers = [next(n for n, one in enumerate(sources) if one is source) for source in dataset.sources]
         places = np.unique(dataset.places[dataset.num_images > 0], axis=0).tolist()
         for source, record in tqdm(places, "looking for pictures", leave=False, disable=None):
             try:
                 sample = dataset.sources[source].sample(record)
-                kinds = kinds_of(sample, processor)
-                keys = [picture_key(one, kind) for one, kind in zip(sample.pictures, kinds, strict=True)]
+                kinds = view_kinds(sample, processor)
+                keys = [image_cache_key(one, kind) for one, kind in zip(sample.images, kinds, strict=True)]
             except (BadSample, OSError) as error:
                 problem = error if isinstance(error, BadSample) else BadSample("?", str(error))
-                refuse_bad(problem, dataset.sources[source], record, config)
+                raise_unless_skipped(problem, dataset.sources[source], record, config)
                 continue  # the record is left out when its turn comes
             for place, (key, kind) in enumerate(zip(keys, kinds, strict=True)):
-                found.setdefault(key, Request(numbers[source], record, place, kind))
+                found.setdefault(key, FeatureRequest(numbers[source], record, place, kind))
     return found
 
 
-def wanted_blanks(dataset: SampleDataset, features: ImageFeatures) -> dict[bytes, Request]:
+def find_blank_requests(dataset: SampleDataset, features: ImageFeatures) -> dict[bytes, FeatureRequest]:
     """The blank pictures that stand for those of a dataset."""
     found = {}
     for index in np.flatnonzero(dataset.num_images).tolist():
         try:
             sample = dataset.sample(index)
-            seen = seen_of(sample, dataset.processor, features)
+            seen = find_cached_images(sample, dataset.processor, features)
         except BadSample:  # evaluation refuses it before it comes to blank pictures
             continue
-        for key, size, kind in blanks_of(sample, seen, dataset.processor):
-            found.setdefault(key, Request(BLANK, 0, 0, kind, size))
+        for key, size, kind in make_blank_keys(sample, seen, dataset.processor):
+            found.setdefault(key, FeatureRequest(BLANK_SOURCE, 0, 0, kind, size))
     return found

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlm.data.cache import digest_of
+from vlm.data.cache import json_digest
 from vlm.data.dataset import SampleDataset
 from vlm.data.processes import num_cores
 from vlm.data.vision import images as pictures
@@ -32,7 +32,7 @@ def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
                 files.update(f"{one.path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     sources = [source.fingerprint for source in samples.sources]
     processor = samples.processor
-    return digest_of(
+    return json_digest(
         sources, hashlib.sha256(samples.places[first].tobytes()).hexdigest(), files.hexdigest(), processor.to_dict()
     )
 
@@ -40,7 +40,7 @@ def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
 def body_digest(model: VLMForPrediction) -> str:
     """A name for every number of a model's body, whatever device they are on, and how it computes with them."""
     config = {name: value for name, value in model.config.body_config.to_diff_dict().items() if name != "recipe"}
-    return digest_of(weights_digests(model.body), config)
+    return json_digest(weights_digests(model.body), config)
 
 
 def weights_digests(module: nn.Module) -> list[str]:
@@ -56,18 +56,18 @@ def weights_digests(module: nn.Module) -> list[str]:
         return list(pool.map(digest, sorted(state)))
 
 
-def code_digest(computation: type) -> str:
+def code_digest(computation_class: type) -> str:
     """A name for the code that computes hidden states: opens pictures, the models', and a class with its module.
 
     With the versions of the libraries that decode, resize and encode.
     """
     models = sorted(Path(inspect.getfile(VLMForPrediction)).parent.glob("*.py"))
-    files = [*models, *(Path(inspect.getfile(one)) for one in (pictures, pixels, video, computation))]
+    files = [*models, *(Path(inspect.getfile(one)) for one in (pictures, pixels, video, computation_class))]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-    return digest_of(code.hexdigest(), {name: version_of(name) for name in LIBRARIES})
+    return json_digest(code.hexdigest(), {name: installed_version(name) for name in LIBRARIES})
 
 
-def version_of(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The version of an installed library; None: it is not installed."""
     try:
         return importlib.metadata.version(name)

@@ -20,28 +20,28 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.cache import cache_folder, digest_of
+from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.dataset import Skipped
-from vlm.data.feature_cache.dataset import FRAME, WHOLE
-from vlm.data.feature_cache.reader import ImageFeatures, Pack, open_packs, shared_pack
-from vlm.data.feature_cache.store import clear, finish_pack, new_pack, opened_rows
+from vlm.data.feature_cache.dataset import FRAME_VIEW, SQUARE_VIEW
+from vlm.data.feature_cache.reader import ImageFeatures, Pack, open_all_packs, open_shared_pack
+from vlm.data.feature_cache.store import create_pack, finalize_pack, make_room_for_packs, map_new_rows
 from vlm.data.sample import BadSample
 from vlm.data.sources import Source
-from vlm.data.vision.images import check_picture
-from vlm.train.distributed import as_first_rank, gathered_objects, locked_by_first_rank, wait
-from vlm.train.feature_cache.encoder import BLANK, Encoding, Pictures, Request
+from vlm.data.vision.images import read_image_size
+from vlm.train.distributed import all_gather_objects, barrier, broadcast_from_rank0, rank0_lock
+from vlm.train.feature_cache.encoder import BLANK_SOURCE, FeatureRequest, FrozenVisualEncoder, RequestedImages
 
 log = logging.getLogger(__name__)
 
-Problem = tuple[str, str | None]
+ImageError = tuple[str, str | None]
 """Why a picture does not open, and its file."""
 
-PACK_VIEWS = 2**16
+VIEWS_PER_PACK = 2**16
 """About so many views are in a pack: a run that is stopped while it encodes loses the last one's."""
 
 
 @dataclass
-class Plan:
+class PackPlan:
     """A pack that is to be computed.
 
     Attributes:
@@ -53,15 +53,15 @@ class Plan:
     """
 
     keys: list[bytes]
-    requests: list[Request]
+    requests: list[FeatureRequest]
     views: np.ndarray
     sizes: np.ndarray
-    problems: dict[int, Problem]
+    problems: dict[int, ImageError]
 
     @property
     def name(self) -> str:
         """Of the pack."""
-        return digest_of([key.hex() for key in self.keys])
+        return json_digest([key.hex() for key in self.keys])
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -75,13 +75,13 @@ class Plan:
         return int(np.maximum(self.views, 1).sum())
 
 
-def refuse_bad(error: BadSample, source: Source, record: int, config: DatasetConfig) -> None:
+def raise_unless_skipped(error: BadSample, source: Source, record: int, config: DatasetConfig) -> None:
     """Raise ValueError at a record that cannot be used, where such are not left out."""
     if config.on_bad_sample == "error":
-        raise Skipped.by(error, source, record).refusal() from error
+        raise Skipped.from_error(error, source, record).as_error() from error
 
 
-class Filler:
+class FeatureCacheWriter:
     """Finds what is kept of pictures, and has all ranks compute the rest.
 
     Args:
@@ -90,140 +90,146 @@ class Filler:
         config: cache, its limit, and what happens with pictures that do not open.
     """
 
-    def __init__(self, encoding: Encoding, sources: Sequence[Source], config: DatasetConfig):
+    def __init__(self, encoding: FrozenVisualEncoder, sources: Sequence[Source], config: DatasetConfig):
         self.encoding, self.sources, self.config = encoding, sources, config
-        self.form = as_first_rank(encoding.form())  # its machine's pages
+        self.form = broadcast_from_rank0(encoding.form())  # its machine's pages
         first = encoding.args.process_index == 0
         self.store = (
-            cache_folder(config.cache_dir) / "image_features" / as_first_rank(encoding.digest() if first else "")
+            resolve_cache_folder(config.cache_dir)
+            / "image_features"
+            / broadcast_from_rank0(encoding.digest() if first else "")
         )
         self.features = ImageFeatures([])
 
-    def add(self, find: Callable[[], dict[bytes, Request]]) -> None:
+    def add(self, find: Callable[[], dict[bytes, FeatureRequest]]) -> None:
         """Open the packs that hold the pictures which `find()` gives on rank 0, after those of which none does."""
-        with locked_by_first_rank(self.store / "lock", "it encodes pictures with the same encoder") as first:
+        with rank0_lock(self.store / "lock", "it encodes pictures with the same encoder") as first:
             requests = find() if first else {}
-            packs = self._kept(requests) if first else []
+            packs = self._open_matching_packs(requests) if first else []
             missing = {key: one for key, one in requests.items() if ImageFeatures(packs).find(key) is None}
-            plans = self._plans(missing, packs)
-            for number in range(as_first_rank(len(plans))):
-                self._compute(plans[number] if first else None, packs)
-            mine = {pack.folder: pack for pack in packs}
+            plans = self._plan_packs(missing, packs)
+            for number in range(broadcast_from_rank0(len(plans))):
+                self._compute_pack(plans[number] if first else None, packs)
+            open_by_folder = {pack.folder: pack for pack in packs}
             known = {pack.folder for pack in self.features.packs}
-            new = [folder for folder in as_first_rank(list(mine)) if folder not in known]
-            opened = [mine.pop(folder) if first else shared_pack(folder) for folder in new]
-            for pack in mine.values():  # open already
+            new = [folder for folder in broadcast_from_rank0(list(open_by_folder)) if folder not in known]
+            opened = [open_by_folder.pop(folder) if first else open_shared_pack(folder) for folder in new]
+            for pack in open_by_folder.values():  # open already
                 pack.close()
             self.features = ImageFeatures([*self.features.packs, *opened])
-            wait()
+            barrier()
         for pack in self.features.packs:
             pack.touch()
 
-    def _kept(self, requests: Mapping[bytes, Request]) -> list[Pack]:
+    def _open_matching_packs(self, requests: Mapping[bytes, FeatureRequest]) -> list[Pack]:
         """The packs that hold any of the pictures."""
         found = []
-        for pack in open_packs(self.store):
+        for pack in open_all_packs(self.store):
             if any(pack.place(key) is not None for key in requests):
                 found.append(pack)
             else:
                 pack.close()
         return found
 
-    def _plans(self, missing: dict[bytes, Request], packs: Sequence[Pack]) -> list[Plan]:
+    def _plan_packs(self, missing: dict[bytes, FeatureRequest], packs: Sequence[Pack]) -> list[PackPlan]:
         """What is to be computed, pack by pack, when there is room for all."""
         if not missing:
             return []
         keys = sorted(missing, key=lambda key: (missing[key].source, missing[key].record))
         requests = [missing[key] for key in keys]
-        views, sizes, problems = self._measured(requests)
+        views, sizes, problems = self._count_views(requests)
         ends = np.maximum(views, 1).cumsum()
         nbytes = int(ends[-1]) * self.form.stride
         log.info("The visual encoder sees %s pictures, %.3g GB", f"{len(keys):,}", nbytes / 1e9)
         gc.collect()  # a run in this process that is over reads its packs no more
-        clear(self.store.parent, nbytes, self.config.cache_limit_gb, [*packs, *self.features.packs])
-        borders = np.flatnonzero(np.diff((ends - 1) // PACK_VIEWS)) + 1
+        make_room_for_packs(self.store.parent, nbytes, self.config.cache_limit_gb, [*packs, *self.features.packs])
+        borders = np.flatnonzero(np.diff((ends - 1) // VIEWS_PER_PACK)) + 1
         return [
-            Plan(
+            PackPlan(
                 keys[first:last], requests[first:last], views[first:last], sizes[first:last],
                 {number - first: problem for number, problem in problems.items() if first <= number < last},
             )
             for first, last in pairwise([0, *borders.tolist(), len(keys)])
         ]  # fmt: skip
 
-    def _compute(self, plan: Plan | None, packs: list[Pack]) -> None:
+    def _compute_pack(self, plan: PackPlan | None, packs: list[Pack]) -> None:
         """Let all ranks write a pack, which rank 0 alone knows at first and adds to its own."""
         told: Any = None
         if plan is None:
-            self._fill(*as_first_rank(told))
+            self._compute_rows(*broadcast_from_rank0(told))
             return
         limit, kept = self.config.cache_limit_gb, [*packs, *self.features.packs]
-        with new_pack(self.store, plan.name, plan.rows, self.form, limit, kept) as folder:
-            folder, plan = as_first_rank((folder, plan))
-            self._fill(folder, plan)
-            finish_pack(folder, self.form, plan.keys, plan.starts, plan.views, plan.sizes, plan.problems)
+        with create_pack(self.store, plan.name, plan.rows, self.form, limit, kept) as folder:
+            folder, plan = broadcast_from_rank0((folder, plan))
+            self._compute_rows(folder, plan)
+            finalize_pack(folder, self.form, plan.keys, plan.starts, plan.views, plan.sizes, plan.problems)
             packs.append(Pack(self.store / plan.name))
 
-    def _measured(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray, dict[int, Problem]]:
+    def _count_views(self, requests: Sequence[FeatureRequest]) -> tuple[np.ndarray, np.ndarray, dict[int, ImageError]]:
         """Views of each picture; sizes and problems as far as they are known then: all where sizes decide on views."""
-        views = np.array([0 if one.kind == FRAME else 1 for one in requests])
+        views = np.array([0 if one.kind == FRAME_VIEW else 1 for one in requests])
         sizes = np.zeros((len(requests), 2), dtype=np.int64)
-        problems: dict[int, Problem] = {}
+        problems: dict[int, ImageError] = {}
         tiling = self.encoding.processor.tiling
         if tiling is None:
             return views, sizes, problems
         for number, one in enumerate(requests):
-            if one.kind == FRAME:
+            if one.kind == FRAME_VIEW:
                 continue
             try:
-                sizes[number] = one.size if one.source == BLANK else self._size(one)
+                sizes[number] = one.size if one.source == BLANK_SOURCE else self._read_image_size(one)
             except BadSample as error:
-                refuse_bad(error, self.sources[one.source], one.record, self.config)
+                raise_unless_skipped(error, self.sources[one.source], one.record, self.config)
                 problems[number] = error.reason, error.file
                 continue
-            if one.kind != WHOLE:
+            if one.kind != SQUARE_VIEW:
                 (views[number],) = tiling.num_views([tuple(sizes[number].tolist())])
         return views, sizes, problems
 
-    def _size(self, request: Request) -> tuple[int, int]:
+    def _read_image_size(self, request: FeatureRequest) -> tuple[int, int]:
         sample = self.sources[request.source].sample(request.record)
-        width, height = check_picture(sample.pictures[request.place], sample.id)
+        width, height = read_image_size(sample.images[request.place], sample.id)
         return height, width
 
-    def _fill(self, folder: Path, plan: Plan) -> None:
+    def _compute_rows(self, folder: Path, plan: PackPlan) -> None:
         """Compute a plan's rows: this rank's share, every so many batches of records; sizes and problems get known."""
         args = self.encoding.args
-        rows = opened_rows(folder, self.form)
-        jobs: dict[tuple[int, int], list[int]] = {}
+        rows = map_new_rows(folder, self.form)
+        requests_by_record: dict[tuple[int, int], list[int]] = {}
         for number, one in enumerate(plan.requests):
             if number not in plan.problems:
-                together = (BLANK, number) if one.source == BLANK else (one.source, one.record)
-                jobs.setdefault(together, []).append(number)
-        work = list(jobs.values())
+                group_key = (BLANK_SOURCE, number) if one.source == BLANK_SOURCE else (one.source, one.record)
+                requests_by_record.setdefault(group_key, []).append(number)
+        request_groups = list(requests_by_record.values())
         size = args.per_device_train_batch_size
-        batches = [list(range(start, min(start + size, len(work)))) for start in range(0, len(work), size)]
+        batches = [
+            list(range(start, min(start + size, len(request_groups)))) for start in range(0, len(request_groups), size)
+        ]
         loader = DataLoader(
-            Pictures(self.encoding.processor, self.sources, plan.requests, work),
-            batch_sampler=batches[args.process_index :: args.world_size], collate_fn=_listed,
+            RequestedImages(self.encoding.processor, self.sources, plan.requests, request_groups),
+            batch_sampler=batches[args.process_index :: args.world_size], collate_fn=_flatten_batch,
             num_workers=args.dataloader_num_workers,
         )  # fmt: skip
         found: dict[int, tuple[int, int]] = {}
-        problems: dict[int, Problem] = {}
+        problems: dict[int, ImageError] = {}
         for seen in tqdm(loader, "seeing pictures", disable=args.disable_tqdm or args.process_index != 0):
             whole = [one for one in seen if not isinstance(one[1], BadSample)]
             for number, error in (one for one in seen if isinstance(one[1], BadSample)):
                 request = plan.requests[number]
-                refuse_bad(error, self.sources[request.source], request.record, self.config)
+                raise_unless_skipped(error, self.sources[request.source], request.record, self.config)
                 problems[number] = error.reason, error.file
             self._write(rows, plan, whole)
             found |= {number: size for number, (_, size) in whole}
         rows.flush()  # pyright: ignore[reportAttributeAccessIssue] - a memory map
-        for sizes, bad in gathered_objects((found, problems)):
+        for sizes, bad in all_gather_objects((found, problems)):
             plan.problems |= bad
             for number, size in sizes.items():
                 plan.sizes[number] = size
-        wait()
+        barrier()
 
-    def _write(self, rows: np.ndarray, plan: Plan, seen: Sequence[tuple[int, tuple[Tensor, tuple[int, int]]]]) -> None:
+    def _write(
+        self, rows: np.ndarray, plan: PackPlan, seen: Sequence[tuple[int, tuple[Tensor, tuple[int, int]]]]
+    ) -> None:
         """Encode pictures, and put their features in their places."""
         if not seen:
             return
@@ -234,5 +240,5 @@ class Filler:
             rows[start : start + len(one)] = one.contiguous().view(torch.uint8).flatten(1).numpy()
 
 
-def _listed(items: Sequence[list[tuple[int, Any]]]) -> list[tuple[int, Any]]:
+def _flatten_batch(items: Sequence[list[tuple[int, Any]]]) -> list[tuple[int, Any]]:
     return [one for item in items for one in item]

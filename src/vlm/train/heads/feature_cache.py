@@ -21,24 +21,24 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from vlm.data.batching.collator import SKIPPED
-from vlm.data.cache import digest_of
+from vlm.data.batching.collator import SKIPPED_KEY
+from vlm.data.cache import json_digest
 from vlm.data.dataset import Skipped
 from vlm.data.heads.dataset import HeadCollator, HeadDataset
 from vlm.models import VLMForPrediction
 from vlm.models.configuration_prediction import HeadSettings
-from vlm.models.poolings import EACH_TOKEN
-from vlm.train.distributed import as_first_rank, gathered_objects, locked_by_first_rank, wait
+from vlm.models.poolings import EVERY_TOKEN_POOLINGS
+from vlm.train.distributed import all_gather_objects, barrier, broadcast_from_rank0, rank0_lock
 from vlm.train.feature_cache.fingerprints import code_digest, records_digest
 
 log = logging.getLogger(__name__)
 
-PARTIAL, LOCK = ".partial.npy", "lock"
+PARTIAL_SUFFIX, LOCK_NAME = ".partial.npy", "lock"
 """How the name of a file ends that is not whole, and what is locked while a run writes in a folder."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class FeatureSpec:
     """What is read of hidden states.
 
     Attributes:
@@ -52,14 +52,14 @@ class Reading:
     token_id: int | None
 
     @classmethod
-    def of(cls, head: HeadSettings) -> "Reading":
+    def of(cls, head: HeadSettings) -> "FeatureSpec":
         """What a head reads."""
-        pooling = "tokens" if head.pooling in EACH_TOKEN else head.pooling
+        pooling = "tokens" if head.pooling in EVERY_TOKEN_POOLINGS else head.pooling
         return cls(pooling, head.layer, head.token_id)
 
 
 @dataclass(frozen=True)
-class Features:
+class HeadFeatures:
     """What heads read of each record of a dataset.
 
     Attributes:
@@ -70,18 +70,18 @@ class Features:
     """
 
     places: dict[tuple[int, int], int]
-    rows: dict[Reading, np.ndarray]
+    rows: dict[FeatureSpec, np.ndarray]
     starts: np.ndarray
-    absent: frozenset[int]
+    unusable_rows: frozenset[int]
 
-    def of(self, reading: Reading, row: int) -> np.ndarray:
+    def of(self, spec: FeatureSpec, row: int) -> np.ndarray:
         """What is read of a record: `(D,)`, or `(T, D)`."""
-        if reading.pooling == "tokens":
-            return self.rows[reading][self.starts[row] : self.starts[row + 1]]
-        return self.rows[reading][row]
+        if spec.pooling == "tokens":
+            return self.rows[spec][self.starts[row] : self.starts[row + 1]]
+        return self.rows[spec][row]
 
 
-class FeatureDataset(Dataset[Any]):
+class HeadFeatureDataset(Dataset[Any]):
     """A `HeadDataset` whose pictures and prompts have been read already.
 
     Args:
@@ -90,18 +90,18 @@ class FeatureDataset(Dataset[Any]):
         heads: the model's.
     """
 
-    def __init__(self, dataset: HeadDataset, features: Features, heads: Sequence[HeadSettings]):
+    def __init__(self, dataset: HeadDataset, features: HeadFeatures, heads: Sequence[HeadSettings]):
         rows = np.array([features.places[source, record] for source, record in dataset.dataset.places.tolist()])
-        usable = np.flatnonzero(~np.isin(rows, list(features.absent)))
+        usable = np.flatnonzero(~np.isin(rows, list(features.unusable_rows)))
         self.samples = dataset if len(usable) == len(rows) else dataset.subset(usable)
         self.features, self.rows = features, rows[usable]
-        self.readings = {head.name: Reading.of(head) for head in heads}
+        self.specs = {head.name: FeatureSpec.of(head) for head in heads}
         self.targets = {head.name: self.samples.targets(head.name).astype(np.float32) for head in heads}
 
     @property
-    def group_numbers(self) -> np.ndarray:
+    def group_indices(self) -> np.ndarray:
         """`(samples,)`: equal where a ranking compares samples, negative where it compares with no other."""
-        return self.samples.group_numbers
+        return self.samples.group_indices
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,14 +110,14 @@ class FeatureDataset(Dataset[Any]):
         """`features` of each head, its `targets`, and the `group`."""
         row = int(self.rows[index])
         return {
-            "features": {name: self.features.of(reading, row) for name, reading in self.readings.items()},
+            "features": {name: self.features.of(spec, row) for name, spec in self.specs.items()},
             "targets": {name: values[index] for name, values in self.targets.items()},
-            "group": int(self.samples.group_numbers[index]),
+            "group": int(self.samples.group_indices[index]),
         }
 
 
-def lay_out(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of `FeatureDataset` items; `attention_mask` says which tokens are real where every token is read."""
+def collate_features(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of `HeadFeatureDataset` items; `attention_mask` says which tokens are real where every token is read."""
     batch: dict[str, Any] = {"features": {}}
     for name, first in items[0]["features"].items():
         found = [np.asarray(item["features"][name], dtype=np.float32) for item in items]
@@ -133,10 +133,10 @@ def lay_out(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def computed(
+def load_or_compute_features(
     model: VLMForPrediction, body: str, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments,
-    cache: Path, on_skipped: Callable[[list[Skipped], int], None] = lambda left_out, number: None,
-) -> Features:  # fmt: skip
+    cache: Path, on_skipped: Callable[[list[Skipped], int], None] = lambda skipped_rows, number: None,
+) -> HeadFeatures:  # fmt: skip
     """What the model's heads read of a dataset: found in the cache, or computed now by all ranks.
 
     Args:
@@ -155,63 +155,63 @@ def computed(
     samples = dataset.dataset
     places, first = np.unique(samples.places, axis=0, return_index=True)
     starts = np.concatenate([[0], samples.lengths[first].astype(np.int64).cumsum()])
-    readings = list(dict.fromkeys(map(Reading.of, model.config.settings)))
-    name = digest_of(
-        records_digest(samples, first), dataset.pictures, body, str(model.dtype), code_digest(Computation),
+    specs = list(dict.fromkeys(map(FeatureSpec.of, model.config.settings)))
+    name = json_digest(
+        records_digest(samples, first), dataset.shown_images, body, str(model.dtype), code_digest(FeatureComputation),
         args.bf16, args.fp16,
     )  # fmt: skip
     folder = cache / "features" / name
-    with _alone(folder):
-        missing = as_first_rank([one for one in readings if not file_of(folder, one).is_file()])
+    with _exclusive_cache_access(folder):
+        missing = broadcast_from_rank0([one for one in specs if not feature_file(folder, one).is_file()])
         if missing:
-            Computation(model, dataset, collate, args, folder, missing, on_skipped)(first, starts)
+            FeatureComputation(model, dataset, collate, args, folder, missing, on_skipped)(first, starts)
         else:
             log.info("What the heads read of %s records is in the cache: %s", f"{len(first):,}", folder)
-    left_out = {}
-    for reading in readings:
-        left_out |= skipped_of(folder, reading)
+    skipped_rows = {}
+    for spec in specs:
+        skipped_rows |= read_skipped_rows(folder, spec)
     if not missing:
-        on_skipped([left_out[row] for row in sorted(left_out)], len(dataset))
-    rows = {reading: np.load(file_of(folder, reading), mmap_mode="r") for reading in readings}
-    return Features(
-        {(s, r): row for row, (s, r) in enumerate(places.tolist())}, rows, starts, frozenset(left_out)
+        on_skipped([skipped_rows[row] for row in sorted(skipped_rows)], len(dataset))
+    rows = {spec: np.load(feature_file(folder, spec), mmap_mode="r") for spec in specs}
+    return HeadFeatures(
+        {(s, r): row for row, (s, r) in enumerate(places.tolist())}, rows, starts, frozenset(skipped_rows)
     )  # fmt: skip
 
 
-def file_of(folder: Path, reading: Reading) -> Path:
+def feature_file(folder: Path, spec: FeatureSpec) -> Path:
     """Where a reading is kept."""
-    return folder / f"{digest_of(reading.pooling, reading.layer, reading.token_id)}.npy"
+    return folder / f"{json_digest(spec.pooling, spec.layer, spec.token_id)}.npy"
 
 
-def partial_of(folder: Path, reading: Reading) -> Path:
+def partial_feature_file(folder: Path, spec: FeatureSpec) -> Path:
     """Where it is written before it is whole: the same file again after a run that was killed."""
-    return file_of(folder, reading).with_suffix(PARTIAL)
+    return feature_file(folder, spec).with_suffix(PARTIAL_SUFFIX)
 
 
-def skipped_of(folder: Path, reading: Reading) -> dict[int, Skipped]:
+def read_skipped_rows(folder: Path, spec: FeatureSpec) -> dict[int, Skipped]:
     """The rows of a reading that are empty, since their records were unusable, and why."""
-    listed = json.loads(file_of(folder, reading).with_suffix(".json").read_text(encoding="utf-8"))
+    listed = json.loads(feature_file(folder, spec).with_suffix(".json").read_text(encoding="utf-8"))
     return {row: Skipped(**one) for row, one in listed}
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive_cache_access(folder: Path) -> Iterator[None]:
     """Let no other run compute there; what runs that were killed left anywhere in the cache goes."""
-    with locked_by_first_rank(folder / LOCK, "it reads the same records with the same body") as first:
+    with rank0_lock(folder / LOCK_NAME, "it reads the same records with the same body") as first:
         if not first:
             yield
             return
-        for left in folder.parent.glob(f"*/*{PARTIAL}"):
-            with suppress(Timeout), FileLock(left.parent / LOCK, blocking=False):
-                left.unlink(missing_ok=True)
+        for leftover in folder.parent.glob(f"*/*{PARTIAL_SUFFIX}"):
+            with suppress(Timeout), FileLock(leftover.parent / LOCK_NAME, blocking=False):
+                leftover.unlink(missing_ok=True)
         try:
             yield
         finally:
-            for left in folder.glob(f"*{PARTIAL}"):
-                left.unlink()
+            for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
+                leftover.unlink()
 
 
-class Computation:
+class FeatureComputation:
     """One pass of the body over a dataset, of which each rank does a share.
 
     Args:
@@ -220,47 +220,47 @@ class Computation:
         collate: lays them out.
         args: batch size, workers, devices, precision.
         folder: where it is kept, the same for all ranks.
-        readings: what is computed.
+        specs: what is computed.
         on_skipped: see `computed`.
     """
 
     def __init__(
         self, model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments,
-        folder: Path, readings: Sequence[Reading], on_skipped: Callable[[list[Skipped], int], None],
+        folder: Path, specs: Sequence[FeatureSpec], on_skipped: Callable[[list[Skipped], int], None],
     ):  # fmt: skip
         self.model, self.dataset, self.collate, self.args = model, dataset, collate, args
-        self.folder, self.readings, self.on_skipped = folder, readings, on_skipped
-        named = {Reading.of(head): head.name for head in model.config.settings}
-        self.heads = {reading: named[reading] for reading in readings}
+        self.folder, self.specs, self.on_skipped = folder, specs, on_skipped
+        named = {FeatureSpec.of(head): head.name for head in model.config.settings}
+        self.heads = {spec: named[spec] for spec in specs}
 
     def __call__(self, first: np.ndarray, starts: np.ndarray) -> None:
         """Compute the rows of the samples at places `first`, of which the tokens begin at `starts`."""
         first_rank = self.args.process_index == 0
         if first_rank:
-            self._create(len(first), int(starts[-1]))
-        wait()
-        opened = {reading: self._opened(reading) for reading in self.readings}
-        found = self._fill(opened, first, starts)
+            self._create_partial_files(len(first), int(starts[-1]))
+        barrier()
+        opened = {spec: self._open_partial_file(spec) for spec in self.specs}
+        found = self._compute_shard(opened, first, starts)
         for one in opened.values():
             one.flush()
-        skipped = {row: one for part in gathered_objects(found) for row, one in part.items()}
+        skipped = {row: one for part in all_gather_objects(found) for row, one in part.items()}
         self.on_skipped([skipped[row] for row in sorted(skipped)], len(self.dataset))
         if first_rank:
             listed = [[row, asdict(skipped[row])] for row in sorted(skipped)]
-            for reading in self.readings:
-                whole = file_of(self.folder, reading)
+            for spec in self.specs:
+                whole = feature_file(self.folder, spec)
                 whole.with_suffix(".json").write_text(json.dumps(listed), encoding="utf-8")
-                partial_of(self.folder, reading).replace(whole)
-        wait()
+                partial_feature_file(self.folder, spec).replace(whole)
+        barrier()
 
-    def _create(self, records: int, tokens: int) -> None:
+    def _create_partial_files(self, records: int, tokens: int) -> None:
         """Empty files of their final size.
 
         Raises:
             ValueError: the disk has no room for them.
         """
         width = self.model.config.get_text_config().hidden_size
-        sizes = {reading: tokens if reading.pooling == "tokens" else records for reading in self.readings}
+        sizes = {spec: tokens if spec.pooling == "tokens" else records for spec in self.specs}
         needed, free = 4 * width * sum(sizes.values()), shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
@@ -268,16 +268,16 @@ class Computation:
                 "are free. Set dataset.cache_dir to another disk, choose a pooling that keeps one state a record, or "
                 "dataset.cache_features=false"
             )
-        for reading, size in sizes.items():
-            np.lib.format.open_memmap(partial_of(self.folder, reading), "w+", np.float32, (size, width)).flush()
+        for spec, size in sizes.items():
+            np.lib.format.open_memmap(partial_feature_file(self.folder, spec), "w+", np.float32, (size, width)).flush()
 
-    def _opened(self, reading: Reading) -> np.memmap:
+    def _open_partial_file(self, spec: FeatureSpec) -> np.memmap:
         """The file that rank 0 made, to write to.
 
         Raises:
             ValueError: this rank does not see it.
         """
-        file = partial_of(self.folder, reading)
+        file = partial_feature_file(self.folder, spec)
         if not file.is_file():
             raise ValueError(
                 f"{file}: another rank made it, and it is not here; dataset.cache_dir must be a folder that all "
@@ -285,7 +285,9 @@ class Computation:
             )
         return np.lib.format.open_memmap(file, "r+")
 
-    def _fill(self, files: Mapping[Reading, np.ndarray], first: np.ndarray, starts: np.ndarray) -> dict[int, Skipped]:
+    def _compute_shard(
+        self, files: Mapping[FeatureSpec, np.ndarray], first: np.ndarray, starts: np.ndarray
+    ) -> dict[int, Skipped]:
         """This rank's share: every so many batches of records of like length."""
         args = self.args
         order = np.argsort(-np.diff(starts), kind="stable")
@@ -293,15 +295,15 @@ class Computation:
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         batches = batches[args.process_index :: args.world_size]
         loader = DataLoader(
-            _Numbered(self.dataset, first), batch_sampler=[batch.tolist() for batch in batches],
-            collate_fn=self._numbered, num_workers=args.dataloader_num_workers,
+            _IndexedDataset(self.dataset, first), batch_sampler=[batch.tolist() for batch in batches],
+            collate_fn=self._collate_indexed, num_workers=args.dataloader_num_workers,
         )  # fmt: skip
         self.model.to(args.device).eval()  # pyright: ignore[reportArgumentType] - as PyTorch declares it
         skipped: dict[int, Skipped] = {}
         bar = tqdm(loader, "reading prompts and pictures", disable=args.disable_tqdm or args.process_index != 0)
-        for rows, left_out, batch in bar:
-            self.on_skipped(list(left_out.values()), 0)
-            skipped |= left_out
+        for rows, skipped_rows, batch in bar:
+            self.on_skipped(list(skipped_rows.values()), 0)
+            skipped |= skipped_rows
             if rows:
                 self._write(files, rows, starts, self._read(batch), batch["attention_mask"])
         return skipped
@@ -318,28 +320,28 @@ class Computation:
             return self.model.features(**inputs)
 
     def _write(
-        self, files: Mapping[Reading, np.ndarray], rows: list[int], starts: np.ndarray, found: dict[str, Tensor],
+        self, files: Mapping[FeatureSpec, np.ndarray], rows: list[int], starts: np.ndarray, found: dict[str, Tensor],
         mask: Tensor,
     ) -> None:  # fmt: skip
         """Put what was read of a batch in its places."""
-        for reading, file in files.items():
-            values = found[self.heads[reading]].float().cpu().numpy()
-            if reading.pooling != "tokens":
+        for spec, file in files.items():
+            values = found[self.heads[spec]].float().cpu().numpy()
+            if spec.pooling != "tokens":
                 file[rows] = values
                 continue
             for row, tokens, real in zip(rows, values, mask.bool().numpy(), strict=True):
                 file[starts[row] : starts[row + 1]] = tokens[real]
 
-    def _numbered(self, items: list[tuple[int, Any]]) -> tuple[list[int], dict[int, Skipped], dict[str, Any]]:
+    def _collate_indexed(self, items: list[tuple[int, Any]]) -> tuple[list[int], dict[int, Skipped], dict[str, Any]]:
         """A batch with the rows that it fills, and what was left out of it."""
         rows = [row for row, item in items if not isinstance(item, Skipped)]
-        left_out = {row: item for row, item in items if isinstance(item, Skipped)}
+        skipped_rows = {row: item for row, item in items if isinstance(item, Skipped)}
         batch = self.collate([item for _, item in items])
-        batch.pop(SKIPPED, None)
-        return rows, left_out, batch
+        batch.pop(SKIPPED_KEY, None)
+        return rows, skipped_rows, batch
 
 
-class _Numbered(Dataset[Any]):
+class _IndexedDataset(Dataset[Any]):
     """Samples at some places, each with its number."""
 
     def __init__(self, dataset: HeadDataset, places: np.ndarray):

@@ -12,35 +12,35 @@ import numpy as np
 import torch
 from transformers import TrainingArguments, set_seed
 
-from vlm.assembly.adapter_base import base_of
-from vlm.assembly.heads import renewed, settle_heads
+from vlm.assembly.adapter_base import make_base
+from vlm.assembly.heads import resolve_heads, with_checkpoint_scales
 from vlm.assembly.settle import load_weights
-from vlm.config.derived import caches, heads_of
+from vlm.config.derived import caches_features, get_heads
 from vlm.config.schema import RunConfig
-from vlm.data.cache import cache_folder
+from vlm.data.cache import resolve_cache_folder
 from vlm.data.dataset import Skipped
 from vlm.data.heads.dataset import BlankHeadDataset, HeadCollator, HeadDataset
 from vlm.evaluation.calibration import calibrate
 from vlm.models import VLMConfig, VLMForPrediction
-from vlm.models.modeling_prediction import built_head
-from vlm.train.data import collator_of
+from vlm.models.modeling_prediction import make_head
+from vlm.train.data import make_collator
 from vlm.train.feature_cache.fingerprints import body_digest
-from vlm.train.heads.data import HeadData, load_head_data, targets_of
-from vlm.train.heads.feature_cache import FeatureDataset, Features, computed, lay_out
+from vlm.train.heads.data import HeadData, load_head_data, targets_by_head
+from vlm.train.heads.feature_cache import HeadFeatureDataset, HeadFeatures, collate_features, load_or_compute_features
 from vlm.train.heads.report import report
-from vlm.train.heads.trainer import HeadTrainer, Said
+from vlm.train.heads.trainer import HeadOutputs, HeadTrainer
 from vlm.train.model import compute_dtype, prepare
-from vlm.train.monitor.callbacks import EpochOrder, MetricsFile, StopAtNaN
+from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch, StopAtNaN
 from vlm.train.monitor.plots import write_first_batch
 from vlm.train.monitor.speed import SpeedMeter
 from vlm.train.parts import Part, table
-from vlm.train.run_directory import SkippedRecords, contribution_table, describe_data
-from vlm.train.signals import StopWhenAsked
+from vlm.train.run_directory import SkippedRecords, contribution_table, write_data_summary
+from vlm.train.signals import SigtermCheckpoint
 from vlm.train.trainer import checkpoint_to_resume
 
 log = logging.getLogger(__name__)
 
-NOT_COUNTED = "they are of replies, and prediction heads read hidden states"
+FLOPS_NOTE = "they are of replies, and prediction heads read hidden states"
 """Why a run's measures have no operations."""
 
 
@@ -59,47 +59,47 @@ def train_head(
     first = args.process_index == 0
     data = load_head_data(config, body_config, processor, args.seed)
     if first:
-        describe_data(folder, data.roles(), resumed=checkpoint_to_resume(config, folder) is not None)
+        write_data_summary(folder, data.datasets_by_role(), resumed=checkpoint_to_resume(config, folder) is not None)
     log.info("Training data:\n\n%s\n", contribution_table(data.train.contributions))
-    log.info("Records:\n\n%s\n", data.as_text())
+    log.info("Records:\n\n%s\n", data.summary())
 
-    settled = settle_heads(config.model, body_config, processor, data.heads, targets_of(data.heads, data.train))
+    resolved = resolve_heads(config.model, body_config, processor, data.heads, targets_by_head(data.heads, data.train))
     set_seed(args.seed)  # what the body draws depends on no head: what is read of it stays in the cache
     model = load_weights(config, body_config, processor, compute_dtype(args), args.seed)
-    model = with_heads(model, settled, args.seed)
+    model = attach_heads(model, resolved, args.seed)
     parts = prepare(model, config, args, processor)
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
-    every = [data.train.dataset, *(None if one is None else one.dataset for one in (data.evaluation, data.test))]
-    collate = HeadCollator(collator_of(processor, every, args.world_size, facts=False), data.heads)
+    all_datasets = [data.train.dataset, *(None if one is None else one.dataset for one in (data.evaluation, data.test))]
+    collate = HeadCollator(make_collator(processor, all_datasets, args.world_size, with_stats=False), data.heads)
     if first:
-        show_first(data.train, collate, processor, folder, args.train_batch_size)
-    read = reader(config, model, data, collate, args, folder)
+        write_first_head_batch(data.train, collate, processor, folder, args.train_batch_size)
+    read = make_feature_reader(config, model, data, collate, args, folder)
 
-    trainer_of = partial(
+    make_trainer = partial(
         head_trainer, config, model, processor, collate, folder, composed=isinstance(body_config, VLMConfig)
     )
 
-    chosen_by = None
+    calibration_outputs = None
     if data.folds:
-        again = partial(prepare, model, config, args, processor)  # the parts of fresh heads
-        chosen_by, parts = out_of_folds(model, data, read, args, folder, trainer_of, again)
+        rebuild = partial(prepare, model, config, args, processor)  # the parts of fresh heads
+        calibration_outputs, parts = out_of_fold(model, data, read, args, folder, make_trainer, rebuild)
     train, evaluated = read(data.train), None if data.evaluation is None else read(data.evaluation)
     if evaluated is None:
         args.eval_strategy = "no"
-    trainer = trainer_of(train, evaluated, args, folder, parts)
+    trainer = make_trainer(train, evaluated, args, folder, parts)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
     if evaluated is not None:
-        chosen_by = trainer.ask(evaluated)
-    assert chosen_by is not None
-    settle_decisions(model, chosen_by, config)
-    tested = None if data.test is None else trainer.ask(read(data.test))
+        calibration_outputs = trainer.collect_outputs(evaluated)
+    assert calibration_outputs is not None
+    calibrate_heads(model, calibration_outputs, config)
+    tested = None if data.test is None else trainer.collect_outputs(read(data.test))
     measured = data.test or data.evaluation
-    seeing = measured is not None and measured.num_images.any()
-    blank = trainer.ask(read(BlankHeadDataset(measured.dataset, data.heads))) if seeing else None
+    has_images = measured is not None and measured.num_images.any()
+    blank = trainer.collect_outputs(read(BlankHeadDataset(measured.dataset, data.heads))) if has_images else None
     if first:
-        report(folder, model.config.settings, targets_of(data.heads, data.train), chosen_by, tested, blank,
-               out_of_folds=bool(data.folds))  # fmt: skip
+        report(folder, model.config.settings, targets_by_head(data.heads, data.train), calibration_outputs, tested, blank,
+               out_of_fold=bool(data.folds))  # fmt: skip
     trainer.save_model(str(folder / "final"))
     log.info("Done. Ask it:  vlm predict %s --image FILE --prompt PROMPT", folder / "final")
     return folder
@@ -107,7 +107,7 @@ def train_head(
 
 def head_trainer(
     config: RunConfig, model: VLMForPrediction, processor: Any, collate: HeadCollator, folder: Path, train: Any,
-    evaluated: Any, args: TrainingArguments, where: Path, parts: list[Part], *, composed: bool,
+    evaluated: Any, args: TrainingArguments, output_dir: Path, parts: list[Part], *, composed: bool,
 ) -> HeadTrainer:  # fmt: skip
     """What trains on samples, or on what heads read of them.
 
@@ -120,60 +120,65 @@ def head_trainer(
         train: what trains, as `reader` gives it.
         evaluated: what is evaluated on meanwhile; None: nothing.
         args: the run's, or a fold's.
-        where: the folder for measures: the run directory, or a fold's.
+        output_dir: the folder for measures: the run directory, or a fold's.
         parts: the model's.
         composed: whether the body is a model of this framework.
     """
-    cached = isinstance(train, FeatureDataset)
-    records = train.samples if isinstance(train, FeatureDataset) else train
+    cached = isinstance(train, HeadFeatureDataset)
+    records = train.samples if isinstance(train, HeadFeatureDataset) else train
     trainer = HeadTrainer(
-        model=model, processor=processor, args=without_workers(args) if cached else args, parts=parts,
-        base=base_of(config, composed=composed), loss_average="micro_batch",
+        model=model, processor=processor, args=disable_workers(args) if cached else args, parts=parts,
+        base=make_base(config, composed=composed), loss_average="micro_batch",
         sampling="random" if cached else config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
         on_skipped=SkippedRecords(folder, records.dataset, config.dataset, args.world_size),
-        data_collator=lay_out if cached else collate, train_dataset=train, eval_dataset=evaluated,
-        callbacks=[MetricsFile(where), StopAtNaN(), StopWhenAsked(saves=where == folder)],
-        meter=SpeedMeter(args.device, note=NOT_COUNTED, folder=where if args.process_index == 0 else None),
+        data_collator=collate_features if cached else collate, train_dataset=train, eval_dataset=evaluated,
+        callbacks=[MetricsFile(output_dir), StopAtNaN(), SigtermCheckpoint(can_save=output_dir == folder)],
+        meter=SpeedMeter(args.device, note=FLOPS_NOTE, folder=output_dir if args.process_index == 0 else None),
     )  # fmt: skip
-    trainer.add_callback(EpochOrder(lambda: trainer.order))
+    trainer.add_callback(SetSamplerEpoch(lambda: trainer.sampler))
     return trainer
 
 
-def with_heads(model: Any, settled: Any, seed: int) -> VLMForPrediction:
+def attach_heads(model: Any, resolved: Any, seed: int) -> VLMForPrediction:
     """A body with fresh heads, which depend on `seed` alone; or a model with heads, trained as `settled` says."""
     if isinstance(model, VLMForPrediction):
         heads = model.heads.state_dict()
-        model = VLMForPrediction(renewed(settled, model.config.settings), model.body)
+        model = VLMForPrediction(with_checkpoint_scales(resolved, model.config.settings), model.body)
         model.heads.load_state_dict(heads)
         return model
     torch.manual_seed(seed)
-    return VLMForPrediction(settled, model)
+    return VLMForPrediction(resolved, model)
 
 
-def reader(
+def make_feature_reader(
     config: RunConfig, model: VLMForPrediction, data: HeadData, collate: HeadCollator, args: TrainingArguments,
     folder: Path,
 ) -> Callable[[HeadDataset], Any]:  # fmt: skip
     """What makes of samples what the trainer takes: themselves, or where the body stays, what heads read of them."""
-    if not caches(config):
+    if not caches_features(config):
         return lambda dataset: dataset
-    tell = SkippedRecords(folder, data.train.dataset, config.dataset, 1, writes=args.process_index == 0)
-    features: dict[int, Features] = {}
+    on_skipped = SkippedRecords(folder, data.train.dataset, config.dataset, 1, is_writer=args.process_index == 0)
+    features: dict[int, HeadFeatures] = {}
     find = partial(
-        computed, model, body_digest(model), collate=collate, args=args, cache=cache_folder(config.dataset.cache_dir)
+        load_or_compute_features,
+        model,
+        body_digest(model),
+        collate=collate,
+        args=args,
+        cache=resolve_cache_folder(config.dataset.cache_dir),
     )
-    for one in data.every:
-        features[id(one.dataset.sources[0])] = find(one, on_skipped=tell)  # what is held out has the same source
+    for one in data.all_datasets:
+        features[id(one.dataset.sources[0])] = find(one, on_skipped=on_skipped)  # what is held out has the same source
 
-    def read(dataset: HeadDataset) -> FeatureDataset:
+    def read(dataset: HeadDataset) -> HeadFeatureDataset:
         blank = isinstance(dataset, BlankHeadDataset)
         found = find(dataset) if blank else features[id(dataset.dataset.sources[0])]
-        return FeatureDataset(dataset, found, model.config.settings)
+        return HeadFeatureDataset(dataset, found, model.config.settings)
 
     return read
 
 
-def without_workers(args: TrainingArguments) -> TrainingArguments:
+def disable_workers(args: TrainingArguments) -> TrainingArguments:
     """The same, for rows that lie in memory: data workers would take longer to start than to read them."""
     args = copy.copy(args)
     args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
@@ -181,63 +186,72 @@ def without_workers(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
-def out_of_folds(
+def out_of_fold(
     model: VLMForPrediction, data: HeadData, read: Callable[[HeadDataset], Any], args: TrainingArguments, folder: Path,
-    trainer_of: Callable[..., HeadTrainer], prepare_again: Callable[[], list[Part]],
-) -> tuple[dict[str, Said], list[Part]]:  # fmt: skip
+    make_trainer: Callable[..., HeadTrainer], rebuild_parts: Callable[[], list[Part]],
+) -> tuple[dict[str, HeadOutputs], list[Part]]:  # fmt: skip
     """What heads say of records that they were not trained on, fold by fold; afterwards they are fresh again.
 
     Returns:
         Head -> what was said of all records; and the model's parts, which hold the fresh heads.
     """
-    fresh = copy.deepcopy(model.heads.state_dict())
-    said: list[dict[str, Said]] = []
+    initial_state = copy.deepcopy(model.heads.state_dict())
+    head_outputs: list[dict[str, HeadOutputs]] = []
     for number, (rest, held) in enumerate(data.folds):
         log.info("Fold %d of %d", number + 1, len(data.folds))
-        where = folder / "folds" / str(number)
-        where.mkdir(parents=True, exist_ok=True)
-        quiet = copy.copy(args)
-        quiet.output_dir, quiet.eval_strategy, quiet.save_strategy, quiet.report_to = str(where), "no", "no", []
-        renew_heads(model, fresh)
-        trainer = trainer_of(read(rest), None, quiet, where, prepare_again())
+        output_dir = folder / "folds" / str(number)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        fold_args = copy.copy(args)
+        fold_args.output_dir, fold_args.eval_strategy, fold_args.save_strategy, fold_args.report_to = (
+            str(output_dir),
+            "no",
+            "no",
+            [],
+        )
+        reset_heads(model, initial_state)
+        trainer = make_trainer(read(rest), None, fold_args, output_dir, rebuild_parts())
         args.deepspeed_plugin = None  # accelerate keeps that of the first trainer, and refuses it to all others
         trainer.train()
-        said.append(trainer.ask(read(held)))
-    renew_heads(model, fresh)
-    return {one.name: _joined([part[one.name] for part in said]) for one in model.config.settings}, prepare_again()
+        head_outputs.append(trainer.collect_outputs(read(held)))
+    reset_heads(model, initial_state)
+    return {
+        one.name: _concatenate_outputs([part[one.name] for part in head_outputs]) for one in model.config.settings
+    }, rebuild_parts()
 
 
-def renew_heads(model: VLMForPrediction, state: dict[str, torch.Tensor]) -> None:
+def reset_heads(model: VLMForPrediction, state: dict[str, torch.Tensor]) -> None:
     """Give a model new heads with these weights: none that an earlier optimiser or rank still holds on to."""
     width = model.config.get_text_config().hidden_size
-    model.heads = torch.nn.ModuleDict({one.name: built_head(one, width) for one in model.config.settings})
+    model.heads = torch.nn.ModuleDict({one.name: make_head(one, width) for one in model.config.settings})
     model.heads.load_state_dict(state)
 
 
-def _joined(parts: Sequence[Said]) -> Said:
+def _concatenate_outputs(parts: Sequence[HeadOutputs]) -> HeadOutputs:
     """What was said of several sets of samples, as of one."""
     sizes = [len(part.outputs) for part in parts]
-    compared = [part.compared for part in parts if part.compared is not None]
-    return Said(
+    ranking_groups = [part.ranking_groups for part in parts if part.ranking_groups is not None]
+    return HeadOutputs(
         np.concatenate([part.outputs for part in parts]),
         np.concatenate([part.targets for part in parts]),
-        np.concatenate(compared) if compared else None,
+        np.concatenate(ranking_groups) if ranking_groups else None,
         loss=float(np.average([part.loss for part in parts], weights=sizes)),
     )
 
 
-def settle_decisions(model: VLMForPrediction, said: dict[str, Said], config: RunConfig) -> None:
+def calibrate_heads(model: VLMForPrediction, head_outputs: dict[str, HeadOutputs], config: RunConfig) -> None:
     """Choose each head's temperature and threshold by what it says of the evaluation records."""
-    asked = heads_of(config.model.head)
-    settled = []
+    requested_heads = get_heads(config.model.head)
+    resolved = []
     for one in model.config.settings:
-        found = said[one.name]
-        chosen = calibrate(one.task, found.outputs, found.targets, asked[one.name].threshold_by)
-        settled.append(asdict(replace(one, temperature=chosen.temperature, threshold=chosen.threshold)))
-    model.config.heads = settled
+        found = head_outputs[one.name]
+        chosen = calibrate(one.task, found.outputs, found.targets, requested_heads[one.name].threshold_by)
+        resolved.append(asdict(replace(one, temperature=chosen.temperature, threshold=chosen.threshold)))
+    model.config.heads = resolved
 
 
-def show_first(dataset: HeadDataset, collate: HeadCollator, processor: Any, folder: Path, number: int) -> None:
+def write_first_head_batch(
+    dataset: HeadDataset, collate: HeadCollator, processor: Any, folder: Path, number: int
+) -> None:
     """`first_batch.html`: the first prompts as the model sees them."""
     items = [dataset[index] for index in range(min(number, len(dataset), 8))]
     batch = collate.collate([{key: value for key, value in one.items() if key not in ("targets", "group")}

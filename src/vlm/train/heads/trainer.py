@@ -10,18 +10,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.trainer_utils import speed_metrics
 
-from vlm.data.batching.collator import SKIPPED
-from vlm.data.batching.samplers import GROUPED, TogetherSampler
-from vlm.data.encoding.labels import IGNORED
+from vlm.data.batching.collator import SKIPPED_KEY
+from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH, GroupSampler
+from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.head_metrics import scores
 from vlm.models.head_losses import head_loss
-from vlm.train.arguments import order_seed
+from vlm.train.arguments import sampler_seed
 from vlm.train.trainer import VLMTrainer
 
 
 @dataclass(frozen=True)
-class Said:
+class HeadOutputs:
     """What a head says of samples that have a label.
 
     Attributes:
@@ -33,14 +33,14 @@ class Said:
 
     outputs: np.ndarray
     targets: np.ndarray
-    compared: np.ndarray | None
+    ranking_groups: np.ndarray | None
     loss: float
 
 
 class HeadTrainer(VLMTrainer):
     """Trains heads, and whatever else of their model trains. Losses are means over samples of each micro-batch."""
 
-    ROWS = "groups"
+    ROW_KEY = "groups"
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
@@ -51,19 +51,19 @@ class HeadTrainer(VLMTrainer):
         They are in a batch without any reply too, so that every rank's backward pass runs through the same modules.
         """
         if self.model.config.generation_weight and "labels" not in inputs:
-            nothing = torch.full_like(inputs["input_ids"], IGNORED)
+            nothing = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
             inputs = {**inputs, "labels": nothing, "prompt_mask": inputs["attention_mask"]}
-        outputs = model(**as_arguments(inputs))
+        outputs = model(**to_forward_kwargs(inputs))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As usual; rows that a ranking compares stand together, so that batches have pairs."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        ranks = any(one.task == "pairwise" for one in self.model.config.settings)
-        if not ranks or self.sampling == GROUPED or (dataset.group_numbers < 0).all():
+        has_ranking_head = any(one.task == "pairwise" for one in self.model.config.settings)
+        if not has_ranking_head or self.sampling == GROUP_BY_MODALITY_LENGTH or (dataset.group_indices < 0).all():
             return super()._get_train_sampler(train_dataset)
-        self.order = TogetherSampler(dataset.group_numbers.tolist(), order_seed(self.args))
-        return self.order
+        self.sampler = GroupSampler(dataset.group_indices.tolist(), sampler_seed(self.args))
+        return self.sampler
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -71,13 +71,13 @@ class HeadTrainer(VLMTrainer):
         """Loss and measures of each head, without intervals; `eval_<head>_<measure>` where there are several."""
         start = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        said = self.ask(dataset)
+        head_outputs = self.collect_outputs(dataset)
         metrics = {}
         for one in self.model.config.settings:
-            found = said[one.name]
-            prefix = metric_key_prefix if len(said) == 1 else f"{metric_key_prefix}_{one.name}"
+            found = head_outputs[one.name]
+            prefix = metric_key_prefix if len(head_outputs) == 1 else f"{metric_key_prefix}_{one.name}"
             measured = scores(
-                one.task, found.outputs, found.targets, Calibration(), groups=found.compared, num_resamples=0
+                one.task, found.outputs, found.targets, Calibration(), groups=found.ranking_groups, num_resamples=0
             )
             metrics[f"{prefix}_loss"] = found.loss
             metrics |= {f"{prefix}_{name}": score.value for name, score in measured.items() if score.value is not None}
@@ -86,7 +86,7 @@ class HeadTrainer(VLMTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def ask(self, dataset: Any) -> dict[str, Said]:
+    def collect_outputs(self, dataset: Any) -> dict[str, HeadOutputs]:
         """What each head says of every sample of a dataset that has a label for it, in order."""
         gathered: list[dict[str, Any]] = []
         loader = self.get_eval_dataloader(dataset)
@@ -94,19 +94,19 @@ class HeadTrainer(VLMTrainer):
         for batch in tqdm(
             loader, "evaluating", leave=False, disable=self.args.disable_tqdm or not self.args.should_save
         ):
-            for one in batch.pop(SKIPPED, []):
-                raise one.refusal()
+            for one in batch.pop(SKIPPED_KEY, []):
+                raise one.as_error()
             inputs = self._prepare_inputs(batch)
-            arguments = as_arguments(inputs)
+            arguments = to_forward_kwargs(inputs)
             for name in ("labels", "groups", "text_labels"):
                 arguments.pop(name, None)
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = self.model(**arguments).outputs
             part = {"outputs": outputs, "targets": inputs["targets"], "groups": inputs["groups"]}
             gathered.append(self.accelerator.gather_for_metrics(part))
-        return {one.name: self._said(one, gathered) for one in self.model.config.settings}
+        return {one.name: self._make_head_outputs(one, gathered) for one in self.model.config.settings}
 
-    def _said(self, one: Any, gathered: list[dict[str, Any]]) -> Said:
+    def _make_head_outputs(self, one: Any, gathered: list[dict[str, Any]]) -> HeadOutputs:
         """What one head says, out of gathered batches."""
         outputs = torch.cat([part["outputs"][one.name] for part in gathered]).float().cpu()
         targets = torch.cat([part["targets"][one.name] for part in gathered]).float().cpu()
@@ -117,13 +117,13 @@ class HeadTrainer(VLMTrainer):
             one.task, one.loss, (outputs - one.shift) / one.scale, (targets - one.shift) / one.scale, groups=groups,
             weights=one.class_weights, options=one.loss_options,
         )  # fmt: skip
-        return Said(
+        return HeadOutputs(
             outputs.double().numpy(), (targets if one.task == "multilabel" else targets[:, 0]).double().numpy(),
             groups.numpy() if one.task == "pairwise" else None, loss.item(),
         )  # fmt: skip
 
 
-def as_arguments(batch: dict[str, Any]) -> dict[str, Any]:
+def to_forward_kwargs(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch as the model's `forward` takes it."""
     names = {"targets": "labels", "labels": "text_labels"}
     return {names.get(name, name): value for name, value in batch.items()}

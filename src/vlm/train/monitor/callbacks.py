@@ -16,7 +16,7 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
-        self.plot, self.speed_plot = folder / "loss.png", folder / "speed.png"
+        self.loss_plot_path, self.speed_plot_path = folder / "loss.png", folder / "speed.png"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """A resumed run forgets what was logged after the checkpoint; a new one begins anew."""
@@ -34,22 +34,22 @@ class MetricsFile(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """Redraw."""
-        self._draw(state)
+        self._draw_plots(state)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """Redraw."""
-        self._draw(state)
+        self._draw_plots(state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """Redraw."""
-        self._draw(state)
+        self._draw_plots(state)
 
-    def _draw(self, state: TrainerState) -> None:
+    def _draw_plots(self, state: TrainerState) -> None:
         if state.is_world_process_zero and self.path.exists():
             metrics = read_metrics(self.path)
-            draw_loss(metrics, self.plot)
+            draw_loss(metrics, self.loss_plot_path)
             if any("samples_per_second" in line for line in metrics):
-                draw_speed(metrics, self.speed_plot)
+                draw_speed(metrics, self.speed_plot_path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -69,34 +69,34 @@ class StopAtNaN(TrainerCallback):
             )
 
 
-class SampleAnswers(TrainerCallback):
+class SampleGenerationCallback(TrainerCallback):
     """Lets the model answer some samples at each evaluation and at the end; every rank takes part."""
 
-    def __init__(self, answer: Callable[[int], None]):
-        self.answer = answer
-        self.answered_at = -1
+    def __init__(self, generate: Callable[[int], None]):
+        self.generate = generate
+        self.last_generated_step = -1
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """Answer, once a step."""
-        self._answer(state.global_step)
+        self._generate(state.global_step)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """Answer, unless the last evaluation just did."""
-        self._answer(state.global_step)
+        self._generate(state.global_step)
 
-    def _answer(self, step: int) -> None:
-        if step != self.answered_at:
-            self.answer(step)
-            self.answered_at = step
+    def _generate(self, step: int) -> None:
+        if step != self.last_generated_step:
+            self.generate(step)
+            self.last_generated_step = step
 
 
-class EpochOrder(TrainerCallback):
+class SetSamplerEpoch(TrainerCallback):
     """Tells a sampler the epoch, also where wrappers of a resumed loader would not pass it on."""
 
-    def __init__(self, sampler_of: Callable[[], Any]):
-        self.sampler_of = sampler_of
+    def __init__(self, get_sampler: Callable[[], Any]):
+        self.get_sampler = get_sampler
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
         """The epoch is the whole part of how far the run is."""
-        if self.sampler_of() is not None:
-            self.sampler_of().set_epoch(int(state.epoch or 0))
+        if self.get_sampler() is not None:
+            self.get_sampler().set_epoch(int(state.epoch or 0))

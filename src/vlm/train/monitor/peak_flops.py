@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-DATA_SHEETS = {
+DATA_SHEET_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
     "B100": 1800.0,
@@ -38,10 +38,10 @@ DATA_SHEETS = {
 """Part of a GPU's name -> TFLOP/s of dense bfloat16 matrix products with float32 sums, as its data sheet says, of an
 MI250X for the one of its two dies that is a device. The longest name that fits is taken."""
 
-SMALLER = {"LAPTOP", "MIG"}
+REDUCED_DEVICE_WORDS = {"LAPTOP", "MIG"}
 """Words in the name of a device that is less than its data sheet: part of a GPU, or one with less power."""
 
-SECONDS = 0.3
+MEASURE_SECONDS = 0.3
 """How long a device that is not in the table is measured."""
 
 
@@ -58,48 +58,50 @@ class Peak:
     source: str
 
 
-def peak_of(device: torch.device, dtype: torch.dtype, given: float | None) -> Peak:
+def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | None) -> Peak:
     """The peak of a device: as given, from the table, or measured.
 
     Args:
         device: what the model is on.
         dtype: what matrix products run in, where it is measured.
-        given: `trainer.peak_tflops`.
+        override: `trainer.peak_tflops`.
     """
-    if given is not None:
-        return Peak(given, "trainer.peak_tflops")
+    if override is not None:
+        return Peak(override, "trainer.peak_tflops")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if (known := in_table(name)) is not None:
+    if (known := data_sheet_tflops(name)) is not None:
         return Peak(known, f"data sheet of {name}, dense bfloat16")
     precision = str(dtype).removeprefix("torch.")
-    return Peak(measured(device, dtype), f"measured: a matrix product in {precision} on this {name or device.type}")
+    return Peak(
+        measure_tflops(device, dtype), f"measured: a matrix product in {precision} on this {name or device.type}"
+    )
 
 
-def in_table(name: str) -> float | None:
+def data_sheet_tflops(name: str) -> float | None:
     """What the table says of a GPU by its name, or None, as where the device is only a part of one."""
     words = f" {name.upper().replace('-', ' ')} "
-    if SMALLER.intersection(words.split()):
+    if REDUCED_DEVICE_WORDS.intersection(words.split()):
         return None
-    fitting = [known for known in DATA_SHEETS if f" {known} " in words]
-    return DATA_SHEETS[max(fitting, key=len)] if fitting else None
+    fitting = [known for known in DATA_SHEET_TFLOPS if f" {known} " in words]
+    return DATA_SHEET_TFLOPS[max(fitting, key=len)] if fitting else None
 
 
-def measured(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
+def measure_tflops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURE_SECONDS) -> float:
     """TFLOP/s of the best of several square matrix products, repeated for so many seconds."""
     side = 8192 if device.type == "cuda" else 1024
     one, two = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(one)
     torch.mm(one, two, out=out)  # kernels are chosen
-    _wait_for(device)
+    _synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(one, two, out=out)
-        _wait_for(device)
+        _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best / 1e12
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -11,26 +11,26 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from vlm.data.batching.collator import INDEX, VIDEOS
-from vlm.data.batching.packing import LENGTHS
-from vlm.data.encoding.labels import IGNORED
-from vlm.data.pages import page, thumbnail, tokens_as_html
+from vlm.data.batching.collator import IMAGE_INDEX, VIDEO_INPUT
+from vlm.data.batching.packing import SEQUENCE_STARTS
+from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.pages import render_page, thumbnail, tokens_as_html
 
-CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
+LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
 
-RATES = {
+THROUGHPUT_CURVES = {
     "tokens_per_second": "tokens",
     "supervised_tokens_per_second": "supervised tokens",
     "samples_per_second": "samples",
 }
-SHARES = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "model FLOPs utilisation"}
+SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "model FLOPs utilisation"}
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """The losses over the steps, as a PNG."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label in CURVES.items():
+    for key, label in LOSS_CURVES.items():
         points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="" if key == "loss" else "o")
@@ -46,7 +46,7 @@ def draw_speed(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Tokens a second (of a head, samples) over the steps, and the shares of padding and waiting, as a PNG."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    for axes, curves in ((above, RATES), (below, SHARES)):
+    for axes, curves in ((above, THROUGHPUT_CURVES), (below, SHARE_CURVES)):
         for key, label in curves.items():
             points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
             if points and (key != "samples_per_second" or not axes.lines):
@@ -65,51 +65,53 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
     pictures = folder / "first_batch"
     pictures.mkdir(parents=True, exist_ok=True)
     names = []
-    for index, pixels in enumerate(_as_pictures(batch, processor)):
+    for index, pixels in enumerate(_normalised_images(batch, processor)):
         names.append(f"first_batch/{index}.png")
-        picture_of(pixels, processor.image_processor).save(folder / names[-1])
+        image_ref_from_value(pixels, processor.image_processor).save(folder / names[-1])
     waiting = iter(names)
     rows = []
-    if processor.needs_sizes and names:  # as many as an image has tiles: which row each belongs to is not known here
+    if (
+        processor.needs_image_sizes and names
+    ):  # as many as an image has tiles: which row each belongs to is not known here
         rows.append("".join(f'<img src="{name}" alt="">' for name in waiting))
-    for ids, labels, mask in rows_of(batch):
+    for ids, labels, mask in iterate_rows(batch):
         images = ""
-        if names and not processor.needs_sizes:  # none where features were read in place of pictures
+        if names and not processor.needs_image_sizes:  # none where features were read in place of pictures
             number = int((ids == processor.image_token_id).sum()) // processor.tokens_per_image
             images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
-        supervised = int((labels != IGNORED).sum())
+        supervised = int((labels != IGNORE_INDEX).sum())
         facts = f"{int(mask.sum())} tokens, {supervised} supervised, {len(mask) - int(mask.sum())} padding"
         tokens = tokens_as_html(ids.tolist(), labels.tolist(), mask.tolist(), processor)
         rows.append(f"{images}<p><small>{facts}</small></p><p>{tokens}</p>")
-    html = page("First batch", "As the model sees it. <mark>Marked</mark> tokens are supervised.", rows)
+    html = render_page("First batch", "As the model sees it. <mark>Marked</mark> tokens are supervised.", rows)
     (folder / "first_batch.html").write_text(html, encoding="utf-8")
 
 
-def rows_of(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def iterate_rows(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Ids, labels and mask of each row of a batch; of a packed one, of each sample."""
-    if LENGTHS not in batch:
+    if SEQUENCE_STARTS not in batch:
         yield from zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
         return
-    for start, end in pairwise(batch[LENGTHS].tolist()):
+    for start, end in pairwise(batch[SEQUENCE_STARTS].tolist()):
         ids = batch["input_ids"][0, start:end]
         yield ids, batch["labels"][0, start:end], torch.ones_like(ids)
 
 
-def _as_pictures(batch: dict[str, Tensor], processor: Any) -> Sequence[Tensor]:
+def _normalised_images(batch: dict[str, Tensor], processor: Any) -> Sequence[Tensor]:
     """Normalised pictures, tiles and frames of a batch, each `(3, height, width)`.
 
     None where the model reads loose patches. Of several visual encoders, as the first one sees them.
     """
     found: list[Tensor] = []
-    for name in ("pixel_values", VIDEOS):
+    for name in ("pixel_values", VIDEO_INPUT):
         pixels = batch.get(name)
         if pixels is not None and pixels.ndim >= 4 and pixels.shape[-3] % 3 == 0:
             seen = processor.normalise(pixels.reshape(-1, *pixels.shape[-3:]))[:, :3]
-            found += seen[batch[INDEX]] if INDEX in batch else seen
+            found += seen[batch[IMAGE_INDEX]] if IMAGE_INDEX in batch else seen
     return found
 
 
-def picture_of(pixels: Tensor, image_processor: Any) -> Image.Image:
+def image_ref_from_value(pixels: Tensor, image_processor: Any) -> Image.Image:
     """Normalised pixels `(3, height, width)` as a picture again."""
     mean, std = (
         pixels.new_tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
@@ -117,7 +119,9 @@ def picture_of(pixels: Tensor, image_processor: Any) -> Image.Image:
     return to_pil_image((pixels * std + mean).clamp(0, 1).float().cpu())
 
 
-def write_answers(step: int, rows: Sequence[tuple[str, str, str, Image.Image | None]], folder: Path) -> None:
+def append_sample_generations(
+    step: int, rows: Sequence[tuple[str, str, str, Image.Image | None]], folder: Path
+) -> None:
     """Append to `samples.md` what the model answered at a step.
 
     Args:

@@ -19,27 +19,27 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from transformers import TrainerCallback, TrainerState
 
 from vlm.config.schema import HEAD, PARTS
-from vlm.families.table import part_names
-from vlm.train.monitor.speed import BETWEEN
+from vlm.families.table import get_part_names
+from vlm.train.monitor.speed import BETWEEN_STEPS
 
 log = logging.getLogger(__name__)
 
-BEFORE, WARM_UP, ACTIVE = 2, 1, 4
+SKIPPED_STEPS, WARMUP_STEPS, ACTIVE_STEPS = 2, 1, 4
 """Steps that are passed over, that the profiler warms up in, and that are in the trace."""
 
-DATA_WAIT, LOSS, OPTIMISER, OTHER = "data wait", "loss", "optimiser", "everything else"
-STEP = "ProfilerStep"
-GRADIENT = "autograd::engine::evaluate_function: "
-UPDATE = "Optimizer.step#"
-BACKWARD = 1
+DATA_WAIT, LOSS, OPTIMISER_ROW, OTHER_ROW = "data wait", "loss", "optimiser", "everything else"
+STEP_EVENT_PREFIX = "ProfilerStep"
+GRADIENT_EVENT_PREFIX = "autograd::engine::evaluate_function: "
+OPTIMISER_EVENT_PREFIX = "Optimizer.step#"
+BACKWARD_SCOPE = 1
 """The scope of gradients' own operations, as `torch.profiler` numbers it."""
 
-OPERATORS = 40
+NUM_OPERATORS = 40
 """So many operators are in the table."""
 
 
-class Profile(TrainerCallback):
-    """Profiles steps `BEFORE + WARM_UP + 1` and the `ACTIVE - 1` behind it, counted from where the run begins.
+class ProfilerCallback(TrainerCallback):
+    """Profiles steps `BEFORE + WARMUP_STEPS + 1` and the `ACTIVE - 1` behind it, counted from where the run begins.
 
     Args:
         folder: where `trace.json.gz` and `table.txt` go.
@@ -58,10 +58,10 @@ class Profile(TrainerCallback):
         for name, modules in self.parts.items():
             for module in modules:
                 ranges: list[Any] = []
-                self.hooks.append(module.register_forward_pre_hook(_opening(name, ranges)))
-                self.hooks.append(module.register_forward_hook(_closing(ranges), always_call=True))
+                self.hooks.append(module.register_forward_pre_hook(_open_range_hook(name, ranges)))
+                self.hooks.append(module.register_forward_hook(_close_range_hook(ranges), always_call=True))
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if args.device.type == "cuda" else [])]
-        plan = schedule(wait=BEFORE, warmup=WARM_UP, active=ACTIVE, repeat=1)
+        plan = schedule(wait=SKIPPED_STEPS, warmup=WARMUP_STEPS, active=ACTIVE_STEPS, repeat=1)
         self.running = profile(activities=kinds, schedule=plan, on_trace_ready=self._write)
         self.running.start()
 
@@ -73,7 +73,7 @@ class Profile(TrainerCallback):
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)  # what a step started belongs to it
         self.running.step()
-        if self.steps == BEFORE + WARM_UP + ACTIVE:
+        if self.steps == SKIPPED_STEPS + WARMUP_STEPS + ACTIVE_STEPS:
             self._stop()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
@@ -82,7 +82,7 @@ class Profile(TrainerCallback):
         if not self.written:
             log.warning(
                 "trainer.profile=true: this run had %d steps; the first %d are not in a profile, so there is none",
-                self.steps, BEFORE + WARM_UP,
+                self.steps, SKIPPED_STEPS + WARMUP_STEPS,
             )  # fmt: skip
 
     def _stop(self) -> None:
@@ -92,14 +92,14 @@ class Profile(TrainerCallback):
             for hook in self.hooks:
                 hook.remove()
 
-    def _write(self, found: profile) -> None:
+    def _write(self, finished_profile: profile) -> None:
         """Leave trace and table, where steps are in them."""
-        steps = self.steps - BEFORE - WARM_UP
+        steps = self.steps - SKIPPED_STEPS - WARMUP_STEPS
         if steps < 1:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        text = profile_table(found, list(self.parts), steps)
+        finished_profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        text = profile_table(finished_profile, list(self.parts), steps)
         (self.folder / "table.txt").write_text(text, encoding="utf-8")
         log.info("Profile of %d steps: %s\n\n%s", steps, self.folder, text.split("\n\n")[0])
         self.written = True
@@ -107,18 +107,18 @@ class Profile(TrainerCallback):
 
 def part_modules(model: Any) -> dict[str, list[nn.Module]]:
     """Part -> the modules that are called for it, of a model as the table of families has it."""
-    found: dict[str, list[nn.Module]] = {}
+    finished_profile: dict[str, list[nn.Module]] = {}
     modules = dict(model.named_modules())
-    for prefix, part in part_names(model.config).prefixes.items():
+    for prefix, part in get_part_names(model.config).prefixes.items():
         if (module := modules.get(prefix.removesuffix("."))) is not None:
-            found.setdefault(part, []).extend(module if isinstance(module, nn.ModuleList) else [module])
+            finished_profile.setdefault(part, []).extend(module if isinstance(module, nn.ModuleList) else [module])
     decoder = model.get_decoder()  # it is called by itself where logits are computed in pieces
-    if not any(decoder is module for module in found["language_model"]):
-        found["language_model"].append(decoder)
-    return {part: found[part] for part in (*PARTS, HEAD) if part in found}
+    if not any(decoder is module for module in finished_profile["language_model"]):
+        finished_profile["language_model"].append(decoder)
+    return {part: finished_profile[part] for part in (*PARTS, HEAD) if part in finished_profile}
 
 
-def _opening(name: str, ranges: list[Any]) -> Any:
+def _open_range_hook(name: str, ranges: list[Any]) -> Any:
     """A hook before a module's call: a range of this name begins."""
 
     def open_range(module: nn.Module, args: Any) -> None:
@@ -128,7 +128,7 @@ def _opening(name: str, ranges: list[Any]) -> Any:
     return open_range
 
 
-def _closing(ranges: list[Any]) -> Any:
+def _close_range_hook(ranges: list[Any]) -> Any:
     """A hook behind a module's call: its range ends."""
 
     def close_range(module: nn.Module, args: Any, output: Any) -> None:
@@ -137,65 +137,65 @@ def _closing(ranges: list[Any]) -> Any:
     return close_range
 
 
-def profile_table(found: profile, parts: Sequence[str], steps: int) -> str:
+def profile_table(finished_profile: profile, parts: Sequence[str], steps: int) -> str:
     """Where the time of so many steps went: by part, and by operator."""
-    rows, whole, on_device = times(found.events() or [], parts)
+    rows, whole, on_device = time_by_part(finished_profile.events() or [], parts)
     lines = [f"{'':32}{'ms a step':>12}{'share':>9}" + (f"{'GPU ms a step':>16}" if on_device else "")]
     for name, (host, device) in rows.items():
         line = f"{name:32}{host / steps / 1e3:12.2f}{host / whole:9.1%}"
         lines.append(line + (f"{device / steps / 1e3:16.2f}" if on_device else ""))
     lines.append(f"{'whole step':32}{whole / steps / 1e3:12.2f}{1:9.1%}")
     by = "self_device_time_total" if on_device else "self_cpu_time_total"
-    operators = found.key_averages().table(sort_by=by, row_limit=OPERATORS, max_name_column_width=60)
+    operators = finished_profile.key_averages().table(sort_by=by, row_limit=NUM_OPERATORS, max_name_column_width=60)
     return "\n".join(lines) + f"\n\n{operators}\n"
 
 
-def times(events: Iterable[Any], parts: Sequence[str]) -> tuple[dict[str, tuple[float, float]], float, bool]:
+def time_by_part(events: Iterable[Any], parts: Sequence[str]) -> tuple[dict[str, tuple[float, float]], float, bool]:
     """Microseconds on the host and of kernels, by what they were spent on; of whole steps; and whether there is a GPU.
 
     Args:
         events: of a profiler, see `torch.autograd.profiler_util.FunctionEvent`.
         parts: names of the ranges that parts ran in. Of a range within another, the time is counted in the inner one.
     """
-    every, between = without_breaks(events)
-    events = [one for one in every if _on_host(one)]
-    kernels = [one for one in every if not _on_host(one) and not one.is_user_annotation]
-    calls = Calls([one for one in events if one.name in (*parts, LOSS)])
+    every, between = exclude_between_steps(events)
+    events = [one for one in every if _is_host_event(one)]
+    kernels = [one for one in every if not _is_host_event(one) and not one.is_user_annotation]
+    calls = CallTree([one for one in events if one.name in (*parts, LOSS)])
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for one, host, device in calls.own_times():
+    for one, host, device in calls.self_times():
         _add(spent[f"{one.name} forward"], host, device)
-    learnt = calls.by_number(events)
+    part_by_number = calls.parts_by_sequence_number(events)
     for one in events:
-        if one.name.startswith(GRADIENT) and one.sequence_nr in learnt:
-            _add(spent[f"{learnt[one.sequence_nr]} backward"], one.cpu_time_total, one.device_time_total)
-        elif one.name == DATA_WAIT or one.name.startswith(UPDATE):
-            name = DATA_WAIT if one.name == DATA_WAIT else OPTIMISER
+        if one.name.startswith(GRADIENT_EVENT_PREFIX) and one.sequence_nr in part_by_number:
+            _add(spent[f"{part_by_number[one.sequence_nr]} backward"], one.cpu_time_total, one.device_time_total)
+        elif one.name == DATA_WAIT or one.name.startswith(OPTIMISER_EVENT_PREFIX):
+            name = DATA_WAIT if one.name == DATA_WAIT else OPTIMISER_ROW
             _add(spent[name], one.cpu_time_total, one.device_time_total)
-    names = [DATA_WAIT, *(f"{one} {way}" for one in (*parts, LOSS) for way in ("forward", "backward")), OPTIMISER]
+    names = [DATA_WAIT, *(f"{one} {way}" for one in (*parts, LOSS) for way in ("forward", "backward")), OPTIMISER_ROW]
     rows = {name: (spent[name][0], spent[name][1]) for name in names if name in spent}
-    whole = sum(one.time_range.elapsed_us() for one in events if one.name.startswith(STEP)) - between
+    whole = sum(one.time_range.elapsed_us() for one in events if one.name.startswith(STEP_EVENT_PREFIX)) - between
     busy = sum(one.time_range.elapsed_us() for one in kernels)
     known = [sum(row[side] for row in rows.values()) for side in (0, 1)]
-    rows[OTHER] = (max(whole - known[0], 0.0), max(busy - known[1], 0.0))
+    rows[OTHER_ROW] = (max(whole - known[0], 0.0), max(busy - known[1], 0.0))
     return rows, whole, bool(kernels)
 
 
-def without_breaks(events: Iterable[Any]) -> tuple[list[Any], float]:
+def exclude_between_steps(events: Iterable[Any]) -> tuple[list[Any], float]:
     """The events that are not part of what a run did between its steps, and how many microseconds that took."""
     every = list(events)
     breaks = sorted(
-        (one.time_range.start, one.time_range.end) for one in every if one.name == BETWEEN and _on_host(one)
+        (one.time_range.start, one.time_range.end) for one in every if one.name == BETWEEN_STEPS and _is_host_event(one)
     )
     starts = [start for start, _ in breaks]
 
-    def in_break(moment: float) -> bool:
-        place = bisect_right(starts, moment) - 1
-        return place >= 0 and moment < breaks[place][1]
+    def in_break(timestamp: float) -> bool:
+        index = bisect_right(starts, timestamp) - 1
+        return index >= 0 and timestamp < breaks[index][1]
 
     return [one for one in every if not in_break(one.time_range.start)], sum(end - start for start, end in breaks)
 
 
-class Calls:
+class CallTree:
     """The calls of parts in a profile, some within others.
 
     Args:
@@ -205,41 +205,41 @@ class Calls:
     def __init__(self, events: Iterable[Any]):
         self.events = sorted(events, key=lambda one: (one.time_range.start, -one.time_range.end))
         self.starts = [one.time_range.start for one in self.events]
-        self.around: list[int] = []
-        for place, one in enumerate(self.events):
-            self.around.append(self._innermost(place - 1, one.time_range.start))
+        self.enclosing: list[int] = []
+        for index, one in enumerate(self.events):
+            self.enclosing.append(self._innermost(index - 1, one.time_range.start))
 
-    def _innermost(self, place: int, moment: float) -> int:
+    def _innermost(self, index: int, timestamp: float) -> int:
         """The number of the innermost call at a moment, of those up to `place`; -1: none."""
-        while place >= 0 and self.events[place].time_range.end < moment:
-            place = self.around[place]
-        return place
+        while index >= 0 and self.events[index].time_range.end < timestamp:
+            index = self.enclosing[index]
+        return index
 
-    def own_times(self) -> Iterator[tuple[Any, float, float]]:
+    def self_times(self) -> Iterator[tuple[Any, float, float]]:
         """Each call with the host's and the device's time that is in no call within it."""
         host = [one.cpu_time_total for one in self.events]
         device = [one.device_time_total for one in self.events]
-        for one, around in zip(self.events, self.around, strict=True):
-            if around >= 0:
-                host[around] -= one.cpu_time_total
-                device[around] -= one.device_time_total
+        for one, enclosing in zip(self.events, self.enclosing, strict=True):
+            if enclosing >= 0:
+                host[enclosing] -= one.cpu_time_total
+                device[enclosing] -= one.device_time_total
         yield from zip(self.events, host, device, strict=True)
 
-    def by_number(self, events: Iterable[Any]) -> dict[int, str]:
+    def parts_by_sequence_number(self, events: Iterable[Any]) -> dict[int, str]:
         """Autograd's number of an operation -> the part in whose call it ran.
 
         Operations without a gradient have the number of the next one that has: the last of a number is the one.
         """
         last: dict[int, float] = {}
         for one in events:
-            if one.sequence_nr >= 0 and one.scope != BACKWARD and not one.name.startswith(GRADIENT):
+            if one.sequence_nr >= 0 and one.scope != BACKWARD_SCOPE and not one.name.startswith(GRADIENT_EVENT_PREFIX):
                 last[one.sequence_nr] = max(one.time_range.start, last.get(one.sequence_nr, 0.0))
-        found = {}
-        for number, moment in last.items():
-            place = self._innermost(bisect_right(self.starts, moment) - 1, moment)
-            if place >= 0:
-                found[number] = self.events[place].name
-        return found
+        finished_profile = {}
+        for number, timestamp in last.items():
+            index = self._innermost(bisect_right(self.starts, timestamp) - 1, timestamp)
+            if index >= 0:
+                finished_profile[number] = self.events[index].name
+        return finished_profile
 
 
 def _add(row: list[float], host: float, device: float) -> None:
@@ -247,5 +247,5 @@ def _add(row: list[float], host: float, device: float) -> None:
     row[1] += device
 
 
-def _on_host(event: Any) -> bool:
+def _is_host_event(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CPU

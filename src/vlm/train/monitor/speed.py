@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.data.batching.stats import BatchFacts
+from vlm.data.batching.stats import BatchStats
 from vlm.train.monitor.flops import StepFlops
 from vlm.train.monitor.peak_flops import Peak
 
 log = logging.getLogger(__name__)
 
 SPEED_FILE = "speed.json"
-BETWEEN = "between steps"
+BETWEEN_STEPS = "between steps"
 """What a profile calls evaluation, saving and logging."""
 
-UNITS = {
+METRIC_LABELS = {
     "tokens_per_second": ("tokens a second, all ranks", ",.0f"),
     "supervised_tokens_per_second": ("supervised tokens a second", ",.0f"),
     "samples_per_second": ("samples a second", ",.2f"),
@@ -43,7 +43,7 @@ UNITS = {
 
 
 @dataclass
-class Counts:
+class StepCounts:
     """What happened in some steps of a rank, or of several.
 
     Attributes:
@@ -62,7 +62,7 @@ class Counts:
     waiting: float = 0
     seconds: float = 0
 
-    def add(self, other: "Counts") -> None:
+    def add(self, other: "StepCounts") -> None:
         """Add those of other steps."""
         for one in fields(self):
             setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
@@ -85,88 +85,88 @@ class SpeedMeter:
     ):  # fmt: skip
         self.device = device
         self.flops, self.peak, self.note, self.folder = flops, peak, note, folder
-        self.lap, self.facts = Counts(), BatchFacts()
-        self.whole, self.whole_facts = Counts(), BatchFacts()
-        self.ranks, self.memory = 1, 0.0
-        self._steps_begun = 0
-        self._running_since: float | None = None
-        self._waiting_since: float | None = None
+        self.interval, self.facts = StepCounts(), BatchStats()
+        self.total_counts, self.total_stats = StepCounts(), BatchStats()
+        self.num_ranks, self.memory = 1, 0.0
+        self._num_steps_begun = 0
+        self._run_start: float | None = None
+        self._wait_start: float | None = None
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
         """Let the clock run, from the second step on."""
-        self._steps_begun += 1
-        if self._steps_begun == 2:
-            self._wait_for_device()
-        if self._steps_begun > 1 and self._running_since is None:
-            self._running_since = time.perf_counter()
+        self._num_steps_begun += 1
+        if self._num_steps_begun == 2:
+            self._synchronize_device()
+        if self._num_steps_begun > 1 and self._run_start is None:
+            self._run_start = time.perf_counter()
 
-    def expect_data(self) -> None:
+    def begin_data_wait(self) -> None:
         """Note that the loop begins to wait for data: an epoch begins."""
-        self._waiting_since = time.perf_counter() if self._running_since is not None else None
+        self._wait_start = time.perf_counter() if self._run_start is not None else None
 
-    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def time_waits(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; the time that each is waited for is counted."""
         while True:
-            start = self._waiting_since or time.perf_counter()
-            self._waiting_since = None
+            start = self._wait_start or time.perf_counter()
+            self._wait_start = None
             try:
                 with torch.profiler.record_function("data wait"):
                     batch = next(batches)
             except StopIteration:
                 return
-            if self._running_since is not None:
-                self.lap.waiting += time.perf_counter() - start
+            if self._run_start is not None:
+                self.interval.waiting += time.perf_counter() - start
             yield batch
 
-    def add(self, batches: Sequence[tuple[BatchFacts, int, int]]) -> None:
+    def add(self, batches: Sequence[tuple[BatchStats, int, int]]) -> None:
         """Count the batches of a step: what each holds, and how many images the encoder and the connector read."""
-        if self._running_since is None or not batches:
+        if self._run_start is None or not batches:
             return
-        self.lap.add(Counts(steps=1, batches=len(batches)))
+        self.interval.add(StepCounts(steps=1, batches=len(batches)))
         for facts, encoded, connected in batches:
             self.facts += facts
-            self.lap.add(Counts(encoded=encoded, connected=connected))
+            self.interval.add(StepCounts(encoded=encoded, connected=connected))
 
-    def stop(self, *, waits: bool = False) -> None:
+    def stop(self, *, wait_for_device: bool = False) -> None:
         """Stop the clock until the next step; with `waits`, once the device is done with what it has to do."""
-        if self._running_since is not None:
-            if waits:
-                self._wait_for_device()
-            self.lap.seconds += time.perf_counter() - self._running_since
-            self._running_since = self._waiting_since = None
+        if self._run_start is not None:
+            if wait_for_device:
+                self._synchronize_device()
+            self.interval.seconds += time.perf_counter() - self._run_start
+            self._run_start = self._wait_start = None
 
-    def _wait_for_device(self) -> None:
+    def _synchronize_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     # --- the numbers ----------------------------------------------------------------------------------------------
 
-    def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def gather_metrics(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Measures of the steps since the last call, over all ranks; every rank has to call it.
 
         Args:
             gather: `(1, N)` of this rank -> `(ranks, N)` of all.
         """
-        own = [*astuple(self.facts), *astuple(self.lap), peak_memory(self.device)]
+        own = [*astuple(self.facts), *astuple(self.interval), peak_memory(self.device)]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         every = gather(torch.tensor([own], dtype=dtype, device=self.device)).cpu()
-        self.ranks, self.memory = len(every), float(every[:, -1].max())
+        self.num_ranks, self.memory = len(every), float(every[:, -1].max())
         sums = every.sum(0).tolist()
-        number = len(fields(BatchFacts))
-        facts, counts = BatchFacts(*map(round, sums[:number])), Counts(*sums[number:-1])
-        counts.steps /= self.ranks
-        self.lap, self.facts = Counts(), BatchFacts()
-        self.whole.add(counts)
-        self.whole_facts += facts
-        return self._measures(facts, counts)
+        number = len(fields(BatchStats))
+        facts, counts = BatchStats(*map(round, sums[:number])), StepCounts(*sums[number:-1])
+        counts.steps /= self.num_ranks
+        self.interval, self.facts = StepCounts(), BatchStats()
+        self.total_counts.add(counts)
+        self.total_stats += facts
+        return self._compute_metrics(facts, counts)
 
-    def _measures(self, facts: BatchFacts, counts: Counts) -> dict[str, float]:
+    def _compute_metrics(self, facts: BatchStats, counts: StepCounts) -> dict[str, float]:
         """What a run logs of some steps; nothing where there were none."""
         if not counts.seconds or not counts.steps:
             return {}
-        seconds = counts.seconds / self.ranks
+        seconds = counts.seconds / self.num_ranks
         found = {"samples_per_second": facts.samples / seconds}
         if facts.positions:
             found = {
@@ -177,26 +177,26 @@ class SpeedMeter:
             }
         found["data_wait_share"] = counts.waiting / counts.seconds
         if self.flops is not None:
-            operations = self.flops.of(facts, counts.encoded, counts.connected, counts.batches)
+            operations = self.flops.total(facts, counts.encoded, counts.connected, counts.batches)
             found["tflops_per_second"] = operations / counts.seconds / 1e12
             if self.peak is not None:
                 found["mfu"] = found["tflops_per_second"] / self.peak.tflops
         return {**found, "peak_memory_gib": self.memory}
 
-    def finish(self, last_step: int) -> None:
+    def write_summary(self, last_step: int) -> None:
         """Write the measures of the whole call into the log and `speed.json`.
 
         Args:
             last_step: the number of the last update.
         """
-        found = self._measures(self.whole_facts, self.whole)
+        found = self._compute_metrics(self.total_stats, self.total_counts)
         if self.folder is None:
             return
         if not found:
             log.info("Speed: not measured, since the first step is left out and there is no other")
             return
-        steps = round(self.whole.steps)
-        seconds = self.whole.seconds / self.ranks
+        steps = round(self.total_counts.steps)
+        seconds = self.total_counts.seconds / self.num_ranks
         found["seconds_per_step"] = seconds / steps
         about = f"steps {last_step - steps + 1} to {last_step} ({seconds:.1f} s; the first step is left out)"
         log.info("Speed of %s:\n\n%s\n", about, speed_table(found))
@@ -206,10 +206,10 @@ class SpeedMeter:
             "first_step": last_step - steps + 1,
             "last_step": last_step,
             "seconds": seconds,
-            "ranks": self.ranks,
+            "ranks": self.num_ranks,
             "device": device_name(self.device),
             **found,
-            "whole": {**asdict(self.whole_facts), **asdict(self.whole)},
+            "whole": {**asdict(self.total_stats), **asdict(self.total_counts)},
             "flops": self.flops and asdict(self.flops),
             "flops_note": self.note,
             "peak": self.peak and asdict(self.peak),
@@ -219,7 +219,7 @@ class SpeedMeter:
 
 def speed_table(measures: dict[str, float]) -> str:
     """Measures as a table, in the order of `UNITS`."""
-    rows = [(words, format(measures[name], how)) for name, (words, how) in UNITS.items() if name in measures]
+    rows = [(words, format(measures[name], how)) for name, (words, how) in METRIC_LABELS.items() if name in measures]
     left, right = (max(len(row[side]) for row in rows) for side in (0, 1))
     return "\n".join(f"{words.ljust(left)}  {value.rjust(right)}" for words, value in rows)
 

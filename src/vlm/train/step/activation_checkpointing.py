@@ -11,11 +11,13 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.config.schema import PARTS, TrainerOptions
-from vlm.families.table import part_names
+from vlm.families.table import get_part_names
 from vlm.train.parts import Part
 
 
-def checkpoint_parts(model: Any, parts: Sequence[Part], trainer: TrainerOptions, args: TrainingArguments) -> None:
+def enable_activation_checkpointing(
+    model: Any, parts: Sequence[Part], trainer: TrainerOptions, args: TrainingArguments
+) -> None:
     """Let the layers of some parts be computed anew, as `trainer.activation_checkpointing` and its keys say.
 
     `args.activation_checkpointing` is false afterwards: `Trainer` would put it on every layer, and a gradient on the
@@ -32,22 +34,22 @@ def checkpoint_parts(model: Any, parts: Sequence[Part], trainer: TrainerOptions,
     """
     if not args.activation_checkpointing:
         return
-    flowing = with_gradient(parts)
+    with_flowing_gradient = parts_with_gradient(parts)
     named = trainer.checkpointed_parts
     for name in named or ():
-        if name not in flowing:
+        if name not in with_flowing_gradient:
             raise ValueError(
                 f"trainer.checkpointed_parts={named}: no gradient flows through the {name}, so that it keeps nothing; "
-                f"name of {', '.join(flowing) or 'none'}"
+                f"name of {', '.join(with_flowing_gradient) or 'none'}"
             )
     given: Any = args.activation_checkpointing_kwargs  # a mapping, though declared as text too
     options: dict[str, Any] = dict(given or {})
-    every = options.pop("every_n_layers", 1)
+    every_n_layers = options.pop("every_n_layers", 1)
     offload = options.pop("offload", False)
     model.activation_checkpointing_enable({"use_reentrant": False, **options}, offload=offload)
     if not options.get("use_reentrant"):
         model.disable_input_require_grads()  # only reentrant checkpoints need it, and it lets gradients flow everywhere
-    found = _switch(model, flowing if named is None else named, every)
+    found = _enable_checkpointed_layers(model, with_flowing_gradient if named is None else named, every_n_layers)
     args.activation_checkpointing = False
     if missing := [name for name in named or () if not found[name]]:
         raise ValueError(
@@ -56,25 +58,25 @@ def checkpoint_parts(model: Any, parts: Sequence[Part], trainer: TrainerOptions,
         )
 
 
-def with_gradient(parts: Sequence[Part]) -> list[str]:
+def parts_with_gradient(parts: Sequence[Part]) -> list[str]:
     """The parts through which gradients flow: one that trains, and all behind it."""
     order = [part for part in parts if part.name in PARTS]
     trains = [any(one.requires_grad for one in part.parameters.values()) for part in order]
     return [part.name for place, part in enumerate(order) if any(trains[: place + 1])]
 
 
-def _switch(model: Any, wanted: Sequence[str], every: int) -> dict[str, int]:
+def _enable_checkpointed_layers(model: Any, requested: Sequence[str], every_n_layers: int) -> dict[str, int]:
     """Leave checkpointing on at every n-th layer of some parts alone; part -> how many layers it has."""
-    names = part_names(model.config)
+    names = get_part_names(model.config)
     found: dict[str, int] = dict.fromkeys(PARTS, 0)
     for path, module in model.named_modules():
         if not hasattr(module, "gradient_checkpointing"):
             continue
-        of = {names.part_of(f"{path}.{name}".removeprefix(".")) for name, _ in module.named_parameters()}
-        on = bool(of) and of <= {*wanted}
-        if on and isinstance(module, GradientCheckpointingLayer):
-            part = next(iter(of))
-            on = found[part] % every == 0
+        layer_parts = {names.part_of(f"{path}.{name}".removeprefix(".")) for name, _ in module.named_parameters()}
+        enabled = bool(layer_parts) and layer_parts <= {*requested}
+        if enabled and isinstance(module, GradientCheckpointingLayer):
+            part = next(iter(layer_parts))
+            enabled = found[part] % every_n_layers == 0
             found[part] += 1
-        module.gradient_checkpointing = on
+        module.gradient_checkpointing = enabled
     return found

@@ -9,48 +9,48 @@ from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlm.models import VLMForConditionalGeneration
-from vlm.models.modeling_vlm import IGNORED, MOST_LOGITS
+from vlm.models.modeling_vlm import IGNORE_INDEX, MAX_LOGITS
 
 log = logging.getLogger(__name__)
 
-CHUNKS = "num_chunks"
+NUM_CHUNKS_KEY = "num_chunks"
 """The input of the composed model that says so."""
 
-FURTHER = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """What configurations call that which is done to logits behind the head."""
 
 
 @torch.no_grad()
-def takes_chunks(model: Any) -> bool:
+def supports_chunked_loss(model: Any) -> bool:
     """Whether a model's loss can be computed piece by piece: it is composed, and its logits are its head's output."""
     if not isinstance(model, VLMForConditionalGeneration):
         return False
     text = model.language_model
     config = text.config
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in FURTHER):
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_TRANSFORMS):
         return False
-    asked = {"input_ids": torch.arange(2, device=text.device)[None], "use_cache": False}
+    inputs = {"input_ids": torch.arange(2, device=text.device)[None], "use_cache": False}
     head: Any = text.get_output_embeddings()
-    trained = text.training
+    was_training = text.training
     text.train()  # on a CPU quantised weights take another form where they are asked without
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        logits = text(**asked).logits
+        logits = text(**inputs).logits
         torch.manual_seed(0)
-        same = torch.equal(head(text.get_decoder()(**asked).last_hidden_state), logits)
-    text.train(trained)
+        same = torch.equal(head(text.get_decoder()(**inputs).last_hidden_state), logits)
+    text.train(was_training)
     if not same:
         log.info("%s does more to its logits than its head does: they are computed at once", type(text).__name__)
     return same
 
 
 def num_chunks(labels: Tensor, vocabulary: int, device: torch.device) -> int:
-    """So many that no piece has more than `MOST_LOGITS` logits: `(B, T) -> number`.
+    """So many that no piece has more than `MAX_LOGITS` logits: `(B, T) -> number`.
 
     Under ZeRO-3 as many as the rank with most of them needs, since all ranks gather the head's weights at each call.
     """
-    supervised = int((labels[:, 1:] != IGNORED).sum())
-    number = max(-(-supervised * vocabulary // MOST_LOGITS), 1)
+    supervised = int((labels[:, 1:] != IGNORE_INDEX).sum())
+    number = max(-(-supervised * vocabulary // MAX_LOGITS), 1)
     if not (is_deepspeed_zero3_enabled() and dist.is_initialized()):
         return number
     most = torch.tensor(number, device=device)

@@ -62,6 +62,6 @@ def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from repeated_layers(child)
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+def force_eager() -> AbstractContextManager[Any]:
     """Let compiled layers run as they are: for generation, in which each layer has its own place in a cache."""
     return torch.compiler.set_stance("force_eager")

@@ -8,11 +8,11 @@ from typing import Any
 
 from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 
-LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 """Liger's kernels for losses."""
 
 
-def use_liger(model: Any, options: Mapping[str, bool] | None) -> list[str]:
+def apply_liger_kernels(model: Any, options: Mapping[str, bool] | None) -> list[str]:
     """Let a model's language model, or a whole model of a family, compute with Liger's kernels; which modules do.
 
     Args:
@@ -28,7 +28,7 @@ def use_liger(model: Any, options: Mapping[str, bool] | None) -> list[str]:
         raise ValueError(
             f"trainer.use_liger_kernel=true: Liger cannot be imported ({error}): pip install 'small-vlm[liger]'"
         ) from error
-    if losses := [name for name in LOSSES if (options or {}).get(name)]:
+    if losses := [name for name in LIGER_LOSSES if (options or {}).get(name)]:
         raise ValueError(
             f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed at supervised positions, which "
             "Liger's takes no note of; leave it out"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-PACKED = "vlm_packed"
+PACKED_ATTENTION = "vlm_packed"
 """What transformers knows it as; it makes no masks for implementations of other names than its own."""
 
 
@@ -43,82 +43,88 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotations may have widened two of the three
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
-    if _has_kernel(query) and not dropout:
-        return _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if _supports_varlen_kernel(query) and not dropout:
+        return _varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     found = []
     lengths = cu_seq_lens_q.diff().tolist()
     samples = zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True)
-    for asked, seen, read in samples:  # out of a split, whose gradient is one concatenation
-        mask = _window(asked.shape[2], sliding_window, query)
+    for sample_query, sample_key, sample_value in samples:  # out of a split, whose gradient is one concatenation
+        mask = _sliding_window_mask(sample_query.shape[2], sliding_window, query)
         output, _ = sdpa_attention_forward(
-            module, asked, seen, read, mask, dropout=dropout, scaling=scaling, is_causal=True
+            module, sample_query, sample_key, sample_value, mask, dropout=dropout, scaling=scaling, is_causal=True
         )
         found.append(output)
     return torch.cat(found, dim=1), None
 
 
-WINDOWS = ("sliding_window", "attention_chunk_size")
+WINDOW_CONFIG_KEYS = ("sliding_window", "attention_chunk_size")
 """What configurations call how far back a token sees in layers that do not see everything."""
 
 
-def _check_window(module: nn.Module, window: int | None, longest: int) -> None:
+def _check_window(module: nn.Module, window: int | None, max_length: int) -> None:
     """Refuse samples longer than a window that a language model keeps in its masks alone, of which there are none here.
 
     Raises:
         ValueError: it does.
     """
     config: Any = getattr(module, "config", None)
-    place = getattr(module, "layer_idx", None)
-    kinds = getattr(config, "layer_types", None)
+    layer_index = getattr(module, "layer_idx", None)
+    layer_types = getattr(config, "layer_types", None)
     if window is not None or config is None or getattr(config, "use_sliding_window", None) is False:
         return
-    if kinds is not None and place is not None and kinds[place] == "full_attention":
+    if layer_types is not None and layer_index is not None and layer_types[layer_index] == "full_attention":
         return
-    for name in WINDOWS:
-        known = getattr(config, name, None)
-        if isinstance(known, int) and known < longest:
+    for name in WINDOW_CONFIG_KEYS:
+        window_length = getattr(config, name, None)
+        if isinstance(window_length, int) and window_length < max_length:
             raise ValueError(
-                f"trainer.packing=true: {type(module).__name__} sees {known} tokens ({name}), which only its masks "
-                f"say, and a sample has {longest}; choose model.attn_implementation=eager, or lower dataset.max_length"
+                f"trainer.packing=true: {type(module).__name__} sees {window_length} tokens ({name}), which only its masks "
+                f"say, and a sample has {max_length}; choose model.attn_implementation=eager, or lower dataset.max_length"
             )
 
 
-def _has_kernel(query: Tensor) -> bool:
+def _supports_varlen_kernel(query: Tensor) -> bool:
     """Whether PyTorch's kernels for samples of different lengths run on this: halves, on GPUs from Ampere on."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     return query.is_cuda and half and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None, window: int | None
+def _varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    max_length: int,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """The same by one kernel for all samples."""
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 or newer
 
-    asked, seen, read = (one[0].transpose(0, 1) for one in (query, key, value))  # (T, heads, dim)
+    sample_query, sample_key, sample_value = (one[0].transpose(0, 1) for one in (query, key, value))  # (T, heads, dim)
     left = -1 if window is None else window - 1
     output = varlen_attn(
-        asked, seen, read, starts, starts, longest, longest, scale=scaling, window_size=(left, 0),
+        sample_query, sample_key, sample_value, starts, starts, max_length, max_length, scale=scaling, window_size=(left, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     assert isinstance(output, Tensor)
     return output[None]
 
 
-def _window(length: int, window: int | None, like: Tensor) -> Tensor | None:
+def _sliding_window_mask(length: int, window: int | None, like: Tensor) -> Tensor | None:
     """What a sample's tokens see where they see no further back than a window; None: all before them."""
     if window is None or length <= window:
         return None
-    places = torch.arange(length, device=like.device)
-    back = places[:, None] - places[None, :]
-    return ((back >= 0) & (back < window))[None, None]
+    positions = torch.arange(length, device=like.device)
+    distance = positions[:, None] - positions[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]
 
 
-AttentionInterface.register(PACKED, packed_attention)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 @contextmanager
-def attending_to_packs(config: Any) -> Iterator[None]:
+def use_packed_attention(config: Any) -> Iterator[None]:
     """Let a language model attend within samples, forward and backward, if it would use `sdpa`.
 
     Args:
@@ -126,7 +132,7 @@ def attending_to_packs(config: Any) -> Iterator[None]:
     """
     before = config._attn_implementation
     if before == "sdpa":
-        config._attn_implementation = {"": PACKED}  # parts below it keep theirs
+        config._attn_implementation = {"": PACKED_ATTENTION}  # parts below it keep theirs
     try:
         yield
     finally:

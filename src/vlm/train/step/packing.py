@@ -12,19 +12,19 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
 from vlm.data.batching.collator import Collator
-from vlm.data.batching.packing import LENGTHS, PackingCollator, PackSampler, pack, settled_capacity
+from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator, PackSampler, pack_lengths, resolve_pack_capacity
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.sample import BadSample
 from vlm.data.stream import SampleStream
-from vlm.data.vision.images import picture_sizes
+from vlm.data.vision.images import read_media_sizes
 from vlm.families.table import FAMILIES
-from vlm.train.arguments import order_seed
-from vlm.train.step.packed_attention import attending_to_packs
+from vlm.train.arguments import sampler_seed
+from vlm.train.step.packed_attention import use_packed_attention
 
-AHEAD = 8
+LOOKAHEAD_PACKS = 8
 """Of a stream, samples of so many packs wait to be chosen from."""
 
-FIRST = 64
+NUM_PROBED_SAMPLES = 64
 """So many samples of a stream are looked at where nothing says how many tokens a batch has."""
 
 
@@ -41,28 +41,30 @@ class PackedStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         """One pack after the other, without end."""
-        waiting: list[Any] = []
+        pending: list[Any] = []
         left_out: list[Any] = []
         total = 0
         for item in self.stream:
             if isinstance(item, Skipped):
                 left_out.append(item)
                 continue
-            waiting.append(item)
+            pending.append(item)
             total += len(item["input_ids"])
-            if total < AHEAD * self.capacity:
+            if total < LOOKAHEAD_PACKS * self.capacity:
                 continue
-            lengths = [len(one["input_ids"]) for one in waiting]
-            fullest = max(pack(lengths, self.capacity), key=lambda places: sum(lengths[place] for place in places))
+            lengths = [len(one["input_ids"]) for one in pending]
+            fullest = max(
+                pack_lengths(lengths, self.capacity), key=lambda places: sum(lengths[place] for place in places)
+            )
             total -= sum(lengths[place] for place in fullest)
-            yield [*(waiting[place] for place in fullest), *left_out]
-            waiting = [one for place, one in enumerate(waiting) if place not in set(fullest)]
+            yield [*(pending[place] for place in fullest), *left_out]
+            pending = [one for place, one in enumerate(pending) if place not in set(fullest)]
             left_out = []
 
 
-def packed_loader(
+def make_packed_loader(
     dataset: SampleDataset | SampleStream, collate: Collator, max_tokens: int | None, args: TrainingArguments,
-    **loading: Any,
+    **loader_options: Any,
 ) -> tuple[DataLoader[Any], PackSampler | None]:  # fmt: skip
     """This rank's packs, and what their order comes from; of a stream nothing does.
 
@@ -71,15 +73,17 @@ def packed_loader(
         collate: lays out padded batches.
         max_tokens: `trainer.max_tokens_per_batch`.
         args: batch size, seed, rank.
-        loading: for the `DataLoader`.
+        loader_options: for the `DataLoader`.
     """
     size = args.per_device_train_batch_size
     if isinstance(dataset, SampleStream):
-        packs = PackedStream(dataset, stream_capacity(dataset, max_tokens, size))
-        return DataLoader(packs, batch_size=None, collate_fn=PackingCollator(collate), **loading), None
-    capacity = settled_capacity(max_tokens, size, dataset.lengths)
-    order = PackSampler(dataset.lengths, capacity, order_seed(args), args.process_index, args.world_size)
-    return DataLoader(dataset, batch_sampler=order, collate_fn=PackingCollator(collate), **loading), order
+        supports_packing = PackedStream(dataset, stream_capacity(dataset, max_tokens, size))
+        return DataLoader(
+            supports_packing, batch_size=None, collate_fn=PackingCollator(collate), **loader_options
+        ), None
+    capacity = resolve_pack_capacity(max_tokens, size, dataset.lengths)
+    order = PackSampler(dataset.lengths, capacity, sampler_seed(args), args.process_index, args.world_size)
+    return DataLoader(dataset, batch_sampler=order, collate_fn=PackingCollator(collate), **loader_options), order
 
 
 def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: int) -> int:
@@ -90,7 +94,7 @@ def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: in
     """
     longest = max(source.encoder.longest for source in stream.sources)
     if max_tokens is None:
-        return settled_capacity(None, batch_size, first_lengths(stream) or [longest], longest)
+        return resolve_pack_capacity(None, batch_size, read_first_lengths(stream) or [longest], longest)
     if max_tokens < longest:
         raise ValueError(
             f"trainer.max_tokens_per_batch={max_tokens}: a sample of the stream may have {longest:,} tokens; raise it, "
@@ -99,24 +103,24 @@ def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: in
     return max_tokens
 
 
-def first_lengths(stream: SampleStream) -> list[int]:
+def read_first_lengths(stream: SampleStream) -> list[int]:
     """Tokens of the first samples of a stream; those that cannot be used are met again in training, and told there."""
     encode = stream.sources[0].encoder
     found = []
-    for sample in stream.samples(FIRST):
+    for sample in stream.samples(NUM_PROBED_SAMPLES):
         with suppress(BadSample):
-            found.append(len(encode(sample, picture_sizes(sample, stream.processor)).input_ids))
+            found.append(len(encode(sample, read_media_sizes(sample, stream.processor)).input_ids))
     return found
 
 
-def check_family(model_type: str) -> None:
+def check_packing_support(model_type: str) -> None:
     """Refuse families that see more of a row than restarted positions keep apart.
 
     Raises:
         ValueError: a model of this type cannot be trained on packed rows.
     """
-    if model_type in FAMILIES and not FAMILIES[model_type].packs:
-        can = ", ".join(name for name, family in FAMILIES.items() if family.packs)
+    if model_type in FAMILIES and not FAMILIES[model_type].supports_packing:
+        can = ", ".join(name for name, family in FAMILIES.items() if family.supports_packing)
         raise ValueError(
             f"trainer.packing=true: {FAMILIES[model_type].name} ({model_type}) cannot keep the samples of a row apart; "
             f"composed models can, and {can}. trainer.packing=false pads batches instead, and "
@@ -124,11 +128,11 @@ def check_family(model_type: str) -> None:
         )
 
 
-GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+GRID_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 """Inputs that say how large the grids of pictures and videos are."""
 
 
-def with_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def add_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """A packed batch whose tokens have the positions that its model counts: of some families four, `(4, 1, T)`.
 
     The first of the four are those of the text, by which samples are told apart; the others are counted by the model's
@@ -137,13 +141,13 @@ def with_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     kind = model.config.model_type
     if kind not in FAMILIES or not FAMILIES[kind].grid_positions:
         return batch
-    lengths = batch[LENGTHS].diff().tolist()
+    lengths = batch[SEQUENCE_STARTS].diff().tolist()
     rows = {
         name: pad_sequence(list(batch[name][0].split(lengths)), batch_first=True)
         for name in ("input_ids", "mm_token_type_ids")
     }
     mask = pad_sequence([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True)
-    grids = {name: batch[name] for name in GRIDS if name in batch}
+    grids = {name: batch[name] for name in GRID_INPUTS if name in batch}
     positions, _ = model.model.get_rope_index(**rows, **grids, attention_mask=mask)
     text = batch["position_ids"]
     return batch | {"position_ids": torch.cat([text, positions[:, mask.bool()]])[:, None]}
@@ -163,37 +167,37 @@ def check_packing(model: Any, processor: Any) -> None:
     trained = model.training
     model.eval()
     try:
-        packed = [_asked(model, [before[:size], asked]) for before in (first, other)]
+        packed = [_packed_row_logits(model, [before[:size], asked]) for before in (first, other)]
         alone = model(input_ids=torch.tensor([asked], device=model.device), use_cache=False).logits[0]
     finally:
         model.train(trained)
-    behind = [logits[size:] for logits in packed]
+    logits_after_first = [logits[size:] for logits in packed]
     scale = float(alone.abs().max())
-    near = 1e-4 if alone.dtype == torch.float32 else 5e-2
-    if float((behind[0] - behind[1]).abs().max()) > near * 1e-2 * scale:
-        raise _mixes(model, "a sample's logits depend on the sample before it")
-    if float((behind[0] - alone).abs().max()) > near * scale:
-        raise _mixes(model, "a sample's logits are not those that it has alone")
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    if float((logits_after_first[0] - logits_after_first[1]).abs().max()) > tolerance * 1e-2 * scale:
+        raise _mixing_error(model, "a sample's logits depend on the sample before it")
+    if float((logits_after_first[0] - alone).abs().max()) > tolerance * scale:
+        raise _mixing_error(model, "a sample's logits are not those that it has alone")
 
 
-def _asked(model: Any, samples: list[list[int]]) -> Tensor:
+def _packed_row_logits(model: Any, samples: list[list[int]]) -> Tensor:
     """Logits `(T, vocabulary)` of samples in one row."""
     lengths = [len(one) for one in samples]
     ids = torch.tensor([list(chain(*samples))])
     starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
     batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
-    batch |= {"mm_token_type_ids": torch.zeros_like(ids), LENGTHS: starts}
-    batch = with_grid_positions(model, batch)
+    batch |= {"mm_token_type_ids": torch.zeros_like(ids), SEQUENCE_STARTS: starts}
+    batch = add_grid_positions(model, batch)
     batch.pop("mm_token_type_ids")
     batch |= {"cu_seq_lens_k": starts}
-    with attending_to_packs(model.config.get_text_config()):
+    with use_packed_attention(model.config.get_text_config()):
         return model(
             **{name: value.to(model.device) for name, value in batch.items()},
             **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)), use_cache=False,
         ).logits[0]  # fmt: skip
 
 
-def _mixes(model: Any, what: str) -> ValueError:
+def _mixing_error(model: Any, what: str) -> ValueError:
     text = model.config.get_text_config()
     return ValueError(
         f"trainer.packing=true: {what} in a packed row, with {text.model_type} and attention "

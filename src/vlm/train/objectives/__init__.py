@@ -1,0 +1,1 @@
+"""What runs learn: one file an objective."""
