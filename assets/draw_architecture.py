@@ -57,7 +57,7 @@ def part(axes: Axes, x: float, y: float, width: float, name: str, choices: str, 
 
 
 def scene(axes: Axes, x: float, y: float, size: float) -> None:
-    """The picture."""
+    """Draw the small scene that stands for an image."""
     step = size / len(SCENE)
     for row, line in enumerate(SCENE):
         for column, letter in enumerate(line):
@@ -77,7 +77,7 @@ def tokens(axes: Axes, x: float) -> list[float]:
 
 
 def draw(path: Path) -> None:
-    """The whole picture."""
+    """Draw the figure and write it to `path`."""
     figure = Figure(figsize=SIZE)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, SIZE[0])
@@ -85,7 +85,7 @@ def draw(path: Path) -> None:
     axes.axis("off")
 
     scene(axes, 0.35, 0.62, 1.3)
-    words(axes, 1.0, 0.38, "picture")
+    words(axes, 1.0, 0.38, "image")
     part(axes, 2.15, 0.5, 2.75, "visual_encoder", "CLIP, SigLIP, DINOv2, timm", BLUE, "frozen frozen")
     part(axes, 5.55, 0.5, 2.75, "connector", "mlp, linear, or a class of yours", ORANGE, "1e-3 2e-5")
     box(axes, 9.0, 0.5, 3.83, 1.55, "white")

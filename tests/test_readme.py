@@ -84,8 +84,6 @@ def test_every_make_target_and_file_is_there():
     for page, text in TEXTS.items():
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / page).parent.joinpath(link).is_file(), link
-    for folder in re.findall(r"^(\S+[/.]\S*)  ", blocks("README.md", "")[-1], re.MULTILINE):
-        assert (ROOT / folder).exists(), folder
 
 
 def test_the_connector_of_ones_own_works(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
