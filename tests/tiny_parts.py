@@ -439,17 +439,17 @@ class Parts:
         self, encoder: str = "clip", language_model: str = "llama", *, connector: str = "mlp",
         options: dict[str, Any] | None = None, layer: int | list[int] | None = None, strategy: str = "patch",
         start: str | None = None, end: str | None = None, image_size: int | None = None,
-        beside: dict[str, dict[str, Any]] | None = None,
+        extra_encoders: dict[str, dict[str, Any]] | None = None,
     ) -> ModelConfig:  # fmt: skip
-        """The `model` section of a run on these parts; `beside` is further encoder -> its other keys."""
-        further = [EncoderConfig(str(self.encoder(name)), **keys) for name, keys in (beside or {}).items()]
+        """The `model` section of a run on these parts; `extra_encoders` is encoder -> its other keys."""
+        further = [EncoderConfig(str(self.encoder(name)), **keys) for name, keys in (extra_encoders or {}).items()]
         return ModelConfig(
             visual_encoder=VisualEncoderConfig(
                 str(self.encoder(encoder)),
                 feature_layer=layer,
                 feature_strategy=strategy,
                 image_size=image_size,
-                beside=further,
+                extra_encoders=further,
             ),
             connector=ConnectorConfig(connector, options or {}),
             language_model=LanguageModelConfig(str(self.language_model(language_model))),

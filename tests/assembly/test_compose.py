@@ -34,7 +34,8 @@ from vlm.assembly.compose import (
     recipe_differences,
     register_connector_class,
 )
-from vlm.config.schema import ModelConfig, from_mapping
+from vlm.config.recorded import read_recipe
+from vlm.config.schema import ModelConfig
 from vlm.models.connectors import CONNECTORS, Connector
 
 # What is built
@@ -192,7 +193,7 @@ def test_the_recipe_travels_in_the_configuration(parts: Parts):
     recipe = parts.recipe(connector="mlp", options={"num_layers": 3, "hidden_dim": None}, layer=-2)
     config = compose(recipe, None, None)[0]
     assert config.recipe == asdict(recipe)
-    assert from_mapping(ModelConfig, config.recipe) == recipe
+    assert read_recipe(config.recipe) == recipe
     assert config.connector["options"]["num_layers"] == 3
     assert config.connector["options"]["activation"] == "gelu"  # complete: nothing is left to later defaults
 

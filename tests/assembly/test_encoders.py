@@ -26,7 +26,8 @@ from vlm.assembly.compose import (
     recipe_differences,
 )
 from vlm.assembly.quantization import quantization_config_of
-from vlm.config.schema import EncoderConfig, ModelConfig, RunConfig, from_mapping
+from vlm.config.recorded import read_recipe
+from vlm.config.schema import EncoderConfig, RunConfig
 from vlm.hub.targets import EXPORT_FORMATS
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.models.encoders import EncoderEnsemble
@@ -37,22 +38,25 @@ Built = tuple[VLMForConditionalGeneration, VLMProcessor]
 
 PAIRS: dict[str, dict[str, Any]] = {
     "dinov2 + siglip": {
-        "encoder": "dinov2", "image_size": 24, "layer": -2, "beside": {"siglip": {"feature_layer": -2}},
+        "encoder": "dinov2", "image_size": 24, "layer": -2, "extra_encoders": {"siglip": {"feature_layer": -2}},
     },
-    "siglip + dinov2, own outputs": {"encoder": "siglip", "beside": {"dinov2_with_registers": {"image_size": 24}}},
+    "siglip + dinov2, own outputs": {
+        "encoder": "siglip", "extra_encoders": {"dinov2_with_registers": {"image_size": 24}},
+    },
     "clip + siglip, CLS left out, layers": {
-        "encoder": "clip", "image_size": 24, "layer": [-2, -3], "beside": {"siglip": {"feature_layer": [3, 1, 2]}},
+        "encoder": "clip", "image_size": 24, "layer": [-2, -3],
+        "extra_encoders": {"siglip": {"feature_layer": [3, 1, 2]}},
     },
     "three": {
         "encoder": "clip", "image_size": 24, "strategy": "cls+patch",
-        "beside": {
+        "extra_encoders": {
             "dinov2": {"image_size": 24, "feature_strategy": "full"},
             "dinov2_with_registers": {"image_size": 24, "feature_layer": 1, "feature_strategy": "cls+patch"},
         },
     },
     "one feature map beside one token": {
         "encoder": "timm_convnet", "image_size": 32,
-        "beside": {"timm_vit": {"image_size": 32, "feature_strategy": "cls"}},
+        "extra_encoders": {"timm_vit": {"image_size": 32, "feature_strategy": "cls"}},
     },
 }  # fmt: skip
 """Compositions of several encoders."""
@@ -148,12 +152,12 @@ def test_only_the_hidden_states_that_are_read_are_kept(parts: Parts, monkeypatch
 def test_features_are_those_of_the_encoders_alone(parts: Parts, name: str):
     """Each sees the picture as its own image processor prepares it; channels stand in the order of the encoders."""
     model, processor = model_of(parts, name)
-    given = from_mapping(ModelConfig, model.config.recipe).visual_encoder
+    given = read_recipe(model.config.recipe).visual_encoder
     images = [picture(0), picture(1, (30, 50))]
-    sources = list(zip((given, *given.beside), processor.image_processors, strict=True))
+    sources = list(zip((given, *given.extra_encoders), processor.image_processors, strict=True))
     expected = [[by_hand(source, image, ours) for source, ours in sources] for image in images]
     pixels = processor.pixel_values(images)
-    assert pixels.shape[1] == 3 * (1 + len(given.beside))
+    assert pixels.shape[1] == 3 * (1 + len(given.extra_encoders))
     for row, seen in enumerate(expected):
         assert torch.allclose(pixels[row : row + 1], torch.cat([one for one, _ in seen], dim=1), atol=1e-5)
     with torch.no_grad():
@@ -208,7 +212,7 @@ def test_frozen_encoders_build_no_graph_and_stay_in_evaluation_mode(parts: Parts
 def test_they_are_one_part(parts: Parts):
     """Every parameter belongs to it, with the ones that are not read; the table names both sources."""
     model, _ = model_of(parts, "dinov2 + siglip")
-    config = RunConfig(model=from_mapping(ModelConfig, model.config.recipe))
+    config = RunConfig(model=read_recipe(model.config.recipe))
     split = make_parts(model, config.trainer, config.model)[0]
     assert split.name == "visual_encoder"
     assert len(split.parameters) == len(list(model.visual_encoder.parameters()))
@@ -230,7 +234,7 @@ def test_one_encoder_is_held_as_it_is(parts: Parts):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_each_encoder_has_the_attention_asked_for(parts: Parts, attention: str, tmp_path: Path):
-    recipe = parts.recipe("dinov2", image_size=24, beside={"siglip": {}})
+    recipe = parts.recipe("dinov2", image_size=24, extra_encoders={"siglip": {}})
     recipe.attn_implementation = attention
     config, processor = compose(recipe, None, None)
     model = build_model(recipe, config, processor, torch.float32, 0)
@@ -246,7 +250,7 @@ def test_each_encoder_has_the_attention_asked_for(parts: Parts, attention: str, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_encoder_is_built_and_loaded_in_the_dtype_asked_for(parts: Parts, dtype: torch.dtype, tmp_path: Path):
-    recipe = parts.recipe("dinov2", image_size=24, beside={"siglip": {}})
+    recipe = parts.recipe("dinov2", image_size=24, extra_encoders={"siglip": {}})
     config, processor = compose(recipe, None, None)
     model = build_model(recipe, config, processor, dtype, 0)
     model.save_pretrained(tmp_path)
@@ -323,12 +327,12 @@ def test_models_and_processors_come_back_as_they_were(parts: Parts, name: str, t
 
 def test_an_architecture_that_the_command_line_contradicts_is_listed(parts: Parts, tmp_path: Path):
     model, _ = model_of(parts, "dinov2 + siglip")
-    recipe = parts.recipe("dinov2", image_size=24, layer=-2, beside={"siglip": {"feature_layer": -3}})
+    recipe = parts.recipe("dinov2", image_size=24, layer=-2, extra_encoders={"siglip": {"feature_layer": -3}})
     assert recipe_differences(model.config, recipe, []) == []
-    for touched in ("visual_encoder", "visual_encoder.beside", "visual_encoder.beside.0.feature_layer"):
+    for touched in ("visual_encoder", "visual_encoder.extra_encoders", "visual_encoder.extra_encoders.0.feature_layer"):
         different = recipe_differences(model.config, recipe, [touched])
-        assert [key for key, *_ in different] == ["model.visual_encoder.beside"]
-    del model.config.recipe["visual_encoder"]["beside"]  # as a checkpoint was written before there were several
+        assert [key for key, *_ in different] == ["model.visual_encoder.extra_encoders"]
+    del model.config.recipe["visual_encoder"]["extra_encoders"]  # as a checkpoint was written before there were several
     assert not recipe_differences(model.config, parts.recipe("dinov2", image_size=24, layer=-2), ["visual_encoder"])
 
 
@@ -345,15 +349,15 @@ def test_a_quantised_checkpoint_leaves_no_encoder_out(pair: Built):
 
 def test_an_adapter_remembers_every_encoder_it_was_trained_on(parts: Parts):
     """Each by its own source; code out of none of their repositories runs unless the caller allows it."""
-    trained = parts.recipe("dinov2", image_size=24, beside={"siglip": {"trust_remote_code": True}})
+    trained = parts.recipe("dinov2", image_size=24, extra_encoders={"siglip": {"trust_remote_code": True}})
     config = RunConfig(model=trained)
     config.trainer.lora.language_model.r = 2
     base = make_base(config, composed=True)
     assert base is not None
-    assert set(base.sources) == {"visual_encoder", "visual_encoder.beside.0", "language_model"}
+    assert set(base.sources) == {"visual_encoder", "visual_encoder.extra_encoders.0", "language_model"}
     again = recipe_of(base, trust_remote_code=False)
-    assert again.visual_encoder.beside[0].hf_name == str(parts.encoder("siglip"))
-    assert not again.visual_encoder.beside[0].trust_remote_code
+    assert again.visual_encoder.extra_encoders[0].hf_name == str(parts.encoder("siglip"))
+    assert not again.visual_encoder.extra_encoders[0].trust_remote_code
     assert recipe_of(base, trust_remote_code=True) == trained
 
 
@@ -361,13 +365,16 @@ def test_no_export_is_made_of_several_encoders_or_layers(pair: Built, parts: Par
     """Each target says so by key."""
     layers = parts.model("clip", layer=[-2, -3])
     for target in EXPORT_FORMATS.values():
-        for (model, processor), said in ((pair, "model.visual_encoder.beside:"), (layers, "feature_layer=[-2, -3]:")):
+        for (model, processor), said in (
+            (pair, "model.visual_encoder.extra_encoders:"),
+            (layers, "feature_layer=[-2, -3]:"),
+        ):
             assert any(said in one for one in target.incompatibilities(model.config, processor))
 
 
 def test_tiles_are_cut_for_each_encoder(parts: Parts):
     """`model.anyres` and several encoders: views stacked by channel, each resized and normalised as its encoder's."""
-    wanted = parts.recipe("dinov2", image_size=24, beside={"siglip": {}})
+    wanted = parts.recipe("dinov2", image_size=24, extra_encoders={"siglip": {}})
     wanted.anyres.grids = [[1, 2], [2, 1]]
     config, processor = compose(wanted, None, None)
     model = build_model(wanted, config, processor, torch.float32, 0).eval()
@@ -387,34 +394,41 @@ def test_tiles_are_cut_for_each_encoder(parts: Parts):
 
 REFUSED = {
     "pictures of two sizes": (
-        {"encoder": "dinov2", "beside": {"siglip": {}}},
+        {"encoder": "dinov2", "extra_encoders": {"siglip": {}}},
         r"need pictures of one size.*dinov2 \(model.visual_encoder.image_size=null\) 16 x 16 pixels, .*siglip "
-        r"\(model.visual_encoder.beside.0.image_size=null\) 24 x 24 pixels. Set the image_size of one",
+        r"\(model.visual_encoder.extra_encoders.0.image_size=null\) 24 x 24 pixels. Set the image_size of one",
     ),
     "unequal features": (
-        {"encoder": "dinov2", "image_size": 24, "strategy": "cls+patch", "beside": {"siglip": {}}},
+        {"encoder": "dinov2", "image_size": 24, "strategy": "cls+patch", "extra_encoders": {"siglip": {}}},
         r"equally many features: .*dinov2 \(model.visual_encoder.image_size=24\) 10 features, .*siglip .* 9 features",
     ),
     "different parts of a picture": (
-        {"encoder": "clip", "beside": {"siglip": {}}},
+        {"encoder": "clip", "extra_encoders": {"siglip": {}}},
         r"see different parts of a picture \(dataset.image_mode=square\): model.visual_encoder keeps its middle, 100% "
-        r"of the shorter side, model.visual_encoder.beside.0 squashes .* model.visual_encoder.image_size=24 squashes",
+        r"of the shorter side, model.visual_encoder.extra_encoders.0 squashes .* model.visual_encoder.image_size=24 "
+        "squashes",
     ),
     "a size that it does not take": (
         {"encoder": "clip", "image_size": 32},
         r"model.visual_encoder.image_size=32: .*clip does not take pictures of that size: Input image size \(32\*32\)",
     ),
     "a layer of one beside": (
-        {"encoder": "clip", "image_size": 24, "beside": {"siglip": {"feature_layer": [-1, 9]}}},
-        r"model.visual_encoder.beside.0.feature_layer=\[-1, 9\]: .*siglip has 4 hidden states; allowed are -4 to 3",
+        {"encoder": "clip", "image_size": 24, "extra_encoders": {"siglip": {"feature_layer": [-1, 9]}}},
+        r"model.visual_encoder.extra_encoders.0.feature_layer=\[-1, 9\]: .*siglip has 4 hidden states; allowed are -4 "
+        "to 3",
     ),
     "maps of several sizes": (
         {"encoder": "timm_convnet", "layer": [-1, 0]},
         r"model.visual_encoder.feature_layer=\[-1, 0\]: these layers of .* have 1, 256 features; choose layers that",
     ),
     "no CLS token beside": (
-        {"encoder": "clip", "strategy": "cls", "image_size": 24, "beside": {"siglip": {"feature_strategy": "cls"}}},
-        r"model.visual_encoder.beside.0.feature_strategy=cls: .*siglip has no CLS token",
+        {
+            "encoder": "clip",
+            "strategy": "cls",
+            "image_size": 24,
+            "extra_encoders": {"siglip": {"feature_strategy": "cls"}},
+        },
+        r"model.visual_encoder.extra_encoders.0.feature_strategy=cls: .*siglip has no CLS token",
     ),
 }
 
@@ -429,15 +443,15 @@ def test_encoders_that_do_not_fit_are_refused_by_key(parts: Parts, name: str):
 
 def test_a_square_pad_shows_all_the_same(parts: Parts):
     """Nothing is cropped off a padded picture, where the image processor crops no more than to a square."""
-    recipe = parts.recipe("clip", beside={"siglip": {}})
+    recipe = parts.recipe("clip", extra_encoders={"siglip": {}})
     processor = compose(recipe, None, "pad")[1]
     assert processor.pixel_values([picture()]).shape == (1, 6, 24, 24)
 
 
 def test_a_folder_without_a_model_is_refused_by_key(parts: Parts, tmp_path: Path):
     recipe = parts.recipe("clip", image_size=24)
-    recipe.visual_encoder.beside = [EncoderConfig(str(tmp_path))]
-    with pytest.raises(ValueError, match=rf"encoder.beside.0.hf_name={re.escape(str(tmp_path))}: no model"):
+    recipe.visual_encoder.extra_encoders = [EncoderConfig(str(tmp_path))]
+    with pytest.raises(ValueError, match=rf"encoder.extra_encoders.0.hf_name={re.escape(str(tmp_path))}: no model"):
         compose(recipe, None, None)
 
 
@@ -446,11 +460,11 @@ def test_a_folder_without_a_model_is_refused_by_key(parts: Parts, tmp_path: Path
 
 def test_a_run_with_two_encoders(train: Callable[..., Path], parts: Parts, world: Path, tmp_path: Path):
     """Both encoders train, the run's checkpoint is complete, and a second stage starts from it."""
-    beside = f"[{{hf_name: {parts.encoder('siglip')}, feature_layer: -2}}]"
+    extra_encoders = f"[{{hf_name: {parts.encoder('siglip')}, feature_layer: -2}}]"
     run = train(
         "finetune-smol", tmp_path / "one", f"model.visual_encoder.hf_name={parts.encoder('dinov2')}",
         "model.visual_encoder.image_size=24", "model.visual_encoder.feature_layer=[-2,-3]",
-        f"model.visual_encoder.beside={beside}", "trainer/unfreeze=all",
+        f"model.visual_encoder.extra_encoders={extra_encoders}", "trainer/unfreeze=all",
         "trainer.learning_rate.visual_encoder_learning_rate=1e-3", "trainer.num_train_epochs=2",
     )  # fmt: skip
     assert losses(run)[-1] < losses(run)[0]

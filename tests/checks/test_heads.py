@@ -8,9 +8,9 @@ import pytest
 from tests.conftest import compose_config
 from vlm.checks import heads as head_problems
 from vlm.checks.run import ConfigError, check
-from vlm.config.derived import caches_features, embedding_row_keys, extra_tokens, get_heads, head_keys
+from vlm.config.derived import caches_features, embedding_row_keys, extra_tokens
 from vlm.config.packaged import packaged_names, run_names
-from vlm.data.batching.samplers import GROUPED
+from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH
 from vlm.evaluation.calibration import THRESHOLD_CRITERIA
 from vlm.models import head_losses
 from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK
@@ -18,7 +18,7 @@ from vlm.models.heads import HEADS
 from vlm.models.poolings import POOLINGS
 
 RUN = "head-binary"
-BESIDE = "model.head.beside.quality"
+BESIDE = "model.head.extra_heads.quality"
 CONNECTOR = ["trainer.unfreeze.train_connector=true"]
 REFUSALS = {
     "profile": (["trainer.profile=true"], "trainer.profile=true: what heads compute is neither profiled nor counted"),
@@ -103,8 +103,9 @@ REFUSALS = {
     "cache under ZeRO-3": (["dataset.cache_features=true", "trainer.deepspeed=zero3"],
                            "dataset.cache_features=true: hidden states are computed once, but "
                            "trainer.deepspeed=zero3 does not allow that"),
-    "grouping what is computed": ([f"trainer.train_sampling_strategy={GROUPED}"],
-                                  f"trainer.train_sampling_strategy={GROUPED}: hidden states are computed once here"),
+    "grouping what is computed": ([f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}"],
+                                  f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}: hidden states are "
+                                  "computed once here"),
     "no rate": (["trainer.learning_rate.head_learning_rate=null"], "trainer.learning_rate.head_learning_rate=null: a "
                 "positive number is needed, since model.head.task=binary"),
     "no rate of a query": (["model.head.pooling=query", "trainer.learning_rate.language_model_learning_rate=null"],
@@ -125,7 +126,7 @@ WITHOUT_A_HEAD = {
     "model.head.pooling=mean": "model.head.pooling=mean: there is no head (model.head.task); choose one, as",
     "model.head.type=mlp": "model.head.type=mlp: there is no head (model.head.task)",
     "model.head.generation_weight=1": "model.head.generation_weight=1.0: there is no head (model.head.task)",
-    f"{BESIDE}.task=regression": "model.head.beside=quality: there is no head (model.head.task)",
+    f"{BESIDE}.task=regression": "model.head.extra_heads=quality: there is no head (model.head.task)",
 }
 """A key that nothing comes of -> how the message begins."""
 
@@ -182,7 +183,7 @@ def test_records_to_measure_on_are_there(records: Path, tmp_path: Path):
         [f"{BESIDE}.task=regression", f"{BESIDE}.loss=huber", f"{BESIDE}.loss_options.delta=2"],
         ["model.head.generation_weight=0.5", *CONNECTOR],
         ["trainer.deepspeed=zero3"],
-        [f"trainer.train_sampling_strategy={GROUPED}", *CONNECTOR],
+        [f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}", *CONNECTOR],
     ],
 )
 def test_what_can_be_run_passes(records: Path, overrides: list[str]):
@@ -203,9 +204,9 @@ def test_every_head_passes_on_every_run(records: Path, name: str, head: str):
 def test_heads_beside_need_no_plus():
     words = ["dataset.path=a.json", f"{BESIDE}.task=multiclass", f"{BESIDE}.labels=[low,high]",
              f"{BESIDE}.pooling=query", f"{BESIDE}.options.dropout=0.5",
-             "model.head.beside.age.task=regression"]  # fmt: skip
+             "model.head.extra_heads.age.task=regression"]  # fmt: skip
     config = compose_config(RUN, words)
-    heads = get_heads(config.model.head)
+    heads = config.model.head.by_name
     assert {name: one.task for name, one in heads.items()} == {
         "label": "binary", "quality": "multiclass", "age": "regression"
     }  # fmt: skip
@@ -257,7 +258,7 @@ def test_the_other_tables_are_those_of_the_code():
     assert tuple(POOLINGS) == head_problems.POOLINGS
     assert head_problems.CLASSIFICATION_TASKS == CLASSIFICATION_TASKS
     assert head_problems.THRESHOLD_CRITERIA == THRESHOLD_CRITERIA
-    assert head_problems.GROUPED == GROUPED
+    assert head_problems.GROUPED_SAMPLING == GROUP_BY_MODALITY_LENGTH
 
 
 @pytest.mark.parametrize(

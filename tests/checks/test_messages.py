@@ -24,8 +24,14 @@ REFUSALS = {
     "+model.connector.options.num_layer=…",
     "model/connector=mlq": "model/connector=mlq: no such choice. Did you mean mlp? Allowed are c_abstractor, ",
     "model/conector=mlp": "model/conector: no such group. Did you mean model/connector? Allowed are model, ",
-    "model.head.beside.quality.poling=mean": "model.head.beside.quality.poling: no such key. Did you mean "
-    "model.head.beside.quality.pooling?",
+    "model.head.extra_heads.quality.poling=mean": "model.head.extra_heads.quality.poling: no such key. Did you mean "
+    "model.head.extra_heads.quality.pooling?",
+    "model.head.beside.price.task=regression": "model.head.beside: it is called model.head.extra_heads now",
+    "++model.head.beside.price.task=regression": "model.head.beside: it is called model.head.extra_heads now",
+    "model.visual_encoder.beside=[{hf_name: a}]": "model.visual_encoder.beside: it is called "
+    "model.visual_encoder.extra_encoders now",
+    "model.visual_encoder.beside.0.hf_name=a": "model.visual_encoder.beside: it is called "
+    "model.visual_encoder.extra_encoders now",
     "trainer.num_train_epochs=two": "trainer.num_train_epochs=two: a number is needed",
     "dataset.max_length=1.5": "dataset.max_length=1.5: a whole number is needed",
     "trainer.unfreeze.train_connector=maybe": "trainer.unfreeze.train_connector=maybe: true or false is needed",
@@ -50,6 +56,10 @@ RUNS = {
     "trainer.num_train_epochs?",
     "defaults: [pretrain-smol, _self_]\ntrainer: {max_steps: many}": "trainer.max_steps=many: a whole number is needed",
     "defaults: [pretrain-smol, override model/connector: deep, _self_]": "model/connector=deep: no such choice.",
+    "defaults: [pretrain-smol, _self_]\nmodel: {visual_encoder: {beside: []}}": "model.visual_encoder.beside: it is "
+    "called model.visual_encoder.extra_encoders now",
+    "defaults: [head-binary, _self_]\nmodel: {head: {beside: {price: {task: regression}}}}": "model.head.beside: "
+    "it is called model.head.extra_heads now",
     "trainer: {max_steps: 7}": "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`",
     "defaults:\n  - base\n - _self_": "not YAML: ",
 }

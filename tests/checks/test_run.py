@@ -58,16 +58,16 @@ REFUSALS = {
     ),
     "no size": (["model.visual_encoder.image_size=0"], "model.visual_encoder.image_size=0: at least 1, or null"),
     "a strategy of an encoder beside": (
-        ["model.visual_encoder.beside=[{hf_name: a, feature_strategy: patches}]"],
-        "model.visual_encoder.beside.0.feature_strategy=patches: allowed are patch, cls+patch, cls, full",
+        ["model.visual_encoder.extra_encoders=[{hf_name: a, feature_strategy: patches}]"],
+        "model.visual_encoder.extra_encoders.0.feature_strategy=patches: allowed are patch, cls+patch, cls, full",
     ),
     "a folder of an encoder beside": (
-        ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.beside.0.hf_name=./no/where"],
-        "model.visual_encoder.beside.0.hf_name=./no/where: no such folder (seen from ",
+        ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.extra_encoders.0.hf_name=./no/where"],
+        "model.visual_encoder.extra_encoders.0.hf_name=./no/where: no such folder (seen from ",
     ),
     "a size of an encoder beside": (
-        ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.beside.0.image_size=-1"],
-        "model.visual_encoder.beside.0.image_size=-1: at least 1, or null, is needed",
+        ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.extra_encoders.0.image_size=-1"],
+        "model.visual_encoder.extra_encoders.0.image_size=-1: at least 1, or null, is needed",
     ),
     "a grid of tiles": (["model.anyres.grids=[[1,2],[3]]"], "model.anyres.grids: [3] is no grid; [rows, columns]"),
     "tiles without grids": (
@@ -159,7 +159,7 @@ REFUSALS = {
         ["model.language_model.hf_name=/no/such"],
         "model.language_model.hf_name=/no/such: no such folder (seen from ",
     ),
-    "checkpoint": (["trainer.from_pretrained=./no"], "trainer.from_pretrained=./no: no config.json there"),
+    "checkpoint": (["trainer.from_pretrained=./no"], "trainer.from_pretrained=./no: no such folder (seen from "),
     "what to resume": (
         ["trainer.resume_from_checkpoint=no"],
         "trainer.resume_from_checkpoint=no: `true` or the folder of a complete checkpoint is needed",
@@ -261,7 +261,7 @@ def test_a_run_directory_given_for_its_model_gets_a_hint(records: Path, tmp_path
     (tmp_path / "run" / "final").mkdir(parents=True)
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
     message = refused(records, f"trainer.from_pretrained={tmp_path / 'run'}")
-    assert message.endswith("no config.json there (a run's complete model is its folder final)")
+    assert message.endswith(f"it is a run's directory, whose model is {tmp_path / 'run' / 'final'}")
 
 
 def test_evaluation_records_and_a_share_contradict(records: Path):

@@ -116,7 +116,7 @@ def test_a_recipe_has_the_papers_figures(records: str, name: str):
 def shrunk(config: RunConfig, parts: Parts, tiny: dict[str, Path]) -> RunConfig:
     """The same recipe on tiny parts of the same architectures."""
     model = config.model
-    encoders = [model.visual_encoder, *model.visual_encoder.beside]
+    encoders = [model.visual_encoder, *model.visual_encoder.extra_encoders]
     for encoder in encoders:
         encoder.hf_name = str(tiny[encoder.hf_name])
         encoder.image_size = None if encoder.image_size is None else 24
@@ -154,7 +154,7 @@ def test_a_recipe_computes_at_reduced_width(parts: Parts, encoders: dict[str, Pa
 def test_prismatics_encoders_stand_in_its_order(records: str):
     """DINOv2 first, then SigLIP, both of the layer before the last, in pictures of 384 pixels."""
     encoder = compose_config("train-prismatic", [records]).model.visual_encoder
-    seen = [(one.hf_name, one.feature_layer, one.feature_strategy) for one in (encoder, *encoder.beside)]
+    seen = [(one.hf_name, one.feature_layer, one.feature_strategy) for one in (encoder, *encoder.extra_encoders)]
     assert seen == [
         ("facebook/dinov2-with-registers-large", -2, "patch"), ("google/siglip-so400m-patch14-384", -2, "patch"),
     ]  # fmt: skip

@@ -1,6 +1,5 @@
 """The schema knows what `TrainingArguments` takes, from its source."""
 
-import dataclasses
 from dataclasses import fields
 from typing import Any
 
@@ -13,10 +12,7 @@ from vlm.config.schema import (
     OUR_DEFAULTS,
     OWN_TRAINER_FIELDS,
     TRAINING_ARGUMENT_FIELDS,
-    ConnectorConfig,
-    ModelConfig,
     TrainerConfig,
-    from_mapping,
     key_names,
 )
 from vlm.config.training_fields import read_training_argument_choices, read_training_argument_fields
@@ -80,9 +76,3 @@ def test_key_names_follow_the_tree():
     assert key_names("trainer.unfreeze") == ["train_vision_model", "train_connector", "train_language_model"]
     assert key_names("model.connector.options") == []
     assert key_names("no.such") == []
-
-
-def test_a_section_comes_back_out_of_a_mapping():
-    model = ModelConfig(connector=ConnectorConfig("linear", {"bias": False}))
-    model.visual_encoder.hf_name, model.language_model.hf_name = "a", "b"
-    assert from_mapping(ModelConfig, dataclasses.asdict(model)) == model

@@ -176,7 +176,7 @@ def test_what_cannot_be_asked_is_refused(adapter: ModuleType, model: Any, checkp
     with pytest.raises(ValueError, match="acc_mutual_info"):
         model.loglikelihood([Request(("", "a cat"))])
     sound = Request(("what?", {}, lambda document: [{"array": 1}], 0, "mine", "test"))
-    with pytest.raises(ValueError, match="task mine: it shows dict; only pictures and videos"):
+    with pytest.raises(ValueError, match="task mine: it shows dict; only images and videos"):
         model.generate_until([sound])
     missing = Request(("what?", {}, lambda document: ["clip.mp4"], 0, "mine", "test"))
     with pytest.raises(ValueError, match=r"task mine, document 0: .*clip\.mp4"):
@@ -199,8 +199,8 @@ def test_it_needs_nothing_that_lmms_eval_cannot_live_with():
         "import sys\n"
         "for name in ('hydra', 'omegaconf', 'deepspeed', 'antlr4'): sys.modules[name] = None\n"
         "import vlm.inference.generate, vlm.evaluation.loss\n"
-        "from vlm.config.schema import ModelConfig, from_mapping\n"
-        "assert from_mapping(ModelConfig, {'visual_encoder': {'hf_name': 'a'}}).visual_encoder.hf_name == 'a'\n"
+        "from vlm.config.recorded import read_recipe\n"
+        "assert read_recipe({'visual_encoder': {'hf_name': 'a'}}).visual_encoder.hf_name == 'a'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

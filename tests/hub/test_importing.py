@@ -24,7 +24,7 @@ from tests.hub.foreign import (
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.compose import load_config, load_model, load_processor
 from vlm.cli.main import main
-from vlm.config.schema import ModelConfig, from_mapping
+from vlm.config.recorded import read_recipe
 from vlm.data.encoding.labels import read_template
 from vlm.hub.importing import extend_rows, import_checkpoint
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
@@ -149,11 +149,11 @@ def test_the_result_is_a_checkpoint_to_train_from_and_to_ask(
     folder = write_original(tmp_path / "theirs", parts, transformers_llava(parts))
     main(["import", str(folder), str(tmp_path / "ours"), "--dtype", "bfloat16"])
     refusal_message = capsys.readouterr().out
-    assert "9 tokens a picture, image_mode=pad, torch.bfloat16" in refusal_message
+    assert "9 tokens an image, image_mode=pad, torch.bfloat16" in refusal_message
     assert "Vicuna 1.1, as LLaVA-1.5" in refusal_message
     ours = str(tmp_path / "ours")
     config = load_config(ours)
-    recipe = from_mapping(ModelConfig, config.recipe)
+    recipe = read_recipe(config.recipe)
     assert recipe.visual_encoder.hf_name == str(parts.encoder("clip"))
     assert recipe.language_model.hf_name == str(folder)
     assert recipe.connector.type == "mlp"

@@ -227,7 +227,7 @@ def test_checkpoints_load_where_this_package_is_not_installed(parts: Parts, own_
             options={"num_queries": 4, "num_blocks": 1, "hidden_dim": 8, "position_side": 3},
         ),
         "several encoders": parts.model(
-            "dinov2", "llama", layer=[-2, -3], image_size=24, beside={"siglip": {"feature_layer": -2}}
+            "dinov2", "llama", layer=[-2, -3], image_size=24, extra_encoders={"siglip": {"feature_layer": -2}}
         ),
     }  # fmt: skip
     for name, (model, processor) in made.items():

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vlm.checks.messages import NO_BASE_MESSAGE, describe_unknown_key, explain
-from vlm.checks.run import ConfigError, check, check_inference
+from vlm.checks.run import ConfigError, ObjectiveChecks, check, check_inference
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig
 
@@ -29,14 +29,19 @@ class RunError(ConfigError):
     """What a run refused once it had begun, on this rank."""
 
 
-def with_config(argv: Sequence[str] | None, action: Callable[[RunConfig, str, list[str]], object]) -> None:
+def with_config(
+    argv: Sequence[str] | None,
+    action: Callable[[RunConfig, str, list[str]], object],
+    make_objective: Callable[[RunConfig], ObjectiveChecks],
+) -> None:
     """Compose and check a configuration, and act on it; what the user has to mend ends the program with a message.
 
     Args:
         argv: the command line; None: this process's.
         action: what is done with the configuration, its name and the keys that the command line sets.
+        make_objective: returns the objective of a configuration, which says what it does not go with.
     """
-    _compose_and_apply(argv, lambda composed: _check_and_apply(composed, action))
+    _compose_and_apply(argv, lambda composed: _check_and_apply(composed, action, make_objective))
 
 
 def compose_inference_config(argv: list[str]) -> InferenceConfig:
@@ -82,7 +87,11 @@ def _compose_and_apply(argv: Sequence[str] | None, action: Callable[[DictConfig]
         sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
 
 
-def _check_and_apply(composed: DictConfig, action: Callable[[RunConfig, str, list[str]], object]) -> None:
+def _check_and_apply(
+    composed: DictConfig,
+    action: Callable[[RunConfig, str, list[str]], object],
+    make_objective: Callable[[RunConfig], ObjectiveChecks],
+) -> None:
     """From the composed configuration on, everything is plain dataclasses."""
     hydra_config = HydraConfig.get()
     name = _require_run(composed)
@@ -90,7 +99,7 @@ def _check_and_apply(composed: DictConfig, action: Callable[[RunConfig, str, lis
     check_required_values(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
-    check(config)
+    check(config, make_objective(config))
     overrides = [override.split("=")[0].lstrip("+~").replace("/", ".") for override in hydra_config.overrides.task]
     speaks = os.environ.get("RANK", "0") == "0"
     logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
@@ -159,7 +168,7 @@ def is_user_error(error: BaseException) -> bool:
 def open_mapping_key(argument: str) -> str:
     """A word of the command line; keys of mappings whose names are the user's to choose need no `+`."""
     key, equals, value = argument.partition("=")
-    if named := re.fullmatch(r"(dataset\.sources|model\.head\.beside)\.(\w+)((?:\.\w+)*)", key):
+    if named := re.fullmatch(r"(dataset\.sources|model\.head\.extra_heads)\.(\w+)((?:\.\w+)*)", key):
         names = [named[2], *named[3].split(".")[1:]]
         return f"++{named[1]}={''.join(f'{{{name}: ' for name in names)}{value}{'}' * len(names)}"
     return f"++{argument}" if equals and re.fullmatch(r"dataset\.(options|sources)(\.\w+)*", key) else argument

@@ -18,8 +18,8 @@ def encoder_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the encoders of a run."""
     given = config.model.visual_encoder
     yield from _single_encoder_problems("model.visual_encoder", given)
-    for index, one in enumerate(given.beside):
-        key = f"model.visual_encoder.beside.{index}"
+    for index, one in enumerate(given.extra_encoders):
+        key = f"model.visual_encoder.extra_encoders.{index}"
         if one.hf_name.startswith(("/", "./", "../", "~")) and not Path(one.hf_name).is_dir():
             yield f"{key}.hf_name={one.hf_name}: no such folder (seen from {Path.cwd()})"
         if one.feature_strategy not in FEATURE_STRATEGIES:

@@ -14,7 +14,6 @@ from vlm.config.derived import (
     _find_body_changes,
     _find_new_token_rows,
     caches_features,
-    get_heads,
     head_key,
     query_tokens,
     training_keys,
@@ -39,17 +38,14 @@ SAMPLING_KEY, GROUPED_SAMPLING = "train_sampling_strategy", "group_by_modality_l
 def head_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the heads of a run."""
     head = config.model.head
-    if head.task is None:
-        yield from _head_only_key_problems(config)
-        return
-    if head.name in head.beside:
-        yield f"model.head.beside.{head.name}: the first head has that name (model.head.name)"
-    for name, one in get_heads(head).items():
+    if head.name in head.extra_heads:
+        yield f"model.head.extra_heads.{head.name}: the first head has that name (model.head.name)"
+    for name, one in head.by_name.items():
         key = head_key(head, name)
         if not name.isidentifier():
             yield f"{key}: {name!r} is no name of a head; letters, digits and _ are needed"
         yield from _single_head_problems(key, one)
-    if head.weight != 1 and not head.beside and not head.generation_weight:
+    if head.weight != 1 and not head.extra_heads and not head.generation_weight:
         yield f"model.head.weight={head.weight}: there is no other loss that it counts beside; leave it out"
     for key, value in (("profile", config.trainer.profile or None), ("peak_tflops", config.trainer.peak_tflops)):
         if value is not None:
@@ -73,8 +69,8 @@ def _generation_problems(config: RunConfig) -> Iterator[str]:
         yield f"{key}: no part trains that writes replies; unfreeze one (trainer.unfreeze), or adapt one (trainer.lora)"
 
 
-def _head_only_key_problems(config: RunConfig) -> Iterator[str]:
-    """Keys that nothing comes of without a head."""
+def unused_head_problems(config: RunConfig) -> Iterator[str]:
+    """Yield the keys of heads that a run without heads sets."""
     data = config.dataset
     for key in ("test_path", "test_image_folder", "test_split", "folds"):
         if (value := getattr(data, key)) != getattr(DatasetConfig, key):
@@ -83,7 +79,7 @@ def _head_only_key_problems(config: RunConfig) -> Iterator[str]:
         default = key.default if key.default_factory is MISSING else key.default_factory()
         value = getattr(config.model.head, key.name)
         if value != default:
-            said = ", ".join(value) if key.name == "beside" else _format_value(value)
+            said = ", ".join(value) if key.name == "extra_heads" else _format_value(value)
             yield f"model.head.{key.name}={said}: there is no head (model.head.task); choose one, as model/head=binary"
 
 

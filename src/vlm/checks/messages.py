@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from vlm.checks.run import ConfigError, format_value
 from vlm.config.packaged import group_names, run_names
+from vlm.config.recorded import current_key
 from vlm.config.schema import key_names
 
 EXPECTED_VALUES = {
@@ -69,6 +70,8 @@ def suggest_names(name: str, allowed: Sequence[str], prefix: str = "") -> str:
 
 def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
     """The message for a key that the schema does not have."""
+    if (new_key := current_key(key)) != key:
+        return f"{key}: it is called {new_key} now"
     parent, _, name = key.rpartition(".")
     hint = suggest_names(name, list(allowed), f"{parent}." if parent else "")
     own = f" An option of a connector class of your own: +{key}=…" if parent == "model.connector.options" else ""

@@ -11,7 +11,6 @@ from typing import Any
 from vlm.config.schema import (
     PARTS,
     TRAIN_FLAGS,
-    HeadConfig,
     HeadsConfig,
     LoraPartConfig,
     ModelConfig,
@@ -64,11 +63,6 @@ LOSSES = {
 """Task -> its losses; the first is its default."""
 
 
-def get_heads(head: HeadsConfig) -> dict[str, HeadConfig]:
-    """All heads by their names; none where there is no task."""
-    return {} if head.task is None else {head.name: head, **head.beside}
-
-
 def extra_tokens(model: ModelConfig) -> list[str]:
     """Tokens that the vocabulary gets: the user's, and those that heads read at."""
     return [*model.language_model.new_tokens, *query_tokens(model.head)]
@@ -76,17 +70,12 @@ def extra_tokens(model: ModelConfig) -> list[str]:
 
 def query_tokens(head: HeadsConfig) -> list[str]:
     """The tokens that stand behind every prompt, one for each head that reads at one of its own."""
-    return [query_token(name) for name, one in get_heads(head).items() if one.pooling == "query"]
+    return [query_token(name) for name, one in head.by_name.items() if one.pooling == "query"]
 
 
 def query_token(name: str) -> str:
     """The token of a head with `pooling=query`; no vocabulary has one of this form by itself."""
     return f"<|query:{name}|>"
-
-
-def head_keys(config: RunConfig) -> dict[str, str]:
-    """`head` -> the `key=value` that makes it train; nothing where there is none."""
-    return {} if config.model.head.task is None else {"head": f"model.head.task={config.model.head.task}"}
 
 
 def embedding_row_keys(config: RunConfig) -> dict[str, str]:
@@ -113,11 +102,11 @@ def _find_new_token_rows(config: RunConfig) -> Iterator[str]:
     """What adds tokens whose embeddings are learned."""
     if tokens := config.model.language_model.new_tokens:
         yield f"model.language_model.new_tokens={tokens}"
-    for name, one in get_heads(config.model.head).items():
+    for name, one in config.model.head.by_name.items():
         if one.pooling == "query":
             yield f"{head_key(config.model.head, name)}.pooling=query"
 
 
 def head_key(head: HeadsConfig, name: str) -> str:
     """Where a head stands in the configuration."""
-    return "model.head" if name == head.name else f"model.head.beside.{name}"
+    return "model.head" if name == head.name else f"model.head.extra_heads.{name}"

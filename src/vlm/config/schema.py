@@ -9,10 +9,8 @@ whatever the installed version takes can be set as `trainer.<name>`.
 """
 
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
-
-import msgspec
 
 from vlm.config.training_fields import read_training_argument_fields
 
@@ -57,7 +55,7 @@ class EncoderConfig:
 class VisualEncoderConfig(EncoderConfig):
     """Where the image features come from: one encoder, or several side by side."""
 
-    beside: list[EncoderConfig] = field(default_factory=list)
+    extra_encoders: list[EncoderConfig] = field(default_factory=list)
     """Further encoders that see the same pictures; their features stand behind the first one's, by channel."""
     quantization: str | None = None
     """`8bit` or `4bit` (NF4): its matrices are stored so, and stay frozen; adapters train on them (`trainer.lora`)."""
@@ -146,10 +144,15 @@ class HeadsConfig(HeadConfig):
 
     name: str = "label"
     """What it is called where there are several: the key of its value in a record's `label`."""
-    beside: dict[str, HeadConfig] = field(default_factory=dict)
+    extra_heads: dict[str, HeadConfig] = field(default_factory=dict)
     """Further heads by their names."""
     generation_weight: float = 0.0
     """What the loss of the records' replies counts beside the heads'; 0: the model does not learn to write them."""
+
+    @property
+    def by_name(self) -> dict[str, HeadConfig]:
+        """All heads by their names; none where there is no task."""
+        return {} if self.task is None else {self.name: self, **self.extra_heads}
 
 
 @dataclass
@@ -242,6 +245,9 @@ class LoraConfig:
 class TrainerOptions:
     """Our own keys of `trainer`; every field of `TrainingArguments` stands beside them in `TrainerConfig`."""
 
+    objective: str | None = None
+    """What is learned: `generation` (replies), `prediction` (what heads say of prompts), or `package.module:Class` for an
+    objective of your own; null: `prediction` where there is a head (`model.head.task`), else `generation`."""
     output_dir: str | None = None
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
@@ -440,28 +446,3 @@ def key_names(path: str) -> list[str]:
             return []
         node = found.default_factory
     return [f.name for f in fields(node)]
-
-
-def from_mapping(kind: type[Any], values: dict[str, Any]) -> Any:
-    """A schema dataclass out of nested mappings, such as a checkpoint's recorded `model` section.
-
-    Raises:
-        ValueError: it has an unknown key, or a value of another type.
-    """
-    try:
-        found = msgspec.convert(values, kind)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{kind.__name__}: {error}") from error
-    for key in _find_unknown_paths(values, asdict(found)):
-        raise ValueError(f"{kind.__name__}: there is no key {key}")
-    return found
-
-
-def _find_unknown_paths(given: Any, known: Any, path: str = "") -> list[str]:
-    """The dotted paths that are in nested mappings, and not in others."""
-    if not (isinstance(given, dict) and isinstance(known, dict)):
-        return []
-    found = []
-    for name, value in given.items():
-        found += _find_unknown_paths(value, known[name], f"{path}{name}.") if name in known else [f"{path}{name}"]
-    return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from vlm.config.recorded import upgrade_recipe
 from vlm.hub.cleaning import find_hub_name, last_path_component
 from vlm.hub.run_facts import RunSummary
 from vlm.models.configuration_vlm import MIN_TRANSFORMERS_VERSION
@@ -83,7 +84,7 @@ def group_sources(sources: Sequence[tuple[str, str, bool]]) -> dict[str, str]:
 def _sources(config: dict[str, Any], run: RunSummary) -> list[tuple[str, str, bool]]:
     """Where parts came from: part, a name on the Hub or the last component of a path, which of both."""
     body = config.get("body_config", config)
-    recipe = body.get("recipe") or {}
+    recipe = upgrade_recipe(body.get("recipe") or {})
     named = [("visual_encoder", one) for one in (recipe.get("visual_encoder"), *_extra_encoders(recipe)) if one]
     named += [("language_model", recipe["language_model"])] if recipe.get("language_model") else []
     given = [(part, one["hf_name"]) for part, one in named if one.get("hf_name")]
@@ -95,7 +96,7 @@ def _sources(config: dict[str, Any], run: RunSummary) -> list[tuple[str, str, bo
 
 
 def _extra_encoders(recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    return (recipe.get("visual_encoder") or {}).get("beside") or []
+    return (recipe.get("visual_encoder") or {}).get("extra_encoders") or []
 
 
 def _pipeline_tag(heads: Sequence[dict[str, Any]]) -> str | None:

@@ -78,7 +78,7 @@ VARIANTS: dict[str, list[str]] = {
         "trainer.learning_rate.language_model_learning_rate=1e-3",
     ],
     "bf16, padded to squares": ["dataset.image_mode=pad", "trainer.bf16=true"],
-    "encoders side by side": ["model.visual_encoder.beside=[{hf_name:ENCODER,feature_layer:1}]"],
+    "encoders side by side": ["model.visual_encoder.extra_encoders=[{hf_name:ENCODER,feature_layer:1}]"],
 }  # fmt: skip
 
 

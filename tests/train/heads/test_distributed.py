@@ -25,7 +25,7 @@ WORDS = {
     "folds": ["dataset.folds=2", "dataset.eval_split=null", "trainer.eval_strategy=no"],
     "several": [
         *CONNECTOR, "model.head.name=colour", "dataset.options.label_key=[colour,light]",
-        "model.head.beside.light.task=regression", "model.head.beside.light.pooling=alltoken",
+        "model.head.extra_heads.light.task=regression", "model.head.extra_heads.light.pooling=alltoken",
     ],
     "replies": [
         *CONNECTOR, "dataset.format=tests.train.heads.head_runs:sometimes_answered", "dataset.options={}",

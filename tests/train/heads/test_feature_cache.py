@@ -168,11 +168,11 @@ def test_whatever_it_depends_on_has_it_computed_again(
 def test_a_new_reading_is_computed_beside_the_others(start: Callable[..., Path], tmp_path: Path, calls: list[int]):
     start(tmp_path)
     words = ["model.head.name=colour", "dataset.options.label_key=[colour,light]",
-             "model.head.beside.light.task=regression", "model.head.beside.light.pooling=mean"]  # fmt: skip
+             "model.head.extra_heads.light.task=regression", "model.head.extra_heads.light.pooling=mean"]  # fmt: skip
     start(tmp_path / "two", *words)
     assert len({file.name for file in (tmp_path / "two").glob("features/*/*.npy")}) == 2
     calls.clear()
-    start(tmp_path / "two", *words, "model.head.beside.light.pooling=last")
+    start(tmp_path / "two", *words, "model.head.extra_heads.light.pooling=last")
     start(tmp_path / "two", *words, "model.head.pooling=mean")
     assert not calls
 

@@ -21,7 +21,7 @@ from transformers import (
 from tests.conftest import compose_config, head_words, losses
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, logged, rewritten, scores_of
 from vlm.assembly.heads import resolve_heads
-from vlm.assembly.settle import load_weights, resolve_model
+from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.checks.run import check
 from vlm.config.derived import embedding_row_keys, head_keys
 from vlm.models import VLMForConditionalGeneration
@@ -61,7 +61,8 @@ def training(model: Any) -> set[str]:
 def test_every_trainable_parameter_is_in_exactly_one_group(prepared: Any):
     model, parts, _ = prepared(
         *CONNECTOR, "model.head.pooling=attention", "trainer.lora.language_model.r=2",
-        "model.head.beside.level.task=ordinal", "dataset.options.label_key=[colour,level]", "model.head.name=colour",
+        "model.head.extra_heads.level.task=ordinal", "dataset.options.label_key=[colour,level]",
+        "model.head.name=colour",
         "model.language_model.new_tokens=[MARK]", "trainer.weight_decay.head_weight_decay=0.3",
         "trainer.learning_rate.connector_learning_rate=3e-4",
     )  # fmt: skip
@@ -225,9 +226,10 @@ def test_a_batch_without_replies_trains_as_well(train_head: Callable[..., Path],
 
 SEVERAL = [
     "model.head.name=colour", "dataset.options.label_key=[colour,light,tags]",
-    "model.head.beside.light.task=regression",
-    "model.head.beside.light.pooling=mean", "model.head.beside.tags.task=multilabel", "model.head.beside.tags.type=mlp",
-    "model.head.beside.tags.pooling=attention", "model.head.beside.light.weight=0.5",
+    "model.head.extra_heads.light.task=regression",
+    "model.head.extra_heads.light.pooling=mean", "model.head.extra_heads.tags.task=multilabel",
+    "model.head.extra_heads.tags.type=mlp",
+    "model.head.extra_heads.tags.pooling=attention", "model.head.extra_heads.light.weight=0.5",
 ]  # fmt: skip
 
 
