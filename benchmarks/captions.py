@@ -1,9 +1,9 @@
-"""What a checkpoint knows about captioned pictures that it has not seen.
+"""What a checkpoint knows about captioned images that it has not seen.
 
     python benchmarks/captions.py CHECKPOINT --data val.json --image-folder images [--output report.json]
 
-Prints the loss per supervised token with the pictures and with blank ones, the paired difference over samples with its
-95% interval, how often a picture's own caption has the lowest loss among ten, and ten answers as they came.
+Prints the loss per supervised token with the images and with blank ones, the paired difference over samples with its
+95% interval, how often an image's own caption has the lowest loss among ten, and ten answers as they came.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from vlm.data.batching.stats import BatchStats, compute_batch_stats
 from vlm.train.monitor.flops import StepFlops, count_flops
 
 NEWLINE = 1
-"""The token between a picture and the question."""
+"""The token between an image and the question."""
 
 
 def count_operations(model: Any, shape: Shape) -> tuple[StepFlops, float]:

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def generate(folder: Path, number: int) -> None:
-    """The pictures, a small set of records for the loader, and the large one."""
+    """The images, a small set of records for the loader, and the large one."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for index in range(NUM_IMAGES):
         draw = np.random.default_rng(index)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.features [--records N] [--repeats N]
 
-The body has the shapes of SmolLM2-135M (text) and ViT-B/16 at 224 pixels (pictures), with random weights. Both variants
+The body has the shapes of SmolLM2-135M (text) and ViT-B/16 at 224 pixels (images), with random weights. Both variants
 are runs of `head-classification` through the same entry, on the same records, in the same order of batches; an epoch's
 seconds are those that `Trainer` logs, without the one reading that fills the cache. The heads that come out after as
 many epochs are compared first: they must be the same.

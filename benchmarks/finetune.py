@@ -9,7 +9,7 @@ threads, optimiser and learning rate are the same, so the first gradients and th
 that is checked, and drawn. The first step of each variant is left out of its speed.
 
 On two CPU cores in float32, a padded micro-batch has at most six samples, nearly five on average. Larger ones would pad
-more, and smaller ones less: where a sample has 2,000 tokens of text and a picture, 24 GB of memory hold three (a padded
+more, and smaller ones less: where a sample has 2,000 tokens of text and an image, 24 GB of memory hold three (a padded
 position takes about 2.6 MB); the longest of the default seed has 1,609. Few steps fit into the time, and some have
 short samples only: the default seed is one of which counting predicts about what it predicts over the whole mixture at
 as many samples, and that is told beside. About twelve minutes, and 20 GB.

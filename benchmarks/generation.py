@@ -1,11 +1,11 @@
-"""Answers to a file of records: in batches against one by one, and about one picture against about many.
+"""Answers to a file of records: in batches against one by one, and about one image against about many.
 
     python -m benchmarks.generation [--gpu] [--records N] [--repeats N] [--tokens N]
 
-The model has the shapes of SmolLM2-135M (text) and ViT-B/16 at 224 pixels (pictures), with random weights, scaled so
+The model has the shapes of SmolLM2-135M (text) and ViT-B/16 at 224 pixels (images), with random weights, scaled so
 that what it says depends on what it is asked and shown. It may end an answer anywhere, so every answer is made so many
 tokens long. All variants ask as `vlm generate --input` does, records of questions between 5 and 60 words. The first ids
-of answers in batches must be those of answers one by one; different questions, and different pictures, must have
+of answers in batches must be those of answers one by one; different questions, and different images, must have
 different answers, or nothing would have been compared.
 """
 
@@ -89,7 +89,7 @@ def save(folder: Path, size: Size) -> None:
 
 
 def write_records(folder: Path, number: int) -> None:
-    """Write pictures of noise, and the same questions about each its own and about all the same."""
+    """Write images of noise, and the same questions about each its own and about all the same."""
     draw = random.Random(0)
     generator = torch.Generator().manual_seed(0)
     for place in range(number):
@@ -106,7 +106,7 @@ def write_records(folder: Path, number: int) -> None:
 
 
 def time_answers(folder: Path, size: Size, records: str, batch_size: int, tokens: int) -> tuple[float, list[str]]:
-    """Seconds and answers of a whole file, by a model that has just been loaded and has seen no picture."""
+    """Seconds and answers of a whole file, by a model that has just been loaded and has seen no image."""
     model = FixedLengthModel.load(
         folder / "model", device="cuda" if torch.cuda.is_available() else "cpu",
         dtype="bfloat16" if size.bf16 else "float32",
@@ -122,7 +122,7 @@ def time_answers(folder: Path, size: Size, records: str, batch_size: int, tokens
     return seconds, [row["answer"] for row in rows]
 
 
-VARIANTS = {"one by one": ("many", 1), "in batches": ("many", BATCH_SIZE), "one picture": ("one", BATCH_SIZE)}
+VARIANTS = {"one by one": ("many", 1), "in batches": ("many", BATCH_SIZE), "one image": ("one", BATCH_SIZE)}
 """Variant -> the file and how many records at a time."""
 
 
@@ -137,7 +137,7 @@ def check_answers(answers: dict[str, list[str]]) -> None:
     if one[0].split()[:NUM_COMPARED_TOKENS] != begun[1][0]:
         raise SystemExit(f"the first record, which is the same in both files, has two answers: {answers}")
     if same := [place for place in range(1, len(one)) if one[place] == batched[place]]:
-        raise SystemExit(f"another picture gave the same answer, so comparing them proves nothing: {same}, {answers}")
+        raise SystemExit(f"another image gave the same answer, so comparing them proves nothing: {same}, {answers}")
 
 
 def measure(size: Size, folder: Path) -> tuple[list[Row], dict[str, int]]:
@@ -160,8 +160,8 @@ def measure(size: Size, folder: Path) -> tuple[list[Row], dict[str, int]]:
             ("in batches", "one by one"), "records/s", 3.0,
         ),
         compared(
-            "questions about one picture, in batches", speeds["one picture"], speeds["in batches"],
-            ("one picture", "a picture each"), "records/s", 1.2,
+            "questions about one image, in batches", speeds["one image"], speeds["in batches"],
+            ("one image", "an image each"), "records/s", 1.2,
         ),
     ]  # fmt: skip
     return rows, {"answers": size.records, "of them the same in batches and one by one to the last id": same}

@@ -27,7 +27,7 @@ from benchmarks.variants import release_memory, run_ours, silence_libraries, spl
 from vlm.train.monitor.peak_flops import Peak, get_peak_tflops, measure_tflops
 
 CAPTION = Source("caption", 558, (1, 1), (8, 0.2), (14, 0.4))
-"""LLaVA's first stage: a picture and a line of text. Its template drops the question."""
+"""LLaVA's first stage: an image and a line of text. Its template drops the question."""
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,8 @@ def memory_limit() -> float:
 
 
 def write_text_records(folder: Path, number: int) -> Path:
-    """Records without pictures, of a short question and answer, one a line."""
-    (folder / "images").mkdir(parents=True)  # where a run looks for pictures
+    """Records without images, of a short question and answer, one a line."""
+    (folder / "images").mkdir(parents=True)  # where a run looks for images
     source = Source("short", 1, (1, 1), (10, 0.3), (8, 0.5), picture=False)
     draw = random.Random(0)
     pool = [

@@ -5,7 +5,7 @@
 What is known of that mixture is how many records each source gives, and mean, median and percentiles of their text
 tokens. How many turns a source's records have and how long they are is chosen here so that those figures come out:
 sources like VQA have several short turns with answers of a word or two, conversations have long replies, and records
-without a picture are long. The words are drawn too and mean nothing; nobody's text is in it.
+without an image are long. The words are drawn too and mean nothing; nobody's text is in it.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Source:
         turns: fewest and most questions of a record.
         question: median of the words of a question, and the deviation of their logarithm.
         reply: the same of a reply.
-        picture: whether its records have one.
+        image: whether its records have one.
     """
 
     name: str
@@ -129,13 +129,13 @@ def summarize_lengths(records: Sequence[Record]) -> dict[str, float]:
 
 
 def write_records(folder: Path, records: Sequence[Record], side: int, seed: int = 0) -> Path:
-    """Write `folder/records.json` in LLaVA's format and a picture of its own for each record that has one.
+    """Write `folder/records.json` in LLaVA's format and an image of its own for each record that has one.
 
     Args:
         folder: made where it is missing.
         records: their lengths.
-        side: of the square pictures in pixels; as the encoder sees them, so that reading them costs little.
-        seed: of words and pictures.
+        side: of the square images in pixels; as the encoder sees them, so that reading them costs little.
+        seed: of words and images.
 
     Returns:
         The file of records.
@@ -188,7 +188,7 @@ def main() -> None:
     for name, value in summarize_lengths(records).items():
         print(f"{name:<18}{value:>8,.0f}{PUBLISHED_FIGURES[name]:>12,}")
     tokens, supervised = (sum(getattr(one, name) for one in records) for name in ("tokens", "supervised"))
-    print(f"\nwith a picture {statistics.mean(one.source.picture for one in records):.1%}", end=", ")
+    print(f"\nwith an image {statistics.mean(one.source.picture for one in records):.1%}", end=", ")
     print(f"supervised {supervised / tokens:.1%} of the text tokens:\n")
     for source in SOURCES:
         own = [one for one in records if one.source is source]

@@ -1,4 +1,4 @@
-"""Pretraining's further epochs: with features of pictures kept on disk, against a frozen encoder that sees them anew.
+"""Pretraining's further epochs: with features of images kept on disk, against a frozen encoder that sees them anew.
 
     python -m benchmarks.pretrain [--gpu] [--shape NAME] [--epochs N]
 
@@ -34,7 +34,7 @@ class Size:
     """What one shape is measured on.
 
     Attributes:
-        records: captions with a picture each.
+        records: captions with an image each.
         batch: samples of a batch, on average.
         words: further overrides.
     """
@@ -96,7 +96,7 @@ def measure(shape: str, size: Size, epochs: int) -> tuple[Row, float]:
         kept.trainer = None
     tolerance = 2e-2 if torch.cuda.is_available() else 1e-3
     torch.testing.assert_close(torch.tensor(kept.losses), torch.tensor(anew.losses), rtol=tolerance, atol=tolerance)
-    labels = ("kept features", "pictures seen anew")
+    labels = ("kept features", "images seen anew")
     speeds = [epoch_rates(steps, epochs, size.records) for steps in (kept, anew)]
     title = f"further epochs, {NAMES[shape]}"
     return compared(title, speeds[0], speeds[1], labels, "samples/s", TARGET_SHARE * expected), expected

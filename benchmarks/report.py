@@ -1,4 +1,4 @@
-"""What benchmarks print and leave behind: ratios of medians measured in one run, as a table, JSON and a picture."""
+"""What benchmarks print and leave behind: ratios of medians measured in one run, as a table, JSON and an image."""
 
 import json
 import platform

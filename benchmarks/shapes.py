@@ -34,7 +34,7 @@ class Shape:
     """A visual encoder and a language model, as their configurations count them.
 
     Attributes:
-        side: of pictures, in pixels.
+        side: of images, in pixels.
         patch: of a patch, in pixels.
         vision: width, width between, layers and heads of the encoder.
         vocabulary: tokens that the language model knows.

@@ -2,7 +2,7 @@
 
 `run_ours` is the run that `vlm` starts, with a clock in it and an ear for its batches. `train_padded` is what the
 documentation of transformers shows: `LlavaForConditionalGeneration`, a collator that pads to the longest sample of a
-batch with labels of -100, and `Trainer`. Its samples are encoded and its pictures decoded beforehand; ours are
+batch with labels of -100, and `Trainer`. Its samples are encoded and its images decoded beforehand; ours are
 not.
 """
 
@@ -41,7 +41,7 @@ SEED = 42
 """Of a run's first weights and order, which is the default of `trainer.seed`."""
 
 Sample = dict[str, Any]
-"""`input_ids` and `labels` of one sample, and `pixel_values` `(images, 3, height, width)` where it has pictures."""
+"""`input_ids` and `labels` of one sample, and `pixel_values` `(images, 3, height, width)` where it has images."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ def run_ours(
 
     Args:
         parts: where encoder and language model are.
-        records: the file of records; their pictures are in `images` beside it.
+        records: the file of records; their images are in `images` beside it.
         folder: the run directory.
         words: further overrides.
         name: the run's configuration.
@@ -238,7 +238,7 @@ class MicroBatches(Dataset[Any]):
 
 
 class PaddingCollator:
-    """Pads ids and labels as transformers does, and lays the pictures one after the other."""
+    """Pads ids and labels as transformers does, and lays the images one after the other."""
 
     def __init__(self, tokenizer: Any):
         self.pad = DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=IGNORE_INDEX)

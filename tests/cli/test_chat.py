@@ -155,7 +155,7 @@ def test_pictures_wait_on_where_a_question_is_refused(ours: Any, chat: Any, imag
 def test_an_interrupt_stops_the_answer_and_not_the_chat(
     ours: Any, chat: Any, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
-    """Nothing of it is kept, and its pictures wait for the next question."""
+    """Nothing of it is kept, and its images wait for the next question."""
     expected = get_expected_answers(ours, ("really?", images[:1]))
     streamed, asked = ours.streamed, []
 
@@ -169,7 +169,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(
     monkeypatch.setattr(ours, "streamed", interrupted)
     said, notes = chat(f"/image {images[0]}", "what?", "really?")
     assert said == ["half an ", *expected]
-    assert "stopped: the question and what there was of an answer are forgotten; its pictures wait" in notes
+    assert "stopped: the question and what there was of an answer are forgotten; its images wait" in notes
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
         return answers(self, inputs, *rest)
 
     monkeypatch.setattr(VisionLanguageModel, "answers", stopped)
-    with pytest.raises(SystemExit, match="the same command goes on with it"):
+    with pytest.raises(SystemExit, match="the same command resumes it"):
         evaluate(checkpoint, *words)
     evaluate(checkpoint, *words)
     assert calls == [2, 2, 2, 2, 1], "two batches, the one that was stopped, and that again with the last record"

@@ -287,7 +287,7 @@ def test_what_is_imported_is_said_and_can_be_asked(parts: Parts, tmp_path: Path,
     main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")])
     refusal_message = capsys.readouterr().out
     assert (
-        f"9 tokens a tile, pictures in {len(SIXES)} grids of tiles, shrunk to about 2 tiles, torch.float32"
+        f"9 tokens a tile, images in {len(SIXES)} grids of tiles, shrunk to about 2 tiles, torch.float32"
         in refusal_message
     )
     picture().save(tmp_path / "picture.png")

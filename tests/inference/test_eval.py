@@ -88,7 +88,7 @@ def test_another_template(checkpoint: Path, images: list[Path]):
         ({"query": ""}, "args.query: a value is needed"),
         (
             {"image_file": "https://somewhere/a.png"},
-            "somewhere/a.png: nothing is fetched; download the picture",
+            "somewhere/a.png: nothing is fetched; download the image",
         ),
         ({"image_file": "no.png"}, "no.png does not open"),
         ({"query": "<image>"}, "the prompt has 1 <image>, but 0 images were given"),

@@ -209,7 +209,7 @@ def test_a_stopped_run_goes_on(
 
     monkeypatch.setattr(Predictor, "of", of)
     command = [checkpoint("kind"), "--input", records, "--output", stopped, "--batch-size", 2]
-    with pytest.raises(SystemExit, match="the same command goes on with it"):
+    with pytest.raises(SystemExit, match="the same command resumes it"):
         run_predict(*command)
     partial = stopped.with_name(f"{stopped.name}.partial")
     assert not stopped.exists()

@@ -222,8 +222,8 @@ def test_chat_shows_what_is_wrong_and_keeps_the_question(visit: Callable[..., An
 
 def test_predict_shows_bars_for_every_head(served: Served, visit: Callable[..., Any]):
     page = visit("Predict")
-    page.locator("#predict-pictures input[type=file]").first.set_input_files(served.image)
-    page.wait_for_selector("#predict-pictures img")
+    page.locator("#predict-images input[type=file]").first.set_input_files(served.image)
+    page.wait_for_selector("#predict-images img")
     fill(page, "predict-prompt", QUESTION)
     page.locator("#predict-go").click()
     page.wait_for_selector("#predict-result .vlm-head")

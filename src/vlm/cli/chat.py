@@ -1,7 +1,7 @@
 """The subcommand `vlm chat`: several questions, each with all that was said before.
 
-What imports torch is imported when the command has been understood. To add what can be typed, write a method of `Chat`
-and add it to `COMMANDS`.
+Modules that import torch are imported once the command line has been understood. To add a command, write a method of
+`Chat` and add it to `COMMANDS`.
 """
 
 import argparse
@@ -16,23 +16,23 @@ from vlm.config.schema import DatasetConfig, InferenceConfig
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What `vlm chat` takes."""
-    found = argparse.ArgumentParser("vlm chat", description="Talk with a trained model about pictures and videos.")
-    found.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    found.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture for the first question; may be repeated"
+    """Return the parser of `vlm chat`."""
+    parser = argparse.ArgumentParser("vlm chat", description="Talk with a trained model about images and videos.")
+    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image for the first question; may be repeated"
     )
-    found.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, likewise")
-    found.add_argument(
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, likewise")
+    parser.add_argument(
         "--system-prompt", metavar="TEXT", help="said first, as dataset.system_prompt was in training"
     )  # fmt: skip
-    found.add_argument(
+    parser.add_argument(
         "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N",
         help="most frames of a video that are seen, evenly spread (%(default)s)",
     )  # fmt: skip
-    add_generation_options(found)
-    add_loading_options(found)
-    return found
+    add_generation_options(parser)
+    add_loading_options(parser)
+    return parser
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def _run_chat(args: argparse.Namespace, settings: InferenceConfig) -> None:
     chat.images, chat.videos = list(args.image), list(args.video)
     if sys.stdin.isatty():
         print_status(
-            f"{args.checkpoint}: ask it. /image FILE shows a picture, /help says what else there is, /exit leaves."
+            f"{args.checkpoint}: ask it. /image FILE shows an image, /help says what else there is, /exit leaves."
         )
     for line in read_lines():
         if not chat.handle_line(line):
@@ -97,7 +97,7 @@ class Chat:
         conversation: the conversation.
 
     Attributes:
-        images: pictures for the next question.
+        images: images for the next question.
         videos: videos for it.
     """
 
@@ -125,7 +125,7 @@ class Chat:
             return True
 
     def ask(self, text: str) -> None:
-        """Print the answer as it comes. Stopped or failed, the question is forgotten, and its pictures wait on.
+        """Print the answer as it comes. Stopped or failed, the question is forgotten, and its images wait on.
 
         Raises:
             ValueError: it cannot be asked, or memory does not suffice.
@@ -141,7 +141,7 @@ class Chat:
                 pieces.close()
                 print(flush=True)
         except KeyboardInterrupt:
-            kept = "; its pictures wait for the next one" if self.images or self.videos else ""
+            kept = "; its images wait for the next one" if self.images or self.videos else ""
             print_status(f"stopped: the question and what there was of an answer are forgotten{kept}")
         except OutOfMemoryError as error:
             raise ValueError(f"{error} /undo or /reset makes the conversation shorter.") from error
@@ -149,7 +149,7 @@ class Chat:
             self.images, self.videos = [], []
 
     def image(self, path: str) -> None:
-        """Show a picture with the next question."""
+        """Show an image with the next question."""
         from vlm.inference.generate import load_images
 
         load_images([place := expand_path(path)])
@@ -192,7 +192,7 @@ class Chat:
         for name, (takes, purpose, _act) in COMMANDS.items():
             print(f"{f'/{name} {takes}':<14}{purpose}")
         print("Anything else is a question; type a blank before one that begins with /. Ctrl-C stops an answer.")
-        print("<image> and <video> in a question say where a picture or a video stands; else they come first.")
+        print("<image> and <video> in a question say where an image or a video stands; else they come first.")
 
     def exit(self, _: str) -> bool:
         """Leave."""
@@ -212,10 +212,10 @@ def expand_path(path: str) -> str:
 
 
 COMMANDS: dict[str, tuple[str, str, Callable[[Chat, str], Any]]] = {
-    "image": ("FILE", "show a picture with the next question; may be repeated", Chat.image),
+    "image": ("FILE", "show an image with the next question; may be repeated", Chat.image),
     "video": ("FILE", "show a video with the next question; may be repeated", Chat.video),
     "undo": ("", "forget the last question and its answer", Chat.undo),
-    "reset": ("", "forget everything, and pictures that wait for a question", Chat.reset),
+    "reset": ("", "forget everything, and images that wait for a question", Chat.reset),
     "history": ("", "print what was said", Chat.history),
     "help": ("", "print this", Chat.help),
     "exit": ("", "leave, as Ctrl-D does", Chat.exit),

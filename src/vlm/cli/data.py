@@ -10,6 +10,7 @@ from typing import Any
 from vlm.checks.compose import with_config
 from vlm.checks.run import ConfigError
 from vlm.config.schema import RunConfig
+from vlm.train.objectives.table import make_objective
 
 
 def main(words: Sequence[str]) -> None:
@@ -29,7 +30,9 @@ def show(words: Sequence[str]) -> None:
     """`vlm data show -cn RUN …`: records as the run would train on them."""
     parser = _make_run_parser("show", "Records as a run would train on them, supervised tokens marked.")
     parser.add_argument("--number", type=int, default=4, help="records of each source (%(default)s)")
-    parser.add_argument("--records", type=_parse_numbers, default=[], metavar="N,N", help="the numbers of those wanted")
+    parser.add_argument(
+        "--records", type=_parse_numbers, default=[], metavar="N,N", help="the numbers of the records to show"
+    )
     parser.add_argument("--seed", type=int, default=None, help="draws them; without it, the first ones")
     parser.add_argument("--output", type=Path, default=Path("records.html"), help="the page (%(default)s)")
     args, rest = parser.parse_known_args(words)
@@ -44,22 +47,22 @@ def show(words: Sequence[str]) -> None:
             records=args.records,
             seed=args.seed,
         )
-        found = []
-        for one in records:
-            print(as_text(one, colours=sys.stdout.isatty()))
-            found.append(one)
-        write_page(found, args.output)
-        print(f"With pictures: {args.output}")
+        shown = []
+        for record in records:
+            print(as_text(record, colours=sys.stdout.isatty()))
+            shown.append(record)
+        write_page(shown, args.output)
+        print(f"With images: {args.output}")
 
-    with_config(rest, action)
+    with_config(rest, action, make_objective)
 
 
 def stats(words: Sequence[str]) -> None:
-    """`vlm data stats -cn RUN …`: what the run's records amount to."""
+    """`vlm data stats -cn RUN …`: counts, lengths and sizes of a run's records."""
     parser = _make_run_parser(
-        "stats", "What a run's records amount to: counts, lengths, sizes, what would be left out."
+        "stats", "Statistics of a run's records: counts, lengths, sizes, which would be left out."
     )
-    parser.add_argument("--output", type=Path, default=Path("stats.png"), help="the picture (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("stats.png"), help="the plot (%(default)s)")
     args, rest = parser.parse_known_args(words)
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
@@ -67,13 +70,13 @@ def stats(words: Sequence[str]) -> None:
 
         if config.dataset.streaming:
             raise ConfigError("dataset.streaming=true: a stream is not counted")
-        found = compute_stats(config.dataset, _make_sample_encoder(config, overrides))
-        print(as_text(found))
+        statistics = compute_stats(config.dataset, _make_sample_encoder(config, overrides))
+        print(as_text(statistics))
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        draw(found, args.output)
-        print(f"As a picture: {args.output}")
+        draw(statistics, args.output)
+        print(f"As a plot: {args.output}")
 
-    with_config(rest, action)
+    with_config(rest, action, make_objective)
 
 
 def _make_run_parser(tool: str, purpose: str) -> argparse.ArgumentParser:
@@ -82,24 +85,20 @@ def _make_run_parser(tool: str, purpose: str) -> argparse.ArgumentParser:
 
 
 def _make_sample_encoder(config: RunConfig, overrides: list[str]) -> Any:
-    """What encodes the samples of a run."""
-    from vlm.assembly.settle import resolve_model
-    from vlm.train.data import make_sample_encoder
-    from vlm.train.heads.data import make_prompt_encoder
+    """Return what encodes the samples of a run."""
+    from vlm.assembly.resolve import resolve_model
 
-    model_config, processor = resolve_model(config, overrides)
-    encoder_of = make_sample_encoder if config.model.head.task is None else make_prompt_encoder
-    return encoder_of(config, model_config, processor)
+    return make_objective(config).make_encoder(*resolve_model(config, overrides))
 
 
 def _parse_numbers(text: str) -> list[int]:
-    return [int(one) for one in text.split(",")]
+    return [int(number) for number in text.split(",")]
 
 
 TOOLS = {
-    "download": ("fetch the pictures of a table of addresses and captions", "download"),
+    "download": ("fetch the images of a table of addresses and captions", "download"),
     "convert": ("between forms of records and kinds of files", "convert"),
-    "clean": ("leave out pictures that do not open, duplicates, empty texts", "clean"),
-    "stats": ("counts, token lengths and picture sizes of a run's data", stats),
+    "clean": ("leave out images that do not open, duplicates, empty texts", "clean"),
+    "stats": ("counts, token lengths and image sizes of a run's data", stats),
     "show": ("records as a run trains on them, supervised tokens marked", show),
 }

@@ -1,6 +1,6 @@
 """The subcommand `vlm eval`: a model's answers to a file of records, or lmms-eval's tasks.
 
-What imports torch is imported when the command has been understood.
+Modules that import torch are imported once the command line has been understood.
 """
 
 import argparse
@@ -9,46 +9,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from vlm.cli.model_options import add_generation_options, add_loading_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
 from vlm.config.schema import DatasetConfig
-from vlm.evaluation.output import check_no_results, check_references, markdown_table, resolve_output_folder, write_json
+from vlm.evaluation.output import check_no_results, check_references, resolve_output_folder, write_json
 
 RECORD_OPTIONS = (
     "format", "option", "image_folder", "temperature", "top_p", "num_beams", "max_new_tokens", "cache_implementation",
     "seed", "config_name", "config_dir", "overrides",
 )  # fmt: skip
-"""Options that tasks do not take, which say themselves what is asked and how answers are drawn."""
+"""Options that lmms-eval's tasks do not take: a task defines its questions and its generation settings."""
 TASK_OPTIONS = ("limit", "include_path", "lmms_eval_python")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What `vlm eval` takes."""
-    found = argparse.ArgumentParser(
+    """Return the parser of `vlm eval`."""
+    parser = argparse.ArgumentParser(
         "vlm eval", description="Measure a model: on a file of records, or on tasks of lmms-eval."
     )
-    found.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    found.add_argument(
+    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="where results go (eval/ beside the checkpoint, in its run)"
     )
-    records = found.add_argument_group("a file of records")
+    records = parser.add_argument_group("a file of records")
     records.add_argument("--data", dest="input", metavar="FILE", help="records with replies, as training reads them")
     records.add_argument(
         "--metrics", default="exact_match,loss", metavar="NAME,NAME",
         help="exact_match, vqa_accuracy, anls, cider, bleu, rouge, loss (%(default)s)",
     )  # fmt: skip
     add_reading_options(records)
-    found.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video")
-    tasks = found.add_argument_group("tasks of lmms-eval", "in its own environment, which `make install-eval` makes")
+    parser.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video")
+    tasks = parser.add_argument_group("tasks of lmms-eval", "in its own environment, which `make install-eval` makes")
     tasks.add_argument("--tasks", metavar="NAME,NAME", help="mme, gqa, textvqa_val …")
     tasks.add_argument(
         "--limit", type=float, metavar="N", help="of each task the first N documents, or a share of them"
     )
     tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="where tasks of your own are")
     tasks.add_argument("--lmms-eval-python", type=Path, metavar="FILE", help="the Python that has lmms-eval")
-    add_generation_options(found)
-    add_loading_options(found)
-    return found
+    add_generation_options(parser)
+    add_loading_options(parser)
+    return parser
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,19 +68,19 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"vlm eval: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nvlm eval: stopped" + ("; the same command goes on with it" if args.input else ""))
+        sys.exit("\nvlm eval: stopped" + ("; the same command resumes it" if args.input else ""))
 
 
 def _evaluate_records(args: argparse.Namespace) -> None:
-    """Measure answers to a file of records."""
+    """Evaluate the model on a file of records."""
     from vlm.evaluation.text_metrics import ALL_METRICS, LOSS, check_metrics
 
     names = list(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip()))
     if not names:
         raise ValueError(f"--metrics {args.metrics!r}: allowed are {', '.join(ALL_METRICS)}")
     check_metrics(names, ALL_METRICS, "--metrics ")
-    place = resolve_output_folder(args.checkpoint, Path(args.input).stem, args.output)
-    check_no_results(place, overwrite=args.overwrite)
+    folder = resolve_output_folder(args.checkpoint, Path(args.input).stem, args.output)
+    check_no_results(folder, overwrite=args.overwrite)
     config, settings = source_config(args), read_inference_settings(args)
     check_references(config, names)
 
@@ -88,21 +90,20 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     from vlm.evaluation.records import evaluate, write_results
 
     model = load_model(args)
-    print(f"Results go to {place}")
-    form = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
-    found = evaluate(
-        model, config, names, place, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(form),
+    print(f"Results go to {folder}")
+    loaded_as = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
+    evaluation = evaluate(
+        model, config, names, folder, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(loaded_as),
         batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
         overwrite=args.overwrite,
     )  # fmt: skip
-    drawn = {} if names == [LOSS] else {"inference": vars(settings), "seed": args.seed}
-    write_results(place, found, {**_describe_run(args), "data": args.input, **drawn})
-    print(f"\n{found.records:,} records\n\n{found}\n\n{place / 'results.json'}")
+    generation = {} if names == [LOSS] else {"inference": vars(settings), "seed": args.seed}
+    write_results(folder, evaluation, {**_describe_run(args), "data": args.input, **generation})
+    print(f"\n{evaluation.records:,} records\n\n{evaluation}\n\n{folder / 'results.json'}")
 
 
 def _run_tasks(args: argparse.Namespace) -> None:
-    """Run lmms-eval's tasks, and write what came of them."""
-    from vlm.evaluation.bootstrap import align_columns
+    """Run lmms-eval's tasks, and write their scores."""
     from vlm.evaluation.lmms_run import (
         find_interpreter,
         format_model_args,
@@ -117,34 +118,33 @@ def _run_tasks(args: argparse.Namespace) -> None:
         raise ValueError(f"--limit {args.limit:g}: a number above 0 is needed")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"--include-path {args.include_path}: no such folder (seen from {Path.cwd()})")
-    place = resolve_output_folder(args.checkpoint, "+".join(tasks)[:80], args.output)
-    check_no_results(place, overwrite=args.overwrite)
+    folder = resolve_output_folder(args.checkpoint, "+".join(tasks)[:80], args.output)
+    check_no_results(folder, overwrite=args.overwrite)
     python = find_interpreter(args.lmms_eval_python)
 
-    from vlm.assembly.checkpoint import checkpoint_config
-    from vlm.models import VLMPredictionConfig
+    from vlm.assembly.checkpoint import open_checkpoint
 
-    if isinstance(checkpoint_config(args.checkpoint), VLMPredictionConfig):
-        raise ValueError(f"{args.checkpoint} has prediction heads: ask it with vlm predict, or vlm.Predictor")
-    given = {
+    open_checkpoint(args.checkpoint).check_heads(expected=False)
+    options = {
         "pretrained": args.checkpoint, "base": ";".join(args.base) or None, "device": args.device, "dtype": args.dtype,
         "quantization": args.quantization, "max_frames": args.max_frames, "system_prompt": args.system_prompt,
         "trust_remote_code": args.trust_remote_code or None,
     }  # fmt: skip
-    arguments = format_model_args({name: value for name, value in given.items() if value is not None})
+    arguments = format_model_args({name: value for name, value in options.items() if value is not None})
     results = run_tasks(
         python, arguments, tasks, batch_size=args.batch_size, limit=args.limit, include=args.include_path
     )
     scores = parse_scores(results)
     rows = make_rows(scores)
-    write_json(place, {**_describe_run(args), "limit": args.limit, "results": scores_to_json(scores)})
+    write_json(folder, {**_describe_run(args), "limit": args.limit, "results": scores_to_json(scores)})
     limited = [] if args.limit is None else [f"Of each task only a part was asked (--limit {args.limit:g})."]
-    parts = [f"`{args.checkpoint}`", markdown_table(rows[0], rows[1:]), *limited]
-    (place / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(f"\n{align_columns(rows)}\n\n{place / 'results.json'}")
+    parts = [f"`{args.checkpoint}`", tabulate(rows, "firstrow", tablefmt="github", disable_numparse=True), *limited]
+    (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    plain = tabulate(rows, tablefmt="plain", disable_numparse=True)
+    print(f"\n{plain}\n\n{folder / 'results.json'}")
 
 
 def _describe_run(args: argparse.Namespace) -> dict[str, Any]:
-    """What was measured, and how it was loaded."""
+    """Return which checkpoint was evaluated, and how it was loaded."""
     names = ("checkpoint", "base", "dtype", "quantization", "system_prompt", "batch_size")
     return {name: getattr(args, name) for name in names}

@@ -1,6 +1,6 @@
 """The subcommand `vlm generate`: one question, or a file of records.
 
-What imports torch is imported when the command has been understood.
+Modules that import torch are imported once the command line has been understood.
 """
 
 import argparse
@@ -13,19 +13,19 @@ from vlm.config.schema import InferenceConfig
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What `vlm generate` takes."""
-    found = argparse.ArgumentParser(
-        "vlm generate", description="Ask a trained model: about pictures and videos, or about every record of a file."
+    """Return the parser of `vlm generate`."""
+    parser = argparse.ArgumentParser(
+        "vlm generate", description="Ask a trained model: about images and videos, or about every record of a file."
     )
-    found.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    one = found.add_argument_group("one question")
-    one.add_argument("--prompt", help="the question; <image> and <video> in it say where one stands")
-    one.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    one.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
-    add_record_options(found, "answers.jsonl or answers.csv")
-    add_generation_options(found)
-    add_loading_options(found)
-    return found
+    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    question = parser.add_argument_group("one question")
+    question.add_argument("--prompt", help="the question; <image> and <video> in it say where one stands")
+    question.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    question.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
+    add_record_options(parser, "answers.jsonl or answers.csv")
+    add_generation_options(parser)
+    add_loading_options(parser)
+    return parser
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,15 +38,15 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"vlm generate: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nvlm generate: stopped" + ("; the same command goes on with it" if args.input else ""))
+        sys.exit("\nvlm generate: stopped" + ("; the same command resumes it" if args.input else ""))
 
 
 def _generate_one(args: argparse.Namespace, settings: InferenceConfig) -> None:
-    """Print the answer as it comes."""
+    """Print the answer piece by piece."""
     from vlm.inference.generate import check_videos, load_images, user_turn
 
     images = load_images(args.image)
-    check_videos(args.video, args.max_frames)  # what is wrong is said before a model loads
+    check_videos(args.video, args.max_frames)  # refuse bad input before the model loads
     user_turn(args.prompt, len(images), [()] * len(args.video))
     model = load_model(args)
     from transformers import set_seed
@@ -55,14 +55,14 @@ def _generate_one(args: argparse.Namespace, settings: InferenceConfig) -> None:
 
     if args.seed is not None:
         set_seed(args.seed)
-    asked = Conversation(model, settings, system_prompt=args.system_prompt, max_frames=args.max_frames)
-    for piece in asked.ask(args.prompt, images, args.video):
+    conversation = Conversation(model, settings, system_prompt=args.system_prompt, max_frames=args.max_frames)
+    for piece in conversation.ask(args.prompt, images, args.video):
         print(piece, end="", flush=True)
     print()
 
 
 def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
-    """Write a table, and say how many records it has."""
+    """Write the table of answers, and print how many records it has."""
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
     from vlm.data.cache import json_digest, resolve_cache_folder
@@ -70,9 +70,9 @@ def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
 
     config = source_config(args)
     model = load_model(args)
-    form = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
+    loaded_as = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
     rows = generate_file(
-        model, config, args.output, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(form),
+        model, config, args.output, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(loaded_as),
         batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
         overwrite=args.overwrite,
     )  # fmt: skip

@@ -48,10 +48,10 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         image_mode=args.image_mode, dtype=getattr(torch, args.dtype) if args.dtype else None,
     )  # fmt: skip
     begins = str(processor.chat_template).splitlines()[0].strip("{#- }")
-    seen = f"{processor.tokens_per_image} tokens a picture, image_mode={processor.image_mode}"
+    seen = f"{processor.tokens_per_image} tokens an image, image_mode={processor.image_mode}"
     if (tiling := processor.tiling) is not None:
         limit = "" if tiling.max_tiles is None else f", shrunk to about {tiling.max_tiles} tiles"
-        seen = f"{processor.tokens_per_image} tokens a tile, pictures in {len(tiling.grids)} grids of tiles{limit}"
+        seen = f"{processor.tokens_per_image} tokens a tile, images in {len(tiling.grids)} grids of tiles{limit}"
     print(f"{args.out}: {seen}, {config.dtype}")
     print(f"Its chat template: {begins}")
     print(f"Ask it:  vlm generate {args.out} --image FILE --prompt 'What is in this picture?'")

@@ -1,6 +1,6 @@
 """What commands take that let a model answer: how it is loaded, and how answers are drawn.
 
-What imports torch is imported when the command has been understood.
+Modules that import torch are imported once the command line has been understood.
 """
 
 import argparse

@@ -4,10 +4,12 @@ import argparse
 import importlib.util
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from textwrap import indent
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from tabulate import tabulate
 from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.utils import is_flash_attn_2_available
@@ -40,11 +42,11 @@ def listing() -> str:
         ("Language models: model/language_model=…, or the hf_name of any AutoModelForCausalLM",
          table(("name", "hf_name"), part_rows("language_model"))),
         ("Whole models: model=…, or model.hf_name=… of the same family",
-         table(("family", "model_type", "model=", "pictures", "videos", "attention", "quantised"), family_rows())),
+         table(("family", "model_type", "model=", "images", "videos", "attention", "quantised"), family_rows())),
         ("Prediction heads: model/head=" + ", ".join(NUM_OUTPUTS_BY_TASK) + "; model.head.pooling=…", table(
             ("pooling", "what is read"), iter(POOLINGS.items()))),
         ("Quantised: the share of its weights that model.language_model.quantization and "
-         "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", table(("", ""), installed_rows())),
+         "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", table((), installed_rows())),
     ]  # fmt: skip
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
@@ -97,9 +99,7 @@ def choices(group: str) -> Iterator[tuple[str, Any]]:
         yield name, OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def table(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
-    """Rows in columns, as wide as they need to be."""
-    lines = [tuple(head), *rows]
-    widths = [max(len(row[place]) for row in lines) for place in range(len(head))]
-    shown = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in lines]
-    return "\n".join(line.rstrip() for line in (shown if any(head) else shown[1:]))
+def table(header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
+    """Return an indented table; an empty header is left out."""
+    lines = [tuple(header), *rows] if header else list(rows)
+    return indent(tabulate(lines, tablefmt="plain", disable_numparse=True), "  ")

@@ -29,7 +29,7 @@ vlm -cn RUN --cfg job shows every key with its value and trains nothing; --confi
 
 
 def overview() -> str:
-    """Usage, the shipped runs with what they are for, and the groups with their choices."""
+    """Return the usage, the shipped runs with their purposes, and the groups with their choices."""
     runs = "\n".join(_format_entry(name, read_run_description(name), 26) for name in run_names())
     groups = "\n".join(
         _format_entry(group, ", ".join(packaged_names("vlm.config", group, ".yaml")), 24) for group in group_names()
@@ -38,6 +38,6 @@ def overview() -> str:
 
 
 def _format_entry(name: str, text: str, width: int) -> str:
-    """A name and what belongs to it, in two columns."""
+    """Return a name and its text in two columns."""
     lead = f"  {name:<{width - 2}}"
     return fill(text, 118, initial_indent=lead, subsequent_indent=" " * width, break_on_hyphens=False)

@@ -1,6 +1,6 @@
 """The subcommand `vlm predict`: one prompt, or a file of records.
 
-What imports torch is imported when the command has been understood.
+Modules that import torch are imported once the command line has been understood.
 """
 
 import argparse
@@ -13,20 +13,22 @@ from vlm.cli.record_options import add_record_options, check_record_options, sou
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What `vlm predict` takes."""
+    """Return the parser of `vlm predict`."""
     purpose = "Ask a model with prediction heads: about one prompt, or about every record of a file."
-    found = argparse.ArgumentParser("vlm predict", description=purpose)
-    found.add_argument("checkpoint", help="a head run's folder `final`, or a name on the Hub")
-    one = found.add_argument_group("one prompt")
-    one.add_argument("--prompt", help="the question, as it was asked in training; <image> says where a picture stands")
-    one.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    one.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
-    add_record_options(found, "preds.csv or preds.jsonl")
-    found.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
-    found.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add_base_option(found)
-    found.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
-    return found
+    parser = argparse.ArgumentParser("vlm predict", description=purpose)
+    parser.add_argument("checkpoint", help="a head run's folder `final`, or a name on the Hub")
+    prompt = parser.add_argument_group("one prompt")
+    prompt.add_argument(
+        "--prompt", help="the question, as it was asked in training; <image> says where an image stands"
+    )
+    prompt.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    prompt.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
+    add_record_options(parser, "preds.csv or preds.jsonl")
+    parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add_base_option(parser)
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
+    return parser
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"vlm predict: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nvlm predict: stopped; the same command goes on with it")
+        sys.exit("\nvlm predict: stopped; the same command resumes it")
 
 
 def _load_predictor(args: argparse.Namespace) -> Any:
@@ -53,24 +55,27 @@ def _load_predictor(args: argparse.Namespace) -> Any:
 
 
 def _predict_one(args: argparse.Namespace) -> None:
-    """Print what each head says of a prompt, with a bar for each label."""
+    """Print the prediction of each head for one prompt, with a bar for each label."""
     from vlm.inference.generate import check_videos, load_images, user_turn
 
     images = load_images(args.image)
     check_videos(args.video, args.max_frames)
     user_turn(args.prompt, len(images), [()] * len(args.video))
     predictor = _load_predictor(args)
-    found = predictor.predict(
+    predictions = predictor.predict(
         args.prompt, images, args.video, max_frames=args.max_frames, system_prompt=args.system_prompt
     )
-    for name, said in (found if isinstance(found, dict) else {predictor.heads[0].name: found}).items():
-        print(f"{name}: {said.prediction}" + (f"  (score {said.score:.4f})" if said.probabilities else ""))
-        for label, chance in sorted(said.probabilities.items(), key=lambda one: -one[1])[:20]:
-            print(f"  {chance:7.2%}  {'█' * round(30 * chance):<30}  {label}")
+    if not isinstance(predictions, dict):
+        predictions = {predictor.heads[0].name: predictions}
+    for name, head in predictions.items():
+        print(f"{name}: {head.prediction}" + (f"  (score {head.score:.4f})" if head.probabilities else ""))
+        ranked = sorted(head.probabilities.items(), key=lambda item: -item[1])
+        for label, probability in ranked[:20]:
+            print(f"  {probability:7.2%}  {'█' * round(30 * probability):<30}  {label}")
 
 
 def _predict_file(args: argparse.Namespace) -> None:
-    """Write a table, and print measures where the records have labels."""
+    """Write the table of predictions, and print metrics where the records have labels."""
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
     from vlm.data.cache import resolve_cache_folder
@@ -78,12 +83,12 @@ def _predict_file(args: argparse.Namespace) -> None:
 
     config = source_config(args)
     predictor = _load_predictor(args)
-    found = predict_file(
+    result = predict_file(
         predictor, config, args.output, cache=resolve_cache_folder(None),
         fingerprint=fingerprint(local_folder(args.checkpoint)), batch_size=args.batch_size,
         num_workers=args.num_workers, max_frames=args.max_frames, overwrite=args.overwrite,
     )  # fmt: skip
-    if found.metrics_text:
-        print(found.metrics_text)
-    bad = f"; {found.bad} could not be read, column error says why" if found.bad else ""
-    print(f"{found.records:,} records: {args.output}{bad}")
+    if result.metrics_text:
+        print(result.metrics_text)
+    bad = f"; {result.bad} could not be read, column error says why" if result.bad else ""
+    print(f"{result.records:,} records: {args.output}{bad}")

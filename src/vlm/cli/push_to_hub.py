@@ -1,6 +1,6 @@
 """`push-to-hub`, which is `vlm push-to-hub`: a checkpoint as a repository on the Hub.
 
-What is not given as an option is asked; where there is no terminal, it is an error that names the option.
+Missing options are asked for; without a terminal they are an error that names the option.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from vlm.cli.model_options import add_base_option
 
 
 def push_parser() -> argparse.ArgumentParser:
-    """What `push-to-hub` takes."""
+    """Return the parser of `push-to-hub`."""
     purpose = "Upload a checkpoint, with its code and a model card, so that plain transformers loads it by its name."
     parser = argparse.ArgumentParser("push-to-hub", description=purpose)
     parser.add_argument("folder", nargs="?", type=Path, metavar="CHECKPOINT", help="a run's folder `final`")
@@ -75,8 +75,8 @@ def _push(args: argparse.Namespace) -> None:
         private = target.private if target.exists else not args.public
         if target.exists and (args.public or args.private) and private == args.public:
             print(f"{target.name} stays {_visibility(private)}: only its settings on the Hub change that")
-        what = f"{len(prepared.files)} files, {format_bytes(prepared.size)}, to {hub.endpoint}/{target.name}"
-        if not args.yes and not _confirm(f"Upload {what} ({_visibility(private)})?"):
+        upload = f"{len(prepared.files)} files, {format_bytes(prepared.size)}, to {hub.endpoint}/{target.name}"
+        if not args.yes and not _confirm(f"Upload {upload} ({_visibility(private)})?"):
             raise ValueError("nothing was uploaded")
         address = hub.upload_folder(prepared.folder, target, private=private, revision=args.revision, obsolete=gone)
     print(f"Uploaded: {address}")
@@ -96,7 +96,7 @@ def _prepare_only(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _prepare_folder(args: argparse.Namespace, checkpoint: Path, repo: str | None) -> Iterator[Any]:
-    """The folder to upload: a temporary one, or `--output`, which appears when it is complete."""
+    """Yield the folder to upload: a temporary one, or `--output`, which appears once it is complete."""
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.hub.folders import create_folder
@@ -118,11 +118,11 @@ def _prepare_folder(args: argparse.Namespace, checkpoint: Path, repo: str | None
             yield prepare_upload(checkpoint, out, run, repo=repo, licence=args.license, allow_links=True)
 
 
-# What is refused
+# Refusals
 
 
 def _check_prompts_possible(args: argparse.Namespace) -> None:
-    """Raise ValueError where something has to be asked, and there is nobody to ask."""
+    """Raise ValueError where an option is missing and there is no terminal to ask for it."""
     if sys.stdin.isatty():
         return
     if args.checkpoint is None:
@@ -134,7 +134,7 @@ def _check_prompts_possible(args: argparse.Namespace) -> None:
 
 
 def _check_publishable(args: argparse.Namespace, checkpoint: Path) -> None:
-    """Raise ValueError for a folder that is no checkpoint, or an adapter that is not to be merged."""
+    """Raise ValueError for a folder that is no checkpoint, or an adapter without `--merge`."""
     from vlm.hub.publishing import is_adapter, require_checkpoint
 
     require_checkpoint(checkpoint)
@@ -146,21 +146,21 @@ def _check_publishable(args: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def _check_force(args: argparse.Namespace, target: Any) -> None:
-    """Raise ValueError where the repository holds something and nobody agreed."""
+    """Raise ValueError where the repository holds files and the user did not agree to go on."""
     if not target.files or args.force:
         return
-    said = f"{target.name} exists and holds {len(target.files)} files"
+    situation = f"{target.name} exists and holds {len(target.files)} files"
     if not sys.stdin.isatty():
-        raise ValueError(f"{said}: go on with --force; the commits before this one stay in its history")
-    if not _confirm(f"{said}. Go on? The commits before this one stay in its history."):
+        raise ValueError(f"{situation}: go on with --force; the commits before this one stay in its history")
+    if not _confirm(f"{situation}. Go on? The commits before this one stay in its history."):
         raise ValueError("nothing was uploaded")
 
 
-# Questions and words
+# Prompts and output
 
 
 def _ask(question: str) -> str:
-    """An answer that is not empty."""
+    """Ask until the answer is not empty, and return it."""
     while not (answer := input(f"{question}: ").strip()):
         pass
     return answer
@@ -175,7 +175,7 @@ def _visibility(private: bool) -> str:
 
 
 def _print_files(prepared: Any) -> None:
-    """Print what is to be uploaded, and what is not."""
+    """Print which files are uploaded and which are left out."""
     width = max(map(len, prepared.files))
     for name, size in prepared.files.items():
         print(f"  {name:<{width}}  {format_bytes(size):>9}")
@@ -185,7 +185,7 @@ def _print_files(prepared: Any) -> None:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes with its unit."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,6 +1,6 @@
 """What commands take that ask a model about a file of records: which records, how they are read, what is written.
 
-What imports torch is imported when the command has been understood.
+Modules that import torch are imported once the command line has been understood.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The subcommand `vlm serve`. What imports torch is imported when the command has been understood."""
+"""The subcommand `vlm serve`. Modules that import torch are imported once the command line has been understood."""
 
 import argparse
 import sys
@@ -12,16 +12,16 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What `vlm serve` takes."""
-    found = argparse.ArgumentParser(
+    """Return the parser of `vlm serve`."""
+    parser = argparse.ArgumentParser(
         "vlm serve", description="Serve a model over HTTP as OpenAI's chat completions, streamed or whole."
     )
-    found.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    found.add_argument("--name", help="what requests call the model (default: its folder's or run's name)")
-    found.add_argument("--host", default="127.0.0.1", help="whom it listens to (%(default)s: this machine only)")
-    found.add_argument("--port", type=int, default=8000, help="(%(default)s)")
-    add_loading_options(found)
-    return found
+    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    parser.add_argument("--name", help="what requests call the model (default: its folder's or run's name)")
+    parser.add_argument("--host", default="127.0.0.1", help="whom it listens to (%(default)s: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    add_loading_options(parser)
+    return parser
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,7 +50,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def get_default_name(checkpoint: str) -> str:
-    """What a checkpoint is called: its name on the Hub, its folder's name, or the run's whose `final` it is."""
+    """Return a checkpoint's name: its name on the Hub, its folder's name, or the run's where the folder is `final`."""
     folder = Path(checkpoint)
     if not folder.exists():
         return checkpoint

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from vlm.checks.compose import with_config
 from vlm.config.schema import RunConfig
+from vlm.train.objectives.table import make_objective
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Compose the configuration that the command line asks for, check it, and run it."""
-    with_config(words, train)
+    with_config(words, train, make_objective)
 
 
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:

@@ -78,7 +78,7 @@ def _serve(args: argparse.Namespace) -> None:
         if not is_loopback(args.host):
             print(
                 f"WARNING: --host {args.host}: whoever reaches this address may start trainings and read records and "
-                "pictures of this machine. There is no password.", flush=True,
+                "images of this machine. There is no password.", flush=True,
             )  # fmt: skip
         print(f"vlm web: {address}  (Ctrl+C ends it; runs that it started go on)", flush=True)
         page.block_thread()

@@ -74,14 +74,14 @@ def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> P
 
 
 def evaluate_model(checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """Accuracy on the held-out questions, with the pictures and without, and the picture grid."""
+    """Accuracy on the held-out questions, with the images and without, and the image grid."""
     records = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
     model = VisionLanguageModel.load(checkpoint, device="cpu")
     images: list[Image.Image] = [Image.open(folder / "data" / "images" / record["image"]) for record in records]
     colour = tuple(int(mean * 255) for mean in model.processor.image_processor.image_mean)
     blanks = [Image.new("RGB", image.size, colour) for image in images]
     answers = answer_questions(model, records, images, "answering")
-    on_blanks = answer_questions(model, records, blanks, "answering about blank pictures")
+    on_blanks = answer_questions(model, records, blanks, "answering about blank images")
     draw_grid(records, images, answers, folder / "heldout.png")
     seen, blank, constant = accuracy(records, answers), accuracy(records, on_blanks), constant_answer_accuracy(records)
     return {
@@ -148,7 +148,7 @@ def constant_answer_accuracy(records: list[dict]) -> dict[str, float]:
 
 
 def draw_grid(records: list[dict], images: list[Image.Image], answers: list[str], path: Path) -> None:
-    """Held-out pictures with their questions and answers, spread over the kinds; wrong answers in red."""
+    """Held-out images with their questions and answers, spread over the kinds; wrong answers in red."""
     step = max(len(records) // NUM_GRID_IMAGES, 1)
     figure = Figure(figsize=(11, 12), layout="constrained")
     axes = figure.subplots(4, NUM_GRID_IMAGES // 4).ravel()
@@ -178,7 +178,7 @@ def format_report(summary: dict[str, Any], checkpoint: Path, head: Path, folder:
     first = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))[0]
     image, text = folder / "data" / "images" / first["image"], get_question(first).replace("<image>", "").strip()
     lines += [
-        f"\n{summary['seconds']:.0f} seconds. Figures: {folder / 'summary.json'}; pictures: {folder / 'heldout.png'}",
+        f"\n{summary['seconds']:.0f} seconds. Figures: {folder / 'summary.json'}; images: {folder / 'heldout.png'}",
         f"Ask it yourself:\n  vlm generate {checkpoint} --image {image} --prompt '{text}'",
         f"  vlm predict {head} --image {image} --prompt 'What shape are they?'",
     ]

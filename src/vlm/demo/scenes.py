@@ -1,10 +1,10 @@
 """A generated set of scenes with captions and questions: small enough to learn in minutes, with a test inside.
 
-A scene is a picture of 4 x 4 cells; in one of its corners lie one to four things, all of one colour and one shape. Some
+A scene is an image of 4 x 4 cells; in one of its corners lie one to four things, all of one colour and one shape. Some
 pairs of colour and shape (`HELD_OUT_PAIRS`) never occur in training, and every scene of `heldout.json` shows one of
 them: whoever answers has to have learnt colours and shapes apart from each other.
 
-For the same reason no text of training tells both of a picture: a language model that reads "red" before it says the
+For the same reason no text of training tells both of an image: a language model that reads "red" before it says the
 shape learns from the text alone that red things are no squares.
 
 Imports the standard library, Pillow and the in-memory form only.
@@ -53,7 +53,7 @@ class Scene:
 
     @property
     def place(self) -> str:
-        """The corner of the picture."""
+        """The corner of the image."""
         row, column = self.cells[0]
         return CORNERS[2 * (row >= CELLS // 2) + (column >= CELLS // 2)]
 
@@ -69,7 +69,7 @@ def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The picture: every shape a little off its cell's centre, a little lighter or darker."""
+    """The image: every shape a little off its cell's centre, a little lighter or darker."""
     fine = 4  # drawn so many times larger and averaged, for smooth edges
     image = Image.new("RGB", (CELLS * CELL * fine, CELLS * CELL * fine), BACKGROUND)
     pen = ImageDraw.Draw(image)
@@ -167,7 +167,7 @@ def make_labelled_record(name: str, scene: Scene) -> dict[str, Any]:
 
 
 def record(name: str, asked: list[tuple[str, str]]) -> dict[str, Any]:
-    """A record of questions and answers about one picture."""
+    """A record of questions and answers about one image."""
     turns = []
     for number, (question, answer) in enumerate(asked):
         lead = "" if number or question.startswith(PLACEHOLDER) else f"{PLACEHOLDER}\n"

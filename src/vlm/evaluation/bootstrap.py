@@ -1,11 +1,12 @@
 """Metrics with 95% intervals by the percentile bootstrap, as tables and as JSON. Imports nothing of `vlm`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from sklearn import config_context
 from sklearn.utils import resample
+from tabulate import tabulate
 
 INTERVAL_PERCENTILES = (2.5, 97.5)
 """Percentiles of the bootstrap."""
@@ -72,21 +73,13 @@ def _make_score(value: float, resampled: np.ndarray) -> Score:
     return Score(float(value), float(low), float(high))
 
 
-def format_scores(found: dict[str, Score], others: Mapping[str, dict[str, Score]] | None = None) -> str:
-    """Metrics with their 95% intervals beside those of others, by what they are called, for a log."""
-    beside = others or {}
-    rows = [
-        (name, _format_score(score), *(_format_score(one[name]) if name in one else "" for one in beside.values()))
-        for name, score in found.items()
-    ]
-    return align_columns([("metric", "value [95% interval]", *beside), *rows])
-
-
-def align_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines, their cells under each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+def format_scores(scores: dict[str, Score], others: Mapping[str, dict[str, Score]] | None = None) -> str:
+    """Return a table of metrics with their 95% intervals; `others` adds a column of scores for each title."""
+    columns = [scores, *(others or {}).values()]
+    rows = [(name, *(_format_score(column[name]) if name in column else "" for column in columns)) for name in scores]
+    return tabulate(
+        [("metric", "value [95% interval]", *(others or {})), *rows], tablefmt="plain", disable_numparse=True
+    )
 
 
 def _format_score(score: Score) -> str:

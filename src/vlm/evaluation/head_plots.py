@@ -44,7 +44,7 @@ def plot_head_scores(
     *,
     groups: np.ndarray | None = None,
 ) -> list[Path]:
-    """Write the pictures of a task; a curve that no label has, as one class of it is missing, is not written.
+    """Write the plots of a task; a curve that no label has, as one class of it is missing, is not written.
 
     `roc.png`, `precision_recall.png` (`binary`, `multiclass`, `multilabel`), `calibration.png` (`binary`,
     `multiclass`), `confusion.png` (`binary`, `multiclass`, `ordinal`), `predictions.png` (`regression`), `scores.png`

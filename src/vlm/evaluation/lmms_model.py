@@ -165,7 +165,7 @@ class LmmsModel(lmms):
             videos = [part for part in shown if isinstance(part, str)]
             if len(images) + len(videos) < len(shown):
                 kinds = sorted({type(part).__name__ for part in shown if not isinstance(part, Image.Image | str)})
-                raise ValueError(f"task {one[4]}: it shows {', '.join(kinds)}; only pictures and videos can be shown")
+                raise ValueError(f"task {one[4]}: it shows {', '.join(kinds)}; only images and videos can be shown")
             try:
                 turn, opened = self.asked.asked(
                     match_placeholders(one[0], len(images)), images, videos, self.max_frames
@@ -179,7 +179,7 @@ class LmmsModel(lmms):
 
 
 def match_placeholders(context: str, num_images: int) -> str:
-    """A question whose `<image>` are as many as its pictures; otherwise they go, and the pictures stand before it."""
+    """A question whose `<image>` are as many as its images; otherwise they go, and the images stand before it."""
     if context.count(PLACEHOLDER) in (0, num_images):
         return context
     return context.replace(PLACEHOLDER, "").strip()

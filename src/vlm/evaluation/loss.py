@@ -1,4 +1,4 @@
-"""Measures of what a model knows about pictures, from its loss."""
+"""Measures of what a model knows about images, from its loss."""
 
 import math
 import random
@@ -57,16 +57,16 @@ def sample_losses(
 
 
 def loss_metrics(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor) -> dict[str, float]:
-    """Loss per supervised token, and the same on blank pictures: does the model use the image at all?
+    """Loss per supervised token, and the same on blank images: does the model use the image at all?
 
     Args:
         sums: `(samples,)`, the summed loss of each.
         counts: `(samples,)`, its supervised tokens.
-        blank_sums: `(samples,)`, the summed loss of each with blank pictures; None where there are no pictures.
-        with_images: `(samples,)`, which have pictures.
+        blank_sums: `(samples,)`, the summed loss of each with blank images; None where there are no images.
+        with_images: `(samples,)`, which have images.
 
     Returns:
-        `loss`, `blank_loss`, and over the samples with pictures `image_gain`: the mean of blank minus real loss, each
+        `loss`, `blank_loss`, and over the samples with images `image_gain`: the mean of blank minus real loss, each
         the mean over its sample's tokens, with half the width of its 95% interval as `image_gain_ci95`.
     """
     found = {"loss": (sums.sum() / counts.sum()).item()}
@@ -83,13 +83,13 @@ def loss_metrics(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_i
 def caption_retrieval(
     model: Any, processor: Any, samples: Sequence[Sample], *, ways: int = 10, seed: int = 0
 ) -> list[bool]:
-    """Whether each picture's own last reply has the lowest loss among those of other samples.
+    """Whether each image's own last reply has the lowest loss among those of other samples.
 
     Args:
         model: the model, in evaluation mode.
         processor: its processor.
-        samples: one picture and one last reply each; replies that read the same are never set against each other.
-        ways: candidates for a picture, its own included; by chance 1 / ways are found.
+        samples: one image and one last reply each; replies that read the same are never set against each other.
+        ways: candidates for an image, its own included; by chance 1 / ways are found.
         seed: chooses the others.
 
     Returns:

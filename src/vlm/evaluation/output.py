@@ -101,8 +101,3 @@ def write_json(place: Path, content: dict[str, Any]) -> None:
     place.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     (place / "results.json").write_text(f"{text}\n", encoding="utf-8")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))

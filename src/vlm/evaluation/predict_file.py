@@ -49,7 +49,7 @@ def predict_file(
         cache: where indices of records are kept.
         fingerprint: of the checkpoint.
         batch_size: records at a time.
-        num_workers: processes that read and decode pictures.
+        num_workers: processes that read and decode images.
         max_frames: of a video.
         overwrite: whether what is there, or was begun, is replaced.
 
@@ -85,7 +85,7 @@ def hash_heads(predictor: Predictor) -> str:
 def make_column_names(predictor: Predictor) -> list[str]:
     """The columns of a table for a model's heads.
 
-    What a record calls itself, its pictures, its label if it has one, what the head says, or why it could not be read.
+    What a record calls itself, its images, its label if it has one, what the head says, or why it could not be read.
     With several heads `label`, `score` and `prediction` are followed by `_` and a head's name.
     """
     heads = predictor.heads

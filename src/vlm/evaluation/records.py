@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss import loss_metrics, sample_losses
-from vlm.evaluation.output import markdown_table, write_json
+from vlm.evaluation.output import write_json
 from vlm.evaluation.text_metrics import LOSS, compute_text_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
@@ -60,7 +61,7 @@ def evaluate(
         cache: where indices of records are kept.
         fingerprint: of the checkpoint, and of the form in which it is loaded.
         batch_size: records at a time.
-        num_workers: processes that read and decode pictures.
+        num_workers: processes that read and decode images.
         max_frames: of a video.
         seed: makes sampling repeatable.
         overwrite: whether answers that are there, or were begun, are replaced.
@@ -131,7 +132,7 @@ def compute_losses(
     if with_images.any():
         blank, _ = sample_losses(
             model.model,
-            _make_batches(model, BlankImageDataset(dataset), "loss on blank pictures", batch_size, num_workers),
+            _make_batches(model, BlankImageDataset(dataset), "loss on blank images", batch_size, num_workers),
         )
     found = loss_metrics(sums, counts, blank, with_images)
     half = found.pop("image_gain_ci95", None)
@@ -161,7 +162,13 @@ def write_results(folder: Path, found: EvaluationResult, run_info: dict[str, Any
         "metrics": scores_to_json(found.scores),
     })  # fmt: skip
     title = f"`{run_info['checkpoint']}` on `{run_info['data']}`, {found.records:,} records"
-    parts = [title, markdown_table(("metric", "value", "95% interval"), _make_cells(found.scores)), *found.exclusions]
+    parts = [
+        title,
+        tabulate(
+            _make_cells(found.scores), ("metric", "value", "95% interval"), tablefmt="github", disable_numparse=True
+        ),
+        *found.exclusions,
+    ]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

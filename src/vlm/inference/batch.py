@@ -90,7 +90,7 @@ def fill_table(
         row: makes a row of the table of a sample, what was said of it, and why it could not be read (one of the two).
         progress_label: what the progress bar calls it.
         batch_size: records at a time.
-        num_workers: processes that read and decode pictures.
+        num_workers: processes that read and decode images.
         left: whether rows are padded on the left, as generation wants them.
         seed: of what is drawn at random, anew for each batch, so that it is the same wherever the table was stopped;
             None: chance.

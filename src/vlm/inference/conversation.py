@@ -15,7 +15,7 @@ class Exchange:
 
     Attributes:
         question: what was asked.
-        media: its pictures and videos, opened.
+        media: its images and videos, opened.
         answer: what the model said.
     """
 
@@ -59,7 +59,7 @@ class Conversation:
 
     @property
     def media(self) -> list[Any]:
-        """The pictures and videos of all questions, opened, in order."""
+        """The images and videos of all questions, opened, in order."""
         return [media for one in self.exchanges for media in one.media]
 
     def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Generator[str]:
@@ -67,7 +67,7 @@ class Conversation:
 
         Args:
             text: the question; `<image>` and `<video>` in it say where one stands, else they come first.
-            images: its pictures, as paths or Pillow images.
+            images: its images, as paths or Pillow images.
             videos: its videos, as paths.
 
         Returns:
@@ -76,7 +76,7 @@ class Conversation:
             takes to its end (`close()`), nothing is kept, nor of one that was begun before the conversation changed.
 
         Raises:
-            ValueError: there is no question, a picture does not open, `<image>` and pictures do not match, the model's
+            ValueError: there is no question, an image does not open, `<image>` and images do not match, the model's
                 template refuses such turns, or the conversation has become too long for the model.
         """
         if not text.strip() and not images and not videos:

@@ -16,7 +16,7 @@ from vlm.inference.conversation import Conversation
 from vlm.inference.generate import VisionLanguageModel, load_images, user_turn
 
 LLAVA_PLACEHOLDER = "<image-placeholder>"
-"""What LLaVA's users write in a query where a picture stands; `<image>` is taken too."""
+"""What LLaVA's users write in a query where an image stands; `<image>` is taken too."""
 
 
 def eval_model(args: Any) -> str:
@@ -26,7 +26,7 @@ def eval_model(args: Any) -> str:
         args: any object with these attributes, of which all but the first two may be missing or None:
             model_path: a run's folder `final`, or a name on the Hub.
             query: the question.
-            image_file: its pictures: a path, or several joined by `sep`.
+            image_file: its images: a path, or several joined by `sep`.
             sep: what joins them; a comma.
             model_base: where an adapter's base lies now, if it was moved, see `load_pretrained_model`.
             model_name: what LLaVA told architectures by; the checkpoint says it itself.
@@ -36,7 +36,7 @@ def eval_model(args: Any) -> str:
             load_8bit, load_4bit: whether the language model is held in so many bits.
 
     Raises:
-        ValueError: a value is out of bounds, a picture does not open, or the model cannot be asked so.
+        ValueError: a value is out of bounds, an image does not open, or the model cannot be asked so.
     """
     given: dict[str, Any] = {name: getattr(args, name, None) for name in ARGUMENT_FIELDS}
     for name in ("model_path", "query"):
@@ -74,7 +74,7 @@ ARGUMENT_FIELDS = (
 
 
 def split_image_paths(paths: str, separator: str = ",") -> list[str]:
-    """The paths of pictures that are joined by a separator.
+    """The paths of images that are joined by a separator.
 
     Raises:
         ValueError: one is an address.
@@ -82,7 +82,7 @@ def split_image_paths(paths: str, separator: str = ",") -> list[str]:
     files = [file.strip() for file in paths.split(separator) if file.strip()]
     for file in files:
         if file.lower().startswith(("http://", "https://")):
-            raise ValueError(f"{file}: nothing is fetched; download the picture and give its path")
+            raise ValueError(f"{file}: nothing is fetched; download the image and give its path")
     return files
 
 

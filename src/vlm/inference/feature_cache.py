@@ -1,4 +1,4 @@
-"""Pictures that were shown lately: of one that is shown again, the visual encoder's features are at hand.
+"""Images that were shown lately: of one that is shown again, the visual encoder's features are at hand.
 
 May import the models. Of composed models alone: those of families take no features in place of pixels.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 
 MAX_BYTES = 2**28
-"""So much is remembered: of CLIP-L at 336 pixels in half precision, about 230 pictures."""
+"""So much is remembered: of CLIP-L at 336 pixels in half precision, about 230 images."""
 
 Key = tuple[bytes, str, str]
 
 
 class ImageFeatureCache:
-    """The features of the pictures that were shown last, by the content of their pixels.
+    """The features of the images that were shown last, by the content of their pixels.
 
     For a model whose weights do not change meanwhile: one in training mode has none, and what was known of it before
     is forgotten. Several threads may ask at once.
@@ -40,9 +40,9 @@ class ImageFeatureCache:
 
     @torch.no_grad()
     def replace_pixels(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs with `image_features` in place of `pixel_values`, each picture once, and `image_index` beside them.
+        """Inputs with `image_features` in place of `pixel_values`, each image once, and `image_index` beside them.
 
-        As they are where they have no pictures, or where the model is not composed, or in training mode.
+        As they are where they have no images, or where the model is not composed, or in training mode.
 
         Args:
             model: that reads them, composed or with a composed body.
@@ -61,7 +61,7 @@ class ImageFeatureCache:
     def _replace_pixels(self, body: VLMForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = inputs["pixel_values"]
         keys = [_make_key(one, body.dtype) for one in pixels]
-        positions = {key: place for place, key in enumerate(keys)}  # each picture once
+        positions = {key: place for place, key in enumerate(keys)}  # each image once
         found = {key: self._features[key] for key in positions if key in self._features}
         if new := [key for key in positions if key not in found]:
             found |= zip(new, body.encode_images(pixels[[positions[key] for key in new]]), strict=True)
@@ -83,6 +83,6 @@ class ImageFeatureCache:
 
 
 def _make_key(pixels: Tensor, dtype: torch.dtype) -> Key:
-    """A name for a picture's pixels, and for where and in what its features are computed."""
+    """A name for an image's pixels, and for where and in what its features are computed."""
     content = pixels.detach().contiguous().cpu().view(torch.uint8).numpy()
     return blake2b(content.data, digest_size=16).digest(), str(pixels.device), str(dtype)

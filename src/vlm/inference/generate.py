@@ -1,4 +1,4 @@
-"""Asking a model about pictures: `VisionLanguageModel.load(checkpoint).generate("What is this?", ["cat.png"])`."""
+"""Asking a model about images: `VisionLanguageModel.load(checkpoint).generate("What is this?", ["cat.png"])`."""
 
 import re
 from collections.abc import Generator, Sequence
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from vlm.assembly.checkpoint import checkpoint_config, load_checkpoint
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
@@ -21,7 +21,6 @@ from vlm.data.sources import parts_for_video
 from vlm.data.vision.images import media_sizes_from_opened, open_image, open_media
 from vlm.data.vision.video import num_frames
 from vlm.inference.feature_cache import ImageFeatureCache
-from vlm.models import VLMPredictionConfig
 
 
 class VisionLanguageModel:
@@ -30,7 +29,7 @@ class VisionLanguageModel:
     Args:
         model: the model, composed or of a family.
         processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
-        feature_cache: features of pictures that were shown before; None: a model whose visual encoder may change has none.
+        feature_cache: features of images that were shown before; None: a model whose visual encoder may change has none.
     """
 
     def __init__(self, model: Any, processor: Any, feature_cache: ImageFeatureCache | None = None):
@@ -45,7 +44,7 @@ class VisionLanguageModel:
     ) -> Self:  # fmt: skip
         """Load a checkpoint of this framework, from a folder or the Hub, to ask it.
 
-        It remembers pictures: whoever changes its weights afterwards sets `memory` to None.
+        It remembers images: whoever changes its weights afterwards sets `memory` to None.
 
         Args:
             checkpoint: a run's `final` folder, or a Hub name.
@@ -58,13 +57,9 @@ class VisionLanguageModel:
         Raises:
             ValueError: it is no checkpoint of this framework.
         """
-        config = checkpoint_config(checkpoint)
-        if isinstance(config, VLMPredictionConfig):
-            raise ValueError(f"{checkpoint} has prediction heads: ask it with vlm predict, or vlm.Predictor")
-        model, processor = load_checkpoint(
-            checkpoint, config, device=device, dtype=dtype, quantization=quantization, base=base,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+        opened.check_heads(expected=False)
+        model, processor = opened.load_for_inference(device=device, dtype=dtype, quantization=quantization, base=base)
         return cls(model, processor, ImageFeatureCache())
 
     def generate(
@@ -83,9 +78,9 @@ class VisionLanguageModel:
         """Answer one prompt, or several at once.
 
         Args:
-            prompt: the question, or a list of them. `<image>` in it says where a picture stands; where there is none,
-                the pictures come first.
-            images: the pictures (paths or Pillow images) of the prompt; for several prompts, a list for each.
+            prompt: the question, or a list of them. `<image>` in it says where an image stands; where there is none,
+                the images come first.
+            images: the images (paths or Pillow images) of the prompt; for several prompts, a list for each.
             videos: the videos (paths), likewise; `<video>` in the prompt says where one stands.
             max_frames: most frames of a video that the model sees, evenly spread.
             temperature: 0 is greedy.
@@ -98,7 +93,7 @@ class VisionLanguageModel:
             The answer, or the answers in order.
 
         Raises:
-            ValueError: a prompt has more or fewer `<image>` than pictures, or a picture does not open, so for videos;
+            ValueError: a prompt has more or fewer `<image>` than images, or an image does not open, so for videos;
                 or prompt and answer may be longer than the model can read.
         """
         turns, media = self.conversations(prompt, images, videos, max_frames)
@@ -131,7 +126,7 @@ class VisionLanguageModel:
     def asked(
         self, prompt: str, images: Sequence[Any], videos: Sequence[Any] = (), max_frames: int = DatasetConfig.max_frames
     ) -> tuple[Turn, list[Any]]:
-        """A question with its pictures and videos, and these opened, in the order in which they stand in it.
+        """A question with its images and videos, and these opened, in the order in which they stand in it.
 
         Raises:
             ValueError: as `generate`.
@@ -162,7 +157,7 @@ class VisionLanguageModel:
         return [self._decode(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
     def use_cached_features(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Inputs of a batch with what is known of its pictures in place of their pixels, see `ImageFeatureCache`."""
+        """Inputs of a batch with what is known of its images in place of their pixels, see `ImageFeatureCache`."""
         return inputs if self.feature_cache is None else self.feature_cache.replace_pixels(self.model, inputs)
 
     def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Generator[str]:
@@ -202,7 +197,7 @@ class VisionLanguageModel:
 
         Args:
             conversations: the turns of each.
-            images: the pictures and videos of each as `open_media` gives them, in order.
+            images: the images and videos of each as `open_media` gives them, in order.
             suffix: ids behind each.
             left: whether they are padded on the left, as generation wants them.
         """
@@ -212,7 +207,7 @@ class VisionLanguageModel:
             sizes = media_sizes_from_opened(media_parts, pictures, self.processor)
             ids = encode_prompt(self.processor, turns, sizes)
             if not ids:
-                raise ValueError("the model's template leaves nothing of this prompt (plain keeps pictures only)")
+                raise ValueError("the model's template leaves nothing of this prompt (plain keeps images only)")
             ids = [*ids, *suffix]
             rows.append(model_inputs(self.processor, Encoded(ids, [IGNORE_INDEX] * len(ids)), pictures, sizes))
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
@@ -279,7 +274,7 @@ def check_length(length: int, positions: int, answer_tokens: int, subject: str =
     """Raise ValueError where a prompt of so many tokens leaves too little of a model's positions for its answer.
 
     Args:
-        length: tokens of the prompt, those of its pictures counted.
+        length: tokens of the prompt, those of its images counted.
         positions: of the model.
         answer_tokens: tokens that the answer may have.
         subject: what the message calls it.
@@ -290,19 +285,19 @@ def check_length(length: int, positions: int, answer_tokens: int, subject: str =
 
 
 STAND_IN_IMAGE = ImageRef(Path())
-"""A picture in a prompt that is given beside it."""
+"""An image in a prompt that is given beside it."""
 
 
 def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPart]] = ()) -> Turn:
-    """A question with its pictures and videos: where `<image>` and `<video>` stand, else before the text.
+    """A question with its images and videos: where `<image>` and `<video>` stand, else before the text.
 
     Args:
         prompt: the question.
-        num_images: how many pictures there are.
+        num_images: how many images there are.
         videos: what stands for each video.
 
     Raises:
-        ValueError: the prompt has some of these marks, but not as many as there are pictures or videos.
+        ValueError: the prompt has some of these marks, but not as many as there are images or videos.
     """
     leading = ""
     for placeholder, kind, number in ((PLACEHOLDER, "images", num_images), (VIDEO_PLACEHOLDER, "videos", len(videos))):
@@ -324,7 +319,7 @@ def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPar
 
 
 def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Any]:
-    """A list of pictures or videos for each prompt; where nothing is given, none for any."""
+    """A list of images or videos for each prompt; where nothing is given, none for any."""
     found = list(given) or [()] * number
     if len(found) != number:
         raise ValueError(f"{number} prompts need as many lists of {kind}, got {len(found)}")
@@ -343,7 +338,7 @@ def check_videos(videos: Sequence[Any], max_frames: int) -> None:
 
 
 def load_images(images: Sequence[Any]) -> list[Image.Image]:
-    """Pictures, opened where they are paths.
+    """Images, opened where they are paths.
 
     Raises:
         ValueError: one does not open.

@@ -14,7 +14,7 @@ from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.resumable_table import ResumableTable, check_output
 
 COLUMNS = ("source", "image_path", "prompt", "answer", "reference", "error")
-"""What a record calls itself, its pictures, its last question, what the model answers, the record's last reply (none
+"""What a record calls itself, its images, its last question, what the model answers, the record's last reply (none
 where it has none), and why it could not be asked (empty where it was)."""
 
 
@@ -33,7 +33,7 @@ def generate_file(
         cache: where indices of records are kept.
         fingerprint: of the checkpoint, and of the form in which it is loaded.
         batch_size: records at a time.
-        num_workers: processes that read and decode pictures.
+        num_workers: processes that read and decode images.
         max_frames: of a video.
         seed: makes sampling repeatable, wherever it is stopped and gone on with; None: it is not.
         overwrite: whether what is there, or was begun, is replaced.
@@ -73,7 +73,7 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> d
 
 
 def question_text(turn: Turn) -> str:
-    """What is asked, without the pictures before it; those within it are `<image>` and `<video>`."""
+    """What is asked, without the images before it; those within it are `<image>` and `<video>`."""
     return LEADING_PLACEHOLDERS.sub("", _turn_text(turn)).strip()
 
 

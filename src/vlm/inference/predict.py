@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from vlm.assembly.checkpoint import checkpoint_config, load_checkpoint
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import DatasetConfig
 from vlm.data.sample import Turn
 from vlm.inference.feature_cache import ImageFeatureCache
 from vlm.inference.generate import VisionLanguageModel
-from vlm.models import VLMPredictionConfig
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.head_tasks import CLASSIFICATION_TASKS
 from vlm.models.modeling_prediction import interpret_outputs
@@ -54,17 +53,14 @@ class Predictor:
         cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", base: Sequence[str] = (),
         trust_remote_code: bool = False,
     ) -> "Predictor":  # fmt: skip
-        """Load a checkpoint with prediction heads, from a folder or the Hub; arguments as `load_checkpoint`.
+        """Load a checkpoint with prediction heads, from a folder or the Hub; arguments as `VisionLanguageModel.load`.
 
         Raises:
             ValueError: it has none.
         """
-        config = checkpoint_config(checkpoint)
-        if not isinstance(config, VLMPredictionConfig):
-            raise ValueError(f"{checkpoint} has no prediction heads: ask it with vlm generate")
-        model, processor = load_checkpoint(
-            checkpoint, config, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code
-        )
+        opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+        opened.check_heads(expected=True)
+        model, processor = opened.load_for_inference(device=device, dtype=dtype, base=base)
         return cls(model, processor, ImageFeatureCache())
 
     @property
@@ -79,9 +75,9 @@ class Predictor:
         """What the heads say of one prompt, or of several at once.
 
         Args:
-            prompt: the question as it was asked in training, or a list of them; `<image>` in it says where a picture
-                stands, else the pictures come first.
-            images: the pictures (paths or Pillow images) of the prompt; for several prompts, a list for each.
+            prompt: the question as it was asked in training, or a list of them; `<image>` in it says where an image
+                stands, else the images come first.
+            images: the images (paths or Pillow images) of the prompt; for several prompts, a list for each.
             videos: the videos (paths), likewise.
             max_frames: most frames of a video that the model sees.
             system_prompt: said first, as `dataset.system_prompt` was in training.

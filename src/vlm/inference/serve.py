@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint for any checkpoint that answers: `transformers serve`'s handler, our prompts.
 
 What transformers ships takes models that it knows by their class and lets requests name addresses and files. Here one
-checkpoint is served, prompts become tokens as in `vlm generate`, and pictures come in the request itself (`data:`).
+checkpoint is served, prompts become tokens as in `vlm generate`, and images come in the request itself (`data:`).
 """
 
 import base64
@@ -65,7 +65,7 @@ class PromptProcessor:
 
 
 class CachingModel:
-    """A model as the handler takes it; it looks for pictures that it was shown before where it generates.
+    """A model as the handler takes it; it looks for images that it was shown before where it generates.
 
     That is on a thread of its own: requests are read on another, which must not wait for the visual encoder.
 
@@ -106,7 +106,7 @@ class SingleModelManager(ModelManager):
 
     @staticmethod
     def get_model_modality(*args: Any, **kwargs: Any) -> Modality:
-        """It takes text and pictures."""
+        """It takes text and images."""
         return Modality.VLM
 
 
@@ -151,10 +151,10 @@ class ChatHandler(ChatCompletionHandler):
 
 
 def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Any]]:
-    """A request's messages as a conversation, and its pictures, opened.
+    """A request's messages as a conversation, and its images, opened.
 
     Raises:
-        HTTPException: a message has another form, or a picture is an address or does not open.
+        HTTPException: a message has another form, or an image is an address or does not open.
     """
     turns, images = [], []
     for number, message in enumerate(messages):
@@ -164,13 +164,13 @@ def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list
         content = message.get("content")
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(items, list) or not items:
-            raise HTTPException(400, f"{where}: content must be a text, or a list of texts and pictures")
+            raise HTTPException(400, f"{where}: content must be a text, or a list of texts and images")
         parts: list[ContentPart] = []
         for place, item in enumerate(items):
             kind = item.get("type") if isinstance(item, dict) else None
             if kind == "text" and isinstance(item.get("text"), str):
                 leads = bool(parts) and not any(isinstance(part, str) for part in parts)
-                # pictures before a text stand on a line of their own, as `vlm generate` puts them
+                # images before a text stand on a line of their own, as `vlm generate` puts them
                 parts.append("\n" + item["text"] if leads and not item["text"].startswith("\n") else item["text"])
             elif kind == "image_url":
                 images.append(_decode_image(item["image_url"], f"{where}.content[{place}]"))
@@ -182,12 +182,12 @@ def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list
 
 
 def _decode_image(given: Any, where: str) -> Any:
-    """The picture of a `data:` address."""
+    """The image of a `data:` address."""
     address = given.get("url") if isinstance(given, dict) else given
     head, comma, content = address.partition(",") if isinstance(address, str) else ("", "", "")
     if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
         raise HTTPException(
-            400, f"{where}: the picture itself is needed, as data:image/png;base64,…; addresses are not fetched"
+            400, f"{where}: the image itself is needed, as data:image/png;base64,…; addresses are not fetched"
         )
     try:
         return open_image(ImageRef(content=base64.b64decode(content, validate=True)), where)

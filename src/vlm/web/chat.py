@@ -1,4 +1,4 @@
-"""The tab *Chat*: a conversation with a checkpoint about pictures, answered piece by piece."""
+"""The tab *Chat*: a conversation with a checkpoint about images, answered piece by piece."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +14,7 @@ from vlm.config.schema import InferenceConfig
 from vlm.web.models import ModelHolder
 from vlm.web.runs import checkpoints
 
-EMPTY_TEXT = "Choose a checkpoint, add a picture, and ask."
+EMPTY_TEXT = "Choose a checkpoint, add an image, and ask."
 STOPPED_NOTICE = " … (stopped: the model does not remember this question)"
 
 

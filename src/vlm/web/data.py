@@ -8,6 +8,7 @@ import gradio as gr
 
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import DatasetConfig
+from vlm.train.objectives.table import make_objective
 from vlm.web.html import error_html, note_html
 from vlm.web.plan import Plan, choices
 from vlm.web.runs import checkpoints
@@ -59,15 +60,10 @@ def open_records(plan: Plan) -> OpenRecords:
         raise ValueError(
             "dataset.streaming=true: a stream has no numbers to go by; vlm data show shows its first records"
         )
-    from vlm.assembly.settle import resolve_model
+    from vlm.assembly.resolve import resolve_model
     from vlm.data.sources import make_sources
-    from vlm.train.data import make_sample_encoder
-    from vlm.train.heads.data import make_prompt_encoder
 
-    model_config, processor = resolve_model(config, plan.overridden_keys())
-    encoder = (make_sample_encoder if config.model.head.task is None else make_prompt_encoder)(
-        config, model_config, processor
-    )
+    encoder = make_objective(config).make_encoder(*resolve_model(config, plan.overridden_keys()))
     sizes = {source.name: len(source) for source in make_sources(config.dataset, encoder)}
     return OpenRecords(config.dataset, encoder, sizes)
 
@@ -79,7 +75,7 @@ def build(outputs: Path) -> gr.Dropdown:
         with gr.Column(scale=2, min_width=300):
             path = gr.Textbox(label="Records", placeholder="records.json", elem_id="data-path")
             images = gr.Textbox(
-                label="Folder of pictures", info="Beside the records where empty", elem_id="data-images"
+                label="Folder of images", info="Beside the records where empty", elem_id="data-images"
             )
             run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="As this run reads them", elem_id="data-run")
             checkpoint = gr.Dropdown(

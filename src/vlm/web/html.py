@@ -69,7 +69,7 @@ def _state_html(run: Run) -> str:
 
 
 def samples(title: str, found: Sequence[Mapping[str, str]]) -> str:
-    """Sample answers of a run, with their pictures."""
+    """Sample answers of a run, with their images."""
     if not found:
         return note_html("No sample answers yet. A run writes them when it evaluates, saves or ends.")
     parts = []
@@ -85,5 +85,5 @@ def samples(title: str, found: Sequence[Mapping[str, str]]) -> str:
 
 
 def _data_url(image: Path) -> str:
-    """A picture of a run directory as a `data:` address: no folder has to be served for it."""
+    """An image of a run directory as a `data:` address: no folder has to be served for it."""
     return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}" if image.is_file() else ""

@@ -17,7 +17,7 @@ from vlm.web.models import ModelHolder
 from vlm.web.runs import checkpoints
 
 UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS = 600, 24 * 3600
-"""Seconds between looks for uploaded pictures, and after which they are removed."""
+"""Seconds between looks for uploaded images, and after which they are removed."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from vlm.checks.messages import explain
 from vlm.checks.run import ConfigError, check
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import RunConfig
+from vlm.train.objectives.table import make_objective
 
 PARTS = ("visual_encoder", "connector", "language_model", "head")
 HF_NAME_KEYS = {"visual_encoder": "model.visual_encoder.hf_name", "language_model": "model.language_model.hf_name"}
@@ -124,7 +125,7 @@ def compose_and_check(run: str, words: Sequence[str]) -> RunConfig:
                 check_required_values(composed)
                 config = OmegaConf.to_object(composed)
                 assert isinstance(config, RunConfig)
-                check(config)
+                check(config, make_objective(config))
         except (HydraException, OmegaConfBaseException, YAMLError, ConfigError) as error:
             raise ConfigError(explain(error)) from error
     if config.dataset.allow_pipe:

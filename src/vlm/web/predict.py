@@ -1,4 +1,4 @@
-"""The tab *Predict*: what a checkpoint's heads say of pictures and a prompt."""
+"""The tab *Predict*: what a checkpoint's heads say of images and a prompt."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ def build(outputs: Path, extra_checkpoints: list[str], model_holder: ModelHolder
                 elem_id="predict-checkpoint",
             )  # fmt: skip
             images = gr.Gallery(
-                label="Pictures", type="filepath", file_types=["image"], interactive=True, columns=3, height=220,
-                object_fit="contain", elem_id="predict-pictures", buttons=[],
+                label="Images", type="filepath", file_types=["image"], interactive=True, columns=3, height=220,
+                object_fit="contain", elem_id="predict-images", buttons=[],
             )  # fmt: skip
             prompt = gr.Textbox(label="Prompt", info="As it was asked in training", lines=2, elem_id="predict-prompt")
             button = gr.Button("Predict", variant="primary", elem_id="predict-go")

@@ -182,7 +182,7 @@ def last_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def loss_rows(lines: Sequence[dict[str, Any]], max_points: int = MAX_PLOT_POINTS) -> list[tuple[int, float, str]]:
     """(step, loss, which) for a plot: the training loss, and those of evaluations; of many, evenly spread ones."""
-    names = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
+    names = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
     rows = []
     for key, name in names.items():
         found = [(line["step"], line[key], name) for line in lines if line.get(key) is not None]
@@ -218,7 +218,7 @@ def render_terminal_text(text: str) -> str:
 
 
 def last_samples(folder: Path) -> tuple[str, list[dict[str, str]]]:
-    """The newest step of `samples.md`, and its samples: `question`, `reference`, `answer`, and `picture` (a path)."""
+    """The newest step of `samples.md`, and its samples: `question`, `reference`, `answer`, and `image` (a path)."""
     file = folder / "samples.md"
     if not file.is_file():
         return "", []
