@@ -30,9 +30,7 @@ class TimedTrainer(Trainer):
 
     accelerator: Any
 
-    ROW_KEY = "input_ids"
-    """An input that has one row for each sample."""
-
+    objective: Any
     def __init__(self, *, meter: SpeedMeter | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.meter = meter or SpeedMeter(self.args.device)
@@ -46,7 +44,7 @@ class TimedTrainer(Trainer):
         """As usual, with a look at the clock and at what the batches say of themselves."""
         self.meter.begin_step()
         batches, number = super().get_batch_samples(self.meter.time_waits(epoch_iterator), num_batches, device)
-        facts = [batch.get(BATCH_STATS) or BatchStats(samples=len(batch[self.ROW_KEY])) for batch in batches]
+        facts = [batch.get(BATCH_STATS) or BatchStats(samples=len(batch[self.objective.row_key])) for batch in batches]
         each = self._repeats_equal_images()
         self.meter.add(
             [

@@ -26,16 +26,14 @@ from vlm.data.batching.collator import SKIPPED_KEY
 from vlm.data.batching.packing import PackSampler
 from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH, GroupSampler, ModalityLengthSampler
 from vlm.data.batching.stats import BATCH_STATS
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import Skipped
 from vlm.data.stream import SampleStream
-from vlm.evaluation.loss import loss_metrics, sample_losses, supervised_logits
 from vlm.families.table import get_part_names
-from vlm.models.modeling_vlm import supervised_loss
 from vlm.train.arguments import sampler_seed
 from vlm.train.distributed import barrier
+from vlm.train.objectives.base import Objective
 from vlm.train.parts import Part, parameter_groups
 from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
-from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY, num_chunks, supports_chunked_loss
 from vlm.train.step.compile import force_eager
 from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.packing import add_grid_positions, check_packing, make_packed_loader
@@ -49,6 +47,7 @@ class VLMTrainer(TimedTrainer):
     """Trains a model whose parts have learning rates of their own.
 
     Args:
+        objective: what the run trains the model to do.
         processor: the model's, which normalises pixels and is saved with it.
         parts: the model's parts, see `train/parts.py`.
         base: what the result is written on top of (adapters, quantised parts); None: the result is whole.
@@ -58,7 +57,6 @@ class VLMTrainer(TimedTrainer):
         max_tokens: `trainer.max_tokens_per_batch`.
         on_first_batch: called with the first batch of this rank, before its forward pass.
         on_skipped: called with the records that a batch leaves out, and how many samples it has.
-        generation_metrics: measures of what a model answers to evaluation records; None: there are none.
         kwargs: as `TimedTrainer`.
     """
 
@@ -74,6 +72,7 @@ class VLMTrainer(TimedTrainer):
     def __init__(
         self,
         *,
+        objective: Objective,
         processor: Any,
         parts: list[Part],
         base: Base | None = None,
@@ -83,20 +82,18 @@ class VLMTrainer(TimedTrainer):
         max_tokens: int | None = None,
         on_first_batch: Callable[[dict[str, Tensor]], None] | None = None,
         on_skipped: Callable[[list[Skipped], int], None],
-        generation_metrics: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(processing_class=processor.tokenizer, **kwargs)
+        self.objective = objective
         self.processor = processor
         self.parts = parts
         self.base = base
         self.loss_average = loss_average
         self.sampling = sampling
         self.packing, self.max_tokens = packing, max_tokens
-        self.supports_chunked_loss = False
         self.on_first_batch = on_first_batch
         self.on_skipped = on_skipped
-        self.generation_metrics = generation_metrics
         self.sampler: ModalityLengthSampler | GroupSampler | PackSampler | None = None
 
     # --- the run ------------------------------------------------------------------------------------------------
@@ -155,13 +152,8 @@ class VLMTrainer(TimedTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
-        """The loss of the supervised positions, whichever the model: vocabulary logits are computed there alone."""
-        if NUM_CHUNKS_KEY in inputs:
-            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
-            loss = outputs.loss
-        else:
-            outputs, targets = supervised_logits(model, inputs)
-            loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
+        """Return the objective's loss of a batch."""
+        loss, outputs = self.objective.compute_loss(self, model, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the number is that of all ranks, which average gradients
         return (loss, outputs) if return_outputs else loss
@@ -218,12 +210,11 @@ class VLMTrainer(TimedTrainer):
         batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             facts = batch.pop(BATCH_STATS, None)
-            self.on_skipped(batch.pop(SKIPPED_KEY, []), len(batch[self.ROW_KEY]) if facts is None else facts.samples)
+            num_samples = len(batch[self.objective.row_key]) if facts is None else facts.samples
+            self.on_skipped(batch.pop(SKIPPED_KEY, []), num_samples)
             if self.packing:
                 batch |= add_grid_positions(self.model, batch)
-            if self.supports_chunked_loss:
-                chunks = num_chunks(batch["labels"], self.model.config.get_text_config().vocab_size, device)
-                batch |= {NUM_CHUNKS_KEY: chunks} if chunks > 1 else {}
+            batch |= self.objective.extra_inputs(self, batch)
         return batches, number
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +228,9 @@ class VLMTrainer(TimedTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.sampling != GROUP_BY_MODALITY_LENGTH:
-            return super()._get_train_sampler(dataset)
+            sampler: Any = self.objective.make_train_sampler(self, dataset)
+            self.sampler = sampler
+            return super()._get_train_sampler(dataset) if sampler is None else sampler
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.sampler = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, sampler_seed(args))
@@ -246,41 +239,32 @@ class VLMTrainer(TimedTrainer):
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, eval_dataset: SampleDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The measures of `loss_metrics`, each name with `eval_` before it, and then those of `generation_metrics`."""
+        """Return the objective's metrics, each name with `eval_` before it, and log them."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
-        sums, counts = self._sample_losses(dataset, "evaluating")
-        with_images = torch.as_tensor(dataset.num_images) > 0
-        blank = None
-        if with_images.any():
-            blank, _ = self._sample_losses(dataset.blank(), "evaluating on blank pictures")
-        found = loss_metrics(sums, counts, blank, with_images)
-        if self.generation_metrics is not None:
-            with self.compute_loss_context_manager(), force_eager():
-                found |= self.generation_metrics(self.model)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in self.objective.evaluate(self, dataset).items()
+        }
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _sample_losses(self, dataset: Any, title: str) -> tuple[Tensor, Tensor]:
-        """Summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU."""
-        loader: DataLoader = self.get_eval_dataloader(dataset)
+    def evaluation_batches(self, dataset: Any, title: str) -> Iterator[dict[str, Any]]:
+        """Yield the batches of a data set as the model takes them, with a progress bar; the model is set to evaluate.
+
+        Raises:
+            BadSample: a record cannot be used.
+        """
         self.model.eval()
         silent = self.args.disable_tqdm or not self.args.should_save
-
-        def batches() -> Iterator[dict[str, Any]]:
-            for batch in tqdm(loader, title, leave=False, disable=silent):
-                batch.pop(BATCH_STATS, None)
-                for one in batch.pop(SKIPPED_KEY, []):
-                    raise one.as_error()
-                yield self._prepare_inputs(batch)
-
-        with self.compute_loss_context_manager():
-            return sample_losses(self.model, batches(), self.accelerator.gather_for_metrics)
+        for batch in tqdm(self.get_eval_dataloader(dataset), title, leave=False, disable=silent):
+            batch.pop(BATCH_STATS, None)
+            for record in batch.pop(SKIPPED_KEY, []):
+                raise record.as_error()
+            yield self._prepare_inputs(batch)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -372,7 +356,7 @@ class VLMTrainer(TimedTrainer):
         with self.compute_loss_context_manager(), force_eager():
             if self.packing:
                 check_packing(self.model, self.processor)
-            self.supports_chunked_loss = supports_chunked_loss(self.model)
+            self.objective.on_train_begin(self)
         return prepared
 
 
