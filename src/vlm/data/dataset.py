@@ -236,7 +236,8 @@ def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
 
 def dummy_video(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     """The same of a short blank video."""
-    clip = processor.minimal_clip
+    assert processor.videos is not None
+    clip = processor.videos.minimal_clip
     ids, _ = processor.tokenize(processor.video_token, (), [clip])
     inputs = processor.image_inputs([make_blank_medium(processor, clip)], [clip])
     return ids, inputs | processor.text_inputs(ids, [IGNORE_INDEX] * len(ids), inputs)

@@ -1,25 +1,38 @@
-"""The processor as everything but its own file sees it: what turns conversations into ids and images into inputs.
+"""The processor as all code but its own file sees it: it turns conversations into ids, and images into model inputs.
 
-`models.processing_vlm.VLMProcessor` (composed models) and `families.processing.FamilyProcessor` (models of the Hub)
-satisfy it.
+`models.processing_vlm.VLMProcessor` (composed models) and `families.processing.FamilyProcessor` (Hub families)
+satisfy the Protocol.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlm.data.sample import Clip
+from vlm.models.pixels import ImageProcessor
 
-ImageSize = tuple[int, int]
-"""Height and width in pixels."""
+SampleInputs = dict[str, Any]
+"""An encoded sample: `input_ids` and `labels` (lists of `tokens` ids), and tensors under the names that the model takes.
 
-MediaSize = ImageSize | Clip | None
-"""Size of an image, what is read of a video, or None for an image that is a frame of a video."""
+Prompts for prediction heads have `targets` (head -> list of numbers) and `group` (an int) besides.
+"""
+
+
+class VideoSupport(Protocol):
+    """What is known of a model that reads videos through a token of their own."""
+
+    @property
+    def minimal_clip(self) -> Clip:
+        """Return the shortest clip that the model reads."""
+        ...
+
+    def min_frames(self, max_frames: int) -> int:
+        """Return how many frames are read of even the shortest video, where at most `max_frames` are read of any."""
+        ...
 
 
 class Processor(Protocol):
@@ -27,43 +40,53 @@ class Processor(Protocol):
 
     Attributes:
         tokenizer: the language model's; a fast one.
-        image_processor: the visual encoder's, of several the first one's.
+        image_processor: the visual encoder's; of several encoders, the first one's.
         image_token: the text that stands for an image in a rendered conversation.
         special_tokens: matches every special token of the tokenizer.
         chat_template: the Jinja template in use.
-        own_template: the template that the tokenizer or the family brought along.
+        own_template: the template that came with the language model or the family.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    image_processor: Any  # the image processors of transformers share no typed interface
+    image_processor: ImageProcessor
     image_token: str
     special_tokens: re.Pattern[str]
-    chat_template: Any
+    chat_template: str | None
     own_template: str | None
 
     @property
     def image_token_id(self) -> int:
-        """Return the id at which image features are put."""
+        """Return the id at whose positions image features are placed."""
+        ...
+
+    @property
+    def videos(self) -> VideoSupport | None:
+        """Return how videos are read; None where each of their frames is read as an image."""
         ...
 
     @property
     def video_token(self) -> str | None:
-        """Return the text that stands for a video; None: videos are read as images, one a frame."""
+        """Return the text that stands for a video; None where there is none, as `videos`."""
         ...
 
     @property
     def video_token_id(self) -> int | None:
-        """Return the id at which features of videos are put."""
+        """Return the id at whose positions features of videos are placed; None as `videos`."""
+        ...
+
+    @property
+    def encodes_videos_separately(self) -> bool:
+        """Return whether the model encodes videos in a call of their own, beside the one for images."""
         ...
 
     @property
     def per_sample_inputs(self) -> Sequence[str]:
-        """Return the image inputs with one row for each sample; the others have rows for each image."""
+        """Return the names of image inputs that have one row for each sample; the others have one for each image."""
         ...
 
     @property
     def per_token_inputs(self) -> Sequence[str]:
-        """Return the inputs with one value for each token, besides ids and mask."""
+        """Return the names of inputs that have one value for each token, besides ids and mask."""
         ...
 
     @property
@@ -73,33 +96,21 @@ class Processor(Protocol):
 
     @property
     def pools_video_frames(self) -> bool:
-        """Return whether frames of videos are read otherwise than images; their sizes are then None."""
+        """Return whether frames of videos are encoded otherwise than images; their sizes are then None."""
         ...
 
     @property
     def accepts_tensors(self) -> bool:
-        """Return whether images may be decoded tensors `(3, height, width)` of whole numbers."""
-        ...
-
-    @property
-    def encodes_videos_separately(self) -> bool:
-        """Return whether the model reads videos through a call of their own."""
-        ...
-
-    @property
-    def minimal_clip(self) -> Clip:
-        """Return the shortest clip that the model reads; only where videos have a token."""
-        ...
-
-    def min_frames(self, max_frames: int) -> int:
-        """Return how many frames of a video are read at least; only where videos have a token."""
+        """Return whether `image_inputs` takes decoded images as `(3, height, width)` uint8 tensors too."""
         ...
 
     def image_token_ids(self) -> list[int]:
         """Return the ids that one small image takes, its start and end tokens included."""
         ...
 
-    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool = False) -> str:
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
         """Return a conversation as text, with a token for each image and video."""
         ...
 
@@ -119,7 +130,12 @@ class Processor(Protocol):
         ...
 
     def image_inputs(self, images: Sequence[Any], sizes: Sequence[Any] = ()) -> dict[str, Tensor]:
-        """Return the model's inputs for a sample's images and videos, before `normalise`; empty where it has none."""
+        """Return the model's inputs for a sample's images and videos, before `normalise`; empty without any.
+
+        Args:
+            images: the `Medium` of each image and video, in order.
+            sizes: the `MediaSize` of each, as `tokenize` takes them.
+        """
         ...
 
     def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,10 +150,6 @@ class Processor(Protocol):
         """Return the processor's settings."""
         ...
 
-    def save_pretrained(self, folder: str | Path) -> Any:
+    def save_pretrained(self, save_directory: str | Path, /) -> object:
         """Write the processor's files into a checkpoint's folder."""
         ...
-
-
-Images = Sequence[Image.Image | Tensor]
-"""Images of a sample: Pillow's, or decoded tensors where the processor accepts them."""

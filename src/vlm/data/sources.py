@@ -111,9 +111,9 @@ def parts_for_video(path: Path, max_frames: int, processor: Any, sample_id: str)
     Raises:
         BadSample: it is no video.
     """
-    if processor.video_token is None:
+    if (videos := processor.videos) is None:
         return sample_frame_refs(path, max_frames, sample_id)
-    return (VideoRef(path, sample_clip(path, max_frames, sample_id, min_frames=processor.min_frames(max_frames))),)
+    return (VideoRef(path, sample_clip(path, max_frames, sample_id, min_frames=videos.min_frames(max_frames))),)
 
 
 def make_sources(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:

@@ -6,11 +6,11 @@ are supervised.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
@@ -23,12 +23,13 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.processor import Processor
 from vlm.data.sample import Clip
-from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
+from vlm.data.vision.video import DecodedVideo
 from vlm.families.table import Family
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb
-from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE
+from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, VLMProcessor
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor that belong to its text."""
@@ -60,8 +61,8 @@ class FamilyProcessor:
         self.per_sample_inputs, self.per_token_inputs = family.rows, family.tokens
         self.tokenizer = native.tokenizer
         self.image_processor = native.image_processor
-        self.image_token = native.image_token
-        self.videos = FamilyVideos(native) if family.videos else None
+        self.image_token: str = native.image_token
+        self.videos = FamilyVideos(native, family) if family.videos else None
         self.video_token = None if self.videos is None else self.videos.token
         own = native.chat_template or self.tokenizer.chat_template
         self.own_template = own if isinstance(own, str) else family.template
@@ -81,30 +82,25 @@ class FamilyProcessor:
     def __copy__(self) -> "FamilyProcessor":
         return type(self)(self.native, self.family, self.chat_template)
 
-    @cached_property
+    @property
     def image_token_id(self) -> int:
-        """The id that stands for image features: the one that an image has most of."""
-        counts = Counter(self.image_token_ids())
-        return max(counts, key=lambda one: (counts[one], one == self.native.image_token_id))
-
-    @cached_property
-    def video_token_id(self) -> int | None:
-        """The id that stands for features of videos: of its own, or that of images."""
-        if self.videos is None:
-            return None
-        own = self.tokenizer.convert_tokens_to_ids(self.video_token)
-        ids, _ = self.tokenize(self.videos.token, (), [self.minimal_clip])
-        return own if own in ids else self.image_token_id
+        """The id at whose positions image features are placed: the most frequent one of an image."""
+        return self._media_token_ids[0]
 
     @property
-    def minimal_clip(self) -> Clip:
-        """What is seen of a video that has no more than the model needs."""
-        number = self.family.min_frames
-        return Clip(tuple(range(number)), number, 64, 64, DEFAULT_FPS)
+    def video_token_id(self) -> int | None:
+        """The id at whose positions features of videos are placed: that of the video token, or that of images."""
+        return self._media_token_ids[1]
 
-    def min_frames(self, most: int) -> int:
-        """How many frames of a video are seen at least, where no more than `most` are, whatever it has."""
-        return most if self.family.equal_num_frames else self.family.min_frames
+    @cached_property
+    def _media_token_ids(self) -> tuple[int, int | None]:
+        counts = Counter(self.image_token_ids())
+        image_id = max(counts, key=lambda token_id: (counts[token_id], token_id == self.native.image_token_id))
+        if self.videos is None:
+            return image_id, None
+        video_id: int = self.tokenizer.convert_tokens_to_ids(self.videos.token)
+        ids, _ = self.tokenize(self.videos.token, (), [self.videos.minimal_clip])
+        return image_id, video_id if video_id in ids else image_id
 
     @property
     def encodes_videos_separately(self) -> bool:
@@ -116,7 +112,7 @@ class FamilyProcessor:
         return self.tokenize(self.image_token, (), [(64, 64)])[0]
 
     def apply_chat_template(
-        self, conversation: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
+        self, conversation: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
     ) -> str:
         """A conversation as text, a token for each picture and video.
 
@@ -159,7 +155,7 @@ class FamilyProcessor:
             {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece
         ]
 
-    def _shows_video(self, turn: dict[str, Any]) -> bool:
+    def _shows_video(self, turn: Mapping[str, Any]) -> bool:
         return any(item["type"] == "video" for item in self._to_items(turn["content"]))
 
     # --- text -------------------------------------------------------------------------------------------------------
@@ -332,3 +328,9 @@ def _map_to_original(spans: list[tuple[int, int]], replaced: Replacements) -> li
         else:
             found.append((a - shift, b - shift))
     return found
+
+
+if TYPE_CHECKING:  # both implementations satisfy the Protocol
+
+    def _as_processors(composed: VLMProcessor, family: FamilyProcessor) -> tuple[Processor, Processor]:
+        return composed, family

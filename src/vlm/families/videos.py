@@ -14,24 +14,36 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from vlm.data.sample import Clip
-from vlm.data.vision.video import DecodedVideo
+from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
+from vlm.families.table import Family
 
 MAX_KEPT_VALUES = 1000
 """More values than this are no grid of patches, nor anything else that a number of tokens is read from."""
 
 
 class FamilyVideos:
-    """A family's processor, as far as it reads videos.
+    """The part of a family's processor that reads videos.
 
     Args:
         native: the processor.
+        family: its row of the table.
     """
 
-    def __init__(self, native: Any):
-        self.native = native
+    def __init__(self, native: Any, family: Family):
+        self.native, self.family = native, family
         self.token: str = native.video_token
         self.expansion = lru_cache(4096)(self._compute_expansion)
         self._blank_outputs = lru_cache(256)(self._read_blank)
+
+    @property
+    def minimal_clip(self) -> Clip:
+        """The shortest clip that the model reads."""
+        number = self.family.min_frames
+        return Clip(tuple(range(number)), number, 64, 64, DEFAULT_FPS)
+
+    def min_frames(self, max_frames: int) -> int:
+        """Return how many frames are read of even the shortest video, where at most `max_frames` are read of any."""
+        return max_frames if self.family.equal_num_frames else self.family.min_frames
 
     def inputs(self, video: DecodedVideo) -> dict[str, Any]:
         """All that the processor makes of a video by itself: inputs of the model, and of its text."""

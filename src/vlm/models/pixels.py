@@ -1,10 +1,10 @@
-"""Pictures as a visual encoder reads them: upright, in RGB, padded, resized, normalised.
+"""Images as a visual encoder reads them: upright, in RGB, padded, resized, normalised.
 
-Hub code: imports torch, numpy, Pillow and transformers only. `steps` is an image processor of transformers.
+Hub code: imports torch, numpy, Pillow and transformers only.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,14 +15,57 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 
 from .anyres import VIDEO_FRAME_VIEWS, AnyRes
 
-ImageRef = Image.Image | torch.Tensor
-"""Pillow's, or whole numbers `(3, height, width)`."""
+ImageOrTensor = Image.Image | torch.Tensor
+"""An image of Pillow, or a uint8 tensor `(3, height, width)`."""
 
 
-def make_raw_pixels(image_processor: Any, rgb_images: Sequence[ImageRef], image_mode: str) -> torch.Tensor:
-    """Pictures in RGB as `(images, 3, height, width)`: whole numbers from an image processor that `is_plain`.
+class ImageProcessor(Protocol):
+    """The interface shared by the image processors of transformers, which declare no types of their own.
 
-    Others do all that they do, and give what the encoder reads.
+    `size` and `crop_size` are a `SizeDict` or a mapping with `height` and `width`, or `shortest_edge`.
+    """
+
+    do_resize: bool
+    do_center_crop: bool
+    do_rescale: bool
+    do_normalize: bool
+    size: Any
+    crop_size: Any
+    resample: int
+    rescale_factor: float
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+    def __call__(self, images: Sequence[ImageOrTensor], *, return_tensors: str) -> Mapping[str, torch.Tensor]:
+        """Return the model's inputs for a batch of images."""
+        ...
+
+    def resize(self, image: torch.Tensor, size: Any, *, resample: int) -> torch.Tensor:
+        """Resize an image `(3, height, width)`."""
+        ...
+
+    def center_crop(self, image: torch.Tensor, size: Any) -> torch.Tensor:
+        """Cut the middle out of an image `(3, height, width)`."""
+        ...
+
+    def rescale_and_normalize(
+        self, images: torch.Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool,
+        image_mean: Sequence[float], image_std: Sequence[float],
+    ) -> torch.Tensor:  # fmt: skip
+        """Turn whole numbers into what the encoder reads; the shape stays."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        ...
+
+
+def make_raw_pixels(
+    image_processor: ImageProcessor, rgb_images: Sequence[ImageOrTensor], image_mode: str
+) -> torch.Tensor:
+    """Return RGB images as `(images, 3, height, width)`: uint8 from an image processor that `is_plain`.
+
+    Any other image processor does all of its work here and returns what the encoder reads.
     """
     if image_mode == "pad":
         rgb_images = [pad_to_square(rgb_image, mean_color_value(image_processor)) for rgb_image in rgb_images]
@@ -31,8 +74,8 @@ def make_raw_pixels(image_processor: Any, rgb_images: Sequence[ImageRef], image_
     return torch.stack([resize_and_crop(image_processor, rgb_image) for rgb_image in rgb_images])
 
 
-def resize_and_crop(image_processor: Any, rgb_image: ImageRef) -> torch.Tensor:
-    """The image processor's own resizing and cropping, without what its call does around them."""
+def resize_and_crop(image_processor: ImageProcessor, rgb_image: ImageOrTensor) -> torch.Tensor:
+    """Resize and crop as the image processor does, without what its call does around that."""
     pixels = rgb_image if isinstance(rgb_image, torch.Tensor) else as_tensor(rgb_image)
     if image_processor.do_resize:
         pixels = image_processor.resize(pixels, image_processor.size, resample=image_processor.resample)
@@ -41,19 +84,21 @@ def resize_and_crop(image_processor: Any, rgb_image: ImageRef) -> torch.Tensor:
     return pixels
 
 
-def normalise_pixels(image_processor: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Whole numbers as the encoder reads them, on the device where they are; other pixels are normalised already."""
+def normalise_pixels(image_processor: ImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
+    """Rescale and normalise uint8 pixels on the device where they are; other pixels are normalised already."""
     if pixels.dtype != torch.uint8:
         return pixels
     mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
     return image_processor.rescale_and_normalize(pixels, True, image_processor.rescale_factor, True, mean, std)
 
 
-def make_views(image_processor: Any, tiling: AnyRes, rgb_image: torch.Tensor, num_views: int) -> torch.Tensor:
-    """What the encoder sees of a picture: `(3, height, width) -> (views, 3, tile_size, tile_size)`.
+def make_views(
+    image_processor: ImageProcessor, tiling: AnyRes, rgb_image: torch.Tensor, num_views: int
+) -> torch.Tensor:
+    """Return what the encoder sees of an image: `(3, height, width) -> (views, 3, tile_size, tile_size)`.
 
-    The whole is squashed to a square, or, where it is one of several, padded to one in the mean colour; a frame is
-    squashed.
+    The whole image is squashed to a square, or, where it is one of several in a sample, padded to a square in the
+    mean colour; a frame of a video is squashed.
     """
 
     def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -62,15 +107,13 @@ def make_views(image_processor: Any, tiling: AnyRes, rgb_image: torch.Tensor, nu
     side = tiling.tile_size
     if num_views not in (VIDEO_FRAME_VIEWS, 1):
         return torch.cat([resize(rgb_image, side, side)[None], tiling.cut_tiles(rgb_image, resize)])
-    return resize(
-        rgb_image if num_views == VIDEO_FRAME_VIEWS else pad_to_square(rgb_image, mean_color_value(image_processor)),
-        side,
-        side,
-    )[None]
+    if num_views != VIDEO_FRAME_VIEWS:
+        rgb_image = _pad_tensor_to_square(rgb_image, mean_color_value(image_processor))
+    return resize(rgb_image, side, side)[None]
 
 
-def is_plain(image_processor: Any) -> bool:
-    """Whether an image processor resizes, crops, rescales and normalises, and does nothing else."""
+def is_plain(image_processor: ImageProcessor) -> bool:
+    """Return whether an image processor resizes, crops, rescales and normalises, and does nothing else."""
     kind = type(image_processor)
     inherited = getattr(kind, "_preprocess", None), getattr(kind, "preprocess", None)
     modules = {getattr(method, "__module__", "").rpartition(".")[2] for method in inherited}
@@ -81,20 +124,21 @@ def is_plain(image_processor: Any) -> bool:
     )
 
 
-def make_image_processor(given: Any) -> Any:
-    """An image processor, as it is or out of what its `to_dict` gave."""
-    if not isinstance(given, dict):
-        return given
-    return get_image_processor_class_from_name(given["image_processor_type"]).from_dict(given)
+def make_image_processor(settings: ImageProcessor | dict[str, Any]) -> ImageProcessor:
+    """Make an image processor from what its `to_dict` returned; return an image processor unchanged."""
+    if not isinstance(settings, dict):
+        return settings
+    made: Any = get_image_processor_class_from_name(settings["image_processor_type"]).from_dict(settings)
+    return made
 
 
-def mean_color_value(image_processor: Any) -> tuple[int, ...]:
-    """What normalises to all but zero, in whole numbers."""
+def mean_color_value(image_processor: ImageProcessor) -> tuple[int, ...]:
+    """Return the colour that normalises to about zero, as whole numbers from 0 to 255."""
     return tuple(int(mean * 255) for mean in image_processor.image_mean)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture upright and in RGB; of 16 bits a channel, the upper 8 are kept, which Pillow would cut off at 255."""
+    """Return an image upright and in RGB. Of 16 bits a channel, the upper 8 are kept; Pillow would clip at 255."""
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
@@ -105,30 +149,34 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
-    """A picture in RGB as `(3, height, width)`, but pixel by pixel in memory, as Pillow has it.
+    """Return an RGB image as `(3, height, width)`, in Pillow's memory layout (channels last).
 
-    torchvision resizes that fastest.
+    torchvision resizes that layout fastest.
     """
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def pad_to_square(image: Any, colour: tuple[int, ...]) -> Any:
-    """The image, Pillow's or a tensor, in the middle of a square of its longer side, as LLaVA-1.5 prepares it."""
+def pad_to_square(image: ImageOrTensor, colour: tuple[int, ...]) -> ImageOrTensor:
+    """Return the image in the middle of a square of its longer side, as LLaVA-1.5 prepares it."""
     if isinstance(image, torch.Tensor):
-        _, height, width = image.shape
-        side = max(height, width)
-        padded = image.new_tensor(colour).repeat(side, side, 1).permute(2, 0, 1)  # (3, side, side), pixel by pixel
-        top, left = (side - height) // 2, (side - width) // 2
-        padded[:, top : top + height, left : left + width] = image
-        return padded
+        return _pad_tensor_to_square(image, colour)
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
+def _pad_tensor_to_square(image: torch.Tensor, colour: tuple[int, ...]) -> torch.Tensor:
+    _, height, width = image.shape
+    side = max(height, width)
+    padded = image.new_tensor(colour).repeat(side, side, 1).permute(2, 0, 1)  # (3, side, side), channels last in memory
+    top, left = (side - height) // 2, (side - width) // 2
+    padded[:, top : top + height, left : left + width] = image
+    return padded
+
+
 def load_images(images: Any) -> list[Image.Image]:
-    """Pictures as Pillow's: out of one, or lists, of paths, addresses, base64 texts, arrays and Pillow's own."""
+    """Load images into Pillow, from one or nested lists of paths, URLs, base64 texts, arrays and Pillow images."""
     if isinstance(images, (list, tuple)):
         return [rgb_image for image in images for rgb_image in load_images(image)]
     return [load_image(images) if isinstance(images, str) else to_pil_image(images)]

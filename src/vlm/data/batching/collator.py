@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 from zlib import crc32
 
 import numpy as np
@@ -14,7 +14,7 @@ from vlm.data.batching.stats import BATCH_STATS, compute_batch_stats
 from vlm.data.dataset import Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 
-SKIPPED_KEY = "skipped"
+SKIPPED_KEY: Final = "skipped"
 """The key of a batch under which the records stand that were left out of it; the training loop takes them out."""
 
 TEXT_KEYS = ("input_ids", "labels")
@@ -23,10 +23,10 @@ TEXT_KEYS = ("input_ids", "labels")
 DEDUPLICATED_INPUTS = ("pixel_values", "image_features")
 """Inputs in which composed models take equal images once, and beside them which of those each image is."""
 
-IMAGE_INDEX = "image_index"
+IMAGE_INDEX: Final = "image_index"
 """The key of a batch under which that stands, where some are equal."""
 
-VIDEO_INPUT = "pixel_values_videos"
+VIDEO_INPUT: Final = "pixel_values_videos"
 """The input of videos that are read by themselves: `(videos, frames, 3, height, width)`, or loose patches."""
 
 DummyInputs = tuple[Sequence[int], Mapping[str, Tensor]]

@@ -8,7 +8,7 @@ resumed run finds its place.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from vlm.data.batching.collator import Collator
 from vlm.data.batching.stats import BATCH_STATS
 from vlm.data.encoding.labels import IGNORE_INDEX
 
-SEQUENCE_STARTS = "cu_seq_lens_q"
+SEQUENCE_STARTS: Final = "cu_seq_lens_q"
 """The key that packed batches have: where each sample begins, and where the last one ends."""
 
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from vlm.data.encoding.labels import IGNORE_INDEX
 
-BATCH_STATS = "facts"
+BATCH_STATS: Final = "batch_stats"
 """The key of a batch under which its `BatchStats` stand; the training loop takes them out."""
 
 
