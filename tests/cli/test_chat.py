@@ -157,7 +157,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(
 ):
     """Nothing of it is kept, and its images wait for the next question."""
     expected = get_expected_answers(ours, ("really?", images[:1]))
-    streamed, asked = ours.streamed, []
+    streamed, asked = ours.stream_batch, []
 
     def interrupted(inputs: Any, settings: Any) -> Iterator[str]:
         asked.append(1)
@@ -166,7 +166,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(
             raise KeyboardInterrupt
         yield from streamed(inputs, settings)
 
-    monkeypatch.setattr(ours, "streamed", interrupted)
+    monkeypatch.setattr(ours, "stream_batch", interrupted)
     said, notes = chat(f"/image {images[0]}", "what?", "really?")
     assert said == ["half an ", *expected]
     assert "stopped: the question and what there was of an answer are forgotten; its images wait" in notes

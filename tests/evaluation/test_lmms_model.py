@@ -159,7 +159,7 @@ def test_choices_have_the_loss_of_the_reply(model: Any):
 def compute_loss(ready: VisionLanguageModel, place: int, reply: str) -> float:
     """The model's own loss of a reply to one of the questions."""
     images = DOCUMENTS[place]["shown"]
-    turn, opened = ready.asked(CONTEXTS[place], images)
+    turn, opened = ready.open_question(CONTEXTS[place], images)
     sample = Sample("one", (Turn("user", turn.content), Turn("assistant", (reply.strip(),))))
     assert sum(part == STAND_IN_IMAGE for part in turn.content) == len(images)
     encoded = encode(ready.processor, sample)

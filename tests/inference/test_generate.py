@@ -380,7 +380,7 @@ def test_a_video_is_frames_to_a_model_that_knows_pictures(parts: Parts, tmp_path
     """Where `<video>` stands, beside pictures, for one prompt of several."""
     ours = make_random_model(parts, "llama")
     video = write_video(tmp_path / "a.mp4", 20)
-    turn, media = ours.asked("<image> and <video>?", [picture(0)], [video], 2)
+    turn, media = ours.open_question("<image> and <video>?", [picture(0)], [video], 2)
     assert turn.content == (ImageRef(Path()), " and ", *sample_frame_refs(video, 2, "x"), "?")
     frames = read_frames(video, [5, 15], "x")
     assert [image.size for image in media] == [picture(0).size, *(frame.size for frame in frames)]
@@ -388,7 +388,7 @@ def test_a_video_is_frames_to_a_model_that_knows_pictures(parts: Parts, tmp_path
     asked = ["<image> and <video>?", "no <video> here"]
     answers = ours.generate(asked, [[picture(0)], []], [[video], []], max_frames=2, max_new_tokens=8)
     assert answers[0] == alone
-    turn, _ = ours.asked("what <image>?", [picture(0)], [video], 1)
+    turn, _ = ours.open_question("what <image>?", [picture(0)], [video], 1)
     assert turn.content == (*sample_frame_refs(video, 1, "x"), "\nwhat ", ImageRef(Path()), "?")
     with pytest.raises(ValueError, match="max_frames=0: must be at least 1"):
         ours.generate("what?", videos=[video], max_frames=0)

@@ -349,7 +349,7 @@ def test_a_run_says_how_answers_are_drawn(
     seen: list[InferenceConfig] = []
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(
-        VisionLanguageModel, "streamed", lambda self, inputs, settings: iter([seen.append(settings)][1:])
+        VisionLanguageModel, "stream_batch", lambda self, inputs, settings: iter([seen.append(settings)][1:])
     )
     monkeypatch.setattr(VisionLanguageModel, "load", lambda *given, **named: ours)
     run = ["--prompt", "what?", "--config-dir", tmp_path, "-cn", "mine"]

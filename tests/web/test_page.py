@@ -190,14 +190,14 @@ def tidy(text: str) -> str:
 
 
 def test_chat_stops_and_says_that_it_did(visit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    whole = VisionLanguageModel.streamed
+    whole = VisionLanguageModel.stream_batch
 
     def slowly(*given: Any) -> Iterator[str]:
         for piece in whole(*given):
             time.sleep(0.2)
             yield piece
 
-    monkeypatch.setattr(VisionLanguageModel, "streamed", slowly)
+    monkeypatch.setattr(VisionLanguageModel, "stream_batch", slowly)
     page = visit("Chat")
     send(page, QUESTION)
     wait_until(lambda: read_answers(page), page)

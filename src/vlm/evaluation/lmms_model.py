@@ -167,7 +167,7 @@ class LmmsModel(lmms):
                 kinds = sorted({type(part).__name__ for part in shown if not isinstance(part, Image.Image | str)})
                 raise ValueError(f"task {one[4]}: it shows {', '.join(kinds)}; only images and videos can be shown")
             try:
-                turn, opened = self.asked.asked(
+                turn, opened = self.asked.open_question(
                     match_placeholders(one[0], len(images)), images, videos, self.max_frames
                 )
             except (ValueError, BadSample) as error:

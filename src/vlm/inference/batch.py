@@ -1,15 +1,17 @@
-"""Asking a model about every record of a file: records to prompts to batches to rows of a table."""
+"""Running a model on every record of a file: from records to prompts, batches and rows of a table."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from vlm.config.schema import SourceConfig
 from vlm.data.batching.collator import Collator
@@ -17,32 +19,33 @@ from vlm.data.cache import json_digest
 from vlm.data.dataset import encode_sample
 from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.prompts import PromptEncoder
+from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.sources import Source
 from vlm.inference.generate import check_length, on_device
 from vlm.inference.resumable_table import ResumableTable
 
 WINDOW_BATCHES = 8
-"""So many batches of records are read before they are put together by length; up to twice as many are in memory."""
+"""Number of batches that are read before they are sorted by length; up to twice as many are in memory."""
 
 
 def prompt_source(
-    model: Any, processor: Any, config: SourceConfig, *, cache: Path, max_frames: int, suffix: Sequence[int] = (),
-    answer_tokens: int = 0,
+    model: PreTrainedModel, processor: Processor, config: SourceConfig, *, cache: Path, max_frames: int,
+    suffix: Sequence[int] = (), answer_tokens: int = 0,
 ) -> Source:  # fmt: skip
-    """The records of a file, each as the prompt that it was in training, up to its last reply.
+    """Return the records of a file, each as the prompt of training, up to its last reply.
 
     Args:
-        model: the model that is asked: its longest prompt counts.
-        processor: its processor.
-        config: where the records are and how they are read.
-        cache: where indices of records are kept.
-        max_frames: of a video.
-        suffix: ids behind every prompt.
-        answer_tokens: tokens that an answer may have; a prompt that leaves less is refused.
+        model: the model; its number of positions bounds a prompt.
+        processor: the model's processor.
+        config: where the records are and how to read them.
+        cache: the folder of record indices.
+        max_frames: the largest number of frames read from a video.
+        suffix: ids to append to every prompt.
+        answer_tokens: the largest number of tokens in an answer; a prompt that leaves fewer positions is refused.
 
     Raises:
-        ValueError: no prompt leaves so much.
+        ValueError: the model has fewer positions than `answer_tokens`.
     """
     longest = model.config.get_text_config().max_position_embeddings
     check_length(1, longest, answer_tokens)
@@ -52,19 +55,19 @@ def prompt_source(
 
 @dataclass(frozen=True)
 class FullPromptEncoder(PromptEncoder):
-    """Encodes prompts that a model is asked.
+    """Encodes prompts for generation.
 
     Attributes:
-        room: tokens that its answer may have.
+        answer_tokens: the largest number of tokens in the answer.
     """
 
     answer_tokens: int = 0
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Ids of a prompt.
+        """Return the ids of a prompt.
 
         Raises:
-            BadSample: it cannot be used, or is too long.
+            BadSample: the sample cannot be used, or is too long.
         """
         encoded = self.encode(sample, sizes)
         try:
@@ -74,33 +77,38 @@ class FullPromptEncoder(PromptEncoder):
         return encoded
 
 
+Result = TypeVar("Result")
+Row = dict[str, Any]
+"""A row of a table: column -> cell."""
+
+
 def fill_table(
-    table: ResumableTable, source: Source, processor: Any, device: torch.device, run_batch: Callable[[dict[str, Any]], Sequence[Any]],
-    row: Callable[[Sample, Any, BadSample | None], dict[str, Any]], *, progress_label: str, batch_size: int, num_workers: int,
-    left: bool = False, seed: int | None = None, overwrite: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Ask about every record, and write a table; a table that was begun is gone on with.
+    table: ResumableTable, source: Source, processor: Processor, device: torch.device,
+    run_batch: Callable[[dict[str, Tensor]], Sequence[Result]],
+    row: Callable[[Sample, Result | None, BadSample | None], Row], *, progress_label: str, batch_size: int,
+    num_workers: int, left: bool = False, seed: int | None = None, overwrite: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Run a model on every record and write a table; a table that was begun is resumed.
 
     Args:
-        table: what is written.
+        table: the table to write.
         source: the records.
-        processor: the model's.
-        device: the model's.
-        run_batch: inputs of a batch -> what is said of each row of it.
-        row: makes a row of the table of a sample, what was said of it, and why it could not be read (one of the two).
-        progress_label: what the progress bar calls it.
-        batch_size: records at a time.
-        num_workers: processes that read and decode images.
-        left: whether rows are padded on the left, as generation wants them.
-        seed: of what is drawn at random, anew for each batch, so that it is the same wherever the table was stopped;
-            None: chance.
-        overwrite: whether what was begun is begun again.
+        processor: the model's processor.
+        device: the model's device.
+        run_batch: inputs of a batch -> the result for each of its rows.
+        row: makes a row of the table from a sample, and its result or the reason why it could not be read.
+        progress_label: the label of the progress bar.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+        left: whether to pad on the left, as generation needs.
+        seed: seeds sampling anew for each batch, so that a resumed table is the same; None: not seeded.
+        overwrite: whether to start over where a table was begun.
 
     Returns:
         All rows of the table, in the order of the records.
 
     Raises:
-        ValueError: the table was begun with something else.
+        ValueError: the table was begun with other records, options or another checkpoint.
     """
     done = table.begin_or_resume(overwrite=overwrite)
     collate = Collator.of(processor, left=left)
@@ -110,16 +118,19 @@ def fill_table(
     ):
         for window in read_windows(source, done, batch_size, num_workers):
             for batch in batch_by_length(window, batch_size):
-                numbers = [one.number for one in batch]
+                numbers = [prompt.number for prompt in batch]
                 if done.issuperset(numbers):
                     continue
                 if seed is not None:
                     torch.manual_seed(int(json_digest(seed, numbers[0])[:15], 16))
-                said = run_batch(on_device(collate([one.inputs for one in batch]), processor, device))
-                write((one.number, row(one.sample, found, None)) for one, found in zip(batch, said, strict=True))
+                results = run_batch(on_device(collate([prompt.inputs for prompt in batch]), processor, device))
+                write(
+                    (prompt.number, row(prompt.sample, result, None))
+                    for prompt, result in zip(batch, results, strict=True)
+                )
                 bar.update(len(set(numbers) - done))
-            bad = [one for one in window if one.problem is not None and one.number not in done]
-            write((one.number, row(one.sample, None, one.problem)) for one in bad)
+            bad = [prompt for prompt in window if prompt.problem is not None and prompt.number not in done]
+            write((prompt.number, row(prompt.sample, None, prompt.problem)) for prompt in bad)
             bar.update(len(bad))
     rows = table.rows()
     table.finalize()
@@ -127,16 +138,16 @@ def fill_table(
 
 
 def format_media_paths(sample: Sample, problem: BadSample | None) -> str:
-    """The files that a record shows, or the one that its problem is about; the cell `image_path` of its row."""
+    """Return the paths of a record's media, or the path that its problem is about: the cell `image_path`."""
     if problem is not None and problem.file is not None:
         return problem.file
     return ";".join(map(str, sample.media))
 
 
 class PromptDataset(Dataset[Any]):
-    """Records from a number on: each sample, and what the model reads of it or why it cannot be read.
+    """Records from a number on: each sample, and its model inputs or the reason why it cannot be read.
 
-    Of a record that is no sample, what it calls itself and its label are kept.
+    A record that is no sample keeps its id and its label.
     """
 
     def __init__(self, source: Source, start: int):
@@ -157,7 +168,7 @@ class PromptDataset(Dataset[Any]):
             return self._with_id(sample, index), error
 
     def _with_id(self, sample: Sample, index: int) -> Sample:
-        """A sample that calls itself nothing is called by its file and its number there, from 0."""
+        """Return a sample; one without an id is named by its file and its number there, from 0."""
         return sample if sample.id != "?" else replace(sample, id=f"{self.source.name}:{self.start + index}")
 
 
@@ -166,9 +177,9 @@ class Prompt:
     """A record that was read.
 
     Attributes:
-        number: its place in the source.
-        sample: what it is.
-        inputs: what the model reads of it; nothing where that cannot be.
+        number: its index in the source.
+        sample: the record as a sample.
+        inputs: the model's inputs; empty where the record cannot be read.
         problem: why it cannot be read.
     """
 
@@ -181,17 +192,16 @@ class Prompt:
 def read_windows(
     source: Source, done: Collection[int], batch_size: int, num_workers: int
 ) -> Iterator[list[Prompt]]:  # fmt: skip
-    """Records in pieces of `WINDOW` batches, from the first piece on in which one is not done yet.
+    """Yield windows of `WINDOW_BATCHES` batches, from the first window on that is not done yet.
 
-    The pieces begin at the same records wherever a run was stopped, so that the same batches are made of them.
+    Windows begin at the same records wherever a run was stopped, so that batches are the same.
     """
     size = WINDOW_BATCHES * batch_size
     first = next((number for number in range(len(source)) if number not in done), None)
     if first is None:
         return
     start = first - first % size
-    # What data workers hand over as tensors would hold an open file for each, of which a process has few. They read a
-    # window ahead, so that the next one is there when this one has been asked.
+    # Workers return arrays: each tensor would hold an open file, of which a process has few. They are a window ahead.
     loader = DataLoader(
         PromptDataset(source, start), batch_size, collate_fn=_as_arrays, num_workers=num_workers,
         prefetch_factor=-(-WINDOW_BATCHES // num_workers) if num_workers else None,
@@ -202,12 +212,12 @@ def read_windows(
 
 
 def batch_by_length(window: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
-    """The records of a window that can be asked, those of like length together, the longest first.
+    """Return batches of the readable records of a window, records of similar length together.
 
-    The longest of a window come first, so that what the memory does not hold shows early.
+    The longest come first, so that a batch that exceeds the memory shows early.
     """
-    whole = [one for one in window if one.problem is None]
-    order = sorted(whole, key=lambda one: len(one.inputs["input_ids"]), reverse=True)
+    readable = [prompt for prompt in window if prompt.problem is None]
+    order = sorted(readable, key=lambda prompt: len(prompt.inputs["input_ids"]), reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
@@ -222,5 +232,5 @@ def _as_arrays(rows: Sequence[tuple[Sample, Any]]) -> list[tuple[Sample, Any]]:
 def _make_prompt(number: int, sample: Sample, item: Any) -> Prompt:
     if isinstance(item, BadSample):
         return Prompt(number, sample, {}, item)
-    inputs = {name: torch.from_numpy(one) if isinstance(one, np.ndarray) else one for name, one in item.items()}
+    inputs = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in item.items()}
     return Prompt(number, sample, inputs)

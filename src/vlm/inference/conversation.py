@@ -1,4 +1,4 @@
-"""Several questions to a model, each with all that was said before: what `vlm chat` and the page are made of."""
+"""A conversation with a model, in which each question comes with the earlier turns; used by `vlm chat` and the page."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Exchange:
     """A question and its answer.
 
     Attributes:
-        question: what was asked.
+        question: the user's turn.
         media: its images and videos, opened.
-        answer: what the model said.
+        answer: the model's reply.
     """
 
     question: Turn
@@ -25,22 +25,22 @@ class Exchange:
 
     @property
     def turns(self) -> tuple[Turn, Turn]:
-        """Both sides."""
+        """The question and the answer as turns."""
         return self.question, Turn("assistant", (self.answer,))
 
 
 class Conversation:
-    """Questions and answers, in order. It changes when an answer is complete, and not before.
+    """Questions and answers, in order. It changes only when an answer is complete.
 
     Args:
-        model: the model that is asked.
-        settings: how answers are drawn; None: as `InferenceConfig` has it.
-        system_prompt: said first; None: what the model's template says by itself, if anything.
-        max_frames: most frames of a video that are seen.
+        model: the model that answers.
+        settings: generation settings; None: the defaults of `InferenceConfig`.
+        system_prompt: the system turn; None: what the model's template writes by itself, if anything.
+        max_frames: the largest number of frames read from a video.
 
     Attributes:
-        exchanges: what was said.
-        settings: how the next answer is drawn; may be changed between questions.
+        exchanges: the finished exchanges.
+        settings: generation settings of the next answer; may be changed between questions.
     """
 
     def __init__(
@@ -54,26 +54,26 @@ class Conversation:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """All that was said, a system prompt first."""
-        return (*self.system, *(turn for one in self.exchanges for turn in one.turns))
+        """All turns so far, the system prompt first."""
+        return (*self.system, *(turn for exchange in self.exchanges for turn in exchange.turns))
 
     @property
     def media(self) -> list[Any]:
         """The images and videos of all questions, opened, in order."""
-        return [media for one in self.exchanges for media in one.media]
+        return [media for exchange in self.exchanges for media in exchange.media]
 
     def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Generator[str]:
-        """Ask what comes next; all that can be wrong with the question is raised here, before anything is generated.
+        """Ask the next question; a bad question is refused here, before anything is generated.
 
         Args:
-            text: the question; `<image>` and `<video>` in it say where one stands, else they come first.
+            text: the question; `<image>` and `<video>` mark the places of media, which come first without marks.
             images: its images, as paths or Pillow images.
             videos: its videos, as paths.
 
         Returns:
-            The answer, piece by piece; with beams, which settle on it at the end, in one piece. Question and answer
-            belong to the conversation once the last piece has been taken. Of an answer that fails, or that nobody
-            takes to its end (`close()`), nothing is kept, nor of one that was begun before the conversation changed.
+            The answer piece by piece, or in one piece with beam search. The exchange joins the conversation once the
+            last piece has been taken; nothing is kept of an answer that fails, that is closed early, or that was
+            begun before the conversation changed.
 
         Raises:
             ValueError: there is no question, an image does not open, `<image>` and images do not match, the model's
@@ -81,7 +81,7 @@ class Conversation:
         """
         if not text.strip() and not images and not videos:
             raise ValueError("there is no question")
-        question, media = self.model.asked(text, images, videos, self.max_frames)
+        question, media = self.model.open_question(text, images, videos, self.max_frames)
         try:
             inputs = self.model.inputs([[*self.turns, question]], [[*self.media, *media]])
         except BadSample as error:
@@ -97,14 +97,14 @@ class Conversation:
             yield pieces[0]
         else:
             pieces = []
-            for piece in self.model.streamed(inputs, self.settings):
+            for piece in self.model.stream_batch(inputs, self.settings):
                 pieces.append(piece)
                 yield piece
         if revision == self._revision:
             self._set_exchanges((*self.exchanges, Exchange(question, media, "".join(pieces).strip())))
 
     def undo(self) -> None:
-        """Forget the last question and its answer; nothing where there is none."""
+        """Forget the last exchange, if there is one."""
         self._set_exchanges(self.exchanges[:-1])
 
     def reset(self) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vlm.checks.run import check_inference, check_template
+from vlm.checks.dataset import check_template
+from vlm.checks.fields import check_fields
 from vlm.config.schema import InferenceConfig
 from vlm.data.encoding.labels import read_template
 from vlm.data.sample import PLACEHOLDER
@@ -43,7 +44,7 @@ def eval_model(args: Any) -> str:
         if not given[name]:
             raise ValueError(f"args.{name}: a value is needed")
     settings = InferenceConfig(**{name: given[name] for name in GENERATION_FIELDS if given[name] is not None})
-    check_inference(settings, prefix="args.")
+    check_fields(settings, prefix="args.")
     check_template(given["conv_mode"], "args.conv_mode")
     images = load_images(split_image_paths(given["image_file"] or "", given["sep"] or ","))
     query = given["query"].replace(LLAVA_PLACEHOLDER, PLACEHOLDER)

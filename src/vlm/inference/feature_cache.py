@@ -1,6 +1,6 @@
-"""Images that were shown lately: of one that is shown again, the visual encoder's features are at hand.
+"""Features of recent images, so that an image that is shown again is not encoded again.
 
-May import the models. Of composed models alone: those of families take no features in place of pixels.
+For composed models only: models of families take no features in place of pixels.
 """
 
 from collections import OrderedDict
@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.models import VLMForConditionalGeneration, VLMForPrediction
+from vlm.assembly.checkpoint import get_body, is_composed_model
+from vlm.models import VLMForConditionalGeneration
 
 MAX_BYTES = 2**28
-"""So much is remembered: of CLIP-L at 336 pixels in half precision, about 230 images."""
+"""Default size of the cache: about 230 images of CLIP-L at 336 pixels in half precision."""
 
 Key = tuple[bytes, str, str]
 
 
 class ImageFeatureCache:
-    """The features of the images that were shown last, by the content of their pixels.
+    """Features of the most recent images, by the content of their pixels.
 
-    For a model whose weights do not change meanwhile: one in training mode has none, and what was known of it before
-    is forgotten. Several threads may ask at once.
+    The model's weights must not change: a model in training mode uses no cache and clears it. Thread-safe.
 
     Args:
-        max_bytes: how much is kept at most, on the model's device; what was not shown for longest goes first.
+        max_bytes: the largest size, on the model's device; the least recently used features are dropped first.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES):
@@ -40,16 +40,16 @@ class ImageFeatureCache:
 
     @torch.no_grad()
     def replace_pixels(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs with `image_features` in place of `pixel_values`, each image once, and `image_index` beside them.
+        """Return inputs with `image_features` and `image_index` in place of `pixel_values`, each image once.
 
-        As they are where they have no images, or where the model is not composed, or in training mode.
+        Inputs are returned unchanged where they have no images, the model is not composed, or it is training.
 
         Args:
-            model: that reads them, composed or with a composed body.
-            inputs: of one batch, on its device; pixels `(I, 3 * encoders, height, width)`, normalised.
+            model: the model that reads them.
+            inputs: a batch on the model's device; pixels `(I, 3 * encoders, height, width)`, normalised.
         """
-        body = model.body if isinstance(model, VLMForPrediction) else model
-        if not isinstance(body, VLMForConditionalGeneration) or "pixel_values" not in inputs:
+        body = get_body(model)
+        if not is_composed_model(body) or "pixel_values" not in inputs:
             return inputs
         with self._lock:
             if body.training:
@@ -61,7 +61,7 @@ class ImageFeatureCache:
     def _replace_pixels(self, body: VLMForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = inputs["pixel_values"]
         keys = [_make_key(one, body.dtype) for one in pixels]
-        positions = {key: place for place, key in enumerate(keys)}  # each image once
+        positions = {key: index for index, key in enumerate(keys)}  # each image once
         found = {key: self._features[key] for key in positions if key in self._features}
         if new := [key for key in positions if key not in found]:
             found |= zip(new, body.encode_images(pixels[[positions[key] for key in new]]), strict=True)
@@ -83,6 +83,6 @@ class ImageFeatureCache:
 
 
 def _make_key(pixels: Tensor, dtype: torch.dtype) -> Key:
-    """A name for an image's pixels, and for where and in what its features are computed."""
+    """Return a key from an image's pixels, the device and the precision of its features."""
     content = pixels.detach().contiguous().cpu().view(torch.uint8).numpy()
     return blake2b(content.data, digest_size=16).digest(), str(pixels.device), str(dtype)

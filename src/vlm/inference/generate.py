@@ -1,7 +1,7 @@
 """Asking a model about images: `VisionLanguageModel.load(checkpoint).generate("What is this?", ["cat.png"])`."""
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
@@ -16,6 +16,7 @@ from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, render, reply_end
+from vlm.data.processor import Processor
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
 from vlm.data.sources import parts_for_video
 from vlm.data.vision.images import media_sizes_from_opened, open_image, open_media
@@ -24,15 +25,15 @@ from vlm.inference.feature_cache import ImageFeatureCache
 
 
 class VisionLanguageModel:
-    """A model with its processor, ready to answer.
+    """A model with its processor, ready to generate answers.
 
     Args:
         model: the model, composed or of a family.
-        processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
-        feature_cache: features of images that were shown before; None: a model whose visual encoder may change has none.
+        processor: the model's processor.
+        feature_cache: keeps features of recent images; None where the visual encoder's weights may change.
     """
 
-    def __init__(self, model: Any, processor: Any, feature_cache: ImageFeatureCache | None = None):
+    def __init__(self, model: Any, processor: Processor, feature_cache: ImageFeatureCache | None = None):
         self.model = model
         self.processor = processor
         self.feature_cache = feature_cache
@@ -42,20 +43,20 @@ class VisionLanguageModel:
         cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
         base: Sequence[str] = (), trust_remote_code: bool = False,
     ) -> Self:  # fmt: skip
-        """Load a checkpoint of this framework, from a folder or the Hub, to ask it.
+        """Load a checkpoint of this framework, from a folder or the Hub, for inference.
 
-        It remembers images: whoever changes its weights afterwards sets `memory` to None.
+        Features of recent images are kept: set `feature_cache` to None before you change the model's weights.
 
         Args:
             checkpoint: a run's `final` folder, or a Hub name.
             device: `cuda`, `cpu` …; None: a GPU where there is one.
             dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-            quantization: `8bit` or `4bit` for the language model; it is then placed where bitsandbytes puts it.
-            base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
-            trust_remote_code: let code out of the checkpoint run; only needed where a part is a class of its author's.
+            quantization: `8bit` or `4bit` for the language model; bitsandbytes then chooses the device.
+            base: the new place of an adapter's base, if it was moved: a folder, or `part=folder` for each part.
+            trust_remote_code: whether code in the checkpoint may run; needed only where a part is a custom class.
 
         Raises:
-            ValueError: it is no checkpoint of this framework.
+            ValueError: the folder or name is no checkpoint of this framework.
         """
         opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
         opened.check_heads(expected=False)
@@ -75,26 +76,26 @@ class VisionLanguageModel:
         max_new_tokens: int = InferenceConfig.max_new_tokens,
         **kwargs: Any,
     ) -> Any:
-        """Answer one prompt, or several at once.
+        """Generate the answer to one prompt, or to several at once.
 
         Args:
-            prompt: the question, or a list of them. `<image>` in it says where an image stands; where there is none,
-                the images come first.
+            prompt: the question, or a list of questions. `<image>` marks the place of an image; without a mark,
+                images come first.
             images: the images (paths or Pillow images) of the prompt; for several prompts, a list for each.
-            videos: the videos (paths), likewise; `<video>` in the prompt says where one stands.
-            max_frames: most frames of a video that the model sees, evenly spread.
+            videos: the videos (paths), likewise; `<video>` marks the place of a video.
+            max_frames: the largest number of frames read from a video, evenly spread.
             temperature: 0 is greedy.
             top_p: nucleus sampling.
             num_beams: beam search where above 1.
-            max_new_tokens: longest answer.
-            kwargs: as transformers' `generate`.
+            max_new_tokens: the largest number of tokens in an answer.
+            kwargs: passed on to transformers' `generate`.
 
         Returns:
             The answer, or the answers in order.
 
         Raises:
-            ValueError: a prompt has more or fewer `<image>` than images, or an image does not open, so for videos;
-                or prompt and answer may be longer than the model can read.
+            ValueError: a prompt has more or fewer marks than images or videos, a file does not open, or prompt and
+                answer may exceed the model's positions.
         """
         turns, media = self.conversations(prompt, images, videos, max_frames)
         settings = InferenceConfig(temperature, top_p, num_beams, max_new_tokens)
@@ -106,70 +107,72 @@ class VisionLanguageModel:
     def conversations(
         self, prompt: str | Sequence[str], images: Sequence[Any], videos: Sequence[Any], max_frames: int
     ) -> tuple[list[list[Turn]], list[list[Any]]]:
-        """One prompt or several as conversations that wait for a reply, and what each of them shows, opened.
+        """Return each prompt as a conversation that waits for a reply, and its opened images and videos.
 
         Raises:
             ValueError: as `generate`.
         """
         many = not isinstance(prompt, str)
         prompts: list[str] = list(prompt) if many else [str(prompt)]
-        pictures, clips = (
-            _media_per_prompt(given if many else [given], len(prompts), kind)
-            for given, kind in ((images, "images"), (videos, "videos"))
-        )
-        asked = [
-            self.asked(text, found, seen, max_frames)
-            for text, found, seen in zip(prompts, pictures, clips, strict=True)
+        images_per_prompt = _media_per_prompt(images if many else [images], len(prompts), "images")
+        videos_per_prompt = _media_per_prompt(videos if many else [videos], len(prompts), "videos")
+        questions = [
+            self.open_question(text, its_images, its_videos, max_frames)
+            for text, its_images, its_videos in zip(prompts, images_per_prompt, videos_per_prompt, strict=True)
         ]
-        return [[turn] for turn, _ in asked], [media for _, media in asked]
+        return [[turn] for turn, _ in questions], [media for _, media in questions]
 
-    def asked(
+    def open_question(
         self, prompt: str, images: Sequence[Any], videos: Sequence[Any] = (), max_frames: int = DatasetConfig.max_frames
     ) -> tuple[Turn, list[Any]]:
-        """A question with its images and videos, and these opened, in the order in which they stand in it.
+        """Return a question as a turn, and its opened images and videos in the order of their places in it.
 
         Raises:
             ValueError: as `generate`.
         """
         check_videos(videos, max_frames)
         try:
-            seen = [parts_for_video(Path(path), max_frames, self.processor, str(path)) for path in videos]
-            turn = user_turn(prompt, len(images), seen)
-            from_videos = tuple(part for parts in seen for part in parts)
-            frames = iter(open_media(Sample("prompt", (Turn("user", from_videos),))))
+            video_parts = [parts_for_video(Path(path), max_frames, self.processor, str(path)) for path in videos]
+            turn = user_turn(prompt, len(images), video_parts)
+            flat_parts = tuple(part for parts in video_parts for part in parts)
+            frames = iter(open_media(Sample("prompt", (Turn("user", flat_parts),))))
         except BadSample as error:
             raise ValueError(error.reason) from error
-        pictures = iter(load_images(images))
+        opened_images = iter(load_images(images))
         media = [part for part in turn.content if not isinstance(part, str)]
-        return turn, [next(pictures if part == STAND_IN_IMAGE else frames) for part in media]
+        return turn, [next(opened_images if part == STAND_IN_IMAGE else frames) for part in media]
 
     def answer(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]],
         settings: InferenceConfig, **kwargs: Any,
     ) -> list[str]:  # fmt: skip
-        """The next reply of each conversation; rows are padded on the left, so each gets what it would get alone."""
+        """Return the next reply of each conversation; each is what the conversation would get by itself."""
         return self.answers(self.inputs(conversations, images), settings, **kwargs)
 
     def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: Any) -> list[str]:
-        """What the model answers to each row of a batch as it reads it."""
+        """Return the model's answer to each row of a batch."""
         options = {**self.generation_options(settings), **kwargs}
         output = self.model.generate(**self.use_cached_features(inputs), **options)
         return [self._decode(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
     def use_cached_features(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Inputs of a batch with what is known of its images in place of their pixels, see `ImageFeatureCache`."""
+        """Return a batch in which cached features replace pixels, see `ImageFeatureCache`."""
         return inputs if self.feature_cache is None else self.feature_cache.replace_pixels(self.model, inputs)
 
     def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Generator[str]:
-        """The next reply, piece by piece as it is generated; see `streamed`."""
-        return self.streamed(self.inputs([conversation], [images]), settings)
+        """Yield the next reply piece by piece as it is generated; see `stream_batch`."""
+        return self.stream_batch(self.inputs([conversation], [images]), settings)
 
-    def streamed(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig) -> Generator[str]:
-        """What the model answers to the only row of a batch, piece by piece; it stops where nobody listens any more."""
+    def stream_batch(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig) -> Generator[str]:
+        """Yield the answer to the only row of a batch piece by piece; closing the generator stops the model."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancel = CancelCriteria()
-        seen = self.use_cached_features(inputs)
-        options = {**seen, **self.generation_options(settings), "streamer": streamer, "stopping_criteria": [cancel]}
+        options = {
+            **self.use_cached_features(inputs),
+            **self.generation_options(settings),
+            "streamer": streamer,
+            "stopping_criteria": [cancel],
+        }
         failure: list[BaseException] = []
 
         def work() -> None:
@@ -193,36 +196,36 @@ class VisionLanguageModel:
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], *,
         suffix: Sequence[int] = (), left: bool = True,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Model inputs of conversations that wait for a reply.
+        """Return the model's inputs for conversations that wait for a reply.
 
         Args:
-            conversations: the turns of each.
-            images: the images and videos of each as `open_media` gives them, in order.
-            suffix: ids behind each.
-            left: whether they are padded on the left, as generation wants them.
+            conversations: the turns of each conversation.
+            images: the images and videos of each as `open_media` returns them, in order.
+            suffix: ids to append to each prompt.
+            left: whether to pad on the left, as generation needs.
         """
         rows = []
-        for turns, pictures in zip(conversations, images, strict=True):
+        for turns, opened in zip(conversations, images, strict=True):
             media_parts = [part for turn in turns for part in turn.content if not isinstance(part, str)]
-            sizes = media_sizes_from_opened(media_parts, pictures, self.processor)
+            sizes = media_sizes_from_opened(media_parts, opened, self.processor)
             ids = encode_prompt(self.processor, turns, sizes)
             if not ids:
                 raise ValueError("the model's template leaves nothing of this prompt (plain keeps images only)")
             ids = [*ids, *suffix]
-            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORE_INDEX] * len(ids)), pictures, sizes))
+            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORE_INDEX] * len(ids)), opened, sizes))
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
 
     @property
     def positions(self) -> int:
-        """How many tokens the model can read, a prompt and its answer together."""
+        """The largest number of tokens that a prompt and its answer may have together."""
         return self.model.config.get_text_config().max_position_embeddings
 
     def check_length(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, subject: str = "prompt") -> None:
-        """Raise ValueError where a prompt of a batch and its answer may be longer than the model can read."""
+        """Raise ValueError where a prompt of a batch and its answer may exceed the model's positions."""
         check_length(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens, subject)
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
-        """Transformers' options for our settings; generation ends where the template ends a reply."""
+        """Return transformers' generation options; generation ends where the chat template ends a reply."""
         options: dict[str, Any] = asdict(settings)
         options["use_cache"] = True  # training switches it off in the configuration
         options["do_sample"] = settings.temperature > 0
@@ -242,7 +245,7 @@ class VisionLanguageModel:
         return options
 
     def reply_ending(self) -> str:
-        """What the template writes behind a reply: a special token, or white space (`plain`: a line break)."""
+        """Return what the chat template writes after a reply: a special token or white space."""
         rendered = render(self.processor, [Turn("user", ("?",)), Turn("assistant", ("!",))])
         end = rendered.replies[-1][1]
         return rendered.text[end : reply_end(self.processor, rendered.text, end)].lstrip(" ")
@@ -252,18 +255,18 @@ class VisionLanguageModel:
 
 
 class CancelCriteria(StoppingCriteria):
-    """Ends a generation between two tokens, once `now` is set."""
+    """Ends a generation between two tokens once `cancelled` is set."""
 
     def __init__(self):
         self.cancelled = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Whether each row ends: `(rows,)`."""
+        """Return whether each row ends: `(rows,)`."""
         return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
 
 
-def on_device(batch: dict[str, Any], processor: Any, device: Any) -> dict[str, torch.Tensor]:
-    """A batch as a model reads it, without labels: pixels normalised, everything on its device."""
+def on_device(batch: Mapping[str, Any], processor: Processor, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return a batch without labels on a device, its pixels normalised."""
     batch = {name: value for name, value in batch.items() if name != "labels"}
     if "pixel_values" in batch:
         batch["pixel_values"] = processor.normalise(batch["pixel_values"])
@@ -271,13 +274,13 @@ def on_device(batch: dict[str, Any], processor: Any, device: Any) -> dict[str, t
 
 
 def check_length(length: int, positions: int, answer_tokens: int, subject: str = "prompt") -> None:
-    """Raise ValueError where a prompt of so many tokens leaves too little of a model's positions for its answer.
+    """Raise ValueError where a prompt leaves too few positions for its answer.
 
     Args:
-        length: tokens of the prompt, those of its images counted.
-        positions: of the model.
-        answer_tokens: tokens that the answer may have.
-        subject: what the message calls it.
+        length: number of tokens in the prompt, image tokens included.
+        positions: the largest number of tokens that the model reads.
+        answer_tokens: the largest number of tokens in the answer.
+        subject: the name of the prompt in the message.
     """
     if length + answer_tokens > positions:
         answer = f" and its answer may have {answer_tokens:,} (max_new_tokens)" if answer_tokens else ""
@@ -285,19 +288,19 @@ def check_length(length: int, positions: int, answer_tokens: int, subject: str =
 
 
 STAND_IN_IMAGE = ImageRef(Path())
-"""An image in a prompt that is given beside it."""
+"""Stands for an image that the caller passes beside the prompt."""
 
 
 def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPart]] = ()) -> Turn:
-    """A question with its images and videos: where `<image>` and `<video>` stand, else before the text.
+    """Return a question as a turn: its images and videos stand at their marks, else before the text.
 
     Args:
         prompt: the question.
-        num_images: how many images there are.
-        videos: what stands for each video.
+        num_images: number of images.
+        videos: the content parts of each video.
 
     Raises:
-        ValueError: the prompt has some of these marks, but not as many as there are images or videos.
+        ValueError: the prompt has marks, but not as many as there are images or videos.
     """
     leading = ""
     for placeholder, kind, number in ((PLACEHOLDER, "images", num_images), (VIDEO_PLACEHOLDER, "videos", len(videos))):
@@ -319,15 +322,15 @@ def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPar
 
 
 def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Any]:
-    """A list of images or videos for each prompt; where nothing is given, none for any."""
-    found = list(given) or [()] * number
-    if len(found) != number:
-        raise ValueError(f"{number} prompts need as many lists of {kind}, got {len(found)}")
-    return found
+    """Return a list of images or videos for each prompt; empty lists where nothing is given."""
+    media = list(given) or [()] * number
+    if len(media) != number:
+        raise ValueError(f"{number} prompts need as many lists of {kind}, got {len(media)}")
+    return media
 
 
 def check_videos(videos: Sequence[Any], max_frames: int) -> None:
-    """Raise ValueError where a path is no video, or no frame of one would be seen."""
+    """Raise ValueError where a path is no video, or `max_frames` allows no frame."""
     if max_frames < 1:
         raise ValueError(f"max_frames={max_frames}: must be at least 1")
     try:
@@ -338,10 +341,10 @@ def check_videos(videos: Sequence[Any], max_frames: int) -> None:
 
 
 def load_images(images: Sequence[Any]) -> list[Image.Image]:
-    """Images, opened where they are paths.
+    """Return images, opened where they are paths.
 
     Raises:
-        ValueError: one does not open.
+        ValueError: an image does not open.
     """
     try:
         return [

@@ -1,4 +1,4 @@
-"""A model's answers to a file of records, as a table: each record is asked up to its last reply."""
+"""A model's answers to a file of records, as a table: each prompt is a record up to its last reply."""
 
 import re
 from dataclasses import asdict
@@ -14,8 +14,8 @@ from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.resumable_table import ResumableTable, check_output
 
 COLUMNS = ("source", "image_path", "prompt", "answer", "reference", "error")
-"""What a record calls itself, its images, its last question, what the model answers, the record's last reply (none
-where it has none), and why it could not be asked (empty where it was)."""
+"""The record's id, its media, its last question, the model's answer, the record's last reply (if any), and the reason
+why it could not be answered (empty where it was)."""
 
 
 def generate_file(
@@ -23,44 +23,45 @@ def generate_file(
     fingerprint: str, batch_size: int = 16, num_workers: int = 2, max_frames: int, seed: int | None = None,
     overwrite: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Ask about every record of a file.
+    """Generate an answer for every record of a file.
 
     Args:
-        model: the model that is asked.
-        config: the records and how they are read.
+        model: the model that answers.
+        config: where the records are and how to read them.
         output: a `.csv` or `.jsonl` file.
-        settings: how answers are drawn.
-        cache: where indices of records are kept.
-        fingerprint: of the checkpoint, and of the form in which it is loaded.
-        batch_size: records at a time.
-        num_workers: processes that read and decode images.
-        max_frames: of a video.
-        seed: makes sampling repeatable, wherever it is stopped and gone on with; None: it is not.
-        overwrite: whether what is there, or was begun, is replaced.
+        settings: generation settings.
+        cache: the folder of record indices.
+        fingerprint: of the checkpoint, and of how it is loaded.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+        max_frames: the largest number of frames read from a video.
+        seed: makes sampling repeatable, across interruptions too; None: not seeded.
+        overwrite: whether to replace an output that exists or was begun.
 
     Returns:
         All rows, with the keys `COLUMNS`.
 
     Raises:
-        ValueError: the output is there already, or was begun with something else.
+        ValueError: the output exists, or was begun with other records, options or another checkpoint.
     """
     check_output(output, overwrite=overwrite)
     source = prompt_source(
         model.model, model.processor, config, cache=cache, max_frames=max_frames, answer_tokens=settings.max_new_tokens
     )
-    drawn = (seed, batch_size) if settings.temperature > 0 else ()  # what greedy answers do not depend on
+    sampling = (seed, batch_size) if settings.temperature > 0 else ()  # greedy answers depend on neither
+    digest = json_digest(fingerprint, source.fingerprint, asdict(settings), sampling)
     return fill_table(
-        ResumableTable(output, COLUMNS, json_digest(fingerprint, source.fingerprint, asdict(settings), drawn)), source,
-        model.processor, model.model.device, lambda inputs: model.answers(inputs, settings), make_row, progress_label="answering",
-        batch_size=batch_size, num_workers=num_workers, left=True, seed=seed, overwrite=overwrite,
+        ResumableTable(output, COLUMNS, digest), source, model.processor, model.model.device,
+        lambda inputs: model.answers(inputs, settings), make_row, progress_label="answering", batch_size=batch_size,
+        num_workers=num_workers, left=True, seed=seed, overwrite=overwrite,
     )  # fmt: skip
 
 
 def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> dict[str, Any]:
-    """A record's row; in JSON lines with the `references` that an answer is held against beside."""
-    asked = prompt_turns(sample) if sample.turns else ()
-    question = next((turn for turn in reversed(asked) if turn.role == "user"), None)
-    reply = _turn_text(sample.turns[-1]) if len(asked) < len(sample.turns) else None
+    """Return a record's row; JSON lines also have its `references`."""
+    prompt = prompt_turns(sample) if sample.turns else ()
+    question = next((turn for turn in reversed(prompt) if turn.role == "user"), None)
+    reply = _turn_text(sample.turns[-1]) if len(prompt) < len(sample.turns) else None
     return {
         "source": sample.id,
         "image_path": format_media_paths(sample, problem),
@@ -73,7 +74,7 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> d
 
 
 def question_text(turn: Turn) -> str:
-    """What is asked, without the images before it; those within it are `<image>` and `<video>`."""
+    """Return the text of a question without leading media; media within it are `<image>` and `<video>`."""
     return LEADING_PLACEHOLDERS.sub("", _turn_text(turn)).strip()
 
 

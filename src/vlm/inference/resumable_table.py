@@ -1,8 +1,7 @@
-"""A file of rows about records, written as they come, and gone on with where it was stopped.
+"""A table with a row for each record, written row by row and resumed where it was stopped.
 
-Rows are written to `OUTPUT.partial` in the order in which they are made, each with the number of its record, and to
-OUTPUT in the order of the records when all are there; `OUTPUT.partial.json` says what is being written, so that another
-run goes on with nothing but that.
+Rows go to `OUTPUT.partial` in the order in which they are made, each with the number of its record, and to OUTPUT in
+the order of the records once all are there. `OUTPUT.partial.json` holds a fingerprint: only the same run resumes it.
 """
 
 import csv
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".csv", ".jsonl")
-"""What an output may end in."""
+"""Allowed suffixes of an output."""
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise ValueError where a table cannot be written to a path, or would replace what is there."""
+    """Raise ValueError where a table cannot be written to a path, or would replace a file."""
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--output {output}: it must end in {' or '.join(SUFFIXES)}")
     place = next(parent for parent in output.absolute().parents if parent.exists())
@@ -31,12 +30,12 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 class ResumableTable:
-    """A file of rows that is complete once it has its name; until then it is JSON lines, whatever it is to be.
+    """A table that gets its name once it is complete; until then it is a file of JSON lines.
 
     Args:
-        path: the file to be.
-        columns: of a `.csv`; JSON lines have whatever a row has.
-        fingerprint: of what is written into it.
+        path: the finished file.
+        columns: of a `.csv`; JSON lines have every key of a row.
+        fingerprint: of everything that the rows depend on.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], fingerprint: str):
@@ -45,18 +44,18 @@ class ResumableTable:
         self.metadata = path.with_name(f"{path.name}.partial.json")
 
     def begin_or_resume(self, *, overwrite: bool) -> set[int]:
-        """The records whose rows are there already, of a run that was stopped; a torn row is cut off.
+        """Return the numbers of the records that an interrupted run has written; a torn last row is cut off.
 
         Args:
-            overwrite: whether what was begun is begun again.
+            overwrite: whether to start over.
 
         Raises:
-            ValueError: what was begun is something else.
+            ValueError: the table was begun with another fingerprint.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"fingerprint": self.fingerprint, "rows": "with numbers"}
         if not (self.partial.exists() and self.metadata.exists()) or overwrite:
-            self.partial.write_bytes(b"")  # first: no rows may stand under facts that are not theirs
+            self.partial.write_bytes(b"")  # first: no rows may stand beside another fingerprint
             self.metadata.write_text(json.dumps(metadata) + "\n", encoding="utf-8")
             return set()
         if json.loads(self.metadata.read_text(encoding="utf-8")) != metadata:
@@ -70,7 +69,7 @@ class ResumableTable:
 
     @contextmanager
     def open_writer(self) -> Iterator[Callable[[Iterable[tuple[int, dict[str, Any]]]], None]]:
-        """A function that writes rows with the numbers of their records; they are on disk then."""
+        """Yield a function that writes numbered rows to disk."""
         with self.partial.open("a", encoding="utf-8") as file:
 
             def write(rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
@@ -80,16 +79,16 @@ class ResumableTable:
             yield write
 
     def rows(self) -> list[dict[str, Any]]:
-        """What has been written, in the order of the records."""
+        """Return the rows written so far, in the order of the records."""
         return [row for _, row in sorted(self._read_rows().items())]
 
     def _read_rows(self) -> dict[int, dict[str, Any]]:
-        """Rows by their numbers; of one that was written twice, the later."""
+        """Return rows by number; of a row that was written twice, the later one."""
         with self.partial.open(encoding="utf-8") as file:
             return dict(map(json.loads, file))
 
     def finalize(self) -> None:
-        """Give the file its form and its name."""
+        """Write the finished file and remove the partial one."""
         whole = self.path.with_name(f"{self.path.name}.partial.whole")
         with whole.open("w", encoding="utf-8", newline="" if self.path.suffix == ".csv" else "\n") as file:
             if self.path.suffix == ".csv":
@@ -104,5 +103,5 @@ class ResumableTable:
 
 
 def _format_cell(value: Any) -> Any:
-    """A value of a row as a cell: what a list holds is joined by `;`."""
+    """Return a value as a cell of a `.csv`; the items of a list are joined by `;`."""
     return ";".join(map(str, value)) if isinstance(value, list) else value
