@@ -24,13 +24,11 @@ from transformers import (
 )
 
 from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, PATCHES, PREFIX_TOKENS, WIDTH, Parts, picture
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.compose import (
     build_model,
     choose_attention,
     compose,
-    load_config,
-    load_model,
-    load_processor,
     recipe_differences,
     register_connector_class,
 )
@@ -120,7 +118,7 @@ def test_a_language_models_taste_in_sampling_is_left_behind(parts: Parts, tmp_pa
     config, processor = compose(recipe, None, None)
     model = build_model(recipe, config, processor, torch.float32, 0)
     model.save_pretrained(tmp_path / "saved")
-    for one in (model, load_model(str(tmp_path / "saved"), load_config(str(tmp_path / "saved")), torch.float32)):
+    for one in (model, open_checkpoint(tmp_path / "saved").load_model(torch.float32, "auto")):
         settings = one.generation_config
         assert (settings.eos_token_id, settings.bos_token_id, settings.pad_token_id) == ([2, 0], 3, 0)
         assert not any(getattr(settings, name) == value for name, value in taste.items())
@@ -342,8 +340,7 @@ def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoints_model_is_loaded_as_it_was(parts: Parts, checkpoint: Path):
-    config = load_config(str(checkpoint))
-    model = load_model(str(checkpoint), config, torch.float32)
+    model = open_checkpoint(checkpoint).load_model(torch.float32, "auto")
     expected = parts.model(layer=-2)[0].state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items() if "embed" not in name
@@ -351,33 +348,33 @@ def test_a_checkpoints_model_is_loaded_as_it_was(parts: Parts, checkpoint: Path)
 
 
 def test_a_checkpoints_processor_takes_another_template_and_mode(checkpoint: Path):
-    kept = load_processor(str(checkpoint), None, None)
+    kept = open_checkpoint(checkpoint).load_processor()
     assert kept.image_mode == "pad"
     assert "<|im_start|>" in kept.chat_template
-    changed = load_processor(str(checkpoint), "v1", "square")
+    changed = open_checkpoint(checkpoint).load_processor("v1", "square")
     assert changed.image_mode == "square"
     assert "ASSISTANT: " in changed.chat_template
-    assert load_processor(str(checkpoint), "tokenizer", None).chat_template == changed.tokenizer.chat_template
+    assert open_checkpoint(checkpoint).load_processor("tokenizer").chat_template == changed.tokenizer.chat_template
 
 
 def test_a_later_stage_may_go_back_to_the_tokenizers_own_template(parts: Parts, tmp_path: Path):
     """A pretraining on captions leaves the language model's template in the checkpoint."""
     own = compose(parts.recipe(), None, None)[1].chat_template
     parts.processor(template="plain").save_pretrained(tmp_path / "a")
-    assert "<|im_start|>" not in load_processor(str(tmp_path / "a"), None, None).chat_template
-    assert load_processor(str(tmp_path / "a"), "tokenizer", None).chat_template == own
+    assert "<|im_start|>" not in open_checkpoint(tmp_path / "a").load_processor().chat_template
+    assert open_checkpoint(tmp_path / "a").load_processor("tokenizer").chat_template == own
     parts.processor("clip", "vicuna", template="plain").save_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match=r"dataset.template=tokenizer: .*b brings no chat template"):
-        load_processor(str(tmp_path / "b"), "tokenizer", None)
+        open_checkpoint(tmp_path / "b").load_processor("tokenizer")
 
 
 def test_another_kind_of_checkpoint_is_refused(parts: Parts):
     with pytest.raises(ValueError, match="model_type=llama is no family"):
-        load_config(str(parts.language_model("llama")))
+        open_checkpoint(parts.language_model("llama"))
 
 
 def test_an_architecture_that_the_command_line_contradicts_is_listed(parts: Parts, checkpoint: Path):
-    config = load_config(str(checkpoint))
+    config = open_checkpoint(checkpoint).config
     wanted: Any = parts.recipe("siglip", connector="linear", layer=-2)
     assert recipe_differences(config, wanted, []) == []
     touched = ["visual_encoder", "connector.type", "language_model.hf_name"]
@@ -405,7 +402,7 @@ def test_the_attention_asked_for_is_used_by_both_parts(parts: Parts, attention: 
     config, processor = compose(recipe, None, None)
     model = build_model(recipe, config, processor, torch.float32, 0)
     assert isinstance(model.visual_encoder, SiglipVisionModel)
-    loaded = load_model(str(checkpoint), load_config(str(checkpoint)), torch.float32, attention)
+    loaded = open_checkpoint(checkpoint).load_model(torch.float32, attention)
     for one in (model, loaded):
         assert one.visual_encoder.config._attn_implementation == attention
         assert one.language_model.config._attn_implementation == attention

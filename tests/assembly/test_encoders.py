@@ -16,13 +16,11 @@ from tests.conftest import losses
 from tests.tiny_parts import ENCODERS, WIDTH, Parts, picture
 from vlm.assembly.adapter_base import make_base
 from vlm.assembly.adapter_base import recipe as recipe_of
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.compose import (
     build_model,
     choose_attention,
     compose,
-    load_config,
-    load_model,
-    load_processor,
     recipe_differences,
 )
 from vlm.assembly.quantization import quantization_config_of
@@ -239,7 +237,7 @@ def test_each_encoder_has_the_attention_asked_for(parts: Parts, attention: str, 
     config, processor = compose(recipe, None, None)
     model = build_model(recipe, config, processor, torch.float32, 0)
     model.save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path), load_config(str(tmp_path)), torch.float32, attention)
+    loaded = open_checkpoint(tmp_path).load_model(torch.float32, attention)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=attention)
     for one in (model, loaded, plain):
         assert [e.config._attn_implementation for e in one.visual_encoder.encoders] == [attention] * 2
@@ -254,7 +252,7 @@ def test_every_encoder_is_built_and_loaded_in_the_dtype_asked_for(parts: Parts, 
     config, processor = compose(recipe, None, None)
     model = build_model(recipe, config, processor, dtype, 0)
     model.save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path), load_config(str(tmp_path)), dtype)
+    loaded = open_checkpoint(tmp_path).load_model(dtype, "auto")
     for one in (model, loaded):
         assert {parameter.dtype for parameter in one.parameters()} == {dtype}
         assert torch.isfinite(one.get_image_features(processor.pixel_values([picture()]))).all()
@@ -316,7 +314,7 @@ def test_models_and_processors_come_back_as_they_were(parts: Parts, name: str, t
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert loaded.config.feature_selections == model.config.feature_selections
-    for again in (AutoProcessor.from_pretrained(tmp_path), load_processor(str(tmp_path), None, None)):
+    for again in (AutoProcessor.from_pretrained(tmp_path), open_checkpoint(tmp_path).load_processor()):
         assert [type(one) for one in again.image_processors] == [type(one) for one in processor.image_processors]
         inputs, other = (one(images=[picture()], text="<image> a cat") for one in (processor, again))
         assert inputs.keys() == other.keys()
@@ -352,7 +350,7 @@ def test_an_adapter_remembers_every_encoder_it_was_trained_on(parts: Parts):
     trained = parts.recipe("dinov2", image_size=24, extra_encoders={"siglip": {"trust_remote_code": True}})
     config = RunConfig(model=trained)
     config.trainer.lora.language_model.r = 2
-    base = make_base(config, composed=True)
+    base = make_base(config)
     assert base is not None
     assert set(base.sources) == {"visual_encoder", "visual_encoder.extra_encoders.0", "language_model"}
     again = recipe_of(base, trust_remote_code=False)

@@ -17,8 +17,9 @@ from tests.tiny_parts import picture
 from tests.train.test_lora import adapted, logits
 from vlm.assembly import quantization
 from vlm.assembly.adapter_base import BASE_FILE
-from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, load
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.adapter_merge import merge
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.quantization import make_quantization_config
 from vlm.cli.main import main
 from vlm.train.lora import is_adapter
@@ -102,7 +103,10 @@ def test_the_adapter_is_merged_into_the_base_in_full(run: tuple[Path, str, list[
     """Loaded on the quantised base, it says nearly what it says in full; merged into the full one, the same."""
     final, kind, _ = run[0] / "final", run[1], run[2]
     processor = vlm.VLMProcessor.from_pretrained(final)
-    in_full, in_bits = load(final, merge=False), load(final, quantization={"language_model": kind})
+    in_full, in_bits = (
+        open_checkpoint(final).load_model(merge=False),
+        open_checkpoint(final).load_model(quantization={"language_model": kind}),
+    )
     assert not quantised(in_full)
     assert all(name.startswith("language_model.") and "lm_head" not in name for name in quantised(in_bits))
     assert len(quantised(in_bits)) == len(adapted(in_bits))

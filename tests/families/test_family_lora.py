@@ -9,8 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from tests.families.test_families import folders, load, name, pictures  # noqa: F401 - fixtures
-from vlm.assembly.adapter_folder import load as load_on_base
 from vlm.assembly.adapter_merge import merge
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
 from vlm.families.table import get_part_names
 from vlm.inference.generate import VisionLanguageModel, user_turn
@@ -52,7 +52,7 @@ def test_a_run_leaves_an_adapter_that_merges_into_the_familys_checkpoint(
     final = run / "final"
     assert not list(final.glob("model*.safetensors"))
     processor = VisionLanguageModel.load(final, device="cpu").processor
-    beside = logits(load_on_base(final, merge=False, attn_implementation="eager"), processor)
+    beside = logits(open_checkpoint(final).load_model(merge=False, attn_implementation="eager"), processor)
     merge(str(final), tmp_path / "whole")
     torch.testing.assert_close(logits(load(tmp_path / "whole"), processor), beside, rtol=0, atol=1e-5)
     assert (beside - logits(load(folders(name)), processor)).abs().max() > 1e-4

@@ -22,7 +22,7 @@ from tests.hub.foreign import (
     write_projector,
 )
 from tests.tiny_parts import Parts, picture
-from vlm.assembly.compose import load_config, load_model, load_processor
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.cli.main import main
 from vlm.config.recorded import read_recipe
 from vlm.data.encoding.labels import read_template
@@ -152,13 +152,13 @@ def test_the_result_is_a_checkpoint_to_train_from_and_to_ask(
     assert "9 tokens an image, image_mode=pad, torch.bfloat16" in refusal_message
     assert "Vicuna 1.1, as LLaVA-1.5" in refusal_message
     ours = str(tmp_path / "ours")
-    config = load_config(ours)
-    recipe = read_recipe(config.recipe)
+    checkpoint = open_checkpoint(ours)
+    recipe = read_recipe(checkpoint.config.recipe)
     assert recipe.visual_encoder.hf_name == str(parts.encoder("clip"))
     assert recipe.language_model.hf_name == str(folder)
     assert recipe.connector.type == "mlp"
-    assert load_processor(ours, "plain", "square").image_mode == "square"
-    model = load_model(ours, config, torch.float32)
+    assert open_checkpoint(ours).load_processor("plain", "square").image_mode == "square"
+    model = checkpoint.load_model(torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     picture().save(tmp_path / "picture.png")
     main(["generate", ours, "--image", str(tmp_path / "picture.png"), "--prompt", "What?", "--max-new-tokens", "3"])

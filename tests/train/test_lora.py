@@ -18,9 +18,10 @@ from tests.command_line import refusal
 from tests.conftest import compose_config, losses
 from tests.tiny_parts import picture
 from vlm.assembly.adapter_base import BASE_FILE, fingerprint
-from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, load
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.adapter_merge import merge
-from vlm.assembly.settle import load_weights, resolve_model
+from vlm.assembly.checkpoint import open_checkpoint
+from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.cli.main import main
 from vlm.inference.generate import user_turn
 from vlm.train import trainer
@@ -217,7 +218,7 @@ def test_a_run_leaves_an_adapter_as_peft_reads_it(on_checkpoint: Path, pretraine
         file.name for file in final.iterdir()
     }
     base = AutoModelForImageTextToText.from_pretrained(pretrained)
-    ours = load(final, merge=False)
+    ours = open_checkpoint(final).load_model(merge=False)
     with_peft = peft.PeftModel.from_pretrained(base, final)
     processor = vlm.VLMProcessor.from_pretrained(final)
     torch.testing.assert_close(logits(with_peft.base_model.model, processor), logits(ours, processor))
@@ -282,7 +283,7 @@ def test_loaded_and_merged_models_say_what_the_trained_one_said(
     final, trained = live(*overrides, *begun)
     processor = vlm.VLMProcessor.from_pretrained(final)
     wanted = logits(trained, processor)
-    beside, merged = load(final, merge=False), load(final)
+    beside, merged = open_checkpoint(final).load_model(merge=False), open_checkpoint(final).load_model()
     assert adapted(beside)
     assert not adapted(merged)
     torch.testing.assert_close(logits(beside, processor), wanted, rtol=0, atol=1e-6)
@@ -311,13 +312,13 @@ def test_training_goes_on_from_an_adapter(on_parts: Path, train: Callable[..., P
     start = f"trainer.from_pretrained={on_parts / 'final'}"
     whole = train("pretrain-smol", tmp_path / "whole", start, *SHORT)
     assert (whole / "final" / "model.safetensors").is_file()
-    first = load(on_parts / "final")
+    first = open_checkpoint(on_parts / "final").load_model()
     after = AutoModelForImageTextToText.from_pretrained(whole / "final")
     torch.testing.assert_close(after.language_model.state_dict(), first.language_model.state_dict())
     second = train("pretrain-smol", tmp_path / "second", start, *LORA, *SHORT)
     base = json.loads((second / "final" / BASE_FILE).read_text())["sources"]["checkpoint"]["name"]
     assert base == str(on_parts / "final")
-    assert not adapted(load(second / "final"))
+    assert not adapted(open_checkpoint(second / "final").load_model())
 
 
 # Bases that moved
@@ -339,7 +340,7 @@ def test_a_base_that_moved_is_asked_for(copied: tuple[Path, Path], tmp_path: Pat
     assert said.startswith(f"vlm generate: {adapter} needs what it was trained on, /no/such/base, which is no longer")
     assert said.endswith("Say where it is now, to vlm generate or vlm merge-lora: --base PATH")
     assert refusal("merge-lora", str(adapter), str(tmp_path / "out")).endswith("--base PATH")
-    assert not adapted(load(adapter, base_paths=[str(base_paths)]))
+    assert not adapted(open_checkpoint(adapter).load_model(base_paths=[str(base_paths)]))
 
 
 def test_the_options_that_llavas_users_know_work(copied: tuple[Path, Path], tmp_path: Path):
@@ -359,12 +360,12 @@ def test_parts_that_moved_are_named(on_parts: Path, world: Path, tmp_path: Path)
     file = tmp_path / "adapter" / BASE_FILE
     file.write_text(file.read_text().replace(str(world / "language_model"), "/no/such"))
     with pytest.raises(ValueError, match=r"/no/such, which is no longer there .* --base language_model=PATH"):
-        load(tmp_path / "adapter")
-    assert load(tmp_path / "adapter", base_paths=[f"language_model={world / 'language_model'}"])
+        open_checkpoint(tmp_path / "adapter").load_model()
+    assert open_checkpoint(tmp_path / "adapter").load_model(base_paths=[f"language_model={world / 'language_model'}"])
     with pytest.raises(ValueError, match=r"give visual_encoder=PATH and language_model=PATH"):
-        load(tmp_path / "adapter", base_paths=[str(world)])
+        open_checkpoint(tmp_path / "adapter").load_model(base_paths=[str(world)])
     with pytest.raises(ValueError, match=r"--base language_model=/nowhere: no such folder"):
-        load(tmp_path / "adapter", base_paths=["language_model=/nowhere"])
+        open_checkpoint(tmp_path / "adapter").load_model(base_paths=["language_model=/nowhere"])
 
 
 def test_another_training_of_the_base_is_refused(
@@ -381,7 +382,7 @@ def test_another_training_of_the_base_is_refused(
 def test_a_complete_model_is_not_merged(pretrained: Path, on_parts: Path, tmp_path: Path):
     said = refusal("merge-lora", str(pretrained), str(tmp_path / "out"))
     assert said == f"vlm merge-lora: {pretrained}: no {BASE_FILE} there, so it is no adapter on a base"
-    assert refusal("merge-lora", str(on_parts), str(tmp_path / "out")).endswith("a run's result is its folder final")
+    assert refusal("merge-lora", str(on_parts), str(tmp_path / "out")).endswith(f"whose model is {on_parts / 'final'}")
 
 
 def test_what_breaks_leaves_nothing(on_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

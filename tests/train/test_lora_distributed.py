@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import losses
 from tests.train.test_distributed_runs import launch
-from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, load
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
+from vlm.assembly.checkpoint import open_checkpoint
 
 LORA = [
     "trainer.lora.language_model.r=4",
@@ -51,4 +52,4 @@ def test_two_ranks_reach_the_single_process(
     assert losses(sharded) == pytest.approx(losses(single), abs=2e-4)
     for name, tensors in saved.items():
         torch.testing.assert_close(load_file(sharded / "final" / name), tensors, rtol=0, atol=1e-6)
-    load(sharded / "final")
+    open_checkpoint(sharded / "final").load_model()

@@ -15,7 +15,8 @@ from transformers.utils import cached_file
 from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.quantization import quantized_parts
 from vlm.config.derived import BASE_FILE
-from vlm.config.schema import PARTS, ModelConfig, RunConfig, from_mapping
+from vlm.config.recorded import current_key, read_recipe
+from vlm.config.schema import PARTS, ModelConfig, RunConfig
 
 WHOLE_CHECKPOINT = "checkpoint"
 """The name of the only source of a base that is one checkpoint."""
@@ -63,19 +64,12 @@ class Base:
         (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def make_base(config: RunConfig, *, composed: bool) -> Base | None:
-    """The base that a run's result is written on top of; None where it is written whole.
-
-    Args:
-        config: the run's.
-        composed: whether the model is one of this framework.
-    """
+def make_base(config: RunConfig) -> Base | None:
+    """Return the base that a run's result is written on top of; None where it is written whole."""
     model, start_checkpoint = config.model, config.trainer.from_pretrained
     if all(getattr(config.trainer.lora, part).r is None for part in PARTS) and not quantized_parts(model):
         return None
-    if start_checkpoint or not composed:
-        name = start_checkpoint or model.hf_name
-        assert name is not None
+    if name := start_checkpoint or model.hf_name:
         return Base({WHOLE_CHECKPOINT: make_source(name, None if start_checkpoint else model.revision)})
     sources = {part: make_source(given.hf_name, given.revision) for part, given in _parts_with_weights(model).items()}
     return Base(sources, without_quantization(asdict(model)))
@@ -136,7 +130,10 @@ def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
         ValueError: a source is no longer there or not what it was, or `base_paths` names none of them.
     """
     content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-    sources = {name: Source(**values) for name, values in content["sources"].items()}
+    sources = {
+        current_key(f"model.{name}").removeprefix("model."): Source(**values)
+        for name, values in content["sources"].items()
+    }
     for word in base_paths:
         part, equals, path = word.partition("=")
         if not equals or Path(word).exists():
@@ -181,7 +178,7 @@ def recipe(base: Base, *, trust_remote_code: bool) -> ModelConfig:
         AssertionError: the base is one checkpoint.
     """
     assert base.model is not None
-    model: ModelConfig = from_mapping(ModelConfig, base.model)
+    model = read_recipe(base.model)
     for part, given in _parts_with_weights(model).items():
         given.hf_name, given.revision = base.sources[part].name, base.sources[part].revision
         given.trust_remote_code = given.trust_remote_code and trust_remote_code

@@ -1,11 +1,11 @@
 """A folder that is complete together with its base: the adapter as peft reads it, whatever else trained, `base.json`.
 
-`save` writes one, `load` gives the model, merged into its base or not.
+`save` writes a folder, `add_trained_weights` puts its weights on the base, merged or not.
 """
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,12 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer, LoraModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from vlm.assembly.adapter_base import BASE_FILE, WHOLE_CHECKPOINT, Base, read_base, recipe, without_quantization
-from vlm.assembly.compose import build_model, choose_attention, compose, load_model
-from vlm.assembly.family import get_auto_class, load_family_model
-from vlm.assembly.quantization import quantization_config_of
+from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, without_quantization
+from vlm.config.derived import BASE_FILE
 from vlm.families.table import get_part_names
-from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig
-from vlm.models.connectors import connector_class
-from vlm.models.heads import head_class
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NON_LORA_WEIGHTS = "non_lora_trainables.safetensors"
@@ -39,7 +34,8 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save(
-    model: Any, folder: Path, base: Base, *, new_rows: Mapping[str, int] | None = None, is_writer: bool = True
+    model: PreTrainedModel, folder: Path, base: Base, *, new_rows: Mapping[str, int] | None = None,
+    is_writer: bool = True,
 ) -> None:  # fmt: skip
     """Write what a model has beyond its base. Every rank calls it, as ZeRO-3 needs; one writes.
 
@@ -61,14 +57,12 @@ def save(
     state = {_base_name(name): tensor[rows.get(_base_name(name), 0) :].contiguous() for name, tensor in state.items()}
     save_file(state, folder / NON_LORA_WEIGHTS, metadata={"format": "pt"})
     base.write(folder)
-    if isinstance(model, VLMForPrediction):
+    if hasattr(model, "save_custom_code"):  # models of this framework, whose classes may be the user's own
         model.save_custom_code(folder)
-    elif isinstance(model, VLMForConditionalGeneration):
-        model.save_connector_code(folder)
     _unquantised_config(model.config).save_pretrained(folder)
 
 
-def _non_adapter_names(model: Any, base: Base) -> set[str]:
+def _non_adapter_names(model: PreTrainedModel, base: Base) -> set[str]:
     """Names of what is new besides the adapter: what trained, and what a composition began with at random."""
     names = get_part_names(model.config)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
@@ -84,7 +78,7 @@ def _non_adapter_names(model: Any, base: Base) -> set[str]:
     return {name for name in trained if ".lora_" not in name} | buffers
 
 
-def _base_vocabulary_rows(model: Any, base: Base) -> dict[str, int]:
+def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
     """Embeddings that grew with the tokenizer -> how many rows the base has; only those behind them are new.
 
     Where embeddings train, all rows are new.
@@ -114,7 +108,7 @@ def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> 
     return found
 
 
-def _gathered_parameter(tensor: Tensor) -> Any:
+def _gathered_parameter(tensor: Tensor) -> AbstractContextManager[Any]:
     if not hasattr(tensor, "ds_id"):
         return nullcontext()
     import deepspeed  # slow to import, and only runs under it need it
@@ -122,7 +116,7 @@ def _gathered_parameter(tensor: Tensor) -> Any:
     return deepspeed.zero.GatheredParameters([tensor])
 
 
-def _save_adapter(model: Any, state: dict[str, Tensor], folder: Path, base: Base) -> None:
+def _save_adapter(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, base: Base) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, with the full names of the adapted layers."""
     weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     save_file(
@@ -143,16 +137,16 @@ def _base_name(name: str) -> str:
 
 
 def _unquantised_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A model's configuration without a word of quantisation, however deep."""
+    """Return a model's configuration without any quantisation, however deep."""
     plain = copy.deepcopy(config)
     waiting = [plain]
     while waiting:
-        one = waiting.pop()
-        if hasattr(one, "quantization_config"):
-            delattr(one, "quantization_config")
-        if isinstance(one, VLMConfig | VLMPredictionConfig):
-            one.recipe = without_quantization(one.recipe)
-        nested = [getattr(one, name) for name in one.sub_configs]
+        config = waiting.pop()
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        if hasattr(config, "recipe"):
+            config.recipe = without_quantization(config.recipe)
+        nested = [getattr(config, name) for name in config.sub_configs]
         waiting += [config for config in nested if isinstance(config, PreTrainedConfig)]
     return plain
 
@@ -176,108 +170,19 @@ def local_folder(checkpoint: str | Path) -> Path:
     return Path(checkpoint) if Path(checkpoint).is_dir() else Path(snapshot_download(str(checkpoint)))
 
 
-def load(
-    checkpoint: str | Path,
-    *,
-    base_paths: Sequence[str] = (),
-    dtype: Any = "auto",
-    attn_implementation: str = "auto",
-    quantization: dict[str, str] | None = None,
-    merge: bool = True,
-    trust_remote_code: bool = False,
-) -> Any:
-    """The model of a folder that `save` wrote.
+def add_trained_weights(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
+    """Return a base with what a folder that `save` wrote has beyond it.
 
     Args:
-        checkpoint: the folder, or a name on the Hub.
-        base_paths: where the base lies now, see `read_base`.
-        dtype: of the model; `auto`: the base's.
-        attn_implementation: see `ModelConfig`.
-        quantization: part -> `8bit` or `4bit`; the adapter is then not merged.
+        model: the base, with the folder's heads and as many embeddings.
+        folder: the folder.
         merge: whether the adapter becomes part of the weights.
-        trust_remote_code: whether code out of repositories may run.
 
     Raises:
-        ValueError: the base is not where it was, is not what it was, or does not fit.
+        ValueError: the base is another model.
     """
-    folder = local_folder(checkpoint)
-    base = read_base(folder, base_paths)
-    if base.model is not None:
-        model = _build_composed_base(base, dtype, quantization or {}, trust_remote_code=trust_remote_code)
-    else:
-        model = _load_whole_base(
-            base, dtype, attn_implementation, quantization or {}, trust_remote_code=trust_remote_code
-        )
-    model = _apply_recorded_config(model, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
     _replace_at(model, load_file(folder / NON_LORA_WEIGHTS), folder)
-    return (
-        _load_adapter(model, folder, merge=merge and not quantization)
-        if (folder / ADAPTER_WEIGHTS).is_file()
-        else model
-    )
-
-
-def _build_composed_base(base: Base, dtype: Any, kind_by_part: dict[str, str], *, trust_remote_code: bool) -> Any:
-    """A base that was composed from parts; what it drew at random is replaced by what `folder` holds."""
-    model = recipe(base, trust_remote_code=trust_remote_code)
-    for part, kind in kind_by_part.items():
-        getattr(model, part).quantization = kind
-    connector_class(model.connector.type)  # raises for a class of somebody's own, which is not imported from here
-    config, processor = compose(model, "plain", None)  # the template is of no account: the folder has its processor
-    if dtype == "auto":
-        dtype = config.text_config.dtype or torch.float32
-    return build_model(model, config, processor, dtype, seed=0)
-
-
-def _load_whole_base(
-    base: Base, dtype: Any, attention: str, kind_by_part: dict[str, str], *, trust_remote_code: bool
-) -> Any:
-    """A base that is one checkpoint, perhaps on a base of its own."""
-    source = base.sources[WHOLE_CHECKPOINT]
-    if is_adapter_checkpoint(source.name):
-        if kind_by_part:
-            raise ValueError(f"{source.name} is an adapter itself; merge it before quantising: vlm merge-lora")
-        return load(
-            source.name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )  # fmt: skip
-    config = AutoConfig.from_pretrained(
-        source.name, revision=source.revision, trust_remote_code=trust_remote_code
-    )  # fmt: skip
-    if isinstance(config, VLMConfig):
-        return load_model(source.name, config, dtype, attention, kind_by_part)
-    if isinstance(config, VLMPredictionConfig):
-        if kind_by_part:
-            raise ValueError(f"{source.name} has prediction heads; such a checkpoint is loaded as it is, not quantised")
-        return VLMForPrediction.from_pretrained(
-            source.name, revision=source.revision or "main", dtype=dtype,
-            attn_implementation=None if attention == "auto" else attention,
-        )  # fmt: skip
-    return load_family_model(
-        source.name, config, dtype=dtype, revision=source.revision, trust_remote_code=trust_remote_code,
-        attention=choose_attention(attention, dtype, config, get_auto_class(config)),
-        quantization_config=quantization_config_of(config, kind_by_part),
-    )  # fmt: skip
-
-
-def _apply_recorded_config(model: Any, config: PreTrainedConfig) -> Any:
-    """A base as a folder's configuration says: with as many embeddings, its heads, and what it was built with.
-
-    Raises:
-        ValueError: a head is of a class of somebody's own, which is not imported from here.
-    """
-    rows = config.get_text_config().vocab_size
-    if rows > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(rows)
-    if not isinstance(config, VLMPredictionConfig):
-        if isinstance(config, VLMConfig):
-            model.config.recipe = config.recipe
-        return model
-    body = model.body if isinstance(model, VLMForPrediction) else model
-    if isinstance(config.body_config, VLMConfig):
-        body.config.recipe = config.body_config.recipe
-    for one in config.settings:
-        head_class(one.type)
-    return VLMForPrediction(config, body)
+    return _load_adapter(model, folder, merge=merge) if (folder / ADAPTER_WEIGHTS).is_file() else model
 
 
 @torch.no_grad()
@@ -298,7 +203,7 @@ def _replace_at(model: nn.Module, state: dict[str, Tensor], folder: Path) -> Non
         target.copy_(tensor)
 
 
-def _load_adapter(model: Any, folder: Path, *, merge: bool) -> Any:
+def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
     """The model with the folder's adapter: within its weights, or beside them.
 
     Raises:

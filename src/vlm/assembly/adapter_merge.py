@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm.checks.checkpoint import checkpoint_problem
 from vlm.config.derived import BASE_FILE
 
 NOT_COPIED = (BASE_FILE, "adapter_*", "non_lora_trainables.*", "config.json", "*.bin", ".*", "README.md")
@@ -28,15 +29,16 @@ def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_r
         raise ValueError(f"{out} is there already; name a new folder")
     from transformers.utils.logging import disable_progress_bar
 
-    if not Path(checkpoint).is_dir() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
-        raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
-    from vlm.assembly.adapter_folder import is_adapter_checkpoint, load, local_folder  # torch comes with it
+    if problem := checkpoint_problem(checkpoint):
+        raise ValueError(problem)
+    from vlm.assembly.adapter_folder import local_folder  # torch comes with it
+    from vlm.assembly.checkpoint import CheckpointKind, open_checkpoint
 
     disable_progress_bar()
-    if not is_adapter_checkpoint(checkpoint):
-        hint = "; a run's result is its folder final" if Path(checkpoint, "final", BASE_FILE).is_file() else ""
-        raise ValueError(f"{checkpoint}: no {BASE_FILE} there, so it is no adapter on a base{hint}")
-    model = load(checkpoint, base_paths=base_paths, trust_remote_code=trust_remote_code)
+    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    if opened.kind is not CheckpointKind.ADAPTER:
+        raise ValueError(f"{checkpoint}: no {BASE_FILE} there, so it is no adapter on a base")
+    model = opened.load_model(base_paths=base_paths)
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

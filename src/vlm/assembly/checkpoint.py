@@ -1,86 +1,285 @@
-"""Opening a checkpoint of this framework: its configuration, and its model with its processor, ready to be asked."""
+"""Opening a checkpoint: what it is, its configuration, its processor and its weights. Nobody else asks for classes.
 
-from collections.abc import Sequence
+`open_checkpoint` reads the configuration alone; `Checkpoint.load_processor` and `Checkpoint.load_model` do the rest.
+The functions at the end tell kinds of configurations and models apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from vlm.assembly.adapter_folder import is_adapter_checkpoint
-from vlm.assembly.adapter_folder import load as load_on_base
-from vlm.assembly.family import get_auto_class, load_family_config
+from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, Source, read_base, recipe
+from vlm.assembly.adapter_folder import add_trained_weights, is_adapter_checkpoint, local_folder
+from vlm.assembly.compose import build_model, choose_attention, choose_template, compose
+from vlm.assembly.encoders import check_views
+from vlm.assembly.family import check_is_family, get_auto_class, load_family_model, read_config
 from vlm.assembly.quantization import quantization_config_of
-from vlm.families.processing import FamilyProcessor
+from vlm.checks.checkpoint import checkpoint_problem
+from vlm.data.processor import Processor
+from vlm.families.processing import load_family_processor
 from vlm.families.table import get_family
-from vlm.models import VLMConfig, VLMPredictionConfig
-from vlm.models.connectors import CONNECTORS
-from vlm.models.heads import HEADS
+from vlm.models import (
+    VLMConfig,
+    VLMForConditionalGeneration,
+    VLMForPrediction,
+    VLMPredictionConfig,
+    VLMProcessor,
+)
+from vlm.models.connectors import CONNECTORS, connector_class
+from vlm.models.heads import HEADS, head_class
 
 
-def checkpoint_config(checkpoint: str | Path) -> Any:
-    """The configuration of a checkpoint: of a composed model, of a family's, or of one with prediction heads.
+class CheckpointKind(StrEnum):
+    """What a checkpoint is."""
 
-    Raises:
-        ValueError: it is none, or there is no such folder.
+    COMPOSED = "composed"
+    """A model composed of a visual encoder, a connector and a language model."""
+    FAMILY = "family"
+    """A model of a family of the Hub."""
+    PREDICTION = "prediction"
+    """Prediction heads on a model of either kind."""
+    ADAPTER = "adapter"
+    """An adapter, or trained parts, that are complete together with the base they were trained on."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which the configuration has been read.
+
+    Attributes:
+        name: a folder, or a name on the Hub.
+        kind: what it is.
+        config: the model's configuration; an adapter's is that of the complete model.
+        revision: branch, tag or commit on the Hub; None: the default branch.
+        trust_remote_code: whether code out of the checkpoint may run.
     """
-    folder = Path(checkpoint)
-    if not folder.joinpath("config.json").is_file():
-        if folder.exists():
-            raise ValueError(f"{checkpoint} holds no config.json; a run's complete model is its folder `final`")
-        if len(folder.parts) != 2 or str(checkpoint).startswith((".", "/", "~")):
-            raise ValueError(f"{checkpoint}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
-    config = AutoConfig.from_pretrained(checkpoint)
-    if isinstance(config, VLMConfig | VLMPredictionConfig):
-        return config
-    return load_family_config(str(checkpoint))
+
+    name: str
+    kind: CheckpointKind
+    config: PreTrainedConfig
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def body_config(self) -> PreTrainedConfig:
+        """The configuration of the vision-language model, under prediction heads where there are any."""
+        return get_body_config(self.config)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the model has prediction heads."""
+        return is_prediction_config(self.config)
+
+    def check_heads(self, *, expected: bool) -> None:
+        """Raise ValueError where the model has prediction heads against expectation, or lacks them."""
+        if self.has_heads and not expected:
+            raise ValueError(f"{self.name} has prediction heads: ask it with vlm predict, or vlm.Predictor")
+        if expected and not self.has_heads:
+            raise ValueError(f"{self.name} has no prediction heads: ask it with vlm generate")
+
+    def load_processor(self, template: str | None = None, image_mode: str | None = None) -> Processor:
+        """Return the processor.
+
+        Args:
+            template: see `DatasetConfig.template`; None: the checkpoint's own.
+            image_mode: see `DatasetConfig.image_mode`; None: the checkpoint's own.
+
+        Raises:
+            ValueError: there is no such template, or an image mode is given for a family, whose processor decides.
+        """
+        if is_composed_config(self.body_config):
+            return self.load_composed_processor(template, image_mode)
+        return self._load_family_processor(template, image_mode)
+
+    def load_composed_processor(self, template: str | None = None, image_mode: str | None = None) -> VLMProcessor:
+        """Return the processor of a composed model; see `load_processor`."""
+        processor = VLMProcessor.from_pretrained(self.name, revision=self.revision or "main")
+        if template is not None:
+            processor.chat_template = choose_template(template, processor.own_template, self.name)
+        if image_mode is not None:
+            processor.image_mode = image_mode
+        check_views(processor)
+        return processor
+
+    def _load_family_processor(self, template: str | None, image_mode: str | None) -> Processor:
+        if image_mode is not None:
+            raise ValueError(
+                f"dataset.image_mode={image_mode}: {self.name} prepares images in its own way; dataset.image_mode=null "
+                "leaves it to that"
+            )
+        family = get_family(self.body_config.model_type)
+        processor = load_family_processor(
+            self.name, family, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        if template is not None:
+            processor.chat_template = choose_template(template, processor.own_template, self.name)
+        return processor
+
+    def load_model(
+        self,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+        *,
+        quantization: Mapping[str, str] | None = None,
+        base_paths: Sequence[str] = (),
+        merge: bool = True,
+    ) -> PreTrainedModel:
+        """Return the model with its weights.
+
+        Args:
+            dtype: precision of the weights; `auto`: as they are saved, for an adapter as its base is.
+            attn_implementation: see `ModelConfig`; None: as transformers chooses.
+            quantization: part -> `8bit` or `4bit`; an adapter is then not merged.
+            base_paths: where an adapter's base lies now, see `read_base`.
+            merge: whether an adapter becomes part of the weights.
+
+        Raises:
+            ValueError: options that do not fit the checkpoint, weights that are missing, or a base that is not where it
+                was, is not what it was, or does not fit.
+        """
+        quantization = quantization or {}
+        if self.trust_remote_code:
+            self._register_remote_classes()
+        if self.kind is CheckpointKind.ADAPTER:
+            attention = attn_implementation or "auto"
+            folder = local_folder(self.name)
+            base = self._load_base(read_base(folder, base_paths), dtype, attention, quantization)
+            model = _with_recorded_config(base, deepcopy(self.config))
+            return add_trained_weights(model, folder, merge=merge and not quantization)
+        if base_paths:
+            raise ValueError(f"base={base_paths[0]}: {self.name} is complete, it needs none")
+        if self.kind is CheckpointKind.PREDICTION:
+            if quantization:
+                raise ValueError(
+                    f"quantization={next(iter(quantization.values()))}: {self.name} has prediction heads; such a "
+                    "checkpoint is loaded as it is, not quantised"
+                )
+            attention = {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
+            return VLMForPrediction.from_pretrained(
+                self.name, dtype=dtype, revision=self.revision or "main", **attention
+            )
+        return self._load_text_model(dtype, attn_implementation, quantization)
+
+    def _load_text_model(
+        self, dtype: torch.dtype | str, attn_implementation: str | None, quantization: Mapping[str, str]
+    ) -> PreTrainedModel:
+        """Return a model without heads."""
+        bits = quantization_config_of(self.config, quantization)
+        if not is_composed_config(self.config):
+            attention = attn_implementation
+            if attention is not None:
+                attention = choose_attention(attention, dtype, self.config, get_auto_class(self.config))
+            return load_family_model(
+                self.name, self.config, dtype=dtype, revision=self.revision, attention=attention,
+                trust_remote_code=self.trust_remote_code, quantization_config=bits,
+            )  # fmt: skip
+        options: dict[str, Any] = {}
+        if attn_implementation is not None:
+            parts = {**dict.fromkeys(self.config.encoder_names, AutoModel), "text_config": AutoModelForCausalLM}
+            options["attn_implementation"] = {
+                name: choose_attention(attn_implementation, dtype, getattr(self.config, name), auto)
+                for name, auto in parts.items()
+            }
+        return VLMForConditionalGeneration.from_pretrained(
+            self.name, config=self.config, dtype=dtype, revision=self.revision or "main", quantization_config=bits,
+            **options,
+        )  # fmt: skip
+
+    def _load_base(
+        self, base: Base, dtype: torch.dtype | str, attention: str, quantization: Mapping[str, str]
+    ) -> PreTrainedModel:
+        """Return the model that an adapter was trained on."""
+        if base.model is not None:
+            return _compose_base(base, dtype, quantization, trust_remote_code=self.trust_remote_code)
+        source: Source = base.sources[WHOLE_CHECKPOINT]
+        whole = open_checkpoint(source.name, revision=source.revision, trust_remote_code=self.trust_remote_code)
+        if quantization and whole.kind is CheckpointKind.ADAPTER:
+            raise ValueError(f"{whole.name} is an adapter itself; merge it before quantising: vlm merge-lora")
+        return whole.load_model(dtype, attention, quantization=quantization)
+
+    def load_for_inference(
+        self, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
+        base: Sequence[str] = (),
+    ) -> tuple[PreTrainedModel, Processor]:  # fmt: skip
+        """Return the model in evaluation mode on its device, and its processor.
+
+        Args:
+            device: `cuda`, `cpu` …; None: a GPU where there is one.
+            dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+            quantization: `8bit` or `4bit` for the language model; it is then placed where bitsandbytes puts it.
+            base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
+
+        Raises:
+            ValueError: options that do not fit the checkpoint.
+        """
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(place)
+        model = self.load_model(
+            dtype if dtype == "auto" else getattr(torch, dtype), base_paths=base,
+            quantization={} if quantization is None else {"language_model": quantization},
+        )  # fmt: skip
+        processor = self.load_processor()
+        if quantization is None:
+            return model.to(place).eval(), processor  # pyright: ignore[reportArgumentType] - a decorator's signature
+        if device is not None and torch.device(device).type != model.device.type:
+            raise ValueError(f"device={device}: quantised weights lie on {model.device.type} already")
+        return model.eval(), processor
+
+    def _register_remote_classes(self) -> None:
+        """Put the connector and head classes that travel with the checkpoint, if any do, in the tables by their names.
+
+        This package's model classes take the place of the checkpoint's own code, which would have done it.
+        """
+        config, body = self.config, self.body_config
+        if is_prediction_config(config):
+            for head in config.settings:
+                if head.type not in HEADS and f"Head.{head.name}" in config.auto_map:
+                    HEADS[head.type] = self._import_class(config.auto_map[f"Head.{head.name}"])
+        if is_composed_config(body):
+            kind, classes = body.connector["type"], {**body.auto_map, **config.auto_map}
+            if kind not in CONNECTORS and "Connector" in classes:
+                CONNECTORS[kind] = self._import_class(classes["Connector"])
+
+    def _import_class(self, reference: str) -> type:
+        return get_class_from_dynamic_module(reference, self.name, revision=self.revision)
 
 
-def load_checkpoint(
-    checkpoint: str | Path, config: Any, *, device: str | None = None, dtype: str = "auto",
-    quantization: str | None = None, base: Sequence[str] = (), trust_remote_code: bool = False,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The model of a checkpoint in evaluation mode, and its processor.
+def open_checkpoint(
+    name: str | Path, *, key: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Find out what a checkpoint is; no weights are read.
 
     Args:
-        checkpoint: a run's `final` folder, or a Hub name.
-        config: its configuration, see `checkpoint_config`.
-        device: `cuda`, `cpu` …; None: a GPU where there is one.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-        quantization: `8bit` or `4bit` for the language model; it is then placed where bitsandbytes puts it.
-        base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
-        trust_remote_code: let code out of the checkpoint run; only needed where a part is a class of its author's.
+        name: a run's `final` folder, a model of a family, or a name on the Hub.
+        key: the option that gave the name, for messages.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether code out of the checkpoint may run.
 
     Raises:
-        ValueError: options that do not fit it.
+        ValueError: there is no checkpoint, or one of another kind.
     """
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(place)
-    if trust_remote_code:
-        register_remote_classes(config, str(checkpoint))
-    quantization_by_part = {} if quantization is None else {"language_model": quantization}
-    if is_adapter_checkpoint(checkpoint):
-        model: Any = load_on_base(
-            checkpoint, base_paths=base, dtype=dtype if dtype == "auto" else getattr(torch, dtype), quantization=quantization_by_part,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-    elif base:
-        raise ValueError(f"base={base[0]}: {checkpoint} is complete, it needs none")
+    name = str(name)
+    if problem := checkpoint_problem(name, key):
+        raise ValueError(problem)
+    label = f"{key}={name}" if key else name
+    config = read_config(name, label, revision, trust_remote_code=trust_remote_code)
+    if is_prediction_config(config):
+        kind = CheckpointKind.PREDICTION
+    elif is_composed_config(config):
+        kind = CheckpointKind.COMPOSED
     else:
-        if quantization_by_part and isinstance(config, VLMPredictionConfig):
-            raise ValueError(f"quantization={quantization}: {checkpoint} has prediction heads, it is loaded as it is")
-        model = get_checkpoint_class(config).from_pretrained(
-            checkpoint, dtype=dtype, trust_remote_code=trust_remote_code,
-            quantization_config=quantization_config_of(config, quantization_by_part),
-        )  # fmt: skip
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    body = config.body_config if isinstance(config, VLMPredictionConfig) else config
-    if not isinstance(body, VLMConfig):
-        processor = FamilyProcessor(processor, get_family(body.model_type))
-    if quantization_by_part and device is not None and torch.device(device).type != model.device.type:
-        raise ValueError(f"device={device}: quantised weights lie on {model.device.type} already")
-    return (model.eval() if quantization_by_part else model.to(place).eval()), processor
+        check_is_family(config, label)
+        kind = CheckpointKind.FAMILY
+    if is_adapter_checkpoint(name):
+        kind = CheckpointKind.ADAPTER
+    return Checkpoint(name, kind, config, revision, trust_remote_code)
 
 
 def check_device(name: str) -> None:
@@ -91,24 +290,73 @@ def check_device(name: str) -> None:
         raise ValueError(f"device={name}: {str(error).splitlines()[0]}") from error
 
 
-def get_checkpoint_class(config: Any) -> Any:
-    """The auto class that a checkpoint's model loads through."""
-    if isinstance(config, VLMPredictionConfig):
-        return AutoModel
-    return AutoModelForImageTextToText if isinstance(config, VLMConfig) else get_auto_class(config)
+def _compose_base(
+    base: Base, dtype: torch.dtype | str, quantization: Mapping[str, str], *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Return a base that was composed from parts; what is drawn at random here, the adapter's folder holds."""
+    model = recipe(base, trust_remote_code=trust_remote_code)
+    for part, kind in quantization.items():
+        getattr(model, part).quantization = kind
+    connector_class(model.connector.type)  # raises for a class of the user's own, which is not imported from here
+    config, processor = compose(model, "plain", None)  # the template is of no account: the folder has its processor
+    if isinstance(dtype, str):
+        dtype = config.text_config.dtype or torch.float32
+    return build_model(model, config, processor, dtype, seed=0)
 
 
-def register_remote_classes(config: Any, checkpoint: str) -> None:
-    """Put the connector and head classes that travel with a checkpoint, if any do, in the tables under their names.
+def _with_recorded_config(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a base as an adapter's configuration says: as many embeddings, its heads, and the recipe it was built by.
 
-    This package's model classes take the place of the checkpoint's own code, which would have done it.
+    Raises:
+        ValueError: a head is of a class of the user's own, which is not imported from here.
     """
-    if isinstance(config, VLMPredictionConfig):
-        for one in config.settings:
-            if one.type not in HEADS and f"Head.{one.name}" in config.auto_map:
-                HEADS[one.type] = get_class_from_dynamic_module(config.auto_map[f"Head.{one.name}"], checkpoint)
-    body = config.body_config if isinstance(config, VLMPredictionConfig) else config
-    if isinstance(body, VLMConfig):
-        kind, own = body.connector["type"], {**body.auto_map, **config.auto_map}
-        if kind not in CONNECTORS and "Connector" in own:
-            CONNECTORS[kind] = get_class_from_dynamic_module(own["Connector"], checkpoint)
+    rows = config.get_text_config().vocab_size
+    if rows > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows)
+    body, body_config = get_body(model), get_body_config(config)
+    if is_composed_config(body_config):
+        body.config.recipe = body_config.recipe
+    if not is_prediction_config(config):
+        return model
+    for head in config.settings:
+        head_class(head.type)
+    return VLMForPrediction(config, body)
+
+
+# Kinds of configurations and models
+
+
+def is_composed_config(config: PreTrainedConfig) -> TypeGuard[VLMConfig]:
+    """Return whether a configuration is that of a model composed of parts."""
+    return isinstance(config, VLMConfig)
+
+
+def is_prediction_config(config: PreTrainedConfig) -> TypeGuard[VLMPredictionConfig]:
+    """Return whether a configuration is that of a model with prediction heads."""
+    return isinstance(config, VLMPredictionConfig)
+
+
+def get_body_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the vision-language model under prediction heads; another one as it is."""
+    return config.body_config if is_prediction_config(config) else config
+
+
+def is_composed_model(model: object) -> TypeGuard[VLMForConditionalGeneration]:
+    """Return whether a model is composed of parts, and has no prediction heads on it."""
+    return isinstance(model, VLMForConditionalGeneration)
+
+
+def is_prediction_model(model: object) -> TypeGuard[VLMForPrediction]:
+    """Return whether a model has prediction heads."""
+    return isinstance(model, VLMForPrediction)
+
+
+def get_body(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the vision-language model under prediction heads; another model as it is."""
+    return model.body if is_prediction_model(model) else model
+
+
+def get_language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a composed model's language model; of a family, whose own code joins the parts, the whole model."""
+    body = get_body(model)
+    return body.language_model if is_composed_model(body) else body

@@ -1,12 +1,11 @@
 """From a `ModelConfig` to a model and its processor: the only file that knows both the schema and the models.
 
 `compose` reads the parts' configurations and tokenizer and settles everything about the composition, in seconds and
-without weights; `build_model` then loads the weights. `load_processor` and `load_model` do the same for a checkpoint.
+without weights; `build_model` then loads the weights.
 """
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,69 +17,25 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import is_flash_attn_2_available
 
 from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.encoders import check_views, encoder_sources, resolve_encoders
-from vlm.assembly.family import get_auto_class, load_family_config, load_family_model
 from vlm.assembly.heads import add_tokens, grow_embeddings
-from vlm.assembly.quantization import make_quantization_config, quantization_config_of, quantized_parts
-from vlm.config.schema import ConnectorConfig, ModelConfig
+from vlm.assembly.quantization import make_quantization_config
+from vlm.config.recorded import upgrade_recipe
+from vlm.config.schema import EncoderConfig, LanguageModelConfig, ModelConfig
 from vlm.data.encoding.labels import read_template
-from vlm.families.processing import load_family_processor
-from vlm.families.table import get_family
-from vlm.models.configuration_prediction import VLMPredictionConfig
+from vlm.data.processor import Processor
 from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connectors import CONNECTORS, connector_options, count_tokens
 from vlm.models.encoders import combine_encoders
 from vlm.models.modeling_vlm import VLMForConditionalGeneration
 from vlm.models.processing_vlm import VLMProcessor
-
-
-def open_model(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[Any, Any]:
-    """Configuration and processor of what `model` describes, composed or of a family, without weights.
-
-    Raises:
-        ValueError: parts that do not fit, or an image mode for a family, whose own processor decides.
-    """
-    if model.hf_name is None:
-        return compose(model, template, image_mode)
-    check_no_image_mode(image_mode, model.hf_name)
-    config = load_family_config(
-        model.hf_name, "model.hf_name", revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    return config, open_family_processor(model, config.model_type, template)
-
-
-def check_no_image_mode(image_mode: str | None, name: str) -> None:
-    """Raise ValueError where a whole model is told how to prepare pictures."""
-    if image_mode is not None:
-        raise ValueError(
-            f"dataset.image_mode={image_mode}: {name} prepares pictures in its own way; dataset.image_mode=null leaves "
-            "it to that"
-        )
-
-
-def open_family_processor(model: ModelConfig, model_type: str, template: str | None) -> Any:
-    """The processor of a whole model, with another template where one is named, and the run's tokens."""
-    assert model.hf_name is not None
-    processor = load_family_processor(
-        model.hf_name, get_family(model_type), revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    if template is not None:
-        processor.chat_template = chat_template(template, processor.own_template, model.hf_name)
-    add_tokens(model, processor.tokenizer)
-    return processor
-
-
-def family_recipe(model: ModelConfig, name: str, model_type: str) -> ModelConfig:
-    """The `model` section of a run on a whole model, in which its parts say where they come from."""
-    return replace(
-        model, hf_name=name, visual_encoder=replace(model.visual_encoder, hf_name=name),
-        connector=ConnectorConfig(type=model_type), language_model=replace(model.language_model, hf_name=name),
-    )  # fmt: skip
 
 
 def compose(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[VLMConfig, VLMProcessor]:
@@ -110,7 +65,7 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
     processor = VLMProcessor(
         image_processors[0],
         tokenizer,
-        chat_template=chat_template(template or "tokenizer", tokenizer.chat_template, tokenizer.name_or_path),
+        chat_template=choose_template(template or "tokenizer", tokenizer.chat_template, tokenizer.name_or_path),
         own_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         image_token=model.image_token,
         image_start=model.image_start_token,
@@ -125,7 +80,7 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
 
 
 def build_model(
-    model: ModelConfig, config: VLMConfig, processor: VLMProcessor, dtype: torch.dtype, seed: int
+    model: ModelConfig, config: VLMConfig, processor: Processor, dtype: torch.dtype, seed: int
 ) -> VLMForConditionalGeneration:
     """Load the parts' weights and compose them; embeddings grow where the tokenizer did.
 
@@ -152,60 +107,13 @@ def build_model(
     return built
 
 
-def make_generation_config(given: GenerationConfig | None) -> GenerationConfig:
-    """A language model's own generation settings without its taste in sampling, which every caller here chooses."""
-    tokens = {} if given is None else {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id")}
-    return GenerationConfig(pad_token_id=None if given is None else given.pad_token_id, **tokens)
+def make_generation_config(settings: GenerationConfig | None) -> GenerationConfig:
+    """Return the special tokens of a language model's generation settings, without its sampling settings.
 
-
-def load_processor(checkpoint: str, template: str | None, image_mode: str | None) -> VLMProcessor:
-    """The processor of a checkpoint, with another template or image mode where one is named."""
-    processor = VLMProcessor.from_pretrained(checkpoint)
-    if template is not None:
-        processor.chat_template = chat_template(template, processor.own_template, checkpoint)
-    if image_mode is not None:
-        processor.image_mode = image_mode
-    check_views(processor)
-    return processor
-
-
-def load_config(checkpoint: str, connector_type: str | None = None) -> Any:
-    """The configuration of a checkpoint, of a composed model or of a family's, perhaps with prediction heads.
-
-    Raises:
-        ValueError: the folder holds another one.
+    How answers are sampled is for the caller to choose.
     """
-    if connector_type is not None:
-        register_connector_class(connector_type)
-    config = AutoConfig.from_pretrained(checkpoint)
-    if isinstance(config, VLMConfig | VLMPredictionConfig):
-        return config
-    return load_family_config(checkpoint, "trainer.from_pretrained")
-
-
-def load_family(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """A family's model with its weights."""
-    assert model.hf_name is not None
-    return load_family_model(
-        model.hf_name, config, dtype=dtype, revision=model.revision, trust_remote_code=model.trust_remote_code,
-        attention=choose_attention(model.attn_implementation, dtype, config, get_auto_class(config)),
-        quantization_config=quantization_config_of(config, quantized_parts(model)),
-    )  # fmt: skip
-
-
-def load_model(
-    checkpoint: str, config: VLMConfig, dtype: torch.dtype, attn_implementation: str = "auto",
-    quantization: Mapping[str, str] | None = None,
-) -> VLMForConditionalGeneration:  # fmt: skip
-    """The model of a checkpoint; `quantization` is part -> `8bit` or `4bit`."""
-    parts = {**dict.fromkeys(config.encoder_names, AutoModel), "text_config": AutoModelForCausalLM}
-    attention = {
-        name: choose_attention(attn_implementation, dtype, getattr(config, name), auto) for name, auto in parts.items()
-    }
-    return VLMForConditionalGeneration.from_pretrained(
-        checkpoint, config=config, dtype=dtype, attn_implementation=attention,
-        quantization_config=quantization_config_of(config, quantization or {}),
-    )  # fmt: skip
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**({} if settings is None else {name: getattr(settings, name) for name in names}))
 
 
 def register_connector_class(kind: str) -> None:
@@ -222,8 +130,17 @@ def register_connector_class(kind: str) -> None:
             raise ValueError(f"model.connector.type={kind}: {error}") from error
 
 
-def choose_attention(name: str, dtype: torch.dtype, config: PreTrainedConfig, auto: Any) -> str:
-    """`auto` as the best implementation that is installed and that this part takes, any other name as it is."""
+def choose_attention(
+    name: str, dtype: torch.dtype | str, config: PreTrainedConfig, auto: type[_BaseAutoModelClass]
+) -> str:
+    """Return for `auto` the best attention implementation that is installed and that a part takes; other names as is.
+
+    Args:
+        name: see `ModelConfig.attn_implementation`.
+        dtype: precision of the part's weights; flash attention needs half precision.
+        config: the part's configuration.
+        auto: the auto class that the part loads through.
+    """
     if name != "auto":
         return name
     model_class = auto._model_mapping.get(type(config), None)
@@ -233,8 +150,8 @@ def choose_attention(name: str, dtype: torch.dtype, config: PreTrainedConfig, au
     return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
-def chat_template(name: str, own: Any, source: str) -> str:
-    """The text of a template: a packaged one, a file, or the tokenizer's own.
+def choose_template(name: str, own: object, source: str) -> str:
+    """Return the text of a template: a packaged one, a file, or the tokenizer's own.
 
     Args:
         name: `dataset.template`, or `tokenizer`.
@@ -253,8 +170,8 @@ def chat_template(name: str, own: Any, source: str) -> str:
     return own
 
 
-def _part_config(part: str, source: Any) -> PreTrainedConfig:
-    """A part's own configuration; the vision half of a two-tower one.
+def _part_config(part: str, source: EncoderConfig | LanguageModelConfig) -> PreTrainedConfig:
+    """Return a part's own configuration; of a two-tower encoder, the vision half.
 
     Raises:
         ValueError: nothing loads from its `hf_name`.
@@ -303,9 +220,14 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def _load_part(
-    auto: Any, source: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: str, bits: str | None
-) -> Any:  # fmt: skip
-    """One part's weights. A folder that holds less than the part is an error, not a random initialisation."""
+    auto: type[_BaseAutoModelClass], source: EncoderConfig | LanguageModelConfig, config: PreTrainedConfig,
+    dtype: torch.dtype, attention: str, bits: str | None,
+) -> PreTrainedModel:  # fmt: skip
+    """Return a part with its weights.
+
+    Raises:
+        ValueError: the folder holds less than the part needs, which would be initialised at random.
+    """
     part, info = auto.from_pretrained(
         source.hf_name,
         config=config,
@@ -325,7 +247,8 @@ def _load_part(
 
 def recipe_differences(config: VLMConfig, model: ModelConfig, overridden_keys: list[str]) -> list[tuple[str, Any, Any]]:
     """Where `model` contradicts a checkpoint under the touched keys: (key, wanted, the checkpoint's)."""
-    recorded, requested = _flatten(asdict(ModelConfig())) | _flatten(config.recipe), _flatten(asdict(model))
+    recorded = _flatten(asdict(ModelConfig())) | _flatten(upgrade_recipe(config.recipe))
+    requested = _flatten(asdict(model))
     return [
         (f"model.{key}", requested[key], recorded.get(key))
         for key in requested

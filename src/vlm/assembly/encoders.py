@@ -44,7 +44,8 @@ class EncoderInfo:
 
 def encoder_sources(given: VisualEncoderConfig) -> dict[str, EncoderConfig]:
     """The encoders in the order of their channels, under their keys in `model`."""
-    return {"visual_encoder": given} | {f"visual_encoder.beside.{i}": one for i, one in enumerate(given.beside)}
+    extra = {f"visual_encoder.extra_encoders.{i}": encoder for i, encoder in enumerate(given.extra_encoders)}
+    return {"visual_encoder": given, **extra}
 
 
 def resolve_encoders(
@@ -113,7 +114,7 @@ def check_views(processor: VLMProcessor) -> None:
     infos = [_describe_crop(steps, processor.image_mode) for steps in processor.image_processors]
     if len(set(infos)) > 1:
         side = image_size(processor.image_processor)[0]
-        keys = ["visual_encoder", *(f"visual_encoder.beside.{i}" for i in range(len(processor.beside)))]
+        keys = ["visual_encoder", *(f"visual_encoder.extra_encoders.{i}" for i in range(len(processor.beside)))]
         each = ", ".join(f"model.{key} {what}" for key, what in zip(keys, infos, strict=True))
         cropped = [key for key, what in zip(keys, infos, strict=True) if what != SQUASHED]
         fixes = ", ".join(f"model.{key}.image_size={side}" for key in cropped)

@@ -1,64 +1,95 @@
-"""Opening a family's model: which auto class has it, and its weights."""
-
-from typing import Any
+"""Opening a model of a family: its configuration, its auto class and its weights."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from vlm.families.table import FAMILIES
 
+AutoClass = type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]
 
-def get_auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class that a family's model loads through; Phi-4-multimodal is a causal language model to it."""
+
+def get_auto_class(config: PreTrainedConfig) -> AutoClass:
+    """Return the auto class that a model loads through; Phi-4-multimodal counts as a causal language model."""
     known = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if known else AutoModelForCausalLM
+
+
+def read_config(
+    name: str, label: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Return the configuration of a Hub name or folder.
+
+    Args:
+        name: the Hub name or folder.
+        label: what messages call it, such as `model.hf_name=NAME`.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether code out of the repository may run.
+
+    Raises:
+        ValueError: nothing loads from there.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{label}: no model configuration there (a Hub name or a local folder with a config.json is needed): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def check_is_family(config: PreTrainedConfig, label: str) -> None:
+    """Raise ValueError where a configuration is of no family in the table."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{label}: model_type={config.model_type} is no family of vision-language models that is known here; "
+            f"known are {', '.join(FAMILIES)}"
+        )
 
 
 def load_family_config(
     name: str, key: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The configuration of a Hub name or folder.
+    """Return the configuration of a family's model.
 
     Raises:
-        ValueError: nothing loads from there, or it is of no family in the table; `key` is what named it, if one did.
+        ValueError: nothing loads from there, or it is of no family in the table; `key` is the option that named it.
     """
-    named = f"{key}={name}" if key else name
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{named}: no model configuration there (a Hub name or a local folder with a config.json is needed): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{named}: model_type={config.model_type} is no family of vision-language models that is known here; "
-            f"known are {', '.join(FAMILIES)}"
-        )
+    label = f"{key}={name}" if key else name
+    config = read_config(name, label, revision, trust_remote_code=trust_remote_code)
+    check_is_family(config, label)
     return config
 
 
 def load_family_model(
-    name: str, config: PreTrainedConfig, *, dtype: torch.dtype | str, attention: str, revision: str | None = None,
-    trust_remote_code: bool = False, **kwargs: Any,
-) -> Any:  # fmt: skip
-    """The model with its weights.
+    name: str, config: PreTrainedConfig, *, dtype: torch.dtype | str, attention: str | None = None,
+    revision: str | None = None, trust_remote_code: bool = False,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """Return the model with its weights.
 
     Args:
         name: Hub name or folder.
-        config: its configuration.
-        dtype: precision of its weights, or `auto` for that of the checkpoint.
-        attention: attention implementation.
+        config: the model's configuration.
+        dtype: precision of the weights, or `auto` for that of the checkpoint.
+        attention: attention implementation; None: as transformers chooses.
         revision: branch, tag or commit.
         trust_remote_code: whether code out of the repository may run.
-        kwargs: further ones of `from_pretrained`, such as `quantization_config`.
+        quantization_config: which matrices are stored in fewer bits; None: none.
 
     Raises:
         ValueError: the checkpoint holds less than the model needs.
     """
+    options = {} if attention is None else {"attn_implementation": attention}
     model, info = get_auto_class(config).from_pretrained(
-        name, config=config, dtype=dtype, attn_implementation=attention, revision=revision,
-        trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs,
+        name, config=config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
+        quantization_config=quantization_config, output_loading_info=True, **options,
     )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{name} lacks {len(missing)} of the weights that {type(model).__name__} needs: {missing[:5]}")

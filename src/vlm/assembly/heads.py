@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vlm.config.derived import LOSSES, extra_tokens, get_heads, head_key, query_token, query_tokens
+from vlm.config.choices import LOSSES
+from vlm.config.derived import extra_tokens, head_key, query_token, query_tokens
 from vlm.config.schema import HeadConfig, ModelConfig
 from vlm.data.encoding.labels import get_media_token_ids
 from vlm.data.heads.labels import HeadLabels, label_mean_and_std
@@ -64,7 +65,7 @@ def resolve_heads(
                 head_key(model.head, own.name), one, own, targets[own.name], processor.tokenizer, body_config
             )
         )
-        for own, one in zip(labels, get_heads(model.head).values(), strict=True)
+        for own, one in zip(labels, model.head.by_name.values(), strict=True)
     ]
     return VLMPredictionConfig(
         body_config=body_config, heads=settings, media_token_ids=get_media_token_ids(processor),

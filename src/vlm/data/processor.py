@@ -90,6 +90,11 @@ class Processor(Protocol):
         ...
 
     @property
+    def deduplicated_inputs(self) -> Sequence[str]:
+        """Return the names of image inputs in which equal images may stand once, with an index; none for families."""
+        ...
+
+    @property
     def needs_image_sizes(self) -> bool:
         """Return whether the number of tokens of an image depends on its size."""
         ...

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm.data.batching.collator import DEDUPLICATED_INPUTS, Collator
+from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, encode
 from vlm.data.sample import Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
-from vlm.models import VLMProcessor
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +95,7 @@ def caption_retrieval(
         One value a sample.
     """
     draw = random.Random(seed)
-    collate = Collator.of(processor, deduplicate=DEDUPLICATED_INPUTS if isinstance(processor, VLMProcessor) else ())
+    collate = Collator.of(processor, deduplicate=processor.deduplicated_inputs)
     texts = [last_reply_text(sample) for sample in samples]
     found = []
     for sample, own in zip(tqdm(samples, "caption retrieval"), texts, strict=True):

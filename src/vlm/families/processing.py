@@ -59,6 +59,7 @@ class FamilyProcessor:
         self.native = native
         self.family = family
         self.per_sample_inputs, self.per_token_inputs = family.rows, family.tokens
+        self.deduplicated_inputs = ()
         self.tokenizer = native.tokenizer
         self.image_processor = native.image_processor
         self.image_token: str = native.image_token

@@ -1,6 +1,6 @@
 """Exporting: a checkpoint of this framework in a form that other programs load without our code.
 
-Imports `vlm.hub`, `vlm.assembly.compose`, `vlm.models` and transformers. Weights go from file to file, one at a time.
+Imports `vlm.hub`, `vlm.assembly.checkpoint`, `vlm.models` and transformers. Weights go from file to file, one at a time.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm.assembly.compose import load_config
-from vlm.config.derived import BASE_FILE
+from vlm.assembly.checkpoint import CheckpointKind, is_composed_config, open_checkpoint
 from vlm.hub.folders import create_folder, read_json, resolve_folder, write_json
 from vlm.hub.layouts import rename_to_foreign
 from vlm.hub.processors import PROBE_WORD, make_transformers_processor
@@ -40,19 +39,19 @@ def export_checkpoint(
     """
     target = EXPORT_FORMATS[format_name]
     checkpoint = resolve_folder(name)
-    if (checkpoint / BASE_FILE).is_file():
+    opened = open_checkpoint(checkpoint)
+    if opened.kind is CheckpointKind.ADAPTER:
         raise ValueError(f"{name} is an adapter on a base; merge it first: vlm merge-lora {name} MERGED")
-    kind = read_json(checkpoint / "config.json").get("model_type")
-    if kind is None:
-        raise ValueError(f"{name} holds no config.json of a model; a run's complete model is its folder `final`")
-    if kind != "vlm":
-        raise ValueError(f"{name} is a {kind} checkpoint, which others load as it is; exported are composed models")
-    config = load_config(str(checkpoint))
+    config = opened.config
+    if not is_composed_config(config):
+        raise ValueError(
+            f"{name} is a {config.model_type} checkpoint, which others load as it is; exported are composed models"
+        )
     if vision_tower is not None:
         if format_name != "llava-original":
             raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
         config.recipe["visual_encoder"]["hf_name"] = vision_tower
-    processor = VLMProcessor.from_pretrained(checkpoint)
+    processor = opened.load_composed_processor()
     if found := target.incompatibilities(config, processor):
         listing = "".join(f"\n  - {one}" for one in found)
         raise ValueError(f"{name} does not fit --format {format_name}:{listing}")

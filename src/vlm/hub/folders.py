@@ -1,6 +1,6 @@
 """Folders: where a checkpoint is read, and a new one that appears when it is complete.
 
-Imports nothing of `vlm`.
+Imports of `vlm` only what a name can be.
 """
 
 import json
@@ -13,6 +13,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from vlm.checks.checkpoint import is_hub_name, missing_folder
 
 NON_WEIGHT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 """Configuration, tokenizer and processor files."""
@@ -48,8 +50,8 @@ def resolve_folder(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if len(folder.parts) != 2 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name}: no such folder (seen from {Path.cwd()}), nor a name on the Hub")
+    if not is_hub_name(name):
+        raise ValueError(missing_folder(name))
     try:
         for weights in ("*.safetensors", "*.bin"):
             folder = Path(snapshot_download(name, allow_patterns=[*NON_WEIGHT_FILES, weights]))

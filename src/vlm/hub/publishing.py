@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from vlm.checks.checkpoint import checkpoint_problem
 from vlm.config.derived import BASE_FILE
 from vlm.families.table import FAMILIES
 from vlm.hub.card import model_card
@@ -139,10 +140,8 @@ def require_checkpoint(folder: Path) -> None:
             f"{folder} is a state on the way of a run, for resuming it. Let the run come to its end "
             f"(trainer.resume_from_checkpoint={folder}), then publish its folder final"
         )
-    if not (folder / "config.json").is_file():
-        final = folder / "final"
-        hint = f"it is a run's directory, whose model is {final}" if final.is_dir() else "it holds no config.json"
-        raise ValueError(f"{folder} is no checkpoint: {hint}")
+    if problem := checkpoint_problem(str(folder)):
+        raise ValueError(problem)
 
 
 def require_complete_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -197,13 +196,10 @@ def _require_readable(checkpoint: Path) -> None:
     Raises:
         ValueError: this version does not read them.
     """
-    from transformers import AutoConfig, AutoProcessor
-
-    import vlm.models  # noqa: F401 - makes the auto classes know our models
+    from vlm.assembly.checkpoint import open_checkpoint
 
     try:
-        AutoConfig.from_pretrained(checkpoint)
-        AutoProcessor.from_pretrained(checkpoint)
+        open_checkpoint(checkpoint).load_processor()
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise ValueError(f"{checkpoint} cannot be read by this version: {str(error).splitlines()[0]}") from error
 

@@ -221,7 +221,7 @@ def _describe_connector(config: VLMConfig) -> str:
 def _encoder_incompatibilities(config: VLMConfig) -> list[str]:
     kind, found = config.vision_config.model_type, []
     if config.beside:
-        found.append("model.visual_encoder.beside: several encoders side by side, and LLaVA has one")
+        found.append("model.visual_encoder.extra_encoders: several encoders side by side, and LLaVA has one")
     if isinstance(config.feature_layer, list):
         layers = config.recipe["visual_encoder"]["feature_layer"]
         found.append(f"model.visual_encoder.feature_layer={layers}: several layers; exported are models that read one")

@@ -40,7 +40,7 @@ class Predictor:
 
     Args:
         model: a `VLMForPrediction`.
-        processor: its processor: a `VLMProcessor` or `FamilyProcessor`.
+        processor: its processor.
         feature_cache: as `VisionLanguageModel`.
     """
 

@@ -251,8 +251,8 @@ class VLMForPrediction(PreTrainedModel):
 
     def save_custom_code(self, save_directory) -> None:
         """Copy the files of classes of the user's own, if there are any, and note them in the configuration."""
-        if isinstance(self.body, VLMForConditionalGeneration):
-            self.body.save_connector_code(save_directory)
+        if is_composed(self.body.config):
+            self.body.save_custom_code(save_directory)
         for number, one in enumerate(self.config.settings):
             head: Any = self.heads[one.name]
             source = sys.modules[type(head.layers).__module__].__file__
@@ -291,7 +291,7 @@ def make_head(one: HeadSettings, width: int) -> PredictionHead:
 
 def run_decoder(body: Any, **inputs) -> Any:
     """A body's language model over text and pictures, without its vocabulary head: has `last_hidden_state`."""
-    if isinstance(body, VLMForConditionalGeneration):
+    if is_composed(body.config):
         return body.decode(**inputs)
     return body.base_model(**inputs)
 

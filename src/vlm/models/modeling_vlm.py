@@ -342,10 +342,10 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As usual; the file of a connector class of the user's own travels with the hub code."""
-        self.save_connector_code(save_directory)
+        self.save_custom_code(save_directory)
         super().save_pretrained(save_directory, **kwargs)
 
-    def save_connector_code(self, save_directory) -> None:
+    def save_custom_code(self, save_directory) -> None:
         """Copy the file of a connector class of the user's own, if it is one, and note it in the configuration."""
         source = sys.modules[type(self.connector).__module__].__file__
         if ":" in self.config.connector["type"] and source is not None:  # package.module:Class, not a name of the table

@@ -56,6 +56,8 @@ class VLMProcessor(ProcessorMixin):
     """Image inputs with one row for each sample: none, all have one for each image."""
     per_token_inputs = ()
     """Inputs with one value for each token, besides ids and mask: none."""
+    deduplicated_inputs = ("pixel_values", "image_features")
+    """Image inputs in which equal images may stand once: the model reads `image_index` with them."""
     videos = video_token = video_token_id = None
     """No token stands for a video: its frames are images."""
     encodes_videos_separately = False

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.config.derived import get_heads
+from vlm.assembly.checkpoint import is_prediction_model
+from vlm.assembly.encoders import encoder_sources
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
 from vlm.families.table import get_part_names
-from vlm.models import VLMForPrediction
 from vlm.train.lora import is_trained_with_adapter
 
 FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})
@@ -65,12 +65,12 @@ def make_parts(model: Any, trainer: TrainerOptions, sources: ModelConfig, new_to
     """
     names = get_part_names(model.config)
     unread = parameters_unread_by_heads(model)
-    every = (*PARTS, HEAD) if isinstance(model, VLMForPrediction) else PARTS
+    every = (*PARTS, HEAD) if is_prediction_model(model) else PARTS
     named = {
-        "visual_encoder": " + ".join(one.hf_name for one in (sources.visual_encoder, *sources.visual_encoder.beside)),
+        "visual_encoder": " + ".join(encoder.hf_name for encoder in encoder_sources(sources.visual_encoder).values()),
         "connector": sources.connector.name or sources.connector.type,
         "language_model": sources.language_model.hf_name,
-        HEAD: ", ".join(f"{one.task} at {one.pooling}" for one in get_heads(sources.head).values()),
+        HEAD: ", ".join(f"{one.task} at {one.pooling}" for one in sources.head.by_name.values()),
     }
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in every}
     for name, parameter in model.named_parameters():
@@ -110,7 +110,7 @@ def token_embedding_names(model: Any) -> frozenset[str]:
 
 def parameters_unread_by_heads(model: Any) -> frozenset[str]:
     """Full names of what no head depends on: a vocabulary head of its own where no reply is learned, later layers."""
-    if not isinstance(model, VLMForPrediction) or model.config.generation_weight:
+    if not is_prediction_model(model) or model.config.generation_weight:
         return frozenset()
     vocabulary, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     left_out = [] if vocabulary is None else [p for p in vocabulary.parameters() if p is not embeddings.weight]

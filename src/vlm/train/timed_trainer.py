@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from vlm.assembly.checkpoint import is_composed_model
 from vlm.data.batching.stats import BATCH_STATS, BatchStats, num_encoded_and_connected
 from vlm.data.dataset import dummy_image
-from vlm.models import VLMForConditionalGeneration
 from vlm.train.monitor.flops import FlopsNotCountable, count_flops
 from vlm.train.monitor.peak_flops import get_peak_tflops
 from vlm.train.monitor.speed import BETWEEN_STEPS, SpeedMeter
@@ -56,7 +56,7 @@ class TimedTrainer(Trainer):
 
     def _repeats_equal_images(self) -> tuple[bool, bool]:
         """Whether equal images are encoded, and connected, one by one."""
-        if not isinstance(self.model, VLMForConditionalGeneration):
+        if not is_composed_model(self.model):
             return True, True
         self.model.train()  # as the steps will have it
         return self.model.encodes_duplicates(), self.model.connects_duplicates()

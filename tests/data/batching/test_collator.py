@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture
-from vlm.data.batching.collator import DEDUPLICATED_INPUTS, IMAGE_INDEX, SKIPPED_KEY, Collator
+from vlm.data.batching.collator import IMAGE_INDEX, SKIPPED_KEY, Collator
 from vlm.data.dataset import Skipped, dummy_image, make_blank_image
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.models.anyres import AnyRes, ImageNewline
@@ -139,7 +139,7 @@ def test_a_blank_picture_is_the_processors_mean(built):
 
 def test_equal_pictures_stand_once():
     rows = [sample([1, 2], 2, 0), sample([3, 4]), sample([5, 6], 3, 0)]
-    batch = Collator(PAD, deduplicate=DEDUPLICATED_INPUTS)(rows)
+    batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)(rows)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2]
     assert batch[IMAGE_INDEX].tolist() == [0, 1, 0, 1, 2]
     assert len(rows[2]["pixel_values"]) == 3, "the samples are left as they were"
@@ -149,7 +149,7 @@ def test_equal_pictures_stand_once():
 
 
 def test_a_row_may_have_nothing_but_pictures_of_others():
-    batch = Collator(PAD, deduplicate=DEDUPLICATED_INPUTS)([sample([1, 2], 1, 7), sample([3, 4], 1, 7)])
+    batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)([sample([1, 2], 1, 7), sample([3, 4], 1, 7)])
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
     assert batch[IMAGE_INDEX].tolist() == [0, 0]
 
@@ -157,7 +157,7 @@ def test_a_row_may_have_nothing_but_pictures_of_others():
 def test_pictures_that_differ_in_one_place_are_two():
     one, other = sample([1, 2], 1), sample([3, 4], 1)
     other["pixel_values"][0, 2, 1, 1] += 1e-6
-    batch = Collator(PAD, deduplicate=DEDUPLICATED_INPUTS)([one, other])
+    batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)([one, other])
     assert len(batch["pixel_values"]) == 2
     assert IMAGE_INDEX not in batch
 
@@ -175,7 +175,7 @@ def test_pictures_that_stand_once_train_as_all_of_them_do(parts: Parts, connecto
     model.visual_encoder.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     rows = [pictured_row(processor, 1, 2), pictured_row(processor), pictured_row(processor, 2, 1, 1)]
     found = []
-    for deduplicate in ((), DEDUPLICATED_INPUTS):
+    for deduplicate in ((), VLMProcessor.deduplicated_inputs):
         model.zero_grad()
         torch.manual_seed(1)
         loss = model(**Collator.of(processor, deduplicate=deduplicate)(rows)).loss
@@ -207,7 +207,10 @@ def test_equal_tiles_stand_once(parts: Parts):
         ids, _ = processor.tokenize("<image>what is it?", (), [size])
         inputs = processor.image_inputs([one], [size])
         rows.append(sample(ids) | inputs | {"pixel_values": processor.normalise(inputs["pixel_values"])})
-    whole, deduplicate = Collator.of(processor)(rows), Collator.of(processor, deduplicate=DEDUPLICATED_INPUTS)(rows)
+    whole, deduplicate = (
+        Collator.of(processor)(rows),
+        Collator.of(processor, deduplicate=VLMProcessor.deduplicated_inputs)(rows),
+    )
     assert len(whole["pixel_values"]) == 9
     assert len(deduplicate["pixel_values"]) < 6
     with torch.no_grad():

@@ -20,11 +20,8 @@ SKIPPED_KEY: Final = "skipped"
 TEXT_KEYS = ("input_ids", "labels")
 """What every sample has; its other keys are what the model reads of its images."""
 
-DEDUPLICATED_INPUTS = ("pixel_values", "image_features")
-"""Inputs in which composed models take equal images once, and beside them which of those each image is."""
-
 IMAGE_INDEX: Final = "image_index"
-"""The key of a batch under which that stands, where some are equal."""
+"""The key of a batch that says, where equal images stand once, which row each image is."""
 
 VIDEO_INPUT: Final = "pixel_values_videos"
 """The input of videos that are read by themselves: `(videos, frames, 3, height, width)`, or loose patches."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlm.assembly.checkpoint import is_composed_model
 from vlm.data.batching.stats import BatchStats, num_images
 from vlm.families.table import FAMILIES
 from vlm.models import VLMForConditionalGeneration
@@ -80,7 +81,7 @@ def count_flops(model: Any, image: Mapping[str, Any]) -> StepFlops:
         FlopsNotCountable: the model does not allow it; says why.
     """
     kind = model.config.model_type
-    composed = isinstance(model, VLMForConditionalGeneration)
+    composed = is_composed_model(model)
     if not composed and kind not in FIXED_IMAGE_SIZE_FAMILIES:
         raise FlopsNotCountable(
             f"the cost of an image is not the same for all in model_type={kind}" if kind in FAMILIES else

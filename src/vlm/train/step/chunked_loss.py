@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from vlm.models import VLMForConditionalGeneration
+from vlm.assembly.checkpoint import is_composed_model
 from vlm.models.modeling_vlm import IGNORE_INDEX, MAX_LOGITS
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", 
 @torch.no_grad()
 def supports_chunked_loss(model: Any) -> bool:
     """Whether a model's loss can be computed piece by piece: it is composed, and its logits are its head's output."""
-    if not isinstance(model, VLMForConditionalGeneration):
+    if not is_composed_model(model):
         return False
     text = model.language_model
     config = text.config

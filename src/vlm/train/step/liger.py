@@ -6,7 +6,7 @@ Its fused loss is left out: vocabulary logits exist at supervised positions only
 from collections.abc import Mapping
 from typing import Any
 
-from vlm.models import VLMForConditionalGeneration, VLMForPrediction
+from vlm.assembly.checkpoint import get_language_model
 
 LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 """Liger's kernels for losses."""
@@ -33,8 +33,7 @@ def apply_liger_kernels(model: Any, options: Mapping[str, bool] | None) -> list[
             f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed at supervised positions, which "
             "Liger's takes no note of; leave it out"
         )
-    body = model.body if isinstance(model, VLMForPrediction) else model
-    target: Any = body.language_model if isinstance(body, VLMForConditionalGeneration) else body
+    target: Any = get_language_model(model)
     _apply_liger_kernel_to_instance(model=target, **{"fused_linear_cross_entropy": False, **(options or {})})
     changed = [name for name, module in target.named_modules() if "forward" in vars(module)]
     if not changed:

@@ -1,0 +1,105 @@
+"""The heads of a checkpoint that a run trains on: which of their options the run may choose anew. Imports no torch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, replace
+from typing import Any
+
+from vlm.config.recorded import read_recipe
+from vlm.config.schema import HeadConfig, HeadsConfig
+from vlm.models.configuration_prediction import VLMPredictionConfig
+
+CHANGEABLE_HEAD_KEYS = (
+    "loss",
+    "loss_options",
+    "class_weights",
+    "label_smoothing",
+    "weight",
+    "threshold_by",
+    "generation_weight",
+)
+"""Keys of a head that its weights do not depend on."""
+
+
+def resolve_checkpoint_heads(
+    requested: HeadsConfig, config: VLMPredictionConfig, checkpoint: str, overridden_keys: Sequence[str]
+) -> HeadsConfig:
+    """Return the heads that a run continues with: the checkpoint's, trained as the run says.
+
+    Args:
+        requested: the run's heads.
+        config: the checkpoint's configuration.
+        checkpoint: its name, for messages.
+        overridden_keys: keys below `head` that the command line sets.
+
+    Raises:
+        ValueError: the run asks for no heads, or for others.
+    """
+    if requested.task is None:
+        raise ValueError(
+            f"trainer.from_pretrained={checkpoint}: it has prediction heads; choose a run with one, such as head-binary"
+        )
+    recorded = read_recipe(config.recipe).head
+    labels = {head.name: head.labels or None for head in config.settings}
+    _check_same_heads(requested, recorded, labels, checkpoint, overridden_keys)
+    extra_heads = {
+        name: replace(head, labels=labels[name], **_changeable_options(requested.extra_heads.get(name, head), head))
+        for name, head in recorded.extra_heads.items()
+    }
+    return replace(
+        recorded, labels=labels[recorded.name], extra_heads=extra_heads, **_changeable_options(requested, recorded)
+    )
+
+
+def _check_same_heads(
+    requested: HeadsConfig, recorded: HeadsConfig, labels: Mapping[str, list[Any] | None], checkpoint: str,
+    overridden_keys: Sequence[str],
+) -> None:  # fmt: skip
+    """Raise ValueError where a run asks for a head that the checkpoint lacks, or has with other options."""
+    pairs = [("", recorded.name, requested, recorded)]
+    for name, head in requested.extra_heads.items():
+        if name not in recorded.extra_heads:
+            raise _fixed_heads_error(checkpoint, f"extra_heads.{name}", head.task, f"only {', '.join(labels)}")
+        pairs.append((f"extra_heads.{name}.", name, head, recorded.extra_heads[name]))
+    for prefix, name, head, recorded_head in pairs:
+        for field in _requested_fields(head, prefix, overridden_keys):
+            value, allowed = getattr(head, field.name), [getattr(recorded_head, field.name)]
+            if field.name == "labels":
+                allowed.append(labels[name])
+            if _without_nulls(value) not in map(_without_nulls, allowed):
+                raise _fixed_heads_error(checkpoint, f"{prefix}{field.name}", value, allowed[-1])
+
+
+def _requested_fields(head: HeadConfig, prefix: str, overridden_keys: Sequence[str]) -> Iterator[Field[Any]]:
+    """Yield the fields that a head's weights depend on and that a run sets, or has at other than the default."""
+    for field in fields(head):
+        if field.name not in (*CHANGEABLE_HEAD_KEYS, "extra_heads") and (
+            f"{prefix}{field.name}" in overridden_keys or _differs_from_default(head, field)
+        ):
+            yield field
+
+
+def _fixed_heads_error(checkpoint: str, key: str, requested: object, recorded: object) -> ValueError:
+    return ValueError(
+        f"trainer.from_pretrained={checkpoint}: its heads are fixed. You asked for model.head.{key}={requested}, but it "
+        f"has {recorded}"
+    )
+
+
+def _changeable_options(requested: HeadConfig, recorded: HeadConfig) -> dict[str, Any]:
+    """Return the options of a recorded head that a run may choose anew, as the run has them."""
+    return {
+        field.name: getattr(requested, field.name) for field in fields(recorded) if field.name in CHANGEABLE_HEAD_KEYS
+    }
+
+
+def _differs_from_default(head: HeadConfig, field: Field[Any]) -> bool:
+    """Return whether a field has another value than its default."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return _without_nulls(getattr(head, field.name)) != default
+
+
+def _without_nulls(value: object) -> object:
+    """Return options without those that are left at a class's own default; other values as they are."""
+    if not isinstance(value, dict):
+        return value
+    return {name: option for name, option in value.items() if option is not None}

@@ -1,0 +1,179 @@
+"""The model of a run: its configuration and processor first, without weights; then the weights."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vlm.assembly.anyres import resolve_anyres
+from vlm.assembly.checkpoint import (
+    Checkpoint,
+    CheckpointKind,
+    is_composed_config,
+    is_prediction_config,
+    open_checkpoint,
+)
+from vlm.assembly.checkpoint_heads import resolve_checkpoint_heads
+from vlm.assembly.compose import build_model, compose, recipe_differences, register_connector_class
+from vlm.assembly.encoders import image_size
+from vlm.assembly.family import load_family_config
+from vlm.assembly.heads import add_tokens, grow_embeddings
+from vlm.assembly.quantization import quantized_parts
+from vlm.checks.heads import head_problems
+from vlm.config.recorded import read_recipe
+from vlm.config.schema import ConnectorConfig, RunConfig
+from vlm.data.processor import Processor
+from vlm.models.configuration_vlm import VLMConfig
+
+
+def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[PreTrainedConfig, Processor]:
+    """Return configuration and processor of a run's model, from parts or from a checkpoint, without weights.
+
+    With `trainer.from_pretrained`, `config.model` becomes what the checkpoint was built with; a head that the run asks
+    for stays, and where the checkpoint has heads the run continues with those.
+
+    Args:
+        config: the run's configuration.
+        overrides: the keys that the command line sets.
+
+    Raises:
+        ValueError: the parts do not fit, or the command line contradicts the checkpoint.
+    """
+    overridden_keys = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
+    model, name = config.model, config.trainer.from_pretrained
+    if name and model.hf_name is not None and {"model", "model.hf_name", "model.revision"} & set(overrides):
+        raise ValueError(
+            f"trainer.from_pretrained={name} and model.hf_name={model.hf_name}: both say what to begin with; choose one"
+        )
+    if name and {"connector", "connector.type"} & set(overridden_keys):
+        register_connector_class(model.connector.type)
+    checkpoint = _open_start(config)
+    if checkpoint is None:
+        return compose(model, config.dataset.template, config.dataset.image_mode)
+    if checkpoint.has_heads:
+        _resolve_heads(config, checkpoint, overridden_keys)
+    if is_composed_config(checkpoint.body_config):
+        return _resolve_composed(config, checkpoint, checkpoint.body_config, overridden_keys)
+    return _resolve_family(config, checkpoint, overridden_keys)
+
+
+def _open_start(config: RunConfig) -> Checkpoint | None:
+    """Return the checkpoint that a run begins with; None where it composes its model from parts."""
+    model, name = config.model, config.trainer.from_pretrained
+    if name:
+        checkpoint = open_checkpoint(name, key="trainer.from_pretrained")
+        if is_composed_config(checkpoint.body_config):
+            return checkpoint
+        return replace(checkpoint, trust_remote_code=model.trust_remote_code)  # the key is for whole models
+    if model.hf_name is None:
+        return None
+    family_config = load_family_config(
+        model.hf_name, "model.hf_name", revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    return Checkpoint(
+        model.hf_name, CheckpointKind.FAMILY, family_config, model.revision, trust_remote_code=model.trust_remote_code
+    )
+
+
+def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: Sequence[str]) -> None:
+    """Make the heads of a checkpoint those of the run.
+
+    Raises:
+        ValueError: the run asks for other heads, or for quantised parts.
+    """
+    assert is_prediction_config(checkpoint.config)
+    head_keys = [key.removeprefix("head.") for key in overridden_keys]
+    config.model.head = resolve_checkpoint_heads(config.model.head, checkpoint.config, checkpoint.name, head_keys)
+    for problem in head_problems(config):
+        raise ValueError(problem)
+    for part, kind in quantized_parts(config.model).items():
+        raise ValueError(
+            f"model.{part}.quantization={kind}: trainer.from_pretrained={checkpoint.name} has prediction heads; such a "
+            "checkpoint is loaded as it is"
+        )
+
+
+def _resolve_family(
+    config: RunConfig, checkpoint: Checkpoint, overridden_keys: Sequence[str]
+) -> tuple[PreTrainedConfig, Processor]:
+    """Resolve a whole model; the parts of `config.model` then say where they come from."""
+    key = "trainer.from_pretrained" if config.trainer.from_pretrained else "model.hf_name"
+    check_no_part_overrides(overridden_keys, f"{key}={checkpoint.name}")
+    processor = checkpoint.load_processor(config.dataset.template, config.dataset.image_mode)
+    model, name = config.model, checkpoint.name
+    add_tokens(model, processor.tokenizer)
+    config.model = replace(
+        model, hf_name=name, revision=checkpoint.revision, visual_encoder=replace(model.visual_encoder, hf_name=name),
+        connector=ConnectorConfig(type=checkpoint.body_config.model_type),
+        language_model=replace(model.language_model, hf_name=name),
+    )  # fmt: skip
+    return checkpoint.body_config, processor
+
+
+def _resolve_composed(
+    config: RunConfig, checkpoint: Checkpoint, model_config: VLMConfig, overridden_keys: Sequence[str]
+) -> tuple[VLMConfig, Processor]:
+    """Resolve a composed model; `config.model` becomes its recipe with what a run may choose anew.
+
+    Raises:
+        ValueError: the command line contradicts the recipe.
+    """
+    name, requested = checkpoint.name, config.model
+    if different := recipe_differences(model_config, requested, overridden_keys):
+        contradictions = "; ".join(
+            f"{key}={value!r}, but the checkpoint has {recorded!r}" for key, value, recorded in different
+        )
+        raise ValueError(f"trainer.from_pretrained={name}: its architecture is fixed. You asked for {contradictions}")
+    processor = checkpoint.load_composed_processor(config.dataset.template, config.dataset.image_mode)
+    if checkpoint.kind is CheckpointKind.ADAPTER and requested.anyres.grids is not None:
+        raise ValueError(
+            f"model.anyres.grids: {name} is an adapter on its base, which keeps how it sees images; merge them first, "
+            "or leave model.anyres.grids=null"
+        )
+    resolve_anyres(model_config, processor, requested.anyres, image_size(processor.image_processor))
+    add_tokens(requested, processor.tokenizer)
+    config.model = read_recipe(model_config.recipe)
+    config.model.attn_implementation, config.model.head = requested.attn_implementation, requested.head
+    config.model.language_model.new_tokens = requested.language_model.new_tokens
+    for part, kind in quantized_parts(requested).items():
+        getattr(config.model, part).quantization = kind
+    return model_config, processor
+
+
+def check_no_part_overrides(overridden_keys: Sequence[str], whole: str) -> None:
+    """Refuse keys of the command line that would change a part of a whole model.
+
+    Raises:
+        ValueError: there is one.
+    """
+    allowed_keys = ("hf_name", "revision", "trust_remote_code", "attn_implementation", "visual_encoder.quantization",
+            "language_model.quantization", "connector.name", "language_model.new_tokens", "head")  # fmt: skip
+    if fixed := [key for key in overridden_keys if key not in allowed_keys and not key.startswith("head.")]:
+        raise ValueError(f"{whole} is a whole model: its parts are fixed. You asked for model.{fixed[0]}")
+
+
+def load_weights(
+    config: RunConfig, model_config: PreTrainedConfig, processor: Processor, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """Return the model of a run with its weights, and a row of its embeddings for each token.
+
+    Args:
+        config: the run's configuration, with its model resolved.
+        model_config: as `resolve_model` returned it.
+        processor: likewise.
+        dtype: precision of the weights under DeepSpeed; without it, they are float32 until `cast` narrows frozen parts.
+        seed: what the first weights of a new connector are drawn from.
+    """
+    dtype = dtype if config.trainer.deepspeed else torch.float32
+    checkpoint = _open_start(config)
+    if checkpoint is None:
+        assert is_composed_config(model_config)
+        model = build_model(config.model, model_config, processor, dtype, seed)
+    else:
+        if checkpoint.kind in (CheckpointKind.COMPOSED, CheckpointKind.FAMILY):
+            checkpoint = replace(checkpoint, config=model_config)  # which the run may have given tiles
+        quantization = {} if checkpoint.kind is CheckpointKind.ADAPTER else quantized_parts(config.model)
+        model = checkpoint.load_model(dtype, config.model.attn_implementation, quantization=quantization)
+    grow_embeddings(model, processor.tokenizer)
+    return model

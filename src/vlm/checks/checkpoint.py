@@ -1,0 +1,31 @@
+"""Whether a name can be a checkpoint's: a folder with a `config.json`, or a name on the Hub. Imports no torch."""
+
+from pathlib import Path
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name that is no folder has the form of a repository's, `owner/name`."""
+    return len(Path(name).parts) == 2 and not name.startswith((".", "/", "~"))
+
+
+def missing_folder(label: str) -> str:
+    """Return the message for a name that is neither a folder nor a repository's."""
+    return f"{label}: no such folder (seen from {Path.cwd()}), nor a name on the Hub"
+
+
+def checkpoint_problem(name: str, key: str | None = None) -> str | None:
+    """Return why no checkpoint is there, in words; None for a folder with a `config.json` and for a name on the Hub.
+
+    Args:
+        name: the folder or the name on the Hub.
+        key: the option that gave the name, for the message.
+    """
+    folder = Path(name)
+    label = f"{key}={name}" if key else name
+    if folder.joinpath("config.json").is_file():
+        return None
+    if not folder.exists():
+        return None if is_hub_name(name) else missing_folder(label)
+    if (final := folder / "final").is_dir():
+        return f"{label} holds no config.json: it is a run's directory, whose model is {final}"
+    return f"{label} holds no config.json; a run's complete model is its folder `final`"

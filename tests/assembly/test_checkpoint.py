@@ -1,0 +1,132 @@
+"""Opening checkpoints: what each is, the refusals, and that no other module asks for the classes of models."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vlm
+from tests.tiny_parts import Parts
+from vlm.assembly.checkpoint import (
+    CheckpointKind,
+    get_body,
+    get_body_config,
+    get_language_model,
+    is_composed_config,
+    is_composed_model,
+    is_prediction_model,
+    open_checkpoint,
+)
+from vlm.models import VLMForPrediction, VLMPredictionConfig
+
+SOURCE = Path(vlm.__file__).parent
+MODEL_CLASSES = {
+    "VLMConfig", "VLMPredictionConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMProcessor",
+}  # fmt: skip
+MAY_ASK = ("assembly/checkpoint.py", "hub/")
+
+
+@pytest.fixture(scope="module")
+def composed(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model with its processor."""
+    folder = tmp_path_factory.mktemp("composed")
+    model, processor = parts.model()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def heads_on(parts: Parts) -> VLMForPrediction:
+    body = parts.model()[0]
+    head = {"name": "label", "task": "binary", "labels": ["no", "yes"], "loss": "bce"}
+    return VLMForPrediction(VLMPredictionConfig(body_config=body.config, heads=[head]), body)
+
+
+# What a checkpoint is
+
+
+def test_a_composed_checkpoint_is_one(composed: Path):
+    checkpoint = open_checkpoint(composed)
+    assert checkpoint.kind is CheckpointKind.COMPOSED
+    assert checkpoint.body_config is checkpoint.config
+    assert not checkpoint.has_heads
+    assert is_composed_model(checkpoint.load_model())
+    with pytest.raises(ValueError, match=f"{composed} has no prediction heads: ask it with vlm generate"):
+        checkpoint.check_heads(expected=True)
+
+
+def test_a_checkpoint_with_heads_is_one(parts: Parts, composed: Path, tmp_path: Path):
+    heads_on(parts).save_pretrained(tmp_path)
+    parts.model()[1].save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.kind is CheckpointKind.PREDICTION
+    assert checkpoint.has_heads
+    assert is_composed_config(checkpoint.body_config)
+    assert is_prediction_model(checkpoint.load_model())
+    assert checkpoint.load_processor().image_token_id == open_checkpoint(composed).load_processor().image_token_id
+    with pytest.raises(ValueError, match="has prediction heads: ask it with vlm predict"):
+        checkpoint.check_heads(expected=False)
+    with pytest.raises(ValueError, match="such a checkpoint is loaded as it is, not quantised"):
+        checkpoint.load_model(quantization={"language_model": "4bit"})
+
+
+def test_parts_of_a_model_are_found_under_heads(parts: Parts):
+    model = heads_on(parts)
+    body = get_body(model)
+    assert is_composed_model(body)
+    assert not is_composed_model(model)
+    assert get_body(body) is body
+    assert get_body_config(model.config) is model.config.body_config
+    assert get_language_model(model) is get_language_model(body) is body.language_model
+
+
+# Refusals
+
+
+def test_what_is_no_checkpoint_is_refused_with_what_to_do(composed: Path, tmp_path: Path):
+    """With the option that named it, where there is one."""
+    for name in ("/no/such", "./a/b", "nothing"):
+        with pytest.raises(ValueError, match=rf"^{name}: no such folder \(seen from .*\), nor a name on the Hub$"):
+            open_checkpoint(name)
+    with pytest.raises(ValueError, match=rf"^key={tmp_path} holds no config.json; a run's complete model is its"):
+        open_checkpoint(tmp_path, key="key")
+    (tmp_path / "final").mkdir()
+    with pytest.raises(ValueError, match=rf"it is a run's directory, whose model is {tmp_path / 'final'}$"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=f"base=elsewhere: {composed} is complete, it needs none"):
+        open_checkpoint(composed).load_model(base_paths=["elsewhere"])
+
+
+def test_another_model_is_refused(parts: Parts):
+    with pytest.raises(ValueError, match="model_type=llama is no family of vision-language models"):
+        open_checkpoint(parts.language_model("llama"))
+
+
+# Who asks
+
+
+def class_checks(file: Path) -> list[str]:
+    """The model classes that a file asks for: by `isinstance`, `issubclass`, the type or a pattern."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.startswith(("isi", "issub")):
+            asked = list(ast.walk(node.args[1])) if len(node.args) > 1 else []
+        elif isinstance(node, ast.MatchClass):
+            asked = list(ast.walk(node.cls))
+        elif isinstance(node, ast.Compare) and any(
+            isinstance(side, ast.Call) and isinstance(side.func, ast.Name) and side.func.id == "type"
+            for side in (node.left, *node.comparators)
+        ):
+            asked = [inner for side in (node.left, *node.comparators) for inner in ast.walk(side)]
+        else:
+            continue
+        names = {getattr(inner, "id", None) or getattr(inner, "attr", None) for inner in asked}
+        found += sorted(name for name in names & MODEL_CLASSES if name)
+    return found
+
+
+def test_one_module_asks_for_the_classes_of_models():
+    """Others call its functions, or what every model and processor has."""
+    found = {str(file.relative_to(SOURCE)): class_checks(file) for file in sorted(SOURCE.rglob("*.py"))}
+    assert {name: classes for name, classes in found.items() if classes and not name.startswith(MAY_ASK)} == {}
+    assert set(found["assembly/checkpoint.py"]) == MODEL_CLASSES - {"VLMProcessor"}
