@@ -13,7 +13,7 @@ from tests.conftest import compose_config
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import picture, runs
 from vlm.assembly.family import get_auto_class, load_family_config, load_family_model
-from vlm.assembly.settle import resolve_model
+from vlm.assembly.resolve import resolve_model
 from vlm.cli.main import main
 from vlm.config.packaged import packaged_names
 from vlm.config.schema import PARTS
@@ -234,7 +234,7 @@ def test_what_a_family_decides_is_refused_before_anything_is_fetched():
     """Nothing lies under that name: the mistake is told, not that."""
     base = ["dataset.path=x", "model.hf_name=nobody/nothing"]
     config = compose_config("pretrain-smol", [*base, "dataset.image_mode=pad"])
-    with pytest.raises(ValueError, match="image_mode=pad: nobody/nothing prepares pictures in its own way"):
+    with pytest.raises(ValueError, match="image_mode=pad: nobody/nothing prepares images in its own way"):
         resolve_model(config)
     config = compose_config("finetune-llava-onevision", [*base, "model/connector=linear"])
     with pytest.raises(ValueError, match=r"is a whole model: its parts are fixed. You asked for model\.connector"):
