@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.conftest import compose_config, losses
-from vlm.assembly.settle import load_weights, resolve_model
+from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.data.batching.collator import Collator
 from vlm.train.arguments import deepspeed_config, training_arguments
-from vlm.train.data import load_data
+from vlm.train.objectives.table import make_objective
 from vlm.train.parts import freeze, make_parts, parameter_groups, table
 
 
@@ -23,7 +23,8 @@ def built(common: list[str]):
     )  # fmt: skip
     model_config, processor = resolve_model(config)
     model = load_weights(config, model_config, processor, torch.float32, 42)
-    data, _ = load_data(config, model_config, processor, training_arguments(config.trainer))
+    args = training_arguments(config.trainer)
+    data = make_objective(config).load_data(model_config, processor, args).train
     return config, model, processor, data
 
 

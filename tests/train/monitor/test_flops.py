@@ -14,7 +14,7 @@ from tests.families.test_families import load, pictures, talk
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import LANGUAGE_MODELS, Parts
 from tests.train.test_distributed_runs import CONNECTORS
-from vlm.assembly.settle import load_weights, resolve_model
+from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.stats import BatchStats, compute_batch_stats
 from vlm.data.dataset import dummy_image, model_inputs

@@ -8,12 +8,12 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tests.conftest import compose_config
+from tests.conftest import check_config, compose_config
 from tests.families.tiny_families import TINY
 from tests.models.test_modeling_vlm import batch
 from vlm.assembly.family import get_auto_class
-from vlm.assembly.settle import load_weights, resolve_model
-from vlm.checks.run import ConfigError, check
+from vlm.assembly.resolve import load_weights, resolve_model
+from vlm.checks.fields import ConfigError
 from vlm.families.table import get_part_names
 from vlm.train.arguments import training_arguments
 from vlm.train.model import prepare
@@ -130,7 +130,7 @@ def test_parts_that_keep_nothing_are_refused(
     ("words", "said"),
     [
         (["trainer.checkpointed_parts=[vision]", "trainer.activation_checkpointing=true"],
-         "there is no part vision; allowed are visual_encoder, connector, language_model"),
+         "vision: allowed are visual_encoder, connector, language_model"),
         (["trainer.checkpointed_parts=[]", "trainer.activation_checkpointing=true"], "name at least one of"),
         (["trainer.checkpointed_parts=[language_model]", "trainer.activation_checkpointing=false"],
          "nothing is checkpointed without trainer.activation_checkpointing=true"),
@@ -138,7 +138,7 @@ def test_parts_that_keep_nothing_are_refused(
 )  # fmt: skip
 def test_keys_that_mean_nothing_are_refused(common: list[str], words: list[str], said: str):
     with pytest.raises(ConfigError, match=f"trainer.checkpointed_parts=.*{said}"):
-        check(compose_config("pretrain-smol", [*common, *words]))
+        check_config(compose_config("pretrain-smol", [*common, *words]))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import compose_config, losses
+from tests.conftest import check_config, compose_config, losses
 from tests.tiny_parts import LANGUAGE_MODELS, Parts, picture
-from vlm.checks.run import ConfigError, check
+from vlm.checks.fields import ConfigError
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator, PackSampler
 from vlm.data.dataset import dummy_image
@@ -264,14 +264,14 @@ def test_a_packed_run_trains_as_a_padded_one_of_the_same_samples(
 
 def read_lengths(common: list[str]) -> Any:
     """The lengths of the tiny world's samples."""
-    from vlm.assembly.settle import resolve_model
+    from vlm.assembly.resolve import resolve_model
     from vlm.train.arguments import training_arguments
-    from vlm.train.data import load_data
+    from vlm.train.objectives.table import make_objective
 
     config = compose_config("finetune-smol", [*common, *BRIEF])
     model_config, processor = resolve_model(config)
-    data, _ = load_data(config, model_config, processor, training_arguments(config.trainer))
-    return data.lengths  # pyright: ignore[reportAttributeAccessIssue]
+    data: Any = make_objective(config).load_data(model_config, processor, training_arguments(config.trainer)).train
+    return data.lengths
 
 
 def test_a_resumed_packed_run_goes_on_where_it_was(train: Callable[..., Path], tmp_path: Path):
@@ -309,19 +309,19 @@ def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path:
             "dataset.streaming=true",
             "64: the lengths of a stream are not known before; at least dataset.max_length=2048",
         ),
-        ("trainer.max_tokens_per_batch=0", "at least 1 is needed"),
+        ("trainer.max_tokens_per_batch=0", "at least 1, or null, is needed"),
         ("trainer.dataloader_drop_last=true", "there is no last batch to drop"),
     ],
 )
 def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str, message: str):
     words = [*common, *BRIEF, "trainer.packing=true", "trainer.max_tokens_per_batch=64", "trainer.max_steps=2", word]
     with pytest.raises(ConfigError, match=message):
-        check(compose_config("finetune-smol", words))
+        check_config(compose_config("finetune-smol", words))
 
 
 def test_a_number_of_tokens_without_packing_is_refused(common: list[str]):
     with pytest.raises(ConfigError, match=r"only trainer\.packing=true fills batches by tokens"):
-        check(compose_config("finetune-smol", [*common, "trainer.packing=false", "trainer.max_tokens_per_batch=64"]))
+        check_config(compose_config("finetune-smol", [*common, "trainer.packing=false", "trainer.max_tokens_per_batch=64"]))
 
 
 def test_a_streams_packs_are_full_and_leave_nothing_out():
