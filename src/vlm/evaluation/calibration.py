@@ -1,8 +1,8 @@
-"""What turns the raw numbers of a prediction head into probabilities and decisions to rely on.
+"""Temperature and thresholds that turn a head's raw outputs into probabilities and decisions.
 
-May import `vlm.models.head_tasks`. To add a way of choosing a threshold, add it to `THRESHOLD_CRITERIA` and `_goodness`.
+To add a way of choosing a threshold, add it to `THRESHOLD_CRITERIA` and `_criterion_values`.
 
-Shapes: N samples, C labels, K numbers that a head gives for a sample.
+Shapes: N samples, C labels, K outputs of a head for a sample.
 """
 
 import math
@@ -15,29 +15,25 @@ from scipy.optimize import minimize_scalar
 from sklearn.metrics import confusion_matrix_at_thresholds
 from torch import Tensor
 
+from vlm.config.choices import THRESHOLD_CRITERIA
 from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK, choose_labels, probabilities
 
-THRESHOLD_CRITERIA = ("f1", "accuracy", "youden", "none")
-"""What a threshold can be the best by: F1 of the positive label, the share decided rightly, sensitivity + specificity
-- 1 (Youden 1950); `none` leaves it at 0.5."""
-
 TEMPERATURE_RANGE = (0.05, 20.0)
-"""The lowest and the highest temperature looked at. Validation data that is decided without any error wants one
-without end."""
+"""The lowest and the highest temperature tried; without any error on validation data, the best one is unbounded."""
 
 MIN_PROBABILITY = 1e-12
-"""Taken for a probability that is smaller, where its logarithm is needed: `ordinal` probabilities are differences,
-which rounding makes 0, or which are below it where a head's numbers do not fall from label to label."""
+"""Lower bound of a probability whose logarithm is taken: `ordinal` probabilities are differences that rounding can make
+0, and that are negative where a head's outputs do not fall from label to label."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the numbers of a head are read.
+    """How a head's outputs become probabilities and decisions.
 
     Attributes:
-        temperature: what logits are divided by.
-        threshold: from which probability on the positive label is decided (`binary`), or each label (`multilabel`, one
-            number for each); None: 0.5, and for tasks that have none.
+        temperature: the divisor of logits.
+        threshold: the least probability at which the positive label is chosen (`binary`), or each label (`multilabel`,
+            one number each); None: 0.5, or a task without thresholds.
     """
 
     temperature: float = 1.0
@@ -48,13 +44,13 @@ class Calibration:
             raise ValueError(f"temperature: got {self.temperature}, expected a number above 0")
 
     def probabilities(self, task: str, outputs: np.ndarray) -> np.ndarray:
-        """Probabilities of labels, for one of `CLASSIFYING`: `(N, K) -> (N, C)`, in float64."""
+        """Return label probabilities for a task of `CLASSIFICATION_TASKS`: `(N, K) -> (N, C)`, in float64."""
         return probabilities(task, torch.tensor(outputs, dtype=torch.float64), self.temperature).numpy()
 
     def choose_labels(self, task: str, outputs: np.ndarray) -> np.ndarray:
-        """Numbers of the decided labels: `(N, K) -> (N,)`; of `multilabel` 0 or 1 for each, `(N, C)`.
+        """Return the indices of the chosen labels: `(N, K) -> (N,)`; `multilabel`: 0 or 1 for each label, `(N, C)`.
 
-        The other tasks decide nothing: what they predict is the number that the head gives.
+        Other tasks return the head's first output.
         """
         if task not in CLASSIFICATION_TASKS:
             return np.asarray(outputs, dtype=np.float64)[:, 0]
@@ -63,37 +59,37 @@ class Calibration:
 
 
 def calibrate(task: str, outputs: np.ndarray, targets: np.ndarray, criterion: str = "f1") -> Calibration:
-    """The temperature and the thresholds that fit; give it validation data only.
+    """Fit the temperature and the thresholds on validation data.
 
-    The temperature has the least mean negative log-likelihood (Guo et al. 2017, arXiv:1706.04599). It leaves the
-    decisions of `multiclass` alone. Thresholds are for the probabilities that it gives.
+    The temperature has the least mean negative log-likelihood (Guo et al. 2017, arXiv:1706.04599); it does not change
+    decisions of `multiclass`. Thresholds apply to the calibrated probabilities.
 
     Args:
         task: one of `TASKS`; `regression` and `pairwise` need no calibration.
-        outputs: `(N, K)`, the raw numbers of its head.
-        targets: `(N,)`, or `(N, C)` for `multilabel`, see `checked`.
+        outputs: `(N, K)`, the head's raw outputs.
+        targets: `(N,)`, or `(N, C)` for `multilabel`, see `validate_outputs`.
         criterion: one of `THRESHOLD_CRITERIA`, for `binary` and each label of `multilabel`.
 
     Raises:
-        ValueError: by another name, or data that `checked` refuses.
+        ValueError: an unknown criterion, or data that `validate_outputs` refuses.
     """
     if criterion not in THRESHOLD_CRITERIA:
         raise ValueError(f"threshold by: got {criterion!r}, expected one of {', '.join(THRESHOLD_CRITERIA)}")
     outputs, targets = validate_outputs(task, outputs, targets)
     if task not in CLASSIFICATION_TASKS:
         return Calibration()
-    found = Calibration(_fit_temperature(task, torch.tensor(outputs), torch.tensor(targets)))
-    probs = found.probabilities(task, outputs)
+    calibration = Calibration(_fit_temperature(task, torch.tensor(outputs), torch.tensor(targets)))
+    probs = calibration.probabilities(task, outputs)
     if task == "binary":
-        return Calibration(found.temperature, _find_threshold(probs[:, 1], targets, criterion))
+        return Calibration(calibration.temperature, _find_threshold(probs[:, 1], targets, criterion))
     if task == "multilabel":
         thresholds = [_find_threshold(*label, criterion) for label in zip(probs.T, targets.T, strict=True)]
-        return Calibration(found.temperature, thresholds)
-    return found
+        return Calibration(calibration.temperature, thresholds)
+    return calibration
 
 
 def _fit_temperature(task: str, outputs: Tensor, targets: Tensor) -> float:
-    """The temperature of the least mean negative log-likelihood."""
+    """Return the temperature with the least mean negative log-likelihood."""
 
     def loss(log_temperature: float) -> float:
         temperature = math.exp(log_temperature)
@@ -102,18 +98,18 @@ def _fit_temperature(task: str, outputs: Tensor, targets: Tensor) -> float:
         if task == "ordinal":
             probs = probabilities(task, outputs, temperature)
             return F.nll_loss(probs.clamp_min(MIN_PROBABILITY).log(), targets).item()
-        wanted = targets.reshape(outputs.shape).to(outputs.dtype)
-        return F.binary_cross_entropy_with_logits(outputs / temperature, wanted).item()
+        float_targets = targets.reshape(outputs.shape).to(outputs.dtype)
+        return F.binary_cross_entropy_with_logits(outputs / temperature, float_targets).item()
 
     bounds = tuple(map(math.log, TEMPERATURE_RANGE))
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
 
 
 def _find_threshold(probs: np.ndarray, truth: np.ndarray, criterion: str) -> float:
-    """The best threshold of one label: `(N,), (N,) -> a probability`.
+    """Return the best threshold of one label from probabilities `(N,)` and truth `(N,)`.
 
-    It lies midway between two probabilities that occur, below all of them (every sample is positive) or above (none
-    is). Among equally good ones it is that nearest to 0.5, of two as near the lower. 0.5 where only one class occurs.
+    A threshold lies midway between two probabilities that occur, below all (every sample is positive) or above all
+    (none is). Among equally good ones the nearest to 0.5 is taken, the lower of two. 0.5 where only one class occurs.
     """
     if criterion == "none" or truth.min() == truth.max():
         return 0.5
@@ -132,7 +128,7 @@ def _find_threshold(probs: np.ndarray, truth: np.ndarray, criterion: str) -> flo
 
 
 def _midpoints(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Midway; the upper one where they are so near that rounding would give the lower."""
+    """Return the midpoints, or the upper bound where rounding would give the lower one."""
     middle = (upper + lower) / 2
     return np.where(middle > lower, middle, upper)
 
@@ -144,9 +140,9 @@ def _criterion_values(
     false_negatives: np.ndarray,
     true_positives: np.ndarray,
 ) -> np.ndarray:
-    """What a threshold is chosen by, from true negatives, false positives, false negatives and true positives.
+    """Return the value of the criterion at each threshold, `(thresholds,)`.
 
-    Whole numbers or one division of such, so that equally good thresholds compare as equal.
+    Values are whole numbers or one division of them, so that equally good thresholds compare as equal.
     """
     if criterion == "f1":
         return 2 * true_positives / (2 * true_positives + false_positives + false_negatives)
@@ -158,19 +154,19 @@ def _criterion_values(
 
 
 def validate_outputs(task: str, outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The outputs of a head and their targets, as every function here and in `scores` wants them.
+    """Check a head's outputs and targets, and return them in the types that all metrics expect.
 
     Args:
         task: one of `TASKS`.
         outputs: `(N, K)`: logits, of `regression` values in the label's own unit, of `pairwise` scores.
-        targets: `(N,)`: the label's number, of `regression` a value, of `pairwise` how relevant a sample is; of
-            `multilabel` 0 or 1 for each label, `(N, C)`.
+        targets: `(N,)`: the label's index, the value (`regression`) or the relevance (`pairwise`); `multilabel`: 0 or 1
+            for each label, `(N, C)`.
 
     Returns:
-        Outputs in float64; targets in int64, of `regression` and `pairwise` in float64.
+        Outputs in float64; targets in int64, or in float64 for `regression` and `pairwise`.
 
     Raises:
-        ValueError: another task, no data, shapes that do not fit, or numbers that are not finite or no label.
+        ValueError: an unknown task, no data, shapes that do not match, numbers that are not finite, or unknown labels.
     """
     if task not in NUM_OUTPUTS_BY_TASK:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(NUM_OUTPUTS_BY_TASK)}")
@@ -192,7 +188,7 @@ def validate_outputs(task: str, outputs: np.ndarray, targets: np.ndarray) -> tup
 
 
 def validate_targets(task: str, targets: np.ndarray, num_labels: int) -> np.ndarray:
-    """Targets alone, as `checked` gives them."""
+    """Check targets, and return them as `validate_outputs` does."""
     targets = np.asarray(targets)
     labels, shape = (f", {num_labels}", (num_labels,)) if task == "multilabel" else (",", ())
     if not targets.size or targets.ndim != 1 + len(shape) or targets.shape[1:] != shape:
@@ -202,7 +198,7 @@ def validate_targets(task: str, targets: np.ndarray, num_labels: int) -> np.ndar
     if task not in CLASSIFICATION_TASKS:
         return targets.astype(np.float64)
     numbers = np.arange(2 if task == "multilabel" else num_labels)
-    strange = np.setdiff1d(targets, numbers)
-    if len(strange):
-        raise ValueError(f"targets of {task}: got {strange[:5].tolist()}, expected 0 to {numbers[-1]}")
+    unknown = np.setdiff1d(targets, numbers)
+    if len(unknown):
+        raise ValueError(f"targets of {task}: got {unknown[:5].tolist()}, expected 0 to {numbers[-1]}")
     return targets.astype(np.int64)

@@ -1,12 +1,10 @@
-"""How good the predictions of a head are: metrics with intervals, beside those of a constant prediction.
+"""Metrics of a head's predictions with intervals, and those of a constant prediction.
 
-May import `vlm.evaluation.calibration` and `vlm.evaluation.bootstrap`. To add a metric, add it to the function of its
-task; to add a task, add its function to `MEASURES`.
+To add a metric, add it to the function of its task; to add a task, add its function to `TASK_METRICS`. Every such
+function takes targets, decisions and ranking values (probabilities or numbers; None for a constant prediction, which
+has no rank metrics), and returns NaN where a metric is undefined.
 
-Every such function takes targets, what was decided, and what ranks the samples (probabilities or numbers; None for a
-constant prediction, which has no metrics of ranks), and gives NaN where a metric is undefined.
-
-Shapes: N samples, C labels, K numbers that a head gives for a sample.
+Shapes: N samples, C labels, K outputs of a head for a sample.
 """
 
 import numpy as np
@@ -42,26 +40,26 @@ def scores(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """The metrics of a task.
+    """Return the metrics of a task.
 
     Macro averages are over the labels that some samples have and some have not. `ece` is the expected calibration
     error: of the positive label, of the likeliest one (`multiclass`), of all labels together (`multilabel`).
     `spearman` of `ordinal` ranks by the expected label.
 
-    Samples are resampled one by one, of `pairwise` as whole groups, unless there is only one. Resamples for which a
-    metric is undefined do not count for it.
+    Samples are resampled one by one; `pairwise` resamples whole groups, unless there is only one. Resamples for which
+    a metric is undefined are left out of its interval.
 
     Args:
         task: one of `TASKS`.
-        outputs: `(N, K)`, the raw numbers of its head.
-        targets: `(N,)`, or `(N, C)` for `multilabel`, see `calibration.checked`.
-        calibration: from validation data.
+        outputs: `(N, K)`, the head's raw outputs.
+        targets: `(N,)`, or `(N, C)` for `multilabel`, see `calibration.validate_outputs`.
+        calibration: temperature and thresholds from validation data.
         groups: `(N,)`, for `pairwise` alone: only samples of the same group are compared.
-        num_resamples: of the bootstrap; 0 gives no intervals.
-        seed: of the resamples.
+        num_resamples: number of bootstrap resamples; 0: no intervals.
+        seed: seeds the resamples.
 
     Raises:
-        ValueError: data that `calibration.checked` refuses, or groups that are missing, too many or not wanted.
+        ValueError: data that `calibration.validate_outputs` refuses, or groups that are missing or not taken.
     """
     outputs, targets = validate_outputs(task, outputs, targets)
     if task == "pairwise":
@@ -83,22 +81,22 @@ def baseline(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """The metrics of always giving what is commonest in training, on the resamples of `scores`.
+    """Return the metrics of a constant prediction, on the same resamples as `scores`.
 
-    That is the commonest label, of several the first (`multilabel`: for each label whether most samples have it), the
-    mean (`regression`), the median (`ordinal`, of two the lower), or the same score for all (`pairwise`). Without
-    metrics of ranks and probabilities.
+    The constant is the most frequent training label, the first of several (`multilabel`: for each label whether most
+    samples have it), the mean (`regression`), the median (`ordinal`, the lower of two), or one score for all
+    (`pairwise`). Metrics of ranks and probabilities are left out.
 
     Args:
         task: one of `TASKS`.
-        train_targets: `(M,)` or `(M, C)`, of the training data.
-        targets: `(N,)` or `(N, C)`, of the data that is evaluated.
-        num_labels: C; not looked at where a task has no labels.
-        num_resamples: of the bootstrap.
-        seed: of the resamples.
+        train_targets: `(M,)` or `(M, C)`, targets of the training data.
+        targets: `(N,)` or `(N, C)`, targets of the evaluation data.
+        num_labels: C; ignored by tasks without labels.
+        num_resamples: number of bootstrap resamples.
+        seed: seeds the resamples.
 
     Raises:
-        ValueError: data that `calibration.checked` refuses.
+        ValueError: data that `calibration.validate_targets` refuses.
     """
     train_targets = validate_targets(task, train_targets, num_labels)
     targets = validate_targets(task, targets, num_labels)
@@ -124,7 +122,7 @@ def _bootstrap_samples(
     num_resamples: int,
     seed: int,
 ) -> dict[str, Score]:
-    """Metrics of samples that count one by one."""
+    """Return the metrics of a task whose samples are resampled one by one."""
 
     def compute_metrics(rows: np.ndarray) -> dict[str, float]:
         return TASK_METRICS[task](
@@ -173,7 +171,7 @@ def _multilabel_metrics(
     preds, target = torch.from_numpy(decisions), torch.from_numpy(targets)
     f1 = classification.multilabel_f1_score(preds, target, targets.shape[1], average="none", validate_args=False)
     found = {
-        "f1": f1.reshape(-1).numpy()[both].mean() if both.any() else np.nan,  # of one label it has no dimension
+        "f1": f1.reshape(-1).numpy()[both].mean() if both.any() else np.nan,  # a single label gives a scalar
         "accuracy": accuracy_score(targets.ravel(), decisions.ravel()),
         "exact_match": accuracy_score(targets, decisions),
     }
@@ -185,14 +183,14 @@ def _multilabel_metrics(
 
 
 def _has_both_classes(targets: np.ndarray) -> np.ndarray:
-    """Which labels some samples have and some have not: `(N, C) -> (C,)`."""
+    """Return which labels some samples have and some have not: `(N, C) -> (C,)`."""
     return targets.min(axis=0) < targets.max(axis=0)
 
 
 def _ranking_metrics(targets: np.ndarray, probs: np.ndarray) -> dict[str, float]:
-    """Macro areas under the ROC and the precision-recall curve: `(N, C), (N, C)`.
+    """Return macro areas under the ROC and the precision-recall curve from `(N, C)` targets and `(N, C)` probabilities.
 
-    By torchmetrics, whose areas are those of scikit-learn in a fifth of the time.
+    torchmetrics computes the same areas as scikit-learn in a fifth of the time.
     """
     found: dict[str, list[float]] = {"auroc": [], "average_precision": []}
     for label in np.flatnonzero(_has_both_classes(targets)):
@@ -215,8 +213,10 @@ def _regression_metrics(
 
 
 def _ordinal_metrics(targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None) -> dict[str, float]:
-    labels = np.arange(max(targets.max(), decisions.max()) + 1)  # their numbers are what steps are counted in
-    agreed = targets.min() == targets.max() == decisions.min() == decisions.max()  # nothing to agree on beyond chance
+    labels = np.arange(max(targets.max(), decisions.max()) + 1)  # steps are counted between label indices
+    agreed = (
+        targets.min() == targets.max() == decisions.min() == decisions.max()
+    )  # kappa is undefined without disagreement
     found = {
         "accuracy": accuracy_score(targets, decisions),
         "mae": mean_absolute_error(targets, decisions),
@@ -234,18 +234,18 @@ TASK_METRICS = {
     "regression": _regression_metrics,
     "ordinal": _ordinal_metrics,
 }
-"""Task -> its metrics on some samples; `pairwise`, whose samples do not count one by one, has `_pairwise`."""
+"""Task -> its metrics of some samples; `pairwise` has `_pairwise_scores`."""
 
 
 def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Rank correlation; NaN where one side is constant."""
+    """Return Spearman's rank correlation; NaN where one side is constant."""
     if not np.ptp(first) or not np.ptp(second):
         return np.nan
     return spearmanr(first, second).statistic  # pyright: ignore[reportAttributeAccessIssue]: typed as a bare tuple
 
 
 def validate_groups(groups: np.ndarray | None, num_samples: int) -> np.ndarray:
-    """Groups of `pairwise`, `(N,)`; refused where they are missing or of another shape."""
+    """Return the groups of `pairwise`, `(N,)`; raise ValueError where they are missing or have another shape."""
     if groups is None or np.shape(groups) != (num_samples,):
         shape = None if groups is None else np.shape(groups)
         raise ValueError(f"groups of pairwise: got {shape}, expected the group of each of {num_samples} samples")
@@ -255,9 +255,9 @@ def validate_groups(groups: np.ndarray | None, num_samples: int) -> np.ndarray:
 def _pairwise_scores(
     predicted: np.ndarray, relevance: np.ndarray, groups: np.ndarray, num_resamples: int, seed: int
 ) -> dict[str, Score]:
-    """`pair_accuracy`, of all pairs together, and `spearman`, the mean of the groups where it is defined.
+    """Return `pair_accuracy` over all pairs, and `spearman`, the mean over groups where it is defined.
 
-    Each group is measured once, as what is in it is not resampled, unless it is the only one.
+    Statistics of a group are computed once, since groups are resampled whole, unless there is only one.
     """
     rows = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     if len(rows) == 1:
@@ -272,7 +272,7 @@ def _pairwise_scores(
 
 
 def _aggregate_groups(table: np.ndarray) -> dict[str, float]:
-    """The metrics of groups from those of each: `(groups, 3)`."""
+    """Return metrics from the statistics of groups: `(groups, 3)`."""
     right, pairs, spearman = table.T
     defined = spearman[~np.isnan(spearman)]
     return {
@@ -282,10 +282,10 @@ def _aggregate_groups(table: np.ndarray) -> dict[str, float]:
 
 
 def _group_statistics(predicted: np.ndarray, relevance: np.ndarray) -> np.ndarray:
-    """Pairs of one group that are ordered rightly, pairs that have an order, and rank correlation: `(3,)`.
+    """Return correctly ordered pairs, pairs that have an order, and the rank correlation of one group: `(3,)`.
 
-    Right pairs less wrong ones are Kendall's tau-b, less its correction for ties (Kendall 1945): with a tie of scores
-    as half a right pair, no pair need be looked at.
+    Correct minus wrong pairs are Kendall's tau-b without its correction for ties (Kendall 1945); a tie of scores counts
+    as half a correct pair.
     """
     pairs, predicted_pairs = _count_unequal_pairs(relevance), _count_unequal_pairs(predicted)
     if not pairs or not predicted_pairs:
@@ -295,7 +295,7 @@ def _group_statistics(predicted: np.ndarray, relevance: np.ndarray) -> np.ndarra
 
 
 def _count_unequal_pairs(values: np.ndarray) -> float:
-    """How many pairs of samples do not have the same value: `(N,)`."""
+    """Return the number of pairs with different values, from values `(N,)`."""
     counts = np.unique(values, return_counts=True)[1].astype(np.float64)
     return (len(values) ** 2 - (counts**2).sum()) / 2
 
@@ -303,18 +303,18 @@ def _count_unequal_pairs(values: np.ndarray) -> float:
 def confusion(
     task: str, outputs: np.ndarray, targets: np.ndarray, calibration: Calibration, num_labels: int
 ) -> np.ndarray | None:
-    """How many samples of each label were decided to be which.
+    """Return the confusion matrix of a task's decisions.
 
     Args:
         task: one of `TASKS`.
-        outputs: `(N, K)`, the raw numbers of its head.
+        outputs: `(N, K)`, the head's raw outputs.
         targets: `(N,)` or `(N, C)`.
-        calibration: from validation data.
+        calibration: temperature and thresholds from validation data.
         num_labels: C.
 
     Returns:
-        `(C, C)`, a row for each true label; of `multilabel` `(C, 2, 2)`, those of each label; None for tasks without
-        labels.
+        `(C, C)`, a row for each true label; `multilabel`: `(C, 2, 2)`, one matrix for each label; None for tasks
+        without labels.
     """
     outputs, targets = validate_outputs(task, outputs, targets)
     if task not in CLASSIFICATION_TASKS:

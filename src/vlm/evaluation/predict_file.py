@@ -1,4 +1,4 @@
-"""What prediction heads say of a file of records, as a table, and measures where the records have labels."""
+"""Predictions for a file of records, as a table, and metrics where the records have labels."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from vlm.inference.resumable_table import ResumableTable, check_output
 
 @dataclass(frozen=True)
 class Predicted:
-    """What came of a file of records.
+    """The predictions for a file of records.
 
     Attributes:
-        records: how many there are.
-        bad: how many could not be read.
-        measures: of those that have labels, as tables.
+        records: number of records.
+        bad: number of records that could not be read.
+        metrics_text: metrics of the records with labels, as tables.
     """
 
     records: int
@@ -39,25 +39,25 @@ class Predicted:
 def predict_file(
     predictor: Predictor, config: SourceConfig, output: Path, *, cache: Path, fingerprint: str, batch_size: int = 16,
     num_workers: int = 2, max_frames: int, overwrite: bool = False,
-) -> "Predicted":  # fmt: skip
+) -> Predicted:  # fmt: skip
     """Predict every record of a file.
 
     Args:
         predictor: the model.
-        config: the records and how they are read.
+        config: where the records are and how to read them.
         output: a `.csv` or `.jsonl` file.
-        cache: where indices of records are kept.
+        cache: the folder of record indices.
         fingerprint: of the checkpoint.
-        batch_size: records at a time.
-        num_workers: processes that read and decode images.
-        max_frames: of a video.
-        overwrite: whether what is there, or was begun, is replaced.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+        max_frames: the largest number of frames read from a video.
+        overwrite: whether to replace an output that exists or was begun.
 
     Returns:
-        How many records there were, and measures of those that have labels.
+        The number of records, and metrics of those with labels.
 
     Raises:
-        ValueError: the output is there already, or was begun with something else.
+        ValueError: the output exists, or was begun with other records, options or another checkpoint.
     """
     check_output(output, overwrite=overwrite)
     model = predictor.model
@@ -68,14 +68,14 @@ def predict_file(
         output, make_column_names(predictor), json_digest(fingerprint, hash_heads(predictor), source.fingerprint)
     )
     rows = fill_table(
-        table, source, predictor.processor, model.device, predictor.of, partial(make_row, predictor), progress_label="predicting",
-        batch_size=batch_size, num_workers=num_workers, overwrite=overwrite,
+        table, source, predictor.processor, model.device, predictor.of, partial(make_row, predictor),
+        progress_label="predicting", batch_size=batch_size, num_workers=num_workers, overwrite=overwrite,
     )  # fmt: skip
     return Predicted(len(rows), sum(bool(row["error"]) for row in rows), format_metrics(predictor, rows))
 
 
 def hash_heads(predictor: Predictor) -> str:
-    """A name for a model's heads and what they decide by: they are too small for a fingerprint of pieces of files."""
+    """Return a digest of heads and thresholds: a fingerprint of pieces of files may miss such small weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(predictor.model.heads.state_dict().items()):
         digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
@@ -83,38 +83,37 @@ def hash_heads(predictor: Predictor) -> str:
 
 
 def make_column_names(predictor: Predictor) -> list[str]:
-    """The columns of a table for a model's heads.
+    """Return the columns of a table: id, media, label if known, prediction, and why a record could not be read.
 
-    What a record calls itself, its images, its label if it has one, what the head says, or why it could not be read.
-    With several heads `label`, `score` and `prediction` are followed by `_` and a head's name.
+    With several heads, `label`, `score` and `prediction` end with `_` and the head's name.
     """
     heads = predictor.heads
-    ends = [""] if len(heads) == 1 else [f"_{one.name}" for one in heads]
-    own = [f"{name}{end}" for end in ends for name in ("label", "score", "prediction")]
-    return ["source", "image_path", *own, "error"]
+    ends = [""] if len(heads) == 1 else [f"_{head.name}" for head in heads]
+    columns = [f"{name}{end}" for end in ends for name in ("label", "score", "prediction")]
+    return ["source", "image_path", *columns, "error"]
 
 
 def make_row(
-    predictor: Predictor, sample: Sample, found: dict[str, Prediction] | None, problem: BadSample | None
+    predictor: Predictor, sample: Sample, predictions: dict[str, Prediction] | None, problem: BadSample | None
 ) -> dict[str, Any]:  # fmt: skip
-    """A record's row; in JSON lines with the `outputs` of its heads and the `probabilities` of labels beside."""
+    """Return a record's row; JSON lines also have the heads' `outputs` and the labels' `probabilities`."""
     row: dict[str, Any] = {"source": sample.id, "image_path": format_media_paths(sample, problem)}
     label = sample.label
-    for one in predictor.heads:
-        end = "" if len(predictor.heads) == 1 else f"_{one.name}"
-        said = None if found is None else found[one.name]
+    for head in predictor.heads:
+        end = "" if len(predictor.heads) == 1 else f"_{head.name}"
+        predicted = None if predictions is None else predictions[head.name]
         row |= {
-            f"label{end}": label.get(one.name) if isinstance(label, dict) else label,
-            f"score{end}": None if said is None else said.score,
-            f"prediction{end}": None if said is None else said.prediction,
-            f"probabilities{end}": {} if said is None else {str(k): v for k, v in said.probabilities.items()},
-            f"outputs{end}": None if said is None else list(said.outputs),
+            f"label{end}": label.get(head.name) if isinstance(label, dict) else label,
+            f"score{end}": None if predicted is None else predicted.score,
+            f"prediction{end}": None if predicted is None else predicted.prediction,
+            f"probabilities{end}": {} if predicted is None else {str(k): v for k, v in predicted.probabilities.items()},
+            f"outputs{end}": None if predicted is None else list(predicted.outputs),
         }
     return {**row, "error": "" if problem is None else problem.reason}
 
 
 def target_or_error(labels: HeadLabels, value: Any) -> list[float] | ValueError:
-    """A label as numbers, or why the head does not know it."""
+    """Return a label as numbers, or the error where the head does not know it."""
     try:
         return labels.target(value)
     except ValueError as error:
@@ -122,24 +121,27 @@ def target_or_error(labels: HeadLabels, value: Any) -> list[float] | ValueError:
 
 
 def format_metrics(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
-    """Measures of what was said of records that have labels that a head knows, as tables, and how many it does not."""
+    """Return tables of metrics over records with labels that a head knows, and how many labels it does not know."""
     tables = []
-    for one in predictor.heads:
-        end = "" if len(predictor.heads) == 1 else f"_{one.name}"
+    for head in predictor.heads:
+        end = "" if len(predictor.heads) == 1 else f"_{head.name}"
         known = [row for row in rows if row[f"label{end}"] is not None and not row["error"]]
-        if not known or one.task == "pairwise":
+        if not known or head.task == "pairwise":
             continue
-        labels = HeadLabels(one.name, one.task, tuple(one.labels))
-        said = [target_or_error(labels, row[f"label{end}"]) for row in known]
-        if unknown := [number for number, target in enumerate(said) if isinstance(target, ValueError)]:
-            tables.append(f"{len(unknown)} of {len(known)} labels are left out of the measures, the first is that of "
-                          f"{known[unknown[0]]['source']}: {said[unknown[0]]}")  # fmt: skip
-        known = [row for row, target in zip(known, said, strict=True) if not isinstance(target, ValueError)]
+        labels = HeadLabels(head.name, head.task, tuple(head.labels))
+        converted = [target_or_error(labels, row[f"label{end}"]) for row in known]
+        if unknown := [number for number, target in enumerate(converted) if isinstance(target, ValueError)]:
+            first = unknown[0]
+            tables.append(
+                f"{len(unknown)} of {len(known)} labels are left out of the measures, the first is that of "
+                f"{known[first]['source']}: {converted[first]}"
+            )
+        known = [row for row, target in zip(known, converted, strict=True) if not isinstance(target, ValueError)]
         if not known:
             continue
-        targets = np.array([target for target in said if not isinstance(target, ValueError)])
+        targets = np.array([target for target in converted if not isinstance(target, ValueError)])
         outputs = np.array([row[f"outputs{end}"] for row in known])
-        chosen = Calibration(one.temperature, one.threshold)
-        found = scores(one.task, outputs, targets if one.task == "multilabel" else targets[:, 0], chosen)
-        tables.append(f"{one.name} ({one.task}), {len(known):,} records with a label\n\n{format_scores(found)}")
+        calibration = Calibration(head.temperature, head.threshold)
+        metrics = scores(head.task, outputs, targets if head.task == "multilabel" else targets[:, 0], calibration)
+        tables.append(f"{head.name} ({head.task}), {len(known):,} records with a label\n\n{format_scores(metrics)}")
     return "\n\n".join(tables)

@@ -1,6 +1,6 @@
-"""What a model's answers to a file of records are worth: losses and metrics of answers, as a table and as files.
+"""Evaluation on a file of records: losses and metrics of answers, as a table and as files.
 
-May import what generates and measures. A metric of answers is added in `text_metrics.py`.
+Metrics of answers are in `text_metrics.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,12 +27,12 @@ from vlm.inference.generate_file import generate_file
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What came of a file of records.
+    """The evaluation of a file of records.
 
     Attributes:
-        records: how many there are.
-        answered: how many were answered and have references; 0 where only losses were asked for.
-        left_out: what is not in the measures, and why, as sentences.
+        records: number of records.
+        num_answered: number of answered records with references; 0 where only losses were computed.
+        exclusions: which records the metrics leave out, and why, as sentences.
         scores: the metrics.
     """
 
@@ -42,7 +42,7 @@ class EvaluationResult:
     scores: dict[str, Score]
 
     def __str__(self) -> str:
-        return "\n".join([format_scores(self.scores), *(f"\n{one}" for one in self.exclusions)])
+        return "\n".join([format_scores(self.scores), *(f"\n{sentence}" for sentence in self.exclusions)])
 
 
 def evaluate(
@@ -50,24 +50,24 @@ def evaluate(
     cache: Path, fingerprint: str, batch_size: int, num_workers: int, max_frames: int, seed: int | None = None,
     overwrite: bool = False,
 ) -> EvaluationResult:  # fmt: skip
-    """Measure a model on a file of records; its answers are written to `answers.jsonl` as they come.
+    """Evaluate a model on a file of records; `answers.jsonl` is written answer by answer.
 
     Args:
         model: the model.
-        config: the records and how they are read.
-        names: of `ALL_METRICS`.
-        folder: where `answers.jsonl` is written.
-        settings: how answers are drawn.
-        cache: where indices of records are kept.
-        fingerprint: of the checkpoint, and of the form in which it is loaded.
-        batch_size: records at a time.
-        num_workers: processes that read and decode images.
-        max_frames: of a video.
+        config: where the records are and how to read them.
+        names: names of metrics, see `ALL_METRICS`.
+        folder: the folder of `answers.jsonl`.
+        settings: generation settings.
+        cache: the folder of record indices.
+        fingerprint: of the checkpoint, and of how it is loaded.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+        max_frames: the largest number of frames read from a video.
         seed: makes sampling repeatable.
-        overwrite: whether answers that are there, or were begun, are replaced.
+        overwrite: whether to replace answers that exist or were begun.
 
     Raises:
-        ValueError: there are answers already, or none can be measured.
+        ValueError: answers exist already, or no answer can be evaluated.
     """
     scores: dict[str, Score] = {}
     exclusions: list[str] = []
@@ -80,41 +80,45 @@ def evaluate(
             first = dataset.skipped[0]
             exclusions.append(f"{len(dataset.skipped):,} of {records:,} records are not in the losses; the first is "
                             f"{first.id!r}: {first.reason}")  # fmt: skip
-    if of_answers := [name for name in names if name != LOSS]:
+    if text_metrics := [name for name in names if name != LOSS]:
         rows = generate_file(
             model, config, folder / "answers.jsonl", settings, cache=cache, fingerprint=fingerprint,
             batch_size=batch_size, num_workers=num_workers, max_frames=max_frames, seed=seed, overwrite=overwrite,
         )  # fmt: skip
-        known = [row for row in rows if not row["error"] and row["references"]]
+        answered = [row for row in rows if not row["error"] and row["references"]]
         exclusions += describe_exclusions(rows)
-        if not known:
+        if not answered:
             raise ValueError(f"{config.path}: there is no answer to measure. {' '.join(exclusions)}")
-        records, num_answered = len(rows), len(known)
+        records, num_answered = len(rows), len(answered)
         scores |= compute_text_metrics(
-            of_answers, [row["answer"] for row in known], [row["references"] for row in known]
+            text_metrics, [row["answer"] for row in answered], [row["references"] for row in answered]
         )
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
 
 
 def describe_exclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Which rows are not measured, as sentences."""
+    """Return which rows the metrics leave out, as sentences."""
     bad = [row for row in rows if row["error"]]
     unreferenced = [row for row in rows if not row["error"] and not row["references"]]
-    found = []
+    sentences = []
     if bad:
-        found.append(f"{len(bad):,} of {len(rows):,} records could not be asked; the first is "
-                     f"{bad[0]['source']!r}: {bad[0]['error']}")  # fmt: skip
+        sentences.append(
+            f"{len(bad):,} of {len(rows):,} records could not be asked; the first is {bad[0]['source']!r}: "
+            f"{bad[0]['error']}"
+        )
     if unreferenced:
-        found.append(f"{len(unreferenced):,} of {len(rows):,} records have neither a reply nor `answers` to hold an answer "
-                     f"against; the first is {unreferenced[0]['source']!r}")  # fmt: skip
-    return found
+        sentences.append(
+            f"{len(unreferenced):,} of {len(rows):,} records have neither a reply nor `answers` to hold an answer "
+            f"against; the first is {unreferenced[0]['source']!r}"
+        )
+    return sentences
 
 
 def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, max_frames: int) -> SampleDataset:
-    """The records of a file as training would read them; those that cannot be used are left out and listed.
+    """Return the records of a file as training reads them; unusable records are left out and listed.
 
     Raises:
-        ValueError: none can.
+        ValueError: no record can be used.
     """
     data = DatasetConfig(
         **asdict(config), max_frames=max_frames, on_bad_sample="skip", over_length="skip", max_skipped=1.0
@@ -125,7 +129,7 @@ def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, ma
 def compute_losses(
     model: VisionLanguageModel, dataset: SampleDataset, *, batch_size: int, num_workers: int
 ) -> dict[str, Score]:
-    """The measures of `loss_metrics`; that of the images with its interval."""
+    """Return the metrics of `loss_metrics` as scores; `image_gain` has its interval."""
     with_images = torch.as_tensor(dataset.num_images) > 0
     sums, counts = sample_losses(model.model, _make_batches(model, dataset, "loss", batch_size, num_workers))
     blank = None
@@ -134,12 +138,12 @@ def compute_losses(
             model.model,
             _make_batches(model, BlankImageDataset(dataset), "loss on blank images", batch_size, num_workers),
         )
-    found = loss_metrics(sums, counts, blank, with_images)
-    half = found.pop("image_gain_ci95", None)
-    scores = {name: Score(value, None, None) for name, value in found.items()}
-    if half is not None:
-        gain = found["image_gain"]
-        scores["image_gain"] = Score(gain, gain - half, gain + half)
+    metrics = loss_metrics(sums, counts, blank, with_images)
+    half_width = metrics.pop("image_gain_ci95", None)
+    scores = {name: Score(value, None, None) for name, value in metrics.items()}
+    if half_width is not None:
+        gain = metrics["image_gain"]
+        scores["image_gain"] = Score(gain, gain - half_width, gain + half_width)
     return scores
 
 
@@ -148,27 +152,23 @@ def _make_batches(
 ) -> Iterator[dict[str, Any]]:
     loader = DataLoader(dataset, batch_size, collate_fn=Collator.of(model.processor), num_workers=num_workers)
     for batch in tqdm(loader, progress_label, unit="batch"):
-        for one in batch.pop(SKIPPED_KEY, []):
-            raise one.as_error()
+        for skipped in batch.pop(SKIPPED_KEY, []):
+            raise skipped.as_error()
         labels = batch["labels"].to(model.model.device)
         inputs = model.use_cached_features(on_device(batch, model.processor, model.model.device))
         yield {**inputs, "labels": labels}
 
 
-def write_results(folder: Path, found: EvaluationResult, run_info: dict[str, Any]) -> None:
-    """Write `results.json` and `results.md`: the measures, and what they are of."""
+def write_results(folder: Path, result: EvaluationResult, run_info: dict[str, Any]) -> None:
+    """Write `results.json` and `results.md`: the metrics, and which model and data they are of."""
     write_json(folder, {
-        **run_info, "records": found.records, "answered": found.num_answered, "left_out": list(found.exclusions),
-        "metrics": scores_to_json(found.scores),
+        **run_info, "records": result.records, "answered": result.num_answered, "left_out": list(result.exclusions),
+        "metrics": scores_to_json(result.scores),
     })  # fmt: skip
-    title = f"`{run_info['checkpoint']}` on `{run_info['data']}`, {found.records:,} records"
-    parts = [
-        title,
-        tabulate(
-            _make_cells(found.scores), ("metric", "value", "95% interval"), tablefmt="github", disable_numparse=True
-        ),
-        *found.exclusions,
-    ]
+    title = f"`{run_info['checkpoint']}` on `{run_info['data']}`, {result.records:,} records"
+    header = ("metric", "value", "95% interval")
+    table = tabulate(_make_cells(result.scores), header, tablefmt="github", disable_numparse=True)
+    parts = [title, table, *result.exclusions]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -176,11 +176,8 @@ def _make_cells(scores: dict[str, Score]) -> list[tuple[str, str, str]]:
     def format_number(number: float | None) -> str:
         return "undefined" if number is None else f"{number:.4g}"
 
-    return [
-        (
-            name,
-            format_number(one.value),
-            "" if one.low is None else f"{format_number(one.low)} to {format_number(one.high)}",
-        )
-        for name, one in scores.items()
-    ]
+    cells = []
+    for name, score in scores.items():
+        interval = "" if score.low is None else f"{format_number(score.low)} to {format_number(score.high)}"
+        cells.append((name, format_number(score.value), interval))
+    return cells
