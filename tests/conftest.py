@@ -1,16 +1,19 @@
 """Tiny parts and records on disk, and a way to run a shipped run on them in this process.
 
 The tests need no network, no GPU and no trained weights. `world` is one composition with its records, for runs;
-`parts` has every kind of part, for contract tests.
+`parts` has every kind of part, for contract tests. `train`, `train_head` and `train_whole` leave out what costs a tiny
+run more than its steps do: plots, unless a test asks for them, and counting equal models' operations again.
 """
 
+import gc
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +46,26 @@ from vlm.checks.run import check
 from vlm.config.schema import RunConfig
 from vlm.data.encoding.labels import read_template
 from vlm.evaluation import head_metrics as scores
+from vlm.train import timed_trainer
 from vlm.train.heads import report as head_report
+from vlm.train.monitor import callbacks, peak_flops
+from vlm.train.monitor.flops import StepFlops, count_flops
+from vlm.train.objectives.table import make_objective
 from vlm.train.run import run
 
 COLOURS = ("red", "blue", "green")
 
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def pytest_collection_finish(session: Any) -> None:
+    """Exempt what has been imported from garbage collection, which would walk it for half a second each time."""
+    gc.collect()
+    gc.freeze()
+
 
 def pytest_sessionfinish(session: Any) -> None:
-    """What the tests cached goes."""
+    """Remove what the tests cached."""
     shutil.rmtree(CACHES, ignore_errors=True)
 
 
@@ -181,9 +196,9 @@ def train_head(common: list[str], labelled: Path) -> Callable[..., Path]:
     def start(name: str, column: str, output_dir: Path, *overrides: str, plots: bool = False) -> Path:
         words = [*common, *head_words(labelled, column), f"trainer.output_dir={output_dir}", *overrides]
         config = compose_config(name, words)
-        check(config)
+        check_config(config)
         with quick_report(plots=plots):
-            return run(config, name, [word.split("=")[0].replace("/", ".") for word in words])
+            return run_quickly(config, name, words, plots=plots)
 
     return start
 
@@ -197,6 +212,31 @@ def quick_report(*, plots: bool = False) -> Iterator[None]:
         if not plots:
             patch.setattr(head_report, "plot_head_scores", lambda *given, **named: None)
         yield
+
+
+def run_quickly(config: RunConfig, name: str, overrides: list[str], *, plots: bool = False) -> Path:
+    """Run a configuration to its end without what costs a tiny run more than its steps: see the top of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timed_trainer, "count_flops", count_flops_once)
+        patch.setattr(peak_flops, "measure_tflops", measure_tflops_once)
+        if not plots:
+            for draw in ("draw_loss", "draw_speed"):
+                patch.setattr(callbacks, draw, lambda metrics, path: None)
+        return run(config, name, [word.split("=")[0].replace("/", ".") for word in overrides])
+
+
+measure_tflops_once = cache(peak_flops.measure_tflops)
+COUNTED_FLOPS: dict[tuple[object, ...], StepFlops] = {}
+
+
+def count_flops_once(model: Any, image: Mapping[str, Any]) -> StepFlops:
+    """Count the operations of a model, once for all models that are equal in configuration, shapes and what trains."""
+    parameters = tuple((name, value.shape, value.requires_grad) for name, value in model.named_parameters())
+    shapes = str(sorted((name, getattr(value, "shape", value)) for name, value in image.items()))
+    key = (type(model), model.config.to_json_string(), parameters, shapes)
+    if key not in COUNTED_FLOPS:
+        COUNTED_FLOPS[key] = count_flops(model, image)
+    return COUNTED_FLOPS[key]
 
 
 def head_words(labelled: Path, column: str) -> list[str]:
@@ -216,31 +256,36 @@ def train_whole(brief: list[str]) -> Callable[..., Path]:
 
     def start(name: str, model: Path, output_dir: Path, *overrides: str) -> Path:
         words = [*brief, f"model.hf_name={model}", f"trainer.output_dir={output_dir}", *overrides]
-        keys = [word.split("=")[0].replace("/", ".") for word in words]
-        return run(compose_config(name, words), name, keys)
+        return run_quickly(compose_config(name, words), name, words)
 
     return start
 
 
 @pytest.fixture(scope="session")
 def train(common: list[str]) -> Callable[..., Path]:
-    """`train(name, output_dir, *overrides)` runs a shipped run to its end and returns its directory."""
+    """`train(name, output_dir, *overrides)` runs a shipped run to its end and returns its directory.
 
-    def start(name: str, output_dir: Path, *overrides: str) -> Path:
+    Plots are drawn where `plots` is set.
+    """
+
+    def start(name: str, output_dir: Path, *overrides: str, plots: bool = False) -> Path:
         words = [*common, f"trainer.output_dir={output_dir}", *overrides]
-        keys = [word.split("=")[0].replace("/", ".") for word in words]
-        return run(compose_config(name, words), name, keys)
+        return run_quickly(compose_config(name, words), name, words, plots=plots)
 
     return start
 
 
 def compose_config(name: str, overrides: list[str]) -> RunConfig:
     """A shipped run's configuration under overrides."""
-    ConfigStore.instance().store(name="schema", node=RunConfig)
     with initialize_config_module("vlm.config", version_base="1.3"):
         config = OmegaConf.to_object(compose(name, [open_mapping_key(word) for word in overrides]))
     assert isinstance(config, RunConfig)
     return config
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse what the command line refuses of a configuration, with the objective that it names."""
+    check(config, make_objective(config))
 
 
 def losses(run_directory: Path) -> list[float]:

@@ -1,16 +1,16 @@
-"""Two ranks on the CPU, through DeepSpeed's own launcher: ZeRO-2 and ZeRO-3 reach the single process's losses."""
+"""Two ranks on the CPU: ZeRO-2 and ZeRO-3 reach the single process's losses, through DeepSpeed's own launcher too."""
 
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import waiting
 from tests.conftest import losses
 from tests.families.tiny_families import save_family
+from tests.forked import CPU_ONLY, find_free_port, remove_shared_memory, run_ranks
 from vlm.train.trainer import newest_checkpoint
 
 FINETUNE = [
@@ -41,34 +41,32 @@ def start(pretrained: Path, world: Path) -> list[str]:
 
 
 def launch(words: list[str], module: str = "vlm") -> None:
-    """Start two ranks and wait; the shared memory that DeepSpeed leaves on a CPU goes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Run two ranks to their end: as DeepSpeed's launcher does, without its two new interpreters."""
+    for done in run_ranks(module, words):
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def launch_deepspeed(words: list[str], module: str = "vlm") -> None:
+    """Run two ranks to their end through DeepSpeed's own launcher."""
+    port = find_free_port()
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PATH": path,
-    }
-    done = subprocess.run([*launcher, "--module", module, *words], env=environment, capture_output=True, text=True)
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 64 MB each, until a restart
-        left.unlink()
+    done = waiting.run([*launcher, "--module", module, *words], env=os.environ | CPU_ONLY | {"PATH": path})
+    remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize(("stage", "start_ranks"), [("zero2", launch), ("zero3", launch_deepspeed)])
 def test_two_ranks_reach_the_single_process(
-    common: list[str], single: Path, pretrained: Path, world: Path, tmp_path: Path, stage: str
-):
+    common: list[str], single: Path, pretrained: Path, world: Path, tmp_path: Path, stage: str,
+    start_ranks: Callable[[list[str]], None],
+):  # fmt: skip
     """Image and text-only rows mixed; losses, evaluation and the resumed second half are the same."""
     words = [
         "-cn", "finetune-smol", *common, *FINETUNE, *start(pretrained, world), f"trainer.deepspeed={stage}",
         f"trainer.output_dir={tmp_path}", "trainer.per_device_train_batch_size=4",
     ]  # fmt: skip
-    launch(words)
+    start_ranks(words)
     assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
     assert (tmp_path / "final" / "model.safetensors").is_file()
     for late in tmp_path.glob("checkpoint-6/complete"):

@@ -32,8 +32,9 @@ def pretrained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     """A pretrain run over the tiny world, evaluated at its end."""
     folder = tmp_path_factory.mktemp("runs") / "pretrain"
     return train(
-        "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.eval_split=0.25", "trainer.eval_strategy=epoch"
-    )
+        "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.eval_split=0.25",
+        "trainer.eval_strategy=epoch", plots=True,
+    )  # fmt: skip
 
 
 def test_a_run_leaves_everything_behind(pretrained: Path):

@@ -114,7 +114,7 @@ def measured_run(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         "pretrain-smol", tmp_path_factory.mktemp("runs") / "run", "trainer.per_device_train_batch_size=2",
         "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6", "trainer.logging_steps=2",
         "trainer.eval_strategy=steps", "trainer.eval_steps=3", "dataset.eval_split=0.2", "trainer.save_strategy=steps",
-        "trainer.save_steps=3", "trainer.peak_tflops=0.5", "trainer.num_samples=1",
+        "trainer.save_steps=3", "trainer.peak_tflops=0.5", "trainer.num_samples=1", plots=True,
     )  # fmt: skip
 
 
