@@ -32,7 +32,9 @@ from vlm.checks.run import check
 from vlm.config.schema import RunConfig
 from vlm.data.batching.packing import SEQUENCE_STARTS
 from vlm.data.encoding.labels import IGNORE_INDEX
-from vlm.train import run as running
+from vlm.train import make_trainer as making
+from vlm.train.objectives.table import make_objective
+from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
 
 LEARNING_RATE = 1e-4
@@ -139,10 +141,10 @@ def run_ours(
 
     keys = [*model_keys(parts), *data_keys(records), *TRAINING, f"trainer.output_dir={folder}", *words]
     config = compose_config(name, keys)
-    check(config)
-    with patch.object(running, "VLMTrainer", WatchedTrainer):
+    check(config, make_objective(config))
+    with patch.object(making, "VLMTrainer", WatchedTrainer):
         steps.begun = time.perf_counter()
-        running.run(config, name, [key.split("=")[0] for key in keys])
+        run(config, name, [key.split("=")[0] for key in keys])
     return steps
 
 

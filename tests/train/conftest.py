@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 
-from vlm.train.heads import run as head_run
+from vlm.train.heads import report as head_report
 
 
 @pytest.fixture(scope="module")
 def told() -> Iterator[list[dict[str, Any]]]:
     """What each run's report was made of, the newest last."""
     kept: list[dict[str, Any]] = []
-    original = head_run.report
+    original = head_report.report
 
     def keep(*given: Any, **named: Any) -> None:
         kept.append({"trained": given[2], "evaluation": given[3], "test": given[4]})
         original(*given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_run, "report", keep)
+        patch.setattr(head_report, "report", keep)
         yield kept

@@ -1,4 +1,4 @@
-"""What a model answers while it trains: to a few samples for the eye, and to evaluation records for metrics.
+"""Replies of a model while it trains: to a few samples for people to look at, and to evaluation records for metrics.
 
 All ranks answer the same records in the same batches, since under ZeRO-3 every rank takes part in every call.
 """
@@ -13,10 +13,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from vlm.config.schema import RunConfig
+from vlm.config.schema import InferenceConfig, RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import encode_prompt, render
 from vlm.data.encoding.prompts import prompt_turns
+from vlm.data.processor import Processor
 from vlm.data.records.open import value_or_bad_sample
 from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
@@ -25,58 +26,54 @@ from vlm.evaluation.loss import last_reply_text
 from vlm.evaluation.text_metrics import compute_text_metrics
 from vlm.inference.generate import VisionLanguageModel
 from vlm.train.monitor.plots import append_sample_generations
+from vlm.train.objectives.base import ObjectiveTrainer
 from vlm.train.step.compile import force_eager
-from vlm.train.trainer import VLMTrainer
 
 log = logging.getLogger(__name__)
 
 
-def generation_metrics(
-    config: RunConfig, data: SampleDataset | None, processor: Any, args: TrainingArguments
-) -> Callable[[Any], dict[str, float]] | None:
-    """What gives `trainer.eval_metrics` of a model; None where none are wanted.
+def make_answer_metrics(
+    config: RunConfig, data: SampleDataset, processor: Processor, args: TrainingArguments
+) -> Callable[[Any], dict[str, float]]:
+    """Return what computes `trainer.eval_metrics` of a model's answers to evaluation records.
 
     Raises:
         ValueError: no evaluation record can be answered.
     """
-    names = config.trainer.eval_metrics
-    if not names or data is None:
-        return None
-    samples = select_answerable_samples(
-        data, processor, config.trainer.eval_metrics_samples, config.inference.max_new_tokens
-    )
+    names, settings = config.trainer.eval_metrics, config.inference
+    samples = select_answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
     references = [list(sample.references) or [last_reply_text(sample)] for sample in samples]
     size = args.per_device_eval_batch_size
 
-    def found(model: Any) -> dict[str, float]:
+    def compute(model: Any) -> dict[str, float]:
         generator = VisionLanguageModel(model, processor)
         answers: list[str] = []
         silent = args.disable_tqdm or not args.should_save
         for start in tqdm(range(0, len(samples), size), "answering", leave=False, disable=silent):
             prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples[start : start + size]]
-            answers += generator.answer(
-                [one.turns for one in prompts], [open_media(one) for one in prompts], config.inference,
-                synced_gpus=dist.is_initialized(),
-            )  # fmt: skip
+            turns, media = [prompt.turns for prompt in prompts], [open_media(prompt) for prompt in prompts]
+            answers += generator.answer(turns, media, settings, synced_gpus=dist.is_initialized())
         scores = compute_text_metrics(names, answers, references, intervals=False)
         return {name: score.value for name, score in scores.items() if score.value is not None}
 
-    return found
+    return compute
 
 
-def select_answerable_samples(data: SampleDataset, processor: Any, max_samples: int, answer_room: int) -> list[Sample]:
-    """The first samples that end with a reply, and whose prompt leaves room for one.
+def select_answerable_samples(
+    data: SampleDataset, processor: Processor, max_samples: int, max_new_tokens: int
+) -> list[Sample]:
+    """Return the first samples that end with a reply, and whose prompt leaves room for an answer.
 
     Args:
         data: the evaluation records.
-        processor: the model's.
-        max_samples: how many are wanted.
-        answer_room: tokens that an answer may have.
+        processor: the model's processor.
+        max_samples: most samples that are returned.
+        max_new_tokens: tokens that an answer may have.
 
     Raises:
         ValueError: there are none.
     """
-    found = []
+    selected = []
     longest = data.sources[0].encoder.longest
     for index in range(len(data)):
         sample = data.sample(index)
@@ -87,70 +84,70 @@ def select_answerable_samples(data: SampleDataset, processor: Any, max_samples: 
             media_sizes_from_opened(prompt.media, open_media(prompt), processor) if processor.needs_image_sizes else []
         )
         ids = encode_prompt(processor, prompt.turns, sizes)
-        if ids and len(ids) + answer_room <= longest:
-            found.append(sample)
-        if len(found) == max_samples:
+        if ids and len(ids) + max_new_tokens <= longest:
+            selected.append(sample)
+        if len(selected) == max_samples:
             break
-    if not found:
+    if not selected:
         raise ValueError(
             "trainer.eval_metrics: no evaluation record ends with a reply and leaves inference.max_new_tokens="
-            f"{answer_room} tokens of {longest} for an answer"
+            f"{max_new_tokens} tokens of {longest} for an answer"
         )
-    log.info("trainer.eval_metrics: %d of %d evaluation records are answered", len(found), len(data))
-    return found
+    log.info("trainer.eval_metrics: %d of %d evaluation records are answered", len(selected), len(data))
+    return selected
 
 
 def make_sample_generator(
-    config: RunConfig, trainer: VLMTrainer, processor: Any, samples: list[Sample], folder: Path
-) -> Any:
-    """What answers a few samples into `samples.md`. All ranks generate, since ZeRO-3 needs them; rank 0 writes.
+    settings: InferenceConfig, trainer: ObjectiveTrainer, processor: Processor, samples: Sequence[Sample], folder: Path
+) -> Callable[[int], None]:
+    """Return what answers a few samples at a step, and adds the answers to `samples.md`.
 
-    Samples of which a template leaves no prompt (`plain`, text only), or whose pictures are torn, are passed over.
+    All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
+    text only), or whose images do not open, are passed over.
     """
-    samples = [sample for sample in samples if any(turn.role == "assistant" for turn in sample.turns)]
-    samples = [
-        sample for sample in samples if render(processor, turns_before_last_reply(sample.turns), prompt=True).text
+    opened = [(sample, value_or_bad_sample(open_media, sample)) for sample in samples if _has_prompt(sample, processor)]
+    usable = [(sample, media) for sample, media in opened if not isinstance(media, BadSample)]
+    prompts = [turns_before_last_reply(sample.turns) for sample, _ in usable]
+    # A prompt that ends before the last reply may not show the last images.
+    prompt_media = [
+        media[: sum(not isinstance(part, str) for turn in turns for part in turn.content)]
+        for (_, media), turns in zip(usable, prompts, strict=True)
     ]
-    opened = [(sample, value_or_bad_sample(open_media, sample)) for sample in samples]
-    samples = [sample for sample, found in opened if not isinstance(found, BadSample)]
-    pictures = [found for _, found in opened if not isinstance(found, BadSample)]
-    prompts = [turns_before_last_reply(sample.turns) for sample in samples]
-    # A prompt that ends before the last reply may not show the last pictures.
-    prompt_images = [found[: sum(not isinstance(part, str) for turn in turns for part in turn.content)]
-             for found, turns in zip(pictures, prompts, strict=True)]  # fmt: skip
 
-    def answer(step: int) -> None:
-        if not samples:
+    def generate(step: int) -> None:
+        if not usable:
             return
         training = trainer.model.training
         trainer.model.eval()
         generator = VisionLanguageModel(trainer.model, processor)
         with trainer.compute_loss_context_manager(), force_eager():
-            answers = generator.answer(prompts, prompt_images, config.inference, synced_gpus=dist.is_initialized())
+            answers = generator.answer(prompts, prompt_media, settings, synced_gpus=dist.is_initialized())
         trainer.model.train(training)
-        if trainer.is_world_process_zero():
+        if trainer.args.process_index == 0:
             rows = [
-                (
-                    _join_text(turns[-1:]),
-                    _join_text(sample.turns[len(turns) : len(turns) + 1]),
-                    generated,
-                    _preview_image(found),
-                )
-                for turns, sample, generated, found in zip(prompts, samples, answers, prompt_images, strict=True)
+                (_join_text(turns[-1:]), _join_text(sample.turns[len(turns) : len(turns) + 1]), answer, _preview(media))
+                for (sample, _), turns, answer, media in zip(usable, prompts, answers, prompt_media, strict=True)
             ]
             append_sample_generations(step, rows, folder)
 
-    return answer
+    return generate
+
+
+def _has_prompt(sample: Sample, processor: Processor) -> bool:
+    """Return whether a sample has a reply, and its template leaves something before the last one."""
+    if not any(turn.role == "assistant" for turn in sample.turns):
+        return False
+    return bool(render(processor, turns_before_last_reply(sample.turns), prompt=True).text)
 
 
 def turns_before_last_reply(turns: Sequence[Turn]) -> list[Turn]:
-    """The conversation up to its last reply, which is left for the model to give."""
+    """Return the conversation up to its last reply, which is left for the model to give."""
     last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
     return list(turns[:last])
 
 
-def _preview_image(opened: Sequence[Any]) -> Any:
-    """The first picture of a sample, or of its first video; None where it has neither."""
+def _preview(opened: Sequence[Any]) -> Any:
+    """Return the first image of a sample, or of its first video; None where it has neither."""
     first = next(iter(opened), None)
     return first.frames[0] if isinstance(first, DecodedVideo) else first
 

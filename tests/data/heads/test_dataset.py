@@ -219,12 +219,12 @@ def test_targets_stand_beside_the_rows():
     rows = [item([1, 2, 3], kind=[1.0], tags=[0.0, 1.0], group=4), item([4], kind=[float("nan")], tags=[1.0, 0.0])]
     batch = collate(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 99, 99]]
-    assert batch["targets"]["kind"].dtype == batch["targets"]["tags"].dtype == torch.float32
-    assert torch.equal(batch["targets"]["tags"], torch.tensor([[0.0, 1], [1, 0]]))
-    assert batch["targets"]["kind"].shape == (2, 1)
-    assert batch["targets"]["kind"][1].isnan().all()
+    assert batch["labels"]["kind"].dtype == batch["labels"]["tags"].dtype == torch.float32
+    assert torch.equal(batch["labels"]["tags"], torch.tensor([[0.0, 1], [1, 0]]))
+    assert batch["labels"]["kind"].shape == (2, 1)
+    assert batch["labels"]["kind"][1].isnan().all()
     assert (batch["groups"].tolist(), batch["groups"].dtype) == ([4, -1], torch.int64)
-    assert batch.keys() == {"input_ids", "attention_mask", "targets", "groups"}
+    assert batch.keys() == {"input_ids", "attention_mask", "labels", "groups"}
     assert rows[0].keys() == {"input_ids", "labels", "targets", "group"}, "items are left as they were"
 
 
@@ -234,7 +234,7 @@ def test_the_prompt_is_what_stands_before_the_reply(left: bool):
     dummy = [7, 8], {"pixel_values": torch.zeros(1, 3, 2, 2)}
     collate = HeadCollator(Collator(99, dummy, left=left), [SCORE])
     batch = collate([item([1, 2, 3, 4, 5], 2, score=[1.0]), item([1, 2], 1, score=[2.0]), item([6] * 3, score=[3.0])])
-    assert batch["labels"].shape == batch["prompt_mask"].shape == (3, 5)
+    assert batch["text_labels"].shape == batch["prompt_mask"].shape == (3, 5)
     assert batch["prompt_mask"].dtype == torch.int64
     expected = {
         False: [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]],
@@ -242,7 +242,7 @@ def test_the_prompt_is_what_stands_before_the_reply(left: bool):
     }
     assert batch["prompt_mask"].tolist() == expected[left]
     assert (batch["prompt_mask"] <= batch["attention_mask"]).all()
-    assert collate([item([1, 2], score=[1.0])]).keys().isdisjoint({"labels", "prompt_mask"})
+    assert collate([item([1, 2], score=[1.0])]).keys().isdisjoint({"text_labels", "prompt_mask"})
 
 
 def test_the_mask_of_one_prompt():
@@ -254,13 +254,13 @@ def test_a_record_that_was_left_out_has_no_row():
     collate = HeadCollator(Collator(99), [KIND, TAGS])
     batch = collate([LEFT_OUT, item([1, 2], kind=[1.0], tags=[0.0, 1.0], group=3)])
     assert batch[SKIPPED_KEY] == [LEFT_OUT]
-    assert (batch["targets"]["kind"].tolist(), batch["groups"].tolist()) == ([[1.0]], [3])
+    assert (batch["labels"]["kind"].tolist(), batch["groups"].tolist()) == ([[1.0]], [3])
     nothing = collate([LEFT_OUT])
     assert nothing["input_ids"].tolist() == [[99]]
-    assert {name: target.shape for name, target in nothing["targets"].items()} == {"kind": (1, 1), "tags": (1, 2)}
-    assert all(target.isnan().all() for target in nothing["targets"].values())
+    assert {name: target.shape for name, target in nothing["labels"].items()} == {"kind": (1, 1), "tags": (1, 2)}
+    assert all(target.isnan().all() for target in nothing["labels"].values())
     assert nothing["groups"].tolist() == [-1]
-    assert "labels" not in nothing
+    assert "text_labels" not in nothing
 
 
 def test_a_batch_of_records(load, processor: VLMProcessor):
@@ -278,8 +278,8 @@ def test_a_batch_of_records(load, processor: VLMProcessor):
     for row in range(2):
         found = with_replies["input_ids"][row][with_replies["prompt_mask"][row] == 1]
         assert torch.equal(found, prompts["input_ids"][row][prompts["attention_mask"][row] == 1])
-    assert "labels" not in prompts
-    learnt = with_replies["labels"][with_replies["labels"] != IGNORE_INDEX]
+    assert "text_labels" not in prompts
+    learnt = with_replies["text_labels"][with_replies["text_labels"] != IGNORE_INDEX]
     assert processor.tokenizer.decode(learnt) == "a cat<|im_end|>"
 
 

@@ -14,8 +14,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoProc
 from tests.conftest import compose_config, head_words, losses, quick_report
 from tests.families.tiny_families import save_family
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, rewritten, scores_of
-from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, load
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.adapter_merge import merge
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.inference.predict import Predictor
 from vlm.models import VLMForPrediction
 from vlm.train.run import run
@@ -63,7 +64,7 @@ def test_an_adapter_with_a_head_loads_and_merges(
         assert list(rows) == (["body.language_model.model.embed_tokens.weight"] if pooling == "query" else [])
         assert all(number < 64 for number in rows.values())  # from the new token on
     for merged in (False, True):
-        model = load(final, merge=merged)
+        model = open_checkpoint(final).load_model(merge=merged)
         assert isinstance(model, VLMForPrediction)
         assert any("lora_" in name for name, _ in model.named_parameters()) != merged
         found = ask(Predictor(model.eval(), AutoProcessor.from_pretrained(final)), labelled)["label"]
@@ -82,13 +83,17 @@ def test_training_goes_on_from_an_adapter_with_a_head(
     )  # fmt: skip
     words = [f"trainer.from_pretrained={first / 'final'}", f"dataset.test_path={labelled}"]
     second = train_head("head-classification", "colour", tmp_path / "second", *words, *SHORT)
-    merged = load(first / "final").body.state_dict()
+    merged = open_checkpoint(first / "final").load_model().body.state_dict()
     after = AutoModelForSequenceClassification.from_pretrained(second / "final").body.state_dict()
     torch.testing.assert_close(after, merged)
     train_head("head-classification", "colour", tmp_path / "third", *words, *LORA)
     said = read_head_outputs(told)
     found = ask(
-        Predictor(load(tmp_path / "third" / "final").eval(), AutoProcessor.from_pretrained(first / "final")), labelled
+        Predictor(
+            open_checkpoint(tmp_path / "third" / "final").load_model().eval(),
+            AutoProcessor.from_pretrained(first / "final"),
+        ),
+        labelled,
     )
     np.testing.assert_allclose(found["label"], said, rtol=1e-4, atol=1e-4)
 

@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import losses
 from tests.train.heads.head_runs import SHORT, alone, ask, rewritten, scores_of
 from vlm.models.poolings import POOLINGS
-from vlm.train.heads import run as head_run
-from vlm.train.heads.trainer import HeadOutputs
+from vlm.train import run as train_run
+from vlm.train.heads.outputs import HeadOutputs
 
 LONG = ["model.head.pooling=image", "trainer.num_train_epochs=60"]
 TASKS = {
@@ -171,7 +171,7 @@ def test_records_are_known_to_be_right_before_weights_are_loaded(
     train_head: Callable[..., Path], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
     column: str, change: Callable[[int, dict], None], overrides: list[str], said: str,
 ):  # fmt: skip
-    monkeypatch.setattr(head_run, "load_weights", lambda *given: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(train_run, "load_weights", lambda *given: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=said):
         train_head(name, column, tmp_path / "run", *rewritten(labelled, tmp_path, change), *overrides)
 
@@ -194,7 +194,7 @@ def test_each_pooling_is_one_override(
 def test_the_log_says_how_the_records_are_divided(
     train_head: Callable[..., Path], labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    with caplog.at_level("INFO", logger="vlm.train.heads.run"):
+    with caplog.at_level("INFO", logger="vlm.train.run"):
         train_head("head-classification", "colour", tmp_path / "run", *SHORT, "dataset.test_split=0.25")
     said = next(one.getMessage() for one in caplog.records if one.getMessage().startswith("Records:"))
     number = len(json.loads(labelled.read_text()))

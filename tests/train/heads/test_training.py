@@ -18,18 +18,15 @@ from transformers import (
     set_seed,
 )
 
-from tests.conftest import compose_config, head_words, losses
+from tests.conftest import check_config, compose_config, head_words, losses
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, logged, rewritten, scores_of
-from vlm.assembly.heads import resolve_heads
 from vlm.assembly.resolve import load_weights, resolve_model
-from vlm.checks.run import check
-from vlm.config.derived import embedding_row_keys, head_keys
+from vlm.config.derived import embedding_row_keys
 from vlm.models import VLMForConditionalGeneration
 from vlm.train.arguments import training_arguments
-from vlm.train.heads import trainer as head_trainer
-from vlm.train.heads.data import load_head_data, targets_by_head
-from vlm.train.heads.run import attach_heads
 from vlm.train.model import prepare
+from vlm.train.objectives.prediction import Prediction
+from vlm.train.objectives.table import make_objective
 from vlm.train.parts import Part, parameter_groups, table
 
 
@@ -39,16 +36,13 @@ def prepared(common: list[str], labelled: Path) -> Callable[..., tuple[Any, list
 
     def build(*overrides: str) -> tuple[Any, list[Part], Any]:
         config = compose_config("head-classification", [*common, *head_words(labelled, "colour"), *overrides])
-        check(config)
+        check_config(config)
+        objective = make_objective(config)
         body_config, processor = resolve_model(config)
-        args = training_arguments(config.trainer, [*head_keys(config), *embedding_row_keys(config)])
-        data = load_head_data(config, body_config, processor, args.seed)
-        settled = resolve_heads(
-            config.model, body_config, processor, data.heads, targets_by_head(data.heads, data.train)
-        )
+        args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
+        objective.load_data(body_config, processor, args)
         set_seed(args.seed)
-        body = load_weights(config, body_config, processor, torch.float32, args.seed)
-        model = attach_heads(body, settled, args.seed)
+        model = objective.wrap_model(load_weights(config, body_config, processor, torch.float32, args.seed), args)
         return model, prepare(model, config, args, processor), processor
 
     return build
@@ -186,23 +180,21 @@ def test_replies_are_learnt_beside_the_head(
     seen: list[int] = []
     parts: list[tuple[float, float]] = []
     forward = VLMForConditionalGeneration.forward
-    compute = head_trainer.HeadTrainer.compute_loss
+    compute = Prediction.compute_loss
 
     def counted(self: Any, *given: Any, **named: Any) -> Any:
         seen.append(int(named["logits_to_keep"].sum()))
         return forward(self, *given, **named)
 
-    def apart(self: Any, model: Any, inputs: dict[str, Any], **named: Any) -> Any:
+    def apart(self: Any, trainer: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         with torch.no_grad():
-            arguments = head_trainer.to_forward_kwargs(inputs)
-            both = model(**arguments).loss.item()
-            arguments.pop("text_labels", None)
-            alone = model(**arguments).loss.item()
+            both = model(**inputs).loss.item()
+            alone = model(**{name: value for name, value in inputs.items() if name != "text_labels"}).loss.item()
         parts.append((alone, both - alone))
-        return compute(self, model, inputs, **named)
+        return compute(self, trainer, model, inputs, num_items_in_batch)
 
     monkeypatch.setattr(VLMForConditionalGeneration, "forward", counted)
-    monkeypatch.setattr(head_trainer.HeadTrainer, "compute_loss", apart)
+    monkeypatch.setattr(Prediction, "compute_loss", apart)
     words = ["trainer.num_train_epochs=6", "trainer.unfreeze.train_language_model=true", "trainer.eval_strategy=epoch"]
     words.append("model.head.generation_weight=0.5")
     train_head("head-classification", "colour", tmp_path / "run", *REPLIES, *words)

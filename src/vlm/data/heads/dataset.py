@@ -126,10 +126,10 @@ class BlankHeadDataset(HeadDataset):
 
 
 class HeadCollator:
-    """Lays out samples of a `HeadDataset` as a `Collator` does, and what heads learn of them beside.
+    """Makes batches of `HeadDataset` samples, with the names that the model's `forward` gives its arguments.
 
     Args:
-        collate: lays out ids and pictures.
+        collate: makes batches of ids and images.
         heads: what each head learns.
     """
 
@@ -137,10 +137,11 @@ class HeadCollator:
         self.collate, self.heads = collate, list(heads)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """A batch with `targets` (head -> float32 `(rows, width)`) and `groups` (int64 `(rows,)`).
+        """Return a batch with `labels` (head -> float32 `(rows, width)`, its targets) and `groups` (int64 `(rows,)`).
 
-        `labels` are there where a reply is learnt, and `prompt_mask` (int64 `(rows, tokens)`) with them: 1 at what
-        stands before it. A row of which nothing is left, see `Collator`, has NaN for targets.
+        Where a reply is learned, `text_labels` and `prompt_mask` (both int64 `(rows, tokens)`) are there too: the
+        reply's ids, -100 elsewhere, and 1 at the tokens before it. A row without a sample, see `Collator`, has NaN for
+        targets.
         """
         own = ("targets", "group")
         batch = self.collate([
@@ -149,15 +150,15 @@ class HeadCollator:
         ])  # fmt: skip
         kept = [one for one in samples if not isinstance(one, Skipped)]
         kept = kept or [{"targets": {head.name: head.target(None) for head in self.heads}, "group": NO_GROUP}]
-        batch["targets"] = {
+        text_labels = batch.pop("labels")
+        batch["labels"] = {
             head.name: torch.tensor([one["targets"][head.name] for one in kept], dtype=torch.float32)
             for head in self.heads
         }
         batch["groups"] = torch.tensor([one["group"] for one in kept], dtype=torch.int64)
-        if (batch["labels"] != IGNORE_INDEX).any():
-            batch["prompt_mask"] = prompt_mask(batch["labels"], batch["attention_mask"])
-        else:
-            del batch["labels"]
+        if (text_labels != IGNORE_INDEX).any():
+            batch["text_labels"] = text_labels
+            batch["prompt_mask"] = prompt_mask(text_labels, batch["attention_mask"])
         return batch
 
 

@@ -1,23 +1,30 @@
-"""The records of a head's run: what trains, what things are chosen by, and what they are only measured on."""
+"""The records of a run with heads: those that train, those that things are chosen by, and those only measured on."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from vlm.assembly.heads import suffix_ids
-from vlm.config.derived import get_heads
 from vlm.config.schema import DatasetConfig, RunConfig
-from vlm.data.dataset import SampleDataset, load_dataset
+from vlm.data.dataset import SampleDataset, Skipped, load_dataset
 from vlm.data.encoding.prompts import PromptEncoder
-from vlm.data.heads.dataset import HeadDataset, fold_by_label, split_by_label, values_per_head
+from vlm.data.heads.dataset import HeadCollator, HeadDataset, fold_by_label, split_by_label, values_per_head
 from vlm.data.heads.labels import HeadLabels, resolve_labels, strata
+from vlm.data.processor import Processor
+from vlm.train.data import load_other_file, max_sample_length
+from vlm.train.monitor.plots import write_first_batch
 
 MAX_LOGGED_LABELS = 12
 """Most labels of a head that the log names."""
+
+MAX_SHOWN_PROMPTS = 8
+"""Most prompts of `first_batch.html`."""
 
 DEFAULT_EVAL_SHARE = 0.2
 """Share of the records that is held out where nothing says how much."""
@@ -28,11 +35,11 @@ class HeadData:
     """The records of a run.
 
     Attributes:
-        every: all records of training, and of other files that are named, before anything is held out of them.
-        train: what trains.
-        evaluation: what thresholds and temperatures are chosen by; None where there are folds.
-        test: what things are only measured on; None: nothing.
-        folds: for each, what trains and what is held out; none where there is `evaluation`.
+        all_datasets: all records of training, and of other files that are named, before any are held out of them.
+        train: the records that train the heads.
+        evaluation: the records that thresholds and temperatures are chosen by; None where there are folds.
+        test: the records that are only measured on; None: there are none.
+        folds: for each, what trains and what is held out; empty where there is `evaluation`.
         heads: what each head learns.
     """
 
@@ -44,18 +51,18 @@ class HeadData:
     heads: list[HeadLabels]
 
     def datasets_by_role(self) -> dict[str, SampleDataset]:
-        """Role -> samples, for `data.json`."""
-        found = {"train": self.train, "eval": self.evaluation, "test": self.test}
-        return {role: one.dataset for role, one in found.items() if one is not None}
+        """Return role -> samples, for `data.json`."""
+        datasets = {"train": self.train, "eval": self.evaluation, "test": self.test}
+        return {role: dataset.dataset for role, dataset in datasets.items() if dataset is not None}
 
     def summary(self) -> str:
-        """How the records are divided, and what each head's labels are among those that train."""
-        sets = [f"{len(one):,} {role}" for role, one in self.datasets_by_role().items()]
-        lines = [f"{', '.join(sets)}{f', in {len(self.folds)} folds' if self.folds else ''}"]
-        label_values = values_per_head(self.train.dataset.labels, [head.name for head in self.heads])
+        """Return how the records are divided, and how many of those that train have each label of each head."""
+        sizes = ", ".join(f"{len(dataset):,} {role}" for role, dataset in self.datasets_by_role().items())
+        lines = [f"{sizes}, in {len(self.folds)} folds" if self.folds else sizes]
         for head in self.heads:
-            known = [one for one in label_values[head.name] if one is not None]
-            counts = Counter(map(str, chain.from_iterable(one if isinstance(one, list) else [one] for one in known)))
+            known = [value for value in self.train.values(head.name) if value is not None]
+            labels = chain.from_iterable(value if isinstance(value, list) else [value] for value in known)
+            counts = Counter(map(str, labels))
             listed = ", ".join(f"{label} {counts[str(label)]:,}" for label in head.labels[:MAX_LOGGED_LABELS])
             more = f" … ({len(head.labels)} labels)" if len(head.labels) > MAX_LOGGED_LABELS else ""
             lines.append(
@@ -64,89 +71,93 @@ class HeadData:
         return "\n".join(lines)
 
 
-def load_head_data(config: RunConfig, model_config: Any, processor: Any, seed: int) -> HeadData:
+def load_head_data(config: RunConfig, encoder: PromptEncoder, seed: int) -> HeadData:
     """Read, check, count and divide the records; every label is known to be one before a weight is loaded.
 
     Raises:
         ValueError: a record or a label cannot be used, or there are too few to hold some out.
     """
-    data = config.dataset
-    encoder = make_prompt_encoder(config, model_config, processor)
-    all_samples = load_dataset(data, encoder, seed=seed)
-    given = {
-        "eval": _load_other_file(data, encoder, data.eval_path, data.eval_image_folder, data.max_eval_samples),
-        "test": _load_other_file(data, encoder, data.test_path, data.test_image_folder, None),
-    }
-    named = get_heads(config.model.head)
-    values = values_per_head(all_samples.labels, list(named))
+    all_samples = load_dataset(config.dataset, encoder, seed=seed)
+    other_files = _load_other_files(config.dataset, encoder)
+    values = values_per_head(all_samples.labels, list(config.model.head.by_name))
     check_labels(all_samples, values)
-    heads = [resolve_labels(name, str(one.task), one.labels, values[name]) for name, one in named.items()]
-
-    train, parts = all_samples, {role: one for role, one in given.items() if one is not None}
-    if data.test_split:
-        train, parts["test"] = _hold_out(train, heads[0], data.test_split, seed, "dataset.test_split")
-    share = (
-        DEFAULT_EVAL_SHARE
-        if data.eval_split is None and data.folds is None and "eval" not in parts
-        else data.eval_split
-    )
-    if share:
-        train, parts["eval"] = _hold_out(train, heads[0], share, seed, "dataset.eval_split")
-    if data.max_eval_samples is not None and "eval" in parts:
-        parts["eval"] = parts["eval"].subset(range(len(parts["eval"]))[: data.max_eval_samples])
-    trained = values_per_head(train.labels, list(named))
-    for head in heads:
-        resolve_labels(head.name, head.task, head.labels or None, trained[head.name])  # none is absent from training
-    for role, one in parts.items():
-        label_values_of_role = values_per_head(one.labels, list(named))
-        check_labels(one, label_values_of_role, role)
-        check_labels_for_each_head(label_values_of_role, role)
-
+    heads = [
+        resolve_labels(name, str(head.task), head.labels, values[name])
+        for name, head in config.model.head.by_name.items()
+    ]
+    sets = _hold_out_sets(config.dataset, all_samples, other_files, heads[0], seed)
+    _check_sets(sets, heads)
     folds = []
-    if data.folds is not None:
-        groups = strata(heads[0], trained[heads[0].name])
-        folds = fold_by_label(train, groups, data.folds, seed, heads[0].labels)
+    if config.dataset.folds is not None:
+        groups = strata(heads[0], values_per_head(sets["train"].labels, [head.name for head in heads])[heads[0].name])
+        folds = fold_by_label(sets["train"], groups, config.dataset.folds, seed, heads[0].labels)
+    by_role = {role: HeadDataset(dataset, heads) for role, dataset in sets.items()}
     return HeadData(
-        all_datasets=[HeadDataset(one, heads) for one in (all_samples, *given.values()) if one is not None],
-        train=HeadDataset(train, heads),
-        evaluation=HeadDataset(parts["eval"], heads) if "eval" in parts else None,
-        test=HeadDataset(parts["test"], heads) if "test" in parts else None,
-        folds=[(HeadDataset(rest, heads), HeadDataset(held, heads)) for rest, held in folds],
+        all_datasets=[HeadDataset(dataset, heads) for dataset in (all_samples, *other_files.values())],
+        train=by_role["train"],
+        evaluation=by_role.get("eval"),
+        test=by_role.get("test"),
+        folds=[(HeadDataset(rest, heads), HeadDataset(held_out, heads)) for rest, held_out in folds],
         heads=heads,
     )
 
 
-def make_prompt_encoder(config: RunConfig, model_config: Any, processor: Any) -> PromptEncoder:
-    """What encodes the prompts of a run: at most as long as it says, and as the language model has positions."""
-    positions = model_config.get_text_config().max_position_embeddings
-    longest = min(config.dataset.max_length or positions, positions)
-    suffix = suffix_ids(config.model, processor.tokenizer)
+def _load_other_files(config: DatasetConfig, encoder: PromptEncoder) -> dict[str, SampleDataset]:
+    """Return the records of other files than that of training: role -> samples."""
+    files = {
+        "eval": (config.eval_path, config.eval_image_folder, config.max_eval_samples),
+        "test": (config.test_path, config.test_image_folder, None),
+    }
+    return {
+        role: load_other_file(config, encoder, path, folder, max_samples)
+        for role, (path, folder, max_samples) in files.items()
+        if path is not None
+    }
+
+
+def _hold_out_sets(
+    config: DatasetConfig, samples: SampleDataset, other_files: dict[str, SampleDataset], head: HeadLabels, seed: int
+) -> dict[str, SampleDataset]:
+    """Return role -> samples, those without a file held out of the training samples, stratified by a head's labels."""
+    sets = {"train": samples, **other_files}
+    eval_share = config.eval_split
+    if eval_share is None and config.folds is None and "eval" not in sets:
+        eval_share = DEFAULT_EVAL_SHARE
+    for role, share in (("test", config.test_split), ("eval", eval_share)):
+        if share:
+            values = values_per_head(sets["train"].labels, [head.name])[head.name]
+            sets["train"], sets[role] = split_by_label(
+                sets["train"], strata(head, values), share, seed, head.labels, f"dataset.{role}_split"
+            )
+    if config.max_eval_samples is not None and "eval" in sets:
+        sets["eval"] = sets["eval"].subset(range(len(sets["eval"]))[: config.max_eval_samples])
+    return sets
+
+
+def _check_sets(sets: dict[str, SampleDataset], heads: Sequence[HeadLabels]) -> None:
+    """Raise ValueError where a label is absent from training, or a set cannot be measured on."""
+    for role, dataset in sets.items():
+        values = values_per_head(dataset.labels, [head.name for head in heads])
+        if role == "train":
+            for head in heads:
+                resolve_labels(head.name, head.task, head.labels or None, values[head.name])
+        else:
+            check_labels(dataset, values, role)
+            check_labels_for_each_head(values, role)
+
+
+def make_prompt_encoder(config: RunConfig, model_config: PreTrainedConfig, processor: Processor) -> PromptEncoder:
+    """Return what encodes prompts, with the reply behind them where it is learned too."""
+    head = config.model.head
     return PromptEncoder(
-        processor, longest, truncate=False, suffix=suffix, answers=config.model.head.generation_weight > 0
-    )
-
-
-def _load_other_file(
-    data: DatasetConfig, encoder: PromptEncoder, path: str | None, folder: str | None, first: int | None
-) -> SampleDataset | None:
-    """Records of another file, read as those of the run are."""
-    if path is None:
-        return None
-    config = replace(data, path=path, image_folder=folder or data.image_folder, sources={}, max_samples=None)
-    return load_dataset(config, encoder, first=first, evaluates=True)
-
-
-def _hold_out(
-    dataset: SampleDataset, head: HeadLabels, share: float, seed: int, key: str
-) -> tuple[SampleDataset, SampleDataset]:
-    """Hold out a share, stratified by the first head's labels."""
-    values = values_per_head(dataset.labels, [head.name])[head.name]
-    return split_by_label(dataset, strata(head, values), share, seed, head.labels, key)
+        processor, max_sample_length(config.dataset, model_config), truncate=False,
+        suffix=suffix_ids(config.model, processor.tokenizer), answers=head.generation_weight > 0,
+    )  # fmt: skip
 
 
 def check_labels(dataset: SampleDataset, values: dict[str, list[Any]], role: str = "train") -> None:
     """Raise ValueError where a record has no label for any head."""
-    without = np.flatnonzero([all(one is None for one in row) for row in zip(*values.values(), strict=True)])
+    without = np.flatnonzero([all(value is None for value in row) for row in zip(*values.values(), strict=True)])
     if len(without) == 0:
         return
     source, record = dataset.places[without[0]].tolist()
@@ -160,13 +171,24 @@ def check_labels(dataset: SampleDataset, values: dict[str, list[Any]], role: str
 def check_labels_for_each_head(values: dict[str, list[Any]], role: str) -> None:
     """Raise ValueError where no record of a set has a label for a head, which could not be measured then."""
     for name, label_values in values.items():
-        if all(one is None for one in label_values):
+        if all(value is None for value in label_values):
             raise ValueError(
                 f"head {name}: none of {len(label_values)} {role} records has a label for it; give more of them "
                 f"(dataset.{role}_split), or others (dataset.{role}_path)"
             )
 
 
-def targets_by_head(heads: Sequence[HeadLabels], dataset: HeadDataset) -> dict[str, np.ndarray]:
-    """Head -> `(N, width)`, the targets of a dataset."""
-    return {head.name: dataset.targets(head.name) for head in heads}
+def targets_by_head(dataset: HeadDataset) -> dict[str, np.ndarray]:
+    """Return head -> `(N, width)`, the targets of a data set."""
+    return {head.name: dataset.targets(head.name) for head in dataset.heads}
+
+
+def write_first_prompts(
+    dataset: HeadDataset, collate: HeadCollator, processor: Processor, folder: Path, batch_size: int
+) -> None:
+    """Write `first_batch.html`: the first prompts of a data set as the model sees them."""
+    items = [dataset.model_item(index) for index in range(min(batch_size, len(dataset), MAX_SHOWN_PROMPTS))]
+    batch = collate.collate([item for item in items if not isinstance(item, Skipped)])
+    if "pixel_values" in batch:
+        batch["pixel_values"] = processor.normalise(batch["pixel_values"])
+    write_first_batch(batch, processor, folder)

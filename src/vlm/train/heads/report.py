@@ -12,7 +12,7 @@ from vlm.evaluation.head_metrics import baseline, confusion, scores
 from vlm.evaluation.head_plots import plot_head_scores
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.head_tasks import CLASSIFICATION_TASKS
-from vlm.train.heads.trainer import HeadOutputs
+from vlm.train.heads.outputs import HeadOutputs
 from vlm.train.run_directory import write_json
 
 log = logging.getLogger(__name__)

@@ -1,36 +1,113 @@
 """The interface of an objective: what a run trains its model to do.
 
-To add one, subclass `Objective` in a file of this package, name the class in `table.OBJECTIVES`, and choose it in a YAML
-with `trainer.objective`; `docs/extending.md` has an example. The top of an objective's file imports no torch: what the
-objective refuses is said before torch loads.
+To add one, subclass `Objective` in a file of this package (or `Generation`, where only the loss is another), name the
+class in `table.OBJECTIVES`, and choose it in a YAML with `trainer.objective`; `docs/extending.md` has an example. The
+top of an objective's file imports no torch: what an objective refuses is said before torch loads.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vlm.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor
-    from torch.utils.data import Sampler
+    from torch.utils.data import Dataset, Sampler
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
+    from vlm.data.dataset import SampleDataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
-    from vlm.train.trainer import VLMTrainer
+    from vlm.data.processor import Processor
+    from vlm.data.stream import SampleStream
+    from vlm.train.parts import Part
+
+    Collate = Callable[[Sequence[Any]], dict[str, Any]]
+
+
+@dataclass
+class RunData:
+    """The samples of a run.
+
+    Attributes:
+        train: the samples that train the model.
+        evaluation: the samples of evaluations while it trains; None: there are none.
+        records: the same by their role, for `data.json`: `train`, `eval` and others of the objective's.
+        summary: how the records are divided, for the log; empty: nothing to say.
+    """
+
+    train: Dataset[Any]
+    evaluation: Dataset[Any] | None
+    records: Mapping[str, SampleDataset | SampleStream]
+    summary: str = ""
+
+
+@dataclass
+class PreparedRun:
+    """A run from the moment at which its model is ready to train.
+
+    Attributes:
+        folder: the run directory.
+        args: the run's `TrainingArguments`.
+        processor: the run's processor, saved with the model.
+        model: the model, in evaluation mode until the trainer has it.
+        parts: the model's parts, see `train/parts.py`.
+        data: the samples.
+        collate: makes a batch of a list of samples.
+    """
+
+    folder: Path
+    args: TrainingArguments
+    processor: Processor
+    model: PreTrainedModel
+    parts: list[Part]
+    data: RunData
+    collate: Collate
+
+
+class ObjectiveTrainer(Protocol):
+    """What an objective uses of the run's `VLMTrainer`.
+
+    Attributes:
+        model: the model, not wrapped by DeepSpeed or DDP.
+        args: the run's arguments.
+        accelerator: gathers tensors of all ranks.
+        sampling: `trainer.train_sampling_strategy`.
+    """
+
+    model: Any
+    args: Any
+    accelerator: Accelerator
+    sampling: str
+
+    def evaluation_batches(self, dataset: Any, title: str) -> Iterator[dict[str, Any]]:
+        """Yield this rank's batches of a data set on the device; the model is in evaluation mode then."""
+        ...
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        """Return the context of the run's precision."""
+        ...
 
 
 class Objective(ABC):
     """What a run learns. `train/run.py` calls the methods in the order in which they stand here.
 
+    An instance belongs to one run, and may keep what one method finds out for the next.
+
     Attributes:
         config: the run's configuration.
         row_key: the input of a batch that has one row for each sample.
+        flops_note: why the operations of a step are not counted, for `speed.json`; None: they are counted.
     """
 
     row_key: ClassVar[str] = "input_ids"
+    flops_note: ClassVar[str | None] = None
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -48,14 +125,64 @@ class Objective(ABC):
     # The data and the model.
 
     @abstractmethod
-    def make_encoder(self, model_config: Any, processor: Any) -> SampleEncoder:
+    def make_encoder(self, model_config: PreTrainedConfig, processor: Processor) -> SampleEncoder:
         """Return what turns a sample into ids and labels; `vlm data show` and `stats` use it too."""
 
-    # The training step, called by `VLMTrainer`.
+    @abstractmethod
+    def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
+        """Return the samples; whatever is wrong with them is refused here, before weights are loaded.
+
+        Args:
+            model_config: the configuration of the model, or of the body of one that `wrap_model` makes.
+            processor: the run's processor.
+            args: the run's arguments: seed, rank, number of ranks.
+
+        Raises:
+            ValueError: a record cannot be used, or the objective does not go with this model.
+        """
+
+    def wrap_model(self, model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
+        """Return the model that is trained, from the model with its loaded weights."""
+        return model
+
+    @abstractmethod
+    def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> Collate:
+        """Return what makes a batch of a list of samples; every rank's batches must run the same modules."""
+
+    def before_training(self, run: PreparedRun) -> None:  # noqa: B027 - optional
+        """Do what comes before training, such as computing the outputs of a frozen part; `run` may be changed."""
+
+    # The trainer and its steps.
+
+    @property
+    def loss_average(self) -> str:
+        """Return how losses of micro-batches are averaged: `token` or `micro_batch`, see `trainer.loss_average`."""
+        return self.config.trainer.loss_average
+
+    def callbacks(self, run: PreparedRun, trainer: ObjectiveTrainer) -> list[TrainerCallback]:
+        """Return callbacks of the objective's own, besides those that every run has."""
+        return []
+
+    def write_first_batch(self, run: PreparedRun, batch: dict[str, Any]) -> None:
+        """Write `first_batch.html`; called on the first rank with its first batch, before the forward pass."""
+        from vlm.train.monitor.plots import write_first_batch
+
+        write_first_batch(batch, run.processor, run.folder)
+
+    def on_train_begin(self, trainer: ObjectiveTrainer) -> None:  # noqa: B027 - optional
+        """Do what needs the model as it is trained, such as a pass of it; called before the first step."""
+
+    def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Any) -> Sampler[int] | None:
+        """Return the order of the training samples; None: as `trainer.train_sampling_strategy` says."""
+        return None
+
+    def extra_inputs(self, trainer: ObjectiveTrainer, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what `compute_loss` needs besides a batch of the collator; every rank makes the same calls."""
+        return {}
 
     @abstractmethod
     def compute_loss(
-        self, trainer: VLMTrainer, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+        self, trainer: ObjectiveTrainer, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Any]:
         """Return the loss of a batch, a scalar, and the model's outputs.
 
@@ -66,15 +193,17 @@ class Objective(ABC):
             num_items_in_batch: supervised tokens of the whole step on all ranks; None: the loss is a mean of the batch.
         """
 
-    def make_train_sampler(self, trainer: VLMTrainer, dataset: Any) -> Sampler[int] | None:
-        """Return the order of the training samples; None: as `trainer.train_sampling_strategy` says."""
-        return None
-
     @abstractmethod
-    def evaluate(self, trainer: VLMTrainer, dataset: Any) -> dict[str, float]:
-        """Return the metrics of a data set by name, without the prefix `eval_`; every rank makes the same calls."""
+    def evaluate(self, trainer: ObjectiveTrainer, dataset: Any) -> dict[str, float]:
+        """Return the metrics of a data set by name, without the prefix `eval_`; every rank makes the same calls.
+
+        `trainer.evaluation_batches` gives the batches.
+        """
 
     # The end of the run.
+
+    def after_training(self, run: PreparedRun, trainer: ObjectiveTrainer) -> None:  # noqa: B027 - optional
+        """Do what comes between training and saving the model, such as calibration and a report."""
 
     @abstractmethod
     def next_command(self, final: Path) -> str:

@@ -1,7 +1,10 @@
 """The objectives by name. Imports no torch, so that a wrong name is refused in a second."""
 
+import os
+import sys
 from importlib import import_module
 
+from vlm.checks.fields import ConfigError
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.base import Objective
 
@@ -13,18 +16,23 @@ OBJECTIVES = {
 
 
 def make_objective(config: RunConfig) -> Objective:
-    """Return the objective that `trainer.objective` names.
+    """Return the objective of a run: the one that `trainer.objective` names, else the one that its model is for.
 
     Raises:
-        ValueError: there is no such class.
+        ConfigError: there is no such class, or it is no objective.
     """
-    name = config.trainer.objective
+    name = config.trainer.objective or ("prediction" if config.model.head.by_name else "generation")
     module, _, attribute = OBJECTIVES.get(name, name).partition(":")
     if not attribute:
-        raise ValueError(
+        raise ConfigError(
             f"trainer.objective={name}: allowed are {', '.join(OBJECTIVES)}, or package.module:Class for your own"
         )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a class of the user's own may lie; `python -m` has it anyway
     try:
-        return getattr(import_module(module), attribute)(config)
+        kind = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"trainer.objective={name}: {error}") from error
+        raise ConfigError(f"trainer.objective={name}: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise ConfigError(f"trainer.objective={name}: a subclass of {Objective.__module__}:Objective is needed")
+    return kind(config)

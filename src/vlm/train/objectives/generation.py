@@ -1,0 +1,159 @@
+"""The model learns to write: the loss of replies, token by token. Its top imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vlm.checks.feature_cache import cache_problems
+from vlm.checks.heads import unused_head_problems
+from vlm.checks.run import evaluation_problems
+from vlm.evaluation.text_metrics import METRICS, check_metrics
+from vlm.train.objectives.base import Objective, ObjectiveTrainer, PreparedRun, RunData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
+
+    from vlm.data.batching.collator import Collator
+    from vlm.data.dataset import SampleDataset
+    from vlm.data.encoding.sample_encoder import SampleEncoder
+    from vlm.data.processor import Processor
+
+
+class Generation(Objective):
+    """Text generation: cross-entropy of the supervised tokens.
+
+    Attributes:
+        answer_metrics: computes `trainer.eval_metrics` of a model; None: none are asked for.
+        supports_chunked_loss: whether the model's loss can be computed in pieces, from `on_train_begin` on.
+    """
+
+    answer_metrics: Callable[[Any], dict[str, float]] | None = None
+
+    def refusals(self) -> Iterator[str]:
+        """Yield keys of prediction heads, and what is wrong with evaluation data and cached image features."""
+        yield from unused_head_problems(self.config)
+        yield from cache_problems(self.config)
+        yield from evaluation_problems(self.config)
+        try:
+            check_metrics(self.config.trainer.eval_metrics, tuple(METRICS), "trainer.eval_metrics=")
+        except ValueError as error:
+            yield str(error)
+
+    def make_encoder(self, model_config: PreTrainedConfig, processor: Processor) -> SampleEncoder:
+        """Return what encodes whole conversations, their replies supervised."""
+        from vlm.data.encoding.sample_encoder import SampleEncoder
+        from vlm.train.data import max_sample_length
+
+        longest = max_sample_length(self.config.dataset, model_config)
+        return SampleEncoder(processor, longest, truncate=self.config.dataset.over_length == "truncate")
+
+    def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
+        """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
+        from vlm.train.data import load_data
+        from vlm.train.feature_cache.dataset import require_composed_model
+
+        if self.config.dataset.cache_features:
+            require_composed_model(model_config)
+        train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
+        return RunData(
+            train, evaluation, {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
+        )
+
+    def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> Collator:
+        """Return what pads conversations, or lays features out in place of images."""
+        from vlm.train.data import make_collator
+
+        return make_collator(processor, data.records.values(), args.world_size)
+
+    def before_training(self, run: PreparedRun) -> None:
+        """Compute the features of images where they are cached; choose the records that metrics of answers are of."""
+        from vlm.train.feature_cache.dataset import replace_images_with_features
+        from vlm.train.sample_generation import make_answer_metrics
+
+        config, data, evaluation = self.config, run.data, cast("SampleDataset | None", run.data.evaluation)
+        if config.trainer.eval_metrics and evaluation is not None:
+            self.answer_metrics = make_answer_metrics(config, evaluation, run.processor, run.args)
+        if config.dataset.cache_features:
+            datasets: list[Any] = [data.train, data.evaluation]
+            data.train, data.evaluation = replace_images_with_features(
+                run.model, run.processor, datasets, run.collate, config.dataset, run.args
+            )
+
+    def callbacks(self, run: PreparedRun, trainer: ObjectiveTrainer) -> list[TrainerCallback]:
+        """Return what answers a few samples into `samples.md` at each evaluation and at the end."""
+        from vlm.train.data import first_samples
+        from vlm.train.monitor.callbacks import SampleGenerationCallback
+        from vlm.train.sample_generation import make_sample_generator
+
+        if not self.config.trainer.num_samples:
+            return []
+        records = run.data.records.get("eval", run.data.records["train"])
+        samples = first_samples(records, self.config.trainer.num_samples)
+        generate = make_sample_generator(self.config.inference, trainer, run.processor, samples, run.folder)
+        return [SampleGenerationCallback(generate)]
+
+    def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
+        """Find out whether the loss of this model can be computed in pieces."""
+        from vlm.train.step.chunked_loss import supports_chunked_loss
+
+        self.supports_chunked_loss = supports_chunked_loss(trainer.model)
+
+    def extra_inputs(self, trainer: ObjectiveTrainer, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return in how many pieces the vocabulary logits are computed, where they are several."""
+        from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY, num_chunks
+
+        if not self.supports_chunked_loss:
+            return {}
+        vocabulary = trainer.model.config.get_text_config().vocab_size
+        chunks = num_chunks(batch["labels"], vocabulary, trainer.args.device)
+        return {NUM_CHUNKS_KEY: chunks} if chunks > 1 else {}
+
+    def compute_loss(
+        self, trainer: ObjectiveTrainer, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        """Return the loss of the supervised positions; vocabulary logits are computed there alone."""
+        from vlm.evaluation.loss import supervised_logits
+        from vlm.models.modeling_vlm import supervised_loss
+        from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY
+
+        if NUM_CHUNKS_KEY in inputs:
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
+            loss = outputs.loss
+        else:
+            outputs, targets = supervised_logits(model, inputs)
+            loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
+        return loss, outputs
+
+    def evaluate(self, trainer: ObjectiveTrainer, dataset: Any) -> dict[str, float]:
+        """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics` of answers."""
+        import torch
+
+        from vlm.evaluation.loss import loss_metrics
+        from vlm.train.step.compile import force_eager
+
+        sums, counts = _sample_losses(trainer, dataset, "evaluating")
+        with_images = torch.as_tensor(dataset.num_images) > 0
+        blank = None
+        if with_images.any():
+            blank, _ = _sample_losses(trainer, dataset.blank(), "evaluating on blank images")
+        metrics = loss_metrics(sums, counts, blank, with_images)
+        if self.answer_metrics is not None:
+            with trainer.compute_loss_context_manager(), force_eager():
+                metrics |= self.answer_metrics(trainer.model)
+        return metrics
+
+    def next_command(self, final: Path) -> str:
+        """Return a question about an image."""
+        return f"vlm generate {final} --image FILE --prompt 'What is in this picture?'"
+
+
+def _sample_losses(trainer: ObjectiveTrainer, dataset: Any, title: str) -> tuple[Tensor, Tensor]:
+    """Return summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU."""
+    from vlm.evaluation.loss import sample_losses
+
+    batches = trainer.evaluation_batches(dataset, title)
+    with trainer.compute_loss_context_manager():
+        return sample_losses(trainer.model, batches, trainer.accelerator.gather_for_metrics)

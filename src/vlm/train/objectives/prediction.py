@@ -1,0 +1,172 @@
+"""Heads learn to tell labels or numbers from the hidden states at a prompt. Its top imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vlm.checks.heads import head_problems
+from vlm.config.derived import caches_features
+from vlm.train.objectives.base import Objective, ObjectiveTrainer, PreparedRun, RunData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Sampler
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+    from vlm.data.encoding.prompts import PromptEncoder
+    from vlm.data.heads.dataset import HeadCollator
+    from vlm.data.processor import Processor
+    from vlm.models import VLMForPrediction
+
+
+class Prediction(Objective):
+    """Prediction heads, and whatever else of their model trains. Losses are means over samples of each micro-batch.
+
+    Attributes:
+        data: the records and their labels, from `load_data` on.
+        model_config: the configuration of the model with its heads, from `load_data` on.
+        collate: makes batches of prompts, from `make_collator` on.
+        read: makes a trainer's data set of samples, from `before_training` on.
+        out_of_fold: head -> its outputs for all records, where there are folds, from `before_training` on.
+    """
+
+    row_key = "groups"
+    flops_note = "they are of replies, and prediction heads read hidden states"
+
+    def refusals(self) -> Iterator[str]:
+        """Yield what is wrong with the heads and their data, and keys that are for runs that learn to write."""
+        config = self.config
+        if config.model.head.task is None:
+            yield "trainer.objective=prediction: there is no head (model.head.task); choose one, as model/head=binary"
+            return
+        yield from head_problems(config)
+        if config.trainer.packing:
+            yield "trainer.packing=true: prediction heads read one prompt a row; it is for runs that learn to write"
+        if (limit := config.dataset.cache_limit_gb) is not None:
+            yield (
+                f"dataset.cache_limit_gb={limit}: nothing comes of it without dataset.cache_features=true, in a run "
+                "without prediction heads"
+            )
+        if names := config.trainer.eval_metrics:
+            yield f"trainer.eval_metrics={names}: heads have measures of their own; leave it out"
+
+    def training_keys(self) -> dict[str, str]:
+        """Return the head, which always trains."""
+        return {"head": f"model.head.task={self.config.model.head.task}"}
+
+    def make_encoder(self, model_config: PreTrainedConfig, processor: Processor) -> PromptEncoder:
+        """Return what encodes prompts that wait for a reply."""
+        from vlm.train.heads.data import make_prompt_encoder
+
+        return make_prompt_encoder(self.config, model_config, processor)
+
+    def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
+        """Return the records, divided; labels and heads are known to fit before a weight is loaded."""
+        from vlm.assembly.heads import resolve_heads
+        from vlm.train.heads.data import load_head_data, targets_by_head
+
+        self.data = data = load_head_data(self.config, self.make_encoder(model_config, processor), args.seed)
+        targets = targets_by_head(data.train)
+        self.model_config = resolve_heads(self.config.model, model_config, processor, data.heads, targets)
+        if data.evaluation is None:
+            args.eval_strategy = "no"
+        return RunData(data.train, data.evaluation, data.datasets_by_role(), data.summary())
+
+    def wrap_model(self, model: PreTrainedModel, args: TrainingArguments) -> VLMForPrediction:
+        """Return the model with heads on it."""
+        from vlm.train.heads.model import attach_heads
+
+        return attach_heads(model, self.model_config, args.seed)
+
+    def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> HeadCollator:
+        """Return what makes batches of prompts with the targets of their heads."""
+        from vlm.data.heads.dataset import HeadCollator
+        from vlm.train.data import make_collator
+
+        prompts = make_collator(processor, data.records.values(), args.world_size, with_stats=False)
+        self.collate = HeadCollator(prompts, self.data.heads)
+        return self.collate
+
+    def before_training(self, run: PreparedRun) -> None:
+        """Compute the hidden states of a frozen body once; train and measure heads on folds, if there are any."""
+        from vlm.data.feature_cache.heads import collate_features
+        from vlm.train.heads.folds import predict_out_of_fold
+        from vlm.train.heads.reader import disable_workers, make_feature_reader
+
+        self.read = lambda dataset: dataset
+        if caches_features(self.config):
+            self.read = make_feature_reader(run, self.config.dataset, self.data.all_datasets, self.collate)
+            run.args, run.collate = disable_workers(run.args), collate_features
+        if self.data.folds:
+            self.out_of_fold = predict_out_of_fold(self, run, self.data.folds, self.read)
+        run.data.train = self.read(self.data.train)
+        run.data.evaluation = None if self.data.evaluation is None else self.read(self.data.evaluation)
+
+    @property
+    def loss_average(self) -> str:
+        """Return that losses are means of means: a batch has no supervised tokens to weigh it by."""
+        return "micro_batch"
+
+    def write_first_batch(self, run: PreparedRun, batch: dict[str, Any]) -> None:
+        """Write the first prompts as the model sees them; a batch of cached features has none."""
+        from vlm.train.heads.data import write_first_prompts
+
+        write_first_prompts(self.data.train, self.collate, run.processor, run.folder, run.args.train_batch_size)
+
+    def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Any) -> Sampler[int] | None:
+        """Return an order in which samples that a ranking compares stand together, so that batches have pairs."""
+        from vlm.data.batching.samplers import GroupSampler
+        from vlm.train.arguments import sampler_seed
+
+        has_ranking_head = any(head.task == "pairwise" for head in trainer.model.config.settings)
+        if not has_ranking_head or (dataset.group_indices < 0).all():
+            return None
+        return GroupSampler(dataset.group_indices.tolist(), sampler_seed(trainer.args))
+
+    def compute_loss(
+        self, trainer: ObjectiveTrainer, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        """Return the weighted sum of the heads' losses, and of that of the replies where they are learned.
+
+        A batch without any reply has a loss of replies too, so that every rank's backward pass runs through the same
+        modules.
+        """
+        if trainer.model.config.generation_weight and "text_labels" not in inputs:
+            from vlm.data.encoding.labels import IGNORE_INDEX
+
+            no_reply = inputs["input_ids"].new_full(inputs["input_ids"].shape, IGNORE_INDEX)
+            inputs = {**inputs, "text_labels": no_reply, "prompt_mask": inputs["attention_mask"]}
+        outputs = model(**inputs)
+        return outputs.loss, outputs
+
+    def evaluate(self, trainer: ObjectiveTrainer, dataset: Any) -> dict[str, float]:
+        """Return loss and metrics of each head, without intervals; `<head>_<metric>` where there are several."""
+        from vlm.train.heads.outputs import collect_outputs, head_metrics
+
+        return head_metrics(trainer.model.config.settings, collect_outputs(trainer, dataset))
+
+    def after_training(self, run: PreparedRun, trainer: ObjectiveTrainer) -> None:
+        """Choose temperatures and thresholds, and measure: on test records too, and on blank images."""
+        from vlm.data.heads.dataset import BlankHeadDataset
+        from vlm.train.heads.data import targets_by_head
+        from vlm.train.heads.model import calibrate_heads
+        from vlm.train.heads.outputs import collect_outputs
+        from vlm.train.heads.report import report
+
+        data, model = self.data, cast("VLMForPrediction", run.model)
+        outputs = self.out_of_fold if data.folds else collect_outputs(trainer, run.data.evaluation)
+        calibrate_heads(model, outputs, self.config.model.head)
+        tested = None if data.test is None else collect_outputs(trainer, self.read(data.test))
+        measured = data.test or data.evaluation
+        blank = None
+        if measured is not None and measured.num_images.any():
+            blank = collect_outputs(trainer, self.read(BlankHeadDataset(measured.dataset, data.heads)))
+        if run.args.process_index == 0:
+            targets, heads = targets_by_head(data.train), model.config.settings
+            report(run.folder, heads, targets, outputs, tested, blank, out_of_fold=bool(data.folds))
+
+    def next_command(self, final: Path) -> str:
+        """Return a prediction for an image and a prompt."""
+        return f"vlm predict {final} --image FILE --prompt PROMPT"
