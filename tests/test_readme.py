@@ -15,7 +15,7 @@ from tests.checks.test_messages import elsewhere  # noqa: F401 - Hydra leaves fi
 from tests.conftest import compose_config
 from tests.tiny_parts import Parts, picture
 from vlm.checks.compose import open_mapping_key, strip_launcher_arguments
-from vlm.checks.run import check_choices
+from vlm.checks.fields import check_fields
 from vlm.cli.data import TOOLS
 from vlm.config.packaged import run_names
 from vlm.data.records.formats import FORMATS, get_reader
@@ -65,7 +65,7 @@ def test_every_training_command_composes(page: str, line: str):
     name = words[0] if line.startswith("vlm -cn ") else words[words.index("-cn") + 1]
     overrides = [word for word in words if "=" in word]
     assert name in run_names()
-    check_choices(compose_config(name, overrides))
+    check_fields(compose_config(name, overrides))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -74,7 +74,7 @@ def test_every_key_in_the_text_is_one(page: str):
     found = KEYS.findall(text)
     assert found or page in WITHOUT_KEYS
     for override in found:
-        check_choices(compose_config("pretrain-smol", ["dataset.path=x", open_mapping_key(override.rstrip(".,;:)'"))]))
+        check_fields(compose_config("pretrain-smol", ["dataset.path=x", open_mapping_key(override.rstrip(".,;:)'"))]))
 
 
 def test_every_make_target_and_file_is_there():

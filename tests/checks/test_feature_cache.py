@@ -1,34 +1,34 @@
-"""Refusals of features of pictures that are to be kept: the keys, what was given, what to do."""
+"""Refusals of features of images that are to be kept: the keys, what was given, what to do."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import compose_config
+from tests.conftest import check_config, compose_config
 from vlm.checks.feature_cache import cache_problems
-from vlm.checks.run import ConfigError, check
+from vlm.checks.fields import ConfigError
 
 CACHE = "dataset.cache_features=true"
 REFUSALS = {
     "whole encoder": (
         [CACHE, "trainer.unfreeze.train_vision_model=true", "trainer.learning_rate.visual_encoder_learning_rate=1e-5"],
-        f"{CACHE}: features of pictures are computed once, but trainer.unfreeze.train_vision_model=true changes them",
+        f"{CACHE}: features of images are computed once, but trainer.unfreeze.train_vision_model=true changes them",
     ),
     "adapted encoder": (
         [CACHE, "trainer.lora.visual_encoder.r=4", "trainer.learning_rate.visual_encoder_learning_rate=1e-5"],
-        f"{CACHE}: features of pictures are computed once, but trainer.lora.visual_encoder.r=4 changes them",
+        f"{CACHE}: features of images are computed once, but trainer.lora.visual_encoder.r=4 changes them",
     ),
     "stream": (
         [CACHE, "dataset.streaming=true", "trainer.max_steps=3", "trainer.packing=false"],
-        f"{CACHE}: features of pictures are computed once, but dataset.streaming=true does not know its pictures",
+        f"{CACHE}: features of images are computed once, but dataset.streaming=true does not know its images",
     ),
     "limit alone": (
         ["dataset.cache_limit_gb=3"],
-        "dataset.cache_limit_gb=3.0: nothing comes of it without dataset.cache_features=true",
+        "dataset.cache_limit_gb=3.0: it has no effect without dataset.cache_features=true",
     ),
     "no limit": (
         [CACHE, "dataset.cache_limit_gb=0"],
-        "dataset.cache_limit_gb=0.0: a number above 0 is needed, or null",
+        "dataset.cache_limit_gb=0.0: a number above 0, or null, is needed",
     ),
 }
 """Overrides -> how the message begins."""
@@ -39,7 +39,7 @@ def test_a_refusal_says_the_keys(tmp_path: Path, overrides: list[str], message: 
     (tmp_path / "records.json").write_text("[]")
     config = compose_config("pretrain-smol", [f"dataset.path={tmp_path / 'records.json'}", *overrides])
     with pytest.raises(ConfigError) as error:
-        check(config)
+        check_config(config)
     assert str(error.value).startswith(message)
 
 
@@ -52,4 +52,4 @@ def test_what_fits_is_not_refused(tmp_path: Path):
 def test_whole_models_read_their_pictures_themselves(tmp_path: Path):
     config = compose_config("pretrain-smol", [f"dataset.path={tmp_path}", CACHE, "model.hf_name=some/model"])
     (problem,) = cache_problems(config)
-    assert "model.hf_name=some/model is a whole model, which reads pictures itself" in problem
+    assert "model.hf_name=some/model is a whole model, which reads images itself" in problem

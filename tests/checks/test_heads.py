@@ -1,42 +1,36 @@
 """Every refusal of prediction heads: the keys, what was given, what is allowed; the tables are those of the code."""
 
-import inspect
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import compose_config
-from vlm.checks import heads as head_problems
-from vlm.checks.run import ConfigError, check
+from tests.conftest import check_config, compose_config
+from vlm.checks.fields import ConfigError
+from vlm.config.choices import GROUP_BY_MODALITY_LENGTH, HEAD_TYPES, LOSS_OPTIONS, LOSSES
 from vlm.config.derived import caches_features, embedding_row_keys, extra_tokens
 from vlm.config.packaged import packaged_names, run_names
-from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH
-from vlm.evaluation.calibration import THRESHOLD_CRITERIA
-from vlm.models import head_losses
-from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK
-from vlm.models.heads import HEADS
-from vlm.models.poolings import POOLINGS
+from vlm.train.objectives.table import make_objective
 
 RUN = "head-binary"
-BESIDE = "model.head.extra_heads.quality"
+EXTRA = "model.head.extra_heads.quality"
 CONNECTOR = ["trainer.unfreeze.train_connector=true"]
 REFUSALS = {
     "profile": (["trainer.profile=true"], "trainer.profile=true: what heads compute is neither profiled nor counted"),
     "peak": (["trainer.peak_tflops=5"], "trainer.peak_tflops=5.0: what heads compute is neither profiled nor counted"),
-    "task": (["model.head.task=rank"], "model.head.task=rank: allowed are binary, multiclass, multilabel, regression, "
-             "ordinal, pairwise"),
+    "task": (["model.head.task=rank"], "model.head.task=rank: allowed are null, binary, multiclass, multilabel, "
+             "regression, ordinal, pairwise"),
     "name": (["model.head.name=a-b"], "model.head: 'a-b' is no name of a head; letters, digits and _ are needed"),
-    "name beside": ([f"{BESIDE}.task=regression", "model.head.name=quality"],
-                    f"{BESIDE}: the first head has that name (model.head.name)"),
-    "no task beside": ([f"{BESIDE}.pooling=mean"], f"{BESIDE}.task=None: allowed are binary, "),
+    "name beside": ([f"{EXTRA}.task=regression", "model.head.name=quality"],
+                    f"{EXTRA}: the first head has that name (model.head.name)"),
+    "no task beside": ([f"{EXTRA}.pooling=mean"], f"{EXTRA}.task=null: allowed are binary, "),
     "pooling": (["model.head.pooling=cls"], "model.head.pooling=cls: allowed are last, mean, image, text, attention, "
                 "query, token, first, alltoken"),
     "token alone": (["model.head.token=MARK"], "model.head.pooling=last, model.head.token=MARK: pooling=token and a "
                     "token belong together"),
     "pooling=token alone": (["model.head.pooling=token"], "model.head.pooling=token, model.head.token=None: "),
     "loss": (["model.head.loss=ce"], "model.head.loss=ce: for task=binary allowed are bce, focal"),
-    "loss beside": ([f"{BESIDE}.task=regression", f"{BESIDE}.loss=ce"],
-                    f"{BESIDE}.loss=ce: for task=regression allowed are mse, huber"),
+    "loss beside": ([f"{EXTRA}.task=regression", f"{EXTRA}.loss=ce"],
+                    f"{EXTRA}.loss=ce: for task=regression allowed are mse, huber"),
     "type": (["model.head.type=tree"], "model.head.type=tree: allowed are linear, mlp, or package.module:Class"),
     "option": (["model.head.options.num_layers=3"], "model.head.options.num_layers=3: linear does not take it; allowed "
                "are input_norm, dropout"),
@@ -50,7 +44,7 @@ REFUSALS = {
     "smoothing of a number": (["model.head.task=regression", "model.head.label_smoothing=0.1"],
                               "model.head.label_smoothing=0.1: task=regression has no labels to choose among"),
     "weight": (["model.head.weight=0"], "model.head.weight=0.0: a number above 0 is needed"),
-    "lonely weight": (["model.head.weight=2"], "model.head.weight=2.0: there is no other loss that it counts beside"),
+    "lonely weight": (["model.head.weight=2"], "model.head.weight=2.0: there is no other loss to weigh it against"),
     "one label": (["model.head.task=multiclass", "model.head.labels=[a]"], "model.head.labels=['a']: at least two are"),
     "three labels of two": (["model.head.labels=[a,b,c]"], "model.head.labels=['a', 'b', 'c']: task=binary has two"),
     "labels of a number": (["model.head.task=regression", "model.head.labels=[a,b]"],
@@ -72,11 +66,12 @@ REFUSALS = {
     "truncate": (["dataset.over_length=truncate"], "dataset.over_length=truncate: a prompt is never cut"),
     "two tests": (["dataset.test_path=x.json", "dataset.test_split=0.1"], "dataset.test_path and dataset.test_split: "),
     "test split": (["dataset.test_split=1"], "dataset.test_split=1.0: a share from 0 to below 1 is needed"),
-    "pictures of no test": (["dataset.test_image_folder=."], "dataset.test_image_folder=.: nothing comes of it without "
+    "pictures of no test": (["dataset.test_image_folder=."], "dataset.test_image_folder=.: it has no effect without "
                             "dataset.test_path"),
     "no evaluation": (["dataset.eval_split=0"], "dataset.eval_split=0.0: temperature and threshold are chosen on"),
-    "evaluation below 0": (["dataset.eval_split=-0.1"], "dataset.eval_split=-0.1: a share from 0 to below 1 is needed"),
-    "one fold": (["dataset.folds=1"], "dataset.folds=1: at least 2 are needed"),
+    "evaluation below 0": (["dataset.eval_split=-0.1"], "dataset.eval_split=-0.1: a share from 0 to below 1, or null, "
+                          "is needed"),
+    "one fold": (["dataset.folds=1"], "dataset.folds=1: at least 2, or null, is needed"),
     "folds and a share": (["dataset.folds=3", "dataset.eval_split=0.1"],
                           "dataset.folds=3 and dataset.eval_split=0.1: choose one"),
     "folds and records": (["dataset.folds=3", "dataset.eval_path=x.json"],
@@ -126,7 +121,7 @@ WITHOUT_A_HEAD = {
     "model.head.pooling=mean": "model.head.pooling=mean: there is no head (model.head.task); choose one, as",
     "model.head.type=mlp": "model.head.type=mlp: there is no head (model.head.task)",
     "model.head.generation_weight=1": "model.head.generation_weight=1.0: there is no head (model.head.task)",
-    f"{BESIDE}.task=regression": "model.head.extra_heads=quality: there is no head (model.head.task)",
+    f"{EXTRA}.task=regression": "model.head.extra_heads=quality: there is no head (model.head.task)",
 }
 """A key that nothing comes of -> how the message begins."""
 
@@ -143,7 +138,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refused(name: str, records: Path, *overrides: str) -> str:
     config = compose_config(name, [f"dataset.path={records}", *overrides])
     with pytest.raises(ConfigError) as error:
-        check(config)
+        check_config(config)
     return str(error.value)
 
 
@@ -179,15 +174,15 @@ def test_records_to_measure_on_are_there(records: Path, tmp_path: Path):
         ["model.head.labels=[no,yes]", "model.head.class_weights=[1,2]", "model.head.threshold_by=none"],
         ["model.head.pooling=token", "model.head.token=MARK", "model.language_model.new_tokens=[MARK]"],
         ["model.head.pooling=query", "dataset.cache_features=false"],
-        [f"{BESIDE}.task=regression", f"{BESIDE}.weight=2", "model.head.weight=0.5", f"{BESIDE}.layer=-2"],
-        [f"{BESIDE}.task=regression", f"{BESIDE}.loss=huber", f"{BESIDE}.loss_options.delta=2"],
+        [f"{EXTRA}.task=regression", f"{EXTRA}.weight=2", "model.head.weight=0.5", f"{EXTRA}.layer=-2"],
+        [f"{EXTRA}.task=regression", f"{EXTRA}.loss=huber", f"{EXTRA}.loss_options.delta=2"],
         ["model.head.generation_weight=0.5", *CONNECTOR],
         ["trainer.deepspeed=zero3"],
         [f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}", *CONNECTOR],
     ],
 )
 def test_what_can_be_run_passes(records: Path, overrides: list[str]):
-    check(compose_config(RUN, [f"dataset.path={records}", *overrides]))
+    check_config(compose_config(RUN, [f"dataset.path={records}", *overrides]))
 
 
 @pytest.mark.parametrize("name", [name for name in run_names() if name.startswith("head-")])
@@ -196,14 +191,14 @@ def test_what_can_be_run_passes(records: Path, overrides: list[str]):
 )
 def test_every_head_passes_on_every_run(records: Path, name: str, head: str):
     config = compose_config(name, [f"dataset.path={records}", f"model/head={head}"])
-    check(config)
+    check_config(config)
     assert config.model.head.task == head
-    assert head_keys(config) == {"head": f"model.head.task={head}"}
+    assert make_objective(config).training_keys() == {"head": f"model.head.task={head}"}
 
 
 def test_heads_beside_need_no_plus():
-    words = ["dataset.path=a.json", f"{BESIDE}.task=multiclass", f"{BESIDE}.labels=[low,high]",
-             f"{BESIDE}.pooling=query", f"{BESIDE}.options.dropout=0.5",
+    words = ["dataset.path=a.json", f"{EXTRA}.task=multiclass", f"{EXTRA}.labels=[low,high]",
+             f"{EXTRA}.pooling=query", f"{EXTRA}.options.dropout=0.5",
              "model.head.extra_heads.age.task=regression"]  # fmt: skip
     config = compose_config(RUN, words)
     heads = config.model.head.by_name
@@ -213,7 +208,7 @@ def test_heads_beside_need_no_plus():
     assert heads["quality"].labels == ["low", "high"]
     assert heads["quality"].options == {"dropout": 0.5}
     assert extra_tokens(config.model) == ["<|query:quality|>"]
-    assert embedding_row_keys(config) == {"language_model": f"{BESIDE}.pooling=query"}
+    assert embedding_row_keys(config) == {"language_model": f"{EXTRA}.pooling=query"}
 
 
 def test_hidden_states_are_computed_once_where_the_body_stays():
@@ -231,43 +226,13 @@ def test_hidden_states_are_computed_once_where_the_body_stays():
 # The tables
 
 
-def test_losses_are_those_of_the_code():
-    ours = {task: names for task, names in head_problems.LOSSES.items() if task != "pairwise"}
-    assert ours == {task: tuple(losses) for task, losses in head_losses.LOSSES.items()}
-    assert set(head_problems.LOSSES) == set(NUM_OUTPUTS_BY_TASK)
-
-
-def test_loss_options_are_keyword_parameters():
-    functions = {name: one for losses in head_losses.LOSSES.values() for name, one in losses.items()}
-    functions["margin"] = head_losses.margin_ranking
-    found = {name: keywords(function) for name, function in functions.items()}
-    assert {name: options for name, options in found.items() if options} == head_problems.LOSS_OPTIONS
-
-
-def test_head_options_are_keyword_parameters():
-    ours = {name: one for name, one in HEADS.items() if ":" not in name}  # other tests may have added their own
-    assert {name: keywords(one.__init__) for name, one in ours.items()} == head_problems.HEAD_TYPES
-
-
-def keywords(function: object) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()  # pyright: ignore[reportArgumentType] - a function
-    return tuple(one.name for one in parameters if one.kind is one.KEYWORD_ONLY)
-
-
-def test_the_other_tables_are_those_of_the_code():
-    assert tuple(POOLINGS) == head_problems.POOLINGS
-    assert head_problems.CLASSIFICATION_TASKS == CLASSIFICATION_TASKS
-    assert head_problems.THRESHOLD_CRITERIA == THRESHOLD_CRITERIA
-    assert head_problems.GROUPED_SAMPLING == GROUP_BY_MODALITY_LENGTH
-
-
 @pytest.mark.parametrize(
     "head", [name for name in packaged_names("vlm.config", "model/head", ".yaml") if name != "none"]
 )
 def test_a_heads_yaml_declares_all_options(head: str):
     """Each is set on the command line without a plus."""
-    options = dict.fromkeys(name for names in head_problems.HEAD_TYPES.values() for name in names)
-    of_losses = [name for loss in head_problems.LOSSES[head] for name in head_problems.LOSS_OPTIONS.get(loss, ())]
+    options = dict.fromkeys(name for names in HEAD_TYPES.values() for name in names)
+    of_losses = [name for loss in LOSSES[head] for name in LOSS_OPTIONS.get(loss, ())]
     given = compose_config(RUN, ["dataset.path=a.json", f"model/head={head}"]).model.head
     assert set(given.options) == set(options)
     assert list(given.loss_options) == of_losses

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import compose_config
+from tests.conftest import check_config, compose_config
 from vlm.checks import lora as lora_problems
-from vlm.checks.run import ConfigError, check
+from vlm.checks.fields import ConfigError
 from vlm.config.derived import BASE_FILE, get_value, training_keys, zero_stage
 from vlm.config.packaged import run_names
 
@@ -82,7 +82,7 @@ def records(tmp_path: Path) -> Path:
 def refused(records: Path, *overrides: str) -> str:
     config = compose_config("pretrain-smol", [f"dataset.path={records}", *overrides])
     with pytest.raises(ConfigError) as error:
-        check(config)
+        check_config(config)
     return str(error.value)
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_is_merged_before_what_cannot_merge_it(records: Path, tmp_pat
     start = f"trainer.from_pretrained={tmp_path}"
     for overrides in (["trainer.deepspeed=zero3"], [f"{Q}=8bit"]):
         assert f"Merge it first: vlm merge-lora {tmp_path} OUT" in refused(records, start, *overrides)
-    check(compose_config("pretrain-smol", [f"dataset.path={records}", start, "trainer.deepspeed=zero2"]))
+    check_config(compose_config("pretrain-smol", [f"dataset.path={records}", start, "trainer.deepspeed=zero2"]))
 
 
 @pytest.mark.parametrize("name", run_names())
@@ -129,7 +129,7 @@ def test_an_adapter_needs_no_plus_on_any_run(name: str):
     ],
 )
 def test_what_can_be_run_passes(records: Path, overrides: list[str]):
-    check(compose_config("pretrain-smol", [f"dataset.path={records}", *overrides]))
+    check_config(compose_config("pretrain-smol", [f"dataset.path={records}", *overrides]))
 
 
 def test_adapters_count_among_what_trains():

@@ -39,7 +39,7 @@ REFUSALS = {
     "trainer.unfreeze=all": f"trainer.unfreeze: it is a section; set one of its keys ({UNFREEZE}). "
     "A packaged choice of it is trainer/unfreeze=…",
     "trainer.learning_rate=1e-3": "trainer.learning_rate: it is a section; set one of its keys (visual_encoder_learni",
-    "trainer=fast": "trainer: it is a section; set one of its keys (output_dir, from_pretrained, ",
+    "trainer=fast": "trainer: it is a section; set one of its keys (objective, output_dir, ",
     "~trainer.adam_beta2": "~trainer.adam_beta2: a key cannot be removed; give it another value",
     "trainer.output_dir=${nothing}": "trainer.output_dir: Interpolation key 'nothing' not found",
     "trainer.max_steps": "trainer.max_steps: a word of the form key=value is needed; vlm --help",

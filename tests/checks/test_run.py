@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import compose_config
-from vlm.checks.run import CHOICES, UNSUPPORTED, ConfigError, check, format_value
+from tests.conftest import check_config, compose_config
+from vlm.checks.fields import ConfigError, format_value
+from vlm.checks.run import UNSUPPORTED
 from vlm.config.packaged import group_names, packaged_names, run_names
 
-CHOSEN = {
+CHOICES = {
     "model.visual_encoder.feature_strategy": "patch, cls+patch, cls, full",
     "model.visual_encoder.quantization": "null, 8bit, 4bit",
     "model.language_model.quantization": "null, 8bit, 4bit",
@@ -24,7 +25,7 @@ CHOSEN = {
 """What each closed list says is allowed."""
 
 LINEAR = ["model/connector=linear"]
-EVAL_SPLIT = "a share from 0 to below 1 is needed"
+EVAL_SPLIT = "a share from 0 to below 1, or null, is needed"
 NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
 REFUSALS = {
     "format": (
@@ -76,15 +77,15 @@ REFUSALS = {
     ),
     "tiles, no number of them": (
         ["model/anyres=llava-next", "model.anyres.max_tiles=0"],
-        "model.anyres.max_tiles=0: at least 1 is needed, or null",
+        "model.anyres.max_tiles=0: at least 1, or null, is needed",
     ),
     "tiles and padding": (
         ["model/anyres=llava-next", "dataset.image_mode=pad"],
-        "dataset.image_mode=pad: with model.anyres, a picture is squashed to a square as a whole and its tiles are ",
+        "dataset.image_mode=pad: with model.anyres, an image is squashed to a square as a whole and its tiles are ",
     ),
     "tiles of a whole model": (
         ["model/anyres=llava-onevision", "model.hf_name=llava-hf/llava-1.5-7b-hf"],
-        "model.anyres.grids: model.hf_name=llava-hf/llava-1.5-7b-hf prepares pictures in its own way; choose "
+        "model.anyres.grids: model.hf_name=llava-hf/llava-1.5-7b-hf prepares images in its own way; choose "
         "model/anyres=none",
     ),
     "format's option": (
@@ -146,7 +147,7 @@ REFUSALS = {
     ),
     "frames": (["dataset.max_frames=0"], "dataset.max_frames=0: at least 1 is needed"),
     "skipped share": (["dataset.max_skipped=2"], "dataset.max_skipped=2.0: a share from 0 to 1 is needed"),
-    "samples": (["dataset.max_samples=0"], "dataset.max_samples=0: at least 1 is needed"),
+    "samples": (["dataset.max_samples=0"], "dataset.max_samples=0: at least 1, or null, is needed"),
     "records": (["dataset.path=no.json"], "dataset.path=no.json: no such file (seen from "),
     "evaluation records": (["dataset.eval_path=no.json"], "dataset.eval_path=no.json: no such file (seen from "),
     "pictures": (["dataset.image_folder=no"], "dataset.image_folder=no: no such folder (seen from "),
@@ -215,7 +216,13 @@ REFUSALS = {
     "beams": (["inference.num_beams=0"], "inference.num_beams=0: at least 1 is needed"),
     "length": (["inference.max_new_tokens=0"], "inference.max_new_tokens=0: at least 1 is needed"),
     "scheduler": (["trainer.lr_scheduler_type=cosin"], "trainer.lr_scheduler_type=cosin: allowed are linear, cosine,"),
-    "optimiser": (["trainer.optim=adam"], "trainer.optim=adam: allowed are "),
+    "optimiser": (["trainer.optim=adam"], "trainer.optim=adam: allowed are adamw_torch, "),
+    "Muon under DeepSpeed": (
+        ["trainer.optim=muon", "trainer.deepspeed=zero2"],
+        "trainer.optim=muon and trainer.deepspeed: Muon needs whole matrices, which DeepSpeed flattens",
+    ),
+    "a peak of nothing": (["trainer.peak_tflops=0"], "trainer.peak_tflops=0.0: a number above 0, or null, is needed"),
+    "metrics": (["trainer.eval_metrics=[anls,meteor]"], "trainer.eval_metrics=meteor: allowed are exact_match, vqa_"),
 }
 """Overrides -> how the message begins."""
 
@@ -229,7 +236,7 @@ def records(tmp_path: Path) -> Path:
 def refused(records: Path, *overrides: str) -> str:
     config = compose_config("pretrain-smol", [f"dataset.path={records}", *overrides])
     with pytest.raises(ConfigError) as error:
-        check(config)
+        check_config(config)
     return str(error.value)
 
 
@@ -248,7 +255,7 @@ def test_shards_are_streamed_and_not_evaluated_on(records: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("key", CHOICES)
 def test_closed_lists_are_listed(records: Path, key: str):
-    assert refused(records, f"{key}=nonsense") == f"{key}=nonsense: allowed are {CHOSEN[key]}"
+    assert refused(records, f"{key}=nonsense") == f"{key}=nonsense: allowed are {CHOICES[key]}"
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -283,12 +290,14 @@ def test_evaluation_records_and_a_share_contradict(records: Path):
         ["trainer.resume_from_checkpoint=false"],
         ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1"],
         ["trainer.deepspeed=zero3"],
+        ["trainer.optim=muon"],
+        ["trainer.optim=my_package.my_module:Optimizer", "trainer.deepspeed=zero2"],
         ["trainer/deepspeed=zero2", "trainer/unfreeze=all", "trainer/learning_rate=smol-finetune",
          "trainer.learning_rate.visual_encoder_learning_rate=1e-6"],
     ],
 )  # fmt: skip
 def test_what_can_be_run_passes(records: Path, overrides: list[str]):
-    check(compose_config("pretrain-smol", [f"dataset.path={records}", *overrides]))
+    check_config(compose_config("pretrain-smol", [f"dataset.path={records}", *overrides]))
 
 
 def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
@@ -300,7 +309,7 @@ def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
     assert "complete checkpoint is needed" in refused(records, output, f"trainer.resume_from_checkpoint={torn}")
     (whole / "complete").touch()
     for value in ("true", whole):
-        check(
+        check_config(
             compose_config(
                 "pretrain-smol", [f"dataset.path={records}", output, f"trainer.resume_from_checkpoint={value}"]
             )

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from tests.conftest import compose_config
+from tests.conftest import check_config, compose_config
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.assembly.compose import build_model, compose
-from vlm.checks.run import check
 from vlm.config.derived import get_value
 from vlm.config.schema import RunConfig
 from vlm.train.parts import freeze, make_parts, parameter_groups
@@ -95,7 +94,7 @@ def records(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_passes_the_checks(records: str, name: str):
-    check(compose_config(name, [records]))
+    check_config(compose_config(name, [records]))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -370,7 +370,7 @@ def test_a_run_says_how_answers_are_drawn(
         (["inference.top_p=2"], "vlm: inference.top_p=2.0: a share above 0, at most 1 is needed"),
         (
             ["inference.cache_implementation=fixed"],
-            "vlm: inference.cache_implementation=fixed: one of dynamic, static, offloaded is needed",
+            "vlm: inference.cache_implementation=fixed: allowed are null, dynamic, static, offloaded",
         ),
         (["inference.num_beams=few"], "vlm: inference.num_beams=few: a whole number is needed"),
         (["dataset.path=x"], "vlm generate: dataset.path=x: only inference.KEY=VALUE is taken here"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import refusal
-from vlm.checks.run import ConfigError
+from vlm.checks.fields import ConfigError
 from vlm.web.guard import RequestGuard, is_loopback
 from vlm.web.plan import Plan, choices, choose_run_folder, format_for_shell, make_command
 

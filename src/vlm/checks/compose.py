@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vlm.checks.fields import ConfigError, check_fields
 from vlm.checks.messages import NO_BASE_MESSAGE, describe_unknown_key, explain
-from vlm.checks.run import ConfigError, ObjectiveChecks, check, check_inference
+from vlm.checks.run import ObjectiveChecks, check
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig
 
@@ -55,7 +56,7 @@ def compose_inference_config(argv: list[str]) -> InferenceConfig:
         _require_run(composed)
         check_known_keys(composed)
         found.append(OmegaConf.to_object(composed.inference))
-        check_inference(found[0])
+        check_fields(found[0], "inference.")
 
     _compose_and_apply(argv, take)
     return found[0]

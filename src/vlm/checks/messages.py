@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.checks.run import ConfigError, format_value
+from vlm.checks.fields import ConfigError, format_value
 from vlm.config.packaged import group_names, run_names
 from vlm.config.recorded import current_key
 from vlm.config.schema import key_names

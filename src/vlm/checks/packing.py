@@ -1,23 +1,18 @@
 """What does not go together with `trainer.packing`."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from vlm.config.schema import RunConfig
 
 
 def packing_problems(config: RunConfig) -> Iterator[str]:
-    """Why packing cannot be what is meant; each with the key and what to do."""
-    trainer: Any = config.trainer  # the keys that are passed through are fields made at import
+    """Yield why a run cannot pack its batches as it says; each with the key and what to do."""
+    trainer = config.trainer
     most = trainer.max_tokens_per_batch
     if not trainer.packing:
         if most is not None:
             yield f"trainer.max_tokens_per_batch={most}: only trainer.packing=true fills batches by tokens"
         return
-    if most is not None and most < 1:
-        yield f"trainer.max_tokens_per_batch={most}: a number of at least 1 is needed, or null"
-    if config.model.head.task is not None:
-        yield "trainer.packing=true: prediction heads read one prompt a row; it is for runs that learn to write"
     if trainer.train_sampling_strategy == "sequential":
         yield (
             "trainer.packing=true and trainer.train_sampling_strategy=sequential: packing settles which samples stand "

@@ -44,6 +44,7 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         connector_problems(config.model.connector),
         anyres_problems(config),
         _path_problems(config),
+        _evaluation_setting_problems(config),
         objective.refusals(),
         _training_problems(config, objective),
         encoder_problems(config),
@@ -52,7 +53,6 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         packing_problems(config),
         step_problems(config),
         optimizer_problems(config),
-        _evaluation_setting_problems(config),
     ):
         raise ConfigError(problem)
 

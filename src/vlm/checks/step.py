@@ -1,24 +1,26 @@
-"""What a run's keys say of how a step is computed (checkpointing, compilation) that cannot be meant."""
+"""What is wrong with the keys of how a step is computed: checkpointing of activations, the optimiser."""
 
 from collections.abc import Iterator
-from typing import Any
 
+from vlm.config.choices import MUON
 from vlm.config.schema import PARTS, RunConfig
 
 
 def step_problems(config: RunConfig) -> Iterator[str]:
-    """Each with the key, the value and what to do."""
-    trainer: Any = config.trainer  # the keys that are passed through are fields made at import
-    named = trainer.checkpointed_parts
-    if named is not None:
-        allowed = ", ".join(PARTS)
-        if not named:
-            yield f"trainer.checkpointed_parts=[]: name at least one of {allowed}, or leave it null"
-        for name in named:
-            if name not in PARTS:
-                yield f"trainer.checkpointed_parts={named}: there is no part {name}; allowed are {allowed}"
-        if not trainer.activation_checkpointing:
-            yield (
-                f"trainer.checkpointed_parts={named}: nothing is checkpointed without "
-                "trainer.activation_checkpointing=true"
-            )
+    """Yield what is wrong with `trainer.checkpointed_parts`: the key, its value and what to do."""
+    parts = config.trainer.checkpointed_parts
+    if parts == []:
+        yield f"trainer.checkpointed_parts=[]: name at least one of {', '.join(PARTS)}, or leave it null"
+    if parts is not None and not config.trainer.activation_checkpointing:
+        yield (
+            f"trainer.checkpointed_parts={parts}: nothing is checkpointed without trainer.activation_checkpointing=true"
+        )
+
+
+def optimizer_problems(config: RunConfig) -> Iterator[str]:
+    """Yield why Muon cannot train a run: it orthogonalises whole matrices, which DeepSpeed flattens."""
+    if config.trainer.optim == MUON and config.trainer.deepspeed:
+        yield (
+            "trainer.optim=muon and trainer.deepspeed: Muon needs whole matrices, which DeepSpeed flattens; leave "
+            "trainer.deepspeed out (torchrun trains on several GPUs without it), or choose another optimiser"
+        )

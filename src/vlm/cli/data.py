@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checks.compose import with_config
-from vlm.checks.run import ConfigError
+from vlm.checks.fields import ConfigError
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.table import make_objective
 

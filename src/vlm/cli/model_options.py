@@ -8,7 +8,8 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from vlm.checks.run import CACHE_IMPLEMENTATIONS, ConfigError, check_inference
+from vlm.checks.fields import ConfigError, check_fields
+from vlm.config.choices import CACHE_IMPLEMENTATIONS
 from vlm.config.schema import InferenceConfig
 
 
@@ -72,7 +73,7 @@ def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
     for name in (field.name for field in fields(InferenceConfig)):
         if (given := getattr(args, name)) is not None:
             setattr(settings, name, given)
-    check_inference(settings, prefix="")
+    check_fields(settings)
     return settings
 
 

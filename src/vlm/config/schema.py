@@ -10,9 +10,24 @@ whatever the installed version takes can be set as `trainer.<name>`.
 
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlm.config.training_fields import read_training_argument_fields
+from vlm.config.choices import (
+    ATTENTION_IMPLEMENTATIONS,
+    CACHE_IMPLEMENTATIONS,
+    EVAL_METRICS,
+    FEATURE_STRATEGIES,
+    HEAD_TYPES,
+    IMAGE_MODES,
+    LOSSES,
+    MUON,
+    POOLINGS,
+    QUANTIZATIONS,
+    SAMPLING_STRATEGIES,
+    THRESHOLD_CRITERIA,
+)
+from vlm.config.rules import above, at_least, choices, share
+from vlm.config.training_fields import read_training_argument_choices, read_training_argument_fields
 
 MISSING: Any = "???"
 """What omegaconf calls a value that has to be given."""
@@ -44,9 +59,9 @@ class EncoderConfig:
     feature_layer: Any = None
     """Hidden state to read, counted as `hidden_states` is (-2: before the last layer), or a list of them, whose
     features are concatenated by channel; null: the encoder's output."""
-    feature_strategy: str = "patch"
+    feature_strategy: str = field(default="patch", metadata=choices(FEATURE_STRATEGIES))
     """Which tokens of it: `patch`, `cls+patch`, `cls` or `full` (all, registers included)."""
-    image_size: int | None = None
+    image_size: int | None = field(default=None, metadata=at_least(1))
     """Side of the square in pixels that pictures are squashed to for it, without cropping, where it takes more sizes
     than one (DINOv2); null: as its image processor does it."""
 
@@ -57,7 +72,7 @@ class VisualEncoderConfig(EncoderConfig):
 
     extra_encoders: list[EncoderConfig] = field(default_factory=list)
     """Further encoders that see the same pictures; their features stand behind the first one's, by channel."""
-    quantization: str | None = None
+    quantization: str | None = field(default=None, metadata=choices(QUANTIZATIONS))
     """`8bit` or `4bit` (NF4): its matrices are stored so, and stay frozen; adapters train on them (`trainer.lora`)."""
 
 
@@ -71,7 +86,7 @@ class LanguageModelConfig:
     """Branch, tag or commit on the Hub; null is the default branch."""
     trust_remote_code: bool = False
     """Whether code out of the model's repository may run."""
-    quantization: str | None = None
+    quantization: str | None = field(default=None, metadata=choices(QUANTIZATIONS))
     """`8bit` or `4bit` (NF4): its matrices are stored so, and stay frozen; adapters train on them (`trainer.lora`)."""
     new_tokens: list[str] = field(default_factory=list)
     """Tokens added to its vocabulary. Where it does not train, their embeddings alone do, at its learning rate."""
@@ -96,7 +111,7 @@ class AnyResConfig:
     grids: list[list[int]] | None = None
     """Allowed grids, each [rows, columns] of tiles as large as the visual encoder's pictures; the one that keeps most
     pixels is taken. `[]`: each picture is one square; null: as the checkpoint has it, else one square."""
-    max_tiles: int | None = None
+    max_tiles: int | None = field(default=None, metadata=at_least(1))
     """A picture's tiles give at most about the tokens of so many tiles, shrunk bilinearly; null: all stay."""
     tile_several: bool = False
     """Whether several pictures of a sample are tiled too; else each of them is one square."""
@@ -106,16 +121,16 @@ class AnyResConfig:
 class HeadConfig:
     """What is predicted from the language model's hidden states at a prompt: a class, several, a number or an order."""
 
-    task: str | None = None
+    task: str | None = field(default=None, metadata=choices(LOSSES))
     """`binary`, `multiclass`, `multilabel`, `regression`, `ordinal` or `pairwise`; null: there is no head, the model
     writes text."""
     labels: list[Any] | None = None
     """The labels in order (`binary`: negative, positive); null: those of the training records, sorted."""
-    type: str = "linear"
+    type: str = field(default="linear", metadata=choices(HEAD_TYPES, custom="package.module:Class"))
     """A name of the table `HEADS`, or `package.module:Class` for a class of your own."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword parameters of that class; null leaves a parameter at the class's own default."""
-    pooling: str = "last"
+    pooling: str = field(default="last", metadata=choices(POOLINGS))
     """Which hidden states it reads, a name of the table `POOLINGS`: the last token's, a mean over `mean` (all),
     `image` or `text` tokens, `attention`, a learned `query` token behind the prompt, those at a `token`; or `first` and
     `alltoken`, as earlier work did."""
@@ -129,12 +144,12 @@ class HeadConfig:
     """`gamma` of `focal`, `delta` of `huber` (in standard deviations of the labels), `margin` of `margin`."""
     class_weights: Any = None
     """What each label counts in the loss: `balanced` (by its rarity in training), or a list in the order of labels."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = field(default=0.0, metadata=share(is_open_above=True))
     """Share of a target that is spread over all labels."""
-    threshold_by: str = "f1"
+    threshold_by: str = field(default="f1", metadata=choices(THRESHOLD_CRITERIA))
     """What the threshold of `binary` and `multilabel` is chosen for on the evaluation records: `f1`, `accuracy`,
     `youden`, or `none` for 0.5."""
-    weight: float = 1.0
+    weight: float = field(default=1.0, metadata=above(0))
     """What its loss counts among those of several heads."""
 
 
@@ -146,7 +161,7 @@ class HeadsConfig(HeadConfig):
     """What it is called where there are several: the key of its value in a record's `label`."""
     extra_heads: dict[str, HeadConfig] = field(default_factory=dict)
     """Further heads by their names."""
-    generation_weight: float = 0.0
+    generation_weight: float = field(default=0.0, metadata=at_least(0))
     """What the loss of the records' replies counts beside the heads'; 0: the model does not learn to write them."""
 
     @property
@@ -177,7 +192,7 @@ class ModelConfig:
     """A token before each image (`<|vision_start|>`, `<im_start>`); null: none."""
     image_end_token: str | None = None
     """A token after each image; null: none."""
-    attn_implementation: str = "auto"
+    attn_implementation: str = field(default="auto", metadata=choices(ATTENTION_IMPLEMENTATIONS))
     """`auto` (the best that is installed), `flash_attention_2`, `sdpa`, `flex_attention` or `eager`."""
 
 
@@ -214,9 +229,9 @@ class WeightDecayConfig:
 class LoraPartConfig:
     """The adapter of one part; it trains at the part's learning rate."""
 
-    r: int | None = None
+    r: int | None = field(default=None, metadata=at_least(1))
     """Rank of its updates; null: the part has no adapter."""
-    alpha: int | None = None
+    alpha: int | None = field(default=None, metadata=at_least(1))
     """Updates are scaled by `alpha / r`; null: twice `r`."""
     target_modules: list[str] | None = None
     """How the names of its layers end (`[q_proj, v_proj]`); null: all Linear layers of the part but `lm_head`."""
@@ -229,25 +244,30 @@ class LoraConfig:
     visual_encoder: LoraPartConfig = field(default_factory=LoraPartConfig)
     connector: LoraPartConfig = field(default_factory=LoraPartConfig)
     language_model: LoraPartConfig = field(default_factory=LoraPartConfig)
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata=share(is_open_above=True))
     """Dropout on what the adapters read."""
     use_rslora: bool = False
     """Scale by `alpha / sqrt(r)` instead (arXiv:2312.03732)."""
     use_dora: bool = False
     """Train the length of each weight vector beside its direction (DoRA, arXiv:2402.09353)."""
-    bias: str = "none"
+    bias: str = field(default="none", metadata=choices(("none", "lora_only", "all")))
     """Which biases train too: `none`, `lora_only` (of the layers with an adapter), `all` (of the parts with one)."""
-    init: str = "default"
+    init: str = field(default="default", metadata=choices(("default", "gaussian", "orthogonal")))
     """First weights: `default`, `gaussian` or `orthogonal`; each leaves the model's answers as they are."""
 
 
 @dataclass
 class TrainerOptions:
-    """Our own keys of `trainer`; every field of `TrainingArguments` stands beside them in `TrainerConfig`."""
+    """The keys of `trainer` besides those of `TrainingArguments`, which `TrainerConfig` has too."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return the value of a field of `TrainingArguments`, which `TrainerConfig` gets when it is made."""
 
     objective: str | None = None
-    """What is learned: `generation` (replies), `prediction` (what heads say of prompts), or `package.module:Class` for an
-    objective of your own; null: `prediction` where there is a head (`model.head.task`), else `generation`."""
+    """What the model learns: `generation` (replies), `prediction` (labels or numbers, by heads), or an objective of
+    your own, `package.module:Class`; null: `prediction` where there is a head (`model.head.task`), else `generation`."""
     output_dir: str | None = None
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
@@ -263,22 +283,24 @@ class TrainerOptions:
     packing: bool = False
     """Fill batches by tokens: samples stand one behind the other without padding, and attend to themselves alone.
     `train_sampling_strategy` is for padded batches."""
-    max_tokens_per_batch: int | None = None
+    max_tokens_per_batch: int | None = field(default=None, metadata=at_least(1))
     """With `packing`, most tokens of a batch, image tokens counted; null: as many as `per_device_train_batch_size`
     samples have on average."""
-    checkpointed_parts: list[str] | None = None
+    checkpointed_parts: list[str] | None = field(default=None, metadata=choices(PARTS))
     """With `activation_checkpointing`, the parts whose layers are computed anew for their gradient, of
     `visual_encoder`, `connector` and `language_model`; null: all that gradients flow through."""
-    loss_average: str = "token"
+    loss_average: str = field(default="token", metadata=choices(("token", "micro_batch")))
     """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
     num_samples: int = 4
     """How many evaluation (else training) samples are answered into `samples.md` at each evaluation and at the end."""
-    eval_metrics: list[str] = field(default_factory=list)
+    eval_metrics: list[str] = field(
+        default_factory=list, metadata=choices(EVAL_METRICS, custom="package.module:function")
+    )
     """Metrics of answers to evaluation records, drawn as `inference` says, logged as `eval_<metric>` beside the loss:
-    `exact_match`, `vqa_accuracy`, `anls`, `cider`, `bleu`, `rouge`."""
-    eval_metrics_samples: int = 64
+    `exact_match`, `vqa_accuracy`, `anls`, `cider`, `bleu`, `rouge`, or a function of your own."""
+    eval_metrics_samples: int = field(default=64, metadata=at_least(1))
     """The first so many evaluation records are answered for them; every rank answers all of them."""
-    peak_tflops: float | None = None
+    peak_tflops: float | None = field(default=None, metadata=above(0))
     """What a device can do at most, in 10^12 operations a second, as the measure of `mfu`; null: dense bfloat16 as the
     data sheet of the GPU says, or measured in the run's precision where it is not known."""
     profile: bool = False
@@ -304,10 +326,16 @@ OUR_DEFAULTS = {
 }
 """Where our default differs from `TrainingArguments`': log often, show a NaN as NaN, keep two checkpoints."""
 
+CLOSED_LISTS = {name: choices(names) for name, names in read_training_argument_choices().items()} | {
+    "optim": choices((*read_training_argument_choices()["optim"], MUON), custom="package.module:Class"),
+    "train_sampling_strategy": choices(SAMPLING_STRATEGIES),
+}
+"""Fields of `TrainingArguments` that hold one of several names, and those that ours take besides."""
+
 TrainerConfig = make_dataclass(
     "TrainerConfig",
     [
-        (name, kind, field(default=OUR_DEFAULTS.get(name, default)))
+        (name, kind, field(default=OUR_DEFAULTS.get(name, default), metadata=CLOSED_LISTS.get(name)))
         for name, (kind, default) in TRAINING_ARGUMENT_FIELDS.items()
     ],
     bases=(TrainerOptions,),
@@ -332,7 +360,7 @@ class SourceConfig:
     """Of a Hugging Face data set that has several."""
     subset: str | None = None
     """Of a data set on the Hub that has several."""
-    max_samples: int | None = None
+    max_samples: int | None = field(default=None, metadata=at_least(1))
     """Use so many records only, drawn with `trainer.seed`; null: all."""
     system_prompt: str | None = None
     """Said at the start of conversations that have no system turn of their own; null: nothing."""
@@ -342,7 +370,7 @@ class SourceConfig:
 class MixtureSourceConfig(SourceConfig):
     """One of several sources; without an image folder of its own it has the run's."""
 
-    weight: float = 1.0
+    weight: float = field(default=1.0, metadata=above(0))
     """How often an epoch takes each of its samples: 2 is twice, 0.5 a half of them, drawn with `trainer.seed`. In a
     stream, how often it is drawn from, in relation to the others."""
     template: str | None = None
@@ -358,56 +386,56 @@ class DatasetConfig(SourceConfig):
     streaming: bool = False
     """Read records one after the other, and never ask for one by its number: for tar shards, and for data sets that
     are not to be stored here. Needs `trainer.max_steps`."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = field(default=1000, metadata=at_least(0))
     """How many records of a stream wait to be drawn from."""
     allow_pipe: bool = False
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
-    max_frames: int = 8
+    max_frames: int = field(default=8, metadata=at_least(1))
     """Most frames of a video that are seen, evenly spread: as pictures, or as a video where the model knows videos.
     LLaVA-OneVision and LLaVA-NeXT-Video get so many of every video, those of a short one repeated."""
     cache_dir: str | None = None
     """Where indices and token counts are kept; null: `vlm` in the folder of Hugging Face's caches (`HF_HOME`)."""
-    num_workers: int | None = None
+    num_workers: int | None = field(default=None, metadata=at_least(0))
     """Processes that count tokens before the first run on a data set; null: as many as there are cores."""
     eval_path: str | None = None
     """Records for the evaluation loss, of the same format; null: none, or `eval_split`."""
     eval_image_folder: str | None = None
     """What their image paths are relative to; null: `image_folder`, else the folder of `eval_path`."""
-    eval_split: float | None = None
+    eval_split: float | None = field(default=None, metadata=share(is_open_above=True))
     """Share of `path` to hold out for evaluation where there is no `eval_path`, drawn with `trainer.seed`; null: none,
     for a head 0.2 where there are no `folds` either. For a head it is stratified by label."""
-    max_eval_samples: int | None = None
+    max_eval_samples: int | None = field(default=None, metadata=at_least(1))
     """Evaluate on the first so many records only; null: all."""
     test_path: str | None = None
     """For a head: records that nothing is chosen by, only measured on; null: none, or `test_split`."""
     test_image_folder: str | None = None
     """What their image paths are relative to; null: `image_folder`, else the folder of `test_path`."""
-    test_split: float = 0.0
+    test_split: float = field(default=0.0, metadata=share(is_open_above=True))
     """For a head: share of `path` to hold out for that, stratified by label, before anything else is held out."""
-    folds: int | None = None
+    folds: int | None = field(default=None, metadata=at_least(2))
     """For a head on a frozen body, in place of evaluation records: train so many times, each time without another part
     of the records, and choose and measure on what each head says of the part that it has not seen."""
     cache_features: bool | None = None
     """Compute what a frozen part gives once, and keep it in the cache: for a head, what it reads of each record, for
     other runs what a frozen visual encoder gives for each picture; null: for heads where the body is frozen."""
-    cache_limit_gb: float | None = None
+    cache_limit_gb: float | None = field(default=None, metadata=above(0))
     """Most that features of pictures may take in the cache, in 10^9 bytes: what was not used for longest goes; null:
     half of what they and the free disk are."""
     template: str | None = None
     """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file;
     null: the checkpoint's, else the tokenizer's own."""
-    image_mode: str | None = None
+    image_mode: str | None = field(default=None, metadata=choices(IMAGE_MODES))
     """`square`: as the encoder's image processor does it; `pad`: padded to a square first; null: the checkpoint's,
     else `square`."""
     max_length: int | None = 2048
     """Longest sample in tokens, image tokens counted; null: as long as the language model's positions."""
-    over_length: str = "error"
+    over_length: str = field(default="error", metadata=choices(("error", "skip", "truncate")))
     """A longer sample: `error`, `skip` (listed in `skipped.jsonl`) or `truncate` (replies only, never image tokens)."""
-    on_bad_sample: str = "error"
+    on_bad_sample: str = field(default="error", metadata=choices(("error", "skip")))
     """A record that cannot be used: `error`, or `skip` (listed in `skipped.jsonl` with the reason)."""
-    max_skipped: float = 0.1
+    max_skipped: float = field(default=0.1, metadata=share())
     """The run stops where more than this share of the records cannot be used."""
-    check_samples: int | None = 100
+    check_samples: int | None = field(default=100, metadata=at_least(0))
     """Pictures of the first so many records of each source are decoded before training, and of all evaluation records;
     of the others, whether they are there and begin like pictures. null: all are decoded."""
 
@@ -416,12 +444,15 @@ class DatasetConfig(SourceConfig):
 class InferenceConfig:
     """How answers are drawn, for `samples.md` and as defaults for generation."""
 
-    temperature: float = 0.0
+    temperature: float = field(default=0.0, metadata=at_least(0, "0 (greedy) or more"))
     """0 is greedy."""
-    top_p: float = 1.0
-    num_beams: int = 1
-    max_new_tokens: int = 128
-    cache_implementation: str | None = None
+    top_p: float = field(default=1.0, metadata=share(is_open_below=True))
+    """Tokens are drawn from the most likely ones whose probabilities reach this share."""
+    num_beams: int = field(default=1, metadata=at_least(1))
+    """Beams of a beam search; 1: none."""
+    max_new_tokens: int = field(default=128, metadata=at_least(1))
+    """Longest answer in tokens."""
+    cache_implementation: str | None = field(default=None, metadata=choices(CACHE_IMPLEMENTATIONS))
     """How keys and values are kept: `dynamic` grows, `static` has its full length at once, and transformers compiles
     the decoding of a token for it on GPUs; `offloaded` keeps on the GPU those of a layer at a time. None: the model's
     own way."""

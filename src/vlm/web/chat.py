@@ -1,55 +1,60 @@
 """The tab *Chat*: a conversation with a checkpoint about images, answered piece by piece."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import gradio as gr
 
-from vlm.checks.run import check_inference
+from vlm.checks.fields import check_fields
 from vlm.config.schema import InferenceConfig
+from vlm.web.components import QUIET, checkpoint_dropdown
 from vlm.web.models import ModelHolder
-from vlm.web.runs import checkpoints
+
+if TYPE_CHECKING:
+    from vlm.inference.conversation import Exchange
 
 EMPTY_TEXT = "Choose a checkpoint, add an image, and ask."
 STOPPED_NOTICE = " … (stopped: the model does not remember this question)"
 
 
+class Message(TypedDict):
+    """The value of the question's field: its text, and the paths of its images."""
+
+    text: str | None
+    files: list[str] | None
+
+
 @dataclass
 class ChatState:
-    """One visitor's conversation. It holds no model, so that the page can let go of one.
+    """One visitor's conversation, without its model, so that the page can release the model.
 
     Attributes:
-        exchanges: what was said, as `Conversation` has it.
-        stopped: whether the answer that is being given is no longer wanted.
-        beginnings: how often it began anew.
+        exchanges: the finished exchanges, as in `Conversation`.
+        stopped: whether to stop the answer that is being generated.
+        num_resets: how often the conversation was cleared.
     """
 
-    exchanges: tuple[Any, ...] = ()
+    exchanges: "tuple[Exchange, ...]" = ()
     stopped: bool = False
     num_resets: int = 0
 
     def reset(self) -> None:
-        """Begin anew with the next question."""
+        """Clear the conversation, and stop an answer that is being generated."""
         self.exchanges, self.stopped = (), True
         self.num_resets += 1
 
 
-def build(outputs: Path, extra_checkpoints: list[str], model_holder: ModelHolder) -> gr.Dropdown:
-    """Lay the tab out; returns the choice of checkpoints."""
-    found = checkpoints(outputs, extra_checkpoints, heads=False)
+def build(outputs: Path, model_holder: ModelHolder, names: list[str]) -> gr.Dropdown:
+    """Build the tab; return the field of checkpoints."""
     state = gr.State(ChatState())
-    checkpoint = gr.Dropdown(
-        found, value=next(iter(found), None), allow_custom_value=True, label="Checkpoint", elem_id="chat-checkpoint",
-        info="Choose one, or type a folder or a name on the Hub" if found
-        else f"No complete run found under {outputs}/ yet: type a folder or a name on the Hub",
-    )  # fmt: skip
-    shown = gr.Chatbot(
-        height="52vh", min_height=260, show_label=False, render_markdown=False, placeholder=EMPTY_TEXT, buttons=["copy"],
-        elem_id="chat-shown", feedback_options=None,
+    checkpoint = checkpoint_dropdown(names, "Checkpoint", "No complete run", outputs, "chat-checkpoint")
+    chatbot = gr.Chatbot(
+        height="52vh", min_height=260, show_label=False, render_markdown=False, placeholder=EMPTY_TEXT,
+        buttons=["copy"], elem_id="chat-shown", feedback_options=None,
     )  # fmt: skip
     question = gr.MultimodalTextbox(
         file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_id="chat-question",
@@ -61,89 +66,103 @@ def build(outputs: Path, extra_checkpoints: list[str], model_holder: ModelHolder
     def stop(state: ChatState) -> None:
         state.stopped = True
 
-    def reset(state: ChatState) -> list[Any]:
+    def reset(state: ChatState) -> list[object]:
         state.reset()
         return []
 
-    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
     question.submit(
-        partial(ask, model_holder), [question, shown, state, checkpoint, *settings], [shown, question],
+        partial(ask, model_holder), [question, chatbot, state, checkpoint, *settings], [chatbot, question],
         concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="minimal",
     )  # fmt: skip
-    question.stop(stop, state, None, **hidden)
-    gr.on([clear.click, shown.clear, checkpoint.input], reset, state, shown, **hidden)
+    question.stop(stop, state, None, concurrency_limit=None, **QUIET)
+    gr.on([clear.click, chatbot.clear, checkpoint.input], reset, state, chatbot, concurrency_limit=None, **QUIET)
     return checkpoint
 
 
 def _build_settings() -> list[gr.Number]:
-    """How answers are drawn, in the order of `answers`."""
+    """Return the fields of generation settings, in the order of `stream_answer`."""
+    defaults = InferenceConfig()
     with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
-        number: dict[str, Any] = {"min_width": 140}
-        temperature = gr.Number(
-            InferenceConfig.temperature, label="temperature", info="0 is greedy", minimum=0, step=0.1, **number
-        )
-        top_p = gr.Number(
-            InferenceConfig.top_p, label="top_p", info="nucleus sampling", minimum=0, maximum=1, step=0.05, **number
-        )
-        max_answer_tokens = gr.Number(
-            InferenceConfig.max_new_tokens, label="max_new_tokens", info="longest answer", precision=0, minimum=1,
-            **number, elem_id="chat-longest",
-        )  # fmt: skip
-        seed = gr.Number(None, label="seed", info="empty: by chance", precision=0, **number)
-    return [temperature, top_p, max_answer_tokens, seed]
+        return [
+            gr.Number(
+                defaults.temperature, label="temperature", info="0 is greedy", minimum=0, step=0.1, min_width=140
+            ),
+            gr.Number(
+                defaults.top_p, label="top_p", info="nucleus sampling", minimum=0, maximum=1, step=0.05, min_width=140
+            ),
+            gr.Number(
+                defaults.max_new_tokens, label="max_new_tokens", info="longest answer", precision=0, minimum=1,
+                min_width=140, elem_id="chat-longest",
+            ),
+            gr.Number(None, label="seed", info="empty: not seeded", precision=0, min_width=140),
+        ]  # fmt: skip
 
 
 def ask(
     model_holder: ModelHolder,
-    message: dict[str, Any],
-    turns: list[Any],
+    message: Message,
+    earlier: list[dict[str, object]],
     state: ChatState,
-    path: str | None,
-    *settings: Any,
-) -> Iterator[tuple[Any, Any]]:
-    """What is shown and what the field holds, while a question is answered."""
-    before, num_resets_before = list(turns), state.num_resets
+    checkpoint: str | None,
+    *settings: float | None,
+) -> Iterator[tuple[object, object]]:
+    """Yield the conversation to show and the state of the question's field, while a question is answered."""
+    num_resets = state.num_resets
     text, images = (message["text"] or "").strip(), list(message["files"] or [])
     if not (text or images):
         yield gr.skip(), gr.skip()
         return
-    asked = [*before, *({"role": "user", "content": {"path": one}} for one in images)]
-    asked += [{"role": "user", "content": text}] if text else []
-    yield asked, gr.update(value=None, submit_btn=False, stop_btn=True)
+    turns = [*earlier, *({"role": "user", "content": {"path": image}} for image in images)]
+    turns += [{"role": "user", "content": text}] if text else []
+    yield turns, gr.update(value=None, submit_btn=False, stop_btn=True)
     answer = ""
     try:
-        for answer in stream_answer(model_holder, state, path, text, images, *settings):
-            yield [*asked, {"role": "assistant", "content": answer}], gr.skip()
-    except (ValueError, OSError, RuntimeError) as error:  # the last: no memory left on a GPU
-        yield before, gr.update(value=message, submit_btn=True, stop_btn=False)  # to be mended and sent again
+        for answer in stream_answer(model_holder, state, checkpoint, text, images, settings):
+            yield [*turns, {"role": "assistant", "content": answer}], gr.skip()
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
+        yield earlier, gr.update(value=message, submit_btn=True, stop_btn=False)  # to be corrected and sent again
         raise gr.Error(str(error), duration=None, title="Not asked", print_exception=False) from error
-    shown = [*asked, {"role": "assistant", "content": answer + STOPPED_NOTICE * state.stopped}]
-    yield shown if state.num_resets == num_resets_before else [], gr.update(submit_btn=True, stop_btn=False)
+    turns.append({"role": "assistant", "content": answer + STOPPED_NOTICE * state.stopped})
+    yield turns if state.num_resets == num_resets else [], gr.update(submit_btn=True, stop_btn=False)
 
 
 def stream_answer(
-    model_holder: ModelHolder, state: ChatState, checkpoint: str | None, text: str, images: list[str], temperature: float | None,
-    top_p: float | None, max_answer_tokens: float | None, seed: float | None,
-) -> Iterator[str]:  # fmt: skip
-    """The answer to a question, longer each time, until it is complete or stopped.
+    model_holder: ModelHolder,
+    state: ChatState,
+    checkpoint: str | None,
+    text: str,
+    images: list[str],
+    settings: Sequence[float | None],
+) -> Iterator[str]:
+    """Yield the answer to a question, longer each time, until it is complete or stopped.
+
+    Args:
+        model_holder: loads the checkpoint.
+        state: the conversation; the exchange is added to it when the answer is complete.
+        checkpoint: a folder or a name on the Hub.
+        text: the question.
+        images: the paths of its images.
+        settings: temperature, top_p, max_new_tokens and seed; only a seed may be None.
 
     Raises:
-        ValueError: no checkpoint, settings out of bounds, or what the model refuses.
+        ValueError: no checkpoint, settings out of bounds, or a question that the model refuses.
     """
-    settings = InferenceConfig(
-        _require_number("temperature", temperature), _require_number("top_p", top_p), InferenceConfig.num_beams,
-        int(_require_number("max_new_tokens", max_answer_tokens)),
+    temperature, top_p, max_new_tokens, seed = settings
+    config = InferenceConfig(
+        _require_number("temperature", temperature), _require_number("top_p", top_p),
+        max_new_tokens=int(_require_number("max_new_tokens", max_new_tokens)),
     )  # fmt: skip
-    check_inference(settings, prefix="")
-    if not (checkpoint or "").strip():
+    check_fields(config)
+    checkpoint = (checkpoint or "").strip()
+    if not checkpoint:
         raise ValueError("choose a checkpoint")
     state.stopped = False
-    model = model_holder.model(str(checkpoint).strip())
+    model = model_holder.model(checkpoint)
     from transformers import set_seed
 
     from vlm.inference.conversation import Conversation
 
-    conversation = Conversation(model, settings)
+    conversation = Conversation(model, config)
     conversation.exchanges = state.exchanges
     if seed is not None:
         set_seed(int(seed))
@@ -159,11 +178,6 @@ def stream_answer(
 
 
 def _require_number(name: str, value: float | None) -> float:
-    """A number of a field.
-
-    Raises:
-        ValueError: the field is empty.
-    """
     if value is None:
         raise ValueError(f"{name}: a number is needed")
     return value

@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vlm.checks.compose import check_known_keys, check_required_values, open_mapping_key
+from vlm.checks.fields import ConfigError
 from vlm.checks.messages import explain
-from vlm.checks.run import ConfigError, check
+from vlm.checks.run import check
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.table import make_objective

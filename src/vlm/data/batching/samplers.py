@@ -5,9 +5,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-GROUP_BY_MODALITY_LENGTH = "group_by_modality_length"
-"""The value of `trainer.train_sampling_strategy` that chooses it."""
-
 
 def group_by_modality_and_length(
     lengths: Sequence[int], num_images: Sequence[int], batch: int, generator: torch.Generator

@@ -1,0 +1,111 @@
+"""What is wrong with the records of a run: sources, formats, templates, streams.
+
+Imports the schema and the table of formats, which needs the standard library only.
+"""
+
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+
+from vlm.checks.fields import ConfigError
+from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
+from vlm.config.named import is_custom_name
+from vlm.config.packaged import packaged_names
+from vlm.config.schema import DatasetConfig, RunConfig, SourceConfig
+from vlm.data.records.formats import FORMATS
+from vlm.data.records.paths import is_tar_path, path_problem
+
+
+def dataset_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the sources of a run, its evaluation and test records, and its templates."""
+    data = config.dataset
+    if data.path is None and not data.sources:
+        yield "dataset.path: a value is needed, for example dataset.path=…"
+    if data.path is not None and data.sources:
+        yield "dataset.path and dataset.sources: choose one (dataset.path=null leaves it out)"
+    sources = {f"dataset.sources.{name}": source for name, source in data.sources.items()}
+    for key, source in (sources or {"dataset": data}).items():
+        yield from _source_problems(key, source, data)
+    for key, source in sources.items():
+        yield from template_problems(source.template, f"{key}.template")
+    for name in ("image_folder", "eval_image_folder", "test_image_folder"):
+        yield from _folder_problems(f"dataset.{name}", getattr(data, name))
+    for key, path in {"dataset.eval_path": data.eval_path, "dataset.test_path": data.test_path}.items():
+        if path is not None:
+            yield from _records_problems(key, path)
+            if is_tar_path(path):
+                yield f"{key}={path}: tar shards cannot be evaluated on, only streamed"
+    if data.streaming:
+        yield from _stream_problems(config, {"dataset": data, **sources})
+    yield from template_problems(data.template)
+
+
+def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Iterator[str]:
+    """Yield what is wrong with a source's path, format, options and image folder."""
+    path = str(source.path)
+    if path.startswith("pipe:"):
+        if not data.allow_pipe:
+            yield f"{key}.path={path}: a shell would run this; dataset.allow_pipe=true says that it may"
+    elif "{" not in path:
+        yield from _records_problems(f"{key}.path", path)
+    if is_tar_path(path) and not data.streaming:
+        yield f"{key}.path={path}: tar shards are read one after the other: dataset.streaming=true"
+    if source.format in FORMATS:
+        parameters = signature(FORMATS[source.format]).parameters.values()
+        allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        for name in source.options:
+            if name not in allowed:
+                listing = ", ".join(allowed) or "none"
+                yield f"{key}.options.{name}: {source.format} does not take it; allowed are {listing}"
+    elif not is_custom_name(source.format):
+        allowed = ", ".join(FORMATS)
+        yield f"{key}.format={source.format}: allowed are {allowed}, or package.module:function for your own"
+    yield from _folder_problems(f"{key}.image_folder", source.image_folder)
+
+
+def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Iterator[str]:
+    """Yield what a stream, which has no length and no order but its own, cannot do."""
+    if config.trainer.max_steps < 1:
+        yield "dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…"
+    if config.dataset.eval_split:
+        yield "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path"
+    sampling = config.trainer.train_sampling_strategy
+    if sampling == GROUP_BY_MODALITY_LENGTH and not config.trainer.packing:  # packing has an order of its own
+        yield f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random"
+    for key, source in sources.items():
+        if source.max_samples is not None:
+            yield f"{key}.max_samples: not with dataset.streaming=true; trainer.max_steps says how many"
+
+
+def _records_problems(key: str, path: str) -> Iterator[str]:
+    """Yield what is wrong with a path that has to name a file, a folder or a data set on the Hub."""
+    if "://" not in path and not Path(path).exists():
+        yield f"{key}={path}: no such file (seen from {Path.cwd()})"
+    if problem := path_problem(path):
+        yield f"{key}={path}: {problem}"
+
+
+def _folder_problems(key: str, path: str | None) -> Iterator[str]:
+    if path is not None and not Path(path).is_dir():
+        yield f"{key}={path}: no such folder (seen from {Path.cwd()})"
+
+
+def template_problems(name: str | None, key: str = "dataset.template") -> Iterator[str]:
+    """Yield what is wrong with a template: a packaged one is allowed, the tokenizer's own, or a file that exists."""
+    names = [*packaged_names("vlm.data", "templates", ".jinja"), "tokenizer"]
+    if name is None or name in names:
+        return
+    if not name.endswith(".jinja"):
+        yield f"{key}={name}: allowed are {', '.join(names)}, or the path of a .jinja file"
+    elif not Path(name).is_file():
+        yield f"{key}={name}: no such file (seen from {Path.cwd()})"
+
+
+def check_template(name: str | None, key: str) -> None:
+    """Refuse a template that does not exist.
+
+    Raises:
+        ConfigError: with the key, the name and those that there are.
+    """
+    for problem in template_problems(name, key):
+        raise ConfigError(problem)

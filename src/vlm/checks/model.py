@@ -1,0 +1,72 @@
+"""What is wrong with the parts of a composed model: its encoders, its connector, its tiles.
+
+Whether several encoders fit together needs their configurations, and is found out by `vlm.assembly.encoders`. Imports
+the schema only.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlm.checks.fields import format_value
+from vlm.config.named import is_custom_name
+from vlm.config.packaged import packaged_connectors
+from vlm.config.schema import ConnectorConfig, EncoderConfig, RunConfig
+
+
+def encoder_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the encoders of a run."""
+    first = config.model.visual_encoder
+    yield from _layer_problems("model.visual_encoder", first)
+    for index, encoder in enumerate(first.extra_encoders):
+        key = f"model.visual_encoder.extra_encoders.{index}"
+        if encoder.hf_name.startswith(("/", "./", "../", "~")) and not Path(encoder.hf_name).is_dir():
+            yield f"{key}.hf_name={encoder.hf_name}: no such folder (seen from {Path.cwd()})"
+        yield from _layer_problems(key, encoder)
+
+
+def _layer_problems(key: str, encoder: EncoderConfig) -> Iterator[str]:
+    layer: object = encoder.feature_layer
+    layers = layer if isinstance(layer, list) else [layer]
+    if not layers or (layer is not None and not all(type(number) is int for number in layers)):
+        yield f"{key}.feature_layer={layer}: a whole number is needed, a list of them, or null for the encoder's output"
+
+
+def connector_problems(connector: ConnectorConfig) -> Iterator[str]:
+    """Yield what is wrong with a connector: a packaged one is allowed with its options, or `package.module:Class`."""
+    options = packaged_connectors()
+    if connector.type not in options:
+        if not is_custom_name(connector.type):
+            yield (
+                f"model.connector.type={connector.type}: allowed are {', '.join(options)}, or package.module:Class for "
+                "your own"
+            )
+        return
+    for name, value in connector.options.items():
+        if value is not None and name not in options[connector.type]:
+            allowed = ", ".join(options[connector.type]) or "none"
+            yield (
+                f"model.connector.options.{name}={format_value(value)}: {connector.type} does not take it; "
+                f"model.connector.options.{name}=null leaves it out. Allowed: {allowed}"
+            )
+
+
+def anyres_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the grids of tiles, and what contradicts them."""
+    anyres = config.model.anyres
+    for grid in anyres.grids or []:
+        if len(grid) != 2 or min(grid) < 1:
+            yield f"model.anyres.grids: {list(grid)} is no grid; [rows, columns] of tiles are needed"
+    if not anyres.grids:
+        if anyres.max_tiles is not None or anyres.tile_several:
+            yield "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next"
+        return
+    if config.model.hf_name is not None:
+        yield (
+            f"model.anyres.grids: model.hf_name={config.model.hf_name} prepares images in its own way; choose "
+            "model/anyres=none"
+        )
+    if config.dataset.image_mode == "pad":
+        yield (
+            "dataset.image_mode=pad: with model.anyres, an image is squashed to a square as a whole and its tiles are "
+            "padded with black; set dataset.image_mode=square, or model/anyres=none"
+        )

@@ -1,0 +1,39 @@
+"""Names that keys of the configuration take, whose tables are elsewhere because they import torch or are hub code.
+
+Imports nothing. `tests/config/test_choices.py` holds each list against its table.
+"""
+
+LOSSES = {
+    "binary": ("bce", "focal"),
+    "multiclass": ("ce", "focal"),
+    "multilabel": ("bce", "focal"),
+    "regression": ("mse", "huber"),
+    "ordinal": ("ordinal",),
+    "pairwise": ("margin",),
+}
+"""Task of a prediction head -> its losses; the first is its default."""
+LOSS_OPTIONS = {"focal": ("gamma",), "huber": ("delta",), "margin": ("margin",)}
+"""Loss -> its options."""
+CLASSIFICATION_TASKS = ("binary", "multiclass", "multilabel", "ordinal")
+TASKS_WITH_THRESHOLD = ("binary", "multilabel")
+THRESHOLD_CRITERIA = ("f1", "accuracy", "youden", "none")
+"""What a threshold is chosen for: F1 of the positive label, accuracy, sensitivity + specificity - 1 (Youden 1950);
+`none` leaves it at 0.5."""
+HEAD_TYPES = {
+    "linear": ("input_norm", "dropout"),
+    "mlp": ("hidden_dim", "num_layers", "input_norm", "dropout"),
+}
+"""Type of a prediction head -> its options."""
+POOLINGS = ("last", "mean", "image", "text", "attention", "query", "token", "first", "alltoken")
+FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
+IMAGE_MODES = ("square", "pad")
+ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager")
+QUANTIZATIONS = ("8bit", "4bit")
+GROUP_BY_MODALITY_LENGTH = "group_by_modality_length"
+SAMPLING_STRATEGIES = ("random", "sequential", GROUP_BY_MODALITY_LENGTH)
+MUON = "muon"
+"""The optimiser that this framework has besides those of transformers."""
+EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
+"""Metrics of answers."""
+CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded")
+"""Caches of keys and values, as transformers calls them."""

@@ -1,0 +1,106 @@
+"""Which values a field of the schema may have: `field(default=…, metadata=at_least(1))`, `metadata=choices("a", "b")`.
+
+`vlm.checks.fields` checks every field by its rule, and the configuration reference lists it. A field whose type has
+`None` may be null besides; the rule of a list is that of its elements. Imports its sibling `named` only.
+"""
+
+from collections.abc import Iterable
+from dataclasses import Field, dataclass
+from math import inf
+from typing import Any, get_args
+
+from vlm.config.named import is_custom_name
+
+Metadata = dict[str, "Choices | Bounds"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A closed list of names.
+
+    Attributes:
+        names: the list.
+        custom: how something of the user's own is named in its place, such as `package.module:Class`; None: it is not.
+    """
+
+    names: tuple[str, ...]
+    custom: str | None = None
+
+    def allows(self, value: object) -> bool:
+        """Return whether a value that is not null is allowed."""
+        return value in self.names or (self.custom is not None and isinstance(value, str) and is_custom_name(value))
+
+    def message(self, nullable: bool) -> str:
+        """Return what is allowed, in words."""
+        listing = ", ".join([*(["null"] if nullable else []), *self.names])
+        return f"allowed are {listing}" + (f", or {self.custom} for your own" if self.custom else "")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A range of numbers.
+
+    Attributes:
+        lower: its lower end.
+        upper: its upper end.
+        is_open_below: whether `lower` itself is left out.
+        is_open_above: whether `upper` itself is left out.
+        text: the range in words; None: as it follows from the others.
+    """
+
+    lower: float
+    upper: float = inf
+    is_open_below: bool = False
+    is_open_above: bool = False
+    text: str | None = None
+
+    def allows(self, value: Any) -> bool:
+        """Return whether a number is in the range."""
+        above = value > self.lower if self.is_open_below else value >= self.lower
+        return above and (value < self.upper if self.is_open_above else value <= self.upper)
+
+    def describe(self) -> str:
+        """Return the range in words."""
+        if self.text is not None:
+            return self.text
+        if self.upper == inf and self.is_open_below:
+            return f"a number above {self.lower}"
+        if self.upper == inf:
+            return f"at least {self.lower}" if self.lower else "0 or more"
+        if self.is_open_below:
+            return f"a share above {self.lower}, at most {self.upper}"
+        return f"a share from {self.lower} to {'below ' if self.is_open_above else ''}{self.upper}"
+
+    def message(self, nullable: bool) -> str:
+        """Return what is needed, in words."""
+        return f"{self.describe()}{', or null,' if nullable else ''} is needed"
+
+
+def choices(names: Iterable[str], custom: str | None = None) -> Metadata:
+    """Return the metadata of a field that takes one of these names; see `Choices`."""
+    return {"rule": Choices(tuple(names), custom)}
+
+
+def at_least(lower: int, text: str | None = None) -> Metadata:
+    """Return the metadata of a field that takes a number from `lower` on."""
+    return {"rule": Bounds(lower, text=text)}
+
+
+def above(lower: int) -> Metadata:
+    """Return the metadata of a field that takes a number above `lower`."""
+    return {"rule": Bounds(lower, is_open_below=True)}
+
+
+def share(*, is_open_below: bool = False, is_open_above: bool = False) -> Metadata:
+    """Return the metadata of a field that takes a number from 0 to 1."""
+    return {"rule": Bounds(0, 1, is_open_below, is_open_above)}
+
+
+def get_rule(field: Field[Any]) -> Choices | Bounds | None:
+    """Return the rule of a field's values; None: its type is all that there is to check."""
+    return field.metadata.get("rule")
+
+
+def is_nullable(field: Field[Any]) -> bool:
+    """Return whether the type of a field has `None`."""
+    return type(None) in get_args(field.type)

@@ -1,0 +1,46 @@
+"""Names that the schema lists without importing torch: each list is that of the table elsewhere."""
+
+import inspect
+
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+
+from vlm.config import choices
+from vlm.evaluation.text_metrics import METRICS
+from vlm.models import head_losses
+from vlm.models.configuration_vlm import FEATURE_STRATEGIES
+from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK
+from vlm.models.heads import HEADS
+from vlm.models.poolings import POOLINGS
+from vlm.models.processing_vlm import IMAGE_MODES
+
+
+def keywords(function: object) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()  # pyright: ignore[reportArgumentType] - a function
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+
+def test_losses_are_those_of_the_code():
+    ours = {task: names for task, names in choices.LOSSES.items() if task != "pairwise"}
+    assert ours == {task: tuple(losses) for task, losses in head_losses.LOSSES.items()}
+    assert set(choices.LOSSES) == set(NUM_OUTPUTS_BY_TASK)
+
+
+def test_loss_options_are_keyword_parameters():
+    functions = {name: loss for losses in head_losses.LOSSES.values() for name, loss in losses.items()}
+    functions["margin"] = head_losses.margin_ranking
+    options = {name: keywords(function) for name, function in functions.items()}
+    assert {name: names for name, names in options.items() if names} == choices.LOSS_OPTIONS
+
+
+def test_head_options_are_keyword_parameters():
+    ours = {name: kind for name, kind in HEADS.items() if ":" not in name}  # other tests may have added their own
+    assert {name: keywords(kind.__init__) for name, kind in ours.items()} == choices.HEAD_TYPES
+
+
+def test_the_other_lists_are_those_of_the_code():
+    assert tuple(POOLINGS) == choices.POOLINGS
+    assert choices.CLASSIFICATION_TASKS == CLASSIFICATION_TASKS
+    assert choices.FEATURE_STRATEGIES == FEATURE_STRATEGIES
+    assert choices.IMAGE_MODES == IMAGE_MODES
+    assert tuple(METRICS) == choices.EVAL_METRICS
+    assert set(choices.CACHE_IMPLEMENTATIONS) <= set(ALL_CACHE_IMPLEMENTATIONS)
