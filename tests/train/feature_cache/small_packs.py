@@ -1,9 +1,9 @@
-"""`python -m vlm` with packs of a few pictures."""
+"""`python -m vlm` with packs of a few images."""
 
 from vlm.cli.train import main
-from vlm.train.feature_cache import writer as filling
+from vlm.train.feature_cache import images
 
-filling.VIEWS_PER_PACK = 4
+images.VIEWS_PER_PACK = 4
 
 if __name__ == "__main__":
     main()

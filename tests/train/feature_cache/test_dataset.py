@@ -17,8 +17,7 @@ from tests.conftest import losses
 from tests.train.heads.head_runs import logged
 from vlm.data.feature_cache.reader import FEATURES_FILE, FORMAT_FILE, PARTIAL_SUFFIX
 from vlm.models import VLMForConditionalGeneration
-from vlm.train.feature_cache import fingerprints as digests
-from vlm.train.feature_cache import writer as filling
+from vlm.train.feature_cache import fingerprints, images
 from vlm.train.feature_cache.encoder import FrozenVisualEncoder
 
 SHORT = [
@@ -249,7 +248,7 @@ def test_packs_that_were_done_before_an_error_stay(
     start: Callable[..., Path], tmp_path: Path, failing: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     """The first four views, in a pack of their own."""
-    monkeypatch.setattr(filling, "VIEWS_PER_PACK", 4)
+    monkeypatch.setattr(images, "VIEWS_PER_PACK", 4)
     with pytest.raises(RuntimeError, match="out of memory"):
         start(tmp_path, SPLIT, "trainer.per_device_train_batch_size=4")
     assert failing == [1, 4, 4]
@@ -273,14 +272,16 @@ def test_packs_of_a_run_that_is_over_make_room(start: Callable[..., Path], tmp_p
 
 
 def test_a_stores_name_tells_what_opens_pictures(monkeypatch: pytest.MonkeyPatch):
-    before = digests.code_digest(FrozenVisualEncoder)
-    content, version = Path.read_bytes, digests.installed_version
-    for file in ("pictures.py", "pixels.py", "video.py", "encoding.py", "processing_vlm.py"):
+    before = fingerprints.code_digest(FrozenVisualEncoder)
+    content, version = Path.read_bytes, fingerprints.installed_version
+    for file in ("images.py", "jpeg.py", "pixels.py", "video.py", "encoder.py", "processing_vlm.py"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda self, file=file: content(self) + b"#" * (self.name == file))
-            assert digests.code_digest(FrozenVisualEncoder) != before, file
+            assert fingerprints.code_digest(FrozenVisualEncoder) != before, file
     for library in ("torchvision", "pillow", "simplejpeg", "timm", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(digests, "installed_version", lambda name, one=library: "0" if name == one else version(name))
-            assert digests.code_digest(FrozenVisualEncoder) != before, library
-    assert digests.code_digest(FrozenVisualEncoder) == before
+            patch.setattr(
+                fingerprints, "installed_version", lambda name, one=library: "0" if name == one else version(name)
+            )
+            assert fingerprints.code_digest(FrozenVisualEncoder) != before, library
+    assert fingerprints.code_digest(FrozenVisualEncoder) == before

@@ -1,40 +1,97 @@
-"""Samples of which no picture is opened: what a frozen visual encoder gives for each is read from files."""
+"""Samples of which no image is opened: the features that a frozen visual encoder gives for each are read from files.
+
+Of composed models alone. A pack of image features has one row a view, and as details of an image the number of its
+views as `AnyRes.num_views` counts them (0: a video's frame, of one row), its height and its width.
+"""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlm.data.dataset import SampleDataset, Skipped
-from vlm.data.feature_cache.reader import CachedImage, ImageFeatures
+from vlm.data.encoding.labels import Encoded
+from vlm.data.feature_cache.reader import Pack
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
+from vlm.models import VLMProcessor
 
 BLANK_SIZE = (64, 64)
-"""Height and width of a blank picture where no picture's own are needed, as `dataset.make_blank_image` has it."""
+"""Height and width of a blank image where no image's own size is needed, as `dataset.make_blank_image` has it."""
 
 FRAME_VIEW, SQUARE_VIEW, TILED_VIEW = "frame", "whole", "tiles"
-"""How a picture is seen: as a frame of a video, as one square, or as one and its tiles."""
+"""How an image is seen: as a frame of a video, as one square, or as a square and its tiles."""
+
+ModelInputs = dict[str, list[int] | Tensor]
 
 
-def view_kinds(sample: Sample, processor: Any) -> list[str]:
-    """How each picture of a sample is seen."""
+@dataclass(frozen=True)
+class CachedImage:
+    """An image whose features are in a pack.
+
+    Attributes:
+        pack: the pack.
+        item: the index of the image there.
+    """
+
+    pack: Pack
+    item: int
+
+    @property
+    def num_views(self) -> int:
+        """How many views it has; 0: it is a frame of a video."""
+        return int(self.pack.details[self.item, 0])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Its height and width in pixels."""
+        height, width = self.pack.details[self.item, 1:].tolist()
+        return height, width
+
+
+class ImageFeatures:
+    """Features of the images of a run, out of several packs.
+
+    Args:
+        packs: open.
+    """
+
+    def __init__(self, packs: Sequence[Pack]):
+        self.packs = list(packs)
+
+    def find(self, key: bytes) -> CachedImage | None:
+        """Return an image by its key; None: it is in no pack."""
+        for pack in self.packs:
+            if (item := pack.find(key)) is not None:
+                return CachedImage(pack, item)
+        return None
+
+    def require(self, key: bytes) -> CachedImage:
+        """Return an image that must be there."""
+        image = self.find(key)
+        assert image is not None
+        return image
+
+
+def view_kinds(sample: Sample, processor: VLMProcessor) -> list[str]:
+    """Return how each image of a sample is seen."""
     tiling = processor.tiling
     if tiling is None:
         return [SQUARE_VIEW] * len(sample.media)
     side = (tiling.tile_size, tiling.tile_size)
-    views = tiling.num_views([None if is_video_frame(one) else side for one in sample.media])
+    views = tiling.num_views([None if is_video_frame(image) else side for image in sample.media])
     return [{0: FRAME_VIEW, 1: SQUARE_VIEW}.get(number, TILED_VIEW) for number in views]
 
 
-def is_video_frame(one: ImageRef | VideoRef) -> bool:
-    """Whether a picture stands for a part of a video."""
-    return isinstance(one, ImageRef) and one.frame is not None
+def is_video_frame(medium: ImageRef | VideoRef) -> bool:
+    """Return whether an image stands for a part of a video."""
+    return isinstance(medium, ImageRef) and medium.frame is not None
 
 
 def image_cache_key(image_ref: ImageRef, kind: str) -> bytes:
-    """A name for a picture's content, and how it is seen: 16 bytes. Of a file, path, size and time stand for it.
+    """Return a key for an image's content and how it is seen: 16 bytes. A file's path, size and time stand for it.
 
     Raises:
         OSError: there is no such file.
@@ -44,14 +101,14 @@ def image_cache_key(image_ref: ImageRef, kind: str) -> bytes:
         digest.update(b"\0" + image_ref.content)
     else:
         assert image_ref.path is not None
-        facts = image_ref.path.stat()
-        name = f"\1{os.path.abspath(image_ref.path)}\n{facts.st_size}\n{facts.st_mtime_ns}\n{image_ref.frame}"
+        status = image_ref.path.stat()
+        name = f"\1{os.path.abspath(image_ref.path)}\n{status.st_size}\n{status.st_mtime_ns}\n{image_ref.frame}"
         digest.update(name.encode(errors="surrogateescape"))
     return digest.digest()
 
 
 def blank_image_cache_key(size: tuple[int, int], kind: str) -> bytes:
-    """A name for a blank picture of this size."""
+    """Return a key for a blank image of this size."""
     return blake2b(f"{kind}\2{size[0]} x {size[1]}".encode(), digest_size=16).digest()
 
 
@@ -60,7 +117,7 @@ class CachedFeatureDataset(SampleDataset):
 
     Args:
         dataset: the samples.
-        features: of all their pictures; for `blank`, of blank ones too.
+        features: of all their images; for `blank`, of blank ones too.
     """
 
     def __init__(self, dataset: SampleDataset, features: ImageFeatures):
@@ -70,29 +127,29 @@ class CachedFeatureDataset(SampleDataset):
         )  # fmt: skip
         self.features = features
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
+    def __getitem__(self, index: int) -> ModelInputs | Skipped:
         number, record = self.places[index].tolist()
         source = self.sources[number]
         try:
             sample = source.sample(record)
-            seen = find_cached_images(sample, self.processor, self.features)
-            encoded = source.encoder(sample, cached_image_sizes(sample, seen, self.processor))
+            images = find_cached_images(sample, self.processor, self.features)
+            encoded = source.encoder(sample, cached_image_sizes(sample, images, self.processor))
         except BadSample as error:
             return Skipped.from_error(error, source, record)
-        return self.inputs(encoded, seen)
+        return self.inputs(encoded, images)
 
     def blank(self) -> "BlankCachedFeatureDataset":
-        """The same samples with blank pictures."""
+        """Return the same samples with blank images."""
         return BlankCachedFeatureDataset(self)
 
-    def inputs(self, encoded: Any, seen: Sequence[CachedImage]) -> dict[str, Any]:
-        """What the model reads of a sample."""
-        found: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
-        return found | make_feature_inputs(self.features, seen, tiled=self.processor.needs_image_sizes)
+    def inputs(self, encoded: Encoded, images: Sequence[CachedImage]) -> ModelInputs:
+        """Return the model's inputs for a sample."""
+        inputs: ModelInputs = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+        return inputs | make_feature_inputs(images, tiled=self.processor.needs_image_sizes)
 
 
-class BlankCachedFeatureDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """The samples of a `CachedFeatureDataset` with blank pictures, as `BlankImageDataset` has them."""
+class BlankCachedFeatureDataset(torch.utils.data.Dataset[ModelInputs]):
+    """The samples of a `CachedFeatureDataset` with blank images, as `BlankImageDataset` has them."""
 
     def __init__(self, dataset: CachedFeatureDataset):
         self.dataset = dataset
@@ -101,73 +158,59 @@ class BlankCachedFeatureDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        whole, processor = self.dataset, self.dataset.processor
-        sample = whole.sample(index)
-        seen = find_cached_images(sample, processor, whole.features)
-        blanks = [require_cached_image(whole.features, key) for key, _, _ in make_blank_keys(sample, seen, processor)]
-        return whole.inputs(whole.encoded(index, cached_image_sizes(sample, seen, processor)), blanks)
+    def __getitem__(self, index: int) -> ModelInputs:
+        dataset, processor, features = self.dataset, self.dataset.processor, self.dataset.features
+        sample = dataset.sample(index)
+        images = find_cached_images(sample, processor, features)
+        blanks = [features.require(key) for key, _, _ in make_blank_keys(sample, images, processor)]
+        return dataset.inputs(dataset.encoded(index, cached_image_sizes(sample, images, processor)), blanks)
 
 
-def make_feature_inputs(
-    features: ImageFeatures, seen: Sequence[CachedImage], *, tiled: bool
-) -> dict[str, torch.Tensor]:
-    """What the model reads of pictures; nothing where there are none."""
-    if not seen:
+def make_feature_inputs(images: Sequence[CachedImage], *, tiled: bool) -> dict[str, Tensor]:
+    """Return the model's inputs for images; none where there are none."""
+    if not images:
         return {}
-    inputs = {"image_features": torch.cat([features.read(one) for one in seen])}
+    inputs = {"image_features": torch.cat([image.pack.read(image.item) for image in images])}
     if tiled:
-        inputs["image_sizes"] = torch.tensor([one.size for one in seen])
-        inputs["image_views"] = torch.tensor([one.views for one in seen])
+        inputs["image_sizes"] = torch.tensor([image.size for image in images])
+        inputs["image_views"] = torch.tensor([image.num_views for image in images])
     return inputs
 
 
-def image_file_name(image_ref: ImageRef) -> str | None:
-    """What an error calls a picture's file."""
-    return None if image_ref.path is None else str(image_ref.path)
-
-
-def find_cached_images(sample: Sample, processor: Any, features: ImageFeatures) -> list[CachedImage]:
-    """A sample's pictures in the files.
+def find_cached_images(sample: Sample, processor: VLMProcessor, features: ImageFeatures) -> list[CachedImage]:
+    """Return a sample's images in the cache.
 
     Raises:
-        BadSample: one did not open when its features were computed, or is not there any more as it was then.
+        BadSample: an image did not open when its features were computed, or has changed or gone since.
     """
-    found = []
-    for one, kind in zip(sample.images, view_kinds(sample, processor), strict=True):
-        file = image_file_name(one)
+    images = []
+    for image_ref, kind in zip(sample.images, view_kinds(sample, processor), strict=True):
+        file = None if image_ref.path is None else str(image_ref.path)
         try:
-            seen = features.find(image_cache_key(one, kind))
+            image = features.find(image_cache_key(image_ref, kind))
         except OSError as error:
-            raise BadSample(sample.id, f"image {one} does not open: {error}", file) from error
-        if seen is None:
-            raise BadSample(sample.id, f"image {one} has changed since its features were computed", file)
-        if seen.problem is not None:
-            raise BadSample(sample.id, *seen.problem)
-        found.append(seen)
-    return found
+            raise BadSample(sample.id, f"image {image_ref} does not open: {error}", file) from error
+        if image is None:
+            raise BadSample(sample.id, f"image {image_ref} has changed since its features were computed", file)
+        if (skipped := image.pack.skipped.get(image.item)) is not None:
+            raise BadSample(sample.id, skipped.reason, skipped.file)
+        images.append(image)
+    return images
 
 
-def cached_image_sizes(sample: Sample, seen: Sequence[CachedImage], processor: Any) -> list[MediaSize]:
-    """What the processor needs to know of the pictures to count tokens."""
+def cached_image_sizes(sample: Sample, images: Sequence[CachedImage], processor: VLMProcessor) -> list[MediaSize]:
+    """Return the sizes of images that the processor counts tokens by; none where it needs none."""
     if not processor.needs_image_sizes:
         return []
-    pooled = [processor.pools_video_frames and is_video_frame(one) for one in sample.media]
-    return [None if hidden else one.size for hidden, one in zip(pooled, seen, strict=True)]
+    pooled = [processor.pools_video_frames and is_video_frame(medium) for medium in sample.media]
+    return [None if is_pooled else image.size for is_pooled, image in zip(pooled, images, strict=True)]
 
 
 def make_blank_keys(
-    sample: Sample, seen: Sequence[CachedImage], processor: Any
+    sample: Sample, images: Sequence[CachedImage], processor: VLMProcessor
 ) -> list[tuple[bytes, tuple[int, int], str]]:
-    """Key, size and kind of the blank picture that stands for each picture of a sample."""
+    """Return key, size and kind of the blank image that stands for each image of a sample."""
     kinds = view_kinds(sample, processor)
-    known: list[Any] = cached_image_sizes(sample, seen, processor)  # no clips, where pictures are all there is
-    sizes = [one or BLANK_SIZE for one in known] or [BLANK_SIZE] * len(kinds)
+    known = cached_image_sizes(sample, images, processor) or [None] * len(kinds)
+    sizes = [size if isinstance(size, tuple) else BLANK_SIZE for size in known]
     return [(blank_image_cache_key(size, kind), size, kind) for size, kind in zip(sizes, kinds, strict=True)]
-
-
-def require_cached_image(features: ImageFeatures, key: bytes) -> CachedImage:
-    """A picture that must be there."""
-    seen = features.find(key)
-    assert seen is not None
-    return seen

@@ -1,8 +1,7 @@
-"""What a frozen visual encoder gives for pictures, in files that are read through memory maps.
+"""Features on disk, in files that are read through memory maps: of images, and of records for prediction heads.
 
-A store is a folder for one encoder; in it, a pack is a folder of features of some pictures, found by their keys.
-Whoever reads a pack holds a shared lock on it, so that nobody removes it to make room: `feature_store.py` does, and
-writes packs. Imports nothing of `vlm`.
+A store is a folder for all that one computation gives; in it, a pack is a folder with the features of some items, found
+by key. Whoever reads a pack holds a shared lock on it, so that `store.py`, which writes packs, removes none in use.
 """
 
 import fcntl
@@ -10,32 +9,33 @@ import json
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE = "features.bin", "index.npz", "form.json", "used"
-"""The files of a pack: features, where each picture's are, what all are; the last is locked, and dates its last use."""
+from vlm.data.dataset import Skipped
+
+FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE = "features.bin", "index.npz", "format.json", "used"
+"""The files of a pack: rows, where each item's are, what all rows are; the last is locked, and dates the last use."""
 
 PARTIAL_SUFFIX = ".partial"
-"""How the name of a pack ends that is not whole, not yet or not any more."""
+"""Ends the name of a pack that is being written or removed."""
 
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """What the features of one view are.
+    """What the rows of a pack are.
 
     Attributes:
-        dtype: the name of their type in torch: what training computes them in.
-        tokens: features of a view, P.
-        width: of each, V.
-        stride: bytes from one view to the next in a file.
+        dtype: the name of their type in torch.
+        tokens: features of a row, P.
+        width: of each feature, V.
+        stride: bytes from one row to the next in the file.
     """
 
     dtype: str
@@ -44,10 +44,10 @@ class FeatureFormat:
     stride: int
 
     @classmethod
-    def of(cls, features: Tensor) -> "FeatureFormat":
-        """That of features `(views, P, V)`.
+    def page_aligned(cls, features: Tensor) -> "FeatureFormat":
+        """Return the format of features `(rows, P, V)`, each row in pages of its own.
 
-        In a file a view takes whole pages: of one that two machines write to, NFS keeps what the later one has.
+        Of a page that two machines write to, NFS keeps what the later one has.
         """
         tokens, width = features.shape[1:]
         pages = -(-tokens * width * features.dtype.itemsize // mmap.PAGESIZE)
@@ -55,129 +55,105 @@ class FeatureFormat:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Their type."""
+        """The type of the features."""
         return getattr(torch, self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one view's features."""
+        """Bytes of one row's features."""
         return self.tokens * self.width * self.torch_dtype.itemsize
 
+    def map_rows(self, folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
+        """Return the rows of a pack as a memory map: `(rows, bytes)`.
 
-@dataclass(frozen=True)
-class CachedImage:
-    """One picture in a pack.
-
-    Attributes:
-        pack: the number of the pack in its store.
-        start: its first view there.
-        views: how many it has, as `AnyRes.num_views` counts them.
-        size: its height and width in pixels.
-        problem: why it does not open, and its file; None: it does.
-    """
-
-    pack: int
-    start: int
-    views: int
-    size: tuple[int, int]
-    problem: tuple[str, str | None] | None = None
+        Raises:
+            ValueError: another rank made the pack, and this one does not see it.
+        """
+        file = folder / FEATURES_FILE
+        if not file.is_file():
+            raise not_shared_error(file)
+        return np.memmap(file, np.uint8, mode).reshape(-1, self.stride)[:, : self.nbytes]
 
 
 class Pack:
-    """Features of some pictures, open to be read, and locked until it is closed or nothing refers to it.
+    """Features of some items, open to be read, and locked until it is closed or nothing refers to it.
 
     Args:
-        folder: where it is; whole.
+        folder: a whole pack.
+
+    Attributes:
+        keys: `(items, 2)`: the two halves of each item's key, sorted.
+        starts: `(items,)`: the first row of each item.
+        counts: `(items,)`: how many rows it has.
+        details: `(items, K)`: whole numbers that describe it, see what wrote the pack.
+        skipped: items that have no features, and why.
+        rows: `(rows, bytes)`: a memory map, once something was read.
 
     Raises:
-        FileNotFoundError: it is not, or not any more.
+        FileNotFoundError: the pack is not there, or not any more.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._release = weakref.finalize(self, os.close, acquire_shared_lock(folder))
-        if not (folder / FORMAT_FILE).is_file():
+        self._release = weakref.finalize(self, os.close, lock_pack(folder, fcntl.LOCK_SH))
+        try:
+            header = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
+            with np.load(folder / INDEX_FILE) as index:
+                self.keys, self.starts, self.counts = index["keys"], index["starts"], index["counts"]
+                self.details: np.ndarray = index["details"]
+        except FileNotFoundError:
             self.close()
-            raise FileNotFoundError(folder / FORMAT_FILE)
-        facts = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
-        self.form = FeatureFormat(**facts["form"])
-        self.problems = {int(place): tuple(problem) for place, problem in facts["problems"].items()}
-        with np.load(folder / INDEX_FILE) as index:
-            self.keys, self.starts, self.views, self.sizes = (index[n] for n in ("keys", "starts", "views", "sizes"))
-        self._rows: np.ndarray | None = None
+            raise
+        self.format = FeatureFormat(**header["format"])
+        self.skipped = {int(item): Skipped(**record) for item, record in header["skipped"].items()}
+        self.rows: np.ndarray | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A process that gets a copy opens the rows itself; the lock stays with this one, which outlives it."""
-        return {**self.__dict__, "_rows": None, "_release": None}
+    def __getstate__(self) -> dict[str, object]:
+        """A process that gets a copy maps the rows itself; the lock stays with this process, which outlives it."""
+        return {**self.__dict__, "rows": None, "_release": None}
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def close(self) -> None:
-        """Let go of it: whoever makes room may remove it."""
+        """Release the lock: whoever makes room may remove the pack."""
         self._release()
 
     def touch(self) -> None:
-        """Note that it is used now: what was not for longest goes first."""
+        """Note that the pack is used now: the one that was not used for longest is removed first."""
         os.utime(self.folder / LOCK_FILE)
 
-    def place(self, key: bytes) -> int | None:
-        """Where a picture stands in the index; None: it is not here."""
+    def find(self, key: bytes) -> int | None:
+        """Return the index of an item; None: it is not in this pack."""
         high, low = np.frombuffer(key, np.uint64)
-        place = int(np.searchsorted(self.keys[:, 0], high))
-        while place < len(self.keys) and self.keys[place, 0] == high:
-            if self.keys[place, 1] == low:
-                return place
-            place += 1
-        return None
+        first, end = (int(np.searchsorted(self.keys[:, 0], high, side)) for side in ("left", "right"))
+        item = first + int(np.searchsorted(self.keys[first:end, 1], low))
+        return item if item < end and self.keys[item, 1] == low else None
 
-    def read(self, start: int, number: int) -> Tensor:
-        """Features of some views: `(number, P, V)`."""
-        if self._rows is None:
-            self._rows = map_feature_rows(self.folder / FEATURES_FILE, self.form, "r")
-        found = torch.from_numpy(np.array(self._rows[start : start + number])).view(self.form.torch_dtype)
-        return found.view(number, self.form.tokens, self.form.width)
-
-
-class ImageFeatures:
-    """Features of the pictures of a run, out of several packs.
-
-    Args:
-        packs: open.
-    """
-
-    def __init__(self, packs: Sequence[Pack]):
-        self.packs = list(packs)
-
-    def find(self, key: bytes) -> CachedImage | None:
-        """A picture by its key; None: it is in no pack."""
-        for number, pack in enumerate(self.packs):
-            if (place := pack.place(key)) is not None:
-                height, width = pack.sizes[place].tolist()
-                problem = pack.problems.get(place)
-                return CachedImage(number, int(pack.starts[place]), int(pack.views[place]), (height, width), problem)
-        return None
-
-    def read(self, seen: CachedImage) -> Tensor:
-        """The features of a picture's views: `(views, P, V)`; a frame has one."""
-        return self.packs[seen.pack].read(seen.start, max(seen.views, 1))
+    def read(self, item: int) -> Tensor:
+        """Return the features of an item: `(its rows, P, V)`."""
+        if self.rows is None:
+            self.rows = self.format.map_rows(self.folder, "r")
+        start = self.starts[item]
+        values = torch.from_numpy(np.array(self.rows[start : start + self.counts[item]]))
+        return values.view(self.format.torch_dtype).view(-1, self.format.tokens, self.format.width)
 
 
 def open_all_packs(store: Path) -> list[Pack]:
-    """The whole packs of a store, the newest first."""
-    found = []
-    for folder in sorted((form.parent for form in store.glob(f"*/{FORMAT_FILE}")), key=last_used, reverse=True):
+    """Return the whole packs of a store, the last used first."""
+    packs = []
+    for folder in sorted((file.parent for file in store.glob(f"*/{FORMAT_FILE}")), key=last_used, reverse=True):
         if not folder.name.endswith(PARTIAL_SUFFIX):
             with suppress(FileNotFoundError):
-                found.append(Pack(folder))
-    return found
+                packs.append(Pack(folder))
+    return packs
 
 
 def open_shared_pack(folder: Path) -> Pack:
-    """A pack that another rank has, open.
+    """Open a pack that another rank has.
 
     Raises:
-        ValueError: it is not here.
+        ValueError: this rank does not see it.
     """
     try:
         return Pack(folder)
@@ -186,28 +162,32 @@ def open_shared_pack(folder: Path) -> Pack:
 
 
 def not_shared_error(path: Path) -> ValueError:
-    """What to say where something of another rank's is not here."""
+    """Return the error for a path that another rank has made and this one does not see."""
     return ValueError(
         f"{path}: another rank has it, and it is not here; dataset.cache_dir must be a folder that all machines share, "
-        "or leave out dataset.cache_features"
+        "or set dataset.cache_features=false"
     )
 
 
-def map_feature_rows(file: Path, form: FeatureFormat, mode: Literal["r", "r+"]) -> np.ndarray:
-    """The features in a file as a memory map: `(views, bytes)`."""
-    return np.memmap(file, np.uint8, mode).reshape(-1, form.stride)[:, : form.nbytes]
-
-
 def last_used(folder: Path) -> float:
-    """When a pack was last used, in seconds."""
+    """Return when a pack was last used, in seconds."""
     try:
         return (folder / LOCK_FILE).stat().st_mtime
     except FileNotFoundError:
         return 0.0
 
 
-def acquire_shared_lock(folder: Path, *, create: bool = False) -> int:
-    """Hold a pack: nobody removes it while this, or a process forked from it, has the descriptor open."""
-    lock = os.open(folder / LOCK_FILE, os.O_RDWR | (os.O_CREAT if create else 0))
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    return lock
+def lock_pack(folder: Path, operation: int, *, create: bool = False) -> int:
+    """Lock a pack, see `flock`: for as long as this process, or one forked from it, has the returned descriptor open.
+
+    Raises:
+        FileNotFoundError: the pack is not there.
+        BlockingIOError: another process has locked it, and `operation` does not wait.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | (os.O_CREAT if create else 0))
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    return descriptor

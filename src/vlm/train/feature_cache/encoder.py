@@ -1,12 +1,13 @@
-"""A frozen visual encoder run by itself, as training would run it, and the pictures on their way into it."""
+"""A frozen visual encoder run by itself, as training would run it, and the images on their way into it."""
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -20,22 +21,28 @@ from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source
 from vlm.data.vision.images import open_image, upright_size
 from vlm.data.vision.jpeg import decode_sample_images
+from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.train.feature_cache.fingerprints import code_digest, weights_digests
 
 BLANK_SOURCE = -1
-"""In place of the number of a source: the picture is a blank one."""
+"""In place of the number of a source: the image is a blank one."""
+
+OpenedImage = Image.Image | Tensor
+
+ImageViews = tuple[Tensor, tuple[int, int]]
+"""What the encoder reads of an image, `(views, 3 * encoders, height, width)`, and the image's height and width."""
 
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """A picture that features are wanted of.
+    """An image that features are needed of.
 
     Attributes:
-        source: the number of its source, or `BLANK`.
-        record: of its record there.
-        place: which of the record's pictures it is.
+        source: the number of its source, or `BLANK_SOURCE`.
+        record: the number of its record there.
+        place: which of the record's images it is.
         kind: how it is seen.
-        size: height and width of a blank picture.
+        size: height and width of a blank image.
     """
 
     source: int
@@ -48,7 +55,7 @@ class FeatureRequest:
 class FrozenVisualEncoder:
     """A model's frozen encoder, ready to be run by itself: as training would run it.
 
-    Within the context its weights are all on this rank's device, also where ZeRO-3 shares them out.
+    Within the context its weights are all on this rank's device, also where ZeRO-3 partitions them.
 
     Args:
         model: the model.
@@ -56,7 +63,7 @@ class FrozenVisualEncoder:
         args: devices, precision, batch size, workers.
     """
 
-    def __init__(self, model: Any, processor: Any, args: TrainingArguments):
+    def __init__(self, model: VLMForConditionalGeneration, processor: VLMProcessor, args: TrainingArguments):
         self.model, self.processor, self.args = model, processor, args
         self.exit_stack = ExitStack()
 
@@ -64,11 +71,13 @@ class FrozenVisualEncoder:
         encoder = self.model.visual_encoder
         self.exit_stack.enter_context(gathered_parameters(encoder))
         if next(encoder.parameters()).device != self.args.device:
-            encoder.to(self.args.device)
+            encoder.to(self.args.device)  # pyright: ignore[reportArgumentType] - as PyTorch declares it
         encoder.eval()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.exit_stack.close()
 
     @torch.no_grad()
@@ -80,26 +89,25 @@ class FrozenVisualEncoder:
         with torch.autocast(args.device.type, half, enabled=mixed):
             return self.model.encode_images(self.processor.normalise(pixels.to(args.device))).cpu()
 
-    def form(self) -> FeatureFormat:
-        """What features of a view are."""
+    def format(self) -> FeatureFormat:
+        """Return what the features of a view are, by encoding a blank image."""
         pixels, _ = make_image_views(self.processor, make_blank_image(self.processor), SQUARE_VIEW)
-        return FeatureFormat.of(self(pixels))
+        return FeatureFormat.page_aligned(self(pixels))
 
     def digest(self) -> str:
-        """A name for all that features depend on besides the picture."""
+        """Return a fingerprint of all that features depend on besides the image."""
         model, processor, args = self.model, self.processor, self.args
         configs = [getattr(model.config, name).to_diff_dict() for name in model.config.encoder_names]
-        steps = [one.to_dict() for one in processor.image_processors], processor.image_mode, processor.anyres
+        steps = [step.to_dict() for step in processor.image_processors], processor.image_mode, processor.anyres
         precision = str(model.visual_encoder.dtype), args.bf16, args.fp16, args.deepspeed is None
-        return json_digest(
-            weights_digests(model.visual_encoder), configs, model.config.feature_selections, steps, precision,
-            code_digest(type(self)), inspect.getsource(make_blank_image),
-        )  # fmt: skip
+        weights, selections = weights_digests(model.visual_encoder), model.config.feature_selections
+        code = code_digest(type(self)), inspect.getsource(make_blank_image)
+        return json_digest(weights, configs, selections, steps, precision, code)
 
 
 @contextmanager
 def gathered_parameters(module: torch.nn.Module) -> Iterator[None]:
-    """Within, a module's weights are whole, also where ZeRO-3 shares them out."""
+    """Within, a module's weights are whole, also where ZeRO-3 partitions them."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -109,69 +117,68 @@ def gathered_parameters(module: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-class RequestedImages(Dataset[Any]):
-    """Pictures as the encoder reads them, those of a record together.
+class RequestedImages(Dataset[list[tuple[int, ImageViews | BadSample]]]):
+    """Images as the encoder reads them, those of a record together.
 
     Args:
         processor: the model's.
         sources: of all records.
-        requests: the pictures.
-        request_groups: of each item, which requests it is.
+        requests: the images.
+        groups: of each item, the numbers of its requests, which are of one record or one blank image.
     """
 
     def __init__(
-        self, processor: Any, sources: Sequence[Source], requests: Sequence[FeatureRequest], request_groups: Sequence[list[int]]
+        self, processor: VLMProcessor, sources: Sequence[Source], requests: Sequence[FeatureRequest],
+        groups: Sequence[list[int]],
     ):  # fmt: skip
-        self.processor, self.sources, self.requests, self.request_groups = processor, sources, requests, request_groups
+        self.processor, self.sources, self.requests, self.groups = processor, sources, requests, groups
 
     def __len__(self) -> int:
-        return len(self.request_groups)
+        return len(self.groups)
 
-    def __getitem__(self, index: int) -> list[tuple[int, Any]]:
-        """Number, and views and size of each picture, or a `BadSample`."""
-        numbers = self.request_groups[index]
-        first = self.requests[numbers[0]]
+    def __getitem__(self, index: int) -> list[tuple[int, ImageViews | BadSample]]:
+        """Number and views of each image, or why it does not open."""
+        numbers = self.groups[index]
+        requests = [self.requests[number] for number in numbers]
+        first = requests[0]
         if first.source == BLANK_SOURCE:
-            return [
-                (numbers[0], make_image_views(self.processor, make_blank_image(self.processor, first.size), first.kind))
-            ]
-        sample = self.sources[first.source].sample(first.record)
-        opened = open_requested_images(sample, [self.requests[number].place for number in numbers], self.processor)
+            images: list[OpenedImage | BadSample] = [make_blank_image(self.processor, first.size)]
+        else:
+            sample = self.sources[first.source].sample(first.record)
+            images = open_requested_images(sample, [request.place for request in requests], self.processor)
         return [
-            (
-                number,
-                one
-                if isinstance(one, BadSample)
-                else make_image_views(self.processor, one, self.requests[number].kind),
-            )
-            for number, one in zip(numbers, opened, strict=True)
+            (number, image if isinstance(image, BadSample) else make_image_views(self.processor, image, request.kind))
+            for number, request, image in zip(numbers, requests, images, strict=True)
         ]
 
 
-def open_requested_images(sample: Sample, places: Sequence[int], processor: Any) -> list[Any]:
-    """Some pictures of a sample, decoded; a `BadSample` for each that does not open."""
+def open_requested_images(
+    sample: Sample, places: Sequence[int], processor: VLMProcessor
+) -> list[OpenedImage | BadSample]:
+    """Return some images of a sample, decoded; a `BadSample` for each that does not open."""
     if len(places) == len(sample.images):
         try:
-            return decode_sample_images(sample, processor)
+            return [*decode_sample_images(sample, processor)]
         except BadSample:
-            pass  # which ones, is found out one by one
-    found: list[Any] = []
+            pass  # opened one by one, it turns out which do not open
+    images: list[OpenedImage | BadSample] = []
     for place in places:
         try:
-            found.append(open_image(sample.images[place], sample.id))
+            images.append(open_image(sample.images[place], sample.id))
         except BadSample as error:
-            found.append(error)
-    return found
+            images.append(error)
+    return images
 
 
-def make_image_views(processor: Any, picture: Any, kind: str) -> tuple[Tensor, tuple[int, int]]:
-    """What the encoder reads of a picture that is seen in some way, before `normalise`, and its height and width."""
+def make_image_views(processor: VLMProcessor, image: OpenedImage, kind: str) -> ImageViews:
+    """Return what the encoder reads of an image that is seen in some way, before `normalise`, and the image's size."""
     if processor.tiling is None:
-        return processor.image_inputs([picture])["pixel_values"], upright_size(picture)
+        return processor.image_inputs([image])["pixel_values"], upright_size(image)
     if kind == FRAME_VIEW:
-        inputs = processor.image_inputs([picture], [None])
+        inputs = processor.image_inputs([image], [None])
     elif kind == SQUARE_VIEW:  # as one of several it has no tiles
-        inputs = {name: value[:1] for name, value in processor.image_inputs([picture, picture]).items()}
+        inputs = {name: value[:1] for name, value in processor.image_inputs([image, image]).items()}
     else:
-        inputs = processor.image_inputs([picture])
-    return inputs["pixel_values"], tuple(inputs["image_sizes"][0].tolist())
+        inputs = processor.image_inputs([image])
+    height, width = inputs["image_sizes"][0].tolist()
+    return inputs["pixel_values"], (height, width)

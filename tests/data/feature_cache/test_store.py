@@ -1,5 +1,6 @@
 """Packs of features: read by key, written whole or not at all, removed where nobody reads them."""
 
+import math
 import mmap
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
+from vlm.data.dataset import Skipped
 from vlm.data.feature_cache import store as feature_store
 from vlm.data.feature_cache.reader import (
     FEATURES_FILE,
@@ -20,83 +22,120 @@ from vlm.data.feature_cache.reader import (
     INDEX_FILE,
     LOCK_FILE,
     FeatureFormat,
-    ImageFeatures,
     Pack,
     open_all_packs,
     open_shared_pack,
 )
-from vlm.data.feature_cache.store import create_pack, finalize_pack, make_room, map_new_rows, remove_stale_packs
+from vlm.data.feature_cache.store import FeatureStore, PackPlan, remove_stale_packs
 
-FORM_OF_ONE = FeatureFormat("bfloat16", 2, 3, stride=20)
+ROW_FORMAT = FeatureFormat("bfloat16", 2, 3, stride=20)
 """Rows that do not touch: 12 bytes, 20 apart."""
 
 
-def made(store: Path, name: str, *values: float, limit: float | None = None) -> Pack:
-    """A pack of pictures of one view each, filled with these numbers."""
-    with create_pack(store, name, len(values), FORM_OF_ONE, limit, []) as folder:
-        rows = map_new_rows(folder, FORM_OF_ONE)
-        for place, value in enumerate(values):
-            rows[place] = torch.full((6,), value, dtype=torch.bfloat16).view(torch.uint8).numpy()
-        numbers = np.arange(len(values))
-        keys = [key_of(value) for value in values]
-        finalize_pack(folder, FORM_OF_ONE, keys, numbers, np.ones_like(numbers), np.zeros((len(values), 2), int), {})
-        return Pack(store / name)
+def make_plan(name: str, *values: float, row_format: FeatureFormat = ROW_FORMAT) -> PackPlan[float]:
+    """A plan for a pack with an item of one row for each of these numbers."""
+    ones = np.ones(len(values), dtype=np.int64)
+    keys = np.array([[7, int(value * 8)] for value in values], dtype=np.uint64)  # the first halves are all alike
+    return PackPlan(name, row_format, list(values), keys, ones, np.zeros((len(values), 0), dtype=np.int64), {})
 
 
-def key_of(value: float) -> bytes:
-    return np.array([7, int(value * 8)], dtype=np.uint64).tobytes()  # the first halves are all alike
+def make_pack(folder: Path, name: str, *values: float, limit: float | None = None) -> Pack:
+    """Write a pack whose rows are filled with these numbers."""
+    store, plan = FeatureStore(folder, limit), make_plan(name, *values)
+    with store.create_pack(plan) as partial:
+        rows = ROW_FORMAT.map_rows(partial, "r+")
+        for row, value in enumerate(values):
+            rows[row] = torch.full((6,), value, dtype=torch.bfloat16).view(torch.uint8).numpy()
+        return Pack(store.finalize_pack(plan))
+
+
+def make_room(folder: Path, num_bytes: int, limit: float | None) -> None:
+    FeatureStore(folder, limit).make_room(num_bytes)
+
+
+def make_key(value: float) -> bytes:
+    return make_plan("", value).keys.tobytes()
 
 
 def test_a_pack_is_read_by_key(tmp_path: Path):
-    pack = made(tmp_path / "store", "a", 3.0, 1.0, 2.0)
-    found = ImageFeatures([pack])
+    pack = make_pack(tmp_path / "store", "a", 3.0, 1.0, 2.0)
     for value in (1.0, 2.0, 3.0):
-        seen = found.find(key_of(value))
-        assert seen is not None
-        assert torch.equal(found.read(seen), torch.full((1, 2, 3), value, dtype=torch.bfloat16))
-    assert found.find(key_of(4.0)) is None
+        item = pack.find(make_key(value))
+        assert item is not None
+        assert torch.equal(pack.read(item), torch.full((1, 2, 3), value, dtype=torch.bfloat16))
+    assert pack.find(make_key(4.0)) is None
+    assert pack.find(bytes(16)) is None
+
+
+def test_items_have_as_many_rows_as_planned_and_their_own_details(tmp_path: Path):
+    """Keys are sorted, rows are not; of an item that is skipped the reason is kept."""
+    store = FeatureStore(tmp_path / "store", None)
+    keys = np.array([[2, 0], [1, 5], [1, 4]], dtype=np.uint64)
+    details = np.array([[20], [15], [14]])
+    record = Skipped(3, "c", "it does not open", "c.png", "records.json")
+    row_format = FeatureFormat("float32", 1, 1, stride=4)
+    plan = PackPlan("a", row_format, ["x", "y", "z"], keys, np.array([1, 3, 2]), details, {2: record})
+    with store.create_pack(plan) as partial:
+        row_format.map_rows(partial, "r+")[:] = torch.arange(6.0).view(torch.uint8).view(6, 4).numpy()
+        pack = Pack(store.finalize_pack(plan))
+    assert [pack.find(key.tobytes()) for key in keys] == [2, 1, 0]
+    assert [pack.read(item).flatten().tolist() for item in range(3)] == [[4.0, 5.0], [1.0, 2.0, 3.0], [0.0]]
+    assert pack.details.tolist() == [[14], [15], [20]]
+    assert pack.skipped == {0: record}
 
 
 def test_what_was_not_used_for_longest_makes_room_and_what_is_read_stays(tmp_path: Path):
     store = tmp_path / "store"
-    packs_ = {name: made(store, name, *range(10)) for name in ("a", "b", "c")}
+    packs_ = {name: make_pack(store, name, *range(10)) for name in ("a", "b", "c")}
     for age, name in enumerate(("b", "a", "c")):
         os.utime(store / name / "used", (age, age))
     packs_["a"].close()
     packs_["b"].close()
-    made(store, "d", *range(10), limit=600e-9).close()
+    make_pack(store, "d", *range(10), limit=600e-9).close()
     assert {pack.folder.name for pack in open_all_packs(store)} == {"a", "c", "d"}, (
         "the oldest goes, and no more than that"
     )
     packs_["c"].touch()
     with pytest.raises(ValueError, match=r"need 5e-07 GB more in .*, where 6e-07 GB are in use; 6e-07 GB are allowed"):
-        make_room(tmp_path, 500, 600e-9, [])
+        make_room(store, 500, 600e-9)
     assert {pack.folder.name for pack in open_all_packs(store)} == {"a", "c", "d"}, (
         "nothing goes where that is not enough"
     )
-    assert torch.equal(packs_["c"].read(1, 1), torch.ones(1, 2, 3, dtype=torch.bfloat16))
+    assert torch.equal(packs_["c"].read(1), torch.ones(1, 2, 3, dtype=torch.bfloat16))
+
+
+def test_an_unbounded_store_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk alone bounds it."""
+    make_pack(tmp_path / "store", "a", 1.0, limit=math.inf).close()
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda folder: usage)
+    make_room(tmp_path / "store", 100, math.inf)
+    with pytest.raises(ValueError, match=r"need 1.01e-07 GB more in .*, where 2e-08 GB are in use and 1e-07 GB free"):
+        make_room(tmp_path / "store", 101, math.inf)
+    assert (tmp_path / "store" / "a").is_dir()
 
 
 def test_a_view_takes_whole_pages_of_its_file(tmp_path: Path):
     """Machines that share the folder over NFS write whole pages, and must not write each other's."""
     features = torch.arange(24.0).view(2, 4, 3)
-    form = FeatureFormat.of(features)
-    assert (form.nbytes, form.stride) == (48, mmap.PAGESIZE)
-    assert FeatureFormat.of(torch.zeros(1, 197, 768)).stride == -(-197 * 768 * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
-    with create_pack(tmp_path / "store", "a", 2, form, None, []) as folder:
-        map_new_rows(folder, form)[:] = features.view(torch.uint8).flatten(1).numpy()
+    row_format = FeatureFormat.page_aligned(features)
+    assert (row_format.nbytes, row_format.stride) == (48, mmap.PAGESIZE)
+    pages = -(-197 * 768 * 4 // mmap.PAGESIZE)
+    assert FeatureFormat.page_aligned(torch.zeros(1, 197, 768)).stride == pages * mmap.PAGESIZE
+    store, plan = FeatureStore(tmp_path / "store", None), make_plan("a", 0, 1, row_format=row_format)
+    with store.create_pack(plan) as folder:
+        row_format.map_rows(folder, "r+")[:] = features.view(torch.uint8).flatten(1).numpy()
         assert (folder / FEATURES_FILE).stat().st_size == 2 * mmap.PAGESIZE
-        zeros = np.zeros((2, 2), dtype=int)
-        finalize_pack(folder, form, [key_of(0), key_of(1)], np.arange(2), np.ones(2, dtype=int), zeros, {})
-    assert torch.equal(Pack(tmp_path / "store" / "a").read(0, 2), features)
+        pack = Pack(store.finalize_pack(plan))
+    assert torch.equal(torch.cat([pack.read(0), pack.read(1)]), features)
 
 
 def test_a_pack_that_nothing_refers_to_makes_room(tmp_path: Path):
-    pack = made(tmp_path / "store", "a", 1.0)
+    pack = make_pack(tmp_path / "store", "a", 1.0)
     with pytest.raises(ValueError, match="need 2e-08 GB more"):
-        make_room(tmp_path, 20, 30e-9, [])
+        make_room(tmp_path / "store", 20, 30e-9)
     del pack
-    make_room(tmp_path, 20, 30e-9, [])
+    make_room(tmp_path / "store", 20, 30e-9)
     assert not list((tmp_path / "store").iterdir())
 
 
@@ -104,7 +143,7 @@ def test_a_pack_that_nothing_refers_to_makes_room(tmp_path: Path):
 def test_what_is_left_of_a_removal_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]):
     """A process ended while it removed a pack; then one of the same name is made."""
     store = tmp_path / "store"
-    made(store, "a", 1.0).close()
+    make_pack(store, "a", 1.0).close()
 
     def stops(folder: Path) -> None:
         for name in missing:
@@ -114,18 +153,18 @@ def test_what_is_left_of_a_removal_goes(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(feature_store.shutil, "rmtree", stops)
         with pytest.raises(KeyboardInterrupt):
-            make_room(tmp_path, 20, 30e-9, [])
+            make_room(tmp_path / "store", 20, 30e-9)
     assert not open_all_packs(store)
-    assert len(made(store, "a", 1.0)) == 1
+    assert len(make_pack(store, "a", 1.0)) == 1
     assert [one.name for one in store.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("missing", [FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE])
 def test_a_pack_that_lacks_a_file_is_made_again(tmp_path: Path, missing: str):
     store = tmp_path / "store"
-    made(store, "a", 1.0).close()
+    make_pack(store, "a", 1.0).close()
     (store / "a" / missing).unlink()
-    with made(store, "a", 1.0).folder.joinpath(missing).open("rb"):
+    with make_pack(store, "a", 1.0).folder.joinpath(missing).open("rb"):
         assert [one.name for one in store.iterdir()] == ["a"]
 
 
@@ -136,12 +175,12 @@ def test_a_pack_counts_once_while_it_gets_its_name(tmp_path: Path, monkeypatch: 
 
     def looked(self: Path, target: Path) -> Path:
         with pytest.raises(ValueError, match="GB more") as refusal:
-            make_room(tmp_path, 100, 50e-9, [])
+            make_room(tmp_path / "store", 100, 50e-9)
         refusals.append(str(refusal.value))
         return original(self, target)
 
     monkeypatch.setattr(Path, "rename", looked)
-    assert len(made(tmp_path / "store", "a", 1.0, 2.0)) == 2
+    assert len(make_pack(tmp_path / "store", "a", 1.0, 2.0)) == 2
     assert len(refusals) == 1
     assert "where 4e-08 GB are in use" in refusals[0]
 
@@ -158,10 +197,10 @@ def test_files_that_go_meanwhile_end_nothing(tmp_path: Path, monkeypatch: pytest
 
     for look in (
         lambda: open_all_packs(store),
-        lambda: make_room(tmp_path, 20, 30e-9, []),
+        lambda: make_room(tmp_path / "store", 20, 30e-9),
         lambda: remove_stale_packs(tmp_path),
     ):
-        made(store, "a", 1.0).close()
+        make_pack(store, "a", 1.0).close()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "glob", behind)
             assert not look()
@@ -189,9 +228,9 @@ def test_nothing_is_renamed_or_removed_without_the_roots_lock(tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "rename", renamed)
     monkeypatch.setattr(feature_store.shutil, "rmtree", removed)
-    made(tmp_path / "store", "a", 1.0).close()
-    made(tmp_path / "store", "b", 1.0, limit=30e-9).close()
-    with pytest.raises(KeyboardInterrupt), create_pack(tmp_path / "store", "c", 1, FORM_OF_ONE, None, []):
+    make_pack(tmp_path / "store", "a", 1.0).close()
+    make_pack(tmp_path / "store", "b", 1.0, limit=30e-9).close()
+    with pytest.raises(KeyboardInterrupt), FeatureStore(tmp_path / "store", None).create_pack(make_plan("c", 1.0)):
         raise KeyboardInterrupt
     assert len(held) == 2 + 2 + 2
     assert all(held)
@@ -202,15 +241,15 @@ def test_a_pack_that_another_machine_does_not_have_is_explained(tmp_path: Path):
     with pytest.raises(ValueError, match=r"another rank has it, .* must be a folder that all machines share"):
         open_shared_pack(tmp_path / "store" / "a")
     with pytest.raises(ValueError, match=r"another rank has it, .* must be a folder that all machines share"):
-        map_new_rows(tmp_path / "store" / "a.partial", FORM_OF_ONE)
+        ROW_FORMAT.map_rows(tmp_path / "store" / "a.partial", "r+")
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.data.feature_cache.test_reader import FORM_OF_ONE
-from vlm.data.feature_cache.store import create_pack
-with create_pack(Path(sys.argv[1]), "a", 10, FORM_OF_ONE, None, []) as folder:
+from tests.data.feature_cache.test_store import make_plan
+from vlm.data.feature_cache.store import FeatureStore
+with FeatureStore(Path(sys.argv[1]), None).create_pack(make_plan("a", *range(10))) as folder:
     print(folder, flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 """
@@ -233,4 +272,4 @@ def test_what_a_killed_run_leaves_is_not_read_and_goes(tmp_path: Path):
             break
         time.sleep(0.1)
     assert not begun.exists()
-    assert len(made(store, "a", 1.0)) == 1
+    assert len(make_pack(store, "a", 1.0)) == 1
