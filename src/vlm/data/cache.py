@@ -1,7 +1,7 @@
-"""The cache on disk: what is computed once from a file's content, and opened by every process after that.
+"""The cache on disk: files that are computed once from another file's content, and opened by every process after that.
 
-Everything in it can be deleted at any time. Files are written under another name and renamed, under a lock, so that
-ranks which start together wait for the one that works, and a run that is killed leaves nothing half done.
+All of it can be deleted at any time. Files are written under another name and renamed, under a lock, so that ranks
+which start together wait for the one that writes, and a run that is killed leaves nothing half done.
 """
 
 import hashlib
@@ -14,31 +14,31 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 
 
-def resolve_cache_folder(named: str | None) -> Path:
-    """`dataset.cache_dir`, or `vlm` in the folder of Hugging Face's caches (`HF_HOME`)."""
-    return Path(named) if named else Path(HF_HOME, "vlm")
+def resolve_cache_folder(cache_dir: str | None) -> Path:
+    """Return `dataset.cache_dir`, or `vlm` in the folder of Hugging Face's caches (`HF_HOME`)."""
+    return Path(cache_dir) if cache_dir else Path(HF_HOME, "vlm")
 
 
 def content_hash(path: Path, cache: Path) -> str:
-    """SHA-256 of a file's content. Its path, size and modification time find one that was computed before."""
-    facts = path.stat()
-    seen = json_digest(str(path.resolve()), facts.st_size, facts.st_mtime_ns)
-    stored = cache / "hashes" / seen
+    """Return the SHA-256 of a file's content, from the cache where its path, size and modification time are known."""
+    status = path.stat()
+    name = json_digest(str(path.resolve()), status.st_size, status.st_mtime_ns)
+    stored = cache / "hashes" / name
     if stored.is_file():
         return stored.read_text(encoding="ascii")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     stored.parent.mkdir(parents=True, exist_ok=True)
-    partial = stored.with_name(f"{seen}.{os.getpid()}")
-    partial.write_text(found, encoding="ascii")
+    partial = stored.with_name(f"{name}.{os.getpid()}")
+    partial.write_text(digest, encoding="ascii")
     partial.replace(stored)
-    return found
+    return digest
 
 
 def create_once(path: Path, make: Callable[[Path], None]) -> Path:
-    """A file of the cache, made by `make(a path to write to)` where it is missing.
+    """Return the path of a file in the cache, after `make(a path to write to)` has made it where it is missing.
 
-    Of processes that ask at the same time, one makes it and the others wait.
+    Of processes that call this at the same time, one makes the file and the others wait.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,5 +51,5 @@ def create_once(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def json_digest(*values: object) -> str:
-    """A name for anything that JSON can hold: 32 hexadecimal digits."""
+    """Return a fingerprint of anything that JSON can hold: 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -6,10 +6,10 @@ For composed models only: models of families take no features in place of pixels
 from collections import OrderedDict
 from hashlib import blake2b
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vlm.assembly.checkpoint import get_body, is_composed_model
 from vlm.models import VLMForConditionalGeneration
@@ -39,7 +39,7 @@ class ImageFeatureCache:
         return len(self._features)
 
     @torch.no_grad()
-    def replace_pixels(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def replace_pixels(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs with `image_features` and `image_index` in place of `pixel_values`, each image once.
 
         Inputs are returned unchanged where they have no images, the model is not composed, or it is training.
@@ -60,16 +60,16 @@ class ImageFeatureCache:
 
     def _replace_pixels(self, body: VLMForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = inputs["pixel_values"]
-        keys = [_make_key(one, body.dtype) for one in pixels]
+        keys = [_make_key(image, body.dtype) for image in pixels]
         positions = {key: index for index, key in enumerate(keys)}  # each image once
-        found = {key: self._features[key] for key in positions if key in self._features}
-        if new := [key for key in positions if key not in found]:
-            found |= zip(new, body.encode_images(pixels[[positions[key] for key in new]]), strict=True)
+        features = {key: self._features[key] for key in positions if key in self._features}
+        if new := [key for key in positions if key not in features]:
+            features |= zip(new, body.encode_images(pixels[[positions[key] for key in new]]), strict=True)
         order = {key: row for row, key in enumerate(positions)}
-        self._store({key: found[key] for key in order})
+        self._store({key: features[key] for key in order})
         others = {name: value for name, value in inputs.items() if name != "pixel_values"}
         index = torch.tensor([order[key] for key in keys], device=pixels.device)
-        return {**others, "image_features": torch.stack([found[key] for key in order]), "image_index": index}
+        return {**others, "image_features": torch.stack([features[key] for key in order]), "image_index": index}
 
     def _store(self, shown: dict[Key, Tensor]) -> None:
         for key, features in shown.items():

@@ -1,6 +1,6 @@
-"""Samples with what prediction heads learn of them: as a dataset, in batches, and divided by their labels.
+"""Samples with the targets of prediction heads: as a data set, in batches, and split by their labels.
 
-Imports siblings only. What labels become is said in `data.labels`.
+How a label becomes a target is said in `labels.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,29 +15,33 @@ from vlm.data.batching.collator import Collator
 from vlm.data.dataset import BlankImageDataset, Contribution, SampleDataset, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.heads.labels import HeadLabels, check_values, make_folds, split
+from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 
 NO_GROUP = -1
 """The group of rows that have none."""
 
+HeadItem = dict[str, Any]  # families have inputs under names of their own
+"""A sample or a batch: what the model's `forward` takes, with the targets of heads."""
 
-class HeadDataset(Dataset[Any]):
-    """Prompts with their pictures, and with what each head learns of them.
+
+class HeadDataset(Dataset[HeadItem | Skipped]):
+    """Prompts with their images, and with the targets of each head.
 
     Args:
         dataset: the samples, with their labels.
         heads: what each head learns.
 
     Attributes:
-        group_indices: `(samples,)`: equal where a ranking compares samples, which it does within a source only; -1 of
-            those that have no group.
+        group_indices: `(samples,)`: equal where a ranking compares samples, which it does within a source only; -1 for
+            samples without a group.
 
     Raises:
         ValueError: a head cannot learn a label.
     """
 
     shown_images = "own"
-    """Which pictures the samples show."""
+    """Which images the samples show."""
 
     def __init__(self, dataset: SampleDataset, heads: Sequence[HeadLabels]):
         self.dataset, self.heads = dataset, list(heads)
@@ -50,34 +54,34 @@ class HeadDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
-        """As of the samples, with `targets` (for each head the numbers of `HeadLabels.target`) and `group`."""
+    def __getitem__(self, index: int) -> HeadItem | Skipped:
+        """The sample, with `targets` (for each head the numbers of `HeadLabels.target`) and `group`."""
         item = self.model_item(index)
         if isinstance(item, Skipped):
             return item
         targets = {head.name: head.target(self._values[head.name][index]) for head in self.heads}
         return {**item, "targets": targets, "group": int(self.group_indices[index])}
 
-    def model_item(self, index: int) -> dict[str, Any] | Skipped:
-        """The sample itself, with its pictures."""
+    def model_item(self, index: int) -> HeadItem | Skipped:
+        """Return the sample itself, with its images."""
         return self.dataset[index]
 
-    def values(self, name: str) -> list[Any]:
-        """What records say to a head, None where that is nothing."""
+    def values(self, name: str) -> list[object]:
+        """Return the label of each sample for a head; None where it has none."""
         return self._values[name]
 
     def targets(self, name: str) -> np.ndarray:
-        """The same as numbers, `(samples, width)`; NaN where it is nothing."""
+        """Return the target of each sample for a head, `(samples, width)`; NaN where it has no label."""
         head = next(head for head in self.heads if head.name == name)
         rows = [head.target(value) for value in self._values[name]]
         return np.array(rows, dtype=np.float64).reshape(len(rows), head.width)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "HeadDataset":
-        """The samples at these places, as a dataset of its own."""
+        """Return the samples at these indices, as a data set of their own."""
         return type(self)(self.dataset.subset(indices), self.heads)
 
     def sample(self, index: int) -> Sample:
-        """The conversation, as it was read.
+        """Return the conversation as it was read.
 
         Raises:
             BadSample: its record cannot be used any more.
@@ -91,7 +95,7 @@ class HeadDataset(Dataset[Any]):
 
     @property
     def num_images(self) -> np.ndarray:
-        """`(samples,)`: pictures and videos."""
+        """`(samples,)`: how many images and videos each has."""
         return self.dataset.num_images
 
     @property
@@ -100,28 +104,28 @@ class HeadDataset(Dataset[Any]):
         return self.dataset.has_videos
 
     @property
-    def processor(self) -> Any:
+    def processor(self) -> Processor:
         """The run's processor."""
         return self.dataset.processor
 
     @property
     def skipped(self) -> list[Skipped]:
-        """The records left out before."""
+        """The records that were left out when the data set was read."""
         return self.dataset.skipped
 
     @property
     def contributions(self) -> list[Contribution]:
-        """What each source gives."""
+        """The contribution of each source."""
         return self.dataset.contributions
 
 
 class BlankHeadDataset(HeadDataset):
-    """The same samples with every picture of the processor's mean colour: what do heads know without seeing?"""
+    """The same samples with every image in the processor's mean colour: what do heads predict without an image?"""
 
     shown_images = "blank"
 
-    def model_item(self, index: int) -> dict[str, Any] | Skipped:
-        """The sample itself, with blank pictures."""
+    def model_item(self, index: int) -> HeadItem | Skipped:
+        """Return the sample itself, with blank images."""
         return BlankImageDataset(self.dataset)[index]
 
 
@@ -136,26 +140,27 @@ class HeadCollator:
     def __init__(self, collate: Collator, heads: Sequence[HeadLabels]):
         self.collate, self.heads = collate, list(heads)
 
-    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[HeadItem | Skipped]) -> HeadItem:
         """Return a batch with `labels` (head -> float32 `(rows, width)`, its targets) and `groups` (int64 `(rows,)`).
 
         Where a reply is learned, `text_labels` and `prompt_mask` (both int64 `(rows, tokens)`) are there too: the
         reply's ids, -100 elsewhere, and 1 at the tokens before it. A row without a sample, see `Collator`, has NaN for
         targets.
         """
-        own = ("targets", "group")
-        batch = self.collate([
-            one if isinstance(one, Skipped) else {key: value for key, value in one.items() if key not in own}
-            for one in samples
-        ])  # fmt: skip
-        kept = [one for one in samples if not isinstance(one, Skipped)]
-        kept = kept or [{"targets": {head.name: head.target(None) for head in self.heads}, "group": NO_GROUP}]
+        prompts = [
+            sample if isinstance(sample, Skipped) else
+            {key: value for key, value in sample.items() if key not in ("targets", "group")}
+            for sample in samples
+        ]  # fmt: skip
+        batch = self.collate(prompts)
+        items = [sample for sample in samples if not isinstance(sample, Skipped)]
+        items = items or [{"targets": {head.name: head.target(None) for head in self.heads}, "group": NO_GROUP}]
         text_labels = batch.pop("labels")
         batch["labels"] = {
-            head.name: torch.tensor([one["targets"][head.name] for one in kept], dtype=torch.float32)
+            head.name: torch.tensor([item["targets"][head.name] for item in items], dtype=torch.float32)
             for head in self.heads
         }
-        batch["groups"] = torch.tensor([one["group"] for one in kept], dtype=torch.int64)
+        batch["groups"] = torch.tensor([item["group"] for item in items], dtype=torch.int64)
         if (text_labels != IGNORE_INDEX).any():
             batch["text_labels"] = text_labels
             batch["prompt_mask"] = prompt_mask(text_labels, batch["attention_mask"])
@@ -163,96 +168,85 @@ class HeadCollator:
 
 
 def prompt_mask(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """1 at tokens that are attended to and stand before what is supervised: `(rows, tokens)`, as both arguments."""
+    """Return 1 at tokens that are attended to and stand before the first supervised one: `(rows, tokens)`, as both."""
     before = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
     return attention_mask * before
 
 
-def values_per_head(labels: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
-    """What records say to each head, None where that is nothing.
+def values_per_head(labels: Sequence[object], names: Sequence[str]) -> dict[str, list[object]]:
+    """Return the label of each record for each head; None where it has none.
 
     Args:
         labels: of records, see `Sample.label`.
-        names: of the heads. Of one head, a label may be its value; of several, it is a mapping with their names.
+        names: of the heads. With one head, a label may be its value; with several, it maps their names to values.
 
     Raises:
-        ValueError: a label of several heads is no mapping.
+        ValueError: a label for several heads is no mapping.
     """
-    found: dict[str, list[Any]] = {name: [] for name in names}
     for label in labels:
         if label is not None and not isinstance(label, Mapping) and len(names) > 1:
             raise ValueError(
                 f"label {label!r:.60}: there are the heads {', '.join(names)}, so a mapping from their names to values "
                 "is needed"
             )
-        for name in names:
-            found[name].append(label.get(name) if isinstance(label, Mapping) else label)
-    return found
+    return {name: [label.get(name) if isinstance(label, Mapping) else label for label in labels] for name in names}
 
 
 def group_indices(dataset: SampleDataset) -> np.ndarray:
-    """`(samples,)`: a number for each group of each source, -1 for samples that have none."""
+    """Return the number of each sample's group, `(samples,)`; -1 for samples that have none."""
     numbers: dict[tuple[int, str], int] = {}
-    sources = dataset.places[:, 0].tolist()
-    found = [
-        NO_GROUP if group is None else numbers.setdefault((source, group), len(numbers))
-        for source, group in zip(sources, dataset.groups, strict=True)
+    groups = zip(dataset.places[:, 0].tolist(), dataset.groups, strict=True)
+    indices = [
+        NO_GROUP if group is None else numbers.setdefault((source, group), len(numbers)) for source, group in groups
     ]
-    return np.array(found, dtype=np.int64)
+    return np.array(indices, dtype=np.int64)
 
 
 def split_by_label(
-    dataset: SampleDataset,
-    strata: np.ndarray,
-    share: float,
-    seed: int,
-    names: Sequence[Any] = (),
+    dataset: SampleDataset, strata: np.ndarray, share: float, seed: int, names: Sequence[object] = (),
     key: str = "dataset.eval_split",
-) -> tuple[SampleDataset, SampleDataset]:
+) -> tuple[SampleDataset, SampleDataset]:  # fmt: skip
     """Hold out a share of the records, see `labels.split`: (rest, held out).
 
-    A record that is taken several times is on one side only, and so is a group, if there are any.
+    A record that is taken several times is on one side only, and so is a group.
 
     Args:
         dataset: the samples.
         strata: `(samples,)`, see `labels.strata`.
-        share: how large a part.
+        share: of the records that are held out.
         seed: draws them.
-        names: what the strata are called, the labels.
-        key: what the share is called in the configuration.
+        names: of the strata: the labels.
+        key: of the share in the configuration.
 
     Raises:
         ValueError: there are too few records or groups, or too few that have one of the labels.
     """
-    first, which = _unique_records(dataset)
+    first, record_indices = _unique_records(dataset)
     groups = _split_groups(dataset, first)
-    return _split_datasets(dataset, first, which, split(strata[first], share, seed, groups, names, key))
+    return _split_datasets(dataset, first, record_indices, split(strata[first], share, seed, groups, names, key))
 
 
 def fold_by_label(
-    dataset: SampleDataset, strata: np.ndarray, number: int, seed: int, names: Sequence[Any] = ()
+    dataset: SampleDataset, strata: np.ndarray, number: int, seed: int, names: Sequence[object] = ()
 ) -> list[tuple[SampleDataset, SampleDataset]]:
-    """Hold out each record once, see `labels.folds`: (rest, held out) of each fold; otherwise as `split_by_label`.
+    """Hold out each record once, see `labels.make_folds`: (rest, held out) of each fold; else as `split_by_label`.
 
     Raises:
         ValueError: there are fewer groups, or records that have one of the labels, than folds.
     """
-    first, which = _unique_records(dataset)
-    groups = _split_groups(dataset, first)
-    return [
-        _split_datasets(dataset, first, which, indices)
-        for indices in make_folds(strata[first], number, seed, groups, names)
-    ]
+    first, record_indices = _unique_records(dataset)
+    folds = make_folds(strata[first], number, seed, _split_groups(dataset, first), names)
+    return [_split_datasets(dataset, first, record_indices, indices) for indices in folds]
 
 
 def _unique_records(dataset: SampleDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Where each record stands first, and for each sample the number of its record among those."""
-    _, first, which = np.unique(dataset.places, axis=0, return_index=True, return_inverse=True)
-    return first, which.ravel()
+    """Return the first sample of each record, and for each sample the number of its record among those."""
+    _, first, record_indices = np.unique(dataset.places, axis=0, return_index=True, return_inverse=True)
+    return first, record_indices.ravel()
 
 
 def _split_groups(dataset: SampleDataset, first: np.ndarray) -> np.ndarray | None:
-    """`(records,)`: numbers of groups, each record without one in a group of its own; None where there are none."""
+    """Return a group number for each record, a new one where it has none; None where no record has a group."""
     numbers = group_indices(dataset)[first]
     if (numbers == NO_GROUP).all():
         return None
@@ -260,9 +254,9 @@ def _split_groups(dataset: SampleDataset, first: np.ndarray) -> np.ndarray | Non
 
 
 def _split_datasets(
-    dataset: SampleDataset, first: np.ndarray, which: np.ndarray, indices: tuple[np.ndarray, np.ndarray]
+    dataset: SampleDataset, first: np.ndarray, record_indices: np.ndarray, indices: tuple[np.ndarray, np.ndarray]
 ) -> tuple[SampleDataset, SampleDataset]:
-    """The datasets of records on two sides; what was left out is told with the rest."""
-    rest = dataset.subset(np.flatnonzero(np.isin(which, indices[0])))
+    """Return the data sets of records on two sides; the first one keeps the list of skipped records."""
+    rest = dataset.subset(np.flatnonzero(np.isin(record_indices, indices[0])))
     rest.skipped, rest.contributions = dataset.skipped, dataset.contributions
     return rest, dataset.subset(np.sort(first[indices[1]]))

@@ -1,4 +1,4 @@
-"""Labels of prediction heads: which there are, what numbers they become, and how records are divided by them.
+"""Labels of prediction heads: which there are, their targets, and how records are split by them.
 
 Imports numpy and scikit-learn only.
 """
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFold, train_test_split
@@ -16,13 +16,17 @@ from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFo
 NUMERIC_TASKS = ("regression", "pairwise")
 """The tasks that learn numbers; the others choose among labels."""
 KNOWN_BINARY_LABELS = (("0", "1"), ("false", "true"), ("no", "yes"), ("negative", "positive"))
-"""Labels of `binary`, as lower-case text, of which everybody knows the positive one: the second."""
+"""Pairs of labels of `binary`, as lower-case text, of which the second is known to be the positive one."""
 MAX_TARGET = float(np.finfo(np.float32).max)
 """Targets are float32."""
 MAX_STRATA = 10
 """The most strata that numbers, or sets of labels, are divided into."""
 MIN_STRATUM_SIZE = 20
-"""So many records such a stratum has at least."""
+"""The fewest records of such a stratum."""
+
+Label = str | bool | int | float
+LabelKey = tuple[str, Label]
+"""A label's kind and the label: Python takes True for 1, and 1.0."""
 
 
 @dataclass(frozen=True)
@@ -32,63 +36,66 @@ class HeadLabels:
     Attributes:
         name: the head's.
         task: a name of `models.head_tasks.TASKS`.
-        labels: those that it chooses among, in the order of its numbers; none of a task of `NUMERIC`.
+        labels: the labels that it chooses among, in the order of its outputs; none for a task of `NUMERIC_TASKS`.
     """
 
     name: str
     task: str
-    labels: tuple[Any, ...] = ()
+    labels: tuple[Label, ...] = ()
 
     @property
     def width(self) -> int:
         """How many numbers a target has."""
         return len(self.labels) if self.task == "multilabel" else 1
 
-    def target(self, value: Any) -> list[float]:
-        """A record's value as what the loss compares with.
+    def target(self, value: object) -> list[float]:
+        """Return what the loss compares the head's outputs for a record with.
+
+        Args:
+            value: the record's label, or list of labels; None: the head does not learn from the record.
 
         Returns:
-            `width` numbers: the label's number from 0; of `multilabel`, 0 or 1 for each label; of `regression` and
-            `pairwise` the value. All NaN where it is None: the record is not learnt by this head.
+            `width` numbers: the label's index; for `multilabel`, 0 or 1 for each label; for `regression` and
+            `pairwise` the value. All NaN where the value is None.
 
         Raises:
-            ValueError: it is none of the labels, or not of the kind that the task needs.
+            ValueError: the value is none of the labels, or not of the kind that the task needs.
         """
         if value is None:
             return [float("nan")] * self.width
         if self.task in NUMERIC_TASKS:
-            if not _is_number(value) or not abs(value) <= MAX_TARGET:
+            if not _is_finite(value):
                 raise ValueError(f"head {self.name}: {self.task} needs a finite number, got {value!r:.60}")
             return [float(value)]
         if self.task != "multilabel":
             return [float(self._class_index(value))]
-        present = {self._class_index(one) for one in _label_list(self.name, value)}
-        return [float(number in present) for number in range(self.width)]
+        present = {self._class_index(label) for label in _label_list(self.name, value)}
+        return [float(index in present) for index in range(self.width)]
 
-    def _class_index(self, label: Any) -> int:
-        number = self._class_indices.get(_label_key(label)) if _is_label(label) else None
-        if number is None:
+    def _class_index(self, label: object) -> int:
+        index = self._class_indices.get(_label_key(label)) if _is_label(label) else None
+        if index is None:
             allowed = ", ".join(map(repr, self.labels[:20])) + ", …" * (len(self.labels) > 20)
             raise ValueError(f"head {self.name}: {label!r:.60} is none of its labels, which are {allowed}")
-        return number
+        return index
 
     @cached_property
-    def _class_indices(self) -> dict[tuple[str, Any], int]:
-        return {_label_key(label): number for number, label in enumerate(self.labels)}
+    def _class_indices(self) -> dict[LabelKey, int]:
+        return {_label_key(label): index for index, label in enumerate(self.labels)}
 
 
-def resolve_labels(name: str, task: str, given: Sequence[Any] | None, values: Sequence[Any]) -> HeadLabels:
-    """Which labels a head has: those that are given, else those of the training records, sorted.
+def resolve_labels(name: str, task: str, given: Sequence[object] | None, values: Sequence[object]) -> HeadLabels:
+    """Return what a head learns: `model.head.labels`, else the labels of the training records, sorted.
 
     Args:
         name: the head's.
         task: its task.
         given: `model.head.labels`; None: as the records have them.
-        values: of the training records, None of one that has none.
+        values: the labels of the training records; None for a record without one.
 
     Raises:
-        ValueError: there is no label, or one that the task cannot have; the order of labels cannot be told; given
-            labels and those of the records are not the same.
+        ValueError: there is no label, or one that the task cannot have; the order of labels is unknown; the labels of
+            the configuration are not those of the records.
     """
     present = [value for value in values if value is not None]
     if not present:
@@ -107,7 +114,7 @@ def resolve_labels(name: str, task: str, given: Sequence[Any] | None, values: Se
     _check_num_labels(head, from_config=given is not None)
     check_values(head, values, "training records")
     if given is not None:
-        occurring = {_label_key(label) for label in _flatten_labels(name, task, present)}
+        occurring = {_checked_label_key(name, label) for label in _flatten_labels(name, task, present)}
         if absent := [label for label in labels if _label_key(label) not in occurring]:
             raise ValueError(
                 f"head {name}: model.head.labels has {', '.join(map(repr, absent))}, a class absent from training: no "
@@ -116,8 +123,8 @@ def resolve_labels(name: str, task: str, given: Sequence[Any] | None, values: Se
     return head
 
 
-def check_values(head: HeadLabels, values: Iterable[Any], what: str) -> None:
-    """Raise ValueError where a head cannot learn a value of a set, which `what` names; None is none."""
+def check_values(head: HeadLabels, values: Iterable[object], source: str) -> None:
+    """Raise ValueError where a head cannot learn one of the labels of a source; None is no label."""
     wrong: Counter[str] = Counter()
     total = 0
     for total, value in enumerate(values, start=1):  # noqa: B007 - counted
@@ -126,16 +133,16 @@ def check_values(head: HeadLabels, values: Iterable[Any], what: str) -> None:
         except ValueError as error:
             wrong[str(error)] += 1
     if wrong:
-        said, number = wrong.most_common(1)[0]
+        message, number = wrong.most_common(1)[0]
         others = f"; {wrong.total() - number} have other wrong values" if len(wrong) > 1 else ""
-        raise ValueError(f"{what}: {said} ({number} of {total} records{others})")
+        raise ValueError(f"{source}: {message} ({number} of {total} records{others})")
 
 
-def label_mean_and_std(values: Iterable[Any]) -> tuple[float, float]:
-    """Mean and standard deviation of the labels of `regression`; None is left out.
+def label_mean_and_std(values: Iterable[float | None]) -> tuple[float, float]:
+    """Return mean and standard deviation of the labels of `regression`; None is left out.
 
     Raises:
-        ValueError: all are equal, so that there is nothing to learn.
+        ValueError: all labels are equal, so that there is nothing to learn.
     """
     numbers = np.array([value for value in values if value is not None], dtype=np.float64)
     if len(numbers) == 0 or numbers.min() == numbers.max():
@@ -143,20 +150,17 @@ def label_mean_and_std(values: Iterable[Any]) -> tuple[float, float]:
     return float(numbers.mean()), float(numbers.std())
 
 
-def _labels_from_records(name: str, task: str, present: Sequence[Any]) -> tuple[Any, ...]:
-    """The labels of records, sorted; of `binary` the positive one last."""
-    labels = sorted(
-        _check_same_type(
-            name, {_checked_label_key(name, one): one for one in _flatten_labels(name, task, present)}.values()
-        )
-    )
+def _labels_from_records(name: str, task: str, present: Sequence[object]) -> tuple[Label, ...]:
+    """Return the labels of records, sorted; for `binary` the positive one last."""
+    distinct = {_checked_label_key(name, label): label for label in _flatten_labels(name, task, present)}
+    labels: list[Any] = sorted(_check_same_type(name, distinct.values()))  # pyright: ignore[reportArgumentType] - of one kind
     if task == "ordinal" and isinstance(labels[0], str):
         raise ValueError(
             f"head {name}: nobody can tell the order of {', '.join(map(repr, labels[:10]))}; "
             "model.head.labels=[lowest, …, highest] says it"
         )
     if task == "binary" and len(labels) == 2:
-        labels.sort(key=lambda label: str(label).lower())  # as in PAIRS
+        labels.sort(key=lambda label: str(label).lower())  # as in KNOWN_BINARY_LABELS
         if tuple(str(label).lower() for label in labels) not in KNOWN_BINARY_LABELS:
             raise ValueError(
                 f"head {name}: it cannot be told which of {labels[0]!r} and {labels[1]!r} is positive; "
@@ -171,20 +175,20 @@ def _check_num_labels(head: HeadLabels, *, from_config: bool) -> None:
     fewest, most = {"binary": (2, 2), "multilabel": (1, sys.maxsize)}.get(head.task, (2, sys.maxsize))
     if not fewest <= number <= most:
         needed = f"{'exactly' if most == fewest else 'at least'} {fewest} label{'s' * (fewest > 1)}"
-        where = "model.head.labels has" if from_config else "the training records have"
-        raise ValueError(f"head {head.name}: {head.task} needs {needed}, {where} {number}: {shown or 'none'}")
+        subject = "model.head.labels has" if from_config else "the training records have"
+        raise ValueError(f"head {head.name}: {head.task} needs {needed}, {subject} {number}: {shown or 'none'}")
 
 
-def _flatten_labels(name: str, task: str, present: Sequence[Any]) -> list[Any]:
-    """The labels of all records one after the other, where a record may have several."""
-    return [label for value in present for label in _label_list(name, value)] if task == "multilabel" else list(present)
+def _flatten_labels(name: str, task: str, values: Sequence[object]) -> list[object]:
+    """Return the labels of all records one after the other, where a record may have several."""
+    return [label for value in values for label in _label_list(name, value)] if task == "multilabel" else list(values)
 
 
-def _label_list(name: str, value: Any) -> Sequence[Any]:
-    """The value of a record that may have several labels.
+def _label_list(name: str, value: object) -> Sequence[object]:
+    """Return the labels of a record that may have several.
 
     Raises:
-        ValueError: it is no list.
+        ValueError: they are no list.
     """
     if not isinstance(value, (list, tuple)):
         raise ValueError(
@@ -194,23 +198,24 @@ def _label_list(name: str, value: Any) -> Sequence[Any]:
     return value
 
 
-def _check_same_type(name: str, labels: Iterable[Any]) -> tuple[Any, ...]:
-    """Distinct labels, all text, all numbers or all truth values; whole numbers as such, if all are."""
+def _check_same_type(name: str, labels: Iterable[object]) -> tuple[Label, ...]:
+    """Return distinct labels, all text, all numbers or all truth values; as whole numbers, if all are."""
     keys = [_checked_label_key(name, label) for label in labels]
     kinds = sorted({kind for kind, _ in keys})
     if len(kinds) > 1:
         shown = ", ".join(repr(label) for _, label in keys[:10])
         raise ValueError(f"head {name}: its labels are {' and '.join(kinds)}, one kind is needed: {shown}")
-    if twice := [key[1] for key, number in Counter(keys).items() if number > 1]:
-        raise ValueError(f"head {name}: the label {twice[0]!r} is there twice")
+    if repeated := [key[1] for key, number in Counter(keys).items() if number > 1]:
+        raise ValueError(f"head {name}: the label {repeated[0]!r} is there twice")
     values = [value for _, value in keys]
-    if kinds == ["numbers"] and not all(value == int(value) for value in values):
-        return tuple(map(float, values))
-    return tuple(map(int, values)) if kinds == ["numbers"] else tuple(values)
+    if kinds != ["numbers"]:
+        return tuple(values)
+    whole = all(value == int(value) for value in values)
+    return tuple(map(int if whole else float, values))
 
 
-def _checked_label_key(name: str, label: Any) -> tuple[str, Any]:
-    """What a label is known by.
+def _checked_label_key(name: str, label: object) -> LabelKey:
+    """Return a label's key.
 
     Raises:
         ValueError: it is no label.
@@ -220,83 +225,79 @@ def _checked_label_key(name: str, label: Any) -> tuple[str, Any]:
     return _label_key(label)
 
 
-def _label_key(label: Any) -> tuple[str, Any]:
-    """Its kind and itself: Python takes True for 1, and 1.0."""
+def _label_key(label: Label) -> LabelKey:
     return ("truth values" if isinstance(label, bool) else "texts" if isinstance(label, str) else "numbers"), label
 
 
-def _is_label(value: Any) -> bool:
-    return isinstance(value, (str, bool)) or (_is_number(value) and abs(value) <= MAX_TARGET)
+def _is_label(value: object) -> TypeGuard[Label]:
+    return isinstance(value, (str, bool)) or _is_finite(value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a number, and finite as float32."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_TARGET
 
 
-# Dividing records
+# Splitting records
 
 
-def strata(head: HeadLabels, values: Sequence[Any]) -> np.ndarray:
-    """What records are alike for a division that is to hold as much of everything on each side.
+def strata(head: HeadLabels, values: Sequence[object]) -> np.ndarray:
+    """Return the stratum of each record, of which both sides of a split get their share.
 
     Returns:
-        `(records,)`, whole numbers. `binary`, `multiclass` and `ordinal`: the label's number. `regression`: its tenth
-        of the sorted values, or a larger part, so that each has `FULL` records. `multilabel`: the number of the rarest
-        of its labels that a tenth of the records have, and at least `FULL`. `pairwise`: 0. A record without any has
-        the next number.
+        `(records,)`, whole numbers. `binary`, `multiclass` and `ordinal`: the label's index. `regression`: the tenth of
+        the sorted values that the record is in, or a larger part, so that each has `MIN_STRATUM_SIZE` records.
+        `multilabel`: the index of the rarest of its labels that a tenth of the records have, and at least
+        `MIN_STRATUM_SIZE`. `pairwise`: 0. A record without a label has the next number.
     """
     targets = np.array([head.target(value) for value in values], dtype=np.float64).reshape(len(values), head.width)
     known = ~np.isnan(targets[:, 0])
-    found = np.zeros(len(values), dtype=np.int64)
+    numbers = np.zeros(len(values), dtype=np.int64)
     if head.task == "multilabel":
-        found[:] = head.width
+        numbers[:] = head.width
         counts = np.nansum(targets, axis=0)
         least = max(MIN_STRATUM_SIZE, len(values) / MAX_STRATA)
         for number in np.argsort(-counts, kind="stable"):  # rarer ones later, over the others
             if counts[number] >= least:
-                found[targets[:, number] == 1] = number
-        return _merge_small_strata(found, least)
+                numbers[targets[:, number] == 1] = number
+        return _merge_small_strata(numbers, least)
     if head.task == "pairwise":
-        return found
+        return numbers
     if head.task == "regression":
-        number = max(min(MAX_STRATA, known.sum() // MIN_STRATUM_SIZE), 1)
+        num_strata = max(min(MAX_STRATA, known.sum() // MIN_STRATUM_SIZE), 1)
         ranks = np.argsort(np.argsort(targets[known, 0], kind="stable"), kind="stable")
-        found[known] = ranks * number // max(known.sum(), 1)
-        found[~known] = number
-        return _merge_small_strata(found, MIN_STRATUM_SIZE)
-    found[known] = targets[known, 0]
-    found[~known] = len(head.labels)
-    return found
+        numbers[known] = ranks * num_strata // max(known.sum(), 1)
+        numbers[~known] = num_strata
+        return _merge_small_strata(numbers, MIN_STRATUM_SIZE)
+    numbers[known] = targets[known, 0]
+    numbers[~known] = len(head.labels)
+    return numbers
 
 
 def _merge_small_strata(numbers: np.ndarray, least: float) -> np.ndarray:
-    """Strata of which those that have fewer records than that are one with the largest."""
-    names, which, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    """Return strata of which those with fewer than `least` records are merged into the largest."""
+    names, indices, counts = np.unique(numbers, return_inverse=True, return_counts=True)
     if len(names) == 0:
         return numbers
-    return np.where(counts >= least, names, names[counts.argmax()])[which.ravel()]
+    return np.where(counts >= least, names, names[counts.argmax()])[indices.ravel()]
 
 
 def split(
-    strata: np.ndarray,
-    share: float,
-    seed: int,
-    groups: np.ndarray | None = None,
-    names: Sequence[Any] = (),
+    strata: np.ndarray, share: float, seed: int, groups: np.ndarray | None = None, names: Sequence[object] = (),
     key: str = "dataset.eval_split",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a share of the records, drawn with a seed, with as large a part of each stratum as of all.
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Hold out a share of the records, drawn with a seed: the same share of each stratum.
 
     Args:
         strata: `(records,)`, see `strata`.
-        share: how large a part, between 0 and 1.
+        share: of the records that are held out, between 0 and 1.
         seed: draws them.
-        groups: `(records,)`, what stays together; strata are not looked at then, and the share is one of groups.
-        names: what the strata are called, the labels.
-        key: what the share is called in the configuration.
+        groups: `(records,)`: records of a group stay together; strata are ignored then, and the share is one of groups.
+        names: of the strata: the labels.
+        key: of the share in the configuration.
 
     Returns:
-        The places of the rest, and of those held out, both in order.
+        The indices of the other records, and of those held out, both in order.
 
     Raises:
         ValueError: there are too few records or groups, or too few that have one of the labels.
@@ -326,19 +327,19 @@ def split(
 
 
 def make_folds(
-    strata: np.ndarray, number: int, seed: int, groups: np.ndarray | None = None, names: Sequence[Any] = ()
+    strata: np.ndarray, number: int, seed: int, groups: np.ndarray | None = None, names: Sequence[object] = ()
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Hold out each record once, in so many folds drawn with a seed, each with as large a part of each stratum.
+    """Hold out each record once, in folds drawn with a seed, each with the same share of each stratum.
 
     Args:
         strata: `(records,)`, see `strata`.
-        number: how many folds.
+        number: of folds.
         seed: draws them.
-        groups: `(records,)`, what stays together; strata are not looked at then.
-        names: what the strata are called, the labels.
+        groups: `(records,)`: records of a group stay together; strata are ignored then.
+        names: of the strata: the labels.
 
     Returns:
-        For each fold the places of the rest, and of those held out, both in order.
+        For each fold the indices of the other records, and of those held out, both in order.
 
     Raises:
         ValueError: there are fewer than two folds, or fewer groups, or records that have one of the labels, than folds.
@@ -347,8 +348,8 @@ def make_folds(
         raise ValueError(f"at least 2 folds are needed, got {number}")
     places = np.arange(len(strata))
     if groups is not None:
-        if (found := len(np.unique(groups))) < number:
-            raise ValueError(f"{number} folds: as many groups are needed, got {found}; a group stays together")
+        if (num_groups := len(np.unique(groups))) < number:
+            raise ValueError(f"{number} folds: as many groups are needed, got {num_groups}; a group stays together")
         parts = GroupKFold(number, shuffle=True, random_state=seed).split(places, groups=groups)
         return [(np.sort(rest), np.sort(held)) for rest, held in parts]
     if len(places) < number:
@@ -358,10 +359,10 @@ def make_folds(
     return [(np.sort(rest), np.sort(held)) for rest, held in parts]
 
 
-def _check_stratum_sizes(strata: np.ndarray, least: int, names: Sequence[Any], why: str) -> None:
-    """Raise ValueError where fewer records than that are of one stratum."""
+def _check_stratum_sizes(strata: np.ndarray, least: int, names: Sequence[object], why: str) -> None:
+    """Raise ValueError where a stratum has fewer than `least` records."""
     numbers, counts = np.unique(strata, return_counts=True)
     if counts.min() < least:
         number = int(numbers[counts.argmin()])
-        called = repr(names[number]) if number < len(names) else f"number {number}"
-        raise ValueError(f"{why}, so at least {least} records of each label are needed; {called} has {counts.min()}")
+        name = repr(names[number]) if number < len(names) else f"number {number}"
+        raise ValueError(f"{why}, so at least {least} records of each label are needed; {name} has {counts.min()}")

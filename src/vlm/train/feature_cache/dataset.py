@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.assembly.checkpoint import is_composed_config
 from vlm.config.schema import DatasetConfig
@@ -35,7 +35,7 @@ from vlm.train.feature_cache.encoder import BLANK_SOURCE, FeatureRequest, Frozen
 from vlm.train.feature_cache.images import ImageFeatureComputation, skip_or_raise
 
 
-def require_composed_model(model_config: PretrainedConfig) -> None:
+def require_composed_model(model_config: PreTrainedConfig) -> None:
     """Raise ValueError where a model's own code reads its images, which it then has to be given."""
     if not is_composed_config(model_config):
         raise ValueError(
