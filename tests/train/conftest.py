@@ -15,7 +15,8 @@ def told() -> Iterator[list[dict[str, Any]]]:
     original = head_report.report
 
     def keep(*given: Any, **named: Any) -> None:
-        kept.append({"trained": given[2], "evaluation": given[3], "test": given[4]})
+        targets, sets = given[2:4]
+        kept.append({"trained": targets, "evaluation": next(iter(sets.values())), "test": sets.get("test")})
         original(*given, **named)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from tabulate import tabulate
 from transformers.utils import is_torchvision_available
 
 from vlm.config.schema import DatasetConfig, RunConfig
@@ -24,7 +24,7 @@ from vlm.train.distributed import broadcast_from_rank0
 
 SKIPPED_FILE = "skipped.jsonl"
 MIN_STREAM_RECORDS = 1000
-"""So many records of a stream are waited for before a share of them says anything."""
+"""Records of a stream that must have been read before the share of those left out can stop the run."""
 
 PACKAGES = (
     "small-vlm", "torch", "torchvision", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "timm",
@@ -33,7 +33,7 @@ PACKAGES = (
 
 
 def choose_directory(config: RunConfig, name: str) -> Path:
-    """The run's directory: `trainer.output_dir`, or one that rank 0 names and tells the others."""
+    """Return the run directory: `trainer.output_dir`, or one that rank 0 names and tells the others."""
     if config.trainer.output_dir:
         return Path(config.trainer.output_dir)
     return Path(broadcast_from_rank0(f"outputs/{name}-{datetime.now():%Y%m%d-%H%M%S}"))
@@ -52,9 +52,9 @@ def write_run_files(folder: Path, config: RunConfig) -> None:
     write_json(folder / "versions.json", versions())
 
 
-def versions() -> dict[str, Any]:
-    """Packages, Python, devices, the backend of image processors, and the git revision of the source, if any."""
-    installed = {}
+def versions() -> dict[str, object]:
+    """Return packages, Python, devices, the backend of image processors, and the git revision of the source, if any."""
+    installed: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             installed[package] = importlib.metadata.version(package)
@@ -73,7 +73,7 @@ def versions() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """What git says about this package's source, or None where it is no checkout."""
+    """Return the output of a git command on this package's source, or None where it is no checkout."""
     command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -84,67 +84,62 @@ def _git(*words: str) -> str | None:
 def write_data_summary(
     folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None], *, resumed: bool = False
 ) -> None:
-    """Write what each source gave (`data.json`) and what was left out (`skipped.jsonl`).
+    """Write what each source gave (`data.json`) and which records were left out (`skipped.jsonl`).
 
     Args:
         folder: the run directory.
         datasets: role -> dataset.
-        resumed: whether what was left out before, on the way, stays listed.
+        resumed: whether the records that an earlier part of the run left out stay listed.
     """
-    facts: dict[str, Any] = {}
+    summary: dict[str, dict[str, object]] = {}
     skipped = []
     for role, dataset in datasets.items():
         if isinstance(dataset, SampleStream):
-            facts[role] = {"streamed": [{"source": one.name, "path": one.path} for one in dataset.sources]}
+            sources = [{"source": source.name, "path": source.path} for source in dataset.sources]
+            summary[role] = {"streamed": sources}
         elif dataset is not None:
-            facts[role] = {
+            summary[role] = {
                 "samples": len(dataset),
                 "skipped": len(dataset.skipped),
                 "images": int(dataset.num_images.sum()),
                 "tokens": int(dataset.lengths.sum()),
                 "longest": int(dataset.lengths.max()),
-                "sources": [asdict(one) for one in dataset.contributions],
+                "sources": [asdict(source) for source in dataset.contributions],
             }
             skipped += dataset.skipped
-    write_json(folder / "data.json", facts)
+    write_json(folder / "data.json", summary)
     file = folder / SKIPPED_FILE
     before = file.read_text(encoding="utf-8").splitlines(keepends=True) if resumed and file.exists() else []
     file.write_text("".join(dict.fromkeys([*before, *map(skipped_as_json_line, skipped)])), encoding="utf-8")
 
 
 def contribution_table(contributions: Sequence[Contribution]) -> str:
-    """What each source gives, for the log."""
-    total = sum(one.samples for one in contributions) or 1
-    rows = [("source", "records", "samples", "share", "images", "tokens", "skipped", "truncated")]
-    rows += [
-        (one.source, f"{one.records:,}", f"{one.samples:,}", f"{one.samples / total:.1%}", f"{one.images:,}",
-         f"{one.tokens:,}", f"{one.skipped:,}", f"{one.truncated:,}")
-        for one in contributions
+    """Return what each source gives, as a table for the log."""
+    total = sum(source.samples for source in contributions) or 1
+    header = ("source", "records", "samples", "share", "images", "tokens", "skipped", "truncated")
+    rows = [
+        (source.source, f"{source.records:,}", f"{source.samples:,}", f"{source.samples / total:.1%}",
+         f"{source.images:,}", f"{source.tokens:,}", f"{source.skipped:,}", f"{source.truncated:,}")
+        for source in contributions
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    return "\n".join(lines)
+    alignment = ("left", *["right"] * 7)
+    return tabulate(rows, header, tablefmt="plain", colalign=alignment, disable_numparse=True)
 
 
-def skipped_as_json_line(one: Skipped) -> str:
-    """A record that was left out, as a line of `skipped.jsonl`."""
-    return f"{json.dumps(asdict(one), ensure_ascii=False)}\n"
+def skipped_as_json_line(record: Skipped) -> str:
+    """Return a record that was left out as a line of `skipped.jsonl`."""
+    return f"{json.dumps(asdict(record), ensure_ascii=False)}\n"
 
 
 class SkippedRecords:
-    """Adds to `skipped.jsonl` what is left out while a run goes on, and stops it where that is not allowed.
+    """Adds the records that a run leaves out on the way to `skipped.jsonl`, and stops it where that is not allowed.
 
     Args:
         folder: the run directory.
-        dataset: what is trained on.
-        config: the policies, and how many may be left out.
-        world_size: ranks; each sees its own part of the records.
-        is_writer: whether it adds them itself; else another rank, which is told of the same, does.
+        dataset: the training samples.
+        config: the policies, and how many records may be left out.
+        world_size: the number of ranks; each sees its own part of the records.
+        is_writer: whether this rank adds them; else another rank, which is told of the same records, does.
     """
 
     def __init__(
@@ -157,17 +152,17 @@ class SkippedRecords:
         self.known_skipped: set[Skipped] = set()
         self.num_seen = 0
 
-    def __call__(self, left_out: list[Skipped], number: int) -> None:
-        """Take note of a batch of `number` samples.
+    def __call__(self, skipped: list[Skipped], num_samples: int) -> None:
+        """Take note of a batch of samples, and of the records left out of it.
 
         Raises:
             ValueError: the policy is `error`, or more records cannot be used than `dataset.max_skipped` allows.
         """
-        self.num_seen += number
-        for one in left_out:
-            if getattr(self.config, one.policy) == "error":
-                raise one.as_error()
-        new = [one for one in left_out if one not in self.known_skipped]
+        self.num_seen += num_samples
+        for record in skipped:
+            if getattr(self.config, record.policy) == "error":
+                raise record.as_error()
+        new = [record for record in skipped if record not in self.known_skipped]
         if not new:
             return
         self.known_skipped.update(new)
@@ -178,10 +173,10 @@ class SkippedRecords:
             total = (len(self.dataset) + len(self.dataset.skipped)) / self.world_size
         else:
             total = max(self.num_seen, MIN_STREAM_RECORDS)
-        bad = [one for one in self.known_skipped if one.policy == "on_bad_sample"]
+        bad = [record for record in self.known_skipped if record.policy == "on_bad_sample"]
         check_skipped_share(new[0].source, bad, round(total), self.config.max_skipped)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON for people: indented, with real letters."""
+def write_json(path: Path, content: object) -> None:
+    """Write JSON for people to read: indented, letters not escaped."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

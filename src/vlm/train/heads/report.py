@@ -1,8 +1,9 @@
-"""What a run with prediction heads says at its end: measures with intervals, beside what no head would get; plots."""
+"""The report at the end of a run with heads: metrics with intervals, beside those of a constant answer; plots."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,81 +18,74 @@ from vlm.train.run_directory import write_json
 
 log = logging.getLogger(__name__)
 
+COMPARISON_KEYS = {"baseline": "baseline", "blank images": "blank_pictures"}
+"""Column of the table -> key of `scores.json`."""
 
-def calibration_note(one: HeadSettings) -> str:
-    """What was chosen for a head on the evaluation records; nothing for tasks without probabilities."""
-    if one.task not in CLASSIFICATION_TASKS:
+
+def calibration_note(head: HeadSettings) -> str:
+    """Return what was chosen for a head on the evaluation records; empty for tasks without probabilities."""
+    if head.task not in CLASSIFICATION_TASKS:
         return ""
-    calibration = "temperature" if one.threshold is None else "temperature and threshold"
+    calibration = "temperature" if head.threshold is None else "temperature and threshold"
     return f"its {calibration} was chosen on these records, which flatters what depends on it"
 
 
 def report(
-    folder: Path, heads: Sequence[HeadSettings], train_targets: Mapping[str, np.ndarray], eval_outputs: Mapping[str, HeadOutputs],
-    test_outputs: Mapping[str, HeadOutputs] | None, blank_outputs: Mapping[str, HeadOutputs] | None, *, out_of_fold: bool,
-) -> None:  # fmt: skip
+    folder: Path,
+    heads: Sequence[HeadSettings],
+    train_targets: Mapping[str, np.ndarray],
+    sets: Mapping[str, Mapping[str, HeadOutputs]],
+    blank_outputs: Mapping[str, HeadOutputs] | None,
+) -> None:
     """Write `scores.json` and the plots in `scores/`, and print the tables.
 
     Args:
         folder: the run directory.
-        heads: the model's, as they were settled.
-        train_targets: head -> `(N, width)`, what the records said that trained.
-        eval_outputs: what they say of the records that temperature and threshold were chosen by.
-        test_outputs: what they say of records that nothing was chosen by.
-        blank_outputs: what they say of the last of these with blank pictures: do they use the picture at all?
-        out_of_fold: whether `eval_outputs` was said by heads of folds.
+        heads: the model's heads, calibrated.
+        train_targets: head -> `(N, width)`, the targets of the records that trained.
+        sets: outputs for the records that temperature and threshold were chosen by, named `evaluation` or `folds`;
+            then, named `test`, those for records that nothing was chosen by, if there are any.
+        blank_outputs: outputs for the last set with blank images: do the heads use the images at all?
     """
-    sets = {
-        "folds" if out_of_fold else "evaluation": eval_outputs,
-        **({} if test_outputs is None else {"test": test_outputs}),
-    }
-    found: dict[str, dict] = {}
+    report_json: dict[str, dict[str, Any]] = {}
     for name, head_outputs in sets.items():
-        for one in heads:
-            output_dir = folder / "scores" / name / ("" if len(heads) == 1 else one.name)
+        is_last = name == list(sets)[-1]
+        for head in heads:
+            output_dir = folder / "scores" / name / ("" if len(heads) == 1 else head.name)
             output_dir.mkdir(parents=True, exist_ok=True)
-            note = "nothing was chosen by these records" if name == "test" else calibration_note(one)
-            unseen = None if blank_outputs is None or name != list(sets)[-1] else blank_outputs[one.name]
-            title = f"{name}: {one.name} ({one.task}), {len(head_outputs[one.name].targets):,} records"
+            note = "nothing was chosen by these records" if name == "test" else calibration_note(head)
+            blank = blank_outputs[head.name] if blank_outputs is not None and is_last else None
+            title = f"{name}: {head.name} ({head.task}), {len(head_outputs[head.name].targets):,} records"
             log.info("%s%s", title, f"; {note}" if note else "")
-            found.setdefault(name, {})[one.name] = _score_head(
-                one, train_targets[one.name], head_outputs[one.name], unseen, output_dir, note
-            )
-    write_json(folder / "scores.json", found)
+            head_json = _score_head(head, train_targets[head.name], head_outputs[head.name], blank, output_dir)
+            records = {"records": len(head_outputs[head.name].targets), "note": note}
+            report_json.setdefault(name, {})[head.name] = records | head_json
+    write_json(folder / "scores.json", report_json)
 
 
 def _score_head(
-    one: HeadSettings, train_targets: np.ndarray, head_outputs: HeadOutputs, blank_outputs: HeadOutputs | None, output_dir: Path, note: str
-) -> dict:  # fmt: skip
-    """The measures of one head on one set of records, printed, drawn, and as JSON."""
-    calibration = Calibration(one.temperature, one.threshold)
+    head: HeadSettings, train_targets: np.ndarray, outputs: HeadOutputs, blank: HeadOutputs | None, output_dir: Path
+) -> dict[str, Any]:
+    """Print and plot the metrics of one head on one set of records, and return them as JSON."""
+    calibration = Calibration(head.temperature, head.threshold)
     known = train_targets[~np.isnan(train_targets).any(axis=1)]
-    known = known if one.task == "multilabel" else known[:, 0]
-    metrics = scores(
-        one.task, head_outputs.outputs, head_outputs.targets, calibration, groups=head_outputs.ranking_groups
-    )
-    comparisons = {"baseline": baseline(one.task, known, head_outputs.targets, num_labels=len(one.labels))}
-    if blank_outputs is not None:
-        comparisons["blank pictures"] = scores(
-            one.task, blank_outputs.outputs, blank_outputs.targets, calibration, groups=blank_outputs.ranking_groups
+    known = known if head.task == "multilabel" else known[:, 0]
+    metrics = scores(head.task, outputs.outputs, outputs.targets, calibration, groups=outputs.ranking_groups)
+    comparisons = {"baseline": baseline(head.task, known, outputs.targets, num_labels=len(head.labels))}
+    if blank is not None:
+        comparisons["blank images"] = scores(
+            head.task, blank.outputs, blank.targets, calibration, groups=blank.ranking_groups
         )
     plot_head_scores(
-        one.task,
-        head_outputs.outputs,
-        head_outputs.targets,
-        calibration,
-        [str(label) for label in one.labels],
-        output_dir,
-        groups=head_outputs.ranking_groups,
-    )
-    counts = confusion(one.task, head_outputs.outputs, head_outputs.targets, calibration, len(one.labels))
+        head.task, outputs.outputs, outputs.targets, calibration, [str(label) for label in head.labels], output_dir,
+        groups=outputs.ranking_groups,
+    )  # fmt: skip
+    counts = confusion(head.task, outputs.outputs, outputs.targets, calibration, len(head.labels))
     log.info("\n%s\n\nPlots: %s\n", format_scores(metrics, comparisons), output_dir)
     return {
-        "records": len(head_outputs.targets),
-        "note": note,
-        "temperature": one.temperature,
-        "threshold": one.threshold,
+        "temperature": head.temperature,
+        "threshold": head.threshold,
         "scores": scores_to_json(metrics),
-        **{name.replace(" ", "_"): scores_to_json(one) for name, one in comparisons.items()},
+        **{COMPARISON_KEYS[name]: scores_to_json(compared) for name, compared in comparisons.items()},
         "confusion": None if counts is None else counts.tolist(),
     }

@@ -19,8 +19,10 @@ from vlm.config.schema import RunConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
+    from torch.nn import Module
     from torch.utils.data import Dataset, Sampler
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+    from transformers.utils import ModelOutput
 
     from vlm.data.dataset import SampleDataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from vlm.data.stream import SampleStream
     from vlm.train.parts import Part
 
-    Collate = Callable[[Sequence[Any]], dict[str, Any]]
+Inputs = dict[str, Any]
+"""Arguments of a model's `forward` by name: tensors, or tensors by the names of heads."""
 
 
 @dataclass
@@ -42,8 +45,8 @@ class RunData:
         summary: how the records are divided, for the log; empty: nothing to say.
     """
 
-    train: Dataset[Any]
-    evaluation: Dataset[Any] | None
+    train: Dataset[object]
+    evaluation: Dataset[object] | None
     records: Mapping[str, SampleDataset | SampleStream]
     summary: str = ""
 
@@ -68,7 +71,7 @@ class PreparedRun:
     model: PreTrainedModel
     parts: list[Part]
     data: RunData
-    collate: Collate
+    collate: Callable[[Sequence[Any]], Inputs]
 
 
 class ObjectiveTrainer(Protocol):
@@ -78,19 +81,17 @@ class ObjectiveTrainer(Protocol):
         model: the model, not wrapped by DeepSpeed or DDP.
         args: the run's arguments.
         accelerator: gathers tensors of all ranks.
-        sampling: `trainer.train_sampling_strategy`.
     """
 
-    model: Any
-    args: Any
+    model: PreTrainedModel
+    args: TrainingArguments
     accelerator: Accelerator
-    sampling: str
 
-    def evaluation_batches(self, dataset: Any, title: str) -> Iterator[dict[str, Any]]:
+    def evaluation_batches(self, dataset: Dataset[object], title: str) -> Iterator[Inputs]:
         """Yield this rank's batches of a data set on the device; the model is in evaluation mode then."""
         ...
 
-    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+    def compute_loss_context_manager(self) -> AbstractContextManager[object]:
         """Return the context of the run's precision."""
         ...
 
@@ -146,7 +147,9 @@ class Objective(ABC):
         return model
 
     @abstractmethod
-    def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> Collate:
+    def make_collator(
+        self, processor: Processor, data: RunData, args: TrainingArguments
+    ) -> Callable[[Sequence[Any]], Inputs]:
         """Return what makes a batch of a list of samples; every rank's batches must run the same modules."""
 
     def before_training(self, run: PreparedRun) -> None:  # noqa: B027 - optional
@@ -163,7 +166,7 @@ class Objective(ABC):
         """Return callbacks of the objective's own, besides those that every run has."""
         return []
 
-    def write_first_batch(self, run: PreparedRun, batch: dict[str, Any]) -> None:
+    def write_first_batch(self, run: PreparedRun, batch: Inputs) -> None:
         """Write `first_batch.html`; called on the first rank with its first batch, before the forward pass."""
         from vlm.train.monitor.plots import write_first_batch
 
@@ -172,18 +175,18 @@ class Objective(ABC):
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:  # noqa: B027 - optional
         """Do what needs the model as it is trained, such as a pass of it; called before the first step."""
 
-    def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Any) -> Sampler[int] | None:
+    def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> Sampler[int] | None:
         """Return the order of the training samples; None: as `trainer.train_sampling_strategy` says."""
         return None
 
-    def extra_inputs(self, trainer: ObjectiveTrainer, batch: dict[str, Any]) -> dict[str, Any]:
+    def extra_inputs(self, trainer: ObjectiveTrainer, batch: Inputs) -> Inputs:
         """Return what `compute_loss` needs besides a batch of the collator; every rank makes the same calls."""
         return {}
 
     @abstractmethod
     def compute_loss(
-        self, trainer: ObjectiveTrainer, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> tuple[Tensor, Any]:
+        self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, ModelOutput]:
         """Return the loss of a batch, a scalar, and the model's outputs.
 
         Args:
@@ -194,7 +197,7 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, trainer: ObjectiveTrainer, dataset: Any) -> dict[str, float]:
+    def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the metrics of a data set by name, without the prefix `eval_`; every rank makes the same calls.
 
         `trainer.evaluation_batches` gives the batches.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from vlm.checks.feature_cache import cache_problems
 from vlm.checks.heads import unused_head_problems
 from vlm.checks.run import evaluation_problems
 from vlm.evaluation.text_metrics import METRICS, check_metrics
-from vlm.train.objectives.base import Objective, ObjectiveTrainer, PreparedRun, RunData
+from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
+    from torch.nn import Module
+    from torch.utils.data import Dataset
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+    from transformers.utils import ModelOutput
 
     from vlm.data.batching.collator import Collator
     from vlm.data.dataset import SampleDataset
@@ -30,10 +33,13 @@ class Generation(Objective):
         supports_chunked_loss: whether the model's loss can be computed in pieces, from `on_train_begin` on.
     """
 
-    answer_metrics: Callable[[Any], dict[str, float]] | None = None
+    answer_metrics: Callable[[PreTrainedModel], dict[str, float]] | None = None
 
     def refusals(self) -> Iterator[str]:
         """Yield keys of prediction heads, and what is wrong with evaluation data and cached image features."""
+        if (task := self.config.model.head.task) is not None:
+            name = self.config.trainer.objective
+            yield f"model.head.task={task}: trainer.objective={name} trains no head; leave one of them out"
         yield from unused_head_problems(self.config)
         yield from cache_problems(self.config)
         yield from evaluation_problems(self.config)
@@ -53,7 +59,7 @@ class Generation(Objective):
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
         from vlm.train.data import load_data
-        from vlm.train.feature_cache.dataset import require_composed_model
+        from vlm.train.feature_cache.images import require_composed_model
 
         if self.config.dataset.cache_features:
             require_composed_model(model_config)
@@ -70,16 +76,15 @@ class Generation(Objective):
 
     def before_training(self, run: PreparedRun) -> None:
         """Compute the features of images where they are cached; choose the records that metrics of answers are of."""
-        from vlm.train.feature_cache.dataset import replace_images_with_features
+        from vlm.train.feature_cache.images import replace_images_with_features
         from vlm.train.sample_generation import make_answer_metrics
 
         config, data, evaluation = self.config, run.data, cast("SampleDataset | None", run.data.evaluation)
         if config.trainer.eval_metrics and evaluation is not None:
             self.answer_metrics = make_answer_metrics(config, evaluation, run.processor, run.args)
         if config.dataset.cache_features:
-            datasets: list[Any] = [data.train, data.evaluation]
             data.train, data.evaluation = replace_images_with_features(
-                run.model, run.processor, datasets, run.collate, config.dataset, run.args
+                run.model, run.processor, [data.train, data.evaluation], run.collate, config.dataset, run.args
             )
 
     def callbacks(self, run: PreparedRun, trainer: ObjectiveTrainer) -> list[TrainerCallback]:
@@ -101,7 +106,7 @@ class Generation(Objective):
 
         self.supports_chunked_loss = supports_chunked_loss(trainer.model)
 
-    def extra_inputs(self, trainer: ObjectiveTrainer, batch: dict[str, Any]) -> dict[str, Any]:
+    def extra_inputs(self, trainer: ObjectiveTrainer, batch: Inputs) -> Inputs:
         """Return in how many pieces the vocabulary logits are computed, where they are several."""
         from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY, num_chunks
 
@@ -112,8 +117,8 @@ class Generation(Objective):
         return {NUM_CHUNKS_KEY: chunks} if chunks > 1 else {}
 
     def compute_loss(
-        self, trainer: ObjectiveTrainer, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> tuple[Tensor, Any]:
+        self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, ModelOutput]:
         """Return the loss of the supervised positions; vocabulary logits are computed there alone."""
         from vlm.evaluation.loss import supervised_logits
         from vlm.models.modeling_vlm import supervised_loss
@@ -127,18 +132,19 @@ class Generation(Objective):
             loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
         return loss, outputs
 
-    def evaluate(self, trainer: ObjectiveTrainer, dataset: Any) -> dict[str, float]:
+    def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics` of answers."""
         import torch
 
         from vlm.evaluation.loss import loss_metrics
         from vlm.train.step.compile import force_eager
 
-        sums, counts = _sample_losses(trainer, dataset, "evaluating")
-        with_images = torch.as_tensor(dataset.num_images) > 0
+        samples = cast("SampleDataset", dataset)
+        sums, counts = _sample_losses(trainer, samples, "evaluating")
+        with_images = torch.as_tensor(samples.num_images) > 0
         blank = None
         if with_images.any():
-            blank, _ = _sample_losses(trainer, dataset.blank(), "evaluating on blank images")
+            blank, _ = _sample_losses(trainer, samples.blank(), "evaluating on blank images")
         metrics = loss_metrics(sums, counts, blank, with_images)
         if self.answer_metrics is not None:
             with trainer.compute_loss_context_manager(), force_eager():
@@ -150,7 +156,7 @@ class Generation(Objective):
         return f"vlm generate {final} --image FILE --prompt 'What is in this picture?'"
 
 
-def _sample_losses(trainer: ObjectiveTrainer, dataset: Any, title: str) -> tuple[Tensor, Tensor]:
+def _sample_losses(trainer: ObjectiveTrainer, dataset: Dataset[object], title: str) -> tuple[Tensor, Tensor]:
     """Return summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU."""
     from vlm.evaluation.loss import sample_losses
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from vlm.checks.heads import head_problems
 from vlm.config.derived import caches_features
-from vlm.train.objectives.base import Objective, ObjectiveTrainer, PreparedRun, RunData
+from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.utils.data import Sampler
+    from torch.nn import Module
+    from torch.utils.data import Dataset, Sampler
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+    from transformers.utils import ModelOutput
 
     from vlm.data.encoding.prompts import PromptEncoder
-    from vlm.data.heads.dataset import HeadCollator
+    from vlm.data.feature_cache.heads import HeadFeatureDataset
+    from vlm.data.heads.dataset import HeadCollator, HeadDataset
     from vlm.data.processor import Processor
     from vlm.models import VLMForPrediction
 
@@ -46,7 +49,7 @@ class Prediction(Objective):
             yield "trainer.packing=true: prediction heads read one prompt a row; it is for runs that learn to write"
         if (limit := config.dataset.cache_limit_gb) is not None:
             yield (
-                f"dataset.cache_limit_gb={limit}: nothing comes of it without dataset.cache_features=true, in a run "
+                f"dataset.cache_limit_gb={limit}: it has no effect without dataset.cache_features=true, in a run "
                 "without prediction heads"
             )
         if names := config.trainer.eval_metrics:
@@ -109,31 +112,32 @@ class Prediction(Objective):
         """Return that losses are means of means: a batch has no supervised tokens to weigh it by."""
         return "micro_batch"
 
-    def write_first_batch(self, run: PreparedRun, batch: dict[str, Any]) -> None:
+    def write_first_batch(self, run: PreparedRun, batch: Inputs) -> None:
         """Write the first prompts as the model sees them; a batch of cached features has none."""
         from vlm.train.heads.data import write_first_prompts
 
         write_first_prompts(self.data.train, self.collate, run.processor, run.folder, run.args.train_batch_size)
 
-    def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Any) -> Sampler[int] | None:
+    def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> Sampler[int] | None:
         """Return an order in which samples that a ranking compares stand together, so that batches have pairs."""
         from vlm.data.batching.samplers import GroupSampler
         from vlm.train.arguments import sampler_seed
 
-        has_ranking_head = any(head.task == "pairwise" for head in trainer.model.config.settings)
-        if not has_ranking_head or (dataset.group_indices < 0).all():
+        has_ranking_head = any(head.task == "pairwise" for head in self.data.heads)
+        groups = cast("HeadDataset | HeadFeatureDataset", dataset).group_indices
+        if not has_ranking_head or (groups < 0).all():
             return None
-        return GroupSampler(dataset.group_indices.tolist(), sampler_seed(trainer.args))
+        return GroupSampler(groups.tolist(), sampler_seed(trainer.args))
 
     def compute_loss(
-        self, trainer: ObjectiveTrainer, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> tuple[Tensor, Any]:
+        self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, ModelOutput]:
         """Return the weighted sum of the heads' losses, and of that of the replies where they are learned.
 
         A batch without any reply has a loss of replies too, so that every rank's backward pass runs through the same
         modules.
         """
-        if trainer.model.config.generation_weight and "text_labels" not in inputs:
+        if self.model_config.generation_weight and "text_labels" not in inputs:
             from vlm.data.encoding.labels import IGNORE_INDEX
 
             no_reply = inputs["input_ids"].new_full(inputs["input_ids"].shape, IGNORE_INDEX)
@@ -141,11 +145,11 @@ class Prediction(Objective):
         outputs = model(**inputs)
         return outputs.loss, outputs
 
-    def evaluate(self, trainer: ObjectiveTrainer, dataset: Any) -> dict[str, float]:
+    def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return loss and metrics of each head, without intervals; `<head>_<metric>` where there are several."""
         from vlm.train.heads.outputs import collect_outputs, head_metrics
 
-        return head_metrics(trainer.model.config.settings, collect_outputs(trainer, dataset))
+        return head_metrics(self.model_config.settings, collect_outputs(trainer, dataset))
 
     def after_training(self, run: PreparedRun, trainer: ObjectiveTrainer) -> None:
         """Choose temperatures and thresholds, and measure: on test records too, and on blank images."""
@@ -158,14 +162,15 @@ class Prediction(Objective):
         data, model = self.data, cast("VLMForPrediction", run.model)
         outputs = self.out_of_fold if data.folds else collect_outputs(trainer, run.data.evaluation)
         calibrate_heads(model, outputs, self.config.model.head)
-        tested = None if data.test is None else collect_outputs(trainer, self.read(data.test))
+        sets = {"folds" if data.folds else "evaluation": outputs}
+        if data.test is not None:
+            sets["test"] = collect_outputs(trainer, self.read(data.test))
         measured = data.test or data.evaluation
         blank = None
         if measured is not None and measured.num_images.any():
             blank = collect_outputs(trainer, self.read(BlankHeadDataset(measured.dataset, data.heads)))
         if run.args.process_index == 0:
-            targets, heads = targets_by_head(data.train), model.config.settings
-            report(run.folder, heads, targets, outputs, tested, blank, out_of_fold=bool(data.folds))
+            report(run.folder, model.config.settings, targets_by_head(data.train), sets, blank)
 
     def next_command(self, final: Path) -> str:
         """Return a prediction for an image and a prompt."""
