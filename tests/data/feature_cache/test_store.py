@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +13,20 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
+from tests.waiting import wait_until
 from vlm.data.dataset import Skipped
 from vlm.data.feature_cache import store as feature_store
-from vlm.data.feature_cache.reader import (
+from vlm.data.feature_cache.store import (
     FEATURES_FILE,
     FORMAT_FILE,
     INDEX_FILE,
     LOCK_FILE,
     FeatureFormat,
+    FeatureStore,
     Pack,
-    open_all_packs,
-    open_shared_pack,
+    PackPlan,
+    remove_stale_packs,
 )
-from vlm.data.feature_cache.store import FeatureStore, PackPlan, remove_stale_packs
 
 ROW_FORMAT = FeatureFormat("bfloat16", 2, 3, stride=20)
 """Rows that do not touch: 12 bytes, 20 apart."""
@@ -92,13 +92,13 @@ def test_what_was_not_used_for_longest_makes_room_and_what_is_read_stays(tmp_pat
     packs_["a"].close()
     packs_["b"].close()
     make_pack(store, "d", *range(10), limit=600e-9).close()
-    assert {pack.folder.name for pack in open_all_packs(store)} == {"a", "c", "d"}, (
+    assert {pack.folder.name for pack in FeatureStore(store, None).open_packs()} == {"a", "c", "d"}, (
         "the oldest goes, and no more than that"
     )
     packs_["c"].touch()
     with pytest.raises(ValueError, match=r"need 5e-07 GB more in .*, where 6e-07 GB are in use; 6e-07 GB are allowed"):
         make_room(store, 500, 600e-9)
-    assert {pack.folder.name for pack in open_all_packs(store)} == {"a", "c", "d"}, (
+    assert {pack.folder.name for pack in FeatureStore(store, None).open_packs()} == {"a", "c", "d"}, (
         "nothing goes where that is not enough"
     )
     assert torch.equal(packs_["c"].read(1), torch.ones(1, 2, 3, dtype=torch.bfloat16))
@@ -154,7 +154,7 @@ def test_what_is_left_of_a_removal_goes(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(feature_store.shutil, "rmtree", stops)
         with pytest.raises(KeyboardInterrupt):
             make_room(tmp_path / "store", 20, 30e-9)
-    assert not open_all_packs(store)
+    assert not FeatureStore(store, None).open_packs()
     assert len(make_pack(store, "a", 1.0)) == 1
     assert [one.name for one in store.iterdir()] == ["a"]
 
@@ -196,7 +196,7 @@ def test_files_that_go_meanwhile_end_nothing(tmp_path: Path, monkeypatch: pytest
         return found
 
     for look in (
-        lambda: open_all_packs(store),
+        lambda: FeatureStore(store, None).open_packs(),
         lambda: make_room(tmp_path / "store", 20, 30e-9),
         lambda: remove_stale_packs(tmp_path),
     ):
@@ -237,13 +237,6 @@ def test_nothing_is_renamed_or_removed_without_the_roots_lock(tmp_path: Path, mo
     assert [one.name for one in (tmp_path / "store").iterdir()] == ["b"]
 
 
-def test_a_pack_that_another_machine_does_not_have_is_explained(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"another rank has it, .* must be a folder that all machines share"):
-        open_shared_pack(tmp_path / "store" / "a")
-    with pytest.raises(ValueError, match=r"another rank has it, .* must be a folder that all machines share"):
-        ROW_FORMAT.map_rows(tmp_path / "store" / "a.partial", "r+")
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -265,11 +258,6 @@ def test_what_a_killed_run_leaves_is_not_read_and_goes(tmp_path: Path):
     assert begun.is_dir()
     process.kill()
     process.wait()
-    assert not open_all_packs(store)
-    for _ in range(50):
-        remove_stale_packs(tmp_path)
-        if not begun.exists():
-            break
-        time.sleep(0.1)
-    assert not begun.exists()
+    assert not FeatureStore(store, None).open_packs()
+    wait_until(lambda: remove_stale_packs(tmp_path) or not begun.exists())
     assert len(make_pack(store, "a", 1.0)) == 1

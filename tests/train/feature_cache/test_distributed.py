@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import losses
 from tests.train.test_distributed_runs import launch
-from vlm.data.feature_cache.reader import FORMAT_FILE
+from vlm.data.feature_cache.store import FORMAT_FILE
 
 WORDS = [
     "trainer.num_train_epochs=1", "trainer.max_steps=-1", "trainer.num_samples=0", "trainer.eval_strategy=epoch",

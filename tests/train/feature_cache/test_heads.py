@@ -17,10 +17,10 @@ from tests.conftest import losses
 from tests.train.heads.head_runs import SHORT, logged
 from vlm.data.feature_cache import store as feature_store
 from vlm.data.feature_cache.heads import HeadFeatureDataset, collate_features
-from vlm.data.feature_cache.reader import FEATURES_FILE, LOCK_FILE, PARTIAL_SUFFIX
+from vlm.data.feature_cache.store import FEATURES_FILE, LOCK_FILE, PARTIAL_SUFFIX
 from vlm.data.heads.dataset import BlankHeadDataset
 from vlm.models import VLMForPrediction
-from vlm.train.feature_cache.heads import HeadFeatureComputation
+from vlm.train.feature_cache.heads import HeadFeatureWriter
 from vlm.train.heads import reader
 
 ROWS = f"features/*/*/{FEATURES_FILE}"
@@ -42,14 +42,14 @@ def start(train_head: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts with their own pictures, not with blank ones, each call of the body read."""
     sizes: list[int] = []
-    original = HeadFeatureComputation._read
+    original = HeadFeatureWriter._read
 
-    def counted(self: HeadFeatureComputation, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def counted(self: HeadFeatureWriter, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not isinstance(self.dataset, BlankHeadDataset):
             sizes.append(len(batch["input_ids"]))
         return original(self, batch)
 
-    monkeypatch.setattr(HeadFeatureComputation, "_read", counted)
+    monkeypatch.setattr(HeadFeatureWriter, "_read", counted)
     return sizes
 
 
@@ -187,7 +187,7 @@ def test_it_is_read_through_memory_maps(start: Callable[..., Path], tmp_path: Pa
     start(tmp_path, "model.head.pooling=attention")
     assert datasets
     for dataset in datasets:
-        for pack in dataset.features.packs.values():
+        for pack in dataset.packs.values():
             assert isinstance(pack.rows, np.memmap)
             assert not pack.rows.flags.writeable
     items = [datasets[0][index] for index in range(5)]
@@ -259,13 +259,13 @@ def test_too_many_torn_pictures_stop_the_run(start: Callable[..., Path], picture
 def test_a_run_that_was_killed_leaves_nothing_that_is_taken_for_whole(
     start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    original = HeadFeatureComputation.compute
+    original = HeadFeatureWriter.compute
 
-    def dies(self: HeadFeatureComputation, *arguments: Any) -> Iterator[Any]:
+    def dies(self: HeadFeatureWriter, *arguments: Any) -> Iterator[Any]:
         yield from original(self, *arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(HeadFeatureComputation, "compute", dies)
+    monkeypatch.setattr(HeadFeatureWriter, "compute", dies)
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path)
     assert not files(tmp_path)

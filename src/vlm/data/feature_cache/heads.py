@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from vlm.data.cache import json_digest
-from vlm.data.feature_cache.reader import Pack
+from vlm.data.feature_cache.store import Pack
 from vlm.data.heads.dataset import HeadDataset
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.poolings import EVERY_TOKEN_POOLINGS
@@ -46,32 +46,12 @@ class FeatureSpec:
         return json_digest(self.pooling, self.layer, self.token_id)
 
 
-@dataclass(frozen=True)
-class HeadFeatures:
-    """What heads read of each record of a dataset.
-
-    Attributes:
-        items: `(source, record)` -> the record's index in every pack.
-        packs: one for each kind of features.
-    """
-
-    items: Mapping[tuple[int, int], int]
-    packs: Mapping[FeatureSpec, Pack]
-
-    def read(self, spec: FeatureSpec, item: int) -> Tensor:
-        """Return the features of a record: `(D,)`, or `(T, D)` where every token is read."""
-        features = self.packs[spec].read(item)[:, 0]
-        return features if spec.pooling == "tokens" else features[0]
+HeadFeatures = Mapping[FeatureSpec, Pack]
+"""Packs that hold the same records in the same order: key of a record are the numbers of its source and of itself."""
 
 
 class HeadFeatureItem(TypedDict):
-    """Features of one sample.
-
-    Attributes:
-        features: head -> `(D,)`, or `(T, D)`.
-        targets: head -> `(width,)`, float32.
-        group: see `HeadDataset.group_indices`.
-    """
+    """A sample: features `(D,)` or `(T, D)` and targets `(width,)` by head, and its `HeadDataset.group_indices`."""
 
     features: dict[str, Tensor]
     targets: dict[str, np.ndarray]
@@ -79,11 +59,11 @@ class HeadFeatureItem(TypedDict):
 
 
 class HeadFeatureBatch(TypedDict, total=False):
-    """Features of several samples.
+    """Samples, with the names that the model's `forward` gives its arguments.
 
     Attributes:
         features: head -> `(samples, D)`, or `(samples, T, D)`.
-        labels: head -> `(samples, width)`, their targets, named as the model's `forward` takes them.
+        labels: head -> `(samples, width)`, the targets.
         groups: `(samples,)`.
         attention_mask: `(samples, T)`: 1 at real tokens, where every token is read.
     """
@@ -104,12 +84,14 @@ class HeadFeatureDataset(Dataset[HeadFeatureItem]):
     """
 
     def __init__(self, dataset: HeadDataset, features: HeadFeatures, heads: Sequence[HeadSettings]):
-        items = np.array([features.items[source, record] for source, record in dataset.dataset.places.tolist()])
-        skipped = {item for pack in features.packs.values() for item in pack.skipped}
-        usable = np.flatnonzero(~np.isin(items, list(skipped)))
+        packs = list(features.values())
+        indices = {(source, record): index for index, (source, record) in enumerate(packs[0].keys.tolist())}
+        items = np.array([indices[source, record] for source, record in dataset.dataset.places.tolist()])
+        usable = np.flatnonzero(~np.isin(items, [item for pack in packs for item in pack.skipped]))
         self.samples = dataset if len(usable) == len(items) else dataset.subset(usable)
-        self.features, self.items = features, items[usable]
-        self.specs = {head.name: FeatureSpec.from_head(head) for head in heads}
+        self.items = items[usable]
+        self.packs = {head.name: features[FeatureSpec.from_head(head)] for head in heads}
+        self.reads_tokens = {head.name: head.pooling in EVERY_TOKEN_POOLINGS for head in heads}
         self.targets = {head.name: self.samples.targets(head.name).astype(np.float32) for head in heads}
 
     @property
@@ -121,9 +103,9 @@ class HeadFeatureDataset(Dataset[HeadFeatureItem]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> HeadFeatureItem:
-        item = int(self.items[index])
+        features = {name: pack.read(self.items[index])[:, 0] for name, pack in self.packs.items()}
         return {
-            "features": {name: self.features.read(spec, item) for name, spec in self.specs.items()},
+            "features": {name: rows if self.reads_tokens[name] else rows[0] for name, rows in features.items()},
             "targets": {name: values[index] for name, values in self.targets.items()},
             "group": int(self.samples.group_indices[index]),
         }

@@ -1,53 +1,155 @@
-"""Where packs of features are written and removed: bounded, each whole or not there.
+"""Features on disk, in files that are read through memory maps: of images, and of records for prediction heads.
 
-A root holds the stores of all computations of a kind. A pack is written under another name and renamed, and renamed
-again before it is removed, so that a run which is killed leaves nothing half done; packs are renamed under the root's
-lock.
+A root holds the stores of all computations of a kind; a store is a folder with packs, each a folder with the features
+of some items, found by key. A pack is written under another name and renamed, and renamed again before it is removed,
+so that a run which is killed leaves nothing half done; packs are renamed under the root's lock. Whoever reads a pack
+holds a shared lock on it, so that none in use is removed to make room.
 """
 
 import fcntl
 import json
 import math
+import mmap
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 from uuid import uuid4
 
 import numpy as np
+import torch
 from filelock import FileLock
+from torch import Tensor
 
 from vlm.data.dataset import Skipped
-from vlm.data.feature_cache.reader import (
-    FEATURES_FILE,
-    FORMAT_FILE,
-    INDEX_FILE,
-    LOCK_FILE,
-    PARTIAL_SUFFIX,
-    FeatureFormat,
-    last_used,
-    lock_pack,
-)
+
+FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE = "features.bin", "index.npz", "format.json", "used"
+"""The files of a pack: rows, where each item's are, what all rows are; the last is locked, and dates the last use."""
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of a pack that is being written or removed."""
 
 Item = TypeVar("Item")
 
 
+@dataclass(frozen=True)
+class FeatureFormat:
+    """What the rows of a pack are.
+
+    Attributes:
+        dtype: the name of their type in torch.
+        tokens: features of a row, P.
+        width: of each feature, V.
+        stride: bytes from one row to the next in the file.
+    """
+
+    dtype: str
+    tokens: int
+    width: int
+    stride: int
+
+    @classmethod
+    def page_aligned(cls, features: Tensor) -> "FeatureFormat":
+        """Return the format of features `(rows, P, V)`, each row in pages of its own.
+
+        Of a page that two machines write to, NFS keeps what the later one has.
+        """
+        tokens, width = features.shape[1:]
+        pages = -(-tokens * width * features.dtype.itemsize // mmap.PAGESIZE)
+        return cls(str(features.dtype).removeprefix("torch."), tokens, width, pages * mmap.PAGESIZE)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type of the features."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one row's features."""
+        return self.tokens * self.width * self.torch_dtype.itemsize
+
+    def map_rows(self, folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
+        """Return the rows of a pack as a memory map: `(rows, bytes)`."""
+        return np.memmap(folder / FEATURES_FILE, np.uint8, mode).reshape(-1, self.stride)[:, : self.nbytes]
+
+
+class Pack:
+    """Features of some items, open to be read, and locked until it is closed or nothing refers to it.
+
+    Args:
+        folder: a whole pack.
+
+    Attributes:
+        keys: `(items, 2)`: the two halves of each item's key, sorted.
+        starts: `(items,)`: the first row of each item.
+        counts: `(items,)`: how many rows it has.
+        details: `(items, K)`: whole numbers that describe it, see what wrote the pack.
+        skipped: items that have no features, and why.
+        rows: `(rows, bytes)`: a memory map, once something was read.
+
+    Raises:
+        FileNotFoundError: the pack is not there, or not any more.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._release = weakref.finalize(self, os.close, _lock_pack(folder, fcntl.LOCK_SH))
+        try:
+            header = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
+            with np.load(folder / INDEX_FILE) as index:
+                self.keys, self.starts, self.counts = index["keys"], index["starts"], index["counts"]
+                self.details: np.ndarray = index["details"]
+        except FileNotFoundError:
+            self.close()
+            raise
+        self.format = FeatureFormat(**header["format"])
+        self.skipped = {int(item): Skipped(**record) for item, record in header["skipped"].items()}
+        self.rows: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """A process that gets a copy maps the rows itself; the lock stays with this process, which outlives it."""
+        return {**self.__dict__, "rows": None, "_release": None}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def close(self) -> None:
+        """Release the lock: whoever makes room may remove the pack."""
+        self._release()
+
+    def touch(self) -> None:
+        """Note that the pack is used now: the one that was not used for longest is removed first."""
+        os.utime(self.folder / LOCK_FILE)
+
+    def find(self, key: bytes) -> int | None:
+        """Return the index of an item; None: it is not in this pack."""
+        high, low = np.frombuffer(key, np.uint64)
+        first, end = (int(np.searchsorted(self.keys[:, 0], high, side)) for side in ("left", "right"))
+        item = first + int(np.searchsorted(self.keys[first:end, 1], low))
+        return item if item < end and self.keys[item, 1] == low else None
+
+    def read(self, item: int) -> Tensor:
+        """Return the features of an item: `(its rows, P, V)`."""
+        if self.rows is None:
+            self.rows = self.format.map_rows(self.folder, "r")
+        start = self.starts[item]
+        values = torch.from_numpy(np.array(self.rows[start : start + self.counts[item]]))
+        return values.view(self.format.torch_dtype).view(-1, self.format.tokens, self.format.width)
+
+
 @dataclass
 class PackPlan(Generic[Item]):
-    """A pack that is to be written.
+    """A pack that is to be written; its columns are those of `Pack`.
 
     Attributes:
         name: of its folder in the store.
         format: of its rows.
         items: what features are computed of.
-        keys: `(items, 2)`: the two halves of each item's key.
-        counts: `(items,)`: how many rows each has.
-        details: `(items, K)`: whole numbers that describe it.
-        skipped: items that have no features, and why.
     """
 
     name: str
@@ -95,16 +197,14 @@ class FeatureStore:
         """Return the lock that is held while packs of the root are renamed or removed."""
         return FileLock(self.root / "lock")
 
-    def reserve(self, num_bytes: int) -> None:
-        """Make room for several packs before the first is written.
-
-        Raises:
-            ValueError: there is none.
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with self.lock():
-            remove_stale_packs(self.root)
-            self.make_room(num_bytes)
+    def open_packs(self) -> list[Pack]:
+        """Return the whole packs."""
+        packs = []
+        for file in self.folder.glob(f"*/{FORMAT_FILE}"):
+            if not file.parent.name.endswith(PARTIAL_SUFFIX):
+                with suppress(FileNotFoundError):
+                    packs.append(Pack(file.parent))
+        return packs
 
     @contextmanager
     def create_pack(self, plan: PackPlan[Item]) -> Iterator[Path]:
@@ -116,9 +216,15 @@ class FeatureStore:
         folder = self.folder / f"{plan.name}{PARTIAL_SUFFIX}"
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock():
-            remove_stale_packs(self.root)
             self.make_room(plan.nbytes)
-            lock = _reserve_folder(folder, plan.nbytes)
+            folder.mkdir()
+            lock = _lock_pack(folder, fcntl.LOCK_SH, create=True)
+            try:
+                with (folder / FEATURES_FILE).open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, plan.nbytes)
+            except BaseException:
+                _remove_pack(folder, lock)
+                raise
         try:
             yield folder
         except BaseException:
@@ -133,8 +239,8 @@ class FeatureStore:
         order = np.lexsort((plan.keys[:, 1], plan.keys[:, 0]))
         keys, starts, counts = plan.keys[order], plan.starts[order], plan.counts[order]
         np.savez(folder / INDEX_FILE, keys=keys, starts=starts, counts=counts, details=plan.details[order])
-        places = {int(old): new for new, old in enumerate(order)}
-        skipped = {places[item]: asdict(record) for item, record in plan.skipped.items()}
+        sorted_items = {int(item): index for index, item in enumerate(order)}
+        skipped = {sorted_items[item]: asdict(record) for item, record in plan.skipped.items()}
         header = {"format": asdict(plan.format), "skipped": skipped}
         (folder / FORMAT_FILE).write_text(json.dumps(header), encoding="utf-8")
         for name in (FEATURES_FILE, INDEX_FILE, FORMAT_FILE):
@@ -144,21 +250,25 @@ class FeatureStore:
             return folder.rename(self.folder / plan.name)
 
     def make_room(self, num_bytes: int) -> None:
-        """Remove the packs that no run has used for longest, until so many bytes fit; called under the root's lock.
+        """Remove stale packs, then those not used for longest, until so many bytes fit; called under the root's lock.
 
         Raises:
-            ValueError: they do not fit; nothing was removed then.
+            ValueError: they do not fit; no whole pack was removed then.
         """
-        sizes = {file.parent: _file_size(file) for file in self.root.glob(f"*/*/{FEATURES_FILE}")}
+        remove_stale_packs(self.root)
+        sizes: dict[Path, int] = {}
+        last_used: dict[Path, float] = {}
+        for file in self.root.glob(f"*/*/{FEATURES_FILE}"):  # also of packs that are being written
+            with suppress(FileNotFoundError):
+                last_used[file.parent] = (file.parent / LOCK_FILE).stat().st_mtime
+                sizes[file.parent] = file.stat().st_size
         free, held = shutil.disk_usage(self.root).free, sum(sizes.values())
         limit = (free + held) / 2 if self.limit_gb is None else self.limit_gb * 1e9
         lacking = max(held + num_bytes - limit, num_bytes - free)
         removable = [] if limit == math.inf else [pack for pack in sizes if not pack.name.endswith(PARTIAL_SUFFIX)]
         chosen = []
-        for folder in sorted(removable, key=last_used):
-            if lacking <= 0:
-                break
-            if (lock := _try_exclusive_lock(folder)) is not None:
+        for folder in sorted(removable, key=last_used.__getitem__):
+            if lacking > 0 and (lock := _try_exclusive_lock(folder)) is not None:
                 chosen.append((folder, lock))
                 lacking -= sizes[folder]
         for folder, lock in chosen:
@@ -167,23 +277,21 @@ class FeatureStore:
             else:
                 os.close(lock)
         if lacking > 0:
+            reason = "half of what it and the free disk are"
+            if self.limit_gb is not None:
+                reason = f"dataset.cache_limit_gb={self.limit_gb:g}"
+            allowed = f"; {limit / 1e9:.3g} GB are allowed ({reason})" if limit < math.inf else ""
             raise ValueError(
                 f"{self.content} need {num_bytes / 1e9:.3g} GB more in {self.root}, where {held / 1e9:.3g} GB are in "
-                f"use{self._describe(limit)} and {free / 1e9:.3g} GB free. {self.advice}"
+                f"use{allowed} and {free / 1e9:.3g} GB free. {self.advice}"
             )
-
-    def _describe(self, limit: float) -> str:
-        """Return how much is allowed and why, as a part of a sentence; `limit` is in bytes."""
-        if limit == math.inf:
-            return ""
-        fixed = f"dataset.cache_limit_gb={self.limit_gb:g}" if self.limit_gb is not None else ""
-        return f"; {limit / 1e9:.3g} GB are allowed ({fixed or 'half of what it and the free disk are'})"
 
 
 def remove_stale_packs(root: Path) -> None:
     """Remove what runs that were killed have left, and packs that lack a file; called under the root's lock."""
     for folder in root.glob("*/*"):
-        if folder.name.endswith(PARTIAL_SUFFIX) or (folder.is_dir() and not _is_complete(folder)):
+        is_whole = all((folder / name).is_file() for name in (FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE))
+        if folder.name.endswith(PARTIAL_SUFFIX) or (folder.is_dir() and not is_whole):
             with suppress(OSError):  # the next run tries again
                 if not (folder / LOCK_FILE).is_file():
                     shutil.rmtree(folder)
@@ -191,28 +299,27 @@ def remove_stale_packs(root: Path) -> None:
                     _remove_pack(folder, lock)
 
 
-def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE))
+def _lock_pack(folder: Path, operation: int, *, create: bool = False) -> int:
+    """Lock a pack, see `flock`: for as long as this process, or one forked from it, has the returned descriptor open.
 
-
-def _reserve_folder(folder: Path, nbytes: int) -> int:
-    """Make and lock a folder for a pack with rows of so many bytes."""
-    folder.mkdir()
-    lock = lock_pack(folder, fcntl.LOCK_SH, create=True)
+    Raises:
+        FileNotFoundError: the pack is not there.
+        BlockingIOError: another process has locked it, and `operation` does not wait.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | (os.O_CREAT if create else 0))
     try:
-        with (folder / FEATURES_FILE).open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-    except BaseException:
-        _remove_pack(folder, lock)
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        os.close(descriptor)
         raise
-    return lock
+    return descriptor
 
 
-def _file_size(file: Path) -> int:
-    """Return the bytes of a file; none of one that has just gone."""
-    with suppress(FileNotFoundError):
-        return file.stat().st_size
-    return 0
+def _try_exclusive_lock(folder: Path) -> int | None:
+    """Hold a pack alone; None: somebody uses it, or it has just gone."""
+    with suppress(FileNotFoundError, BlockingIOError):
+        return _lock_pack(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return None
 
 
 def _remove_pack(folder: Path, lock: int) -> None:
@@ -223,10 +330,3 @@ def _remove_pack(folder: Path, lock: int) -> None:
     finally:
         os.close(lock)  # first: of a file that is open NFS leaves something, and so its folder
     shutil.rmtree(renamed)
-
-
-def _try_exclusive_lock(folder: Path) -> int | None:
-    """Hold a pack alone; None: somebody uses it, or it has just gone."""
-    with suppress(FileNotFoundError, BlockingIOError):
-        return lock_pack(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return None

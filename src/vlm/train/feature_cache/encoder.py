@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from PIL import Image
@@ -15,11 +14,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlm.data.cache import json_digest
 from vlm.data.dataset import make_blank_image
-from vlm.data.feature_cache.dataset import BLANK_SIZE, FRAME_VIEW, SQUARE_VIEW
-from vlm.data.feature_cache.reader import FeatureFormat
+from vlm.data.feature_cache.images import BLANK_SIZE, FRAME_VIEW, SQUARE_VIEW
+from vlm.data.feature_cache.store import FeatureFormat
 from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source
-from vlm.data.vision.images import open_image, upright_size
+from vlm.data.vision.images import open_image
 from vlm.data.vision.jpeg import decode_sample_images
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.train.feature_cache.fingerprints import code_digest, weights_digests
@@ -28,9 +27,6 @@ BLANK_SOURCE = -1
 """In place of the number of a source: the image is a blank one."""
 
 OpenedImage = Image.Image | Tensor
-
-ImageViews = tuple[Tensor, tuple[int, int]]
-"""What the encoder reads of an image, `(views, 3 * encoders, height, width)`, and the image's height and width."""
 
 
 @dataclass(frozen=True)
@@ -52,33 +48,19 @@ class FeatureRequest:
     size: tuple[int, int] = BLANK_SIZE
 
 
+@dataclass(frozen=True)
 class FrozenVisualEncoder:
-    """A model's frozen encoder, ready to be run by itself: as training would run it.
+    """A model's frozen encoder, run by itself as training would run it: see `frozen_visual_encoder`.
 
-    Within the context its weights are all on this rank's device, also where ZeRO-3 partitions them.
-
-    Args:
+    Attributes:
         model: the model.
         processor: its processor.
         args: devices, precision, batch size, workers.
     """
 
-    def __init__(self, model: VLMForConditionalGeneration, processor: VLMProcessor, args: TrainingArguments):
-        self.model, self.processor, self.args = model, processor, args
-        self.exit_stack = ExitStack()
-
-    def __enter__(self) -> "FrozenVisualEncoder":
-        encoder = self.model.visual_encoder
-        self.exit_stack.enter_context(gathered_parameters(encoder))
-        if next(encoder.parameters()).device != self.args.device:
-            encoder.to(self.args.device)  # pyright: ignore[reportArgumentType] - as PyTorch declares it
-        encoder.eval()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.exit_stack.close()
+    model: VLMForConditionalGeneration
+    processor: VLMProcessor
+    args: TrainingArguments
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -91,8 +73,8 @@ class FrozenVisualEncoder:
 
     def format(self) -> FeatureFormat:
         """Return what the features of a view are, by encoding a blank image."""
-        pixels, _ = make_image_views(self.processor, make_blank_image(self.processor), SQUARE_VIEW)
-        return FeatureFormat.page_aligned(self(pixels))
+        blank = make_blank_image(self.processor)
+        return FeatureFormat.page_aligned(self(make_image_views(self.processor, blank, SQUARE_VIEW)))
 
     def digest(self) -> str:
         """Return a fingerprint of all that features depend on besides the image."""
@@ -106,18 +88,23 @@ class FrozenVisualEncoder:
 
 
 @contextmanager
-def gathered_parameters(module: torch.nn.Module) -> Iterator[None]:
-    """Within, a module's weights are whole, also where ZeRO-3 partitions them."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    import deepspeed  # takes seconds
+def frozen_visual_encoder(
+    model: VLMForConditionalGeneration, processor: VLMProcessor, args: TrainingArguments
+) -> Iterator[FrozenVisualEncoder]:
+    """Within, the encoder's weights are all on this rank's device, also where ZeRO-3 partitions them."""
+    part = model.visual_encoder
+    with ExitStack() as stack:
+        if is_deepspeed_zero3_enabled():
+            import deepspeed  # takes seconds
 
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        yield
+            stack.enter_context(deepspeed.zero.GatheredParameters(list(part.parameters())))
+        if next(part.parameters()).device != args.device:
+            part.to(args.device)  # pyright: ignore[reportArgumentType] - as PyTorch declares it
+        part.eval()
+        yield FrozenVisualEncoder(model, processor, args)
 
 
-class RequestedImages(Dataset[list[tuple[int, ImageViews | BadSample]]]):
+class RequestedImages(Dataset[list[tuple[int, Tensor | BadSample]]]):
     """Images as the encoder reads them, those of a record together.
 
     Args:
@@ -136,7 +123,7 @@ class RequestedImages(Dataset[list[tuple[int, ImageViews | BadSample]]]):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, index: int) -> list[tuple[int, ImageViews | BadSample]]:
+    def __getitem__(self, index: int) -> list[tuple[int, Tensor | BadSample]]:
         """Number and views of each image, or why it does not open."""
         numbers = self.groups[index]
         requests = [self.requests[number] for number in numbers]
@@ -170,15 +157,10 @@ def open_requested_images(
     return images
 
 
-def make_image_views(processor: VLMProcessor, image: OpenedImage, kind: str) -> ImageViews:
-    """Return what the encoder reads of an image that is seen in some way, before `normalise`, and the image's size."""
-    if processor.tiling is None:
-        return processor.image_inputs([image])["pixel_values"], upright_size(image)
-    if kind == FRAME_VIEW:
-        inputs = processor.image_inputs([image], [None])
-    elif kind == SQUARE_VIEW:  # as one of several it has no tiles
-        inputs = {name: value[:1] for name, value in processor.image_inputs([image, image]).items()}
-    else:
-        inputs = processor.image_inputs([image])
-    height, width = inputs["image_sizes"][0].tolist()
-    return inputs["pixel_values"], (height, width)
+def make_image_views(processor: VLMProcessor, image: OpenedImage, kind: str) -> Tensor:
+    """Return an image's `(views, 3 * encoders, height, width)`, before `normalise`, for the way in which it is seen."""
+    if processor.tiling is not None and kind == FRAME_VIEW:
+        return processor.image_inputs([image], [None])["pixel_values"]
+    if processor.tiling is not None and kind == SQUARE_VIEW:  # as one of several it has no tiles
+        return processor.image_inputs([image, image])["pixel_values"][:1]
+    return processor.image_inputs([image])["pixel_values"]

@@ -6,24 +6,24 @@ of the body, and the code and precision that compute them.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, StackDataset, Subset
 from transformers import TrainingArguments
 
 from vlm.data.cache import json_digest
 from vlm.data.dataset import Skipped
 from vlm.data.feature_cache.heads import FeatureSpec, HeadFeatures
-from vlm.data.feature_cache.reader import FeatureFormat, Pack, open_all_packs
-from vlm.data.feature_cache.store import FeatureStore, PackPlan
+from vlm.data.feature_cache.store import FeatureFormat, FeatureStore, Pack, PackPlan
 from vlm.data.heads.dataset import HeadCollator, HeadDataset
 from vlm.models import VLMForPrediction
 from vlm.train.feature_cache.fingerprints import code_digest, records_digest
-from vlm.train.feature_cache.writer import FeatureCacheWriter, FeatureComputation, ItemFeatures
+from vlm.train.feature_cache.writer import FeatureCacheWriter, ItemFeatures
 
 log = logging.getLogger(__name__)
 
@@ -57,30 +57,31 @@ def load_or_compute_features(
     """
     samples = dataset.dataset
     places, first = np.unique(samples.places, axis=0, return_index=True)
-    precision, code = (str(model.dtype), args.bf16, args.fp16), code_digest(HeadFeatureComputation)
+    precision, code = (str(model.dtype), args.bf16, args.fp16), code_digest(HeadFeatureWriter)
     name = json_digest(records_digest(samples, first), dataset.shown_images, body, precision, code)
     store = FeatureStore(cache / "features" / name, math.inf, "the features that the heads read", ADVICE)
-    computation = HeadFeatureComputation(model, dataset, collate, args, on_skipped)
+    writer = HeadFeatureWriter(store, model, dataset, collate, args, on_skipped)
     specs = {spec.name: spec for spec in map(FeatureSpec.from_head, model.config.settings)}
 
     def find_packs() -> tuple[list[Pack], list[list[PackPlan[int]]]]:
-        packs = [pack for pack in open_all_packs(store.folder) if pack.folder.name in specs]
+        packs = [pack for pack in store.open_packs() if pack.folder.name in specs]
         missing = [spec for name, spec in specs.items() if name not in {pack.folder.name for pack in packs}]
         if missing:
-            return packs, [[computation.plan(spec, places, first) for spec in missing]]
+            return packs, [[writer.plan(spec, places, first) for spec in missing]]
         log.info("What the heads read of %s records is in the cache: %s", f"{len(first):,}", store.folder)
         return packs, []
 
-    packs = {specs[pack.folder.name]: pack for pack in FeatureCacheWriter(store, computation).open(find_packs)}
+    packs = {specs[pack.folder.name]: pack for pack in writer.open(find_packs)}
     skipped = {item: record for pack in packs.values() for item, record in pack.skipped.items()}
     on_skipped([record for _, record in sorted(skipped.items())], len(dataset))
-    return HeadFeatures({(source, record): item for item, (source, record) in enumerate(places.tolist())}, packs)
+    return packs
 
 
-class HeadFeatureComputation(FeatureComputation[int, RecordBatch]):
+class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
     """Runs the body over a dataset; an item is the index of a sample.
 
     Args:
+        store: where the packs are.
         model: the model, whose body is frozen.
         dataset: the samples.
         collate: the run's.
@@ -92,38 +93,39 @@ class HeadFeatureComputation(FeatureComputation[int, RecordBatch]):
     reason = "it reads the same records with the same body"
 
     def __init__(
-        self, model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments,
-        on_skipped: Callable[[list[Skipped], int], None],
+        self, store: FeatureStore, model: VLMForPrediction, dataset: HeadDataset, collate: HeadCollator,
+        args: TrainingArguments, on_skipped: Callable[[list[Skipped], int], None],
     ):  # fmt: skip
-        self.model, self.dataset, self.collate, self.args, self.on_skipped = model, dataset, collate, args, on_skipped
-        settings = model.config.settings
-        self.heads = {FeatureSpec.from_head(head).name: head.name for head in settings}
+        self.store, self.model, self.dataset, self.args, self.on_skipped = store, model, dataset, args, on_skipped
+        self.collate_samples = collate
+        self.heads = {FeatureSpec.from_head(head).name: head.name for head in model.config.settings}
 
     def plan(self, spec: FeatureSpec, places: np.ndarray, first: np.ndarray) -> PackPlan[int]:
         """Return the pack of what is read of the records at `places`, the first samples of which are at `first`."""
         width = self.model.config.get_text_config().hidden_size
         lengths = self.dataset.lengths[first].astype(np.int64)
-        return PackPlan(
-            name=spec.name,
-            format=FeatureFormat("float32", tokens=1, width=width, stride=4 * width),
-            items=first.tolist(),
-            keys=places.astype(np.uint64),
-            counts=lengths if spec.pooling == "tokens" else np.ones_like(lengths),
-            details=np.zeros((len(first), 0), dtype=np.int64),
-            skipped={},
-        )
+        counts = lengths if spec.pooling == "tokens" else np.ones_like(lengths)
+        row_format = FeatureFormat("float32", tokens=1, width=width, stride=4 * width)
+        no_details = np.zeros((len(first), 0), dtype=np.int64)
+        return PackPlan(spec.name, row_format, first.tolist(), places.astype(np.uint64), counts, no_details, {})
 
-    def load(self, items: list[int], skipped: dict[int, Skipped]) -> Iterable[RecordBatch]:
-        """Return batches of records of like length."""
-        order = np.argsort(-self.dataset.lengths[items].astype(np.int64), kind="stable").tolist()
+    def load(self, plan: PackPlan[int]) -> tuple[Dataset[Any], list[list[int]]]:
+        """Return numbered samples, in batches of like length."""
+        order = np.argsort(-self.dataset.lengths[plan.items].astype(np.int64), kind="stable").tolist()
         size = self.args.per_device_eval_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         self.model.to(self.args.device).eval()  # pyright: ignore[reportArgumentType] - as PyTorch declares it
-        return self.make_loader(_NumberedSamples(self.dataset, items), batches, self._collate)
+        numbers: Any = range(len(order))
+        return StackDataset(numbers, Subset(self.dataset, plan.items)), batches
 
-    def compute(
-        self, plans: Sequence[PackPlan[int]], batch: RecordBatch
-    ) -> Iterator[tuple[int, ItemFeatures | Skipped]]:
+    def collate(self, samples: list[tuple[int, Any]]) -> RecordBatch:
+        """Put numbered samples into a batch."""
+        skipped = {number: sample for number, sample in samples if isinstance(sample, Skipped)}
+        batch = self.collate_samples([sample for _, sample in samples])
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        return [number for number, _ in samples if number not in skipped], skipped, tensors
+
+    def compute(self, plans: list[PackPlan[int]], batch: RecordBatch) -> Iterator[tuple[int, ItemFeatures | Skipped]]:
         """Run the body on a batch."""
         records, skipped, inputs = batch
         self.on_skipped(list(skipped.values()), 0)
@@ -135,7 +137,7 @@ class HeadFeatureComputation(FeatureComputation[int, RecordBatch]):
         by_pack = [states[self.heads[plan.name]].float().cpu() for plan in plans]
         for row, record in enumerate(records):
             features = [rows[row][mask[row]] if rows.ndim == 3 else rows[row][None] for rows in by_pack]
-            yield record, ItemFeatures([values[:, None] for values in features])
+            yield record, [values[:, None] for values in features]
 
     def check_skipped(self, skipped: list[Skipped]) -> None:
         """Hand on the records that turned out to be unusable."""
@@ -150,23 +152,3 @@ class HeadFeatureComputation(FeatureComputation[int, RecordBatch]):
         half = torch.bfloat16 if self.args.bf16 else torch.float16
         with torch.autocast(self.args.device.type, half, enabled=self.args.bf16 or self.args.fp16):
             return self.model.features(**inputs)
-
-    def _collate(self, items: list[tuple[int, dict | Skipped]]) -> RecordBatch:
-        """Put numbered samples into a batch."""
-        skipped = {number: item for number, item in items if isinstance(item, Skipped)}
-        batch = self.collate([item for _, item in items])
-        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        return [number for number, _ in items if number not in skipped], skipped, tensors
-
-
-class _NumberedSamples(Dataset[tuple[int, dict | Skipped]]):
-    """Some samples of a dataset, each with its number among them."""
-
-    def __init__(self, dataset: HeadDataset, indices: list[int]):
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, number: int) -> tuple[int, dict | Skipped]:
-        return number, self.dataset[self.indices[number]]

@@ -1,33 +1,52 @@
-"""Image features as packs: which packs hold a run's images, which are to be written, and the batches of the encoder.
+"""Training on the features that a frozen visual encoder gives for the images of a run, in place of the images.
 
-They are kept by the content of images, so that runs with the same encoder which share some images share their features.
+Features are kept by the content of images, so that runs with the same encoder which share some images share theirs.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig, TrainingArguments
 
+from vlm.assembly.checkpoint import is_composed_config
 from vlm.config.schema import DatasetConfig
+from vlm.data.batching.collator import Collator
 from vlm.data.cache import json_digest, resolve_cache_folder
-from vlm.data.dataset import Skipped
-from vlm.data.feature_cache.dataset import FRAME_VIEW, SQUARE_VIEW, ImageFeatures
-from vlm.data.feature_cache.reader import Pack, open_all_packs
-from vlm.data.feature_cache.store import FeatureStore, PackPlan
+from vlm.data.dataset import SampleDataset, Skipped, dummy_image
+from vlm.data.feature_cache.images import (
+    BLANK_SIZE,
+    FRAME_VIEW,
+    SQUARE_VIEW,
+    CachedFeatureDataset,
+    blank_image_cache_key,
+    find_cached_images,
+    find_image,
+    image_cache_key,
+    make_blank_keys,
+    make_feature_inputs,
+    require_image,
+    view_kinds,
+)
+from vlm.data.feature_cache.store import FeatureStore, Pack, PackPlan
 from vlm.data.sample import BadSample
 from vlm.data.sources import Source
 from vlm.data.vision.images import read_image_size
+from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.feature_cache.encoder import (
     BLANK_SOURCE,
     FeatureRequest,
     FrozenVisualEncoder,
-    ImageViews,
     RequestedImages,
+    frozen_visual_encoder,
 )
-from vlm.train.feature_cache.writer import FeatureCacheWriter, FeatureComputation, ItemFeatures
+from vlm.train.feature_cache.writer import FeatureCacheWriter, ItemFeatures
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +58,95 @@ ADVICE = (
     "leave out dataset.cache_features"
 )
 
-ImageBatch = list[tuple[int, ImageViews | BadSample]]
+ImageBatch = list[tuple[int, Tensor | BadSample]]
 """Numbers of requests, with what the encoder reads or why an image does not open."""
 
 Requests = Mapping[bytes, FeatureRequest]
-"""Key of an image -> where it is."""
+"""Where images are, by their keys."""
+
+
+def require_composed_model(model_config: PreTrainedConfig) -> None:
+    """Raise ValueError where a model's own code reads its images, which it then has to be given."""
+    if not is_composed_config(model_config):
+        raise ValueError(
+            f"dataset.cache_features=true: model_type={model_config.model_type} reads images itself; features are "
+            "kept for composed models alone. Leave it out"
+        )
+
+
+def replace_images_with_features(
+    model: VLMForConditionalGeneration, processor: VLMProcessor, datasets: Sequence[SampleDataset | None],
+    collate: Collator, config: DatasetConfig, args: TrainingArguments,
+) -> tuple[CachedFeatureDataset | None, ...]:  # fmt: skip
+    """Return the samples of a run with features in place of images; those that are not in the cache are computed.
+
+    Args:
+        model: a composed model whose encoder is frozen, before the trainer has it.
+        processor: the run's.
+        datasets: training data, then evaluation data, which is seen with blank images too; None where there is none.
+        collate: the run's; its dummy image becomes one of features.
+        config: cache, its limit, and what happens with images that do not open.
+        args: batch size, workers, devices, precision.
+
+    Raises:
+        ValueError: there is no room for the features, or an image does not open.
+    """
+    present = [dataset for dataset in datasets if dataset is not None]
+    sources = list({id(source): source for dataset in present for source in dataset.sources}.values())
+    with frozen_visual_encoder(model, processor, args) as encoder:
+        writer = ImageFeatureWriter(encoder, sources, config)
+        writer.add(lambda: find_image_requests(present, processor, sources, config))
+        for dataset in present[1:]:
+            writer.add(partial(find_blank_requests, dataset, processor, writer.packs))
+    ids, inputs = dummy_image(processor)
+    dummy = require_image(writer.packs, blank_image_cache_key(BLANK_SIZE, dummy_view_kind(processor)))
+    collate.dummy = ids, make_feature_inputs([dummy], tiled="image_views" in inputs)
+    return tuple(None if dataset is None else CachedFeatureDataset(dataset, writer.packs) for dataset in datasets)
+
+
+def dummy_view_kind(processor: VLMProcessor) -> str:
+    """Return how the dummy image of batches without images is seen."""
+    return FRAME_VIEW if processor.pools_video_frames else SQUARE_VIEW
+
+
+def find_image_requests(
+    datasets: Sequence[SampleDataset], processor: VLMProcessor, sources: Sequence[Source], config: DatasetConfig
+) -> dict[bytes, FeatureRequest]:
+    """Return the distinct images of datasets, and the dummy image."""
+    kind = dummy_view_kind(processor)
+    requests = {blank_image_cache_key(BLANK_SIZE, kind): FeatureRequest(BLANK_SOURCE, 0, 0, kind)}
+    numbers = {id(source): number for number, source in enumerate(sources)}
+    for dataset in datasets:
+        places = np.unique(dataset.places[dataset.num_images > 0], axis=0).tolist()
+        for place, record in tqdm(places, "looking for images", leave=False, disable=None):
+            source = dataset.sources[place]
+            try:
+                sample = source.sample(record)
+                kinds = view_kinds(sample, processor)
+                keys = [image_cache_key(image, kind) for image, kind in zip(sample.images, kinds, strict=True)]
+            except (BadSample, OSError) as error:
+                problem = error if isinstance(error, BadSample) else BadSample("?", str(error))
+                skip_or_raise(problem, source, record, config)
+                continue  # the record is left out when its turn comes
+            for image, (key, kind) in enumerate(zip(keys, kinds, strict=True)):
+                requests.setdefault(key, FeatureRequest(numbers[id(source)], record, image, kind))
+    return requests
+
+
+def find_blank_requests(
+    dataset: SampleDataset, processor: VLMProcessor, packs: Sequence[Pack]
+) -> dict[bytes, FeatureRequest]:
+    """Return the blank images that stand for those of a dataset."""
+    requests = {}
+    for index in np.flatnonzero(dataset.num_images).tolist():
+        try:
+            sample = dataset.sample(index)
+            images = find_cached_images(sample, processor, packs)
+        except BadSample:  # evaluation refuses it before it comes to blank images
+            continue
+        for key, size, kind in make_blank_keys(sample, images, processor):
+            requests.setdefault(key, FeatureRequest(BLANK_SOURCE, 0, 0, kind, size))
+    return requests
 
 
 def skip_or_raise(error: BadSample, source: Source, record: int, config: DatasetConfig) -> Skipped:
@@ -58,8 +161,8 @@ def skip_or_raise(error: BadSample, source: Source, record: int, config: Dataset
     return skipped
 
 
-class ImageFeatureComputation(FeatureComputation[FeatureRequest, ImageBatch]):
-    """Finds the features of a run's images in the cache, and encodes the other images.
+class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, ImageBatch]):
+    """Finds the features of a run's images in the cache, and has the other images encoded.
 
     Args:
         encoder: the model's.
@@ -67,7 +170,7 @@ class ImageFeatureComputation(FeatureComputation[FeatureRequest, ImageBatch]):
         config: cache, its limit, and what happens with images that do not open.
 
     Attributes:
-        features: what was found or computed so far.
+        packs: those that were opened so far.
     """
 
     description = "encoding images"
@@ -77,60 +180,54 @@ class ImageFeatureComputation(FeatureComputation[FeatureRequest, ImageBatch]):
         self.encoder, self.sources, self.config, self.args = encoder, sources, config, encoder.args
         self.format = broadcast_from_rank0(encoder.format())  # its machine's pages
         digest = broadcast_from_rank0(encoder.digest() if self.args.process_index == 0 else "")
-        root = resolve_cache_folder(config.cache_dir) / "image_features"
+        folder = resolve_cache_folder(config.cache_dir) / "image_features" / digest
         content = "dataset.cache_features=true: features of the images"
-        self.store = FeatureStore(root / digest, config.cache_limit_gb, content, ADVICE)
-        self.features = ImageFeatures([])
+        self.store = FeatureStore(folder, config.cache_limit_gb, content, ADVICE)
+        self.packs: list[Pack] = []
 
     def add(self, find_requests: Callable[[], Requests]) -> None:
-        """Add the images that `find_requests()` gives on rank 0 to `features`, encoding those that are in no pack."""
-        known = {pack.folder for pack in self.features.packs}
-        for pack in FeatureCacheWriter(self.store, self).open(lambda: self._find_packs(find_requests())):
+        """Open the packs of the images that `find_requests()` gives on rank 0, after missing ones were encoded."""
+        known = {pack.folder for pack in self.packs}
+        for pack in self.open(lambda: self._find_packs(find_requests())):
             if pack.folder in known:
                 pack.close()
             else:
-                self.features.packs.append(pack)
+                self.packs.append(pack)
 
     def _find_packs(self, requests: Requests) -> tuple[list[Pack], list[list[PackPlan[FeatureRequest]]]]:
-        """Return the packs that hold any of the images, and those that are to be written, each in a pass of its own."""
+        """Return the packs that hold any of the images, and packs to write, each in a pass of its own."""
         packs = []
-        for pack in open_all_packs(self.store.folder):
+        for pack in self.store.open_packs():
             if any(pack.find(key) is not None for key in requests):
                 packs.append(pack)
             else:
                 pack.close()
-        known = ImageFeatures(packs)
-        missing = {key: request for key, request in requests.items() if known.find(key) is None}
-        return packs, [[plan] for plan in self._plan_packs(missing)] if missing else []
+        keys = [key for key in requests if find_image(packs, key) is None]
+        keys.sort(key=lambda key: (requests[key].source, requests[key].record))
+        return packs, [[plan] for plan in self._plan_packs(keys, [requests[key] for key in keys])] if keys else []
 
-    def _plan_packs(self, missing: Requests) -> list[PackPlan[FeatureRequest]]:
-        """Distribute images over packs, in the order of their records."""
-        keys = sorted(missing, key=lambda key: (missing[key].source, missing[key].record))
-        requests = [missing[key] for key in keys]
+    def _plan_packs(self, keys: list[bytes], requests: list[FeatureRequest]) -> list[PackPlan[FeatureRequest]]:
+        """Distribute images over packs."""
         details, skipped = self._read_details(requests)
         rows = np.maximum(details[:, 0], 1)
         ends = rows.cumsum()
-        log.info(
-            "The visual encoder sees %s images, %.3g GB", f"{len(keys):,}", int(ends[-1]) * self.format.stride / 1e9
-        )
-        borders = [0, *(np.flatnonzero(np.diff((ends - 1) // VIEWS_PER_PACK)) + 1).tolist(), len(keys)]
+        gigabytes = int(ends[-1]) * self.format.stride / 1e9
+        log.info("The visual encoder sees %s images, %.3g GB", f"{len(keys):,}", gigabytes)
+        borders = np.flatnonzero(np.diff((ends - 1) // VIEWS_PER_PACK)) + 1
         return [
             PackPlan(
-                name=json_digest([key.hex() for key in keys[first:end]]),
-                format=self.format,
-                items=requests[first:end],
-                keys=np.frombuffer(b"".join(keys[first:end]), np.uint64).reshape(-1, 2),
-                counts=rows[first:end],
-                details=details[first:end],
-                skipped={number - first: record for number, record in skipped.items() if first <= number < end},
+                json_digest([key.hex() for key in keys[first:end]]), self.format, requests[first:end],
+                np.frombuffer(b"".join(keys[first:end]), np.uint64).reshape(-1, 2), rows[first:end],
+                details[first:end],
+                {number - first: record for number, record in skipped.items() if first <= number < end},
             )
-            for first, end in pairwise(borders)
-        ]
+            for first, end in pairwise([0, *borders.tolist(), len(keys)])
+        ]  # fmt: skip
 
     def _read_details(self, requests: Sequence[FeatureRequest]) -> tuple[np.ndarray, dict[int, Skipped]]:
-        """Return views, height and width of each image, and which do not open, as far as planning needs to know.
+        """Return views, height and width of each image, and which do not open.
 
-        Sizes are read where the number of views depends on them; else they are 0.
+        Sizes are read where tokens depend on them; else they are 0.
         """
         details = np.zeros((len(requests), 3), dtype=np.int64)
         details[:, 0] = [0 if request.kind == FRAME_VIEW else 1 for request in requests]
@@ -141,7 +238,11 @@ class ImageFeatureComputation(FeatureComputation[FeatureRequest, ImageBatch]):
             if request.kind == FRAME_VIEW:
                 continue
             try:
-                size = request.size if request.source == BLANK_SOURCE else self._read_image_size(request)
+                size = request.size
+                if request.source != BLANK_SOURCE:
+                    sample = self.sources[request.source].sample(request.record)
+                    width, height = read_image_size(sample.images[request.place], sample.id)
+                    size = height, width
             except BadSample as error:
                 skipped[number] = skip_or_raise(error, self.sources[request.source], request.record, self.config)
                 continue
@@ -149,43 +250,34 @@ class ImageFeatureComputation(FeatureComputation[FeatureRequest, ImageBatch]):
             details[number] = views, *size
         return details, skipped
 
-    def _read_image_size(self, request: FeatureRequest) -> tuple[int, int]:
-        sample = self.sources[request.source].sample(request.record)
-        width, height = read_image_size(sample.images[request.place], sample.id)
-        return height, width
-
-    def load(self, items: list[FeatureRequest], skipped: dict[int, Skipped]) -> Iterable[ImageBatch]:
-        """Return batches of records, each with all its images."""
+    def load(self, plan: PackPlan[FeatureRequest]) -> tuple[RequestedImages, list[list[int]]]:
+        """Return images with those of their record, in batches of records."""
         numbers_by_record: dict[tuple[int, int], list[int]] = {}
-        for number, request in enumerate(items):
-            if number not in skipped:
+        for number, request in enumerate(plan.items):
+            if number not in plan.skipped:
                 is_blank = request.source == BLANK_SOURCE
                 record = (BLANK_SOURCE, number) if is_blank else (request.source, request.record)
                 numbers_by_record.setdefault(record, []).append(number)
         groups = list(numbers_by_record.values())
         size = self.args.per_device_train_batch_size
         batches = [list(range(start, min(start + size, len(groups)))) for start in range(0, len(groups), size)]
-        images = RequestedImages(self.encoder.processor, self.sources, items, groups)
-        return self.make_loader(images, batches, _flatten)
+        return RequestedImages(self.encoder.processor, self.sources, plan.items, groups), batches
+
+    def collate(self, samples: list[ImageBatch]) -> ImageBatch:
+        """Put the images of several records into one list."""
+        return [image for record in samples for image in record]
 
     def compute(
-        self, plans: Sequence[PackPlan[FeatureRequest]], batch: ImageBatch
+        self, plans: list[PackPlan[FeatureRequest]], batch: ImageBatch
     ) -> Iterator[tuple[int, ItemFeatures | Skipped]]:
         """Encode the images of a batch."""
-        opened: list[tuple[int, ImageViews]] = []
+        opened: dict[int, Tensor] = {}
         for number, views in batch:
             if isinstance(views, BadSample):
                 request = plans[0].items[number]
                 yield number, skip_or_raise(views, self.sources[request.source], request.record, self.config)
             else:
-                opened.append((number, views))
+                opened[number] = views
         if opened:
-            pixels = [views for _, (views, _) in opened]
-            features = self.encoder(torch.cat(pixels)).split([len(views) for views in pixels])
-            planned = plans[0].details
-            for (number, (_, size)), views in zip(opened, features, strict=True):
-                yield number, ItemFeatures([views], (int(planned[number, 0]), *size))
-
-
-def _flatten(items: Sequence[ImageBatch]) -> ImageBatch:
-    return [image for item in items for image in item]
+            features = self.encoder(torch.cat(list(opened.values()))).split(list(map(len, opened.values())))
+            yield from zip(opened, ([views] for views in features), strict=True)

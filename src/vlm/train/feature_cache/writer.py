@@ -1,16 +1,14 @@
 """Features that the ranks of a run compute together, once, and keep on disk: of images, and of records for heads.
 
-Later epochs and later runs read them. `FeatureComputation` is what differs between kinds of features; where they lie is
-said in `data/feature_cache/store.py`.
+Later epochs and later runs read them. Where they lie is said in `data/feature_cache/store.py`.
 """
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,100 +17,73 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from vlm.data.dataset import Skipped
-from vlm.data.feature_cache.reader import Pack, open_shared_pack
-from vlm.data.feature_cache.store import FeatureStore, Item, PackPlan
+from vlm.data.feature_cache.store import FeatureStore, Item, Pack, PackPlan
 from vlm.train.distributed import all_gather_objects, barrier, broadcast_from_rank0, rank0_lock
 
-Loaded = TypeVar("Loaded")
 Batch = TypeVar("Batch")
 
 
-@dataclass(frozen=True)
-class ItemFeatures:
-    """What was computed of an item.
+ItemFeatures = list[Tensor]
+"""Features of an item for each pack that is written: `(rows, P, V)` on the CPU."""
+
+
+class FeatureCacheWriter(ABC, Generic[Item, Batch]):
+    """Opens packs of a store on all ranks, after those that are missing were computed; each rank does a share.
+
+    A kind of features is a subclass, which says how items are loaded and what is computed of them.
 
     Attributes:
-        features: for each pack that is being written, `(rows, P, V)`, on the CPU.
-        details: see `Pack`; None: they are as planned.
-    """
-
-    features: Sequence[Tensor]
-    details: tuple[int, ...] | None = None
-
-
-class FeatureComputation(ABC, Generic[Item, Batch]):
-    """Computes features of items, each rank those of its share.
-
-    Attributes:
+        store: where the packs are.
         args: devices, precision, batch size, workers.
         description: of the progress bar.
         reason: why another run with the same store is waited for, for the log.
     """
 
+    store: FeatureStore
     args: TrainingArguments
     description: str
     reason: str
 
     @abstractmethod
-    def load(self, items: list[Item], skipped: dict[int, Skipped]) -> Iterable[Batch]:
-        """Return this rank's batches of items, without those that are known to be skipped."""
+    def load(self, plan: PackPlan[Item]) -> tuple[Dataset[Any], list[list[int]]]:
+        """Return a data set of items, without those that the plan skips, and its batches."""
 
     @abstractmethod
-    def compute(self, plans: Sequence[PackPlan[Item]], batch: Batch) -> Iterator[tuple[int, ItemFeatures | Skipped]]:
-        """Yield the index of each item of a batch, with its features for each pack or the reason why it has none.
+    def collate(self, samples: list[Any]) -> Batch:
+        """Make a batch of what the data set gives."""
+
+    @abstractmethod
+    def compute(self, plans: list[PackPlan[Item]], batch: Batch) -> Iterable[tuple[int, ItemFeatures | Skipped]]:
+        """Return the index of each item of a batch, with its features or the reason why it has none.
 
         Raises:
-            ValueError: an item has none, and the run does not leave such out.
+            ValueError: an item has none, and the run does not leave such items out.
         """
 
     def check_skipped(self, skipped: list[Skipped]) -> None:
-        """Take note, on every rank, of the items without features before a pack is whole.
+        """Raise ValueError, on every rank and before a pack is whole, where too many items are skipped."""
 
-        Raises:
-            ValueError: they are too many.
-        """
-
-    def make_loader(
-        self, dataset: Dataset[Loaded], batches: list[list[int]], collate: Callable[[list[Loaded]], Batch]
-    ) -> Iterable[Batch]:
-        """Return what loads this rank's share of batches, given by the indices of their items."""
-        args = self.args
-        share = batches[args.process_index :: args.world_size]
-        workers = args.dataloader_num_workers
-        return DataLoader(dataset, batch_sampler=share, collate_fn=collate, num_workers=workers)
-
-
-class FeatureCacheWriter(Generic[Item, Batch]):
-    """Opens packs of a store on all ranks, and has them compute those that are missing.
-
-    Args:
-        store: where the packs are.
-        computation: computes what is in them.
-    """
-
-    def __init__(self, store: FeatureStore, computation: FeatureComputation[Item, Batch]):
-        self.store, self.computation = store, computation
-
-    def open(self, find: Callable[[], tuple[list[Pack], list[list[PackPlan[Item]]]]]) -> list[Pack]:
+    def open(self, find_packs: Callable[[], tuple[list[Pack], list[list[PackPlan[Item]]]]]) -> list[Pack]:
         """Return packs that are open on this rank; no other run writes to the store meanwhile.
 
         Args:
-            find: called on rank 0 alone: the packs that are there, and lists of packs to compute; those of a list have
-                the same items and are computed in one pass.
+            find_packs: returns on rank 0 the packs that are there, and lists of packs to write; those of a list have
+                the same items and are written in one pass.
 
         Raises:
             ValueError: there is no room for the packs, other ranks do not see them, or items may not be skipped.
         """
-        with rank0_lock(self.store.folder / "lock", self.computation.reason) as first:
-            packs, passes = find() if first else ([], [])
+        with rank0_lock(self.store.folder / "lock", self.reason) as first:
+            packs, passes = find_packs() if first else ([], [])
             if passes:
                 gc.collect()  # packs that an earlier run in this process read can be removed then
-                self.store.reserve(sum(plan.nbytes for plans in passes for plan in plans))
+                with self.store.lock():
+                    self.store.make_room(sum(plan.nbytes for plans in passes for plan in plans))
             for number in range(broadcast_from_rank0(len(passes))):
                 packs += self._write(passes[number] if first else [])
             folders = broadcast_from_rank0([pack.folder for pack in packs])
             if not first:
-                packs = list(map(open_shared_pack, folders))
+                packs = [Pack(require_folder(folder)) for folder in folders]
             barrier()
         for pack in packs:
             pack.touch()
@@ -121,35 +92,43 @@ class FeatureCacheWriter(Generic[Item, Batch]):
     def _write(self, plans: list[PackPlan[Item]]) -> list[Pack]:
         """Let all ranks write packs, which rank 0 alone knows at first and opens."""
         with ExitStack() as stack:
-            folders = [stack.enter_context(self.store.create_pack(plan)) for plan in plans]
-            first = bool(plans)
+            first, folders = bool(plans), [stack.enter_context(self.store.create_pack(plan)) for plan in plans]
             folders, plans = broadcast_from_rank0((folders, plans))
             self._compute_rows(folders, plans)
             return [Pack(self.store.finalize_pack(plan)) for plan in plans] if first else []
 
     def _compute_rows(self, folders: list[Path], plans: list[PackPlan[Item]]) -> None:
-        """Write this rank's share of rows; afterwards every rank knows all details and skipped items."""
-        args, computation = self.computation.args, self.computation
-        files = [plan.format.map_rows(folder, "r+") for folder, plan in zip(folders, plans, strict=True)]
-        details: dict[int, tuple[int, ...]] = {}
+        """Write this rank's share of rows; afterwards every rank knows all skipped items."""
+        files = [plan.format.map_rows(require_folder(path), "r+") for path, plan in zip(folders, plans, strict=True)]
         skipped: dict[int, Skipped] = {}
-        batches = computation.load(plans[0].items, plans[0].skipped)
-        for batch in tqdm(batches, computation.description, disable=args.disable_tqdm or args.process_index != 0):
-            for item, result in computation.compute(plans, batch):
-                if isinstance(result, Skipped):
-                    skipped[item] = result
-                    continue
-                if result.details is not None:
-                    details[item] = result.details
-                for file, plan, features in zip(files, plans, result.features, strict=True):
-                    start = plan.starts[item]
-                    values = features.contiguous().view(torch.uint8).flatten(1).numpy()
-                    file[start : start + plan.counts[item]] = values
+        for item, result in self._compute_share(plans):
+            if isinstance(result, Skipped):
+                skipped[item] = result
+                continue
+            for file, plan, features in zip(files, plans, result, strict=True):
+                rows = slice(plan.starts[item], plan.starts[item] + plan.counts[item])
+                file[rows] = features.contiguous().view(torch.uint8).flatten(1).numpy()
         for file in files:
             file.flush()  # pyright: ignore[reportAttributeAccessIssue] - a memory map
-        for rank_details, rank_skipped in all_gather_objects((details, skipped)):
+        for rank_skipped in all_gather_objects(skipped):
             for plan in plans:
                 plan.skipped |= rank_skipped
-                for item, values in rank_details.items():
-                    plan.details[item] = values
-        computation.check_skipped([record for _, record in sorted(plans[0].skipped.items())])
+        self.check_skipped([record for _, record in sorted(plans[0].skipped.items())])
+
+    def _compute_share(self, plans: list[PackPlan[Item]]) -> Iterator[tuple[int, ItemFeatures | Skipped]]:
+        args = self.args
+        dataset, batches = self.load(plans[0])
+        share, workers = batches[args.process_index :: args.world_size], args.dataloader_num_workers
+        loader = DataLoader(dataset, batch_sampler=share, collate_fn=self.collate, num_workers=workers)
+        for batch in tqdm(loader, self.description, disable=args.disable_tqdm or args.process_index != 0):
+            yield from self.compute(plans, batch)
+
+
+def require_folder(folder: Path) -> Path:
+    """Return the folder of a pack; raise ValueError where another rank has it and this one does not see it."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: another rank has it, and it is not here; dataset.cache_dir must be a folder that all machines "
+            "share, or set dataset.cache_features=false"
+        )
+    return folder

@@ -6,15 +6,15 @@ views as `AnyRes.num_views` counts them (0: a video's frame, of one row), its he
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.encoding.labels import Encoded
-from vlm.data.feature_cache.reader import Pack
+from vlm.data.feature_cache.store import Pack
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.models import VLMProcessor
 
@@ -27,52 +27,32 @@ FRAME_VIEW, SQUARE_VIEW, TILED_VIEW = "frame", "whole", "tiles"
 ModelInputs = dict[str, list[int] | Tensor]
 
 
-@dataclass(frozen=True)
-class CachedImage:
-    """An image whose features are in a pack.
-
-    Attributes:
-        pack: the pack.
-        item: the index of the image there.
-    """
+class CachedImage(NamedTuple):
+    """A pack, and the index of an image in it."""
 
     pack: Pack
     item: int
 
     @property
-    def num_views(self) -> int:
-        """How many views it has; 0: it is a frame of a video."""
-        return int(self.pack.details[self.item, 0])
-
-    @property
     def size(self) -> tuple[int, int]:
-        """Its height and width in pixels."""
-        height, width = self.pack.details[self.item, 1:].tolist()
+        """Height and width in pixels; 0 where no token depends on them."""
+        _, height, width = self.pack.details[self.item].tolist()
         return height, width
 
 
-class ImageFeatures:
-    """Features of the images of a run, out of several packs.
+def find_image(packs: Sequence[Pack], key: bytes) -> CachedImage | None:
+    """Return an image by its key; None: it is in no pack."""
+    for pack in packs:
+        if (item := pack.find(key)) is not None:
+            return CachedImage(pack, item)
+    return None
 
-    Args:
-        packs: open.
-    """
 
-    def __init__(self, packs: Sequence[Pack]):
-        self.packs = list(packs)
-
-    def find(self, key: bytes) -> CachedImage | None:
-        """Return an image by its key; None: it is in no pack."""
-        for pack in self.packs:
-            if (item := pack.find(key)) is not None:
-                return CachedImage(pack, item)
-        return None
-
-    def require(self, key: bytes) -> CachedImage:
-        """Return an image that must be there."""
-        image = self.find(key)
-        assert image is not None
-        return image
+def require_image(packs: Sequence[Pack], key: bytes) -> CachedImage:
+    """Return an image that must be in a pack."""
+    image = find_image(packs, key)
+    assert image is not None
+    return image
 
 
 def view_kinds(sample: Sample, processor: VLMProcessor) -> list[str]:
@@ -117,22 +97,22 @@ class CachedFeatureDataset(SampleDataset):
 
     Args:
         dataset: the samples.
-        features: of all their images; for `blank`, of blank ones too.
+        packs: the features of all their images; for `blank`, of blank images too.
     """
 
-    def __init__(self, dataset: SampleDataset, features: ImageFeatures):
+    def __init__(self, dataset: SampleDataset, packs: Sequence[Pack]):
         super().__init__(
             dataset.sources, dataset.places, dataset.lengths, dataset.num_images, has_videos=dataset.has_videos,
             skipped=dataset.skipped, contributions=dataset.contributions,
         )  # fmt: skip
-        self.features = features
+        self.packs = packs
 
     def __getitem__(self, index: int) -> ModelInputs | Skipped:
         number, record = self.places[index].tolist()
         source = self.sources[number]
         try:
             sample = source.sample(record)
-            images = find_cached_images(sample, self.processor, self.features)
+            images = find_cached_images(sample, self.processor, self.packs)
             encoded = source.encoder(sample, cached_image_sizes(sample, images, self.processor))
         except BadSample as error:
             return Skipped.from_error(error, source, record)
@@ -159,10 +139,10 @@ class BlankCachedFeatureDataset(torch.utils.data.Dataset[ModelInputs]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> ModelInputs:
-        dataset, processor, features = self.dataset, self.dataset.processor, self.dataset.features
+        dataset, processor, packs = self.dataset, self.dataset.processor, self.dataset.packs
         sample = dataset.sample(index)
-        images = find_cached_images(sample, processor, features)
-        blanks = [features.require(key) for key, _, _ in make_blank_keys(sample, images, processor)]
+        images = find_cached_images(sample, processor, packs)
+        blanks = [require_image(packs, key) for key, _, _ in make_blank_keys(sample, images, processor)]
         return dataset.inputs(dataset.encoded(index, cached_image_sizes(sample, images, processor)), blanks)
 
 
@@ -173,11 +153,11 @@ def make_feature_inputs(images: Sequence[CachedImage], *, tiled: bool) -> dict[s
     inputs = {"image_features": torch.cat([image.pack.read(image.item) for image in images])}
     if tiled:
         inputs["image_sizes"] = torch.tensor([image.size for image in images])
-        inputs["image_views"] = torch.tensor([image.num_views for image in images])
+        inputs["image_views"] = torch.tensor([image.pack.details[image.item, 0].item() for image in images])
     return inputs
 
 
-def find_cached_images(sample: Sample, processor: VLMProcessor, features: ImageFeatures) -> list[CachedImage]:
+def find_cached_images(sample: Sample, processor: VLMProcessor, packs: Sequence[Pack]) -> list[CachedImage]:
     """Return a sample's images in the cache.
 
     Raises:
@@ -187,7 +167,7 @@ def find_cached_images(sample: Sample, processor: VLMProcessor, features: ImageF
     for image_ref, kind in zip(sample.images, view_kinds(sample, processor), strict=True):
         file = None if image_ref.path is None else str(image_ref.path)
         try:
-            image = features.find(image_cache_key(image_ref, kind))
+            image = find_image(packs, image_cache_key(image_ref, kind))
         except OSError as error:
             raise BadSample(sample.id, f"image {image_ref} does not open: {error}", file) from error
         if image is None:

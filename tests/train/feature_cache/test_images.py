@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import losses
 from tests.train.heads.head_runs import logged
-from vlm.data.feature_cache.reader import FEATURES_FILE, FORMAT_FILE, PARTIAL_SUFFIX
+from vlm.data.feature_cache.store import FEATURES_FILE, FORMAT_FILE, PARTIAL_SUFFIX
 from vlm.models import VLMForConditionalGeneration
 from vlm.train.feature_cache import fingerprints, images
 from vlm.train.feature_cache.encoder import FrozenVisualEncoder
