@@ -1,17 +1,19 @@
-"""The tab *Data*: records as a run would train on them, supervised tokens marked, one after the other."""
+"""The tab *Data*: records as a run trains on them, supervised tokens marked, one at a time."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import DatasetConfig
 from vlm.train.objectives.table import make_objective
+from vlm.web.components import PRIVATE
 from vlm.web.html import error_html, note_html
 from vlm.web.plan import Plan, choices
-from vlm.web.runs import checkpoints
+
+if TYPE_CHECKING:
+    from vlm.data.encoding.sample_encoder import SampleEncoder
 
 EMPTY_TEXT = "Records appear here, with supervised tokens marked."
 DEFAULT_RUN = "finetune-smol"
@@ -20,23 +22,23 @@ DEFAULT_RUN = "finetune-smol"
 
 @dataclass
 class OpenRecords:
-    """The records of a run's sources, open.
+    """The open records of a run's sources.
 
     Attributes:
         config: the sources.
-        encoder: what makes ids and labels of a sample.
-        sizes: source -> how many records it has.
+        encoder: turns a sample into ids and labels.
+        sizes: source -> its number of records.
     """
 
     config: DatasetConfig
-    encoder: Any
+    encoder: "SampleEncoder"
     sizes: dict[str, int]
 
     def __len__(self) -> int:
         return sum(self.sizes.values())
 
     def html(self, number: int) -> str:
-        """A record, counted through all sources from 0."""
+        """Return a record as HTML; records are numbered from 0 through all sources."""
         from vlm.data.tools.show import as_html, load_shown_records
 
         config = self.config
@@ -50,10 +52,10 @@ class OpenRecords:
 
 
 def open_records(plan: Plan) -> OpenRecords:
-    """The records of a plan's run, as it would read them.
+    """Open the records of a plan's run as the run reads them.
 
     Raises:
-        ValueError: what the checks of the run refuse, a stream, or sources that do not open.
+        ValueError: the run's checks refuse the plan, or its data is a stream or does not open.
     """
     config = plan.compose_config()
     if config.dataset.streaming:
@@ -68,25 +70,21 @@ def open_records(plan: Plan) -> OpenRecords:
     return OpenRecords(config.dataset, encoder, sizes)
 
 
-def build(outputs: Path) -> gr.Dropdown:
-    """Lay the tab out; returns the choice of checkpoints."""
+def build(checkpoints: list[str]) -> gr.Dropdown:
+    """Build the tab; return the field of checkpoints."""
     records = gr.State(None)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             path = gr.Textbox(label="Records", placeholder="records.json", elem_id="data-path")
-            images = gr.Textbox(
-                label="Folder of images", info="Beside the records where empty", elem_id="data-images"
-            )
+            images = gr.Textbox(label="Folder of images", info="Beside the records where empty", elem_id="data-images")
             run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="As this run reads them", elem_id="data-run")
             checkpoint = gr.Dropdown(
-                checkpoints(outputs), value=None, allow_custom_value=True, label="Checkpoint",
-                elem_id="data-checkpoint", info="Whose tokenizer and template they are for; empty: the run's parts",
+                checkpoints, value=None, allow_custom_value=True, label="Checkpoint", elem_id="data-checkpoint",
+                info="Its tokenizer and template are used; empty: those of the run's parts",
             )  # fmt: skip
             with gr.Accordion("More", open=False, elem_id="data-more"):
-                template = gr.Dropdown(
-                    [("as the run", ""), "tokenizer", *packaged_names("vlm.data", "templates", ".jinja")], value="",
-                    label="Template", elem_id="data-template",
-                )  # fmt: skip
+                templates = [("as the run", ""), "tokenizer", *packaged_names("vlm.data", "templates", ".jinja")]
+                template = gr.Dropdown(templates, value="", label="Template", elem_id="data-template")
                 language_model = gr.Dropdown(
                     [("as the run", ""), *choices("language_model")], value="", allow_custom_value=True,
                     label="Language model (tokenizer)", elem_id="data-language-model",
@@ -103,47 +101,47 @@ def build(outputs: Path) -> gr.Dropdown:
                 )
                 following = gr.Button("Next", elem_id="data-next", min_width=80, interactive=False)
             count = gr.HTML("", elem_id="data-count", elem_classes="vlm-line")
-            shown = gr.HTML(note_html(EMPTY_TEXT), elem_id="data-shown", elem_classes="vlm-record")
+            record = gr.HTML(note_html(EMPTY_TEXT), elem_id="data-shown", elem_classes="vlm-record")
 
     fields = [run, path, images, checkpoint, template, language_model, lines]
-    view = [number, count, shown]
-    options: dict[str, Any] = {"api_visibility": "private"}
-    button.click(open_first, fields, [records, *view, previous, following], **options)
-    previous.click(lambda found, at: show(found, (at or 0) - 1), [records, number], view, **options)
-    following.click(lambda found, at: show(found, (at or 0) + 1), [records, number], view, **options)
-    number.submit(show, [records, number], view, **options)
+    view = [number, count, record]
+    button.click(open_first, fields, [records, *view, previous, following], **PRIVATE)
+    previous.click(lambda opened, at: show(opened, (at or 0) - 1), [records, number], view, **PRIVATE)
+    following.click(lambda opened, at: show(opened, (at or 0) + 1), [records, number], view, **PRIVATE)
+    number.submit(show, [records, number], view, **PRIVATE)
     return checkpoint
 
 
-def open_first(*values: Any) -> tuple[Any, ...]:
-    """The records of the fields, the first of them, and whether there is something to page through."""
+def open_first(
+    run: str,
+    path: str | None,
+    images: str | None,
+    checkpoint: str | None,
+    template: str | None,
+    language_model: str | None,
+    lines: str | None,
+) -> tuple[object, ...]:
+    """Return the opened records, the first record's view, and whether its number and the buttons can be used.
+
+    The arguments are the values of the fields; None where the browser has not shown a field yet.
+    """
+    keys = {"dataset.path": path, "dataset.image_folder": images, "dataset.template": template}
+    plan = Plan(run, {"language_model": language_model}, {**keys, "trainer.from_pretrained": checkpoint}, lines)
     try:
-        found = open_records(_make_plan(*values))
-        first = show(found, 0)
+        records = open_records(plan)
+        number, count, record = show(records, 0)
     except (ValueError, OSError) as error:
         return None, 0, "", error_html(str(error)), *[gr.update(interactive=False)] * 2
-    return found, gr.update(value=first[0], interactive=True), *first[1:], *[gr.update(interactive=True)] * 2
+    return records, gr.update(value=number, interactive=True), count, record, *[gr.update(interactive=True)] * 2
 
 
-def show(found: OpenRecords | None, requested: float | None) -> tuple[Any, str, str]:
-    """A record: its number, where it is, and itself; of numbers beyond the ends, the nearest."""
-    if found is None:
+def show(records: OpenRecords | None, number: float | None) -> tuple[int, str, str]:
+    """Return the number, count and HTML of a record; numbers beyond the ends are clamped."""
+    if records is None:
         return 0, "", note_html(EMPTY_TEXT)
-    at = max(min(int(requested or 0), len(found) - 1), 0)
-    where = note_html(f"Record {at} of {len(found):,}, numbered from 0")
+    index = max(min(int(number or 0), len(records) - 1), 0)
+    count = note_html(f"Record {index} of {len(records):,}, numbered from 0")
     try:
-        return at, where, found.html(at)
+        return index, count, records.html(index)
     except (ValueError, OSError) as error:
-        return at, where, error_html(str(error))
-
-
-def _make_plan(
-    run: str, path: str | None, images: str | None, checkpoint: str | None, template: str | None,
-    language_model: str | None, lines: str | None,
-) -> Plan:  # fmt: skip
-    """The fields as a plan; those that a browser has not shown yet are None."""
-    keys = {
-        "dataset.path": path, "dataset.image_folder": images, "dataset.template": template,
-        "trainer.from_pretrained": checkpoint,
-    }  # fmt: skip
-    return Plan(run, {"language_model": language_model}, keys, lines)
+        return index, count, error_html(str(error))

@@ -1,21 +1,23 @@
-"""What stands between the network and the page: who may ask, and what a browser may load.
+"""Decides which requests the page answers, and what a browser may load.
 
-Gradio answers cross-site requests with headers that keep other sites from reading the answer; a request that starts a
-training has done so by then. So what other sites send is refused here, before it reaches Gradio.
+Gradio answers cross-site requests with headers that keep other sites from reading the answer, but by then a request may
+have started a training run. This middleware refuses such requests before they reach Gradio.
 """
 
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
     "worker-src 'self' blob:; object-src 'none'; frame-src 'self' blob:; frame-ancestors 'none'; form-action 'self'"
 )
-"""Everything comes from the page's own address: nothing that a model says makes a browser load from elsewhere."""
+"""Everything comes from the page's own address: no answer of a model makes a browser load from elsewhere."""
 
 SECURITY_HEADERS = [
     (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
@@ -25,67 +27,66 @@ SECURITY_HEADERS = [
 
 
 class RequestGuard:
-    """ASGI middleware: refuses requests for other hosts and from other sites, and adds `HEADERS` to the answers.
+    """ASGI middleware: refuses requests for other hosts and from other sites, and adds `SECURITY_HEADERS` to answers.
 
     Args:
-        app: what it guards.
-        host: where the page listens.
+        app: the guarded application.
+        host: the address at which the page listens.
     """
 
-    def __init__(self, app: Any, host: str):
+    def __init__(self, app: "ASGIApp", host: str):
         self.app = app
         self.names = allowed_names(host)
         self.loopback_only = is_loopback(host)
 
-    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        refusal_reason = self.refusal_reason(headers.get(b"host", ""), headers.get(b"origin"), headers.get(b"sec-fetch-site"),
-                               scope.get("method", "GET"))  # fmt: skip
-        if refusal_reason is not None:
-            return await _refuse(scope, send, refusal_reason)
+        host, origin, site = headers.get(b"host", ""), headers.get(b"origin"), headers.get(b"sec-fetch-site")
+        reason = self.refusal_reason(host, origin, site, scope.get("method", "GET"))
+        if reason is not None:
+            return await _refuse(scope, send, reason)
 
-        async def with_headers(message: Any) -> None:
+        async def send_with_headers(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
             await send(message)
 
-        return await self.app(scope, receive, with_headers)
+        return await self.app(scope, receive, send_with_headers)
 
     def refusal_reason(self, host: str, origin: str | None, site: str | None, method: str) -> str | None:
-        """Why a request is refused; None: it is not.
+        """Return why a request is refused; None where it is allowed.
 
         Args:
-            host: its `Host`.
-            origin: its `Origin`, which browsers send with whatever another page asks for.
+            host: the request's `Host`.
+            origin: its `Origin`, which browsers send with all requests that another page makes.
             site: its `Sec-Fetch-Site`.
             method: its method.
         """
         name = urlsplit(f"//{host}").hostname or ""
         if not self.is_allowed_name(name):
             return f"This page does not answer to the name {name!r}. Give it with vlm web --host."
-        if origin is not None and urlsplit(origin).netloc != host:
-            return "Requests from other sites are not answered."
-        if method not in ("GET", "HEAD") and site == "cross-site":
+        other_origin = origin is not None and urlsplit(origin).netloc != host
+        if other_origin or (method not in ("GET", "HEAD") and site == "cross-site"):
             return "Requests from other sites are not answered."
         return None
 
     def is_allowed_name(self, name: str) -> bool:
-        """Whether a name stands for this machine: a site's own name that leads here (DNS rebinding) does not."""
+        """Return whether a name stands for this machine; a site's own name that leads here (DNS rebinding) does not."""
         if name in self.names or is_loopback(name):
             return True
         return not self.loopback_only and _is_address(name)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Return whether an address can be reached from this machine only."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def allowed_names(host: str) -> set[str]:
-    """The names by which a page that listens there may be asked for."""
+    """Return the names under which a page that listens at `host` may be requested."""
     return {host} if is_loopback(host) else {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
@@ -97,10 +98,10 @@ def _is_address(name: str) -> bool:
     return True
 
 
-async def _refuse(scope: Any, send: Any, reason: str) -> None:
+async def _refuse(scope: "Scope", send: "Send", reason: str) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": reason})
         return
-    text = [(b"content-type", b"text/plain; charset=utf-8")]
-    await send({"type": "http.response.start", "status": 403, "headers": text})
+    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": 403, "headers": headers})
     await send({"type": "http.response.body", "body": reason.encode()})

@@ -1,57 +1,56 @@
-"""Small pieces of HTML that the page is made of; whatever they are given is escaped. Needs no Gradio."""
+"""HTML fragments of the page; all text is escaped. Needs no Gradio."""
 
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from vlm.web.runs import Run
+from vlm.web.runs import Run, SampleAnswer
 
 
 def error_html(text: str) -> str:
-    """What has to be mended, as the checks say it."""
+    """Return a message about what the user has to fix."""
     return f'<p class="vlm-problem" role="alert">{escape(text)}</p>'
 
 
 def note_html(text: str) -> str:
-    """A line in passing."""
+    """Return a note."""
     return f'<p class="vlm-note">{escape(text)}</p>'
 
 
-def bars_html(title: str, decided: str, shares: Mapping[Any, float]) -> str:
-    """A head's answer: what it decided, and a bar for each label, the likeliest first."""
+def bars_html(title: str, prediction: str, probabilities: Mapping[str, float]) -> str:
+    """Return a head's prediction, with a bar for each label, the most probable first."""
     rows = "".join(
-        f'<div class="vlm-bar"><span>{escape(str(label))}</span>'
+        f'<div class="vlm-bar"><span>{escape(label)}</span>'
         f'<div role="img" aria-label="{share:.1%}"><i style="width:{100 * share:.2f}%"></i></div>'
         f"<b>{share:.1%}</b></div>"
-        for label, share in sorted(shares.items(), key=lambda one: -one[1])
+        for label, share in sorted(probabilities.items(), key=lambda item: -item[1])
     )
-    head = f'<h3>{escape(title)}</h3><p class="vlm-decided">{escape(decided)}</p>'
+    head = f'<h3>{escape(title)}</h3><p class="vlm-decided">{escape(prediction)}</p>'
     return f'<section class="vlm-head">{head}{rows}</section>'
 
 
-def status(run: Run) -> str:
-    """A run's state in a line, and how far it is."""
+def status_html(run: Run) -> str:
+    """Return a run's state, last step and loss, and a progress bar."""
     details = [f"step {run.step:,}" if run.step else "no step logged yet"]
     details += [f"loss {run.loss:.4g}"] if run.loss is not None else []
     details += [f"started {run.started:%Y-%m-%d %H:%M}"]
-    share = run.progress or 0.0
+    percent = 100 * (run.progress or 0.0)
     return (
         f'<section class="vlm-run"><h3>{escape(run.name)} {_state_html(run)}</h3>'
         f"<p>{' · '.join(details)}</p>"
-        f'<div class="vlm-progress" role="progressbar" aria-label="progress" aria-valuenow="{100 * share:.0f}">'
-        f'<i style="width:{100 * share:.1f}%"></i></div><p class="vlm-note">{100 * share:.0f}%</p></section>'
+        f'<div class="vlm-progress" role="progressbar" aria-label="progress" aria-valuenow="{percent:.0f}">'
+        f'<i style="width:{percent:.1f}%"></i></div><p class="vlm-note">{percent:.0f}%</p></section>'
     )
 
 
 def log_html(text: str) -> str:
-    """A log, of which the end is seen."""
+    """Return a log, scrolled to its end."""
     return f'<div class="vlm-log" tabindex="0"><pre>{escape(text)}</pre></div>'
 
 
 def run_table_html(runs: Sequence[Run], selected: str | None) -> str:
-    """The runs, a row each; a row's name is a button, so that keys reach it too."""
+    """Return a table of runs; each row's name is a button, so that the keyboard reaches it too."""
     rows = "".join(
         f'<tr data-run="{escape(run.name)}" aria-selected="{str(run.name == selected).lower()}">'
         f"<td><button>{escape(run.name)}</button></td><td>{_state_html(run)}</td>"
@@ -68,22 +67,19 @@ def _state_html(run: Run) -> str:
     return f'<span class="vlm-state vlm-{run.state.replace(" ", "-")}">{run.state}</span>'
 
 
-def samples(title: str, found: Sequence[Mapping[str, str]]) -> str:
-    """Sample answers of a run, with their images."""
-    if not found:
+def samples_html(title: str, samples: Sequence[SampleAnswer]) -> str:
+    """Return sample answers of a run, with their images."""
+    if not samples:
         return note_html("No sample answers yet. A run writes them when it evaluates, saves or ends.")
     parts = []
-    for one in found:
-        image = f'<img src="{_data_url(Path(one["picture"]))}" alt="">' if "picture" in one else ""
-        texts = "".join(
-            f"<dt>{name}</dt><dd>{escape(one[name])}</dd>"
-            for name in ("question", "reference", "answer")
-            if name in one
-        )
+    for sample in samples:
+        image = f'<img src="{_data_url(Path(sample["image"]))}" alt="">' if "image" in sample else ""
+        names = ("question", "reference", "answer")
+        texts = "".join(f"<dt>{name}</dt><dd>{escape(sample[name])}</dd>" for name in names if name in sample)
         parts.append(f'<div class="vlm-sample">{image}<dl>{texts}</dl></div>')
     return f"<h3>{escape(title)}</h3>{''.join(parts)}"
 
 
 def _data_url(image: Path) -> str:
-    """An image of a run directory as a `data:` address: no folder has to be served for it."""
+    """Return an image of a run directory as a `data:` address, so that no folder has to be served for it."""
     return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}" if image.is_file() else ""

@@ -1,6 +1,6 @@
-"""Runs that the page started: processes of their own, which outlive the page and are found again by it.
+"""Training runs that the page started: separate processes that outlive the page, and that it finds again.
 
-What is needed for that lies in the run directory: `page.json` says which process it is, `page.log` is what it prints.
+Their run directories hold what that needs: `page.json` describes the process, `page.log` is its output.
 """
 
 import json
@@ -17,23 +17,23 @@ import psutil
 
 JOB_FILE, LOG_FILE = "page.json", "page.log"
 START_TIME_TOLERANCE = 2.0
-"""Seconds by which the time at which a process began may seem to differ: it is told from a clock that is corrected."""
+"""Seconds by which two readings of a process's start time may differ: it is computed from a clock that is corrected."""
 
-PATIENCE = 60.0
+KILL_DELAY_SECONDS = 60.0
 """Seconds that a run has to end by itself before the page offers to kill it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A process that runs a training, and leads a group of its own with all that it starts.
+    """A process that runs a training and leads a group of all processes that it starts.
 
     Attributes:
-        pid: its number, which is its group's too.
-        began: when the system says that it began; a number is given again, a number with this time is not.
-        host: the machine's name: run directories may lie on a disk that several machines see.
-        started: when the page started it, in seconds since 1970.
-        asked_to_stop: when it was asked to end; None: it was not.
-        command: its words.
+        pid: the id of the process and of its group.
+        began: when the process began, as the system reports it; ids are reused, ids with this time are not.
+        host: the machine's name: several machines may share the disk of the run directories.
+        started: when the page started the process, in seconds since 1970.
+        asked_to_stop: when the process was asked to end; None where it was not.
+        command: the words of its command.
     """
 
     pid: int
@@ -45,19 +45,17 @@ class Job:
 
     @property
     def is_on_other_machine(self) -> bool:
-        """Whether it was started on another machine, of which nothing is known here."""
+        """Whether the job was started on another machine, so that its state is unknown here."""
         return self.host != socket.gethostname()
 
     def is_alive(self) -> bool:
-        """Whether this very process still runs on this machine."""
+        """Return whether this very process still runs on this machine."""
         if self.is_on_other_machine:
             return False
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.began) < START_TIME_TOLERANCE
-            return (
-                same and process.status() != psutil.STATUS_ZOMBIE
-            )  # which has ended, and waits for its parent to look
+            return same and process.status() != psutil.STATUS_ZOMBIE  # a zombie has ended
         except psutil.NoSuchProcess:
             return False
 
@@ -66,16 +64,16 @@ def start(command: Sequence[str], folder: Path) -> Job:
     """Start a run that writes into a folder.
 
     Args:
-        command: its words; no shell reads them.
+        command: the words of its command; no shell reads them.
         folder: the run directory; made where it does not exist.
 
     Raises:
-        ValueError: a run that the page started there still goes on.
+        ValueError: a run that the page started there is still running.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = read_job(folder)
-    if before is not None and before.is_alive():
-        raise ValueError(f"{folder}: a run is going on there (process {before.pid}); stop it first")
+    earlier = read_job(folder)
+    if earlier is not None and earlier.is_alive():
+        raise ValueError(f"{folder}: a run is going on there (process {earlier.pid}); stop it first")
     with (folder / LOG_FILE).open("ab") as log:
         child = subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -88,16 +86,16 @@ def start(command: Sequence[str], folder: Path) -> Job:
 
 
 def read_job(folder: Path) -> Job | None:
-    """The run that the page started in a folder; None where it started none."""
+    """Return the run that the page started in a folder; None where it started none."""
     file = folder / JOB_FILE
     return Job(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def stop(folder: Path) -> Job:
-    """Ask a run's whole group to end (SIGTERM), and take note of it.
+    """Ask all processes of a run to end (SIGTERM), and record that they were asked.
 
     Raises:
-        ValueError: no run that the page started goes on there.
+        ValueError: no run that the page started is running there.
     """
     job = _require_running_job(folder)
     stopped_job = replace(job, asked_to_stop=job.asked_to_stop or time.time())
@@ -107,10 +105,10 @@ def stop(folder: Path) -> Job:
 
 
 def kill(folder: Path) -> None:
-    """End a run's whole group at once (SIGKILL): nothing is saved. For a run that was asked to end and did not.
+    """Kill all processes of a run (SIGKILL) that was asked to end and did not; nothing is saved.
 
     Raises:
-        ValueError: it was not asked, or no run that the page started goes on there.
+        ValueError: the run was not asked to end, or no run that the page started is running there.
     """
     job = _require_running_job(folder)
     if job.asked_to_stop is None:
@@ -119,8 +117,8 @@ def kill(folder: Path) -> None:
 
 
 def can_kill(job: Job | None) -> bool:
-    """Whether a run was asked to end so long ago that killing it is offered."""
-    return job is not None and job.asked_to_stop is not None and time.time() - job.asked_to_stop > PATIENCE
+    """Return whether a run was asked to end so long ago that killing it is offered."""
+    return job is not None and job.asked_to_stop is not None and time.time() - job.asked_to_stop > KILL_DELAY_SECONDS
 
 
 def _require_running_job(folder: Path) -> Job:
@@ -135,7 +133,7 @@ def _require_running_job(folder: Path) -> Job:
 
 
 def _write_job(job: Job, folder: Path) -> None:
-    """Write it whole or not at all: it is read while it is written."""
+    """Replace the file in one step: others may read it meanwhile."""
     new = folder / f"{JOB_FILE}.new"
     new.write_text(json.dumps(asdict(job), indent=2) + "\n", encoding="utf-8")
     new.replace(folder / JOB_FILE)

@@ -1,70 +1,73 @@
-"""The one model that the page holds in memory. Needs no Gradio; torch comes with the first model."""
+"""The one model that the page holds in memory. Needs no Gradio; torch is imported with the first model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from vlm.inference.generate import VisionLanguageModel
+    from vlm.inference.predict import Predictor
+
+Loaded = TypeVar("Loaded", "VisionLanguageModel", "Predictor")
 
 
 class ModelHolder:
-    """Loads a checkpoint when it is first asked for, and holds it until another one is.
+    """Loads a checkpoint when it is first requested, and holds it until another one is.
 
     Args:
-        base: where an adapter's base lies now, as `vlm generate --base`.
-        trust_remote_code: let code out of checkpoints run.
+        base: the new place of an adapter's base, as in `vlm generate --base`.
+        trust_remote_code: whether code in checkpoints may run.
     """
 
     def __init__(self, base: Sequence[str] = (), *, trust_remote_code: bool = False):
         self.base, self.trust_remote_code = list(base), trust_remote_code
-        self._held: tuple[tuple[Any, ...], Any] | None = None
+        self._loaded: VisionLanguageModel | Predictor | None = None
+        self._key: tuple[str, int | None] | None = None
         self._lock = Lock()
 
-    def model(self, checkpoint: str) -> Any:
-        """A `VisionLanguageModel` of a checkpoint.
+    def model(self, checkpoint: str) -> "VisionLanguageModel":
+        """Return the `VisionLanguageModel` of a checkpoint.
 
         Raises:
-            ValueError: it is none, or has prediction heads.
+            ValueError: it is no checkpoint, or has prediction heads.
         """
-        return self._load(checkpoint, heads=False)
+        from vlm.inference.generate import VisionLanguageModel
 
-    def predictor(self, checkpoint: str) -> Any:
-        """A `Predictor` of a checkpoint.
+        return self._load(VisionLanguageModel, checkpoint)
+
+    def predictor(self, checkpoint: str) -> "Predictor":
+        """Return the `Predictor` of a checkpoint.
 
         Raises:
-            ValueError: it is none, or has no prediction heads.
+            ValueError: it is no checkpoint, or has no prediction heads.
         """
-        return self._load(checkpoint, heads=True)
+        from vlm.inference.predict import Predictor
+
+        return self._load(Predictor, checkpoint)
 
     def release(self) -> None:
-        """Let go of the model, so that a training finds the memory."""
+        """Release the model, so that a training run has its memory."""
         with self._lock:
             self._release_model()
 
-    def _load(self, checkpoint: str, *, heads: bool) -> Any:
-        with self._lock:
-            key = (checkpoint, heads, _modified_at(checkpoint))
-            if self._held is not None and self._held[0] == key:
-                return self._held[1]
-            self._release_model()  # before the other one is loaded: there may be no room for both
-            from vlm.inference.generate import VisionLanguageModel
-            from vlm.inference.predict import Predictor
-
-            base = self.base if self._is_adapter_checkpoint(checkpoint) else ()
-            kind = Predictor if heads else VisionLanguageModel
-            model_or_predictor = kind.load(checkpoint, base=base, trust_remote_code=self.trust_remote_code)
-            self._held = (key, model_or_predictor)
-            return model_or_predictor
-
-    def _is_adapter_checkpoint(self, checkpoint: str) -> bool:
-        """Whether `base` is for it: one that is complete takes none, and the page has several to choose from."""
+    def _load(self, kind: type[Loaded], checkpoint: str) -> Loaded:
         from vlm.assembly.adapter_folder import is_adapter_checkpoint
 
-        return is_adapter_checkpoint(checkpoint)
+        with self._lock:
+            key = (checkpoint, _modified_at(checkpoint))
+            if self._key == key and isinstance(self._loaded, kind):
+                return self._loaded
+            self._release_model()  # before the other one is loaded: memory may not hold both
+            base = self.base if is_adapter_checkpoint(checkpoint) else ()  # complete checkpoints take no base
+            loaded = kind.load(checkpoint, base=base, trust_remote_code=self.trust_remote_code)
+            self._key, self._loaded = key, loaded
+            return loaded
 
     def _release_model(self) -> None:
-        if self._held is None:
+        if self._loaded is None:
             return
-        self._held = None
+        self._loaded = None
         import torch
 
         if torch.cuda.is_available():
@@ -72,6 +75,6 @@ class ModelHolder:
 
 
 def _modified_at(checkpoint: str) -> int | None:
-    """When a folder was written: another run may have taken its place; None for a name on the Hub."""
+    """Return when a folder was written, as another run may replace it; None for a name on the Hub."""
     file = Path(checkpoint, "config.json")
     return file.stat().st_mtime_ns if file.is_file() else None

@@ -5,33 +5,33 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from vlm.web import chat, data, predict, train
+from vlm.web.components import QUIET
 from vlm.web.guard import RequestGuard
 from vlm.web.models import ModelHolder
 from vlm.web.runs import checkpoints
 
 UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS = 600, 24 * 3600
-"""Seconds between looks for uploaded images, and after which they are removed."""
+"""How often uploaded images are looked through, and after which time they are removed."""
 
 
 @dataclass(frozen=True)
 class PageSettings:
-    """What `vlm web` was told.
+    """The options of `vlm web`.
 
     Attributes:
-        checkpoints: those to choose from besides the runs'.
-        host: where the page listens.
-        port: on which port.
-        base: where an adapter's base lies now.
+        checkpoints: checkpoints to choose from besides those of runs.
+        host: the address at which the page listens.
+        port: its port.
+        base: the new place of an adapter's base.
         outputs: the folder of runs.
         max_upload: the largest file that may be uploaded, such as `20mb`.
-        trust_remote_code: let code out of checkpoints run.
+        trust_remote_code: whether code in checkpoints may run.
     """
 
     checkpoints: Sequence[str] = ()
@@ -44,65 +44,51 @@ class PageSettings:
 
 
 def build(settings: PageSettings) -> gr.Blocks:
-    """Lay the page out."""
+    """Build the page."""
     model_holder = ModelHolder(settings.base, trust_remote_code=settings.trust_remote_code)
-    extra_checkpoints, outputs = list(settings.checkpoints), settings.outputs
-    with (
-        gr.Blocks(
-            analytics_enabled=False, title="vlm", delete_cache=(UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS)
-        ) as page,
-        gr.Tabs(),
-    ):
-        with gr.Tab("Chat", id="chat") as tab:
-            _refresh_choices(
-                tab,
-                page,
-                chat.build(outputs, extra_checkpoints, model_holder),
-                partial(checkpoints, outputs, extra_checkpoints, heads=False),
-            )
-        with gr.Tab("Predict", id="predict") as tab:
-            _refresh_choices(
-                tab,
-                page,
-                predict.build(outputs, extra_checkpoints, model_holder),
-                partial(checkpoints, outputs, extra_checkpoints, heads=True),
-            )
-        with gr.Tab("Train", id="train") as tab:
-            _refresh_choices(
-                tab, page, train.build(outputs, model_holder, page), partial(checkpoints, outputs, extra_checkpoints)
-            )
-        with gr.Tab("Data", id="data") as tab:
-            _refresh_choices(tab, page, data.build(outputs), partial(checkpoints, outputs, extra_checkpoints))
+    outputs, sweep = settings.outputs, (UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS)
+    with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=sweep) as page, gr.Tabs():
+        # Tab -> its builder, which takes the checkpoints to offer, and whether those have heads.
+        tabs: dict[str, tuple[Callable[[list[str]], gr.Dropdown], bool | None]] = {
+            "Chat": (partial(chat.build, outputs, model_holder), False),
+            "Predict": (partial(predict.build, outputs, model_holder), True),
+            "Train": (partial(train.build, outputs, model_holder, page), None),
+            "Data": (data.build, None),
+        }
+        for name, (build_tab, heads) in tabs.items():
+            find_checkpoints = partial(checkpoints, outputs, settings.checkpoints, heads=heads)
+            with gr.Tab(name, id=name.lower()) as tab:
+                _refresh_choices(tab, page, build_tab(find_checkpoints()), find_checkpoints)
     return page
 
 
 def _refresh_choices(
-    tab: gr.Tab, page: gr.Blocks, choice: gr.Dropdown, find_checkpoints: Callable[[], list[str]]
+    tab: gr.Tab, page: gr.Blocks, field: gr.Dropdown, find_checkpoints: Callable[[], list[str]]
 ) -> None:
-    """Offer the checkpoints of runs that have ended since the page was laid out."""
+    """Offer the checkpoints of runs that have ended since the page was built."""
     known = gr.State(find_checkpoints())
 
-    def refresh(before: list[str]) -> tuple[Any, list[str]]:
+    def refresh(earlier: list[str]) -> tuple[object, list[str]]:
         now = find_checkpoints()
-        return (gr.skip() if now == before else gr.update(choices=now)), now  # a list that is open is not redrawn
+        return (gr.skip() if now == earlier else gr.update(choices=now)), now  # an open list is not redrawn
 
-    gr.on([page.load, tab.select], refresh, known, [choice, known], show_progress="hidden", api_visibility="private")
+    gr.on([page.load, tab.select], refresh, known, [field, known], **QUIET)
 
 
 def serve(page: gr.Blocks, settings: PageSettings) -> str:
-    """Serve the page from a thread of its own; returns its address.
+    """Serve the page from a separate thread; return its address.
 
-    Nothing of it comes from or goes to another address: no sharing, no telemetry, no fonts from elsewhere, no server
-    for other programs; of files only what was uploaded is given out.
+    Nothing comes from or goes to another address: no sharing, no telemetry, no fonts from elsewhere, no server for
+    other programs. Uploaded files are the only files served.
     """
-    system = ["ui-sans-serif", "system-ui", "sans-serif"]
-    fixed = ["ui-monospace", "Consolas", "monospace"]
-    uploads = [get_upload_folder()]  # served anyway; without any, Gradio would take some from the environment
+    fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
+    fixed_fonts = ["ui-monospace", "Consolas", "monospace"]
+    uploads = [get_upload_folder()]  # served anyway; an empty list would make Gradio read one from the environment
     _, address, _ = page.launch(
         server_name=settings.host, server_port=settings.port, share=False, prevent_thread_lock=True, quiet=True,
         inbrowser=False, show_error=True, footer_links=[], run_history=False, enable_monitoring=False, pwa=False,
         mcp_server=False, ssr_mode=False, max_file_size=settings.max_upload, allowed_paths=uploads,
-        theme=gr.themes.Default(font=system, font_mono=fixed).set(
+        theme=gr.themes.Default(font=fonts, font_mono=fixed_fonts).set(
             body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600",
             input_placeholder_color="*neutral_500", body_text_color_subdued_dark="*neutral_400",
             block_info_text_color_dark="*neutral_400",

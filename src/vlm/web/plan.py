@@ -1,6 +1,6 @@
-"""From what the page's fields say to a checked configuration and the exact command that runs it.
+"""Turns the values of the page's fields into a checked configuration and the exact command that runs it.
 
-Needs neither torch nor Gradio. Words stay a list from here to the process: nothing is ever read by a shell.
+Needs neither torch nor Gradio. The command stays a list of words down to the process: no shell ever reads it.
 """
 
 import re
@@ -29,7 +29,7 @@ from vlm.train.objectives.table import make_objective
 
 PARTS = ("visual_encoder", "connector", "language_model", "head")
 HF_NAME_KEYS = {"visual_encoder": "model.visual_encoder.hf_name", "language_model": "model.language_model.hf_name"}
-"""Parts that may also be a folder or a name on the Hub, and the key that says so."""
+"""Part that may also be a folder or a name on the Hub -> its key."""
 
 _compose_lock = Lock()
 """Hydra composes one configuration at a time in a process."""
@@ -37,13 +37,13 @@ _compose_lock = Lock()
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as somebody wants it.
+    """A shipped run and overrides of it.
 
     Attributes:
-        run: a shipped run.
-        parts: part -> a packaged choice, or a folder or Hub name; none: as the run has it.
-        keys: keys of their own fields -> value; empty ones and None: as the run has them.
-        lines: further overrides as they are typed, one a line.
+        run: the name of the run.
+        parts: part -> a packaged choice, a folder or a Hub name; empty or None: the run's own part.
+        keys: key -> value, for keys that have their own field; empty or None: the run's own value.
+        lines: further overrides as typed, one a line.
     """
 
     run: str
@@ -52,44 +52,47 @@ class Plan:
     lines: str | None = None
 
     def words(self) -> list[str]:
-        """The overrides of the command line, in the order of the fields.
+        """Return the overrides of the command line, in the order of the fields.
 
         Raises:
-            ConfigError: a line is an option, or reaches for Hydra's own settings or the environment.
+            ConfigError: a line is an option, or changes Hydra's own settings or reads the environment.
         """
-        parts = [
-            _part_override(part, choice.strip()) for part, choice in self.parts.items() if choice and choice.strip()
-        ]
-        keys = [f"{key}={_quote(value.strip())}" for key, value in self.keys.items() if value and value.strip()]
-        lines = [line.strip() for line in (self.lines or "").splitlines()]
-        typed = [line for line in lines if line and not line.startswith("#")]
-        for line in typed:
+        parts = [_part_override(part, choice) for part, choice in _filled_fields(self.parts)]
+        keys = [f"{key}={_quote(value)}" for key, value in _filled_fields(self.keys)]
+        stripped = map(str.strip, (self.lines or "").splitlines())
+        lines = [line for line in stripped if line and not line.startswith("#")]
+        for line in lines:
             if line.startswith("-"):
                 raise ConfigError(f"{line}: options are not taken here; a line is key=value")
             if line.lstrip("+~").partition("=")[0].partition("/")[0].partition(".")[0] in ("hydra", "_target_"):
                 raise ConfigError(f"{line}: Hydra's own settings are set on the command line only")
-        words = [*parts, *keys, *typed]
+        words = [*parts, *keys, *lines]
         for word in words:
-            if "${" in word:  # it could read the environment, and an error would show what it holds
+            if "${" in word:  # it could read the environment, and an error would show the value
                 raise ConfigError(f"{word}: ${{…}} is not filled in here; write the value itself")
         return words
 
     def compose_config(self) -> RunConfig:
-        """The configuration, refused by the checks of the command line.
+        """Return the configuration, checked as on the command line.
 
         Raises:
-            ConfigError: with the key, what was got and what is allowed.
+            ConfigError: with the key, the value got and the values allowed.
         """
         return compose_and_check(self.run, self.words())
 
     def overridden_keys(self) -> list[str]:
-        """The keys that the overrides set, as `with_config` names them to those who act on a configuration."""
+        """Return the keys that the overrides set, in the form in which `with_config` passes them on."""
         return [word.split("=")[0].lstrip("+~").replace("/", ".") for word in self.words()]
 
 
 def choices(part: str) -> list[str]:
-    """The packaged choices of a part."""
+    """Return the packaged choices of a part."""
     return packaged_names("vlm.config", f"model/{part}", ".yaml")
+
+
+def _filled_fields(values: dict[str, str | None]) -> list[tuple[str, str]]:
+    """Return the fields with a value, and their values without surrounding white space."""
+    return [(name, value.strip()) for name, value in values.items() if value and value.strip()]
 
 
 def _part_override(part: str, choice: str) -> str:
@@ -101,19 +104,18 @@ def _part_override(part: str, choice: str) -> str:
 
 
 def _quote(value: str) -> str:
-    """A value of a field, quoted where Hydra's grammar would read more in it than its characters."""
-    plain = all(character.isalnum() or character in "/-_.:%+@?|" for character in value)
-    if plain:
+    """Return a field's value, quoted where it has characters that Hydra's grammar does not read as plain text."""
+    if all(character.isalnum() or character in "/-_.:%+@?|" for character in value):
         return value
-    # Backslashes mean themselves, but for those before a quotation mark.
-    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + (r"\"" if found[2] else ""), value) + '"'
+    # Backslashes are literal, except before a quotation mark.
+    return '"' + re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + (r"\"" if match[2] else ""), value) + '"'
 
 
 def compose_and_check(run: str, words: Sequence[str]) -> RunConfig:
-    """The configuration of a shipped run under overrides, checked as on the command line.
+    """Return the configuration of a shipped run with overrides, checked as on the command line.
 
     Raises:
-        ConfigError: as the command line says it.
+        ConfigError: with the message of the command line.
     """
     if run not in run_names():
         raise ConfigError(f"choose a run: {', '.join(run_names())}")
@@ -134,25 +136,25 @@ def compose_and_check(run: str, words: Sequence[str]) -> RunConfig:
     return config
 
 
-def choose_run_folder(run: str, outputs: Path, before: str | None = None) -> Path:
-    """A directory for a run: the one that was shown before while nothing uses it, else a new one."""
-    if before is not None:
-        shown = Path(before)
-        if shown.parent == outputs and re.fullmatch(rf"{re.escape(run)}-\d+-\d+", shown.name) and not shown.exists():
-            return shown
+def choose_run_folder(run: str, outputs: Path, shown: str | None = None) -> Path:
+    """Return a directory for a run: the one that was shown to the user while it is unused, else a new one."""
+    if shown is not None:
+        folder = Path(shown)
+        if folder.parent == outputs and re.fullmatch(rf"{re.escape(run)}-\d+-\d+", folder.name) and not folder.exists():
+            return folder
     return outputs / f"{run}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def make_command(plan: Plan, folder: Path | None = None, processes: int = 1) -> list[str]:
-    """The words that run a plan: this Python, and one process for each GPU where there are several.
+    """Return the command that runs a plan with this Python, as words.
 
     Args:
-        plan: what is run.
+        plan: the run and its overrides.
         folder: the run directory; None: the overrides name it.
-        processes: how many.
+        processes: number of processes, one for each GPU.
 
     Raises:
-        ConfigError: there is no such number of processes.
+        ConfigError: the number of processes is below 1.
     """
     if processes < 1:
         raise ConfigError(f"processes: got {processes}, at least 1 is needed")
@@ -166,6 +168,6 @@ def make_command(plan: Plan, folder: Path | None = None, processes: int = 1) -> 
 
 
 def format_for_shell(command: Sequence[str]) -> str:
-    """A command to copy into a shell, a word of its own line each from the run's name on."""
-    at = command.index("-cn") + 2
-    return " \\\n  ".join([shlex.join(command[:at]), *map(shlex.quote, command[at:])])
+    """Return a command to copy into a shell; after the run's name, each word has its own line."""
+    start = command.index("-cn") + 2
+    return " \\\n  ".join([shlex.join(command[:start]), *map(shlex.quote, command[start:])])

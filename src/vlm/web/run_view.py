@@ -1,13 +1,15 @@
-"""The list of runs, and one of them: progress, loss, log, sample answers, configuration; and how it is stopped."""
+"""The list of runs, and one run: its progress, loss, log, sample answers and configuration, and buttons to stop it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import pandas as pd
 
 from vlm.web import jobs
-from vlm.web.html import error_html, log_html, note_html, run_table_html, samples, status
+from vlm.web.components import QUIET
+from vlm.web.html import error_html, log_html, note_html, run_table_html, samples_html, status_html
 from vlm.web.runs import Run, find_run, find_runs, last_samples, log_tail, loss_rows, read_metrics, read_run_file
 
 ROW_SELECT_JS = """
@@ -15,14 +17,14 @@ element.addEventListener('click', event => {
   const row = event.target.closest('[data-run]');
   if (row) trigger('select', {index: 0, value: row.dataset.run});
 })"""
-"""What tells the server which row of the table was clicked."""
+"""Tells the server which row of the table was clicked."""
 
 REFRESH_SECONDS = 2.0
-"""Between two looks at a run that is going."""
+"""Seconds between two looks at a run that is active."""
 
 
 class RunView:
-    """The runs below a folder, and the one that is looked at.
+    """The runs below a folder, and the selected one.
 
     Args:
         outputs: the folder of runs.
@@ -33,9 +35,9 @@ class RunView:
         self.selected = gr.State(None)
         self.last_signature = gr.State(None)
         self.table = gr.HTML(elem_id="runs-table", js_on_load=ROW_SELECT_JS, max_height=300, apply_default_css=False)
-        self.refresh_button = gr.Button("Look again", size="sm", elem_id="runs-again")
+        self.refresh_button = gr.Button("Refresh", size="sm", elem_id="runs-again")
         self.status = gr.HTML(elem_id="run-status", elem_classes="vlm-line")
-        with gr.Row(visible=False) as self.ending:
+        with gr.Row(visible=False) as self.end_buttons:
             self.stop = gr.Button("Stop", variant="stop", elem_id="run-stop")
             self.kill = gr.Button("Kill: nothing is saved", variant="stop", visible=False, elem_id="run-kill")
         self.message = gr.HTML(elem_id="run-message", elem_classes="vlm-line")
@@ -55,48 +57,46 @@ class RunView:
                         elem_id="run-config",
                     )  # fmt: skip
         self.shown = [
-            self.selected, self.last_signature, self.table, self.status, self.ending, self.kill, self.details,
+            self.selected, self.last_signature, self.table, self.status, self.end_buttons, self.kill, self.details,
             self.plot, self.log, self.samples, self.config,
         ]  # fmt: skip
 
     def connect_events(self, page: gr.Blocks) -> None:
-        """Connect what is pressed and what time brings."""
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        page.load(self._on_load, None, self.shown, **quiet)
-        self.refresh_button.click(self.refresh, self.selected, self.shown, **quiet)
-        self.table.select(self._on_select, None, [*self.shown, self.message], **quiet)
-        gr.Timer(REFRESH_SECONDS).tick(self._poll, [self.selected, self.last_signature], self.shown, **quiet)
-        self.stop.click(lambda name: self._end_run(name, jobs.stop), self.selected, self.message, **quiet).then(
-            self.refresh, self.selected, self.shown, **quiet
-        )
-        self.kill.click(lambda name: self._end_run(name, jobs.kill), self.selected, self.message, **quiet).then(
-            self.refresh, self.selected, self.shown, **quiet
-        )
+        """Connect the buttons, the table and the timer."""
+        page.load(self._on_load, None, self.shown, **QUIET)
+        self.refresh_button.click(self.refresh, self.selected, self.shown, **QUIET)
+        self.table.select(self._on_select, None, [*self.shown, self.message], **QUIET)
+        gr.Timer(REFRESH_SECONDS).tick(self._poll, [self.selected, self.last_signature], self.shown, **QUIET)
+        for button, end, message in (
+            (self.stop, jobs.stop, "Asked {} and all its processes to end."),
+            (self.kill, jobs.kill, "Killed {}: all that it had not saved is lost."),
+        ):
+            button.click(partial(self._end_run, end, message), self.selected, self.message, **QUIET).then(
+                self.refresh, self.selected, self.shown, **QUIET
+            )
 
-    def refresh(self, name: str | None) -> tuple[Any, ...]:
-        """Everything anew, in the order of `shown`."""
+    def refresh(self, name: str | None) -> tuple[object, ...]:
+        """Return new values of all components of `shown`, for the run of a name."""
         runs = find_runs(self.outputs)
         run = find_run(self.outputs, name)
         table = run_table_html(runs, name) if runs else note_html(f"No run found under {self.outputs}/ yet.")
         return run.name if run else None, _get_signature(run), table, *_render_details(run)
 
-    def _on_load(self) -> tuple[Any, ...]:
-        """A run that is going is found again by whoever opens the page."""
+    def _on_load(self) -> tuple[object, ...]:
+        """Show the run that is active, if there is one."""
         return self.refresh(next((run.name for run in find_runs(self.outputs) if run.is_active), None))
 
-    def _on_select(self, event: gr.SelectData) -> tuple[Any, ...]:
+    def _on_select(self, event: gr.SelectData) -> tuple[object, ...]:
         return *self.refresh(str(event.value)), ""
 
-    def _poll(self, name: str | None, last_signature: Any) -> Any:
-        """What changed since the last look; nothing where nothing did."""
+    def _poll(self, name: str | None, last_signature: list[object] | None) -> tuple[object, ...]:
+        """Refresh the selected run if it changed."""
         run = find_run(self.outputs, name) if name else None
-        return (
-            [gr.skip()] * len(self.shown)
-            if run is None or _get_signature(run) == last_signature
-            else self.refresh(name)
-        )
+        if run is None or _get_signature(run) == last_signature:
+            return (gr.skip(),) * len(self.shown)
+        return self.refresh(name)
 
-    def _end_run(self, name: str | None, end: Any) -> str:
+    def _end_run(self, end: Callable[[Path], object], message: str, name: str | None) -> str:
         run = find_run(self.outputs, name)
         if run is None:
             return error_html("choose a run first")
@@ -104,31 +104,34 @@ class RunView:
             end(run.folder)
         except (ValueError, OSError) as error:
             return error_html(str(error))
-        if end is jobs.stop:
-            return note_html(f"Asked {run.name} and all its processes to end.")
-        return note_html(f"Killed {run.name}: what it had not saved is gone.")
+        return note_html(message.format(run.name))
 
 
-def _render_details(run: Run | None) -> tuple[Any, ...]:
-    """What is shown of one run, from `status` on."""
+def _render_details(run: Run | None) -> tuple[object, ...]:
+    """Return the values of `RunView.shown` from `status` on."""
     if run is None:
-        off = gr.update(visible=False)
-        return "", off, off, off, None, "", "", ""
+        hidden = gr.update(visible=False)
+        return "", hidden, hidden, hidden, None, "", "", ""
     rows = loss_rows(read_metrics(run.folder))
     job = jobs.read_job(run.folder)
-    unknown = "This run was not started from the page: its log is where it was started."
-    log = log_tail(run.folder / jobs.LOG_FILE) or (unknown if job is None else "Nothing printed yet.")
-    config = "\n".join(f"# {line}" for line in read_run_file(run.folder, "command.txt").splitlines())
+    empty = (
+        "Nothing printed yet." if job else "This run was not started from the page: its log is where it was started."
+    )
+    command = "\n".join(f"# {line}" for line in read_run_file(run.folder, "command.txt").splitlines())
     return (
-        status(run) + _resume_advice(run), gr.update(visible=run.is_active),
-        gr.update(visible=run.is_active and jobs.can_kill(job)), gr.update(visible=True),
-        pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None, log_html(log),
-        samples(*last_samples(run.folder)), f"{config}\n{read_run_file(run.folder, 'config.yaml')}",
-    )  # fmt: skip
+        status_html(run) + _resume_advice(run),
+        gr.update(visible=run.is_active),
+        gr.update(visible=run.is_active and jobs.can_kill(job)),
+        gr.update(visible=True),
+        pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None,
+        log_html(log_tail(run.folder / jobs.LOG_FILE) or empty),
+        samples_html(*last_samples(run.folder)),
+        f"{command}\n{read_run_file(run.folder, 'config.yaml')}",
+    )
 
 
 def _resume_advice(run: Run) -> str:
-    """What can be done about a run that did not come to its end."""
+    """Return how to resume a run that did not finish."""
     if run.state == "ending":
         return note_html("Asked to end; it is still busy.")
     if run.state not in ("stopped", "failed", "not finished"):
@@ -137,14 +140,14 @@ def _resume_advice(run: Run) -> str:
     if not saved:
         return note_html("It saved no checkpoint." + (" The log says why it ended." if run.state == "failed" else ""))
     newest = max(saved, key=lambda folder: int(folder.name.rpartition("-")[2]))
-    return note_html(f"Saved up to {newest.name}. To go on: trainer.output_dir={run.folder} and "
-                "trainer.resume_from_checkpoint=true among the overrides.")  # fmt: skip
+    keys = f"trainer.output_dir={run.folder} and trainer.resume_from_checkpoint=true"
+    return note_html(f"Saved up to {newest.name}. To resume: {keys} among the overrides.")
 
 
-def _get_signature(run: Run | None) -> Any:
-    """What changes when there is something new to see of a run."""
+def _get_signature(run: Run | None) -> list[object] | None:
+    """Return values that change when the view of a run has to change."""
     if run is None:
         return None
-    files = ("metrics.jsonl", jobs.LOG_FILE, "samples.md", "config.yaml")
-    sizes = [(run.folder / name).stat().st_size if (run.folder / name).is_file() else 0 for name in files]
+    files = [run.folder / name for name in ("metrics.jsonl", jobs.LOG_FILE, "samples.md", "config.yaml")]
+    sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
     return [run.state, jobs.can_kill(jobs.read_job(run.folder)), *sizes]

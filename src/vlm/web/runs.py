@@ -1,31 +1,51 @@
-"""Runs as their directories tell of them: which there are, how far each came, what it logged.
+"""Runs as their directories describe them: which exist, their progress, and what they logged.
 
-Needs neither torch nor Gradio. Everything is read from disk each time, so a restarted page knows as much as before.
+Needs neither torch nor Gradio. Everything is read from disk each time, so that a restarted page loses nothing.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Required, TypedDict
 
 from omegaconf import OmegaConf
 
 from vlm.web.jobs import Job, read_job
 
-PREDICTION_MODEL_TYPES = ("vlm_prediction",)
+PREDICTION_MODEL_TYPE = "vlm_prediction"
 """`model_type` of checkpoints with prediction heads."""
 
 MAX_RUN_DEPTH = 2
 """Runs lie directly below the folder of outputs, or in a folder there."""
 
 TAIL_BYTES, TAIL_LINES = 64 * 1024, 200
-"""So much of a log's end is read, and so many lines of it are shown."""
+"""How much of a log's end is read, and how many of its lines are shown."""
 
 MAX_PLOT_POINTS = 1000
-"""Of each loss in a plot."""
+"""The largest number of points of a loss in a plot."""
+
+LOSS_NAMES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
+"""Key of a loss in `metrics.jsonl` -> its name in a plot."""
+
+
+class LoggedMetrics(TypedDict, total=False):
+    """A line of `metrics.jsonl`: these keys, and any others."""
+
+    step: Required[int]
+    epoch: float
+    loss: float | None
+
+
+class SampleAnswer(TypedDict, total=False):
+    """A sample of `samples.md`; `image` is a path."""
+
+    image: str
+    question: Required[str]
+    reference: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -33,13 +53,13 @@ class Run:
     """A run directory.
 
     Attributes:
-        folder: where it is.
+        folder: the directory.
         name: its path below the folder of outputs.
-        started: when it began, as far as its files tell.
+        started: when the run began, as far as its files tell.
         state: `running`, `ending` (asked to stop), `finished`, `stopped`, `failed`, or `not finished` where it was
-            started elsewhere and may or may not go on.
-        step: the last step logged; 0 before there is one.
-        loss: the last training loss logged.
+            started elsewhere and may still be running.
+        step: the last logged step; 0 before the first.
+        loss: the last logged training loss.
     """
 
     folder: Path
@@ -51,39 +71,35 @@ class Run:
 
     @property
     def progress(self) -> float | None:
-        """The share that is done, where it can be told."""
+        """The completed share of the run; None where it is unknown."""
         return 1.0 if self.state == "finished" else _get_progress(self.folder, last_metrics(self.folder))
 
     @property
     def is_active(self) -> bool:
-        """Whether its process lives."""
+        """Whether the run's process is alive."""
         return self.state in ("running", "ending")
 
 
 def find_runs(outputs: Path) -> list[Run]:
-    """The runs below a folder, the newest first."""
+    """Return the runs below a folder, the newest first."""
     runs = [read_run(folder, outputs) for folder in _run_folders(outputs, MAX_RUN_DEPTH)]
     return sorted(runs, key=lambda run: run.started, reverse=True)
 
 
 def find_run(outputs: Path, name: str | None) -> Run | None:
-    """The run of a name that `find_runs` gave; None where there is none, so that no other folder is ever read."""
-    folder = next((one for one in _run_folders(outputs, MAX_RUN_DEPTH) if _run_name(one, outputs) == name), None)
-    return None if folder is None else read_run(folder, outputs)
+    """Return the run of a name that `find_runs` gave; None for any other name, so that no other folder is read."""
+    folders = _run_folders(outputs, MAX_RUN_DEPTH)
+    return next((read_run(folder, outputs) for folder in folders if _run_name(folder, outputs) == name), None)
 
 
-def _run_folders(folder: Path, depth: int) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    found = []
-    for one in sorted(folder.iterdir()):
-        if not one.is_dir():
+def _run_folders(parent: Path, depth: int) -> Iterator[Path]:
+    for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
+        if not folder.is_dir():
             continue
-        if (one / "command.txt").is_file() or read_job(one) is not None:
-            found.append(one)
+        if (folder / "command.txt").is_file() or read_job(folder) is not None:
+            yield folder
         elif depth > 1:
-            found += _run_folders(one, depth - 1)
-    return found
+            yield from _run_folders(folder, depth - 1)
 
 
 def _run_name(folder: Path, outputs: Path) -> str:
@@ -91,7 +107,7 @@ def _run_name(folder: Path, outputs: Path) -> str:
 
 
 def read_run(folder: Path, outputs: Path) -> Run:
-    """What a run directory says of its run."""
+    """Read a run directory."""
     job = read_job(folder)
     lines = last_metrics(folder)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
@@ -116,13 +132,12 @@ def _get_state(folder: Path, job: Job | None) -> str:
 
 
 def _get_start_time(folder: Path, job: Job | None) -> datetime:
-    """When the page started it; else when its command was written, which is the first thing that a run does."""
-    file = folder / "command.txt"
-    return datetime.fromtimestamp(job.started if job is not None else file.stat().st_mtime)
+    """Return when the page started the run, else when its command was written, which a run does first."""
+    return datetime.fromtimestamp(job.started if job is not None else (folder / "command.txt").stat().st_mtime)
 
 
-def _get_progress(folder: Path, lines: Sequence[dict[str, Any]]) -> float | None:
-    """The share of a run that is done: of `max_steps` where that is set, else of its epochs."""
+def _get_progress(folder: Path, lines: Sequence[LoggedMetrics]) -> float | None:
+    """Return the completed share of `max_steps` where it is set, else of the epochs."""
     file = folder / "config.yaml"
     if not lines or not file.is_file():
         return None
@@ -137,106 +152,102 @@ def _get_progress(folder: Path, lines: Sequence[dict[str, Any]]) -> float | None
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a model that can be asked."""
+    """Return whether a folder holds a model."""
     return (folder / "config.json").is_file()
 
 
 def has_heads(checkpoint: str | Path) -> bool | None:
-    """Whether a checkpoint has prediction heads; None where it is no folder of this machine."""
-    file = Path(checkpoint, "config.json")
-    return (
-        json.loads(file.read_text(encoding="utf-8")).get("model_type") in PREDICTION_MODEL_TYPES
-        if file.is_file()
-        else None
-    )
+    """Return whether a checkpoint has prediction heads; None where it is no folder of this machine."""
+    if not is_checkpoint(Path(checkpoint)):
+        return None
+    config = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
+    return config.get("model_type") == PREDICTION_MODEL_TYPE
 
 
 def checkpoints(outputs: Path, extra_checkpoints: Sequence[str] = (), *, heads: bool | None = None) -> list[str]:
-    """Checkpoints to choose from: those given, and the complete models of runs, the newest first.
+    """Return checkpoints to choose from: the given ones, then the complete models of runs, the newest first.
 
     Args:
         outputs: the folder of runs.
-        extra_checkpoints: paths and Hub names; of the latter it is only known what they are once they are loaded.
-        heads: those with prediction heads, those without, or None: all.
+        extra_checkpoints: paths and Hub names; whether a Hub name has heads is unknown until it is loaded.
+        heads: True: those with prediction heads; False: those without; None: all.
     """
-    own = [str(run.folder / "final") for run in find_runs(outputs) if is_checkpoint(run.folder / "final")]
-    return [
-        one for one in dict.fromkeys([*extra_checkpoints, *own]) if heads is None or has_heads(one) in (heads, None)
-    ]
+    models = [str(run.folder / "final") for run in find_runs(outputs) if is_checkpoint(run.folder / "final")]
+    names = dict.fromkeys([*extra_checkpoints, *models])
+    return [name for name in names if heads is None or has_heads(name) in (heads, None)]
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; one that is being written right now is left out."""
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    content = file.read_text(encoding="utf-8")
-    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+def read_metrics(folder: Path) -> list[LoggedMetrics]:
+    """Return the lines of `metrics.jsonl`, without a line that is still being written."""
+    return _parse_metrics(read_run_file(folder, "metrics.jsonl"))
 
 
-def last_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The last whole lines of `metrics.jsonl`: enough to know where a run is, however long it is."""
-    text = _read_tail(folder / "metrics.jsonl")
+def last_metrics(folder: Path) -> list[LoggedMetrics]:
+    """Return the last complete lines of `metrics.jsonl`: enough for a run's state, however long the file is."""
+    return _parse_metrics(_read_tail(folder / "metrics.jsonl"))
+
+
+def _parse_metrics(text: str) -> list[LoggedMetrics]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def loss_rows(lines: Sequence[dict[str, Any]], max_points: int = MAX_PLOT_POINTS) -> list[tuple[int, float, str]]:
-    """(step, loss, which) for a plot: the training loss, and those of evaluations; of many, evenly spread ones."""
-    names = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
+def loss_rows(lines: Sequence[LoggedMetrics], max_points: int = MAX_PLOT_POINTS) -> list[tuple[int, float, str]]:
+    """Return (step, loss, name) for a plot of training and evaluation losses; of many points, evenly spread ones."""
     rows = []
-    for key, name in names.items():
-        found = [(line["step"], line[key], name) for line in lines if line.get(key) is not None]
-        every = -(-len(found) // max_points) or 1
-        rows += found[::-1][::every][::-1]  # with the last one
+    for key, name in LOSS_NAMES.items():
+        points = [(line["step"], loss, name) for line in lines if (loss := line.get(key)) is not None]
+        stride = -(-len(points) // max_points) or 1
+        rows += points[::-1][::stride][::-1]  # including the last point
     return rows
 
 
 def log_tail(file: Path) -> str:
-    """The end of a log as a terminal would show it; empty where there is none."""
+    """Return the end of a log as a terminal shows it; empty where there is no log."""
     return "\n".join(render_terminal_text(_read_tail(file)).splitlines()[-TAIL_LINES:])
 
 
 def _read_tail(file: Path) -> str:
-    """The last lines of a file, which may be long; empty where there is none."""
+    """Return the last lines of a file; empty where there is no file."""
     if not file.is_file():
         return ""
     with file.open("rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - TAIL_BYTES))
         text = stream.read().decode("utf-8", errors="replace")
-    return text if size <= TAIL_BYTES else text.partition("\n")[2]  # the first one is torn
+    return text if size <= TAIL_BYTES else text.partition("\n")[2]  # the first line is incomplete
 
 
 def render_terminal_text(text: str) -> str:
-    """Text without colours and control characters; of a line that was written over, what was written last."""
+    """Return text without colours and control characters; of a line that was overwritten, the last version."""
     text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])", "", text)
-    kept = []
+    lines = []
     for line in text.replace("\r\n", "\n").split("\n"):
-        parts = [part for part in line.split("\r") if part.strip()]
-        kept.append(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", parts[-1]) if parts else "")
-    return "\n".join(kept)
+        versions = [version for version in line.split("\r") if version.strip()]
+        lines.append(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", versions[-1]) if versions else "")
+    return "\n".join(lines)
 
 
-def last_samples(folder: Path) -> tuple[str, list[dict[str, str]]]:
-    """The newest step of `samples.md`, and its samples: `question`, `reference`, `answer`, and `image` (a path)."""
-    file = folder / "samples.md"
-    if not file.is_file():
+def last_samples(folder: Path) -> tuple[str, list[SampleAnswer]]:
+    """Return the newest step in `samples.md`, and its samples."""
+    text = read_run_file(folder, "samples.md")
+    if not text:
         return "", []
-    title, _, body = file.read_text(encoding="utf-8").rpartition("## Step ")[2].partition("\n")
-    samples: list[dict[str, str]] = []
+    title, _, body = text.rpartition("## Step ")[2].partition("\n")
+    samples: list[SampleAnswer] = []
     image = None
     for line in body.splitlines():
-        if found := re.fullmatch(r"!\[sample \d+\]\((samples/\d+\.png)\)", line):
-            image = str(folder / found[1])
-        elif found := re.match(r"- \*\*(question|reference|answer)\*\*: (.*)", line):
-            if found[1] == "question":
-                samples.append({} if image is None else {"picture": image})
+        if match := re.fullmatch(r"!\[sample \d+\]\((samples/\d+\.png)\)", line):
+            image = str(folder / match[1])
+        elif match := re.match(r"- \*\*(question|reference|answer)\*\*: (.*)", line):
+            if match[1] == "question":
+                samples.append({"question": match[2]} if image is None else {"image": image, "question": match[2]})
                 image = None
-            samples[-1][found[1]] = found[2]
+            else:
+                samples[-1][match[1]] = match[2]
     return f"Step {title.strip()}", samples
 
 
 def read_run_file(folder: Path, name: str) -> str:
-    """A file of a run directory; empty where it is not there yet."""
+    """Return the text of a file of a run directory; empty where the file does not exist."""
     file = folder / name
     return file.read_text(encoding="utf-8") if file.is_file() else ""
