@@ -1,4 +1,4 @@
-"""A run with prediction heads from the records to the folder that loads alone."""
+"""Prediction heads from the records to the folder that loads alone: each task, what is refused, what is read."""
 
 import json
 from collections.abc import Callable
