@@ -11,10 +11,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
+from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
 from vlm.config.schema import PARTS, TRAINING_ARGUMENT_FIELDS, TrainerOptions
-from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH
+from vlm.train.optimizers import check_optimizer
 from vlm.train.parts import is_trainable
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,9 @@ def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> Tr
     values = {name: value for name, value in given.items() if value is not None}
     if values["train_sampling_strategy"] == GROUP_BY_MODALITY_LENGTH:
         values["train_sampling_strategy"] = "random"  # our own sampler takes its place
+    custom_optimizer = values.pop("optim", None) if values.get("optim") not in list(OptimizerNames) else None
+    if custom_optimizer is not None:
+        check_optimizer(custom_optimizer)
     if values.get("tf32") and not is_torch_tf32_available():
         log.info("trainer.tf32=true: this machine has no GPU that knows TF32; left out")
         del values["tf32"]
@@ -51,6 +56,8 @@ def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> Tr
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error
+    if custom_optimizer is not None:
+        arguments.optim = custom_optimizer  # `TrainingArguments` refuses names that transformers does not have
     if trainer.accelerator_config is None:  # pyright: ignore[reportAttributeAccessIssue] - passed through
         # Out of pinned memory a device copies the next batch while it computes; without this the host would wait.
         arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory  # pyright: ignore
