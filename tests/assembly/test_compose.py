@@ -305,7 +305,7 @@ def test_an_image_processor_of_no_fixed_size_is_refused(parts: Parts, tmp_path: 
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_center_crop": False}))
     recipe = parts.recipe()
     recipe.visual_encoder.hf_name = str(folder)
-    with pytest.raises(ValueError, match="pictures of no fixed size"):
+    with pytest.raises(ValueError, match="images of no fixed size"):
         compose(recipe, None, None)
 
 
@@ -359,7 +359,10 @@ def test_a_checkpoints_processor_takes_another_template_and_mode(checkpoint: Pat
 
 def test_a_later_stage_may_go_back_to_the_tokenizers_own_template(parts: Parts, tmp_path: Path):
     """A pretraining on captions leaves the language model's template in the checkpoint."""
-    own = compose(parts.recipe(), None, None)[1].chat_template
+    config, processor = compose(parts.recipe(), None, None)
+    own = processor.chat_template
+    for name in ("a", "b"):
+        config.save_pretrained(tmp_path / name)
     parts.processor(template="plain").save_pretrained(tmp_path / "a")
     assert "<|im_start|>" not in open_checkpoint(tmp_path / "a").load_processor().chat_template
     assert open_checkpoint(tmp_path / "a").load_processor("tokenizer").chat_template == own

@@ -14,8 +14,7 @@ from transformers.image_utils import SizeDict
 
 from tests.conftest import losses
 from tests.tiny_parts import ENCODERS, WIDTH, Parts, picture
-from vlm.assembly.adapter_base import make_base
-from vlm.assembly.adapter_base import recipe as recipe_of
+from vlm.assembly.adapter_base import base_recipe, make_base
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.compose import (
     build_model,
@@ -23,7 +22,7 @@ from vlm.assembly.compose import (
     compose,
     recipe_differences,
 )
-from vlm.assembly.quantization import quantization_config_of
+from vlm.assembly.quantization import make_checkpoint_quantization
 from vlm.config.recorded import read_recipe
 from vlm.config.schema import EncoderConfig, RunConfig
 from vlm.hub.targets import EXPORT_FORMATS
@@ -338,7 +337,7 @@ def test_a_quantised_checkpoint_leaves_no_encoder_out(pair: Built):
     """Every Linear of both encoders is stored in few bits."""
     config = pair[0].config
     try:
-        bits = quantization_config_of(config, {"visual_encoder": "8bit"})
+        bits = make_checkpoint_quantization(config, {"visual_encoder": "8bit"})
     except ValueError:
         pytest.skip("bitsandbytes is not installed")
     assert bits is not None
@@ -353,10 +352,10 @@ def test_an_adapter_remembers_every_encoder_it_was_trained_on(parts: Parts):
     base = make_base(config)
     assert base is not None
     assert set(base.sources) == {"visual_encoder", "visual_encoder.extra_encoders.0", "language_model"}
-    again = recipe_of(base, trust_remote_code=False)
+    again = base_recipe(base, trust_remote_code=False)
     assert again.visual_encoder.extra_encoders[0].hf_name == str(parts.encoder("siglip"))
     assert not again.visual_encoder.extra_encoders[0].trust_remote_code
-    assert recipe_of(base, trust_remote_code=True) == trained
+    assert base_recipe(base, trust_remote_code=True) == trained
 
 
 def test_no_export_is_made_of_several_encoders_or_layers(pair: Built, parts: Parts):
@@ -393,7 +392,7 @@ def test_tiles_are_cut_for_each_encoder(parts: Parts):
 REFUSED = {
     "pictures of two sizes": (
         {"encoder": "dinov2", "extra_encoders": {"siglip": {}}},
-        r"need pictures of one size.*dinov2 \(model.visual_encoder.image_size=null\) 16 x 16 pixels, .*siglip "
+        r"need images of one size.*dinov2 \(model.visual_encoder.image_size=null\) 16 x 16 pixels, .*siglip "
         r"\(model.visual_encoder.extra_encoders.0.image_size=null\) 24 x 24 pixels. Set the image_size of one",
     ),
     "unequal features": (
@@ -402,13 +401,13 @@ REFUSED = {
     ),
     "different parts of a picture": (
         {"encoder": "clip", "extra_encoders": {"siglip": {}}},
-        r"see different parts of a picture \(dataset.image_mode=square\): model.visual_encoder keeps its middle, 100% "
+        r"see different parts of an image \(dataset.image_mode=square\): model.visual_encoder keeps its middle, 100% "
         r"of the shorter side, model.visual_encoder.extra_encoders.0 squashes .* model.visual_encoder.image_size=24 "
         "squashes",
     ),
     "a size that it does not take": (
         {"encoder": "clip", "image_size": 32},
-        r"model.visual_encoder.image_size=32: .*clip does not take pictures of that size: Input image size \(32\*32\)",
+        r"model.visual_encoder.image_size=32: .*clip does not take images of that size: Input image size \(32\*32\)",
     ),
     "a layer of one beside": (
         {"encoder": "clip", "image_size": 24, "extra_encoders": {"siglip": {"feature_layer": [-1, 9]}}},

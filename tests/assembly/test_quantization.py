@@ -22,8 +22,8 @@ from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.quantization import make_quantization_config
 from vlm.cli.main import main
+from vlm.train.checkpoints import TRAINED_WEIGHTS
 from vlm.train.lora import is_adapter
-from vlm.train.trainer import TRAINED_WEIGHTS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (the extra `quant`)"

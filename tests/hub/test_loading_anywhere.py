@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from tests import waiting
 from tests.hub.conftest import TOKEN
 from tests.hub.server import LocalHub
 from tests.models.test_checkpoints import OWN_CONNECTOR
@@ -178,10 +178,7 @@ def loaded(hub: LocalHub, parts: Parts, tmp_path_factory: pytest.TempPathFactory
         "HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "home"), "HF_TOKEN": TOKEN, "PYTHONPATH": "",
         "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *expected], env=environment, cwd=folder, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+    done = waiting.run([sys.executable, "-c", ELSEWHERE, *expected], env=environment, cwd=folder)
     CONNECTORS.pop("my_connector:MyConnector", None)
     sys.modules.pop("my_connector", None)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from huggingface_hub import snapshot_download
 from tests.command_line import refusal
 from tests.hub.conftest import READER, TOKEN
 from tests.hub.server import LocalHub, Repository
+from tests.waiting import HANG, wait_until
 from vlm.cli.main import main
 
 SCRIPT = "import sys; from vlm.cli.main import main; main(sys.argv[1:])"
@@ -143,8 +143,7 @@ def test_a_killed_upload_goes_on_with_what_is_missing(online: LocalHub, final: P
             first.append(request.path)
         if request.path == first[0]:
             return False
-        while not online.objects:
-            time.sleep(0.01)
+        wait_until(lambda: online.objects)
         request.rfile.read(1 << 10)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -159,7 +158,7 @@ def test_a_killed_upload_goes_on_with_what_is_missing(online: LocalHub, final: P
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert process.wait(HANG) == -signal.SIGKILL
     assert online.files("ann/killed") == {}
     assert len(online.objects) == 1
     online.trouble = None

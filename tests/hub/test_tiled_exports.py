@@ -165,7 +165,7 @@ def test_which_model_has_such_tiles(max_tiles: int | None, tile_several: bool, k
 def test_all_that_hinders_is_said_at_once(parts: Parts, tmp_path: Path):
     ours(parts, tmp_path / "a", ("siglip", "llama"), replace(ONEVISION, tile_several=True), options={"num_layers": 3})
     said = refusal("export", str(tmp_path / "a"), str(tmp_path / "out"), "--format", "llava")
-    assert "model.anyres.tile_several=true with max_tiles=2: LLaVA-NeXT tiles each of several pictures" in said
+    assert "model.anyres.tile_several=true with max_tiles=2: LLaVA-NeXT tiles each of several images" in said
     assert "num_layers=3" in said
     settings = json.loads((tmp_path / "a" / "processor_config.json").read_text())
     settings["image_processor"]["resample"] = 2

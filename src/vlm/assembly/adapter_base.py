@@ -1,4 +1,4 @@
-"""What an adapter was trained on: a checkpoint, or the parts of a composition, and how they are known again.
+"""The base that an adapter was trained on: a checkpoint, or the parts of a composition, recognised by fingerprints.
 
 `base.json` holds it. To let a run begin with another kind of base, add it to `make_base`.
 """
@@ -16,7 +16,7 @@ from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.quantization import quantized_parts
 from vlm.config.derived import BASE_FILE
 from vlm.config.recorded import current_key, read_recipe
-from vlm.config.schema import PARTS, ModelConfig, RunConfig
+from vlm.config.schema import PARTS, EncoderConfig, LanguageModelConfig, ModelConfig, RunConfig
 
 WHOLE_CHECKPOINT = "checkpoint"
 """The name of the only source of a base that is one checkpoint."""
@@ -39,7 +39,7 @@ class Source:
     Attributes:
         name: a folder, or a name on the Hub.
         revision: the commit on the Hub.
-        fingerprint: of the files with the weights, see `fingerprint`.
+        fingerprint: hash of the files with the weights, see `fingerprint`.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter was trained on.
+    """The model that an adapter was trained on.
 
     Attributes:
-        sources: `checkpoint`, or the parts that have weights of their own -> where they come from.
-        model: the `model` section of the run, where it was composed from parts.
+        sources: `checkpoint`, or each part that has weights of its own -> where its weights come from.
+        model: the `model` section of the run, where the base was composed from parts; else None.
     """
 
     sources: dict[str, Source]
@@ -71,12 +71,12 @@ def make_base(config: RunConfig) -> Base | None:
         return None
     if name := start_checkpoint or model.hf_name:
         return Base({WHOLE_CHECKPOINT: make_source(name, None if start_checkpoint else model.revision)})
-    sources = {part: make_source(given.hf_name, given.revision) for part, given in _parts_with_weights(model).items()}
+    sources = {name: make_source(part.hf_name, part.revision) for name, part in _parts_with_weights(model).items()}
     return Base(sources, without_quantization(asdict(model)))
 
 
 def without_quantization(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A `model` section whose parts are stored in full: adapters are merged into such ones."""
+    """Return a `model` section whose parts are stored in full, as adapters are merged into them."""
     return {
         key: {**value, "quantization": None} if isinstance(value, dict) and "quantization" in value else value
         for key, value in recipe.items()
@@ -84,7 +84,7 @@ def without_quantization(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_source(name: str, revision: str | None) -> Source:
-    """A source as it is now; folders by their full path, so that they are found from anywhere."""
+    """Return a source as it is now; a folder by its full path, so that it is found from anywhere."""
     folder = get_source_folder(name, revision)
     if Path(name).is_dir():
         return Source(str(Path(name).resolve()), None, fingerprint(folder))
@@ -92,24 +92,25 @@ def make_source(name: str, revision: str | None) -> Source:
 
 
 def get_source_folder(name: str, revision: str | None) -> Path:
-    """The folder that a source's files lie in: itself, or where the Hub's files are kept."""
+    """Return the folder that holds a source's files: the source itself, or the cache of the Hub's files."""
     if Path(name).is_dir():
         return Path(name)
-    found = cached_file(name, "config.json", revision=revision)
-    assert found is not None
-    return Path(found).parent
+    config_file = cached_file(name, "config.json", revision=revision)
+    assert config_file is not None
+    return Path(config_file).parent
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the sizes of the files with weights, and of pieces of each: quick, and another training differs.
+    """Return a hash of the sizes of the files with weights, and of pieces of each.
 
-    Pieces are spread evenly; the first is at the beginning, where composed models keep their connector.
+    The hash is quick to compute, and another training run gives another one. Pieces are spread evenly; the first is at
+    the beginning, where composed models keep their connector.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for patterns in WEIGHT_FILE_PATTERNS:
-        found = found or sorted(file for pattern in patterns for file in folder.glob(pattern))
+        files = files or sorted(file for pattern in patterns for file in folder.glob(pattern))
     digest = hashlib.sha256()
-    for file in found:
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
@@ -120,11 +121,11 @@ def fingerprint(folder: Path) -> str:
 
 
 def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
-    """The base of a checkpoint, where it lies now.
+    """Return the base of a checkpoint, where it lies now.
 
     Args:
-        folder: of the checkpoint.
-        base_paths: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part's.
+        folder: the checkpoint's folder.
+        base_paths: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
 
     Raises:
         ValueError: a source is no longer there or not what it was, or `base_paths` names none of them.
@@ -159,10 +160,10 @@ def _check_same_weights(folder: Path, part: str, source: Source) -> None:
                 f"machine). Say where it is now, to vlm generate or vlm merge-lora: {option}"
             )
         return  # a commit does not change
-    found = fingerprint(Path(source.name))
-    if found != source.fingerprint:
+    actual = fingerprint(Path(source.name))
+    if actual != source.fingerprint:
         raise ValueError(
-            f"{source.name} is not what {folder} was trained on: its weights differ (fingerprint {found}, needed is "
+            f"{source.name} is not what {folder} was trained on: its weights differ (fingerprint {actual}, needed is "
             f"{source.fingerprint}). Give the right one: {option}"
         )
 
@@ -171,20 +172,21 @@ def _join_source_names(sources: Mapping[str, Source]) -> str:
     return " and ".join(source.name for source in sources.values())
 
 
-def recipe(base: Base, *, trust_remote_code: bool) -> ModelConfig:
-    """The `model` section to compose a base from; code out of a repository runs only where the caller allows it.
+def base_recipe(base: Base, *, trust_remote_code: bool) -> ModelConfig:
+    """Return the `model` section to compose a base from.
 
-    Raises:
-        AssertionError: the base is one checkpoint.
+    Args:
+        base: a base that was composed from parts.
+        trust_remote_code: whether code out of a repository may run where the recipe says so, too.
     """
     assert base.model is not None
     model = read_recipe(base.model)
-    for part, given in _parts_with_weights(model).items():
-        given.hf_name, given.revision = base.sources[part].name, base.sources[part].revision
-        given.trust_remote_code = given.trust_remote_code and trust_remote_code
+    for name, part in _parts_with_weights(model).items():
+        part.hf_name, part.revision = base.sources[name].name, base.sources[name].revision
+        part.trust_remote_code = part.trust_remote_code and trust_remote_code
     return model
 
 
-def _parts_with_weights(model: ModelConfig) -> dict[str, Any]:
-    """What has weights of its own to load, under its key in `model`; each of several visual encoders."""
+def _parts_with_weights(model: ModelConfig) -> dict[str, EncoderConfig | LanguageModelConfig]:
+    """Return the parts with weights of their own, by their keys in `model`; each of several visual encoders."""
     return {**encoder_sources(model.visual_encoder), "language_model": model.language_model}

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,10 +24,10 @@ from vlm.families.table import get_part_names
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NON_LORA_WEIGHTS = "non_lora_trainables.safetensors"
-"""What is new besides the adapter: parts that trained, weights that no base holds. LLaVA's name for it."""
+"""Weights that are new besides the adapter: of trained parts, and those that no base holds. The name is LLaVA's."""
 
 PEFT_PREFIX = "base_model.model."
-"""What peft's files put before a name."""
+"""The prefix of names in peft's files."""
 
 
 # Writing
@@ -37,13 +37,13 @@ def save(
     model: PreTrainedModel, folder: Path, base: Base, *, new_rows: Mapping[str, int] | None = None,
     is_writer: bool = True,
 ) -> None:  # fmt: skip
-    """Write what a model has beyond its base. Every rank calls it, as ZeRO-3 needs; one writes.
+    """Write what a model has beyond its base. Every rank calls this, as ZeRO-3 needs; one rank writes.
 
     Args:
-        model: with its adapter, if it has one.
-        folder: made where it does not exist.
-        base: what the model began with.
-        new_rows: full names of embeddings of which some rows alone trained -> the first of those.
+        model: the model, with its adapter if it has one.
+        folder: the folder to write into; created where it does not exist.
+        base: the base that the model began with.
+        new_rows: full name of each embedding of which only some rows trained -> the first of those rows.
         is_writer: whether this rank writes.
     """
     adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
@@ -57,13 +57,13 @@ def save(
     state = {_base_name(name): tensor[rows.get(_base_name(name), 0) :].contiguous() for name, tensor in state.items()}
     save_file(state, folder / NON_LORA_WEIGHTS, metadata={"format": "pt"})
     base.write(folder)
-    if hasattr(model, "save_custom_code"):  # models of this framework, whose classes may be the user's own
-        model.save_custom_code(folder)
+    if save_custom_code := getattr(model, "save_custom_code", None):  # models of this framework alone
+        save_custom_code(folder)
     _unquantised_config(model.config).save_pretrained(folder)
 
 
 def _non_adapter_names(model: PreTrainedModel, base: Base) -> set[str]:
-    """Names of what is new besides the adapter: what trained, and what a composition began with at random."""
+    """Return the names of new tensors besides the adapter: those that trained, and those that began at random."""
     names = get_part_names(model.config)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
     learning = {names.part_of(name) for name, p in model.named_parameters() if p.requires_grad}
@@ -79,9 +79,9 @@ def _non_adapter_names(model: PreTrainedModel, base: Base) -> set[str]:
 
 
 def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
-    """Embeddings that grew with the tokenizer -> how many rows the base has; only those behind them are new.
+    """Return name -> number of rows in the base, for embeddings that grew with the tokenizer; later rows are new.
 
-    Where embeddings train, all rows are new.
+    Embeddings that train are left out: all of their rows are new.
     """
     if base.model is None:
         return {}
@@ -98,14 +98,14 @@ def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
 
 
 def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, one after the other, also where ZeRO-3 shards them."""
-    found = {}
+    """Return whole tensors on the CPU, gathered one after the other where ZeRO-3 shards them."""
+    gathered = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in names:
             with _gathered_parameter(tensor):
                 if keep:
-                    found[name] = tensor.detach().cpu().clone().contiguous()
-    return found
+                    gathered[name] = tensor.detach().cpu().clone().contiguous()
+    return gathered
 
 
 def _gathered_parameter(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -117,12 +117,12 @@ def _gathered_parameter(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _save_adapter(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, base: Base) -> None:
-    """`adapter_config.json` and `adapter_model.safetensors`, with the full names of the adapted layers."""
+    """Write `adapter_config.json` and `adapter_model.safetensors`, with the full names of the adapted layers."""
     weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     save_file(
         {PEFT_PREFIX + name: tensor for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
     )
-    config = copy.copy(model.peft_config["default"])
+    config = cast("LoraConfig", copy.copy(model.peft_config["default"]))  # pyright: ignore[reportIndexIssue] - set by peft
     config.target_modules = sorted(name for name, module in model.named_modules() if isinstance(module, LoraLayer))
     whole = base.sources.get(WHOLE_CHECKPOINT)
     config.base_model_name_or_path = None if whole is None else whole.name
@@ -132,7 +132,7 @@ def _save_adapter(model: PreTrainedModel, state: dict[str, Tensor], folder: Path
 
 
 def _base_name(name: str) -> str:
-    """A parameter's name in the model without an adapter."""
+    """Return a parameter's name in the model without an adapter."""
     return name.replace(".base_layer.", ".")
 
 
@@ -155,18 +155,18 @@ def _unquantised_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def is_adapter_checkpoint(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint, a folder or a name on the Hub, is complete only together with its base."""
+    """Return whether a checkpoint, a folder or a name on the Hub, is complete only together with its base."""
     if Path(checkpoint).is_dir():
         return Path(checkpoint, BASE_FILE).is_file()
-    found = cached_file(
+    base_file = cached_file(
         str(checkpoint), BASE_FILE, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    return found is not None
+    return base_file is not None
 
 
 def local_folder(checkpoint: str | Path) -> Path:
-    """The folder that holds a checkpoint's files; a name on the Hub is downloaded."""
+    """Return the folder that holds a checkpoint's files; a name on the Hub is downloaded."""
     return Path(checkpoint) if Path(checkpoint).is_dir() else Path(snapshot_download(str(checkpoint)))
 
 
@@ -181,30 +181,30 @@ def add_trained_weights(model: PreTrainedModel, folder: Path, *, merge: bool) ->
     Raises:
         ValueError: the base is another model.
     """
-    _replace_at(model, load_file(folder / NON_LORA_WEIGHTS), folder)
+    _overwrite_tensors(model, load_file(folder / NON_LORA_WEIGHTS), folder)
     return _load_adapter(model, folder, merge=merge) if (folder / ADAPTER_WEIGHTS).is_file() else model
 
 
 @torch.no_grad()
-def _replace_at(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Put tensors over a model's own; one with fewer rows holds the last ones (embeddings that grew).
+def _overwrite_tensors(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Overwrite tensors of a model; a tensor with fewer rows holds the last rows (of embeddings that grew).
 
     Raises:
         ValueError: the model has no such tensor, or one of another shape, or it is quantised.
     """
-    own = dict([*model.named_parameters(), *model.named_buffers()])
+    current = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in state.items():
-        if name not in own or own[name].shape[1:] != tensor.shape[1:] or len(own[name]) < len(tensor):
-            has = tuple(own[name].shape) if name in own else "no such weight"
+        if name not in current or current[name].shape[1:] != tensor.shape[1:] or len(current[name]) < len(tensor):
+            has = tuple(current[name].shape) if name in current else "no such weight"
             raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, but its base has {has}: it is another model")
-        if tensor.is_floating_point() and not own[name].is_floating_point():
+        if tensor.is_floating_point() and not current[name].is_floating_point():
             raise ValueError(f"{folder}: {name} was trained, and cannot be quantised here; merge first: vlm merge-lora")
-        target = own[name] if own[name].ndim == 0 else own[name][-len(tensor) :]
+        target = current[name] if current[name].ndim == 0 else current[name][-len(tensor) :]
         target.copy_(tensor)
 
 
 def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    """The model with the folder's adapter: within its weights, or beside them.
+    """Return the model with the folder's adapter, merged into its weights or beside them.
 
     Raises:
         ValueError: the adapter's layers are not those of the model.
@@ -223,4 +223,4 @@ def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTr
         raise ValueError(
             f"{folder}: its adapter does not fit its base, for example {[*missing, *result.unexpected_keys][0]}"
         )
-    return tuner.merge_and_unload(safe_merge=True) if merge else model
+    return cast("PreTrainedModel", tuner.merge_and_unload(safe_merge=True)) if merge else model

@@ -8,13 +8,13 @@ from vlm.checks.checkpoint import checkpoint_problem
 from vlm.config.derived import BASE_FILE
 
 NOT_COPIED = (BASE_FILE, "adapter_*", "non_lora_trainables.*", "config.json", "*.bin", ".*", "README.md")
-"""Files of an adapter's folder that the complete checkpoint does not need, or writes itself."""
+"""Files of an adapter's folder that the complete checkpoint does not need, or has of its own."""
 
 
 def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_remote_code: bool = False) -> str:
-    """Write the complete checkpoint, in the precision of the base, which is returned by its name.
+    """Write the complete checkpoint in the precision of the base, and return the name of that precision.
 
-    A folder appears only once it is whole.
+    The folder appears only once it is complete.
 
     Args:
         checkpoint: a folder that `vlm.assembly.adapter_folder.save` wrote, or a name on the Hub.

@@ -1,4 +1,4 @@
-"""From `model.anyres` to a composition that sees pictures in tiles: whether its parts allow it, and what they note."""
+"""From `model.anyres` to a composition that reads images in tiles: whether its parts allow it, and what is recorded."""
 
 import math
 from typing import Any
@@ -12,13 +12,13 @@ from vlm.models.processing_vlm import VLMProcessor
 
 
 def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]) -> None:
-    """Write into configuration and processor how pictures are tiled; where `requested` says nothing, nothing changes.
+    """Write into configuration and processor how images are tiled; where `requested` says nothing, nothing changes.
 
     Args:
-        config: the composition's.
-        processor: the composition's.
+        config: the composition's configuration.
+        processor: the composition's processor.
         requested: `model.anyres`.
-        size: height and width of what the visual encoder sees.
+        size: height and width of the pixels that the visual encoder reads.
 
     Raises:
         ValueError: the parts do not allow it.
@@ -34,15 +34,15 @@ def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyRes
     if processor.anyres is not None and processor.image_mode != "square":
         raise ValueError(
             f"dataset.image_mode={processor.image_mode}: with model.anyres, dataset.image_mode=square is needed. There "
-            "a picture is squashed to a square as a whole, and its tiles are padded with black; where it is one of "
-            "several, it is padded to a square in the mean colour."
+            "an image is squashed to a square as a whole, and its tiles are padded with black; an image that is one of "
+            "several is padded to a square in the mean colour."
         )
 
 
 def _anyres_fields(
     config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]
 ) -> dict[str, Any]:
-    """The fields of `AnyRes`.
+    """Return the fields of `AnyRes`.
 
     Raises:
         ValueError: the parts do not allow it.
@@ -63,7 +63,7 @@ def _anyres_fields(
             "(model.visual_encoder.feature_strategy=patch)"
         )
     if not processor.accepts_tensors:
-        name = next(type(one).__name__ for one in processor.image_processors if not is_plain(one))
-        raise ValueError(f"model.anyres: {name} does more with pictures than to resize and normalise them; choose none")
+        name = next(type(steps).__name__ for steps in processor.image_processors if not is_plain(steps))
+        raise ValueError(f"model.anyres: {name} does more with images than to resize and normalise them; choose none")
     grids = [list(grid) for grid in requested.grids or []]
     return vars(AnyRes(grids, size[0], side, requested.max_tiles, requested.tile_several))

@@ -15,12 +15,13 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, Source, read_base, recipe
+from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, Source, base_recipe, read_base
 from vlm.assembly.adapter_folder import add_trained_weights, is_adapter_checkpoint, local_folder
 from vlm.assembly.compose import build_model, choose_attention, choose_template, compose
 from vlm.assembly.encoders import check_views
 from vlm.assembly.family import check_is_family, get_auto_class, load_family_model, read_config
-from vlm.assembly.quantization import quantization_config_of
+from vlm.assembly.heads import get_num_embeddings
+from vlm.assembly.quantization import make_checkpoint_quantization
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.data.processor import Processor
 from vlm.families.processing import load_family_processor
@@ -161,17 +162,17 @@ class Checkpoint:
                     f"quantization={next(iter(quantization.values()))}: {self.name} has prediction heads; such a "
                     "checkpoint is loaded as it is, not quantised"
                 )
-            attention = {} if attn_implementation in (None, "auto") else {"attn_implementation": attn_implementation}
-            return VLMForPrediction.from_pretrained(
-                self.name, dtype=dtype, revision=self.revision or "main", **attention
-            )
+            options: dict[str, Any] = {}
+            if attn_implementation not in (None, "auto"):
+                options["attn_implementation"] = attn_implementation
+            return VLMForPrediction.from_pretrained(self.name, dtype=dtype, revision=self.revision or "main", **options)
         return self._load_text_model(dtype, attn_implementation, quantization)
 
     def _load_text_model(
         self, dtype: torch.dtype | str, attn_implementation: str | None, quantization: Mapping[str, str]
     ) -> PreTrainedModel:
         """Return a model without heads."""
-        bits = quantization_config_of(self.config, quantization)
+        bits = make_checkpoint_quantization(self.config, quantization)
         if not is_composed_config(self.config):
             attention = attn_implementation
             if attention is not None:
@@ -294,13 +295,14 @@ def _compose_base(
     base: Base, dtype: torch.dtype | str, quantization: Mapping[str, str], *, trust_remote_code: bool
 ) -> PreTrainedModel:
     """Return a base that was composed from parts; what is drawn at random here, the adapter's folder holds."""
-    model = recipe(base, trust_remote_code=trust_remote_code)
+    model = base_recipe(base, trust_remote_code=trust_remote_code)
     for part, kind in quantization.items():
         getattr(model, part).quantization = kind
     connector_class(model.connector.type)  # raises for a class of the user's own, which is not imported from here
     config, processor = compose(model, "plain", None)  # the template is of no account: the folder has its processor
     if isinstance(dtype, str):
-        dtype = config.text_config.dtype or torch.float32
+        recorded = config.text_config.dtype
+        dtype = recorded if isinstance(recorded, torch.dtype) else torch.float32
     return build_model(model, config, processor, dtype, seed=0)
 
 
@@ -311,7 +313,7 @@ def _with_recorded_config(model: PreTrainedModel, config: PreTrainedConfig) -> P
         ValueError: a head is of a class of the user's own, which is not imported from here.
     """
     rows = config.get_text_config().vocab_size
-    if rows > model.get_input_embeddings().num_embeddings:
+    if rows > get_num_embeddings(model):
         model.resize_token_embeddings(rows)
     body, body_config = get_body(model), get_body_config(config)
     if is_composed_config(body_config):

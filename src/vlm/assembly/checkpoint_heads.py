@@ -34,7 +34,7 @@ def resolve_checkpoint_heads(
     Raises:
         ValueError: the run asks for no heads, or for others.
     """
-    if requested.task is None:
+    if not requested.by_name:
         raise ValueError(
             f"trainer.from_pretrained={checkpoint}: it has prediction heads; choose a run with one, such as head-binary"
         )
@@ -55,7 +55,7 @@ def _check_same_heads(
     overridden_keys: Sequence[str],
 ) -> None:  # fmt: skip
     """Raise ValueError where a run asks for a head that the checkpoint lacks, or has with other options."""
-    pairs = [("", recorded.name, requested, recorded)]
+    pairs: list[tuple[str, str, HeadConfig, HeadConfig]] = [("", recorded.name, requested, recorded)]
     for name, head in requested.extra_heads.items():
         if name not in recorded.extra_heads:
             raise _fixed_heads_error(checkpoint, f"extra_heads.{name}", head.task, f"only {', '.join(labels)}")
@@ -70,7 +70,7 @@ def _check_same_heads(
 
 
 def _requested_fields(head: HeadConfig, prefix: str, overridden_keys: Sequence[str]) -> Iterator[Field[Any]]:
-    """Yield the fields that a head's weights depend on and that a run sets, or has at other than the default."""
+    """Yield the fields that weights depend on and that a run sets, or has at another value than the default."""
     for field in fields(head):
         if field.name not in (*CHANGEABLE_HEAD_KEYS, "extra_heads") and (
             f"{prefix}{field.name}" in overridden_keys or _differs_from_default(head, field)
@@ -80,8 +80,8 @@ def _requested_fields(head: HeadConfig, prefix: str, overridden_keys: Sequence[s
 
 def _fixed_heads_error(checkpoint: str, key: str, requested: object, recorded: object) -> ValueError:
     return ValueError(
-        f"trainer.from_pretrained={checkpoint}: its heads are fixed. You asked for model.head.{key}={requested}, but it "
-        f"has {recorded}"
+        f"trainer.from_pretrained={checkpoint}: its heads are fixed. You asked for model.head.{key}={requested}, but "
+        f"it has {recorded}"
     )
 
 

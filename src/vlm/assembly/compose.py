@@ -1,10 +1,11 @@
 """From a `ModelConfig` to a model and its processor: the only file that knows both the schema and the models.
 
-`compose` reads the parts' configurations and tokenizer and settles everything about the composition, in seconds and
-without weights; `build_model` then loads the weights.
+`compose` reads the parts' configurations and tokenizer and returns the model's configuration and processor, in seconds
+and without weights; `build_model` then loads the weights.
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -39,7 +40,7 @@ from vlm.models.processing_vlm import VLMProcessor
 
 
 def compose(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[VLMConfig, VLMProcessor]:
-    """Settle the composition: configuration and processor, without weights.
+    """Return configuration and processor of a composition, without weights.
 
     Args:
         model: the three parts.
@@ -82,9 +83,9 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
 def build_model(
     model: ModelConfig, config: VLMConfig, processor: Processor, dtype: torch.dtype, seed: int
 ) -> VLMForConditionalGeneration:
-    """Load the parts' weights and compose them; embeddings grow where the tokenizer did.
+    """Return the model composed of the parts' weights; embeddings grow where the tokenizer did.
 
-    The connector's first weights depend on `seed` alone, not on what the parts drew before it.
+    The connector's first weights depend on `seed` alone, not on random numbers that the parts drew before it.
     """
     attention = model.attn_implementation
     sources = encoder_sources(model.visual_encoder).values()
@@ -117,7 +118,7 @@ def make_generation_config(settings: GenerationConfig | None) -> GenerationConfi
 
 
 def register_connector_class(kind: str) -> None:
-    """Import `package.module:Class` and put it in the table under that name; other names are left alone.
+    """Import `package.module:Class` and put the class in the table under that name; other names stay as they are.
 
     Raises:
         ValueError: the module or the class does not exist.
@@ -143,6 +144,7 @@ def choose_attention(
     """
     if name != "auto":
         return name
+    assert auto._model_mapping is not None
     model_class = auto._model_mapping.get(type(config), None)
     half = dtype in (torch.bfloat16, torch.float16)
     if half and torch.cuda.is_available() and is_flash_attn_2_available() and model_class._supports_flash_attn:
@@ -150,24 +152,24 @@ def choose_attention(
     return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
-def choose_template(name: str, own: object, source: str) -> str:
+def choose_template(name: str, own_template: object, source: str) -> str:
     """Return the text of a template: a packaged one, a file, or the tokenizer's own.
 
     Args:
         name: `dataset.template`, or `tokenizer`.
-        own: the template that the tokenizer brought along, if any.
+        own_template: the template that came with the tokenizer, if any.
         source: where the tokenizer comes from, for the message.
 
     Raises:
-        ValueError: the tokenizer brings none.
+        ValueError: no template came with the tokenizer.
     """
     if name != "tokenizer":
         return read_template(name)
-    if not isinstance(own, str):
+    if not isinstance(own_template, str):
         raise ValueError(
             f"dataset.template=tokenizer: {source} brings no chat template. Name one, such as plain or v1."
         )
-    return own
+    return own_template
 
 
 def _part_config(part: str, source: EncoderConfig | LanguageModelConfig) -> PreTrainedConfig:
@@ -194,10 +196,10 @@ def _part_config(part: str, source: EncoderConfig | LanguageModelConfig) -> PreT
 
 
 def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer, with the image tokens that it lacks and a padding token.
+    """Return the language model's tokenizer, with the image tokens that it lacks and a padding token.
 
     Raises:
-        ValueError: there is none beside the language model.
+        ValueError: no tokenizer loads from the language model's folder.
     """
     source = model.language_model
     try:
@@ -209,9 +211,9 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.language_model.hf_name={source.hf_name}: no tokenizer loads from there: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    requested = [model.image_token, model.image_start_token, model.image_end_token]
+    image_tokens = [model.image_token, model.image_start_token, model.image_end_token]
     known = tokenizer.get_vocab()
-    new = [token for token in requested if token is not None and token not in known]
+    new = [token for token in image_tokens if token is not None and token not in known]
     tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     add_tokens(model, tokenizer)
     if tokenizer.pad_token is None:
@@ -245,8 +247,10 @@ def _load_part(
     return part
 
 
-def recipe_differences(config: VLMConfig, model: ModelConfig, overridden_keys: list[str]) -> list[tuple[str, Any, Any]]:
-    """Where `model` contradicts a checkpoint under the touched keys: (key, wanted, the checkpoint's)."""
+def recipe_differences(
+    config: VLMConfig, model: ModelConfig, overridden_keys: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
+    """Return where `model` contradicts a checkpoint under the overridden keys: (key, requested, recorded)."""
     recorded = _flatten(asdict(ModelConfig())) | _flatten(upgrade_recipe(config.recipe))
     requested = _flatten(asdict(model))
     return [
@@ -263,7 +267,7 @@ def recipe_differences(config: VLMConfig, model: ModelConfig, overridden_keys: l
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys."""
+    """Return a nested mapping as a flat one with dotted keys."""
     flat = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -1,4 +1,4 @@
-"""From `model.visual_encoder` to what is read of its encoders: sizes, layers and tokens, found out without weights."""
+"""From `model.visual_encoder` to the features that are read: sizes, layers and tokens, found out without weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,14 @@ from transformers import (
     AutoModel,
     CLIPImageProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
     TimmWrapperImageProcessor,
 )
 
 from vlm.config.schema import EncoderConfig, VisualEncoderConfig
 from vlm.models.configuration_vlm import encoder_names
 from vlm.models.encoders import flatten_feature_map
+from vlm.models.pixels import ImageProcessor
 from vlm.models.processing_vlm import VLMProcessor
 
 EARLY_EXIT_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -25,125 +27,128 @@ EARLY_EXIT_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """One encoder, looked at without weights.
+    """Properties of one encoder, found out without weights.
 
     Attributes:
-        reading: what is read of it, see `VLMConfig.readings`.
+        selection: which features are read, see `VLMConfig.feature_selections`.
         num_patches: patches of one image.
-        num_features: what is read of one image.
-        width: of a feature.
+        num_features: features of one image that are read.
+        width: width of a feature.
         unread: names of parameters that the features do not depend on.
     """
 
-    reading: dict[str, Any]
+    selection: dict[str, Any]
     num_patches: int
     num_features: int
     width: int
     unread: list[str]
 
 
-def encoder_sources(given: VisualEncoderConfig) -> dict[str, EncoderConfig]:
-    """The encoders in the order of their channels, under their keys in `model`."""
-    extra = {f"visual_encoder.extra_encoders.{i}": encoder for i, encoder in enumerate(given.extra_encoders)}
-    return {"visual_encoder": given, **extra}
+def encoder_sources(config: VisualEncoderConfig) -> dict[str, EncoderConfig]:
+    """Return the encoders in the order of their channels, by their keys in `model`."""
+    extra = {f"visual_encoder.extra_encoders.{i}": encoder for i, encoder in enumerate(config.extra_encoders)}
+    return {"visual_encoder": config, **extra}
 
 
 def resolve_encoders(
-    given: VisualEncoderConfig, configs: Sequence[PreTrainedConfig]
-) -> tuple[dict[str, Any], list[Any], tuple[int, int]]:
-    """Find out what the encoders give for one image; `configs` lose the layers that are not read.
+    visual_encoder: VisualEncoderConfig, configs: Sequence[PreTrainedConfig]
+) -> tuple[dict[str, Any], list[ImageProcessor], tuple[int, int]]:
+    """Find out which features the encoders give for one image; layers that are not read are removed from `configs`.
 
     Args:
-        given: `model.visual_encoder`.
-        configs: of its encoders.
+        visual_encoder: `model.visual_encoder`.
+        configs: the configurations of its encoders.
 
     Returns:
-        Keyword arguments of `VLMConfig`, the image processors, and height and width of the pixels that they give.
+        Keyword arguments of `VLMConfig`, the image processors, and height and width of the pixels they return.
 
     Raises:
-        ValueError: a layer or a CLS token that there is not, or encoders that do not fit together.
+        ValueError: a layer or a CLS token that does not exist, or encoders that do not fit together.
     """
-    sources = encoder_sources(given)
+    sources = encoder_sources(visual_encoder)
     for config in configs:
         if config.model_type == "siglip_vision_model":
-            config.vision_use_head = False  # its pooled output is read by nobody here
+            config.vision_use_head = False  # nothing reads its pooled output
     loaded = list(zip(sources.items(), configs, strict=True))
     processors = [_image_processor(part, source, config.model_type) for (part, source), config in loaded]
     sizes = [image_size(processor) for processor in processors]
     if len(set(sizes)) > 1:
         raise ValueError(_mismatch_message(sources, [f"{height} x {width} pixels" for height, width in sizes]))
     infos = [_inspect_encoder(part, source, config, sizes[0]) for (part, source), config in loaded]
-    if len({one.num_features for one in infos}) > 1:
-        raise ValueError(_mismatch_message(sources, [f"{one.num_features} features" for one in infos]))
+    if len({info.num_features for info in infos}) > 1:
+        raise ValueError(_mismatch_message(sources, [f"{info.num_features} features" for info in infos]))
     prefixes = [""] if len(infos) == 1 else [f"encoders.{i}." for i in range(len(infos))]
     values = {
         **dict(zip(encoder_names(len(configs)), configs, strict=True)),
-        **infos[0].reading,
+        **infos[0].selection,
         "num_patches": infos[0].num_patches,
-        "vision_dim": sum(one.width for one in infos),
-        "beside": [one.reading for one in infos[1:]],
-        "unread_parameters": [lead + name for lead, one in zip(prefixes, infos, strict=True) for name in one.unread],
+        "vision_dim": sum(info.width for info in infos),
+        "beside": [info.selection for info in infos[1:]],
+        "unread_parameters": [
+            prefix + name for prefix, info in zip(prefixes, infos, strict=True) for name in info.unread
+        ],
     }
     return values, processors, sizes[0]
 
 
-def _mismatch_message(sources: dict[str, EncoderConfig], given: Sequence[str]) -> str:
-    """The message for encoders whose features cannot stand side by side."""
+def _mismatch_message(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> str:
+    """Return the message for encoders whose features cannot be concatenated."""
     shown = {part: "null" if source.image_size is None else source.image_size for part, source in sources.items()}
     each = ", ".join(
-        f"{source.hf_name} (model.{part}.image_size={shown[part]}) {what}"
-        for (part, source), what in zip(sources.items(), given, strict=True)
+        f"{source.hf_name} (model.{part}.image_size={shown[part]}) {output}"
+        for (part, source), output in zip(sources.items(), outputs, strict=True)
     )
     return (
-        "model.visual_encoder: encoders side by side need pictures of one size and give equally many features: "
+        "model.visual_encoder: encoders side by side need images of one size and give equally many features: "
         f"{each}. Set the image_size of one that takes several sizes, such as DINOv2, and the same feature_strategy"
     )
 
 
-SQUASHED = "squashes the picture to a square"
+SQUASHED = "squashes the image to a square"
 
 
 def check_views(processor: VLMProcessor) -> None:
-    """Several encoders must see the same part of a picture, or features of different places would be one token.
+    """Check that several encoders read the same part of an image: features of different places would become one token.
 
     Raises:
-        ValueError: one squashes the picture, another crops it, or crops more of it.
+        ValueError: one encoder squashes the image and another crops it, or crops more of it.
     """
     if processor.anyres is not None:
         return  # tiles are the same for all
-    infos = [_describe_crop(steps, processor.image_mode) for steps in processor.image_processors]
-    if len(set(infos)) > 1:
+    crops = [_describe_crop(steps, processor.image_mode) for steps in processor.image_processors]
+    if len(set(crops)) > 1:
         side = image_size(processor.image_processor)[0]
         keys = ["visual_encoder", *(f"visual_encoder.extra_encoders.{i}" for i in range(len(processor.beside)))]
-        each = ", ".join(f"model.{key} {what}" for key, what in zip(keys, infos, strict=True))
-        cropped = [key for key, what in zip(keys, infos, strict=True) if what != SQUASHED]
+        each = ", ".join(f"model.{key} {crop}" for key, crop in zip(keys, crops, strict=True))
+        cropped = [key for key, crop in zip(keys, crops, strict=True) if crop != SQUASHED]
         fixes = ", ".join(f"model.{key}.image_size={side}" for key in cropped)
         raise ValueError(
-            f"the visual encoders would see different parts of a picture (dataset.image_mode={processor.image_mode}): "
+            f"the visual encoders would see different parts of an image (dataset.image_mode={processor.image_mode}): "
             f"{each}. {fixes} squashes it there, too"
         )
 
 
-def _describe_crop(steps: Any, image_mode: str) -> str:
-    """What part of a picture an image processor leaves, in words."""
+def _describe_crop(steps: ImageProcessor, image_mode: str) -> str:
+    """Describe which part of an image an image processor keeps."""
     if not getattr(steps, "do_center_crop", None):
         return SQUASHED
-    kept = min(image_size(steps)) / (steps.size.shortest_edge or min(steps.size.height, steps.size.width))
-    if kept >= 1 and (image_mode == "pad" or not steps.size.shortest_edge):
+    share = min(image_size(steps)) / (steps.size.shortest_edge or min(steps.size.height, steps.size.width))
+    if share >= 1 and (image_mode == "pad" or not steps.size.shortest_edge):
         return SQUASHED
-    return f"keeps its middle, {kept:.0%} of the shorter side"
+    return f"keeps its middle, {share:.0%} of the shorter side"
 
 
-def image_size(image_processor: Any) -> tuple[int, int]:
-    """Height and width of the pixels that an image processor gives."""
+def image_size(image_processor: ImageProcessor) -> tuple[int, int]:
+    """Return height and width of the pixels that an image processor returns."""
     size = image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
     if "height" not in size:
-        raise ValueError(f"the visual encoder's image processor gives pictures of no fixed size: {size}")
+        raise ValueError(f"the visual encoder's image processor gives images of no fixed size: {size}")
     return size["height"], size["width"]
 
 
-def _image_processor(part: str, source: EncoderConfig, model_type: str) -> Any:
-    """The encoder's image processor, at the size asked for; timm's is rewritten as one that loads out of any folder."""
+def _image_processor(part: str, source: EncoderConfig, model_type: str) -> ImageProcessor:
+    """Return an encoder's image processor at the size asked for; timm's as one that loads from any folder."""
+    processor: Any  # the classes of transformers declare the attributes of `ImageProcessor` less narrowly
     if model_type == "timm_wrapper":
         processor = _timm_image_processor(part, source)
     else:
@@ -159,10 +164,10 @@ def _image_processor(part: str, source: EncoderConfig, model_type: str) -> Any:
 
 
 def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcessor:
-    """What prepares pictures as timm does.
+    """Return an image processor that prepares images as timm does.
 
     Raises:
-        ValueError: timm prepares pictures for it in a way that there is no such processor for.
+        ValueError: timm crops images in a way that no image processor of transformers does.
     """
     processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision or "main")
     data = processor.data_config
@@ -184,7 +189,7 @@ def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcesso
 
 
 def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]) -> EncoderInfo:
-    """What an encoder gives for one image, by running it without weights; layers that are not read leave `config`.
+    """Find out what an encoder gives for one image by running it without weights; unread layers leave `config`.
 
     Raises:
         ValueError: a feature layer is out of range, the layers are maps of several sizes, or the strategy asks for a
@@ -215,7 +220,7 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
     patches = features.shape[1] - prefix
     counts = {"patch": patches, "cls+patch": patches + 1, "cls": 1, "full": patches + prefix}
     return EncoderInfo(
-        reading={
+        selection={
             "feature_layer": layers if layers is None or isinstance(source.feature_layer, list) else layers[0],
             "feature_strategy": source.feature_strategy,
             "num_prefix_tokens": prefix,
@@ -228,13 +233,13 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
 
 
 def _resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[int]:
-    """The feature layers, counted from the front.
+    """Yield the feature layers, counted from the front.
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: a layer is out of range.
     """
-    given = source.feature_layer if isinstance(source.feature_layer, list) else [source.feature_layer]
-    for layer in given:
+    layers = source.feature_layer if isinstance(source.feature_layer, list) else [source.feature_layer]
+    for layer in layers:
         if not -count <= layer < count:
             raise ValueError(
                 f"model.{part}.feature_layer={source.feature_layer}: {source.hf_name} has {count} hidden "
@@ -243,11 +248,13 @@ def _resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[in
         yield layer % count
 
 
-def _dry_run(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]) -> tuple[Any, Any]:
-    """The encoder without weights, and what it gives for one image: shapes and dependencies, no numbers.
+def _dry_run(
+    part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]
+) -> tuple[PreTrainedModel, Any]:
+    """Return the encoder without weights, and its outputs for one image: shapes and dependencies, no numbers.
 
     Raises:
-        ValueError: it does not take pictures of the size that is asked for.
+        ValueError: the encoder does not take images of the size that is asked for.
     """
     with torch.device("meta"):
         encoder = AutoModel.from_config(config, trust_remote_code=source.trust_remote_code)
@@ -257,20 +264,20 @@ def _dry_run(part: str, source: EncoderConfig, config: PreTrainedConfig, size: t
             if source.image_size is None:
                 raise
             raise ValueError(
-                f"model.{part}.image_size={source.image_size}: {source.hf_name} does not take pictures of that size: "
+                f"model.{part}.image_size={source.image_size}: {source.hf_name} does not take images of that size: "
                 f"{str(error).splitlines()[0]}"
             ) from error
 
 
-def _unread(encoder: Any, features: Tensor) -> list[str]:
-    """Names of parameters that the features do not depend on."""
+def _unread(encoder: PreTrainedModel, features: Tensor) -> list[str]:
+    """Return the names of parameters that the features do not depend on."""
     named = dict(encoder.named_parameters())
     gradients = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
-    return [name for name, slope in zip(named, gradients, strict=True) if slope is None]
+    return [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
 
 
 def _prefix_tokens(encoder: Any, tokens: int, size: tuple[int, int]) -> int:
-    """How many tokens (CLS, registers) stand before the patches."""
+    """Return the number of tokens (CLS, registers) before the patches."""
     if hasattr(encoder, "timm_model"):
         return encoder.timm_model.num_prefix_tokens
     patch = encoder.config.patch_size

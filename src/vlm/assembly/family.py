@@ -1,5 +1,7 @@
 """Opening a model of a family: its configuration, its auto class and its weights."""
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
@@ -87,10 +89,11 @@ def load_family_model(
         ValueError: the checkpoint holds less than the model needs.
     """
     options = {} if attention is None else {"attn_implementation": attention}
-    model, info = get_auto_class(config).from_pretrained(
+    loaded: Any = get_auto_class(config).from_pretrained(
         name, config=config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
         quantization_config=quantization_config, output_loading_info=True, **options,
     )  # fmt: skip
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{name} lacks {len(missing)} of the weights that {type(model).__name__} needs: {missing[:5]}")
     return model

@@ -13,15 +13,16 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from vlm.assembly.family import get_auto_class
+from vlm.config.schema import ModelConfig
 from vlm.families.table import get_part_names
 
 
 def make_quantization_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndBytesConfig:
-    """The configuration of `8bit` or `4bit` (NF4, its constants quantised too).
+    """Return the configuration of `8bit` or `4bit` (NF4, its constants quantised too).
 
     Args:
         kind: `8bit` or `4bit`.
-        skipped: full names of the layers that stay as they are; None: `lm_head`, as transformers finds it.
+        skipped: full names of the layers that stay unquantised; None: `lm_head`, as transformers finds it.
 
     Raises:
         ValueError: bitsandbytes is not installed, or knows nothing of this machine's device.
@@ -41,19 +42,19 @@ def check_bitsandbytes(kind: str) -> None:
         raise ValueError(f"quantization {kind}: bitsandbytes is not installed: pip install 'small-vlm[quant]'")
     from bitsandbytes import supported_torch_devices  # slow to import, and only some runs need it
 
-    found = torch.accelerator.current_accelerator()
-    device = "cpu" if found is None else found.type
+    accelerator = torch.accelerator.current_accelerator()
+    device = "cpu" if accelerator is None else accelerator.type
     if device not in supported_torch_devices:
         allowed = ", ".join(sorted(supported_torch_devices))
         raise ValueError(f"quantization {kind}: bitsandbytes cannot use this machine's {device}; it can use {allowed}")
 
 
-def quantization_config_of(config: PreTrainedConfig, kinds: Mapping[str, str]) -> BitsAndBytesConfig | None:
-    """For a complete checkpoint: the configuration that quantises the named parts' Linear layers and no others.
+def make_checkpoint_quantization(config: PreTrainedConfig, kinds: Mapping[str, str]) -> BitsAndBytesConfig | None:
+    """Return the configuration that quantises the named parts' Linear layers of a checkpoint, and no others.
 
     Args:
-        config: of the model.
-        kinds: part -> `8bit` or `4bit`, the same for all; empty: nothing is quantised.
+        config: the model's configuration.
+        kinds: part -> `8bit` or `4bit`, the same for all; empty: nothing is quantised, and the result is None.
     """
     if not kinds:
         return None
@@ -69,14 +70,14 @@ def quantization_config_of(config: PreTrainedConfig, kinds: Mapping[str, str]) -
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the layers that are stored in 4 bits multiply in a precision, whatever their first input has."""
+    """Make layers that are stored in 4 bits multiply in a given precision, whatever that of their first input is."""
     for module in model.modules():
         if hasattr(module, "compute_type_is_set"):  # bitsandbytes' Linear4bit
             layer: Any = module
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
-def quantized_parts(model: Any) -> dict[str, str]:
-    """Part -> kind, of the parts that a `ModelConfig` quantises."""
-    found = {part: getattr(model, part).quantization for part in ("visual_encoder", "language_model")}
-    return {part: kind for part, kind in found.items() if kind is not None}
+def quantized_parts(model: ModelConfig) -> dict[str, str]:
+    """Return part -> kind of quantization, for the parts that are quantised."""
+    kinds = {"visual_encoder": model.visual_encoder.quantization, "language_model": model.language_model.quantization}
+    return {part: kind for part, kind in kinds.items() if kind is not None}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -38,7 +38,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
 
 
-def supervised_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+def supervised_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
     """Return the model's output with logits `(S, vocabulary)` at supervised positions, and their targets `(S,)`."""
     targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
     keep = targets != IGNORE_INDEX

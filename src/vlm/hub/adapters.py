@@ -1,6 +1,6 @@
 """LoRA adapters, merged into the weights they adapt: W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685).
 
-Imports `vlm.hub` only. What this sum does not cover (DoRA, adapted embeddings, trained biases …) is refused.
+Imports `vlm.hub` only. Adapters that are no such sum (DoRA, adapted embeddings, trained biases …) are refused.
 """
 
 import math
@@ -31,28 +31,28 @@ SUPPORTED_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """What is added to one weight: `scale * up @ down`, `(out, rank) @ (rank, in)`."""
+    """The update of one weight: `scale * up @ down`, `(out, rank) @ (rank, in)`."""
 
     down: Tensor
     up: Tensor
     scale: float
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """The merged weight in its own dtype; the sum is made in float32."""
+        """Return the merged weight in its own dtype; the sum is computed in float32."""
         merged = torch.addmm(weight.float(), self.up.float(), self.down.float(), alpha=self.scale)
         return merged.to(weight.dtype)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter under its model's own names: weights with something to add, and weights that replace theirs."""
+    """An adapter under its model's own names: updates of weights, and weights that replace the model's."""
 
     deltas: dict[str, LoraDelta]
     replacements: dict[str, Tensor]
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """`adapter_config.json` with `adapter_model.{safetensors,bin}`, and `non_lora_trainables.bin` where there is one.
+    """Read `adapter_config.json`, `adapter_model.{safetensors,bin}`, and `non_lora_trainables.bin` where it exists.
 
     Raises:
         ValueError: it is no LoRA that merges as a sum, or its weights are missing or do not belong together.
@@ -65,8 +65,8 @@ def read_adapter(folder: Path) -> Adapter:
     factors: dict[str, dict[str, Tensor]] = {}
     replacements: dict[str, Tensor] = {}
     for name, tensor in read_shard(files[0]):
-        if found := LORA_FACTOR_NAME.fullmatch(name):
-            factors.setdefault(found[1].removeprefix(PEFT_PREFIX), {})[found[2]] = tensor
+        if factor := LORA_FACTOR_NAME.fullmatch(name):
+            factors.setdefault(factor[1].removeprefix(PEFT_PREFIX), {})[factor[2]] = tensor
         elif "lora_" in name:
             raise ValueError(f"{files[0]}: {name} is adapted in a way that is not merged here. {MERGE_BY_HAND_HINT}")
         else:
@@ -95,7 +95,7 @@ def _check_supported(folder: Path, settings: dict) -> None:
 
 
 def _make_delta(name: str, pair: dict[str, Tensor], settings: dict) -> LoraDelta:
-    """Raises: ValueError: a factor is missing, or they are no matrices of one rank."""
+    """Return the update; raises ValueError where a factor is missing, or they are no matrices of one rank."""
     if set(pair) != {"A", "B"}:
         raise ValueError(f"the adapter has lora_{next(iter(pair))} of {name} alone")
     down, up = pair["A"], pair["B"]
@@ -108,6 +108,6 @@ def _make_delta(name: str, pair: dict[str, Tensor], settings: dict) -> LoraDelta
 
 
 def _strip_prefixes(name: str) -> str:
-    """A name of `non_lora_trainables.bin`: `base_model.` goes, and `model.` if there are two."""
+    """Return a name of `non_lora_trainables.bin` without `base_model.`, and without one `model.` of two."""
     name = name.removeprefix("base_model.")
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.")) else name

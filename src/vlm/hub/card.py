@@ -1,15 +1,15 @@
-"""The model card of a published checkpoint: what it is made of, how it was trained, what it can do, how to load it.
+"""The model card of a published checkpoint: its parts, its training, its results, and how to load it.
 
-Everything in it comes out of the checkpoint and its run; what is not known is left out. No path of a machine is.
+Everything in the card comes from the checkpoint and its run; unknown facts are left out, paths of a machine too.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from vlm.config.recorded import upgrade_recipe
 from vlm.hub.cleaning import find_hub_name, last_path_component
+from vlm.hub.folders import JsonObject
 from vlm.hub.run_facts import RunSummary
 from vlm.models.configuration_vlm import MIN_TRANSFORMERS_VERSION
 from vlm.models.head_tasks import CLASSIFICATION_TASKS
@@ -28,16 +28,16 @@ messages = [
 
 
 def model_card(
-    cleaned: dict[str, Any], config: dict[str, Any], run: RunSummary, counts: dict[str, int], *, repo: str | None,
+    cleaned: JsonObject, config: JsonObject, run: RunSummary, counts: dict[str, int], *, repo: str | None,
     licence: str | None,
 ) -> str:  # fmt: skip
-    """The text of `README.md`, with its front matter.
+    """Return the text of `README.md`, with its front matter.
 
     Args:
         cleaned: `config.json` as it is published.
-        config: as the checkpoint has it.
-        run: what is known of its run.
-        counts: parameters, see `publishing.parameters`.
+        config: `config.json` of the checkpoint.
+        run: the facts of the run that trained it.
+        counts: parameters of each part, see `publishing.parameters`.
         repo: the name on the Hub.
         licence: its identifier on the Hub.
     """
@@ -62,7 +62,7 @@ def model_card(
         (
             "Data",
             _format_table(
-                ("role", "source", "samples", "pictures"), [tuple(map(_format_count, row)) for row in run.sources()]
+                ("role", "source", "samples", "images"), [tuple(map(_format_count, row)) for row in run.sources()]
             ),
         ),
         ("Results", _results(run)),
@@ -73,63 +73,64 @@ def model_card(
 
 
 def group_sources(sources: Sequence[tuple[str, str, bool]]) -> dict[str, str]:
-    """Part -> the names that it came from."""
-    found: dict[str, str] = {}
+    """Return part -> the names that it came from."""
+    grouped: dict[str, str] = {}
     for part, name, on_hub in sources:
         shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`"
-        found[part] = f"{found[part]}, {shown}" if part in found else shown
-    return found
+        grouped[part] = f"{grouped[part]}, {shown}" if part in grouped else shown
+    return grouped
 
 
-def _sources(config: dict[str, Any], run: RunSummary) -> list[tuple[str, str, bool]]:
-    """Where parts came from: part, a name on the Hub or the last component of a path, which of both."""
+def _sources(config: JsonObject, run: RunSummary) -> list[tuple[str, str, bool]]:
+    """Return the origin of parts: part, a name on the Hub or the end of a path, whether it is on the Hub."""
     body = config.get("body_config", config)
     recipe = upgrade_recipe(body.get("recipe") or {})
-    named = [("visual_encoder", one) for one in (recipe.get("visual_encoder"), *_extra_encoders(recipe)) if one]
+    encoders = (recipe.get("visual_encoder"), *_extra_encoders(recipe))
+    named = [("visual_encoder", encoder) for encoder in encoders if encoder]
     named += [("language_model", recipe["language_model"])] if recipe.get("language_model") else []
-    given = [(part, one["hf_name"]) for part, one in named if one.get("hf_name")]
-    if not given:  # a family's model, which its run names
+    names = [(part, source["hf_name"]) for part, source in named if source.get("hf_name")]
+    if not names:  # a family's model, which its run names
         model = run.config.get("model") or {}
-        given = [("model", model["hf_name"])] if model.get("hf_name") else []
-    return [(part, find_hub_name(name, run.checkpoint) or last_path_component(name), find_hub_name(name, run.checkpoint) is not None)
-            for part, name in given]  # fmt: skip
+        names = [("model", model["hf_name"])] if model.get("hf_name") else []
+    on_hub = [(part, name, find_hub_name(name, run.checkpoint)) for part, name in names]
+    return [(part, hub or last_path_component(name), hub is not None) for part, name, hub in on_hub]
 
 
-def _extra_encoders(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+def _extra_encoders(recipe: JsonObject) -> list[JsonObject]:
     return (recipe.get("visual_encoder") or {}).get("extra_encoders") or []
 
 
-def _pipeline_tag(heads: Sequence[dict[str, Any]]) -> str | None:
-    """What the Hub calls its task; it has no name for numbers and rankings of pictures."""
+def _pipeline_tag(heads: Sequence[JsonObject]) -> str | None:
+    """Return the Hub's name of the task; it has none for numbers and rankings of images."""
     if not heads:
         return "image-text-to-text"
     return "image-classification" if heads[0]["task"] in CLASSIFICATION_TASKS else None
 
 
-def _introduction(name: str, heads: Sequence[dict[str, Any]], composed: bool) -> str:
-    what = "A vision-language model" + (" that predicts from pictures and text" if heads else "")
-    made = "composed of a visual encoder, a connector and a language model" if composed else "of a known family"
-    return f"# {last_path_component(name)}\n\n{what}, {made}, trained with small-vlm."
+def _introduction(name: str, heads: Sequence[JsonObject], composed: bool) -> str:
+    subject = "A vision-language model" + (" that predicts from images and text" if heads else "")
+    origin = "composed of a visual encoder, a connector and a language model" if composed else "of a known family"
+    return f"# {last_path_component(name)}\n\n{subject}, {origin}, trained with small-vlm."
 
 
 # Parts
 
 
 def _parts(
-    body: dict[str, Any], heads: Sequence[dict[str, Any]], sources: dict[str, str], counts: dict[str, int]
+    body: JsonObject, heads: Sequence[JsonObject], sources: dict[str, str], counts: dict[str, int]
 ) -> list[tuple[str, ...]]:  # fmt: skip
-    """The rows of the table of parts."""
+    """Return the rows of the table of parts."""
     rows = []
     if body["model_type"] == "vlm":
         encoders = [body["vision_config"], *(body[f"vision_config_{n}"] for n in range(2, 2 + len(body["beside"])))]
         kinds = {
-            "visual_encoder": ", ".join(one["model_type"] for one in encoders),
+            "visual_encoder": ", ".join(encoder["model_type"] for encoder in encoders),
             "connector": f"`{body['connector']['type']}`",
             "language_model": body["text_config"]["model_type"],
         }
         for part, kind in kinds.items():
-            what = f"{sources[part]} ({kind})" if part in sources else kind
-            rows.append((part, what, f"{counts.get(part, 0):,}"))
+            source = f"{sources[part]} ({kind})" if part in sources else kind
+            rows.append((part, source, f"{counts.get(part, 0):,}"))
     else:
         rows.append(("model", f"{sources.get('model', '')} ({body['model_type']})".strip(), ""))
     for head in heads:
@@ -150,14 +151,14 @@ def _results(run: RunSummary) -> str:
     if last_losses := run.last_losses():
         blocks.append(_format_table(("loss", "value"), [(title, f"{value:.4g}") for title, value in last_losses]))
     for records, heads in run.scores.items():
-        for head, found in heads.items():
-            note = f" ({found['note']})" if found.get("note") else ""
-            columns = [key for key in ("scores", "baseline", "blank_pictures") if found.get(key)]
+        for head, scores in heads.items():
+            note = f" ({scores['note']})" if scores.get("note") else ""
+            columns = [key for key in ("scores", "baseline", "blank_pictures") if scores.get(key)]
             rows = [
-                (measure, *(_format_interval(found[key].get(measure)) for key in columns))
-                for measure in found["scores"]
+                (measure, *(_format_interval(scores[key].get(measure)) for key in columns))
+                for measure in scores["scores"]
             ]
-            title = f"Head `{head}`, {records}, {found['records']:,} records{note}; 95 % intervals in brackets:"
+            title = f"Head `{head}`, {records}, {scores['records']:,} records{note}; 95 % intervals in brackets:"
             titles = ("measure", *(key.replace("_", " ") for key in columns))
             blocks.append(f"{title}\n\n{_format_table(titles, rows)}")
     for name, results in run.evaluations.items():
@@ -167,30 +168,30 @@ def _results(run: RunSummary) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def _format_interval(found: Any) -> str:
-    if not isinstance(found, dict) or found.get("value") is None:
+def _format_interval(interval: object) -> str:
+    if not isinstance(interval, dict) or interval.get("value") is None:
         return "–"
-    ends = f" [{found['low']:.3f}, {found['high']:.3f}]" if found.get("low") is not None else ""
-    return f"{found['value']:.3f}{ends}"
+    ends = f" [{interval['low']:.3f}, {interval['high']:.3f}]" if interval.get("low") is not None else ""
+    return f"{interval['value']:.3f}{ends}"
 
 
-def _metric_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What `vlm eval --data` measured."""
-    yield from ((name, _format_interval(one)) for name, one in found.items())
+def _metric_rows(metrics: JsonObject) -> Iterator[tuple[str, str]]:
+    """Yield the metrics of `vlm eval --data`."""
+    yield from ((name, _format_interval(value)) for name, value in metrics.items())
 
 
-def _benchmark_rows(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """What `vlm eval --tasks` measured, with standard errors where lmms-eval gives some."""
-    for one in found:
-        error = "" if one.get("error") is None else f" ± {one['error']:.3g}"
-        value = "to be scored elsewhere" if one["value"] is None else f"{one['value']:.4g}{error}"
-        yield f"{one['task']} · {one['metric']}", value
+def _benchmark_rows(scores: Sequence[JsonObject]) -> Iterator[tuple[str, str]]:
+    """Yield the scores of `vlm eval --tasks`, with standard errors where lmms-eval computes them."""
+    for score in scores:
+        error = "" if score.get("error") is None else f" ± {score['error']:.3g}"
+        value = "to be scored elsewhere" if score["value"] is None else f"{score['value']:.4g}{error}"
+        yield f"{score['task']} · {score['metric']}", value
 
 
 # Use
 
 
-def _usage_section(name: str, config: dict[str, Any], composed: bool) -> str:
+def _usage_section(name: str, config: JsonObject, composed: bool) -> str:
     heads = config.get("heads", [])
     oldest = ".".join(map(str, MIN_TRANSFORMERS_VERSION if composed else FAMILIES_SINCE))
     trust = ", trust_remote_code=True" if composed or heads else ""
@@ -220,8 +221,8 @@ def _usage_section(name: str, config: dict[str, Any], composed: bool) -> str:
     return "\n\n".join([*blocks, _python(opening + answer), "Or:", _python(pipe)])
 
 
-def _heads_example(config: dict[str, Any], composed: bool) -> str:
-    """Lines that ask a model with heads; where heads read at tokens of their own, those stand behind the prompt."""
+def _heads_example(config: JsonObject, composed: bool) -> str:
+    """Return code that asks a model with heads; tokens that heads read at follow the prompt."""
     if not config.get("suffix"):
         return (
             "inputs = processor.apply_chat_template(\n"
@@ -248,7 +249,7 @@ def _licence(licence: str | None) -> str:
 
 
 def _format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, or nothing where it has no rows."""
+    """Return a Markdown table; an empty text where it has no rows."""
     if not rows:
         return ""
     lines = [titles, ["---"] * len(titles), *rows]

@@ -1,4 +1,4 @@
-"""What a published file may say of where things come from: names on the Hub, and no path of this machine.
+"""Cleaning published files: where things come from is told by names on the Hub, and by no path of this machine.
 
 Imports nothing of `vlm`.
 """
@@ -10,18 +10,21 @@ from typing import Any
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LOCAL_PATH = re.compile(r"(?:/|~/|\.{1,2}/|[A-Za-z]:[\\/])[^\s/\\]+[\\/]\S+")
-"""What looks like a path of a machine; a token `/` or `</s>` does not."""
+"""Matches paths of a machine; a token `/` or `</s>` does not match."""
 
 PATH_KEYS = ("_name_or_path", "name_or_path")
-"""Keys that say where something was loaded from, and that nothing reads: they go where that is no name on the Hub."""
+"""Keys that say where something was loaded from, which nothing reads: removed unless they hold a name on the Hub."""
+
+REMOVED = object()
+"""Stands for a value that is left out."""
 
 
-def find_hub_name(name: Any, checkpoint: Path) -> str | None:
-    """A name on the Hub; None where it is none, or may be a folder of this machine.
+def find_hub_name(name: object, checkpoint: Path) -> str | None:
+    """Return a name on the Hub; None where it is no such name, or may be a folder of this machine.
 
     Args:
-        name: what a run was given.
-        checkpoint: what the run left: relative paths began somewhere above it.
+        name: a name from the run's configuration.
+        checkpoint: the run's checkpoint; relative paths began somewhere above it.
     """
     name = str(name or "").removeprefix("hf://").removeprefix("datasets/")
     if not HUB_NAME.fullmatch(name) or name.endswith((".json", ".jsonl", ".parquet", ".csv", ".tar")):
@@ -31,17 +34,17 @@ def find_hub_name(name: Any, checkpoint: Path) -> str | None:
 
 
 def last_path_component(path: str) -> str:
-    """The last component of a path, of whatever system."""
+    """Return the last component of a path, of any operating system."""
     return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def without_paths(values: Any, checkpoint: Path) -> Any:
-    """Configuration as it may be read by everybody: where a path stood, its last component stands, or nothing."""
+    """Return a configuration in which the last component of each path replaces the path, or nothing does."""
     if isinstance(values, dict):
         return {
             key: cleaned
             for key, value in values.items()
-            if (cleaned := _clean_value(key, value, checkpoint)) != PATH_KEYS
+            if (cleaned := _clean_value(key, value, checkpoint)) is not REMOVED
         }
     if isinstance(values, list):
         return [without_paths(value, checkpoint) for value in values]
@@ -49,18 +52,18 @@ def without_paths(values: Any, checkpoint: Path) -> Any:
 
 
 def _clean_value(key: str, value: Any, checkpoint: Path) -> Any:
-    """A value of a dictionary; `DROPPED` where it goes."""
+    """Return a value of a dictionary, cleaned; `REMOVED` where it is left out."""
     if isinstance(value, str) and key in PATH_KEYS:
-        return value if find_hub_name(value, checkpoint) else PATH_KEYS
+        return value if find_hub_name(value, checkpoint) else REMOVED
     if isinstance(value, str) and key == "hf_name":
         return value if find_hub_name(value, checkpoint) else last_path_component(value)
     return without_paths(value, checkpoint)
 
 
 def find_local_paths(folder: Path, *checkpoints: Path) -> Iterator[str]:
-    """Texts in a folder that name a place of this machine: `FILE mentions PLACE`."""
-    own = {Path.home(), Path.cwd(), *(checkpoint.resolve().parent for checkpoint in checkpoints)}
-    places = sorted(str(place) for place in own if len(place.parts) > 2)
+    """Yield `FILE mentions PLACE` for each text file of a folder that names a place of this machine."""
+    folders = {Path.home(), Path.cwd(), *(checkpoint.resolve().parent for checkpoint in checkpoints)}
+    places = sorted(str(place) for place in folders if len(place.parts) > 2)
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".md", ".py", ".jinja"):
             text = file.read_text(encoding="utf-8")

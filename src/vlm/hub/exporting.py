@@ -1,6 +1,6 @@
-"""Exporting: a checkpoint of this framework in a form that other programs load without our code.
+"""Exporting: a checkpoint of this framework is written in a format that other programs load without our code.
 
-Imports `vlm.hub`, `vlm.assembly.checkpoint`, `vlm.models` and transformers. Weights go from file to file, one at a time.
+Weights go from file to file, one at a time.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlm.assembly.checkpoint import CheckpointKind, is_composed_config, open_checkpoint
-from vlm.hub.folders import create_folder, read_json, resolve_folder, write_json
-from vlm.hub.layouts import rename_to_foreign
+from vlm.hub.folders import JsonObject, create_folder, read_json, resolve_folder, write_json
+from vlm.hub.layouts import PrefixPairs, rename_to_foreign
 from vlm.hub.processors import PROBE_WORD, make_transformers_processor
 from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard, weight_files
 from vlm.hub.targets import EXPORT_FORMATS
@@ -22,20 +22,20 @@ from vlm.models import VLMProcessor
 def export_checkpoint(
     name: str, out: Path, format_name: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
 ) -> list[str]:
-    """Write a checkpoint of this framework in another form.
+    """Write a checkpoint of this framework in another format.
 
     Args:
         name: a run's folder `final`, or a name on the Hub.
         out: a new folder.
-        format_name: a name of the table `TARGETS`.
-        vision_tower: what `llava-original` calls the encoder, in place of the recorded name.
-        largest_shard: bytes of a written file.
+        format_name: a name of the table `EXPORT_FORMATS`.
+        vision_tower: the name of the encoder for `llava-original`, in place of the recorded name.
+        largest_shard: most bytes of a written file.
 
     Returns:
-        What differs from the checkpoint, as sentences; empty: nothing.
+        What differs from the checkpoint, as sentences; empty where nothing differs.
 
     Raises:
-        ValueError: the form has no place for some of it; everything that hinders is listed.
+        ValueError: the format has no place for a part of the model; every reason is listed.
     """
     target = EXPORT_FORMATS[format_name]
     checkpoint = resolve_folder(name)
@@ -52,8 +52,8 @@ def export_checkpoint(
             raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
         config.recipe["visual_encoder"]["hf_name"] = vision_tower
     processor = opened.load_composed_processor()
-    if found := target.incompatibilities(config, processor):
-        listing = "".join(f"\n  - {one}" for one in found)
+    if problems := target.incompatibilities(config, processor):
+        listing = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueError(f"{name} does not fit --format {format_name}:{listing}")
     with create_folder(out) as folder:
         _write_weights(name, checkpoint, folder, target.weight_prefixes(config), largest_shard)
@@ -68,7 +68,7 @@ def export_checkpoint(
         return _differences(theirs, processor)
 
 
-def _write_weights(name: str, checkpoint: Path, folder: Path, weight_prefixes: Any, largest_shard: int) -> None:
+def _write_weights(name: str, checkpoint: Path, folder: Path, weight_prefixes: PrefixPairs, largest_shard: int) -> None:
     writer = ShardWriter(folder, largest_shard)
     files = weight_files(checkpoint)
     if not files:
@@ -76,7 +76,7 @@ def _write_weights(name: str, checkpoint: Path, folder: Path, weight_prefixes: A
     for ours, tensor in tqdm(_read_tensors(files), desc="weights", unit=""):
         theirs = rename_to_foreign(ours, weight_prefixes)
         if theirs is None:
-            raise ValueError(f"{name}: the form has no name for the weight {ours}")
+            raise ValueError(f"{name}: the format has no name for the weight {ours}")
         writer.add(theirs, tensor)
     writer.finish()
 
@@ -87,9 +87,9 @@ def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _rename_tokenizer_fields(file: Path) -> None:
-    """What transformers 5 writes under names that 4 stumbles over, under names that both read.
+    """Rename fields of transformers 5 that version 4 cannot read to names that both read.
 
-    The class becomes the one that takes `tokenizer.json` as it is; 4's would hand out `token_type_ids` too.
+    The class becomes the one that takes `tokenizer.json` as it is; that of version 4 would return `token_type_ids` too.
     """
     values = read_json(file)
     values["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -102,33 +102,35 @@ def _rename_tokenizer_fields(file: Path) -> None:
     write_json(file, values)
 
 
-def generation_ids(settings: dict[str, Any], processor: VLMProcessor) -> dict[str, Any]:
-    """Where answers end: as the checkpoint says, at the tokenizer's EOS, at what the template writes after a reply.
+def generation_ids(settings: JsonObject, processor: VLMProcessor) -> JsonObject:
+    """Return the ids that end an answer: the checkpoint's, the tokenizer's EOS, and the template's end of a reply.
 
-    `vlm generate` finds this out each time; other programs read it in `generation_config.json`.
+    `vlm generate` computes them each time; other programs read them in `generation_config.json`.
     """
     reply = "\ufdd0"
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
-    rest = processor.apply_chat_template(talk).rpartition(reply)[2].lstrip(" ")
-    said = settings.get("eos_token_id")
-    ends = {*(said if isinstance(said, list) else [said]), processor.tokenizer.eos_token_id}
-    if found := processor.special_tokens.match(rest):
-        ends.add(processor.tokenizer.convert_tokens_to_ids(found.group()))
+    after_reply = processor.apply_chat_template(talk).rpartition(reply)[2].lstrip(" ")
+    recorded = settings.get("eos_token_id")
+    ends = {*(recorded if isinstance(recorded, list) else [recorded]), processor.tokenizer.eos_token_id}
+    if token := processor.special_tokens.match(after_reply):
+        ends.add(processor.tokenizer.convert_tokens_to_ids(token.group()))
     return {"eos_token_id": sorted(ends - {None}), "pad_token_id": processor.tokenizer.pad_token_id}
 
 
 def _differences(theirs: Any, ours: VLMProcessor) -> list[str]:
-    """Where the exported processor gives other ids than ours, found by asking both."""
-    found = []
+    """Return where the exported processor gives other ids than ours, by calling both."""
+    differences = []
     first = {"role": "user", "content": f"{ours.image_token}\n{PROBE_WORD}?"}
     second = {"role": "user", "content": f"Is {ours.image_token} like {ours.image_token}?"}
     for talk in ([first], [first, {"role": "assistant", "content": "A cat."}, second]):
         text = theirs.apply_chat_template(talk, add_generation_prompt=True)
         rendered = ours.apply_chat_template(talk, add_generation_prompt=True)
         sizes = [(1, 1)] * rendered.count(ours.image_token)
-        expected = [one for one in ours.tokenize(rendered, (), sizes)[0] if one != ours.image_token_id]
-        given = theirs.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if [one for one in given if one != ours.image_token_id] != expected:
+        expected = [token for token in ours.tokenize(rendered, (), sizes)[0] if token != ours.image_token_id]
+        exported = theirs.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if [token for token in exported if token != ours.image_token_id] != expected:
             turns = "one turn" if len(talk) == 1 else "several turns"
-            found.append(f"conversations of {turns} become other token ids: this tokenizer joins texts across pictures")
-    return found
+            differences.append(
+                f"conversations of {turns} become other token ids: this tokenizer joins texts across images"
+            )
+    return differences

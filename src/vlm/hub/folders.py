@@ -1,7 +1,4 @@
-"""Folders: where a checkpoint is read, and a new one that appears when it is complete.
-
-Imports of `vlm` only what a name can be.
-"""
+"""Folders of checkpoints: where one is read, and a new one that appears when it is complete."""
 
 import json
 import os
@@ -16,13 +13,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from vlm.checks.checkpoint import is_hub_name, missing_folder
 
+JsonObject = dict[str, Any]
+"""A JSON object of foreign content."""
+
 NON_WEIGHT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 """Configuration, tokenizer and processor files."""
 
 
 @contextmanager
 def create_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to fill, which becomes `out` at the end; after an error nothing is left of it.
+    """Yield a folder to fill, which becomes `out` at the end; after an error nothing is left of it.
 
     Raises:
         ValueError: `out` exists and is not an empty folder.
@@ -42,7 +42,7 @@ def create_folder(out: Path) -> Iterator[Path]:
 
 
 def resolve_folder(name: str) -> Path:
-    """A local folder as it is; a name on the Hub as the folder of its download, safetensors before pickles.
+    """Return a local folder as it is, a name on the Hub as the folder of its download, safetensors before pickles.
 
     Raises:
         ValueError: there is neither.
@@ -62,8 +62,8 @@ def resolve_folder(name: str) -> Path:
     return folder
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file.
+def read_json(file: Path) -> JsonObject:
+    """Return the JSON object of a file; an empty one where there is no such file.
 
     Raises:
         ValueError: the file holds something else.
@@ -71,14 +71,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object")
-    return found
+    return values
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """A JSON object as configuration files hold it."""
+def write_json(file: Path, values: JsonObject) -> None:
+    """Write a JSON object in the form of configuration files."""
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

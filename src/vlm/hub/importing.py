@@ -1,7 +1,6 @@
-"""Importing: a foreign checkpoint becomes a complete one of this framework.
+"""Importing: a foreign checkpoint is written as a complete checkpoint of this framework.
 
-Imports `vlm.hub`, `vlm.assembly.compose` (the composition is settled there, as for a run), `vlm.models`, the schema and
-transformers. The model itself is never built: weights go from file to file, one at a time.
+The model itself is never built: weights go from file to file, one at a time.
 """
 
 import shutil
@@ -40,7 +39,7 @@ def import_checkpoint(
     dtype: torch.dtype | None = None,
     largest_shard: int = LARGEST_SHARD,
 ) -> tuple[VLMConfig, VLMProcessor]:
-    """Write what `name` holds as a checkpoint of this framework.
+    """Write a foreign checkpoint as one of this framework, and return its configuration and processor.
 
     Args:
         name: a local folder or a name on the Hub.
@@ -49,11 +48,11 @@ def import_checkpoint(
         vision_tower: the encoder, in place of the one that the source names.
         template: as `dataset.template`; None: the source's, else the one for its language model.
         image_mode: as `dataset.image_mode`; None: the source's.
-        dtype: of the weights; None: the language model's.
-        largest_shard: bytes of a written file.
+        dtype: precision of the weights; None: the language model's.
+        largest_shard: most bytes of a written file.
 
     Raises:
-        ValueError: it cannot be imported; says why and what to do.
+        ValueError: the checkpoint cannot be imported; says why and what to do.
     """
     source = read_source(name, base_model, vision_tower)
     with create_folder(out) as folder:
@@ -78,9 +77,9 @@ def import_checkpoint(
 def _compose_model(
     source: ForeignCheckpoint, parts: Path, template: str | None, image_mode: str | None
 ) -> tuple[VLMConfig, VLMProcessor]:
-    """Settle the composition as a run does, on folders that hold the parts' configurations and no weights."""
+    """Compose the model as a run does, from folders that hold the parts' configurations and no weights."""
     tokenizer = parts / "language_model"
-    own, texts = _stage_tokenizer(source, tokenizer)
+    source_template, texts = _stage_tokenizer(source, tokenizer)
     source.text_config.save_pretrained(tokenizer)
     recipe = source.recipe
     staged = replace(recipe, language_model=replace(recipe.language_model, hf_name=str(tokenizer)))
@@ -89,42 +88,42 @@ def _compose_model(
         source.vision_config.save_pretrained(encoder)
         source.image_processor.save_pretrained(encoder)
         staged = replace(staged, visual_encoder=replace(recipe.visual_encoder, hf_name=str(encoder)))
-    if template is None and own is None:
+    if template is None and source_template is None:
         template = default_template(source.text_config.model_type, texts)
     config, processor = compose(staged, template, image_mode or source.image_mode)
     config.recipe = asdict(recipe)
-    config.vision_config._name_or_path = recipe.visual_encoder.hf_name
-    config.text_config._name_or_path = recipe.language_model.hf_name
+    config.vision_config.name_or_path = recipe.visual_encoder.hf_name
+    config.text_config.name_or_path = recipe.language_model.hf_name
     processor.tokenizer.name_or_path = recipe.language_model.hf_name
     processor.tokenizer.init_kwargs["name_or_path"] = recipe.language_model.hf_name
     return config, processor
 
 
 def _stage_tokenizer(source: ForeignCheckpoint, folder: Path) -> tuple[str | None, list[str]]:
-    """Copy the tokenizer's files, with the one chat template that works here; returns it, and all that there are."""
+    """Copy the tokenizer's files; return the chat template that works here, which is copied too, and all templates."""
     folder.mkdir(parents=True)
     for pattern in TOKENIZER_FILES:
         for file in source.tokenizer.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     settings = read_json(folder / "tokenizer_config.json")
     jinja = source.tokenizer / "chat_template.jinja"
-    found = [
+    templates = [
         jinja.read_text(encoding="utf-8") if jinja.is_file() else None,
         read_json(source.tokenizer / "chat_template.json").get("chat_template"),
         settings.get("chat_template"),
     ]
-    texts = [text for text in found if isinstance(text, str) and text]
-    own = find_working_template(texts, source.recipe.image_token)
+    texts = [text for text in templates if isinstance(text, str) and text]
+    template = find_working_template(texts, source.recipe.image_token)
     if settings:
         settings.pop("chat_template", None)
         write_json(folder / "tokenizer_config.json", settings)
-    if own is not None:
-        (folder / "chat_template.jinja").write_text(own, encoding="utf-8")
-    return own, texts
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return template, texts
 
 
 def _common_dtype(source: ForeignCheckpoint) -> torch.dtype:
-    """The dtype of the language model's first weight in floating point."""
+    """Return the dtype of the language model's first weight in floating point."""
     for store in source.stores:
         for file in store.files:
             for name, tensor in read_shard(file):
@@ -138,10 +137,10 @@ def _common_dtype(source: ForeignCheckpoint) -> torch.dtype:
 def _write_weights(
     source: ForeignCheckpoint, model: VLMForConditionalGeneration, folder: Path, dtype: torch.dtype, largest_shard: int
 ) -> None:
-    """Every weight of `model` out of the source, under our names.
+    """Write every weight of `model` out of the source, under our names.
 
     Raises:
-        ValueError: some are missing, have no place or another shape.
+        ValueError: weights are missing, have no place or another shape.
     """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if model.config.text_config.tie_word_embeddings:
@@ -170,36 +169,36 @@ def _write_weights(
                     write(name, tensor)
     _raise_for_weights("the source lacks", missing)
     _raise_for_weights(
-        "the adapter adapts what the model does not have:", {one for one in deltas if not _is_optional_weight(one)}
+        "the adapter adapts what the model does not have:", {name for name in deltas if not _is_optional_weight(name)}
     )
     writer.finish()
 
 
 def _read_deltas(source: ForeignCheckpoint) -> dict[str, LoraDelta]:
-    """What the adapter adds, under our names."""
+    """Return the deltas of the adapter, under our names."""
     table = source.stores[-1].table
     return {rename_to_ours(name, table) or name: delta for name, delta in source.adapter.deltas.items()}
 
 
 def _read_tensors(source: ForeignCheckpoint, expected: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """The source's weights under our names, each once; an adapter's own come first.
+    """Yield the source's weights under our names, each once; those that an adapter brings come first.
 
     Raises:
-        ValueError: one has no place in the model.
+        ValueError: a weight has no place in the model.
     """
-    seen: set[str] = set()
+    done: set[str] = set()
     for name, tensor in source.adapter.replacements.items():
         ours = rename_to_ours(name, source.stores[-1].table) or name
         _raise_for_weights("the adapter's own weights have no place:", {ours} - expected)
-        seen.add(ours)
+        done.add(ours)
         yield ours, tensor
     for store in source.stores:
         unknown = set()
         for file in store.files:
             for name, tensor in read_shard(file):
                 ours = rename_to_ours(name, store.table) or name
-                if ours in expected and ours not in seen:
-                    seen.add(ours)
+                if ours in expected and ours not in done:
+                    done.add(ours)
                     yield ours, tensor
                 elif ours not in expected and not _is_optional_weight(ours):
                     unknown.add(ours)
@@ -207,25 +206,25 @@ def _read_tensors(source: ForeignCheckpoint, expected: set[str]) -> Iterator[tup
 
 
 def _is_optional_weight(name: str) -> bool:
-    """Whether a weight may be left out: an encoder's (unread layers, pooling), a tied one, a computed one."""
+    """Return whether a weight may be left out: an encoder's (unread layers, pooling), a tied or a computed one."""
     return name.startswith((ENCODER_PREFIX, "language_model.lm_head.")) or name.endswith(COMPUTED_BUFFER_SUFFIXES)
 
 
 def _encoder_tensors(source: ForeignCheckpoint, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the encoder that the source names, as transformers loads them."""
+    """Yield the weights of the encoder that the source names, as transformers loads them."""
     if source.encoder is None:
         return
     encoder = AutoModel.from_pretrained(source.encoder, config=config)
     yield from ((ENCODER_PREFIX + name, tensor) for name, tensor in encoder.state_dict().items())
 
 
-def _raise_for_weights(what: str, names: set[str]) -> None:
+def _raise_for_weights(problem: str, names: set[str]) -> None:
     if names:
-        raise ValueError(f"{what} {len(names)} weights, such as {', '.join(sorted(names)[:5])}")
+        raise ValueError(f"{problem} {len(names)} weights, such as {', '.join(sorted(names)[:5])}")
 
 
 def extend_rows(table: Tensor, rows: int) -> Tensor:
-    """Embeddings or a vocabulary head with more rows, `(vocabulary, width) -> (rows, width)`.
+    """Return embeddings or a vocabulary head with more rows, `(vocabulary, width) -> (rows, width)`.
 
     A new row is the mean of the old ones, so a new token's logit is the mean of the others' and never the largest.
     """
@@ -237,7 +236,7 @@ def extend_rows(table: Tensor, rows: int) -> Tensor:
 
 
 def _make_generation_config(source: ForeignCheckpoint) -> GenerationConfig:
-    """The ids that the source begins and ends answers with."""
+    """Return the ids that the source begins and ends answers with."""
     folder = source.generation
     if folder is not None and (folder / "generation_config.json").is_file():
         return make_generation_config(GenerationConfig.from_pretrained(folder))

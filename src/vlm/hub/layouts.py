@@ -1,11 +1,11 @@
 """Names of weights: ours, those of the original LLaVA, and those of transformers' LLaVA.
 
 Imports nothing. Ours are the model's own: `visual_encoder.…`, `connector.…`, `image_newline.weight`,
-`language_model.…`. A table is read from the top, the first prefix that fits decides.
+`language_model.…`. Tables are read from the top; the first prefix that fits decides.
 """
 
 PrefixPairs = tuple[tuple[str, str], ...]
-"""Prefix there, prefix here."""
+"""Pairs of a foreign prefix and ours."""
 
 ORIGINAL_LLAVA_PREFIXES: PrefixPairs = (
     ("model.vision_tower.vision_tower.vision_model.", "visual_encoder."),
@@ -36,25 +36,25 @@ TRANSFORMERS_LLAVA_PREFIXES: PrefixPairs = (
 """transformers' LLaVA's, also with tiles: on disk up to 4.51 and as we write it, and in memory since."""
 
 CONNECTOR_PREFIXES = {"linear": "connector.linear.", "mlp": "connector.layers.", "identity": "connector."}
-"""Connector type -> what stands for `model.mm_projector.`."""
+"""Connector type -> our prefix for `model.mm_projector.`."""
 
 COMPUTED_BUFFER_SUFFIXES = (".inv_freq", ".position_ids")
 """Ends of names of buffers that older versions saved and that are computed now."""
 
 
 def make_original_prefixes(connector: str) -> PrefixPairs:
-    """The original LLaVA's names for a connector of a type."""
+    """Return the original LLaVA's prefixes, for a connector of one type."""
     return tuple(
-        (rename_to_foreign, CONNECTOR_PREFIXES[connector] if rename_to_ours == "connector." else rename_to_ours)
-        for rename_to_foreign, rename_to_ours in ORIGINAL_LLAVA_PREFIXES
+        (theirs, CONNECTOR_PREFIXES[connector] if ours == "connector." else ours)
+        for theirs, ours in ORIGINAL_LLAVA_PREFIXES
     )
 
 
 def rename_to_ours(name: str, table: PrefixPairs) -> str | None:
-    """Our name for a foreign one; None: none."""
+    """Return our name for a foreign one; None where there is none."""
     return next((to + name.removeprefix(prefix) for prefix, to in table if name.startswith(prefix)), None)
 
 
 def rename_to_foreign(name: str, table: PrefixPairs) -> str | None:
-    """The foreign name for one of ours; None: there is none."""
+    """Return the foreign name for one of ours; None where there is none."""
     return next((prefix + name.removeprefix(to) for prefix, to in table if name.startswith(to)), None)

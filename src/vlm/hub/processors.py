@@ -13,6 +13,8 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from vlm.assembly.encoders import image_size
@@ -25,13 +27,13 @@ from vlm.models.anyres import AnyRes
 PROBE_WORD = "What"
 
 
-def make_transformers_processor(config: VLMConfig, processor: VLMProcessor, *, prepares_images: bool) -> Any:
-    """Transformers' processor for what ours does.
+def make_transformers_processor(config: VLMConfig, processor: VLMProcessor, *, prepares_images: bool) -> ProcessorMixin:
+    """Return transformers' processor that does what ours does.
 
     Args:
-        config: the checkpoint's.
-        processor: ours.
-        prepares_images: whether it pads pictures and cuts them into tiles where ours does; else whoever calls it has to.
+        config: the checkpoint's configuration.
+        processor: our processor.
+        prepares_images: whether it pads images and cuts them into tiles where ours does; else its caller has to.
     """
     tokenizer = processor.tokenizer
     space_after_image = needs_space_after_special_token(tokenizer, processor.image_token)
@@ -54,43 +56,44 @@ def make_transformers_processor(config: VLMConfig, processor: VLMProcessor, *, p
             _make_tiled_image_processor(processor, tiling, LlavaNextImageProcessor), tokenizer, **counting, **common
         )
     tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]}, replace_extra_special_tokens=False)
-    seen = _make_tiled_image_processor(processor, tiling, LlavaOnevisionImageProcessor)
-    frames = {key: getattr(seen, key) for key in ("image_mean", "image_std", "resample", "rescale_factor")}
+    image_processor = _make_tiled_image_processor(processor, tiling, LlavaOnevisionImageProcessor)
+    frames = {key: getattr(image_processor, key) for key in ("image_mean", "image_std", "resample", "rescale_factor")}
     frames["size"] = {"height": tiling.tile_size, "width": tiling.tile_size}
     return LlavaOnevisionProcessor(
-        seen, tokenizer, LlavaOnevisionVideoProcessor(**frames), video_token=VIDEO_TOKEN,
-        num_image_tokens=config.num_patches + config.num_prefix_tokens, vision_aspect_ratio=make_aspect_ratio(tiling), **common,
+        image_processor, tokenizer, LlavaOnevisionVideoProcessor(**frames), video_token=VIDEO_TOKEN,
+        num_image_tokens=config.num_patches + config.num_prefix_tokens,
+        vision_aspect_ratio=make_aspect_ratio(tiling), **common,
     )  # fmt: skip
 
 
 def _make_tiled_image_processor(processor: VLMProcessor, tiling: AnyRes, processor_class: Any) -> Any:
-    """An image processor of a `kind` that cuts tiles, each as large as the encoder's pictures."""
-    own, side = processor.image_processor, tiling.tile_size
+    """Return an image processor of a class that cuts tiles, each as large as the encoder's images."""
+    steps, side = processor.image_processor, tiling.tile_size
     square = {"height": side, "width": side}
     return processor_class(
-        size={"shortest_edge": side} if own.do_center_crop else square,
+        size={"shortest_edge": side} if steps.do_center_crop else square,
         crop_size=square,
-        do_center_crop=bool(own.do_center_crop),
+        do_center_crop=bool(steps.do_center_crop),
         image_grid_pinpoints=make_grid_pinpoints(tiling),
-        **{key: getattr(own, key) for key in ("image_mean", "image_std", "resample", "rescale_factor")},
+        **{key: getattr(steps, key) for key in ("image_mean", "image_std", "resample", "rescale_factor")},
     )
 
 
 def _make_image_processor(processor: VLMProcessor, *, pads_to_square: bool) -> Any:
-    """The encoder's own image processor, or LLaVA's where pictures are padded; `crop_size` is what vLLM looks at."""
-    own = processor.image_processor
-    height, width = image_size(own)
-    values = {**own.to_dict(), "crop_size": {"height": height, "width": width}}
-    processor_class = LlavaImageProcessor if pads_to_square and processor.image_mode == "pad" else type(own)
+    """Return the encoder's own image processor, or LLaVA's where images are padded; vLLM reads its `crop_size`."""
+    steps = processor.image_processor
+    height, width = image_size(steps)
+    values = {**steps.to_dict(), "crop_size": {"height": height, "width": width}}
+    processor_class = LlavaImageProcessor if pads_to_square and processor.image_mode == "pad" else type(steps)
     if processor_class is LlavaImageProcessor:
-        values |= {"do_pad": True, "do_center_crop": bool(own.do_center_crop)}
+        values |= {"do_pad": True, "do_center_crop": bool(steps.do_center_crop)}
     for key in ("image_processor_type", "auto_map", "processor_class"):
         values.pop(key, None)
     return processor_class(**values)
 
 
-def needs_space_after_special_token(tokenizer: Any, image_token: str) -> bool:
-    """Whether a blank has to be written between a special token and a text for the ids that the text has on its own."""
+def needs_space_after_special_token(tokenizer: PreTrainedTokenizerBase, image_token: str) -> bool:
+    """Return whether a text has its own ids behind a special token only where a blank stands between them."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]

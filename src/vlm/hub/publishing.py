@@ -1,9 +1,10 @@
-"""A folder to publish, made of a checkpoint that stays as it is: the model's files and no other, with a model card.
+"""Preparing a folder to publish: the model's files and no others, with a model card; the checkpoint stays unchanged.
 
-What a repository may hold is listed here (`MODEL_FILES`, the hub code, the user's own classes, card and loss plot).
+The files of a repository are listed here (`MODEL_FILES`, the hub code, the user's own classes, card and loss plot).
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -11,14 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.config.derived import BASE_FILE
 from vlm.families.table import FAMILIES
 from vlm.hub.card import model_card
 from vlm.hub.cleaning import find_local_paths, without_paths
-from vlm.hub.folders import read_json, write_json
+from vlm.hub.folders import JsonObject, read_json, write_json
 from vlm.hub.run_facts import RunSummary
 
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
@@ -35,7 +35,7 @@ VOCABULARY_FILES = (
 )  # fmt: skip
 MODEL_FILES = (*WEIGHT_FILES, WEIGHT_INDEX_FILE, *CONFIG_FILES, *VOCABULARY_FILES)
 STATISTICS_SUFFIXES = (".running_mean", ".running_var")
-"""Endings of what a file holds besides parameters."""
+"""Suffixes of tensors in weight files that are no parameters."""
 
 CARD_FILE, PLOT_FILE = "README.md", "loss.png"
 
@@ -45,12 +45,12 @@ COMPOSED_MODEL_TYPE, PREDICTION_MODEL_TYPE = "vlm", "vlm_prediction"
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """A folder that is ready.
+    """A folder that is ready to upload.
 
     Attributes:
-        folder: where it is.
+        folder: the folder.
         files: name -> bytes.
-        left_out: what else lies in the checkpoint's folder.
+        skipped_files: other files of the checkpoint's folder.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class PreparedFolder:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files."""
         return sum(self.files.values())
 
 
@@ -67,15 +67,15 @@ def prepare_upload(
     checkpoint: Path, out: Path, run: RunSummary, *, repo: str | None = None, licence: str | None = None,
     allow_links: bool = False,
 ) -> PreparedFolder:  # fmt: skip
-    """Fill a new folder with what is to be uploaded.
+    """Fill a new folder with the files to upload.
 
     Args:
-        checkpoint: a complete one.
+        checkpoint: a complete checkpoint.
         out: an empty folder.
-        run: what is known of its run, or of that of the adapter that was merged.
+        run: the facts of its run, or of the run of the adapter that was merged.
         repo: the name on the Hub, for the example in the card.
         licence: its identifier on the Hub.
-        allow_links: whether weights may be symbolic links, in a folder that does not last.
+        allow_links: whether weights may be symbolic links, in a temporary folder.
 
     Raises:
         ValueError: the checkpoint is not complete, this version cannot read it, or a text names a path of this machine.
@@ -96,8 +96,8 @@ def prepare_upload(
         shutil.copyfile(run.plot, out / PLOT_FILE)
     card = model_card(read_json(out / "config.json"), config, run, parameters(out, config), repo=repo, licence=licence)
     (out / CARD_FILE).write_text(card, encoding="utf-8")
-    if found := list(find_local_paths(out, checkpoint, run.checkpoint)):
-        raise ValueError(f"{'; '.join(found)}: that is a place of this machine, which is not for others to read")
+    if places := list(find_local_paths(out, checkpoint, run.checkpoint)):
+        raise ValueError(f"{'; '.join(places)}: that is a place of this machine, which is not for others to read")
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     skipped_files = sorted(
         file.name for file in checkpoint.iterdir() if file.name not in files or file.name == CARD_FILE
@@ -106,7 +106,7 @@ def prepare_upload(
 
 
 def obsolete(there: Iterable[str], prepared: PreparedFolder) -> list[str]:
-    """Files of a repository that a checkpoint would be mistaken with: those of an earlier model, and its code."""
+    """Return the files of a repository that belong to an earlier model or its code, and would mix with the new one."""
     code = {file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py")}
     ours = (
         name for name in there if is_model_file(name) or name in code or fnmatch(name, "user_*.py") or name == PLOT_FILE
@@ -115,7 +115,7 @@ def obsolete(there: Iterable[str], prepared: PreparedFolder) -> list[str]:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of a checkpoint is the model's."""
+    """Return whether a file of a checkpoint belongs to the model."""
     return any(fnmatch(name, pattern) for pattern in MODEL_FILES)
 
 
@@ -123,15 +123,15 @@ def is_model_file(name: str) -> bool:
 
 
 def is_adapter(checkpoint: Path) -> bool:
-    """Whether it is complete only together with its base."""
+    """Return whether a checkpoint is complete only together with its base."""
     return (checkpoint / BASE_FILE).is_file()
 
 
 def require_checkpoint(folder: Path) -> None:
-    """Refuse what is no checkpoint's folder, an adapter's included in those that are.
+    """Check that a folder holds a checkpoint, complete or on a base.
 
     Raises:
-        ValueError: says what it is, and which folder to give.
+        ValueError: it does not; says what it is, and which folder to give.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder (seen from {Path.cwd()})")
@@ -144,11 +144,11 @@ def require_checkpoint(folder: Path) -> None:
         raise ValueError(problem)
 
 
-def require_complete_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of a checkpoint that holds all of its model.
+def require_complete_checkpoint(checkpoint: Path) -> JsonObject:
+    """Return the configuration of a checkpoint that holds all of its model.
 
     Raises:
-        ValueError: files are missing or torn, or it is of a kind that is not known here.
+        ValueError: files are missing or incomplete, or the model is of an unknown kind.
     """
     require_checkpoint(checkpoint)
     config = read_json(checkpoint / "config.json")
@@ -161,9 +161,9 @@ def require_complete_checkpoint(checkpoint: Path) -> dict[str, Any]:
         if not file.is_file():
             raise ValueError(f"{checkpoint} is not complete: {name} is missing")
         header, start = read_header(file)
-        ends = [one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"]
+        ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
         if start + max(ends, default=0) != file.stat().st_size:
-            raise ValueError(f"{file} is torn: it is not as long as it says")
+            raise ValueError(f"{file} is incomplete: it is not as long as it says")
     needed = ["processor_config.json"] if kind == COMPOSED_MODEL_TYPE else []
     for name in [*needed, "tokenizer_config.json"]:
         if not (checkpoint / name).is_file():
@@ -173,11 +173,11 @@ def require_complete_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where the first of them begins.
+def read_header(file: Path) -> tuple[JsonObject, int]:
+    """Return the header of a safetensors file, which describes its tensors, and the offset of the first tensor.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no safetensors file.
     """
     try:
         with file.open("rb") as opened:
@@ -186,7 +186,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     except (struct.error, ValueError) as error:
         raise ValueError(f"{file} is no safetensors file") from error
     if not isinstance(header, dict):
-        raise ValueError(f"{file} is torn: it is not as long as it says")
+        raise ValueError(f"{file} is incomplete: it is not as long as it says")
     return header, 8 + length
 
 
@@ -204,25 +204,27 @@ def _require_readable(checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} cannot be read by this version: {str(error).splitlines()[0]}") from error
 
 
-def get_body_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the vision-language model, with prediction heads or without."""
+def get_body_config(config: JsonObject) -> JsonObject:
+    """Return the configuration of the vision-language model, with prediction heads or without."""
     return config["body_config"] if config.get("model_type") == PREDICTION_MODEL_TYPE else config
 
 
 # Code
 
 
-def get_custom_classes(config: dict[str, Any]) -> dict[str, str]:
-    """Classes of the user's own: key of `auto_map` -> `file.Class`."""
+def get_custom_classes(config: JsonObject) -> dict[str, str]:
+    """Return the user's own classes: key of `auto_map` -> `file.Class`."""
     maps = {**(get_body_config(config).get("auto_map") or {}), **(config.get("auto_map") or {})}
     return {key: value for key, value in maps.items() if key == "Connector" or key.startswith("Head.")}
 
 
-def list_code_files(checkpoint: Path, config: dict[str, Any]) -> Iterator[Path]:
-    """Files of the installed package that read a checkpoint, and those of the user's own classes; none of a family's.
+def list_code_files(checkpoint: Path, config: JsonObject) -> Iterator[Path]:
+    """Yield the files of the installed package that read a checkpoint, and those of the user's own classes.
+
+    A family's model has none.
 
     Raises:
-        ValueError: a class of the user's own did not travel with the checkpoint.
+        ValueError: the file of a class of the user's own is missing.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -235,17 +237,17 @@ def list_code_files(checkpoint: Path, config: dict[str, Any]) -> Iterator[Path]:
     roots = ["configuration_vlm", "modeling_vlm", "processing_vlm"] if composed else []
     roots += ["configuration_prediction", "modeling_prediction"] if predicts else []
     package = Path(vlm.models.__file__).parent
-    found = {package / f"{name}.py" for name in roots}
-    found |= {Path(needed) for root in list(found) for needed in get_relative_import_files(root)}
-    yield from sorted(found)
+    files = {package / f"{name}.py" for name in roots}
+    files |= {Path(needed) for root in list(files) for needed in get_relative_import_files(root)}
+    yield from sorted(files)
     named = [
         get_body_config(config).get("connector", {}).get("type", ""),
         *(head["type"] for head in config.get("heads", [])),
     ]
-    own = get_custom_classes(config)
-    if sum(":" in name for name in named) != len(own):
+    custom = get_custom_classes(config)
+    if sum(":" in name for name in named) != len(custom):
         raise ValueError(f"{checkpoint} is not complete: {', '.join(named)} is a class whose file is not there")
-    for reference in sorted(set(own.values())):
+    for reference in sorted(set(custom.values())):
         file = checkpoint / f"{reference.partition('.')[0]}.py"
         if not file.is_file():
             raise ValueError(f"{checkpoint} is not complete: {file.name}, which has {reference}, is missing")
@@ -253,21 +255,21 @@ def list_code_files(checkpoint: Path, config: dict[str, Any]) -> Iterator[Path]:
 
 
 def _write_auto_maps(out: Path) -> None:
-    """Say in the published files which class answers for which auto class."""
+    """Write into the published files which class belongs to which auto class."""
     from vlm.models.configuration_prediction import AUTO_MAP as PREDICTING
     from vlm.models.configuration_vlm import AUTO_MAP as COMPOSING
 
     config = read_json(out / "config.json")
-    body, own = get_body_config(config), get_custom_classes(config)
+    body, custom = get_body_config(config), get_custom_classes(config)
     if body["model_type"] == COMPOSED_MODEL_TYPE:
-        body["auto_map"] = {**COMPOSING, **{key: value for key, value in own.items() if key == "Connector"}}
+        body["auto_map"] = {**COMPOSING, **{key: value for key, value in custom.items() if key == "Connector"}}
         processor = read_json(out / "processor_config.json")
         processor["auto_map"] = {"AutoProcessor": COMPOSING["AutoProcessor"]}
         write_json(out / "processor_config.json", processor)
     if config["model_type"] == PREDICTION_MODEL_TYPE:
         known = {key: value for key, value in PREDICTING.items() if key != "AutoProcessor"}
         processor = {"AutoProcessor": PREDICTING["AutoProcessor"]} if body["model_type"] == COMPOSED_MODEL_TYPE else {}
-        config["auto_map"] = {**known, **processor, **own}
+        config["auto_map"] = {**known, **processor, **custom}
     write_json(out / "config.json", config)
 
 
@@ -275,7 +277,7 @@ def _write_auto_maps(out: Path) -> None:
 
 
 def _link_or_copy(source: Path, target: Path, *, allow_links: bool) -> None:
-    """Weights in a further folder: the same file where that can be, else a copy."""
+    """Put a weight file into another folder: as the same file where the file system allows that, else as a copy."""
     source = source.resolve()
     try:
         os.link(source, target)
@@ -286,18 +288,19 @@ def _link_or_copy(source: Path, target: Path, *, allow_links: bool) -> None:
             shutil.copyfile(source, target)
 
 
-def parameters(folder: Path, config: dict[str, Any]) -> dict[str, int]:
-    """How many parameters each part of a composed model has, `total` of all; of a family's model, `total` alone."""
+def parameters(folder: Path, config: JsonObject) -> dict[str, int]:
+    """Return the parameters of each part of a composed model and their `total`; for a family's model `total` alone."""
     counts: dict[str, int] = {}
     for file in sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
-        for name, one in read_header(file)[0].items():
-            if name == "__metadata__" or name.endswith(STATISTICS_SUFFIXES) or not one["dtype"].startswith(("F", "BF")):
+        for name, tensor in read_header(file)[0].items():
+            if (
+                name == "__metadata__"
+                or name.endswith(STATISTICS_SUFFIXES)
+                or not tensor["dtype"].startswith(("F", "BF"))
+            ):
                 continue
             part = name.removeprefix("body.").partition(".")[0]
             part = {"image_newline": "connector", "heads": "head"}.get(part, part)
-            size = 1
-            for length in one["shape"]:
-                size *= length
-            counts[part] = counts.get(part, 0) + size
+            counts[part] = counts.get(part, 0) + math.prod(tensor["shape"])
     total = sum(counts.values())
     return {**(counts if get_body_config(config)["model_type"] == COMPOSED_MODEL_TYPE else {}), "total": total}

@@ -1,4 +1,4 @@
-"""What a run directory tells of the model that it left: for the model card.
+"""The facts of a run directory that the model card tells.
 
 Imports the schema's names and the cleaning of paths only.
 """
@@ -8,61 +8,60 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from vlm.config.schema import PARTS, TRAIN_FLAGS
 from vlm.hub.cleaning import find_hub_name, last_path_component
-from vlm.hub.folders import read_json
+from vlm.hub.folders import JsonObject, read_json
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is known of a run; what is not there is empty.
+    """The known facts of a run; those of files that do not exist are empty.
 
     Attributes:
-        checkpoint: what it left.
+        checkpoint: the run's checkpoint.
         config: `config.yaml`.
-        name: what `-cn` named.
+        name: the configuration that `-cn` named.
         metrics: the lines of `metrics.jsonl`.
         data: `data.json`.
         versions: `versions.json`.
         scores: `scores.json`: set of records -> head -> measures.
         evaluations: name of an evaluation -> its `results.json`.
-        plot: the picture of its loss.
+        plot: the file of the loss plot.
     """
 
     checkpoint: Path
-    config: dict[str, Any] = field(default_factory=dict)
+    config: JsonObject = field(default_factory=dict)
     name: str | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    data: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: list[JsonObject] = field(default_factory=list)
+    data: JsonObject = field(default_factory=dict)
+    versions: JsonObject = field(default_factory=dict)
+    scores: JsonObject = field(default_factory=dict)
+    evaluations: dict[str, JsonObject] = field(default_factory=dict)
     plot: Path | None = None
 
     def recipe(self) -> list[tuple[str, str]]:
-        """How it was trained: what and its value, in the order of the card."""
+        """Return the settings of the training with their values, in the order of the card."""
         trainer = self.config.get("trainer")
         if not trainer:
             return []
-        found = [("stage", self.name)] if self.name else []
+        rows = [("stage", self.name)] if self.name else []
         if started := trainer.get("from_pretrained"):
-            found.append(("began with", find_hub_name(started, self.checkpoint) or "an earlier stage's checkpoint"))
-        found += [(f"learning rate of {part}", rate) for part, rate in _learning_rates(trainer, bool(self.scores))]
-        found += list(self._training_amounts(trainer))
+            rows.append(("began with", find_hub_name(started, self.checkpoint) or "an earlier stage's checkpoint"))
+        rows += [(f"learning rate of {part}", rate) for part, rate in _learning_rates(trainer, bool(self.scores))]
+        rows += list(self._training_amounts(trainer))
         for key in ("lr_scheduler_type", "warmup_steps", "optim", "loss_average", "seed"):
             if trainer.get(key) is not None:
-                found.append((key, str(trainer[key])))
-        found.append(("precision", next((key for key in ("bf16", "fp16") if trainer.get(key)), "float32")))
+                rows.append((key, str(trainer[key])))
+        rows.append(("precision", next((key for key in ("bf16", "fp16") if trainer.get(key)), "float32")))
         if stage := (trainer.get("deepspeed") or {}).get("zero_optimization", {}).get("stage"):
-            found.append(("DeepSpeed", f"ZeRO-{stage}"))
+            rows.append(("DeepSpeed", f"ZeRO-{stage}"))
         template = self.config.get("dataset", {}).get("template")
-        return found + ([("chat template", last_path_component(str(template)))] if template else [])
+        return rows + ([("chat template", last_path_component(str(template)))] if template else [])
 
-    def _training_amounts(self, trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    def _training_amounts(self, trainer: JsonObject) -> Iterator[tuple[str, str]]:
         batch = trainer.get("per_device_train_batch_size", 0) * trainer.get("gradient_accumulation_steps", 1)
         ranks = self.versions.get("world_size", 1)
         yield "samples a step", f"{batch * ranks} ({ranks} × {batch})" if ranks > 1 else str(batch)
@@ -73,44 +72,45 @@ class RunSummary:
             yield "steps", f"{last['step']:,}"
 
     def sources(self) -> list[tuple[str, str, int | None, int | None]]:
-        """What it read: role, name, samples, images; None where a stream was not counted."""
-        found = []
+        """Return the sources of the data: role, name, samples, images; None where a stream was not counted."""
+        rows = []
         for role, facts in self.data.items():
             sources = facts.get("sources", [])
-            for one in sources:
+            for source in sources:
                 if len(sources) == 1:  # of which records may have been split off
-                    one = {**one, "samples": facts["samples"], "images": facts["images"]}
-                name = find_hub_name(one["path"], self.checkpoint) or last_path_component(str(one["source"]))
-                found.append((role, name, one["samples"], one["images"]))
+                    source = {**source, "samples": facts["samples"], "images": facts["images"]}
+                name = find_hub_name(source["path"], self.checkpoint) or last_path_component(str(source["source"]))
+                rows.append((role, name, source["samples"], source["images"]))
             if not sources and "samples" in facts:
-                found.append((role, "split off", facts["samples"], facts["images"]))
-            found += [(role, find_hub_name(one["path"], self.checkpoint) or last_path_component(str(one["source"])), None, None)
-                      for one in facts.get("streamed", [])]  # fmt: skip
-        return found
+                rows.append((role, "split off", facts["samples"], facts["images"]))
+            for stream in facts.get("streamed", []):
+                name = find_hub_name(stream["path"], self.checkpoint) or last_path_component(str(stream["source"]))
+                rows.append((role, name, None, None))
+        return rows
 
     def hub_datasets(self) -> list[str]:
-        """Names of data sets on the Hub that it read."""
-        paths = [one["path"] for facts in self.data.values()
-                 for one in [*facts.get("sources", []), *facts.get("streamed", [])]]  # fmt: skip
-        found = [
+        """Return the names of data sets on the Hub that the run read."""
+        paths = [source["path"] for facts in self.data.values()
+                 for source in [*facts.get("sources", []), *facts.get("streamed", [])]]  # fmt: skip
+        names = [
             name for path in paths if str(path).startswith("hf://") and (name := find_hub_name(path, self.checkpoint))
         ]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(names))
 
     def last_losses(self) -> list[tuple[str, float]]:
-        """The last of each loss that was logged."""
+        """Return the last value of each loss that was logged."""
         titles = {
             "loss": "training loss, last logged",
             "train_loss": "training loss, mean of the run",
             "eval_loss": "evaluation loss",
-            "eval_blank_loss": "evaluation loss on blank pictures",
+            "eval_blank_loss": "evaluation loss on blank images",
         }
         last = {key: value for line in self.metrics for key, value in line.items()}
         return [(title, last[key]) for key, title in titles.items() if isinstance(last.get(key), int | float)]
 
 
 def read_run(checkpoint: Path) -> RunSummary:
-    """What lies beside a checkpoint that is a run's folder `final`; nothing is known of others."""
+    """Return the facts beside a checkpoint that is a run's folder `final`; of others nothing is known."""
     run = checkpoint.resolve().parent
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         return RunSummary(checkpoint)
@@ -125,20 +125,20 @@ def read_run(checkpoint: Path) -> RunSummary:
 
 
 def _read_run_name(run: Path) -> str | None:
-    """What the last command of a run named with `-cn`."""
+    """Return the configuration that the last command of a run named with `-cn`."""
     file = run / "command.txt"
     words = shlex.split(file.read_text(encoding="utf-8").splitlines()[-1]) if file.is_file() else []
     named = [words[at + 1] for at, word in enumerate(words[:-1]) if word in ("-cn", "--config-name")]
     return named[-1] if named else None
 
 
-def _read_evaluations(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_evaluations(run: Path) -> Iterator[tuple[str, JsonObject]]:
     for file in sorted((run / "eval").glob("**/results.json")):
         yield "/".join(file.relative_to(run / "eval").parts[:-1]) or "evaluation", read_json(file)
 
 
-def _learning_rates(trainer: dict[str, Any], has_head: bool) -> Iterator[tuple[str, str]]:
-    """Part -> its learning rate, or that it was frozen."""
+def _learning_rates(trainer: JsonObject, has_head: bool) -> Iterator[tuple[str, str]]:
+    """Yield each part with its learning rate, or `frozen`."""
     for part in PARTS:
         rate = trainer["learning_rate"].get(f"{part}_learning_rate")
         rank = (trainer.get("lora", {}).get(part) or {}).get("r")

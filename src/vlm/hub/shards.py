@@ -19,11 +19,11 @@ from torch import Tensor
 from vlm.hub.folders import read_json
 
 LARGEST_SHARD = 4 * 10**9
-"""Bytes of a written file."""
+"""Most bytes of a written file."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, safetensors before pickles; none where there are none.
+    """Return the files that hold a folder's weights, safetensors before pickles; empty where there are none.
 
     Raises:
         ValueError: an index names a file that is missing or outside the folder.
@@ -40,14 +40,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, one at a time.
+    """Yield names and tensors of a file, one at a time.
 
     Raises:
-        ValueError: it is torn, or a pickle that asks for more than tensors.
+        ValueError: the file is incomplete, or a pickle that asks for more than tensors.
     """
     if file.suffix == ".safetensors":
         with _open_safetensors(file) as weights:
-            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+            for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
                 yield name, weights.get_tensor(name)
         return
     yield from read_pickle(file).items()
@@ -63,31 +63,31 @@ def _open_safetensors(file: Path) -> Iterator[safe_open]:
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` file.
+    """Return the tensors of a `.bin` file.
 
     Raises:
-        ValueError: it is torn, or asks for more than tensors.
+        ValueError: the file is incomplete, or asks for more than tensors.
     """
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is refused: it asks for more than tensors, so loading it could run code. "
             f"PyTorch says: {str(error).splitlines()[0]}"
         ) from error
-    except Exception as error:  # a torn pickle raises whatever its bytes happen to say
+    except Exception as error:  # an incomplete pickle may raise anything
         raise ValueError(f"{file} does not load: {type(error).__name__} {error}".splitlines()[0]) from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file} holds something else than named tensors")
-    return found
+    return tensors
 
 
 class ShardWriter:
     """Writes tensors into safetensors files of at most `max_bytes` bytes (or one tensor), and their index.
 
     Args:
-        folder: where.
-        max_bytes: bytes of a file.
+        folder: the folder to write into.
+        max_bytes: most bytes of a file.
     """
 
     def __init__(self, folder: Path, max_bytes: int = LARGEST_SHARD):
@@ -99,14 +99,14 @@ class ShardWriter:
         self._pending_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """One more tensor, copied: what it was read from may be closed."""
+        """Add a copy of a tensor: the file that it was read from may be closed afterwards."""
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
             self._flush()
         self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._pending_bytes += tensor.nbytes
 
     def finish(self) -> None:
-        """Write what is left; a single file is `model.safetensors`, several get an index."""
+        """Write the remaining tensors; a single file is `model.safetensors`, several get an index."""
         self._flush()
         count = len(self.names)
         if count == 1:

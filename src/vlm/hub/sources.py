@@ -1,13 +1,13 @@
-"""What an import reads: a foreign checkpoint's configuration as ours, and where its weights are.
+"""Reading foreign checkpoints: their configuration as ours, and where their weights are.
 
-Imports `vlm.hub`, `vlm.config.schema` and transformers. To take another kind of checkpoint, write a function that gives
-a `Source`, and call it in `read_source`.
+To import another kind of checkpoint, write a function that returns a `ForeignCheckpoint`, and call it in `read_source`.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from transformers import (
     CONFIG_MAPPING,
@@ -28,10 +28,12 @@ from transformers.image_utils import PILImageResampling
 from vlm.assembly.encoders import image_size
 from vlm.config.schema import AnyResConfig, ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.hub.adapters import Adapter, read_adapter
-from vlm.hub.folders import read_json, resolve_folder
+from vlm.hub.folders import JsonObject, read_json, resolve_folder
 from vlm.hub.layouts import TRANSFORMERS_LLAVA_PREFIXES, PrefixPairs, make_original_prefixes
 from vlm.hub.shards import weight_files
 from vlm.hub.tiles import is_tiled, read_native, read_original
+
+T = TypeVar("T")
 
 ORIGINAL_TYPES = {
     "llava": "llama",
@@ -61,7 +63,7 @@ ORIGINAL_LLAVA_FIELDS = re.compile(
 
 @dataclass
 class WeightStore:
-    """Files of weights, and what their names are called here."""
+    """Files of weights, and the prefixes of their names with ours."""
 
     files: list[Path]
     table: PrefixPairs
@@ -72,15 +74,15 @@ class ForeignCheckpoint:
     """A foreign checkpoint.
 
     Attributes:
-        recipe: the parts, as the source names them.
+        recipe: the parts, under the names that the source has for them.
         text_config: the language model's configuration.
         tokenizer: the folder with the tokenizer.
-        stores: weights; where two have one name, the first counts.
-        encoder: where the encoder's configuration, image processor and, if the stores lack them, weights are.
-        vision_config: the encoder's configuration, where it is part of the source's.
-        image_processor: likewise.
-        adapter: what is merged into the stores' weights.
-        image_mode: `dataset.image_mode` as the source was trained.
+        stores: weights; where two stores have the same name, the first one counts.
+        encoder: name of the encoder's configuration, image processor and, if the stores lack them, weights.
+        vision_config: the encoder's configuration, where it is part of the source.
+        image_processor: the encoder's image processor, where it is part of the source.
+        adapter: the adapter to merge into the stores' weights.
+        image_mode: `dataset.image_mode` with which the source was trained.
         generation: the folder of its generation settings.
     """
 
@@ -97,7 +99,7 @@ class ForeignCheckpoint:
 
 
 def read_source(name: str, base_model: str | None, vision_tower: str | None) -> ForeignCheckpoint:
-    """Find out what a checkpoint is, and describe it.
+    """Find out what a foreign checkpoint is, and return its description.
 
     Args:
         name: a local folder or a name on the Hub.
@@ -105,7 +107,7 @@ def read_source(name: str, base_model: str | None, vision_tower: str | None) -> 
         vision_tower: the encoder, in place of the one that the source names.
 
     Raises:
-        ValueError: it is nothing that can be imported, or something is missing; says what to do.
+        ValueError: the checkpoint cannot be imported, or a file is missing; says what to do.
     """
     folder = resolve_folder(name)
     values = read_json(folder / "config.json")
@@ -137,7 +139,7 @@ def _refuse_flag(name: str, flag: str, value: str | None) -> None:
 
 
 def _read_transformers_llava(name: str, folder: Path) -> ForeignCheckpoint:
-    """Transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision."""
+    """Read transformers' LLaVA, LLaVA-NeXT or LLaVA-OneVision."""
     config = AutoConfig.from_pretrained(folder)
     assert isinstance(config, LlavaConfig | LlavaNextConfig | LlavaOnevisionConfig)
     vision, text = config.vision_config, config.text_config
@@ -166,53 +168,53 @@ def _read_transformers_llava(name: str, folder: Path) -> ForeignCheckpoint:
         anyres=anyres,
     )
     return ForeignCheckpoint(
-        recipe, text, folder, [_make_store(name, folder, TRANSFORMERS_LLAVA_PREFIXES)], vision_config=vision, image_processor=processor,
-        image_mode=image_mode, generation=folder,
+        recipe, text, folder, [_make_store(name, folder, TRANSFORMERS_LLAVA_PREFIXES)], vision_config=vision,
+        image_processor=processor, image_mode=image_mode, generation=folder,
     )  # fmt: skip
 
 
 def _read_native_image_settings(name: str, folder: Path, config: Any) -> tuple[Any, str, AnyResConfig]:
-    """The encoder's image processor, our image mode and our tiles for what transformers' image processor does.
+    """Return the encoder's image processor, image mode and tiles that do what transformers' image processor does.
 
-    LLaVA's own class is CLIP's with padding to a square, LLaVA-NeXT's and LLaVA-OneVision's are CLIP's with tiles.
+    LLaVA's own class is CLIP's with padding to a square; LLaVA-NeXT's and LLaVA-OneVision's are CLIP's with tiles.
 
     Raises:
-        ValueError: it does what there is nothing for here.
+        ValueError: the image processor does something that is not supported here.
     """
     try:
-        found = AutoImageProcessor.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} brings no image processor: {str(error).splitlines()[0]}") from error
     kind = SiglipImageProcessor if config.vision_config.model_type == "siglip_vision_model" else CLIPImageProcessor
     if config.model_type == "llava":
-        if not isinstance(found, LlavaImageProcessor):
-            return found, "square", AnyResConfig()
+        if not isinstance(processor, LlavaImageProcessor):
+            return processor, "square", AnyResConfig()
         return (
-            _make_untiled_image_processor(found, CLIPImageProcessor),
-            "pad" if found.do_pad else "square",
+            _make_untiled_image_processor(processor, CLIPImageProcessor),
+            "pad" if processor.do_pad else "square",
             AnyResConfig(),
         )
-    if not isinstance(found, LlavaNextImageProcessor | LlavaOnevisionImageProcessor):
-        raise ValueError(f"{name}: its image processor is a {type(found).__name__}, which cuts no tiles")
-    size, crop = cast(Any, found.size), cast(Any, found.crop_size)
+    if not isinstance(processor, LlavaNextImageProcessor | LlavaOnevisionImageProcessor):
+        raise ValueError(f"{name}: its image processor is a {type(processor).__name__}, which cuts no tiles")
+    size, crop = cast(Any, processor.size), cast(Any, processor.crop_size)
     whole = (size.height, size.width) if size.height and size.width else (size.shortest_edge,) * 2
     tile = (crop.height if crop else None) or size.height or size.shortest_edge
     if set(whole) != {tile}:
-        raise ValueError(f"{name}: it sees the whole picture in {whole} pixels and tiles of {tile}; needed is one size")
-    return _make_untiled_image_processor(found, kind), "square", read_native(name, config, found, tile)
+        raise ValueError(f"{name}: it sees the whole image in {whole} pixels and tiles of {tile}; needed is one size")
+    return _make_untiled_image_processor(processor, kind), "square", read_native(name, config, processor, tile)
 
 
-def _make_untiled_image_processor(found: Any, kind: Any) -> Any:
-    """An image processor as one of a `kind` that does no more than to resize, crop and normalise."""
-    kept = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize")
-    values = {key: value for key, value in found.to_dict().items() if key in kept and value is not None}
-    return kind(**values, do_center_crop=bool(found.do_center_crop))
+def _make_untiled_image_processor(processor: Any, kind: Callable[..., T]) -> T:
+    """Return an image processor of a class that does no more than to resize, crop and normalise."""
+    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_resize")
+    values = {key: value for key, value in processor.to_dict().items() if key in names and value is not None}
+    return kind(**values, do_center_crop=bool(processor.do_center_crop))
 
 
 def _read_original_llava(
-    name: str, folder: Path, values: dict[str, Any], base_model: str | None, vision_tower: str | None
+    name: str, folder: Path, values: JsonObject, base_model: str | None, vision_tower: str | None
 ) -> ForeignCheckpoint:
-    """The original code's output: a whole model, a projector, or an adapter."""
+    """Read the original code's output: a whole model, a projector, or an adapter."""
     connector = _make_connector_config(name, values)
     table = make_original_prefixes(connector.type)
     encoder = vision_tower or str(values["mm_vision_tower"])
@@ -248,21 +250,21 @@ def _read_original_llava(
 
 
 def _make_original_tile_settings(encoder: str) -> tuple[PreTrainedConfig, Any]:
-    """The encoder's configuration, and its image processor as the original resizes pictures: always bicubically."""
+    """Return the encoder's configuration and its image processor, which resizes bicubically as the original does."""
     config = AutoConfig.from_pretrained(encoder)
     processor = AutoImageProcessor.from_pretrained(encoder)
     processor.resample = PILImageResampling.BICUBIC
     return getattr(config, "vision_config", config), processor
 
 
-def _require_base_folder(name: str, what: str, base_model: str | None, hint: str) -> Path:
+def _require_base_folder(name: str, kind: str, base_model: str | None, hint: str) -> Path:
     if base_model is None:
-        raise ValueError(f"{name} is {what} alone: name its language model with --base-model FOLDER.{hint}")
+        raise ValueError(f"{name} is {kind} alone: name its language model with --base-model FOLDER.{hint}")
     return resolve_folder(base_model)
 
 
 def _read_text_config(folder: Path) -> PreTrainedConfig:
-    """The language model's configuration, out of an original LLaVA's or its own."""
+    """Return the language model's configuration, from that of an original LLaVA or its own."""
     values = read_json(folder / "config.json")
     if "mm_vision_tower" not in values:
         return AutoConfig.from_pretrained(folder).get_text_config()
@@ -271,20 +273,20 @@ def _read_text_config(folder: Path) -> PreTrainedConfig:
     return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if not ORIGINAL_LLAVA_FIELDS.match(key)})
 
 
-def _make_connector_config(name: str, values: dict[str, Any]) -> ConnectorConfig:
-    """Raises: ValueError: a projector that there is no connector for."""
+def _make_connector_config(name: str, values: JsonObject) -> ConnectorConfig:
+    """Return the connector; raises ValueError for a projector that no connector here computes."""
     if values.get("mm_resampler_type") or values.get("s2"):
         raise ValueError(f"{name}: resamplers and multi-scale features (s2) have no connector here")
     kind = values.get("mm_projector_type") or "linear"
     if kind in ("linear", "identity"):
         return ConnectorConfig(kind, {})
-    if found := re.fullmatch(r"mlp(\d+)x_gelu", kind):
-        return ConnectorConfig("mlp", {"num_layers": int(found[1])})
+    if layers := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        return ConnectorConfig("mlp", {"num_layers": int(layers[1])})
     raise ValueError(f"{name}: mm_projector_type={kind}; imported are linear, mlp<N>x_gelu and identity")
 
 
-def _make_encoder_config(name: str, values: dict[str, Any], encoder: str) -> VisualEncoderConfig:
-    """Raises: ValueError: the encoder's configuration does not load, or a field has no meaning here."""
+def _make_encoder_config(name: str, values: JsonObject, encoder: str) -> VisualEncoderConfig:
+    """Return the encoder; raises ValueError where its configuration does not load, or a field is not supported."""
     try:
         config = AutoConfig.from_pretrained(encoder)
     except (OSError, ValueError) as error:

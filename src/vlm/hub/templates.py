@@ -33,7 +33,7 @@ TEMPLATE_HEADER = """\
 {%- endfor -%}
 {%- set messages = strings.messages -%}
 """
-"""What stands before one of our templates."""
+"""The beginning of an exported template, before ours. Imports compare it, so its text never changes."""
 
 CAPTURE_START = "{%- set rendered -%}\n"
 CAPTURE_END = """
@@ -70,17 +70,17 @@ TEMPLATE_MARKERS = {
     "[INST]": "mistral",
     "<start_of_turn>": "gemma",
 }
-"""What a template writes around turns -> the packaged template that writes it too."""
+"""Markers that templates write around turns -> the packaged template that writes them too."""
 
 
 def export_template(template: str, image_token: str, *, space_after_image: bool) -> str:
-    """Our template as transformers' processors take it; `spaced`: see `CLOSE`."""
+    """Return our template as transformers' processors take it; `space_after_image`: see `CAPTURE_END`."""
     head = TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token))
     return head + (CAPTURE_START + template + CAPTURE_END if space_after_image else template)
 
 
 def recover_template(template: str, image_token: str) -> str | None:
-    """Our template out of one that `exported` made; None: it made none."""
+    """Return our template out of one that `export_template` made; None for others."""
     head = TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token))
     if not template.startswith(head):
         return None
@@ -88,23 +88,23 @@ def recover_template(template: str, image_token: str) -> str | None:
 
 
 def accepts_string_contents(template: str) -> bool:
-    """Whether a template renders contents that are strings."""
-    said = "\ufdd0"
+    """Return whether a template renders contents that are strings."""
+    content = "\ufdd0"
     try:
         rendered, _ = render_jinja_template(
-            [[{"role": "user", "content": said}]], chat_template=template, bos_token="", eos_token=""
+            [[{"role": "user", "content": content}]], chat_template=template, bos_token="", eos_token=""
         )
     except Exception:  # whatever a foreign template does with a string
         return False
-    return said in rendered[0]
+    return content in rendered[0]
 
 
 def find_working_template(texts: list[str], image_token: str) -> str | None:
-    """The template that works here among those that a folder brings, the first that does.
+    """Return the first template of a folder that works here; None where none does.
 
     Args:
-        texts: templates.
-        image_token: the placeholder.
+        texts: the folder's templates.
+        image_token: the placeholder of images.
     """
     for text in texts:
         if (ours := recover_template(text, image_token)) is not None:
@@ -115,11 +115,13 @@ def find_working_template(texts: list[str], image_token: str) -> str | None:
 
 
 def default_template(text_type: str, texts: list[str]) -> str:
-    """The packaged template that writes turns as a folder's own ones do, which do not work here, else by model type.
+    """Return the name of a packaged template for a folder whose own ones do not work here.
+
+    It is the one that writes turns as one of the folder's templates does, else the one for the language model.
 
     Args:
-        text_type: of the language model.
-        texts: templates that the folder brings.
+        text_type: the language model's `model_type`.
+        texts: the folder's templates.
 
     Raises:
         ValueError: there is none.

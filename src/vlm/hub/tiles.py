@@ -2,7 +2,7 @@
 
 Imports the schema and `vlm.models.anyres`. The others name allowed sizes in pixels (`image_grid_pinpoints`) where we
 name grids in tiles: transformers as `[height, width]`, the original as `[width, height]`, which decides between grids
-that are equally good for a picture.
+that are equally good for an image.
 """
 
 import ast
@@ -12,20 +12,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm.config.schema import AnyResConfig
+from vlm.hub.folders import JsonObject
 from vlm.models.anyres import AnyRes
 
 MAX_TILES_PATTERN = re.compile(r"anyres_max_(\d+)")
 """How LLaVA-OneVision writes `max_tiles`."""
 
 UNTILED_ASPECT_RATIOS = (None, "square", "pad")
-"""Values of the original's `image_aspect_ratio` that make one square of a picture."""
+"""Values of the original's `image_aspect_ratio` that make one square of an image."""
 
 
 def read_grids(name: str, sizes: Any, tile: int) -> list[list[int]]:
-    """Grids of tiles for sizes in pixels, either as (rows, columns) for (height, width).
+    """Return grids of tiles for sizes in pixels: (rows, columns) for (height, width), or both the other way round.
 
     Raises:
-        ValueError: there are none, or one is no multiple of the tile.
+        ValueError: there are no sizes, or one is no multiple of the tile.
     """
     shown = f"{name}: image_grid_pinpoints={sizes}"
     if not isinstance(sizes, list) or not sizes:
@@ -37,52 +38,52 @@ def read_grids(name: str, sizes: Any, tile: int) -> list[list[int]]:
 
 
 def read_max_tiles(name: str, field: str, value: Any) -> int:
-    """`max_tiles` out of `anyres_max_9`.
+    """Return `max_tiles` from a value such as `anyres_max_9`.
 
     Raises:
-        ValueError: it is written in no such way.
+        ValueError: the value is not of that form.
     """
-    found = MAX_TILES_PATTERN.fullmatch(str(value))
-    if found is None or int(found[1]) < 1:
+    match = MAX_TILES_PATTERN.fullmatch(str(value))
+    if match is None or int(match[1]) < 1:
         raise ValueError(f"{name}: {field}={value}; imported is anyres_max_<N>, such as anyres_max_9")
-    return int(found[1])
+    return int(match[1])
 
 
-def is_tiled(name: str, values: dict[str, Any]) -> bool:
-    """Whether an original LLaVA sees pictures in tiles.
+def is_tiled(name: str, values: JsonObject) -> bool:
+    """Return whether an original LLaVA reads images in tiles.
 
     Args:
-        name: the checkpoint's.
+        name: the checkpoint's name.
         values: its `config.json`.
 
     Raises:
-        ValueError: it does, but lays their tokens out in a way that there is none for here.
+        ValueError: it does, but arranges their tokens in a way that is not supported here.
     """
     aspect, merge = values.get("image_aspect_ratio"), values.get("mm_patch_merge_type") or "flat"
     shown = f"{name} has image_aspect_ratio={aspect}, mm_patch_merge_type={merge}"
     if aspect in UNTILED_ASPECT_RATIOS:
         if merge != "flat":
-            raise ValueError(f"{shown}: one square a picture is imported with mm_patch_merge_type=flat")
+            raise ValueError(f"{shown}: one square an image is imported with mm_patch_merge_type=flat")
         return False
     if aspect != "anyres" and not MAX_TILES_PATTERN.fullmatch(str(aspect)):
         raise ValueError(f"{shown}: imported are square, pad, anyres and anyres_max_<N>")
     if merge != "spatial_unpad":
         raise ValueError(
-            f"{shown}: pictures in tiles are imported with mm_patch_merge_type=spatial_unpad, where the padding is cut "
+            f"{shown}: images in tiles are imported with mm_patch_merge_type=spatial_unpad, where the padding is cut "
             "off and a newline ends each row"
         )
     return True
 
 
-def read_original(name: str, values: dict[str, Any], tile: int) -> AnyResConfig:
-    """`model.anyres` of an original LLaVA that sees pictures in tiles.
+def read_original(name: str, values: JsonObject, tile: int) -> AnyResConfig:
+    """Return `model.anyres` of an original LLaVA that reads images in tiles.
 
-    The first release tiles every picture (`anyres`); those with a limit were trained with several as one square each.
+    The first release tiles every image (`anyres`); those with a limit were trained with several as one square each.
 
     Args:
-        name: the checkpoint's.
+        name: the checkpoint's name.
         values: its `config.json`.
-        tile: side of what the visual encoder sees, in pixels.
+        tile: side of the images that the visual encoder reads, in pixels.
 
     Raises:
         ValueError: its grids cannot be read.
@@ -94,14 +95,14 @@ def read_original(name: str, values: dict[str, Any], tile: int) -> AnyResConfig:
 
 
 def _read_original_sizes(name: str, written: Any, tile: int) -> Any:
-    """Sizes in pixels out of a list, a list in a string, or tiles in a string: `(1x1),...,(6x6)` is a range.
+    """Return sizes in pixels from a list, a list in a string, or tiles in a string: `(1x1),...,(6x6)` is a range.
 
     Raises:
-        ValueError: a string that is none of these.
+        ValueError: a string of another form.
     """
     if not isinstance(written, str):
         return written
-    tiles = [[int(one) for one in pair] for pair in re.findall(r"\((\d+)x(\d+)\)", written)]
+    tiles = [[int(number) for number in pair] for pair in re.findall(r"\((\d+)x(\d+)\)", written)]
     if tiles and "..." in written:
         (width, height), (last_width, last_height) = tiles[0], tiles[-1]
         tiles = [[w, h] for w in range(width, last_width + 1) for h in range(height, last_height + 1)]
@@ -116,18 +117,18 @@ def _read_original_sizes(name: str, written: Any, tile: int) -> Any:
 
 
 def read_native(name: str, config: Any, processor: Any, tile: int) -> AnyResConfig:
-    """`model.anyres` of transformers' `llava_next` or `llava_onevision`.
+    """Return `model.anyres` of transformers' `llava_next` or `llava_onevision`.
 
     Args:
-        name: the checkpoint's.
+        name: the checkpoint's name.
         config: its configuration.
-        processor: its image processor, which cuts what the model puts together again.
-        tile: side of what the visual encoder sees, in pixels.
+        processor: its image processor, which cuts the tiles that the model puts together again.
+        tile: side of the images that the visual encoder reads, in pixels.
 
     Raises:
         ValueError: model and image processor disagree, or its grids cannot be read.
     """
-    sizes, cut = ([list(size) for size in one.image_grid_pinpoints] for one in (config, processor))
+    sizes, cut = ([list(size) for size in source.image_grid_pinpoints] for source in (config, processor))
     if sizes != cut:
         raise ValueError(f"{name}: image_grid_pinpoints={sizes} of its model, but {cut} of its image processor")
     grids = read_grids(name, sizes, tile)
@@ -137,34 +138,34 @@ def read_native(name: str, config: Any, processor: Any, tile: int) -> AnyResConf
 
 
 def native_type(anyres: AnyRes) -> str | None:
-    """Which of transformers' models sees pictures in these tiles: `llava_next`, `llava_onevision`; None: neither."""
+    """Return which of transformers' models reads images in these tiles: `llava_next`, `llava_onevision` or None."""
     if not anyres.tile_several:
         return "llava_onevision"
     return None if limits_tiles(anyres) else "llava_next"
 
 
 def limits_tiles(anyres: AnyRes) -> bool:
-    """Whether `max_tiles` is less than the largest grid has."""
+    """Return whether `max_tiles` is less than the number of tiles of the largest grid."""
     return anyres.max_tiles is not None and anyres.max_tiles < max_grid_tiles(anyres)
 
 
 def max_grid_tiles(anyres: AnyRes) -> int:
-    """Tiles of the largest grid."""
+    """Return the number of tiles of the largest grid."""
     return max(math.prod(grid) for grid in anyres.grids)
 
 
 def make_aspect_ratio(anyres: AnyRes) -> str:
-    """`anyres` where nothing shrinks and every picture is tiled, else `anyres_max_<N>`."""
+    """Return `anyres` where nothing shrinks and every image is tiled, else `anyres_max_<N>`."""
     if anyres.tile_several and not limits_tiles(anyres):
         return "anyres"
     return f"anyres_max_{anyres.max_tiles or max_grid_tiles(anyres)}"
 
 
 def make_grid_pinpoints(anyres: AnyRes) -> list[list[int]]:
-    """Transformers' `image_grid_pinpoints`: `[height, width]` in pixels."""
+    """Return transformers' `image_grid_pinpoints`: `[height, width]` in pixels."""
     return [[rows * anyres.tile_size, columns * anyres.tile_size] for rows, columns in anyres.grids]
 
 
 def make_original_grid_pinpoints(anyres: AnyRes) -> list[Sequence[int]]:
-    """The original's `image_grid_pinpoints`: `[width, height]` in pixels."""
+    """Return the original's `image_grid_pinpoints`: `[width, height]` in pixels."""
     return [[width, height] for height, width in make_grid_pinpoints(anyres)]

@@ -89,15 +89,15 @@ class HubClient:
             if (owner := name.partition("/")[0]) not in owners:
                 raise ValueError(f"{name}: {who['name']} may not write to {owner}, but to {', '.join(owners)}")
             try:
-                found = self.api.model_info(name)
+                info = self.api.model_info(name)
             except RepositoryNotFoundError:
                 return UploadTarget(name, exists=False)
-            files = found.siblings
+            files = info.siblings
             if revision is not None:
                 with suppress(RevisionNotFoundError):  # made when it is uploaded to
                     files = self.api.model_info(name, revision=revision).siblings
-            names = tuple(one.rfilename for one in files or () if one.rfilename not in KEPT_FILES)
-            return UploadTarget(name, exists=True, private=bool(found.private), files=names)
+            names = tuple(file.rfilename for file in files or () if file.rfilename not in KEPT_FILES)
+            return UploadTarget(name, exists=True, private=bool(info.private), files=names)
 
     def upload_folder(
         self, folder: Path, target: UploadTarget, *, private: bool, revision: str | None, obsolete: Sequence[str]

@@ -6,14 +6,15 @@ parameters stay.
 
 import difflib
 import re
-from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 
+from vlm.assembly.model_interface import TrainableModel
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
 from vlm.families.table import get_part_names
 
@@ -21,7 +22,7 @@ PEFT_INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal
 """`trainer.lora.init` -> what peft calls it. Others of its choices change the base, which is not saved."""
 
 
-def add_adapter(model: Any, lora: LoraConfig, seed: int, dtype: torch.dtype) -> None:
+def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torch.dtype) -> None:
     """Put a fresh adapter into a model, if any part is to have one.
 
     Its first weights depend on `seed` alone.
@@ -47,7 +48,7 @@ def add_adapter(model: Any, lora: LoraConfig, seed: int, dtype: torch.dtype) -> 
             parameter.data = parameter.data.to(dtype)
 
 
-def select_adapted_layers(model: Any, part: str, own: LoraPartConfig) -> list[str]:
+def select_adapted_layers(model: TrainableModel, part: str, own: LoraPartConfig) -> list[str]:
     """Full names of the layers of a part that get an adapter.
 
     Raises:
@@ -72,7 +73,7 @@ def select_adapted_layers(model: Any, part: str, own: LoraPartConfig) -> list[st
     return [name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in own.target_modules)]
 
 
-def linear_layers(model: Any, part: str) -> list[str]:
+def linear_layers(model: TrainableModel, part: str) -> list[str]:
     """Full names of a part's Linear layers: without `lm_head`, and without those that no answer depends on."""
     names, head = get_part_names(model.config), model.get_output_embeddings()
     return [

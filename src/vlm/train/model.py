@@ -1,14 +1,13 @@
 """The model of a run: settled without weights first, then loaded, and made ready to train."""
 
-from typing import Any
-
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlm.assembly.heads import new_token_ids
 from vlm.assembly.quantization import set_compute_dtype
 from vlm.config.schema import RunConfig
+from vlm.data.processor import Processor
 from vlm.train.lora import add_adapter
 from vlm.train.parts import Part, cast, freeze, make_parts
 from vlm.train.step.activation_checkpointing import enable_activation_checkpointing
@@ -16,7 +15,9 @@ from vlm.train.step.compile import compile_layers
 from vlm.train.step.liger import apply_liger_kernels
 
 
-def prepare(model: Any, config: RunConfig, args: TrainingArguments, processor: Any) -> list[Part]:
+def prepare(
+    model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor
+) -> list[Part]:
     """Adapters, parts, and what trains of them in which precision: the model is ready to train then."""
     trained_dtype = torch.float32 if args.deepspeed is None else compute_dtype(args)
     add_adapter(model, config.trainer.lora, args.seed, trained_dtype)

@@ -3,13 +3,14 @@
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import nn
 
 from vlm.assembly.checkpoint import is_prediction_model
 from vlm.assembly.encoders import encoder_sources
+from vlm.assembly.model_interface import TrainableModel
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
 from vlm.families.table import get_part_names
 from vlm.train.lora import is_trained_with_adapter
@@ -54,7 +55,9 @@ class Part:
         return self.is_unfrozen or bool(self.adapter) or bool(self.rows)
 
 
-def make_parts(model: Any, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = ()) -> list[Part]:
+def make_parts(
+    model: TrainableModel, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = ()
+) -> list[Part]:
     """The parts of a model with the run's settings for them; every parameter belongs to exactly one.
 
     Args:
@@ -101,14 +104,14 @@ def make_parts(model: Any, trainer: TrainerOptions, sources: ModelConfig, new_to
     ]  # fmt: skip
 
 
-def token_embedding_names(model: Any) -> frozenset[str]:
+def token_embedding_names(model: TrainableModel) -> frozenset[str]:
     """Full names of the matrices that have a row for each token: embeddings, and vocabulary heads of their own."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(layer.weight) for layer in layers if layer is not None}
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in weights)
 
 
-def parameters_unread_by_heads(model: Any) -> frozenset[str]:
+def parameters_unread_by_heads(model: TrainableModel) -> frozenset[str]:
     """Full names of what no head depends on: a vocabulary head of its own where no reply is learned, later layers."""
     if not is_prediction_model(model) or model.config.generation_weight:
         return frozenset()
@@ -124,7 +127,7 @@ def parameters_unread_by_heads(model: Any) -> frozenset[str]:
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in ids)
 
 
-def _modules_after_layer(model: Any, layer: int) -> list[nn.Module]:
+def _modules_after_layer(model: TrainableModel, layer: int) -> list[nn.Module]:
     """The language model's modules behind a hidden state, of which state 0 is before the first layer."""
     depth = model.config.get_text_config().num_hidden_layers
     children = dict(model.get_decoder().named_children())
@@ -205,12 +208,9 @@ def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
 def table(parts: list[Part]) -> str:
     """The table that a run begins with, once `freeze` has settled what trains."""
     rows = [("part", "from", "parameters", "trainable", "learning rate", "weight decay"), *_table_rows(parts)]
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    alignment = ("left", "left", "right", "right", "right", "right")
+    header, *lines = tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True).splitlines()
+    return "\n".join([header, "-" * len(header), *lines])
 
 
 def _table_rows(parts: list[Part]) -> Iterator[tuple[str, ...]]:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from transformers import TrainerCallback, TrainerState
 
+from vlm.assembly.model_interface import TrainableModel
 from vlm.config.schema import HEAD, PARTS
 from vlm.families.table import get_part_names
 from vlm.train.monitor.speed import BETWEEN_STEPS
@@ -46,7 +48,7 @@ class ProfilerCallback(TrainerCallback):
         model: the model, whose parts are told apart.
     """
 
-    def __init__(self, folder: Path, model: Any):
+    def __init__(self, folder: Path, model: TrainableModel):
         self.folder, self.parts = folder, part_modules(model)
         self.hooks: list[Any] = []
         self.running: profile | None = None
@@ -105,7 +107,7 @@ class ProfilerCallback(TrainerCallback):
         self.written = True
 
 
-def part_modules(model: Any) -> dict[str, list[nn.Module]]:
+def part_modules(model: TrainableModel) -> dict[str, list[nn.Module]]:
     """Part -> the modules that are called for it, of a model as the table of families has it."""
     finished_profile: dict[str, list[nn.Module]] = {}
     modules = dict(model.named_modules())
@@ -140,14 +142,18 @@ def _close_range_hook(ranges: list[Any]) -> Any:
 def profile_table(finished_profile: profile, parts: Sequence[str], steps: int) -> str:
     """Where the time of so many steps went: by part, and by operator."""
     rows, whole, on_device = time_by_part(finished_profile.events() or [], parts)
-    lines = [f"{'':32}{'ms a step':>12}{'share':>9}" + (f"{'GPU ms a step':>16}" if on_device else "")]
-    for name, (host, device) in rows.items():
-        line = f"{name:32}{host / steps / 1e3:12.2f}{host / whole:9.1%}"
-        lines.append(line + (f"{device / steps / 1e3:16.2f}" if on_device else ""))
-    lines.append(f"{'whole step':32}{whole / steps / 1e3:12.2f}{1:9.1%}")
+    columns = ("", "ms a step", "share", "GPU ms a step")[: 4 if on_device else 3]
+    lines = [columns]
+    lines += [
+        (name, f"{host / steps / 1e3:.2f}", f"{host / whole:.1%}", f"{device / steps / 1e3:.2f}")[: len(columns)]
+        for name, (host, device) in rows.items()
+    ]
+    lines.append(("whole step", f"{whole / steps / 1e3:.2f}", f"{1:.1%}"))
+    alignment = ("left", "right", "right", "right")[: len(columns)]
+    by_part = tabulate(lines, tablefmt="plain", colalign=alignment, disable_numparse=True)
     by = "self_device_time_total" if on_device else "self_cpu_time_total"
     operators = finished_profile.key_averages().table(sort_by=by, row_limit=NUM_OPERATORS, max_name_column_width=60)
-    return "\n".join(lines) + f"\n\n{operators}\n"
+    return f"{by_part}\n\n{operators}\n"
 
 
 def time_by_part(events: Iterable[Any], parts: Sequence[str]) -> tuple[dict[str, tuple[float, float]], float, bool]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlm.assembly.checkpoint import is_composed_model
+from vlm.assembly.model_interface import TrainableModel
 from vlm.models.modeling_vlm import IGNORE_INDEX, MAX_LOGITS
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", 
 
 
 @torch.no_grad()
-def supports_chunked_loss(model: Any) -> bool:
+def supports_chunked_loss(model: TrainableModel) -> bool:
     """Whether a model's loss can be computed piece by piece: it is composed, and its logits are its head's output."""
     if not is_composed_model(model):
         return False

@@ -11,9 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
+from vlm.assembly.model_interface import TrainableModel
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator, PackSampler, pack_lengths, resolve_pack_capacity
 from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.processor import Processor
 from vlm.data.sample import BadSample
 from vlm.data.stream import SampleStream
 from vlm.data.vision.images import read_media_sizes
@@ -63,27 +65,35 @@ class PackedStream(IterableDataset[Any]):
 
 
 def make_packed_loader(
-    dataset: SampleDataset | SampleStream, collate: Collator, max_tokens: int | None, args: TrainingArguments,
-    **loader_options: Any,
-) -> tuple[DataLoader[Any], PackSampler | None]:  # fmt: skip
-    """This rank's packs, and what their order comes from; of a stream nothing does.
+    dataset: SampleDataset | SampleStream, collate: Collator, max_tokens: int | None, args: TrainingArguments
+) -> tuple[DataLoader[Any], PackSampler | None]:
+    """Return the loader of this rank's packs, and the sampler that orders them; packs of a stream have none.
 
     Args:
         dataset: the samples.
         collate: lays out padded batches.
         max_tokens: `trainer.max_tokens_per_batch`.
-        args: batch size, seed, rank.
-        loader_options: for the `DataLoader`.
+        args: batch size, seed, rank, data workers.
     """
-    size = args.per_device_train_batch_size
+    size, collate_packs = args.per_device_train_batch_size, PackingCollator(collate)
     if isinstance(dataset, SampleStream):
-        supports_packing = PackedStream(dataset, stream_capacity(dataset, max_tokens, size))
-        return DataLoader(
-            supports_packing, batch_size=None, collate_fn=PackingCollator(collate), **loader_options
-        ), None
+        packs = PackedStream(dataset, stream_capacity(dataset, max_tokens, size))
+        return DataLoader(packs, batch_size=None, collate_fn=collate_packs, **loader_options(args)), None
     capacity = resolve_pack_capacity(max_tokens, size, dataset.lengths)
-    order = PackSampler(dataset.lengths, capacity, sampler_seed(args), args.process_index, args.world_size)
-    return DataLoader(dataset, batch_sampler=order, collate_fn=PackingCollator(collate), **loader_options), order
+    sampler = PackSampler(dataset.lengths, capacity, sampler_seed(args), args.process_index, args.world_size)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_packs, **loader_options(args)), sampler
+
+
+def loader_options(args: TrainingArguments) -> dict[str, Any]:
+    """Return the options that `Trainer` gives its own loaders: data workers and pinned memory."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "in_order": args.dataloader_in_order,
+    }
 
 
 def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: int) -> int:
@@ -154,7 +164,7 @@ def add_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check_packing(model: Any, processor: Any) -> None:
+def check_packing(model: TrainableModel, processor: Processor) -> None:
     """Ask a model a few tokens in packed rows: no sample may see another, and each sees what it sees alone.
 
     Raises:
@@ -180,7 +190,7 @@ def check_packing(model: Any, processor: Any) -> None:
         raise _mixing_error(model, "a sample's logits are not those that it has alone")
 
 
-def _packed_row_logits(model: Any, samples: list[list[int]]) -> Tensor:
+def _packed_row_logits(model: TrainableModel, samples: list[list[int]]) -> Tensor:
     """Logits `(T, vocabulary)` of samples in one row."""
     lengths = [len(one) for one in samples]
     ids = torch.tensor([list(chain(*samples))])
@@ -197,7 +207,7 @@ def _packed_row_logits(model: Any, samples: list[list[int]]) -> Tensor:
         ).logits[0]  # fmt: skip
 
 
-def _mixing_error(model: Any, what: str) -> ValueError:
+def _mixing_error(model: TrainableModel, what: str) -> ValueError:
     text = model.config.get_text_config()
     return ValueError(
         f"trainer.packing=true: {what} in a packed row, with {text.model_type} and attention "
