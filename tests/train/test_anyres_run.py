@@ -21,7 +21,7 @@ from vlm.data.batching.collator import Collator
 from vlm.data.dataset import BlankImageDataset, SampleDataset, dummy_image, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.inference.generate import VisionLanguageModel
-from vlm.train.trainer import newest_checkpoint
+from vlm.train.checkpoints import newest_checkpoint
 
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 SHAPES = [(40, 30), (20, 90), (24, 24), (70, 10)]

@@ -11,7 +11,7 @@ from tests import waiting
 from tests.conftest import losses
 from tests.families.tiny_families import save_family
 from tests.forked import CPU_ONLY, find_free_port, remove_shared_memory, run_ranks
-from vlm.train.trainer import newest_checkpoint
+from vlm.train.checkpoints import newest_checkpoint
 
 FINETUNE = [
     "trainer.learning_rate.language_model_learning_rate=1e-3",

@@ -24,10 +24,10 @@ from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.cli.main import main
 from vlm.inference.generate import user_turn
-from vlm.train import trainer
+from vlm.train import checkpoints
+from vlm.train.checkpoints import TRAINED_WEIGHTS
 from vlm.train.lora import add_adapter, is_adapter, linear_layers
 from vlm.train.parts import cast, freeze, make_parts, parameter_groups, table
-from vlm.train.trainer import TRAINED_WEIGHTS
 
 LORA = [
     "trainer.lora.language_model.r=4",
@@ -249,14 +249,14 @@ def live(train: Callable[..., Path], pretrained: Path, tmp_path_factory: pytest.
     kept: list[Any] = []
 
     def start(*overrides: str) -> tuple[Path, Any]:
-        original = trainer.save_on_base
+        original = checkpoints.save_on_base
 
         def keep(model: Any, folder: Path, *rest: Any, **kwargs: Any) -> None:
             kept.append(model)
             original(model, folder, *rest, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "save_on_base", keep)
+            patch.setattr(checkpoints, "save_on_base", keep)
             folder = train("pretrain-smol", tmp_path_factory.mktemp("runs") / "live", *SHORT, *overrides)
         return folder / "final", kept[-1]
 

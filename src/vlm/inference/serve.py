@@ -19,6 +19,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, Modality
 
+from vlm.assembly.private_names import check_private_names
 from vlm.config.schema import InferenceConfig
 from vlm.data.sample import BadSample, ContentPart, ImageRef, Turn
 from vlm.data.vision.images import open_image
@@ -206,6 +207,7 @@ def make_app(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> Fas
         hosts: by which names the server may be addressed, so that no page of another site reaches it by a name of its
             own; `*`: any.
     """
+    check_private_names()
     handler = ChatHandler(SingleModelManager(name, model), GenerationState())
     app = FastAPI(title=f"vlm serve {name}")
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from vlm.assembly.adapter_base import make_base
-from vlm.train.model import compute_dtype
 from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch, StopAtNaN
 from vlm.train.monitor.profiler import ProfilerCallback
 from vlm.train.monitor.speed import SpeedMeter
+from vlm.train.monitor.speed_callback import make_speed_meter
 from vlm.train.objectives.base import Objective, PreparedRun
 from vlm.train.run_directory import SkippedRecords
 from vlm.train.signals import SigtermCheckpoint
-from vlm.train.timed_trainer import make_speed_meter
 from vlm.train.trainer import VLMTrainer
 
 
@@ -25,10 +24,6 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         args=args,
         parts=run.parts,
         base=make_base(config),
-        loss_average=objective.loss_average,
-        sampling=config.trainer.train_sampling_strategy,  # pyright: ignore[reportAttributeAccessIssue] - passed through
-        packing=config.trainer.packing,
-        max_tokens=config.trainer.max_tokens_per_batch,
         on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if is_writer and is_whole_run else None,
         on_skipped=SkippedRecords(run.folder, run.data.records["train"], config.dataset, args.world_size),
         data_collator=run.collate,
@@ -49,6 +44,6 @@ def _make_meter(objective: Objective, run: PreparedRun, folder: Path) -> SpeedMe
     """Return what measures the speed of a run; the first rank's knows its operations, if they can be counted."""
     if objective.flops_note is None:
         peak = objective.config.trainer.peak_tflops
-        return make_speed_meter(run.model, run.processor, run.args, compute_dtype(run.args), peak, folder)
+        return make_speed_meter(run.model, run.processor, run.args, peak, folder)
     is_writer = run.args.process_index == 0
     return SpeedMeter(run.args.device, note=objective.flops_note, folder=folder if is_writer else None)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.config.derived import embedding_row_keys
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.train.arguments import training_arguments
+from vlm.train.checkpoints import checkpoint_to_resume
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.objectives.base import PreparedRun
@@ -18,7 +20,6 @@ from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
 from vlm.train.run_directory import choose_directory, contribution_table, write_data_summary, write_run_files
 from vlm.train.step.packing import check_packing_support
-from vlm.train.trainer import checkpoint_to_resume
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     Returns:
         The run directory; its `final` holds the model: complete, or on top of its base.
     """
+    check_private_names()
     objective = make_objective(config)
     model_config, processor = resolve_model(config, overrides)
     if config.trainer.packing:

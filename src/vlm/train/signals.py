@@ -1,9 +1,9 @@
-"""How a run is ended from outside: by SIGTERM, which clusters send before they take a machine back."""
+"""SIGTERM, which clusters send before they take a machine back: the run saves a checkpoint and ends."""
 
 import atexit
 import logging
 import multiprocessing
-import multiprocessing.util  # its own work at the end is registered first, so it comes behind ours
+import multiprocessing.util  # registers its own exit function first, which then runs after ours
 import signal
 import threading
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 log = logging.getLogger(__name__)
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
-"""With what a run ends that was asked to."""
+"""The exit code of a run that SIGTERM ended."""
 
 
 class SigtermCheckpoint(TrainerCallback):
-    """SIGTERM ends a run behind the step that it is at, with a checkpoint to go on from.
+    """Ends a run on SIGTERM after the current step, with a checkpoint to resume from.
 
-    It may come several times, from whoever sends it and from a launcher that hands it on. Ranks get it at different
-    steps, or only one of them does: they agree behind each step.
+    The signal may come several times, from its sender and from a launcher that passes it on. Ranks get it at different
+    steps, or only one of them does, so they agree after each step.
 
     Args:
-        can_save: whether there is a checkpoint to be left.
+        can_save: whether the run can save a checkpoint.
     """
 
     def __init__(self, *, can_save: bool = True):
@@ -37,17 +37,17 @@ class SigtermCheckpoint(TrainerCallback):
         self.previous_handler: Any = signal.SIG_DFL
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
-        """Listen; only a main thread can."""
+        """Install the handler; only a main thread can."""
         if threading.current_thread() is threading.main_thread():
             self.previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
             self.handler_installed = True
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
-        """Take note."""
+        """Note the signal."""
         self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Ask for a checkpoint where any rank was asked to end."""
+        """Ask for a checkpoint where any rank got the signal."""
         self.any_rank_received = self._any_rank_received_sigterm(args.device)
         if not self.any_rank_received:
             return control
@@ -57,7 +57,7 @@ class SigtermCheckpoint(TrainerCallback):
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any):
-        """End, now that the checkpoint is complete."""
+        """End the run, now that the checkpoint is complete."""
         if self.any_rank_received:
             self._end(
                 f"was asked to end and saved checkpoint-{state.global_step}; the same command with "
@@ -65,7 +65,7 @@ class SigtermCheckpoint(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
-        """Listen no more."""
+        """Restore the earlier handler."""
         self.restore()
 
     def _any_rank_received_sigterm(self, device: torch.device) -> bool:
@@ -81,7 +81,7 @@ class SigtermCheckpoint(TrainerCallback):
         raise SystemExit(SIGTERM_EXIT_CODE)
 
     def restore(self) -> None:
-        """Listen no more, whether the run is over or has failed."""
+        """Restore the earlier handler, whether the run has ended or failed."""
         if self.handler_installed:
             self.handler_installed = False
             signal.signal(signal.SIGTERM, self.previous_handler)
@@ -89,21 +89,21 @@ class SigtermCheckpoint(TrainerCallback):
 
 @atexit.register
 def _kill_workers() -> None:
-    """End data workers that are still there, as after an error: Python would ask them by SIGTERM, and wait."""
+    """Kill data workers that are left after an error: Python would send them SIGTERM, which they ignore, and wait."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
 
 
 def ignore_sigterm_in_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Let a signal to all processes of a run leave a loader's workers to their process, with which they end."""
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper makes its workers by another one
+    """Return a loader whose workers ignore a SIGTERM to all processes of a run; they end with their own process."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts the workers of this one
     inner.worker_init_fn = partial(ignore_sigterm, inner.worker_init_fn)
     return loader
 
 
 def ignore_sigterm(init_fn: Callable[[int], None] | None, worker: int) -> None:
-    """Begin a data worker: PyTorch lets it die of the signal, and its process of that."""
+    """Start a data worker that ignores SIGTERM: PyTorch would let it die, and its process with it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if init_fn is not None:
         init_fn(worker)

@@ -1,157 +1,144 @@
-"""A thin subclass of transformers' `Trainer`: parts as optimiser groups, two loss averages, and small checkpoints.
+"""A thin subclass of transformers' `Trainer`: parts as optimiser groups, two loss averages, and an objective.
 
-What it adds, and nothing else: one optimiser group for each part and decay class; LLaVA's mean of micro-batch means
-beside the mean over tokens; grouping by modality and length; evaluation exact to the token, with the loss on blank
-pictures; checkpoints that hold what trains.
+It adds, and nothing else: one optimiser group for each part and decay class; LLaVA's mean of micro-batch means beside
+the mean over tokens; grouping by modality and length; packed rows; the loss and the evaluation of the run's objective;
+the speed of the run; checkpoints that hold what trains (`checkpoints.py`). `hooks.py` lists the methods it overrides.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.utils import ModelOutput
 
 from vlm.assembly.adapter_base import Base
-from vlm.assembly.adapter_folder import save as save_on_base
-from vlm.config.schema import RunConfig
+from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
 from vlm.data.batching.collator import SKIPPED_KEY
-from vlm.data.batching.packing import PackSampler
-from vlm.data.batching.samplers import GROUP_BY_MODALITY_LENGTH, GroupSampler, ModalityLengthSampler
-from vlm.data.batching.stats import BATCH_STATS
+from vlm.data.batching.samplers import ModalityLengthSampler
+from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.dataset import Skipped
+from vlm.data.processor import Processor
 from vlm.data.stream import SampleStream
-from vlm.families.table import get_part_names
 from vlm.train.arguments import sampler_seed
-from vlm.train.distributed import barrier
-from vlm.train.objectives.base import Objective
-from vlm.train.parts import Part, parameter_groups
+from vlm.train.checkpoints import CheckpointTrainer
+from vlm.train.hooks import check_hooks
+from vlm.train.monitor.speed import SpeedMeter
+from vlm.train.monitor.speed_callback import SpeedCallback, count_images
+from vlm.train.objectives.base import Inputs, Objective
+from vlm.train.optimizers import make_optimizer
+from vlm.train.parts import Part
 from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
-from vlm.train.step.compile import force_eager
+from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.packed_attention import use_packed_attention
-from vlm.train.step.packing import add_grid_positions, check_packing, make_packed_loader
-from vlm.train.timed_trainer import TimedTrainer
+from vlm.train.step.packing import add_grid_positions, loader_options, make_packed_loader
 
-TRAINED_WEIGHTS = "trained.safetensors"
-COMPLETE_MARK = "complete"
+NumItems = Tensor | int | None
+"""Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch."""
+
+DROPPED_METRICS = ("train_samples_per_second", "train_steps_per_second", "total_flos")
+"""What `Trainer` logs at the end: evaluation and saving in the time, and operations guessed from the parameters."""
 
 
-class VLMTrainer(TimedTrainer):
+@check_hooks
+class VLMTrainer(CheckpointTrainer):
     """Trains a model whose parts have learning rates of their own.
 
     Args:
-        objective: what the run trains the model to do.
+        model: the model, not wrapped.
+        objective: what the run trains it to do.
         processor: the model's, which normalises pixels and is saved with it.
         parts: the model's parts, see `train/parts.py`.
         base: what the result is written on top of (adapters, quantised parts); None: the result is whole.
-        loss_average: `token` or `micro_batch`.
-        sampling: `trainer.train_sampling_strategy`.
-        packing: whether batches are packed rows.
-        max_tokens: `trainer.max_tokens_per_batch`.
         on_first_batch: called with the first batch of this rank, before its forward pass.
-        on_skipped: called with the records that a batch leaves out, and how many samples it has.
-        kwargs: as `TimedTrainer`.
+        on_skipped: called with the records that a batch leaves out, and the number of its samples.
+        meter: measures the steps; None: a meter that knows no operations.
+        callbacks: the run's callbacks.
+        kwargs: as `Trainer`.
     """
 
     # `Trainer` declares these as unions; here each is what a run makes it.
-    args: Any
     model: Any
     model_wrapped: Any
-    lr_scheduler: Any
     accelerator: Any
-    train_dataset: Any
     eval_dataset: Any
 
     def __init__(
         self,
         *,
+        model: PreTrainedModel,
         objective: Objective,
-        processor: Any,
+        processor: Processor,
         parts: list[Part],
         base: Base | None = None,
-        loss_average: str,
-        sampling: str,
-        packing: bool = False,
-        max_tokens: int | None = None,
-        on_first_batch: Callable[[dict[str, Tensor]], None] | None = None,
+        on_first_batch: Callable[[Inputs], None] | None = None,
         on_skipped: Callable[[list[Skipped], int], None],
+        meter: SpeedMeter | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ):
-        super().__init__(processing_class=processor.tokenizer, **kwargs)
+        super().__init__(
+            model=model,
+            processing_class=processor.tokenizer,
+            callbacks=[BeforeFirstStep(self, model), *callbacks],
+            **kwargs,
+        )
         self.objective = objective
-        self.processor = processor
-        self.parts = parts
-        self.base = base
-        self.loss_average = loss_average
-        self.sampling = sampling
-        self.packing, self.max_tokens = packing, max_tokens
-        self.on_first_batch = on_first_batch
-        self.on_skipped = on_skipped
-        self.sampler: ModalityLengthSampler | GroupSampler | PackSampler | None = None
+        self.processor, self.parts, self.base = processor, parts, base
+        self.options = objective.config.trainer
+        self.packing = self.options.packing
+        self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
+        self.meter = meter or SpeedMeter(self.args.device)
+        self.sampler: Sampler[int] | Sampler[list[int]] | None = None
+        # Without a number of items, `Trainer` averages the losses of micro-batches over accumulation steps and ranks.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and objective.loss_average == "token"
 
     # --- the run ------------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As usual; a run that fails listens to signals as the process did before it."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: None = None, ignore_keys_for_eval: None = None
+    ) -> TrainOutput:
+        """As usual, timed; a run that fails listens to signals as the process did before it."""
+        self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            for one in self.callback_handler.callbacks:
-                if isinstance(one, SigtermCheckpoint):
-                    one.restore()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SigtermCheckpoint):
+                    callback.restore()
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """The run's precision; `Trainer` has it around calls of the whole model alone."""
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:
+        """Return the run's precision; `Trainer` has it around calls of the whole model alone."""
         return self.accelerator.autocast()
-
-    def _remove_autocast_wrapper(self) -> None:
-        """Take off what accelerate put around the model's `forward`: it widens all logits to float32 at once."""
-        forward = self.model.__dict__.pop("_original_forward", None)
-        if forward is not None:
-            self.model.forward = forward
 
     # --- optimisation -------------------------------------------------------------------------------------------
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The chosen optimiser over one group for each part and decay class."""
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the chosen optimiser over the groups of the parts, see `optimizers`."""
         if self.optimizer is None:
-            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & kwargs.keys():
-                raise ValueError(
-                    f"trainer.optim={self.args.optim}: it makes parameter groups of its own, which would lose each "
-                    "part's learning rate. Choose another, such as adamw_torch_fused."
-                )
             decayed = set(self.get_decay_parameter_names(self.model))
-            self.optimizer = kind(parameter_groups(self.parts, decayed), **kwargs)
+            self.optimizer = make_optimizer(self.args, self.model, self.parts, decayed)
         return self.optimizer
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        """None leaves the mean to each micro-batch; `Trainer` then averages over accumulation steps and ranks."""
-        if self.loss_average == "micro_batch":
-            return None
-        number = super()._get_num_items_in_batch(batch_samples, device)
-        return number.clamp(min=1) if isinstance(number, Tensor) else number  # a step whose records were all left out
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: NumItems = None) -> Tensor:
         """As usual; the first batch is shown to `on_first_batch`."""
         if self.on_first_batch is not None:
             self.on_first_batch(inputs)
             self.on_first_batch = None
-        attending = use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext()
-        with attending:
+        attention = use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext()
+        with attention:
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:  # fmt: skip
+        self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: NumItems = None
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
         """Return the objective's loss of a batch."""
         loss, outputs = self.objective.compute_loss(self, model, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
@@ -159,65 +146,72 @@ class VLMTrainer(TimedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As usual, with each part's own learning rate beside the loss."""
-        if "loss" in logs and self.lr_scheduler is not None:
-            logs.pop("learning_rate", None)
-            names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
-            logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, self._learning_rates(), strict=True)}
-        super().log(logs, start_time)
+        """As usual, with each part's learning rate and the speed since the last log; at the end, the whole speed."""
+        if "loss" in logs:
+            if self.lr_scheduler is not None:
+                logs.pop("learning_rate", None)
+                names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
+                rates = map(float, self.lr_scheduler.get_last_lr())
+                logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, rates, strict=True)}
+            logs |= self.meter.gather_metrics(self.accelerator.gather)
+        elif "train_runtime" in logs:
+            self.meter.finish(self.accelerator.gather, self.state.global_step)
+            for name in DROPPED_METRICS:
+                logs.pop(name, None)
+        super().log(logs)  # without the start, from which `Trainer` would log a second number of tokens a second
 
-    def _learning_rates(self) -> list[float]:
-        return [float(rate) for rate in self.lr_scheduler.get_last_lr()]
+    def floating_point_ops(self, inputs: Inputs) -> int:
+        """Return 0: `SpeedMeter` counts them, and by more than the number of parameters."""
+        return 0
 
     # --- data ---------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As usual; packs and streams are dealt to ranks, and records of a stream to workers, before."""
-        streams = isinstance(self.train_dataset, SampleStream)
-        if not (streams or self.packing):
-            return super().get_train_dataloader()
-        args, collate = self.args, cast(Any, self.data_collator)
-        workers = args.dataloader_num_workers
-        loader_options: dict[str, Any] = {
-            "num_workers": workers,
-            "pin_memory": args.dataloader_pin_memory,
-            "persistent_workers": args.dataloader_persistent_workers,
-            "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
-            "multiprocessing_context": args.dataloader_multiprocessing_context,
-            "in_order": args.dataloader_in_order,
-        }
+        """As usual; packs and streams are shared out to ranks, and records of a stream to workers, beforehand."""
+        args, dataset, collate = self.args, self.train_dataset, self.data_collator
         if self.packing:
-            loader, self.sampler = make_packed_loader(
-                self.train_dataset, collate, self.max_tokens, args, **loader_options
-            )
+            loader, self.sampler = make_packed_loader(dataset, collate, self.options.max_tokens_per_batch, args)
+        elif isinstance(dataset, SampleStream):
+            loader = DataLoader(dataset, args.train_batch_size, collate_fn=collate, **loader_options(args))
         else:
-            loader = DataLoader(self.train_dataset, self._train_batch_size, collate_fn=collate, **loader_options)
+            loader = super().get_train_dataloader()
         return ignore_sigterm_in_workers(loader)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As usual, but anew: `Trainer` would give persistent workers' records for their blank pictures too."""
-        self._eval_dataloaders: dict[str, DataLoader] = {}
-        loader = super().get_eval_dataloader(eval_dataset)
-        self._eval_dataloaders = {}
-        return loader
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """As usual, but anew: `Trainer` keeps persistent workers of the first data set for their blank images too."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return ignore_sigterm_in_workers(self.get_test_dataloader(dataset))
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As usual; its workers outlive a signal to all of the run, which then saves a checkpoint."""
-        return ignore_sigterm_in_workers(super()._get_dataloader(*args, **kwargs))
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """Return samples grouped by modality and length, or in the objective's order, or else as usual."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.options.train_sampling_strategy  # pyright: ignore[reportAttributeAccessIssue] - passed through
+        if strategy == GROUP_BY_MODALITY_LENGTH:
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            self.sampler = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, sampler_seed(self.args))
+        else:
+            self.sampler = self.objective.make_train_sampler(self, dataset)
+        return super()._get_train_sampler(dataset) if self.sampler is None else self.sampler
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """As usual; what a batch says of records left out is taken out of it and told."""
-        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
+    ) -> tuple[list[Inputs], NumItems]:
+        """As usual, timed; what a batch says of itself is taken out of it, and the objective's inputs are put in."""
+        self.meter.begin_step()
+        batches, number = super().get_batch_samples(self.meter.time_waits(epoch_iterator), num_batches, device)
+        counts = []
         for batch in batches:
-            facts = batch.pop(BATCH_STATS, None)
-            num_samples = len(batch[self.objective.row_key]) if facts is None else facts.samples
-            self.on_skipped(batch.pop(SKIPPED_KEY, []), num_samples)
+            stats = batch.pop(BATCH_STATS, None) or BatchStats(samples=len(batch[self.objective.row_key]))
+            counts.append((stats, *count_images(self.model, batch, stats)))
+            self.on_skipped(batch.pop(SKIPPED_KEY, []), stats.samples)
             if self.packing:
                 batch |= add_grid_positions(self.model, batch)
             batch |= self.objective.extra_inputs(self, batch)
-        return batches, number
+        self.meter.add(counts)
+        # All records of a step may have been left out.
+        return batches, number.clamp(min=1) if isinstance(number, Tensor) else number
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: Inputs) -> Inputs:
         """As usual, copied while the device computes; pixels are normalised there, if workers left that to it."""
         copied: Any = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
         inputs = super()._prepare_inputs(copied)
@@ -225,34 +219,22 @@ class VLMTrainer(TimedTrainer):
             inputs["pixel_values"] = self.processor.normalise(inputs["pixel_values"])
         return inputs
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.sampling != GROUP_BY_MODALITY_LENGTH:
-            sampler: Any = self.objective.make_train_sampler(self, dataset)
-            self.sampler = sampler
-            return super()._get_train_sampler(dataset) if sampler is None else sampler
-        args = self.args
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.sampler = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, sampler_seed(args))
-        return self.sampler
-
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return the objective's metrics, each name with `eval_` before it, and log them."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
-        metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in self.objective.evaluate(self, dataset).items()
-        }
+        values = self.objective.evaluate(self, dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def evaluation_batches(self, dataset: Any, title: str) -> Iterator[dict[str, Any]]:
+    def evaluation_batches(self, dataset: Dataset[object], title: str) -> Iterator[Inputs]:
         """Yield the batches of a data set as the model takes them, with a progress bar; the model is set to evaluate.
 
         Raises:
@@ -265,116 +247,3 @@ class VLMTrainer(TimedTrainer):
             for record in batch.pop(SKIPPED_KEY, []):
                 raise record.as_error()
             yield self._prepare_inputs(batch)
-
-    # --- checkpoints --------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model with its processor, complete or on top of its base; within a checkpoint, only what trains."""
-        folder = Path(output_dir or self.args.output_dir)
-        if not _internal_call and self.base is not None:
-            new_rows = {name: min(part.new_tokens) for part in self.parts for name in part.rows}
-            save_on_base(self.model, folder, self.base, new_rows=new_rows, is_writer=self.args.should_save)
-            if self.args.should_save:
-                self.processor.save_pretrained(folder)
-        elif not _internal_call:
-            state = self.accelerator.get_state_dict(self.model_wrapped)  # on every rank: ZeRO-3 gathers
-            if self.args.should_save:
-                self.model.save_pretrained(folder, state_dict=state)
-                self.processor.save_pretrained(folder)
-        elif self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not self.is_deepspeed_enabled:  # DeepSpeed writes weights beside its optimiser states
-                save_file(
-                    {name: t.detach().contiguous() for name, t in self._trained_tensors().items()},
-                    folder / TRAINED_WEIGHTS,
-                )
-
-    def _trained_tensors(self) -> dict[str, Tensor]:
-        """What training changes: parameters with a gradient, and the buffers (batch statistics) of parts that train."""
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        saved = self.model.state_dict().keys()
-        names = get_part_names(self.model.config)
-        training = {part.name for part in self.parts if part.is_trainable}
-        return named | {
-            name: b for name, b in self.model.named_buffers() if name in saved and names.part_of(name) in training
-        }
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As usual; a mark in the folder says that every rank is done with it, and only then older ones go."""
-        most, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = most
-        barrier()
-        if self.args.should_save:
-            Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", COMPLETE_MARK).touch()
-            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=most)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put a checkpoint's trained weights over those that the run began with.
-
-        Raises:
-            ValueError: the checkpoint trained other parameters than this run does.
-        """
-        path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
-        if not path.is_file():
-            raise ValueError(
-                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: no {TRAINED_WEIGHTS} in it; a checkpoint written "
-                "under DeepSpeed is resumed with the same trainer.deepspeed."
-            )
-        state = load_file(path)
-        trained = self._trained_tensors().keys()
-        if different := sorted(trained ^ state.keys()):
-            raise ValueError(
-                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it does not train what this run does, for "
-                f"example {different[:3]}. Resume with the trainer.unfreeze and trainer.lora that it was made with."
-            )
-        self.model.load_state_dict(state, strict=False)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """As usual; DeepSpeed checkpoints without the frozen parameters are read as such."""
-        partial = resume_from_checkpoint is not None and self.is_deepspeed_enabled
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, None if partial else resume_from_checkpoint
-        )
-        if partial:
-            loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-            if loaded is None:
-                raise ValueError(
-                    f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it was not written under DeepSpeed, and "
-                    "this run trains with it. Resume with the trainer.deepspeed that it was made with."
-                )
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        self._remove_autocast_wrapper()
-        with self.compute_loss_context_manager(), force_eager():
-            if self.packing:
-                check_packing(self.model, self.processor)
-            self.objective.on_train_begin(self)
-        return prepared
-
-
-def newest_checkpoint(run_directory: Path) -> Path:
-    """The newest complete checkpoint of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARK}")]
-    if not complete:
-        raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")
-    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
-
-
-def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
-    """What `trainer.resume_from_checkpoint` stands for."""
-    requested = config.trainer.resume_from_checkpoint
-    if requested is None or requested.lower() == "false":
-        return None
-    return str(newest_checkpoint(folder)) if requested.lower() == "true" else requested

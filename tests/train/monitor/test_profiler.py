@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,15 +85,22 @@ def test_every_module_that_stands_for_a_part_of_a_family_is_called(tmp_path: Pat
 def test_what_is_done_between_steps_is_no_steps_time(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Evaluation after the fifth step, and sample answers when the trace, cut short, ends: each takes seconds."""
+    """Evaluation after the fifth step, and sample answers when the trace, cut short, ends: each takes much longer."""
     evaluate, generate = VLMTrainer.evaluate, VLMForConditionalGeneration.generate
+    started = time.monotonic()
+    slept: list[float] = []
+
+    def sleep() -> None:
+        """Sleep for four times as long as the whole run has taken so far, other sleeps aside."""
+        slept.append(4 * (time.monotonic() - started - sum(slept)))
+        time.sleep(slept[-1])
 
     def slowly(self: Any, *args: Any, **kwargs: Any) -> Any:
-        time.sleep(2)
+        sleep()
         return evaluate(self, *args, **kwargs)
 
     def slow_answer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        time.sleep(2)
+        sleep()
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(VLMTrainer, "evaluate", slowly)
@@ -102,9 +110,14 @@ def test_what_is_done_between_steps_is_no_steps_time(
         "trainer.profile=true", "trainer.eval_strategy=steps", "trainer.eval_steps=5", "dataset.eval_split=0.2",
     )  # fmt: skip
     lines = (folder / "profile" / "table.txt").read_text().split("\n\n")[0].splitlines()
-    rows = {line[:32].strip(): float(line[32:].split()[0]) for line in lines[1:]}
-    assert rows["whole step"] < 600  # milliseconds; two seconds over three steps would be more
+    rows = {name: float(values[0]) for name, *values in map(split_cells, lines[1:])}
+    assert len(slept) >= 2
+    assert 3 * rows["whole step"] < 1000 * min(slept)  # three steps were traced, in milliseconds
     assert rows["language_model forward"] < 0.7 * rows["whole step"]
+
+
+def split_cells(line: str) -> list[str]:
+    return re.split(" {2,}", line.strip())
 
 
 def test_a_run_leaves_a_trace_and_a_table(train: Callable[..., Path], tmp_path: Path):
@@ -115,7 +128,7 @@ def test_a_run_leaves_a_trace_and_a_table(train: Callable[..., Path], tmp_path: 
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"visual_encoder", "connector", "language_model", "loss", "data wait"} <= names
     by_part, by_operator = (folder / "profile" / "table.txt").read_text().split("\n\n", 1)
-    rows = {line[:32].strip(): line[32:].split() for line in by_part.splitlines()[1:]}
+    rows = {name: values for name, *values in map(split_cells, by_part.splitlines()[1:])}
     ways = [f"{part} {way}" for part in ("visual_encoder", "connector", "language_model", LOSS)
             for way in ("forward", "backward")]  # fmt: skip
     assert list(rows) == ["data wait", *ways, "optimiser", OTHER_ROW, "whole step"]

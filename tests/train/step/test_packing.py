@@ -21,7 +21,7 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.evaluation.loss import row_losses, supervised_logits
 from vlm.families.table import FAMILIES
 from vlm.models import VLMForConditionalGeneration, modeling_vlm
-from vlm.train import trainer
+from vlm.train.step import chunked_loss
 from vlm.train.step import chunked_loss as vocabulary
 from vlm.train.step import packed_attention as attention
 from vlm.train.step.chunked_loss import num_chunks, supports_chunked_loss
@@ -321,7 +321,9 @@ def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str, 
 
 def test_a_number_of_tokens_without_packing_is_refused(common: list[str]):
     with pytest.raises(ConfigError, match=r"only trainer\.packing=true fills batches by tokens"):
-        check_config(compose_config("finetune-smol", [*common, "trainer.packing=false", "trainer.max_tokens_per_batch=64"]))
+        check_config(
+            compose_config("finetune-smol", [*common, "trainer.packing=false", "trainer.max_tokens_per_batch=64"])
+        )
 
 
 def test_a_streams_packs_are_full_and_leave_nothing_out():
@@ -369,7 +371,7 @@ def test_a_packed_run_in_half_precision_attends_in_it(
     it rounds otherwise than the one for single samples is no reason to refuse it."""
     seen = []
 
-    def kernel(query: Any, key: Any, value: Any, starts: Any, longest: Any, scale: Any, window: Any) -> torch.Tensor:
+    def kernel(query: Any, key: Any, value: Any, starts: Any, longest: Any, **options: Any) -> torch.Tensor:
         seen.append({query.dtype, key.dtype, value.dtype})
         groups = query.shape[1] // key.shape[1]
         wide = [query.double(), *(one.double().repeat_interleave(groups, dim=1) for one in (key, value))]
@@ -390,15 +392,15 @@ def test_logits_stay_in_half_precision_until_their_piece(
 ):
     """Where the language model gives all of them at once; accelerate would widen all."""
     plain = train("finetune-smol", tmp_path / "plain", *PACKED, *HALF)
-    monkeypatch.setattr(trainer, "supports_chunked_loss", lambda model: False)
+    monkeypatch.setattr(chunked_loss, "supports_chunked_loss", lambda model: False)
     seen = []
 
     def watched(logits: torch.Tensor, *args: Any) -> torch.Tensor:
         seen.append(logits.dtype)
         return supervised_loss(logits, *args)
 
-    supervised_loss = trainer.supervised_loss
-    monkeypatch.setattr(trainer, "supervised_loss", watched)
+    supervised_loss = modeling_vlm.supervised_loss
+    monkeypatch.setattr(modeling_vlm, "supervised_loss", watched)
     found = train("finetune-smol", tmp_path / "run", *PACKED, *HALF)
     assert set(seen) == {torch.bfloat16}
     assert losses(found) == pytest.approx(losses(plain), abs=2e-2)

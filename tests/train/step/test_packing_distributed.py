@@ -7,8 +7,8 @@ import pytest
 
 from tests.conftest import losses
 from tests.train.test_distributed_runs import launch
+from vlm.train.checkpoints import newest_checkpoint
 from vlm.train.step import chunked_loss as vocabulary
-from vlm.train.trainer import newest_checkpoint
 
 PACKED = [
     "trainer.learning_rate.language_model_learning_rate=1e-3",

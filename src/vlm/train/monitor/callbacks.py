@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: metrics, a loss plot, sample answers. And an end where its loss is NaN."""
+"""Callbacks of every run: metrics, plots, sample answers, the sampler's epoch, and an end where the loss is NaN."""
 
 import json
 import math
@@ -19,16 +19,17 @@ class MetricsFile(TrainerCallback):
         self.loss_plot_path, self.speed_plot_path = folder / "loss.png", folder / "speed.png"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """A resumed run forgets what was logged after the checkpoint; a new one begins anew."""
+        """Drop what was logged after the checkpoint that a run resumes from; a new run starts an empty file."""
         if state.is_world_process_zero:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step and state.global_step]
-            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+            step = state.global_step
+            lines = [line for line in read_metrics(self.path) if line["step"] <= step and step]
+            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
-        """One line a log: the step, the epoch and what was logged; null where it was no number."""
+        """Append a line: the step, the epoch and what was logged, null in place of NaN and infinity."""
         if state.is_world_process_zero and logs:
-            shown = {key: value if math.isfinite(value) else None for key, value in logs.items()}  # JSON has no NaN
-            line = {"step": state.global_step, **shown}
+            values = {key: value if math.isfinite(value) else None for key, value in logs.items()}  # JSON has no NaN
+            line = {"step": state.global_step, **values}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(line)}\n")
 
@@ -53,15 +54,15 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; none where there is no such file."""
+    """Return the lines of a `metrics.jsonl`; none where there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 class StopAtNaN(TrainerCallback):
-    """Ends a run whose loss is no number, before it spends another hour on it."""
+    """Ends a run whose loss is NaN or infinite, before it spends another hour."""
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
-        """Raises FloatingPointError where the training loss is NaN or infinite."""
+        """Raise FloatingPointError where the training loss is NaN or infinite."""
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             raise FloatingPointError(
                 f"the loss is {logs['loss'] if logs else None} at step {state.global_step}: lower the learning rate, "
@@ -77,7 +78,7 @@ class SampleGenerationCallback(TrainerCallback):
         self.last_generated_step = -1
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
-        """Answer, once a step."""
+        """Answer, at most once a step."""
         self._generate(state.global_step)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
@@ -97,6 +98,6 @@ class SetSamplerEpoch(TrainerCallback):
         self.get_sampler = get_sampler
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
-        """The epoch is the whole part of how far the run is."""
+        """Set the epoch: the integer part of `state.epoch`."""
         if self.get_sampler() is not None:
             self.get_sampler().set_epoch(int(state.epoch or 0))

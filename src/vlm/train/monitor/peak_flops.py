@@ -1,4 +1,4 @@
-"""What a device can do at most: the operations per second that a run's are held against."""
+"""The peak of a device: the operations per second that a run's are compared with."""
 
 import time
 from dataclasses import dataclass
@@ -35,19 +35,19 @@ DATA_SHEET_TFLOPS = {
     "MI325X": 1307.4,
     "MI250X": 191.5,
 }
-"""Part of a GPU's name -> TFLOP/s of dense bfloat16 matrix products with float32 sums, as its data sheet says, of an
-MI250X for the one of its two dies that is a device. The longest name that fits is taken."""
+"""Part of a GPU's name -> TFLOP/s of dense bfloat16 matrix products with float32 sums, from its data sheet. An MI250X
+is two devices, and this is the figure of one. The longest name that matches is taken."""
 
 REDUCED_DEVICE_WORDS = {"LAPTOP", "MIG"}
-"""Words in the name of a device that is less than its data sheet: part of a GPU, or one with less power."""
+"""Words in the name of a device that does less than its data sheet says: part of a GPU, or one with less power."""
 
 MEASURE_SECONDS = 0.3
-"""How long a device that is not in the table is measured."""
+"""How long a device that is not in the table is measured, in seconds."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What a device can do at most.
+    """The peak of a device.
 
     Attributes:
         tflops: 10^12 operations per second.
@@ -59,7 +59,7 @@ class Peak:
 
 
 def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | None) -> Peak:
-    """The peak of a device: as given, from the table, or measured.
+    """Return the peak of a device: as given, from the table, or measured.
 
     Args:
         device: what the model is on.
@@ -69,8 +69,8 @@ def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | 
     if override is not None:
         return Peak(override, "trainer.peak_tflops")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if (known := data_sheet_tflops(name)) is not None:
-        return Peak(known, f"data sheet of {name}, dense bfloat16")
+    if (tflops := data_sheet_tflops(name)) is not None:
+        return Peak(tflops, f"data sheet of {name}, dense bfloat16")
     precision = str(dtype).removeprefix("torch.")
     return Peak(
         measure_tflops(device, dtype), f"measured: a matrix product in {precision} on this {name or device.type}"
@@ -78,25 +78,25 @@ def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | 
 
 
 def data_sheet_tflops(name: str) -> float | None:
-    """What the table says of a GPU by its name, or None, as where the device is only a part of one."""
+    """Return the table's entry for a GPU by its name; None where there is none, or the device is part of a GPU."""
     words = f" {name.upper().replace('-', ' ')} "
     if REDUCED_DEVICE_WORDS.intersection(words.split()):
         return None
-    fitting = [known for known in DATA_SHEET_TFLOPS if f" {known} " in words]
-    return DATA_SHEET_TFLOPS[max(fitting, key=len)] if fitting else None
+    matches = [entry for entry in DATA_SHEET_TFLOPS if f" {entry} " in words]
+    return DATA_SHEET_TFLOPS[max(matches, key=len)] if matches else None
 
 
 def measure_tflops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURE_SECONDS) -> float:
-    """TFLOP/s of the best of several square matrix products, repeated for so many seconds."""
+    """Return TFLOP/s of the fastest of several square matrix products, repeated for `seconds`."""
     side = 8192 if device.type == "cuda" else 1024
-    one, two = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(one)
-    torch.mm(one, two, out=out)  # kernels are chosen
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)  # kernels are chosen
     _synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
-        torch.mm(one, two, out=out)
+        torch.mm(a, b, out=out)
         _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best / 1e12

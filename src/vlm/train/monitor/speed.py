@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from vlm.data.batching.stats import BatchStats
@@ -91,16 +92,30 @@ class SpeedMeter:
         self._num_steps_begun = 0
         self._run_start: float | None = None
         self._wait_start: float | None = None
+        self._break: torch.profiler.record_function | None = None
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
         """Let the clock run, from the second step on."""
+        self.end_break()
         self._num_steps_begun += 1
         if self._num_steps_begun == 2:
             self._synchronize_device()
         if self._num_steps_begun > 1 and self._run_start is None:
             self._run_start = time.perf_counter()
+
+    def begin_break(self) -> None:
+        """Let a profile show the time from now on as `BETWEEN_STEPS`."""
+        if self._break is None:
+            self._break = torch.profiler.record_function(BETWEEN_STEPS)
+            self._break.__enter__()
+
+    def end_break(self) -> None:
+        """End what `begin_break` began."""
+        if self._break is not None:
+            self._break.__exit__(None, None, None)
+            self._break = None
 
     def begin_data_wait(self) -> None:
         """Note that the loop begins to wait for data: an epoch begins."""
@@ -183,6 +198,13 @@ class SpeedMeter:
                 found["mfu"] = found["tflops_per_second"] / self.peak.tflops
         return {**found, "peak_memory_gib": self.memory}
 
+    def finish(self, gather: Callable[[Tensor], Tensor], last_step: int) -> None:
+        """Stop the clock at the end of a call and write the summary; see `gather_metrics` and `write_summary`."""
+        self.end_break()
+        self.stop(wait_for_device=True)
+        self.gather_metrics(gather)
+        self.write_summary(last_step)
+
     def write_summary(self, last_step: int) -> None:
         """Write the measures of the whole call into the log and `speed.json`.
 
@@ -218,10 +240,9 @@ class SpeedMeter:
 
 
 def speed_table(measures: dict[str, float]) -> str:
-    """Measures as a table, in the order of `UNITS`."""
-    rows = [(words, format(measures[name], how)) for name, (words, how) in METRIC_LABELS.items() if name in measures]
-    left, right = (max(len(row[side]) for row in rows) for side in (0, 1))
-    return "\n".join(f"{words.ljust(left)}  {value.rjust(right)}" for words, value in rows)
+    """Return metrics as a table, in the order of `METRIC_LABELS`."""
+    rows = [(label, format(measures[name], spec)) for name, (label, spec) in METRIC_LABELS.items() if name in measures]
+    return tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
 
 
 def peak_memory(device: torch.device) -> float:

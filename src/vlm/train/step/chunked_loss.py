@@ -1,4 +1,4 @@
-"""In how many pieces the supervised positions of a batch go through the vocabulary head."""
+"""The number of chunks in which the supervised positions of a batch go through the vocabulary head."""
 
 import logging
 from typing import Any
@@ -15,15 +15,15 @@ from vlm.models.modeling_vlm import IGNORE_INDEX, MAX_LOGITS
 log = logging.getLogger(__name__)
 
 NUM_CHUNKS_KEY = "num_chunks"
-"""The input of the composed model that says so."""
+"""The input of the composed model that has the number."""
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""What configurations call that which is done to logits behind the head."""
+"""Keys of configurations that change logits after the vocabulary head."""
 
 
 @torch.no_grad()
 def supports_chunked_loss(model: TrainableModel) -> bool:
-    """Whether a model's loss can be computed piece by piece: it is composed, and its logits are its head's output."""
+    """Return whether a model's loss can be computed in chunks: it is composed, and its logits are its head's output."""
     if not is_composed_model(model):
         return False
     text = model.language_model
@@ -33,7 +33,7 @@ def supports_chunked_loss(model: TrainableModel) -> bool:
     inputs = {"input_ids": torch.arange(2, device=text.device)[None], "use_cache": False}
     head: Any = text.get_output_embeddings()
     was_training = text.training
-    text.train()  # on a CPU quantised weights take another form where they are asked without
+    text.train()  # in evaluation mode, quantised weights on a CPU change their layout
     with torch.random.fork_rng():
         torch.manual_seed(0)
         logits = text(**inputs).logits
@@ -46,9 +46,9 @@ def supports_chunked_loss(model: TrainableModel) -> bool:
 
 
 def num_chunks(labels: Tensor, vocabulary: int, device: torch.device) -> int:
-    """So many that no piece has more than `MAX_LOGITS` logits: `(B, T) -> number`.
+    """Return how many chunks keep each at no more than `MAX_LOGITS` logits, for labels `(B, T)`.
 
-    Under ZeRO-3 as many as the rank with most of them needs, since all ranks gather the head's weights at each call.
+    Under ZeRO-3, the number of the rank that needs most, since all ranks gather the head's weights at each call.
     """
     supervised = int((labels[:, 1:] != IGNORE_INDEX).sum())
     number = max(-(-supervised * vocabulary // MAX_LOGITS), 1)

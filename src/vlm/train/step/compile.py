@@ -1,12 +1,14 @@
 """`trainer.torch_compile` by regions: each repeated layer is compiled in place, once for all layers of its kind.
 
-A whole model would be compiled anew for each number of layers, and for batches of other forms. Layers of one kind share
-what was compiled, for all lengths; names of parameters stay as they are.
+A whole model would be compiled anew for each number of layers, and for batches of other shapes. Layers of one class
+share what was compiled, for all lengths; names of parameters stay as they are.
+
+accelerate's regional compilation differs in both: `compile_regions` puts each layer into a wrapper, which renames its
+parameters, and `compile_regions_deepspeed` compiles all other modules too, whose shapes change with every batch.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 RECOMPILE_LIMIT = 32
-"""So often a kind of call may be compiled: a few for each kind of layer (with a mask or without, one row or several,
-with a gradient or without)."""
+"""How often a layer class may be compiled: with a mask or without, for one row or several, with or without gradient."""
 
 
 def compile_layers(model: nn.Module, args: TrainingArguments) -> None:
@@ -25,10 +26,10 @@ def compile_layers(model: nn.Module, args: TrainingArguments) -> None:
 
     Args:
         model: the model.
-        args: the run's.
+        args: the run's arguments.
 
     Raises:
-        ValueError: it has no repeated layers, or an option does not work with this.
+        ValueError: the model has no repeated layers, or an option does not go with compiled layers.
     """
     if not args.torch_compile:
         return
@@ -52,16 +53,16 @@ def compile_layers(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost layers of which there are several of one kind in a row."""
+    """Yield the outermost layers of which several of one class are in a row."""
     for child in module.children():
-        inner = list(child.children())
-        repeated = len(inner) > 1 and len({type(one) for one in inner}) == 1 and any(inner[0].children())
-        if isinstance(child, nn.ModuleList | nn.Sequential) and repeated and not isinstance(inner[0], PreTrainedModel):
-            yield from inner
+        layers = list(child.children())
+        repeated = len(layers) > 1 and len(set(map(type, layers))) == 1 and any(layers[0].children())
+        if isinstance(child, nn.ModuleList | nn.Sequential) and repeated and not isinstance(layers[0], PreTrainedModel):
+            yield from layers
         else:
             yield from repeated_layers(child)
 
 
-def force_eager() -> AbstractContextManager[Any]:
-    """Let compiled layers run as they are: for generation, in which each layer has its own place in a cache."""
+def force_eager() -> AbstractContextManager[object]:
+    """Run compiled layers uncompiled: in generation, each layer has an index of its own into the cache."""
     return torch.compiler.set_stance("force_eager")

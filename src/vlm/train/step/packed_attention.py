@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PACKED_ATTENTION = "vlm_packed"
-"""What transformers knows it as; it makes no masks for implementations of other names than its own."""
+"""The name that it is registered under; transformers makes masks for its own names only."""
 
 
 def packed_attention(
@@ -26,7 +26,7 @@ def packed_attention(
     """Causal attention of one row whose samples begin at `cu_seq_lens_q`: `(1, heads, T, dim) -> (1, T, heads, dim)`.
 
     Raises:
-        ValueError: the language model does not hand on where samples begin, or asks for more than this knows.
+        ValueError: the language model does not pass on where samples begin, or needs more than this computes.
     """
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
         raise ValueError(
@@ -44,28 +44,30 @@ def packed_attention(
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
     if _supports_varlen_kernel(query) and not dropout:
-        return _varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    found = []
+        starts = cu_seq_lens_q
+        output = _varlen_attention(query, key, value, starts, max_length_q, scaling=scaling, window=sliding_window)
+        return output, None
+    outputs = []
     lengths = cu_seq_lens_q.diff().tolist()
-    samples = zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True)
+    samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     for sample_query, sample_key, sample_value in samples:  # out of a split, whose gradient is one concatenation
         mask = _sliding_window_mask(sample_query.shape[2], sliding_window, query)
         output, _ = sdpa_attention_forward(
             module, sample_query, sample_key, sample_value, mask, dropout=dropout, scaling=scaling, is_causal=True
         )
-        found.append(output)
-    return torch.cat(found, dim=1), None
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), None
 
 
 WINDOW_CONFIG_KEYS = ("sliding_window", "attention_chunk_size")
-"""What configurations call how far back a token sees in layers that do not see everything."""
+"""Keys of configurations for how far back a token sees in layers that do not see everything."""
 
 
 def _check_window(module: nn.Module, window: int | None, max_length: int) -> None:
-    """Refuse samples longer than a window that a language model keeps in its masks alone, of which there are none here.
+    """Check that no sample is longer than a window that only masks know of, since packed rows have no masks.
 
     Raises:
-        ValueError: it does.
+        ValueError: a sample is longer.
     """
     config: Any = getattr(module, "config", None)
     layer_index = getattr(module, "layer_idx", None)
@@ -78,41 +80,36 @@ def _check_window(module: nn.Module, window: int | None, max_length: int) -> Non
         window_length = getattr(config, name, None)
         if isinstance(window_length, int) and window_length < max_length:
             raise ValueError(
-                f"trainer.packing=true: {type(module).__name__} sees {window_length} tokens ({name}), which only its masks "
-                f"say, and a sample has {max_length}; choose model.attn_implementation=eager, or lower dataset.max_length"
+                f"trainer.packing=true: {type(module).__name__} sees {window_length} tokens ({name}), which only its "
+                f"masks say, and a sample has {max_length}; choose model.attn_implementation=eager, or lower "
+                "dataset.max_length"
             )
 
 
 def _supports_varlen_kernel(query: Tensor) -> bool:
-    """Whether PyTorch's kernels for samples of different lengths run on this: halves, on GPUs from Ampere on."""
+    """Return whether PyTorch's kernels for samples of different lengths run: half precision, on GPUs from Ampere on."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     return query.is_cuda and half and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    max_length: int,
-    scaling: float | None,
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, max_length: int, *, scaling: float | None,
     window: int | None,
-) -> Tensor:
-    """The same by one kernel for all samples."""
+) -> Tensor:  # fmt: skip
+    """Return the same by one kernel for all samples."""
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 or newer
 
-    sample_query, sample_key, sample_value = (one[0].transpose(0, 1) for one in (query, key, value))  # (T, heads, dim)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, dim)
+    sizes = starts, starts, max_length, max_length
     left = -1 if window is None else window - 1
-    output = varlen_attn(
-        sample_query, sample_key, sample_value, starts, starts, max_length, max_length, scale=scaling, window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    enable_gqa = q.shape[1] != k.shape[1]
+    output = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(left, 0), enable_gqa=enable_gqa)
     assert isinstance(output, Tensor)
     return output[None]
 
 
 def _sliding_window_mask(length: int, window: int | None, like: Tensor) -> Tensor | None:
-    """What a sample's tokens see where they see no further back than a window; None: all before them."""
+    """Return a sample's mask `(1, 1, T, T)` where tokens see no further back than a window; None: they see all."""
     if window is None or length <= window:
         return None
     positions = torch.arange(length, device=like.device)
@@ -125,7 +122,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 @contextmanager
 def use_packed_attention(config: Any) -> Iterator[None]:
-    """Let a language model attend within samples, forward and backward, if it would use `sdpa`.
+    """Let a language model that uses `sdpa` attend within samples, forward and backward.
 
     Args:
         config: the language model's configuration, which its layers read.

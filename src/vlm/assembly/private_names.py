@@ -1,0 +1,133 @@
+"""Private names of libraries that this package relies on, each with the reason.
+
+A release may rename or drop a private name, and where nothing calls it any more, nothing says so: a run would go on
+without what depended on it. `check_private_names` refuses instead. `vlm.train.hooks` has the list for `Trainer`.
+
+This module imports none of those libraries. It is in `vlm.assembly` because whatever opens a model passes through that
+package; the packages below only have their names in the list. A name that an import statement mentions needs no entry:
+the import fails by itself, and names it.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
+from importlib.metadata import version
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A name that a library does not promise to keep.
+
+    Attributes:
+        owner: `module:Class` or `module:function`, or a module alone.
+        name: an attribute of the owner; of a function, an attribute that its code sets or reads.
+        reason: what depends on it.
+        parameters: the parameters of a method that this package passes or takes; None: the method is not called.
+    """
+
+    owner: str
+    name: str
+    reason: str
+    parameters: tuple[str, ...] | None = None
+
+    @property
+    def module(self) -> str:
+        """The module that has the owner."""
+        return self.owner.partition(":")[0]
+
+    def __str__(self) -> str:
+        return f"{self.owner.replace(':', '.')}.{self.name}"
+
+
+MODEL, CONFIG = "transformers.modeling_utils:PreTrainedModel", "transformers.configuration_utils:PreTrainedConfig"
+HANDLER = "transformers.cli.serving.chat_completion:ChatCompletionHandler"
+ZERO3_INIT = "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param"
+
+PRIVATE_NAMES = {
+    "transformers": (
+        PrivateName(
+            "transformers.models.auto.auto_factory:_BaseAutoModelClass",
+            "_model_mapping",
+            "the class of a model is looked up before its weights are loaded",
+        ),
+        PrivateName(CONFIG, "_attn_implementation", "packed rows have an attention of their own"),
+        PrivateName(MODEL, "_supports_sdpa", "model.attn_implementation=auto chooses what a model supports"),
+        PrivateName(MODEL, "_supports_flash_attn", "model.attn_implementation=auto chooses what a model supports"),
+        PrivateName(MODEL, "_supports_flex_attn", "composed models say that they support flex_attention"),
+        PrivateName(MODEL, "_supports_attention_backend", "composed models accept every registered attention"),
+        PrivateName(MODEL, "_skip_keys_device_placement", "caches stay on the device of their layer"),
+        PrivateName(MODEL, "_keep_in_fp32_modules_strict", "prediction heads stay in float32"),
+        PrivateName(MODEL, "_no_split_modules", "each of several visual encoders is placed as it would be alone"),
+        PrivateName(MODEL, "_init_weights", "connectors and heads draw their first weights in it", ("module",)),
+        PrivateName(
+            HANDLER,
+            "_build_generation_config",
+            "served answers are greedy by default, and end where the template ends them",
+            ("body", "model_generation_config", "use_cb"),
+        ),
+        PrivateName(HANDLER, "_validate_request", "requests for what is not served are refused", ("body",)),
+        PrivateName(HANDLER, "_unused_fields", "requests for what is not served are refused"),
+    ),
+    "datasets": (
+        PrivateName("datasets.arrow_dataset:Dataset.__init__", "_fingerprint", "a run records which data it read"),
+    ),
+    "torch": (
+        PrivateName(
+            "torch.storage:UntypedStorage", "_new_shared", "data workers share the memory of batches", ("size",)
+        ),
+    ),
+    "deepspeed": (
+        PrivateName(ZERO3_INIT, "ds_numel", "parameters that ZeRO-3 shards are counted"),
+        PrivateName(ZERO3_INIT, "ds_shape", "parameters that ZeRO-3 shards are counted"),
+    ),
+}
+"""Library -> the private names of it that are used, whichever package uses them."""
+
+
+def check_private_names(names: Iterable[PrivateName] | None = None) -> None:
+    """Refuse libraries that have lost a private name; modules that are not loaded are passed over, nothing uses them.
+
+    Args:
+        names: what is checked; None: all of `PRIVATE_NAMES`.
+
+    Raises:
+        ImportError: a name is gone, or is called otherwise than this package does.
+    """
+    checked = [name for library in PRIVATE_NAMES.values() for name in library] if names is None else names
+    for name in checked:
+        if name.module in sys.modules and (problem := find_problem(name)):
+            library = name.module.partition(".")[0]
+            raise ImportError(
+                f"{library} {version(library)}: {problem}, and without that this version of vlm cannot run: "
+                f"{name.reason}. Install the version of {library} that requirements.lock names."
+            )
+
+
+def find_problem(name: PrivateName) -> str | None:
+    """Return what the installed library lacks of a name; None: nothing."""
+    module, _, path = name.owner.partition(":")
+    try:
+        owner = reduce(getattr, path.split("."), import_module(module))
+    except AttributeError:
+        return f"{name.owner.replace(':', '.')} is gone"
+    if inspect.isfunction(owner):
+        return None if name.name in owner.__code__.co_names else f"{name.owner.replace(':', '.')} sets no {name.name}"
+    if not hasattr(owner, name.name):
+        return f"{name} is gone"
+    return None if name.parameters is None else _find_signature_problem(name, getattr(owner, name.name))
+
+
+def _find_signature_problem(name: PrivateName, method: Callable[..., object]) -> str | None:
+    """Return which parameter a method lacks, or needs besides; None: neither."""
+    parameters = inspect.signature(method).parameters
+    expected = name.parameters or ()
+    if missing := [parameter for parameter in expected if parameter not in parameters]:
+        return f"{name} no longer has the parameter {missing[0]}"
+    for parameter in parameters.values():
+        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not is_variadic and parameter.name not in ("self", *expected):
+            return f"{name} now needs the parameter {parameter.name} too"
+    return None

@@ -1,0 +1,68 @@
+"""The methods of transformers' `Trainer` that training here overrides or calls, each with the reason.
+
+A method that a release renames would still be overridden, but never called: the run would end with exit code 0, without
+checks, measures or complete checkpoints. `@check_hooks` refuses such a release when the class is made. Methods without
+an underscore can be renamed too, so they are in the list.
+"""
+
+from typing import TypeVar
+
+from transformers import Trainer
+
+from vlm.assembly.private_names import PrivateName, check_private_names
+
+TRAINER = "transformers.trainer:Trainer"
+
+
+def _hook(name: str, reason: str, *parameters: str) -> PrivateName:
+    return PrivateName(TRAINER, name, reason, parameters)
+
+
+PRIVATE_HOOKS = (
+    _hook("_get_train_sampler", "samples are grouped by modality and length, or by the objective", "train_dataset"),
+    _hook("_prepare_inputs", "pixels are normalised on the device, and copies do not wait for it", "inputs"),
+    _hook("_save_checkpoint", "a checkpoint is marked complete before older ones are removed", "model", "trial"),
+    _hook("_save_optimizer_and_scheduler", "DeepSpeed leaves frozen parameters out of checkpoints", "output_dir"),
+    _hook("_load_from_checkpoint", "a checkpoint has only the weights that train", "resume_from_checkpoint", "model"),
+    _hook(
+        "_prepare_for_training",
+        "DeepSpeed resumes from checkpoints without frozen parameters",
+        *("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    ),
+    _hook("_load_optimizer_and_scheduler", "DeepSpeed resumes the scheduler (called, not overridden)", "checkpoint"),
+)
+"""The private methods. Whoever can do without one should."""
+
+PUBLIC_HOOKS = (
+    _hook("train", "signals end a run with a checkpoint", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+    _hook("create_optimizer", "each part has parameter groups of its own", "model"),
+    _hook("get_decay_parameter_names", "biases and norms have no weight decay (called)", "model"),
+    _hook("autocast_smart_context_manager", "the run's precision", "cache_enabled"),
+    _hook("compute_loss_context_manager", "the run's precision (called)"),
+    _hook("training_step", "packed rows have an attention of their own", "model", "inputs", "num_items_in_batch"),
+    _hook("compute_loss", "the objective's loss", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    _hook("get_batch_samples", "batches are timed and counted", "epoch_iterator", "num_batches", "device"),
+    _hook("get_train_dataloader", "packs and streams are shared out to ranks beforehand"),
+    _hook("get_eval_dataloader", "each evaluation has a loader of its own", "eval_dataset"),
+    _hook("get_test_dataloader", "the loader that is not kept (called)", "test_dataset"),
+    _hook("evaluate", "the objective's metrics", "eval_dataset", "ignore_keys", "metric_key_prefix"),
+    _hook("log", "speed and each part's learning rate", "logs", "start_time"),
+    _hook("floating_point_ops", "operations are counted in the speed of a run", "inputs"),
+    _hook("save_model", "processor and base are saved with the model", "output_dir", "_internal_call"),
+)
+
+T = TypeVar("T", bound=type[Trainer])
+
+
+def check_hooks(trainer: T) -> T:
+    """Return a subclass of `Trainer`, once the installed transformers has all that it overrides.
+
+    Raises:
+        ImportError: a hook is gone, or is called with other parameters.
+    """
+    check_private_names((*PRIVATE_HOOKS, *PUBLIC_HOOKS))
+    listed = {hook.name for hook in (*PRIVATE_HOOKS, *PUBLIC_HOOKS)}
+    own = {name for kind in trainer.__mro__[: trainer.__mro__.index(Trainer)] for name in vars(kind)}
+    unlisted = {name for name in own - listed if hasattr(Trainer, name) and not name.startswith("__")}
+    assert not unlisted, f"{sorted(unlisted)} of Trainer are overridden, but not in the list of hooks"
+    return trainer

@@ -1,0 +1,36 @@
+"""What is done between wrapping a model and its first step: its forward is unwrapped, and looked at."""
+
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vlm.train.step.compile import force_eager
+from vlm.train.step.packing import check_packing
+
+if TYPE_CHECKING:
+    from vlm.train.trainer import VLMTrainer
+
+
+class BeforeFirstStep(TrainerCallback):
+    """Checks packed rows, and lets the objective do what needs the model as it is trained.
+
+    Args:
+        trainer: the run's.
+        model: the model, before accelerate wraps it.
+    """
+
+    def __init__(self, trainer: "VLMTrainer", model: PreTrainedModel):
+        self.trainer = trainer
+        self.own_forward = vars(model).get("forward")  # such as Liger's
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Take accelerate's wrapper off the forward pass, which would widen all logits to float32 at once; check it."""
+        trainer = self.trainer
+        if not trainer.is_deepspeed_enabled:  # DeepSpeed wraps the model, and not its forward
+            vars(trainer.model).pop("forward", None)
+            if self.own_forward is not None:
+                trainer.model.forward = self.own_forward
+        with trainer.compute_loss_context_manager(), force_eager():
+            if trainer.packing:
+                check_packing(trainer.model, trainer.processor)
+            trainer.objective.on_train_begin(trainer)
