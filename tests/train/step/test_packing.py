@@ -21,7 +21,6 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.evaluation.loss import row_losses, supervised_logits
 from vlm.families.table import FAMILIES
 from vlm.models import VLMForConditionalGeneration, modeling_vlm
-from vlm.train.step import chunked_loss
 from vlm.train.step import chunked_loss as vocabulary
 from vlm.train.step import packed_attention as attention
 from vlm.train.step.chunked_loss import num_chunks, supports_chunked_loss
@@ -392,7 +391,7 @@ def test_logits_stay_in_half_precision_until_their_piece(
 ):
     """Where the language model gives all of them at once; accelerate would widen all."""
     plain = train("finetune-smol", tmp_path / "plain", *PACKED, *HALF)
-    monkeypatch.setattr(chunked_loss, "supports_chunked_loss", lambda model: False)
+    monkeypatch.setattr(vocabulary, "supports_chunked_loss", lambda model: False)
     seen = []
 
     def watched(logits: torch.Tensor, *args: Any) -> torch.Tensor:
