@@ -130,9 +130,8 @@ def test_objectives_are_known_before_torch_is():
 @pytest.mark.parametrize("name", run_names())
 def test_runs_with_a_head_choose_prediction(name: str):
     config = compose_config(name, ["dataset.path=a.json"])
-    expected = Prediction if config.model.head.by_name else Generation
-    assert type(make_objective(config)) is expected
-    assert config.trainer.objective == ("prediction" if expected is Prediction else None)
+    assert config.trainer.objective == ("prediction" if config.model.head.by_name else None)
+    assert type(make_objective(config)) is (Prediction if config.model.head.by_name else Generation)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -149,6 +148,7 @@ def test_a_head_without_an_objective_is_trained():
     assert config.trainer.objective is None
     assert type(make_objective(config)) is Prediction
     assert make_objective(config).training_keys() == {"head": "model.head.task=regression"}
+    assert config.trainer.objective == "prediction", "the run directory records it"
 
 
 @pytest.mark.parametrize(

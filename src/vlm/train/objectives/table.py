@@ -1,10 +1,7 @@
 """The objectives by name. Imports no torch, so that a wrong name is refused in a second."""
 
-import os
-import sys
-from importlib import import_module
-
 from vlm.checks.fields import ConfigError
+from vlm.config.named import import_named, is_custom_name
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.base import Objective
 
@@ -18,21 +15,21 @@ OBJECTIVES = {
 def make_objective(config: RunConfig) -> Objective:
     """Return the objective of a run: the one that `trainer.objective` names, else the one that its model is for.
 
+    The configuration, which is recorded in the run directory, names it afterwards.
+
     Raises:
         ConfigError: there is no such class, or it is no objective.
     """
     name = config.trainer.objective or ("prediction" if config.model.head.by_name else "generation")
-    module, _, attribute = OBJECTIVES.get(name, name).partition(":")
-    if not attribute:
+    if not is_custom_name(path := OBJECTIVES.get(name, name)):
         raise ConfigError(
             f"trainer.objective={name}: allowed are {', '.join(OBJECTIVES)}, or package.module:Class for your own"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where a class of the user's own may lie; `python -m` has it anyway
     try:
-        kind = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"trainer.objective={name}: {error}") from error
+        kind = import_named(path, "trainer.objective")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
         raise ConfigError(f"trainer.objective={name}: a subclass of {Objective.__module__}:Objective is needed")
+    config.trainer.objective = name
     return kind(config)
