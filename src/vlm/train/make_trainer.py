@@ -15,7 +15,7 @@ from vlm.train.trainer import VLMTrainer
 
 def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
     """Return what trains a run's model; `run.args.output_dir` is the run directory, or below it a fold's."""
-    config, args, output_dir = objective.config, run.args, Path(run.args.output_dir)
+    config, args, output_dir = objective.config, run.args, Path(run.args.output_dir or run.folder)
     is_whole_run, is_writer = output_dir == run.folder, args.process_index == 0
     trainer = VLMTrainer(
         objective=objective,

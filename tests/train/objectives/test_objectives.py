@@ -192,12 +192,20 @@ class ZLoss(Generation):
         if self.config.trainer.packing:
             yield "trainer.packing=true: trainer.objective=z_loss:ZLoss is for padded batches; leave it out"
 
+    num_losses = 0
+
+    def training_metrics(self, trainer):
+        """Return how many losses there were since the last log."""
+        number, self.num_losses = self.num_losses, 0
+        return {"losses": number}
+
     def extra_inputs(self, trainer, batch):
         """Return nothing: the loss needs all logits at once."""
         return {}
 
     def compute_loss(self, trainer, model, inputs, num_items_in_batch):
         """Return the loss of replies, and what the normalisers add."""
+        self.num_losses += 1
         loss, outputs = super().compute_loss(trainer, model, inputs, num_items_in_batch)
         squares = outputs.logits.float().logsumexp(dim=-1).square()
         added = squares.mean() if num_items_in_batch is None else squares.sum() / num_items_in_batch
@@ -221,6 +229,7 @@ def test_an_objective_of_the_users_own_trains(
     assert losses(folder)[0] > losses(plain)[0] + 0.01
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert next(line["eval_answer"] for line in logged if "eval_loss" in line) == 42
+    assert [line["losses"] for line in logged if "loss" in line] == [1] * len(losses(folder))
     assert (folder / "final" / "model.safetensors").is_file()
     assert (folder / "samples.md").is_file()
     assert "objective: z_loss:ZLoss" in (folder / "config.yaml").read_text()

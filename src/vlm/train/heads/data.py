@@ -19,6 +19,7 @@ from vlm.data.heads.labels import HeadLabels, resolve_labels, strata
 from vlm.data.processor import Processor
 from vlm.train.data import load_other_file, max_sample_length
 from vlm.train.monitor.plots import write_first_batch
+from vlm.train.objectives.base import Inputs
 
 MAX_LOGGED_LABELS = 12
 """Most labels of a head that the log names."""
@@ -188,7 +189,7 @@ def write_first_prompts(
 ) -> None:
     """Write `first_batch.html`: the first prompts of a data set as the model sees them."""
     items = [dataset.model_item(index) for index in range(min(batch_size, len(dataset), MAX_SHOWN_PROMPTS))]
-    batch = collate.collate([item for item in items if not isinstance(item, Skipped)])
+    batch: Inputs = dict(collate.collate([item for item in items if not isinstance(item, Skipped)]))
     if "pixel_values" in batch:
         batch["pixel_values"] = processor.normalise(batch["pixel_values"])
     write_first_batch(batch, processor, folder)

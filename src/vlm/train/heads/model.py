@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from vlm.assembly.checkpoint import is_prediction_model
 from vlm.assembly.heads import with_checkpoint_scales
-from vlm.config.schema import HeadsConfig
+from vlm.config.model_schema import HeadsConfig
 from vlm.evaluation.calibration import calibrate
 from vlm.models import VLMForPrediction, VLMPredictionConfig
 from vlm.models.modeling_prediction import make_head

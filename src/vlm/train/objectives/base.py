@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from vlm.config.schema import RunConfig
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch import Tensor
     from torch.nn import Module
     from torch.utils.data import Dataset, Sampler
@@ -71,7 +70,7 @@ class PreparedRun:
     model: PreTrainedModel
     parts: list[Part]
     data: RunData
-    collate: Callable[[Sequence[Any]], Inputs]
+    collate: Callable[[Sequence[Any]], Mapping[str, object]]
 
 
 class ObjectiveTrainer(Protocol):
@@ -85,7 +84,7 @@ class ObjectiveTrainer(Protocol):
 
     model: PreTrainedModel
     args: TrainingArguments
-    accelerator: Accelerator
+    accelerator: Any  # accelerate declares what it gathers as a union of everything
 
     def evaluation_batches(self, dataset: Dataset[object], title: str) -> Iterator[Inputs]:
         """Yield this rank's batches of a data set on the device; the model is in evaluation mode then."""
@@ -149,7 +148,7 @@ class Objective(ABC):
     @abstractmethod
     def make_collator(
         self, processor: Processor, data: RunData, args: TrainingArguments
-    ) -> Callable[[Sequence[Any]], Inputs]:
+    ) -> Callable[[Sequence[Any]], Mapping[str, object]]:
         """Return what makes a batch of a list of samples; every rank's batches must run the same modules."""
 
     def before_training(self, run: PreparedRun) -> None:  # noqa: B027 - optional
@@ -195,6 +194,10 @@ class Objective(ABC):
             inputs: a batch on the device, as the objective's collator made it.
             num_items_in_batch: supervised tokens of the whole step on all ranks; None: the loss is a mean of the batch.
         """
+
+    def training_metrics(self, trainer: ObjectiveTrainer) -> dict[str, float]:
+        """Return what is logged beside the training loss, of the steps since the last log; every rank is asked."""
+        return {}
 
     @abstractmethod
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:

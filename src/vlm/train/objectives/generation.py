@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlm.data.dataset import SampleDataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
     from vlm.data.processor import Processor
+    from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 
 class Generation(Objective):
@@ -83,9 +84,12 @@ class Generation(Objective):
         if config.trainer.eval_metrics and evaluation is not None:
             self.answer_metrics = make_answer_metrics(config, evaluation, run.processor, run.args)
         if config.dataset.cache_features:
-            data.train, data.evaluation = replace_images_with_features(
-                run.model, run.processor, [data.train, data.evaluation], run.collate, config.dataset, run.args
+            model, processor = cast("VLMForConditionalGeneration", run.model), cast("VLMProcessor", run.processor)
+            datasets = cast("list[SampleDataset | None]", [data.train, data.evaluation])
+            train, data.evaluation = replace_images_with_features(
+                model, processor, datasets, cast("Collator", run.collate), config.dataset, run.args
             )
+            data.train = cast("SampleDataset", train)
 
     def callbacks(self, run: PreparedRun, trainer: ObjectiveTrainer) -> list[TrainerCallback]:
         """Return what answers a few samples into `samples.md` at each evaluation and at the end."""
