@@ -34,7 +34,7 @@ demo: install ## Train a small model from nothing and ask it about pictures (min
 	$(RUN) -m vlm.demo
 
 test: install ## Run the tests, WORKERS files at a time
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## Run the tests that take minutes each
 	$(RUN) -m pytest -m slow
@@ -43,6 +43,9 @@ lint: install ## Check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/basedpyright
+
+docs: install ## Write docs/configuration.md from the schema
+	$(RUN) docs/write_configuration.py
 
 AS_HERE := accelerate|huggingface-hub|peft|pillow|safetensors|simplejpeg|timm|tokenizers|torch|torchvision|transformers
 
@@ -58,4 +61,4 @@ wheel: install ## Build the wheel into dist/
 clean: ## Remove what make made, except outputs/
 	rm -rf .venv .venv-eval .uv dist .pytest_cache .ruff_cache
 
-.PHONY: help install install-eval demo test test-slow lint lock wheel clean
+.PHONY: help install install-eval demo test test-slow lint docs lock wheel clean

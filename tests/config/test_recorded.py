@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from vlm.config.recorded import RENAMED_KEYS, current_key, read_recipe, upgrade_recipe
-from vlm.config.schema import (
+from vlm.config.model_schema import (
     ConnectorConfig,
     EncoderConfig,
     HeadConfig,
@@ -13,6 +12,7 @@ from vlm.config.schema import (
     ModelConfig,
     VisualEncoderConfig,
 )
+from vlm.config.recorded import RENAMED_KEYS, current_key, read_recipe, upgrade_recipe
 
 
 def make_model() -> ModelConfig:

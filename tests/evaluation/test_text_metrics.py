@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from math import exp, log
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +141,48 @@ def test_what_is_unknown_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=r"is missing: pip install 'small-vlm\[eval\]'"):
             check_metrics([name], ALL_METRICS, "--metrics ")
+
+
+@pytest.fixture
+def own_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of a user's, found in the working directory."""
+    (tmp_path / "own_metrics.py").write_text(
+        "def num_words(answers, references):\n    return [len(answer.split()) for answer in answers]\n"
+        "def share_of_yes(answers, references):\n    return answers.count('yes') / len(answers)\n"
+        "def bleu(answers, references):\n    return 1.0\n"
+        "def torn(answers, references):\n    return [1.0]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "own_metrics", raising=False)
+
+
+def test_a_metric_of_the_users_own_is_named(own_metrics: None):
+    names = ["own_metrics:num_words", "own_metrics:share_of_yes", "exact_match"]
+    check_metrics(names, ALL_METRICS, "--metrics ")
+    scores = compute_text_metrics(names, ["yes", "a red cat"], [["yes"], ["a cat"]])
+    assert {name: score.value for name, score in scores.items()} == {
+        "num_words": 2.0, "share_of_yes": 0.5, "exact_match": 0.5
+    }  # fmt: skip
+    assert scores["num_words"].low is not None
+    assert scores["share_of_yes"].low is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["own_metrics:word"], "--metrics=own_metrics:word: module 'own_metrics' has no attribute 'word'"),
+        (["no_such_module:word"], "--metrics=no_such_module:word: No module named 'no_such_module'"),
+        (["bleu", "own_metrics:bleu"], "--metrics bleu: two metrics are called bleu"),
+        (["meteor"], f"--metrics meteor: allowed are {', '.join(ALL_METRICS)}, or package.module:function for your"),
+    ],
+)
+def test_a_name_of_no_metric_is_refused(own_metrics: None, names: list[str], message: str):
+    with pytest.raises(ValueError, match="metric") as error:
+        check_metrics(names, ALL_METRICS, "--metrics ")
+    assert str(error.value).startswith(message)
+
+
+def test_values_for_some_answers_are_refused(own_metrics: None):
+    with pytest.raises(ValueError, match=r"own_metrics:torn: it gave values of shape \(1,\) for 2 answers"):
+        compute_text_metrics(["own_metrics:torn"], ["a", "b"], [["a"], ["b"]])

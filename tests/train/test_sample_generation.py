@@ -49,10 +49,14 @@ def make_run_config(world: Path, folder: Path) -> list[Any]:
 
 
 def test_metrics_of_answers_stand_beside_the_loss(
-    train: Callable[..., Path], world: Path, held_out: Path, tmp_path: Path
+    train: Callable[..., Path], world: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """They are those of what the model answers to the first records, of which every other is answered so."""
-    run = train(*make_run_config(world, tmp_path), *ANSWERS, f"dataset.eval_path={held_out}")
+    (tmp_path / "running_metrics.py").write_text("def number(answers, references): return float(len(answers))")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [*ANSWERS, "trainer.eval_metrics=[exact_match,anls,rouge,'running_metrics:number']"]
+    run = train(*make_run_config(world, tmp_path / "run"), *words, f"dataset.eval_path={held_out}")
+    assert evaluated(run)["eval_number"] == 6.0
     assert evaluated(run)["eval_exact_match"] == 0.5
     assert evaluated(run)["eval_rouge"] == pytest.approx(0.5, abs=0.2)
 

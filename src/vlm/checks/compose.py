@@ -104,7 +104,6 @@ def _check_and_apply(
     overrides = [override.split("=")[0].lstrip("+~").replace("/", ".") for override in hydra_config.overrides.task]
     speaks = os.environ.get("RANK", "0") == "0"
     logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
-    sys.path.append(os.getcwd())  # where a connector class of the user's own may lie; `python -m` has it anyway
     try:
         action(config, name, overrides)
     except (ValueError, FloatingPointError) as error:

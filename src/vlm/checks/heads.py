@@ -23,7 +23,8 @@ from vlm.config.derived import (
     query_tokens,
     training_keys,
 )
-from vlm.config.schema import DatasetConfig, HeadConfig, HeadsConfig, RunConfig
+from vlm.config.model_schema import HeadConfig, HeadsConfig
+from vlm.config.schema import DatasetConfig, RunConfig
 
 
 def head_problems(config: RunConfig) -> Iterator[str]:

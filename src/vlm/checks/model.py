@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm.checks.fields import format_value
+from vlm.config.model_schema import ConnectorConfig, EncoderConfig
 from vlm.config.named import is_custom_name
 from vlm.config.packaged import packaged_connectors
-from vlm.config.schema import ConnectorConfig, EncoderConfig, RunConfig
+from vlm.config.schema import RunConfig
 
 
 def encoder_problems(config: RunConfig) -> Iterator[str]:

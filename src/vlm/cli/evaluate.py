@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     records.add_argument("--data", dest="input", metavar="FILE", help="records with replies, as training reads them")
     records.add_argument(
         "--metrics", default="exact_match,loss", metavar="NAME,NAME",
-        help="exact_match, vqa_accuracy, anls, cider, bleu, rouge, loss (%(default)s)",
+        help="exact_match, vqa_accuracy, anls, cider, bleu, rouge, loss, or module:function (%(default)s)",
     )  # fmt: skip
     add_reading_options(records)
     parser.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video")

@@ -8,15 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.config.schema import (
-    PARTS,
-    TRAIN_FLAGS,
-    HeadsConfig,
-    LoraPartConfig,
-    ModelConfig,
-    RunConfig,
-    TrainerOptions,
-)
+from vlm.config.model_schema import HeadsConfig, ModelConfig
+from vlm.config.schema import PARTS, TRAIN_FLAGS, LoraPartConfig, RunConfig, TrainerOptions
 
 BASE_FILE = "base.json"
 """The file of a checkpoint that is complete only together with the base that it names; see `vlm.assembly`."""

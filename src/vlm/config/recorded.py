@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from vlm.config.schema import ModelConfig
+from vlm.config.model_schema import ModelConfig
 
 RENAMED_KEYS = {
     "model.visual_encoder.beside": "model.visual_encoder.extra_encoders",

@@ -1,4 +1,5 @@
-"""Metrics of answers against references. To add one, write a function and add it to `METRICS`.
+"""Metrics of answers against references. To add one, write a function and add it to `METRICS` and its name to
+`vlm.config.choices.EVAL_METRICS`; one of the user's own is named `package.module:function` instead.
 
 A metric takes the answers and, for each, its references (at least one). It gives a value for each answer, `(answers,)`,
 whose mean counts; or a single number, where it is one of all answers together.
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.config.named import import_named, is_custom_name
 from vlm.evaluation.bootstrap import Score, mean_score
 
 References = Sequence[Sequence[str]]
@@ -119,14 +121,27 @@ def compute_text_metrics(
     names: Sequence[str], answers: Sequence[str], references: References, *, intervals: bool = True
 ) -> dict[str, Score]:
     """Metrics by name, with 95% intervals where they are wanted and metrics are means of what single answers get."""
-    found = {}
+    scores = {}
     for name in names:
-        values = METRICS[name](answers, references)
-        if isinstance(values, np.ndarray):
-            found[name] = mean_score(values, num_resamples=1000 if intervals else 0)
-        else:
-            found[name] = Score(None if np.isnan(values) else values, None, None)
-    return found
+        values = np.asarray(get_metric(name)(answers, references), np.float64)
+        if values.shape not in ((), (len(answers),)):
+            raise ValueError(f"{name}: it gave values of shape {values.shape} for {len(answers)} answers; a number for "
+                             "each is needed, or a single one")  # fmt: skip
+        scores[name.rpartition(":")[2]] = (
+            mean_score(values, num_resamples=1000 if intervals else 0)
+            if values.ndim
+            else Score(None if np.isnan(values) else values.item(), None, None)
+        )
+    return scores
+
+
+def get_metric(name: str, key: str = "metric") -> Metric:
+    """Return the metric of the table, or the user's own, `package.module:function`.
+
+    Raises:
+        ValueError: `key` names a function that does not exist.
+    """
+    return METRICS[name] if name in METRICS else import_named(name, key)  # pyright: ignore[reportReturnType] - theirs
 
 
 def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> None:
@@ -140,9 +155,14 @@ def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> Non
     Raises:
         ValueError: with the name, and what is allowed or what to install.
     """
-    for name in names:
-        if name not in allowed:
-            raise ValueError(f"{key}{name}: allowed are {', '.join(allowed)}")
+    labels = [name.rpartition(":")[2] for name in names]
+    for name, label in zip(names, labels, strict=True):
+        if is_custom_name(name):
+            get_metric(name, key.rstrip("= "))
+        elif name not in allowed:
+            raise ValueError(f"{key}{name}: allowed are {', '.join(allowed)}, or package.module:function for your own")
+        if labels.count(label) > 1:
+            raise ValueError(f"{key}{name}: two metrics are called {label}")
         if name in METRIC_MODULES:
             import_extra(METRIC_MODULES[name])
 

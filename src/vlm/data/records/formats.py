@@ -1,47 +1,38 @@
-"""Readers: one record as a `Sample`, whatever kind of file it came from.
+"""Readers: functions that turn one record into a `Sample`, whatever kind of file it came from.
 
-Imports the in-memory form and the standard library only, since configurations are checked with it. To add a format,
-write a function `(record, image_folder, **options) -> Sample` that raises `BadSample`, and add it to `FORMATS`; a
-user's own needs no line there (`dataset.format=package.module:function`). Its keyword parameters are what
-`dataset.options` may set.
+Imports `sample` and the standard library only, since configurations are checked with it. To add a format, write a
+function `(record, image_folder, **options) -> Sample` that raises `BadSample`, and add it to `FORMATS`; a user's own
+function needs no line there (`dataset.format=package.module:function`). `dataset.options` may set its keyword
+parameters.
 """
 
-import importlib
 import string
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from vlm.config.named import import_named
 from vlm.data.records.media import (
     FILE_KEYS,
+    MediaPlacer,
+    first_present,
     image_ref_from_value,
     image_refs_from_value,
+    move_image_first,
     video_ref_from_value,
-    video_refs_from_value,
 )
-from vlm.data.sample import (
-    PLACEHOLDER,
-    ROLES,
-    VIDEO_PLACEHOLDER,
-    BadSample,
-    ContentPart,
-    ImageRef,
-    Sample,
-    Turn,
-    VideoRef,
-)
+from vlm.data.sample import PLACEHOLDER, ROLES, VIDEO_PLACEHOLDER, BadSample, ContentPart, Record, Sample, Turn
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
-def read_llava(record: Any, image_folder: Path) -> Sample:
-    """LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
+def read_llava(record: Record, image_folder: Path) -> Sample:
+    """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
-    `<image>` in what the human says stands for the pictures in order. A lone one is moved to the start of its turn.
+    `<image>` in the human's texts stands for the images in order. The only one of a turn is moved to its start.
     """
     sample_id = read_id(record)
     conversation = record.get("conversations")
@@ -55,22 +46,22 @@ def read_llava(record: Any, image_folder: Path) -> Sample:
         if turn["from"] not in LLAVA_ROLES:
             raise BadSample(sample_id, f"turn {number}: from={turn['from']!r}; allowed are {', '.join(LLAVA_ROLES)}")
         role = LLAVA_ROLES[turn["from"]]
-        content = media.within(_move_image_first(turn["value"])) if role == "user" else (turn["value"],)
+        content = media.within(move_image_first(turn["value"])) if role == "user" else (turn["value"],)
         turns.append(Turn(role, content))
     return make_sample(record, turns, media)
 
 
-def read_messages(record: Any, image_folder: Path, *, key: str = "messages") -> Sample:
-    """Chat messages: `{"messages": [{"role", "content"}, …], "images": […]}`, order kept as it stands.
+def read_messages(record: Record, image_folder: Path, *, key: str = "messages") -> Sample:
+    """Read chat messages: `{"messages": [{"role", "content"}, …], "images": […]}`, in their order.
 
-    `content` is a string, in which `<image>` stands for the pictures of `images` in order, or a list of
-    `{"type": "text", "text"}`, `{"type": "image"}` (naming its picture as `image`, `path` or `url`, else the next of
+    `content` is a string, in which `<image>` stands for the images of `images` in order, or a list of
+    `{"type": "text", "text"}`, `{"type": "image"}` (naming its image as `image`, `path` or `url`, else the next of
     `images`), `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`.
 
     Args:
         record: the record.
         image_folder: what paths are relative to.
-        key: where the messages stand.
+        key: the key of the messages.
     """
     sample_id = read_id(record)
     messages = record.get(key)
@@ -88,27 +79,27 @@ def read_messages(record: Any, image_folder: Path, *, key: str = "messages") -> 
 
 
 def read_caption(
-    record: Any, image_folder: Path, *, image_key: str = "image", caption_key: str = "caption",
+    record: Record, image_folder: Path, *, image_key: str = "image", caption_key: str = "caption",
     prompt: str | list[str] | None = None,
 ) -> Sample:  # fmt: skip
-    """A picture and its caption: `{"image", "caption"}`.
+    """Read an image and its caption: `{"image", "caption"}`.
 
     Args:
         record: the record.
         image_folder: what paths are relative to.
-        image_key: where the picture stands.
-        caption_key: where the caption stands.
-        prompt: what is asked after the picture; of a list, each record gets one, chosen by its caption. None: nothing,
-            as the template `plain` has it.
+        image_key: the key of the image.
+        caption_key: the key of the caption.
+        prompt: the question after the image; of a list, each record gets one, chosen by its caption. None for no
+            question, as the template `plain` expects.
     """
     sample_id = read_id(record)
-    pictures = image_refs_from_value(record.get(image_key), image_folder, sample_id, image_key)
-    if not pictures:
-        raise BadSample(sample_id, f"`{image_key}` must name a picture")
+    images = image_refs_from_value(record.get(image_key), image_folder, sample_id, image_key)
+    if not images:
+        raise BadSample(sample_id, f"`{image_key}` must name an image")
     caption = _require_string(record, caption_key, sample_id)
     if isinstance(prompt, list):
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
-    asked: tuple[ContentPart, ...] = (*pictures, f"\n{prompt}") if prompt else tuple(pictures)
+    asked: tuple[ContentPart, ...] = (*images, f"\n{prompt}") if prompt else tuple(images)
     return Sample(
         sample_id, (Turn("user", asked), Turn("assistant", (caption,))), record.get("label"), read_group(record),
         read_references(record, sample_id),
@@ -116,25 +107,25 @@ def read_caption(
 
 
 def read_question(
-    record: Any, image_folder: Path, *, instruction: str | None = None, choice_instruction: str = CHOICE_INSTRUCTION
+    record: Record, image_folder: Path, *, instruction: str | None = None, choice_instruction: str = CHOICE_INSTRUCTION
 ) -> Sample:
-    """A question with its answer: `{"image", "question", "answer", "choices": […] or absent}`.
+    """Read a question with its answer: `{"image", "question", "answer", "choices": […] or absent}`.
 
-    With choices, they are listed as `A. …` and the answer is a letter; it is given as the number of the choice (from
-    0), its letter or its text. Without, it is a string, or a list of people's answers, of which the commonest counts.
-    A question with a `label` needs none.
+    Choices are listed as `A. …`, and the answer is the letter of the choice that the record gives as its index (from
+    0), letter or text. Without choices, the answer is a string, or a list of people's answers, of which the most
+    common one counts. A question with a `label` needs no answer.
 
     Args:
         record: the record.
         image_folder: what paths are relative to.
-        instruction: a last line of questions without choices.
-        choice_instruction: a last line of questions with choices.
+        instruction: the last line of questions without choices.
+        choice_instruction: the last line of questions with choices.
     """
     sample_id = read_id(record)
     media = MediaPlacer(record, image_folder, sample_id)
     lines = [_require_string(record, "question", sample_id)]
-    answer = _first_present(record, "answer", "answers")
-    replies = answer is not None or record.get("label") is None
+    answer = first_present(record, "answer", "answers")
+    has_reply = answer is not None or record.get("label") is None
     if choices := record.get("choices"):
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise BadSample(sample_id, "`choices` must be a list of strings")
@@ -142,20 +133,20 @@ def read_question(
             raise BadSample(sample_id, f"{len(choices)} choices, but there are letters for 26")
         lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
         lines.append(choice_instruction)
-        said = [_choice_letter(record.get("answer"), choices, sample_id)] if replies else []
+        answers = [_choice_letter(record.get("answer"), choices, sample_id)] if has_reply else []
     else:
         lines += [instruction] if instruction else []
-        said = [_most_common_answer(answer, sample_id)] if replies else []
+        answers = [_most_common_answer(answer, sample_id)] if has_reply else []
     asked = media.place_or_prepend("\n".join(lines))
-    sample = make_sample(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in said)], media)
-    return replace(sample, references=()) if choices else sample  # the letter is what counts
+    sample = make_sample(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in answers)], media)
+    return replace(sample, references=()) if choices else sample  # an answer is compared with the letter only
 
 
-def read_head(record: Any, image_folder: Path) -> Sample:
-    """A prompt and an answer: `{"source", "images", "videos", "system_prompt", "conversations": [prompt, answer]}`.
+def read_head(record: Record, image_folder: Path) -> Sample:
+    """Read a prompt and answer: `{"source", "images", "videos", "system_prompt", "conversations": [prompt, answer]}`.
 
-    Pictures stand where `<image>` does in the prompt, or before it where it has none. The label is the record's
-    `label`; where it has none, 1 for an answer that begins with "yes" or is "1", else 0.
+    Images replace `<image>` in the prompt, or come before a prompt without any. The label is the record's `label`;
+    without one, it is 1 for an answer that begins with "yes" or is "1", else 0.
     """
     sample_id = read_id(record, "source")
     conversation = record.get("conversations")
@@ -168,159 +159,91 @@ def read_head(record: Any, image_folder: Path) -> Sample:
     turns = [Turn("system", (system,))] if isinstance(system, str) and system else []
     turns += [Turn("user", media.place_or_prepend(prompt)), Turn("assistant", (answer,))]
     sample = make_sample(record, turns, media)
-    said = answer.strip().lower()
-    return sample if sample.label is not None else replace(sample, label=int(said.startswith("yes") or said == "1"))
+    text = answer.strip().lower()
+    return sample if sample.label is not None else replace(sample, label=int(text.startswith("yes") or text == "1"))
 
 
 def read_labelled(
-    record: Any, image_folder: Path, *, image_key: str = "image", prompt_key: str = "prompt",
+    record: Record, image_folder: Path, *, image_key: str = "image", prompt_key: str = "prompt",
     label_key: str | list[str] = "label", group_key: str = "group", prompt: str | None = None,
     label_separator: str | None = None,
 ) -> Sample:  # fmt: skip
-    """A picture, a prompt and what a prediction head learns: `{"image": path or list or absent, "prompt", "label"}`.
+    """Read an image, a prompt and a label for prediction heads: `{"image": path or list or absent, "prompt", "label"}`.
 
-    Pictures stand where `<image>` does in the prompt, or before it where it has none. Without a label, the record is
-    there to be predicted.
+    Images replace `<image>` in the prompt, or come before a prompt without any. A record without a label is one to
+    predict.
 
     Args:
         record: the record.
         image_folder: what paths are relative to.
-        image_key: where the pictures stand; a record without any has null there.
-        prompt_key: where the prompt stands.
-        label_key: where the label stands; of a list, the label is a mapping of those that are not null.
-        group_key: where it stands which records a ranking compares.
-        prompt: what is asked where the record has no prompt.
-        label_separator: splits a label that is a string into a list of labels; a string without any is an empty list.
+        image_key: the key of the images; its value is null in a record without any.
+        prompt_key: the key of the prompt.
+        label_key: the key of the label; with a list of keys, the label is a mapping from those that are not null.
+        group_key: the key of the group within which a ranking compares records.
+        prompt: the prompt of records without one.
+        label_separator: splits a label that is a string into a list of labels; an empty string is an empty list.
     """
     sample_id = read_id(record)
-    given = record
+    listing = record
     if image_key != "image":
         if image_key not in record:
             raise BadSample(sample_id, f"`{image_key}` is not there; it has {', '.join(record)}")
-        given = {**record, "image": record[image_key], "images": None}
-    media = MediaPlacer(given, image_folder, sample_id)
-    asked = (
-        prompt
-        if prompt is not None and record.get(prompt_key) is None
-        else _require_string(record, prompt_key, sample_id)
-    )
-    content = media.place_or_prepend(asked) if asked else media.rest()
+        listing = {**record, "image": record[image_key], "images": None}
+    media = MediaPlacer(listing, image_folder, sample_id)
+    uses_default = prompt is not None and record.get(prompt_key) is None
+    question = prompt if uses_default else _require_string(record, prompt_key, sample_id)
+    content = media.place_or_prepend(question) if question else media.rest()
     if not content:
-        raise BadSample(sample_id, "it has neither a picture nor a prompt")
+        raise BadSample(sample_id, "it has neither an image nor a prompt")
     media.check_all_placed()
     keys = [label_key] if isinstance(label_key, str) else label_key
-    found = {key: _split_label(record[key], label_separator) for key in keys if record.get(key) is not None}
-    label = found.get(label_key) if isinstance(label_key, str) else found or None
+    labels = {key: _split_label(record[key], label_separator) for key in keys if record.get(key) is not None}
+    label = labels.get(label_key) if isinstance(label_key, str) else labels or None
     return Sample(sample_id, (Turn("user", content),), label, read_group(record, group_key))
 
 
-class MediaPlacer:
-    """The pictures and videos that a record lists, handed out in order to the placeholders in its text.
-
-    Args:
-        record: the record, with `image` or `images`, `video` or `videos`.
-        folder: what paths are relative to.
-        sample_id: for messages.
-    """
-
-    def __init__(self, record: dict[str, Any], folder: Path, sample_id: str):
-        self.folder, self.sample_id = folder, sample_id
-        pictures = image_refs_from_value(_first_present(record, "image", "images"), folder, sample_id)
-        videos = video_refs_from_value(_first_present(record, "video", "videos"), folder, sample_id)
-        self.number = len(pictures) + len(videos)
-        self.unplaced: dict[str, Iterator[ImageRef | VideoRef]] = {
-            PLACEHOLDER: iter(pictures), VIDEO_PLACEHOLDER: iter(videos)
-        }  # fmt: skip
-
-    def next(self, placeholder: str) -> ImageRef | VideoRef:
-        """The next picture or video.
-
-        Raises:
-            BadSample: there is none left.
-        """
-        found = next(self.unplaced[placeholder], None)
-        if found is None:
-            things = "images" if placeholder == PLACEHOLDER else "videos"
-            raise BadSample(self.sample_id, f"more {placeholder} in its text than {things}")
-        return found
-
-    def rest(self) -> tuple[ImageRef | VideoRef, ...]:
-        """All that are left: videos first, as they are longer."""
-        return (*self.unplaced[VIDEO_PLACEHOLDER], *self.unplaced[PLACEHOLDER])
-
-    def within(self, text: str) -> tuple[ContentPart, ...]:
-        """A text, its placeholders replaced by pictures and videos."""
-        content: list[ContentPart] = []
-        for number, piece in enumerate(text.split(PLACEHOLDER)):
-            content += [self.next(PLACEHOLDER)] if number else []
-            for place, rest in enumerate(piece.split(VIDEO_PLACEHOLDER)):
-                content += [self.next(VIDEO_PLACEHOLDER)] if place else []
-                content += [rest] if rest else []
-        return tuple(content)
-
-    def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
-        """A question, its placeholders replaced; where it has none, everything stands before it."""
-        if PLACEHOLDER in text or VIDEO_PLACEHOLDER in text:
-            return self.within(_move_image_first(text))
-        return (*self.rest(), f"\n{text}" if self.number else text)
-
-    def check_all_placed(self) -> None:
-        """Raise BadSample where a picture or video is left over, which stands nowhere in the text."""
-        if left := len(self.rest()):
-            raise BadSample(self.sample_id, f"{left} more image(s) than {PLACEHOLDER} in its text")
-
-
-def make_sample(record: dict[str, Any], turns: list[Turn], media: MediaPlacer) -> Sample:
-    """The sample, with the record's label, group and references, once nothing that it lists is left over.
+def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample:
+    """Make a sample with the record's label, group and references, once all of its images are placed.
 
     Raises:
-        BadSample: a picture stands nowhere in the text, or `answers` are no texts.
+        BadSample: an image has no place in the text, or `answers` are no texts.
     """
     media.check_all_placed()
     references = read_references(record, media.sample_id)
     return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references)
 
 
-def read_group(record: dict[str, Any], key: str = "group") -> str | None:
-    """The group in which a ranking compares a record."""
+def read_group(record: Record, key: str = "group") -> str | None:
+    """Read the group within which a ranking compares a record."""
     return None if record.get(key) is None else str(record[key])
 
 
-def read_references(record: dict[str, Any], sample_id: str) -> tuple[str, ...]:
-    """What people answered: a record's `answers`, or several that stand in its `answer`; none where it has neither.
+def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
+    """Read the reference answers of a record: its `answers`, or its `answer` where that is a list.
 
     Raises:
         BadSample: they are no texts.
     """
-    given = record.get("answers")
-    if given is None and isinstance(record.get("answer"), list):
-        given = record["answer"]
-    return () if given is None else tuple(_read_answers(given, sample_id))
+    answers = record.get("answers")
+    if answers is None and isinstance(record.get("answer"), list):
+        answers = record["answer"]
+    return () if answers is None else tuple(_read_answers(answers, sample_id))
 
 
-def read_id(record: Any, *names: str) -> str:
-    """A record's own name: its `id`, or one of the other keys.
+def read_id(record: object, *names: str) -> str:
+    """Read the name of a record: its `id`, or the value of another key; `?` where it has none.
 
     Raises:
         BadSample: the record is no mapping.
     """
     if not isinstance(record, dict):
         raise BadSample("?", f"a mapping is needed, got {type(record).__name__}")
-    found = (record[name] for name in ("id", "question_id", "image_id", *names) if record.get(name) is not None)
-    return str(next(found, "?"))
+    name = first_present(record, "id", "question_id", "image_id", *names)
+    return "?" if name is None else str(name)
 
 
-def _move_image_first(text: str) -> str:
-    """A lone placeholder is moved to the start of its turn, as LLaVA does."""
-    texts = text.split(PLACEHOLDER)
-    if len(texts) != 2:
-        return text
-    rest = "".join(texts).strip()
-    return f"{PLACEHOLDER}\n{rest}" if rest else PLACEHOLDER
-
-
-def _parse_message_content(content: Any, role: str, media: MediaPlacer, where: str) -> tuple[ContentPart, ...]:
-    """What a message says: texts joined, pictures and videos in their places."""
+def _parse_message_content(content: object, role: str, media: MediaPlacer, where: str) -> tuple[ContentPart, ...]:
+    """Parse the content of a message, whose adjoining texts are joined."""
     if isinstance(content, str):
         return media.within(content) if role == "user" else (content,)
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
@@ -329,7 +252,7 @@ def _parse_message_content(content: Any, role: str, media: MediaPlacer, where: s
     for item in content:
         part = _parse_item(item, media, where)
         if not isinstance(part, str) and role != "user":
-            raise BadSample(media.sample_id, f"{where}: only the user shows pictures, here it is the {role}")
+            raise BadSample(media.sample_id, f"{where}: only the user shows images, here it is the {role}")
         if isinstance(part, str) and parts and isinstance(parts[-1], str):
             parts[-1] += part
         else:
@@ -337,8 +260,8 @@ def _parse_message_content(content: Any, role: str, media: MediaPlacer, where: s
     return tuple(parts) if role == "user" else tuple(parts) or ("",)
 
 
-def _parse_item(item: dict[str, Any], media: MediaPlacer, where: str) -> ContentPart:
-    """One item of a message's list. Tables hold None where a row lacks a key, so None means absent."""
+def _parse_item(item: Record, media: MediaPlacer, where: str) -> ContentPart:
+    """Parse an item of a message's content. None means absent, since rows of a table hold None for missing keys."""
     kind = item.get("type")
     if kind == "text" and isinstance(item.get("text"), str):
         return item["text"]
@@ -348,36 +271,32 @@ def _parse_item(item: dict[str, Any], media: MediaPlacer, where: str) -> Content
             inner.get("url") if isinstance(inner, dict) else inner, media.folder, media.sample_id, kind
         )
     if kind in ("image", "video"):
-        named = [item[key] for key in FILE_KEYS if item.get(key) is not None]
-        if not named:
+        file = first_present(item, *FILE_KEYS)
+        if file is None:
             return media.next(PLACEHOLDER if kind == "image" else VIDEO_PLACEHOLDER)
         return (image_ref_from_value if kind == "image" else video_ref_from_value)(
-            named[0], media.folder, media.sample_id, kind
+            file, media.folder, media.sample_id, kind
         )
     raise BadSample(
         media.sample_id, f"{where}: type={kind!r}; allowed are text (with a string), image, image_url and video"
     )
 
 
-def _first_present(record: dict[str, Any], one: str, many: str) -> Any:
-    return record.get(one) if record.get(one) is not None else record.get(many)
-
-
-def _require_string(record: dict[str, Any], key: str, sample_id: str) -> str:
+def _require_string(record: Record, key: str, sample_id: str) -> str:
     if not isinstance(value := record.get(key), str):
         raise BadSample(sample_id, f"`{key}` must be a string, got {value!r:.60}; it has {', '.join(record)}")
     return value
 
 
-def _split_label(label: Any, separator: str | None) -> Any:
-    """A label that is a string, split into those that it lists; any other label as it is."""
+def _split_label(label: object, separator: str | None) -> object:
+    """Split a label that is a string into a list of labels; return any other label unchanged."""
     if separator is None or not isinstance(label, str):
         return label
     return [part.strip() for part in label.split(separator) if part.strip()]
 
 
-def _choice_letter(answer: Any, choices: list[str], sample_id: str) -> str:
-    """The letter of a choice that is given by number, letter or text."""
+def _choice_letter(answer: object, choices: list[str], sample_id: str) -> str:
+    """Return the letter of a choice that is given by index, letter or text."""
     letters = string.ascii_uppercase[: len(choices)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
         return letters[answer]
@@ -388,19 +307,18 @@ def _choice_letter(answer: Any, choices: list[str], sample_id: str) -> str:
     raise BadSample(sample_id, f"answer={answer!r:.60}; it must be one of the choices, its number from 0 or its letter")
 
 
-def _most_common_answer(answer: Any, sample_id: str) -> str:
-    """A string, or the commonest of several; of equally common ones the first."""
+def _most_common_answer(answer: object, sample_id: str) -> str:
+    """Return the answer, or the most common of several; the first of equally common ones."""
     return Counter(_read_answers(answer, sample_id)).most_common(1)[0][0]
 
 
-def _read_answers(given: Any, sample_id: str) -> list[str]:
-    """One answer or several, as strings or as VQA has them (`{"answer": "a cat"}`)."""
-    answers = [one.get("answer") if isinstance(one, dict) else one for one in (
-        given if isinstance(given, list) else [given]
-    )]  # fmt: skip
-    texts = [one for one in answers if isinstance(one, str)]
+def _read_answers(value: object, sample_id: str) -> list[str]:
+    """Read one answer or several, as strings or in VQA's form (`{"answer": "a cat"}`)."""
+    items = value if isinstance(value, list) else [value]
+    answers = [item.get("answer") if isinstance(item, dict) else item for item in items]
+    texts = [answer for answer in answers if isinstance(answer, str)]
     if not texts or len(texts) < len(answers):
-        raise BadSample(sample_id, f"`answer` must be a string or a list of strings, got {given!r:.60}")
+        raise BadSample(sample_id, f"`answer` must be a string or a list of strings, got {value!r:.60}")
     return texts
 
 
@@ -416,15 +334,11 @@ FORMATS: dict[str, Reader] = {
 
 
 def get_reader(name: str) -> Reader:
-    """The reader that `dataset.format` names: one of `FORMATS`, or a function `package.module:function`.
+    """Return the reader that `dataset.format` names: one of `FORMATS`, or `package.module:function`.
 
     Raises:
         ValueError: there is no such function.
     """
     if name in FORMATS:
         return FORMATS[name]
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"dataset.format={name}: {error}") from error
+    return import_named(name, "dataset.format")  # pyright: ignore[reportReturnType] - the user's function

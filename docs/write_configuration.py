@@ -1,0 +1,133 @@
+"""Writes docs/configuration.md from the schema: `make docs`. Imports no torch."""
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from vlm.config import model_schema, schema
+from vlm.config.rules import Choices, get_rule
+
+CLASSES = {
+    module.__name__: {
+        node.name: node.body for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)
+    }
+    for module in (schema, model_schema)
+}
+"""Module -> class -> the statements of its body."""
+PAGE = Path(__file__).parent / "configuration.md"
+HEAD = """# Configuration
+
+Every key of a run, generated from [src/vlm/config/schema.py](../src/vlm/config/schema.py) by `make docs`. Set a key on
+the command line (`vlm -cn finetune-llava trainer.max_steps=100`) or in a YAML file of your own; choose a packaged group
+with a slash (`model/connector=mlp`, `trainer/deepspeed=zero2`). `vlm -cn RUN --cfg job` shows what a run sets.
+
+"""
+PASSED_ON = """## trainer, passed on to transformers
+
+These keys go to `transformers.TrainingArguments` as they are; its
+[documentation](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments) says what
+they mean. The list is read from the installed version. An empty default is that of transformers.
+
+"""
+ROW = "| {} | {} | {} | {} | {} |\n"
+PASSED_ROW = "| {} | {} | {} | {} |\n"
+
+
+def write() -> str:
+    """Return the page."""
+    passed = [field for field in fields(schema.TrainerConfig) if field.name in schema.TRAINING_ARGUMENT_FIELDS]
+    rows = (
+        PASSED_ROW.format(f"`{field.name}`", type_name(field.type), default_text(field), allowed_text(field))
+        for field in passed
+    )
+    header = PASSED_ROW.format("key", "type", "default", "allowed") + PASSED_ROW.format(*["---"] * 4)
+    return HEAD + "".join(sections(schema.RunConfig, "")) + PASSED_ON + header + "".join(rows)
+
+
+def sections(kind: type[Any], path: str) -> Iterator[str]:
+    """Yield the section of a dataclass, then those of the dataclasses in its fields."""
+    docs = field_docs(kind)
+    own = [field for field in fields(kind) if field.name in docs or field.name not in schema.TRAINING_ARGUMENT_FIELDS]
+    plain = [field for field in own if section_class(field) is None]
+    if path:
+        yield f"## {path}\n\n{' '.join((kind.__doc__ or '').split())}\n\n"
+    if plain:
+        yield ROW.format("key", "type", "default", "allowed", "meaning") + ROW.format(*["---"] * 5)
+        for field in plain:
+            meaning = " ".join(docs.get(field.name, "").split()).replace("|", "\\|")
+            yield ROW.format(
+                f"`{field.name}`", type_name(field.type), default_text(field), allowed_text(field), meaning
+            )
+        yield "\n"
+    for field in own:
+        if (nested := section_class(field)) is not None:
+            yield from sections(nested, f"{path}.{field.name}" if path else field.name)
+        elif (element := element_class(field)) is not None and not issubclass(kind, element):
+            yield from sections(element, f"{path}.{field.name}.NAME")
+
+
+def section_class(field: Field[Any]) -> type[Any] | None:
+    """Return the dataclass that a field holds, or None."""
+    factory = field.default_factory
+    return factory if isinstance(factory, type) and is_dataclass(factory) else None
+
+
+def element_class(field: Field[Any]) -> type[Any] | None:
+    """Return the dataclass that the lists or mappings of a field hold, or None."""
+    return next((kind for kind in get_args(field.type) if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def field_docs(kind: type[Any]) -> dict[str, str]:
+    """Return field -> its docstring, those of the bases included."""
+    docs = {}
+    for base in reversed([base for base in kind.__mro__ if base.__module__ in CLASSES]):
+        body = CLASSES[base.__module__].get(base.__name__, [])
+        for line, after in pairwise(body):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                value = after.value if isinstance(after, ast.Expr) else None
+                docs[line.target.id] = value.value if isinstance(value, ast.Constant) else ""
+        if body and isinstance(body[-1], ast.AnnAssign) and isinstance(body[-1].target, ast.Name):
+            docs[body[-1].target.id] = ""
+    return docs
+
+
+def type_name(kind: Any) -> str:
+    """Return how a type is called in YAML."""
+    if isinstance(kind, UnionType):
+        return " or ".join("null" if option is NoneType else type_name(option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        return "list of " + type_name(get_args(kind)[0])
+    if get_origin(kind) is dict or is_dataclass(kind):
+        return "mapping"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any"}[kind]
+
+
+def default_text(field: Field[Any]) -> str:
+    """Return the default of a field as it is written in YAML."""
+    if field.default == model_schema.MISSING:
+        return "to be given"
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    if value is None:
+        return "" if field.name in schema.TRAINING_ARGUMENT_FIELDS else "null"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def allowed_text(field: Field[Any]) -> str:
+    """Return the values that a field allows besides null."""
+    rule = get_rule(field)
+    if rule is None:
+        return ""
+    if isinstance(rule, Choices):
+        return ", ".join(f"`{name}`" for name in (*rule.names, *([rule.custom] if rule.custom else [])))
+    return rule.describe()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write(), encoding="utf-8")
+    sys.stdout.write(f"{PAGE}\n")
