@@ -1,4 +1,4 @@
-"""Compose, train and use vision-language models. `import vlm` imports nothing heavy; names load when asked for.
+"""Compose, train and use vision-language models. `import vlm` imports nothing heavy; names load on first use.
 
 >>> from vlm import load
 >>> model = load("outputs/run/final")  # doctest: +SKIP
@@ -6,7 +6,8 @@
 """
 
 import logging
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlm.inference.generate import VisionLanguageModel
@@ -18,25 +19,16 @@ if TYPE_CHECKING:
 # Where bitsandbytes is installed, peft imports it, and it asks for a kernel that only 4 bits on a CPU would use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-MODELS = ("VLMConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMPredictionConfig", "VLMProcessor")
-
 __all__ = [
     "Predictor", "VLMConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMPredictionConfig", "VLMProcessor",
     "VisionLanguageModel", "load",
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name in MODELS:
-        from vlm import models
-
-        return getattr(models, name)
-    if name in ("VisionLanguageModel", "load"):
-        from vlm.inference.generate import VisionLanguageModel
-
-        return VisionLanguageModel if name == "VisionLanguageModel" else VisionLanguageModel.load
-    if name == "Predictor":
-        from vlm.inference.predict import Predictor
-
-        return Predictor
-    raise AttributeError(f"module 'vlm' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'vlm' has no attribute {name!r}")
+    if name == "load":
+        return import_module("vlm.inference.generate").VisionLanguageModel.load
+    modules = {"VisionLanguageModel": "vlm.inference.generate", "Predictor": "vlm.inference.predict"}
+    return getattr(import_module(modules.get(name, "vlm.models")), name)

@@ -1,1 +1,1 @@
-"""The generated scenes, and what trains on them."""
+"""The generated scenes, tiny untrained parts, and the demo that trains them."""

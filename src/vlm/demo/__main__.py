@@ -1,4 +1,4 @@
-"""`python -m vlm.demo`: hands over to `vlm.demo.main`."""
+"""`python -m vlm.demo`: runs `vlm.demo.main`."""
 
 from vlm.demo.main import main
 

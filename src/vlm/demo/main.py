@@ -1,8 +1,8 @@
-"""`make demo`: the main job from nothing, on a CPU and without a network, in a few minutes.
+"""`make demo`: trains a small model from scratch, on a CPU and without a network, in a few minutes.
 
-An entry point: generates scenes and small untrained parts, pretrains and finetunes through `python -m vlm`, shows how
-well the result answers questions about combinations of colour and shape that it has never seen, and trains a head on it
-that tells their shape.
+Generates scenes and small untrained parts, pretrains and finetunes through `python -m vlm`, measures how well a model
+answers questions about combinations of colour and shape that never occur in training, and trains a head on it that
+predicts the shape.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,18 +27,30 @@ from vlm.inference.generate import VisionLanguageModel, user_turn
 
 BATCH_SIZE = 100
 NUM_GRID_IMAGES = 16
-"""Questions shown in the grid."""
+"""Number of questions shown in the grid."""
+
+Summary = dict[str, Any]
+"""The content of `summary.json`."""
+
+
+class Record(TypedDict):
+    """A record of `heldout.json`: one question, its answer, and the kind of question."""
+
+    id: str
+    image: str
+    kind: str
+    conversations: list[dict[str, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate, train, measure, show."""
+    """Generate data, train, evaluate, and print a report."""
     parser = argparse.ArgumentParser("vlm.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("overrides", nargs="*", help="for all stages, such as trainer.max_steps=2")
     args = parser.parse_args(argv)
     started = time.monotonic()
     folder: Path = args.output
-    for stage in ("pretrain", "finetune", "head"):  # what an earlier demo left
+    for stage in ("pretrain", "finetune", "head"):  # remove results of an earlier demo
         shutil.rmtree(folder / stage, ignore_errors=True)
     print(f"1/5  Drawing scenes and building small parts in {folder}", flush=True)
     write_scenes(folder / "data")
@@ -47,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pretrained = train("demo-pretrain", folder, "pretrain.json", args.overrides)
     print("3/5  Finetuning on questions", flush=True)
     final = train("demo-finetune", folder, "finetune.json", [f"trainer.from_pretrained={pretrained}", *args.overrides])
-    print("4/5  Asking about pairs of colour and shape that were never seen together", flush=True)
+    print("4/5  Asking about pairs of colour and shape that never occurred together", flush=True)
     summary = evaluate_model(final, folder)
     print("5/5  Training a prediction head that tells the shape", flush=True)
     heldout = f"dataset.test_path={folder / 'data' / 'labelled-heldout.json'}"
@@ -59,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> Path:
-    """Run a stage through the entry point; returns its complete model."""
+    """Run a stage through `python -m vlm`; return the folder of its complete model."""
     output = folder / stage.removeprefix("demo-")
     keys = {
         "model.visual_encoder.hf_name": folder / "parts" / "visual_encoder",
@@ -73,109 +85,114 @@ def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> P
     return output / "final"
 
 
-def evaluate_model(checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """Accuracy on the held-out questions, with the images and without, and the image grid."""
-    records = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
+def read_records(folder: Path) -> list[Record]:
+    """Return the held-out questions."""
+    return json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
+
+
+def evaluate_model(checkpoint: Path, folder: Path) -> Summary:
+    """Return accuracies on the held-out questions, with and without images, and draw the grid of images."""
+    records = read_records(folder)
     model = VisionLanguageModel.load(checkpoint, device="cpu")
     images: list[Image.Image] = [Image.open(folder / "data" / "images" / record["image"]) for record in records]
     colour = tuple(int(mean * 255) for mean in model.processor.image_processor.image_mean)
     blanks = [Image.new("RGB", image.size, colour) for image in images]
     answers = answer_questions(model, records, images, "answering")
-    on_blanks = answer_questions(model, records, blanks, "answering about blank images")
+    blank_answers = answer_questions(model, records, blanks, "answering about blank images")
     draw_grid(records, images, answers, folder / "heldout.png")
-    seen, blank, constant = accuracy(records, answers), accuracy(records, on_blanks), constant_answer_accuracy(records)
+    by_kind, blank = accuracy(records, answers), accuracy(records, blank_answers)
+    constant = constant_answer_accuracy(records)
+    text_only = {kind: max(blank[kind], constant[kind]) for kind in by_kind}
     return {
-        "accuracy": seen["all"],
-        "accuracy_by_kind": {kind: value for kind, value in seen.items() if kind != "all"},
-        "text_only_accuracy": max(blank["all"], constant["all"]),
-        "text_only_accuracy_by_kind": {
-            kind: max(blank[kind], constant[kind]) for kind in seen if kind != "all"
-        },
-        "blank_picture_accuracy": blank["all"],
+        "accuracy": by_kind.pop("all"),
+        "accuracy_by_kind": by_kind,
+        "text_only_accuracy": text_only.pop("all"),
+        "text_only_accuracy_by_kind": text_only,
+        "blank_image_accuracy": blank["all"],
         "constant_answer_accuracy": constant["all"],
         "questions": len(records),
-    }  # fmt: skip
+    }
 
 
-def evaluate_head(checkpoint: Path) -> dict[str, Any]:
-    """Accuracy of the head on pairs of colour and shape that were never seen, beside always saying one shape."""
-    said = json.loads((checkpoint.parent / "scores.json").read_text(encoding="utf-8"))["test"]["label"]
+def evaluate_head(checkpoint: Path) -> Summary:
+    """Return the head's accuracy on held-out pairs of colour and shape, and that of always predicting one shape."""
+    results = json.loads((checkpoint.parent / "scores.json").read_text(encoding="utf-8"))["test"]["label"]
     return {
-        "accuracy": said["scores"]["accuracy"],
-        "majority_accuracy": said["baseline"]["accuracy"],
-        "records": said["records"],
+        "accuracy": results["scores"]["accuracy"],
+        "majority_accuracy": results["baseline"]["accuracy"],
+        "records": results["records"],
     }
 
 
 def answer_questions(
-    model: VisionLanguageModel, records: list[dict], images: list[Image.Image], title: str
+    model: VisionLanguageModel, records: list[Record], images: list[Image.Image], progress_label: str
 ) -> list[str]:
-    """The model's answers to all questions, in batches."""
+    """Return the model's answers to all questions."""
     settings = InferenceConfig(max_new_tokens=8)
     answers = []
-    for start in tqdm(range(0, len(records), BATCH_SIZE), title):
+    for start in tqdm(range(0, len(records), BATCH_SIZE), progress_label):
         part = slice(start, start + BATCH_SIZE)
         turns = [[user_turn(get_question(record), 1)] for record in records[part]]
         answers += model.answer(turns, [[image] for image in images[part]], settings)
     return answers
 
 
-def get_question(record: dict) -> str:
-    """A record's question, its placeholder included."""
+def get_question(record: Record) -> str:
+    """Return a record's question, with its placeholder."""
     return record["conversations"][0]["value"]
 
 
-def get_answer(record: dict) -> str:
-    """A record's right answer."""
+def get_answer(record: Record) -> str:
+    """Return a record's correct answer."""
     return record["conversations"][1]["value"]
 
 
-def accuracy(records: list[dict], answers: list[str]) -> dict[str, float]:
-    """The share of right answers, by kind of question and over all."""
-    right: dict[str, list[bool]] = defaultdict(list)
+def accuracy(records: list[Record], answers: list[str]) -> dict[str, float]:
+    """Return the share of correct answers, by kind of question and over `all`."""
+    correct: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers, strict=True):
         for key in (record["kind"], "all"):
-            right[key].append(answer.strip() == get_answer(record))
-    return {key: round(sum(values) / len(values), 4) for key, values in right.items()}
+            correct[key].append(answer.strip() == get_answer(record))
+    return {key: round(sum(values) / len(values), 4) for key, values in correct.items()}
 
 
-def constant_answer_accuracy(records: list[dict]) -> dict[str, float]:
-    """The accuracy of always giving the commonest right answer to each exact question: what text alone can know."""
-    given: dict[str, Counter[str]] = defaultdict(Counter)
+def constant_answer_accuracy(records: list[Record]) -> dict[str, float]:
+    """Return the accuracy of always giving the most common answer to each question: all that text alone allows."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
-        given[get_question(record)][get_answer(record)] += 1
-    return accuracy(records, [given[get_question(record)].most_common(1)[0][0] for record in records])
+        answers[get_question(record)][get_answer(record)] += 1
+    return accuracy(records, [answers[get_question(record)].most_common(1)[0][0] for record in records])
 
 
-def draw_grid(records: list[dict], images: list[Image.Image], answers: list[str], path: Path) -> None:
-    """Held-out images with their questions and answers, spread over the kinds; wrong answers in red."""
+def draw_grid(records: list[Record], images: list[Image.Image], answers: list[str], path: Path) -> None:
+    """Draw held-out images of all kinds with their questions and answers; wrong answers are red."""
     step = max(len(records) // NUM_GRID_IMAGES, 1)
     figure = Figure(figsize=(11, 12), layout="constrained")
     axes = figure.subplots(4, NUM_GRID_IMAGES // 4).ravel()
     for axis, index in zip(axes, range(0, len(records), step), strict=False):
-        right = answers[index].strip() == get_answer(records[index])
+        correct = answers[index].strip() == get_answer(records[index])
         text = get_question(records[index]).replace("<image>", "").strip()
         axis.imshow(images[index], interpolation="nearest")
         axis.set_title(text, fontsize=9, wrap=True)
-        note = answers[index] if right else f"{answers[index]} (it is {get_answer(records[index])})"
-        axis.set_xlabel(note, color="green" if right else "red", fontsize=11)
+        note = answers[index] if correct else f"{answers[index]} (it is {get_answer(records[index])})"
+        axis.set_xlabel(note, color="green" if correct else "red", fontsize=11)
         axis.set_xticks([])
         axis.set_yticks([])
     figure.savefig(path, dpi=100)
 
 
-def format_report(summary: dict[str, Any], checkpoint: Path, head: Path, folder: Path) -> str:
-    """What the demo says at its end."""
+def format_report(summary: Summary, checkpoint: Path, head: Path, folder: Path) -> str:
+    """Return the text that the demo prints at its end."""
     lines = [f"\nHeld-out accuracy {summary['accuracy']:.1%}, from the text alone {summary['text_only_accuracy']:.1%}"]
     for kind, value in summary["accuracy_by_kind"].items():
         lines.append(f"  {kind:<10} {value:7.1%}   text alone {summary['text_only_accuracy_by_kind'][kind]:7.1%}")
     shape = summary["head"]
     low, value, high = (shape["accuracy"][name] for name in ("low", "value", "high"))
     lines.append(
-        f"\nThe head tells the shape of {value:.1%} [{low:.1%}, {high:.1%}] of pairs never seen, the commonest shape "
-        f"would {shape['majority_accuracy']['value']:.1%}; plots: {head.parent / 'scores'}"
+        f"\nThe head tells the shape of {value:.1%} [{low:.1%}, {high:.1%}] of held-out pairs, the most common "
+        f"shape would be right for {shape['majority_accuracy']['value']:.1%}; plots: {head.parent / 'scores'}"
     )
-    first = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))[0]
+    first = read_records(folder)[0]
     image, text = folder / "data" / "images" / first["image"], get_question(first).replace("<image>", "").strip()
     lines += [
         f"\n{summary['seconds']:.0f} seconds. Figures: {folder / 'summary.json'}; images: {folder / 'heldout.png'}",

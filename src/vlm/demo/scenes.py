@@ -1,20 +1,18 @@
-"""A generated set of scenes with captions and questions: small enough to learn in minutes, with a test inside.
+"""A generated data set of scenes with captions and questions: small enough to learn in minutes, with a held-out test.
 
-A scene is an image of 4 x 4 cells; in one of its corners lie one to four things, all of one colour and one shape. Some
+A scene is an image of 4 x 4 cells; one of its corners holds one to four things, all of one colour and one shape. Some
 pairs of colour and shape (`HELD_OUT_PAIRS`) never occur in training, and every scene of `heldout.json` shows one of
-them: whoever answers has to have learnt colours and shapes apart from each other.
+them: answering needs colours and shapes that were learned separately.
 
-For the same reason no text of training tells both of an image: a language model that reads "red" before it says the
-shape learns from the text alone that red things are no squares.
-
-Imports the standard library, Pillow and the in-memory form only.
+For the same reason no training text names both of an image: a language model that reads "red" before it names the shape
+would learn from the text alone that red things are not squares.
 """
 
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -43,9 +41,19 @@ BACKGROUND = (128, 128, 128)
 CAPTION_PROMPT = f"{PLACEHOLDER}\nDescribe the picture."
 
 
+class SceneRecord(TypedDict):
+    """A record in LLaVA's format; held-out ones have a `kind`, those for a prediction head a `label`."""
+
+    id: str
+    image: str
+    conversations: list[dict[str, str]]
+    kind: NotRequired[str]
+    label: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class Scene:
-    """Like things in some cells, `(row, column)`, of one corner."""
+    """Equal things in some cells, `(row, column)`, of one corner."""
 
     colour: str
     shape: str
@@ -53,13 +61,13 @@ class Scene:
 
     @property
     def place(self) -> str:
-        """The corner of the image."""
+        """The name of the corner."""
         row, column = self.cells[0]
         return CORNERS[2 * (row >= CELLS // 2) + (column >= CELLS // 2)]
 
 
 def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
-    """One to four things of a held-out pair, or of another one."""
+    """Return a scene of one to four things of a held-out pair, or of any other pair."""
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     colour, shape = rng.choice([pair for pair in pairs if (pair in HELD_OUT_PAIRS) == held_out])
     half = CELLS // 2
@@ -69,8 +77,8 @@ def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The image: every shape a little off its cell's centre, a little lighter or darker."""
-    fine = 4  # drawn so many times larger and averaged, for smooth edges
+    """Return the scene's image; each shape is a little off its cell's centre, and a little darker or lighter."""
+    fine = 4  # draws this many times larger, then averages, for smooth edges
     image = Image.new("RGB", (CELLS * CELL * fine, CELLS * CELL * fine), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for row, column in scene.cells:
@@ -81,23 +89,28 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
-    """A shape of radius `r` around (x, y) with a black outline, which is the same whatever its colour."""
-    style: dict[str, Any] = {"fill": colour, "outline": (0, 0, 0), "width": int(r * 0.3)}
+    """Draw a shape of radius `r` around (x, y) with a black outline, whatever its colour."""
+    outline, width = (0, 0, 0), int(r * 0.3)
     third = r / 3
     if shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), **style)
+        pen.ellipse((x - r, y - r, x + r, y + r), colour, outline, width)
     elif shape == "square":
-        pen.rectangle((x - r, y - r, x + r, y + r), **style)
+        pen.rectangle((x - r, y - r, x + r, y + r), colour, outline, width)
     elif shape == "triangle":
-        pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], **style)
+        pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], colour, outline, width)
     else:
-        quarter = [(third, -r), (third, -third), (r, -third)]  # the others are this one, turned by right angles
-        turned = [quarter, [(-b, a) for a, b in quarter], [(-a, -b) for a, b in quarter], [(b, -a) for a, b in quarter]]
-        pen.polygon([(x + a, y + b) for corner in turned for a, b in corner], **style)
+        quarter = [(third, -r), (third, -third), (r, -third)]  # the other three are rotations of this one
+        corners = [
+            quarter,
+            [(-b, a) for a, b in quarter],
+            [(-a, -b) for a, b in quarter],
+            [(b, -a) for a, b in quarter],
+        ]
+        pen.polygon([(x + a, y + b) for corner in corners for a, b in corner], colour, outline, width)
 
 
 def questions(scene: Scene) -> dict[str, tuple[str, str]]:
-    """What can be asked about a scene: kind -> (question, answer)."""
+    """Return the questions about a scene: kind -> (question, answer)."""
     return {
         "colour": ("What colour are they?", scene.colour),
         "shape": ("What shape are they?", scene.shape),
@@ -107,18 +120,18 @@ def questions(scene: Scene) -> dict[str, tuple[str, str]]:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Dense: answers in the questions' words, then the colour or the shape in every cell in reading order."""
+    """Return a dense caption: questions and answers, then the colour or the shape of every cell in reading order."""
     kind = rng.choice(("colour", "shape"))
     word = questions(scene)[kind][1]
     cells = [word if divmod(cell, CELLS) in scene.cells else "none" for cell in range(CELLS * CELLS)]
-    told = " ".join(f"{question} {answer}." for question, answer in draw_questions(scene, rng, kind))
-    return f"{told} {' '.join(cells)}."
+    answers = " ".join(f"{question} {answer}." for question, answer in draw_questions(scene, rng, kind))
+    return f"{answers} {' '.join(cells)}."
 
 
 def draw_questions(scene: Scene, rng: random.Random, kind: str) -> list[tuple[str, str]]:
-    """Questions of one kind, colour or shape, and about number and place, in any order, with their answers."""
-    asked = questions(scene)
-    return [asked[name] for name in rng.sample((kind, "count", "place"), 3)]
+    """Return questions of one kind (colour or shape), about number and about place, shuffled, with their answers."""
+    by_kind = questions(scene)
+    return [by_kind[name] for name in rng.sample((kind, "count", "place"), 3)]
 
 
 def write_scenes(
@@ -130,29 +143,29 @@ def write_scenes(
     `labelled.json` and `labelled-heldout.json` ask for the shape and have it as `label`, for a prediction head.
 
     Args:
-        folder: where to.
-        num_train: scenes for training, each with a caption (`pretrain.json`) and questions (`finetune.json`).
-        num_val: scenes for the evaluation loss, drawn as those for training.
-        num_heldout: scenes with a held-out pair, one question each, with its `kind`.
-        num_labelled: scenes of those for training that have a label too; all held-out ones do.
-        seed: decides everything.
+        folder: the folder to write into.
+        num_train: number of training scenes, each with a caption (`pretrain.json`) and questions (`finetune.json`).
+        num_val: number of scenes for the evaluation loss, distributed as the training scenes.
+        num_heldout: number of scenes with a held-out pair and one question, with its `kind`.
+        num_labelled: number of training scenes that also have a label; all held-out ones do.
+        seed: determines all scenes and texts.
     """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     names = ("pretrain", "finetune", "val", "heldout", "labelled", "labelled-heldout")
-    files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    files: dict[str, list[SceneRecord]] = {name: [] for name in names}
     for index in tqdm(range(num_train + num_val + num_heldout), "scenes"):
         name = f"{index:05d}.png"
         scene = random_scene(rng, held_out=index >= num_train + num_val)
         if index >= num_train + num_val:
             kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
-            files["heldout"].append({**record(name, [questions(scene)[kind]]), "kind": kind})
+            files["heldout"].append({**make_record(name, [questions(scene)[kind]]), "kind": kind})
             files["labelled-heldout"].append(make_labelled_record(name, scene))
         else:
-            spoken = record(name, draw_questions(scene, rng, rng.choice(("colour", "shape"))))
-            files["val" if index >= num_train else "finetune"].append(spoken)
+            dialogue = make_record(name, draw_questions(scene, rng, rng.choice(("colour", "shape"))))
+            files["val" if index >= num_train else "finetune"].append(dialogue)
             if index < num_train:
-                files["pretrain"].append(record(name, [(CAPTION_PROMPT, caption(scene, rng))]))
+                files["pretrain"].append(make_record(name, [(CAPTION_PROMPT, caption(scene, rng))]))
             if index < min(num_train, num_labelled):
                 files["labelled"].append(make_labelled_record(name, scene))
         draw(scene, rng).save(folder / "images" / name, compress_level=1)
@@ -160,16 +173,16 @@ def write_scenes(
         (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
-def make_labelled_record(name: str, scene: Scene) -> dict[str, Any]:
-    """A record that asks for the shape, and has it as its label."""
-    asked = record(name, [questions(scene)["shape"]])
-    return {**asked, "conversations": asked["conversations"][:1], "label": scene.shape}
+def make_labelled_record(name: str, scene: Scene) -> SceneRecord:
+    """Return a record that asks for the shape, with the shape as its label."""
+    record = make_record(name, [questions(scene)["shape"]])
+    return {**record, "conversations": record["conversations"][:1], "label": scene.shape}
 
 
-def record(name: str, asked: list[tuple[str, str]]) -> dict[str, Any]:
-    """A record of questions and answers about one image."""
+def make_record(name: str, exchanges: list[tuple[str, str]]) -> SceneRecord:
+    """Return a record of questions and answers about one image."""
     turns = []
-    for number, (question, answer) in enumerate(asked):
+    for number, (question, answer) in enumerate(exchanges):
         lead = "" if number or question.startswith(PLACEHOLDER) else f"{PLACEHOLDER}\n"
         turns += [{"from": "human", "value": lead + question}, {"from": "gpt", "value": answer}]
     return {"id": Path(name).stem, "image": name, "conversations": turns}

@@ -1,4 +1,4 @@
-"""Small untrained parts, built on the spot: what the demo and the examples train, with no network."""
+"""Builds the small untrained parts that the demo and the examples train, without a network."""
 
 import random
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
 def build_tiny_parts(folder: Path, *, width: int = 128, vision_layers: int = 2, text_layers: int = 3) -> None:
-    """Write `folder/visual_encoder` and `folder/language_model`, of about a million parameters together.
+    """Write `folder/visual_encoder` and `folder/language_model`, of about a million parameters in total.
 
-    The encoder's patches are the cells of `data/scenes.py`; the tokenizer has a token for each word of its texts and
-    bytes for all others.
+    The encoder's patches are the cells of `scenes.py`; the tokenizer has a token for each word of its texts, and bytes
+    for all other words.
     """
     torch.manual_seed(0)
     side = scenes.CELLS * scenes.CELL
@@ -40,7 +40,7 @@ def build_tiny_parts(folder: Path, *, width: int = 128, vision_layers: int = 2, 
     encoder = CLIPVisionModel(vision)
     for name, parameter in encoder.named_parameters():
         if "position_embedding" in name:
-            torch.nn.init.normal_(parameter, std=0.3)  # places are told apart from the first step on
+            torch.nn.init.normal_(parameter, std=0.3)  # positions are distinguishable from the first step on
         elif "patch_embedding" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     encoder.save_pretrained(folder / "visual_encoder")
@@ -68,7 +68,7 @@ def build_tiny_parts(folder: Path, *, width: int = 128, vision_layers: int = 2, 
 
 
 def make_word_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer whose merges make one token of each word of the scenes' texts."""
+    """Return a byte-level tokenizer with one token for each word of the scenes' texts."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -83,7 +83,7 @@ def make_word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def generate_texts() -> Iterator[str]:
-    """Everything that captions, questions and answers say."""
+    """Yield texts with all words of captions, questions and answers."""
     rng = random.Random(0)
     for number in range(300):
         scene = scenes.random_scene(rng, held_out=number % 2 == 0)

@@ -1,4 +1,4 @@
-"""Metrics with 95% intervals by the percentile bootstrap, as tables and as JSON. Imports nothing of `vlm`."""
+"""Metrics with 95% intervals by the percentile bootstrap, as tables and as JSON."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -9,15 +9,15 @@ from sklearn.utils import resample
 from tabulate import tabulate
 
 INTERVAL_PERCENTILES = (2.5, 97.5)
-"""Percentiles of the bootstrap."""
+"""Percentiles of the resampled values that bound the interval."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric on some data.
+    """The value of a metric.
 
     Attributes:
-        value: the metric on all of it; None where it is undefined.
+        value: the metric on all data; None where it is undefined.
         low: lower end of its 95% interval, by the percentile bootstrap; None without a value or without resamples.
         high: upper end.
     """
@@ -28,27 +28,26 @@ class Score:
 
 
 def bootstrap(
-    compute_metrics: Callable[[np.ndarray], dict[str, float]],
-    num_units: int,
-    num_resamples: int,
-    seed: int,
+    compute_metrics: Callable[[np.ndarray], dict[str, float]], num_units: int, num_resamples: int, seed: int
 ) -> dict[str, Score]:
-    """Metrics of all units, and how they vary where units are drawn with replacement.
+    """Return metrics of all units, with intervals from resampling units with replacement.
 
     Args:
-        compute_metrics: metrics of the units of these numbers.
-        num_units: how many there are.
-        num_resamples: how often.
-        seed: of the draws.
+        compute_metrics: indices of units -> their metrics.
+        num_units: number of units.
+        num_resamples: number of resamples.
+        seed: seeds the resamples.
     """
-    with config_context(assume_finite=True, skip_parameter_validation=True):  # checked once; else a third of the time
+    with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
         points = compute_metrics(np.arange(num_units))
         resampled = [compute_metrics(units) for units in _resamples(num_units, num_resamples, seed)]
-    return {name: _make_score(value, np.array([one[name] for one in resampled])) for name, value in points.items()}
+    return {
+        name: _make_score(value, np.array([metrics[name] for metrics in resampled])) for name, value in points.items()
+    }
 
 
 def mean_score(values: np.ndarray, *, num_resamples: int = 1000, seed: int = 0) -> Score:
-    """The mean of a metric of single samples, `(samples,)`; undefined of none."""
+    """Return the mean of a metric of single samples, `(samples,)`; undefined without samples."""
 
     def compute_metrics(rows: np.ndarray) -> dict[str, float]:
         return {"mean": float(values[rows].mean()) if len(rows) else np.nan}
@@ -63,13 +62,13 @@ def _resamples(num_units: int, num_resamples: int, seed: int) -> Iterator[np.nda
 
 
 def _make_score(value: float, resampled: np.ndarray) -> Score:
-    """A value with the interval of those `(resamples,)` that are defined."""
-    resampled = resampled[~np.isnan(resampled)]
+    """Return a value with the interval of the resampled values `(resamples,)` that are defined."""
+    defined = resampled[~np.isnan(resampled)]
     if np.isnan(value):
         return Score(None, None, None)
-    if not len(resampled):
+    if not len(defined):
         return Score(float(value), None, None)
-    low, high = np.percentile(resampled, INTERVAL_PERCENTILES)
+    low, high = np.percentile(defined, INTERVAL_PERCENTILES)
     return Score(float(value), float(low), float(high))
 
 
@@ -77,9 +76,8 @@ def format_scores(scores: dict[str, Score], others: Mapping[str, dict[str, Score
     """Return a table of metrics with their 95% intervals; `others` adds a column of scores for each title."""
     columns = [scores, *(others or {}).values()]
     rows = [(name, *(_format_score(column[name]) if name in column else "" for column in columns)) for name in scores]
-    return tabulate(
-        [("metric", "value [95% interval]", *(others or {})), *rows], tablefmt="plain", disable_numparse=True
-    )
+    header = ("metric", "value [95% interval]", *(others or {}))
+    return tabulate([header, *rows], tablefmt="plain", disable_numparse=True)
 
 
 def _format_score(score: Score) -> str:
@@ -91,10 +89,10 @@ def _format_score(score: Score) -> str:
 
 
 def _format_number(value: float) -> str:
-    """Three decimals; four digits where they would say nothing, as errors are in any unit."""
+    """Return a number with three decimals, or with four digits where three decimals would be too few or too many."""
     return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.4g}"
 
 
-def scores_to_json(found: dict[str, Score]) -> dict[str, dict[str, float | None]]:
-    """Metrics for a JSON file; None where they are undefined."""
-    return {name: asdict(score) for name, score in found.items()}
+def scores_to_json(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
+    """Return metrics for a JSON file."""
+    return {name: asdict(score) for name, score in scores.items()}

@@ -1,7 +1,6 @@
-"""Running lmms-eval's tasks in its own environment, and reading what came of them.
+"""Runs lmms-eval's tasks in a separate environment, and reads their scores.
 
-lmms-eval pins an antlr4 that Hydra's omegaconf cannot live with, so it has an environment of its own: `make
-install-eval` makes `.venv-eval`. Imports the standard library and siblings that do.
+lmms-eval pins a version of antlr4 that conflicts with Hydra's omegaconf; `make install-eval` makes `.venv-eval` for it.
 """
 
 import importlib.util
@@ -18,7 +17,7 @@ from vlm.evaluation.published import published
 
 VENV_PYTHON = Path(".venv-eval", "bin", "python")
 REPOSITORY = Path(__file__).parents[3]
-"""The clone's folder, where this package runs out of one."""
+"""The folder of the clone, where this package runs from a clone."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,10 @@ class TaskScore:
     """One metric of one task.
 
     Attributes:
-        task: its name.
-        metric: the metric's name, with a filter's where there is one.
-        value: the number; None where lmms-eval gives none (a file to submit).
-        error: its standard error, if it has one.
+        task: the task's name.
+        metric: the metric's name, followed by the name of a filter where there is one.
+        value: the metric; None where lmms-eval only writes a file to submit.
+        error: its standard error, if known.
     """
 
     task: str
@@ -39,37 +38,38 @@ class TaskScore:
 
 
 def find_interpreter(requested: Path | None) -> str:
-    """The Python that has lmms-eval: the given one, this one, or that of `.venv-eval` here or in the clone.
+    """Return the Python that has lmms-eval: the requested one, this one, or that of `.venv-eval` here or in the clone.
 
     Raises:
-        ValueError: there is none, or it has not both lmms-eval and this package.
+        ValueError: there is none, or it lacks lmms-eval or this package.
     """
-    here = [Path(sys.executable)] if importlib.util.find_spec("lmms_eval") else []
-    places = [requested] if requested is not None else [*here, VENV_PYTHON, REPOSITORY / VENV_PYTHON]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None and requested is not None:
+    this_python = [Path(sys.executable)] if importlib.util.find_spec("lmms_eval") else []
+    candidates = [requested] if requested is not None else [*this_python, VENV_PYTHON, REPOSITORY / VENV_PYTHON]
+    python = next((file for file in candidates if file.is_file()), None)
+    if python is None and requested is not None:
         raise ValueError(f"--lmms-eval-python {requested}: no such file")
-    if found is None:
+    if python is None:
         raise ValueError(
             "lmms-eval needs an environment of its own: make install-eval, in a clone, makes .venv-eval; "
             "--lmms-eval-python names the Python of another one"
         )
-    look = (
+    code = (
         "import importlib.util as u, sys; "
         "sys.exit(','.join(name for name in ('lmms_eval', 'vlm') if not u.find_spec(name)) or 0)"
     )
-    asked = subprocess.run([str(found), "-c", look], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise ValueError(f"{found}: {asked.stderr.strip() or 'it'} is missing there; make install-eval makes "
-                         ".venv-eval with both lmms-eval and vlm")  # fmt: skip
-    return str(found)
+    process = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    if process.returncode:
+        missing = process.stderr.strip() or "it"
+        hint = "make install-eval makes .venv-eval with both lmms-eval and vlm"
+        raise ValueError(f"{python}: {missing} is missing there; {hint}")
+    return str(python)
 
 
 def format_model_args(values: dict[str, object]) -> str:
-    """Arguments of a model as lmms-eval reads them.
+    """Return a model's arguments as lmms-eval parses them.
 
     Raises:
-        ValueError: a value has a comma, a quote or a bracket in it, which would be read as something else.
+        ValueError: a value contains a comma, a quote or a bracket, which lmms-eval would misread.
     """
     for name, value in values.items():
         if set(str(value)) & set(",'\"[]{}"):
@@ -81,21 +81,21 @@ def run_tasks(
     python: str, arguments: str, tasks: Sequence[str], *, batch_size: int, limit: float | None = None,
     include: Path | None = None,
 ) -> dict[str, dict[str, object]]:  # fmt: skip
-    """Run tasks, whose output is shown as it comes.
+    """Run tasks; their output is shown as it comes.
 
     Args:
-        python: the interpreter, see `interpreter`.
-        arguments: of the model, see `model_args`.
-        tasks: their names.
-        batch_size: requests at a time.
-        limit: of each task the first so many documents, or this share of them.
+        python: the interpreter, see `find_interpreter`.
+        arguments: the model's arguments, see `format_model_args`.
+        tasks: the names of tasks.
+        batch_size: number of requests in a batch.
+        limit: the number of documents of each task, or the share of them; the first ones are taken.
         include: a folder with further tasks.
 
     Returns:
-        What lmms-eval calls its results: task -> metric -> value.
+        lmms-eval's results: task -> metric -> value.
 
     Raises:
-        ValueError: it came to no results.
+        ValueError: lmms-eval wrote no results.
     """
     with tempfile.TemporaryDirectory(prefix="vlm-eval-") as folder:
         words = [
@@ -105,23 +105,23 @@ def run_tasks(
             *([] if include is None else ["--include_path", str(include)]),
         ]  # fmt: skip
         subprocess.run(words, env=make_environment(), check=False)
-        written = sorted(Path(folder).rglob("*_results.json"))  # on a failure it says so and ends as if all were well
+        written = sorted(Path(folder).rglob("*_results.json"))  # a failure ends with exit code 0
         if not written:
             raise ValueError("lmms-eval came to no results; what it printed last says why")
         return json.loads(written[-1].read_text(encoding="utf-8"))["results"]
 
 
 def make_environment() -> dict[str, str]:
-    """This process's, but for the name of a token: lmms-eval prints what is called HF_TOKEN."""
-    found = dict(os.environ)
-    if token := found.pop("HF_TOKEN", None):
-        found["HUGGING_FACE_HUB_TOKEN"] = token  # where huggingface_hub looks next
-    return found
+    """Return this process's environment with HF_TOKEN under another name, as lmms-eval prints HF_TOKEN."""
+    environment = dict(os.environ)
+    if token := environment.pop("HF_TOKEN", None):
+        environment["HUGGING_FACE_HUB_TOKEN"] = token  # huggingface_hub reads it too
+    return environment
 
 
 def parse_scores(results: dict[str, dict[str, object]]) -> list[TaskScore]:
-    """The metrics in lmms-eval's results, which it keeps as `metric,filter` beside `metric_stderr,filter`."""
-    found = []
+    """Return the metrics in lmms-eval's results, whose keys are `metric,filter` and `metric_stderr,filter`."""
+    scores = []
     for task, values in results.items():
         for key, value in values.items():
             name, comma, kind = key.partition(",")
@@ -129,8 +129,8 @@ def parse_scores(results: dict[str, dict[str, object]]) -> list[TaskScore]:
                 continue
             error = values.get(f"{name}_stderr,{kind}")
             metric = name if kind == "none" else f"{name} ({kind})"
-            found.append(TaskScore(task, metric, _to_float(value), _to_float(error)))
-    return found
+            scores.append(TaskScore(task, metric, _to_float(value), _to_float(error)))
+    return scores
 
 
 def _to_float(value: object) -> float | None:
@@ -138,21 +138,20 @@ def _to_float(value: object) -> float | None:
 
 
 def make_rows(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
-    """A table of scores, beside published ones where there are any; of metrics without a number nothing."""
-    head = ("task", "metric", "value", "± standard error", "LLaVA-1.5 7B, this recipe", "LLaVA-1.5 7B, original")
-    rows: list[tuple[str, ...]] = [head]
-    for one in scores:
-        if one.value is None:
+    """Return a table of the scores with a value, and the published results where there are any."""
+    header = ("task", "metric", "value", "± standard error", "LLaVA-1.5 7B, this recipe", "LLaVA-1.5 7B, original")
+    rows: list[tuple[str, ...]] = [header]
+    for score in scores:
+        if score.value is None:
             continue
-        beside = published(one.task, one.metric.partition(" (")[0])
-        others = ("", "") if beside is None else (f"{beside.reproduced:g}", f"{beside.original:g}")
-        rows.append(
-            (one.task, one.metric, f"{one.value:.4g}", "" if one.error is None else f"{one.error:.2g}", *others)
-        )
-    known = any(row[-1] for row in rows[1:])
-    return rows if known else [row[:-2] for row in rows]
+        known = published(score.task, score.metric.partition(" (")[0])
+        others = ("", "") if known is None else (f"{known.reproduced:g}", f"{known.original:g}")
+        error = "" if score.error is None else f"{score.error:.2g}"
+        rows.append((score.task, score.metric, f"{score.value:.4g}", error, *others))
+    any_known = any(row[-1] for row in rows[1:])
+    return rows if any_known else [row[:-2] for row in rows]
 
 
 def scores_to_json(scores: Sequence[TaskScore]) -> list[dict[str, object]]:
-    """Scores for a JSON file."""
-    return [asdict(one) for one in scores]
+    """Return scores for a JSON file."""
+    return [asdict(score) for score in scores]

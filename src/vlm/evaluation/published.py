@@ -1,21 +1,17 @@
-"""Published results of LLaVA-1.5 7B, to stand beside those of lmms-eval's tasks. Imports nothing.
-
-To add one, add a line: the task, its metric, the result of LLaVA-1.5 as trained with this framework's recipe, and that
-of the original weights.
-"""
+"""Published results of LLaVA-1.5 7B, to compare scores of lmms-eval's tasks with. Imports nothing."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """Results of a metric of a task.
+    """Results of LLaVA-1.5 7B on a task.
 
     Attributes:
-        task: lmms-eval's name of it.
-        metric: its metric.
-        reproduced: of LLaVA-1.5 7B trained by small-vlm.
-        original: of LLaVA-1.5 7B as published.
+        task: lmms-eval's name of the task.
+        metric: lmms-eval's name of the metric.
+        reproduced: the result with this framework's recipe.
+        original: the result with the published weights.
     """
 
     task: str
@@ -39,5 +35,5 @@ PUBLISHED_RESULTS = (
 
 
 def published(task: str, metric: str) -> PublishedResult | None:
-    """The published results of a metric of a task, if there are any."""
-    return next((one for one in PUBLISHED_RESULTS if (one.task, one.metric) == (task, metric)), None)
+    """Return the published results of a metric of a task, if there are any."""
+    return next((row for row in PUBLISHED_RESULTS if (row.task, row.metric) == (task, metric)), None)

@@ -1,12 +1,14 @@
-"""Asking a model by the names that LLaVA's users know: `eval_model(args)` and `load_pretrained_model(path)`.
+"""The functions that LLaVA's users know: `eval_model(args)` and `load_pretrained_model(path)`.
 
-They are thin: `VisionLanguageModel` does the work, and is what new code should use.
+Both are thin: `VisionLanguageModel` does the work, and new code should use it.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlm.checks.dataset import check_template
 from vlm.checks.fields import check_fields
@@ -15,12 +17,13 @@ from vlm.data.encoding.labels import read_template
 from vlm.data.sample import PLACEHOLDER
 from vlm.inference.conversation import Conversation
 from vlm.inference.generate import VisionLanguageModel, load_images, user_turn
+from vlm.models.pixels import ImageProcessor
 
 LLAVA_PLACEHOLDER = "<image-placeholder>"
-"""What LLaVA's users write in a query where an image stands; `<image>` is taken too."""
+"""LLaVA's mark for an image in a query; `<image>` is accepted too."""
 
 
-def eval_model(args: Any) -> str:
+def eval_model(args: object) -> str:
     """Ask one question, print the answer and return it.
 
     Args:
@@ -28,57 +31,48 @@ def eval_model(args: Any) -> str:
             model_path: a run's folder `final`, or a name on the Hub.
             query: the question.
             image_file: its images: a path, or several joined by `sep`.
-            sep: what joins them; a comma.
-            model_base: where an adapter's base lies now, if it was moved, see `load_pretrained_model`.
-            model_name: what LLaVA told architectures by; the checkpoint says it itself.
+            sep: the separator of paths; a comma by default.
+            model_base: the new place of an adapter's base, if it was moved, see `load_pretrained_model`.
+            model_name: ignored; LLaVA chose architectures by it.
             conv_mode: another template than the checkpoint's own: a packaged one (`v1`, `chatml` …), `tokenizer` for
                 the tokenizer's own, or a `.jinja` file.
-            temperature, top_p, num_beams, max_new_tokens: how the answer is drawn, see `InferenceConfig`.
-            load_8bit, load_4bit: whether the language model is held in so many bits.
+            temperature, top_p, num_beams, max_new_tokens: generation settings, see `InferenceConfig`.
+            load_8bit, load_4bit: whether to load the language model in 8 or 4 bits.
 
     Raises:
-        ValueError: a value is out of bounds, an image does not open, or the model cannot be asked so.
+        ValueError: a value is missing or out of bounds, an image does not open, or the model refuses the question.
     """
-    given: dict[str, Any] = {name: getattr(args, name, None) for name in ARGUMENT_FIELDS}
+    values = {name: getattr(args, name, None) for name in ARGUMENT_FIELDS}
     for name in ("model_path", "query"):
-        if not given[name]:
+        if not values[name]:
             raise ValueError(f"args.{name}: a value is needed")
-    settings = InferenceConfig(**{name: given[name] for name in GENERATION_FIELDS if given[name] is not None})
+    settings = InferenceConfig(**{name: values[name] for name in GENERATION_FIELDS if values[name] is not None})
     check_fields(settings, prefix="args.")
-    check_template(given["conv_mode"], "args.conv_mode")
-    images = load_images(split_image_paths(given["image_file"] or "", given["sep"] or ","))
-    query = given["query"].replace(LLAVA_PLACEHOLDER, PLACEHOLDER)
-    user_turn(query, len(images))  # what is wrong is said before a model loads
-    model = _load_model(given["model_path"], given["model_base"], given["load_8bit"], given["load_4bit"])
-    if (template := given["conv_mode"]) is not None:
-        own = model.processor.own_template
-        if template == "tokenizer" and own is None:
+    check_template(values["conv_mode"], "args.conv_mode")
+    images = load_images(split_image_paths(values["image_file"] or "", values["sep"] or ","))
+    query = values["query"].replace(LLAVA_PLACEHOLDER, PLACEHOLDER)
+    user_turn(query, len(images))  # refuse a bad question before the model loads
+    model = _load_model(values["model_path"], values["model_base"], values["load_8bit"], values["load_4bit"])
+    if (template := values["conv_mode"]) is not None:
+        own_template = model.processor.own_template
+        if template == "tokenizer" and own_template is None:
             raise ValueError("args.conv_mode=tokenizer: the language model's tokenizer has no template")
-        model.processor.chat_template = own if template == "tokenizer" else read_template(template)
+        model.processor.chat_template = own_template if template == "tokenizer" else read_template(template)
     answer = "".join(Conversation(model, settings).ask(query, images)).strip()
     print(answer)
     return answer
 
 
 GENERATION_FIELDS = ("temperature", "top_p", "num_beams", "max_new_tokens")
-ARGUMENT_FIELDS = (
-    "model_path",
-    "model_base",
-    "query",
-    "image_file",
-    "sep",
-    "conv_mode",
-    *GENERATION_FIELDS,
-    "load_8bit",
-    "load_4bit",
-)
+LOADING_FIELDS = ("model_path", "model_base", "load_8bit", "load_4bit")
+ARGUMENT_FIELDS = (*LOADING_FIELDS, "query", "image_file", "sep", "conv_mode", *GENERATION_FIELDS)
 
 
 def split_image_paths(paths: str, separator: str = ",") -> list[str]:
-    """The paths of images that are joined by a separator.
+    """Return the paths of images in a string.
 
     Raises:
-        ValueError: one is an address.
+        ValueError: a path is a web address.
     """
     files = [file.strip() for file in paths.split(separator) if file.strip()]
     for file in files:
@@ -93,63 +87,58 @@ def load_pretrained_model(
     model_name: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    device_map: str | dict[str, Any] = "auto",
+    device_map: str | dict[str, object] = "auto",
     device: str | None = None,
     **kwargs: Any,
-) -> tuple[Any, Any, Any, int]:
-    """A model in LLaVA's pieces.
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, ImageProcessor, int]:
+    """Load a checkpoint as LLaVA's function of this name does.
 
     Args:
         model_path: a run's folder `final`, or a name on the Hub.
-        model_base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
-        model_name: what LLaVA told architectures by; the checkpoint says it itself.
-        load_8bit: whether the language model is held in 8 bits.
-        load_4bit: whether it is held in 4 bits.
-        device_map: `auto` is a GPU where there is one; the model lies on one device: `cuda:1`, or `{"": "cuda:1"}`.
-        device: the same in another word.
+        model_base: the new place of an adapter's base, if it was moved: a folder, or `part=folder` for each part.
+        model_name: ignored; LLaVA chose architectures by it.
+        load_8bit: whether to load the language model in 8 bits.
+        load_4bit: whether to load it in 4 bits.
+        device_map: one device, such as `cuda:1` or `{"": "cuda:1"}`; `auto` is a GPU where there is one.
+        device: takes precedence over `device_map`.
         kwargs: `dtype` (or `torch_dtype`) and `trust_remote_code`, see `VisionLanguageModel.load`.
 
     Returns:
-        The tokenizer, the model, the image processor, and how many tokens the model can read.
+        The tokenizer, the model, the image processor, and the largest number of tokens that the model reads.
 
     Raises:
-        ValueError: there is no such checkpoint, or it cannot be loaded so.
+        ValueError: there is no such checkpoint, or it does not load with these options.
     """
-    given = dict(kwargs)
-    dtype = given.pop("dtype", None) or given.pop("torch_dtype", None) or "auto"
-    trusted = given.pop("trust_remote_code", False)
-    if given:
-        raise ValueError(f"{', '.join(given)}: not taken; besides its own names dtype and trust_remote_code are")
-    model = _load_model(
-        model_path, model_base, load_8bit, load_4bit, device=device or _parse_device_map(device_map),
-        dtype=str(dtype).removeprefix("torch."), trust_remote_code=trusted,
-    )  # fmt: skip
+    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
+    options = {"dtype": str(dtype).removeprefix("torch."), "trust_remote_code": kwargs.pop("trust_remote_code", False)}
+    if kwargs:
+        raise ValueError(f"{', '.join(kwargs)}: not taken; besides its own names dtype and trust_remote_code are")
+    device = device or _parse_device_map(device_map)
+    model = _load_model(model_path, model_base, load_8bit, load_4bit, device=device, **options)
     return model.processor.tokenizer, model.model, model.processor.image_processor, model.positions
 
 
-def _parse_device_map(device_map: str | dict[str, Any]) -> str | None:
-    """The device that a map with one place names.
+def _parse_device_map(device_map: str | dict[str, object]) -> str | None:
+    """Return the device that a map with one device names; None for `auto`.
 
     Raises:
-        ValueError: it names several, or a way to spread a model.
+        ValueError: the map names several devices, or a way to distribute a model.
     """
     if device_map == "auto":
         return None
-    places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {device_map}
-    if len(places) == 1:
-        place = f"cuda:{next(iter(places))}" if next(iter(places)).isdigit() else next(iter(places))
-        try:
-            return str(torch.device(place))
-        except RuntimeError:
-            pass
+    devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else {device_map}
+    if len(devices) == 1:
+        device = devices.pop()
+        with suppress(RuntimeError):
+            return str(torch.device(f"cuda:{device}" if device.isdigit() else device))
     raise ValueError(f"device_map={device_map}: a model lies on one device: auto, cuda, cuda:1, cpu …")
 
 
 def _load_model(
-    model_path: str, model_base: str | Sequence[str] | None, load_8bit: Any, load_4bit: Any, **options: Any
+    model_path: str, model_base: str | Sequence[str] | None, load_8bit: bool, load_4bit: bool, **options: Any
 ) -> VisionLanguageModel:
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit: choose one")
     base = [model_base] if isinstance(model_base, str) else list(model_base or ())
-    kind = "8bit" if load_8bit else "4bit" if load_4bit else None
-    return VisionLanguageModel.load(model_path, base=base, quantization=kind, **options)
+    quantization = "8bit" if load_8bit else "4bit" if load_4bit else None
+    return VisionLanguageModel.load(model_path, base=base, quantization=quantization, **options)

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible endpoint for any checkpoint that answers: `transformers serve`'s handler, our prompts.
+"""An OpenAI-compatible endpoint for any checkpoint that generates: `transformers serve`'s handler with our prompts.
 
-What transformers ships takes models that it knows by their class and lets requests name addresses and files. Here one
-checkpoint is served, prompts become tokens as in `vlm generate`, and images come in the request itself (`data:`).
+The handler of transformers serves only model classes that it knows, and lets requests name web addresses and files.
+Here one checkpoint is served, prompts become tokens as in `vlm generate`, and requests carry their images (`data:`).
 """
 
 import base64
@@ -11,10 +11,12 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from transformers import BatchFeature, GenerationConfig
+from torch import Tensor
+from transformers import BatchEncoding, BatchFeature, GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, Modality
@@ -25,20 +27,23 @@ from vlm.data.sample import BadSample, ContentPart, ImageRef, Turn
 from vlm.data.vision.images import open_image
 from vlm.inference.generate import VisionLanguageModel
 
+Message = dict[str, Any]
+"""A JSON object of a request, before its form is checked."""
+
 ROLES = ("system", "user", "assistant")
 FIELD_BOUNDS = {"temperature": (0, 2), "top_p": (0, 1), "max_tokens": (1, 2**20), "max_completion_tokens": (1, 2**20)}
-"""Field of a request -> least and most."""
+"""Field of a request -> its least and its greatest value."""
 IGNORED_FIELDS = {"user", "metadata", "store", "stream_options", "service_tier", "parallel_tool_calls"}
-"""Fields that change nothing of an answer."""
+"""Fields that do not change the answer."""
 NEUTRAL_VALUES = (None, 1, 0, False, [], {}, "", "none", "auto", {"type": "text"})
-"""Values that ask for nothing: one answer, no tools, no log probabilities …"""
+"""Values that leave an unsupported field unused: one answer, no tools, no log probabilities …"""
 
 
 class PromptProcessor:
-    """What the handler takes for a processor: messages to inputs by our own code; all else is the tokenizer's.
+    """The processor that the handler uses: our code turns messages into inputs; all else is the tokenizer's.
 
     Args:
-        model: the model and its processor.
+        model: the served model.
     """
 
     def __init__(self, model: VisionLanguageModel):
@@ -47,31 +52,30 @@ class PromptProcessor:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Texts to ids, for strings at which an answer stops."""
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """Tokenize texts: the handler does that for stop strings."""
         return self.tokenizer(*args, **kwargs)
 
-    def apply_chat_template(self, conversation: Sequence[dict[str, Any]], **options: Any) -> BatchFeature:
-        """Inputs of a conversation that waits for a reply; `options` are transformers' own, which are settled here."""
+    def apply_chat_template(self, conversation: Sequence[Message], **options: object) -> BatchFeature:
+        """Return the inputs of a conversation that waits for a reply; the handler's `options` do not change them."""
         turns, images = parse_messages(conversation)
         try:
             inputs = self.vlm.inputs([turns], [images])
-        except ValueError as error:  # the template refuses it, or leaves nothing of it
+        except ValueError as error:  # the template refuses the conversation, or renders nothing
             raise HTTPException(400, str(error)) from error
-        longest = self.vlm.model.config.get_text_config().max_position_embeddings
-        if inputs["input_ids"].shape[1] >= longest:
-            number = inputs["input_ids"].shape[1]
-            raise HTTPException(400, f"the conversation has {number} tokens; the model takes fewer than {longest}")
+        length, positions = inputs["input_ids"].shape[1], self.vlm.positions
+        if length >= positions:
+            raise HTTPException(400, f"the conversation has {length} tokens; the model takes fewer than {positions}")
         return BatchFeature(inputs)
 
 
 class CachingModel:
-    """A model as the handler takes it; it looks for images that it was shown before where it generates.
+    """The model that the handler uses; `generate` replaces the pixels of recent images by their cached features.
 
-    That is on a thread of its own: requests are read on another, which must not wait for the visual encoder.
+    The handler calls `generate` on another thread: the one that reads requests must not wait for the visual encoder.
 
     Args:
-        model: the model and its processor.
+        model: the served model.
     """
 
     def __init__(self, model: VisionLanguageModel):
@@ -80,34 +84,34 @@ class CachingModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.vlm.model, name)
 
-    def generate(self, **inputs: Any) -> Any:
-        """As the model's."""
+    def generate(self, **inputs: Any) -> Tensor:
+        """Return what the model's `generate` returns."""
         return self.vlm.model.generate(**self.vlm.use_cached_features(inputs))
 
 
 class SingleModelManager(ModelManager):
-    """The one model that is served, under one name.
+    """Manages the one model that is served.
 
     Args:
-        name: what requests call it.
-        model: the model and its processor.
+        name: the model's name in requests.
+        model: the served model.
     """
 
     def __init__(self, name: str, model: VisionLanguageModel):
         self.force_model, self.prompts, self.model = name, PromptProcessor(model), CachingModel(model)
 
-    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """The model, whatever is asked for: names are checked by the handler."""
+    def load_model_and_processor(self, *args: object, **kwargs: object) -> Any:
+        """Return the served model for any name: the handler checks names."""
         return self.model, self.prompts
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
-        """Names stay as they are, without a revision."""
+        """Return the name unchanged: it has no revision."""
         return model_id
 
     @staticmethod
-    def get_model_modality(*args: Any, **kwargs: Any) -> Modality:
-        """It takes text and images."""
+    def get_model_modality(*args: object, **kwargs: object) -> Modality:
+        """Return that the model reads text and images."""
         return Modality.VLM
 
 
@@ -116,32 +120,30 @@ class ChatHandler(ChatCompletionHandler):
 
     model_manager: SingleModelManager
 
-    def get_processor_inputs_from_messages(self, messages: Any, modality: Modality) -> list[dict[str, Any]]:
-        """Messages as they came: `Prompts` reads them."""
+    def get_processor_inputs_from_messages(self, messages: list[Message], modality: Modality) -> list[Message]:
+        """Return the messages unchanged: `PromptProcessor` reads them."""
         return messages
 
     def _build_generation_config(
-        self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
+        self, body: Message, model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
-        """What a request asks for: greedy without a temperature; an answer ends where the template ends it."""
-        prompts = self.model_manager.prompts
-        ours = prompts.vlm.generation_options(InferenceConfig())
-        ends = ours.get("stop_strings", [])
-        own = copy.deepcopy(model_generation_config)
-        own.update(**{name: value for name, value in ours.items() if name not in ("tokenizer", "max_new_tokens")})
-        found = super()._build_generation_config(body, own, use_cb=use_cb)
-        found.do_sample = bool(body.get("temperature"))
-        asked = body.get("stop") or []
-        found.stop_strings = [*ends, *([asked] if isinstance(asked, str) else asked)] or None
-        return found
+        """Return a request's settings: greedy without a temperature; the template's ending ends an answer."""
+        options = self.model_manager.prompts.vlm.generation_options(InferenceConfig())
+        template_stops = options.get("stop_strings", [])
+        defaults = copy.deepcopy(model_generation_config)
+        defaults.update(**{name: options[name] for name in options.keys() - {"tokenizer", "max_new_tokens"}})
+        config = super()._build_generation_config(body, defaults, use_cb=use_cb)
+        config.do_sample = bool(body.get("temperature"))
+        stops = body.get("stop") or []
+        config.stop_strings = [*template_stops, *([stops] if isinstance(stops, str) else stops)] or None
+        return config
 
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        """Refuse what is no chat request, or asks for what would be passed over."""
+    def _validate_request(self, body: Message) -> None:
+        """Refuse a request that is malformed, or that has fields which would be ignored."""
         super()._validate_request(body)
         refused = {*self._unused_fields, "tools", "generation_config", "logit_bias"} - IGNORED_FIELDS
-        if unsupported := [
-            f"{name}={body[name]!r:.40}" for name in sorted(refused & {*body}) if body[name] not in NEUTRAL_VALUES
-        ]:
+        used = [name for name in sorted(refused & {*body}) if body[name] not in NEUTRAL_VALUES]
+        if unsupported := [f"{name}={body[name]!r:.40}" for name in used]:
             raise HTTPException(400, f"not served here: {', '.join(unsupported)}")
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise HTTPException(400, "messages: a list of at least one message is needed")
@@ -151,11 +153,11 @@ class ChatHandler(ChatCompletionHandler):
                 raise HTTPException(400, f"{field}={value}: a number from {least} to {most} is needed")
 
 
-def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Any]]:
-    """A request's messages as a conversation, and its images, opened.
+def parse_messages(messages: Sequence[Message]) -> tuple[list[Turn], list[Image.Image]]:
+    """Return a request's messages as a conversation, and its opened images.
 
     Raises:
-        HTTPException: a message has another form, or an image is an address or does not open.
+        HTTPException: a message is malformed, or an image is a web address or does not open.
     """
     turns, images = [], []
     for number, message in enumerate(messages):
@@ -170,9 +172,11 @@ def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list
         for place, item in enumerate(items):
             kind = item.get("type") if isinstance(item, dict) else None
             if kind == "text" and isinstance(item.get("text"), str):
-                leads = bool(parts) and not any(isinstance(part, str) for part in parts)
-                # images before a text stand on a line of their own, as `vlm generate` puts them
-                parts.append("\n" + item["text"] if leads and not item["text"].startswith("\n") else item["text"])
+                follows_image = bool(parts) and not any(isinstance(part, str) for part in parts)
+                # a text after images begins on a new line, as in `vlm generate`
+                parts.append(
+                    "\n" + item["text"] if follows_image and not item["text"].startswith("\n") else item["text"]
+                )
             elif kind == "image_url":
                 images.append(_decode_image(item["image_url"], f"{where}.content[{place}]"))
                 parts.append(ImageRef())
@@ -182,9 +186,9 @@ def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Turn], list
     return turns, images
 
 
-def _decode_image(given: Any, where: str) -> Any:
-    """The image of a `data:` address."""
-    address = given.get("url") if isinstance(given, dict) else given
+def _decode_image(item: object, where: str) -> Image.Image:
+    """Return the image of a `data:` address; `where` is its place in the request."""
+    address = item.get("url") if isinstance(item, dict) else item
     head, comma, content = address.partition(",") if isinstance(address, str) else ("", "", "")
     if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
         raise HTTPException(
@@ -199,13 +203,13 @@ def _decode_image(given: Any, where: str) -> Any:
 
 
 def make_app(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> FastAPI:
-    """The endpoints of a model.
+    """Return the endpoints of a model.
 
     Args:
-        model: the model and its processor.
-        name: what requests call it.
-        hosts: by which names the server may be addressed, so that no page of another site reaches it by a name of its
-            own; `*`: any.
+        model: the served model.
+        name: the model's name in requests.
+        hosts: host names under which the server answers, so that no other site's page reaches it under its own name;
+            `*`: any.
     """
     check_private_names()
     handler = ChatHandler(SingleModelManager(name, model), GenerationState())
@@ -213,15 +217,15 @@ def make_app(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> Fas
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": {"message": error.detail, "type": "invalid_request_error"}}, error.status_code)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: dict[str, Any]) -> Any:
+    async def chat_completions(request: Request, body: Message) -> Response:
         return await handler.handle_request(body, request.headers.get("x-request-id") or uuid.uuid4().hex)
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    def models() -> dict[str, object]:
         return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "vlm"}]}
 
     @app.get("/health")
