@@ -3,7 +3,7 @@
 import inspect
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from tests.families.tiny_families import TINY
 from tests.tiny_parts import Parts
@@ -28,7 +28,7 @@ def check_processor(processor: Processor) -> None:
         assert processor.videos.min_frames(8) >= len(processor.videos.minimal_clip.frames) > 0
         assert isinstance(processor.video_token, str)
         assert isinstance(processor.video_token_id, int)
-    assert isinstance(processor.tokenizer, PreTrainedTokenizerBase)
+    assert isinstance(processor.tokenizer, PreTrainedTokenizerFast)
     assert processor.image_token_id in processor.image_token_ids()
 
 

@@ -24,7 +24,7 @@ from transformers import (
 import vlm.config
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.compose import build_model, compose
-from vlm.config.schema import AnyResConfig
+from vlm.config.model_schema import AnyResConfig
 from vlm.models.anyres import AnyRes, first_mismatched_row
 
 FOLDER = Path(vlm.config.__file__).parent / "model" / "anyres"
@@ -103,14 +103,14 @@ def test_the_module_lays_out_what_is_counted():
 
 
 def test_the_table_in_the_documentation_is_what_is_counted():
-    rows = ["| picture (width x height) | `llava-next`, CLIP 336 | `llava-onevision`, SigLIP 384 |", "|---|---|---|"]
+    rows = ["| image (width x height) | `llava-next`, CLIP 336 | `llava-onevision`, SigLIP 384 |", "|---|---|---|"]
     for width, height in [(256, 256), (336, 336), (640, 480), (672, 672), (1280, 720), (1000, 300), (2304, 2304)]:
         counts = []
         for anyres in (NEXT, ONEVISION):
             grid = anyres.grid((height, width))
             counts.append(f"{anyres.image_tokens([(height, width)])[0]:,} ({grid[0]} x {grid[1]} tiles)")
         rows.append(f"| {width} x {height} | {' | '.join(counts)} |")
-    for name, seen in [("each of several pictures", [(9, 9), (9, 9)]), ("each frame of a video", [None])]:
+    for name, seen in [("each of several images", [(9, 9), (9, 9)]), ("each frame of a video", [None])]:
         rows.append(f"| {name} | {NEXT.image_tokens(seen)[0]} | {ONEVISION.image_tokens(seen)[0]} |")
     table = "\n".join(rows)
     assert table in DOCS.read_text(encoding="utf-8"), table

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from tests import waiting
 from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, Parts, picture
 from vlm.assembly.compose import register_connector_class
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
@@ -239,10 +239,7 @@ def test_checkpoints_load_where_this_package_is_not_installed(parts: Parts, own_
         torch.save(logits(model, processor), folder / "logits.pt")
     folders = [str(tmp_path / name) for name in made]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *folders], env=environment, cwd=tmp_path, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+    done = waiting.run([sys.executable, "-c", ELSEWHERE, *folders], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))[6:])
     for folder in folders:

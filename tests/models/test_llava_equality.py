@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from vlm.assembly.compose import build_model, compose
-from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.config.model_schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.models import VLMForConditionalGeneration
 
 NAMES = {

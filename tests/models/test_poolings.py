@@ -99,7 +99,7 @@ def test_the_mean_is_taken_in_single_precision():
 @pytest.mark.parametrize(
     ("pooling", "missing", "says"),
     [
-        ("image", "media", "row 1 has no token to read: it shows no picture"),
+        ("image", "media", "row 1 has no token to read: it shows no image"),
         ("token", "wanted", r"row 1 has no token to read: .*model\.head\.token"),
         ("query", "wanted", r"row 1 has no token to read: .*config\.suffix"),
         *((pooling, "real", "row 1 has no token to read: it is empty") for pooling in ("last", "first", "mean")),
@@ -116,7 +116,7 @@ def test_a_row_without_anything_to_read_is_named(pooling: str, missing: str, say
 
 def test_a_row_of_pictures_alone_has_no_text():
     marks, _ = make_token_masks("left", 0)
-    with pytest.raises(ValueError, match="pooling=text: row 0 has no token to read: it is nothing but pictures"):
+    with pytest.raises(ValueError, match="pooling=text: row 0 has no token to read: it is nothing but images"):
         pool_hidden_states(
             "text", torch.randn(*marks.prompt_mask.shape, 4), replace(marks, media_mask=marks.prompt_mask)
         )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoProcessor
 
+from tests import waiting
 from tests.families.tiny_families import save_family
 from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.tiny_parts import Parts, picture
@@ -162,10 +162,7 @@ def test_checkpoints_load_where_this_package_is_not_installed(parts: Parts, own:
         save(tmp_path / name, *family(name, tmp_path / "bodies" / name), YES, {**mine, "name": "other"}, GRADE)
     folders = [str(tmp_path / name) for name in ("composed", "own", "llava-onevision", "qwen2-vl")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *folders], env=environment, cwd=tmp_path, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+    done = waiting.run([sys.executable, "-c", ELSEWHERE, *folders], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))[6:])
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Records as training samples: counted before anything trains, read and encoded when they are asked for."""
+"""Records as training samples: counted before anything trains, read and encoded when they are needed."""
 
 import logging
 from collections import Counter
@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from vlm.config.schema import DatasetConfig
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample
 from vlm.data.sources import Source, make_sources
 from vlm.data.token_counts import Counts, count
-from vlm.data.vision.images import media_sizes_from_opened, read_media_sizes, upright_size
+from vlm.data.vision.images import Medium, media_sizes_from_opened, read_media_sizes, upright_size
 from vlm.data.vision.jpeg import decode_sample_images
 from vlm.data.vision.video import DecodedVideo
 
@@ -30,12 +31,12 @@ class Skipped:
     """A record that was left out, and why.
 
     Attributes:
-        record: its place in the source, from 0; None in a stream.
-        id: its own name, if it has one.
-        reason: why.
-        file: the picture that it is about, if it is about one.
+        record: its index in the source, from 0; None in a stream.
+        id: the name that the record gives itself, or `?`.
+        reason: why it was left out.
+        file: the image that could not be used, if there is one.
         source: the file of records.
-        policy: the key of `dataset` that says what happens with such records.
+        policy: the key of `dataset` that decides what happens with such records.
     """
 
     record: int | None
@@ -47,33 +48,33 @@ class Skipped:
 
     @classmethod
     def from_error(cls, error: BadSample, source: Source, record: int | None = None) -> "Skipped":
-        """The record of a source that an error is about."""
+        """Make the entry for the record of a source that raised an error."""
         policy = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
         return cls(record, error.sample_id, error.reason, error.file, source.path, policy)
 
     def as_error(self) -> ValueError:
-        """The error where such records are not left out."""
+        """Return the error to raise where such records are not left out."""
         place = self.source if self.record is None else f"{self.source}, record {self.record}"
         hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
         if self.file is not None:
-            hint = f"Pictures are looked for in dataset.image_folder. {hint}"
+            hint = f"Images are looked for in dataset.image_folder. {hint}"
         return ValueError(f"{place}: record {self.id!r}: {self.reason}. {hint}")
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a source gives to a run.
+    """What a source contributes to a run.
 
     Attributes:
         source: its name.
         path: where its records are.
         fingerprint: of its content.
-        records: how many it has.
-        samples: how many of them an epoch takes, repetitions counted.
-        images: their pictures.
-        tokens: their tokens, image tokens counted.
-        skipped: records left out.
-        truncated: samples whose last replies are cut to `dataset.max_length`.
+        records: number of records.
+        samples: number of samples that an epoch takes of it, repetitions included.
+        images: number of their images.
+        tokens: number of their tokens, image tokens included.
+        skipped: number of records left out.
+        truncated: number of samples that are cut to `dataset.max_length`.
     """
 
     source: str
@@ -87,25 +88,25 @@ class Contribution:
     truncated: int
 
 
-class SampleDataset(Dataset[Any]):
-    """Encoded samples of one or several sources, with their lengths known beforehand.
+class SampleDataset(Dataset[SampleInputs | Skipped]):
+    """Encoded samples of one or several sources, whose lengths are known beforehand.
 
     Args:
         sources: where the samples come from.
-        places: `(samples, 2)`: the number of each sample's source, and of its record there.
-        lengths: `(samples,)`: its tokens, image tokens counted.
-        num_images: `(samples,)`: its pictures and videos.
-        has_videos: whether the model sees videos in any of them.
-        skipped: the records left out before.
-        contributions: what each source gives.
-        labels: what a prediction head learns of each sample, see `Sample.label`; None: of none.
-        groups: in which group a ranking compares each; None: in none.
+        places: `(samples, 2)`: the index of each sample's source, and of its record there.
+        lengths: `(samples,)`: number of tokens, image tokens included.
+        num_images: `(samples,)`: number of images and videos.
+        has_videos: whether any sample has a video that the model reads as such.
+        skipped: the records that were left out.
+        contributions: what each source contributes.
+        labels: the label of each sample, see `Sample.label`; None where samples have none.
+        groups: the group of each sample, see `Sample.group`; None where samples have none.
     """
 
     def __init__(
         self, sources: Sequence[Source], places: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, *,
         has_videos: bool = False, skipped: Iterable[Skipped] = (), contributions: Iterable[Contribution] = (),
-        labels: Sequence[Any] | None = None, groups: Sequence[str | None] | None = None,
+        labels: Sequence[object] | None = None, groups: Sequence[str | None] | None = None,
     ):  # fmt: skip
         self.sources = list(sources)
         self.places = places
@@ -120,7 +121,7 @@ class SampleDataset(Dataset[Any]):
         return len(self.places)
 
     def sample(self, index: int) -> Sample:
-        """The conversation, as it was read.
+        """Return the conversation of a sample as it was read.
 
         Raises:
             BadSample: its record cannot be used any more.
@@ -128,8 +129,8 @@ class SampleDataset(Dataset[Any]):
         source, record = self.places[index].tolist()
         return self.sources[source].sample(record)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
-        """Ids, labels and pixels; `Skipped` for a record that turns out to be unusable, which a loop may not ignore."""
+    def __getitem__(self, index: int) -> SampleInputs | Skipped:
+        """Return an encoded sample, or `Skipped` for a record that turns out to be unusable; loops must handle both."""
         number, record = self.places[index].tolist()
         source = self.sources[number]
         try:
@@ -137,40 +138,42 @@ class SampleDataset(Dataset[Any]):
         except BadSample as error:
             return Skipped.from_error(error, source, record)
 
-    def blank(self) -> Dataset[dict[str, Any]]:
-        """The same samples with blank pictures."""
+    def blank(self) -> "BlankImageDataset":
+        """Return the same samples with blank images."""
         return BlankImageDataset(self)
 
     def encoded(self, index: int, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Ids and labels without the pictures; `sizes` where the processor needs them."""
+        """Return the ids and labels of a sample; `sizes` of its images where the processor needs them."""
         source, record = self.places[index].tolist()
         return self.sources[source].encoder(self.sources[source].sample(record), sizes)
 
     @property
-    def processor(self) -> Any:
+    def processor(self) -> Processor:
         """The run's processor."""
         return self.sources[0].encoder.processor
 
     @property
     def labels(self) -> Sequence[Any]:
-        """What a prediction head learns of each sample; None of one that has no label."""
+        """The label of each sample, see `Sample.label`."""
         return [None] * len(self) if self._labels_and_groups[0] is None else self._labels_and_groups[0]
 
     @property
     def groups(self) -> Sequence[str | None]:
-        """In which group a ranking compares each sample; None for one that is in none."""
+        """The group of each sample, see `Sample.group`."""
         return [None] * len(self) if self._labels_and_groups[1] is None else self._labels_and_groups[1]
 
-    def subset(self, indices: "Sequence[int] | np.ndarray") -> "SampleDataset":
-        """The samples at these places, as a dataset of its own."""
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "SampleDataset":
+        """Return the samples at these indices as a dataset."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = self.places[chosen], self.lengths[chosen], self.num_images[chosen]
-        labels, groups = (one and [one[index] for index in chosen.tolist()] for one in self._labels_and_groups)
+        labels, groups = self._labels_and_groups
+        labels = labels and [labels[index] for index in chosen.tolist()]
+        groups = groups and [groups[index] for index in chosen.tolist()]
         return SampleDataset(self.sources, *rows, has_videos=self.has_videos, labels=labels, groups=groups)
 
 
-class BlankImageDataset(Dataset[dict[str, Any]]):
-    """The same samples with every picture, and every frame of a video, of the processor's mean colour."""
+class BlankImageDataset(Dataset[SampleInputs]):
+    """The same samples, with every image and every frame of a video in the processor's mean colour."""
 
     def __init__(self, dataset: SampleDataset):
         self.dataset = dataset
@@ -179,7 +182,7 @@ class BlankImageDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> SampleInputs:
         processor = self.dataset.processor
         if not processor.needs_image_sizes:
             blanks = [make_blank_image(processor)] * int(self.num_images[index])
@@ -189,44 +192,44 @@ class BlankImageDataset(Dataset[dict[str, Any]]):
         return model_inputs(processor, self.dataset.encoded(index, sizes), blanks, sizes)
 
 
-def encode_sample(source: Source, sample: Sample) -> dict[str, Any]:
-    """A sample as a data worker hands it on.
+def encode_sample(source: Source, sample: Sample) -> SampleInputs:
+    """Encode a sample with its images, as data workers do.
 
     Raises:
-        BadSample: it is too long, or a picture does not open.
+        BadSample: it is too long, or an image does not open.
     """
     processor = source.encoder.processor
-    if not processor.needs_image_sizes:
+    if not processor.needs_image_sizes:  # texts that are too long are refused before images are decoded
         return model_inputs(processor, source.encoder(sample), decode_sample_images(sample, processor))
-    pictures = decode_sample_images(sample, processor)
-    sizes = media_sizes_from_opened(sample.media, pictures, processor)
-    return model_inputs(processor, source.encoder(sample, sizes), pictures, sizes)
+    images = decode_sample_images(sample, processor)
+    sizes = media_sizes_from_opened(sample.media, images, processor)
+    return model_inputs(processor, source.encoder(sample, sizes), images, sizes)
 
 
 def model_inputs(
-    processor: Any, encoded: Encoded, pictures: Sequence[Any], sizes: Sequence[MediaSize] = ()
-) -> dict[str, Any]:
-    """Ids, labels, and what the model reads of pictures and videos, as the collator lays them out."""
-    images = processor.image_inputs(pictures, sizes)
-    tokens = processor.text_inputs(encoded.input_ids, encoded.labels, images)
-    return {"input_ids": encoded.input_ids, "labels": encoded.labels, **images, **tokens}
+    processor: Processor, encoded: Encoded, media: Sequence[Medium], sizes: Sequence[MediaSize] = ()
+) -> SampleInputs:
+    """Return the ids, labels and inputs of images and videos of a sample, as the collator takes them."""
+    image_inputs = processor.image_inputs(media, sizes)
+    text_inputs = processor.text_inputs(encoded.input_ids, encoded.labels, image_inputs)
+    return {"input_ids": encoded.input_ids, "labels": encoded.labels, **image_inputs, **text_inputs}
 
 
-def make_blank_image(processor: Any, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """A picture of the image processor's mean colour, so high and so wide."""
+def make_blank_image(processor: Processor, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """Return an image of the image processor's mean colour; `size` is height and width."""
     means = processor.image_processor.image_mean or [0.5]
     return Image.new("RGB", (size[1], size[0]), tuple(int(mean * 255) for mean in (*means, *means, *means)[:3]))
 
 
-def make_blank_medium(processor: Any, size: MediaSize) -> Image.Image | DecodedVideo:
-    """A blank picture or video of this size."""
+def make_blank_medium(processor: Processor, size: MediaSize) -> Image.Image | DecodedVideo:
+    """Return a blank image or video of this size."""
     if isinstance(size, Clip):
         return DecodedVideo([make_blank_image(processor, (size.height, size.width))] * len(size.frames), size)
     return make_blank_image(processor) if size is None else make_blank_image(processor, size)
 
 
-def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """Ids of a blank image, and what a model reads of it; the few tokens of a video's frame will do."""
+def dummy_image(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Return the ids and inputs of a blank image, or of a blank frame where frames of videos take fewer tokens."""
     blank = make_blank_image(processor)
     sizes: list[MediaSize] = [None if processor.pools_video_frames else upright_size(blank)]
     ids, _ = processor.tokenize(processor.image_token, (), sizes)
@@ -234,9 +237,10 @@ def dummy_image(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     return ids, images | processor.text_inputs(ids, [IGNORE_INDEX] * len(ids), images)
 
 
-def dummy_video(processor: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """The same of a short blank video."""
+def dummy_video(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Return the ids and inputs of the shortest blank video; only where the processor has `videos`."""
     assert processor.videos is not None
+    assert processor.video_token is not None
     clip = processor.videos.minimal_clip
     ids, _ = processor.tokenize(processor.video_token, (), [clip])
     inputs = processor.image_inputs([make_blank_medium(processor, clip)], [clip])
@@ -248,15 +252,15 @@ def load_dataset(
 ) -> SampleDataset:
     """Read, check and count the records of a run's sources.
 
-    Every record is parsed, its pictures looked at and its tokens counted before anything trains; what was found is
-    kept in the cache.
+    Every record is parsed, its images are checked and its tokens counted before anything trains; the result is
+    cached.
 
     Args:
         config: the sources, and the policies for records that are bad or too long.
         encoder: the run's.
-        seed: draws records where a source gives a part of them.
-        first: take the first so many records only.
-        evaluates: whether every sample has to be there to the end: all pictures are decoded now.
+        seed: selects records where `max_samples` limits a source.
+        first: the number of records to take from the beginning; defaults to all.
+        evaluates: whether every sample has to stay usable, so that all images are decoded now.
 
     Raises:
         ValueError: a record cannot be used and the policy is `error`; or too many cannot; or none can.
@@ -278,10 +282,10 @@ def load_dataset(
         images.append(counts.images[kept])
         has_videos |= bool(counts.videos[kept].any())
         if encoder.encodes_labels:
-            learnt = counts.labels_and_groups_at(kept)
-            labels += learnt[0]
-            groups += learnt[1]
-        skipped += [left_out[place] for place in sorted(left_out)]
+            new_labels, new_groups = counts.labels_and_groups_at(kept)
+            labels += new_labels
+            groups += new_groups
+        skipped += [record for _, record in sorted(left_out.items())]
         contributions.append(Contribution(
             source.name, source.path, source.records.fingerprint, len(source), len(kept), int(images[-1].sum()),
             int(lengths[-1].sum()), len(left_out), int((counts.length[kept] > encoder.longest).sum()),
@@ -299,16 +303,16 @@ def load_dataset(
 
 
 def _raise_unless_skipped(source: Source, config: DatasetConfig, record: int, problem: BadSample) -> None:
-    """Raise ValueError at the first record that cannot be used, where such are not left out."""
+    """Raise ValueError at a record that cannot be used, unless such records are left out."""
     if config.on_bad_sample == "error":
         raise Skipped.from_error(problem, source, record).as_error()
 
 
 def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict[int, Skipped]:
-    """Which of the counted records are left out, and why: those with a problem, and those that are too long.
+    """Return the counted records that are left out, by index: those with a problem, and those that are too long.
 
     Raises:
-        ValueError: there is one, and the policy is `error`.
+        ValueError: a record is left out, and the policy is `error`.
     """
     longest, truncate = source.encoder.longest, source.encoder.truncate
     too_long = counts.needed > longest if truncate else counts.length > longest
@@ -319,18 +323,18 @@ def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict
             f"{length} tokens: cutting it to {longest} would cut an image or every reply" if truncate else
             f"{length} tokens, at most {longest} are allowed (dataset.max_length, or the language model's positions)"
         ))  # fmt: skip
-    found = {}
+    unusable = {}
     for place, error in sorted(errors.items()):
-        found[place] = Skipped.from_error(error, source, int(counts.record[place]))
-        if getattr(config, found[place].policy) == "error":
-            raise found[place].as_error()
-    return found
+        unusable[place] = Skipped.from_error(error, source, int(counts.record[place]))
+        if getattr(config, unusable[place].policy) == "error":
+            raise unusable[place].as_error()
+    return unusable
 
 
 def check_skipped_share(path: str, bad: Sequence[BadSample | Skipped], total: int, share: float) -> None:
     """Raise ValueError where more records cannot be used than `dataset.max_skipped` allows."""
     if len(bad) > share * total:
-        reasons = Counter(one.reason for one in bad).most_common(3)
+        reasons = Counter(record.reason for record in bad).most_common(3)
         listing = "; ".join(f"{reason} ({number})" if number > 1 else reason for reason, number in reasons)
         raise ValueError(
             f"{path}: {len(bad)} of {total} records cannot be used, more than dataset.max_skipped={share} allows. "
@@ -338,29 +342,29 @@ def check_skipped_share(path: str, bad: Sequence[BadSample | Skipped], total: in
         )
 
 
-def draw_records(number: int, most: int | None, seed: int) -> np.ndarray:
-    """Numbers of `most` of `number` records, in order; all where there are no more."""
-    if most is None or most >= number:
+def draw_records(number: int, max_samples: int | None, seed: int) -> np.ndarray:
+    """Return the indices of `max_samples` of `number` records at random, in order; of all where there are no more."""
+    if max_samples is None or max_samples >= number:
         return np.arange(number)
-    return np.sort(np.random.default_rng(seed).choice(number, most, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(number, max_samples, replace=False))
 
 
 def repeat_by_weight(places: np.ndarray, weight: float, seed: int) -> np.ndarray:
-    """Each place `weight` times; of a broken number, the rest goes to as many as are drawn."""
-    whole = np.repeat(places, int(weight))
-    rest = round((weight - int(weight)) * len(places))
-    return np.sort(np.concatenate([whole, np.random.default_rng(seed).choice(places, rest, replace=False)]))
+    """Repeat each place `weight` times; the fraction of a weight is a share of the places, drawn at random."""
+    repeated = np.repeat(places, int(weight))
+    num_drawn = round((weight - int(weight)) * len(places))
+    return np.sort(np.concatenate([repeated, np.random.default_rng(seed).choice(places, num_drawn, replace=False)]))
 
 
 def _most_common_reason(skipped: list[Skipped]) -> str:
-    commonest = Counter(one.reason for one in skipped).most_common(1)
+    commonest = Counter(record.reason for record in skipped).most_common(1)
     return f"the commonest reason is: {commonest[0][0]}" if commonest else "there are none"
 
 
 def split_off_eval(dataset: SampleDataset, share: float, seed: int) -> tuple[SampleDataset, SampleDataset]:
-    """Hold out a share of the records, drawn with a seed: (rest, held out), at least one in each.
+    """Hold out a random share of the records: (training, held out), at least one record in each.
 
-    A record that is taken several times is on one side only.
+    A record that is repeated is on one side only.
 
     Raises:
         ValueError: there are fewer than two records.
@@ -369,7 +373,7 @@ def split_off_eval(dataset: SampleDataset, share: float, seed: int) -> tuple[Sam
     if len(distinct) < 2:
         raise ValueError(f"dataset.eval_split={share}: at least two records are needed, got {len(distinct)}")
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).numpy()
-    held = order[: min(max(round(share * len(distinct)), 1), len(distinct) - 1)]
-    rest = dataset.subset(np.flatnonzero(~np.isin(which.ravel(), held)))
-    rest.skipped, rest.contributions = dataset.skipped, dataset.contributions
-    return rest, dataset.subset(np.sort(first[held]))
+    held_out = order[: min(max(round(share * len(distinct)), 1), len(distinct) - 1)]
+    training = dataset.subset(np.flatnonzero(~np.isin(which.ravel(), held_out)))
+    training.skipped, training.contributions = dataset.skipped, dataset.contributions
+    return training, dataset.subset(np.sort(first[held_out]))

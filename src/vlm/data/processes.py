@@ -1,8 +1,8 @@
-"""How many processes there may be."""
+"""The number of processes to start."""
 
 import os
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from vlm.data.sample import Clip
+from vlm.models.anyres import AnyRes
 from vlm.models.pixels import ImageProcessor
 
 SampleInputs = dict[str, Any]
-"""An encoded sample: `input_ids` and `labels` (lists of `tokens` ids), and tensors under the names that the model takes.
+"""An encoded sample: `input_ids` and `labels` (lists of ids), and tensors under the names that the model takes.
 
 Prompts for prediction heads have `targets` (head -> list of numbers) and `group` (an int) besides.
 """
@@ -47,7 +48,7 @@ class Processor(Protocol):
         own_template: the template that came with the language model or the family.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     image_processor: ImageProcessor
     image_token: str
     special_tokens: re.Pattern[str]
@@ -102,6 +103,11 @@ class Processor(Protocol):
     @property
     def pools_video_frames(self) -> bool:
         """Return whether frames of videos are encoded otherwise than images; their sizes are then None."""
+        ...
+
+    @property
+    def tiling(self) -> AnyRes | None:
+        """Return how a composed model cuts images into tiles; None where it does not, and for families."""
         ...
 
     @property

@@ -2,25 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+Record = dict[str, Any]
+"""A record as its file holds it: values of JSON, and bytes of images."""
+
 ROLES = ("system", "user", "assistant")
 PLACEHOLDER = "<image>"
-"""What stands for a picture in text that people write, whatever token the model has for it."""
+"""The text that stands for an image in records, whatever token the model has for images."""
 VIDEO_PLACEHOLDER = "<video>"
-"""What stands for a video in such text."""
+"""The text that stands for a video in records."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What is seen of a video, and when: all that a processor's tokens for it depend on.
+    """The frames that are read of a video, and their times: all that the number of its tokens depends on.
 
     Attributes:
-        frames: the numbers of the frames that are seen, from 0, in order.
-        total: how many frames the video has.
-        height: of each, in pixels.
-        width: of each, in pixels.
+        frames: the indices of the frames that are read, from 0, in order.
+        total_frames: the number of frames of the video.
+        height: of each frame, in pixels.
+        width: of each frame, in pixels.
         fps: frames of the video per second.
     """
 
@@ -32,12 +36,12 @@ class Clip:
 
 
 MediaSize = tuple[int, int] | Clip | None
-"""Height and width of a picture, or what is seen of a video; None for a frame that stands for one, where a processor
-takes all frames alike."""
+"""Height and width of an image, or the clip that is read of a video; None for a frame of a video, where the processor
+encodes all frames alike."""
 
 
 class BadSample(ValueError):
-    """A record that cannot be used; the message says which, and why."""
+    """A record that cannot be used; the message tells which record, and why."""
 
     def __init__(self, sample_id: str, reason: str, file: str | None = None):
         super().__init__(f"record {sample_id!r}: {reason}")
@@ -46,22 +50,22 @@ class BadSample(ValueError):
         self.file = file
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str | None]]:
-        """Pickled with what it was made of, so that it comes out of a data worker whole."""
+        """Pickle the arguments, so that the error comes out of a data worker whole."""
         return type(self), (self.sample_id, self.reason, self.file)
 
 
 class OverLong(BadSample):
-    """A record that has more tokens than a sample may have."""
+    """A record that has more tokens than allowed."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A picture in a turn: an image file, the bytes of one, or a frame of a video file.
+    """An image in a turn: an image file, the bytes of one, or a frame of a video file.
 
     Attributes:
-        path: the file; with `content`, only its name, and None where it has none.
+        path: the file; with `content`, only the name of the image, or None.
         content: the bytes of the image file, where the record itself holds them.
-        frame: the number of the frame, from 0, where `path` is a video.
+        frame: the index of the frame, from 0, where `path` is a video.
     """
 
     path: Path | None = None
@@ -75,29 +79,32 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class VideoRef:
-    """A video file in a turn. A model that knows pictures only gets some of its frames, see `data.video`.
+    """A video file in a turn; a model without video input gets some of its frames as images, see `vision.video`.
 
     Attributes:
         path: the file.
-        clip: what is seen of it, once that is settled.
+        clip: the frames that are read of it, once they are chosen.
     """
 
     path: Path
     clip: Clip | None = None
 
 
+Picture, Video = ImageRef, VideoRef
+"""Former names, for readers of records that people have written."""
+
 ContentPart = str | ImageRef | VideoRef
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: texts, pictures and videos in the order in which they stand."""
+    """One turn of a conversation: texts, images and videos in order."""
 
     role: str
     content: tuple[ContentPart, ...]
 
     def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, str]:
-        """The turn as chat templates read it, a token for each picture and video."""
+        """Return the turn as chat templates read it, with a token for each image and video."""
         tokens = {ImageRef: image_token, VideoRef: video_token or image_token}
         parts = [part if isinstance(part, str) else tokens[type(part)] for part in self.content]
         return {"role": self.role, "content": "".join(parts)}
@@ -105,46 +112,45 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation with its pictures.
+    """A conversation with its images.
 
     Attributes:
-        id: what the record calls itself.
-        turns: what is said, in order.
-        label: what a prediction head learns of it: a value that JSON can hold, or a mapping from the names of heads to
-            such; None where there is nothing to learn.
-        group: the rows that a ranking compares have the same.
-        references: what an answer in place of the last reply is held against, where that is more than the reply.
+        id: the name that the record gives itself.
+        turns: the turns, in order.
+        label: what a prediction head learns: a value that JSON can hold, or a mapping from the names of heads to such
+            values; None for a sample without a label.
+        group: a ranking compares samples of the same group.
+        references: the texts that an answer is compared with, where they are not just the last reply.
     """
 
     id: str
     turns: tuple[Turn, ...]
-    label: Any = None
+    label: object = None
     group: str | None = None
     references: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[ImageRef]:
-        """All pictures, in the order in which they stand in the text."""
+        """All images, in the order of the text."""
         return [part for turn in self.turns for part in turn.content if isinstance(part, ImageRef)]
 
     @property
     def videos(self) -> list[VideoRef]:
-        """All videos, in the order in which they stand in the text."""
+        """All videos, in the order of the text."""
         return [part for turn in self.turns for part in turn.content if isinstance(part, VideoRef)]
 
     @property
     def media(self) -> list[ImageRef | VideoRef]:
-        """All pictures and videos, in the order in which they stand in the text."""
+        """All images and videos, in the order of the text."""
         return [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
 
     def with_videos(self, replace_video: Callable[[VideoRef], tuple[ContentPart, ...]]) -> "Sample":
-        """The sample with other parts in place of each video."""
+        """Return the sample with each video replaced by other parts."""
         if not self.videos:
             return self
-        turns = [
-            replace(turn, content=tuple(
-                new for part in turn.content for new in (replace_video(part) if isinstance(part, VideoRef) else (part,))
-            ))
-            for turn in self.turns
-        ]  # fmt: skip
-        return replace(self, turns=tuple(turns))
+
+        def parts(turn: Turn) -> tuple[ContentPart, ...]:
+            replaced = (replace_video(part) if isinstance(part, VideoRef) else (part,) for part in turn.content)
+            return tuple(chain.from_iterable(replaced))
+
+        return replace(self, turns=tuple(replace(turn, content=parts(turn)) for turn in self.turns))

@@ -1,4 +1,4 @@
-"""A source: where records are, how one becomes a sample, and how a sample becomes ids and labels."""
+"""A source: where records are, how a record becomes a sample, and how a sample becomes ids and labels."""
 
 import copy
 import inspect
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from vlm.config.schema import DatasetConfig, MixtureSourceConfig, SourceConfig
 from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.encoding.labels import read_template
 from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
+from vlm.data.processor import Processor
 from vlm.data.records.formats import get_reader
 from vlm.data.records.open import Records, open_records, stream_records
 from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
@@ -22,15 +22,15 @@ from vlm.data.vision.video import sample_clip, sample_frame_refs
 
 @dataclass
 class Source:
-    """Records of one file or data set, as samples.
+    """The records of one file or data set, as samples.
 
     Attributes:
-        name: what the log calls it.
+        name: its name in logs and tables.
         config: where the records are and how they are read.
         cache: the cache's folder.
         encoder: the run's, with the source's own template where it has one.
-        max_frames: of a video.
-        weight: how often its samples are taken.
+        max_frames: the most frames that are read of a video.
+        weight: how often an epoch repeats its samples.
     """
 
     name: str
@@ -50,27 +50,29 @@ class Source:
 
     @cached_property
     def records(self) -> Records:
-        """The records by number."""
+        """The records, by index."""
         return open_records(self.path, self.cache, split=self.config.split, subset=self.config.subset)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def sample(self, index: int) -> Sample:
-        """The sample of a record.
+        """Return the sample of a record.
 
         Raises:
             BadSample: it cannot be used.
         """
         return self.read(self.records[index])
 
-    def stream(self, shard: int, num_shards: int, seed: int | None) -> Iterator[Any]:
-        """A share of the records one after the other, read anew each time; a `BadSample` for one that is no record."""
-        where = {"split": self.config.split, "subset": self.config.subset}
-        return stream_records(self.path, self.cache, **where, shard=shard, num_shards=num_shards, seed=seed)
+    def stream(self, shard: int, num_shards: int, seed: int | None) -> Iterator[object]:
+        """Iterate over a shard of the records, read anew each time; a record that cannot be read is a `BadSample`."""
+        return stream_records(
+            self.path, self.cache, split=self.config.split, subset=self.config.subset, shard=shard,
+            num_shards=num_shards, seed=seed,
+        )  # fmt: skip
 
-    def read(self, record: Any) -> Sample:
-        """A record as a sample, with the source's system prompt; of videos it is settled what is seen of them.
+    def read(self, record: object) -> Sample:
+        """Read a record as a sample, add the source's system prompt, and choose the frames of its videos.
 
         Raises:
             BadSample: it cannot be used.
@@ -81,22 +83,21 @@ class Source:
             sample = self._reader(record, self.folder)
         except BadSample:
             raise
-        except Exception as error:  # whatever a reader of the user's own trips over belongs to this record
+        except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
             name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}, line {place.lineno}"
-            raise BadSample(name, f"its reader raised {type(error).__name__}: {error} ({where})") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+            raise BadSample(name, f"its reader raised {type(error).__name__}: {error} ({place})") from error
         prompt = self.config.system_prompt
         if prompt and sample.turns[0].role != "system":
             sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
-        return sample.with_videos(lambda video: self._parts_shown_for(video, sample.id))
-
-    def _parts_shown_for(self, video: VideoRef, sample_id: str) -> tuple[ContentPart, ...]:
-        return parts_for_video(video.path, self.max_frames, self.encoder.processor, sample_id)
+        return sample.with_videos(
+            lambda video: parts_for_video(video.path, self.max_frames, self.encoder.processor, sample.id)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that a sample's ids depend on: records, reader, processor, and the code in between."""
+        """A digest of all that a sample's ids depend on: records, reader, processor, and the code in between."""
         reader = inspect.getsource(inspect.getmodule(get_reader(self.config.format)) or sys)
         settings = (self.config.format, self.config.options, str(self.folder), self.config.system_prompt)
         return json_digest(
@@ -105,8 +106,8 @@ class Source:
         )  # fmt: skip
 
 
-def parts_for_video(path: Path, max_frames: int, processor: Any, sample_id: str) -> tuple[ContentPart, ...]:
-    """What a model sees of a video: the video where its processor knows them, else frames as pictures.
+def parts_for_video(path: Path, max_frames: int, processor: Processor, sample_id: str) -> tuple[ContentPart, ...]:
+    """Return the content that stands for a video: the video where the processor reads videos, else frames as images.
 
     Raises:
         BadSample: it is no video.
@@ -117,20 +118,20 @@ def parts_for_video(path: Path, max_frames: int, processor: Any, sample_id: str)
 
 
 def make_sources(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
-    """The sources of a run: those that are named, or the one that `dataset.path` is."""
+    """Make the sources of a run: those of `dataset.sources`, or the one of `dataset.path`."""
     cache = resolve_cache_folder(config.cache_dir)
     if not config.sources:
         assert config.path is not None
         return [Source(Path(config.path).name, config, cache, encoder, config.max_frames)]
     return [
-        Source(name, replace(one, image_folder=one.image_folder or config.image_folder), cache,
-               _encoder_with_template(encoder, one), config.max_frames, one.weight)
-        for name, one in config.sources.items()
+        Source(name, replace(source, image_folder=source.image_folder or config.image_folder), cache,
+               _encoder_with_template(encoder, source), config.max_frames, source.weight)
+        for name, source in config.sources.items()
     ]  # fmt: skip
 
 
 def _encoder_with_template(encoder: SampleEncoder, source: MixtureSourceConfig) -> SampleEncoder:
-    """The encoder, rendering with the source's own template where it has one."""
+    """Return the encoder with the source's own template, where it has one."""
     if source.template is None:
         return encoder
     processor = copy.copy(encoder.processor)

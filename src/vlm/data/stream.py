@@ -1,12 +1,11 @@
-"""Records that are read one after the other: shuffled in a buffer, mixed by weight, without end.
+"""Streams of records: read in sequence, shuffled in a buffer, mixed by weight, without end.
 
-Each data worker of each rank reads a share of its own. The order depends on the seed alone, so that a run which is
-resumed and reads past what it has seen goes on as it would have.
+Each data worker of each rank reads a shard of its own. The order depends on the seed alone, so that a resumed run,
+which skips the records that it has trained on, continues as if it had not been stopped.
 """
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -14,21 +13,22 @@ from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import Skipped, encode_sample
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.records.open import value_or_bad_sample
 from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source, make_sources
 from vlm.data.vision.images import read_media_sizes
 
 
-class SampleStream(IterableDataset[Any]):
+class SampleStream(IterableDataset[SampleInputs | Skipped]):
     """Encoded samples of one or several sources, read anew for every epoch, without end.
 
     Args:
-        sources: where the samples come from; each is drawn from in proportion to its weight.
-        buffer: how many records of each wait to be drawn from.
-        seed: all that the order depends on.
-        rank: which of the ranks this is.
-        world_size: how many there are.
+        sources: where the samples come from, in proportion to their weights.
+        buffer: the number of records of each source that are shuffled.
+        seed: determines the order.
+        rank: of this process.
+        world_size: number of ranks.
     """
 
     def __init__(self, sources: Sequence[Source], buffer: int, seed: int, rank: int, world_size: int):
@@ -38,59 +38,61 @@ class SampleStream(IterableDataset[Any]):
 
     @property
     def has_videos(self) -> bool:
-        """Whether the model may come to see videos: what a stream holds is not known before."""
-        return self.processor.video_token is not None
+        """Whether there may be videos that the model reads as such: the content of a stream is not known beforehand."""
+        return self.processor.videos is not None
 
     @property
-    def processor(self) -> Any:
+    def processor(self) -> Processor:
         """The run's processor."""
         return self.sources[0].encoder.processor
 
-    def __iter__(self) -> Iterator[Any]:
-        """Ids, labels and pixels of one sample after the other; `Skipped` for a record that cannot be used."""
+    def __iter__(self) -> Iterator[SampleInputs | Skipped]:
+        """Iterate over encoded samples, with `Skipped` for a record that cannot be used."""
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         shard, num_shards = self.rank * workers + number, self.world_size * workers
-        draw = random.Random(f"{self.seed} {shard}")
-        streams = [self._shuffled_records(source, shard, num_shards, draw) for source in self.sources]
+        generator = random.Random(f"{self.seed} {shard}")
+        streams = [self._shuffled_records(source, shard, num_shards, generator) for source in self.sources]
         weights = [source.weight for source in self.sources]
         while True:
-            place = draw.choices(range(len(streams)), weights)[0]
+            place = generator.choices(range(len(streams)), weights)[0]
             yield self._encode_or_skip(self.sources[place], next(streams[place]))
 
     def samples(self, max_samples: int) -> list[Sample]:
-        """The first samples that can be used, in the order in which they stand."""
-        found: list[Sample] = []
+        """Return the first samples that can be used, in order."""
+        samples: list[Sample] = []
         for source in self.sources:
             for record in source.stream(0, 1, None):
                 sample = value_or_bad_sample(source.read, record)
                 if isinstance(sample, Sample):
-                    found.append(sample)
-                if len(found) >= max_samples:
-                    return found
-        return found
+                    samples.append(sample)
+                if len(samples) >= max_samples:
+                    return samples
+        return samples
 
-    def _shuffled_records(self, source: Source, shard: int, num_shards: int, draw: random.Random) -> Iterator[Any]:
-        """A source's records, epoch after epoch, drawn from a buffer."""
+    def _shuffled_records(
+        self, source: Source, shard: int, num_shards: int, generator: random.Random
+    ) -> Iterator[object]:
+        """Iterate over a source's records, epoch after epoch, each drawn at random from a buffer."""
         epoch = 0
         while True:
-            waiting: list[Any] = []
-            seen = 0
+            buffer: list[object] = []
+            number = 0
             for record in source.stream(shard, num_shards, self.seed + epoch):
-                seen += 1
-                waiting.append(record)
-                if len(waiting) > self.buffer:
-                    yield _pop_random(waiting, draw)
-            while waiting:
-                yield _pop_random(waiting, draw)
-            if not seen:
+                number += 1
+                buffer.append(record)
+                if len(buffer) > self.buffer:
+                    yield _pop_random(buffer, generator)
+            while buffer:
+                yield _pop_random(buffer, generator)
+            if not number:
                 raise ValueError(
                     f"{source.path}: no record for reader {shard + 1} of {num_shards} (ranks times "
                     "trainer.dataloader_num_workers); use fewer"
                 )
             epoch += 1
 
-    def _encode_or_skip(self, source: Source, record: Any) -> dict[str, Any] | Skipped:
+    def _encode_or_skip(self, source: Source, record: object) -> SampleInputs | Skipped:
         try:
             return encode_sample(source, source.read(record))
         except BadSample as error:
@@ -100,10 +102,10 @@ class SampleStream(IterableDataset[Any]):
 def open_stream(
     config: DatasetConfig, encoder: SampleEncoder, *, seed: int, rank: int, world_size: int
 ) -> SampleStream:
-    """The stream of a run's sources, once the first records of each were looked at.
+    """Open the stream of a run's sources and check the first record of each.
 
     Raises:
-        ValueError: a source does not open or is empty, or one of its first records cannot be used.
+        ValueError: a source does not open or is empty, or its first record cannot be used.
     """
     stream = SampleStream(make_sources(config, encoder), config.shuffle_buffer, seed, rank, world_size)
     for source in stream.sources:
@@ -116,8 +118,8 @@ def open_stream(
     return stream
 
 
-def _pop_random(waiting: list[Any], draw: random.Random) -> Any:
-    """One of those that wait, the last put in its place."""
-    place = draw.randrange(len(waiting))
-    waiting[place], waiting[-1] = waiting[-1], waiting[place]
-    return waiting.pop()
+def _pop_random(buffer: list[object], generator: random.Random) -> object:
+    """Remove a random item, and put the last one in its place."""
+    place = generator.randrange(len(buffer))
+    buffer[place], buffer[-1] = buffer[-1], buffer[place]
+    return buffer.pop()

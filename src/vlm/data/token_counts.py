@@ -1,6 +1,6 @@
-"""How many tokens each record has: counted once, in parallel, before anything trains, and kept in the cache.
+"""Counts of each record's tokens: made once, in parallel, before anything trains, and kept in the cache.
 
-Whatever makes a record unusable is found here too, as far as it can be without decoding every picture.
+Records that cannot be used are found here too, as far as possible without decoding every image.
 """
 
 import hashlib
@@ -31,30 +31,33 @@ SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 INTEGER_COLUMNS, LABEL_COLUMNS = SCHEMA.names[:9], ("label", "group")
-"""The columns of whole numbers, and those of what a prediction head learns, both as they are counted."""
+"""The columns of integers, and those of labels and groups for prediction heads."""
 CHUNK = 256
 FEW = 4 * CHUNK
-"""So many records are counted sooner than processes start."""
+"""Up to this many records are counted faster in this process than in workers that have to start."""
+
+CountedRow = tuple[Any, ...]
+"""A row of `SCHEMA`."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is known of each record that was counted; arrays of one length, read from disk as they are used.
+    """Counts of records: arrays with an entry for each record, read from disk as they are used.
 
     Attributes:
-        record: its number in the source.
-        length: its tokens, image tokens counted; 0 for one that cannot be used.
+        record: its index in the source.
+        length: number of tokens, image tokens included; 0 for a record that cannot be used.
         needed: the fewest tokens that it may be cut to: up to its last image or video, and its first supervised token.
-        supervised: its supervised tokens.
-        replies: how often it lets the assistant speak.
-        images: its pictures and videos; of a video that is shown as frames, each.
-        videos: those of them that the model sees as videos.
-        width: of its first picture, in pixels; 0 where it has none, or is a video's frame.
-        height: as width.
-        labels: what a prediction head learns of it, as JSON; null where that is nothing, or not asked for.
-        groups: in which group a ranking compares it; null as labels.
+        supervised: number of supervised tokens.
+        replies: number of assistant turns.
+        images: number of images and videos; every frame of a video that is read as images.
+        videos: number of those that the model reads as videos.
+        width: width of the first image in pixels; 0 where it has none, or a frame of a video.
+        height: height, as width.
+        labels: its label for prediction heads as JSON; null without one, or where labels are not read.
+        groups: the group within which a ranking compares it; null as labels.
         problems: place in these arrays -> why the record cannot be used.
-        ids: what the records call themselves.
+        ids: the names that records give themselves.
     """
 
     record: np.ndarray
@@ -72,11 +75,11 @@ class Counts:
     ids: pa.ChunkedArray
 
     def record_id(self, place: int) -> str:
-        """What the record at a place calls itself."""
+        """Return the name of the record at a place."""
         return self.ids[place].as_py()
 
     def labels_and_groups_at(self, places: np.ndarray) -> tuple[list[Any], list[str | None]]:
-        """Labels and groups of the records at some places; None where one has none."""
+        """Return the labels and groups of the records at some places; None for a record without one."""
         rows = pa.array(places)
         labels = [None if text is None else json.loads(text) for text in self.labels.take(rows).to_pylist()]
         return labels, self.groups.take(rows).to_pylist()
@@ -86,30 +89,30 @@ def count(
     source: Source, records: np.ndarray, decode: int | None, workers: int | None,
     on_problem: Callable[[int, BadSample], None] = lambda number, problem: None,
 ) -> Counts:  # fmt: skip
-    """Count records of a source, or find what was counted before.
+    """Count the records of a source, or read the counts from the cache.
 
-    Records that could not be used then are looked at again: a picture that was missing may be there now.
+    Records that could not be used before are counted again: a missing image may be there now.
 
     Args:
         source: the source.
-        records: the numbers of the records, in order.
-        decode: of so many of them, from the first on, the pictures are decoded; None: of all.
-        workers: processes that count; None: as many as there are cores.
-        on_problem: told of each record that cannot be used, as soon as it is found; where it raises, what was counted
-            up to there is kept.
+        records: the indices of the records, in order.
+        decode: the number of records, from the first on, whose images are decoded; None for all.
+        workers: number of processes; defaults to the number of cores.
+        on_problem: called for each record that cannot be used, as soon as it is found; where it raises, the counts up
+            to there are kept.
     """
     key = json_digest(source.fingerprint, decode, str(SCHEMA), hashlib.sha256(records.tobytes()).hexdigest())
     path = source.cache / "counts" / f"{key}.arrow"
 
-    known = path.exists()
-    whole = len(records) if decode is None else decode
-    create_once(path, lambda partial: _write_counts(source, records, whole, workers, on_problem, partial))
+    was_cached = path.exists()
+    num_decoded = len(records) if decode is None else decode
+    create_once(path, lambda partial: _write_counts(source, records, num_decoded, workers, on_problem, partial))
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     columns = {name: _integer_column(table.column(name)) for name in INTEGER_COLUMNS}
     texts = {name: table.column(name) for name in LABEL_COLUMNS}
     places = np.flatnonzero(columns["length"] == 0)
-    if known:
-        rows = _recount_unusable(source, columns, places, int(np.searchsorted(places, whole)), workers)
+    if was_cached:
+        rows = _recount_unusable(source, columns, places, int(np.searchsorted(places, num_decoded)), workers)
         texts = {name: _replace_at(column, places, [row[name] for row in rows]) for name, column in texts.items()}
     else:
         rows = table.take(pa.array(places)).to_pylist() if len(places) else []
@@ -122,9 +125,9 @@ def count(
 def _recount_unusable(
     source: Source, columns: dict[str, np.ndarray], places: np.ndarray, decode: int, workers: int | None
 ) -> list[dict[str, Any]]:
-    """Rows of records that could not be used once, counted anew; the columns take on what is different."""
-    found = _iter_counted_rows(source, columns["record"][places], 0, decode, workers)
-    rows = [dict(zip(SCHEMA.names, row, strict=True)) for chunk in found for row in chunk]
+    """Count the records at some places anew, update the columns there, and return their rows."""
+    chunks = _iter_counted_rows(source, columns["record"][places], 0, decode, workers)
+    rows = [dict(zip(SCHEMA.names, row, strict=True)) for chunk in chunks for row in chunk]
     for place, row in zip(places.tolist(), rows, strict=True):
         for name, column in columns.items():
             column[place] = row[name]
@@ -132,7 +135,7 @@ def _recount_unusable(
 
 
 def _replace_at(column: pa.ChunkedArray, places: np.ndarray, texts: list[str | None]) -> pa.ChunkedArray:
-    """A column with other texts at some places."""
+    """Return a column with other texts at some places."""
     if not any(text is not None for text in texts):
         return column
     rows = column.to_pylist()
@@ -146,9 +149,9 @@ def _bad_sample_from_row(row: dict[str, Any]) -> BadSample:
 
 
 def _integer_column(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of whole numbers; `to_numpy` would import pandas, which takes a second and has no part in this."""
+    """Return a column of integers as an array; `to_numpy` would import pandas, which takes a second."""
     kind = np.dtype(str(column.type))
-    parts = [np.frombuffer(one.buffers()[1], kind, len(one), one.offset * kind.itemsize) for one in column.chunks]
+    parts = [np.frombuffer(c.buffers()[1], kind, len(c), c.offset * kind.itemsize) for c in column.chunks]
     return np.concatenate(parts) if parts else np.empty(0, kind)
 
 
@@ -156,7 +159,7 @@ def _write_counts(
     source: Source, records: np.ndarray, decode: int, workers: int | None,
     on_problem: Callable[[int, BadSample], None], path: Path,
 ) -> None:  # fmt: skip
-    """Count into a file; whole chunks that a stopped count left there are not counted again."""
+    """Count into a file; complete chunks that a stopped count left there are kept."""
     before = _read_complete_batches(path)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for batch in before:
@@ -171,19 +174,19 @@ def _write_counts(
 
 
 def _read_complete_batches(path: Path) -> list[pa.RecordBatch]:
-    """The chunks of a file that was not finished, up to where it is torn."""
+    """Read the complete chunks of a file that was not finished."""
     batches = []
     if path.exists():
         try:
             with pa.ipc.open_stream(path.read_bytes()) as reader:
-                batches += reader  # one by one, so that those before a tear stay
+                batches += reader  # one by one, so that those before a truncated one are kept
         except (pa.ArrowInvalid, OSError):
             pass
     return batches
 
 
-class _RecordChunks(Dataset[Any]):
-    """Chunks of records, counted when they are asked for; an error comes as a value, since it crosses processes."""
+class _RecordChunks(Dataset[list[CountedRow] | Exception]):
+    """Chunks of records, counted as they are read; errors are returned, since they cross processes."""
 
     def __init__(self, source: Source, records: np.ndarray, done: int, decode: int):
         self.source, self.records, self.decode = source, records, decode
@@ -192,7 +195,7 @@ class _RecordChunks(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, chunk: int) -> list[tuple[Any, ...]] | Exception:
+    def __getitem__(self, chunk: int) -> list[CountedRow] | Exception:
         start = self.starts[chunk]
         places = range(start, min(start + CHUNK, len(self.records)))
         try:
@@ -203,8 +206,8 @@ class _RecordChunks(Dataset[Any]):
 
 def _iter_counted_rows(
     source: Source, records: np.ndarray, done: int, decode: int, workers: int | None
-) -> Iterator[list[tuple[Any, ...]]]:
-    """Rows of the table of counts, chunk by chunk in order, from a record on."""
+) -> Iterator[list[CountedRow]]:
+    """Count records from the index `done` on; iterate over chunks of rows, in order."""
     few = len(records) <= FEW
     number = 0 if few else num_cores() if workers is None else workers
     loader = DataLoader(_RecordChunks(source, records, done, decode), batch_size=None, num_workers=number)
@@ -217,8 +220,8 @@ def _iter_counted_rows(
             yield rows
 
 
-def count_record(source: Source, number: int, *, decode: bool) -> tuple[Any, ...]:
-    """A record's row, as in `SCHEMA`; of one that cannot be used all counts are 0."""
+def count_record(source: Source, number: int, *, decode: bool) -> CountedRow:
+    """Return the row of a record, as in `SCHEMA`; all counts are 0 for a record that cannot be used."""
     try:
         sample = source.sample(number)
         width, height = check_images(sample, decode=decode)
@@ -229,15 +232,15 @@ def count_record(source: Source, number: int, *, decode: bool) -> tuple[Any, ...
     needed = source.encoder.min_length(encoded)
     supervised = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
     replies = sum(turn.role == "assistant" for turn in sample.turns)
-    seen = len(sample.media), len(sample.videos), width, height
-    return number, len(encoded.input_ids), needed, supervised, replies, *seen, *label_and_group, sample.id, None, None
+    media = len(sample.media), len(sample.videos), width, height
+    return number, len(encoded.input_ids), needed, supervised, replies, *media, *label_and_group, sample.id, None, None
 
 
 def check_images(sample: Sample, *, decode: bool) -> tuple[int, int]:
-    """Whether a sample's pictures open, as a whole or their headers; width and height of the first, else zeros.
+    """Check that a sample's images open, all of them or their headers; return width and height of the first, or zeros.
 
     Raises:
-        BadSample: one does not.
+        BadSample: an image does not open.
     """
     if decode:
         open_media(sample)

@@ -1,7 +1,7 @@
-"""The table of families: `model_type -> part -> parameter prefixes`, and what else is particular to each.
+"""The table of families: `model_type -> part -> parameter prefixes`, and the other properties of each.
 
 Imports the standard library only. To add a family, add a row to `FAMILIES`: the contract tests then train it, save it
-and load it again. Prefixes are those of `named_parameters()`; the longest one that fits wins.
+and load it again. Prefixes are those of `named_parameters()`; the longest match wins.
 """
 
 from collections.abc import Iterator
@@ -9,33 +9,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CROSS_ATTENTION_LAYERS = "{cross_attention_layers}"
-"""In a prefix: each of the layers that the language model's configuration lists under that name."""
-
+"""In a prefix: stands for each layer that the language model's configuration lists under that name."""
 
 UNUSED_LAYERS = "{past_selected}"
-"""In a prefix: each of the visual encoder's layers past the one that is read."""
+"""In a prefix: stands for each of the visual encoder's layers past the selected one."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of vision-language model.
+    """One family of vision-language models.
 
     Attributes:
-        name: what people call it.
+        name: its usual name.
         parts: part -> prefixes of its parameters.
         choices: the packaged names of `model=…`.
-        unread: prefixes of parameters that no answer about a picture depends on.
-        rows: inputs with one row for each sample, whatever number of images it has; the others have one for each
-            image, or for each of its patches.
+        unused_prefixes: prefixes of parameters that no answer about an image depends on.
+        rows: inputs with one row for each sample, whatever its number of images; the others have one for each image,
+            or for each of its patches.
         tokens: inputs with one value for each token, besides ids and mask.
-        videos: whether it knows videos as such.
-        joined: whether videos are read by the inputs of pictures, in the order in which all stand in the text.
-        equal_num_frames: whether all videos of a batch must have as many frames.
-        min_frames: how many frames a video must have.
-        video_template: the chat template of conversations with videos, where its own has no place for them.
-        template: the chat template where its processor brings none.
-        packs: whether it keeps the samples of a packed row apart (`trainer.packing`).
-        grid_positions: whether tokens of pictures and videos have three positions each, in time, height and width.
+        videos: whether it has a token for videos.
+        joined: whether images and videos share inputs, in the order of the text.
+        equal_num_frames: whether all videos of a batch must have the same number of frames.
+        min_frames: the fewest frames of a video.
+        video_template: the chat template of conversations with videos, where its own does not support them.
+        template: the chat template where its processor has none.
+        supports_packing: whether it keeps the samples of a packed row apart (`trainer.packing`).
+        grid_positions: whether tokens of images and videos have three positions, in time, height and width.
     """
 
     name: str
@@ -62,7 +61,7 @@ COMPOSED_FAMILY = Family(
         "language_model": ("language_model.",),
     },
 )
-"""A model of this framework, in the same terms."""
+"""A composed model, in the same terms."""
 
 LLAVA_PARTS = {
     "visual_encoder": ("model.vision_tower.",),
@@ -237,34 +236,34 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class PartNames:
-    """Which part a parameter of one model belongs to.
+    """The parts of one model, by prefixes of its parameters.
 
     Attributes:
         prefixes: prefix -> part.
-        unread: prefixes of parameters that get no gradient.
+        unused_prefixes: prefixes of parameters that get no gradient.
     """
 
     prefixes: dict[str, str]
     unused_prefixes: tuple[str, ...] = field(default=())
 
     def part_of(self, name: str) -> str:
-        """The part of a parameter or buffer, by its full name; the longest prefix that fits wins.
+        """Return the part of a parameter or buffer, by its full name; the longest matching prefix wins.
 
         Raises:
-            ValueError: the name begins with none of them.
+            ValueError: no prefix matches.
         """
-        fitting = [prefix for prefix in self.prefixes if name.startswith(prefix)]
-        if not fitting:
+        matching = [prefix for prefix in self.prefixes if name.startswith(prefix)]
+        if not matching:
             raise ValueError(f"{name}: begins with no prefix of a part; the table of families lacks it")
-        return self.prefixes[max(fitting, key=len)]
+        return self.prefixes[max(matching, key=len)]
 
     def is_unused(self, name: str) -> bool:
-        """Whether no answer depends on it."""
+        """Return whether no answer depends on a parameter."""
         return name.startswith(self.unused_prefixes)
 
 
 def get_part_names(config: Any) -> PartNames:
-    """The parts of a model, by its configuration.
+    """Return the parts of a model, by its configuration.
 
     Raises:
         ValueError: its family is not in the table.
@@ -276,23 +275,22 @@ def get_part_names(config: Any) -> PartNames:
     composed = config.model_type == "vlm"
     family = COMPOSED_FAMILY if composed else get_family(config.model_type)
     prefixes = {
-        filled: part
-        for part, given in family.parts.items()
-        for prefix in given
-        for filled in _expand_prefix(prefix, config)
+        expanded: part
+        for part, patterns in family.parts.items()
+        for pattern in patterns
+        for expanded in _expand_prefix(pattern, config)
     }
     if composed:
         return PartNames(prefixes, tuple(f"visual_encoder.{name}" for name in config.unread_parameters))
-    return PartNames(
-        prefixes, tuple(filled for prefix in family.unused_prefixes for filled in _expand_prefix(prefix, config))
-    )
+    unused = (expanded for pattern in family.unused_prefixes for expanded in _expand_prefix(pattern, config))
+    return PartNames(prefixes, tuple(unused))
 
 
 def get_family(model_type: str) -> Family:
-    """A row of the table.
+    """Return the family of a model type.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is not in the table.
     """
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type} is no family of this framework; there are {', '.join(FAMILIES)}")
@@ -310,9 +308,9 @@ def _expand_prefix(prefix: str, config: Any) -> Iterator[str]:
 
 
 def _unused_layers(config: Any) -> range:
-    """The visual encoder's layers past the hidden state that is read, of which state 0 is before the first."""
+    """Return the indices of the visual encoder's layers past the selected hidden state (0 is before the first layer)."""
     count = config.vision_config.num_hidden_layers
     phi = config.model_type == "phi4_multimodal"
-    read = config.vision_config.feature_layer if phi else config.vision_feature_layer
-    highest = max(state % (count + 1) for state in ([read] if isinstance(read, int) else read))
+    selected = config.vision_config.feature_layer if phi else config.vision_feature_layer
+    highest = max(state % (count + 1) for state in ([selected] if isinstance(selected, int) else selected))
     return range(highest, count)

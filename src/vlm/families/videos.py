@@ -1,6 +1,6 @@
-"""Videos as a family's own processor reads them: frames that were chosen before, with what is known of their times.
+"""Videos for a family's own processor: frames that are chosen beforehand, with their times.
 
-Every token and every pixel is the family's own. To count tokens, blank frames of one shape are looked at once.
+Every token and every pixel is the family's own. To count tokens, its processor gets blank frames, once for each shape.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
 from vlm.families.table import Family
 
 MAX_KEPT_VALUES = 1000
-"""More values than this are no grid of patches, nor anything else that a number of tokens is read from."""
+"""Larger tensors are no grids of patches, nor anything else that a number of tokens is computed from."""
 
 
 class FamilyVideos:
@@ -45,31 +45,31 @@ class FamilyVideos:
         """Return how many frames are read of even the shortest video, where at most `max_frames` are read of any."""
         return max_frames if self.family.equal_num_frames else self.family.min_frames
 
-    def inputs(self, video: DecodedVideo) -> dict[str, Any]:
-        """All that the processor makes of a video by itself: inputs of the model, and of its text."""
+    def inputs(self, video: DecodedVideo) -> Mapping[str, Any]:
+        """Return all outputs of the processor for a single video: inputs of the model, and those of its text."""
         return self.native(
             text=[self.token], videos=[_frames_to_tensor(video)], video_metadata=[make_metadata(video.clip)],
             do_sample_frames=False, return_tensors="pt",
         )  # fmt: skip
 
     def _compute_expansion(self, clip: Clip) -> str:
-        """What stands in the text for a video of which this is seen."""
-        read = self._blank_outputs(len(clip.frames), clip.height, clip.width)
-        return str(self.native.replace_video_token({**read, "video_metadata": [make_metadata(clip)]}, video_idx=0))
+        """Return the text that a video token is replaced by."""
+        outputs = self._blank_outputs(len(clip.frames), clip.height, clip.width)
+        return str(self.native.replace_video_token({**outputs, "video_metadata": [make_metadata(clip)]}, video_idx=0))
 
     def _read_blank(self, frames: int, height: int, width: int) -> Mapping[str, Any]:
-        """What the video processor makes of blank frames; of large outputs the shapes alone are kept."""
+        """Return the outputs of the video processor for blank frames; large ones keep their shapes only."""
         blank = torch.zeros(1, dtype=torch.uint8).expand(frames, 3, height, width)
         clip = Clip(tuple(range(frames)), frames, height, width, 1.0)
-        read = self.native.video_processor(
+        outputs = self.native.video_processor(
             [blank], video_metadata=[make_metadata(clip)], do_sample_frames=False, return_metadata=True,
             return_tensors="pt",
         )  # fmt: skip
-        return {name: _without_memory(value) for name, value in read.items()}
+        return {name: _without_memory(value) for name, value in outputs.items()}
 
 
 def make_metadata(clip: Clip) -> VideoMetadata:
-    """What is seen of a video, as transformers says it; made anew each time, since processors write into it."""
+    """Make the metadata of a clip for transformers; a new object each time, since processors write into it."""
     return VideoMetadata(
         total_num_frames=clip.total_frames, fps=clip.fps, width=clip.width, height=clip.height,
         duration=clip.total_frames / clip.fps, frames_indices=list(clip.frames),
@@ -77,10 +77,10 @@ def make_metadata(clip: Clip) -> VideoMetadata:
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str]) -> dict[str, Tensor]:
-    """Inputs of several pictures and videos of one sample, one after the other.
+    """Concatenate the inputs of several images and videos of one sample.
 
     Args:
-        parts: the inputs of each.
+        parts: the inputs of each image or video.
         rows: inputs with one row for the sample, `(1, images, …)`; the others are `(images, …)`.
     """
     collected: dict[str, list[Tensor]] = defaultdict(list)
@@ -91,11 +91,12 @@ def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str]) -> dict[s
 
 
 def _frames_to_tensor(video: DecodedVideo) -> Tensor:
-    """Frames as `(frames, 3, height, width)` whole numbers."""
+    """Return frames as a uint8 tensor `(frames, 3, height, width)`."""
     return torch.from_numpy(np.stack([np.asarray(frame) for frame in video.frames])).permute(0, 3, 1, 2).contiguous()
 
 
-def _without_memory(value: Any) -> Any:
-    """A tensor of something about each pixel without its memory; grids and all else as they are."""
-    large = isinstance(value, Tensor) and value.numel() > MAX_KEPT_VALUES
-    return value.new_zeros(1).expand(value.shape) if large else value
+def _without_memory(value: object) -> object:
+    """Return a large tensor without its memory; any other value unchanged."""
+    if isinstance(value, Tensor) and value.numel() > MAX_KEPT_VALUES:
+        return value.new_zeros(1).expand(value.shape)
+    return value

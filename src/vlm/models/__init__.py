@@ -1,8 +1,8 @@
-"""Hub code: the model, its processor and their configuration, as they travel with every checkpoint.
+"""Hub code: the models, their processor and configurations, which are saved with every checkpoint.
 
 The files here are flat and import torch, transformers and their siblings only (`from .x import Y`), because
-`save_pretrained` copies them into checkpoints that load where `vlm` is not installed. Importing this package makes
-the auto classes know the `vlm` model type, so its own checkpoints load here without any remote code.
+`save_pretrained` copies them into checkpoints that load where `vlm` is not installed. Importing this package
+registers the model types `vlm` and `vlm_prediction`, so that their checkpoints load here without remote code.
 """
 
 from transformers import (

@@ -1,10 +1,10 @@
-"""Pictures in tiles (`anyres`): which grid a picture takes, how it is cut, and how many tokens come of it.
+"""Images in tiles (`anyres`): the grid of an image, its tiles, and the number of its tokens.
 
 As LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next/) and LLaVA-OneVision (Li et al. 2024,
-arXiv:2408.03326, section 3.2) do it: the whole picture squashed to one square, then its tiles; their features are put
-together again, the padding is cut off, and each row ends with a learned vector.
+arXiv:2408.03326, section 3.2) do it: the whole image is squashed to a square, then come its tiles; the features of the
+tiles are put together again, the padding is cut off, and each row ends with a learned vector.
 
-Hub code: imports torch and transformers only. The processor counts and cuts with what the model lays out with.
+Hub code: imports torch and transformers only. The processor and the model use the same class.
 
 Shapes: I images of a batch, V views (squares that the visual encoder sees), N tokens of a view, D text width.
 """
@@ -22,20 +22,20 @@ Size = tuple[int, int]
 """Height and width."""
 
 VIDEO_FRAME_VIEWS = 0
-"""The number of views of a video's frame: it is one square, whose tokens are pooled."""
+"""The number of views that marks a frame of a video: it is one square, whose tokens are pooled."""
 
 
 @dataclass(frozen=True)
 class AnyRes:
-    """How pictures are taken apart and put together again.
+    """How images are cut into tiles and their features put together.
 
     Attributes:
-        grids: allowed (rows, columns) of tiles; between equally good ones the first is taken.
+        grids: allowed (rows, columns) of tiles; of equally good ones the first is used.
         tile_size: side of a view in pixels.
-        tokens_side: side of the grid of tokens that a view becomes.
-        max_tiles: a picture's tiles give at most about the tokens of so many tiles (`anyres_max_9`: 9), by bilinear
-            interpolation; None: all.
-        tile_several: whether each of several pictures in a sample is tiled too; else each is one view.
+        tokens_side: side of the grid of tokens of a view.
+        max_tiles: the tokens of tiles are bilinearly interpolated to at most about those of so many tiles
+            (`anyres_max_9`: 9); None for no limit.
+        tile_several: whether images are tiled where a sample has several; otherwise each is one view.
     """
 
     grids: Sequence[Sequence[int]]
@@ -45,10 +45,10 @@ class AnyRes:
     tile_several: bool = False
 
     def num_views(self, sizes: Sequence[Size | None]) -> list[int]:
-        """Views of each picture of one sample: the whole and its tiles, the whole alone (1), or `FRAME`.
+        """Return the number of views of each image of one sample: 1 and its tiles, 1, or `VIDEO_FRAME_VIEWS`.
 
         Args:
-            sizes: of its pictures in order; None for frames of videos.
+            sizes: the sizes of its images, in order; None for frames of videos.
         """
         several = sum(size is not None for size in sizes) > 1 and not self.tile_several
         return [
@@ -56,17 +56,17 @@ class AnyRes:
         ]
 
     def grid(self, size: Size) -> Size:
-        """Rows and columns of tiles: where most pixels of the picture are kept, then where least is padded."""
+        """Return the rows and columns of tiles that keep most pixels of the image, then that need least padding."""
         side = self.tile_size
         height, width = select_best_resolution(size, [(rows * side, columns * side) for rows, columns in self.grids])
         return height // side, width // side
 
     def image_tokens(self, sizes: Sequence[Size | None]) -> list[int]:
-        """Tokens of each picture of one sample; `sizes` as `num_views` takes them."""
+        """Return the number of tokens of each image of one sample; `sizes` as in `num_views`."""
         return [self.num_tokens(*image) for image in zip(sizes, self.num_views(sizes), strict=True)]
 
     def num_tokens(self, size: Size | None, views: int) -> int:
-        """Tokens of one picture."""
+        """Return the number of tokens of one image."""
         whole = self.tokens_side**2
         if size is None or views == VIDEO_FRAME_VIEWS:
             return self.pooled_side**2
@@ -77,35 +77,35 @@ class AnyRes:
 
     @property
     def pooled_side(self) -> int:
-        """Side of the grid of tokens that a frame becomes."""
+        """The side of the grid of tokens of a frame."""
         return math.ceil(self.tokens_side / 2)
 
     def unpadded_size(self, size: Size) -> Size:
-        """Rows and columns of the tiles' tokens that are not padding; as many are cut off at either side.
+        """Return the rows and columns of the tiles' tokens without padding, which is cut off equally at both sides.
 
         The rounding is transformers' (`unpad_image`), since it decides how many tokens there are.
         """
         height, width = size
         rows, columns = (number * self.tokens_side for number in self.grid(size))
         if width / height > columns / rows:
-            wanted = int(round(height * (columns / width), 7))
-            return rows - (rows - wanted) // 2 * 2, columns
-        wanted = int(round(width * (rows / height), 7))
-        return rows, columns - (columns - wanted) // 2 * 2
+            num_rows = int(round(height * (columns / width), 7))
+            return rows - (rows - num_rows) // 2 * 2, columns
+        num_columns = int(round(width * (rows / height), 7))
+        return rows, columns - (columns - num_columns) // 2 * 2
 
     def limit_size(self, unpadded_size: Size) -> Size:
-        """Rows and columns after `max_tiles`; they shrink where they are more than 1.1 times too long."""
+        """Return the rows and columns within `max_tiles`; they shrink where they are more than 1.1 times too long."""
         if self.max_tiles is None:
             return unpadded_size
         times = math.sqrt(unpadded_size[0] * unpadded_size[1] / (self.max_tiles * self.tokens_side**2))
         return unpadded_size if times <= 1.1 else (int(unpadded_size[0] // times), int(unpadded_size[1] // times))
 
     def cut_tiles(self, image: Tensor, resize: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-        """A picture's tiles, row by row, resized to fit their grid in the middle of black: `(tiles, 3, side, side)`.
+        """Resize an image to fit its grid, in the middle of black, and cut it row by row: `(tiles, 3, side, side)`.
 
         Args:
             image: `(3, height, width)`, before normalisation.
-            resize: to a height and width.
+            resize: resizes an image to a height and width.
         """
         height, width = image.shape[1:]
         rows, columns = self.grid((height, width))
@@ -121,12 +121,12 @@ class AnyRes:
         return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
     def pool_frame(self, tokens: Tensor) -> Tensor:
-        """The tokens of a frame, bilinearly pooled to half the side, rounded up: `(N, D) -> (pooled, D)`."""
+        """Pool the tokens of a frame bilinearly to half the side, rounded up: `(N, D) -> (pooled, D)`."""
         grid = tokens.T.unflatten(1, (self.tokens_side, self.tokens_side))  # (D, side, side)
         return F.interpolate(grid[None], size=(self.pooled_side,) * 2, mode="bilinear")[0].flatten(1).T
 
     def stitch_tiles(self, tokens: Tensor, size: Size) -> Tensor:
-        """The tokens of a picture's tiles as one grid without the padding: `(tiles, N, D) -> (D, rows, columns)`."""
+        """Join the tokens of an image's tiles in one grid without padding: `(tiles, N, D) -> (D, rows, columns)`."""
         side = self.tokens_side
         rows, columns = self.grid(size)
         grid = tokens.unflatten(1, (side, side)).unflatten(0, (rows, columns))  # (rows, columns, side, side, D)
@@ -140,12 +140,12 @@ class AnyRes:
 
 
 class ImageNewline(nn.Module):
-    """Lays the tokens of views out picture by picture, a learned vector behind each row of tiles.
+    """Joins the tokens of views image by image, with a learned vector after each row of tiles.
 
-    The vector takes part in every forward pass, so that it has a gradient on every rank whatever the pictures are.
+    The vector is used in every forward pass, so that it has a gradient on every rank for any images.
 
     Args:
-        anyres: how the pictures were taken apart.
+        anyres: how the images were cut.
         text_dim: width of the tokens.
     """
 
@@ -156,44 +156,43 @@ class ImageNewline(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """About as long as LLaVA's first one: each entry of standard deviation `1 / sqrt(text_dim)`."""
+        """Initialise the vector as LLaVA does: each entry with standard deviation `1 / sqrt(text_dim)`."""
         nn.init.normal_(self.weight, std=len(self.weight) ** -0.5)
 
     def forward(self, tokens: Tensor, sizes: Sequence[Size], views: Sequence[int]) -> Tensor:
-        """Tokens of all pictures one after the other: `(V, N, D) -> (tokens, D)`.
+        """Return the tokens of all images in sequence: `(V, N, D) -> (tokens, D)`.
 
         Args:
-            tokens: of all views.
-            sizes: height and width of each picture; of frames, anything.
-            views: of each picture.
+            tokens: the tokens of all views.
+            sizes: height and width of each image; any for frames.
+            views: number of views of each image.
         """
         newline = self.weight.to(tokens.dtype)
-        found = [newline[None, :][:0]]  # nothing, with a gradient
-        split = tokens.split([max(number, 1) for number in views])
-        for seen, size, number in zip(split, sizes, views, strict=True):
+        parts = [newline[None, :][:0]]  # empty, but with a gradient
+        tokens_by_image = tokens.split([max(number, 1) for number in views])
+        for image_tokens, size, number in zip(tokens_by_image, sizes, views, strict=True):
             if number == VIDEO_FRAME_VIEWS:
-                found.append(self.anyres.pool_frame(seen[0]))
+                parts.append(self.anyres.pool_frame(image_tokens[0]))
             elif number == 1:
-                found += [seen[0], newline[None, :]]
+                parts += [image_tokens[0], newline[None, :]]
             else:
-                grid = self.anyres.stitch_tiles(seen[1:], size)  # (D, rows, columns)
+                grid = self.anyres.stitch_tiles(image_tokens[1:], size)  # (D, rows, columns)
                 grid = torch.cat([grid, newline[:, None, None].expand(-1, grid.shape[1], 1)], dim=2)
-                found += [seen[0], grid.flatten(1).T]
-        return torch.cat(found)
+                parts += [image_tokens[0], grid.flatten(1).T]
+        return torch.cat(parts)
 
 
 def first_mismatched_row(rows: Sequence[int], images: Sequence[int]) -> int | None:
-    """The first row whose placeholders are not the tokens of whole images in order; None where all are.
+    """Return the first row whose placeholders do not add up to whole images in order; None where all rows do.
 
     Args:
-        rows: placeholders of each row.
-        images: tokens of each image.
+        rows: number of placeholders of each row.
+        images: number of tokens of each image.
     """
-    waiting = iter(images)
+    remaining_images = iter(images)
     for row, placeholders in enumerate(rows):
-        left = placeholders
-        while left > 0:
-            left -= next(waiting, left + 1)
-        if left:
+        while placeholders > 0:
+            placeholders -= next(remaining_images, placeholders + 1)
+        if placeholders:
             return row
-    return None if next(waiting, None) is None else len(rows) - 1
+    return None if next(remaining_images, None) is None else len(rows) - 1

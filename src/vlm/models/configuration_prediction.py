@@ -1,4 +1,4 @@
-"""The configuration of a model with prediction heads: its body's, nested as it is, and what each head does.
+"""The configuration of a model with prediction heads: its body's, nested unchanged, and the settings of each head.
 
 Hub code: imports transformers and its siblings only.
 """
@@ -18,31 +18,31 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_prediction.VLMForPrediction",
     "AutoProcessor": "processing_vlm.VLMProcessor",
 }
-"""Which class answers for which auto class where a checkpoint's own code is trusted."""
+"""Auto class -> the class to load where a checkpoint's own code is trusted."""
 
 
 @dataclass
 class HeadSettings:
-    """One head, as a checkpoint holds it.
+    """The settings of one head in a checkpoint.
 
     Attributes:
-        name: what it is called.
-        task: a name of `TASKS`.
-        labels: what it chooses among, in the order of its numbers.
+        name: its name.
+        task: a name of `NUM_OUTPUTS_BY_TASK`.
+        labels: the labels, in the order of its outputs.
         type: a name of `HEADS`, or `package.module:Class`.
-        options: that class's keyword parameters.
+        options: the keyword parameters of that class.
         pooling: a name of `POOLINGS`.
-        layer: index into `hidden_states`; None: the last.
-        token_id: the token that it reads at, where its pooling has one.
-        shift: of `regression`: the mean of the training labels.
-        scale: of `regression`: their standard deviation.
-        loss: how it was trained.
-        loss_options: the loss's keyword parameters.
-        class_weights: what each label counts in the loss.
-        label_smoothing: share of a target that is spread over all labels.
-        weight: what its loss counts among those of several heads.
-        temperature: what its logits are divided by before they become probabilities.
-        threshold: from which probability on a label is decided; one for each label of `multilabel`.
+        layer: index into `hidden_states`; None for the last.
+        token_id: the token that it reads at, for poolings that have one.
+        shift: the mean of the training labels of `regression`.
+        scale: the standard deviation of the training labels of `regression`.
+        loss: the loss that it was trained with.
+        loss_options: the keyword parameters of the loss.
+        class_weights: the weight of each label in the loss.
+        label_smoothing: the share of a target that is spread over all labels.
+        weight: the weight of its loss among those of several heads.
+        temperature: the divisor of its logits before they become probabilities.
+        threshold: the least probability at which a label is chosen; one for each label of `multilabel`.
     """
 
     name: str
@@ -69,11 +69,11 @@ class VLMPredictionConfig(PreTrainedConfig):
 
     Args:
         body_config: configuration of the vision-language model, with its `model_type`.
-        heads: the fields of `HeadSettings` of each head; the first one's numbers are the model's `logits`.
-        media_token_ids: ids that stand for features of pictures and videos.
-        suffix: what stands behind every prompt, as text: the tokens of heads that read at one of their own.
-        suffix_ids: its ids.
-        generation_weight: what the loss of replies counted in training beside the heads'.
+        heads: the fields of `HeadSettings` of each head; the outputs of the first one are the model's `logits`.
+        media_token_ids: ids that stand for features of images and videos.
+        suffix: the text at the end of every prompt: the tokens of heads that read at one of their own.
+        suffix_ids: the ids of the suffix.
+        generation_weight: the weight of the loss of replies in training, relative to that of the heads.
         recipe: the `model` section of the run that built it.
     """
 
@@ -105,7 +105,7 @@ class VLMPredictionConfig(PreTrainedConfig):
             kwargs["num_labels"] = 1
         known = dict(AUTO_MAP)
         if not is_composed(self.body_config):
-            del known["AutoProcessor"]  # a family's own says in its own file what it is
+            del known["AutoProcessor"]  # a family's processor names its class in its own file
         kwargs.setdefault("auto_map", known)
         kwargs["tie_word_embeddings"] = False  # the body ties its own, nested
         super().__init__(**kwargs)
@@ -114,25 +114,25 @@ class VLMPredictionConfig(PreTrainedConfig):
 
     @property
     def settings(self) -> list[HeadSettings]:
-        """The heads."""
+        """The settings of the heads."""
         return [HeadSettings(**head) for head in self.heads]
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
-        """The language model's."""
+        """Return the language model's configuration."""
         return self.body_config.get_text_config(*args, **kwargs)
 
 
 def is_composed(config: PreTrainedConfig) -> bool:
-    """Whether a body is composed of parts, not a family's.
+    """Return whether a body is composed of parts, not a family's.
 
-    By name: of code that travels with a checkpoint, transformers imports one copy for configurations and another for
+    Its name tells, since of a checkpoint's own code, transformers imports one copy for configurations and another for
     models, whose classes differ.
     """
     return config.model_type == VLMConfig.model_type
 
 
 def copy_body_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-    """A body's configuration as an object of its own: what `PreTrainedConfig` sets on it touches no loaded model."""
+    """Return a copy of a body's configuration, so that what `PreTrainedConfig` sets on it affects no loaded model."""
     if isinstance(config, PreTrainedConfig):
         return deepcopy(config)
     values = dict(config or {})

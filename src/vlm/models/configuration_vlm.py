@@ -1,15 +1,15 @@
 """The configuration of a composed model: its parts, and how image features become tokens.
 
-Hub code: imports transformers only. It is read first wherever a checkpoint's own code runs, so it is here that a
-transformers too old is refused. The parts' own configurations are nested as they are (`vision_config`, `text_config`),
-so whatever encoder or language model transformers knows needs no field here.
+Hub code: imports transformers only. Wherever a checkpoint's own code runs, this file is read first, so it refuses
+versions of transformers that are too old. The parts' own configurations are nested unchanged (`vision_config`,
+`text_config`), so that no encoder or language model of transformers needs a field here.
 """
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 MIN_TRANSFORMERS_VERSION = (5, 10)
-"""Older ones fail, or load and answer otherwise (5.0)."""
+"""Older versions fail, or load and answer otherwise (5.0)."""
 
 if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < MIN_TRANSFORMERS_VERSION:
     raise ImportError(
@@ -27,7 +27,7 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_vlm.VLMForConditionalGeneration",
     "AutoProcessor": "processing_vlm.VLMProcessor",
 }
-"""Which class answers for which auto class where a checkpoint's own code is trusted: the only place that says so."""
+"""Auto class -> the class to load where a checkpoint's own code is trusted; written here only."""
 
 
 class VLMConfig(PreTrainedConfig):
@@ -38,17 +38,17 @@ class VLMConfig(PreTrainedConfig):
         text_config: configuration of the causal language model, with its `model_type`.
         connector: `{"type": name, "options": {…}}`, see `connectors.py`.
         feature_layer: index into the encoder's `hidden_states` (0: embeddings), or several, whose features are
-            concatenated by channel; None: the encoder's own output.
+            concatenated by channel; None for the encoder's own output.
         feature_strategy: `patch`, `cls+patch`, `cls` or `full`.
-        num_prefix_tokens: tokens that the encoder puts before the patches (CLS, registers).
-        num_patches: patches of one image.
+        num_prefix_tokens: number of tokens that the encoder puts before the patches (CLS, registers).
+        num_patches: number of patches of one image.
         vision_dim: width of the features that the connector reads.
         beside: `{"feature_layer": …, "feature_strategy": …, "num_prefix_tokens": …}` of each further encoder; their
             configurations are `vision_config_2`, `vision_config_3` and so on.
         unread_parameters: names of encoder parameters that the features do not depend on (norms behind them, layers
             after the selected one).
         image_token_id: id of the placeholder token.
-        anyres: the fields of `anyres.AnyRes`, where pictures are seen in tiles; None: each is one square.
+        anyres: the fields of `anyres.AnyRes`, where images are cut into tiles; None where each is one square.
         recipe: the `model` section of the run that built it.
     """
 
@@ -98,18 +98,18 @@ class VLMConfig(PreTrainedConfig):
 
     @property
     def sub_configs(self) -> dict[str, type]:  # pyright: ignore[reportIncompatibleVariableOverride] - a model's own
-        """The nested configurations, which transformers hands dtypes and attention implementations on to."""
+        """The nested configurations, on which transformers sets dtypes and attention implementations too."""
         return dict.fromkeys([*self.encoder_names, "text_config"], AutoConfig)
 
     @property
     def feature_selections(self) -> list[dict]:
-        """What is read of each encoder: keyword arguments of `encoders.read_features`."""
+        """The keyword arguments of `encoders.read_features` for each encoder."""
         names = ("feature_layer", "feature_strategy", "num_prefix_tokens")
         return [{name: getattr(self, name) for name in names}, *self.beside]
 
     @property
     def num_features(self) -> int:
-        """Features of one image that the connector reads."""
+        """The number of features of one image that the connector reads."""
         strategies = {
             "patch": self.num_patches,
             "cls+patch": self.num_patches + 1,
@@ -120,12 +120,12 @@ class VLMConfig(PreTrainedConfig):
 
 
 def encoder_names(count: int) -> list[str]:
-    """What the configurations of so many visual encoders are called."""
+    """Return the names of the configurations of `count` visual encoders."""
     return ["vision_config", *(f"vision_config_{number}" for number in range(2, count + 1))]
 
 
 def as_config(config: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
-    """A nested configuration as an object, whatever form it came in."""
+    """Return a nested configuration as an object."""
     if isinstance(config, PreTrainedConfig):
         return config
     values = dict(config or {})

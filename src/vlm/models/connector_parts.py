@@ -1,6 +1,6 @@
-"""What connectors are made of: their base classes, checks of their options, the MLP, convolutions on a grid.
+"""Building blocks of connectors: base classes, checks of options, the MLP, convolutions on a grid.
 
-Hub code: imports torch and transformers only. What one connector alone needs stands beside it; what two need is here.
+Hub code: imports torch and transformers only. Blocks of a single connector are in its own file.
 """
 
 import math
@@ -13,26 +13,26 @@ from transformers.activations import ACT2FN
 
 
 class Connector(nn.Module):
-    """What every connector is: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
+    """The base class of connectors: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
 
     keeps_grid: ClassVar[bool] = True
-    """Whether its tokens stand in a grid, row by row, as the features do; tiles of pictures need that (`anyres.py`)."""
+    """Whether tokens are in a grid, row by row, as the features are; tiles of images need that (`anyres.py`)."""
 
     @classmethod
     def num_tokens(cls, num_features: int, **options: Any) -> int:
-        """Tokens for an image of `num_features` features; as many, unless a subclass says otherwise."""
+        """Return the number of tokens for an image of `num_features` features: by default as many."""
         return num_features
 
 
 class GridConnector(Connector):
     """A connector that reads the features of an image as a square grid of patches, row by row.
 
-    A subclass says in `output_side` how large a grid of tokens comes of how large a grid of features.
+    A subclass returns from `output_side` the side of the grid of tokens for that of the features.
     """
 
     @classmethod
     def num_tokens(cls, num_features: int, **options: Any) -> int:
-        """Tokens for an image of `num_features` features.
+        """Return the number of tokens for an image of `num_features` features.
 
         Raises:
             ValueError: the features are no square grid, or the options do not fit the grid.
@@ -49,15 +49,15 @@ class GridConnector(Connector):
 
     @classmethod
     def output_side(cls, side: int, **options: Any) -> int:
-        """Side of the grid of tokens that a grid of `side` x `side` features becomes."""
+        """Return the side of the grid of tokens for a grid of `side` x `side` features."""
         raise NotImplementedError
 
 
-def require_positive(**options: Any) -> None:
+def require_positive(**options: object) -> None:
     """Refuse options that are not whole numbers of at least 1.
 
     Raises:
-        ValueError: the first that is not.
+        ValueError: an option is not; names the first.
     """
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool):
@@ -70,7 +70,7 @@ def require_divisor(side: int, **options: int) -> None:
     """Refuse options that do not divide the side of the grid of features.
 
     Raises:
-        ValueError: the first that does not.
+        ValueError: an option does not; names the first.
     """
     for name, value in options.items():
         if side % value:
@@ -85,7 +85,7 @@ def require_at_most(side: int, **options: int) -> None:
     """Refuse options that ask for a larger grid of tokens than there are features.
 
     Raises:
-        ValueError: the first that does.
+        ValueError: an option does; names the first.
     """
     for name, value in options.items():
         if value > side:
@@ -114,7 +114,7 @@ def require_activation(activation: str) -> None:
     """Refuse an activation that transformers does not know.
 
     Raises:
-        ValueError: it knows none of that name.
+        ValueError: the name is unknown.
     """
     if activation not in ACT2FN:
         raise ValueError(f"model.connector.options.activation={activation}: allowed are {', '.join(sorted(ACT2FN))}")
@@ -133,16 +133,16 @@ def mlp_layers(
     """`num_layers` affine maps with an activation between: `(…, input_dim) -> (…, output_dim)`.
 
     Args:
-        input_dim: width of what it reads.
-        output_dim: width of what it gives.
-        num_layers: how many maps.
-        activation: a name that transformers knows.
+        input_dim: width of the input.
+        output_dim: width of the output.
+        num_layers: number of affine maps.
+        activation: a name of transformers' activations.
         hidden_dim: width in between; None: `output_dim`.
-        bias: whether the maps have one.
+        bias: whether the maps have a bias.
         input_norm: whether a LayerNorm comes first.
 
     Raises:
-        ValueError: an option of no allowed value.
+        ValueError: an option has an invalid value.
     """
     require_positive(num_layers=num_layers)
     require_activation(activation)
@@ -167,7 +167,7 @@ def from_grid(grid: Tensor) -> Tensor:
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the width of every place of a grid: `(images, width, side, side)`, shape kept.
+    """LayerNorm over the width at every position of a grid: `(images, width, side, side)`, shape kept.
 
     A kind of `nn.LayerNorm`, so that Trainer leaves it out of weight decay.
     """

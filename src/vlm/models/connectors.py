@@ -1,12 +1,12 @@
-"""Connectors: what maps image features to the language model's embedding space.
+"""Connectors: modules that map image features to the language model's embedding space.
 
 Hub code: imports torch, transformers and its siblings only. To add one, write a class here or in a sibling file, add a
 line to `CONNECTORS` and a YAML file in `config/model/connector/`. A class takes `vision_dim` and `text_dim` and its own
-keyword options, maps `(images, features, vision_dim) -> (images, tokens, text_dim)`, and says in `num_tokens` how many
-tokens come of how many features, since the processor writes that many placeholders.
+keyword options, maps `(images, features, vision_dim) -> (images, tokens, text_dim)`, and returns from `num_tokens` the
+number of tokens for a number of features, since the processor writes as many placeholders.
 
-Here are those that map every feature by itself; `grid_connectors.py` has those that make fewer tokens of a square grid
-of patches, `query_connectors.py` those whose learned queries read the features.
+Those here map every feature by itself; those of `grid_connectors.py` turn a square grid of patches into fewer tokens,
+those of `query_connectors.py` read the features with learned queries.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from .query_connectors import QFormerConnector, ResamplerConnector
 
 
 class IdentityConnector(Connector):
-    """Features as they are, for an encoder whose width is the language model's."""
+    """Returns features unchanged, for an encoder as wide as the language model."""
 
     def __init__(self, vision_dim: int, text_dim: int):
         super().__init__()
@@ -90,32 +90,32 @@ class MLPConnector(Connector):
 
 
 def connector_class(connector_type: str) -> type[Connector]:
-    """The class behind `model.connector.type`; a class of the user's own must have been added to the table."""
+    """Return the class of `model.connector.type`; a user's own class must have been added to the table."""
     if connector_type not in CONNECTORS:
         raise ValueError(
-            f"model.connector.type={connector_type}: allowed are {', '.join(CONNECTORS)}, or package.module:Class for a class of "
-            "your own. A checkpoint with such a class loads once you have named it in your own configuration, or with "
-            "trust_remote_code=True."
+            f"model.connector.type={connector_type}: allowed are {', '.join(CONNECTORS)}, or package.module:Class for "
+            "a class of your own. A checkpoint with such a class loads once you have named it in your own configuration, "
+            "or with trust_remote_code=True."
         )
     return CONNECTORS[connector_type]
 
 
 def connector_options(connector_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` without the nulls, completed with the class's own defaults.
+    """Return `options` without nulls, completed with the class's own defaults.
 
     Raises:
-        ValueError: an option that the class does not take, or one without a value and without a default.
+        ValueError: the class does not take an option, or an option has neither a value nor a default.
     """
     parameters = inspect.signature(connector_class(connector_type).__init__).parameters
-    taken = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if name not in taken:
-            allowed = ", ".join(taken) or "none"
+    known = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    values = {name: value for name, value in options.items() if value is not None}
+    for name in values:
+        if name not in known:
             raise ValueError(
-                f"model.connector.options.{name}: {connector_type} does not take it; null leaves it out. Allowed: {allowed}"
+                f"model.connector.options.{name}: {connector_type} does not take it; null leaves it out. "
+                f"Allowed: {', '.join(known) or 'none'}"
             )
-    complete = {name: given.get(name, p.default) for name, p in taken.items()}
+    complete = {name: values.get(name, p.default) for name, p in known.items()}
     for name, value in complete.items():
         if value is inspect.Parameter.empty:
             raise ValueError(f"model.connector.options.{name}: {connector_type} needs a value for it")
@@ -123,13 +123,13 @@ def connector_options(connector_type: str, options: Mapping[str, Any]) -> dict[s
 
 
 def count_tokens(connector_type: str, num_features: int, options: Mapping[str, Any]) -> int:
-    """Tokens that one image of `num_features` features becomes; a class without `num_tokens` keeps their number."""
+    """Return the number of tokens for an image of `num_features` features; without `num_tokens`, as many."""
     count = getattr(connector_class(connector_type), "num_tokens", None)
     return count(num_features, **options) if count else num_features
 
 
 def keeps_grid(connector_type: str) -> bool:
-    """Whether the tokens of a connector stand row by row as features do; so do those of a class that does not say."""
+    """Return whether a connector's tokens are in a grid as the features are; by default they are."""
     return getattr(connector_class(connector_type), "keeps_grid", True)
 
 

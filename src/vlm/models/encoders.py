@@ -1,4 +1,4 @@
-"""Visual encoders: which hidden states and tokens of them are read, of one encoder or of several side by side.
+"""Visual encoders: reading selected hidden states and tokens, of one encoder or of several.
 
 Hub code: imports torch and transformers only.
 
@@ -17,17 +17,17 @@ from transformers import PreTrainedModel
 EARLY_EXIT_TYPES = (
     "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "ijepa",
 )  # fmt: skip
-"""Model types whose `hidden_states[k]` is what the first `k` of their layers give: no layer behind it has to run.
+"""Model types whose `hidden_states[k]` is the output of their first `k` layers, so that later layers need not run.
 
-timm's models stop where timm's own code lets them; any other encoder runs to its end.
+timm's models stop through timm's own code; any other encoder runs to its end.
 """
 
 
 class EncoderEnsemble(nn.Module):
-    """Several visual encoders that see the same pictures; their features are concatenated by channel.
+    """Several visual encoders that see the same images; their features are concatenated by channel.
 
-    As DINOv2 and SigLIP are in prismatic (Karamcheti et al. 2024, arXiv:2402.07865, section 4.2). A model with one
-    encoder holds it as it is, not in here.
+    As DINOv2 and SigLIP in prismatic (Karamcheti et al. 2024, arXiv:2402.07865, section 4.2). A model with one encoder
+    holds it directly.
 
     Args:
         encoders: in the order of their channels.
@@ -36,16 +36,16 @@ class EncoderEnsemble(nn.Module):
     def __init__(self, encoders: Sequence[PreTrainedModel]):
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
-        self._no_split_modules = {name for one in encoders for name in one._no_split_modules or ()}
+        self._no_split_modules = {name for encoder in encoders for name in encoder._no_split_modules or ()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that pixels are needed in."""
+        """The dtype of pixels that the encoders take."""
         return next(encoder.dtype for encoder in self.encoders if isinstance(encoder, PreTrainedModel))
 
 
 def combine_encoders(encoders: Sequence[PreTrainedModel]) -> PreTrainedModel | EncoderEnsemble:
-    """One encoder as it is, several as `Encoders`."""
+    """Return a single encoder unchanged, several as an `EncoderEnsemble`."""
     return encoders[0] if len(encoders) == 1 else EncoderEnsemble(encoders)
 
 
@@ -56,10 +56,10 @@ def read_features(
     feature_strategy: str,
     num_prefix_tokens: int,
 ) -> Tensor:
-    """The selected tokens of the selected hidden states of one encoder: `(I, 3, height, width) -> (I, P, V)`.
+    """Read the selected tokens of the selected hidden states of an encoder: `(I, 3, height, width) -> (I, P, V)`.
 
-    Only the selected hidden states are kept; several are concatenated by channel in the order in which they are named.
-    Layers behind the last of them are not run, see `STOPPED`.
+    Only the selected hidden states are kept; several are concatenated by channel in the order of `feature_layer`. Later
+    layers are not run, see `EARLY_EXIT_TYPES`.
 
     Args:
         encoder: any encoder of transformers.
@@ -74,10 +74,11 @@ def read_features(
         layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
         requested_layers = sorted(set(layers))
         states = _hidden_states(encoder, pixel_values, requested_layers)
-        kept = [state for state in states if state is not None]
-        if len(kept) != len(requested_layers):  # an encoder that gives all of them, whatever it is asked for
-            kept = [states[layer] for layer in requested_layers]
-        features = torch.cat([flatten_feature_map(kept[requested_layers.index(layer)]) for layer in layers], dim=2)
+        requested = [state for state in states if state is not None]
+        if len(requested) != len(requested_layers):  # an encoder that returns all hidden states in any case
+            requested = [states[layer] for layer in requested_layers]
+        state_by_layer = dict(zip(requested_layers, requested, strict=True))
+        features = torch.cat([flatten_feature_map(state_by_layer[layer]) for layer in layers], dim=2)
     match feature_strategy:
         case "patch":
             return features[:, num_prefix_tokens:]
@@ -90,9 +91,9 @@ def read_features(
 
 
 def _hidden_states(encoder: Any, pixel_values: Tensor, requested_layers: list[int]) -> Sequence[Any]:
-    """Those that are wanted, or all; those of others may be None."""
+    """Return the requested hidden states, or those of all layers, of which others may be None."""
     if hasattr(encoder, "timm_model") and not encoder.features_only:
-        pixels = pixel_values.to(encoder.device, encoder.dtype)  # as the wrapper does, which would not stop
+        pixels = pixel_values.to(encoder.device, encoder.dtype)  # as in the wrapper, which would run all layers
         timm_model = encoder.timm_model
         return timm_model.forward_intermediates(
             pixels, indices=requested_layers, stop_early=True, intermediates_only=True
@@ -102,18 +103,18 @@ def _hidden_states(encoder: Any, pixel_values: Tensor, requested_layers: list[in
 
 
 class _TruncatedLayers(nn.ModuleList):
-    """All layers under their names, of which a loop sees the first so many: nothing is taken out of the model.
+    """All layers under their names; a loop runs over the first ones, and no layer is removed from the model.
 
     Args:
-        layers: all of them.
-        num_layers: how many a loop sees.
+        layers: all layers.
+        num_layers: the number of layers that a loop runs over.
     """
 
     def __init__(self, layers: nn.ModuleList, num_layers: int):
         super().__init__()
         self._modules = layers._modules
         self.num_layers = num_layers
-        self.all_layers = (layers,)  # in a tuple, it is no module of this one
+        self.all_layers = (layers,)  # in a tuple, it is no submodule
 
     def __iter__(self) -> Iterator[nn.Module]:
         return islice(super().__iter__(), self.num_layers)
@@ -121,14 +122,14 @@ class _TruncatedLayers(nn.ModuleList):
 
 @contextmanager
 def _truncated_layers(encoder: Any, num_layers: int) -> Iterator[None]:
-    """Within, an encoder that is `STOPPED` runs its first so many layers."""
+    """Within this context, an encoder of `EARLY_EXIT_TYPES` runs only its first layers."""
     location = _find_layer_list(encoder) if encoder.config.model_type in EARLY_EXIT_TYPES else None
     if location is None or num_layers >= encoder.config.num_hidden_layers or torch.compiler.is_compiling():
         yield
         return
     owner, name = location
     layers = getattr(owner, name)
-    all_layers = layers.all_layers[0] if isinstance(layers, _TruncatedLayers) else layers  # another thread may be at it
+    all_layers = layers.all_layers[0] if isinstance(layers, _TruncatedLayers) else layers  # of another thread
     setattr(owner, name, _TruncatedLayers(all_layers, num_layers))
     try:
         yield
@@ -137,14 +138,14 @@ def _truncated_layers(encoder: Any, num_layers: int) -> Iterator[None]:
 
 
 def _find_layer_list(encoder: Any) -> tuple[nn.Module, str] | None:
-    """The module that holds an encoder's layers, and under which name; None where it has several such lists."""
-    found = [
+    """Return the module that holds an encoder's layers, and their name; None where it has several such lists."""
+    locations = [
         (owner, name) for owner in encoder.modules() for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == encoder.config.num_hidden_layers
     ]  # fmt: skip
-    return found[0] if len(found) == 1 else None
+    return locations[0] if len(locations) == 1 else None
 
 
 def flatten_feature_map(state: Tensor) -> Tensor:
-    """A hidden state as tokens; a feature map row by row: `(I, V, rows, columns) -> (I, rows * columns, V)`."""
+    """Return a hidden state as tokens; a feature map row by row: `(I, V, rows, columns) -> (I, rows * columns, V)`."""
     return state.flatten(2).transpose(1, 2) if state.ndim == 4 else state

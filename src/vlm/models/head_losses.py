@@ -1,4 +1,4 @@
-"""What a prediction head learns by: losses on its raw numbers, in float32.
+"""Losses of prediction heads on their raw outputs, in float32.
 
 Hub code: imports torch only. To add a loss, write a function whose keyword parameters are its options and add it to
 `LOSSES` under the tasks that it serves; the first one of a task is its default.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def binary_cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-    """Cross-entropy of yes or no for each number: `(B, K), (B, K) -> (B,)`.
+    """Binary cross-entropy of each output: `(B, K), (B, K) -> (B,)`.
 
     `weights` is `(2,)`, for no and yes (`binary`), or `(K,)`, for the yes of each label.
     """
@@ -34,14 +34,14 @@ def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoo
 def focal(
     outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, *, gamma: float = 2.0
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy that counts less the surer a right answer is (Lin et al. 2017, arXiv:1708.02002): `-> (B,)`.
+    """Cross-entropy that weighs confident right answers less (Lin et al. 2017, arXiv:1708.02002): `-> (B,)`.
 
     Args:
         outputs: `(B, C)` of `multiclass` with targets `(B, 1)`, else `(B, K)` with as many targets.
-        targets: see there.
+        targets: see `outputs`.
         weights: see the other losses.
         smoothing: see the other losses.
-        gamma: how much less; 0 is plain cross-entropy.
+        gamma: the exponent of the weight; 0 is plain cross-entropy.
     """
     if targets.shape[1] == 1 and outputs.shape[1] > 1:
         others = outputs.log_softmax(dim=1).scatter(1, targets.long(), -torch.inf)
@@ -66,7 +66,7 @@ def huber(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: f
 def ordinal(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
     """Negative log-likelihood of a label among ordered ones: `(B, C - 1), (B, 1) -> (B,)`.
 
-    Each number is the logit of being above a label, in falling order, see `heads.Cuts`.
+    Each output is the logit of being above a label, in falling order, see `heads.OrdinalThresholds`.
     """
     low, high = F.logsigmoid(-outputs), F.logsigmoid(outputs)
     first, last = low[:, :1], high[:, -1:]  # at most the first label; above the last but one
@@ -90,22 +90,22 @@ LOSSES: dict[str, dict[str, Loss]] = {
     "regression": {"mse": squared_error, "huber": huber},
     "ordinal": {"ordinal": ordinal},
 }
-"""Task -> loss by its name -> function of outputs `(B, K)`, targets, weights and smoothing to `(B,)`."""
+"""Task -> name of a loss -> function of outputs `(B, K)`, targets, weights and smoothing to `(B,)`."""
 
 
 def margin_ranking(outputs: Tensor, targets: Tensor, groups: Tensor, *, margin: float = 1.0) -> Tensor:
-    """The mean over all pairs of a group of how far the better row's score is from leading by `margin`: a scalar.
+    """The mean over all pairs of a group of the better row's shortfall from a lead of `margin`: a scalar.
 
     Herbrich et al. 2000, "Large margin rank boundaries for ordinal regression".
 
     Args:
         outputs: `(B, 1)` scores.
-        targets: `(B, 1)`, of which the higher one of a pair is the better.
+        targets: `(B, 1)`; in a pair, the row with the higher target is the better.
         groups: `(B,)`; rows of different groups are not compared.
-        margin: the lead that costs nothing.
+        margin: the lead from which on the loss is 0.
     """
     scores, worth = outputs[:, 0], targets[:, 0]
-    better = (worth[:, None] > worth[None]) & (groups[:, None] == groups[None])  # NaN is better than nothing
+    better = (worth[:, None] > worth[None]) & (groups[:, None] == groups[None])  # NaN is not better than anything
     short = F.relu(margin - (scores[:, None] - scores[None]))
     return (short * better).sum() / better.sum().clamp(min=1)
 
@@ -114,16 +114,16 @@ def head_loss(
     task: str, loss: str, outputs: Tensor, targets: Tensor, *, groups: Tensor | None = None,
     weights: Sequence[float] | None = None, smoothing: float = 0.0, options: dict[str, float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The loss of a head: the mean over the rows that have a label, 0 where none has.
+    """Compute the loss of a head: the mean over the rows that have a label, 0 where none has.
 
     Args:
-        task: a name of `TASKS`.
-        loss: one of the task's.
+        task: a name of `NUM_OUTPUTS_BY_TASK`.
+        loss: the name of a loss of the task.
         outputs: `(B, K)`.
         targets: `(B, C)` for `multilabel`, else `(B, 1)`; NaN where a row has no label.
-        groups: `(B,)` for `pairwise`; None: all rows are compared.
-        weights: what each label counts, in the order of labels.
-        smoothing: share of a target that is spread over all labels.
+        groups: `(B,)` for `pairwise`; by default all rows are compared.
+        weights: the weight of each label, in their order.
+        smoothing: the share of a target that is spread over all labels.
         options: the loss's keyword parameters.
     """
     outputs, targets = outputs.float(), targets.to(outputs.device).float().reshape(len(outputs), -1)
@@ -138,7 +138,7 @@ def head_loss(
 
 
 def _binary_label_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
-    """What each yes or no counts: `(B, K), (2,) or (K,) -> (B, K)`."""
+    """Return the weight of each binary target: `(B, K), (2,) or (K,) -> (B, K)`."""
     if weights is None:
         return torch.ones_like(targets)
     if len(weights) == targets.shape[1]:

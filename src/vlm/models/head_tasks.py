@@ -1,9 +1,9 @@
-"""What a prediction head is asked for: how many numbers it gives, what they mean, and what is decided by them.
+"""Tasks of prediction heads: how many outputs a head has, what they mean, and which labels are chosen by them.
 
-Hub code: imports torch only. To add a task, add a row to `TASKS`, its meaning to `probabilities` and `decide`, and its
-loss to `head_losses.py`.
+Hub code: imports torch only. To add a task, add a row to `NUM_OUTPUTS_BY_TASK`, its meaning to `probabilities` and
+`choose_labels`, and its loss to `head_losses.py`.
 
-Shapes: N samples, C labels, K numbers that a head gives for a sample.
+Shapes: N samples, C labels, K outputs of a head for a sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,21 +19,23 @@ NUM_OUTPUTS_BY_TASK: dict[str, Callable[[int], int]] = {
     "ordinal": lambda labels: labels - 1,
     "pairwise": lambda labels: 1,
 }
-"""Task -> how many numbers (K) its head gives for so many labels (C). The labels of `binary` are the negative and the
-positive one; `regression` and `pairwise` have none."""
+"""Task -> the number of outputs (K) of its head for a number of labels (C).
+
+The labels of `binary` are the negative and the positive one; `regression` and `pairwise` have none.
+"""
 
 CLASSIFICATION_TASKS = ("binary", "multiclass", "multilabel", "ordinal")
 """The tasks that choose among labels."""
 
 
 def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tensor:
-    """What a head's numbers say of each label, in at least float32.
+    """Return the probability of each label, in at least float32.
 
     Args:
-        task: one of `CLASSIFYING`.
+        task: one of `CLASSIFICATION_TASKS`.
         outputs: `(N, K)`, the logits of its head: of the positive label (`binary`), of each (`multiclass`,
             `multilabel`), of being above each label but the last (`ordinal`).
-        temperature: what logits are divided by (Guo et al. 2017, arXiv:1706.04599).
+        temperature: the divisor of logits (Guo et al. 2017, arXiv:1706.04599).
 
     Returns:
         `(N, C)`; rows add up to 1, but for `multilabel`, whose labels do not exclude each other.
@@ -49,17 +51,17 @@ def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tenso
 
 
 def choose_labels(task: str, label_probabilities: Tensor, threshold: float | Sequence[float] | None = None) -> Tensor:
-    """What is decided by probabilities.
+    """Choose labels by their probabilities.
 
     Args:
-        task: one of `CLASSIFYING`.
-        label_probabilities: `(N, C)`, as `probabilities` gives them.
-        threshold: from which probability on the positive label is decided (`binary`), or each label (`multilabel`,
-            one number for each); None: 0.5. The others have none.
+        task: one of `CLASSIFICATION_TASKS`.
+        label_probabilities: `(N, C)`, the output of `probabilities`.
+        threshold: the least probability at which the positive label is chosen (`binary`), or each label (`multilabel`,
+            one number for each); defaults to 0.5. Other tasks have none.
 
     Returns:
-        `(N,)`, the number of the label: the likeliest one, of `ordinal` the median; of `multilabel` `(N, C)`, whether
-        each label is.
+        `(N,)`, the index of the label: the most probable one, for `ordinal` the median; for `multilabel` `(N, C)`,
+        whether each label is chosen.
     """
     least = torch.as_tensor(
         0.5 if threshold is None else threshold, dtype=label_probabilities.dtype, device=label_probabilities.device

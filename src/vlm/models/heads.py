@@ -1,9 +1,9 @@
-"""Prediction heads: from hidden states of a language model to the numbers of a task.
+"""Prediction heads: from hidden states of a language model to the outputs of a task.
 
 Hub code: imports torch and its siblings only. To add a head, write a class whose `forward` takes features
 `(..., D)` to `(..., K)` and whose keyword parameters are its options, and add it to `HEADS`.
 
-Shapes: B rows, T tokens a row, D width of the language model, K numbers of a task (see `head_tasks.py`).
+Shapes: B rows, T tokens a row, D width of the language model, K outputs of a task (see `head_tasks.py`).
 """
 
 import math
@@ -85,7 +85,7 @@ class OrdinalThresholds(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Cut points around 0, each 1 above the one before."""
+        """Initialise the cut points around 0, at distances of 1."""
         nn.init.constant_(self.first, -len(self.steps) / 2)
         nn.init.constant_(self.steps, math.log(math.e - 1))  # softplus gives 1
 
@@ -96,7 +96,7 @@ class OrdinalThresholds(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """A pooling with a head behind it.
+    """A pooling followed by a head.
 
     Args:
         width: D.
@@ -104,9 +104,9 @@ class PredictionHead(nn.Module):
         num_labels: C.
         pooling: a name of `POOLINGS`.
         type: a name of `HEADS`, or `package.module:Class`.
-        options: its keyword parameters.
-        shift: what is added to numbers of `regression` after `scale`: the mean of the labels in training.
-        scale: what they are multiplied by: the labels' standard deviation.
+        options: the keyword parameters of that class.
+        shift: added to the outputs of `regression` after scaling: the mean of the training labels.
+        scale: factor of these outputs: the standard deviation of the training labels.
     """
 
     def __init__(
@@ -123,21 +123,21 @@ class PredictionHead(nn.Module):
         self.attention = nn.Linear(width, 1, bias=False) if pooling == "attention" else None
 
     def features(self, hidden: Tensor, masks: TokenMasks) -> Tensor:
-        """What depends on the body alone: `(B, T, D) -> (B, D)`, or all of it where every token counts."""
+        """Pool hidden states: `(B, T, D) -> (B, D)`; poolings that need every token return all of them."""
         return pool_hidden_states(self.pooling, hidden, masks)
 
     def forward(self, features: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
-        """The task's numbers, in float32.
+        """Return the outputs of the task, in float32.
 
         Args:
-            features: as `features` gives them: `(B, D)`, or `(B, T, D)` with `prompt_mask` where every token counts.
+            features: the output of `features`: `(B, D)`, or `(B, T, D)` with `prompt_mask` where every token is needed.
             prompt_mask: `(B, T)`, boolean: tokens of the prompt.
 
         Returns:
-            `(B, K)`; of `regression` in units of the labels.
+            `(B, K)`; for `regression` in units of the labels.
 
         Raises:
-            ValueError: `prompt_mask` is missing, or a class of the user's own gives another count of numbers.
+            ValueError: `prompt_mask` is missing, or a user's own class returns another number of outputs.
         """
         if self.pooling in EVERY_TOKEN_POOLINGS and prompt_mask is None:
             raise ValueError(f"pooling={self.pooling} reads every token: give attention_mask with features")
@@ -145,17 +145,17 @@ class PredictionHead(nn.Module):
             features = features.to(next(self.layers.parameters(), features).dtype)
             if self.pooling in EVERY_TOKEN_POOLINGS:
                 assert prompt_mask is not None
-                features = features.masked_fill(~prompt_mask.unsqueeze(-1), 0)  # whatever stands at padding, NaN too
+                features = features.masked_fill(~prompt_mask.unsqueeze(-1), 0)  # padding may hold anything, even NaN
             if self.attention is not None:
                 assert prompt_mask is not None
-                normal = F.layer_norm(features, features.shape[-1:])  # raw states would leave one token all the weight
+                normal = F.layer_norm(features, features.shape[-1:])  # otherwise one token would get all the weight
                 scores = self.attention(normal).squeeze(-1).float().masked_fill(~prompt_mask, -torch.inf)
                 features = (scores.softmax(dim=1).to(features.dtype).unsqueeze(1) @ features).squeeze(1)
             outputs = self.layers(features)
             if outputs.shape[-1] != self.num_outputs:
                 raise ValueError(
-                    f"model.head.type={self.head_type} gives {outputs.shape[-1]} numbers; its second argument asked for "
-                    f"{self.num_outputs}"
+                    f"model.head.type={self.head_type} gives {outputs.shape[-1]} numbers; its second argument asked "
+                    f"for {self.num_outputs}"
                 )
             if self.cuts is not None:
                 outputs = self.cuts(outputs)
@@ -167,16 +167,16 @@ class PredictionHead(nn.Module):
 
 
 def average_token_outputs(task: str, outputs: Tensor, prompt_mask: Tensor) -> Tensor:
-    """The logits whose probabilities are the mean of those at each token: `(B, T, K), (B, T) -> (B, K)`.
+    """Return the logits of the mean of probabilities over tokens: `(B, T, K), (B, T) -> (B, K)`.
 
-    Numbers of `regression` and `pairwise` are averaged themselves.
+    Outputs of `regression` and `pairwise` are averaged themselves.
     """
     if task in ("regression", "pairwise"):
         return mean_over_mask(outputs, prompt_mask)
     absent = ~prompt_mask.unsqueeze(-1)
     if task == "multiclass":
         return outputs.log_softmax(dim=2).masked_fill(absent, -torch.inf).logsumexp(dim=1)
-    yes, no = (F.logsigmoid(one).masked_fill(absent, -torch.inf).logsumexp(dim=1) for one in (outputs, -outputs))
+    yes, no = (F.logsigmoid(x).masked_fill(absent, -torch.inf).logsumexp(dim=1) for x in (outputs, -outputs))
     return yes - no
 
 
@@ -184,10 +184,10 @@ HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "mlp": MLPHead}
 
 
 def head_class(name: str) -> type[nn.Module]:
-    """The class of a head: of the table, or one of the user's own that has been added to it.
+    """Return the class of a head; a user's own class must have been added to the table.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no head of this name.
     """
     if name not in HEADS:
         raise ValueError(

@@ -30,19 +30,19 @@ IGNORE_INDEX = -100
 """The label of a position that is not supervised."""
 
 MAX_LOGITS = 2**26
-"""So many logits of one piece at most: 256 MiB in float32."""
+"""The most logits of one chunk: 256 MiB in float32."""
 
 
 @dataclass
 class VLMOutput(ModelOutput):
-    """What a forward pass returns.
+    """The result of a forward pass.
 
     Args:
         loss: mean cross-entropy over the supervised positions, or their sum over `num_items_in_batch`; a scalar.
         logits: with `labels`, `(S, vocabulary)`: the supervised positions in order; else `(B, kept, vocabulary)`.
         past_key_values: the language model's cache.
-        hidden_states: the language model's, where asked for.
-        attentions: the language model's, where asked for.
+        hidden_states: the language model's, where requested.
+        attentions: the language model's, where requested.
     """
 
     loss: Tensor | None = None
@@ -53,12 +53,12 @@ class VLMOutput(ModelOutput):
 
 
 class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Image features, mapped by a connector, stand among the text embeddings of a language model.
+    """Image features, mapped by a connector, take the place of placeholders among a language model's embeddings.
 
     Args:
         config: the composition.
-        visual_encoder: a loaded encoder, or several; None builds what the configuration describes.
-        language_model: a loaded causal language model; None builds one from `config.text_config`.
+        visual_encoder: a loaded encoder, or several; by default built from the configuration.
+        language_model: a loaded causal language model; by default built from `config.text_config`.
     """
 
     config_class = VLMConfig
@@ -101,27 +101,27 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             reset()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's."""
+        """Return the language model's input embeddings."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Give the language model other ones."""
+        """Replace the language model's input embeddings."""
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The language model's vocabulary head."""
+        """Return the language model's vocabulary head."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Give the language model another one."""
+        """Replace the language model's vocabulary head."""
         self.language_model.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
-        """The language model without its vocabulary head."""
+        """Return the language model without its vocabulary head."""
         return self.language_model.get_decoder()
 
     def train(self, mode: bool = True) -> "VLMForConditionalGeneration":
-        """As usual, but an encoder that does not train stays in evaluation mode (its batch statistics too)."""
+        """Set training mode; a frozen encoder stays in evaluation mode, with its batch statistics."""
         super().train(mode)
         if not _has_trainable_parameters(self.visual_encoder):
             self.visual_encoder.eval()
@@ -136,14 +136,14 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Encode images and map them: `(I, 3 * encoders, height, width) -> (I, N, D)`, `(images, N, D)` by an index.
 
-        A frozen encoder runs without a gradient graph; only the selected hidden states are kept. What training makes
-        different for equal images (dropout, statistics of the batch) stays different for them.
+        A frozen encoder runs without a gradient graph; only the selected hidden states are kept. Equal images are
+        encoded separately where training makes them different (dropout, batch statistics).
 
         Args:
             pixel_values: the images.
-            image_features: `(I, P, V)`: what `encode_images` gives for them, in place of pixels.
-            image_index: `(images,)`: which of the I each image is; None: they are the images.
-            kwargs: nothing; as transformers declares it.
+            image_features: `(I, P, V)`: the output of `encode_images`, in place of pixels.
+            image_index: `(images,)`: the index of each image among the I, where equal images are there once.
+            kwargs: unused; transformers declares them.
         """
         if image_features is None:
             assert pixel_values is not None
@@ -156,24 +156,23 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return mapped if image_index is None else mapped[image_index]
 
     def encodes_duplicates(self) -> bool:
-        """Whether equal images go through the visual encoder one by one: where it trains."""
+        """Return whether equal images go through the visual encoder one by one, since it trains."""
         return self.visual_encoder.training
 
     def connects_duplicates(self) -> bool:
-        """Whether they go through the connector one by one: where training makes them different."""
+        """Return whether equal images go through the connector one by one, since training makes them different."""
         return _is_stochastic(self.connector)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """What the connector reads: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
+        """Return the features that the connector reads: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _has_trainable_parameters(self.visual_encoder)):
             return self._encode_and_concatenate(pixel_values.to(self.visual_encoder.dtype))
 
     def _encode_and_concatenate(self, pixel_values: Tensor) -> Tensor:
-        """The features that are read, of all encoders by channel: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
         part = self.visual_encoder
         encoders = list(part.encoders) if isinstance(part, EncoderEnsemble) else [part]
-        seen = zip(encoders, pixel_values.chunk(len(encoders), dim=1), self.config.feature_selections, strict=True)
-        return torch.cat([read_features(encoder, pixels, **selection) for encoder, pixels, selection in seen], dim=2)
+        inputs = zip(encoders, pixel_values.chunk(len(encoders), dim=1), self.config.feature_selections, strict=True)
+        return torch.cat([read_features(encoder, pixels, **selection) for encoder, pixels, selection in inputs], dim=2)
 
     def merge_images(
         self,
@@ -184,13 +183,13 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_features: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """Text embeddings with image features at the placeholders: `(B, T), (I, 3, h, w) -> (B, T, D)`.
+        """Return text embeddings with image features at the placeholders: `(B, T), (I, 3, h, w) -> (B, T, D)`.
 
-        The other arguments as `forward` takes them.
+        The other arguments are those of `forward`.
 
         Raises:
-            ValueError: the placeholders are not as many as the images have features; says for which rows. Or pixels
-                are whole numbers, which the processor has yet to normalise.
+            ValueError: there are more or fewer placeholders than features of images; tells the rows. Or pixels are
+                integers, which the processor has not normalised.
         """
         embeddings = self.get_input_embeddings()(input_ids)
         if pixel_values is None and image_features is None:
@@ -213,18 +212,20 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return embeddings.masked_scatter(placeholders.unsqueeze(-1), features)
 
-    def _tokens_from_views(self, views: Tensor, placeholders: Tensor, image_sizes: Any, image_views: Any) -> Tensor:
-        """The tokens of all images out of those of their views: `(I, N, D), (B, T) -> (tokens, D)`.
+    def _tokens_from_views(
+        self, views: Tensor, placeholders: Tensor, image_sizes: Tensor | None, image_views: Tensor | None
+    ) -> Tensor:
+        """Return the tokens of all images from those of their views: `(I, N, D), (B, T) -> (tokens, D)`.
 
         Raises:
-            ValueError: as `merge_images` does.
+            ValueError: as `merge_images`.
         """
         assert self.image_newline is not None
         if image_sizes is None or image_views is None:
             raise ValueError("image_sizes and image_views are missing: this model sees images in tiles (config.anyres)")
         sizes, numbers = [tuple(size) for size in image_sizes.tolist()], image_views.tolist()
-        if (seen := sum(max(number, 1) for number in numbers)) != len(views):
-            raise ValueError(f"image_views={numbers} are {seen} views, but pixel_values hold {len(views)}")
+        if (total := sum(max(number, 1) for number in numbers)) != len(views):
+            raise ValueError(f"image_views={numbers} are {total} views, but pixel_values hold {len(views)}")
         tokens = [self.image_newline.anyres.num_tokens(*image) for image in zip(sizes, numbers, strict=True)]
         rows = placeholders.sum(1).tolist()
         if (row := first_mismatched_row(rows, tokens)) is not None:
@@ -253,27 +254,27 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_index: Tensor | None = None,
         **kwargs,
     ) -> VLMOutput:
-        """One pass of the model.
+        """Run the model.
 
         Args:
             input_ids: `(B, T)`, with `N` placeholders for each image, in the order of `pixel_values`.
-            pixel_values: `(I, 3 * encoders, height, width)`, the images of all rows one after the other; each as the
-                first encoder reads it, then as the second does, by channel.
+            pixel_values: `(I, 3 * encoders, height, width)`, the images of all rows concatenated; the channels are
+                those for the first encoder, then those for the second, and so on.
             attention_mask: `(B, T)`, 0 at padding.
             position_ids: `(B, T)`.
             past_key_values: the cache of earlier tokens.
             inputs_embeds: `(B, T, D)` instead of `input_ids` and `pixel_values`.
             labels: `(B, T)`, -100 where not supervised; position t is predicted from t - 1. Logits are computed for
-                supervised positions alone.
+                supervised positions only.
             logits_to_keep: without `labels`, as the language model takes it.
-            num_items_in_batch: what the summed loss is divided by; None: the supervised positions of this batch.
-            num_chunks: with `labels`, in how many pieces supervised positions go through the vocabulary head. With more
-                than one, logits live only as long as their piece: they are computed anew for its gradient, and not
-                returned. Only for language models whose logits are their head's output and nothing further.
+            num_items_in_batch: the divisor of the summed loss; defaults to the supervised positions of this batch.
+            num_chunks: with `labels`, the number of chunks in which supervised positions go through the vocabulary
+                head. With several, the logits of a chunk are freed, recomputed for its gradient and not returned. Only
+                for language models whose logits are the unchanged output of their head.
             image_sizes: with `config.anyres`, `(images, 2)`: height and width of each image in pixels.
-            image_views: with `config.anyres`, `(images,)`: views of each image, as `AnyRes.num_views` counts them.
-            image_features: `(I, P, V)` in place of `pixel_values`: what `encode_images` gives for them.
-            image_index: `(images,)`: which of the I each image is, with `config.anyres` each view; None: in order.
+            image_views: with `config.anyres`, `(images,)`: number of views of each image, see `AnyRes.num_views`.
+            image_features: `(I, P, V)` in place of `pixel_values`: the output of `encode_images`.
+            image_index: `(images,)`: the index of each image (with `config.anyres`: view) among the I.
             kwargs: for the language model, such as `use_cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -290,25 +291,19 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep = targets != IGNORE_INDEX
             if num_chunks > 1:
                 hidden = self.get_decoder()(inputs_embeds=inputs_embeds, **text).last_hidden_state
-                seen = hidden[logits_to_keep], targets[logits_to_keep]
-                head = self.get_output_embeddings()
-                return VLMOutput(loss=chunked_loss(head, *seen, num_items_in_batch, num_chunks))
+                head, targets = self.get_output_embeddings(), targets[logits_to_keep]
+                assert head is not None
+                return VLMOutput(
+                    loss=chunked_loss(head, hidden[logits_to_keep], targets, num_items_in_batch, num_chunks)
+                )
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            logits_to_keep=logits_to_keep,
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, logits_to_keep=logits_to_keep,
             **{**text, "return_dict": True},
-        )
+        )  # fmt: skip
         loss = None
         if targets is not None:
             loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch)
-        return VLMOutput(
-            loss=loss,
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return VLMOutput(loss, outputs.logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     def decode(
         self,
@@ -320,71 +315,72 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_index: Tensor | None = None,
         **kwargs,
     ) -> ModelOutput:
-        """The language model over text and images without its vocabulary head; arguments as `forward`.
+        """Run the language model without its vocabulary head; arguments as in `forward`.
 
-        Returns what the decoder does: `last_hidden_state` `(B, T, D)`, and `hidden_states` where asked for.
+        Returns the decoder's output: `last_hidden_state` `(B, T, D)`, and `hidden_states` where requested.
         """
         embeddings = self.merge_images(input_ids, pixel_values, image_sizes, image_views, image_features, image_index)
         return self.get_decoder()(inputs_embeds=embeddings, **kwargs)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs):
-        """As `GenerationMixin.generate`; images are encoded once, before the first token.
+        """Generate as `GenerationMixin.generate`; images are encoded once, before the first token.
 
-        Returns what it returns for token inputs: the prompts' ids followed by the answers'.
+        Returns the ids of prompts followed by those of answers.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         names = ("image_sizes", "image_views", "image_features", "image_index")
-        given = {name: kwargs.pop(name, None) for name in names}
-        if pixel_values is not None or given["image_features"] is not None:
-            kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values, **given)
+        image_inputs = {name: kwargs.pop(name, None) for name in names}
+        if pixel_values is not None or image_inputs["image_features"] is not None:
+            kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values, **image_inputs)
         return super().generate(input_ids=input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As usual; the file of a connector class of the user's own travels with the hub code."""
+        """Save the model, with the file of a user's own connector class beside the hub code."""
         self.save_custom_code(save_directory)
         super().save_pretrained(save_directory, **kwargs)
 
     def save_custom_code(self, save_directory) -> None:
-        """Copy the file of a connector class of the user's own, if it is one, and note it in the configuration."""
+        """Copy the file of a user's own connector class, if there is one, and note it in the configuration."""
         source = sys.modules[type(self.connector).__module__].__file__
         if ":" in self.config.connector["type"] and source is not None:  # package.module:Class, not a name of the table
-            folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            copy = folder / "user_connector.py"
+            copy = Path(save_directory, "user_connector.py")
+            copy.parent.mkdir(parents=True, exist_ok=True)
             if copy.resolve() != Path(source).resolve():
                 shutil.copyfile(source, copy)
             self.config.auto_map["Connector"] = f"{copy.stem}.{type(self.connector).__name__}"
 
 
 def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Cross-entropy in float32 at the supervised positions: `(S, vocabulary), (S,) -> ()`.
+    """Compute the cross-entropy in float32 at the supervised positions: `(S, vocabulary), (S,) -> ()`.
 
-    The sum over `num_items`, or the mean; 0 where nothing is supervised. Logits of less precision are widened piece by
-    piece.
+    The sum divided by `num_items`, or the mean; 0 where nothing is supervised. Logits in half precision are converted
+    in chunks.
     """
     num_chunks = 1 if logits.dtype == torch.float32 else max(-(-logits.numel() // MAX_LOGITS), 1)
     return chunked_loss(nn.Identity(), logits, targets, num_items, num_chunks)
 
 
-def chunked_loss(head: Any, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_chunks: int) -> Tensor:
-    """`supervised_loss` of the logits that a vocabulary head gives, piece by piece: `(S, D), (S,) -> ()`.
+def chunked_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_chunks: int
+) -> Tensor:
+    """Compute `supervised_loss` of a vocabulary head's logits, in chunks: `(S, D), (S,) -> ()`.
 
-    The head is called `num_chunks` times whatever S is, and of several pieces as often again for the gradient: ranks
-    that share its weights out have to make the same calls.
+    The head is called `num_chunks` times whatever S is, and for several chunks as often again for the gradient, since
+    ranks that shard its weights have to make the same calls.
     """
     targets = targets.to(hidden.device)
-    with record_function("loss"):  # the name that a profile knows it by
+    with record_function("loss"):  # its name in profiles
         if num_chunks == 1:
             total = _chunk_loss(head, hidden, targets)
         else:
-            pieces = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
-            losses: list[Any] = [checkpoint(_chunk_loss, head, *piece, use_reentrant=False) for piece in pieces]
+            chunks = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+            losses: list[Any] = [checkpoint(_chunk_loss, head, *chunk, use_reentrant=False) for chunk in chunks]
             total = torch.stack(losses).sum()
         return total / (max(targets.numel(), 1) if num_items is None else num_items)
 
 
-def _chunk_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
@@ -393,11 +389,11 @@ def _has_trainable_parameters(module: nn.Module) -> bool:
 
 
 def _is_stochastic(module: nn.Module) -> bool:
-    """Whether a module in training may give different rows for equal ones."""
+    """Return whether a module in training may return different rows for equal ones."""
     kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
     return any(child.training and isinstance(child, kinds) for child in module.modules())
 
 
 def get_module_dtype(module: nn.Module, fallback: Tensor) -> torch.dtype:
-    """The dtype of a module's parameters, or of a tensor where it has none."""
+    """Return the dtype of a module's parameters, or of a tensor where it has none."""
     return next((parameter.dtype for parameter in module.parameters()), fallback.dtype)

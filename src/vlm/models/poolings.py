@@ -1,6 +1,7 @@
-"""Which hidden states of a prompt a prediction head reads.
+"""Poolings: the hidden states of a prompt that a prediction head reads.
 
-Hub code: imports torch and its siblings only. To add a pooling, add a row to `POOLINGS` and what it needs to `pooled`.
+Hub code: imports torch and its siblings only. To add a pooling, add a row to `POOLINGS` and its code to
+`pool_hidden_states`.
 
 Shapes: B rows, T tokens a row, D width of the language model.
 """
@@ -13,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """What the tokens of a batch are; each `(B, T)`, boolean.
+    """The kinds of the tokens of a batch; each mask is `(B, T)`, boolean.
 
     Attributes:
-        real: tokens of the prompt: neither padding nor an answer behind it.
-        media: those of them that stand for features of pictures or videos.
-        wanted: those of them that a head asked for by their id.
+        prompt_mask: tokens of the prompt: neither padding nor an answer.
+        media_mask: those of them at positions of images or videos.
+        selected_mask: those of them that have the id that a head reads at.
     """
 
     prompt_mask: Tensor
@@ -27,15 +28,15 @@ class TokenMasks:
 
 
 EVERY_TOKEN_POOLINGS = ("attention", "alltoken")
-"""Poolings that need every token's hidden state, since what they learn comes before the mean."""
+"""Poolings that need every token's hidden state, since their weights come before the mean."""
 
 SPECIAL_TOKEN_POOLINGS = ("token", "query")
-"""Poolings that read at a token: one of the user's choice, or one of their own that stands behind the prompt."""
+"""Poolings that read at a token: one of the user's choice, or a new one at the end of the prompt."""
 
 POOLINGS: dict[str, str] = {
     "last": "the last token",
     "mean": "the mean over all tokens",
-    "image": "the mean over the tokens of pictures",
+    "image": "the mean over the tokens of images",
     "text": "the mean over all other tokens",
     "attention": "a mean whose weights are learned",
     "query": "a learned token behind the prompt",
@@ -43,17 +44,17 @@ POOLINGS: dict[str, str] = {
     "first": "the first token, which a causal model lets see nothing else: for comparison with earlier work",
     "alltoken": "the head answers at every token, and its answers are averaged: for comparison with earlier work",
 }
-"""Pooling -> what it reads."""
+"""Pooling -> description."""
 
 
 def pool_hidden_states(pooling: str, hidden: Tensor, masks: TokenMasks) -> Tensor:
-    """What a pooling reads before any weights of its own, in float32.
+    """Pool hidden states in float32, without any weights.
 
     Returns:
-        `(B, D)`; of those that need every token's hidden state `(B, T, D)`, all of them.
+        `(B, D)`; for `EVERY_TOKEN_POOLINGS` all hidden states `(B, T, D)`.
 
     Raises:
-        ValueError: a row has no such token.
+        ValueError: a row has no token to read.
     """
     if pooling in EVERY_TOKEN_POOLINGS:
         _require_tokens(masks.prompt_mask, pooling)
@@ -72,8 +73,8 @@ def pool_hidden_states(pooling: str, hidden: Tensor, masks: TokenMasks) -> Tenso
 
 
 def mean_over_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the chosen tokens of each row: `(B, T, D), (B, T) -> (B, D)`; 0 where none is chosen."""
-    total = values.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1)  # whatever stands at the others, NaN too
+    """Return the mean over the masked tokens of each row: `(B, T, D), (B, T) -> (B, D)`; 0 where there are none."""
+    total = values.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1)  # others may be NaN
     return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -83,8 +84,8 @@ def _require_tokens(mask: Tensor, pooling: str) -> None:
         return
     row = int((~mask.any(dim=1)).nonzero()[0])
     hints = {
-        "image": "it shows no picture; choose another pooling for records of text only",
-        "text": "it is nothing but pictures",
+        "image": "it shows no image; choose another pooling for records of text only",
+        "text": "it is nothing but images",
         "query": "the token of the head's query is missing behind its prompt (config.suffix)",
         "token": "the token that the head reads at (model.head.token) is not in its prompt",
     }

@@ -166,7 +166,7 @@ PATHS = {
     "upwards and missing": ("../../z.png", "z.png"),
     "through a folder": ("deep/../../outside.png", "leaves the image folder"),
     "absolute": ("{parent}/outside.png", "leaves the image folder"),
-    "address": ("https://example.com/a.png", "addresses are not fetched in training; download the picture first"),
+    "address": ("https://example.com/a.png", "addresses are not fetched in training; download the image first"),
     "other address": ("file:///etc/passwd", "addresses are not fetched"),
     "no path at all": ("iVBORw0KGgo" * 30, "does not exist"),
     "null": ("a\0.png", "does not exist"),
@@ -382,7 +382,7 @@ BAD_MESSAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty address": ([message("user", [{"type": "image_url", "image_url": None}])], {}, "`image_url` must be a path"),
     "the assistant shows": (
         [message("user", "a"), message("assistant", [{"type": "image", "image": "a.png"}])], {},
-        "message 2: only the user shows pictures, here it is the assistant",
+        "message 2: only the user shows images, here it is the assistant",
     ),
     "none left": ([message("user", [{"type": "image"}])], {}, "more <image> in its text than images"),
     "no video left": ([message("user", [{"type": "video"}])], {}, "more <video> in its text than videos"),
@@ -425,8 +425,8 @@ def test_one_of_several_prompts_is_drawn_by_the_caption(folder: Path):
 
 
 BAD_CAPTIONS = {
-    "no picture": ({"caption": "a"}, "`image` must name a picture"),
-    "an empty list": ({"image": [], "caption": "a"}, "`image` must name a picture"),
+    "no picture": ({"caption": "a"}, "`image` must name an image"),
+    "an empty list": ({"image": [], "caption": "a"}, "`image` must name an image"),
     "a number": ({"image": 3, "caption": "a"}, "`image` must be a path or a list of paths, got 3"),
     "no caption": ({"image": "a.png", "text": "a"}, "`caption` must be a string, got None; it has id, image, text"),
     "captions": ({"image": "a.png", "caption": ["a"]}, "`caption` must be a string, got ['a']"),
@@ -674,7 +674,7 @@ def test_label_and_group_are_written_and_read_back(folder: Path, form: str):
 BAD_LABELLED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no prompt": ({"image": "a.png"}, {}, "`prompt` must be a string, got None; it has id, image"),
     "a prompt of another kind": ({"prompt": 3}, {"prompt": "x"}, "`prompt` must be a string, got 3"),
-    "nothing": ({"prompt": ""}, {}, "it has neither a picture nor a prompt"),
+    "nothing": ({"prompt": ""}, {}, "it has neither an image nor a prompt"),
     "no column": ({"image": "a.png", "prompt": "x"}, {"image_key": "photo"}, "`photo` is not there; it has id, image,"),
     "too many images": ({"image": ["a.png", "b.png"], "prompt": "<image>?"}, {}, "1 more image(s) than <image>"),
     "too few images": ({"image": "a.png", "prompt": "<image><image>"}, {}, "more <image> in its text than images"),

@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, ImageOps
 
+from tests import waiting
 from tests.data.vision.test_video import write_video
 from vlm.data.records.formats import read_caption
 from vlm.data.sample import Sample
@@ -94,7 +95,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated.jpg": (lambda: encoded("JPEG")[:-600], "does not open"),
     "truncated.png": (lambda: encoded("PNG")[:-600], "does not open"),
     "empty.png": (lambda: b"", "the file is empty"),
-    "page.jpg": (lambda: b"<html><body>404</body></html>", "'<html><body>40', not a picture"),
+    "page.jpg": (lambda: b"<html><body>404</body></html>", "'<html><body>40', not an image"),
     "bomb.png": (bomb, "decompression bomb"),
 }
 
@@ -148,7 +149,7 @@ def test_one_reply_that_says_something_is_enough(folder: Path):
 REFUSED = {
     "no caption": ({"id": "7", "image": "0.png"}, "`caption` must be a string", None),
     "no such file": (caption(7, "z.png"), "z.png does not exist", "z.png"),
-    "an address": (caption(7, "https://example.com/a.png"), "download the picture", "https://example.com/a.png"),
+    "an address": (caption(7, "https://example.com/a.png"), "download the image", "https://example.com/a.png"),
     "no mapping": ([1], "a mapping is needed, got list", None),
 }
 
@@ -207,7 +208,7 @@ def test_videos_are_opened_and_compared_by_their_files(folder: Path):
 
 def test_a_record_with_pictures_and_text_of_an_earlier_one_goes(folder: Path):
     same = [caption(0, "0.png"), caption(1, "0.png", "other"), caption(2, "0.png"), caption(3, "1.png")]
-    assert cleaned(folder, same).examples == {"duplicate": "record 2 ('r2'): has the text and pictures of record 0"}
+    assert cleaned(folder, same).examples == {"duplicate": "record 2 ('r2'): has the text and images of record 0"}
     assert [record["id"] for record in lines(folder / "out.jsonl")] == ["r0", "r1", "r3"]
 
 
@@ -411,7 +412,7 @@ def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from vlm.data.tools.clean import main; main(sys.argv[1:])"
     fixed = ["--format", "tests.data.tools.test_clean:killer", "--cache-dir", str(folder / "cache")]
     command = [sys.executable, "-c", code, str(folder / "in.jsonl"), str(folder / "out.jsonl"), *fixed, *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return waiting.run(command, cwd=ROOT)
 
 
 def deadly(folder: Path, number: int, place: int) -> list[dict[str, Any]]:
@@ -460,10 +461,7 @@ def test_workers_end_with_a_killed_parent_and_a_killed_worker_is_told(folder: Pa
     (folder / "kill").write_text("parent")
     assert start(folder, "--workers", "2").returncode == -signal.SIGKILL
     workers = {int(line.split()[0]) for line in (folder / "read.txt").read_text().splitlines()}
-    deadline = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(alive, workers))
+    waiting.wait_until(lambda: not any(map(alive, workers)))
     (folder / "kill").write_text("self")
     failed = start(folder, "--workers", "2")
     assert failed.returncode == 1
@@ -545,7 +543,7 @@ def test_the_command_line_says_what_came_out(folder: Path, capsys: Any):
     assert "4 records: 1 kept, 3 dropped" in said
     assert "refused           2  no record of this format" in said
     assert "such as record 2 ('r2'): image file" in said
-    assert "such as record 1 ('r1'): has the text and pictures of record 0" in said
+    assert "such as record 1 ('r1'): has the text and images of record 0" in said
     assert f"kept in {folder / 'out.jsonl'}, with image paths relative to {folder}" in said
 
 

@@ -120,7 +120,7 @@ def test_interleaved_messages_keep_their_order(folder: Path, capsys: pytest.Capt
     [first, second] = run("in.jsonl", "llava.jsonl")
     assert first["conversations"][0]["value"] == "first<image>then<image><image>"
     assert second["conversations"][0]["value"] == "what?<image>"
-    assert "1 turns have their only picture after text, which LLaVA's form" in capsys.readouterr().out
+    assert "1 turns have their only image after text, which LLaVA's form" in capsys.readouterr().out
 
 
 def test_messages_under_another_key(folder: Path):
@@ -188,8 +188,8 @@ def test_conceptual_captions(columns: tuple[int, int], folder: Path, capsys: pyt
         [("[00001/000010000.png]", "\nDescribe it."), ("row 10000",)],
     ]
     told = capsys.readouterr().out
-    assert told == ("3 records written to out.jsonl, paths of pictures relative to images; "
-                    "left out: 9998 rows without a picture\n")  # fmt: skip
+    assert told == ("3 records written to out.jsonl, paths of images relative to images; "
+                    "left out: 9998 rows without an image\n")  # fmt: skip
 
 
 def test_conceptual_captions_with_a_bad_row(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -208,7 +208,7 @@ def test_conceptual_captions_with_a_header(folder: Path, capsys: pytest.CaptureF
     assert "which is the column of the urls?" in fails(capsys, *words)
     [found] = run(*words, "--url-column", "where", "--caption-column", "said")
     assert talk(found) == [("[00000/000000002.webp]",), ("a dog",)]
-    assert "left out: 1 rows without a caption; left out: 1 rows without a picture" in capsys.readouterr().out
+    assert "left out: 1 rows without a caption; left out: 1 rows without an image" in capsys.readouterr().out
 
 
 def test_coco_captions(folder: Path):

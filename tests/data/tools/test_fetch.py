@@ -13,6 +13,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from tests.waiting import HANG
 from vlm.data.tools import fetch
 from vlm.data.tools.fetch import (
     Deadline,
@@ -104,7 +105,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def fetcher(**changes: Any) -> Fetcher:
-    chosen = {"timeout": 5.0, "retries": 2, "max_bytes": 100_000, "allow_private": True, "stop": threading.Event()}
+    chosen = {"timeout": HANG, "retries": 2, "max_bytes": 100_000, "allow_private": True, "stop": threading.Event()}
     return Fetcher(**{"ssl_context": TRUST, **chosen, **changes})
 
 
@@ -212,28 +213,24 @@ def test_retry_after_may_be_a_date():
 @pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
 def test_a_server_that_drips_has_no_more_time_than_others(site: Site, begin: bytes):
     site.pages["/drip"] = lambda handler: (handler.wfile.write(begin), drip(handler, b"x", 0.05))[1]
-    begun = time.monotonic()
-    assert reason(site.url("/drip"), timeout=0.4, retries=0) == "timed out"
-    assert time.monotonic() - begun < 2
+    assert reason(site.url("/drip"), timeout=0.4, retries=0) == "timed out"  # while the server goes on
 
 
 def test_a_name_server_that_is_silent_has_no_more_time_either(monkeypatch: pytest.MonkeyPatch):
     silent = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: silent.wait(20))
-    begun = time.monotonic()
+    answered: list[str] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: silent.wait(HANG) and answered.append(host))
     assert reason("http://example.com/", timeout=0.2, retries=0) == "timed out"
-    assert time.monotonic() - begun < 2
+    assert not answered
     silent.set()
 
 
 def test_stops_in_the_middle(site: Site):
     stop = threading.Event()
-    site.pages["/drip"] = lambda handler: (send(handler, 200, Content_Length="1000"), drip(handler, b"x", 0.02))[1]
+    site.pages["/drip"] = lambda handler: (send(handler, 200, Content_Length="99999"), drip(handler, b"x", 0.02))[1]
     threading.Timer(0.2, stop.set).start()
-    begun = time.monotonic()
-    with pytest.raises(FetchStopped):
-        fetcher(stop=stop, timeout=20).fetch(site.url("/drip"))
-    assert time.monotonic() - begun < 2
+    with pytest.raises(FetchStopped):  # long before the server is done
+        fetcher(stop=stop).fetch(site.url("/drip"))
 
 
 def test_what_is_too_large_is_not_read_to_its_end(site: Site):

@@ -214,7 +214,7 @@ def test_dates_are_text_in_json(folder: Path, tmp_path: Path):
         ({"id": "7", "score": float("nan")}, "JSON cannot hold it"),
         ({"id": "7", "extra": b"123"}, "JSON cannot hold it: bytes"),
         ({"id": "7", "text": "\ud83d"}, "surrogate"),
-        ({"id": "7", "image": {"bytes": b"123"}}, "one of its pictures does not open"),
+        ({"id": "7", "image": {"bytes": b"123"}}, "one of its images does not open"),
     ],
 )
 def test_what_json_cannot_hold_leaves_no_trace(record: dict[str, Any], reason: str, folder: Path, tmp_path: Path):

@@ -66,7 +66,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "a.webp": (lambda: encoded("WEBP", lossless=True)[:-500], ""),
     "a.gif": (lambda: encoded("GIF", picture().convert("P"))[:-500], "image file is truncated"),
     "empty.png": (lambda: b"", "the file is empty"),
-    "page.jpg": (lambda: b"\n <!DOCTYPE html><html>", "it is text that begins with '<!DOCTYPE html', not a picture"),
+    "page.jpg": (lambda: b"\n <!DOCTYPE html><html>", "it is text that begins with '<!DOCTYPE html', not an image"),
     "noise.jpg": (lambda: bytes(range(200)), "cannot identify image file"),
     "bomb.png": (lambda: png_of(20_000, 20_000), "decompression bomb"),
     "folder": (lambda: b"", "Is a directory"),

@@ -1,6 +1,6 @@
 """Batches from the collator to the model, and what the training loop takes out of them on the way."""
 
-from typing import TypedDict
+from typing import Required, TypedDict
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class Batch(TypedDict, total=False):
         batch_stats: what throughput is computed from; the training loop takes it out.
     """
 
-    input_ids: Tensor
+    input_ids: Required[Tensor]
     attention_mask: Tensor
     labels: Tensor
     position_ids: Tensor
@@ -52,7 +52,7 @@ class Batch(TypedDict, total=False):
 
 
 class HeadBatch(Batch, total=False):
-    """A batch of prompts with the targets of prediction heads; `labels` and `prompt_mask` where replies are learned.
+    """A batch of prompts with the targets of prediction heads, and with `prompt_mask` where replies are learned.
 
     Attributes:
         targets: head -> `(rows, width)`, what the head learns, NaN where a sample has no label.

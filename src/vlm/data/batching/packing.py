@@ -1,43 +1,45 @@
-"""Samples one behind the other in rows without padding: which ones share a row, in which order, and how rows are made.
+"""Packing: samples concatenated in rows without padding; which samples share a row, in which order, and how.
 
-Which samples stand together is settled once: drawn, but for the last ones of a row, which are those that fit best
-(Krell et al. 2021, arXiv:2107.02027, compare packers). Every epoch, samples of equal length change places and rows are
-shuffled: nearly another packing, with as many rows, so that an epoch has the same number of steps each time and a
-resumed run finds its place.
+The packing is computed once: a row takes samples in random order, and at last those that fit best (Krell et al. 2021,
+arXiv:2107.02027, compare packers). Every epoch, samples of equal length are swapped and rows are shuffled. This is
+almost a new packing, but with as many rows, so that every epoch has the same number of steps and a resumed run finds
+its place.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.stats import BATCH_STATS
+from vlm.data.dataset import Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.processor import SampleInputs
 
 SEQUENCE_STARTS: Final = "cu_seq_lens_q"
-"""The key that packed batches have: where each sample begins, and where the last one ends."""
-
+"""The key of packed batches that holds where each sample starts, and where the last one ends."""
 
 Lengths = Sequence[int] | np.ndarray
 
 DRAW_WHILE_FITS = 3.0
-"""A row takes samples as they are drawn as long as so many of mean length fit."""
+"""A row takes samples in random order as long as this many of mean length still fit."""
 
 
 def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[int]]:
-    """Groups of places whose lengths sum up to at most `capacity`, few of them.
+    """Pack samples into few groups of at most `capacity` tokens: the indices of each group's samples.
 
-    A group takes samples as they are drawn until few more fit, and is closed by the one or two that leave least room.
+    A group takes samples in random order until few more fit, then the one or two that leave the least room.
 
     Args:
-        lengths: tokens of each sample.
-        capacity: most tokens of a group.
-        seed: of what is drawn.
+        lengths: number of tokens of each sample.
+        capacity: the most tokens of a group.
+        seed: determines the random order.
 
     Raises:
         ValueError: a sample is longer than `capacity`.
@@ -51,15 +53,15 @@ def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[in
     pool = _UnpackedSamples(array, np.random.default_rng(seed))
     packs = []
     while pool.number:
-        chosen: list[int] = []
+        pack: list[int] = []
         room = capacity
-        while room >= DRAW_WHILE_FITS * pool.mean and (place := pool.drawn(room)) is not None:
-            chosen.append(place)
-            room -= int(array[place])
-        while found := pool.best_fitting_lengths(room):
-            chosen += map(pool.take_of_length, found)
-            room -= sum(found)
-        packs.append(chosen)
+        while room >= DRAW_WHILE_FITS * pool.mean and (index := pool.take_next(room)) is not None:
+            pack.append(index)
+            room -= int(array[index])
+        while fitting := pool.best_fitting_lengths(room):
+            pack += map(pool.take_of_length, fitting)
+            room -= sum(fitting)
+        packs.append(pack)
     return packs
 
 
@@ -68,51 +70,51 @@ class _UnpackedSamples:
 
     Args:
         lengths: `(samples,)`.
-        draw: the order in which they are drawn.
+        generator: draws their random order.
     """
 
-    def __init__(self, lengths: np.ndarray, draw: np.random.Generator):
+    def __init__(self, lengths: np.ndarray, generator: np.random.Generator):
         self.mean = float(lengths.mean()) if len(lengths) else 0.0
         self.number = len(lengths)
         self.lengths = lengths.tolist()
-        self.order = draw.permutation(len(lengths)).tolist()
+        self.order = generator.permutation(len(lengths)).tolist()
         self.next = 0
-        self.waiting = [True] * len(lengths)
+        self.unpacked = [True] * len(lengths)
         self.counts = np.bincount(lengths)
         self.present = np.flatnonzero(self.counts)
         self.indices_by_length: dict[int, list[int]] = {int(length): [] for length in self.present}
-        for place in self.order:
-            self.indices_by_length[self.lengths[place]].append(place)
+        for index in self.order:
+            self.indices_by_length[self.lengths[index]].append(index)
 
-    def drawn(self, room: int) -> int | None:
-        """Take out the next sample as they are drawn; None: it does not fit, or there is none."""
-        while self.next < len(self.order) and not self.waiting[self.order[self.next]]:
+    def take_next(self, room: int) -> int | None:
+        """Take the next sample in random order; None where it does not fit, or none is left."""
+        while self.next < len(self.order) and not self.unpacked[self.order[self.next]]:
             self.next += 1
         if self.next == len(self.order) or self.lengths[self.order[self.next]] > room:
             return None
-        place = self.order[self.next]
-        self._mark_packed(place)
-        return place
+        index = self.order[self.next]
+        self._mark_packed(index)
+        return index
 
     def take_of_length(self, length: int) -> int:
-        """Take out a sample of a length."""
+        """Take a sample of a length."""
         same = self.indices_by_length[length]
-        while not self.waiting[same[-1]]:
+        while not self.unpacked[same[-1]]:
             same.pop()
-        place = same.pop()
-        self._mark_packed(place)
-        return place
+        index = same.pop()
+        self._mark_packed(index)
+        return index
 
-    def _mark_packed(self, place: int) -> None:
-        length = self.lengths[place]
-        self.waiting[place] = False
+    def _mark_packed(self, index: int) -> None:
+        length = self.lengths[index]
+        self.unpacked[index] = False
         self.number -= 1
         self.counts[length] -= 1
         if not self.counts[length]:
             self.present = self.present[self.present != length]
 
     def best_fitting_lengths(self, room: int) -> list[int]:
-        """The one or two lengths that fill a room most; none where none fits."""
+        """Return the one or two lengths that leave the least room; none where no sample fits."""
         present = self.present[: np.searchsorted(self.present, room, side="right")]
         if not len(present):
             return []
@@ -126,14 +128,14 @@ class _UnpackedSamples:
 
 
 class PackSampler(Sampler[list[int]]):
-    """Iterates over this rank's packs of an epoch; every rank has as many.
+    """Iterates over this rank's packs of an epoch; every rank has the same number.
 
     Args:
-        lengths: tokens of each sample.
-        capacity: most tokens of a pack.
-        seed: with the epoch, all that the order depends on.
-        rank: which of the ranks this is.
-        world_size: how many there are.
+        lengths: number of tokens of each sample.
+        capacity: the most tokens of a pack.
+        seed: determines the order, together with the epoch.
+        rank: of this process.
+        world_size: number of ranks.
 
     Raises:
         ValueError: a sample is longer than a pack, or there are fewer samples than ranks.
@@ -149,94 +151,95 @@ class PackSampler(Sampler[list[int]]):
 
     @property
     def fill_ratio(self) -> float:
-        """The mean share of `capacity` that packs hold."""
+        """The mean share of `capacity` that packs fill."""
         return float(self.lengths.sum()) / (len(self.packs) * self.capacity)
 
     def set_epoch(self, epoch: int) -> None:
-        """The training loop says which epoch begins."""
+        """Set the epoch that begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.packs) // self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        draw = np.random.default_rng([self.seed, self.epoch])
-        sample_at = _swap_equal_lengths(self.lengths, draw)
-        order = draw.permutation(len(self.packs))
+        generator = np.random.default_rng([self.seed, self.epoch])
+        sample_at = _swap_equal_lengths(self.lengths, generator)
+        order = generator.permutation(len(self.packs))
         return (sample_at[self.packs[number]].tolist() for number in order[self.rank :: self.world_size].tolist())
 
 
 def _even_packs(packs: list[list[int]], world_size: int) -> list[list[int]]:
-    """As many packs as ranks can share evenly: those of most samples are halved.
+    """Make the number of packs a multiple of the number of ranks: halve those of most samples.
 
-    Where each has one alone, the first ones stand twice, as in batches that are not packed.
+    Where every pack has a single sample, the first packs are repeated, as in batches that are not packed.
     """
-    whole = len(packs)
+    original = len(packs)
     while len(packs) % world_size:
         most = max(range(len(packs)), key=lambda number: len(packs[number]))
         if len(packs[most]) < 2:
-            packs.append(packs[len(packs) - whole])
+            packs.append(packs[len(packs) - original])
             continue
         packs[most], other = packs[most][::2], packs[most][1::2]
         packs.append(other)
     return packs
 
 
-def _swap_equal_lengths(lengths: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """`(samples,)`: which sample stands at each place, samples of equal length having changed places."""
-    drawn = draw.permutation(len(lengths))
+def _swap_equal_lengths(lengths: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Permute samples of equal length: `(samples,)`, the index of the sample that takes each one's place."""
+    drawn = generator.permutation(len(lengths))
     sample_at = np.empty(len(lengths), dtype=np.int64)
     sample_at[np.argsort(lengths, kind="stable")] = drawn[np.argsort(lengths[drawn], kind="stable")]
     return sample_at
 
 
 def resolve_pack_capacity(max_tokens: int | None, batch_size: int, lengths: Lengths, longest: int = 0) -> int:
-    """What `trainer.max_tokens_per_batch` stands for; None: on average as many samples as a padded batch has.
+    """Return `trainer.max_tokens_per_batch`, or where it is None, the tokens of a padded batch on average.
 
-    At least as much as the longest sample has, of these and of others that may come.
+    The default is at least as large as the longest sample, and as `longest`.
     """
     array = np.asarray(lengths)
     return max_tokens or max(round(batch_size * float(array.mean())), int(array.max()), longest)
 
 
 class PackingCollator:
-    """Lays samples one behind the other in a single row; attention is told where each begins.
+    """Concatenates samples in a single row, and tells attention where each starts.
 
     Args:
-        collate: lays out what belongs to images, and adds the dummies that a batch needs.
+        collate: collates the inputs of images, and adds the dummies that a batch needs.
     """
 
     def __init__(self, collate: Collator):
         self.collate = collate
 
-    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """`input_ids`, `labels` and `position_ids` `(1, T)`, and where samples begin as attention kernels take it.
+    def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
+        """Collate samples: `input_ids`, `labels` and `position_ids` `(1, tokens)`, and where samples start.
 
         No sample predicts the first token of the next one. A dummy image is a sample of its own.
         """
         batch = self.collate(samples)
         mask = batch.pop("attention_mask").bool()
-        placed = mask | (batch["input_ids"] != self.collate.pad_token_id)  # a dummy is attended by nothing
-        lengths = [n for row in zip(mask.sum(1).tolist(), (placed & ~mask).sum(1).tolist(), strict=True) for n in row]
-        lengths = [length for length in lengths if length]
-        packed: dict[str, Any] = {
-            "input_ids": batch.pop("input_ids")[placed][None],
-            "labels": batch.pop("labels")[placed][None],
-            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        }
+        filled = mask | (batch["input_ids"] != self.collate.pad_token_id)  # nothing attends to a dummy
+        rows = zip(mask.sum(1).tolist(), (filled & ~mask).sum(1).tolist(), strict=True)
+        lengths = [length for lengths in rows for length in lengths if length]
         starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        packed: Batch = {
+            "input_ids": batch["input_ids"][filled][None],
+            "labels": batch.pop("labels")[filled][None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": starts, "cu_seq_lens_k": starts,
+            "max_length_q": max(lengths), "max_length_k": max(lengths),
+        }  # fmt: skip
         packed["labels"][0, starts[:-1].long()] = IGNORE_INDEX
-        packed |= {SEQUENCE_STARTS: starts, "cu_seq_lens_k": starts}
-        packed |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
-        packed |= {name: self._flatten_rows(name, value, placed) for name, value in batch.items()}
+        others = {name: value for name, value in batch.items() if name != "input_ids"}
+        packed |= cast(Batch, {name: self._flatten_rows(name, value, filled) for name, value in others.items()})
         if BATCH_STATS in packed:
             packed[BATCH_STATS] = replace(packed[BATCH_STATS], positions=packed["input_ids"].numel())
         return packed
 
-    def _flatten_rows(self, name: str, value: Any, placed: Tensor) -> Any:
-        """An input of padded rows as that of the one row."""
-        if name in self.collate.tokens:
-            return value[placed][None]
-        if name in self.collate.rows:
+    def _flatten_rows(self, name: str, value: object, filled: Tensor) -> object:
+        """Turn an input of padded rows into that of the single row; `filled` is `(rows, tokens)`."""
+        if isinstance(value, Tensor) and name in self.collate.tokens:
+            return value[filled][None]
+        if isinstance(value, Tensor) and name in self.collate.rows:
             return value.flatten(0, 1)[None]  # (rows, images, …) -> (1, rows * images, …)
         return value

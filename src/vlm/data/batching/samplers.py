@@ -1,4 +1,4 @@
-"""The order of samples: of like length, pictures and text apart, or by groups; the same on every rank and start."""
+"""Orders of samples: by modality and length, or by groups; the same on every rank and at every start."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,16 +9,16 @@ from torch.utils.data import Sampler
 def group_by_modality_and_length(
     lengths: Sequence[int], num_images: Sequence[int], batch: int, generator: torch.Generator
 ) -> list[int]:
-    """LLaVA's order: global batches of one modality each, samples of like length together, batches shuffled.
+    """Return LLaVA's order: each global batch of one modality and of similar lengths, batches shuffled.
 
-    Within a stretch of many batches, samples are sorted by length, so that rows of a batch are alike; samples that
+    Within blocks of many batches, samples are sorted by length, so that the rows of a batch are similar; samples that
     fill no whole batch come last, mixed.
 
     Args:
-        lengths: tokens of each sample.
-        num_images: pictures of each sample; 0 is text only.
+        lengths: number of tokens of each sample.
+        num_images: number of images of each sample; 0 is text only.
         batch: samples of a step, over all ranks and accumulation steps.
-        generator: the only source of chance.
+        generator: the only source of randomness.
     """
     batches: list[list[int]] = []
     rest: list[int] = []
@@ -33,21 +33,21 @@ def group_by_modality_and_length(
 
 
 def _group_by_length(lengths: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
-    """Shuffle, then sort by length (longest first) within stretches of 50 batches."""
-    stretch = batch * 50
+    """Shuffle, then sort by length (longest first) within blocks of 50 batches."""
+    block = batch * 50
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    stretches = [order[i : i + stretch] for i in range(0, len(order), stretch)]
-    return [index for part in stretches for index in sorted(part, key=lambda i: lengths[i], reverse=True)]
+    blocks = [order[i : i + block] for i in range(0, len(order), block)]
+    return [index for indices in blocks for index in sorted(indices, key=lambda i: lengths[i], reverse=True)]
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Iterates in `group_by_modality_and_length`, another one each epoch; resuming an epoch repeats its order.
+    """Iterates in the order of `group_by_modality_and_length`, a new one each epoch; a resumed epoch repeats its order.
 
     Args:
-        lengths: tokens of each sample.
-        num_images: pictures of each sample.
+        lengths: number of tokens of each sample.
+        num_images: number of images of each sample.
         batch: samples of a step, over all ranks and accumulation steps.
-        seed: with the epoch, all that the order depends on.
+        seed: determines the order, together with the epoch.
     """
 
     def __init__(self, lengths: Sequence[int], num_images: Sequence[int], batch: int, seed: int):
@@ -56,7 +56,7 @@ class ModalityLengthSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The training loop says which epoch begins."""
+        """Set the epoch that begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -68,13 +68,13 @@ class ModalityLengthSampler(Sampler[int]):
 
 
 class GroupSampler(Sampler[int]):
-    """Iterates over groups in a drawn order, the samples of each one after the other, for losses that compare them.
+    """Iterates over groups in random order, the samples of a group in sequence, for losses that compare them.
 
-    Resuming an epoch repeats its order.
+    A resumed epoch repeats its order.
 
     Args:
-        groups: the number of each sample's group; negative: it has none, and stands by itself.
-        seed: with the epoch, all that the order depends on.
+        groups: the index of each sample's group; negative for a sample that has none and is a group by itself.
+        seed: determines the order, together with the epoch.
     """
 
     def __init__(self, groups: Sequence[int], seed: int):
@@ -82,7 +82,7 @@ class GroupSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The training loop says which epoch begins."""
+        """Set the epoch that begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class GroupSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        together: dict[int, list[int]] = {}
+        members_by_group: dict[int, list[int]] = {}
         for index in torch.randperm(len(self.groups), generator=generator).tolist():
             group = self.groups[index]
-            together.setdefault(group if group >= 0 else -1 - index, []).append(index)
-        return (index for members in together.values() for index in members)
+            members_by_group.setdefault(group if group >= 0 else -1 - index, []).append(index)
+        return (index for members in members_by_group.values() for index in members)

@@ -1,29 +1,35 @@
-"""What a batch is: numbers that the speed of a run is told from, counted where batches are laid out."""
+"""Batch statistics that throughput is computed from, counted where batches are collated."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Final
 
 import numpy as np
+from torch import Tensor
 
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.processor import SampleInputs
 
 BATCH_STATS: Final = "batch_stats"
-"""The key of a batch under which its `BatchStats` stand; the training loop takes them out."""
+"""The key of a batch's `BatchStats`; the training loop takes them out."""
+
+ModelInputs = Mapping[str, Any]
+"""A batch, or the inputs of one sample: tensors by name, and what the training loop takes out of a batch."""
 
 
 @dataclass(frozen=True)
 class BatchStats:
-    """What a batch holds; dummy images, padding and records that were left out are no part of it.
+    """What a batch holds, without dummy images, padding and records that were left out.
 
     Attributes:
-        samples: its samples.
-        tokens: their tokens, image tokens counted.
-        positions: those of the batch: its tokens, padding and dummies.
-        supervised: the tokens that are learnt.
-        images: what the visual encoder reads as one image: pictures, their tiles, frames of videos.
-        squares: the sum over samples of their length squared.
+        samples: number of samples.
+        tokens: number of their tokens, image tokens included.
+        positions: number of positions of the batch: tokens, padding and dummies.
+        supervised: number of supervised tokens.
+        images: number of images that the visual encoder reads: images, tiles, frames of videos.
+        squared_lengths: sum over samples of the squared number of tokens.
     """
 
     samples: int = 0
@@ -34,34 +40,34 @@ class BatchStats:
     squared_lengths: int = 0
 
     def __add__(self, other: "BatchStats") -> "BatchStats":
-        """Those of two batches."""
-        return BatchStats(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+        """Add up the statistics of two batches."""
+        return BatchStats(*map(operator.add, astuple(self), astuple(other)))
 
 
-def compute_batch_stats(items: Sequence[Mapping[str, Any]], positions: int) -> BatchStats:
-    """What a batch of these samples holds, before anything is appended to them.
+def compute_batch_stats(items: Sequence[SampleInputs], positions: int) -> BatchStats:
+    """Compute the statistics of a batch of samples, before dummies are appended to them.
 
     Args:
-        items: with `input_ids`, `labels` and inputs of their images, as data workers hand them on.
-        positions: those of the batch, padding and dummies included.
+        items: the samples of the batch.
+        positions: number of positions of the batch, padding and dummies included.
     """
     lengths = [len(item["input_ids"]) for item in items]
-    learnt = [np.asarray(item["labels"])[1:] != IGNORE_INDEX for item in items]  # nothing predicts the first token
+    supervised = [np.asarray(item["labels"])[1:] != IGNORE_INDEX for item in items]  # nothing predicts the first token
     return BatchStats(
         samples=len(items),
         tokens=sum(lengths),
         positions=positions,
-        supervised=sum(int(one.sum()) for one in learnt),
+        supervised=sum(int(mask.sum()) for mask in supervised),
         images=sum(map(num_images, items)),
         squared_lengths=sum(length * length for length in lengths),
     )
 
 
-def num_images(inputs: Mapping[str, Any]) -> int:
-    """How many images the visual encoder reads in these inputs of a model.
+def num_images(inputs: ModelInputs) -> int:
+    """Return how many images the visual encoder reads in these inputs of a model.
 
-    Pixels are `(…, 3, height, width)`, features of an encoder `(images, P, V)`; loose patches have a grid for each
-    image. Where each image stands once, `image_index` says how often.
+    Pixels are `(…, 3, height, width)`, features of an encoder `(images, P, V)`; flattened patches come with a grid
+    for each image. Where equal images are there once, `image_index` has an entry for each image.
     """
     if (index := inputs.get("image_index")) is not None:
         return len(index)
@@ -71,7 +77,7 @@ def num_images(inputs: Mapping[str, Any]) -> int:
     return sum(_count_images(inputs.get(pixels), inputs.get(grids)) for pixels, grids in named)
 
 
-def _count_images(pixels: Any, grids: Any) -> int:
+def _count_images(pixels: Tensor | None, grids: Tensor | None) -> int:
     if pixels is None:
         return 0
     if pixels.ndim < 4:
@@ -80,15 +86,15 @@ def _count_images(pixels: Any, grids: Any) -> int:
 
 
 def num_encoded_and_connected(
-    inputs: Mapping[str, Any], images: int, encodes_duplicates: bool, connects_duplicates: bool
+    inputs: ModelInputs, images: int, encodes_duplicates: bool, connects_duplicates: bool
 ) -> tuple[int, int]:
-    """How many of a batch's images the visual encoder reads, and the connector.
+    """Return how many of a batch's images go through the visual encoder, and through the connector.
 
     Args:
-        inputs: of a model; equal images may stand in them once.
+        inputs: of a model; equal images may be in them once.
         images: see `BatchStats`.
-        encodes_duplicates: whether the encoder reads equal images one by one all the same.
-        connects_duplicates: whether the connector does.
+        encodes_duplicates: whether equal images go through the encoder one by one all the same.
+        connects_duplicates: whether they go through the connector one by one.
     """
     features, distinct = inputs.get("image_features"), images
     if inputs.get("image_index") is not None:

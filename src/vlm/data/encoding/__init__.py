@@ -1,1 +1,1 @@
-"""From a sample to ids and labels."""
+"""From a sample to ids and labels; `labels.encode` makes the labels."""

@@ -1,8 +1,9 @@
-"""From a conversation to ids and labels: exactly the replies are supervised, each with the token that ends it.
+"""Make labels: from a conversation to ids, where exactly the replies are supervised, each with the token that ends it.
 
-Works on any processor whose `apply_chat_template` renders messages and whose `tokenize` gives ids with character
-spans. The replies are found in the rendered text by marks around them, so that no template's habits (thinking blocks
-dropped, system turns moved, text trimmed) can shift the mask, and nothing is tokenised twice.
+`encode` is where labels are made. `render` renders the conversation with the chat template, with markers (characters
+that never occur in text) around every text. They give the character spans of the replies, so that no habit of a
+template (dropping thinking blocks, moving system turns, trimming text) can shift the mask. The rendered text is
+tokenised once, and a label is the id where a token lies in the span of a reply or of its end.
 """
 
 import re
@@ -12,22 +13,29 @@ from functools import cache
 from importlib import resources
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
+from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, MediaSize, OverLong, Sample, Turn
 
 IGNORE_INDEX = -100
+"""The label of a token that is not supervised."""
 MARKERS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
-"""Unicode noncharacters around what people said while a template renders it; they never occur in text."""
+"""Unicode noncharacters that are put around the texts of turns while a template renders them."""
 MARKER_PATTERN = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
 THINKING_PATTERN = re.compile(r".*</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered conversation, with the character spans of what people said and of the replies in it."""
+    """A rendered conversation.
+
+    Attributes:
+        text: the conversation as the template writes it.
+        spoken: the character spans of the texts of all turns, in order.
+        replies: the character spans of the assistant's texts, in order.
+    """
 
     text: str
     spoken: list[tuple[int, int]]
@@ -42,14 +50,14 @@ class Encoded:
     labels: list[int]
 
 
-def get_media_token_ids(processor: Any) -> list[int]:
-    """The ids that stand for features of pictures and videos."""
+def get_media_token_ids(processor: Processor) -> list[int]:
+    """Return the ids at whose positions features of images and videos are placed."""
     ids = processor.image_token_id, processor.video_token_id
-    return [one for one in dict.fromkeys(ids) if one is not None]
+    return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
 
 
 def read_template(name: str) -> str:
-    """A packaged template by name, or the text of a `.jinja` file."""
+    """Read a packaged template by name, or a `.jinja` file."""
     if name.endswith(".jinja"):
         return Path(name).read_text(encoding="utf-8")
     return resources.files("vlm.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
@@ -57,49 +65,46 @@ def read_template(name: str) -> str:
 
 @cache
 def template_names() -> list[str]:
-    """The packaged templates."""
+    """Return the names of the packaged templates."""
     files = resources.files("vlm.data").joinpath("templates").iterdir()
     return sorted(file.name.removesuffix(".jinja") for file in files if file.name.endswith(".jinja"))
 
 
-def render(processor: Any, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False) -> Rendered:
-    """Render turns with the processor's template; `prompt` adds what precedes an answer.
+def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False) -> Rendered:
+    """Render turns with the processor's template; `prompt` adds the text that precedes an answer.
 
-    A template may drop what a reply says up to its last `</think>`; the rest is the reply then.
+    A template may drop a reply's text up to its last `</think>`; the reply is then the text after that.
 
     Raises:
         BadSample: the template refuses the turns, or drops a reply.
     """
-    said = [(turn.role, part) for turn in turns for part in turn.content if isinstance(part, str)]
-    if any(mark in part for _, part in said for mark in MARKERS):
+    texts = [(turn.role, part) for turn in turns for part in turn.content if isinstance(part, str)]
+    if any(marker in part for _, part in texts for marker in MARKERS):
         raise BadSample(sample_id, "contains one of the Unicode noncharacters U+FDD0 to U+FDD2")
     text, spans = _render_with_markers(processor, turns, sample_id, prompt)
-    kept = {}
-    if any(role == "assistant" and part != part.strip() for role, part in said):
-        bare = _render_with_markers(processor, [_strip_replies(turn) for turn in turns], sample_id, prompt)
-        kept = _kept_whitespace((text, spans), bare)
+    whitespace = {}
+    if any(role == "assistant" and part != part.strip() for role, part in texts):
+        stripped = _render_with_markers(processor, [_strip_reply(turn) for turn in turns], sample_id, prompt)
+        whitespace = _kept_whitespace((text, spans), stripped)
     replies = []
-    for number, (role, part) in enumerate(said):
+    for number, (role, part) in enumerate(texts):
         if role == "assistant":
             if number not in spans:
                 raise BadSample(sample_id, f"its template drops the reply {part[:60]!r}")
-            before, after = kept.get(number, (0, 0))
+            before, after = whitespace.get(number, (0, 0))
             replies.append((spans[number][0] - before, spans[number][1] + after))
     return Rendered(text, sorted(spans.values()), replies)
 
 
 def _render_with_markers(
-    processor: Any, turns: Sequence[Turn], sample_id: str, prompt: bool
+    processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool
 ) -> tuple[str, dict[int, tuple[int, int]]]:
-    """Render with marks around each text; the rendered text without them, and where each numbered text stands."""
+    """Render with markers around each text; return the text without them, and the span of each numbered text."""
     numbers, tokens = count(), (processor.image_token, processor.video_token)
-    marked = [
-        Turn(
-            turn.role, tuple(_add_markers(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content)
-        )
-        for turn in turns
-    ]
-    messages = [turn.as_message(*tokens) for turn in marked]
+    messages = []
+    for turn in turns:
+        parts = tuple(_add_markers(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content)
+        messages.append(Turn(turn.role, parts).as_message(*tokens))
     try:
         return _strip_markers(processor.apply_chat_template(messages, add_generation_prompt=prompt))
     except jinja2.TemplateError as error:
@@ -107,10 +112,10 @@ def _render_with_markers(
 
 
 def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
-    """Marks around the text proper, and once more behind its thinking, which some templates drop.
+    """Put markers around a text, and one more behind its thinking, which some templates drop.
 
-    Blanks at the ends stay outside, where a template may trim them. A token of a picture or video that somebody spelled
-    is broken up by a mark, so that a template does not take it for one.
+    White space at the ends stays outside, where a template may trim it. A token of an image or video that a user
+    spelled is broken up by a marker, so that a template does not take it for an image or video.
     """
     core = part.strip()
     start = part.index(core) if core else len(part)
@@ -123,7 +128,7 @@ def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
 
 
 def _strip_markers(marked: str) -> tuple[str, dict[int, tuple[int, int]]]:
-    """The text without marks, and the span that each numbered pair of marks enclosed."""
+    """Return the text without markers, and the span that each numbered pair of markers encloses."""
     text, position = "", 0
     opened: dict[int, int] = {}
     spans: dict[int, tuple[int, int]] = {}
@@ -138,27 +143,30 @@ def _strip_markers(marked: str) -> tuple[str, dict[int, tuple[int, int]]]:
     return text + marked[position:], spans
 
 
-def _strip_replies(turn: Turn) -> Turn:
-    """A reply without the blanks at its ends; other turns as they are."""
+def _strip_reply(turn: Turn) -> Turn:
+    """Return a reply without the white space at its ends; any other turn unchanged."""
     if turn.role != "assistant":
         return turn
     return Turn(turn.role, tuple(part.strip() if isinstance(part, str) else part for part in turn.content))
 
 
 def _kept_whitespace(
-    full: tuple[str, dict[int, tuple[int, int]]], bare: tuple[str, dict[int, tuple[int, int]]]
+    full: tuple[str, dict[int, tuple[int, int]]], stripped: tuple[str, dict[int, tuple[int, int]]]
 ) -> dict[int, tuple[int, int]]:
-    """How many blanks at the ends of each text the template kept: what its neighbours are further away for them."""
-    (gaps, bare_gaps) = (_span_gaps(text, spans) for text, spans in (full, bare))
+    """Return how much white space the template kept before and after each text.
+
+    It is the difference between the gaps around a text rendered in full and rendered without that white space.
+    """
+    gaps, stripped_gaps = (_span_gaps(text, spans) for text, spans in (full, stripped))
     return {
-        number: (before - bare_gaps[number][0], after - bare_gaps[number][1])
+        number: (before - stripped_gaps[number][0], after - stripped_gaps[number][1])
         for number, (before, after) in gaps.items()
-        if number in bare_gaps
+        if number in stripped_gaps
     }
 
 
 def _span_gaps(text: str, spans: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
-    """Characters between each span and the one before it, and the one after it."""
+    """Return the number of characters between each span and its predecessor, and its successor."""
     order = sorted(spans, key=lambda number: spans[number])
     ends = [0, *(spans[number][1] for number in order)]
     starts = [*(spans[number][0] for number in order), len(text)]
@@ -169,12 +177,12 @@ def _span_gaps(text: str, spans: dict[int, tuple[int, int]]) -> dict[int, tuple[
 
 
 def reply_start(text: str, start: int) -> int:
-    """Where what a model writes begins: with the blank before a reply, which prompts end without (`ASSISTANT:`)."""
+    """Return where the model's text begins: at the blank before a reply, without which prompts end (`ASSISTANT:`)."""
     return start - text[:start].endswith(" ")
 
 
-def reply_end(processor: Any, text: str, end: int) -> int:
-    """Where the end of a reply is over: behind the special token that follows it, else behind the white space.
+def reply_end(processor: Processor, text: str, end: int) -> int:
+    """Return the end of a reply's last token: behind the special token that follows it, else behind white space.
 
     Raises:
         ValueError: neither follows; the template needs a token that the tokenizer does not know.
@@ -193,13 +201,13 @@ def reply_end(processor: Any, text: str, end: int) -> int:
     return end + blank
 
 
-def encode(processor: Any, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-    """Ids of a whole conversation, and labels: the id within replies and their ends, -100 elsewhere.
+def encode(processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
+    """Return the ids of a whole conversation, and its labels: the id within replies and their ends, -100 elsewhere.
 
     Args:
         processor: decides every token.
         sample: the conversation.
-        sizes: of its pictures and videos, where the processor needs them; see `pictures.media_sizes_from_opened`.
+        sizes: of its images and videos, where the processor needs them; see `vision.images.media_sizes_from_opened`.
 
     Raises:
         BadSample: there is no reply, the template refuses the turns or drops one, or nothing would be supervised.
@@ -211,11 +219,11 @@ def encode(processor: Any, sample: Sample, sizes: Sequence[MediaSize] = ()) -> E
     supervised = [(reply_start(text, start), reply_end(processor, text, end)) for start, end in rendered.replies]
     ids, spans = processor.tokenize(text, rendered.spoken, sizes)
     labels = [IGNORE_INDEX] * len(ids)
-    waiting = iter([*supervised, (len(text) + 1,) * 2])
-    start, stop = next(waiting)
+    remaining = iter([*supervised, (len(text) + 1,) * 2])
+    start, stop = next(remaining)
     for position, (a, b) in enumerate(spans):
         while a >= stop:
-            start, stop = next(waiting)
+            start, stop = next(remaining)
         if b > start and a < stop:
             labels[position] = ids[position]
     if labels.count(IGNORE_INDEX) == len(labels):
@@ -223,17 +231,17 @@ def encode(processor: Any, sample: Sample, sizes: Sequence[MediaSize] = ()) -> E
     return Encoded(ids, labels)
 
 
-def encode_prompt(processor: Any, turns: Sequence[Turn], sizes: Sequence[MediaSize] = ()) -> list[int]:
-    """Ids of a conversation that waits for an answer."""
+def encode_prompt(processor: Processor, turns: Sequence[Turn], sizes: Sequence[MediaSize] = ()) -> list[int]:
+    """Return the ids of a conversation that waits for an answer."""
     rendered = render(processor, turns, prompt=True)
     return processor.tokenize(rendered.text, rendered.spoken, sizes)[0]
 
 
 def limit_length(encoded: Encoded, longest: int, media: Sequence[int], sample_id: str, *, truncate: bool) -> Encoded:
-    """The sample if it has at most `longest` tokens; with `truncate`, its beginning.
+    """Return the sample if it has at most `longest` tokens; with `truncate`, its beginning.
 
-    The beginning ends within a reply or with one: what would be left of a question that is not answered goes too,
-    unless an image stands in it. `media` are the ids of images and videos.
+    The beginning ends within a reply or with one: the start of an unanswered question is cut too, unless an image
+    stands in it. `media` are the ids of images and videos.
 
     Raises:
         OverLong: it is longer, or cutting it would cut an image or every reply.

@@ -1,9 +1,9 @@
-"""Prompts as ids: what a prediction head reads. The reply is left out, or stands behind the prompt to be learnt too."""
+"""Prompts as ids for prediction heads. The reply is left out, or follows the prompt and is supervised too."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, render
 from vlm.data.encoding.sample_encoder import SampleEncoder
@@ -12,11 +12,11 @@ from vlm.data.sample import BadSample, MediaSize, Sample, Turn
 
 @dataclass(frozen=True)
 class PromptEncoder(SampleEncoder):
-    """Encodes samples for one run that learns their labels: conversations up to their last reply, waiting for it.
+    """Encodes prompts for one run, which learns their labels: conversations without their last reply.
 
     Attributes:
         suffix: ids behind every prompt, such as those of a token at which a head reads.
-        answers: whether the last reply stands behind the prompt and is supervised, where there is one.
+        answers: whether the last reply, where there is one, follows the prompt and is supervised.
 
     Raises:
         ValueError: prompts would be cut, or replies would stand behind a suffix.
@@ -39,32 +39,32 @@ class PromptEncoder(SampleEncoder):
             )
 
     def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Ids of a whole prompt, and with `answers` of its reply; labels: the reply's ids, -100 elsewhere.
+        """Return the ids of a prompt, with `answers` also of its reply; labels are the reply's ids, -100 elsewhere.
 
         Raises:
-            BadSample: the template refuses it or leaves nothing of it, or renders a prompt otherwise once it is
+            BadSample: the template refuses the prompt or leaves nothing of it, or renders it otherwise once it is
                 answered.
         """
         prompt = self._prompt(sample, sizes)
         if not self.answers or sample.turns[-1].role != "assistant":
             return Encoded([*prompt, *self.suffix], [IGNORE_INDEX] * (len(prompt) + len(self.suffix)))
         whole = encode(self.processor, sample, sizes)
-        behind = len(prompt)
-        # A head reads the end of the prompt: nothing may stand between it and what is supervised.
-        if whole.input_ids[:behind] != prompt or whole.labels[behind : behind + 1] in ([], [IGNORE_INDEX]):
+        length = len(prompt)
+        # A head reads the end of the prompt: the reply must be supervised from its first token on.
+        if whole.input_ids[:length] != prompt or whole.labels[length : length + 1] in ([], [IGNORE_INDEX]):
             raise BadSample(
                 sample.id,
                 "its template renders a prompt otherwise once it is answered, as some do that have thinking blocks; "
                 "dataset.template names another",
             )
-        return Encoded(whole.input_ids, [*[IGNORE_INDEX] * behind, *whole.labels[behind:]])
+        return Encoded(whole.input_ids, [*[IGNORE_INDEX] * length, *whole.labels[length:]])
 
     def min_length(self, encoded: Encoded) -> int:
-        """All tokens: a prompt is never cut."""
+        """Return the number of all tokens, since a prompt is never cut."""
         return len(encoded.input_ids)
 
     def label_and_group(self, sample: Sample) -> tuple[str | None, str | None]:
-        """A sample's label as JSON, and its group.
+        """Return the label of a sample as JSON, and its group.
 
         Raises:
             BadSample: JSON cannot hold the label.
@@ -76,12 +76,12 @@ class PromptEncoder(SampleEncoder):
             raise BadSample(sample.id, f"its label {sample.label!r:.60} cannot be written as JSON: {error}") from error
 
     @property
-    def fingerprint_fields(self) -> tuple[Any, ...]:
-        """What ids and labels depend on besides the processor."""
+    def fingerprint_fields(self) -> tuple[object, ...]:
+        """The settings that ids and labels depend on, besides the processor."""
         return (*super().fingerprint_fields, self.suffix, self.answers)
 
     def _prompt(self, sample: Sample, sizes: Sequence[MediaSize]) -> list[int]:
-        """Ids as `encode.encode_prompt` gives them, with the sample named where it cannot be used."""
+        """Return the ids of `labels.encode_prompt`; errors name the sample."""
         turns = prompt_turns(sample)
         if not turns:
             raise BadSample(sample.id, "nothing stands before its reply")
@@ -93,5 +93,5 @@ class PromptEncoder(SampleEncoder):
 
 
 def prompt_turns(sample: Sample) -> tuple[Turn, ...]:
-    """The conversation up to its last reply, if it ends with one."""
+    """Return the conversation without its last turn where that is a reply."""
     return sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns

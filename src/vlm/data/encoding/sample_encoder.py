@@ -6,43 +6,42 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from vlm.data.cache import json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, get_media_token_ids, limit_length
+from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
 
 
 @dataclass(frozen=True)
 class SampleEncoder:
-    """Encodes samples for one run: the replies are learnt.
+    """Encodes samples for one run, which learns the replies.
 
     Attributes:
         processor: decides every token.
-        longest: most tokens that a sample may have.
-        truncate: whether a longer one loses its end, instead of being refused.
+        longest: the largest number of tokens of a sample.
+        truncate: whether a longer sample is cut at its end, instead of being refused.
     """
 
     encodes_labels: ClassVar[bool] = False
-    """Whether labels of records are asked for, see `learnt`."""
+    """Whether `label_and_group` reads the labels of records."""
 
-    processor: Any
+    processor: Processor
     longest: int
     truncate: bool
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Ids and labels of a sample; `sizes` of its pictures, where the processor needs them.
+        """Return the ids and labels of a sample; `sizes` of its images, where the processor needs them.
 
         Raises:
             BadSample: it cannot be used, or is too long.
         """
-        encoded = self.encode(sample, sizes)
-        return limit_length(
-            encoded, self.longest, get_media_token_ids(self.processor), sample.id, truncate=self.truncate
-        )
+        media = get_media_token_ids(self.processor)
+        return limit_length(self.encode(sample, sizes), self.longest, media, sample.id, truncate=self.truncate)
 
     def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """The same of a whole sample, however long it is.
+        """Return the ids and labels of a sample, however long it is.
 
         Raises:
             BadSample: it cannot be used.
@@ -50,33 +49,39 @@ class SampleEncoder:
         return encode(self.processor, sample, sizes)
 
     def min_length(self, encoded: Encoded) -> int:
-        """The fewest tokens that it may be cut to: up to its last image or video, and its first supervised one."""
+        """Return the fewest tokens that a sample may be cut to: up to its last image or video, and its first label."""
         ids, labels = encoded.input_ids, encoded.labels
         first = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
         media = get_media_token_ids(self.processor)
-        behind_media = max((len(ids) - ids[::-1].index(one) for one in media if one in ids), default=0)
+        behind_media = max((len(ids) - ids[::-1].index(media_id) for media_id in media if media_id in ids), default=0)
         return max(first + 1, behind_media)
 
     def label_and_group(self, sample: Sample) -> tuple[str | None, str | None]:
-        """What a prediction head learns of a sample, as JSON, and its group; nothing where replies are learnt alone."""
+        """Return the label of a sample as JSON, and its group; nothing where only replies are learned."""
         return None, None
 
     @property
-    def fingerprint_fields(self) -> tuple[Any, ...]:
-        """What ids and labels depend on besides the processor."""
+    def fingerprint_fields(self) -> tuple[object, ...]:
+        """The settings that ids and labels depend on, besides the processor."""
         return (type(self).__name__,)
 
 
-def processor_digest(processor: Any) -> str:
-    """A name for what a processor makes of text: its tokenizer, template and settings, and the code that runs."""
+DATA_FILES = ("*.py", "encoding/*.py", "records/*.py", "vision/*.py")
+PROCESSOR_FILES = ("*process*.py", "anyres.py", "table.py", "videos.py")
+"""The files that ids depend on, of this package and beside a processor's own file."""
+
+
+def processor_digest(processor: Processor) -> str:
+    """Return a digest of all that ids depend on: tokenizer, template, settings, and the code from records to ids."""
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    folders = {
+        Path(__file__).parent.parent: DATA_FILES,
+        Path(inspect.getfile(type(processor))).parent: PROCESSOR_FILES,
+    }
     code = hashlib.sha256()
-    sides = Path(inspect.getfile(type(processor))).parent
-    names = ("*process*.py", "anyres.py", "table.py", "videos.py")
-    beside = [file for name in names for file in sorted(sides.glob(name))]
-    files = [*sorted(Path(__file__).parent.glob("*.py")), *beside]
-    for file in files:
-        code.update(file.read_bytes())
+    for folder, names in folders.items():
+        for file in [file for name in names for file in sorted(folder.glob(name))]:
+            code.update(file.read_bytes())
     return json_digest(
         processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_token_ids(),
         processor.image_token, processor.to_dict(), versions, code.hexdigest(),

@@ -1,7 +1,7 @@
 """JSON and JSONL files as Arrow files: indexed once, then opened by memory map, whatever their size.
 
-A record is kept as the bytes that stood in the file and parsed when it is asked for, so that one which is broken is
-one record's trouble, and records of one file may differ in their keys.
+A record is kept as the bytes of the file and parsed when it is needed, so that a broken record affects no other, and
+records of one file may differ in their keys.
 """
 
 import json
@@ -26,14 +26,14 @@ class IndexedRecords:
     """The records of a JSON or JSONL file, parsed one by one.
 
     Args:
-        path: a file named `.json` (one list) or `.jsonl` (one record a line).
+        path: a file named `.json` (one list) or `.jsonl` (one record per line).
         cache: the cache's folder.
 
     Attributes:
         fingerprint: of the file's content.
 
     Raises:
-        ValueError: the file is no such thing; says where it breaks.
+        ValueError: the file does not parse; tells where.
     """
 
     def __init__(self, path: Path, cache: Path):
@@ -50,8 +50,8 @@ class IndexedRecords:
     def __len__(self) -> int:
         return len(self._column)
 
-    def __getitem__(self, index: int) -> Any:
-        """A record.
+    def __getitem__(self, index: int) -> Any:  # any value of JSON
+        """Return a record.
 
         Raises:
             BadSample: its bytes are no JSON.
@@ -62,7 +62,7 @@ class IndexedRecords:
         return self._file
 
     def __setstate__(self, file: Path) -> None:
-        """A process of its own maps the file again."""
+        """Map the file again, in another process."""
         self._file = file
         self.fingerprint = file.name.partition(".")[0]
         self._column = self._open_column()
@@ -83,32 +83,32 @@ def write_index(source: Path, target: Path) -> None:
 
 
 def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
-    """Bytes as an Arrow column; `pa.array` would import pandas to find out that they are no series of its."""
+    """Make an Arrow column of bytes; `pa.array` would import pandas to check that they are no pandas series."""
     offsets = np.zeros(len(records) + 1, dtype=np.int64)
     np.cumsum([len(record) for record in records], out=offsets[1:])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(records))]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(records), buffers)
 
 
-def _batch_records(records: Iterable[Any]) -> Iterator[list[Any]]:
-    waiting: list[Any] = []
+def _batch_records(records: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
+    batch: list[bytes | memoryview] = []
     for record in records:
-        waiting.append(record)
-        if len(waiting) == RECORDS_PER_BATCH:
-            yield waiting
-            waiting = []
-    yield waiting
+        batch.append(record)
+        if len(batch) == RECORDS_PER_BATCH:
+            yield batch
+            batch = []
+    yield batch
 
 
 def _iter_jsonl_lines(file: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a JSONL file, except empty ones."""
+    """Iterate over the lines of a JSONL file that are not empty."""
     for number, line in enumerate(file):
-        if bare := line.removeprefix(BYTE_ORDER_MARK if number == 0 else b"").strip():
-            yield bare
+        if content := line.removeprefix(BYTE_ORDER_MARK if number == 0 else b"").strip():
+            yield content
 
 
 def _iter_list_items(file: BinaryIO, source: Path) -> Iterator[memoryview | bytes]:
-    """The items of a JSON list, as they stand in the file, which is mapped and not read."""
+    """Iterate over the items of a JSON list as bytes of the file, which is mapped and not read."""
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = len(BYTE_ORDER_MARK) if content[:3] == BYTE_ORDER_MARK else 0
     try:
@@ -125,10 +125,10 @@ def _iter_list_items(file: BinaryIO, source: Path) -> Iterator[memoryview | byte
 
 
 def _iter_lenient_list_items(content: bytes, source: Path) -> Iterator[bytes]:
-    """The items of a list that only Python's own reader takes for JSON, such as one with NaN: slower, and in memory.
+    """Iterate over the items of a list that only Python's own parser accepts, such as one with NaN; slow, in memory.
 
     Raises:
-        ValueError: it does not either; says where the file breaks.
+        ValueError: Python's parser refuses it too; tells where.
     """
     text = content.decode("utf-8", "surrogateescape")
     decoder = json.JSONDecoder()
@@ -157,11 +157,11 @@ def _iter_lenient_list_items(content: bytes, source: Path) -> Iterator[bytes]:
         raise ValueError(f"{source}: not JSON ({error}); one record a line is read from a file named .jsonl") from None
 
 
-def parse_record(line: bytes, sample_id: str = "?") -> Any:
-    """A record out of its bytes.
+def parse_record(line: bytes, sample_id: str = "?") -> Any:  # any value of JSON
+    """Parse a record.
 
     Raises:
-        BadSample: they are no JSON.
+        BadSample: its bytes are no JSON.
     """
     try:
         return json.loads(line)

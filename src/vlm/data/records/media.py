@@ -1,4 +1,4 @@
-"""Where a record's pictures and videos are: paths that stay within the image folder, or bytes in the record itself.
+"""Where a record's images and videos are: paths that stay within the image folder, or bytes in the record itself.
 
 Imports the in-memory form and the standard library only, since configurations are checked with it.
 """
@@ -6,38 +6,38 @@ Imports the in-memory form and the standard library only, since configurations a
 import base64
 import binascii
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.sample import BadSample, ImageRef, VideoRef
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Record, VideoRef
 
 FILE_KEYS = ("path", "url", "image", "video", "file")
 """Keys under which an item of a message names its file, besides its own type."""
 
 
-def image_refs_from_value(value: Any, folder: Path, sample_id: str, key: str = "image") -> list[ImageRef]:
-    """The pictures that a record names: none, one or a list.
+def image_refs_from_value(value: object, folder: Path, sample_id: str, key: str = "image") -> list[ImageRef]:
+    """Read the images that a record names: none, one or a list.
 
-    Each is a path within `folder`, a `data:` address, or a mapping with `bytes` or `path`, as Hugging Face data sets
-    hold pictures.
-
-    Raises:
-        BadSample: one is neither, does not exist, or leaves the folder.
-    """
-    return [image_ref_from_value(one, folder, sample_id, key) for one in _as_list(value, sample_id, key)]
-
-
-def video_refs_from_value(value: Any, folder: Path, sample_id: str, key: str = "video") -> list[VideoRef]:
-    """The videos that a record names, as paths within `folder`: none, one or a list.
+    Each is a path within `folder`, a `data:` URL, or a mapping with `bytes` or `path`, as in Hugging Face data sets.
 
     Raises:
-        BadSample: one is no path, does not exist, or leaves the folder.
+        BadSample: a value is none of these, or its file does not exist or is outside the folder.
     """
-    return [video_ref_from_value(one, folder, sample_id, key) for one in _as_list(value, sample_id, key)]
+    return [image_ref_from_value(item, folder, sample_id, key) for item in _as_list(value, sample_id, key)]
 
 
-def image_ref_from_value(value: Any, folder: Path, sample_id: str, key: str = "image") -> ImageRef:
-    """One picture, as `image_refs_from_value` takes it."""
+def video_refs_from_value(value: object, folder: Path, sample_id: str, key: str = "video") -> list[VideoRef]:
+    """Read the videos that a record names, as paths within `folder`: none, one or a list.
+
+    Raises:
+        BadSample: a value is no path, or its file does not exist or is outside the folder.
+    """
+    return [video_ref_from_value(item, folder, sample_id, key) for item in _as_list(value, sample_id, key)]
+
+
+def image_ref_from_value(value: object, folder: Path, sample_id: str, key: str = "image") -> ImageRef:
+    """Read one image, see `image_refs_from_value`."""
     if isinstance(value, dict):
         content, name = value.get("bytes"), value.get("path")
         if isinstance(content, bytes):
@@ -45,15 +45,15 @@ def image_ref_from_value(value: Any, folder: Path, sample_id: str, key: str = "i
         value = name
     if not isinstance(value, str):
         raise BadSample(
-            sample_id, f"`{key}` must be a path, a list of paths, or hold the bytes of a picture, got {value!r:.60}"
+            sample_id, f"`{key}` must be a path, a list of paths, or hold the bytes of an image, got {value!r:.60}"
         )
     if value.startswith("data:image/"):
         return ImageRef(None, _decode_data_url(value, sample_id))
     return ImageRef(resolve_media_file(value, folder, sample_id))
 
 
-def video_ref_from_value(value: Any, folder: Path, sample_id: str, key: str = "video") -> VideoRef:
-    """One video, as `video_refs_from_value` takes it."""
+def video_ref_from_value(value: object, folder: Path, sample_id: str, key: str = "video") -> VideoRef:
+    """Read one video, see `video_refs_from_value`."""
     if isinstance(value, dict):
         value = value.get("path")
     if not isinstance(value, str):
@@ -62,13 +62,13 @@ def video_ref_from_value(value: Any, folder: Path, sample_id: str, key: str = "v
 
 
 def resolve_media_file(name: str, folder: Path, sample_id: str) -> Path:
-    """A file within a folder.
+    """Return the path of a file within a folder.
 
     Raises:
-        BadSample: it is an address, does not exist, or leaves the folder.
+        BadSample: the name is a URL, or the file does not exist or is outside the folder.
     """
     if "://" in name:
-        raise BadSample(sample_id, f"{name}: addresses are not fetched in training; download the picture first", name)
+        raise BadSample(sample_id, f"{name}: addresses are not fetched in training; download the image first", name)
     path = folder / name
     if not os.path.isfile(path):  # unlike pathlib's, false for names that no file can have, such as base64
         raise BadSample(sample_id, f"image file {path} does not exist", name)
@@ -77,8 +77,8 @@ def resolve_media_file(name: str, folder: Path, sample_id: str) -> Path:
     return path
 
 
-def _as_list(value: Any, sample_id: str, key: str) -> list[Any]:
-    """A record's value as a list; what is neither nothing, one thing nor a list is refused."""
+def _as_list(value: object, sample_id: str, key: str) -> list[object]:
+    """Return a record's value as a list: a list itself, a string or mapping as its only item, None as empty."""
     if value is None or isinstance(value, list):
         return value or []
     if isinstance(value, (str, dict)):
@@ -87,11 +87,81 @@ def _as_list(value: Any, sample_id: str, key: str) -> list[Any]:
 
 
 def _decode_data_url(address: str, sample_id: str) -> bytes:
-    """The bytes of a `data:image/…;base64,…` address."""
+    """Decode a `data:image/…;base64,…` URL."""
     head, _, body = address.partition(",")
     try:
         if not head.endswith(";base64"):
             raise binascii.Error("only base64 is read")
         return base64.b64decode(body, validate=True)
     except ValueError as error:  # binascii.Error is one; letters beyond ASCII raise a plain one
-        raise BadSample(sample_id, f"a picture in a data: address does not decode: {error}") from None
+        raise BadSample(sample_id, f"an image in a data: address does not decode: {error}") from None
+
+
+class MediaPlacer:
+    """Puts the images and videos that a record lists in the places of the placeholders in its text, in order.
+
+    Args:
+        record: the record, with `image` or `images`, `video` or `videos`.
+        folder: what paths are relative to.
+        sample_id: the name of the record in error messages.
+    """
+
+    def __init__(self, record: Record, folder: Path, sample_id: str):
+        self.folder, self.sample_id = folder, sample_id
+        images = image_refs_from_value(first_present(record, "image", "images"), folder, sample_id)
+        videos = video_refs_from_value(first_present(record, "video", "videos"), folder, sample_id)
+        self.number = len(images) + len(videos)
+        self.unplaced: dict[str, Iterator[ImageRef | VideoRef]] = {
+            PLACEHOLDER: iter(images), VIDEO_PLACEHOLDER: iter(videos)
+        }  # fmt: skip
+
+    def next(self, placeholder: str) -> ImageRef | VideoRef:
+        """Return the next image or video.
+
+        Raises:
+            BadSample: none is left.
+        """
+        ref = next(self.unplaced[placeholder], None)
+        if ref is None:
+            kind = "images" if placeholder == PLACEHOLDER else "videos"
+            raise BadSample(self.sample_id, f"more {placeholder} in its text than {kind}")
+        return ref
+
+    def rest(self) -> tuple[ImageRef | VideoRef, ...]:
+        """Return all that are not placed yet: videos first, as they are longer."""
+        return (*self.unplaced[VIDEO_PLACEHOLDER], *self.unplaced[PLACEHOLDER])
+
+    def within(self, text: str) -> tuple[ContentPart, ...]:
+        """Return a text with its placeholders replaced by images and videos."""
+        content: list[ContentPart] = []
+        for number, piece in enumerate(text.split(PLACEHOLDER)):
+            content += [self.next(PLACEHOLDER)] if number else []
+            for place, plain_text in enumerate(piece.split(VIDEO_PLACEHOLDER)):
+                content += [self.next(VIDEO_PLACEHOLDER)] if place else []
+                content += [plain_text] if plain_text else []
+        return tuple(content)
+
+    def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
+        """Return a question with its placeholders replaced; without any, all images and videos come first."""
+        if PLACEHOLDER in text or VIDEO_PLACEHOLDER in text:
+            return self.within(move_image_first(text))
+        return (*self.rest(), f"\n{text}" if self.number else text)
+
+    def check_all_placed(self) -> None:
+        """Raise BadSample where an image or video has no place in the text."""
+        if left := len(self.rest()):
+            raise BadSample(self.sample_id, f"{left} more image(s) than {PLACEHOLDER} in its text")
+
+
+def move_image_first(text: str) -> str:
+    """Move the only image placeholder of a turn to its start, as LLaVA does."""
+    texts = text.split(PLACEHOLDER)
+    if len(texts) != 2:
+        return text
+    question = "".join(texts).strip()
+    return f"{PLACEHOLDER}\n{question}" if question else PLACEHOLDER
+
+
+def first_present(record: Record, *keys: str) -> Any:
+    """Return the first value of a record's keys that is not None; None where there is none."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)

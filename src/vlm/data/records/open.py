@@ -1,6 +1,6 @@
-"""Where records are kept: `open_records` for those that can be asked for by number, `stream_records` for the rest.
+"""Opening files of records: `open_records` for access by index, `stream_records` for access in sequence.
 
-What kind of file it is follows from its name; what a record looks like is another matter (`data.formats`). JSON and
+The kind of a file follows from its name; what a record looks like is told by its format (`records.formats`). JSON and
 JSONL are indexed here; tables and data sets are opened by Hugging Face's `datasets`, tar shards read by `webdataset`.
 """
 
@@ -8,48 +8,53 @@ import os
 import random
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vlm.data.records.index import IndexedRecords, parse_record
 from vlm.data.records.paths import HUB_PATTERN, PIPE_PREFIX, TABLE_BUILDERS, is_tar_path, path_problem
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, Record
+
+if TYPE_CHECKING:
+    import datasets
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-"""Names of the members of a tar shard that are pictures."""
+"""Extensions of image files in a tar shard."""
 STREAM_BATCH_ROWS = 16
-"""Rows of a table that a stream reads at a time, with their pictures."""
+"""Rows of a table that a stream reads at a time."""
 
 
 class Records(Protocol):
-    """Records that are asked for by number; none is held in memory before."""
+    """Records by index; none is in memory before it is read."""
 
     fingerprint: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Any: ...
+    def __getitem__(self, index: int) -> object: ...
 
 
 class HubTableRecords:
-    """Rows of a Hugging Face data set, with pictures as they are stored: bytes or paths, not decoded."""
+    """Rows of a Hugging Face data set; images stay bytes or paths and are not decoded."""
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: "datasets.Dataset"):
         self.fingerprint: str = dataset._fingerprint
-        self._rows = dataset.with_format("arrow")
+        self._rows: Any = dataset.with_format("arrow")  # its rows are tables then
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         return self._rows[index].to_pylist()[0]
 
 
 def open_records(path: str, cache: Path, *, split: str = "train", subset: str | None = None) -> Records:
-    """The records of a file, a folder or a data set on the Hub.
+    """Open the records of a file, a folder or a data set on the Hub.
 
     Args:
         path: `.json`, `.jsonl`, `.parquet`, `.csv`, `.tsv`, `.arrow`; a folder that `datasets` wrote, or one of Parquet
@@ -59,7 +64,7 @@ def open_records(path: str, cache: Path, *, split: str = "train", subset: str | 
         subset: of a data set on the Hub that has several.
 
     Raises:
-        ValueError: it is none of these, or does not open.
+        ValueError: the path is none of these, or does not open.
     """
     if is_tar_path(path):
         raise ValueError(f"{path}: tar shards are read one after the other; that needs dataset.streaming=true")
@@ -73,10 +78,10 @@ def open_records(path: str, cache: Path, *, split: str = "train", subset: str | 
 def stream_records(
     path: str, cache: Path, *, split: str = "train", subset: str | None = None, shard: int = 0, num_shards: int = 1,
     seed: int | None = None,
-) -> Iterator[Any]:  # fmt: skip
-    """The records of a file, a folder or a data set, one after the other, or one share of them.
+) -> Iterator[object]:  # fmt: skip
+    """Iterate over the records of a file, a folder or a data set, or over one shard of them.
 
-    A record that cannot be read comes as the `BadSample` that says why, and the next one follows.
+    A record that cannot be read is yielded as a `BadSample` with the reason.
 
     Args:
         path: as `open_records` takes it, or tar shards: `shards/{000..127}.tar`, a folder of them, or a command
@@ -84,9 +89,9 @@ def stream_records(
         cache: the cache's folder.
         split: of a data set that has several.
         subset: of a data set on the Hub that has several.
-        shard: which share, from 0.
-        num_shards: into how many shares the records are dealt. Whole files where there are enough of them.
-        seed: shuffles the order of files; None leaves it.
+        shard: the index of the shard, from 0.
+        num_shards: the number of shards; they consist of whole files where there are enough files.
+        seed: shuffles the order of files; None keeps it.
 
     Raises:
         ValueError: the path is none of these, or does not open.
@@ -95,9 +100,9 @@ def stream_records(
         check_not_empty(Path(path))
     if is_tar_path(path):
         urls = shuffle_items(expand_shard_urls(path), seed)
-        whole = len(urls) >= num_shards
-        samples = read_tar_records(urls[shard::num_shards] if whole else urls)
-        yield from samples if whole else shard_items(samples, shard, num_shards)
+        has_enough = len(urls) >= num_shards
+        samples = read_tar_records(urls[shard::num_shards] if has_enough else urls)
+        yield from samples if has_enough else shard_items(samples, shard, num_shards)
     elif Path(path).suffix == ".jsonl":
         with Path(path).open("rb") as file:
             lines = (line for line in shard_items(file, shard, num_shards) if line.strip())
@@ -108,24 +113,25 @@ def stream_records(
     else:
         dataset = _load_hf_dataset(path, cache, split, subset, streaming=True)
         files = shuffle_items(list(range(dataset.num_shards)), seed)
-        whole = len(files) >= num_shards
-        rows = stream_table_rows(dataset, files[shard::num_shards] if whole else files)
-        yield from rows if whole else shard_items(rows, shard, num_shards)
+        has_enough = len(files) >= num_shards
+        rows = stream_table_rows(dataset, files[shard::num_shards] if has_enough else files)
+        yield from rows if has_enough else shard_items(rows, shard, num_shards)
 
 
-def stream_table_rows(dataset: Any, files: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """The rows of some files of a streamed Hugging Face data set, with pictures as they are stored.
+def stream_table_rows(dataset: "datasets.IterableDataset", files: Sequence[int]) -> Iterator[Record]:
+    """Iterate over the rows of some files of a streamed Hugging Face data set, with images as they are stored.
 
-    Asked for in batches, since its plain iterator deals rows out a second time where it finds itself in a worker of a
+    Rows are read in batches, since the plain iterator of a data set shards its rows once more in a worker of a
     `DataLoader`; and file by file, since its `shuffle` waits for five seconds at the end.
     """
     for file in files:
-        for table in dataset.with_format("arrow").shard(dataset.num_shards, file).iter(STREAM_BATCH_ROWS):
+        tables: Any = dataset.with_format("arrow").shard(dataset.num_shards, file).iter(STREAM_BATCH_ROWS)
+        for table in tables:
             yield from table.to_pylist()
 
 
 def expand_shard_urls(path: str) -> list[str]:
-    """The shards that a path with braces, a folder or a command stands for.
+    """Return the shards that a path with braces, a folder or a command stands for.
 
     Raises:
         ValueError: a shard does not exist.
@@ -140,11 +146,11 @@ def expand_shard_urls(path: str) -> list[str]:
     return urls
 
 
-def read_tar_records(urls: Sequence[str]) -> Iterator[Any]:
-    """The samples of tar shards as records: files of one name are one sample.
+def read_tar_records(urls: Sequence[str]) -> Iterator[object]:
+    """Iterate over the samples of tar shards as records: files of one name are one sample.
 
-    Its `.json` is the record, its `.txt` the `caption`; its pictures stand as bytes in `image` (`images` where it has
-    several), with the sample's name as `id` where the record has none.
+    The `.json` is the record, the `.txt` its `caption`; images are bytes under `image` (several under `images`). The
+    name is the `id` of a record without one.
     """
     from webdataset.tariterators import tarfile_samples
 
@@ -155,7 +161,7 @@ def read_tar_records(urls: Sequence[str]) -> Iterator[Any]:
             yield BadSample("?", f"{url} does not read on: {error.args[0] if error.args else error}", url)
 
 
-def _tar_record(sample: dict[str, Any]) -> dict[str, Any]:
+def _tar_record(sample: Record) -> Record:
     name = sample["__key__"]
     record = parse_record(sample["json"], name) if "json" in sample else {}
     if not isinstance(record, dict):
@@ -163,33 +169,33 @@ def _tar_record(sample: dict[str, Any]) -> dict[str, Any]:
     if "txt" in sample:
         record["caption"] = sample["txt"].decode(errors="replace")
     files = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in IMAGE_EXTENSIONS}
-    pictures = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_natural_sort_key)]
-    if pictures:
+    images = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_natural_sort_key)]
+    if images:
         record = {key: value for key, value in record.items() if key not in ("image", "images")}
-        record["images" if len(pictures) > 1 else "image"] = pictures if len(pictures) > 1 else pictures[0]
+        record["images" if len(images) > 1 else "image"] = images if len(images) > 1 else images[0]
     return {"id": name, **record}
 
 
 def _natural_sort_key(key: str) -> list[tuple[int, str]]:
-    """An order in which `10.png` stands after `9.png`."""
+    """Return a key that sorts `10.png` after `9.png`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]
 
 
-def value_or_bad_sample(read: Callable[[Any], Any], item: Any) -> Any:
-    """What a function makes of an item, or the `BadSample` that it raises."""
+def value_or_bad_sample(read: Callable[[Item], T], item: Item) -> T | BadSample:
+    """Return the result of a function for an item, or the `BadSample` that it raises."""
     try:
         return read(item)
     except BadSample as error:
         return error
 
 
-def shard_items(items: Any, shard: int, num_shards: int) -> Iterator[Any]:
-    """Every `num_shards`-th item, from the `shard`-th on."""
-    return (item for number, item in enumerate(items) if number % num_shards == shard)
+def shard_items(items: Iterable[T], shard: int, num_shards: int) -> Iterator[T]:
+    """Iterate over every `num_shards`-th item, starting with the item at index `shard`."""
+    return islice(items, shard, None, num_shards)
 
 
 def shuffle_items(items: list[T], seed: int | None) -> list[T]:
-    """The items in another order, the same for the same seed."""
+    """Return the items in a random order; in their own where the seed is None."""
     return items if seed is None else random.Random(seed).sample(items, len(items))
 
 
@@ -200,7 +206,7 @@ def check_not_empty(path: Path) -> None:
 
 
 def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, streaming: bool) -> Any:
-    """A Hugging Face data set, with the library's errors as ours."""
+    """Load a Hugging Face data set: a `Dataset`, or an `IterableDataset` where it is streamed."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -214,12 +220,12 @@ def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, 
             separator = {"sep": "\t"} if path.endswith(".tsv") else {}
             return datasets.load_dataset(kind, data_files={split: path}, **separator, **options)
         if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
-            found = datasets.load_from_disk(path)
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise ValueError(f"it has the splits {', '.join(map(str, found))}")
-                found = found[split]
-            return found.to_iterable_dataset() if streaming else found
+            dataset = datasets.load_from_disk(path)
+            if isinstance(dataset, datasets.DatasetDict):
+                if split not in dataset:
+                    raise ValueError(f"it has the splits {', '.join(map(str, dataset))}")
+                dataset = dataset[split]
+            return dataset.to_iterable_dataset() if streaming else dataset
         if Path(path).is_dir():
             return datasets.load_dataset(path, subset, **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:

@@ -1,8 +1,7 @@
-"""The tool `vlm data clean`: leaves out the records that cannot be used, and those that say the same again.
+"""`vlm data clean`: leave out the records that cannot be used, and duplicates.
 
-Every record is looked at once, in parallel (`verdicts`), and its verdict is appended to a journal beside the
-output, so that a run which was stopped, whatever stopped it, goes on where it was. What repeats another record follows
-from the verdicts in their order.
+Every record is checked once, in parallel (`verdicts`), and its verdict is appended to a journal beside the output, so
+that a run that was stopped in any way resumes there. Duplicates are found from the verdicts in their order.
 """
 
 import argparse
@@ -14,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import Records
+from vlm.data.sample import Record
 from vlm.data.tools.verdicts import REASONS, CleanTask, RecordVerdict, check_records
 
 DUPLICATES = ("record", "picture", "keep")
@@ -30,13 +29,13 @@ DUPLICATES = ("record", "picture", "keep")
 
 @dataclass(frozen=True)
 class CleanSummary:
-    """What came out.
+    """The result of cleaning.
 
     Attributes:
-        records: how many there were.
-        kept: how many can be used.
-        dropped: reason -> how many.
-        examples: reason -> the first of them, in words.
+        records: number of records.
+        kept: number of records that can be used.
+        dropped: reason -> number of records.
+        examples: reason -> description of the first such record.
     """
 
     records: int
@@ -52,7 +51,7 @@ class CleanSummary:
 
 
 class OutputFiles:
-    """The files around an output: it appears as a whole at the end, and what leads up to it goes away."""
+    """The files around an output, which appears complete at the end, when temporary files are removed."""
 
     def __init__(self, output: Path):
         self.output = output
@@ -63,25 +62,25 @@ class OutputFiles:
         self.lock = output.with_name(f"{output.name}.lock")
 
     def check(self, source: str, *, force: bool) -> None:
-        """Refuse to write where something stands.
+        """Check that nothing would be overwritten.
 
         Raises:
-            ValueError: with the file and what to do.
+            ValueError: something would be; tells the file and what to do.
         """
         if self.output.suffix != ".jsonl":
             raise ValueError(f"OUTPUT {self.output}: one record a line is written, to a file named .jsonl")
         if not self.output.parent.is_dir():
             raise ValueError(f"OUTPUT {self.output}: there is no folder {self.output.parent}")
-        given, folder = Path(source).resolve(), self.output.parent.resolve()
-        if any(place.resolve() == given for place in vars(self).values()):
+        input_path, folder = Path(source).resolve(), self.output.parent.resolve()
+        if any(path.resolve() == input_path for path in vars(self).values()):
             raise ValueError(f"OUTPUT {self.output}: that would write over the input {source}; name another file")
-        if folder == given or given in folder.parents:
+        if folder == input_path or input_path in folder.parents:
             raise ValueError(f"OUTPUT {self.output} lies in the input {source}, which must stay as it is; name another")
         if self.output.exists() and not force:
             raise ValueError(f"OUTPUT {self.output} exists; name another file, or give --force to replace it")
 
     def finish(self) -> None:
-        """Everything is written: put it in its place. The journal goes last, so that nothing is lost before."""
+        """Rename the written files. The journal is removed last, so that nothing is lost before."""
         self.partial_dropped.replace(self.dropped)
         self.partial.replace(self.output)
         self.journal.unlink()
@@ -91,40 +90,39 @@ def clean(
     task: CleanTask, output: Path, *, duplicates: str = "record", workers: int | None = None, force: bool = False,
     dry_run: bool = False,
 ) -> CleanSummary:  # fmt: skip
-    """Write the records that can be used to `output`, and why others cannot to `OUTPUT-dropped.jsonl` beside it.
+    """Write the records that can be used to `output`, and the reasons for others to `OUTPUT-dropped.jsonl`.
 
     Args:
-        task: what is cleaned, and by which rules.
+        task: the records and the rules.
         output: a file named `.jsonl`.
-        duplicates: `record` drops records with pictures and text of an earlier one; `picture` also those with a picture
-            of an earlier one; `keep` none. About 140 MB of memory for a million records, or pictures.
-        workers: processes; None: as many as there are cores.
+        duplicates: `record` drops records with images and text of an earlier one; `picture` also those with an image
+            of an earlier one; `keep` none. About 140 MB of memory for a million records, or images.
+        workers: number of processes; defaults to the number of cores.
         force: replaces an output that exists.
-        dry_run: writes nothing, and so cannot be gone on with.
+        dry_run: writes nothing, and so cannot be resumed.
 
     Raises:
-        ValueError: the task cannot be done as it is asked for.
+        ValueError: an argument is invalid, or the output exists.
     """
     if duplicates not in DUPLICATES:
         raise ValueError(f"--duplicates {duplicates}: allowed are {', '.join(DUPLICATES)}")
     if task.max_aspect is not None and task.max_aspect < 1:
         raise ValueError(f"--max-aspect {task.max_aspect}: it is the longer side over the shorter, so 1 or more")
-    places = OutputFiles(output)
+    files = OutputFiles(output)
     task.reader()
     if dry_run:
         records = task.records()
-        return write_verdicts(
-            records, check_records(task, records, 0, workers), duplicates, Path(os.devnull), Path(os.devnull)
-        )
-    places.check(task.source, force=force)
+        verdicts = check_records(task, records, 0, workers)
+        return write_verdicts(records, verdicts, duplicates, Path(os.devnull), Path(os.devnull))
+    files.check(task.source, force=force)
     records = task.records()
     try:
-        with FileLock(places.lock, blocking=False):
-            with VerdictJournal(places.journal, task, records) as journal:
+        with FileLock(files.lock, blocking=False):
+            with VerdictJournal(files.journal, task, records) as journal:
                 verdicts = journal.resume(workers)
-                summary = write_verdicts(records, verdicts, duplicates, places.partial, places.partial_dropped)
-            places.finish()
-            places.lock.unlink()
+                summary = write_verdicts(records, verdicts, duplicates, files.partial, files.partial_dropped)
+            files.finish()
+            files.lock.unlink()
     except Timeout:
         raise ValueError(f"OUTPUT {output}: another process is writing it") from None
     return summary
@@ -134,72 +132,72 @@ def write_verdicts(
     records: Records, verdicts: Iterator[RecordVerdict], duplicates: str, kept: Path, dropped: Path
 ) -> CleanSummary:
     """Write kept records to one file and the other verdicts to another, in order."""
-    seen = DuplicateFinder(duplicates)
+    duplicate_finder = DuplicateFinder(duplicates)
     counts, examples = dict.fromkeys(REASONS, 0), {}
     with kept.open("wb") as output, dropped.open("w", encoding="ascii") as others:
         for number, verdict in enumerate(tqdm(verdicts, "records", len(records), unit="record")):
-            found = seen.mark_duplicate(number, verdict)
-            if found.reason is None:
+            verdict = duplicate_finder.mark_duplicate(number, verdict)
+            if verdict.reason is None:
                 output.write(record_to_json_line(records[number]))
                 continue
-            counts[found.reason] += 1
-            examples.setdefault(found.reason, f"record {number} ({found.id!r}): {found.detail}")
-            line = {key: getattr(found, key) for key in ("id", "reason", "detail", "file")}
+            counts[verdict.reason] += 1
+            examples.setdefault(verdict.reason, f"record {number} ({verdict.id!r}): {verdict.detail}")
+            line = {key: getattr(verdict, key) for key in ("id", "reason", "detail", "file")}
             others.write(json.dumps({"record": number, **line}) + "\n")
     counts = {reason: count for reason, count in counts.items() if count}
     return CleanSummary(len(records), len(records) - sum(counts.values()), counts, examples)
 
 
 class DuplicateFinder:
-    """Finds records that repeat an earlier one, by 128-bit digests that stay in memory: about 140 bytes for each.
+    """Finds records that repeat an earlier one, by 128-bit digests in memory, about 140 bytes each.
 
     Args:
-        by: one of `DUPLICATES`.
+        criterion: one of `DUPLICATES`.
     """
 
-    def __init__(self, by: str):
-        self._criterion = by
+    def __init__(self, criterion: str):
+        self._criterion = criterion
         self._record_by_digest: dict[bytes, int] = {}
 
     def mark_duplicate(self, number: int, verdict: RecordVerdict) -> RecordVerdict:
-        """The verdict, or another where the record repeats one that was kept."""
+        """Return the verdict on a record, changed where it repeats a record that was kept."""
         if verdict.reason or self._criterion == "keep":
             return verdict
-        alike = self._criterion == "picture" and verdict.pictures
-        keys = [bytes.fromhex(digest) for digest in (verdict.pictures if alike else [verdict.digest])]
+        by_image = self._criterion == "picture" and bool(verdict.pictures)
+        keys = [bytes.fromhex(digest) for digest in (verdict.pictures if by_image else [verdict.digest])]
         earlier = next((self._record_by_digest[key] for key in keys if key in self._record_by_digest), None)
         if earlier is None:
             self._record_by_digest.update(dict.fromkeys(keys, number))
             return verdict
-        what = "has a picture of" if alike else "has the text and pictures of"
-        return replace(verdict, reason="duplicate", detail=f"{what} record {earlier}")
+        common = "has an image of" if by_image else "has the text and images of"
+        return replace(verdict, reason="duplicate", detail=f"{common} record {earlier}")
 
 
 class VerdictJournal:
-    """Verdicts on disk, one a line, after a line that says what was asked for.
+    """Verdicts on disk, one per line, after a line with the task.
 
     Args:
-        path: the file; made where it is missing, and begun anew where something else was asked for.
-        task: what is cleaned.
+        path: the file; it is created where it is missing, and emptied where it is of another task.
+        task: the records and the rules.
         records: its records.
     """
 
     def __init__(self, path: Path, task: CleanTask, records: Records):
         self.task, self.records = task, records
         rules = {name: value for name, value in asdict(task).items() if name not in ("source", "cache")}
-        asked = {**rules, "image_folder": str(task.folder.resolve()), "fingerprint": records.fingerprint}
-        head = json.dumps(asked).encode() + b"\n"
+        header = {**rules, "image_folder": str(task.folder.resolve()), "fingerprint": records.fingerprint}
+        header_line = json.dumps(header).encode() + b"\n"
         self._file = path.open("a+b")
         self._file.seek(0)
         first = self._file.readline()
-        if first == head:
+        if first == header_line:
             return
         if (before := _parse_line(first)) is not None:
-            changed = [name for name, value in json.loads(head).items() if before.get(name) != value]
+            changed = [name for name, value in json.loads(header_line).items() if before.get(name) != value]
             names = ["the records" if name == "fingerprint" else name for name in changed]
             tqdm.write(f"{path}: since that run was stopped, {', '.join(names)} changed; beginning anew")
         self._file.truncate(0)
-        self._file.write(head)
+        self._file.write(header_line)
         self._file.flush()
 
     def __enter__(self) -> "VerdictJournal":
@@ -209,7 +207,7 @@ class VerdictJournal:
         self._file.close()
 
     def resume(self, workers: int | None) -> Iterator[RecordVerdict]:
-        """The verdicts that are there, then those of the other records, which are appended."""
+        """Iterate over the verdicts of the journal, then over those of the other records, which are appended."""
         known = 0
         for verdict in self._read_known():
             known += 1
@@ -222,7 +220,7 @@ class VerdictJournal:
             yield verdict
 
     def _read_known(self) -> Iterator[RecordVerdict]:
-        """The verdicts up to a line that was not written to its end, which is cut off."""
+        """Iterate over the complete lines of the journal; an incomplete one at its end is removed."""
         end = self._file.tell()
         while line := self._file.readline():
             if (values := _parse_line(line)) is None:
@@ -232,16 +230,16 @@ class VerdictJournal:
             yield RecordVerdict(**values)
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
-    """A line of the journal; None for one that is not whole."""
+def _parse_line(line: bytes) -> Record | None:
+    """Parse a line of the journal; None for an incomplete one."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
 
 
-def record_to_json_line(record: Any) -> bytes:
-    """A record as a line of JSON. What JSON cannot hold: pictures become data: addresses, dates and the like text."""
+def record_to_json_line(record: object) -> bytes:
+    """Format a record as a line of JSON; the bytes of images become `data:` URLs, dates and the like text."""
     text = json.dumps(_without_bytes(record), ensure_ascii=False, default=str)
     try:
         return text.encode() + b"\n"
@@ -249,8 +247,8 @@ def record_to_json_line(record: Any) -> bytes:
         return json.dumps(_without_bytes(record), default=str).encode() + b"\n"
 
 
-def _without_bytes(value: Any) -> Any:
-    """A value without bytes."""
+def _without_bytes(value: object) -> object:
+    """Replace bytes in a value by `data:` URLs."""
     if isinstance(value, dict):
         if isinstance(content := value.get("bytes"), bytes):
             return _data_url(content)
@@ -261,7 +259,7 @@ def _without_bytes(value: Any) -> Any:
 
 
 def _data_url(content: bytes) -> str:
-    """Bytes as a data: address, which the readers know as a picture."""
+    """Return bytes as a `data:` URL, which readers recognise as an image."""
     try:
         with Image.open(BytesIO(content)) as image:
             kind = f"image/{str(image.format).lower()}"
@@ -274,13 +272,14 @@ def main(arguments: Sequence[str]) -> None:
     """`vlm data clean INPUT OUTPUT --format llava`."""
     args = _parser().parse_args(arguments)
     task = CleanTask(
-        args.input, resolve_cache_folder(args.cache_dir), args.image_folder or "", args.format, tuple(args.option), args.split,
-        args.subset, args.min_side, args.max_aspect,
+        args.input, resolve_cache_folder(args.cache_dir), args.image_folder or "", args.format, tuple(args.option),
+        args.split, args.subset, args.min_side, args.max_aspect,
     )  # fmt: skip
     output = Path(args.output)
-    how = {"duplicates": args.duplicates, "workers": args.workers, "force": args.force, "dry_run": args.dry_run}
     try:
-        print(clean(task, output, **how))
+        print(clean(
+            task, output, duplicates=args.duplicates, workers=args.workers, force=args.force, dry_run=args.dry_run
+        ))  # fmt: skip
     except (ValueError, OSError) as error:
         sys.exit(f"vlm data clean: {error}")
     except KeyboardInterrupt:
@@ -292,8 +291,8 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "vlm data clean", description="Leave out records that cannot be used or say the same again.",
-        epilog="Stopped, by whatever it was, the same command goes on where it was, out of OUTPUT.journal.jsonl; "
-        "delete that to look at every picture again.",
+        epilog="A run that was stopped is resumed by the same command, from OUTPUT.journal.jsonl; "
+        "delete that file to check every record again.",
     )  # fmt: skip
     parser.add_argument("input", metavar="INPUT", help=".json, .jsonl, .parquet …, whatever dataset.path takes")
     parser.add_argument("output", metavar="OUTPUT", help="a .jsonl file; beside it, OUTPUT-dropped.jsonl says why")
@@ -311,12 +310,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive_int,
         default=CleanTask.min_side,
         metavar="PIXELS",
-        help="smaller pictures go (%(default)s)",
+        help="smaller images go (%(default)s)",
     )
-    parser.add_argument("--max-aspect", type=float, metavar="RATIO", help="pictures of a longer shape go (any)")
+    parser.add_argument("--max-aspect", type=float, metavar="RATIO", help="images of a longer shape go (any)")
     parser.add_argument(
         "--duplicates", choices=DUPLICATES, default=DUPLICATES[0],
-        help="record: those with text and pictures of an earlier one go; picture: also those with a picture of an "
+        help="record: those with text and images of an earlier one go; picture: also those with an image of an "
         "earlier one; keep: none (%(default)s). About 140 MB of memory for a million of either",
     )  # fmt: skip
     parser.add_argument("--workers", type=_positive_int, metavar="N", help="processes (as many as there are cores)")
@@ -327,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive_int(text: str) -> int:
-    """A number of the command line."""
+    """Parse a positive integer of the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on is needed")
     return int(text)

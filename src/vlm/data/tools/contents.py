@@ -1,39 +1,36 @@
-"""Records and pictures as the bytes that a file of records holds. Imports the standard library, Pillow and siblings."""
+"""Records and images as the bytes of a file of records. Imports the standard library, Pillow and siblings."""
 
 import base64
 import json
 from datetime import date, datetime, time
 from io import BytesIO
-from typing import Any
 
 from PIL import Image
 
 from vlm.data.records.open import IMAGE_EXTENSIONS
-from vlm.data.sample import BadSample, ImageRef
+from vlm.data.sample import BadSample, ImageRef, Record
 from vlm.data.vision.images import IMAGE_ERRORS
 
 
-def as_json(record: dict[str, Any]) -> bytes:
-    """A record as one line of JSON, pictures that are held as bytes as `data:` addresses, dates as ISO 8601.
+def as_json(record: Record) -> bytes:
+    """Format a record as one line of JSON, with the bytes of images as `data:` URLs and dates as ISO 8601.
 
     Raises:
-        BadSample: JSON cannot hold it.
+        BadSample: JSON cannot hold the record.
     """
     sample_id = str(record.get("id", "?"))
-    plain = {
-        key: _inline_images(value, sample_id) if key in ("image", "images") else value for key, value in record.items()
-    }
+    inlined = {key: _inline_images(record[key], sample_id) for key in ("image", "images") if key in record}
     try:
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False, default=_json_default).encode()
+        return json.dumps({**record, **inlined}, ensure_ascii=False, allow_nan=False, default=_json_default).encode()
     except UnicodeEncodeError:
         raise BadSample(sample_id, "its text is not UTF-8, or has half of a surrogate pair") from None
     except (TypeError, ValueError) as error:
         raise BadSample(sample_id, f"JSON cannot hold it: {error}") from None
 
 
-def _inline_images(value: Any, sample_id: str) -> Any:
+def _inline_images(value: object, sample_id: str) -> object:
     if isinstance(value, list):
-        return [_inline_images(one, sample_id) for one in value]
+        return [_inline_images(item, sample_id) for item in value]
     if isinstance(value, dict) and isinstance(content := value.get("bytes"), bytes):
         return f"data:image/{detect_image_format(content, sample_id)};base64,{base64.b64encode(content).decode()}"
     return value
@@ -46,10 +43,10 @@ def _json_default(value: object) -> str:
 
 
 def read_image_bytes(image_ref: ImageRef, sample_id: str) -> bytes:
-    """The bytes of a picture's file.
+    """Read the bytes of an image's file.
 
     Raises:
-        BadSample: it cannot be read.
+        BadSample: the file cannot be read.
     """
     if image_ref.content is not None:
         return image_ref.content
@@ -62,22 +59,22 @@ def read_image_bytes(image_ref: ImageRef, sample_id: str) -> bytes:
 
 
 def image_file_extension(image_ref: ImageRef, content: bytes, sample_id: str) -> str:
-    """What a picture's name ends with in a tar shard: its own ending where readers know it."""
-    own = image_ref.path.suffix.lower().removeprefix(".") if image_ref.path else ""
-    return own if own in IMAGE_EXTENSIONS else detect_image_format(content, sample_id)
+    """Return the extension of an image in a tar shard: that of its file where readers know it, else its format."""
+    extension = image_ref.path.suffix.lower().removeprefix(".") if image_ref.path else ""
+    return extension if extension in IMAGE_EXTENSIONS else detect_image_format(content, sample_id)
 
 
 def detect_image_format(content: bytes, sample_id: str) -> str:
-    """The kind of picture that bytes are, as `PICTURES` has it.
+    """Return the format of an image, one of `IMAGE_EXTENSIONS`.
 
     Raises:
-        BadSample: none of these.
+        BadSample: the bytes are no image of such a format.
     """
     try:
         with Image.open(BytesIO(content)) as image:
-            kind = str(image.format).lower().replace("mpo", "jpeg")  # cameras' JPEG with a second one behind it
+            kind = str(image.format).lower().replace("mpo", "jpeg")  # an MPO is a JPEG followed by another
     except IMAGE_ERRORS as error:
-        raise BadSample(sample_id, f"one of its pictures does not open: {error}") from error
+        raise BadSample(sample_id, f"one of its images does not open: {error}") from error
     if kind not in IMAGE_EXTENSIONS:
-        raise BadSample(sample_id, f"one of its pictures is {kind}; allowed are {', '.join(IMAGE_EXTENSIONS)}")
+        raise BadSample(sample_id, f"one of its images is {kind}; allowed are {', '.join(IMAGE_EXTENSIONS)}")
     return kind

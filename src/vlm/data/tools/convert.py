@@ -1,7 +1,7 @@
-"""`vlm data convert`: annotations of many kinds as records of LLaVA's form or chat messages, in a file of any kind.
+"""`vlm data convert`: convert annotations of many kinds to records of LLaVA's form or chat messages.
 
 To add a conversion, write a generator `(source, context, **options)` of records that a reader of `formats.FORMATS`
-takes, and add it to `CONVERSIONS`; a record that cannot be used is yielded as the `BadSample` that says why. Its
+takes, and add it to `CONVERSIONS`; a record that cannot be used is yielded as a `BadSample` with the reason. Its
 keyword parameters are options of the command; a new one needs a line in `OPTIONS`.
 
 Imports tqdm, msgspec, the standard library and siblings only.
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import stream_records, value_or_bad_sample
-from vlm.data.sample import BadSample, Sample
+from vlm.data.sample import BadSample, Record, Sample
 from vlm.data.tools.corpora import (
     SHORT_ANSWER,
     ConversionContext,
@@ -39,11 +39,11 @@ from vlm.data.tools.forms import FORMS, is_image_moved_by_llava
 from vlm.data.tools.write import OUTPUT_NAMES, SHARD_SIZE, RecordWriter, make_writer
 
 STRUCTURE_KEYS = ("id", "image", "images", "video", "videos", "conversations", "messages")
-"""Keys of a record that its form speaks of; others of one in LLaVA's form or of chat messages are kept as they are."""
+"""Keys that a form defines; other keys of records in LLaVA's form or of chat messages are kept unchanged."""
 ON_BAD_CHOICES = ("error", "skip")
 URL_COLUMN = "a table's header that is a URL"
 STRING_CONVERSATIONS = "conversations of strings"
-"""What stands for keys where these do not tell what a record is."""
+"""In place of keys, where these do not tell the kind of a record."""
 
 
 # Conversions, besides those in `corpora`
@@ -51,15 +51,15 @@ STRING_CONVERSATIONS = "conversations of strings"
 
 def read_plain_records(
     source: str, context: ConversionContext, *, split: str = "train", subset: str | None = None
-) -> Iterator[Any]:
-    """Records that a reader takes as they are, out of any file that `data.files` opens."""
+) -> Iterator[object]:
+    """Read records that a reader takes unchanged, from any file that `records.open` opens."""
     return stream_records(source, context.cache, split=split, subset=subset)
 
 
 def ubiai(
     source: str, context: ConversionContext, *, question_label: str = "QUESTION", answer_label: str = "ANSWER"
-) -> Iterator[Any]:
-    """UBIAI's export, see `exports.UbiaiReader`."""
+) -> Iterator[object]:
+    """Convert UBIAI's export, see `exports.UbiaiReader`."""
     reader = UbiaiReader(context.folder, context.left_out, question_label=question_label, answer_label=answer_label)
     return _convert_records(reader, source, context)
 
@@ -67,8 +67,8 @@ def ubiai(
 def label_studio(
     source: str, context: ConversionContext, *, image_field: str = "image", question_field: str | None = None,
     prompt: str | None = None, from_name: str | None = None,
-) -> Iterator[Any]:  # fmt: skip
-    """Label Studio's export, see `exports.LabelStudioReader`."""
+) -> Iterator[object]:  # fmt: skip
+    """Convert Label Studio's export, see `exports.LabelStudioReader`."""
     reader = LabelStudioReader(
         context.folder, context.left_out, image_field=image_field, question_field=question_field, prompt=prompt,
         from_name=from_name,
@@ -76,8 +76,10 @@ def label_studio(
     return _convert_records(reader, source, context)
 
 
-def _convert_records(make: Callable[[Any], Any], source: str, context: ConversionContext) -> Iterator[Any]:
-    """What a function makes of each record of a file, without those of which it makes nothing."""
+def _convert_records(
+    make: Callable[[object], Record | None], source: str, context: ConversionContext
+) -> Iterator[object]:
+    """Convert each record of a file with a function, and leave out those for which it returns None."""
     for record in stream_records(source, context.cache):
         made = record if isinstance(record, BadSample) else value_or_bad_sample(make, record)
         if made is not None:
@@ -86,16 +88,16 @@ def _convert_records(make: Callable[[Any], Any], source: str, context: Conversio
 
 @dataclass(frozen=True)
 class Conversion:
-    """What can be converted.
+    """A kind of annotations that can be converted.
 
     Attributes:
-        records: yields its records.
-        form: whose reader takes them, a name of `FORMATS`.
-        marks: keys by which it is told: its first record has them; empty: it cannot be told.
-        is_list: whether it is a list of records; else the file itself has the marks.
+        records: yields records.
+        form: the format whose reader takes them, a name of `FORMATS`.
+        identifying_keys: keys of its first record, by which the kind is recognised; empty if it cannot be.
+        is_list: whether the file is a list of records; otherwise the file itself has the keys.
     """
 
-    records: Callable[..., Iterator[Any]]
+    records: Callable[..., Iterator[object]]
     form: str
     identifying_keys: frozenset[str] = frozenset()
     is_list: bool = True
@@ -104,7 +106,7 @@ class Conversion:
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword parameters of `records` and of the reader."""
         functions = (FORMATS[self.form], self.records)
-        return {name: one for function in functions for name, one in keyword_parameters(function).items()}
+        return {name: option for function in functions for name, option in keyword_parameters(function).items()}
 
 
 CONVERSIONS = {
@@ -122,32 +124,29 @@ CONVERSIONS = {
 }
 
 
-def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a function that are given by keyword only."""
+def keyword_parameters(function: Callable[..., object]) -> dict[str, inspect.Parameter]:
+    """Return the keyword-only parameters of a function."""
     parameters = inspect.signature(function).parameters
-    return {name: one for name, one in parameters.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {name: value for name, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def detect_conversion(source: str, cache: Path) -> str:
-    """The one conversion that a file is for, by the keys of its first record.
+    """Return the conversion that fits a file, by the keys of its first record.
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: none fits, or several do.
     """
     keys, is_list = _first_keys(source, cache)
-    fits = [
-        name
-        for name, one in CONVERSIONS.items()
-        if one.identifying_keys and one.identifying_keys <= keys and one.is_list == is_list
-    ]
+    candidates = {name: kind for name, kind in CONVERSIONS.items() if kind.identifying_keys and kind.is_list == is_list}
+    fits = [name for name, kind in candidates.items() if kind.identifying_keys <= keys]
     if len(fits) != 1:
-        found = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
-        raise ValueError(f"{source}: its records {found}; say with --from what they are: {', '.join(CONVERSIONS)}")
+        reason = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
+        raise ValueError(f"{source}: its records {reason}; say with --from what they are: {', '.join(CONVERSIONS)}")
     return fits[0]
 
 
 def _first_keys(source: str, cache: Path) -> tuple[set[str], bool]:
-    """The keys of the first record, or of the file where that is no list; and whether it is one."""
+    """Return the keys of the first record, or of the file where it is no list; and whether it is a list."""
     if source.endswith(".json") and Path(source).is_file():
         with open(source, "rb") as file:
             if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
@@ -168,25 +167,25 @@ def _first_keys(source: str, cache: Path) -> tuple[set[str], bool]:
 
 @dataclass(frozen=True)
 class RecordConverter:
-    """What a record is read and written with.
+    """Reads records and writes them in another form.
 
     Attributes:
         read: the reader, with its options.
         write: one of `FORMS`.
         folder: the image folder.
-        drops: keys of a record that are not kept as they are; None: no key is.
+        dropped_keys: the keys of a record that are not kept; None where no key is kept.
     """
 
     read: Callable[[Any, Path], Sample]
-    write: Callable[[Sample, Path], dict[str, Any]]
+    write: Callable[[Sample, Path], Record]
     folder: Path
     dropped_keys: frozenset[str] | None
 
-    def convert_record(self, item: Any, number: int) -> tuple[Sample, dict[str, Any]]:
-        """A record as a sample and as it is written; one without an id gets its number.
+    def convert_record(self, item: Any, number: int) -> tuple[Sample, Record]:
+        """Return a record as a sample and in the other form; a record without an id gets its index.
 
         Raises:
-            BadSample: it cannot be used.
+            BadSample: the record cannot be used.
         """
         if isinstance(item, BadSample):
             raise item
@@ -204,64 +203,64 @@ def convert(
     cache: Path, options: Mapping[str, Any] | None = None, on_bad: str = "error", embed_images: bool = False,
     shard_size: int | None = None, force: bool = False,
 ) -> str:  # fmt: skip
-    """Convert records from one file to another, one at a time; says what came of it.
+    """Convert records from one file to another, one at a time; return a summary.
 
     Args:
-        source: where they are.
-        output: where they go; its name says what is written, see `write.NAMES`.
+        source: the file or data set of records.
+        output: the file to write, whose name tells its kind, see `write.OUTPUT_NAMES`.
         conversion: a name of `CONVERSIONS`.
         to: a name of `FORMS`.
-        image_folder: what paths of pictures are relative to; None: the folder of `source`.
+        image_folder: what paths of images are relative to; None: the folder of `source`.
         cache: the cache's folder, for the index of a `.json` file.
-        options: of the conversion, and of the reader that takes what it yields.
+        options: of the conversion, and of the reader of its records.
         on_bad: `error` stops at a record that cannot be used; `skip` lists them in `OUTPUT.skipped.jsonl`.
         embed_images: see `write.make_writer`.
         shard_size: see `write.make_writer`.
         force: replaces what is there.
 
     Raises:
-        ValueError: it cannot be done, or a record cannot be used.
+        ValueError: the arguments are invalid, or a record cannot be used.
     """
     if Path(source).resolve() == Path(output).resolve():
         raise ValueError(f"{output}: that is the input; name another output")
     folder = _resolve_image_folder(source, image_folder)
-    chosen = CONVERSIONS[conversion]
-    own, of_reader = split_options(conversion, options or {})
-    dropped_keys = frozenset((*STRUCTURE_KEYS, str(of_reader.get("key")))) if chosen.form in FORMS else None
-    form = RecordConverter(partial(FORMATS[chosen.form], **of_reader), FORMS[to], folder, dropped_keys)
+    kind = CONVERSIONS[conversion]
+    kind_options, reader_options = split_options(conversion, options or {})
+    dropped_keys = frozenset((*STRUCTURE_KEYS, str(reader_options.get("key")))) if kind.form in FORMS else None
+    form = RecordConverter(partial(FORMATS[kind.form], **reader_options), FORMS[to], folder, dropped_keys)
     writer = make_writer(output, folder, embed_images=embed_images, shard_size=shard_size, force=force)
     tally = ConversionTally()
-    records = chosen.records(source, ConversionContext(folder, cache, tally.left_out), **own)
+    records = kind.records(source, ConversionContext(folder, cache, tally.left_out), **kind_options)
     skipped = Path(f"{output.rstrip('/')}.skipped.jsonl")
     _write_all(records, form, writer, skipped if on_bad == "skip" else None, tally)
-    told = [f"{writer.number} records written to {output}, paths of pictures relative to {folder}", *tally.told()]
+    summary = [f"{writer.number} records written to {output}, paths of images relative to {folder}", *tally.describe()]
     if tally.num_bad:
-        told.append(f"{tally.num_bad} skipped, see {skipped}")
+        summary.append(f"{tally.num_bad} skipped, see {skipped}")
     else:
-        skipped.unlink(missing_ok=True)  # of a run before
+        skipped.unlink(missing_ok=True)  # of an earlier run
     if tally.num_moved and to == "llava":
-        told.append(f"{tally.num_moved} turns have their only picture after text, which LLaVA's form reads before it")
-    return "; ".join(told)
+        summary.append(f"{tally.num_moved} turns have their only image after text, which LLaVA's form reads before it")
+    return "; ".join(summary)
 
 
 def _resolve_image_folder(source: str, image_folder: str | None) -> Path:
-    """The image folder: that of the records, or the working directory where they are in none."""
-    place = Path(source)
-    near = place if place.is_dir() else place.parent if place.parent.is_dir() else Path()
+    """Return the image folder: by default that of the records, or the working directory where they are in none."""
+    path = Path(source)
+    default = path if path.is_dir() else path.parent if path.parent.is_dir() else Path()
     if image_folder is not None and not Path(image_folder).is_dir():
         raise ValueError(f"--image-folder {image_folder}: there is no such folder")
-    return near if image_folder is None else Path(image_folder)
+    return default if image_folder is None else Path(image_folder)
 
 
 @dataclass
 class ConversionTally:
-    """What came of the records that are not simply written.
+    """Counts of the records that are not simply written.
 
     Attributes:
-        left_out: what gave no record, and why.
-        bad: records that cannot be used.
-        first: the first of them, in words.
-        moved: turns whose picture LLaVA's form moves.
+        left_out: number of items that gave no record, by reason.
+        num_bad: number of records that cannot be used.
+        first: describes the first of them.
+        num_moved: number of turns whose image LLaVA's form moves.
     """
 
     left_out: Counter[str] = field(default_factory=Counter)
@@ -269,15 +268,15 @@ class ConversionTally:
     first: str = ""
     num_moved: int = 0
 
-    def told(self) -> list[str]:
-        """What was left out, in words."""
-        return [f"left out: {number} {what}" for what, number in self.left_out.items() if number]
+    def describe(self) -> list[str]:
+        """Describe the items that were left out."""
+        return [f"left out: {number} {items}" for items, number in self.left_out.items() if number]
 
 
 def _write_all(
-    records: Iterator[Any], form: RecordConverter, writer: RecordWriter, skipped: Path | None, tally: ConversionTally
+    records: Iterator[object], form: RecordConverter, writer: RecordWriter, skipped: Path | None, tally: ConversionTally
 ) -> None:
-    """Write records; list those that cannot be used in a file, or stop at the first where there is none."""
+    """Write records; list those that cannot be used in the file `skipped`, or stop at the first where it is None."""
     with ExitStack() as stack:
         stack.enter_context(writer)
         journal: RecordWriter | None = None
@@ -295,26 +294,26 @@ def _write_all(
                 journal.write({"record": number, "id": error.sample_id, "reason": error.reason})
                 tally.num_bad += 1
         if not writer.number:
-            raise ValueError(f"there is no record to write; {'; '.join([*tally.told(), tally.first])}")
+            raise ValueError(f"there is no record to write; {'; '.join([*tally.describe(), tally.first])}")
 
 
 def split_options(conversion: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the conversion itself, and of the reader.
+    """Divide options into those of the conversion and those of the reader.
 
     Raises:
-        ValueError: there is no such option, or one is missing.
+        ValueError: an option is unknown or missing.
     """
-    chosen = CONVERSIONS[conversion]
-    known = chosen.options
+    kind = CONVERSIONS[conversion]
+    known = kind.options
     if unknown := [name for name in options if name not in known]:
         takes = ", ".join(known) or "none"
         raise ValueError(f"--from {conversion} has no option {', '.join(unknown)}; it has {takes}")
-    if missing := [name for name, one in known.items() if one.default is one.empty and name not in options]:
+    if missing := [name for name, option in known.items() if option.default is option.empty and name not in options]:
         raise ValueError(f"--from {conversion} needs {', '.join(map(option_flag, missing))}")
-    own = keyword_parameters(chosen.records)
+    names = keyword_parameters(kind.records)
     return (
-        {name: value for name, value in options.items() if name in own},
-        {name: value for name, value in options.items() if name not in own},
+        {name: value for name, value in options.items() if name in names},
+        {name: value for name, value in options.items() if name not in names},
     )
 
 
@@ -323,35 +322,35 @@ def split_options(conversion: str, options: Mapping[str, Any]) -> tuple[dict[str
 OPTIONS = {
     "split": ("NAME", "of a data set that has several (train)"),
     "subset": ("NAME", "of a data set on the Hub that has several"),
-    "prompt": ("TEXT", "what is asked about every picture"),
+    "prompt": ("TEXT", "what is asked about every image"),
     "annotations": ("FILE", "vqa: the file of answers"),
-    "image_pattern": ("NAME", "vqa: name of a picture, such as COCO_train2014_{image_id:012d}.jpg"),
+    "image_pattern": ("NAME", "vqa: name of an image, such as COCO_train2014_{image_id:012d}.jpg"),
     "instruction": ("TEXT", f"a line after questions; vqa: after the first of a record ({SHORT_ANSWER})"),
     "url_column": ("NAME", "conceptual-captions: the column of URLs; its number, from 1, where there is no header"),
     "caption_column": ("NAME", "conceptual-captions: the column of captions, likewise"),
     "question_label": ("LABEL", "ubiai: what questions are marked as (QUESTION)"),
     "answer_label": ("LABEL", "ubiai: what answers are marked as (ANSWER)"),
-    "image_field": ("FIELD", "label-studio: the field of a task's data that has the picture (image)"),
+    "image_field": ("FIELD", "label-studio: the field of a task's data that has the image (image)"),
     "question_field": ("FIELD", "label-studio: the field of a task's data that has the question"),
     "from_name": ("CONTROL", "label-studio: the control that has the answer (the only one)"),
 }
-"""Options of conversions that have a flag of their own -> what it takes, and help."""
+"""Options of conversions that have a flag -> its metavar and help."""
 
 
 def option_flag(name: str) -> str:
-    """What an option is given as."""
+    """Return how an option is given on the command line."""
     return f"--{name.replace('_', '-')}" if name in OPTIONS else f"--option {name}=VALUE"
 
 
 def main(arguments: Sequence[str]) -> None:
     """`vlm data convert INPUT OUTPUT --from FORM`."""
     args = _parser().parse_args(arguments)
-    given = {name: getattr(args, name) for name in (*OPTIONS, "group") if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in (*OPTIONS, "group") if getattr(args, name) is not None}
     cache = resolve_cache_folder(args.cache_dir)
     try:
         print(convert(
             args.input, args.output, args.conversion or detect_conversion(args.input, cache), to=args.to, cache=cache,
-            image_folder=args.image_folder, options={**given, **dict(args.option)}, on_bad=args.on_bad,
+            image_folder=args.image_folder, options={**options, **dict(args.option)}, on_bad=args.on_bad,
             embed_images=args.embed_images, shard_size=args.shard_size, force=args.force,
         ))  # fmt: skip
     except (ValueError, OSError) as error:
@@ -376,7 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--to", choices=FORMS, default="llava", help="form of the records (%(default)s)")
     parser.add_argument("--image-folder", metavar="FOLDER", help="what paths are relative to (the folder of INPUT)")
-    parser.add_argument("--embed-images", action="store_true", help=".parquet: hold the pictures themselves")
+    parser.add_argument("--embed-images", action="store_true", help=".parquet: hold the images themselves")
     parser.add_argument("--shard-size", type=int, metavar="N", help=f"samples in a tar shard ({SHARD_SIZE})")
     parser.add_argument(
         "--on-bad", choices=ON_BAD_CHOICES, default=ON_BAD_CHOICES[0],
@@ -397,8 +396,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse_option(text: str) -> tuple[str, Any]:
-    """`name=value`, the value as JSON where it is that, else as it stands."""
+def _parse_option(text: str) -> tuple[str, object]:
+    """Parse `name=value`, the value as JSON where it is JSON, else as text."""
     name, sign, value = text.partition("=")
     if not (sign and name.isidentifier()):
         raise argparse.ArgumentTypeError(f"{text!r}: write it as NAME=VALUE")

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from vlm.data.records.open import IMAGE_EXTENSIONS, value_or_bad_sample
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, Record
 from vlm.data.tools.exports import Kind, convert_record, make_llava_record
 from vlm.data.tools.table import FOLDER_SIZE, Table
 
@@ -24,12 +23,12 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class ConversionContext:
-    """What every conversion may need.
+    """The settings of a conversion.
 
     Attributes:
         folder: the image folder.
         cache: the cache's folder.
-        left_out: counts what gives no record, and why.
+        left_out: counts items that give no record, by reason.
     """
 
     folder: Path
@@ -39,20 +38,20 @@ class ConversionContext:
 
 def conceptual_captions(
     source: str, context: ConversionContext, *, url_column: str | None = None, caption_column: str | None = None
-) -> Iterator[Any]:
-    """A table of captions and URLs, whose pictures `vlm data download` has put into the image folder.
+) -> Iterator[Record | BadSample]:
+    """Convert a table of captions and URLs, whose images `vlm data download` has put into the image folder.
 
-    The table is read as it is there, with a header or without. Row 12, counted from 0 without the header, has the
-    picture `00000/000000012.jpg`, or of another ending. Rows without one, or without a caption, are left out.
+    The table is read as `vlm data download` reads it, with or without a header. Row 12, counted from 0 without the
+    header, has the image `00000/000000012.jpg`, or another extension. Rows without an image or a caption are left out.
 
     Args:
         source: the table: `.tsv`, `.csv` or `.parquet`.
         context: of the conversion.
-        url_column: the name of the column, or its number from 1 where there is no header; None: found out.
-        caption_column: the same.
+        url_column: the name of the column, or its number from 1 where there is no header; default: recognised.
+        caption_column: the column of captions, likewise.
 
     Raises:
-        ValueError: it is no such table.
+        ValueError: the source is no such table.
     """
     number, names = -1, {}
     for row in Table(Path(source), url_column, caption_column).rows():
@@ -63,19 +62,18 @@ def conceptual_captions(
         if name and row.caption:
             yield {"id": f"{row.number:09d}", "image": f"{number:05d}/{name}", "caption": row.caption}
         else:
-            context.left_out["rows without a caption" if name else "rows without a picture"] += 1
+            context.left_out["rows without a caption" if name else "rows without an image"] += 1
 
 
 def _image_names_by_row(folder: Path) -> dict[int, str]:
-    """Row -> name of its picture, of one folder."""
-    files = (
-        [file for file in folder.iterdir() if file.suffix[1:].lower() in IMAGE_EXTENSIONS] if folder.is_dir() else []
-    )
-    return {int(file.stem): file.name for file in files if file.stem.isdecimal()}
+    """Return the names of the images in a folder, by row."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    images = [file for file in files if file.suffix[1:].lower() in IMAGE_EXTENSIONS]
+    return {int(image.stem): image.name for image in images if image.stem.isdecimal()}
 
 
 class CocoImage(msgspec.Struct):
-    """A picture of COCO's."""
+    """An image of COCO's."""
 
     id: int | str
     file_name: str
@@ -90,34 +88,33 @@ class CocoCaption(msgspec.Struct):
 
 
 class CocoFile(msgspec.Struct):
-    """COCO's file; annotations are read one by one."""
+    """COCO's file; annotations are parsed one by one."""
 
     images: list[CocoImage]
     annotations: list[msgspec.Raw]
 
 
-def coco_captions(source: str, context: ConversionContext) -> Iterator[Any]:
-    """COCO's `captions_*.json`: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
+def coco_captions(source: str, context: ConversionContext) -> Iterator[Record | BadSample]:
+    """Convert COCO's `captions_*.json`: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
 
-    Each caption is a record. The names of all pictures and the places of all captions stay in memory, about 250 bytes
-    for a picture and 80 for a caption; the file itself is mapped.
+    Each caption becomes a record. About 250 bytes for an image and 80 for a caption stay in memory; the file is mapped.
     """
     file = decode_json_file(Path(source), CocoFile)
     names = {image.id: image.file_name for image in file.images}
 
-    def make_caption_record(annotation: msgspec.Raw) -> dict[str, Any]:
-        found = convert_record(msgspec.json.decode(annotation), CocoCaption)
-        sample_id = str(found.image_id if found.id is None else found.id)
-        if found.image_id not in names:
-            raise BadSample(sample_id, f"image_id={found.image_id} is none of `images`")
-        return {"id": sample_id, "image": names[found.image_id], "caption": found.caption.strip()}
+    def make_caption_record(annotation: msgspec.Raw) -> Record:
+        caption = convert_record(msgspec.json.decode(annotation), CocoCaption)
+        sample_id = str(caption.image_id if caption.id is None else caption.id)
+        if caption.image_id not in names:
+            raise BadSample(sample_id, f"image_id={caption.image_id} is none of `images`")
+        return {"id": sample_id, "image": names[caption.image_id], "caption": caption.caption.strip()}
 
     for annotation in file.annotations:
         yield value_or_bad_sample(make_caption_record, annotation)
 
 
 class VqaQuestion(msgspec.Struct):
-    """A question about a picture."""
+    """A question about an image."""
 
     question_id: int | str
     image_id: int | str
@@ -131,7 +128,7 @@ class VqaText(msgspec.Struct):
 
 
 class VqaAnnotation(msgspec.Struct):
-    """What people answered."""
+    """The answers to a question."""
 
     question_id: int | str
     multiple_choice_answer: str | None = None
@@ -145,7 +142,7 @@ class VqaQuestions(msgspec.Struct):
 
 
 class VqaAnnotations(msgspec.Struct):
-    """The file of answers; each is read by itself."""
+    """The file of answers; annotations are parsed one by one."""
 
     annotations: list[msgspec.Raw]
 
@@ -153,63 +150,64 @@ class VqaAnnotations(msgspec.Struct):
 def vqa(
     source: str, context: ConversionContext, *, annotations: str, image_pattern: str, group: bool = True,
     instruction: str = SHORT_ANSWER,
-) -> Iterator[Any]:  # fmt: skip
-    """VQAv2's questions with their answers, by default all about one picture as one conversation.
+) -> Iterator[Record | BadSample]:  # fmt: skip
+    """Convert VQAv2's questions and answers, by default all about one image into one conversation.
 
     Questions `{"questions": [{"question_id", "image_id", "question"}]}` and annotations `{"annotations":
-    [{"question_id", "multiple_choice_answer", "answers": [{"answer"}]}]}`, where the commonest of `answers` counts if
-    there is no `multiple_choice_answer`. All are in memory, about 400 bytes a question.
+    [{"question_id", "multiple_choice_answer", "answers": [{"answer"}]}]}`, where the most common of `answers` counts if
+    there is no `multiple_choice_answer`. All are in memory, about 400 bytes per question.
 
     Args:
         source: the file of questions.
         context: of the conversion.
         annotations: the file of answers.
-        image_pattern: name of a picture, with `{image_id}`.
-        group: whether the questions about a picture become one record.
+        image_pattern: name of an image, with `{image_id}`.
+        group: whether the questions about an image become one record.
         instruction: a line after the first question of a record; empty: none.
 
     Raises:
-        ValueError: a file is no such file, or the pattern none.
+        ValueError: a file has another form, or the pattern is invalid.
     """
     image_name = make_image_namer(image_pattern)
     answers = dict(_read_vqa_answers(Path(annotations)))
-    groups: dict[Any, list[VqaQuestion]] = {}
+    groups: dict[int | str, list[VqaQuestion]] = {}
     for question in decode_json_file(Path(source), VqaQuestions).questions:
         if question.question_id in answers:
             groups.setdefault(question.image_id if group else question.question_id, []).append(question)
         else:
             context.left_out["questions without an answer"] += 1
 
-    def record(item: tuple[Any, list[VqaQuestion]]) -> dict[str, Any]:
-        texts = [question.question for question in item[1]]
+    def make_record(item: tuple[int | str, list[VqaQuestion]]) -> Record:
+        record_id, questions = item
+        texts = [question.question for question in questions]
         if instruction:
             texts[0] = f"{texts[0]}\n{instruction}"
-        asked = zip(texts, (answers[question.question_id] for question in item[1]), strict=True)
-        return make_llava_record(str(item[0]), image_name(item[1][0].image_id), asked)
+        pairs = zip(texts, (answers[question.question_id] for question in questions), strict=True)
+        return make_llava_record(str(record_id), image_name(questions[0].image_id), pairs)
 
     for item in groups.items():
-        yield value_or_bad_sample(record, item)
+        yield value_or_bad_sample(make_record, item)
 
 
 def _read_vqa_answers(file: Path) -> Iterator[tuple[int | str, str]]:
-    """Question -> its answer."""
+    """Iterate over questions and their answers."""
     for number, raw in enumerate(decode_json_file(file, VqaAnnotations).annotations, start=1):
         try:
-            found = msgspec.json.decode(raw, type=VqaAnnotation)
+            annotation = msgspec.json.decode(raw, type=VqaAnnotation)
         except msgspec.DecodeError as error:
             raise ValueError(f"--annotations {file}: annotation {number}: {error}") from None
-        answers = Counter(one if isinstance(one, str) else one.answer for one in found.answers or [])
-        if found.multiple_choice_answer is not None:
-            yield found.question_id, found.multiple_choice_answer
+        answers = Counter(answer if isinstance(answer, str) else answer.answer for answer in annotation.answers or [])
+        if annotation.multiple_choice_answer is not None:
+            yield annotation.question_id, annotation.multiple_choice_answer
         elif answers:
-            yield found.question_id, answers.most_common(1)[0][0]
+            yield annotation.question_id, answers.most_common(1)[0][0]
 
 
 def make_image_namer(pattern: str) -> Callable[[int | str], str]:
-    """What gives a picture's name by its number.
+    """Make a function that returns the name of an image by its id.
 
     Raises:
-        ValueError: the pattern is none of `str.format` with the field `image_id`.
+        ValueError: the pattern is invalid for `str.format`, or has other fields than `image_id`.
     """
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
@@ -234,10 +232,10 @@ def make_image_namer(pattern: str) -> Callable[[int | str], str]:
 
 
 def decode_json_file(file: Path, kind: type[Kind]) -> Kind:
-    """A file of JSON as a structure; raw parts of it lie in the file, which stays mapped.
+    """Decode a JSON file into a structure; its raw parts are views of the file, which stays mapped.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file does not have that structure.
     """
     if file.stat().st_size == 0:
         raise ValueError(f"{file}: the file is empty")

@@ -1,11 +1,11 @@
-"""`vlm data download`: the pictures of a table of URL and caption, as a folder that training reads in LLaVA's form.
+"""`vlm data download`: fetch the images of a table of URLs and captions into a folder that training reads.
 
-`OUT/images/00001/000012345.jpg` is the picture of row 12345 (from 0, without the header), in its own bytes;
-`OUT/records.jsonl` has a line for each that was got, `OUT/failures.jsonl` one for each that was not, both in the order
-in which they came. A line is written when all about its row is done, so a run may be killed anywhere and the same
-command goes on; `OUT/download.json` tells to what table the folder belongs.
+`OUT/images/00001/000012345.jpg` is the image of row 12345 (from 0, without the header), byte for byte.
+`OUT/records.jsonl` has a record in LLaVA's form for each image, `OUT/failures.jsonl` a line for each failure, both in
+the order in which they came. A line is written when its row is done, so a run may be killed at any time and is resumed
+by the same command; `OUT/download.json` tells the table that the folder belongs to.
 
-`table` reads the table, `fetch` knows servers and pictures.
+`table` reads the table, `fetch` fetches and checks images.
 """
 
 import argparse
@@ -29,18 +29,18 @@ import httpx2
 from PIL import Image
 from tqdm import tqdm
 
-from vlm.data.sample import PLACEHOLDER
+from vlm.data.sample import PLACEHOLDER, Record
 from vlm.data.tools.fetch import Fetcher, FetchError, FetchStopped, check_image_suffix
 from vlm.data.tools.table import FOLDER_SIZE, TABLE_KINDS, Row, Table
 
 SHUTDOWN_TIMEOUT = 2.0
-"""Seconds that a stopped run waits for what is under way."""
+"""Seconds that a stopped run waits for its threads."""
 MAX_WORKERS = 256
-"""Each may hold three files open, and processes often may open no more than 1024."""
+"""Each worker may have three files open, and processes are often limited to 1024."""
 
 
-def option_field(default: Any, arguments: str) -> Any:
-    """A field with the words that `--help` has for it."""
+def option_field(default: Any, arguments: str) -> Any:  # as `dataclasses.field`
+    """Make a field with its text of `--help`."""
     return field(default=default, metadata={"help": arguments})
 
 
@@ -52,7 +52,7 @@ class Options:
         None, "name of the column of URLs; in a file without header its number, from 1"
     )
     caption_column: str | None = option_field(None, "the same of the captions")
-    workers: int = option_field(32, f"pictures that are fetched at the same time, at most {MAX_WORKERS} (%(default)s)")
+    workers: int = option_field(32, f"images that are fetched at the same time, at most {MAX_WORKERS} (%(default)s)")
     retries: int = option_field(
         2, "further tries after timeouts, broken connections and servers' troubles (%(default)s)"
     )
@@ -85,8 +85,8 @@ class DownloadSummary:
 
     Attributes:
         output: the folder.
-        got: pictures.
-        failed: reason -> rows.
+        got: number of images.
+        failed: reason -> number of rows.
     """
 
     output: Path
@@ -95,7 +95,7 @@ class DownloadSummary:
 
     def __str__(self) -> str:
         missing = sum(self.failed.values())
-        lines = [f"{self.got} pictures got, {missing} failed"]
+        lines = [f"{self.got} images got, {missing} failed"]
         lines += [f"{count:>9}  {reason}" for reason, count in Counter(self.failed).most_common()]
         if missing:
             lines.append(f"each with its URL in {self.output / 'failures.jsonl'}; --retry-failed tries them again")
@@ -105,7 +105,7 @@ class DownloadSummary:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row: an image's path in the folder of images, or why there is none."""
+    """The result for a row: the image's path within the folder of images, or the reason why there is none."""
 
     row: Row
     image: str | None = None
@@ -115,7 +115,7 @@ class Outcome:
 
 def main(arguments: Sequence[str]) -> None:
     """`vlm data download TABLE OUT`."""
-    parser = argparse.ArgumentParser("vlm data download", description="Fetch the pictures of a table of captions.")
+    parser = argparse.ArgumentParser("vlm data download", description="Fetch the images of a table of captions.")
     parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(TABLE_KINDS)}")
     parser.add_argument("output", type=Path, help="a new folder, or the same as before to go on")
     for field_ in fields(Options):
@@ -137,15 +137,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def download(table: Path, output: Path, options: Options = DEFAULTS) -> DownloadSummary:
-    """Fetch what a folder does not have yet of a table's pictures.
+    """Fetch the images of a table that a folder does not have yet.
 
     Args:
-        table: a file of one of `KINDS`.
-        output: the folder; made where it is missing.
-        options: how.
+        table: a file of one of `TABLE_KINDS`.
+        output: the folder; created where it is missing.
+        options: how to download.
 
     Raises:
-        ValueError: the table cannot be read, its columns cannot be told, or the folder is another table's.
+        ValueError: the table cannot be read, its columns are not recognised, or the folder is another table's.
         OSError: the disk is full, and the like.
     """
     source = Table(table, options.url_column, options.caption_column)
@@ -156,7 +156,7 @@ def download(table: Path, output: Path, options: Options = DEFAULTS) -> Download
             ledger.clear_failures()
         rows = (row for row in islice(source.rows(), options.limit) if not ledger.is_done(row.number))
         total = min(source.num_rows, options.limit or source.num_rows)
-        with tqdm(total=total, initial=min(total, ledger.num_done), desc="pictures", unit="") as bar:
+        with tqdm(total=total, initial=min(total, ledger.num_done), desc="images", unit="") as bar:
             for outcome in workers.outcomes(rows):
                 ledger.add(outcome)
                 bar.set_postfix(got=ledger.got, failed=ledger.failed.total(), refresh=False)
@@ -165,38 +165,38 @@ def download(table: Path, output: Path, options: Options = DEFAULTS) -> Download
 
 
 def claim_output_folder(output: Path, table: Table) -> None:
-    """Make the folder this table's, or make sure that it is.
+    """Mark the folder as this table's, or check that it is.
 
     Raises:
-        ValueError: it is another's.
+        ValueError: the folder is another table's.
     """
     output.mkdir(parents=True, exist_ok=True)
     file = output / "download.json"
-    ours = table.identity()
+    identity = table.identity()
     if not file.exists():
         if taken := [name for name in ("images", "records.jsonl", "failures.jsonl") if (output / name).exists()]:
             raise ValueError(f"{output} has {taken[0]} but no download.json: it is no download; choose another folder")
         partial = output / "download.json.partial"
-        partial.write_text(json.dumps({"table": table.path.name, **ours}, indent=2), encoding="utf-8")
+        partial.write_text(json.dumps({"table": table.path.name, **identity}, indent=2), encoding="utf-8")
         partial.replace(file)
         return
-    theirs = json.loads(file.read_text(encoding="utf-8"))
-    if changed := [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]]:
+    existing = json.loads(file.read_text(encoding="utf-8"))
+    if changed := [f"{k} {existing.get(k)} there, {v} here" for k, v in identity.items() if existing.get(k) != v]:
         raise ValueError(
-            f"{output} holds pictures of another table, {theirs.get('table')}, or of other columns"
+            f"{output} holds images of another table, {existing.get('table')}, or of other columns"
             f" ({'; '.join(changed)}): choose another folder"
         )
 
 
 class DownloadLedger:
-    """The two files of lines of a folder: which rows are done, and the only one who adds to them.
+    """The records and failures of a folder, which only one process may write: which rows are done.
 
     Attributes:
-        got: rows that have a picture.
-        failed: reason -> rows.
+        got: number of rows that have an image.
+        failed: reason -> number of rows.
 
     Raises:
-        ValueError: another process writes to the folder, or a file was changed in a way that makes no sense.
+        ValueError: another process writes to the folder, or a file is broken.
     """
 
     def __init__(self, output: Path):
@@ -225,22 +225,22 @@ class DownloadLedger:
 
     @property
     def num_done(self) -> int:
-        """Rows that need no fetching."""
+        """The number of rows that need no fetching."""
         return self.got + self.failed.total()
 
     def is_done(self, number: int) -> bool:
-        """Whether a row was got, or failed for good."""
+        """Return whether a row was fetched, or failed."""
         return number < len(self._done) and self._done[number] == 1
 
     def clear_failures(self) -> None:
-        """Take failed rows for new ones."""
+        """Remove the failures, so that their rows are fetched again."""
         for number, _ in read_complete_lines(self._failures, "row"):
             self._done[number] = 0
         self._failures.truncate(0)
         self.failed.clear()
 
     def add(self, outcome: Outcome) -> None:
-        """Write down what became of a row."""
+        """Write the outcome of a row."""
         row = outcome.row
         if outcome.image is None:
             line = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
@@ -257,14 +257,14 @@ class DownloadLedger:
         self._done[number] = 1
 
 
-def append_line(file: BinaryIO, line: dict[str, Any]) -> None:
-    """Add a line; once this returns, it outlives the process."""
+def append_line(file: BinaryIO, line: Record) -> None:
+    """Append a line, which outlives the process from then on."""
     file.write(json.dumps(line).encode() + b"\n")
     file.flush()
 
 
-def read_complete_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a file, each with the number of its row; a torn one at the end, which a kill leaves, is cut off.
+def read_complete_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, Record]]:
+    """Iterate over the lines of a file, with the numbers of their rows; an incomplete last line is removed.
 
     Raises:
         ValueError: a line before the end is broken.
@@ -285,11 +285,11 @@ def read_complete_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[st
 
 
 class DownloadWorkers:
-    """Threads that make files of rows. They are daemons: nobody waits long for a server when all is to stop.
+    """Threads that fetch images. They are daemons, so that a run that is stopped does not wait for servers.
 
     Args:
         output: the folder.
-        options: how many, and how they fetch.
+        options: how many threads, and how they fetch.
     """
 
     def __init__(self, output: Path, options: Options):
@@ -297,14 +297,14 @@ class DownloadWorkers:
         self._options = options
         self._ssl_context = httpx2.create_ssl_context()
         self._stop = threading.Event()
-        self._decoders = threading.BoundedSemaphore(os.cpu_count() or 1)  # a picture unpacked may be large
+        self._decoders = threading.BoundedSemaphore(os.cpu_count() or 1)  # a decoded image may be large
         self._tasks: Queue[Row | None] = Queue()
         self._results: SimpleQueue[Outcome | Exception] = SimpleQueue()
         self._threads = [threading.Thread(target=self._run_worker, daemon=True) for _ in range(options.workers)]
 
     def __enter__(self) -> Self:
-        Image.init()  # so that no two threads do
-        shutil.rmtree(self._partial, ignore_errors=True)  # what a killed run left
+        Image.init()  # before threads would do so at the same time
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a killed run
         self._partial.mkdir()
         for thread in self._threads:
             thread.start()
@@ -320,15 +320,15 @@ class DownloadWorkers:
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
-        """What became of each row, in the order in which that is known; only few are taken from `rows` ahead of it."""
-        under_way = 0
+        """Iterate over outcomes in the order in which they come; few rows are taken ahead of them."""
+        num_pending = 0
         for row in rows:
             self._tasks.put(row)
-            under_way += 1
-            if under_way == 2 * len(self._threads):
+            num_pending += 1
+            if num_pending == 2 * len(self._threads):
                 yield self._next_outcome()
-                under_way -= 1
-        for _ in range(under_way):
+                num_pending -= 1
+        for _ in range(num_pending):
             yield self._next_outcome()
 
     def _next_outcome(self) -> Outcome:
@@ -338,17 +338,17 @@ class DownloadWorkers:
         return result
 
     def _run_worker(self) -> None:
-        chosen = self._options
+        options = self._options
         fetcher = Fetcher(
-            timeout=chosen.timeout, retries=chosen.retries, max_bytes=chosen.max_bytes,
-            allow_private=chosen.allow_private, ssl_context=self._ssl_context, stop=self._stop,
+            timeout=options.timeout, retries=options.retries, max_bytes=options.max_bytes,
+            allow_private=options.allow_private, ssl_context=self._ssl_context, stop=self._stop,
         )  # fmt: skip
         try:
             while not self._stop.is_set() and (row := self._tasks.get()) is not None:
                 self._results.put(self._fetch_row(row, fetcher))
         except FetchStopped:
             pass
-        except Exception as error:  # a full disk, say: the end of the run, not of a row
+        except Exception as error:  # such as a full disk, which ends the run
             self._results.put(error)
         finally:
             fetcher.close()
@@ -370,7 +370,7 @@ class DownloadWorkers:
 
 
 def check_row_text(row: Row) -> None:
-    """Raise `FetchError` where a row is none before anything is fetched."""
+    """Raise `FetchError` where a row lacks its URL or caption, or is not UTF-8."""
     if not row.url:
         raise FetchError("no URL")
     if not row.caption:

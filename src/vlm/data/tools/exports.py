@@ -1,4 +1,4 @@
-"""What annotation tools export, one document or task at a time, as records: UBIAI and Label Studio.
+"""Exports of annotation tools, UBIAI and Label Studio: one document or task at a time becomes a record.
 
 Imports msgspec, the standard library and siblings only.
 """
@@ -7,23 +7,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from os.path import isfile
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 from msgspec import Struct, field
 
 from vlm.data.records.open import IMAGE_EXTENSIONS
-from vlm.data.sample import PLACEHOLDER, BadSample
+from vlm.data.sample import PLACEHOLDER, BadSample, Record
 
 Kind = TypeVar("Kind")
 
 
-def convert_record(value: Any, kind: type[Kind], sample_id: str = "?") -> Kind:
-    """A record as a structure with types.
+def convert_record(value: object, kind: type[Kind], sample_id: str = "?") -> Kind:
+    """Convert a record into a typed structure.
 
     Raises:
-        BadSample: it is none; says where it differs.
+        BadSample: the record does not have that structure; tells where it differs.
     """
     if isinstance(value, dict):
         sample_id = next((str(value[key]) for key in ("id", "documentName") if value.get(key) is not None), sample_id)
@@ -33,10 +33,10 @@ def convert_record(value: Any, kind: type[Kind], sample_id: str = "?") -> Kind:
         raise BadSample(sample_id, str(error)) from None
 
 
-def make_llava_record(sample_id: str, image: str, asked: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """A record of LLaVA's form: questions about one picture with their answers."""
+def make_llava_record(sample_id: str, image: str, questions: Iterable[tuple[str, str]]) -> Record:
+    """Make a record of LLaVA's form from questions about one image and their answers."""
     turns: list[dict[str, str]] = []
-    for question, answer in asked:
+    for question, answer in questions:
         lead = "" if turns else f"{PLACEHOLDER}\n"
         turns += [{"from": "human", "value": lead + question}, {"from": "gpt", "value": answer}]
     return {"id": sample_id, "image": image, "conversations": turns}
@@ -46,7 +46,7 @@ def make_llava_record(sample_id: str, image: str, asked: Iterable[tuple[str, str
 
 
 class Entity(Struct):
-    """A marked span of a document, under any of the names that exports have had."""
+    """A marked span of a document; its label has had several names."""
 
     text: str | None = None
     start: int | None = None
@@ -60,12 +60,12 @@ class Entity(Struct):
 
     @property
     def label(self) -> str | None:
-        """What it is marked as."""
+        """The label of the span."""
         return self.entity_label or self.entity_label_snake_case or self.entity_label_short
 
     @property
     def place(self) -> tuple[int, int]:
-        """By which entities stand in reading order."""
+        """The key that sorts entities in reading order."""
         return (self.start or 0, self.token_start or 0)
 
 
@@ -77,7 +77,7 @@ class Relation(Struct):
 
 
 class Document(Struct):
-    """What is read of a document."""
+    """The fields of a document that are read."""
 
     name: str = field(name="documentName")
     text: str = field(default="", name="document")
@@ -87,11 +87,9 @@ class Document(Struct):
 
 
 def _token_range(entity: Entity) -> Iterable[int]:
-    return (
-        ()
-        if entity.token_start is None or entity.token_end is None
-        else range(entity.token_start, entity.token_end + 1)
-    )
+    if entity.token_start is None or entity.token_end is None:
+        return ()
+    return range(entity.token_start, entity.token_end + 1)
 
 
 ENTITY_ADDRESSES: dict[str, Callable[[Entity], Iterable[int | str | None]]] = {
@@ -100,13 +98,13 @@ ENTITY_ADDRESSES: dict[str, Callable[[Entity], Iterable[int | str | None]]] = {
     "token_start to token_end": lambda entity: _token_range(entity),
     "id": lambda entity: [entity.id],
 }
-"""What a relation may name an entity by. A document's is the first by which all of its relations lead somewhere."""
+"""How relations may refer to entities; a document uses the first way by which all of its references are found."""
 
 
 class UbiaiReader:
     """Reads documents of a UBIAI export (JSON): `{"documentName", "document", "tokens", "relations"}`.
 
-    `documentName` is the picture's file; where it is no picture's name (a PDF's, say), the picture of that stem is
+    `documentName` is the image's file; where it is no image's name (a PDF's, say), the image of that stem is
     taken. `tokens` (in some exports `entities`) are the marked spans: `text` (else cut out of `document`), `start` and
     `end` in characters, `token_start` and `token_end`, and the label as `entityLabel`, `entity_label` or `label`. A
     relation links two of them as `head` and `child`, either way round, each given as in `ADDRESSES`; what the relation
@@ -125,38 +123,36 @@ class UbiaiReader:
         self._folder, self._left_out = folder, left_out
         self._labels = (question_label, answer_label)
 
-    def __call__(self, value: Any) -> dict[str, Any] | None:
-        """A document as a record of LLaVA's form; None where nothing is asked and answered in it.
+    def __call__(self, value: object) -> Record | None:
+        """Convert a document into a record of LLaVA's form; None where it has no answered question.
 
         Raises:
-            BadSample: it is no such document.
+            BadSample: the value is no such document.
         """
         document = convert_record(value, Document)
         entities = document.entities or document.tokens or []
-        asked = [entity for entity in entities if entity.label == self._labels[0]]
-        answers = self._answers(document, entities)
+        questions = [entity for entity in entities if entity.label == self._labels[0]]
+        answers_by_question = self._answers(document, entities)
         pairs = []
-        for question in sorted(asked, key=lambda entity: entity.place):
-            found = sorted(answers.get(id(question), []), key=lambda entity: entity.place)
-            if found:
-                pairs.append(
-                    (_entity_text(question, document), " ".join(_entity_text(answer, document) for answer in found))
-                )
-        self._left_out["questions without an answer"] += len(asked) - len(pairs)
+        for question in sorted(questions, key=lambda entity: entity.place):
+            if answers := sorted(answers_by_question.get(id(question), []), key=lambda entity: entity.place):
+                text = " ".join(_entity_text(answer, document) for answer in answers)
+                pairs.append((_entity_text(question, document), text))
+        self._left_out["questions without an answer"] += len(questions) - len(pairs)
         self._left_out["documents without an answered question"] += not pairs
         if not pairs:
             return None
         return make_llava_record(document.name, resolve_image_name(document.name, self._folder), pairs)
 
     def _answers(self, document: Document, entities: list[Entity]) -> dict[int, list[Entity]]:
-        """The answers that each question is linked with, by the question's identity."""
+        """Return the answers that each question is linked with, by `id` of the question."""
         answers: dict[int, list[Entity]] = {}
         relations = document.relations or []
         places = _entities_by_address(relations, entities, document.name)
         for relation in relations:
-            for one in places[relation.head]:
-                for other in places[relation.child]:
-                    question, answer = (one, other) if one.label == self._labels[0] else (other, one)
+            for head in places[relation.head]:
+                for child in places[relation.child]:
+                    question, answer = (head, child) if head.label == self._labels[0] else (child, head)
                     known = answers.setdefault(id(question), [])
                     if (question.label, answer.label) == self._labels and answer not in known:
                         known.append(answer)
@@ -164,18 +160,18 @@ class UbiaiReader:
 
 
 def _entities_by_address(relations: list[Relation], entities: list[Entity], name: str) -> dict[int | str, list[Entity]]:
-    """The entities by what relations name them by."""
-    named = {end for relation in relations for end in (relation.head, relation.child)}
+    """Return the entities by the references that relations use."""
+    references = {end for relation in relations for end in (relation.head, relation.child)}
     for addresses in ENTITY_ADDRESSES.values():
         places: dict[int | str, list[Entity]] = {}
         for entity in entities:
             for address in addresses(entity):
                 if address is not None:
                     places.setdefault(address, []).append(entity)
-        if named <= places.keys():
+        if references <= places.keys():
             return places
     raise BadSample(
-        name, f"relations name {sorted(map(str, named))}, which no entities have as {', '.join(ENTITY_ADDRESSES)}"
+        name, f"relations name {sorted(map(str, references))}, which no entities have as {', '.join(ENTITY_ADDRESSES)}"
     )
 
 
@@ -187,47 +183,47 @@ def _entity_text(entity: Entity, document: Document) -> str:
 
 
 def resolve_image_name(name: str, folder: Path) -> str:
-    """A picture's name, or for that of another file the picture of the same stem in a folder."""
+    """Return the name of an image; for another file, that of the image with the same stem in a folder."""
     path = PurePosixPath(name)
     if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS:
         return name
-    found = (str(path.with_suffix(f".{kind}")) for kind in IMAGE_EXTENSIONS)
-    return next((candidate for candidate in found if isfile(folder / candidate)), name)
+    candidates = (str(path.with_suffix(f".{extension}")) for extension in IMAGE_EXTENSIONS)
+    return next((candidate for candidate in candidates if isfile(folder / candidate)), name)
 
 
 # Label Studio
 
 
 class Result(Struct):
-    """What an annotator did with one control."""
+    """The value of one control."""
 
     type: str = ""
     from_name: str = ""
-    value: dict[str, Any] = field(default_factory=dict)
+    value: Record = field(default_factory=dict)
 
 
 class Annotation(Struct):
-    """One annotator's work on a task."""
+    """One annotator's results for a task."""
 
     result: list[Result] | None = None
     was_cancelled: bool | None = None
 
 
 class LabelStudioTask(Struct):
-    """What is read of a task."""
+    """The fields of a task that are read."""
 
-    data: dict[str, Any]
+    data: Record
     id: int | str = "?"
     annotations: list[Annotation] | None = None
 
 
 ANSWER_CONTROLS = {"textarea": "text", "choices": "choices", "rating": "rating", "number": "number"}
-"""Type of a control whose result can be an answer -> where its value stands."""
+"""Type of a control whose result can be an answer -> the key of its value."""
 JSON_MIN_FIELDS = frozenset((
     "id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "was_cancelled", "ground_truth",
     "annotators", "agreement", "inner_id", "comment_count", "unresolved_comment_count", "comment_authors",
 ))  # fmt: skip
-"""Fields of the JSON-MIN form that are neither data nor a control's."""
+"""Fields of the JSON-MIN form that belong neither to the data nor to a control."""
 
 
 class LabelStudioReader:
@@ -241,7 +237,7 @@ class LabelStudioReader:
     Args:
         folder: the image folder; see `resolve_local_image_name`.
         left_out: counts tasks without a completed annotation, and those without an answer.
-        image_field: the data field that has the picture.
+        image_field: the data field that has the image.
         question_field: the data field that has the question; None: `prompt` is it.
         prompt: the question.
         from_name: the control that has the answer; None: the only one.
@@ -261,18 +257,16 @@ class LabelStudioReader:
         self._control = from_name
         self._control_is_given = from_name is not None
 
-    def __call__(self, value: Any) -> dict[str, Any] | None:
-        """A task as `{"id", "image", "question", "answer"}`; None where it was not done.
+    def __call__(self, value: object) -> Record | None:
+        """Convert a task into `{"id", "image", "question", "answer"}`; None where it was not completed.
 
         Raises:
-            BadSample: it is no such task.
-            ValueError: there are several controls, and none is named.
+            BadSample: the value is no such task.
+            ValueError: there are several controls, and none is selected.
         """
         if isinstance(value, dict) and "data" not in value:
-            task, answer = (
-                convert_record({"data": value, "id": value.get("id", "?")}, LabelStudioTask),
-                self._min_answer(value),
-            )
+            task = convert_record({"data": value, "id": value.get("id", "?")}, LabelStudioTask)
+            answer = self._min_answer(value)
         else:
             task = convert_record(value, LabelStudioTask)
             answer = self._answer(task)
@@ -283,24 +277,20 @@ class LabelStudioReader:
         if not isinstance(image, str) or not isinstance(question, str):
             name = self._image_field if not isinstance(image, str) else self._question_field
             raise BadSample(str(task.id), f"`{name}` must be a string of its data, which has {', '.join(task.data)}")
-        return {
-            "id": task.id,
-            "image": resolve_local_image_name(image, self._folder),
-            "question": question,
-            "answer": answer,
-        }
+        name = resolve_local_image_name(image, self._folder)
+        return {"id": task.id, "image": name, "question": question, "answer": answer}
 
     def _answer(self, task: LabelStudioTask) -> str:
-        done = next((one for one in task.annotations or [] if not one.was_cancelled), None)
+        done = next((annotation for annotation in task.annotations or [] if not annotation.was_cancelled), None)
         if done is None:
             self._left_out["tasks without a completed annotation"] += 1
             return ""
         results = [result for result in done.result or [] if result.type in ANSWER_CONTROLS]
         control = self._answer_control({result.from_name for result in results})
-        chosen = [result.value for result in results if result.from_name == control]
-        return self._count_if_empty("\n".join(filter(None, map(_value_as_text, chosen))))
+        values = [result.value for result in results if result.from_name == control]
+        return self._count_if_empty("\n".join(filter(None, map(_value_as_text, values))))
 
-    def _min_answer(self, fields: dict[str, Any]) -> str:
+    def _min_answer(self, fields: Record) -> str:
         if fields.get("was_cancelled"):
             self._left_out["tasks without a completed annotation"] += 1
             return ""
@@ -309,7 +299,7 @@ class LabelStudioReader:
         return self._count_if_empty(_value_as_text(fields.get(control)) if control else "")
 
     def _answer_control(self, controls: set[str]) -> str | None:
-        """The control that has the answer, the same in every task."""
+        """Return the control that has the answer, the same in every task."""
         if self._control_is_given:
             return self._control
         known = controls if self._control is None else controls | {self._control}
@@ -323,8 +313,8 @@ class LabelStudioReader:
         return answer
 
 
-def _value_as_text(value: Any) -> str:
-    """A control's value as text."""
+def _value_as_text(value: object) -> str:
+    """Return the value of a control as text."""
     if isinstance(value, dict):
         if isinstance(choices := value.get("choices"), list):
             return ", ".join(map(str, choices))
@@ -335,10 +325,10 @@ def _value_as_text(value: Any) -> str:
 
 
 def resolve_local_image_name(address: str, folder: Path) -> str:
-    """Where the picture that Label Studio names stands in the image folder.
+    """Return the path within the image folder of the image that Label Studio names.
 
     `/data/local-files/?d=a/b.jpg` is `a/b.jpg` (as the folder is that of local files), `/data/upload/7/b.jpg` is
-    `7/b.jpg` (Label Studio's `media/upload`), or else `b.jpg`. Anything else is as it stands.
+    `7/b.jpg` (Label Studio's `media/upload`), or else `b.jpg`. Any other address is returned unchanged.
     """
     parts = urlsplit(address)
     if parts.scheme or parts.netloc or not parts.path.startswith("/data/"):

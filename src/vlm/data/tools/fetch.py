@@ -1,9 +1,9 @@
-"""Fetching what a stranger's URL names: checked addresses, limits of time and size, retries; and is it a picture?
+"""Fetching untrusted URLs: checked addresses, limits of time and size, retries, and a check that it is an image.
 
-A table of URLs from the web names whatever its author liked, and so may every redirect, with the machine that reads it
-inside a network of its own. So a name is looked up once, every address it has must be public, and the connection goes
-to an address of that very answer, while TLS and the header `Host` still carry the name. The environment's proxies
-(`HTTPS_PROXY` and the like) are not used: a proxy looks names up itself, which would make the check say nothing; where
+A table of URLs from the web may name anything, and so may every redirect, while the machine that reads it may be in a
+private network. So a name is looked up once, all of its addresses must be public, and the connection goes to one of
+them, while TLS and the header `Host` still carry the name. The environment's proxies
+(`HTTPS_PROXY` and the like) are not used: a proxy looks names up itself, which would void the check; where
 the network has no other way out, fetching fails. No cookies, no `.netrc`, and user names in URLs are not sent.
 
 Imports httpx2, the transport it brings with it, Pillow and the standard library only.
@@ -32,11 +32,11 @@ from PIL import Image, UnidentifiedImageError
 HEADERS = (
     ("User-Agent", "Mozilla/5.0 (compatible; small-vlm; vlm data download)"),
     ("Accept", "image/jpeg,image/png,image/webp,image/gif;q=0.9,*/*;q=0.1"),
-    ("Accept-Encoding", "identity"),  # pictures do not compress, and an answer that grows when unpacked is a trap
+    ("Accept-Encoding", "identity"),  # images do not compress, and a compressed answer may be a bomb
 )
 MAX_REDIRECTS = 5
 RETRYABLE_STATUSES = (408, 425, 429)
-"""Statuses that are worth a retry, besides those of 500 and above."""
+"""HTTP statuses that are retried, besides those of 500 and above."""
 INITIAL_RETRY_WAIT = 1.0
 MAX_RETRY_WAIT = 30.0
 """Seconds before the first retry (each one waits twice as long as the one before), and before any."""
@@ -52,11 +52,13 @@ AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any
 
 
 class FetchError(Exception):
-    """Why a URL gave nothing: a reason short enough to count by, and a detail.
+    """Why a URL could not be fetched: a reason, by which failures are counted, and a detail.
 
     Attributes:
-        temporary: another try may do better.
-        wait: seconds that the server asks for before it.
+        reason: the reason, which ledgers of downloads hold.
+        detail: the detail.
+        retryable: whether another try may succeed.
+        wait: seconds that the server asks to wait before it.
     """
 
     def __init__(self, reason: str, detail: str = "", *, retryable: bool = False, wait: float = 0.0):
@@ -68,11 +70,11 @@ class FetchError(Exception):
 
 
 class FetchStopped(Exception):
-    """The one who wanted the picture no longer does."""
+    """Raised where fetching was stopped."""
 
 
 class Deadline:
-    """What is left of a try's time, whatever it is spent on: a server that drips has no more of it than a silent one.
+    """The time limit of one try, which a slow server uses up like a silent one.
 
     Args:
         stop: ends every try when it is set.
@@ -83,34 +85,34 @@ class Deadline:
         self._deadline = 0.0
 
     def start(self, seconds: float) -> None:
-        """Begin a try that may take so long."""
+        """Start a try with this time limit."""
         self._deadline = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds, above 0.
+        """Return the seconds that are left, more than 0.
 
         Raises:
-            TimeoutError: none.
-            Stopped: nobody waits any more.
+            TimeoutError: none are left.
+            FetchStopped: `stop` was set.
         """
         if self.stop.is_set():
             raise FetchStopped
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
             raise TimeoutError("the time for one try is over")
-        return left
+        return seconds
 
 
 class Fetcher:
-    """Fetches one URL after another. Every thread needs its own, with a clock and connections that are kept open.
+    """Fetches one URL after another, with connections that are kept open; every thread needs its own fetcher.
 
     Args:
         timeout: seconds that one try may take, from the look-up of the name to the last byte, redirects included.
-        retries: how often to try again what may be a passing trouble.
+        retries: how often a temporary failure is retried.
         max_bytes: the largest answer.
-        allow_private: take addresses within private networks and this machine too.
-        ssl_context: what to trust; may be shared.
-        stop: set by another thread, it ends what is under way with `Stopped`.
+        allow_private: whether addresses of private networks and of this machine are allowed.
+        ssl_context: the trusted certificates; may be shared.
+        stop: when another thread sets it, fetching ends with `FetchStopped`.
     """
 
     def __init__(
@@ -129,11 +131,11 @@ class Fetcher:
         )
 
     def fetch(self, url: str) -> bytes:
-        """What the URL names.
+        """Fetch a URL.
 
         Raises:
-            FetchError: nothing; says why.
-            Stopped: `stop` was set.
+            FetchError: it could not be fetched; tells why.
+            FetchStopped: `stop` was set.
         """
         for number in range(self.retries + 1):
             try:
@@ -147,11 +149,11 @@ class Fetcher:
         raise AssertionError("retries must be 0 or more")
 
     def close(self) -> None:
-        """Close the connections that were kept."""
+        """Close the connections that were kept open."""
         self._pool.close()
 
     def _fetch_once(self, url: str) -> bytes:
-        """One try, with every trouble as a `FetchError`."""
+        """Try once; every failure is raised as a `FetchError`."""
         self._clock.start(self.timeout)
         try:
             return self._follow_redirects(url)
@@ -166,7 +168,7 @@ class Fetcher:
             raise FetchError("bad URL", str(error)) from error
         except (OSError, httpcore2.RemoteProtocolError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise  # this machine's trouble, not the picture's
+                raise  # this process has too many files open
             raise FetchError("connection failed", str(error), retryable=True) from error
 
     def _follow_redirects(self, url: str) -> bytes:
@@ -179,7 +181,7 @@ class Fetcher:
         raise FetchError("too many redirects", f"more than {MAX_REDIRECTS}")
 
     def _request(self, url: httpx2.URL) -> bytes | str:
-        """The body, or where the server says that it is."""
+        """Return the body, or the location that the server redirects to."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         with self._pool.stream("GET", target, headers=[("Host", url.netloc), *HEADERS]) as response:
             headers = {name.lower(): value.decode("utf-8", "replace") for name, value in response.headers}
@@ -194,8 +196,8 @@ class Fetcher:
     def _read_body(self, response: httpcore2.Response, content_length: int) -> bytes:
         body = bytearray()
         chunks = response.iter_stream()
-        while max(len(body), content_length) <= self.max_bytes:  # what is announced need not be what comes
-            self._clock.left()  # chunks that lie ready in a buffer cost no read
+        while max(len(body), content_length) <= self.max_bytes:  # the announced length may be wrong
+            self._clock.left()  # chunks that are already buffered need no read, which would check the time
             chunk = next(chunks, None)
             if chunk is None:
                 return bytes(body)
@@ -204,11 +206,11 @@ class Fetcher:
 
 
 class PublicAddressBackend(httpcore2.NetworkBackend):
-    """Connects to addresses that were looked at, and within a clock's time (the transport's timeouts are not used).
+    """Connects to checked addresses, within a time limit (the transport's timeouts are not used).
 
     Args:
-        clock: the time that is left.
-        allow_private: leave the look out.
+        clock: the time limit.
+        allow_private: leave the check out.
     """
 
     def __init__(self, clock: Deadline, allow_private: bool):
@@ -219,19 +221,19 @@ class PublicAddressBackend(httpcore2.NetworkBackend):
         self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> "DeadlineStream":  # fmt: skip
-        """Look the name up, look at what it means, and connect to that.
+        """Look the name up, check its addresses, and connect to one of them.
 
         Raises:
             FetchError: an address is not public.
             OSError: no address answers in time.
         """
-        found = resolve_host(host, port, self._clock.left())
-        for *_, address in found:
+        answers = resolve_host(host, port, self._clock.left())
+        for *_, address in answers:
             if not (self._allow_private or is_public(address[0])):
                 raise FetchError("private address", f"{host} is {address[0]}")
         failure = OSError(f"{host} has no address")
-        for number, (family, kind, protocol, _, address) in enumerate(found):
-            seconds = self._clock.left() / (len(found) - number)  # an address that swallows all leaves the next some
+        for number, (family, kind, protocol, _, address) in enumerate(answers):
+            seconds = self._clock.left() / (len(answers) - number)  # so that time is left for the next address
             connection = socket.socket(family, kind, protocol)
             try:
                 connection.settimeout(seconds)
@@ -245,30 +247,30 @@ class PublicAddressBackend(httpcore2.NetworkBackend):
 
 
 class DeadlineStream(httpcore2.NetworkStream):
-    """A connection on which every wait ends when the clock's time does."""
+    """A connection on which every wait ends with the time limit."""
 
     def __init__(self, connection: socket.socket, clock: Deadline):
         self._connection = connection
         self._clock = clock
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """What has come; waits for it to."""
+        """Wait for data and return them."""
         self._connection.settimeout(self._clock.left())
         return self._connection.recv(max_bytes)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send all of it."""
+        """Send all of the data."""
         self._connection.settimeout(self._clock.left())
         self._connection.sendall(buffer)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._connection.close()
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> "DeadlineStream":
-        """The same with TLS; the certificate must be the name's, whatever address it was found at."""
+        """Start TLS; the certificate must be for the name, whatever its address."""
         try:
             self._connection.settimeout(self._clock.left())
             wrapped = ssl_context.wrap_socket(self._connection, server_hostname=server_hostname)
@@ -277,8 +279,8 @@ class DeadlineStream(httpcore2.NetworkStream):
             raise
         return DeadlineStream(wrapped, self._clock)
 
-    def get_extra_info(self, info: str) -> Any:
-        """Whether something waits to be read, which on an idle connection means that the server has closed it."""
+    def get_extra_info(self, info: str) -> bool | None:
+        """Return whether data can be read, which on an idle connection means that the server has closed it."""
         if info != "is_readable":
             return None
         waiting = select.poll()
@@ -287,10 +289,10 @@ class DeadlineStream(httpcore2.NetworkStream):
 
 
 def parse_url(url: str | httpx2.URL) -> httpx2.URL:
-    """A URL that may be asked for.
+    """Parse a URL that may be fetched.
 
     Raises:
-        FetchError: it is not one of the web.
+        FetchError: the URL is invalid, or neither http nor https.
     """
     parts = httpx2.URL(url)
     if parts.scheme not in ("http", "https"):
@@ -301,11 +303,11 @@ def parse_url(url: str | httpx2.URL) -> httpx2.URL:
 
 
 def resolve_host(host: str, port: int, seconds: float) -> Sequence[AddressInfo]:
-    """The addresses of a name. The system's look-up knows no time limit, so a thread does it that may be left behind.
+    """Look up the addresses of a name, in a thread that may be abandoned, since the look-up has no time limit.
 
     Raises:
         OSError: there are none (`socket.gaierror`), or not in time (`TimeoutError`).
-        UnicodeError: no name can read so.
+        UnicodeError: the name is invalid.
     """
     answers: SimpleQueue[Sequence[AddressInfo] | Exception] = SimpleQueue()
 
@@ -326,9 +328,9 @@ def resolve_host(host: str, port: int, seconds: float) -> Sequence[AddressInfo]:
 
 
 def is_public(text: str) -> bool:
-    """Whether an address is one of the internet's: not private, loopback, link-local, multicast, reserved and so on.
+    """Return whether an address is public: not private, loopback, link-local, multicast, reserved and so on.
 
-    IPv6 addresses that stand for an IPv4 address (mapped, NAT64, 6to4) are as public as that is.
+    An IPv6 address that stands for an IPv4 address (mapped, NAT64, 6to4) is public if that is.
     """
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv4Address):
@@ -343,7 +345,7 @@ def is_public(text: str) -> bool:
 
 
 def retry_after(text: str) -> float:
-    """Seconds that a `Retry-After` header asks for, as a number or a date; 0 where it cannot be read."""
+    """Return the seconds of a `Retry-After` header, a number or a date; 0 for one that cannot be read."""
     if text.isascii() and text.isdigit():
         return float(text)
     try:
@@ -353,10 +355,10 @@ def retry_after(text: str) -> float:
 
 
 def check_image_suffix(content: bytes, min_size: int) -> str:
-    """The suffix of a picture's format, once it is unpacked whole (of an animated one the first frame).
+    """Decode an image (of an animated one the first frame) and return the suffix of its format.
 
     Raises:
-        FetchError: it is no picture, or not one to train with.
+        FetchError: the content is no image, or an image that cannot be trained on.
     """
     try:
         with Image.open(BytesIO(content), formats=[name for name in SUFFIX_BY_FORMAT if name != "MPO"]) as image:
@@ -372,5 +374,5 @@ def check_image_suffix(content: bytes, min_size: int) -> str:
         raise FetchError("not a picture", f"begins with {content[:20]!r}") from error
     except Image.DecompressionBombError as error:
         raise FetchError("too many pixels", str(error)) from error
-    except Exception as error:  # Pillow's readers fail in many ways on bytes that someone chose
+    except Exception as error:  # Pillow's readers fail in many ways on untrusted bytes
         raise FetchError("broken picture", str(error)) from error

@@ -1,36 +1,45 @@
-"""Forms: a sample as a record, the way back from `data.formats`.
+"""Forms: functions that turn a sample into a record, the inverse of `records.formats`.
 
 To add a form, write a function `(sample, image_folder) -> dict` that raises `BadSample`, and add it to `FORMS` under
 the name that its reader has in `formats.FORMATS`.
 
-Imports the in-memory form and the standard library only.
+Imports `sample` and the standard library only.
 """
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn, VideoRef
+from vlm.data.sample import (
+    PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    BadSample,
+    ContentPart,
+    ImageRef,
+    Record,
+    Sample,
+    Turn,
+    VideoRef,
+)
 
 LLAVA_ROLE_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
-def to_llava(sample: Sample, image_folder: Path) -> dict[str, Any]:
-    """A sample as a record of LLaVA's form, which `formats.read_llava` reads.
+def to_llava(sample: Sample, image_folder: Path) -> Record:
+    """Write a sample as a record of LLaVA's form, which `formats.read_llava` reads.
 
-    That form moves the only picture of a turn to its start, on a line of its own; a sample whose turns have it so
-    (`is_image_moved_by_llava` tells) is read back as it was.
+    `read_llava` moves the only image of a turn to its start; where no turn is changed by that (see
+    `is_image_moved_by_llava`), the sample is read back as it was.
 
     Args:
         sample: the sample.
-        image_folder: what paths are written relative to.
+        image_folder: the folder that paths are relative to.
 
     Raises:
-        BadSample: its text holds `<image>` or `<video>` itself, or a picture has no name to be written.
+        BadSample: a text contains `<image>` or `<video>`, or an image has no file.
     """
-    record: dict[str, Any] = {"id": sample.id}
+    record: Record = {"id": sample.id}
     for key, names in _media_values(sample, image_folder).items():
         record[key] = names[0] if len(names) == 1 else names
     record["conversations"] = [{"from": LLAVA_ROLE_NAMES[turn.role], "value": _llava_value(turn, sample.id)}
@@ -38,47 +47,49 @@ def to_llava(sample: Sample, image_folder: Path) -> dict[str, Any]:
     return record | _labels_and_groups(sample)
 
 
-def to_messages(sample: Sample, image_folder: Path) -> dict[str, Any]:
-    """A sample as chat messages, which `formats.read_messages` reads: content in lists, in the order of the turn.
+def to_messages(sample: Sample, image_folder: Path) -> Record:
+    """Write a sample as chat messages, which `formats.read_messages` reads: lists of items in the order of the turn.
 
     Args:
         sample: the sample.
-        image_folder: what paths are written relative to.
+        image_folder: the folder that paths are relative to.
 
     Raises:
-        BadSample: a picture has no name to be written.
+        BadSample: an image has no file.
     """
     media = {f"{key}s": names for key, names in _media_values(sample, image_folder).items()}
     messages = [{"role": turn.role, "content": [_message_item(part) for part in turn.content]} for turn in sample.turns]
     return {"id": sample.id, **media, "messages": messages, **_labels_and_groups(sample)}
 
 
-FORMS: dict[str, Callable[[Sample, Path], dict[str, Any]]] = {"llava": to_llava, "messages": to_messages}
-"""Forms that records are written in."""
+FORMS: dict[str, Callable[[Sample, Path], Record]] = {"llava": to_llava, "messages": to_messages}
+"""Name of a form -> the function that writes it."""
 
 
 def is_image_moved_by_llava(turn: Turn) -> bool:
-    """Whether a turn has one picture, and LLaVA's form reads it before what stands before it here."""
+    """Return whether LLaVA's form moves the only image of a turn to its start, since text stands before it."""
     return sum(isinstance(part, ImageRef) for part in turn.content) == 1 and not isinstance(turn.content[0], ImageRef)
 
 
-def _labels_and_groups(sample: Sample) -> dict[str, Any]:
-    """What a prediction head learns of a sample, and its group, where it has such."""
-    found = {"label": sample.label, "group": sample.group}
-    return {key: value for key, value in found.items() if value is not None}
+def _labels_and_groups(sample: Sample) -> Record:
+    """Return the label and the group of a sample that has them, under their keys."""
+    values = {"label": sample.label, "group": sample.group}
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _media_values(sample: Sample, folder: Path) -> dict[str, list[Any]]:
-    pictures = [image_cell_value(image_ref, folder, sample.id) for image_ref in sample.images]
-    found = {"image": pictures, "video": [_relative_path(video.path, folder) for video in sample.videos]}
-    return {key: names for key, names in found.items() if names}
+def _media_values(sample: Sample, folder: Path) -> dict[str, list[str | Record]]:
+    values: dict[str, list[str | Record]] = {
+        "image": [image_cell_value(image_ref, folder, sample.id) for image_ref in sample.images],
+        "video": [_relative_path(video.path, folder) for video in sample.videos],
+    }
+    return {key: names for key, names in values.items() if names}
 
 
-def image_cell_value(image_ref: ImageRef, folder: Path, sample_id: str) -> str | dict[str, Any]:
-    """What a record has for a picture: a path relative to a folder, or its bytes with their name.
+def image_cell_value(image_ref: ImageRef, folder: Path, sample_id: str) -> str | Record:
+    """Return the value for an image in a record: its path relative to a folder, or its bytes and name.
 
     Raises:
-        BadSample: it is a frame of a video.
+        BadSample: the image is a frame of a video.
     """
     if image_ref.content is not None:
         return {"bytes": image_ref.content, "path": None if image_ref.path is None else str(image_ref.path)}
@@ -94,7 +105,7 @@ def _relative_path(path: Path, folder: Path) -> str:
 def _llava_value(turn: Turn, sample_id: str) -> str:
     texts = [part for part in turn.content if isinstance(part, str)]
     if turn.role == "user" and (mark := re.search(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}", "\n".join(texts))):
-        raise BadSample(sample_id, f"its text holds {mark[0]}, which LLaVA's form takes for a picture or video")
+        raise BadSample(sample_id, f"its text holds {mark[0]}, which LLaVA's form takes for an image or video")
     return "".join(part if isinstance(part, str) else _placeholder(part) for part in turn.content)
 
 

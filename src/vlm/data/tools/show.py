@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from html import escape
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -23,41 +22,41 @@ from vlm.data.vision.video import DecodedVideo
 
 @dataclass(frozen=True)
 class ShownRecord:
-    """A record that is shown: as ids, labels, pictures and videos, or why it cannot be used."""
+    """A record with its ids, labels, images and videos, or the reason why it cannot be used."""
 
     source: Source
     record: int | None
     id: str
     encoded: Encoded | None
-    pictures: Sequence[Image.Image | DecodedVideo]
+    images: Sequence[Image.Image | DecodedVideo]
     problem: str | None = None
-    label: Any = None
+    label: object = None
 
     def title(self) -> str:
-        """Where it is from, its name, and its counts."""
+        """Return the record's source, name and counts."""
         place = self.source.name if self.record is None else f"{self.source.name}, record {self.record}"
         if self.encoded is None:
             return f"{place}, id {self.id}"
         supervised = sum(label != IGNORE_INDEX for label in self.encoded.labels)
-        sizes = ", ".join(map(_describe_size, self.pictures)) or "no picture"
-        learnt = f"{supervised} supervised" if supervised else f"label {self.label!r}"
-        return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {learnt}; {sizes}"
+        sizes = ", ".join(map(_describe_size, self.images)) or "no image"
+        target = f"{supervised} supervised" if supervised else f"label {self.label!r}"
+        return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {target}; {sizes}"
 
 
 def load_shown_records(
     config: DatasetConfig, encoder: SampleEncoder, *, number: int, records: Sequence[int] = (), seed: int | None = None
 ) -> Iterable[ShownRecord]:
-    """Records of each source of a run.
+    """Load records of each source of a run.
 
     Args:
         config: the sources.
         encoder: the run's.
-        number: how many of each source.
-        records: the numbers of those that are wanted, in place of `number`.
-        seed: draws them; None: the first ones. Not for streams, of which the first are shown.
+        number: the number of records of each source.
+        records: the indices of the records to show, in place of `number`.
+        seed: selects records at random; None takes the first ones, as streams always do.
 
     Raises:
-        ValueError: a source does not open, or has no record of such a number.
+        ValueError: a source does not open, or has no record at one of the indices.
     """
     for source in make_sources(config, encoder):
         if config.streaming:
@@ -65,36 +64,36 @@ def load_shown_records(
                 yield _load_shown_record(source, None, record)
             continue
         total = len(source)
-        if beyond := [one for one in records if not 0 <= one < total]:
-            raise ValueError(f"--records {beyond[0]}: {source.path} has {total} records, numbered from 0")
-        some = range(min(number, total)) if seed is None else draw_records(total, number, seed).tolist()
-        for one in records or some:
+        if missing := [index for index in records if not 0 <= index < total]:
+            raise ValueError(f"--records {missing[0]}: {source.path} has {total} records, numbered from 0")
+        selected = range(min(number, total)) if seed is None else draw_records(total, number, seed).tolist()
+        for index in records or selected:
             try:
-                yield _load_shown_record(source, one, source.records[one])
+                yield _load_shown_record(source, index, source.records[index])
             except BadSample as error:
-                yield ShownRecord(source, one, error.sample_id, None, [], error.reason)
+                yield ShownRecord(source, index, error.sample_id, None, [], error.reason)
 
 
 def _describe_size(shown: Image.Image | DecodedVideo) -> str:
-    """How large a picture is, or a video."""
+    """Return the size of an image or video as text."""
     if isinstance(shown, DecodedVideo):
         return f"video of {len(shown.frames)} frames {shown.clip.width}×{shown.clip.height}"
     return f"{shown.width}×{shown.height}"
 
 
 def _load_shown_record(source: Source, number: int | None, record: object) -> ShownRecord:
-    pictures: list[Image.Image | DecodedVideo] = []
+    images: list[Image.Image | DecodedVideo] = []
     try:
         sample = source.read(record)
-        pictures = open_media(sample)
-        sizes = media_sizes_from_opened(sample.media, pictures, source.encoder.processor)
-        return ShownRecord(source, number, sample.id, source.encoder(sample, sizes), pictures, label=sample.label)
+        images = open_media(sample)
+        sizes = media_sizes_from_opened(sample.media, images, source.encoder.processor)
+        return ShownRecord(source, number, sample.id, source.encoder(sample, sizes), images, label=sample.label)
     except BadSample as error:
-        return ShownRecord(source, number, error.sample_id, None, pictures, error.reason)
+        return ShownRecord(source, number, error.sample_id, None, images, error.reason)
 
 
 def as_text(shown: ShownRecord, *, colours: bool) -> str:
-    """A record for the terminal."""
+    """Format a record for the terminal."""
     if shown.encoded is None:
         return f"── {shown.title()}\n   cannot be used: {shown.problem}\n"
     ids, labels = shown.encoded.input_ids, shown.encoded.labels
@@ -102,9 +101,9 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
 
 
 def as_html(shown: ShownRecord) -> str:
-    """A record as a section of a page, with its pictures in it."""
-    seen = [image for one in shown.pictures for image in (one.frames if isinstance(one, DecodedVideo) else [one])]
-    images = "".join(f'<img src="{_thumbnail_data_url(image)}" alt="">' for image in seen)
+    """Format a record as a section of a page, with its images."""
+    frames = [frame for item in shown.images for frame in (item.frames if isinstance(item, DecodedVideo) else [item])]
+    images = "".join(f'<img src="{_thumbnail_data_url(frame)}" alt="">' for frame in frames)
     head = f"<h2>{escape(shown.title())}</h2>{images}"
     if shown.encoded is None:
         return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
@@ -113,14 +112,14 @@ def as_html(shown: ShownRecord) -> str:
 
 
 def write_page(records: Sequence[ShownRecord], path: Path) -> None:
-    """All records on one HTML page that needs no other file."""
+    """Write all records to one HTML page that needs no other file."""
     intro = "As a run would train on them. <mark>Marked</mark> tokens are supervised."
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_page("Records", intro, [as_html(one) for one in records]), encoding="utf-8")
+    path.write_text(render_page("Records", intro, [as_html(record) for record in records]), encoding="utf-8")
 
 
 def _thumbnail_data_url(image: Image.Image) -> str:
-    """A thumbnail as a `data:` address."""
+    """Return a thumbnail as a `data:` URL."""
     buffer = BytesIO()
     thumbnail(image).save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,14 +1,16 @@
-"""`vlm data stats`: what a run's records amount to, as a table and as a picture. Counted once, see `data.counts`."""
+"""`vlm data stats`: statistics of a run's records, as a table and as a plot. Counted once, see `token_counts`."""
 
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from textwrap import indent
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tabulate import tabulate
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import draw_records
@@ -19,13 +21,13 @@ from vlm.data.token_counts import Counts, count
 
 @dataclass(frozen=True)
 class SourceStats:
-    """What a source amounts to.
+    """The statistics of a source.
 
     Attributes:
         name: its name.
-        counts: what was counted of its records.
-        longest: most tokens that a sample may have.
-        truncate: whether longer ones are cut.
+        counts: the counts of its records.
+        longest: the most tokens that a sample may have.
+        truncate: whether longer samples are cut.
     """
 
     name: str
@@ -35,11 +37,11 @@ class SourceStats:
 
     @property
     def usable_mask(self) -> np.ndarray:
-        """Which records can be used, long ones included."""
+        """`(records,)`: whether each record can be used; one that is too long counts as usable."""
         return self.counts.length > 0
 
-    def summary(self) -> dict[str, Any]:
-        """The figures."""
+    def summary(self) -> dict[str, int | list[int] | dict[str, int]]:
+        """Compute the figures."""
         counts, good = self.counts, self.usable_mask
         length = counts.length[good]
         over, fixed = length > self.longest, counts.needed[good] > self.longest
@@ -49,8 +51,8 @@ class SourceStats:
         return {
             "records": len(good),
             "usable": int(good.sum()),
-            "with pictures": int((counts.images[good] > 0).sum()),
-            "pictures": int(counts.images[good].sum()),
+            "with images": int((counts.images[good] > 0).sum()),
+            "images": int(counts.images[good].sum()),
             "replies": int(counts.replies[good].sum()),
             "tokens": int(length.sum()),
             "supervised tokens": int(counts.supervised[good].sum()),
@@ -63,66 +65,72 @@ class SourceStats:
 
 
 def compute_stats(config: DatasetConfig, encoder: SampleEncoder, seed: int = 0) -> list[SourceStats]:
-    """The figures of each source of a run; records that cannot be used are counted, not refused."""
-    found = []
+    """Compute the statistics of each source of a run; records that cannot be used are counted, not refused."""
+    sources = []
     for source in make_sources(config, encoder):
         records = draw_records(len(source), source.config.max_samples, seed)
         counts = count(source, records, config.check_samples, config.num_workers)
-        found.append(SourceStats(source.name, counts, encoder.longest, encoder.truncate))
-    return found
+        sources.append(SourceStats(source.name, counts, encoder.longest, encoder.truncate))
+    return sources
 
 
-def as_text(found: list[SourceStats]) -> str:
-    """The figures for a terminal."""
+def as_text(sources: list[SourceStats]) -> str:
+    """Format the figures for a terminal."""
     lines = []
-    for stats in found:
+    for stats in sources:
         lines.append(f"── {stats.name}")
-        for name, value in stats.summary().items():
-            if isinstance(value, dict):
-                lines += [f"  {name}:"] * bool(value)
-                lines += [f"    {number:>9,}  {reason}" for reason, number in value.items()]
-            else:
-                shown = ", ".join(f"{one:,}" for one in value) if isinstance(value, list) else f"{value:,}"
-                lines.append(f"  {name:<42} {shown:>14}")
+        summary = stats.summary()
+        figures = {name: value for name, value in summary.items() if not isinstance(value, dict)}
+        rows = [(name, ", ".join(f"{number:,}" for number in ([value] if isinstance(value, int) else value)))
+                for name, value in figures.items()]  # fmt: skip
+        lines.append(_plain_table(rows, ("left", "right")))
+        for name, value in summary.items():
+            if isinstance(value, dict) and value:
+                rows = [(f"{number:,}", reason) for reason, number in value.items()]
+                lines += [f"  {name}:", _plain_table(rows, ("right", "left"))]
     return "\n".join(lines)
 
 
-def draw(found: list[SourceStats], path: Path) -> None:
-    """Token lengths with the limit, replies, supervised tokens and picture sizes, as a PNG."""
+def _plain_table(rows: list[tuple[str, str]], alignment: tuple[str, str]) -> str:
+    return indent(tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True), "  ")
+
+
+def draw(sources: list[SourceStats], path: Path) -> None:
+    """Plot token lengths with the limit, replies, supervised tokens and image sizes to a PNG."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     (lengths, replies), (supervised, sizes) = figure.subplots(2, 2)
-    names = [stats.name for stats in found]
+    names = [stats.name for stats in sources]
     for axes, title, field in ((lengths, "tokens of a record, image tokens counted", "length"),
                                (supervised, "supervised tokens of a record", "supervised")):  # fmt: skip
-        values = [getattr(stats.counts, field)[stats.usable_mask] for stats in found]
-        top = max((int(one.max(initial=1)) for one in values), default=1)
+        values = [getattr(stats.counts, field)[stats.usable_mask] for stats in sources]
+        top = max((int(numbers.max(initial=1)) for numbers in values), default=1)
         axes.hist(values, bins=np.linspace(0, top + 1, min(top + 2, 60)), stacked=True, label=names)
         axes.set_xlabel(title)
         axes.set_ylabel("records")
-    longest = max(stats.longest for stats in found)
+    longest = max(stats.longest for stats in sources)
     if longest <= 1.5 * lengths.get_xlim()[1]:
         lengths.axvline(longest, color="black", linestyle="--", label=f"dataset.max_length: {longest}")
     lengths.legend()
-    turns = [stats.counts.replies[stats.usable_mask] for stats in found]
-    most = max((int(one.max(initial=1)) for one in turns), default=1)
+    turns = [stats.counts.replies[stats.usable_mask] for stats in sources]
+    most = max((int(numbers.max(initial=1)) for numbers in turns), default=1)
     replies.hist(turns, bins=np.arange(most + 1) + 0.5 if most < 60 else 60, stacked=True, label=names, rwidth=0.8)
     replies.xaxis.set_major_locator(MaxNLocator(integer=True))
     replies.set_xlim(left=0)
     replies.set_xlabel("replies of a record")
     replies.set_ylabel("records")
-    _plot_image_sizes(found, sizes)
+    _plot_image_sizes(sources, sizes)
     figure.savefig(path, dpi=110)
 
 
-def _plot_image_sizes(found: list[SourceStats], axes: Any) -> None:
-    """Width and height of first pictures; where there are many, a part of them drawn by chance."""
-    draw_from = np.random.default_rng(0)
-    for stats in found:
+def _plot_image_sizes(sources: list[SourceStats], axes: Axes) -> None:
+    """Plot width and height of first images; of many, a random selection."""
+    generator = np.random.default_rng(0)
+    for stats in sources:
         places = np.flatnonzero(stats.counts.width > 0)
         if len(places) > 5000:
-            places = draw_from.choice(places, 5000, replace=False)
+            places = generator.choice(places, 5000, replace=False)
         axes.scatter(stats.counts.width[places], stats.counts.height[places], s=8, alpha=0.3, label=stats.name)
-    axes.set_xlabel("width of the first picture, pixels")
+    axes.set_xlabel("width of the first image, pixels")
     axes.set_ylabel("height, pixels")
     axes.margins(0.1)
     axes.set_xlim(left=0)
@@ -130,5 +138,5 @@ def _plot_image_sizes(found: list[SourceStats], axes: Any) -> None:
 
 
 def _reason_without_file(reason: str, file: str | None) -> str:
-    """A reason without the name of the file, so that like reasons are counted together."""
+    """Return a reason without the name of the file, so that equal reasons are counted together."""
     return re.sub(rf"\S*{re.escape(file)}\S*", "…", reason) if file else reason

@@ -1,6 +1,6 @@
-"""A table of URLs and captions, read row by row: what `vlm data download` fetches, and what was fetched before.
+"""A table of URLs and captions, read row by row, for `vlm data download` and for converting its result.
 
-To read another kind of table, add its suffix to `KINDS`.
+To read another kind of table, add its suffix to `TABLE_KINDS`.
 """
 
 import csv
@@ -16,22 +16,22 @@ import pyarrow.parquet
 
 URL_NAMES = frozenset({"url", "image_url", "image_link", "img_url", "link", "uri", "photo_image_url"})
 CAPTION_NAMES = frozenset({"caption", "text", "title", "alt", "alt_text", "description", "sentence"})
-"""Columns that are known without being named, in lower case."""
+"""Names of columns that are recognised, in lower case."""
 TABLE_KINDS: dict[str, dict[str, Any]] = {
     ".csv": {"delimiter": ","},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # captions begin with quotation marks and never end them
     ".parquet": {},
 }
-"""Suffix of a table -> how the csv module reads it."""
+"""Suffix of a table -> options of the csv module."""
 FOLDER_SIZE = 10_000
-"""Pictures in a subfolder."""
+"""Number of images in a subfolder."""
 IDENTITY_BYTES = 2**20
-"""Bytes of a table by which it is known again."""
+"""The first bytes of a table, by which it is recognised."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table, counted from 0."""
+    """A row of the table; `number` is counted from 0, without the header."""
 
     number: int
     url: str
@@ -39,18 +39,19 @@ class Row:
 
 
 class Table:
-    """A file of URLs and captions, whatever its size: only a few rows are in memory.
+    """A file of URLs and captions of any size: only a few rows are in memory.
 
     Args:
         path: the file.
-        url_column: the name of the column, or its number from 1 where there is no header; None: found out.
-        caption_column: the same.
+        url_column: the name of the column of URLs, or its number from 1 where there is no header; by default the column
+            is recognised by its name or content.
+        caption_column: the column of captions, likewise.
 
     Attributes:
-        num_rows: how many; of a text file its lines, which some rows may have more than one of.
+        num_rows: number of rows; of a text file its lines, of which a row may have several.
 
     Raises:
-        ValueError: it is no such file, or its columns cannot be told.
+        ValueError: the file is no such table, or its columns are not recognised.
     """
 
     def __init__(self, path: Path, url_column: str | None, caption_column: str | None):
@@ -77,30 +78,30 @@ class Table:
         captions = [n for n in others if lower[n] in CAPTION_NAMES]
         self._caption_index = self._find_column("caption", caption_column, others if len(others) == 1 else captions)
 
-    def _find_column(self, what: str, given: str | None, candidates: list[int]) -> int:
-        """The column that was named, or the only one that looks like it."""
+    def _find_column(self, kind: str, name: str | None, candidates: list[int]) -> int:
+        """Return the index of the named column, or of the only candidate."""
         known = ", ".join(self._column_names)
         if not self._has_header:
-            shown = (f"{name} ({cell:.40})" for name, cell in zip(self._column_names, self._first_row, strict=True))
+            shown = (f"{number} ({cell:.40})" for number, cell in zip(self._column_names, self._first_row, strict=True))
             known = f"no header, and in the first row {', '.join(shown)}"
-        if given is not None:
-            if given not in self._column_names:
-                raise ValueError(f"--{what}-column={given!r}: no such column; {self.path} has {known or 'none'}")
-            return self._column_names.index(given)
+        if name is not None:
+            if name not in self._column_names:
+                raise ValueError(f"--{kind}-column={name!r}: no such column; {self.path} has {known or 'none'}")
+            return self._column_names.index(name)
         if len(candidates) != 1:
             raise ValueError(
-                f"which is the column of the {what}s? {self.path} has {known or 'none'} – name it: --{what}-column"
+                f"which is the column of the {kind}s? {self.path} has {known or 'none'} – name it: --{kind}-column"
             )
         return candidates[0]
 
     def rows(self) -> Iterator[Row]:
-        """All rows in order; what a row lacks is empty."""
+        """Iterate over all rows in order; a missing cell is empty."""
         pairs = self._iter_parquet_pairs() if self._suffix == ".parquet" else self._iter_text_pairs()
         for number, (url, caption) in enumerate(pairs):
             yield Row(number, (url or "").strip(), (caption or "").strip())
 
-    def identity(self) -> dict[str, Any]:
-        """What tells this table, read this way, from another."""
+    def identity(self) -> dict[str, int | str]:
+        """Return what distinguishes this table, with these columns, from another."""
         with self.path.open("rb") as file:
             beginning = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
         columns = {
@@ -110,7 +111,7 @@ class Table:
         return {"size": self.path.stat().st_size, "sha256_of_beginning": beginning, **columns}
 
     def _iter_cells(self) -> Iterator[list[str]]:
-        """The rows of a text file, the header too. Bytes that are no UTF-8 stay the trouble of their row."""
+        """Iterate over the rows of a text file, header included; bytes that are no UTF-8 spoil only their own row."""
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, **TABLE_KINDS[self._suffix])
             try:
@@ -142,5 +143,5 @@ class Table:
 
 
 def is_url(cell: str) -> bool:
-    """Whether it looks like one."""
+    """Return whether a cell looks like a URL."""
     return cell.strip().lower().startswith(("http://", "https://"))

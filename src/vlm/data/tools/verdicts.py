@@ -1,7 +1,7 @@
-"""A verdict on each record: whether it can be used, and digests by which those that say the same again are found.
+"""A verdict on each record: whether it can be used, and digests by which duplicates are found.
 
-Records are looked at in parallel, in order; `clean` acts on the verdicts. To add a reason, add it to `REASONS` and
-find it in `Checker`.
+Records are checked in parallel, in order; `clean` acts on the verdicts. To add a reason, add it to `REASONS` and
+return it in `RecordChecker`.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -33,36 +32,36 @@ from vlm.data.vision.video import num_frames
 REASONS = {
     "refused": "no record of this format, or a file that it names is not there",
     "silent": "no reply with anything but blanks",
-    "broken": "a picture or video that does not decode",
-    "small": "a picture with a side below --min-side",
-    "narrow": "a picture of a shape beyond --max-aspect",
+    "broken": "an image or video that does not decode",
+    "small": "an image with a side below --min-side",
+    "narrow": "an image of a shape beyond --max-aspect",
     "duplicate": "the same as an earlier record, see --duplicates",
 }
-"""Why a record is left out."""
+"""Reason for leaving out a record -> its description."""
 RECORDS_PER_CHUNK = 16
-"""Records that a worker looks at before it hands over what it found."""
+"""Number of records that a worker checks at a time."""
 CHUNKS_AHEAD = 4
-"""Chunks for each worker that are under way or wait to be taken in order."""
+"""Number of chunks for each worker that are submitted ahead of the results."""
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
-"""Modes of pictures that lose nothing as RGBA."""
+"""Modes of images that are converted to RGBA without loss."""
 HASHED_ROWS = 256
-"""Rows of pixels that are hashed at a time, so that a large picture is not copied whole."""
+"""Number of rows of pixels that are hashed at a time, so that a large image is not copied as a whole."""
 
 
 @dataclass(frozen=True)
 class CleanTask:
-    """What is cleaned, and by which rules.
+    """The records to clean, and the rules.
 
     Attributes:
-        source: the records, as `data.files.open_records` takes them.
+        source: the records, as `records.open.open_records` takes them.
         cache: the cache's folder.
-        image_folder: what their paths are relative to; empty: the folder of `source`.
+        image_folder: the folder that paths are relative to; empty for the folder of `source`.
         format: a name of `FORMATS`, or `package.module:function`.
         options: the reader's keyword parameters, each as `name=value`.
         split: of a data set that has several.
         subset: of a data set on the Hub that has several.
-        min_side: fewest pixels of a picture's side.
-        max_aspect: largest ratio of a picture's sides; None: any.
+        min_side: the fewest pixels of an image's side.
+        max_aspect: the largest ratio of an image's sides; None for any.
     """
 
     source: str
@@ -82,11 +81,11 @@ class CleanTask:
         return Path(self.image_folder or (place if place.is_dir() else place.parent))
 
     def records(self) -> Records:
-        """The records, opened."""
+        """Open the records."""
         return open_records(self.source, self.cache, split=self.split, subset=self.subset)
 
     def reader(self) -> partial[Sample]:
-        """The reader of the format with its options.
+        """Return the reader of the format with its options.
 
         Raises:
             ValueError: there is no such reader, or it has no such option.
@@ -103,15 +102,15 @@ class CleanTask:
 
 @dataclass(frozen=True)
 class RecordVerdict:
-    """What became of a record.
+    """Whether a record can be used; journals hold these fields under their names.
 
     Attributes:
-        id: its own name.
-        reason: a key of `REASONS`; None: it can be used.
-        detail: what exactly is wrong with it.
+        id: the name of the record.
+        reason: a key of `REASONS`; None for a record that can be used.
+        detail: what exactly is wrong.
         file: the file at fault.
-        digest: of its text and its pictures, 32 hexadecimal digits.
-        pictures: digest of each picture and video.
+        digest: of text and images, 32 hexadecimal digits.
+        pictures: the digest of each image and video.
     """
 
     id: str
@@ -123,7 +122,7 @@ class RecordVerdict:
 
 
 class RecordChecker:
-    """Looks at records by number: what the reader refuses, replies, and pictures down to their last pixel."""
+    """Checks records by index: whether the reader takes them, their replies, and all pixels of their images."""
 
     def __init__(self, task: CleanTask, records: Records):
         self.task, self.records = task, records
@@ -133,7 +132,7 @@ class RecordChecker:
         return self.task.reader()
 
     def __call__(self, number: int) -> RecordVerdict:
-        """The verdict on a record."""
+        """Return the verdict on the record at an index."""
         try:
             sample = self._sample(number)
         except BadSample as error:
@@ -145,8 +144,8 @@ class RecordChecker:
         try:
             for image_ref in sample.images:
                 image = open_image(image_ref, sample.id)
-                if found := self._check_image_shape(image, image_ref, sample.id):
-                    return found
+                if verdict := self._check_image_shape(image, image_ref, sample.id):
+                    return verdict
                 digests.append(self._image_digest(image, image_ref, sample.id))
             digests += [video_file_digest(video, sample.id) for video in sample.videos]
         except BadSample as error:
@@ -159,7 +158,7 @@ class RecordChecker:
             return self._read(record, self.task.folder)
         except BadSample:
             raise
-        except Exception as error:  # whatever a reader of the user's own trips over belongs to this record
+        except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
             name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
             raise BadSample(name, f"its reader raised {type(error).__name__}: {error}") from error
 
@@ -175,13 +174,13 @@ class RecordChecker:
     def _image_digest(self, image: Image.Image, image_ref: ImageRef, sample_id: str) -> str:
         try:
             return image_pixel_digest(image)
-        except Exception as error:  # Pillow reads a picture's orientation only now, and what it raises is not closed
+        except Exception as error:  # Pillow reads the orientation only now, and may raise anything
             file = None if image_ref.path is None else str(image_ref.path)
             raise BadSample(sample_id, f"image {image_ref} does not turn upright: {error}", file) from error
 
 
 def image_pixel_digest(image: Image.Image) -> str:
-    """Of the pixels as they are shown, so that a picture which is saved again in another way counts as the same."""
+    """Return the digest of an image's upright pixels, which does not change when it is saved in another format."""
     image = ImageOps.exif_transpose(image)
     width, height = image.size
     mode = "RGBA" if image.mode in EIGHT_BIT_MODES else image.mode
@@ -193,32 +192,33 @@ def image_pixel_digest(image: Image.Image) -> str:
 
 
 def video_file_digest(video: VideoRef, sample_id: str) -> str:
-    """Of a video's file, since decoding every frame takes too long; that it opens and has frames is looked at.
+    """Return the digest of a video's file, since decoding every frame takes too long.
 
     Raises:
-        BadSample: it does not, or has none.
+        BadSample: the file does not open, or has no frames.
     """
     num_frames(video.path, sample_id)
     with video.path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def sample_digest(sample: Sample, pictures: Sequence[str]) -> str:
-    """Of who says what, where pictures and videos stand in it, and which they are."""
+def sample_digest(sample: Sample, images: Sequence[str]) -> str:
+    """Return the digest of a sample's roles and texts, the places of its images and videos, and their digests."""
+    kinds = {ImageRef: "Picture", VideoRef: "Video"}  # as in journals that exist
     turns = [
-        (turn.role, [part if isinstance(part, str) else [type(part).__name__] for part in turn.content])
+        (turn.role, [part if isinstance(part, str) else [kinds[type(part)]] for part in turn.content])
         for turn in sample.turns
     ]
-    return hashlib.blake2b(json.dumps([turns, list(pictures)]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps([turns, list(images)]).encode(), digest_size=16).hexdigest()
 
 
 def check_records(task: CleanTask, records: Records, first: int, workers: int | None) -> Iterator[RecordVerdict]:
-    """The verdicts of the records from the `first` on, in order."""
+    """Iterate over the verdicts of the records from the index `first` on, in order."""
     number = min(num_cores() if workers is None else workers, -(-(len(records) - first) // RECORDS_PER_CHUNK))
     if number < 2:
         yield from map(RecordChecker(task, records), range(first, len(records)))
         return
-    waiting: deque[Future[list[RecordVerdict]]] = deque()
+    submitted: deque[Future[list[RecordVerdict]]] = deque()
     done = first
     with ExitStack() as stack:
         pool = ProcessPoolExecutor(number, get_context("spawn"), initializer=exit_with_parent)
@@ -226,11 +226,11 @@ def check_records(task: CleanTask, records: Records, first: int, workers: int | 
         try:
             for start in range(first, len(records), RECORDS_PER_CHUNK):
                 chunk = range(start, min(start + RECORDS_PER_CHUNK, len(records)))
-                waiting.append(pool.submit(check_record_chunk, task, records.fingerprint, chunk))
-                while len(waiting) > CHUNKS_AHEAD * number or (waiting and chunk.stop == len(records)):
-                    found = waiting.popleft().result()
-                    done += len(found)
-                    yield from found
+                submitted.append(pool.submit(check_record_chunk, task, records.fingerprint, chunk))
+                while len(submitted) > CHUNKS_AHEAD * number or (submitted and chunk.stop == len(records)):
+                    verdicts = submitted.popleft().result()
+                    done += len(verdicts)
+                    yield from verdicts
         except BrokenProcessPool as error:
             raise ValueError(
                 f"a worker was killed at record {done} or soon after it, as happens where memory runs out: the same "
@@ -239,7 +239,7 @@ def check_records(task: CleanTask, records: Records, first: int, workers: int | 
 
 
 def check_record_chunk(task: CleanTask, fingerprint: str, chunk: range) -> list[RecordVerdict]:
-    """The verdicts of some records, in a worker."""
+    """Return the verdicts of some records, in a worker."""
     checker = _open_checker(task)
     if checker.records.fingerprint != fingerprint:
         raise ValueError(f"{task.source} changed while it was read; run it again")
@@ -248,12 +248,12 @@ def check_record_chunk(task: CleanTask, fingerprint: str, chunk: range) -> list[
 
 @lru_cache(maxsize=1)
 def _open_checker(task: CleanTask) -> RecordChecker:
-    """A worker opens the records once."""
+    """Open the records, once in each worker."""
     return RecordChecker(task, task.records())
 
 
 def exit_with_parent() -> None:
-    """Let a worker end with its parent, even a killed one, and leave Ctrl-C to it."""
+    """End a worker with its parent, even a killed one, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
@@ -265,8 +265,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _parse_option(text: str) -> tuple[str, Any]:
-    """A parameter's name and value: JSON where the value is JSON, else a string."""
+def _parse_option(text: str) -> tuple[str, object]:
+    """Parse `name=value`, the value as JSON where it is JSON, else as text."""
     name, _, value = text.partition("=")
     try:
         return name, json.loads(value)

@@ -1,7 +1,7 @@
-"""Writing records as a file, whose kind follows from its name.
+"""Writers of files of records; the kind of a file follows from its name.
 
-A file is written under another name and gets its own when it is complete, so what stands there is whole. To add a kind
-of file, derive from `RecordWriter` and name it in `make_writer`.
+A file is written under a temporary name and renamed when it is complete. To add a kind of file, derive from
+`RecordWriter` and name it in `make_writer`.
 
 Imports the standard library, pyarrow and siblings only.
 """
@@ -13,23 +13,23 @@ from abc import ABC, abstractmethod
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm.data.records.media import image_refs_from_value
-from vlm.data.sample import BadSample, ImageRef
+from vlm.data.sample import BadSample, ImageRef, Record
 from vlm.data.tools.contents import as_json, image_file_extension, read_image_bytes
 from vlm.data.tools.forms import image_cell_value
 
 OUTPUT_NAMES = "NAME.jsonl, NAME.json, NAME.parquet, FOLDER/ or FOLDER/%06d.tar (tar shards), NAME.tar (one of them)"
 SHARD_NAME = "shard-%06d.tar"
 SHARD_SIZE = 1000
-"""Samples in a tar shard."""
+"""Number of samples in a tar shard."""
 ROWS_PER_GROUP = 1000
 BYTES_PER_GROUP = 64 << 20
-"""Most records, and about the most bytes of pictures, that wait to become a row group of a Parquet file."""
+"""The most records, and about the most bytes of images, of a row group of a Parquet file."""
 KNOWN_COLUMN_TYPES = {
     "id": pa.string(),
     "videos": pa.list_(pa.string()),
@@ -38,25 +38,25 @@ KNOWN_COLUMN_TYPES = {
         ("role", pa.string()), ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))),
     ])),
 }  # fmt: skip
-"""Types of the columns that are known before a record has shown them."""
+"""Types of the columns that are known before any record is written."""
 EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
 class RecordWriter(ABC):
-    """Writes records, for use in a `with` statement: what is written appears at its end, unless that is an error's.
+    """Writes records, in a `with` statement: the file appears at its end, unless that is an error.
 
-    Pictures are those that a record lists as `image` or `images`, as `data.media.image_refs_from_value` takes them.
+    A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them.
 
     Args:
-        path: the file to be.
-        image_folder: what paths of pictures are relative to.
-        force: replaces what is there.
+        path: the file to write.
+        image_folder: the folder that paths of images are relative to.
+        force: replaces an existing file.
 
     Attributes:
-        number: how many records were written.
+        number: number of records written.
 
     Raises:
-        ValueError: something is there, and `force` is not given.
+        ValueError: the file exists, and `force` is not given.
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool):
@@ -64,14 +64,14 @@ class RecordWriter(ABC):
         self.image_folder = image_folder
         self.number = 0
         self.partial = path.with_name(f"{path.name.replace('%', '')}.partial")
-        if not force and (there := self.existing_files()):
-            raise ValueError(f"{there[0]} exists; name another output, or give --force to replace it")
+        if not force and (existing := self.existing_files()):
+            raise ValueError(f"{existing[0]} exists; name another output, or give --force to replace it")
         if path.is_dir():
             raise ValueError(f"{path} is a folder; for tar shards in it, write {path}/")
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def existing_files(self) -> list[Path]:
-        """What the output would replace."""
+        """Return the files that the output would replace."""
         return [self.path] if self.path.exists() else []
 
     def __enter__(self) -> Self:
@@ -88,62 +88,62 @@ class RecordWriter(ABC):
         finally:
             self.discard()
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Write a record.
 
         Raises:
-            BadSample: it cannot be written; nothing of it was, and others can follow.
-            ValueError: it does not go with those before it.
+            BadSample: the record cannot be written; nothing of it was, and others can follow.
+            ValueError: the record does not fit those before it.
         """
         self.add(record)
         self.number += 1
 
     @abstractmethod
     def open(self) -> None:
-        """Begin the partial file."""
+        """Open the partial file."""
 
     @abstractmethod
-    def add(self, record: dict[str, Any]) -> None:
-        """Write a record, as `write` does."""
+    def add(self, record: Record) -> None:
+        """Write a record; errors as in `write`."""
 
     @abstractmethod
     def close(self, *, complete: bool) -> None:
-        """End the partial file; where it is not complete, it goes away."""
+        """Close the partial file; one that is not complete will be removed."""
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the partial file."""
         self.partial.replace(self.path)
 
     def discard(self) -> None:
-        """Remove what is left of the partial file."""
+        """Remove the partial file, if it still exists."""
         self.partial.unlink(missing_ok=True)
 
-    def pictures(self, record: dict[str, Any]) -> list[ImageRef]:
-        """The pictures that a record lists."""
+    def images(self, record: Record) -> list[ImageRef]:
+        """Return the images that a record lists."""
         listed = record.get("image") if record.get("image") is not None else record.get("images")
         return image_refs_from_value(listed, self.image_folder, str(record.get("id", "?")))
 
 
 class JsonLinesWriter(RecordWriter):
-    """One record a line. Pictures that are held as bytes become `data:` addresses."""
+    """Writes one record per line. The bytes of images become `data:` URLs."""
 
     def open(self) -> None:
-        """Begin the partial file."""
+        """Open the partial file."""
         self._file = self.partial.open("wb")
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Write a line."""
         self._file.write(as_json(record) + b"\n")
 
     def close(self, *, complete: bool) -> None:
-        """End the partial file."""
+        """Close the partial file."""
         self._file.close()
 
 
 class JsonWriter(JsonLinesWriter):
-    """One list of records, a line each."""
+    """Writes one list of records, each on a line."""
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Write an item of the list."""
         line = as_json(record)
         self._file.write((b",\n" if self.number else b"[\n") + line)
@@ -155,37 +155,38 @@ class JsonWriter(JsonLinesWriter):
 
 
 class ParquetWriter(RecordWriter):
-    """Rows, with pictures under `images`: as paths, or embedded as `{bytes, path}`.
+    """Writes rows, with images under `images`: as paths, or embedded as `{bytes, path}`.
 
-    Columns are `images` and those of the first `ROWS` records; others later, or of other types, are an error.
+    Columns are `images` and those of the first `ROWS_PER_GROUP` records; later ones of other names or types are an
+    error.
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool, embed_images: bool):
         super().__init__(path, image_folder, force=force)
         self._embed = embed_images
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Record] = []
         self._pending_bytes = 0
         self._file: pq.ParquetWriter | None = None
 
     def open(self) -> None:
-        """Nothing yet: the columns are not known."""
+        """Do nothing yet: the columns are not known."""
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Write a row, together with others."""
+    def add(self, record: Record) -> None:
+        """Write a row, once a row group is full."""
         row = {key: value for key, value in record.items() if key not in ("image", "images", "video")}
         if isinstance(video := record.get("video", []), (str, list)) and video:
             row["videos"] = [video] if isinstance(video, str) else video
-        if pictures := self.pictures(record):
-            row["images"] = [self._image_cell(image_ref, str(record.get("id", "?"))) for image_ref in pictures]
+        if images := self.images(record):
+            row["images"] = [self._image_cell(image_ref, str(record.get("id", "?"))) for image_ref in images]
         if not self._rows:
             self._first_pending = self.number + 1
         self._rows.append(row)
         if len(self._rows) >= ROWS_PER_GROUP or self._pending_bytes >= BYTES_PER_GROUP:
             self._flush()
 
-    def _image_cell(self, image_ref: ImageRef, sample_id: str) -> str | dict[str, Any]:
+    def _image_cell(self, image_ref: ImageRef, sample_id: str) -> str | Record:
         if not self._embed and image_ref.content is not None:
-            raise BadSample(sample_id, "its pictures are no files but held as bytes; --embed-images writes them so")
+            raise BadSample(sample_id, "its images are no files but held as bytes; --embed-images writes them so")
         name = image_cell_value(image_ref, self.image_folder, sample_id)
         if not self._embed:
             return name
@@ -195,26 +196,26 @@ class ParquetWriter(RecordWriter):
 
     def _flush(self) -> None:
         try:
-            found = pa.schema(list(pa.array(self._rows).type))
+            inferred = pa.schema(list(pa.array(self._rows).type))
             if self._file is None:
-                known = pa.schema([(name, kind) for name, kind in KNOWN_COLUMN_TYPES.items() if name in found.names])
+                known = pa.schema([(name, kind) for name, kind in KNOWN_COLUMN_TYPES.items() if name in inferred.names])
                 images = pa.schema([("images", EMBEDDED_IMAGES_TYPE if self._embed else pa.list_(pa.string()))])
-                schema = pa.unify_schemas([known, found, images], promote_options="permissive")
+                schema = pa.unify_schemas([known, inferred, images], promote_options="permissive")
                 self._file = pq.ParquetWriter(self.partial, schema, compression="zstd")
             schema = self._file.schema
-            if not (same := pa.unify_schemas([schema, found], promote_options="permissive")).equals(schema):
+            if not (same := pa.unify_schemas([schema, inferred], promote_options="permissive")).equals(schema):
                 differ = [field.name for field in same if field not in schema]
                 raise pa.ArrowInvalid(f"{', '.join(differ)}: columns or types that the records before do not have")
             self._file.write_table(pa.Table.from_pylist(self._rows, schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(
-                f"{self.path}: one of the {len(self._rows)} records from {self._first_pending} on does not go into a table "
-                f"with the others ({error}); a .jsonl file takes records of any keys"
+                f"{self.path}: one of the {len(self._rows)} records from {self._first_pending} on does not go into a "
+                f"table with the others ({error}); a .jsonl file takes records of any keys"
             ) from error
         self._rows, self._pending_bytes = [], 0
 
     def close(self, *, complete: bool) -> None:
-        """Write what waits."""
+        """Write the pending rows."""
         try:
             if complete and self._rows:
                 self._flush()
@@ -224,15 +225,15 @@ class ParquetWriter(RecordWriter):
 
 
 class TarWriter(RecordWriter):
-    """Tar shards, as WebDataset has them: `000000012.json` and beside it `000000012.jpg`, or `.000.jpg`, `.001.jpg` …
+    """Writes tar shards of WebDataset: `000000012.json` with `000000012.jpg`, or `.000.jpg`, `.001.jpg` …
 
-    The same records give the same bytes, as no member has a time or an owner.
+    The same records give the same bytes, since members have no time and no owner.
 
     Args:
-        path: of a shard, with `%06d` or the like in its name for the shard's number; without, all go into one.
-        image_folder: what paths of pictures are relative to.
-        force: replaces shards that are there.
-        shard_size: samples in a shard; None: any number.
+        path: of a shard, with `%06d` or the like for its number; without, there is only one shard.
+        image_folder: the folder that paths of images are relative to.
+        force: replaces existing shards.
+        shard_size: number of samples in a shard; None for any number.
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool, shard_size: int | None):
@@ -243,31 +244,27 @@ class TarWriter(RecordWriter):
         super().__init__(path, image_folder, force=force)
 
     def existing_files(self) -> list[Path]:
-        """Shards of such names."""
-        folder = self.path.parent
-        return (
-            sorted(file for file in folder.iterdir() if self._shard_name_pattern.fullmatch(file.name))
-            if folder.is_dir()
-            else []
-        )
+        """Return the shards of such names."""
+        files = self.path.parent.iterdir() if self.path.parent.is_dir() else ()
+        return sorted(file for file in files if self._shard_name_pattern.fullmatch(file.name))
 
     def open(self) -> None:
-        """Begin a folder, in which shards are kept until all are there."""
+        """Create a folder for shards until all are complete."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir()
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Write the files of a sample."""
         name, sample_id = f"{self.number:09d}", str(record.get("id", "?"))
-        pictures = [(read_image_bytes(image_ref, sample_id), image_ref) for image_ref in self.pictures(record)]
-        kinds = [image_file_extension(image_ref, content, sample_id) for content, image_ref in pictures]
-        digits = max(3, len(str(len(kinds))))  # members are taken in the order of their names
+        images = [(read_image_bytes(image_ref, sample_id), image_ref) for image_ref in self.images(record)]
+        kinds = [image_file_extension(image_ref, content, sample_id) for content, image_ref in images]
+        digits = max(3, len(str(len(kinds))))  # readers take members in the order of their names
         endings = kinds if len(kinds) == 1 else [f"{place:0{digits}d}.{kind}" for place, kind in enumerate(kinds)]
-        rest = as_json({key: value for key, value in record.items() if key not in ("image", "images")})
+        text = as_json({key: value for key, value in record.items() if key not in ("image", "images")})
         if self._shard is None or (self._shard_size and self.number % self._shard_size == 0):
             self._open_next_shard()
-        self._add_member(f"{name}.json", rest)
-        for ending, (content, _) in zip(endings, pictures, strict=True):
+        self._add_member(f"{name}.json", text)
+        for ending, (content, _) in zip(endings, images, strict=True):
             self._add_member(f"{name}.{ending}", content)
 
     def _open_next_shard(self) -> None:
@@ -283,12 +280,12 @@ class TarWriter(RecordWriter):
         self._shard.addfile(member, BytesIO(content))
 
     def close(self, *, complete: bool) -> None:
-        """End the last shard."""
+        """Close the last shard."""
         if self._shard is not None:
             self._shard.close()
 
     def finish(self) -> None:
-        """Put the shards in the place of those before."""
+        """Replace existing shards by the new ones."""
         for file in self.existing_files():
             file.unlink()
         for file in sorted(self.partial.iterdir()):
@@ -296,31 +293,29 @@ class TarWriter(RecordWriter):
         self.partial.rmdir()
 
     def discard(self) -> None:
-        """Remove shards that have no name yet."""
+        """Remove the folder of incomplete shards."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def make_writer(
     output: str, image_folder: Path, *, embed_images: bool = False, shard_size: int | None = None, force: bool = False
 ) -> RecordWriter:
-    """What writes a file of that name.
+    """Make the writer for a file, by its name.
 
     Args:
-        output: a name as `NAMES` has them.
-        image_folder: what paths of pictures are relative to.
-        embed_images: of `.parquet`: holds the pictures themselves. Tar shards always do.
-        shard_size: samples in a tar shard; None: `SHARD_SIZE`.
-        force: replaces what is there.
+        output: a name as in `OUTPUT_NAMES`.
+        image_folder: the folder that paths of images are relative to.
+        embed_images: whether a `.parquet` file holds the images themselves, as tar shards always do.
+        shard_size: number of samples in a tar shard; defaults to `SHARD_SIZE`.
+        force: replaces existing files.
 
     Raises:
-        ValueError: there is no such kind, it has no such option, or something is there.
+        ValueError: there is no such kind, it has no such option, or the output exists.
     """
     path = Path(output)
     is_tar = output.endswith("/") or path.suffix == ".tar"
     if embed_images and path.suffix != ".parquet":
-        raise ValueError(
-            f"--embed-images: only .parquet has the choice (tar shards always hold pictures), not {output}"
-        )
+        raise ValueError(f"--embed-images: only .parquet has the choice (tar shards always hold images), not {output}")
     if shard_size is not None and not (is_tar and (output.endswith("/") or "%" in path.name)):
         raise ValueError(f"--shard-size: only FOLDER/ and FOLDER/%06d.tar are cut into shards, not {output}")
     if is_tar:

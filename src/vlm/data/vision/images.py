@@ -1,15 +1,15 @@
-"""Opening pictures: files, bytes and frames of videos, with errors that name the record and the file."""
+"""Opening images: files, bytes and frames of videos, with errors that name the record and the file."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import groupby
-from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.data.vision.video import DecodedVideo, open_video, read_frames
 
@@ -22,82 +22,80 @@ IMAGE_ERRORS = (
     RuntimeError,
     Image.DecompressionBombError,
 )
-"""What Pillow raises for files that are no pictures, or not whole."""
+"""What Pillow raises for files that are no images, or are truncated."""
 
 ROTATED = (5, 6, 7, 8)
-"""EXIF orientations of pictures that are turned by a quarter."""
+"""EXIF orientations that are rotated by 90 degrees."""
+
+Medium = Image.Image | Tensor | DecodedVideo
+"""A decoded image or video; tensors are uint8 images `(3, height, width)`."""
 
 
-def open_media(sample: Sample) -> list[Any]:
-    """The pictures and videos of a sample, decoded, in order; frames of a video in one pass over it.
-
-    Returns:
-        A Pillow image for each picture, an `DecodedVideo` for each video.
+def open_media(sample: Sample) -> list[Image.Image | DecodedVideo]:
+    """Decode the images and videos of a sample, in order; frames of a video in one pass over it.
 
     Raises:
-        BadSample: one does not open.
+        BadSample: an image or video does not open.
     """
-    opened: list[Any] = []
-    for video, group in groupby(sample.media, lambda one: one.path if _is_video_frame(one) else None):
+    opened: list[Image.Image | DecodedVideo] = []
+    for video, refs in groupby(sample.media, lambda ref: ref.path if _is_video_frame(ref) else None):
         if video is not None:
-            frames = [one.frame for one in group if isinstance(one, ImageRef) and one.frame is not None]
+            frames = [ref.frame for ref in refs if isinstance(ref, ImageRef) and ref.frame is not None]
             opened += read_frames(video, frames, sample.id)
         else:
             opened += [
-                open_video(one, sample.id) if isinstance(one, VideoRef) else open_image(one, sample.id) for one in group
+                open_video(ref, sample.id) if isinstance(ref, VideoRef) else open_image(ref, sample.id) for ref in refs
             ]
     return opened
 
 
-def _is_video_frame(part: ImageRef | VideoRef) -> bool:
-    """Whether this is a picture that stands for a part of a video."""
-    return isinstance(part, ImageRef) and part.frame is not None
+def _is_video_frame(ref: ImageRef | VideoRef) -> bool:
+    return isinstance(ref, ImageRef) and ref.frame is not None
 
 
-def read_media_sizes(sample: Sample, processor: Any) -> list[MediaSize]:
-    """What a processor needs to know of a sample's pictures and videos to count tokens, out of their headers.
+def read_media_sizes(sample: Sample, processor: Processor) -> list[MediaSize]:
+    """Read the sizes of a sample's images and videos from their headers; empty where the processor needs none.
 
-    Nothing where it does not need their sizes. Frames are decoded only where theirs matter.
+    Frames of videos are decoded only where the processor needs their sizes.
 
     Raises:
-        BadSample: one is no picture.
+        BadSample: a file is no image.
     """
     media = sample.media
     if not processor.needs_image_sizes:
         return []
     if not processor.pools_video_frames and any(map(_is_video_frame, media)):
         return media_sizes_from_opened(media, open_media(sample), processor)
-    found: list[MediaSize] = []
-    for one in media:
-        if isinstance(one, VideoRef):
-            found.append(one.clip)
-            continue
-        width, height = (0, 0) if one.frame is not None else read_image_size(one, sample.id)
-        found.append(None if one.frame is not None else (height, width))
-    return found
+    sizes: list[MediaSize] = []
+    for ref in media:
+        if isinstance(ref, VideoRef):
+            sizes.append(ref.clip)
+        elif ref.frame is not None:
+            sizes.append(None)
+        else:
+            width, height = read_image_size(ref, sample.id)
+            sizes.append((height, width))
+    return sizes
 
 
 def media_sizes_from_opened(
-    media: Sequence[ImageRef | VideoRef], opened: Sequence[Any], processor: Any
+    media: Sequence[ImageRef | VideoRef], opened: Sequence[Medium], processor: Processor
 ) -> list[MediaSize]:
-    """The same of those that are open.
-
-    Height and width of a picture, None of a frame that the processor pools; of a video what is seen of it.
-    """
+    """Return the sizes of decoded images and videos; empty where the processor needs none."""
     if not processor.needs_image_sizes:
         return []
-    pooled = [processor.pools_video_frames and _is_video_frame(one) for one in media]
+    pooled = [processor.pools_video_frames and _is_video_frame(ref) for ref in media]
     return [
-        None if hidden else seen.clip if isinstance(seen, DecodedVideo) else upright_size(seen)
-        for hidden, seen in zip(pooled, opened, strict=True)
+        None if is_pooled else medium.clip if isinstance(medium, DecodedVideo) else upright_size(medium)
+        for is_pooled, medium in zip(pooled, opened, strict=True)
     ]
 
 
 def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
-    """A picture, decoded; of an animated one the first frame.
+    """Decode an image; the first frame of an animated one.
 
     Raises:
-        BadSample: it does not open, with the record's id and the file.
+        BadSample: the image does not open; names the record and the file.
     """
     if image_ref.frame is not None:
         assert image_ref.path is not None
@@ -108,10 +106,10 @@ def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
 
 
 def read_image_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
-    """Open a picture's header only: its width and height, as it stands upright.
+    """Read the upright width and height of an image from its header.
 
     Raises:
-        BadSample: it is no picture.
+        BadSample: the file is no image.
     """
     with wrap_image_errors(image_ref, sample_id), Image.open(_image_source(image_ref)) as image:
         height, width = upright_size(image)
@@ -119,12 +117,12 @@ def read_image_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
 
 
 def upright_size(image: Image.Image | Tensor) -> tuple[int, int]:
-    """Height and width of a picture as it stands upright, of a file that says that it lies too."""
+    """Return the upright height and width of an image, whatever the orientation of its file."""
     if isinstance(image, Tensor):
         return image.shape[1], image.shape[2]
-    whole = image.format == "PNG" and "exif" not in image.info  # its `getexif` would decode all of it to look further
-    lies = not whole and image.getexif().get(ExifTags.Base.Orientation, 1) in ROTATED
-    return (image.width, image.height) if lies else (image.height, image.width)
+    has_no_exif = image.format == "PNG" and "exif" not in image.info  # `getexif` would decode all of a PNG to be sure
+    is_rotated = not has_no_exif and image.getexif().get(ExifTags.Base.Orientation, 1) in ROTATED
+    return (image.width, image.height) if is_rotated else (image.height, image.width)
 
 
 def _image_source(image_ref: ImageRef) -> BytesIO | str:
@@ -133,21 +131,21 @@ def _image_source(image_ref: ImageRef) -> BytesIO | str:
 
 @contextmanager
 def wrap_image_errors(image_ref: ImageRef, sample_id: str) -> Iterator[None]:
-    """Pillow's errors as ours; its warning before what it refuses as a bomb is not heard."""
+    """Turn Pillow's errors into `BadSample`, and silence its warning about decompression bombs."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except IMAGE_ERRORS as error:
-        reason = (
-            _describe_non_image(image_ref) or str(error) if isinstance(error, UnidentifiedImageError) else str(error)
-        )
+        reason = str(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = _describe_non_image(image_ref) or reason
         name = None if image_ref.path is None else str(image_ref.path)
         raise BadSample(sample_id, f"image {image_ref} does not open: {reason}", name) from error
 
 
 def _describe_non_image(image_ref: ImageRef) -> str | None:
-    """What a file that is no picture looks like, where that can be said."""
+    """Describe a file that is no image, where it is empty or text."""
     if image_ref.content is not None:
         head = image_ref.content[:64]
     else:
@@ -156,5 +154,5 @@ def _describe_non_image(image_ref: ImageRef) -> str | None:
     if not head:
         return "the file is empty"
     if head.lstrip()[:1] == b"<":
-        return f"it is text that begins with {head.lstrip()[:14].decode(errors='replace')!r}, not a picture"
+        return f"it is text that begins with {head.lstrip()[:14].decode(errors='replace')!r}, not an image"
     return None

@@ -1,4 +1,4 @@
-"""Frames of videos, evenly spread over the file and decoded in one pass: as pictures, or as what is seen of a video.
+"""Frames of videos, evenly spread over the file and decoded in one pass: as images, or as clips.
 
 Reads files with PyAV, which the extra `video` installs.
 """
@@ -13,38 +13,38 @@ from PIL import Image
 from vlm.data.sample import BadSample, Clip, ImageRef, VideoRef
 
 DEFAULT_FPS = 24.0
-"""Frames per second of a file that does not say: what processors of videos take then."""
+"""Frames per second of a file that does not tell: what video processors assume then."""
 
 
 @dataclass(frozen=True)
 class DecodedVideo:
-    """The frames that are seen of a video, decoded, and what else is known of them."""
+    """The decoded frames of a clip."""
 
     frames: list[Image.Image]
     clip: Clip
 
 
 def sample_frame_refs(path: Path, max_frames: int, sample_id: str) -> tuple[ImageRef, ...]:
-    """Up to `most` frames of a video, evenly spread: the middle of each of as many equal stretches.
+    """Choose up to `max_frames` frames of a video, evenly spread: the middle of each of as many equal sections.
 
     Raises:
-        BadSample: it is no video.
+        BadSample: the file is no video.
     """
     number = num_frames(path, sample_id)
     return tuple(ImageRef(path, frame=frame) for frame in spread_frames(number, min(max_frames, number)))
 
 
 def sample_clip(path: Path, max_frames: int, sample_id: str, *, min_frames: int = 1) -> Clip:
-    """What is seen of a video: up to `max_frames` frames, spread as those of `sample_frame_refs`. Nothing is decoded.
+    """Choose up to `max_frames` frames of a video, spread as in `sample_frame_refs`, without decoding any.
 
     Args:
         path: the file.
-        max_frames: how many frames at most.
+        max_frames: the most frames to choose.
         sample_id: the record's.
-        min_frames: how many at least; those of a shorter video are seen more than once.
+        min_frames: the fewest frames to choose; those of a shorter video are repeated.
 
     Raises:
-        BadSample: it is no video.
+        BadSample: the file is no video.
     """
     number, size, fps = _probe_video(path, sample_id)
     if not all(size):
@@ -53,12 +53,12 @@ def sample_clip(path: Path, max_frames: int, sample_id: str, *, min_frames: int 
 
 
 def spread_frames(number: int, num_kept: int) -> tuple[int, ...]:
-    """The middle of each of `kept` equal stretches of so many frames."""
+    """Return the middle of each of `num_kept` equal sections of `number` frames."""
     return tuple((2 * index + 1) * number // (2 * num_kept) for index in range(num_kept))
 
 
 def open_video(video: VideoRef, sample_id: str) -> DecodedVideo:
-    """What is seen of a video, decoded; a frame of another size than the file says is made as large as the others.
+    """Decode the clip of a video; frames of another size than the file states are resized.
 
     Raises:
         BadSample: the file does not decode.
@@ -71,18 +71,18 @@ def open_video(video: VideoRef, sample_id: str) -> DecodedVideo:
 
 
 def num_frames(path: Path, sample_id: str) -> int:
-    """How many frames a video file holds: its packets are counted, not decoded, since headers may be wrong.
+    """Count the frames of a video file by its packets, since headers may be wrong, without decoding them.
 
-    Those before the start of a video that was cut without encoding it again are decoded, but not shown.
+    Packets before the start of a video that was cut without encoding it again are not counted.
 
     Raises:
-        BadSample: it is no video, or has no frame.
+        BadSample: the file is no video, or has no frame.
     """
     return _probe_video(path, sample_id)[0]
 
 
 def _probe_video(path: Path, sample_id: str) -> tuple[int, tuple[int, int], float]:
-    """How many frames a video file holds, their height and width, and how many there are per second."""
+    """Return the number of frames of a video file, their height and width, and the frames per second."""
     av = _import_av(path)
     with _open_container(path, sample_id) as container:
         stream = container.streams.video[0]
@@ -97,32 +97,32 @@ def _probe_video(path: Path, sample_id: str) -> tuple[int, tuple[int, int], floa
 
 
 def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image.Image]:
-    """The frames of these numbers, in the order in which they are asked for.
+    """Decode the frames at these indices, in the order given.
 
     Raises:
-        BadSample: the file does not decode as far as that.
+        BadSample: the file does not decode up to the last of them.
     """
     av = _import_av(path)
-    wanted, found = set(frames), {}
+    wanted, images = set(frames), {}
     with _open_container(path, sample_id) as container:
         try:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
-                    found[number] = frame.to_image()
-                if len(found) == len(wanted):
+                    images[number] = frame.to_image()
+                if len(images) == len(wanted):
                     break
         except av.FFmpegError as error:
             raise BadSample(sample_id, f"video {path} does not decode: {error}", str(path)) from error
-    if missing := sorted(wanted - found.keys()):
+    if missing := sorted(wanted - images.keys()):
         raise BadSample(sample_id, f"video {path} ends before frame {missing[0]}", str(path))
-    return [found[number] for number in frames]
+    return [images[number] for number in frames]
 
 
-def _import_av(path: Path) -> Any:
-    """The library.
+def _import_av(path: Path) -> Any:  # PyAV is optional, and declares no types of its streams
+    """Import PyAV.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: PyAV is not installed.
     """
     try:
         import av
@@ -132,7 +132,7 @@ def _import_av(path: Path) -> Any:
 
 
 def _open_container(path: Path, sample_id: str) -> Any:
-    """An open container with a video stream."""
+    """Open a file that has a video stream."""
     av = _import_av(path)
     try:
         container = av.open(str(path), metadata_errors="replace")  # titles may be in any encoding

@@ -1,0 +1,95 @@
+"""`vlm data show` and `vlm data stats`, as they are called: what a run would train on, and what it amounts to."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.tiny_parts import picture
+from vlm.cli.main import main
+
+
+@pytest.fixture
+def words(common: list[str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The world's run, with a record added that is too long and one that cannot be used."""
+    records = json.loads((world / "records.json").read_text())
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "long " * 400}]
+    records += [{"id": "long", "conversations": turns}, {"id": "lost", "image": "no.png", "conversations": turns}]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    monkeypatch.chdir(tmp_path)
+    return ["-cn", "finetune-smol", *common, f"dataset.path={tmp_path / 'records.json'}"]
+
+
+def test_records_are_shown_with_their_supervised_tokens_marked(words, tmp_path: Path, capsys):
+    main(["data", "show", "--number", "2", "--output", "pages/a.html", *words])
+    said = capsys.readouterr().out
+    assert "records.json, record 0, id 0: " in said
+    assert "supervised; 30×20" in said
+    assert "[9 × image token]" in said
+    assert "【a red square<|im_end|>】" in said
+    assert "what is in this picture?" in said.replace("【", "").partition("a red square")[0]
+    page = (tmp_path / "pages" / "a.html").read_text()
+    assert page.count("<section>") == 2
+    assert page.count('<img src="data:image/jpeg;base64,') == 2
+    assert "<mark>a red square&lt;|im_end|&gt;</mark>" in page
+
+
+def test_records_of_these_numbers_and_what_is_wrong_with_them(words, capsys):
+    main(["data", "show", "--records", "3,25,24", *words])
+    said = capsys.readouterr().out
+    assert said.index("record 3") < said.index("record 25") < said.index("record 24")
+    assert "cannot be used: image file" in said
+    assert "tokens, at most 256 are allowed" in said
+    with pytest.raises(SystemExit, match=r"vlm: --records 26: .*records.json has 26 records, numbered from 0"):
+        main(["data", "show", "--records", "26", *words])
+
+
+def test_a_seed_draws_others(words, capsys):
+    main(["data", "show", "--number", "3", "--seed", "1", *words])
+    drawn = capsys.readouterr().out
+    main(["data", "show", "--number", "3", "--seed", "2", *words])
+    assert drawn != capsys.readouterr().out
+
+
+def test_a_stream_is_shown_from_its_start(words, tmp_path: Path, capsys):
+    picture().save(tmp_path / "a.png")
+    record = {"image": "a.png", "caption": "a cat"}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(record)}\n" * 5)
+    stream = [f"dataset.path={tmp_path / 'a.jsonl'}", f"dataset.image_folder={tmp_path}", "dataset.format=caption"]
+    stream += ["dataset.streaming=true", "trainer.max_steps=1", "trainer.train_sampling_strategy=random"]
+    main(["data", "show", "--number", "2", *words, *stream])
+    assert capsys.readouterr().out.count("【a cat<|im_end|>】") == 2
+
+
+def test_what_the_records_amount_to(words, tmp_path: Path, capsys):
+    main(["data", "stats", "--output", "pictures/stats.png", *words])
+    said = " ".join(capsys.readouterr().out.split())
+    for fact in ("records 26", "usable 25", "with images 18", "images 18", "replies 25", "longer than 256 tokens 1",
+                 "1 image file … does not exist"):  # fmt: skip
+        assert fact in said, fact
+    with Image.open(tmp_path / "pictures" / "stats.png") as drawn:
+        assert drawn.width > 800
+
+
+def test_the_prompts_and_labels_of_a_head(words, tmp_path: Path, capsys):
+    """The prompt alone is what a head reads; nothing of it is supervised."""
+    records = json.loads((tmp_path / "records.json").read_text())[:8]
+    (tmp_path / "records.json").write_text(
+        json.dumps([{**one, "label": index % 2} for index, one in enumerate(records)])
+    )
+    words = ["-cn", "head-binary", "model=composed", *words[2:]]
+    main(["data", "show", "--records", "1", "--output", "a.html", *words])
+    said = capsys.readouterr().out
+    assert "tokens, label 1; 30×21" in said
+    assert "what is in this picture?" in said
+    assert "a blue square" not in said
+    main(["data", "stats", "--output", "stats.png", *words])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "commonest labels of a head: 4 0 4 1" in said
+
+
+def test_an_unknown_tool_is_refused_and_all_are_listed(capsys):
+    with pytest.raises(SystemExit, match="vlm data shoe: no such tool"):
+        main(["data", "shoe"])
+    assert "download" in capsys.readouterr().out
