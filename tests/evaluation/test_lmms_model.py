@@ -149,7 +149,7 @@ def test_choices_have_the_loss_of_the_reply(model: Any):
     choices = [(0, "a cat"), (0, " two words"), (1, "x"), (2, "a much longer reply than that"), (0, said)]
     found = [one.text for one in model.loglikelihood([request(place, choice) for place, choice in choices])]
     for (place, choice), (loss, greedy) in zip(choices, found, strict=True):
-        assert loss == pytest.approx(compute_loss(model.asked, place, choice), rel=1e-4)
+        assert loss == pytest.approx(compute_loss(model.vlm, place, choice), rel=1e-4)
         assert isinstance(greedy, bool)
     assert not any(greedy for _, greedy in found[:4])
     by_function = model.loglikelihood([request(0, lambda document: "a cat")])[0].text

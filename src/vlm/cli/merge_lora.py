@@ -1,17 +1,16 @@
-"""`vlm merge-lora CHECKPOINT OUT`: a complete checkpoint out of an adapter and its base."""
+"""The subcommand `vlm merge-lora`: merges an adapter into its base."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vlm.assembly.adapter_merge import merge
 from vlm.cli.model_options import add_base_option
 
 
 def main(words: Sequence[str]) -> None:
-    """`vlm merge-lora CHECKPOINT OUT`, or with the options that LLaVA's users know."""
+    """`vlm merge-lora CHECKPOINT OUT`, or the same with LLaVA's options."""
     parser = argparse.ArgumentParser(
         "vlm merge-lora", description="Merge a run's adapter into its base: a checkpoint that is complete by itself."
     )
@@ -20,13 +19,13 @@ def main(words: Sequence[str]) -> None:
     add_base_option(parser)
     parser.add_argument("--lora-path", "--lora_path", metavar="CHECKPOINT", help="in place of CHECKPOINT")
     parser.add_argument("--output-path", "--output_path", metavar="OUT", type=Path, help="in place of OUT")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code out of the repositories run")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code in the repositories run")
     args = parser.parse_args(words)
     if args.lora_path and args.checkpoint and args.output_path is None and args.out is None:
         args.out, args.checkpoint = Path(args.checkpoint), None  # `--lora-path CHECKPOINT OUT`
     if bool(args.checkpoint) == bool(args.lora_path) or bool(args.out) == bool(args.output_path):
         parser.error("give CHECKPOINT and OUT, each once")
-    out: Any = args.out or args.output_path
+    out: Path = args.out or args.output_path
     try:
         dtype = merge(args.checkpoint or args.lora_path, out, args.base, trust_remote_code=args.trust_remote_code)
     except (ValueError, OSError) as error:

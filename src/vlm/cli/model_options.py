@@ -1,4 +1,4 @@
-"""What commands take that let a model answer: how it is loaded, and how answers are drawn.
+"""Options of all commands that generate: how the model is loaded, and its generation settings.
 
 Modules that import torch are imported once the command line has been understood.
 """
@@ -6,29 +6,32 @@ Modules that import torch are imported once the command line has been understood
 import argparse
 import re
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vlm.checks.fields import ConfigError, check_fields
 from vlm.config.choices import CACHE_IMPLEMENTATIONS
 from vlm.config.schema import InferenceConfig
 
+if TYPE_CHECKING:
+    from vlm.inference.generate import VisionLanguageModel
+
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command say how a model is loaded."""
+    """Add options of how the model is loaded."""
     parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     for bits in ("4bit", "8bit"):
         parser.add_argument(
             f"--load-{bits}", f"--load_{bits}", dest="quantization", action="store_const", const=bits,
-            help=f"hold the language model in {bits[0]} bits (needs bitsandbytes)",
+            help=f"load the language model in {bits[0]} bits (needs bitsandbytes)",
         )  # fmt: skip
     add_base_option(parser)
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code in the checkpoint run")
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command say how answers are drawn; the parser is then asked by `parse_intermixed_args`."""
-    group = parser.add_argument_group("how answers are drawn", "where nothing is said: as the run of -cn, if any, does")
+    """Add generation settings; the parser has to be called by `parse_intermixed_args`."""
+    group = parser.add_argument_group("generation settings", "defaults: those of the run that -cn names, if any")
     for name, kind, purpose in (
         ("temperature", float, "0 is greedy"),
         ("top_p", float, "nucleus sampling"),
@@ -37,28 +40,25 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     ):
         default = getattr(InferenceConfig, name)
         group.add_argument(*_option_spellings(name), type=kind, metavar="N", help=f"{purpose} ({default})")
-    group.add_argument(
-        *_option_spellings("cache_implementation"),
-        choices=CACHE_IMPLEMENTATIONS,
-        help="how keys and values are kept (as the model does)",
-    )
+    spellings = _option_spellings("cache_implementation")
+    group.add_argument(*spellings, choices=CACHE_IMPLEMENTATIONS, help="the cache of keys and values (the model's own)")
     group.add_argument("--seed", type=int, help="makes sampling repeatable")
-    group.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is taken")
-    group.add_argument("--config-dir", metavar="FOLDER", help="where a run of your own lies")
-    group.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="changes a key of that run")
+    group.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is used")
+    group.add_argument("--config-dir", metavar="FOLDER", help="the folder of your own run")
+    group.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="overrides a key of that run")
 
 
 def _option_spellings(name: str) -> list[str]:
-    """An option with hyphens, and as the key is written."""
+    """Return an option's spelling with hyphens, and that of the key."""
     return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
 
 
 def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
-    """How answers are drawn: as the command's own options say, else as the run that it names, else by default.
+    """Return the generation settings: the command's own options, else those of the run that it names, else defaults.
 
     Raises:
-        ConfigError: a value is out of bounds, or a word is no key of a run's section `inference`.
-        SystemExit: the run does not compose; as every command that composes one says it.
+        ConfigError: a value is out of bounds, or an override is no key of a run's section `inference`.
+        SystemExit: the run does not compose.
     """
     from vlm.checks.compose import compose_inference_config
 
@@ -71,17 +71,17 @@ def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
         folder = [] if args.config_dir is None else ["--config-dir", args.config_dir]
         settings = compose_inference_config(["-cn", args.config_name, *folder, *args.overrides])
     for name in (field.name for field in fields(InferenceConfig)):
-        if (given := getattr(args, name)) is not None:
-            setattr(settings, name, given)
+        if (value := getattr(args, name)) is not None:
+            setattr(settings, name, value)
     check_fields(settings)
     return settings
 
 
-def load_model(args: argparse.Namespace) -> Any:
-    """The `VisionLanguageModel` of a command's checkpoint.
+def load_model(args: argparse.Namespace) -> "VisionLanguageModel":
+    """Load a command's checkpoint.
 
     Raises:
-        ValueError: there is none, or it cannot be loaded so.
+        ValueError: there is no checkpoint, or it does not load with these options.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -95,8 +95,8 @@ def load_model(args: argparse.Namespace) -> Any:
 
 
 def add_base_option(parser: argparse.ArgumentParser) -> None:
-    """The option that says where an adapter's base lies now."""
+    """Add the option for the new place of an adapter's base."""
     parser.add_argument(
         "--base", "--base-model", "--base_model", "--model-base", action="append", default=[], metavar="PATH",
-        help="where an adapter's base lies now, if it was moved; for a base of parts PART=PATH, once for each",
+        help="the new place of an adapter's base, if it was moved; for a base of parts PART=PATH, once for each",
     )  # fmt: skip

@@ -1,20 +1,19 @@
-"""What `vlm models` prints: parts and families, read from the tables, the YAML files and the installed libraries."""
+"""The subcommand `vlm models`: lists parts and families from the tables, the YAML files and installed libraries."""
 
 import argparse
 import importlib.util
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from textwrap import indent
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tabulate import tabulate
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from vlm.assembly.family import get_auto_class
+from vlm.assembly.family import AutoClass, get_auto_class
 from vlm.config.packaged import packaged_names
 from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
@@ -22,7 +21,7 @@ from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK
 from vlm.models.poolings import POOLINGS
 
 ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
-"""Implementation -> the attribute of a model class that says whether it takes it."""
+"""Attention implementation -> the attribute of a model class that says whether the class supports it."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -33,7 +32,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def listing() -> str:
-    """Parts of composed models, families of whole ones, and what this machine has installed for them."""
+    """Return tables of parts, families and installed libraries."""
     sections = [
         ("Visual encoders: model/visual_encoder=…, or the hf_name of any CLIP, SigLIP, DINOv2 or timm model",
          table(("name", "hf_name"), part_rows("visual_encoder"))),
@@ -52,19 +51,19 @@ def listing() -> str:
 
 
 def part_rows(group: str) -> Iterator[tuple[str, str]]:
-    """The packaged choices of a group of parts, and what they load."""
+    """Yield the packaged choices of a part, and the models that they load."""
     for name, values in choices(f"model/{group}"):
         yield name, values.hf_name or "any, by its hf_name" if "hf_name" in values else ""
 
 
 def connector_rows() -> Iterator[tuple[str, str]]:
-    """The table of connectors, each with the first line of its docstring."""
+    """Yield the connectors, each with the first line of its docstring."""
     for name, kind in CONNECTORS.items():
         yield name, (kind.__doc__ or "").strip().split("\n")[0]
 
 
 def family_rows() -> Iterator[tuple[str, ...]]:
-    """The table of families, and what the installed classes say of themselves."""
+    """Yield the families, with the attention implementations of the installed classes."""
     for model_type, family in FAMILIES.items():
         config = CONFIG_MAPPING[model_type]()
         auto = get_auto_class(config)
@@ -75,8 +74,8 @@ def family_rows() -> Iterator[tuple[str, ...]]:
         yield family.name, model_type, ", ".join(family.choices), "several", videos, ", ".join(attention), share
 
 
-def get_quantizable_share(auto: Any, config: Any) -> float:
-    """The share of a model's weights, at its family's default size, that lie in Linear layers."""
+def get_quantizable_share(auto: AutoClass, config: PreTrainedConfig) -> float:
+    """Return the share of a model's weights in Linear layers, at its family's default size."""
     with torch.device("meta"):
         model = auto.from_config(config)
     head = model.get_output_embeddings()
@@ -85,15 +84,15 @@ def get_quantizable_share(auto: Any, config: Any) -> float:
 
 
 def installed_rows() -> Iterator[tuple[str, str]]:
-    """What is installed for attention, quantisation and videos."""
+    """Yield which libraries for attention, quantisation and videos are installed."""
     yield "flash_attention_2", "yes" if is_flash_attn_2_available() else "no: pip install 'small-vlm[flash]'"
     for package, extra, use in (("bitsandbytes", "quant", "4bit, 8bit"), ("av", "video", "videos")):
-        found = importlib.util.find_spec(package) is not None
-        yield use, f"{package}: yes" if found else f"{package}: no: pip install 'small-vlm[{extra}]'"
+        is_installed = importlib.util.find_spec(package) is not None
+        yield use, f"{package}: yes" if is_installed else f"{package}: no: pip install 'small-vlm[{extra}]'"
 
 
-def choices(group: str) -> Iterator[tuple[str, Any]]:
-    """The packaged YAML files of a group, with their content."""
+def choices(group: str) -> Iterator[tuple[str, DictConfig | ListConfig]]:
+    """Yield the packaged YAML files of a group, with their content."""
     folder = resources.files("vlm.config").joinpath(group)
     for name in packaged_names("vlm.config", group, ".yaml"):
         yield name, OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What commands take that ask a model about a file of records: which records, how they are read, what is written.
+"""Options of all commands that run a model on a file of records.
 
 Modules that import torch are imported once the command line has been understood.
 """
@@ -14,34 +14,40 @@ from vlm.inference.resumable_table import check_output
 
 
 def add_record_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """Let a command take a file of records; `output` names examples of what it writes."""
+    """Add options for a file of records; `output` names examples of the file that the command writes."""
     group = parser.add_argument_group("a file of records")
-    group.add_argument("--input", metavar="FILE", help="records, of the forms and kinds of files that training reads")
-    group.add_argument("--output", type=Path, metavar="FILE", help=f"what is written: {output}")
+    group.add_argument("--input", metavar="FILE", help="records, in any format that training reads")
+    group.add_argument("--output", type=Path, metavar="FILE", help=f"the table to write: {output}")
     add_reading_options(group)
+    add_max_frames_option(parser)
+
+
+def add_max_frames_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the number of frames read from a video."""
     parser.add_argument(
-        "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video"
-    )
+        "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N",
+        help="the most frames read from a video, evenly spread (%(default)s)",
+    )  # fmt: skip
 
 
-def add_reading_options(group: Any) -> None:
-    """How a file of records is read, into a parser's group."""
-    group.add_argument("--format", metavar="FORM", help="of the records; default: llava, of tables labelled")
+def add_reading_options(group: "argparse._ArgumentGroup") -> None:
+    """Add options of how a file of records is read."""
+    group.add_argument("--format", metavar="FORMAT", help="the records' format (llava, or labelled for tables)")
     group.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of that form: prompt='Which digit?'"
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of that format: prompt='Which digit?'"
     )
-    group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="what their paths are relative to")
-    group.add_argument("--system-prompt", metavar="TEXT", help="said first, as dataset.system_prompt was in training")
-    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records at a time (%(default)s)")
+    group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="the folder of relative image paths")
+    group.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
+    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records in a batch (%(default)s)")
     group.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
-    group.add_argument("--overwrite", action="store_true", help="replace what is there, or was begun")
+    group.add_argument("--overwrite", action="store_true", help="replace an output that exists or was begun")
 
 
 def check_record_options(args: argparse.Namespace) -> None:
-    """Refuse what cannot be done before anything is loaded.
+    """Check the options of a command before anything is loaded.
 
     Raises:
-        ValueError: options that do not go together, or are out of bounds.
+        ValueError: options contradict each other, or a value is out of bounds.
     """
     if (args.input is None) == (args.prompt is None):
         raise ValueError("give --prompt for one question, or --input and --output for a file of records")
@@ -55,10 +61,10 @@ def check_record_options(args: argparse.Namespace) -> None:
 
 
 def check_reading_options(args: argparse.Namespace, key: str = "--input") -> None:
-    """Refuse a file that is not there and numbers out of bounds; `key` is the option that names the file.
+    """Check that files exist and numbers are in bounds; `key` is the option that names the file of records.
 
     Raises:
-        ValueError: with the option, and what is needed.
+        ValueError: with the option, and the values allowed.
     """
     if args.input and not Path(args.input).exists() and "://" not in args.input:
         raise ValueError(f"{key} {args.input}: no such file (seen from {Path.cwd()})")
@@ -72,36 +78,36 @@ def check_reading_options(args: argparse.Namespace, key: str = "--input") -> Non
 
 
 def source_config(args: argparse.Namespace) -> SourceConfig:
-    """The records that a command names.
+    """Return the source of records that a command names.
 
     Raises:
-        ValueError: their form is unknown, or does not take an option.
+        ValueError: the format is unknown, or does not take an option.
     """
     from vlm.data.records.formats import FORMATS
 
-    form = args.format or ("llava" if Path(args.input).suffix in (".json", ".jsonl") else "labelled")
-    if form not in FORMATS and ":" not in form:
-        raise ValueError(f"--format {form}: allowed are {', '.join(FORMATS)}, or package.module:function for your own")
+    name = args.format or ("llava" if Path(args.input).suffix in (".json", ".jsonl") else "labelled")
+    if name not in FORMATS and ":" not in name:
+        raise ValueError(f"--format {name}: allowed are {', '.join(FORMATS)}, or package.module:function for your own")
     return SourceConfig(
-        path=args.input, format=form, options=parse_reader_options(form, args.option), image_folder=args.image_folder,
+        path=args.input, format=name, options=parse_reader_options(name, args.option), image_folder=args.image_folder,
         system_prompt=args.system_prompt,
     )  # fmt: skip
 
 
-def parse_reader_options(form: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """The options of a form of records, out of `NAME=VALUE` with values as YAML has them.
+def parse_reader_options(format_name: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a format from `NAME=VALUE`, with values in YAML.
 
     Raises:
-        ValueError: a word is none, or the form does not take it.
+        ValueError: an assignment is malformed, or the format does not take the option.
     """
     from omegaconf import OmegaConf
 
     from vlm.data.records.formats import get_reader
 
-    known = [p.name for p in signature(get_reader(form)).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = [p.name for p in signature(get_reader(format_name)).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for word in assignments:
         name, equals, _ = word.partition("=")
         if not equals or name not in known:
-            raise ValueError(f"--option {word}: NAME=VALUE is needed; {form} takes {', '.join(known) or 'none'}")
-    found: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(assignments)))
-    return found
+            raise ValueError(f"--option {word}: NAME=VALUE is needed; {format_name} takes {', '.join(known) or 'none'}")
+    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(assignments)))
+    return options

@@ -1,4 +1,4 @@
-"""`vlm web`: its options, and what is checked before the page is laid out."""
+"""The subcommand `vlm web`: its options, and checks before the page is built."""
 
 import argparse
 import os
@@ -20,12 +20,12 @@ def main(argv: Sequence[str]) -> None:
     """`vlm web [CHECKPOINT …]`."""
     parser = argparse.ArgumentParser("vlm web", description="A page to chat, predict, train and look through data.")
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="to choose from, besides those of runs")
-    parser.add_argument("--host", default="127.0.0.1", help="where it listens (%(default)s: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="on which port (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="the port (%(default)s)")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of runs (%(default)s)")
     parser.add_argument("--max-upload", "--max_upload", default="20mb", help="largest file uploaded (%(default)s)")
     add_base_option(parser)
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code out of checkpoints run")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code in checkpoints run")
     args = parser.parse_args(argv)
     if find_spec("gradio") is None:
         sys.exit("vlm web: Gradio is not installed: pip install 'small-vlm[web]'")
@@ -44,12 +44,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.outputs.exists() and not args.outputs.is_dir():
         raise ValueError(f"--outputs {args.outputs}: it is a file; a folder is needed")
     _check_port_free(args.host, args.port)
-    for one in args.checkpoints:
-        folder = Path(one)
-        if (one.startswith((".", "/", "~")) or len(folder.parts) != 2 or folder.exists()) and not folder.joinpath(
-            "config.json"
-        ).is_file():
-            raise ValueError(f"{one}: no checkpoint there (seen from {Path.cwd()}); a run's is its folder `final`")
+    for name in args.checkpoints:
+        folder = Path(name)
+        is_path = name.startswith((".", "/", "~")) or len(folder.parts) != 2 or folder.exists()
+        if is_path and not (folder / "config.json").is_file():
+            raise ValueError(f"{name}: no checkpoint there (seen from {Path.cwd()}); a run's is its folder `final`")
 
 
 def _check_port_free(host: str, port: int) -> None:
@@ -61,11 +60,11 @@ def _check_port_free(host: str, port: int) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     uploads = tempfile.mkdtemp(prefix="small-vlm-web-")
-    os.environ["GRADIO_TEMP_DIR"] = uploads  # its own is one that all users of the machine share
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read where Gradio is imported
-    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks the page whether it is up: not through a proxy
+    os.environ["GRADIO_TEMP_DIR"] = uploads  # the default is shared by all users of the machine
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio checks that the page is up: not through a proxy
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that what was uploaded goes
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that uploads are removed
     try:
         from vlm.web.page import PageSettings, build, serve
 

@@ -1,13 +1,13 @@
-"""Checkpoints of this framework as a model of lmms-eval: `lmms_eval --model vlm --model_args pretrained=FOLDER`.
+"""The model `vlm` of lmms-eval: `lmms_eval --model vlm --model_args pretrained=FOLDER`.
 
-Runs in lmms-eval's own environment, so nothing that this imports may need Hydra, omegaconf or DeepSpeed.
+Runs in lmms-eval's own environment, so no import of this module may need Hydra, omegaconf or DeepSpeed.
 """
 
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
-from typing import Any
+from itertools import groupby, islice
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -29,11 +29,22 @@ from vlm.inference.generate import VisionLanguageModel, check_length, on_device
 
 log = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+Arguments = tuple[Any, ...]
+"""Arguments of a request: context, options or continuation, function of the media, document number, task and split."""
+
+
+class Request(Protocol):
+    """A request of lmms-eval."""
+
+    args: Arguments
+
+
 MAX_NEW_TOKENS = 1024
-"""Where a task does not say how long an answer may be; as lmms-eval's own models have it."""
+"""The limit where a task sets none; the same as that of lmms-eval's own models."""
 
 IGNORED_KWARGS = {"image_aspect_ratio"}
-"""What tasks tell LLaVA's own code; here the checkpoint's processor decides it."""
+"""Options for LLaVA's own code; here the checkpoint's processor decides them."""
 
 
 class LmmsModel(lmms):
@@ -41,18 +52,18 @@ class LmmsModel(lmms):
 
     Args:
         pretrained: a run's `final` folder, or a name on the Hub.
-        base: where an adapter's base lies now, if it was moved: a folder, or `part=folder;part=folder`.
-        device: `cuda`, `cpu` …; None: a GPU where there is one, of several processes one each.
+        base: the new place of an adapter's base, if it was moved: a folder, or `part=folder;part=folder`.
+        device: `cuda`, `cpu` …; None: a GPU where there is one; with several processes, one GPU each.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         quantization: `8bit` or `4bit` for the language model.
-        batch_size: requests at a time.
-        max_batch_size: not looked at; lmms-eval passes it.
-        max_frames: of a video.
-        system_prompt: said first.
-        trust_remote_code: let code out of the checkpoint run.
+        batch_size: number of requests in a batch.
+        max_batch_size: ignored; lmms-eval passes it.
+        max_frames: the largest number of frames read from a video.
+        system_prompt: the system turn; empty: none.
+        trust_remote_code: whether code in the checkpoint may run.
 
     Raises:
-        ValueError: it is no checkpoint of this framework, or one with prediction heads.
+        ValueError: it is no checkpoint of this framework, or has prediction heads.
     """
 
     is_simple = True
@@ -69,109 +80,108 @@ class LmmsModel(lmms):
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        place = str(self.accelerator.device) if self._world_size > 1 else device
-        self.asked = VisionLanguageModel.load(
-            str(pretrained), device=place, dtype=dtype, quantization=quantization,
-            base=[one for one in str(base).split(";") if one], trust_remote_code=trust_remote_code,
+        device = str(self.accelerator.device) if self._world_size > 1 else device
+        bases = [folder for folder in str(base).split(";") if folder]
+        self.vlm = VisionLanguageModel.load(
+            str(pretrained), device=device, dtype=dtype, quantization=quantization, base=bases,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return self.asked.model.device
+        """The model's device."""
+        return self.vlm.model.device
 
-    def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer for each request, generated in batches of requests that want the same."""
+    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+        """Return an answer for each request, generated in batches of requests with equal options."""
         answers: list[str] = [""] * len(requests)
 
-        def get_request_key(place: int) -> str:
-            return json.dumps(requests[place].args[1], sort_keys=True, default=str)
+        def options_key(index: int) -> str:
+            return json.dumps(requests[index].args[1], sort_keys=True, default=str)
 
-        order = sorted(range(len(requests)), key=lambda place: (get_request_key(place), -len(requests[place].args[0])))
+        order = sorted(range(len(requests)), key=lambda index: (options_key(index), -len(requests[index].args[0])))
         with tqdm(total=len(order), desc="answering", unit="request", disable=self.rank != 0) as bar:
-            for _, group in groupby(order, get_request_key):
-                for places in _chunks(group, self.batch_size):
-                    for place, answer in zip(places, self._generate_batch([requests[p] for p in places]), strict=True):
-                        answers[place] = answer
-                    bar.update(len(places))
+            for _, group in groupby(order, options_key):
+                for indices in _chunks(group, self.batch_size):
+                    batch = self._generate_batch([requests[index] for index in indices])
+                    for index, answer in zip(indices, batch, strict=True):
+                        answers[index] = answer
+                    bar.update(len(indices))
         return answers
 
-    def _generate_batch(self, requests: Sequence[Any]) -> list[str]:
-        """Answers to one batch."""
-        conversations, media = self._make_conversations([one.args for one in requests])
-        inputs = self.asked.inputs(conversations, media)
+    def _generate_batch(self, requests: Sequence[Request]) -> list[str]:
+        """Return the answers of one batch."""
+        conversations, media = self._make_conversations([request.args for request in requests])
+        inputs = self.vlm.inputs(conversations, media)
         settings, extra_options, until = parse_generation_kwargs(requests[0].args[1])
         length = int(inputs["attention_mask"].sum(dim=1).max())
-        check_length(length, self.asked.positions, 1)
-        settings.max_new_tokens = min(settings.max_new_tokens, self.asked.positions - length)
-        return [truncate_at_stop(answer, until) for answer in self.asked.answers(inputs, settings, **extra_options)]
+        check_length(length, self.vlm.positions, 1)
+        settings.max_new_tokens = min(settings.max_new_tokens, self.vlm.positions - length)
+        return [truncate_at_stop(answer, until) for answer in self.vlm.answers(inputs, settings, **extra_options)]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """The loss of each continuation as the model's reply, and whether the model would give just that, greedily.
+    def loglikelihood(self, requests: Sequence[Request]) -> list[GenerationResult]:
+        """Return the loss of each continuation as the model's reply, and whether greedy decoding gives that reply.
 
-        It is the mean over the reply's tokens, its ending included. lmms-eval's tasks want a loss, the lower the
-        better, whatever the method is called (`pred = argmin`). It makes a string of any result that is neither one
-        nor a `GenerationResult`, so that is what each pair stands in.
+        The loss is the mean over the reply's tokens, its ending included. lmms-eval's tasks expect a loss, despite the
+        method's name (`pred = argmin`). lmms-eval turns any other result than a string or a `GenerationResult` into a
+        string, so each pair is wrapped in one.
         """
-        found: list[tuple[float, bool]] = []
+        pairs: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), desc="comparing", unit="request", disable=self.rank != 0) as bar:
-            for places in _chunks(range(len(requests)), self.batch_size):
-                found += self._score_batch([requests[place].args for place in places])
-                bar.update(len(places))
-        return [GenerationResult(pair) for pair in found]
+            for batch in _chunks(requests, self.batch_size):
+                pairs += self._score_batch([request.args for request in batch])
+                bar.update(len(batch))
+        return [GenerationResult(pair) for pair in pairs]
 
     @torch.no_grad()
-    def _score_batch(self, arguments: Sequence[Any]) -> list[tuple[float, bool]]:
-        """The losses of one batch."""
-        for one in arguments:
-            if len(one) != 6:
-                raise ValueError("acc_mutual_info: continuations without a prompt cannot be compared; use acc")
-        conversations, media = self._make_conversations([(one[0], {}, *one[2:]) for one in arguments])
+    def _score_batch(self, arguments: Sequence[Arguments]) -> list[tuple[float, bool]]:
+        """Return the results of one batch."""
+        if any(len(args) != 6 for args in arguments):
+            raise ValueError("acc_mutual_info: continuations without a prompt cannot be compared; use acc")
+        conversations, media = self._make_conversations(arguments)
         rows = []
-        for turns, opened, one in zip(conversations, media, arguments, strict=True):
-            reply = one[1] if isinstance(one[1], str) else str(one[1](self._get_document(one)))
-            sample = Sample(f"{one[4]} {one[3]}", (*turns, Turn("assistant", (reply.strip(),))))
-            sizes = media_sizes_from_opened(sample.media, opened, self.asked.processor)
-            encoded = encode(self.asked.processor, sample, sizes)
-            check_length(len(encoded.input_ids), self.asked.positions, 0)
-            rows.append(model_inputs(self.asked.processor, encoded, opened, sizes))
-        batch = Collator.of(self.asked.processor)(rows)
+        for turns, opened, args in zip(conversations, media, arguments, strict=True):
+            reply = args[1] if isinstance(args[1], str) else str(args[1](self._get_document(args)))
+            sample = Sample(f"{args[4]} {args[3]}", (*turns, Turn("assistant", (reply.strip(),))))
+            sizes = media_sizes_from_opened(sample.media, opened, self.vlm.processor)
+            encoded = encode(self.vlm.processor, sample, sizes)
+            check_length(len(encoded.input_ids), self.vlm.positions, 0)
+            rows.append(model_inputs(self.vlm.processor, encoded, opened, sizes))
+        batch = Collator.of(self.vlm.processor)(rows)
         labels = batch["labels"].to(self.device)
-        inputs = self.asked.use_cached_features(on_device(batch, self.asked.processor, self.device))
-        output, targets = supervised_logits(self.asked.model, {**inputs, "labels": labels})
+        inputs = self.vlm.use_cached_features(on_device(batch, self.vlm.processor, self.device))
+        output, targets = supervised_logits(self.vlm.model, {**inputs, "labels": labels})
         sums, counts = row_losses(output.logits, labels)
         correct = _all_correct(output.logits.argmax(dim=-1) == targets, counts)
         return list(zip((sums / counts).tolist(), correct, strict=True))
 
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refused.
+    def generate_until_multi_round(self, requests: Sequence[Request]) -> list[str]:
+        """Refuse tasks of several rounds.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError("model vlm does not answer tasks of several rounds (generate_until_multi_round)")
 
-    def _get_document(self, arguments: Sequence[Any]) -> Any:
-        """What a request is about: `(context, …, document, task, split)`."""
+    def _get_document(self, arguments: Arguments) -> Any:
+        """Return the document of a request."""
         number, task, split = arguments[-3:]
         return self.task_dict[task][split][number]
 
-    def _make_conversations(self, arguments: Sequence[Any]) -> tuple[list[list[Turn]], list[list[Any]]]:
-        """Requests as conversations that wait for a reply, and what each of them shows, opened."""
+    def _make_conversations(self, arguments: Sequence[Arguments]) -> tuple[list[list[Turn]], list[list[Any]]]:
+        """Return requests as conversations that wait for a reply, and the opened images and videos of each."""
         conversations, media = [], []
-        for one in arguments:
-            shown = list(one[2](self._get_document(one)) or [])
-            images = [part for part in shown if isinstance(part, Image.Image)]
-            videos = [part for part in shown if isinstance(part, str)]
-            if len(images) + len(videos) < len(shown):
-                kinds = sorted({type(part).__name__ for part in shown if not isinstance(part, Image.Image | str)})
-                raise ValueError(f"task {one[4]}: it shows {', '.join(kinds)}; only images and videos can be shown")
+        for context, _, get_media, number, task, split in arguments:
+            parts = list(get_media(self.task_dict[task][split][number]) or [])
+            images = [part for part in parts if isinstance(part, Image.Image)]
+            videos = [part for part in parts if isinstance(part, str)]
+            if kinds := sorted({type(part).__name__ for part in parts if not isinstance(part, Image.Image | str)}):
+                raise ValueError(f"task {task}: it shows {', '.join(kinds)}; only images and videos can be shown")
             try:
-                turn, opened = self.asked.open_question(
-                    match_placeholders(one[0], len(images)), images, videos, self.max_frames
-                )
+                question = match_placeholders(context, len(images))
+                turn, opened = self.vlm.open_question(question, images, videos, self.max_frames)
             except (ValueError, BadSample) as error:
-                raise ValueError(f"task {one[4]}, document {one[3]}: {error}") from error
+                raise ValueError(f"task {task}, document {number}: {error}") from error
             system = [Turn("system", (self.system_prompt,))] if self.system_prompt else []
             conversations.append([*system, turn])
             media.append(opened)
@@ -179,46 +189,46 @@ class LmmsModel(lmms):
 
 
 def match_placeholders(context: str, num_images: int) -> str:
-    """A question whose `<image>` are as many as its images; otherwise they go, and the images stand before it."""
+    """Return a question without `<image>` where their number is not that of its images, which then come first."""
     if context.count(PLACEHOLDER) in (0, num_images):
         return context
     return context.replace(PLACEHOLDER, "").strip()
 
 
-def parse_generation_kwargs(given: dict[str, Any]) -> tuple[InferenceConfig, dict[str, Any], list[str]]:
-    """What a task's `generation_kwargs` ask for: our settings, transformers' further options, and what ends an answer.
+def parse_generation_kwargs(kwargs: dict[str, Any]) -> tuple[InferenceConfig, dict[str, Any], list[str]]:
+    """Return the settings, further options of transformers, and stop strings of a task's `generation_kwargs`.
 
     Without `do_sample: true` or a temperature above 0, answers are greedy.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    until = given.pop("until", [])
-    samples = given.pop("do_sample", None)
-    temperature = float(given.pop("temperature", 1.0 if samples else 0.0))
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    until = kwargs.pop("until", [])
+    samples = kwargs.pop("do_sample", None)
+    temperature = float(kwargs.pop("temperature", 1.0 if samples else 0.0))
     settings = InferenceConfig(
-        0.0 if samples is False else temperature, float(given.pop("top_p", InferenceConfig.top_p)),
-        int(given.pop("num_beams", InferenceConfig.num_beams)), int(given.pop("max_new_tokens", MAX_NEW_TOKENS)),
+        0.0 if samples is False else temperature, float(kwargs.pop("top_p", InferenceConfig.top_p)),
+        int(kwargs.pop("num_beams", InferenceConfig.num_beams)), int(kwargs.pop("max_new_tokens", MAX_NEW_TOKENS)),
     )  # fmt: skip
-    if settings.top_p <= 0:  # how some tasks write greedy
+    if settings.top_p <= 0:  # some tasks mean greedy decoding
         settings.top_p = InferenceConfig.top_p
     known = GenerationConfig().to_dict()
-    if unknown := sorted(given.keys() - known.keys() - IGNORED_KWARGS):
+    if unknown := sorted(kwargs.keys() - known.keys() - IGNORED_KWARGS):
         log.warning("generation_kwargs that no model here takes are left out: %s", ", ".join(unknown))
-    extra_options = {name: value for name, value in given.items() if name in known}
+    extra_options = {name: value for name, value in kwargs.items() if name in known}
     return settings, extra_options, [until] if isinstance(until, str) else list(until)
 
 
 def truncate_at_stop(answer: str, until: Sequence[str]) -> str:
-    """An answer up to the first of what ends it."""
+    """Return an answer up to its first stop string."""
     for end in until:
         answer = answer.split(end, 1)[0] if end else answer
     return answer.strip()
 
 
-def _chunks(places: Iterable[int], size: int) -> Iterator[list[int]]:
-    given = list(places)
-    return (given[start : start + size] for start in range(0, len(given), size))
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    remaining = iter(items)
+    return iter(lambda: list(islice(remaining, size)), [])
 
 
 def _all_correct(correct: Tensor, counts: Tensor) -> list[bool]:
-    """Whether all of each row's supervised tokens are right: `(S,), (B,) -> B values`."""
-    return [bool(one.all()) for one in correct.split(counts.long().tolist())]
+    """Return whether all supervised tokens of each row are right: `(S,), (B,) -> B values`."""
+    return [bool(row.all()) for row in correct.split(counts.long().tolist())]

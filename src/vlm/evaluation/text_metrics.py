@@ -1,15 +1,15 @@
 """Metrics of answers against references. To add one, write a function and add it to `METRICS` and its name to
 `vlm.config.choices.EVAL_METRICS`; one of the user's own is named `package.module:function` instead.
 
-A metric takes the answers and, for each, its references (at least one). It gives a value for each answer, `(answers,)`,
-whose mean counts; or a single number, where it is one of all answers together.
-
-Imports `vlm.evaluation.bootstrap`; the libraries of the extra `eval` when a metric needs one.
+A metric takes the answers and, for each answer, at least one reference. It returns a value for each answer,
+`(answers,)`, which are averaged; or a single number for all answers together. It imports the libraries of the extra
+`eval` that it needs.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,75 +21,74 @@ References = Sequence[Sequence[str]]
 Metric = Callable[[Sequence[str], References], np.ndarray | float]
 
 ANLS_THRESHOLD = 0.5
-"""A distance from which on an answer counts nothing (Biten et al. 2019, arXiv:1907.00490)."""
+"""Normalised distance from which on an answer scores 0 (Biten et al. 2019, arXiv:1907.00490)."""
 
 
 def exact_match(answers: Sequence[str], references: References) -> np.ndarray:
-    """1 where an answer is one of its references, but for case, white space around it and a full stop at its end."""
+    """Return 1 for each answer that equals one of its references, both as `normalize_answer` returns them, else 0."""
     return _score_each(
-        lambda answer, known: normalize_answer(answer) in {normalize_answer(one) for one in known}, answers, references
+        lambda answer, known: normalize_answer(answer) in map(normalize_answer, known), answers, references
     )
 
 
 def vqa_accuracy(answers: Sequence[str], references: References) -> np.ndarray:
-    """The accuracy of VQA (Antol et al. 2015, arXiv:1505.00468): what three people said counts as right.
+    """Return the VQA accuracy of each answer (Antol et al. 2015, arXiv:1505.00468).
 
-    For each person left out, `min(people among the others who said it / 3, 1)`; the mean of these. Among fewer than
-    three others all must agree; a single reference counts 1 or 0. Answers and references are compared as
-    `normalize_vqa_answer`.
+    It is the mean, over each reference left out, of `min(number of the others that equal the answer / 3, 1)`; with
+    fewer than three others, all of them must agree. A single reference gives 1 or 0. Answers and references are
+    compared as `normalize_vqa_answer` returns them.
     """
 
     def accuracy(answer: str, known: Sequence[str]) -> float:
-        same = [normalize_vqa_answer(one) == normalize_vqa_answer(answer) for one in known]
-        if len(same) == 1:
-            return float(same[0])
-        enough = min(3, len(same) - 1)
-        return float(np.mean([min((sum(same) - one) / enough, 1) for one in same]))
+        matches = [normalize_vqa_answer(reference) == normalize_vqa_answer(answer) for reference in known]
+        if len(matches) == 1:
+            return float(matches[0])
+        required = min(3, len(matches) - 1)
+        return float(np.mean([min((sum(matches) - match) / required, 1) for match in matches]))
 
     return _score_each(accuracy, answers, references)
 
 
 def anls(answers: Sequence[str], references: References) -> np.ndarray:
-    """Average normalised Levenshtein similarity to the nearest reference, without regard to case (arXiv:1907.00490)."""
+    """Return normalised Levenshtein similarities to the nearest reference, ignoring case (arXiv:1907.00490)."""
     distance = import_extra("rapidfuzz.distance").Levenshtein.normalized_distance
 
     def similarity(answer: str, known: Sequence[str]) -> float:
-        nearest = min(distance(answer.strip().lower(), one.strip().lower()) for one in known)
+        nearest = min(distance(answer.strip().lower(), reference.strip().lower()) for reference in known)
         return 1 - nearest if nearest < ANLS_THRESHOLD else 0.0
 
     return _score_each(similarity, answers, references)
 
 
 def cider(answers: Sequence[str], references: References) -> np.ndarray:
-    """CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726) by pycocoevalcap; 10 for a copy of a single reference.
+    """Return CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726) by pycocoevalcap; 10 for a copy of a single reference.
 
-    Words are runs of letters and digits, in lower case, with apostrophes inside them. COCO's own script runs the Penn
-    Treebank tokeniser (in Java), which splits `it's` into `it` and `'s`, keeps symbols such as `$`, and leaves hyphens
-    in words: where texts have such, figures differ a little. Words count by how few of the references have them, so
-    scores of few records say little (of one, always 0), and their interval takes that as given.
+    Texts are split by `tokenize`. COCO's own script runs the Penn Treebank tokeniser (in Java), which splits `it's`
+    into `it` and `'s`, keeps symbols such as `$`, and leaves hyphens in words: scores of such texts differ a little.
+    The weight of a word depends on how few references contain it, so scores of few records mean little (a single
+    record always has 0), and their intervals do not include that uncertainty.
     """
     score = import_extra("pycocoevalcap.cider.cider").Cider().compute_score
     if not answers:
         return np.zeros(0)
-    _, found = score(
-        {number: [tokenize(one) for one in known] for number, known in enumerate(references)},
-        {number: [tokenize(one)] for number, one in enumerate(answers)},
+    _, scores = score(
+        {number: [tokenize(reference) for reference in known] for number, known in enumerate(references)},
+        {number: [tokenize(answer)] for number, answer in enumerate(answers)},
     )
-    return np.asarray(found)
+    return np.asarray(scores)
 
 
 def bleu(answers: Sequence[str], references: References) -> float:
-    """BLEU-4 of all answers together, 0 to 100, by sacrebleu with its own tokenisation (`13a`)."""
+    """Return BLEU-4 of all answers together, 0 to 100, by sacrebleu with its own tokenisation (`13a`)."""
     library = import_extra("sacrebleu")
-    most = max(map(len, references), default=0)
-    columns = [[known[place] if place < len(known) else None for known in references] for place in range(most)]
+    columns = [list(column) for column in zip_longest(*references)]
     return library.corpus_bleu(list(answers), columns).score if answers else float("nan")
 
 
 def rouge(answers: Sequence[str], references: References) -> np.ndarray:
-    """ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words with the best reference.
+    """Return ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words with the best reference.
 
-    By rouge-score, without stemming; its words are runs of the letters a to z and digits, so it is for English.
+    Computed by rouge-score without stemming; words are runs of the letters a to z and digits, so it is for English.
     """
     scorer = import_extra("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     return _score_each(lambda answer, known: scorer.score_multi(known, answer)["rougeL"].fmeasure, answers, references)
@@ -105,7 +104,7 @@ METRICS: dict[str, Metric] = {
 }
 
 LOSS = "loss"
-"""What stands for the losses where metrics are named; they are in `metrics.py`."""
+"""The name of the losses among metrics; they are computed in `vlm.evaluation.records`."""
 ALL_METRICS = (*METRICS, LOSS)
 
 METRIC_MODULES = {
@@ -120,7 +119,7 @@ METRIC_MODULES = {
 def compute_text_metrics(
     names: Sequence[str], answers: Sequence[str], references: References, *, intervals: bool = True
 ) -> dict[str, Score]:
-    """Metrics by name, with 95% intervals where they are wanted and metrics are means of what single answers get."""
+    """Return metrics by name; those that are means over answers have 95% intervals, unless `intervals` is False."""
     scores = {}
     for name in names:
         values = np.asarray(get_metric(name)(answers, references), np.float64)
@@ -148,9 +147,9 @@ def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> Non
     """Refuse names of metrics that are unknown, or whose library is missing.
 
     Args:
-        names: what was asked for.
-        allowed: what there is.
-        key: what stood before a name where the user wrote it: `--metrics `.
+        names: the requested metrics.
+        allowed: the names of the metrics that exist.
+        key: the text before a name in messages, such as `--metrics `.
 
     Raises:
         ValueError: with the name, and what is allowed or what to install.
@@ -168,10 +167,10 @@ def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> Non
 
 
 def import_extra(module: str) -> Any:
-    """A module of the extra `eval`.
+    """Import a module of the extra `eval`.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: the module is not installed.
     """
     try:
         return import_module(module)
@@ -180,18 +179,18 @@ def import_extra(module: str) -> Any:
 
 
 def _score_each(
-    value: Callable[[str, Sequence[str]], float], answers: Sequence[str], references: References
+    metric: Callable[[str, Sequence[str]], float], answers: Sequence[str], references: References
 ) -> np.ndarray:
-    return np.array([value(*one) for one in zip(answers, references, strict=True)], dtype=np.float64)
+    return np.array([metric(*pair) for pair in zip(answers, references, strict=True)], dtype=np.float64)
 
 
 def normalize_answer(text: str) -> str:
-    """A text in lower case, without white space around it or a full stop at its end."""
+    """Return a text in lower case, without surrounding white space or a full stop at its end."""
     return text.strip().removesuffix(".").rstrip().casefold()
 
 
 def tokenize(text: str) -> str:
-    """The words of a text in lower case, a space between each."""
+    """Return the words of a text in lower case, separated by spaces; a word may contain apostrophes."""
     return " ".join(re.findall(r"\w+(?:['’]\w+)*", text.lower()))
 
 
@@ -209,23 +208,22 @@ CONTRACTED_WORDS = (
     "where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've "
     "y'all y'all'd've y'all'll you'd you'd've you'll you're you've"
 )
-"""Contractions that people write without apostrophes; those that are other words then (`we'll`) are left out."""
+"""Contractions that people write without apostrophes; those that would be other words (`we'll`) are left out."""
 CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED_WORDS.split()}
 
 
 def normalize_vqa_answer(text: str) -> str:
-    """An answer as VQA's evaluation compares it: lower case, numbers as digits, no articles, no punctuation.
+    """Return an answer as VQA's evaluation compares it: lower case, numbers as digits, no articles, no punctuation.
 
-    Punctuation beside a space, or in a text with a comma between digits, goes; elsewhere a space takes its place. Of
-    full stops those before a digit stay. Its own script leaves answers as they are where all people said the same,
-    and does not change what people said beyond punctuation; here both sides are always treated alike.
+    Punctuation beside a space, or in a text with a comma between digits, is removed; elsewhere a space replaces it.
+    Full stops are removed unless a digit follows. VQA's own script changes neither answers where all references agree
+    nor references beyond punctuation; here both sides are always normalised alike.
     """
-    given = text = re.sub(r"\s+", " ", text).strip()
-    grouped = re.search(r"\d,\d", given) is not None
+    original = text = re.sub(r"\s+", " ", text).strip()
+    grouped = re.search(r"\d,\d", original) is not None
     for mark in PUNCTUATION:
-        beside_space = f"{mark} " in given or f" {mark}" in given
+        beside_space = f"{mark} " in original or f" {mark}" in original
         text = text.replace(mark, "" if grouped or beside_space else " ")
     text = re.sub(r"\.(?!\d)", "", text).lower()
-    found = (NUMBER_DIGITS.get(word, word) for word in text.split())
-    kept = (word for word in found if word not in ARTICLES)
-    return " ".join(CONTRACTIONS.get(word.replace("'", ""), word) for word in kept)
+    words = (NUMBER_DIGITS.get(word, word) for word in text.split())
+    return " ".join(CONTRACTIONS.get(word.replace("'", ""), word) for word in words if word not in ARTICLES)
