@@ -20,7 +20,7 @@ from vlm.train.objectives.prediction import Prediction
 from vlm.train.objectives.table import OBJECTIVES, make_objective
 
 SOURCE = Path(vlm.__file__).parent
-OWN_FILES = ("train/objectives/", "config/schema.py")
+OWN_FILES = ("train/objectives/", "config/model_schema.py")
 """Where it may be asked which objective a run has."""
 
 HEADS = [name for name in packaged_names("vlm.config", "model/head", ".yaml") if name != "none"]
