@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests.command_line import refusal
 from tests.data.vision.test_video import write_video
 from tests.inference.test_generate import lively
 from tests.tiny_parts import Parts, picture
+from tests.waiting import HANG
 from vlm.cli.chat import COMMANDS
 from vlm.cli.main import main
 from vlm.config.schema import InferenceConfig
@@ -214,17 +214,19 @@ def test_a_terminal(checkpoint: Path, images: list[Path]):
             os.write(ours, b"/history\n")
             assert b"user: <image>" in read_until(ours, b"\r\n> ")
             os.write(ours, b"\x04")
-            assert ended.wait(timeout=30) == 0
+            assert ended.wait(HANG) == 0
         finally:
             ended.kill()
             os.close(ours)
 
 
-def read_until(terminal: int, wanted: bytes, seconds: float = 120) -> bytes:
-    """What a terminal shows, up to what it shows last."""
-    seen, end = b"", time.monotonic() + seconds
-    while not seen.endswith(wanted) and time.monotonic() < end:
-        if select.select([terminal], [], [], 1)[0]:
-            seen += os.read(terminal, 1024)
-    assert seen.endswith(wanted), seen
-    return seen
+def read_until(terminal: int, ending: bytes) -> bytes:
+    """Return what a terminal shows, up to what it shows last."""
+    shown = b""
+    while not shown.endswith(ending):
+        assert select.select([terminal], [], [], HANG)[0], shown
+        try:
+            shown += os.read(terminal, 1024)
+        except OSError as closed:  # the program has ended
+            raise AssertionError(shown) from closed
+    return shown

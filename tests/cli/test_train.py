@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import waiting
 from tests.checks import test_messages as test_explain
 from tests.checks import test_run as test_check
 from tests.command_line import refusal
 from vlm.checks.compose import is_user_error, strip_launcher_arguments
 from vlm.models.connectors import connector_class
-
-SECONDS = 20
-"""Longest time for an answer that needs no model: a second or two, and more where the machine is busy."""
 
 ASK_ALL = """
 import json, sys
@@ -30,10 +28,9 @@ print([name for name in ("torch", "transformers", "deepspeed") if name in sys.mo
 """
 
 
-def start(*words: str, given: str = "", seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
-    """Run Python and wait."""
-    command = [sys.executable, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, input=given)
+def start(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    """Run Python to its end."""
+    return waiting.run([sys.executable, *words], stdin=given)
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def test_all_that_is_refused_and_shown_needs_no_torch(records: str):
     refusals = [[*run, records, *overrides] for overrides, _ in test_check.REFUSALS.values()]
     refusals += [[*run, records, override] for override in test_explain.REFUSALS]
     shown = [["--help"], ["--version"], [*run, "--help"], [*run, records, "--cfg", "job"]]
-    done = start("-c", ASK_ALL, given=json.dumps([*refusals, *shown, run, []]), seconds=10 * SECONDS)
+    done = start("-c", ASK_ALL, given=json.dumps([*refusals, *shown, run, []]))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert "Traceback" not in done.stdout + done.stderr
@@ -77,13 +74,14 @@ def test_cfg_shows_the_composed_run():
 
 
 def test_importing_the_package_is_fast_and_imports_nothing_heavy():
+    """Fast: few modules, whose number no machine changes."""
     code = (
-        "import sys, time; start = time.perf_counter(); import vlm; took = time.perf_counter() - start\n"
-        "print(took, [name for name in ('torch', 'transformers', 'hydra', 'numpy') if name in sys.modules])"
+        "import sys; before = {*sys.modules}; import vlm; imported = sys.modules.keys() - before\n"
+        "print(len(imported), [name for name in ('torch', 'transformers', 'hydra', 'numpy') if name in sys.modules])"
     )
-    answers = [start("-c", code).stdout.split(maxsplit=1) for _ in range(3)]
-    assert {heavy.strip() for _, heavy in answers} == {"[]"}
-    assert min(float(took) for took, _ in answers) < 0.3
+    number, heavy = start("-c", code).stdout.split(maxsplit=1)
+    assert heavy == "[]\n"
+    assert int(number) < 50
 
 
 def test_launchers_words_are_taken(monkeypatch: pytest.MonkeyPatch):

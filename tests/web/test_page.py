@@ -1,5 +1,6 @@
 """The page in a real browser: what people see and press; nothing of it leaves this machine."""
 
+import itertools
 import json
 import shutil
 import socket
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests import waiting
 from tests.tiny_parts import Parts, picture
-from tests.web.test_runs import written_run
+from tests.web.test_runs import write_run
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.config.schema import InferenceConfig
 from vlm.inference.conversation import Conversation
@@ -64,7 +66,7 @@ def served(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
                                  media_token_ids=[processor.image_token_id])  # fmt: skip
     save(root / "head", VLMForPrediction(config, body), processor)
     picture(3).save(root / "picture.png")
-    written_run(root / "outputs" / "earlier", {"step": 7, "loss": 1.25, "epoch": 1.0})
+    write_run(root / "outputs" / "earlier", {"step": 7, "loss": 1.25, "epoch": 1.0})
     (root / "outputs" / "earlier" / "samples.md").write_text("## Step 7\n\n- **question**: what?\n- **answer**: red\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,7 +105,7 @@ def visit(served: Served, browser: Any) -> Iterator[Callable[..., Any]]:
     def go(tab: str = "Chat", viewport: dict[str, int] = DESKTOP, scheme: str = "light") -> Any:
         contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme))
         page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(1000 * waiting.HANG)
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -141,11 +143,9 @@ def read_answers(page: Any) -> list[str]:
     return [one.strip() for one in page.locator("#chat-shown .bot .message-content").all_inner_texts()]
 
 
-def wait_until(true: Callable[[], Any], page: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come about"
-        page.wait_for_timeout(100)
+def wait_until(condition: Callable[[], object], page: Any) -> None:
+    """Wait as `tests.waiting` does, while the browser goes on."""
+    waiting.wait_until(condition, pause=lambda: page.wait_for_timeout(100))
 
 
 # Chat
@@ -192,12 +192,12 @@ def tidy(text: str) -> str:
 def test_chat_stops_and_says_that_it_did(visit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     whole = VisionLanguageModel.stream_batch
 
-    def slowly(*given: Any) -> Iterator[str]:
-        for piece in whole(*given):
+    def endless(*given: Any) -> Iterator[str]:
+        for piece in itertools.chain(whole(*given), itertools.repeat(" more")):
             time.sleep(0.2)
             yield piece
 
-    monkeypatch.setattr(VisionLanguageModel, "stream_batch", slowly)
+    monkeypatch.setattr(VisionLanguageModel, "stream_batch", endless)
     page = visit("Chat")
     send(page, QUESTION)
     wait_until(lambda: read_answers(page), page)
@@ -282,7 +282,7 @@ def test_train_runs_shows_and_stops(served: Served, world: Path, brief: list[str
     page.locator("#run-status .vlm-running").wait_for()
     name = page.locator("#run-status h3").inner_text().split()[0]
     wait_until(lambda: "step" in page.locator("#run-status p").first.inner_text().lower()
-          and "loss" in page.locator("#run-status p").first.inner_text(), page, 120)  # fmt: skip
+          and "loss" in page.locator("#run-status p").first.inner_text(), page)  # fmt: skip
     page.locator("#run-plot canvas, #run-plot svg").first.wait_for()
     wait_until(lambda: page.locator("#run-status [role=progressbar]").get_attribute("aria-valuenow") is not None, page)
     assert "Run directory" in page.locator("#run-log").inner_text()
@@ -295,7 +295,7 @@ def test_train_runs_shows_and_stops(served: Served, world: Path, brief: list[str
     again.locator("#run-status .vlm-running").wait_for()
 
     page.locator("#run-stop").click()
-    page.locator("#run-status .vlm-stopped").wait_for(timeout=60_000)
+    page.locator("#run-status .vlm-stopped").wait_for()
     assert not job.is_alive()
     assert find_run(served.outputs, name).step > 0
     row = page.locator(f"#runs-table [data-run='{name}']")
@@ -344,7 +344,7 @@ def test_data_marks_what_is_supervised(served: Served, world: Path, visit: Calla
 
 def test_a_run_that_has_ended_can_be_asked(served: Served, visit: Callable[..., Any]):
     page = visit("Chat")
-    run = written_run(served.outputs / "later")
+    run = write_run(served.outputs / "later")
     shutil.copytree(served.chat, run / "final")
     page.get_by_role("tab", name="Predict", exact=True).click()
     page.get_by_role("tab", name="Chat", exact=True).click()

@@ -5,12 +5,15 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vlm.checks.compose import with_config
 from vlm.checks.fields import ConfigError
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.table import make_objective
+
+if TYPE_CHECKING:
+    from vlm.data.encoding.sample_encoder import SampleEncoder
 
 
 def main(words: Sequence[str]) -> None:
@@ -84,7 +87,7 @@ def _make_run_parser(tool: str, purpose: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(f"vlm data {tool}", usage, purpose, allow_abbrev=False)
 
 
-def _make_sample_encoder(config: RunConfig, overrides: list[str]) -> Any:
+def _make_sample_encoder(config: RunConfig, overrides: list[str]) -> "SampleEncoder":
     """Return what encodes the samples of a run."""
     from vlm.assembly.resolve import resolve_model
 

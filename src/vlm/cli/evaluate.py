@@ -7,7 +7,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
@@ -144,7 +143,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     print(f"\n{plain}\n\n{folder / 'results.json'}")
 
 
-def _describe_run(args: argparse.Namespace) -> dict[str, Any]:
+def _describe_run(args: argparse.Namespace) -> dict[str, object]:
     """Return which checkpoint was evaluated, and how it was loaded."""
     names = ("checkpoint", "base", "dtype", "quantization", "system_prompt", "batch_size")
     return {name: getattr(args, name) for name in names}

@@ -6,10 +6,13 @@ Modules that import torch are imported once the command line has been understood
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vlm.cli.model_options import add_base_option
 from vlm.cli.record_options import add_record_options, check_record_options, source_config
+
+if TYPE_CHECKING:
+    from vlm.inference.predict import Predictor
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit("\nvlm predict: stopped; the same command resumes it")
 
 
-def _load_predictor(args: argparse.Namespace) -> Any:
+def _load_predictor(args: argparse.Namespace) -> "Predictor":
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.inference.predict import Predictor

@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vlm.assembly.adapter_merge import merge
 from vlm.cli.model_options import add_base_option
+
+if TYPE_CHECKING:
+    from vlm.hub.publishing import PreparedFolder
+    from vlm.hub.upload import UploadTarget
 
 
 def push_parser() -> argparse.ArgumentParser:
@@ -95,7 +99,7 @@ def _prepare_only(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _prepare_folder(args: argparse.Namespace, checkpoint: Path, repo: str | None) -> Iterator[Any]:
+def _prepare_folder(args: argparse.Namespace, checkpoint: Path, repo: str | None) -> Iterator["PreparedFolder"]:
     """Yield the folder to upload: a temporary one, or `--output`, which appears once it is complete."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -145,7 +149,7 @@ def _check_publishable(args: argparse.Namespace, checkpoint: Path) -> None:
         raise ValueError(f"{'--merge' if args.merge else '--base'}: {checkpoint} is complete, it has no base")
 
 
-def _check_force(args: argparse.Namespace, target: Any) -> None:
+def _check_force(args: argparse.Namespace, target: "UploadTarget") -> None:
     """Raise ValueError where the repository holds files and the user did not agree to go on."""
     if not target.files or args.force:
         return
@@ -174,7 +178,7 @@ def _visibility(private: bool) -> str:
     return "private" if private else "public"
 
 
-def _print_files(prepared: Any) -> None:
+def _print_files(prepared: "PreparedFolder") -> None:
     """Print which files are uploaded and which are left out."""
     width = max(map(len, prepared.files))
     for name, size in prepared.files.items():

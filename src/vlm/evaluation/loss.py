@@ -4,13 +4,13 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
@@ -38,7 +38,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
 
 
-def supervised_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[CausalLMOutput, Tensor]:
     """Return the model's output with logits `(S, vocabulary)` at supervised positions, and their targets `(S,)`."""
     targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
     keep = targets != IGNORE_INDEX
@@ -48,7 +48,7 @@ def supervised_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Te
 
 @torch.no_grad()
 def sample_losses(
-    model: Any, batches: Iterable[dict[str, Any]], gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss and supervised tokens of every sample: two `(samples,)` tensors on the CPU, in order.
 

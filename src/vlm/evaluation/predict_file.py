@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from vlm.data.sample import BadSample, Sample
 from vlm.evaluation.bootstrap import format_scores
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.head_metrics import scores
-from vlm.inference.batch import fill_table, format_media_paths, prompt_source
+from vlm.inference.batch import Row, fill_table, format_media_paths, prompt_source
 from vlm.inference.predict import Prediction, Predictor
 from vlm.inference.resumable_table import ResumableTable, check_output
 
@@ -95,9 +94,9 @@ def make_column_names(predictor: Predictor) -> list[str]:
 
 def make_row(
     predictor: Predictor, sample: Sample, predictions: dict[str, Prediction] | None, problem: BadSample | None
-) -> dict[str, Any]:  # fmt: skip
+) -> Row:  # fmt: skip
     """Return a record's row; JSON lines also have the heads' `outputs` and the labels' `probabilities`."""
-    row: dict[str, Any] = {"source": sample.id, "image_path": format_media_paths(sample, problem)}
+    row: Row = {"source": sample.id, "image_path": format_media_paths(sample, problem)}
     label = sample.label
     for head in predictor.heads:
         end = "" if len(predictor.heads) == 1 else f"_{head.name}"
@@ -112,7 +111,7 @@ def make_row(
     return {**row, "error": "" if problem is None else problem.reason}
 
 
-def target_or_error(labels: HeadLabels, value: Any) -> list[float] | ValueError:
+def target_or_error(labels: HeadLabels, value: object) -> list[float] | ValueError:
     """Return a label as numbers, or the error where the head does not know it."""
     try:
         return labels.target(value)
@@ -120,7 +119,7 @@ def target_or_error(labels: HeadLabels, value: Any) -> list[float] | ValueError:
         return error
 
 
-def format_metrics(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> str:
+def format_metrics(predictor: Predictor, rows: Sequence[Row]) -> str:
     """Return tables of metrics over records with labels that a head knows, and how many labels it does not know."""
     tables = []
     for head in predictor.heads:

@@ -6,21 +6,23 @@ Metrics of answers are in `text_metrics.py`.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
-from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
+from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.processor import SampleInputs
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss import loss_metrics, sample_losses
 from vlm.evaluation.output import write_json
 from vlm.evaluation.text_metrics import LOSS, compute_text_metrics
+from vlm.inference.batch import Row
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
 
@@ -96,7 +98,7 @@ def evaluate(
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
 
 
-def describe_exclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
+def describe_exclusions(rows: Sequence[Row]) -> list[str]:
     """Return which rows the metrics leave out, as sentences."""
     bad = [row for row in rows if row["error"]]
     unreferenced = [row for row in rows if not row["error"] and not row["references"]]
@@ -148,10 +150,10 @@ def compute_losses(
 
 
 def _make_batches(
-    model: VisionLanguageModel, dataset: Any, progress_label: str, batch_size: int, num_workers: int
-) -> Iterator[dict[str, Any]]:
+    model: VisionLanguageModel, dataset: Dataset[SampleInputs | Skipped], label: str, batch_size: int, num_workers: int
+) -> Iterator[dict[str, Tensor]]:
     loader = DataLoader(dataset, batch_size, collate_fn=Collator.of(model.processor), num_workers=num_workers)
-    for batch in tqdm(loader, progress_label, unit="batch"):
+    for batch in tqdm(loader, label, unit="batch"):
         for skipped in batch.pop(SKIPPED_KEY, []):
             raise skipped.as_error()
         labels = batch["labels"].to(model.model.device)
@@ -159,7 +161,7 @@ def _make_batches(
         yield {**inputs, "labels": labels}
 
 
-def write_results(folder: Path, result: EvaluationResult, run_info: dict[str, Any]) -> None:
+def write_results(folder: Path, result: EvaluationResult, run_info: dict[str, object]) -> None:
     """Write `results.json` and `results.md`: the metrics, and which model and data they are of."""
     write_json(folder, {
         **run_info, "records": result.records, "answered": result.num_answered, "left_out": list(result.exclusions),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from vlm.data.cache import json_digest
 from vlm.data.dataset import encode_sample
 from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.prompts import PromptEncoder
-from vlm.data.processor import Processor
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.sources import Source
 from vlm.inference.generate import check_length, on_device
@@ -78,7 +78,7 @@ class FullPromptEncoder(PromptEncoder):
 
 
 Result = TypeVar("Result")
-Row = dict[str, Any]
+Row = dict[str, object]
 """A row of a table: column -> cell."""
 
 
@@ -144,7 +144,7 @@ def format_media_paths(sample: Sample, problem: BadSample | None) -> str:
     return ";".join(map(str, sample.media))
 
 
-class PromptDataset(Dataset[Any]):
+class PromptDataset(Dataset[tuple[Sample, SampleInputs | BadSample]]):
     """Records from a number on: each sample, and its model inputs or the reason why it cannot be read.
 
     A record that is no sample keeps its id and its label.
@@ -156,7 +156,7 @@ class PromptDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source) - self.start
 
-    def __getitem__(self, index: int) -> tuple[Sample, dict[str, Any] | BadSample]:
+    def __getitem__(self, index: int) -> tuple[Sample, SampleInputs | BadSample]:
         sample, record = None, None
         try:
             record = self.source.records[self.start + index]
@@ -185,7 +185,7 @@ class Prompt:
 
     number: int
     sample: Sample
-    inputs: dict[str, Any]
+    inputs: SampleInputs
     problem: BadSample | None = None
 
 
@@ -221,7 +221,9 @@ def batch_by_length(window: Sequence[Prompt], batch_size: int) -> list[list[Prom
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _as_arrays(rows: Sequence[tuple[Sample, Any]]) -> list[tuple[Sample, Any]]:
+def _as_arrays(
+    rows: Sequence[tuple[Sample, SampleInputs | BadSample]],
+) -> list[tuple[Sample, SampleInputs | BadSample]]:
     return [
         (sample, item if isinstance(item, BadSample) else
          {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in item.items()})
@@ -229,7 +231,7 @@ def _as_arrays(rows: Sequence[tuple[Sample, Any]]) -> list[tuple[Sample, Any]]:
     ]  # fmt: skip
 
 
-def _make_prompt(number: int, sample: Sample, item: Any) -> Prompt:
+def _make_prompt(number: int, sample: Sample, item: SampleInputs | BadSample) -> Prompt:
     if isinstance(item, BadSample):
         return Prompt(number, sample, {}, item)
     inputs = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in item.items()}

@@ -2,11 +2,13 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from torch import Tensor
 
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.sample import BadSample, Turn
-from vlm.inference.generate import VisionLanguageModel
+from vlm.data.vision.images import Medium
+from vlm.inference.generate import ImageInput, VideoInput, VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Exchange:
     """
 
     question: Turn
-    media: tuple[Any, ...]
+    media: tuple[Medium, ...]
     answer: str
 
     @property
@@ -58,11 +60,11 @@ class Conversation:
         return (*self.system, *(turn for exchange in self.exchanges for turn in exchange.turns))
 
     @property
-    def media(self) -> list[Any]:
+    def media(self) -> list[Medium]:
         """The images and videos of all questions, opened, in order."""
         return [media for exchange in self.exchanges for media in exchange.media]
 
-    def ask(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Generator[str]:
+    def ask(self, text: str, images: Sequence[ImageInput] = (), videos: Sequence[VideoInput] = ()) -> Generator[str]:
         """Ask the next question; a bad question is refused here, before anything is generated.
 
         Args:
@@ -90,7 +92,7 @@ class Conversation:
         return self._generate_answer(inputs, question, tuple(media), self._revision)
 
     def _generate_answer(
-        self, inputs: dict[str, Any], question: Turn, media: tuple[Any, ...], revision: int
+        self, inputs: dict[str, Tensor], question: Turn, media: tuple[Medium, ...], revision: int
     ) -> Generator[str]:
         if self.settings.num_beams > 1:
             pieces = self.model.answers(inputs, self.settings)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import PreTrainedModel, StoppingCriteria, TextIteratorStreamer
 
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import DatasetConfig, InferenceConfig
@@ -19,9 +19,15 @@ from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, rende
 from vlm.data.processor import Processor
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
 from vlm.data.sources import parts_for_video
-from vlm.data.vision.images import media_sizes_from_opened, open_image, open_media
+from vlm.data.vision.images import Medium, media_sizes_from_opened, open_image, open_media
 from vlm.data.vision.video import num_frames
 from vlm.inference.feature_cache import ImageFeatureCache
+
+ImageInput = str | Path | Image.Image
+"""An image as a caller gives it: a path, or an opened image."""
+
+VideoInput = str | Path
+"""A video as a caller gives it."""
 
 
 class VisionLanguageModel:
@@ -33,7 +39,7 @@ class VisionLanguageModel:
         feature_cache: keeps features of recent images; None where the visual encoder's weights may change.
     """
 
-    def __init__(self, model: Any, processor: Processor, feature_cache: ImageFeatureCache | None = None):
+    def __init__(self, model: PreTrainedModel, processor: Processor, feature_cache: ImageFeatureCache | None = None):
         self.model = model
         self.processor = processor
         self.feature_cache = feature_cache
@@ -66,8 +72,8 @@ class VisionLanguageModel:
     def generate(
         self,
         prompt: str | Sequence[str],
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Sequence[ImageInput] | Sequence[Sequence[ImageInput]] = (),
+        videos: Sequence[VideoInput] | Sequence[Sequence[VideoInput]] = (),
         *,
         max_frames: int = DatasetConfig.max_frames,
         temperature: float = InferenceConfig.temperature,
@@ -75,7 +81,7 @@ class VisionLanguageModel:
         num_beams: int = InferenceConfig.num_beams,
         max_new_tokens: int = InferenceConfig.max_new_tokens,
         **kwargs: Any,
-    ) -> Any:
+    ) -> str | list[str]:
         """Generate the answer to one prompt, or to several at once.
 
         Args:
@@ -106,7 +112,7 @@ class VisionLanguageModel:
 
     def conversations(
         self, prompt: str | Sequence[str], images: Sequence[Any], videos: Sequence[Any], max_frames: int
-    ) -> tuple[list[list[Turn]], list[list[Any]]]:
+    ) -> tuple[list[list[Turn]], list[list[Medium]]]:
         """Return each prompt as a conversation that waits for a reply, and its opened images and videos.
 
         Raises:
@@ -123,8 +129,9 @@ class VisionLanguageModel:
         return [[turn] for turn, _ in questions], [media for _, media in questions]
 
     def open_question(
-        self, prompt: str, images: Sequence[Any], videos: Sequence[Any] = (), max_frames: int = DatasetConfig.max_frames
-    ) -> tuple[Turn, list[Any]]:
+        self, prompt: str, images: Sequence[ImageInput], videos: Sequence[VideoInput] = (),
+        max_frames: int = DatasetConfig.max_frames,
+    ) -> tuple[Turn, list[Medium]]:  # fmt: skip
         """Return a question as a turn, and its opened images and videos in the order of their places in it.
 
         Raises:
@@ -143,7 +150,7 @@ class VisionLanguageModel:
         return turn, [next(opened_images if part == STAND_IN_IMAGE else frames) for part in media]
 
     def answer(
-        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]],
+        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]],
         settings: InferenceConfig, **kwargs: Any,
     ) -> list[str]:  # fmt: skip
         """Return the next reply of each conversation; each is what the conversation would get by itself."""
@@ -159,7 +166,9 @@ class VisionLanguageModel:
         """Return a batch in which cached features replace pixels, see `ImageFeatureCache`."""
         return inputs if self.feature_cache is None else self.feature_cache.replace_pixels(self.model, inputs)
 
-    def stream(self, conversation: Sequence[Turn], images: Sequence[Any], settings: InferenceConfig) -> Generator[str]:
+    def stream(
+        self, conversation: Sequence[Turn], images: Sequence[Medium], settings: InferenceConfig
+    ) -> Generator[str]:
         """Yield the next reply piece by piece as it is generated; see `stream_batch`."""
         return self.stream_batch(self.inputs([conversation], [images]), settings)
 
@@ -193,7 +202,7 @@ class VisionLanguageModel:
             raise failure[0]
 
     def inputs(
-        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], *,
+        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
         suffix: Sequence[int] = (), left: bool = True,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the model's inputs for conversations that wait for a reply.
@@ -260,12 +269,12 @@ class CancelCriteria(StoppingCriteria):
     def __init__(self):
         self.cancelled = False
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         """Return whether each row ends: `(rows,)`."""
         return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
 
 
-def on_device(batch: Mapping[str, Any], processor: Processor, device: torch.device) -> dict[str, torch.Tensor]:
+def on_device(batch: Mapping[str, torch.Tensor], processor: Processor, device: torch.device) -> dict[str, torch.Tensor]:
     """Return a batch without labels on a device, its pixels normalised."""
     batch = {name: value for name, value in batch.items() if name != "labels"}
     if "pixel_values" in batch:
@@ -321,7 +330,7 @@ def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPar
     return Turn("user", tuple(part for part in content if part != ""))
 
 
-def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Any]:
+def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Sequence[Any]]:
     """Return a list of images or videos for each prompt; empty lists where nothing is given."""
     media = list(given) or [()] * number
     if len(media) != number:
@@ -329,7 +338,7 @@ def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Any]
     return media
 
 
-def check_videos(videos: Sequence[Any], max_frames: int) -> None:
+def check_videos(videos: Sequence[VideoInput], max_frames: int) -> None:
     """Raise ValueError where a path is no video, or `max_frames` allows no frame."""
     if max_frames < 1:
         raise ValueError(f"max_frames={max_frames}: must be at least 1")
@@ -340,7 +349,7 @@ def check_videos(videos: Sequence[Any], max_frames: int) -> None:
         raise ValueError(error.reason) from error
 
 
-def load_images(images: Sequence[Any]) -> list[Image.Image]:
+def load_images(images: Sequence[ImageInput]) -> list[Image.Image]:
     """Return images, opened where they are paths.
 
     Raises:

@@ -3,13 +3,12 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from vlm.config.schema import InferenceConfig, SourceConfig
 from vlm.data.cache import json_digest
 from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Sample, Turn
-from vlm.inference.batch import fill_table, format_media_paths, prompt_source
+from vlm.inference.batch import Row, fill_table, format_media_paths, prompt_source
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.resumable_table import ResumableTable, check_output
 
@@ -22,7 +21,7 @@ def generate_file(
     model: VisionLanguageModel, config: SourceConfig, output: Path, settings: InferenceConfig, *, cache: Path,
     fingerprint: str, batch_size: int = 16, num_workers: int = 2, max_frames: int, seed: int | None = None,
     overwrite: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """Generate an answer for every record of a file.
 
     Args:
@@ -57,7 +56,7 @@ def generate_file(
     )  # fmt: skip
 
 
-def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> dict[str, Any]:
+def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> Row:
     """Return a record's row; JSON lines also have its `references`."""
     prompt = prompt_turns(sample) if sample.turns else ()
     question = next((turn for turn in reversed(prompt) if turn.role == "user"), None)

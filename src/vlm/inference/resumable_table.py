@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 SUFFIXES = (".csv", ".jsonl")
 """Allowed suffixes of an output."""
@@ -68,21 +67,21 @@ class ResumableTable:
         return set(self._read_rows())
 
     @contextmanager
-    def open_writer(self) -> Iterator[Callable[[Iterable[tuple[int, dict[str, Any]]]], None]]:
+    def open_writer(self) -> Iterator[Callable[[Iterable[tuple[int, dict[str, object]]]], None]]:
         """Yield a function that writes numbered rows to disk."""
         with self.partial.open("a", encoding="utf-8") as file:
 
-            def write(rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
+            def write(rows: Iterable[tuple[int, dict[str, object]]]) -> None:
                 file.writelines(json.dumps(numbered, ensure_ascii=False) + "\n" for numbered in rows)
                 file.flush()
 
             yield write
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, object]]:
         """Return the rows written so far, in the order of the records."""
         return [row for _, row in sorted(self._read_rows().items())]
 
-    def _read_rows(self) -> dict[int, dict[str, Any]]:
+    def _read_rows(self) -> dict[int, dict[str, object]]:
         """Return rows by number; of a row that was written twice, the later one."""
         with self.partial.open(encoding="utf-8") as file:
             return dict(map(json.loads, file))
@@ -102,6 +101,6 @@ class ResumableTable:
         self.metadata.unlink()
 
 
-def _format_cell(value: Any) -> Any:
+def _format_cell(value: object) -> object:
     """Return a value as a cell of a `.csv`; the items of a list are joined by `;`."""
     return ";".join(map(str, value)) if isinstance(value, list) else value

@@ -5,6 +5,7 @@ scheduler and random numbers, and, once every rank is done with it, the file `co
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,6 +39,12 @@ class CheckpointTrainer(Trainer):
     processor: Processor
     parts: list[Part]
     base: Base | None
+
+    # `Trainer` declares these as unions; here each is what a run makes it.
+    model: Any
+    model_wrapped: Any
+    lr_scheduler: Any
+    accelerator: Any
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its processor, whole or on top of its base; within a checkpoint, only what trains."""

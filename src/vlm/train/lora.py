@@ -1,7 +1,7 @@
-"""One adapter over all parts that have one: which layers it adapts, and with what rank.
+"""One adapter for all parts: which layers it adapts, and with what rank.
 
-It is put into the model, not around it (`add_adapter` of transformers), so the model's class and the names of its
-parameters stay.
+transformers' `add_adapter` puts it into the model, not around it, so the model's class and the names of its parameters
+stay.
 """
 
 import difflib
@@ -19,19 +19,17 @@ from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
 from vlm.families.table import get_part_names
 
 PEFT_INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
-"""`trainer.lora.init` -> what peft calls it. Others of its choices change the base, which is not saved."""
+"""`trainer.lora.init` -> peft's name. Other choices of peft change the base, which is not saved."""
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torch.dtype) -> None:
-    """Put a fresh adapter into a model, if any part is to have one.
-
-    Its first weights depend on `seed` alone.
+    """Put a new adapter into a model, if any part is to have one.
 
     Args:
         model: the model with its weights.
         lora: ranks and targets.
-        seed: for the first weights.
-        dtype: of the adapter.
+        seed: the first weights depend on it alone.
+        dtype: the adapter's precision.
 
     Raises:
         ValueError: a part has no layer to adapt, or none of a name that was given.
@@ -48,20 +46,20 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torc
             parameter.data = parameter.data.to(dtype)
 
 
-def select_adapted_layers(model: TrainableModel, part: str, own: LoraPartConfig) -> list[str]:
-    """Full names of the layers of a part that get an adapter.
+def select_adapted_layers(model: TrainableModel, part: str, config: LoraPartConfig) -> list[str]:
+    """Return full names of the layers of a part that get an adapter.
 
     Raises:
-        ValueError: there is none, or none whose name ends as it should.
+        ValueError: the part has no Linear layer, or none whose name ends as `target_modules` says.
     """
-    if own.r is None:
+    if config.r is None:
         return []
     linear = linear_layers(model, part)
     if not linear:
-        raise ValueError(f"trainer.lora.{part}.r={own.r}: the {part} has no Linear layer to adapt")
-    if own.target_modules is None:
+        raise ValueError(f"trainer.lora.{part}.r={config.r}: the {part} has no Linear layer to adapt")
+    if config.target_modules is None:
         return linear
-    for ending in own.target_modules:
+    for ending in config.target_modules:
         if not any(f".{name}".endswith(f".{ending}") for name in linear):
             endings = sorted({name.rpartition(".")[2] for name in linear})
             close_matches = difflib.get_close_matches(ending, endings, 1)
@@ -70,11 +68,11 @@ def select_adapted_layers(model: TrainableModel, part: str, own: LoraPartConfig)
                 f"trainer.lora.{part}.target_modules: no Linear layer of the {part} is named {ending}.{hint} Their "
                 f"names end in {', '.join(endings)}"
             )
-    return [name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in own.target_modules)]
+    return [name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in config.target_modules)]
 
 
 def linear_layers(model: TrainableModel, part: str) -> list[str]:
-    """Full names of a part's Linear layers: without `lm_head`, and without those that no answer depends on."""
+    """Return full names of a part's Linear layers, without `lm_head` and layers that no answer depends on."""
     names, head = get_part_names(model.config), model.get_output_embeddings()
     return [
         name
@@ -88,18 +86,18 @@ def linear_layers(model: TrainableModel, part: str) -> list[str]:
 
 
 def peft_config(lora: LoraConfig, targets: dict[str, list[str]]) -> peft.LoraConfig:
-    """Peft's configuration: the layers by their full names, and ranks that differ by part as patterns of those.
+    """Return peft's configuration: layers by their full names, ranks that differ by part as patterns of the names.
 
     Args:
-        lora: the run's.
+        lora: the run's settings.
         targets: part -> full names of its layers.
     """
     ranks, alphas = {}, {}
     for part, layers in targets.items():
-        own: LoraPartConfig = getattr(lora, part)
-        assert own.r is not None
+        config: LoraPartConfig = getattr(lora, part)
+        assert config.r is not None
         for name in layers:
-            ranks[name], alphas[name] = own.r, own.alpha or 2 * own.r
+            ranks[name], alphas[name] = config.r, config.alpha or 2 * config.r
     rank, alpha = ranks[max(targets.values(), key=len)[0]], alphas[max(targets.values(), key=len)[0]]
     return peft.LoraConfig(
         r=rank,
@@ -116,17 +114,17 @@ def peft_config(lora: LoraConfig, targets: dict[str, list[str]]) -> peft.LoraCon
 
 
 def _exact_name_pattern(name: str) -> str:
-    """A pattern, as peft reads it, that one layer's name fits and no other."""
+    """Return a pattern, as peft reads it, that matches one layer's name and no other."""
     return f"^{re.escape(name)}"
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter, by its full name."""
+    """Return whether a parameter belongs to an adapter, by its full name."""
     return any(step.startswith("lora_") for step in name.split("."))
 
 
 def is_trained_with_adapter(name: str, lora: LoraConfig) -> bool:
-    """Whether a parameter of a part with an adapter trains: the adapter's own, and the biases that `bias` names."""
+    """Return whether a parameter of a part with an adapter trains: the adapter's, and the biases that `bias` names."""
     if is_adapter(name) or lora.bias == "none":
         return is_adapter(name)
     return name.endswith(".base_layer.bias") or (lora.bias == "all" and name.endswith(".bias"))

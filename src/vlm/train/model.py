@@ -1,4 +1,4 @@
-"""The model of a run: settled without weights first, then loaded, and made ready to train."""
+"""Preparing a loaded model for training: adapters, frozen parts, precision, kernels, checkpointing, compilation."""
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -15,10 +15,8 @@ from vlm.train.step.compile import compile_layers
 from vlm.train.step.liger import apply_liger_kernels
 
 
-def prepare(
-    model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor
-) -> list[Part]:
-    """Adapters, parts, and what trains of them in which precision: the model is ready to train then."""
+def prepare(model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor) -> list[Part]:
+    """Make a loaded model ready to train, and return its parts."""
     trained_dtype = torch.float32 if args.deepspeed is None else compute_dtype(args)
     add_adapter(model, config.trainer.lora, args.seed, trained_dtype)
     parts = make_parts(model, config.trainer, config.model, new_token_ids(config.model, processor.tokenizer))
@@ -35,5 +33,5 @@ def prepare(
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:
-    """What matrix products run in."""
+    """Return the precision of matrix products."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -11,12 +11,13 @@ from torch import nn
 from vlm.assembly.checkpoint import is_prediction_model
 from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.model_interface import TrainableModel
-from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, ModelConfig, TrainerOptions
+from vlm.config.model_schema import ModelConfig
+from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, TrainerOptions
 from vlm.families.table import get_part_names
 from vlm.train.lora import is_trained_with_adapter
 
 FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})
-"""What language models call the norm behind their last layer, which hidden states before the last do not see."""
+"""Names of the norm after a language model's last layer, which earlier hidden states do not pass through."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,16 @@ class Part:
     """One part of a model, as this run treats it.
 
     Attributes:
-        name: its name.
-        source: where it comes from: its Hub name or folder, a connector's name.
-        parameters: its parameters, by their full names in the model.
-        trains: whether they train as a whole.
-        learning_rate: its peak learning rate; None where nothing of it trains.
-        weight_decay: of its matrices.
-        unread: full names of those that no answer depends on, and that never get a gradient.
-        rank: of its adapter; None where it has none.
-        adapter: full names of what trains where the part itself is frozen: its adapter, perhaps biases.
-        rows: full names of embeddings of which only `new_tokens` train, the part itself being frozen.
+        name: the part's name.
+        source: where the part comes from: a Hub name or folder, a connector's name.
+        parameters: full name in the model -> parameter.
+        is_unfrozen: whether all parameters train.
+        learning_rate: the peak learning rate; None where nothing trains.
+        weight_decay: the weight decay of matrices.
+        unread: full names of parameters that no answer depends on, and that never get a gradient.
+        rank: the rank of the part's adapter; None where it has none.
+        adapter: full names of what trains although the part is frozen: its adapter, perhaps biases.
+        rows: full names of embeddings of which only the rows `new_tokens` train, while the part is frozen.
         new_tokens: the numbers of those rows.
     """
 
@@ -51,31 +52,31 @@ class Part:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether it trains, as a whole, through an adapter or in rows of its embeddings."""
+        """Whether the part trains: as a whole, through an adapter or in rows of its embeddings."""
         return self.is_unfrozen or bool(self.adapter) or bool(self.rows)
 
 
 def make_parts(
     model: TrainableModel, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = ()
 ) -> list[Part]:
-    """The parts of a model with the run's settings for them; every parameter belongs to exactly one.
+    """Return the parts of a model with the run's settings; every parameter belongs to exactly one part.
 
     Args:
         model: the model.
         trainer: the run's settings.
-        sources: where its parts come from.
+        sources: where the model's parts come from.
         new_tokens: ids whose embeddings train even where the language model does not.
     """
     names = get_part_names(model.config)
     unread = parameters_unread_by_heads(model)
-    every = (*PARTS, HEAD) if is_prediction_model(model) else PARTS
-    named = {
+    part_names = (*PARTS, HEAD) if is_prediction_model(model) else PARTS
+    source_names = {
         "visual_encoder": " + ".join(encoder.hf_name for encoder in encoder_sources(sources.visual_encoder).values()),
         "connector": sources.connector.name or sources.connector.type,
         "language_model": sources.language_model.hf_name,
-        HEAD: ", ".join(f"{one.task} at {one.pooling}" for one in sources.head.by_name.values()),
+        HEAD: ", ".join(f"{head.task} at {head.pooling}" for head in sources.head.by_name.values()),
     }
-    parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in every}
+    parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in part_names}
     for name, parameter in model.named_parameters():
         parameters[names.part_of(name)][name] = parameter
     rows = (
@@ -86,7 +87,7 @@ def make_parts(
     return [
         Part(
             name=name,
-            source=named[name],
+            source=source_names[name],
             parameters=parameters[name],
             is_unfrozen=is_unfrozen(trainer, name),
             learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate")
@@ -95,83 +96,82 @@ def make_parts(
             unread=unread.union(filter(names.is_unused, parameters[name])) & parameters[name].keys(),
             rank=(rank := None if name == HEAD else getattr(trainer.lora, name).r),
             adapter=frozenset(
-                one for one in parameters[name] if rank is not None and is_trained_with_adapter(one, trainer.lora)
+                full_name
+                for full_name in parameters[name]
+                if rank is not None and is_trained_with_adapter(full_name, trainer.lora)
             ),
             rows=rows & parameters[name].keys(),
             new_tokens=tuple(new_tokens),
         )
-        for name in every
+        for name in part_names
     ]  # fmt: skip
 
 
 def token_embedding_names(model: TrainableModel) -> frozenset[str]:
-    """Full names of the matrices that have a row for each token: embeddings, and vocabulary heads of their own."""
+    """Return full names of the matrices with a row for each token: embeddings, and untied vocabulary heads."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(layer.weight) for layer in layers if layer is not None}
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in weights)
 
 
 def parameters_unread_by_heads(model: TrainableModel) -> frozenset[str]:
-    """Full names of what no head depends on: a vocabulary head of its own where no reply is learned, later layers."""
+    """Return full names of what no head depends on: later layers, an untied vocabulary head if no reply is learned."""
     if not is_prediction_model(model) or model.config.generation_weight:
         return frozenset()
     vocabulary, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    left_out = [] if vocabulary is None else [p for p in vocabulary.parameters() if p is not embeddings.weight]
+    unread = [] if vocabulary is None else [p for p in vocabulary.parameters() if p is not embeddings.weight]
     depth = model.config.get_text_config().num_hidden_layers
-    read = [depth if one.layer is None else one.layer % (depth + 1) for one in model.config.settings]
-    if max(read) < depth:
-        left_out += [
-            parameter for module in _modules_after_layer(model, max(read)) for parameter in module.parameters()
-        ]
-    ids = set(map(id, left_out))
+    last = max(depth if head.layer is None else head.layer % (depth + 1) for head in model.config.settings)
+    if last < depth:
+        unread += [parameter for module in _modules_after_layer(model, last) for parameter in module.parameters()]
+    ids = set(map(id, unread))
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in ids)
 
 
 def _modules_after_layer(model: TrainableModel, layer: int) -> list[nn.Module]:
-    """The language model's modules behind a hidden state, of which state 0 is before the first layer."""
+    """Return the language model's modules after a hidden state; state 0 is before the first layer."""
     depth = model.config.get_text_config().num_hidden_layers
     children = dict(model.get_decoder().named_children())
-    layers = [one for one in children.values() if isinstance(one, nn.ModuleList) and len(one) == depth]
+    stacks = [child for child in children.values() if isinstance(child, nn.ModuleList) and len(child) == depth]
     norms = [children[name] for name in FINAL_NORMS & children.keys()]
-    return [*(one for stack in layers for one in stack[layer:]), *norms]
+    return [*(module for stack in stacks for module in stack[layer:]), *norms]
 
 
 def is_unfrozen(trainer: TrainerOptions, part: str) -> bool:
-    """Whether `trainer.unfreeze` lets a part train; a head always does."""
+    """Return whether `trainer.unfreeze` lets a part train; a head always does."""
     return part == HEAD or getattr(trainer.unfreeze, TRAIN_FLAGS[part])
 
 
 def is_trainable(trainer: TrainerOptions, part: str) -> bool:
-    """Whether a part trains, as a whole or through an adapter."""
+    """Return whether a part trains, as a whole or through an adapter."""
     return is_unfrozen(trainer, part) or getattr(trainer.lora, part).r is not None
 
 
 def freeze(parts: list[Part]) -> None:
-    """Set every parameter's `requires_grad` as its part says; what no answer depends on gets no gradient either.
+    """Set every parameter's `requires_grad` as its part says; parameters that no answer depends on get no gradient.
 
-    Of embeddings whose new rows alone train, the gradient of all other rows is 0: without weight decay, which they do
-    not get, no optimiser moves them.
+    Where only the new rows of embeddings train, the gradient of all other rows is 0: without weight decay, which these
+    embeddings do not get, no optimiser moves them.
     """
     for part in parts:
         for name, parameter in part.parameters.items():
-            is_unfrozen = (part.is_unfrozen or name in part.adapter or name in part.rows) and name not in part.unread
-            parameter.requires_grad_(is_unfrozen)
+            trains = part.is_unfrozen or name in part.adapter or name in part.rows
+            parameter.requires_grad_(trains and name not in part.unread)
             if name in part.rows:
                 parameter.register_hook(partial(_keep_gradient_rows, part.new_tokens))
 
 
 def _keep_gradient_rows(rows: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient `(vocabulary, D)` that is 0 but in these rows."""
-    kept = torch.zeros_like(gradient)
-    kept[list(rows)] = gradient[list(rows)]
-    return kept
+    """Return a gradient `(vocabulary, D)` that is 0 except in these rows."""
+    masked = torch.zeros_like(gradient)
+    masked[list(rows)] = gradient[list(rows)]
+    return masked
 
 
 def cast(model: nn.Module, parts: list[Part], trained: torch.dtype, frozen: torch.dtype) -> None:
-    """Give parts and adapters that train one precision and the others another, saved buffers of parts included.
+    """Cast parts and adapters that train to one precision and the others to another, with their saved buffers.
 
-    Buffers that no checkpoint holds stay as their modules made them: rotary frequencies lose too much in half
-    precision.
+    Buffers that no checkpoint holds keep their precision: rotary frequencies lose too much in half precision.
     """
     names = get_part_names(model.config)
     dtypes = {part.name: trained if part.is_unfrozen else frozen for part in parts}
@@ -184,14 +184,14 @@ def cast(model: nn.Module, parts: list[Part], trained: torch.dtype, frozen: torc
 
 
 def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
-    """Optimiser groups, one for each part that trains and each decay class.
+    """Return the optimiser's groups, one for each part that trains and each decay class.
 
     Args:
         parts: the model's parts.
         decayed: full names of the parameters that weight decay applies to.
 
     Returns:
-        Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
+        Groups with `name`, `params`, `lr` and `weight_decay`; empty groups are left out.
     """
     groups = []
     for part in parts:
@@ -206,7 +206,7 @@ def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
 
 
 def table(parts: list[Part]) -> str:
-    """The table that a run begins with, once `freeze` has settled what trains."""
+    """Return the table of parts that a run logs first; `freeze` has to come before."""
     rows = [("part", "from", "parameters", "trainable", "learning rate", "weight decay"), *_table_rows(parts)]
     alignment = ("left", "left", "right", "right", "right", "right")
     header, *lines = tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True).splitlines()
@@ -230,11 +230,11 @@ def _table_rows(parts: list[Part]) -> Iterator[tuple[str, ...]]:
 
 
 def _row_width(matrix: nn.Parameter) -> int:
-    """How long a row is, where ZeRO-3 shards it too."""
+    """Return the width of a matrix, which ZeRO-3 may have sharded."""
     return getattr(matrix, "ds_shape", matrix.shape)[1]
 
 
 def _num_elements(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for, where ZeRO-3 shards it or four bits hold each, too."""
+    """Return the number of elements of a parameter, which ZeRO-3 may have sharded, or which may be stored in 4 bits."""
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,17 +37,17 @@ class SigtermCheckpoint(TrainerCallback):
         self.received = self.any_rank_received = self.handler_installed = False
         self.previous_handler: Any = signal.SIG_DFL
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Install the handler; only a main thread can."""
         if threading.current_thread() is threading.main_thread():
             self.previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
             self.handler_installed = True
 
-    def _on_sigterm(self, number: int, frame: Any) -> None:
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         """Note the signal."""
         self.received = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Ask for a checkpoint where any rank got the signal."""
         self.any_rank_received = self._any_rank_received_sigterm(args.device)
         if not self.any_rank_received:
@@ -56,7 +57,7 @@ class SigtermCheckpoint(TrainerCallback):
         control.should_save = True
         return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """End the run, now that the checkpoint is complete."""
         if self.any_rank_received:
             self._end(
@@ -64,7 +65,7 @@ class SigtermCheckpoint(TrainerCallback):
                 f"trainer.output_dir={args.output_dir} trainer.resume_from_checkpoint=true goes on"
             )
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Restore the earlier handler."""
         self.restore()
 

@@ -64,11 +64,10 @@ class VLMTrainer(CheckpointTrainer):
         kwargs: as `Trainer`.
     """
 
-    # `Trainer` declares these as unions; here each is what a run makes it.
-    model: Any
-    model_wrapped: Any
-    accelerator: Any
+    # `Trainer` declares these as unions, as those of `CheckpointTrainer`.
+    train_dataset: Any
     eval_dataset: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -153,7 +152,7 @@ class VLMTrainer(CheckpointTrainer):
                 names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
                 rates = map(float, self.lr_scheduler.get_last_lr())
                 logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, rates, strict=True)}
-            logs |= self.meter.gather_metrics(self.accelerator.gather)
+            logs |= self.meter.gather_metrics(self.accelerator.gather) | self.objective.training_metrics(self)
         elif "train_runtime" in logs:
             self.meter.finish(self.accelerator.gather, self.state.global_step)
             for name in DROPPED_METRICS:

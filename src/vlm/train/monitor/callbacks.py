@@ -18,14 +18,21 @@ class MetricsFile(TrainerCallback):
         self.path = folder / "metrics.jsonl"
         self.loss_plot_path, self.speed_plot_path = folder / "loss.png", folder / "speed.png"
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Drop what was logged after the checkpoint that a run resumes from; a new run starts an empty file."""
         if state.is_world_process_zero:
             step = state.global_step
             lines = [line for line in read_metrics(self.path) if line["step"] <= step and step]
             self.path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ):
         """Append a line: the step, the epoch and what was logged, null in place of NaN and infinity."""
         if state.is_world_process_zero and logs:
             values = {key: value if math.isfinite(value) else None for key, value in logs.items()}  # JSON has no NaN
@@ -33,15 +40,15 @@ class MetricsFile(TrainerCallback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(line)}\n")
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Redraw."""
         self._draw_plots(state)
 
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Redraw."""
         self._draw_plots(state)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Redraw."""
         self._draw_plots(state)
 
@@ -61,7 +68,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class StopAtNaN(TrainerCallback):
     """Ends a run whose loss is NaN or infinite, before it spends another hour."""
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ):
         """Raise FloatingPointError where the training loss is NaN or infinite."""
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             raise FloatingPointError(
@@ -77,11 +91,11 @@ class SampleGenerationCallback(TrainerCallback):
         self.generate = generate
         self.last_generated_step = -1
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Answer, at most once a step."""
         self._generate(state.global_step)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Answer, unless the last evaluation just did."""
         self._generate(state.global_step)
 
@@ -97,7 +111,7 @@ class SetSamplerEpoch(TrainerCallback):
     def __init__(self, get_sampler: Callable[[], Any]):
         self.get_sampler = get_sampler
 
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any):
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Set the epoch: the integer part of `state.epoch`."""
         if self.get_sampler() is not None:
             self.get_sampler().set_epoch(int(state.epoch or 0))

@@ -1,8 +1,9 @@
-"""How many floating-point operations a step of training needs: counted out of the model as it is, not estimated.
+"""The floating-point operations of a training step, counted on the model itself, not estimated.
 
-A copy of the model without storage runs forward and backward under PyTorch's own counter, with the same layers,
-adapters and frozen parameters: what gets no gradient is not counted, nor is what checkpointing computes anew. A
-multiplication and an addition are two operations; only matrix products and convolutions count, as is the custom.
+A copy of the model on the meta device runs forward and backward under PyTorch's own counter, with the same layers,
+adapters and frozen parameters: gradients that are not computed are not counted, nor is recomputation by activation
+checkpointing. A multiplication and an addition are two operations; only matrix products and convolutions count, as is
+usual.
 """
 
 import copy
@@ -21,23 +22,23 @@ from vlm.families.table import FAMILIES
 from vlm.models import VLMForConditionalGeneration
 
 BASE_LENGTH = 32
-"""Tokens of the shortest text that is counted; others are multiples of it."""
+"""Tokens of the shortest counted text; the others are multiples of it."""
 
 NUM_COUNTED_IMAGES = 2
-"""So many images are counted at once: batch norm needs more than one value."""
+"""Images that are counted at once: batch norm needs more than one value."""
 
 
 PATCH_MASK_FAMILIES = {"idefics3", "smolvlm"}
-"""Families whose encoder takes a mask of patches."""
+"""Families whose encoder takes a mask of patches, besides the pixels."""
 
-FIXED_IMAGE_SIZE_FAMILIES = {
-    "llava", "llava_next", "llava_next_video", "llava_onevision", "internvl", "paligemma", "gemma3", *PATCH_MASK_FAMILIES
-}  # fmt: skip
-"""Families whose encoder reads pictures, tiles and frames of one size, by themselves: each costs the same."""
+FIXED_IMAGE_SIZE_FAMILIES = PATCH_MASK_FAMILIES | {
+    *("llava", "llava_next", "llava_next_video", "llava_onevision", "internvl", "paligemma", "gemma3"),
+}
+"""Families whose encoder reads images, tiles and frames of one size, one by one: each costs the same."""
 
 
 class FlopsNotCountable(Exception):
-    """Why a model's operations cannot be counted."""
+    """A model's operations cannot be counted; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class StepFlops:
     """Operations of training, forward and backward.
 
     Attributes:
-        token: of each token in the language model, attention aside.
-        pair: of each token and each token that it attends to: itself and those before it.
-        supervised: of each learnt token, in the vocabulary head.
-        encoded: of each image in the visual encoder; of a family's model, in its connector too.
-        connected: of each image in the connector.
-        batch: of each batch, whatever it holds: what queries cost that are the same for all images.
+        token: for each token in the language model, attention aside.
+        pair: for each pair of a token and a token that it attends to: itself and those before it.
+        supervised: for each supervised token, in the vocabulary head.
+        encoded: for each image in the visual encoder; in family models, in the connector too.
+        connected: for each image in the connector.
+        batch: for each batch, whatever it holds: the cost of queries that all images share.
     """
 
     token: float
@@ -60,25 +61,25 @@ class StepFlops:
     connected: float
     batch: float
 
-    def total(self, facts: BatchStats, encoded: float, connected: float, batches: float) -> float:
-        """Those of so many batches with these facts, whose visual encoder and connector read so many images.
+    def total(self, stats: BatchStats, encoded: float, connected: float, batches: float) -> float:
+        """Return the operations of batches with these statistics, and of images encoded and connected.
 
         Attention is counted as causal over each sample by itself: a sample of T tokens has T (T + 1) / 2 pairs.
         """
-        pairs = (facts.squared_lengths + facts.tokens) / 2
-        text = self.token * facts.tokens + self.pair * pairs + self.supervised * facts.supervised
+        pairs = (stats.squared_lengths + stats.tokens) / 2
+        text = self.token * stats.tokens + self.pair * pairs + self.supervised * stats.supervised
         return text + self.encoded * encoded + self.connected * connected + self.batch * batches
 
 
 def count_flops(model: Any, image: Mapping[str, Any]) -> StepFlops:
-    """Count a model that is ready to train: its adapters are in place, and what is frozen is.
+    """Count the operations of a model that is ready to train, with its adapters and its frozen parameters.
 
     Args:
-        model: the model, before DeepSpeed or a compiler wraps it. It is not changed, nor is any of it copied.
-        image: what the model reads of an image, as the processor gives it.
+        model: the model, before DeepSpeed or a compiler wraps it. It is not changed, and no weight is copied.
+        image: the model's inputs for an image, as the processor returns them.
 
     Raises:
-        FlopsNotCountable: the model does not allow it; says why.
+        FlopsNotCountable: the operations cannot be counted.
     """
     kind = model.config.model_type
     composed = is_composed_model(model)
@@ -89,26 +90,25 @@ def count_flops(model: Any, image: Mapping[str, Any]) -> StepFlops:
         )  # fmt: skip
     try:
         meta_model = copy_to_meta_device(model)
-        return _count_step_flops(
-            meta_model,
-            _count_composed_images(meta_model, image) if composed else _count_family_images(meta_model, image),
-        )
+        count_images = _count_composed_images if composed else _count_family_images
+        return _count_step_flops(meta_model, count_images(meta_model, image))
     except FlopsNotCountable:
         raise
-    except Exception as error:  # a language model of anybody's: a run does not end for a figure in its log
+    except Exception as error:  # any language model may come here, and no run should end for a figure in its log
         raise FlopsNotCountable(f"without data, it does not run: {type(error).__name__}: {error}") from error
 
 
 def copy_to_meta_device(model: nn.Module) -> Any:
-    """A copy of a model on the meta device, in float32 and with plain attention, that trains what the model trains."""
+    """Return a copy of a model on the meta device, in float32, with eager attention and the same frozen parameters."""
     replaced: dict[int, Any] = {}
-    for one in (*model.parameters(), *model.buffers()):
-        shape = getattr(one, "ds_shape", one.shape)  # ZeRO-3 has shared it out
-        blank = torch.empty(shape, dtype=torch.float32 if one.is_floating_point() else one.dtype, device="meta")
-        if isinstance(one, nn.Parameter):
-            _check_not_quantised(one)
-            blank = nn.Parameter(blank, requires_grad=one.requires_grad)
-        replaced[id(one)] = blank
+    for tensor in (*model.parameters(), *model.buffers()):
+        shape = getattr(tensor, "ds_shape", tensor.shape)  # ZeRO-3 has sharded it
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        blank = torch.empty(shape, dtype=dtype, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            _check_not_quantised(tensor)
+            blank = nn.Parameter(blank, requires_grad=tensor.requires_grad)
+        replaced[id(tensor)] = blank
     meta_model = copy.deepcopy(model, replaced)
     for module in meta_model.modules():
         if hasattr(module, "gradient_checkpointing"):
@@ -125,7 +125,7 @@ def _check_not_quantised(parameter: nn.Parameter) -> None:
 
 
 def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
-    """Count the language model of a model without storage, and put it beside what its images cost."""
+    """Count the language model of a model on the meta device, and add what its images cost."""
     if any(p.ndim > 2 for p in model.get_decoder().parameters()):
         raise FlopsNotCountable("its language model has experts or convolutions, whose cost the lengths do not tell")
     needs_gradient = images.needs_gradient or any(p.requires_grad for p in model.get_input_embeddings().parameters())
@@ -146,7 +146,7 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
 
 @dataclass(frozen=True)
 class ImageFlops:
-    """What images cost, as `StepFlops` has it, and whether their tokens get a gradient."""
+    """The operations for images, as in `StepFlops`, and whether their tokens get a gradient."""
 
     encoded: float
     connected: float
@@ -172,7 +172,7 @@ def _count_composed_images(model: VLMForConditionalGeneration, image: Mapping[st
 
 
 def _count_encoder_flops(model: VLMForConditionalGeneration, pixels: Tensor) -> tuple[int, Tensor]:
-    """Operations of the visual encoder, and its features."""
+    """Return the operations of the visual encoder, and its features."""
     trains = any(p.requires_grad for p in model.visual_encoder.parameters())
     with FlopCounterMode(display=False) as counter:
         with torch.set_grad_enabled(trains):
@@ -182,7 +182,7 @@ def _count_encoder_flops(model: VLMForConditionalGeneration, pixels: Tensor) -> 
 
 
 def _count_connector_flops(model: VLMForConditionalGeneration, features: Tensor) -> tuple[int, bool]:
-    """Operations of the connector, and whether its tokens get a gradient."""
+    """Return the operations of the connector, and whether its tokens get a gradient."""
     features = features.detach().requires_grad_(features.requires_grad)
     with FlopCounterMode(display=False) as counter:
         tokens = model.connector(features)
@@ -191,7 +191,7 @@ def _count_connector_flops(model: VLMForConditionalGeneration, features: Tensor)
 
 
 def _count_family_images(model: Any, image: Mapping[str, Any]) -> ImageFlops:
-    """Count what a family's model does with an image, its encoder and what stands behind it together."""
+    """Count the operations of a family's model for an image, in its encoder and connector together."""
     pixels = torch.empty(image["pixel_values"].shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         if model.config.model_type in PATCH_MASK_FAMILIES:
@@ -206,7 +206,7 @@ def _count_family_images(model: Any, image: Mapping[str, Any]) -> ImageFlops:
 
 
 def _encode_with_patch_mask(model: Any, pixels: Tensor) -> Tensor:
-    """Features of Idefics3's kind, whose own call looks at which patches are padding: `(I, 3, h, w) -> (I, N, D)`."""
+    """Return features of Idefics3's encoder, all patches being real: `(I, 3, h, w) -> (I, N, D)`."""
     encoder = model.vision_model
     patches = [side // encoder.config.patch_size for side in pixels.shape[-2:]]
     mask = torch.ones(len(pixels), *patches, dtype=torch.bool, device="meta")
@@ -215,10 +215,10 @@ def _encode_with_patch_mask(model: Any, pixels: Tensor) -> Tensor:
 
 
 def _count_language_model_flops(model: Any, length: int, supervised: int, needs_gradient: bool) -> int:
-    """Operations of the language model over a text of which the last tokens are learnt."""
+    """Return the operations of the language model for a text whose last tokens are supervised."""
     width = model.get_input_embeddings().weight.shape[1]
     inputs = torch.empty(1, length, width, device="meta", requires_grad=needs_gradient)
-    mask = torch.empty(1, 1, length, length, device="meta")  # given, since models look into positions to make theirs
+    mask = torch.empty(1, 1, length, length, device="meta")  # given, since models read positions to make their own
     with FlopCounterMode(display=False) as counter:
         hidden = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         _backward(model.get_output_embeddings()(hidden[:, -supervised:]))

@@ -1,4 +1,4 @@
-"""What people look at: the loss as a picture, the first batch as a page, answers as a list."""
+"""Files for people to look at: plots of loss and speed, the first batch as a page, answers as a list."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -15,6 +15,8 @@ from vlm.data.batching.collator import IMAGE_INDEX, VIDEO_INPUT
 from vlm.data.batching.packing import SEQUENCE_STARTS
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.pages import render_page, thumbnail, tokens_as_html
+from vlm.data.processor import Processor
+from vlm.models.pixels import ImageProcessor
 
 LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
 
@@ -27,7 +29,7 @@ SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """The losses over the steps, as a PNG."""
+    """Plot the losses over the steps, as a PNG."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in LOSS_CURVES.items():
@@ -43,7 +45,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_speed(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Tokens a second (of a head, samples) over the steps, and the shares of padding and waiting, as a PNG."""
+    """Plot tokens a second (for heads, samples) over the steps, and the shares of padding and waiting, as a PNG."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     for axes, curves in ((above, THROUGHPUT_CURVES), (below, SHARE_CURVES)):
@@ -60,14 +62,14 @@ def draw_speed(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) -> None:
+def write_first_batch(batch: dict[str, Tensor], processor: Processor, folder: Path) -> None:
     """`first_batch.html`: each row of a batch as the model sees it, supervised tokens marked, with its pictures."""
     pictures = folder / "first_batch"
     pictures.mkdir(parents=True, exist_ok=True)
     names = []
     for index, pixels in enumerate(_normalised_images(batch, processor)):
         names.append(f"first_batch/{index}.png")
-        image_ref_from_value(pixels, processor.image_processor).save(folder / names[-1])
+        to_image(pixels, processor.image_processor).save(folder / names[-1])
     waiting = iter(names)
     rows = []
     if (
@@ -88,7 +90,7 @@ def write_first_batch(batch: dict[str, Tensor], processor: Any, folder: Path) ->
 
 
 def iterate_rows(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Ids, labels and mask of each row of a batch; of a packed one, of each sample."""
+    """Yield ids, labels and mask of each row of a batch, or of each sample of a packed batch."""
     if SEQUENCE_STARTS not in batch:
         yield from zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
         return
@@ -97,7 +99,7 @@ def iterate_rows(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Ten
         yield ids, batch["labels"][0, start:end], torch.ones_like(ids)
 
 
-def _normalised_images(batch: dict[str, Tensor], processor: Any) -> Sequence[Tensor]:
+def _normalised_images(batch: dict[str, Tensor], processor: Processor) -> Sequence[Tensor]:
     """Normalised pictures, tiles and frames of a batch, each `(3, height, width)`.
 
     None where the model reads loose patches. Of several visual encoders, as the first one sees them.
@@ -111,8 +113,8 @@ def _normalised_images(batch: dict[str, Tensor], processor: Any) -> Sequence[Ten
     return found
 
 
-def image_ref_from_value(pixels: Tensor, image_processor: Any) -> Image.Image:
-    """Normalised pixels `(3, height, width)` as a picture again."""
+def to_image(pixels: Tensor, image_processor: ImageProcessor) -> Image.Image:
+    """Return normalised pixels `(3, height, width)` as an image."""
     mean, std = (
         pixels.new_tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
     )

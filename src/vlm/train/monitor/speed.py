@@ -1,8 +1,8 @@
-"""How fast a run is: real tokens, samples and operations a second, what padding and waiting cost, and memory.
+"""The speed of a run: real tokens, samples and operations a second, the cost of padding and waiting, and memory.
 
-The clock runs from the batches of a step to the end of its update. Evaluation, saving, sample answers and logging are
-no part of it, nor is the first step of a call, in which kernels are chosen and data workers start. The device is waited
-for only where a run waits for it anyway: where it logs, evaluates or saves.
+The clock runs from fetching the batches of a step to the end of its update. Evaluation, saving, sample answers and
+logging are not counted, nor is the first step of a call, in which kernels are chosen and data workers start. The device
+is synchronised only where a run waits for it anyway: where it logs, evaluates or saves.
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from tabulate import tabulate
@@ -25,9 +25,11 @@ from vlm.train.monitor.peak_flops import Peak
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SPEED_FILE = "speed.json"
 BETWEEN_STEPS = "between steps"
-"""What a profile calls evaluation, saving and logging."""
+"""The name of evaluation, saving and logging in a profile."""
 
 METRIC_LABELS = {
     "tokens_per_second": ("tokens a second, all ranks", ",.0f"),
@@ -40,20 +42,20 @@ METRIC_LABELS = {
     "mfu": ("model FLOPs utilisation", ".1%"),
     "peak_memory_gib": ("peak memory of a device, GiB", ".2f"),
 }
-"""Measure -> what the table at the end of a run calls it, and how it writes it."""
+"""Metric -> its label and format in the table at the end of a run."""
 
 
 @dataclass
 class StepCounts:
-    """What happened in some steps of a rank, or of several.
+    """Counts over some steps, of one rank or of several.
 
     Attributes:
         steps: updates.
         batches: forward and backward passes.
-        encoded: images that the visual encoder read.
-        connected: images that the connector read.
-        waiting: seconds in which the loop waited for data.
-        seconds: that the steps took.
+        encoded: images that the visual encoder encoded.
+        connected: images that the connector projected.
+        waiting: seconds that the loop waited for data.
+        seconds: the duration of the steps.
     """
 
     steps: float = 0
@@ -64,29 +66,34 @@ class StepCounts:
     seconds: float = 0
 
     def add(self, other: "StepCounts") -> None:
-        """Add those of other steps."""
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        """Add the counts of other steps."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 class SpeedMeter:
     """Measures the steps of a run.
 
     Args:
-        device: what the model is on.
-        flops: operations of this model; None: they are not known.
-        peak: what the device can do; None: it is not asked.
-        note: why operations are not known, for `speed.json`.
-        folder: where `speed.json` goes; None: nowhere, as on all ranks but the first.
+        device: the model's device.
+        flops: the operations of this model; None: unknown.
+        peak: the peak of the device; None: unknown.
+        note: why operations are unknown, for `speed.json`.
+        folder: the folder of `speed.json`; None: it is not written, as on all ranks but the first.
     """
 
     def __init__(
-        self, device: torch.device, flops: StepFlops | None = None, peak: Peak | None = None, *,
-        note: str | None = None, folder: Path | None = None,
-    ):  # fmt: skip
+        self,
+        device: torch.device,
+        flops: StepFlops | None = None,
+        peak: Peak | None = None,
+        *,
+        note: str | None = None,
+        folder: Path | None = None,
+    ):
         self.device = device
         self.flops, self.peak, self.note, self.folder = flops, peak, note, folder
-        self.interval, self.facts = StepCounts(), BatchStats()
+        self.interval, self.interval_stats = StepCounts(), BatchStats()
         self.total_counts, self.total_stats = StepCounts(), BatchStats()
         self.num_ranks, self.memory = 1, 0.0
         self._num_steps_begun = 0
@@ -97,7 +104,7 @@ class SpeedMeter:
     # --- the clock ------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Let the clock run, from the second step on."""
+        """Start the clock, from the second step on."""
         self.end_break()
         self._num_steps_begun += 1
         if self._num_steps_begun == 2:
@@ -118,11 +125,11 @@ class SpeedMeter:
             self._break = None
 
     def begin_data_wait(self) -> None:
-        """Note that the loop begins to wait for data: an epoch begins."""
+        """Note that the loop starts to wait for data, as at the start of an epoch."""
         self._wait_start = time.perf_counter() if self._run_start is not None else None
 
-    def time_waits(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; the time that each is waited for is counted."""
+    def time_waits(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the same batches, and count the time that the loop waits for each."""
         while True:
             start = self._wait_start or time.perf_counter()
             self._wait_start = None
@@ -136,16 +143,16 @@ class SpeedMeter:
             yield batch
 
     def add(self, batches: Sequence[tuple[BatchStats, int, int]]) -> None:
-        """Count the batches of a step: what each holds, and how many images the encoder and the connector read."""
+        """Count the batches of a step: of each, its statistics, and the images that are encoded and connected."""
         if self._run_start is None or not batches:
             return
         self.interval.add(StepCounts(steps=1, batches=len(batches)))
-        for facts, encoded, connected in batches:
-            self.facts += facts
+        for stats, encoded, connected in batches:
+            self.interval_stats += stats
             self.interval.add(StepCounts(encoded=encoded, connected=connected))
 
     def stop(self, *, wait_for_device: bool = False) -> None:
-        """Stop the clock until the next step; with `waits`, once the device is done with what it has to do."""
+        """Stop the clock until the next step; with `wait_for_device`, once the device is idle."""
         if self._run_start is not None:
             if wait_for_device:
                 self._synchronize_device()
@@ -159,44 +166,44 @@ class SpeedMeter:
     # --- the numbers ----------------------------------------------------------------------------------------------
 
     def gather_metrics(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Measures of the steps since the last call, over all ranks; every rank has to call it.
+        """Return the metrics of the steps since the last call, over all ranks; every rank has to call it.
 
         Args:
             gather: `(1, N)` of this rank -> `(ranks, N)` of all.
         """
-        own = [*astuple(self.facts), *astuple(self.interval), peak_memory(self.device)]
+        numbers = [*astuple(self.interval_stats), *astuple(self.interval), peak_memory(self.device)]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        every = gather(torch.tensor([own], dtype=dtype, device=self.device)).cpu()
-        self.num_ranks, self.memory = len(every), float(every[:, -1].max())
-        sums = every.sum(0).tolist()
-        number = len(fields(BatchStats))
-        facts, counts = BatchStats(*map(round, sums[:number])), StepCounts(*sums[number:-1])
+        by_rank = gather(torch.tensor([numbers], dtype=dtype, device=self.device)).cpu()
+        self.num_ranks, self.memory = len(by_rank), float(by_rank[:, -1].max())
+        sums = by_rank.sum(0).tolist()
+        num_stats = len(fields(BatchStats))
+        stats, counts = BatchStats(*map(round, sums[:num_stats])), StepCounts(*sums[num_stats:-1])
         counts.steps /= self.num_ranks
-        self.interval, self.facts = StepCounts(), BatchStats()
+        self.interval, self.interval_stats = StepCounts(), BatchStats()
         self.total_counts.add(counts)
-        self.total_stats += facts
-        return self._compute_metrics(facts, counts)
+        self.total_stats += stats
+        return self._compute_metrics(stats, counts)
 
-    def _compute_metrics(self, facts: BatchStats, counts: StepCounts) -> dict[str, float]:
-        """What a run logs of some steps; nothing where there were none."""
+    def _compute_metrics(self, stats: BatchStats, counts: StepCounts) -> dict[str, float]:
+        """Return the metrics of some steps; none without steps."""
         if not counts.seconds or not counts.steps:
             return {}
         seconds = counts.seconds / self.num_ranks
-        found = {"samples_per_second": facts.samples / seconds}
-        if facts.positions:
-            found = {
-                "tokens_per_second": facts.tokens / seconds,
-                "supervised_tokens_per_second": facts.supervised / seconds,
-                **found,
-                "padding_share": 1 - facts.tokens / facts.positions,
+        metrics = {"samples_per_second": stats.samples / seconds}
+        if stats.positions:
+            metrics = {
+                "tokens_per_second": stats.tokens / seconds,
+                "supervised_tokens_per_second": stats.supervised / seconds,
+                **metrics,
+                "padding_share": 1 - stats.tokens / stats.positions,
             }
-        found["data_wait_share"] = counts.waiting / counts.seconds
+        metrics["data_wait_share"] = counts.waiting / counts.seconds
         if self.flops is not None:
-            operations = self.flops.total(facts, counts.encoded, counts.connected, counts.batches)
-            found["tflops_per_second"] = operations / counts.seconds / 1e12
+            operations = self.flops.total(stats, counts.encoded, counts.connected, counts.batches)
+            metrics["tflops_per_second"] = operations / counts.seconds / 1e12
             if self.peak is not None:
-                found["mfu"] = found["tflops_per_second"] / self.peak.tflops
-        return {**found, "peak_memory_gib": self.memory}
+                metrics["mfu"] = metrics["tflops_per_second"] / self.peak.tflops
+        return {**metrics, "peak_memory_gib": self.memory}
 
     def finish(self, gather: Callable[[Tensor], Tensor], last_step: int) -> None:
         """Stop the clock at the end of a call and write the summary; see `gather_metrics` and `write_summary`."""
@@ -206,47 +213,47 @@ class SpeedMeter:
         self.write_summary(last_step)
 
     def write_summary(self, last_step: int) -> None:
-        """Write the measures of the whole call into the log and `speed.json`.
+        """Write the metrics of the whole call to the log and `speed.json`.
 
         Args:
             last_step: the number of the last update.
         """
-        found = self._compute_metrics(self.total_stats, self.total_counts)
+        metrics = self._compute_metrics(self.total_stats, self.total_counts)
         if self.folder is None:
             return
-        if not found:
+        if not metrics:
             log.info("Speed: not measured, since the first step is left out and there is no other")
             return
         steps = round(self.total_counts.steps)
         seconds = self.total_counts.seconds / self.num_ranks
-        found["seconds_per_step"] = seconds / steps
-        about = f"steps {last_step - steps + 1} to {last_step} ({seconds:.1f} s; the first step is left out)"
-        log.info("Speed of %s:\n\n%s\n", about, speed_table(found))
+        metrics["seconds_per_step"] = seconds / steps
+        title = f"steps {last_step - steps + 1} to {last_step} ({seconds:.1f} s; the first step is left out)"
+        log.info("Speed of %s:\n\n%s\n", title, speed_table(metrics))
         if self.note is not None:
             log.info("Operations were not counted: %s", self.note)
-        described = {
+        summary = {
             "first_step": last_step - steps + 1,
             "last_step": last_step,
             "seconds": seconds,
             "ranks": self.num_ranks,
             "device": device_name(self.device),
-            **found,
+            **metrics,
             "whole": {**asdict(self.total_stats), **asdict(self.total_counts)},
             "flops": self.flops and asdict(self.flops),
             "flops_note": self.note,
             "peak": self.peak and asdict(self.peak),
         }
-        self.folder.joinpath(SPEED_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        self.folder.joinpath(SPEED_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def speed_table(measures: dict[str, float]) -> str:
+def speed_table(metrics: dict[str, float]) -> str:
     """Return metrics as a table, in the order of `METRIC_LABELS`."""
-    rows = [(label, format(measures[name], spec)) for name, (label, spec) in METRIC_LABELS.items() if name in measures]
+    rows = [(label, format(metrics[name], spec)) for name, (label, spec) in METRIC_LABELS.items() if name in metrics]
     return tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB at most so far: allocated on a GPU; else resident in this process, its data workers left out."""
+    """Return the peak memory so far in GiB: allocated on a GPU, else resident in this process without data workers."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -254,5 +261,5 @@ def peak_memory(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called."""
+    """Return the name of a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,13 +1,13 @@
-"""Activation checkpointing by part: which layers are computed anew for their gradient, in place of being kept.
+"""Activation checkpointing by part: which layers recompute their activations for the gradient.
 
-Chen et al. 2016, arXiv:1604.06174. Where a layer keeps nothing for a gradient, because none flows through it, nothing
-is saved by computing it anew.
+Chen et al. 2016, arXiv:1604.06174. A layer that no gradient flows through keeps no activations, so recomputing them
+would save nothing.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.config.schema import PARTS, TrainerOptions
@@ -16,9 +16,9 @@ from vlm.train.parts import Part
 
 
 def enable_activation_checkpointing(
-    model: Any, parts: Sequence[Part], trainer: TrainerOptions, args: TrainingArguments
+    model: PreTrainedModel, parts: Sequence[Part], trainer: TrainerOptions, args: TrainingArguments
 ) -> None:
-    """Let the layers of some parts be computed anew, as `trainer.activation_checkpointing` and its keys say.
+    """Checkpoint the layers of some parts, as `trainer.activation_checkpointing` and its keys say.
 
     `args.activation_checkpointing` is false afterwards: `Trainer` would put it on every layer, and a gradient on the
     embeddings of language models that need none.
@@ -30,7 +30,7 @@ def enable_activation_checkpointing(
         args: the same as `Trainer` reads it.
 
     Raises:
-        ValueError: a part is named that keeps nothing, or whose layers cannot be computed anew.
+        ValueError: a named part keeps no activations, or its layers cannot be checkpointed.
     """
     if not args.activation_checkpointing:
         return
@@ -42,16 +42,17 @@ def enable_activation_checkpointing(
                 f"trainer.checkpointed_parts={named}: no gradient flows through the {name}, so that it keeps nothing; "
                 f"name of {', '.join(with_flowing_gradient) or 'none'}"
             )
-    given: Any = args.activation_checkpointing_kwargs  # a mapping, though declared as text too
-    options: dict[str, Any] = dict(given or {})
+    kwargs = args.activation_checkpointing_kwargs
+    assert not isinstance(kwargs, str), "TrainingArguments parses text"
+    options: dict[str, Any] = dict(kwargs or {})
     every_n_layers = options.pop("every_n_layers", 1)
     offload = options.pop("offload", False)
     model.activation_checkpointing_enable({"use_reentrant": False, **options}, offload=offload)
     if not options.get("use_reentrant"):
         model.disable_input_require_grads()  # only reentrant checkpoints need it, and it lets gradients flow everywhere
-    found = _enable_checkpointed_layers(model, with_flowing_gradient if named is None else named, every_n_layers)
+    num_layers = _enable_checkpointed_layers(model, with_flowing_gradient if named is None else named, every_n_layers)
     args.activation_checkpointing = False
-    if missing := [name for name in named or () if not found[name]]:
+    if missing := [name for name in named or () if not num_layers[name]]:
         raise ValueError(
             f"trainer.checkpointed_parts={named}: the {missing[0]} has no layers that transformers can compute anew; "
             f"leave it out"
@@ -59,16 +60,18 @@ def enable_activation_checkpointing(
 
 
 def parts_with_gradient(parts: Sequence[Part]) -> list[str]:
-    """The parts through which gradients flow: one that trains, and all behind it."""
+    """Return the parts that gradients flow through: the first that trains, and all after it."""
     order = [part for part in parts if part.name in PARTS]
-    trains = [any(one.requires_grad for one in part.parameters.values()) for part in order]
-    return [part.name for place, part in enumerate(order) if any(trains[: place + 1])]
+    trains = [any(parameter.requires_grad for parameter in part.parameters.values()) for part in order]
+    return [part.name for index, part in enumerate(order) if any(trains[: index + 1])]
 
 
-def _enable_checkpointed_layers(model: Any, requested: Sequence[str], every_n_layers: int) -> dict[str, int]:
-    """Leave checkpointing on at every n-th layer of some parts alone; part -> how many layers it has."""
+def _enable_checkpointed_layers(
+    model: PreTrainedModel, requested: Sequence[str], every_n_layers: int
+) -> dict[str, int]:
+    """Leave checkpointing on at every n-th layer of the requested parts alone; return part -> number of layers."""
     names = get_part_names(model.config)
-    found: dict[str, int] = dict.fromkeys(PARTS, 0)
+    num_layers: dict[str, int] = dict.fromkeys(PARTS, 0)
     for path, module in model.named_modules():
         if not hasattr(module, "gradient_checkpointing"):
             continue
@@ -76,7 +79,7 @@ def _enable_checkpointed_layers(model: Any, requested: Sequence[str], every_n_la
         enabled = bool(layer_parts) and layer_parts <= {*requested}
         if enabled and isinstance(module, GradientCheckpointingLayer):
             part = next(iter(layer_parts))
-            enabled = found[part] % every_n_layers == 0
-            found[part] += 1
+            enabled = num_layers[part] % every_n_layers == 0
+            num_layers[part] += 1
         module.gradient_checkpointing = enabled
-    return found
+    return num_layers

@@ -1,10 +1,12 @@
 """Liger's kernels (Hsu et al. 2024, arXiv:2410.10989) in norms, rotations and gates: `trainer.use_liger_kernel`.
 
-Its fused loss is left out: vocabulary logits exist at supervised positions only, in pieces, on any device.
+Its fused loss is not used: vocabulary logits exist at supervised positions only, in chunks, on any device.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from vlm.assembly.checkpoint import get_language_model
 
@@ -12,8 +14,8 @@ LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 """Liger's kernels for losses."""
 
 
-def apply_liger_kernels(model: Any, options: Mapping[str, bool] | None) -> list[str]:
-    """Let a model's language model, or a whole model of a family, compute with Liger's kernels; which modules do.
+def apply_liger_kernels(model: PreTrainedModel, options: Mapping[str, bool] | None) -> list[str]:
+    """Apply Liger's kernels to the language model, or a whole model of a family; return the modules that use them.
 
     Args:
         model: the model.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PACKED_ATTENTION = "vlm_packed"
@@ -121,7 +121,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 @contextmanager
-def use_packed_attention(config: Any) -> Iterator[None]:
+def use_packed_attention(config: PreTrainedConfig) -> Iterator[None]:
     """Let a language model that uses `sdpa` attend within samples, forward and backward.
 
     Args:

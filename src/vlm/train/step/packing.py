@@ -1,4 +1,4 @@
-"""Packed rows in a run: the loader that deals them, and a look at the model before it trains on them."""
+"""Packed rows in a run: their loader, and the check of the model before it trains on them."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +15,7 @@ from vlm.assembly.model_interface import TrainableModel
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator, PackSampler, pack_lengths, resolve_pack_capacity
 from vlm.data.dataset import SampleDataset, Skipped
-from vlm.data.processor import Processor
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample
 from vlm.data.stream import SampleStream
 from vlm.data.vision.images import read_media_sizes
@@ -24,27 +24,27 @@ from vlm.train.arguments import sampler_seed
 from vlm.train.step.packed_attention import use_packed_attention
 
 LOOKAHEAD_PACKS = 8
-"""Of a stream, samples of so many packs wait to be chosen from."""
+"""Samples of a stream are chosen from as many as fill this number of packs."""
 
 NUM_PROBED_SAMPLES = 64
-"""So many samples of a stream are looked at where nothing says how many tokens a batch has."""
+"""Samples of a stream that are read to find how many tokens a batch has, where no key says so."""
 
 
-class PackedStream(IterableDataset[Any]):
-    """Packs of a stream's samples: the fullest of those that the waiting ones make.
+class PackedStream(IterableDataset[list[SampleInputs | Skipped]]):
+    """Packs of a stream's samples: each time, the fullest pack that the pending samples make.
 
     Args:
         stream: the samples.
-        capacity: most tokens of a pack.
+        capacity: the largest number of tokens in a pack.
     """
 
     def __init__(self, stream: SampleStream, capacity: int):
         self.stream, self.capacity = stream, capacity
 
-    def __iter__(self) -> Iterator[list[Any]]:
-        """One pack after the other, without end."""
-        pending: list[Any] = []
-        left_out: list[Any] = []
+    def __iter__(self) -> Iterator[list[SampleInputs | Skipped]]:
+        """Yield one pack after the other, without end."""
+        pending: list[SampleInputs] = []
+        left_out: list[Skipped] = []
         total = 0
         for item in self.stream:
             if isinstance(item, Skipped):
@@ -54,13 +54,13 @@ class PackedStream(IterableDataset[Any]):
             total += len(item["input_ids"])
             if total < LOOKAHEAD_PACKS * self.capacity:
                 continue
-            lengths = [len(one["input_ids"]) for one in pending]
+            lengths = [len(sample["input_ids"]) for sample in pending]
             fullest = max(
-                pack_lengths(lengths, self.capacity), key=lambda places: sum(lengths[place] for place in places)
+                pack_lengths(lengths, self.capacity), key=lambda indices: sum(lengths[index] for index in indices)
             )
-            total -= sum(lengths[place] for place in fullest)
-            yield [*(pending[place] for place in fullest), *left_out]
-            pending = [one for place, one in enumerate(pending) if place not in set(fullest)]
+            total -= sum(lengths[index] for index in fullest)
+            yield [*(pending[index] for index in fullest), *left_out]
+            pending = [sample for index, sample in enumerate(pending) if index not in set(fullest)]
             left_out = []
 
 
@@ -97,10 +97,10 @@ def loader_options(args: TrainingArguments) -> dict[str, Any]:
 
 
 def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: int) -> int:
-    """Most tokens of a stream's packs: as given, or as many as a padded batch has real ones of, going by the first.
+    """Return the tokens of a stream's packs: as given, or as many as padded batches of its first samples really have.
 
     Raises:
-        ValueError: a sample may be longer.
+        ValueError: a sample may be longer than `max_tokens`.
     """
     longest = max(source.encoder.longest for source in stream.sources)
     if max_tokens is None:
@@ -114,13 +114,13 @@ def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: in
 
 
 def read_first_lengths(stream: SampleStream) -> list[int]:
-    """Tokens of the first samples of a stream; those that cannot be used are met again in training, and told there."""
+    """Return the lengths of a stream's first samples; training reads unusable ones again, and reports them."""
     encode = stream.sources[0].encoder
-    found = []
+    lengths = []
     for sample in stream.samples(NUM_PROBED_SAMPLES):
         with suppress(BadSample):
-            found.append(len(encode(sample, read_media_sizes(sample, stream.processor)).input_ids))
-    return found
+            lengths.append(len(encode(sample, read_media_sizes(sample, stream.processor)).input_ids))
+    return lengths
 
 
 def check_packing_support(model_type: str) -> None:
@@ -139,14 +139,14 @@ def check_packing_support(model_type: str) -> None:
 
 
 GRID_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-"""Inputs that say how large the grids of pictures and videos are."""
+"""Inputs with the grid sizes of images and videos."""
 
 
 def add_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A packed batch whose tokens have the positions that its model counts: of some families four, `(4, 1, T)`.
+    """Return a packed batch with the positions that its model uses: in some families four per token, `(4, 1, T)`.
 
-    The first of the four are those of the text, by which samples are told apart; the others are counted by the model's
-    own code, sample by sample.
+    The first of the four is the position in the text, which keeps samples apart; the model's own code computes the
+    others, sample by sample.
     """
     kind = model.config.model_type
     if kind not in FAMILIES or not FAMILIES[kind].grid_positions:
@@ -165,22 +165,22 @@ def add_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_packing(model: TrainableModel, processor: Processor) -> None:
-    """Ask a model a few tokens in packed rows: no sample may see another, and each sees what it sees alone.
+    """Check on a few tokens in packed rows that no sample sees another, and that each sees what it sees alone.
 
     Raises:
-        ValueError: it does not keep samples apart.
+        ValueError: the model does not keep samples apart.
     """
     tokenizer = processor.tokenizer
     words = [tokenizer(text, add_special_tokens=False).input_ids[:4] for text in ("one two", "red blue", "a dog runs")]
-    first, other, asked = words
+    first, other, last = words
     size = min(len(first), len(other))
-    trained = model.training
+    was_training = model.training
     model.eval()
     try:
-        packed = [_packed_row_logits(model, [before[:size], asked]) for before in (first, other)]
-        alone = model(input_ids=torch.tensor([asked], device=model.device), use_cache=False).logits[0]
+        packed = [_packed_row_logits(model, [before[:size], last]) for before in (first, other)]
+        alone = model(input_ids=torch.tensor([last], device=model.device), use_cache=False).logits[0]
     finally:
-        model.train(trained)
+        model.train(was_training)
     logits_after_first = [logits[size:] for logits in packed]
     scale = float(alone.abs().max())
     tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
@@ -191,8 +191,8 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
 
 
 def _packed_row_logits(model: TrainableModel, samples: list[list[int]]) -> Tensor:
-    """Logits `(T, vocabulary)` of samples in one row."""
-    lengths = [len(one) for one in samples]
+    """Return logits `(T, vocabulary)` of samples in one row."""
+    lengths = list(map(len, samples))
     ids = torch.tensor([list(chain(*samples))])
     starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
     batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
@@ -207,9 +207,9 @@ def _packed_row_logits(model: TrainableModel, samples: list[list[int]]) -> Tenso
         ).logits[0]  # fmt: skip
 
 
-def _mixing_error(model: TrainableModel, what: str) -> ValueError:
+def _mixing_error(model: TrainableModel, problem: str) -> ValueError:
     text = model.config.get_text_config()
     return ValueError(
-        f"trainer.packing=true: {what} in a packed row, with {text.model_type} and attention "
+        f"trainer.packing=true: {problem} in a packed row, with {text.model_type} and attention "
         f"{text._attn_implementation}. Try another model.attn_implementation, or trainer.packing=false"
     )
