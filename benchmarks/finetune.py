@@ -2,17 +2,17 @@
 
     python -m benchmarks.finetune [--gpu] [--steps N] [--repeats N]
 
-SmolLM2-135M's and ViT-B/16's shapes with random weights, lengths of LLaVA-665k (`benchmarks.lengths`), one set of
-samples for each optimiser step in all variants: that of our run's packs. A padded micro-batch takes its samples as they
-were drawn, a grouped one those of like length among the step's. First weights, precision, attention kernel (sdpa),
-threads, optimiser and learning rate are the same, so the first gradients and the losses of every step have to agree:
-that is checked, and drawn. The first step of each variant is left out of its speed.
+SmolLM2-135M's and ViT-B/16's shapes with random weights, and lengths of LLaVA-665k (`benchmarks.lengths`). Each
+optimiser step has the same samples in all variants: those of our run's packs. A padded micro-batch takes them as they
+were drawn, a grouped one takes samples of similar length. Initial weights, precision, attention kernel (sdpa), threads,
+optimiser and learning rate are the same, so the first gradients and the losses of every step have to agree: that is
+checked, and plotted. The first step of each variant is not measured.
 
 On two CPU cores in float32, a padded micro-batch has at most six samples, nearly five on average. Larger ones would pad
 more, and smaller ones less: where a sample has 2,000 tokens of text and an image, 24 GB of memory hold three (a padded
-position takes about 2.6 MB); the longest of the default seed has 1,609. Few steps fit into the time, and some have
-short samples only: the default seed is one of which counting predicts about what it predicts over the whole mixture at
-as many samples, and that is told beside. About twelve minutes, and 20 GB.
+position takes about 2.6 MB); the longest of the default seed has 1,609. Few steps fit into the time, and some have only
+short samples: the default seed is one for which counting predicts about the same ratio as over the whole mixture, which
+is printed too. About twelve minutes, and 20 GB.
 """
 
 import math
@@ -50,11 +50,11 @@ from vlm.train.monitor.flops import StepFlops
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far variants may be apart, as a share of what is compared.
+    """Largest relative differences of variants.
 
     Attributes:
-        first: loss and gradient norm of the first step, before any update.
-        later: losses of later steps: Adam's first updates are about as large where a gradient is rounding alone.
+        first: of loss and gradient norm of the first step, before any update.
+        later: of losses of later steps: Adam's first updates are about as large where a gradient is only rounding.
     """
 
     first: float
@@ -62,22 +62,22 @@ class Tolerances:
 
 
 TOLERANCES = {"float32": Tolerances(1e-4, 5e-3), "bfloat16": Tolerances(2e-2, 5e-2)}
-"""By what matrix products run in."""
+"""Precision of matrix products -> tolerances."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured.
+    """The size of the measurement.
 
     Attributes:
-        shape: of the model, a name of `SHAPES`.
+        shape: the model's shape, a name of `SHAPES`.
         tokens: `trainer.max_tokens_per_batch`.
-        accumulation: packs of an optimiser step.
-        steps: optimiser steps; the first is not measured.
-        samples: of a padded micro-batch at most.
+        accumulation: number of packs in an optimiser step.
+        steps: number of optimiser steps; the first is not measured.
+        samples: the largest number of samples in a padded micro-batch.
         repeats: how often each variant trains.
         bf16: whether matrix products run in bfloat16.
-        seed: of the records.
+        seed: seeds the records.
     """
 
     shape: str = "smol"
@@ -91,19 +91,19 @@ class Size:
 
 
 GPU = Size(tokens=8192, accumulation=4, steps=10, samples=20, repeats=3, bf16=True)
-"""For one large GPU."""
+"""The size for one large GPU."""
 
 
 @dataclass
 class VariantMeasurements:
-    """What one variant did.
+    """Measurements of one variant.
 
     Attributes:
-        speeds: real tokens a second, of every step but the first of every repetition.
-        rates: real tokens a second over all these steps, of every repetition.
-        losses: of every step, of the first repetition.
-        norm: of the first step's gradient.
-        flops: operations of every step but the first, as they are counted.
+        speeds: real tokens a second of every measured step of every repetition.
+        rates: real tokens a second over all measured steps, for every repetition.
+        losses: loss of every step of the first repetition.
+        norm: norm of the first step's gradient.
+        flops: counted operations of every measured step.
     """
 
     speeds: list[float] = field(default_factory=list)
@@ -112,11 +112,11 @@ class VariantMeasurements:
     norm: float = 0.0
     flops: list[float] = field(default_factory=list)
 
-    def add(self, done: Steps, tokens: Sequence[int]) -> None:
-        """One repetition."""
-        self.speeds += [number / time for number, time in zip(tokens[1:], done.seconds[1:], strict=True)]
-        self.rates.append(sum(tokens[1:]) / sum(done.seconds[1:]))
-        self.losses, self.norm = self.losses or done.losses, self.norm or done.norms[0]
+    def add(self, run: Steps, tokens: Sequence[int]) -> None:
+        """Add a repetition."""
+        self.speeds += [number / time for number, time in zip(tokens[1:], run.seconds[1:], strict=True)]
+        self.rates.append(sum(tokens[1:]) / sum(run.seconds[1:]))
+        self.losses, self.norm = self.losses or run.losses, self.norm or run.norms[0]
 
 
 @dataclass
@@ -124,11 +124,11 @@ class Comparison:
     """All variants on the same samples.
 
     Attributes:
-        tokens: real tokens of every step.
-        samples: of a padded micro-batch, on average.
-        variants: by their names.
-        flops: of our model, by what they depend on.
-        encoder: of all layers of the encoder, an image.
+        tokens: number of real tokens of every step.
+        samples: mean number of samples in a padded micro-batch.
+        variants: name -> measurements.
+        flops: operations of our model.
+        encoder: operations of all layers of the encoder for an image.
     """
 
     tokens: list[int]
@@ -139,7 +139,7 @@ class Comparison:
 
 
 def select_records(records: Sequence[Record], shape: Shape, capacity: int, packs: int) -> list[Record]:
-    """The first records, as many as fill so many packs and do not need another."""
+    """Return as many of the first records as fit into `packs` packs."""
     lengths = [len(sample["input_ids"]) for sample in counting.make_blank_samples(records, shape)]
     number = int(np.searchsorted(np.cumsum(lengths), packs * capacity, side="right"))
     while len(pack_lengths(lengths[:number], capacity, SEED)) > packs:
@@ -148,7 +148,7 @@ def select_records(records: Sequence[Record], shape: Shape, capacity: int, packs
 
 
 def compare_variants(size: Size, folder: Path) -> Comparison:
-    """Train every variant in turns, ours first: it says which samples a step has."""
+    """Train every variant in turns, ours first: its packs determine the samples of a step."""
     shape = SHAPES[size.shape]
     write_parts(folder / "parts", shape)
     packs = size.steps * size.accumulation
@@ -159,74 +159,72 @@ def compare_variants(size: Size, folder: Path) -> Comparison:
         f"trainer.gradient_accumulation_steps={size.accumulation}",
         f"trainer.bf16={str(size.bf16).lower()}",
     ]
-    found: Comparison | None = None
+    result: Comparison | None = None
     for turn in range(size.repeats):
         run = run_ours(folder / "parts", path, folder / f"ours-{turn}", *words, keeps=True)
         processor = run.trainer.processor
         steps = [[sample for batch in step for sample in split_packed_batch(batch, processor)] for step in run.batches]
-        if found is None:
+        if result is None:
             flops, encoder = counting.count_operations(run.trainer.model, shape)
-            tokens = [counting.facts(step).tokens for step in steps]
+            tokens = [counting.sample_stats(step).tokens for step in steps]
             variants = {name: VariantMeasurements() for name in ("ours", "padded", "grouped")}
-            found = Comparison(
-                tokens, len(records) / len(steps) / count_micro_batches(steps, size), variants, flops, encoder
-            )
-            found.variants["ours"].flops = [counting.ours(flops, step, size.accumulation) for step in steps[1:]]
+            samples = len(records) / len(steps) / count_micro_batches(steps, size)
+            result = Comparison(tokens, samples, variants, flops, encoder)
+            result.variants["ours"].flops = [counting.ours(flops, step, size.accumulation) for step in steps[1:]]
             print(f"{len(records)} samples, {sum(tokens):,} tokens in {packs} packs", end=", ")
             print(f"{sum(tokens) / (packs * size.tokens):.1%} of their positions", flush=True)
         release_memory(run)
-        found.variants["ours"].add(run, found.tokens)
+        result.variants["ours"].add(run, result.tokens)
         for name in ("padded", "grouped"):
-            _train_transformers(found, name, steps, size, folder, processor)
-    assert found is not None
-    return found
+            _train_transformers(result, name, steps, size, folder, processor)
+    assert result is not None
+    return result
 
 
 def count_micro_batches(steps: Sequence[Sequence[Sample]], size: Size) -> int:
-    """In how many a step is padded, so that none has more samples than it may."""
+    """Return the number of micro-batches of a step, so that none has more than `size.samples` samples."""
     return math.ceil(max(map(len, steps)) / size.samples)
 
 
 def _train_transformers(
-    found: Comparison, name: str, steps: Sequence[Sequence[Sample]], size: Size, folder: Path, processor: object
+    result: Comparison, name: str, steps: Sequence[Sequence[Sample]], size: Size, folder: Path, processor: object
 ) -> None:
-    """One repetition of transformers' own."""
+    """Run one repetition of a variant of transformers."""
     number = count_micro_batches(steps, size)
-    laid = [make_micro_batches(step, number, grouped=name == "grouped") for step in steps]
-    measured = found.variants[name]
+    batches = [make_micro_batches(step, number, grouped=name == "grouped") for step in steps]
+    measured = result.variants[name]
     if not measured.flops:
-        positions = [count_padded_positions(one) for step in laid for one in step]
-        measured.flops = [counting.padded(found.flops, found.encoder, step) for step in laid[1:]]
-        print(f"{name}: {number} micro-batches a step of {found.samples:.2f} samples on average and", end=" ")
-        print(
-            f"{max(len(one) for step in laid for one in step)} at most, {max(positions):,} positions at most", end=", "
-        )
-        print(f"{sum(found.tokens) / sum(positions):.1%} real tokens", flush=True)
+        positions = [count_padded_positions(batch) for step in batches for batch in step]
+        measured.flops = [counting.padded(result.flops, result.encoder, step) for step in batches[1:]]
+        print(f"{name}: {number} micro-batches a step of {result.samples:.2f} samples on average and", end=" ")
+        largest = max(len(batch) for step in batches for batch in step)
+        print(f"{largest} at most, {max(positions):,} positions at most", end=", ")
+        print(f"{sum(result.tokens) / sum(positions):.1%} real tokens", flush=True)
     ours, _ = compose_model(folder / "parts", SEED)
     model = make_llava(ours, folder / "parts")
     del ours
     if size.bf16:
-        model.model.vision_tower.to(torch.bfloat16)  # as a run of ours casts what is frozen
-    done = train_padded(model, processor.tokenizer, laid, folder / name, bf16=size.bf16)  # pyright: ignore[reportAttributeAccessIssue]
-    measured.add(done, found.tokens)
+        model.model.vision_tower.to(torch.bfloat16)  # as our runs cast frozen parts
+    run = train_padded(model, processor.tokenizer, batches, folder / name, bf16=size.bf16)  # pyright: ignore[reportAttributeAccessIssue]
+    measured.add(run, result.tokens)
 
 
-def check_agreement(variants: dict[str, VariantMeasurements], near: Tolerances) -> dict[str, float]:
-    """How far the variants' losses of a step and the norms of their first gradients are apart, as a share of them.
+def check_agreement(variants: dict[str, VariantMeasurements], tolerances: Tolerances) -> dict[str, float]:
+    """Return the relative differences of the variants' losses, and of the norms of their first gradients.
 
     Raises:
         SystemExit: the variants do not do the same work.
     """
-    steps = list(zip(*(one.losses for one in variants.values()), strict=True))
-    apart = [_relative_range(losses) for losses in steps]
-    norms = _relative_range([one.norm for one in variants.values()])
-    if max(apart[0], norms) > near.first or max(apart) > near.later:
-        shown = {name: (one.losses, one.norm) for name, one in variants.items()}
+    steps = list(zip(*(variant.losses for variant in variants.values()), strict=True))
+    differences = [_relative_range(losses) for losses in steps]
+    norms = _relative_range([variant.norm for variant in variants.values()])
+    if max(differences[0], norms) > tolerances.first or max(differences) > tolerances.later:
+        shown = {name: (variant.losses, variant.norm) for name, variant in variants.items()}
         raise SystemExit(f"the variants do not compute the same; losses and the first gradient's norm: {shown}")
     return {
         "norms of the first gradients are apart by": norms,
-        "losses of the first step are apart by": apart[0],
-        "losses of a step are apart at most by": max(apart),
+        "losses of the first step are apart by": differences[0],
+        "losses of a step are apart at most by": max(differences),
     }
 
 
@@ -234,18 +232,18 @@ def _relative_range(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / min(values)
 
 
-def make_rows(found: Comparison) -> list[Row]:
-    """The claims. A rate is that of all steps but the first; its spread that of single steps, whose samples differ."""
-    ours, rows = found.variants["ours"], []
+def make_rows(result: Comparison) -> list[Row]:
+    """Return the claims: rates over all measured steps; spreads are those of single steps, whose samples differ."""
+    ours, rows = result.variants["ours"], []
     for name, target, title in (
         ("padded", 2.0, "real tokens/s over padded batches"),
         ("grouped", 1.25, "real tokens/s over batches grouped by length"),
     ):
-        both = {"ours": ours, name: found.variants[name]}
-        medians = {label: statistics.median(one.rates) for label, one in both.items()}
-        spread = {label: (min(one.speeds), max(one.speeds)) for label, one in both.items()}
+        both = {"ours": ours, name: result.variants[name]}
+        medians = {label: statistics.median(variant.rates) for label, variant in both.items()}
+        spread = {label: (min(variant.speeds), max(variant.speeds)) for label, variant in both.items()}
         measured = medians["ours"] / medians[name]
-        predicted = sum(found.variants[name].flops) / sum(ours.flops)
+        predicted = sum(result.variants[name].flops) / sum(ours.flops)
         rows.append(Row(title, measured, target, "higher", medians, spread, "tokens/s"))
         rows.append(
             compared(f"{name}: measured over counted", [measured], [predicted], ("measured", "counted"), "×", 0.9)
@@ -253,51 +251,52 @@ def make_rows(found: Comparison) -> list[Row]:
     return rows
 
 
-def make_notes(found: Comparison, size: Size) -> dict[str, Any]:
-    """Each step's ratio, measured and counted, and what counting predicts over the whole mixture at as many samples."""
-    ours, notes = found.variants["ours"], {}
+def make_notes(result: Comparison, size: Size) -> dict[str, Any]:
+    """Return each step's ratio, measured and counted, and the predicted ratio over the whole mixture."""
+    ours, notes = result.variants["ours"], {}
     for name in ("padded", "grouped"):
-        theirs = found.variants[name]
+        theirs = result.variants[name]
         measured = [mine / other for mine, other in zip(ours.speeds, theirs.speeds, strict=True)]
-        count_operations = [other / mine for mine, other in zip(ours.flops, theirs.flops, strict=True)] * size.repeats
-        notes[f"{name}, step by step, measured and counted"] = list(zip(measured, count_operations, strict=True))
+        counted = [other / mine for mine, other in zip(ours.flops, theirs.flops, strict=True)] * size.repeats
+        notes[f"{name}, step by step, measured and counted"] = list(zip(measured, counted, strict=True))
     samples = counting.make_blank_samples(draw_records(4000, 1), SHAPES[size.shape])
-    for number in (math.floor(found.samples), math.ceil(found.samples)):
+    for number in (math.floor(result.samples), math.ceil(result.samples)):
         notes[f"counted over the whole mixture, padded to {number} samples"] = counting.predict_ratio(
-            found.flops, found.encoder, samples, number
+            result.flops, result.encoder, samples, number
         )
-    return {"samples of a padded micro-batch, on average": found.samples, **notes, "size": asdict(size)}
+    return {"samples of a padded micro-batch, on average": result.samples, **notes, "size": asdict(size)}
 
 
 def draw_losses(variants: dict[str, VariantMeasurements], path: Path) -> None:
-    """The loss of every step, of each variant."""
+    """Plot the loss of every step of each variant."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for (name, one), style in zip(variants.items(), ("-", "--", ":"), strict=True):
-        axes.plot(range(1, len(one.losses) + 1), one.losses, style, marker="o", label=name)
+    for (name, variant), style in zip(variants.items(), ("-", "--", ":"), strict=True):
+        axes.plot(range(1, len(variant.losses) + 1), variant.losses, style, marker="o", label=name)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss, mean over supervised tokens")
     axes.legend()
     figure.savefig(path, dpi=110)
 
 
-def print_predictions(found: Comparison, size: Size) -> None:
-    """What counting says of other sizes, and of what would bring more."""
+def print_predictions(result: Comparison, size: Size) -> None:
+    """Print predicted ratios for other sizes, and with cached image features."""
     shape = SHAPES[size.shape]
     samples = counting.make_blank_samples(draw_records(4000, 1), shape)
     print("\nOf the operations of our step: " + ", ".join(
-        f"{name} {share:.1%}" for name, share in counting.operation_shares(found.flops, samples).items()
+        f"{name} {share:.1%}" for name, share in counting.operation_shares(result.flops, samples).items()
     ))  # fmt: skip
     print("What counting predicts over the whole mixture, padded over ours, by the samples of a micro-batch:")
-    cached = replace(found.flops, encoded=0.0)
+    cached = replace(result.flops, encoded=0.0)
     for number in (3, 4, 5, 6, 8, 10, 16, 32):
-        plain = counting.predict_ratio(found.flops, found.encoder, samples, number)
+        plain = counting.predict_ratio(result.flops, result.encoder, samples, number)
         few, many = (
-            counting.predict_ratio(found.flops, found.encoder, samples, number, micro_batches=over) for over in (4, 50)
+            counting.predict_ratio(result.flops, result.encoder, samples, number, micro_batches=count)
+            for count in (4, 50)
         )
-        kept = counting.predict_ratio(cached, found.encoder, samples, number)
+        with_cache = counting.predict_ratio(cached, result.encoder, samples, number)
         print(f"{number:>4}: padded {plain:.2f}, grouped over 4 micro-batches {few:.2f}, over 50 {many:.2f}", end=", ")
-        print(f"padded against ours with image features out of the cache {kept:.2f}")
+        print(f"padded against ours with image features out of the cache {with_cache:.2f}")
 
 
 def main() -> None:
@@ -306,15 +305,15 @@ def main() -> None:
     size = make_size(args, Size(), GPU)
     silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        found = compare_variants(size, Path(folder))
-    for name, one in found.variants.items():
-        losses = " ".join(f"{loss:.5f}" for loss in one.losses)
-        print(f"losses, {name}: {losses}; norm of the first gradient {one.norm:.5f}")
-    apart = check_agreement(found.variants, TOLERANCES["bfloat16" if size.bf16 else "float32"])
-    notes = {**apart, **make_notes(found, size)}
-    report("finetune-gpu" if args.gpu else "finetune", make_rows(found), notes)
-    draw_losses(found.variants, RESULTS / ("finetune-gpu_loss.png" if args.gpu else "finetune_loss.png"))
-    print_predictions(found, size)
+        result = compare_variants(size, Path(folder))
+    for name, variant in result.variants.items():
+        losses = " ".join(f"{loss:.5f}" for loss in variant.losses)
+        print(f"losses, {name}: {losses}; norm of the first gradient {variant.norm:.5f}")
+    differences = check_agreement(result.variants, TOLERANCES["bfloat16" if size.bf16 else "float32"])
+    notes = {**differences, **make_notes(result, size)}
+    report("finetune-gpu" if args.gpu else "finetune", make_rows(result), notes)
+    draw_losses(result.variants, RESULTS / ("finetune-gpu_loss.png" if args.gpu else "finetune_loss.png"))
+    print_predictions(result, size)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How much of a large GPU training uses: Vicuna-7B's and CLIP-L/14-336's shapes, both stages of LLaVA-1.5.
+"""Utilisation of a large GPU in training: Vicuna-7B's and CLIP-L/14-336's shapes, both stages of LLaVA-1.5.
 
     python -m benchmarks.gpu --gpu [--stage pretrain|finetune] [--steps N] [--tokens N] [KEY=VALUE …]
     python -m benchmarks.gpu --tiny     the same on a CPU with a model of almost no size, as a check
 
 Random weights, bfloat16 products, packed rows. The pretrain stage trains the connector on captions; the finetune stage
-trains connector and language model on the lengths of LLaVA-665k. Utilisation is what the model needs by counting over
-what the GPU's data sheet allows: operations that activation checkpointing does anew are not counted. Beside it stands
-what a large matrix product attains on this GPU. The finetune stage holds float32 weights, gradients and AdamW's states
+trains connector and language model on the lengths of LLaVA-665k. Utilisation is the model's counted operations a second
+over the peak of the GPU's data sheet; operations that activation checkpointing repeats are not counted. The rate of a
+large matrix product on this GPU is reported too. The finetune stage holds float32 weights, gradients and AdamW's states
 of 6.7 billion parameters: about 125 GB. Further words are overrides of the run, such as trainer.optim=adafactor.
 """
 
@@ -27,17 +27,17 @@ from benchmarks.variants import release_memory, run_ours, silence_libraries, spl
 from vlm.train.monitor.peak_flops import Peak, get_peak_tflops, measure_tflops
 
 CAPTION = Source("caption", 558, (1, 1), (8, 0.2), (14, 0.4))
-"""LLaVA's first stage: an image and a line of text. Its template drops the question."""
+"""Records of LLaVA's first stage: an image and a line of text. Its template drops the question."""
 
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """A stage as it is measured.
+    """A measured stage.
 
     Attributes:
-        run: its configuration.
-        target: its utilisation.
-        words: overrides.
+        run: the name of the run's configuration.
+        target: the target of its utilisation.
+        words: overrides of the configuration.
     """
 
     run: str
@@ -55,12 +55,12 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured.
+    """The size of the measurement.
 
     Attributes:
-        shape: of the model, a name of `SHAPES`.
+        shape: the model's shape, a name of `SHAPES`.
         tokens: `trainer.max_tokens_per_batch`.
-        steps: of each stage; the first two are not measured.
+        steps: number of steps of each stage; the first two are not measured.
         bf16: whether matrix products run in bfloat16.
     """
 
@@ -71,11 +71,11 @@ class Size:
 
 
 TINY = Size("tiny", 1024, 4, bf16=False)
-"""For a check on a CPU."""
+"""The size for a check on a CPU."""
 
 
 def draw_stage_records(stage: str, size: Size) -> list[Record]:
-    """Enough of them for every step."""
+    """Return enough records for all steps of a stage."""
     per_step = size.tokens // (SHAPES[size.shape].tokens_per_image + 10) + 1
     number = (size.steps + 1) * per_step
     if stage == "pretrain":
@@ -88,22 +88,22 @@ def draw_stage_records(stage: str, size: Size) -> list[Record]:
 def measure_utilisation(
     stage: str, size: Size, peak: Peak, folder: Path, words: Sequence[str]
 ) -> tuple[list[float], list[float]]:
-    """Model TFLOP/s and real tokens a second, of every step of a stage but the first two."""
+    """Return model TFLOP/s and real tokens a second of every measured step of a stage."""
     shape = SHAPES[size.shape]
     path = write_records(folder / stage / "data", draw_stage_records(stage, size), shape.side)
-    chosen = STAGES[stage]
+    training_stage = STAGES[stage]
     run = run_ours(
-        folder / "parts", path, folder / stage / "run", *chosen.words, "trainer/deepspeed=none",
+        folder / "parts", path, folder / stage / "run", *training_stage.words, "trainer/deepspeed=none",
         f"trainer.max_tokens_per_batch={size.tokens}", "trainer.gradient_accumulation_steps=1",
         f"trainer.max_steps={size.steps}", f"trainer.bf16={str(size.bf16).lower()}",
-        f"trainer.peak_tflops={peak.tflops}", *words, name=chosen.run, keeps=True,
+        f"trainer.peak_tflops={peak.tflops}", *words, name=training_stage.run, keeps=True,
     )  # fmt: skip
     flops, _ = counting.count_operations(run.trainer.model, shape)
     rates, speeds = [], []
     for seconds, step in list(zip(run.seconds, run.batches, strict=False))[2:]:
         samples = [sample for batch in step for sample in split_packed_batch(batch, run.trainer.processor)]
         rates.append(counting.ours(flops, samples) / seconds / 1e12)
-        speeds.append(counting.facts(samples).tokens / seconds)
+        speeds.append(counting.sample_stats(samples).tokens / seconds)
     release_memory(run)
     return rates, speeds
 
@@ -111,12 +111,12 @@ def measure_utilisation(
 def main() -> None:
     """Measure and report."""
     parser = make_parser(__doc__, ("tokens", "steps"))
-    parser.add_argument("--tiny", action="store_true", help="check the same on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="check the benchmark on a CPU")
     parser.add_argument("--stage", choices=STAGES, default=None, help="one of the two; both")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="further overrides of the runs")
     args = parser.parse_args()
     if args.gpu == args.tiny:
-        parser.error("it takes one of --gpu, which measures a GPU, and --tiny, which checks the same on a CPU")
+        parser.error("it takes one of --gpu, which measures a GPU, and --tiny, which checks the benchmark on a CPU")
     size = make_size(args, TINY, Size())
     silence_libraries()
     rows, notes = measure(size, [args.stage] if args.stage else list(STAGES), args.words)
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def measure(size: Size, stages: Sequence[str], words: Sequence[str]) -> tuple[list[Row], dict[str, object]]:
-    """The stages' utilisation, and what it is held against."""
+    """Return the stages' utilisation, and the rates that it is compared with."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if size.bf16 else torch.float32
     ceiling = measure_tflops(device, dtype)
@@ -137,7 +137,7 @@ def measure(size: Size, stages: Sequence[str], words: Sequence[str]) -> tuple[li
         folder = Path(name)
         write_parts(folder / "parts", SHAPES[size.shape], dtype, str(device))
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # of the weights that were drawn
+            torch.cuda.empty_cache()  # frees the memory of the drawn weights
         for stage in stages:
             rates, speeds = measure_utilisation(stage, size, peak, folder, words)
             title = f"{stage}: model FLOPs utilisation"

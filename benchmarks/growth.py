@@ -1,12 +1,12 @@
-"""How cost grows: time and memory of a step with its tokens, and the time to the first step with the records.
+"""Growth of costs: time and memory of a step by its tokens, and the time to the first step by the number of records.
 
     python -m benchmarks.growth [--gpu] [--part steps|start] [--tokens N …] [--records N …]
 
 Steps: SmolLM2-135M's and ViT-B/16's shapes, packed rows, lengths of LLaVA-665k up to 1,024 tokens, each number of
-tokens in a process of its own. A number that would need more memory than there is, told from those before it, is left
-out and said so. Start: a model of almost no size, so that what is left is reading, counting and packing records of a
-short question and answer, from the call of the run to the end of its first step; then the same again, which finds its
-cache. Each step but the first of a process is a measurement. About ten minutes on two cores.
+tokens in a separate process. A number that would need more memory than there is, by extrapolation, is left out and
+reported. Start: a tiny model, so that the time from the call of the run to the end of its first step is that of
+reading, counting and packing records of a short question and answer; then the same again with the cache. Each step but
+the first of a process is a measurement. About ten minutes on two cores.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import apart, counting
+from benchmarks import counting, isolated
 from benchmarks.finetune import select_records
 from benchmarks.lengths import Record, Source, conversation, draw_records, write_records
 from benchmarks.memory import peak_gigabytes
@@ -32,24 +32,24 @@ from benchmarks.sizes import make_parser, make_size
 from benchmarks.variants import release_memory, run_ours, silence_libraries
 
 MAX_GIGABYTES = 20.0
-"""Of a machine without a GPU."""
+"""The memory limit of a machine without a GPU."""
 LINEAR = 1.1
-"""Cost for each token or record may grow by so much at most."""
+"""Largest allowed growth of the cost of each token or record, as a factor."""
 CACHED = 0.1
-"""What a start that finds its cache takes at most, as a share of the first."""
+"""Largest allowed time of a start with a cache, as a share of the first start."""
 POOL = 1000
-"""So many different records there are at the start; others are the same with a number of their own."""
+"""Number of different records in the start's data; further records repeat them under other ids."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured.
+    """The size of the measurement.
 
     Attributes:
-        shape: of the model whose steps are measured, a name of `SHAPES`.
+        shape: the shape of the model whose steps are measured, a name of `SHAPES`.
         tokens: `trainer.max_tokens_per_batch`, ascending.
-        records: how many there are at the start, ascending.
-        steps: of each; the first is not measured.
+        records: numbers of records of the start, ascending.
+        steps: number of steps for each number of tokens; the first is not measured.
         bf16: whether matrix products run in bfloat16.
     """
 
@@ -61,16 +61,16 @@ class Size:
 
 
 GPU = Size(tokens=(1024, 2048, 4096, 8192, 16384, 32768, 65536), steps=10, bf16=True)
-"""For one large GPU."""
+"""The size for one large GPU."""
 
 
 @dataclass
 class GrowthMeasurements:
-    """What was measured, by tokens of a step.
+    """Measurements by the number of tokens in a step.
 
     Attributes:
-        seconds: of each real token, step by step.
-        peaks: memory of the process, in GB.
+        seconds: seconds of each real token, for every measured step.
+        peaks: peak memory of the process, in GB.
         left_out: why a number of tokens was not measured.
     """
 
@@ -83,7 +83,7 @@ class GrowthMeasurements:
 
 
 def short_records(size: Size, tokens: int) -> list[Record]:
-    """Records that fill as many packs as there are steps; none is longer than the smallest pack."""
+    """Return records that fill as many packs as there are steps; none is longer than the smallest pack."""
     shape = SHAPES[size.shape]
     shortest = min(size.tokens)
     drawn = draw_records(size.steps * tokens // 50)
@@ -93,17 +93,17 @@ def short_records(size: Size, tokens: int) -> list[Record]:
 
 
 def measure_steps(size: Size, tokens: int, folder: Path) -> dict[str, Any]:
-    """Seconds of each real token in every step but the first, and the peak memory of this process."""
+    """Return seconds of each real token in every step but the first, and the peak memory of this process."""
     path = write_records(folder / f"data-{tokens}", short_records(size, tokens), SHAPES[size.shape].side)
     words = [f"trainer.max_tokens_per_batch={tokens}", f"trainer.bf16={str(size.bf16).lower()}"]
     run = run_ours(folder / "parts", path, folder / f"{tokens} tokens", *words, keeps=True)
-    real = [sum(batch["input_ids"].numel() for batch in step) for step in run.batches]
-    each = [seconds / number for seconds, number in zip(run.seconds, real, strict=True)]
-    return {"seconds": each[1:], "peak": peak_gigabytes()}
+    tokens_per_step = [sum(batch["input_ids"].numel() for batch in step) for step in run.batches]
+    seconds = [time / number for time, number in zip(run.seconds, tokens_per_step, strict=True)]
+    return {"seconds": seconds[1:], "peak": peak_gigabytes()}
 
 
 def grow_steps(size: Size, folder: Path) -> GrowthMeasurements:
-    """Every number of tokens that there is memory for."""
+    """Measure every number of tokens that memory suffices for."""
     write_parts(folder / "parts", SHAPES[size.shape])
     grown = GrowthMeasurements()
     for tokens in size.tokens:
@@ -112,14 +112,14 @@ def grow_steps(size: Size, folder: Path) -> GrowthMeasurements:
             grown.left_out.append(f"{tokens:,} tokens: about {needed:.0f} GB needed, {memory_limit():.0f} GB there")
             print(f"Left out, {grown.left_out[-1]}", flush=True)
             continue
-        found = apart.run_in_subprocess("growth", str(tokens), size, folder)
-        grown.seconds[tokens], grown.peaks[tokens] = found["seconds"], found["peak"]
-        print(f"{tokens:,} tokens: {found['peak']:.2f} GB", flush=True)
+        result = isolated.run_in_subprocess("growth", str(tokens), size, folder)
+        grown.seconds[tokens], grown.peaks[tokens] = result["seconds"], result["peak"]
+        print(f"{tokens:,} tokens: {result['peak']:.2f} GB", flush=True)
     return grown
 
 
 def expected_peak(peaks: dict[int, float], tokens: int) -> float:
-    """What memory a number of tokens will need, on a line through the last two that were measured."""
+    """Return the expected peak of a number of tokens, on a line through the last two measurements."""
     if len(peaks) < 2:
         return 0.0
     (few, low), (many, high) = sorted(peaks.items())[-2:]
@@ -127,7 +127,7 @@ def expected_peak(peaks: dict[int, float], tokens: int) -> float:
 
 
 def memory_limit() -> float:
-    """GB that a process may take."""
+    """Return the GB that a process may use."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] / 1e9
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -139,9 +139,9 @@ def memory_limit() -> float:
 
 
 def write_text_records(folder: Path, number: int) -> Path:
-    """Records without images, of a short question and answer, one a line."""
-    (folder / "images").mkdir(parents=True)  # where a run looks for images
-    source = Source("short", 1, (1, 1), (10, 0.3), (8, 0.5), picture=False)
+    """Write records without images, of a short question and answer, one a line."""
+    (folder / "images").mkdir(parents=True)  # a run expects the folder
+    source = Source("short", 1, (1, 1), (10, 0.3), (8, 0.5), has_image=False)
     draw = random.Random(0)
     pool = [
         json.dumps(conversation(draw, Record(source, ((draw.randint(5, 15), draw.randint(3, 15)),))))
@@ -155,10 +155,10 @@ def write_text_records(folder: Path, number: int) -> Path:
 
 
 def grow_start(size: Size, folder: Path) -> dict[int, tuple[float, float]]:
-    """Records -> seconds to the end of the first step, the first time and the second time."""
+    """Return number of records -> seconds to the end of the first step, without and with a cache."""
     write_parts(folder / "tiny", SHAPES["tiny"])
-    found = {}
-    for number in (size.records[0], *size.records):  # once more at first: what a process does once
+    seconds = {}
+    for number in (size.records[0], *size.records):  # the first round is a warm-up
         data = folder / f"{number} records"
         path = write_text_records(data, number)
         words = ["trainer.max_tokens_per_batch=1024", "trainer.max_steps=1"]
@@ -166,17 +166,17 @@ def grow_start(size: Size, folder: Path) -> dict[int, tuple[float, float]]:
         for turn in ("first", "second"):
             run = run_ours(folder / "tiny", path, data / turn, *words)
             times.append(release_memory(run).seconds_to_first_step)
-        found[number] = (times[0], times[1])
+        seconds[number] = (times[0], times[1])
         print(f"{number:,} records: {times[0]:.2f} s, the second time {times[1]:.2f} s", flush=True)
         shutil.rmtree(data)
-    return found
+    return seconds
 
 
-# --- what is told of them --------------------------------------------------------------------------------------------
+# --- the report ------------------------------------------------------------------------------------------------------
 
 
 def step_rows(grown: GrowthMeasurements) -> list[Row]:
-    """Time for each token against that of the smallest step, and memory for each further token."""
+    """Return the time of each token against that of the smallest step, and the memory of each further token."""
     first, *rest = grown.seconds
     rows = [
         compared(f"time a token, {tokens:,} a step over {first:,}", _microseconds(grown.seconds[tokens]),
@@ -196,15 +196,15 @@ def step_rows(grown: GrowthMeasurements) -> list[Row]:
 
 
 def _microseconds(seconds: Sequence[float]) -> list[float]:
-    return [1e6 * one for one in seconds]
+    return [1e6 * time for time in seconds]
 
 
-def start_rows(found: dict[int, tuple[float, float]]) -> list[Row]:
-    """What each further record costs, and what is left of the start once there is a cache."""
-    few, some, many = list(found)[-3:]
-    slopes = [1e6 * (found[b][0] - found[a][0]) / (b - a) for a, b in ((some, many), (few, some))]
+def start_rows(seconds: dict[int, tuple[float, float]]) -> list[Row]:
+    """Return the cost of each further record, and the time of a start with a cache."""
+    few, some, many = list(seconds)[-3:]
+    slopes = [1e6 * (seconds[b][0] - seconds[a][0]) / (b - a) for a, b in ((some, many), (few, some))]
     labels = (f"from {some:,}", f"from {few:,}")
-    first, second = found[many]
+    first, second = seconds[many]
     return [
         compared(f"start, each further record to {many:,}", slopes[:1], slopes[1:], labels, "µs", LINEAR, "lower"),
         compared(f"start with {many:,} records, again over at first", [second], [first], ("again", "at first"), "s",
@@ -213,24 +213,24 @@ def start_rows(found: dict[int, tuple[float, float]]) -> list[Row]:
 
 
 def draw_lines(grown: GrowthMeasurements | None, start: dict[int, tuple[float, float]] | None, path: Path) -> None:
-    """Time and memory by tokens, and time to the first step by records."""
+    """Plot time and memory by tokens, and time to the first step by records."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     time, memory, first = figure.subplots(1, 3)
     if grown is not None:
         tokens = list(grown.seconds)
-        time.plot(tokens, [statistics.median(grown.seconds[one]) * one for one in tokens], marker="o")
-        memory.plot(tokens, [grown.peaks[one] for one in tokens], marker="o")
+        time.plot(tokens, [statistics.median(grown.seconds[number]) * number for number in tokens], marker="o")
+        memory.plot(tokens, [grown.peaks[number] for number in tokens], marker="o")
     for turn, label in enumerate(("first time", "from the cache")):
         if start is not None:
             first.plot(list(start), [times[turn] for times in start.values()], marker="o", label=label)
-    for axes, below, beside in (
+    for axes, x_label, y_label in (
         (time, "tokens of a step", "seconds a step"),
         (memory, "tokens of a step", "peak memory, GB"),
         (first, "records", "seconds to the end of the first step"),
     ):
-        axes.set_xscale("log", base=2 if below != "records" else 10)
-        axes.set_xlabel(below)
-        axes.set_ylabel(beside)
+        axes.set_xscale("log", base=2 if x_label != "records" else 10)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         if axes is not memory:
             axes.set_yscale("log")
     if start is not None:
@@ -239,12 +239,12 @@ def draw_lines(grown: GrowthMeasurements | None, start: dict[int, tuple[float, f
 
 
 def main() -> None:
-    """Measure and report, or, with `--measure`, be the process that is measured."""
+    """Measure and report; with `--measure`, run as the measured process."""
     parser = make_parser(__doc__)
     parser.add_argument("--part", choices=("steps", "start"), default=None, help="one of the two; both")
     for name in ("tokens", "records"):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=None)
-    apart.add_arguments(parser)
+    isolated.add_arguments(parser)
     args = parser.parse_args()
     silence_libraries()
     if args.measure:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory [--gpu] [--repeats N]
 
-Each variant runs two optimiser steps in a process of its own, so that the optimiser's states are there in the second;
-what is told is the most memory that the process ever had (on a GPU: that PyTorch ever allocated there). SmolLM2-135M's
-and ViT-B/16's shapes, lengths of LLaVA-665k: of many drawn sets, the one that is padded to about as many positions
-as they are on average; memory has to be there for the worst. About five minutes on two cores, and up to 20 GB.
+Each variant runs two optimiser steps in a separate process, so that the optimiser's states exist in the second; the
+result is the peak memory of the process (on a GPU: the peak that PyTorch allocated). SmolLM2-135M's and ViT-B/16's
+shapes, lengths of LLaVA-665k: of many drawn sets, the one whose number of padded positions is nearest to the mean,
+while a real run needs memory for the worst. About five minutes on two cores, and up to 20 GB.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import apart, counting
+from benchmarks import counting, isolated
 from benchmarks.finetune import select_records
 from benchmarks.lengths import Record, draw_records, write_records
 from benchmarks.opening import read_kilobytes
@@ -28,17 +28,17 @@ from benchmarks.variants import SEED, count_padded_positions, run_ours, silence_
 
 NUM_STEPS = 2
 NUM_DRAWN_SETS = 101
-"""So many sets of samples are drawn to find the one of average padding."""
+"""Number of sets of samples that are drawn to find one of average padding."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured.
+    """The size of the measurement.
 
     Attributes:
-        shape: of the model, a name of `SHAPES`.
-        tokens: real tokens of a step, about.
-        repeats: processes of each variant.
+        shape: the model's shape, a name of `SHAPES`.
+        tokens: approximate number of real tokens in a step.
+        repeats: number of processes of each variant.
         bf16: whether matrix products run in bfloat16.
     """
 
@@ -49,23 +49,23 @@ class Size:
 
 
 GPU = Size(tokens=16384, repeats=3, bf16=True)
-"""For one large GPU."""
+"""The size for one large GPU."""
 
 
 def draw_average_records(size: Size) -> tuple[list[Record], int]:
-    """Records that fill one pack, of average padding among sets that were drawn alike; and their padded positions."""
+    """Return records that fill one pack, of average padding among many drawn sets; and their padded positions."""
     shape = SHAPES[size.shape]
     sets = []
     for seed in range(NUM_DRAWN_SETS):
         records = select_records(draw_records(size.tokens // 50, seed), shape, size.tokens, 1)
         sets.append((count_padded_positions(counting.make_blank_samples(records, shape)), seed, records))
     mean = statistics.mean(positions for positions, _, _ in sets)
-    positions, _, records = min(sets, key=lambda one: (abs(one[0] - mean), one[1]))
+    positions, _, records = min(sets, key=lambda drawn: (abs(drawn[0] - mean), drawn[1]))
     return records, positions
 
 
 def measure_ours(size: Size, folder: Path) -> None:
-    """The run that `vlm` starts, on packed rows."""
+    """Run training as `vlm` does, on packed rows."""
     words = [
         f"trainer.max_tokens_per_batch={size.tokens}",
         f"trainer.num_train_epochs={NUM_STEPS}",
@@ -75,7 +75,7 @@ def measure_ours(size: Size, folder: Path) -> None:
 
 
 def measure_padded(size: Size, folder: Path) -> None:
-    """LLaVA and Trainer of transformers, on one padded batch."""
+    """Train LLaVA with the Trainer of transformers, on one padded batch."""
     ours, processor = compose_model(folder / "parts", SEED)
     samples = encoded_samples(folder, processor)
     model = make_llava(ours, folder / "parts")
@@ -86,7 +86,7 @@ def measure_padded(size: Size, folder: Path) -> None:
 
 
 def encoded_samples(folder: Path, processor: Any) -> list[dict[str, Any]]:
-    """The records, encoded as a run does it, with normalised pixels."""
+    """Return the records, encoded as in a run, with normalised pixels."""
     from vlm.config.schema import DatasetConfig
     from vlm.data.dataset import load_dataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
@@ -104,7 +104,7 @@ def encoded_samples(folder: Path, processor: Any) -> list[dict[str, Any]]:
 
 
 def peak_gigabytes() -> float:
-    """The most memory that this process had so far, on its GPU if there is one."""
+    """Return the peak memory of this process so far, on its GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return read_kilobytes("status", "VmHWM") * 1024 / 1e9
@@ -114,9 +114,9 @@ MEASURES = {"packed": measure_ours, "padded": measure_padded}
 
 
 def main() -> None:
-    """Measure and report, or, with `--measure`, be the process that is measured."""
+    """Measure and report; with `--measure`, run as the measured process."""
     parser = make_parser(__doc__, ("tokens", "repeats"))
-    apart.add_arguments(parser)
+    isolated.add_arguments(parser)
     args = parser.parse_args()
     silence_libraries()
     if args.measure:
@@ -129,16 +129,16 @@ def main() -> None:
         write_parts(folder / "parts", SHAPES[size.shape])
         records, positions = draw_average_records(size)
         write_records(folder / "data", records, SHAPES[size.shape].side)
-        tokens = counting.facts(counting.make_blank_samples(records, SHAPES[size.shape])).tokens
+        tokens = counting.sample_stats(counting.make_blank_samples(records, SHAPES[size.shape])).tokens
         print(f"{len(records)} samples of {tokens:,} tokens, padded {positions:,} positions", flush=True)
-        found: dict[str, list[float]] = {name: [] for name in MEASURES}
+        peaks: dict[str, list[float]] = {name: [] for name in MEASURES}
         for _ in range(size.repeats):
-            for variant, peaks in found.items():
-                peaks.append(apart.run_in_subprocess("memory", variant, size, folder))
-                print(f"  {variant}: {peaks[-1]:.3f} GB", flush=True)
+            for variant, gigabytes in peaks.items():
+                gigabytes.append(isolated.run_in_subprocess("memory", variant, size, folder))
+                print(f"  {variant}: {gigabytes[-1]:.3f} GB", flush=True)
     title = f"peak memory at {size.tokens:,} tokens a step, packed over padded"
     notes = {"real tokens of a step": tokens, "positions once padded": positions}
-    row = compared(title, found["packed"], found["padded"], ("packed", "padded"), "GB", 0.6, "lower")
+    row = compared(title, peaks["packed"], peaks["padded"], ("packed", "padded"), "GB", 0.6, "lower")
     report("memory-gpu" if args.gpu else "memory", [row], notes)
 
 

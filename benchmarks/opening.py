@@ -1,8 +1,8 @@
-"""Opening a large set of records, in a process of its own: seconds and memory as one line of JSON. See `data.py`.
+"""Opens a large set of records, and prints seconds and memory of the process as one line of JSON. See `data.py`.
 
     python -m benchmarks.opening index|json|start|empty FOLDER
 
-What a measurement needs is imported before its clock starts, and nothing else.
+Only the modules that a measurement needs are imported, before its clock starts.
 """
 
 import json
@@ -15,24 +15,24 @@ from typing import Any
 
 
 def measure_process(work: Callable[[], Any]) -> dict[str, float]:
-    """Seconds, peak memory and unique memory of a process once it has done some work and holds what came of it."""
-    begun = time.perf_counter()
-    kept = work()
-    seconds = time.perf_counter() - begun
-    peak = read_kilobytes("status", "VmHWM")  # what `resource` tells began with the parent's
+    """Return seconds of some work, and the peak and unique memory of the process while it holds the result."""
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    peak = read_kilobytes("status", "VmHWM")  # `resource` includes the parent's peak
     unique = read_kilobytes("smaps_rollup", "Private_Clean") + read_kilobytes("smaps_rollup", "Private_Dirty")
-    del kept
+    del result
     return {"seconds": seconds, "peak_mb": peak / 1000, "unique_mb": unique / 1000}
 
 
 def read_kilobytes(file: str, name: str) -> int:
-    """A line of a file that the kernel keeps about this process."""
+    """Return the number in a line of a file in `/proc/self`."""
     lines = Path("/proc/self", file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def index(folder: Path) -> dict[str, float]:
-    """The index of the large set, made anew."""
+    """Build the index of the large set."""
     from vlm.data.records.index import IndexedRecords
 
     with tempfile.TemporaryDirectory(dir=folder) as cache:
@@ -40,12 +40,12 @@ def index(folder: Path) -> dict[str, float]:
 
 
 def load_json(folder: Path) -> dict[str, float]:
-    """What a program does that reads the whole file."""
+    """Read the whole file with `json.loads`."""
     return measure_process(lambda: json.loads((folder / "large.json").read_text()))
 
 
 def measure_start(folder: Path) -> dict[str, float]:
-    """The large set as training opens it, up to the first sample."""
+    """Open the large set as training does, up to the first sample."""
     from vlm.data.dataset import load_dataset
 
     assert load_dataset
@@ -59,7 +59,7 @@ def measure_start(folder: Path) -> dict[str, float]:
 
 
 def measure_empty(folder: Path) -> dict[str, float]:
-    """The imports, and the processor that a worker has anyway."""
+    """Import modules and make the processor, which a worker has anyway."""
     from vlm.data.dataset import load_dataset
 
     assert load_dataset
@@ -68,7 +68,7 @@ def measure_empty(folder: Path) -> dict[str, float]:
 
 
 def dataset(folder: Path, name: str, processor: Any) -> Any:
-    """A set of records as training opens it."""
+    """Open a set of records as training does."""
     from vlm.config.schema import DatasetConfig
     from vlm.data.dataset import load_dataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
@@ -80,7 +80,7 @@ def dataset(folder: Path, name: str, processor: Any) -> Any:
 
 
 def make_processor() -> Any:
-    """This framework's processor."""
+    """Return this framework's processor."""
     from vlm.models import VLMProcessor
 
     image_processor, tokenizer = load_parts()
@@ -88,7 +88,7 @@ def make_processor() -> Any:
 
 
 def load_parts() -> tuple[Any, Any]:
-    """CLIP's image processor at 336 pixels, and a tokenizer with an image token."""
+    """Return CLIP's image processor at 336 pixels, and a tokenizer with an image token."""
     from transformers import CLIPImageProcessor
 
     from vlm.demo.tiny_models import make_word_tokenizer

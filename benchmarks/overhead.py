@@ -1,10 +1,10 @@
-"""What a whole step of ours costs over a bare loop: no Trainer, no loader, no logging, batches made beforehand.
+"""Cost of a whole step of ours over a bare loop without Trainer, loader and logging, on prepared batches.
 
     python -m benchmarks.overhead [--gpu] [--steps N] [--repeats N]
 
 The run is the one that `vlm` starts, with SmolLM2-135M's and ViT-B/16's shapes, packed batches and lengths of
-LLaVA-665k. The bare loop then takes the same modules through the batches that the run was given, with the same loss,
-clipping and optimiser. The first step of each is left out. About six minutes on two cores.
+LLaVA-665k. The bare loop then runs the same modules on the run's batches, with the same loss, clipping and optimiser.
+The first step of each is not measured. About six minutes on two cores.
 """
 
 import tempfile
@@ -28,17 +28,17 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.train.step.packed_attention import use_packed_attention
 
 MATRIX_OPERATORS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "conv", "gemm", "attention")
-"""How the names of operators that multiply matrices end or what they contain, after `aten::`."""
+"""Endings of the names of operators that multiply matrices, after `aten::`."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured.
+    """The size of the measurement.
 
     Attributes:
-        shape: of the model, a name of `SHAPES`.
+        shape: the model's shape, a name of `SHAPES`.
         tokens: `trainer.max_tokens_per_batch`.
-        steps: steps of one pack each; the first is not measured.
+        steps: number of steps of one pack each; the first is not measured.
         repeats: how often run and loop take turns.
         bf16: whether matrix products run in bfloat16.
     """
@@ -51,15 +51,15 @@ class Size:
 
 
 GPU = Size(tokens=16384, steps=30, repeats=3, bf16=True)
-"""For one large GPU."""
+"""The size for one large GPU."""
 
 
 class BareLoop:
     """Forward, backward, clipping and update over prepared batches.
 
     Args:
-        model: as the run trained it.
-        batches: of each step the model's inputs.
+        model: the trained model of the run.
+        batches: the model's inputs of each step.
         processor: normalises their pixels, once.
         bf16: whether matrix products run in bfloat16.
     """
@@ -72,7 +72,7 @@ class BareLoop:
         self.batches = [_prepare_batch(batch, processor, device) for batch in batches]
 
     def step(self, number: int) -> None:
-        """One optimiser step on one batch."""
+        """Run an optimiser step on one batch."""
         batch = self.batches[number]
         supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         precision = torch.autocast(self.trained[0].device.type, torch.bfloat16, enabled=self.bf16)
@@ -85,7 +85,7 @@ class BareLoop:
         self.optimizer.zero_grad()
 
     def seconds(self) -> list[float]:
-        """Of every step."""
+        """Run all steps, and return their seconds."""
         stamps = [synchronized_time()]
         for number in range(len(self.batches)):
             self.step(number)
@@ -95,21 +95,22 @@ class BareLoop:
 
 
 def _prepare_batch(batch: dict[str, Any], processor: Any, device: torch.device) -> dict[str, Any]:
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    if "pixel_values" in moved:
-        moved["pixel_values"] = processor.normalise(moved["pixel_values"])
-    return moved
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = processor.normalise(inputs["pixel_values"])
+    return inputs
 
 
 def product_share(loop: BareLoop) -> float:
-    """The share of a step's time that matrix products, convolutions and attention take; of kernels' on a GPU."""
+    """Return the share of matrix products, convolutions and attention in a step's time; on a GPU, of kernels' time."""
     on_gpu = torch.cuda.is_available()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=kinds) as found:
+    with profile(activities=kinds) as profiler:
         loop.step(min(1, len(loop.batches) - 1))
         synchronized_time()
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    times = {one.key: getattr(one, name) for one in found.key_averages() if one.key.startswith("aten::") or not on_gpu}
+    events = [event for event in profiler.key_averages() if event.key.startswith("aten::") or not on_gpu]
+    times = {event.key: getattr(event, name) for event in events}
     print("\nOperators that a bare step spends most on:")
     for key, time in sorted(times.items(), key=lambda item: -item[1])[:12]:
         print(f"  {key:<60}{time / sum(times.values()):>7.1%}{'  matrix products' if _is_matrix_operator(key) else ''}")
@@ -122,7 +123,7 @@ def _is_matrix_operator(operator: str) -> bool:
 
 
 def measure(size: Size, folder: Path) -> tuple[list[float], list[float], float]:
-    """Seconds of steps of the run and of the bare loop, in turns, and the share of matrix products."""
+    """Return seconds of steps of the run and of the bare loop, in turns, and the share of matrix products."""
     shape = SHAPES[size.shape]
     write_parts(folder / "parts", shape)
     records = select_records(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
@@ -144,7 +145,7 @@ def measure(size: Size, folder: Path) -> tuple[list[float], list[float], float]:
 
 
 def _make_bare_loop(run: Steps, *, bf16: bool) -> BareLoop:
-    """A bare loop over what a run trained; the run's own optimiser goes, lest there be two sets of states."""
+    """Return a bare loop over a run's model; the run's optimiser is freed, as memory may not hold both."""
     trainer = run.trainer
     model, processor = trainer.model, trainer.processor
     for holder in (trainer, trainer.callback_handler):

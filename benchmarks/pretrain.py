@@ -1,11 +1,11 @@
-"""Pretraining's further epochs: with features of images kept on disk, against a frozen encoder that sees them anew.
+"""Further epochs of pretraining: with cached features of images, against running the frozen encoder each time.
 
     python -m benchmarks.pretrain [--gpu] [--shape NAME] [--epochs N]
 
-The connector trains; encoder and language model have the shapes of well-known ones, and random weights. Both variants
-are runs of `pretrain-smol` through the same entry, on the same records in the same packs; the first epoch, before which
-the cache is filled, is not measured. What counting operations predicts is that the encoder's share goes, and nothing
-else: the target is nine tenths of that. The losses of both variants are compared first: they must be the same.
+The connector trains; encoder and language model have the shapes of well-known models, and random weights. Both variants
+are runs of `pretrain-smol` on the same records in the same packs; the first epoch, before which the cache is filled, is
+not measured. Counted operations predict that only the encoder's share is saved: the target is nine tenths of that. The
+losses of both variants are compared first: they must be the same.
 """
 
 import gc
@@ -24,18 +24,18 @@ from vlm.data.batching.stats import compute_batch_stats
 from vlm.demo.scenes import write_scenes
 
 EPOCHS = 4
-"""Of each variant; the first is not measured."""
+"""Number of epochs of each variant; the first is not measured."""
 TARGET_SHARE = 0.9
-"""Of what counting predicts."""
+"""The target, as a share of the predicted ratio."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What one shape is measured on.
+    """The size of the measurement of a shape.
 
     Attributes:
-        records: captions with an image each.
-        batch: samples of a batch, on average.
+        records: number of captions with an image each.
+        batch: mean number of samples in a batch.
         words: further overrides.
     """
 
@@ -52,11 +52,11 @@ NAMES = {
     "vicuna": "CLIP-L/14-336 and Vicuna-7B",
     "tiny": "a model of almost no size",
 }
-"""Shape -> what it is."""
+"""Shape -> the names of its models."""
 
 
 def train(folder: Path, shape: str, size: Size, epochs: int, *, keeps: bool) -> Steps:
-    """Run it, with features kept or without."""
+    """Run a variant, with cached features or without."""
     steps = run_ours(
         folder / "parts", folder / "data" / "pretrain.json", folder / ("kept" if keeps else "anew"),
         f"dataset.cache_features={str(keeps).lower()}", f"trainer.num_train_epochs={epochs}",
@@ -67,23 +67,23 @@ def train(folder: Path, shape: str, size: Size, epochs: int, *, keeps: bool) -> 
 
 
 def epoch_rates(steps: Steps, epochs: int, records: int) -> list[float]:
-    """Samples a second of each epoch but the first."""
+    """Return samples a second of each epoch but the first."""
     number = len(steps.seconds) // epochs
     seconds = [sum(steps.seconds[start : start + number]) for start in range(0, number * epochs, number)]
-    return [records / one for one in seconds[1:]]
+    return [records / epoch for epoch in seconds[1:]]
 
 
 def predict_ratio_without_encoder(steps: Steps, shape: str, epochs: int) -> float:
-    """How much fewer operations an epoch has without the encoder."""
+    """Return the operations of an epoch over those of an epoch without the encoder."""
     data = steps.trainer.train_dataset
-    held = compute_batch_stats([data[index] for index in range(len(data))], 0)
+    stats = compute_batch_stats([data[index] for index in range(len(data))], 0)
     flops, _ = count_operations(steps.trainer.model, SHAPES[shape])
     batches = len(steps.seconds) // epochs
-    return flops.total(held, held.images, held.images, batches) / flops.total(held, 0, held.images, batches)
+    return flops.total(stats, stats.images, stats.images, batches) / flops.total(stats, 0, stats.images, batches)
 
 
 def measure(shape: str, size: Size, epochs: int) -> tuple[Row, float]:
-    """Both variants of a shape, and what counting predicts."""
+    """Measure both variants of a shape; return the row and the predicted ratio."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -114,9 +114,11 @@ def main() -> None:
     if args.shape not in (None, *sizes):
         parser.error(f"--shape {args.shape}: measured are {', '.join(sizes)}")
     silence_libraries()
-    found = {shape: measure(shape, sizes[shape], args.epochs) for shape in ([args.shape] if args.shape else sizes)}
-    notes = {"predicted by counting operations": {NAMES[shape]: round(one, 3) for shape, (_, one) in found.items()}}
-    report("pretrain-gpu" if args.gpu else "pretrain", [row for row, _ in found.values()], notes)
+    results = {shape: measure(shape, sizes[shape], args.epochs) for shape in ([args.shape] if args.shape else sizes)}
+    notes = {
+        "predicted by counting operations": {NAMES[shape]: round(ratio, 3) for shape, (_, ratio) in results.items()}
+    }
+    report("pretrain-gpu" if args.gpu else "pretrain", [row for row, _ in results.values()], notes)
 
 
 if __name__ == "__main__":

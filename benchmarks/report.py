@@ -1,4 +1,4 @@
-"""What benchmarks print and leave behind: ratios of medians measured in one run, as a table, JSON and an image."""
+"""Results of benchmarks: ratios of medians measured in one run, as a table, JSON and a plot."""
 
 import json
 import platform
@@ -21,13 +21,13 @@ class Row:
     """A claim: how one variant compares with another at the same work.
 
     Attributes:
-        name: what is compared.
-        ratio: the figure.
-        target: what it should be.
+        name: the name of the comparison.
+        ratio: the measured ratio.
+        target: its target.
         better: `higher` or `lower`.
         medians: variant -> median of its measurements.
-        spread: variant -> the least and the greatest of them.
-        unit: of the measurements.
+        spread: variant -> its least and greatest measurement.
+        unit: the unit of the measurements.
     """
 
     name: str
@@ -48,7 +48,7 @@ def compared(
     name: str, ours: Sequence[float], theirs: Sequence[float], labels: tuple[str, str], unit: str, target: float,
     better: str = "higher",
 ) -> Row:  # fmt: skip
-    """A row out of measurements of two variants; the ratio is ours over theirs."""
+    """Return a row for measurements of two variants; the ratio is ours over theirs."""
     values = dict(zip(labels, (list(ours), list(theirs)), strict=True))
     medians = {label: statistics.median(measured) for label, measured in values.items()}
     spread = {label: (min(measured), max(measured)) for label, measured in values.items()}
@@ -56,7 +56,7 @@ def compared(
 
 
 def below(name: str, measured: Sequence[float], label: str, unit: str, limit: float) -> Row:
-    """A row for a figure that has to stay below a limit; the ratio is its share of the limit."""
+    """Return a row for a figure that has to stay below a limit; the ratio is its share of the limit."""
     median = statistics.median(measured)
     return Row(name, median / limit, 1.0, "lower", {label: median}, {label: (min(measured), max(measured))}, unit)
 
@@ -65,9 +65,9 @@ def report(name: str, rows: Sequence[Row], notes: Mapping[str, Any] | None = Non
     """Print the rows, and write `results/NAME.json` and `results/NAME.png`.
 
     Args:
-        name: of the benchmark.
+        name: the name of the benchmark.
         rows: its claims.
-        notes: what was found besides, for which there is no target.
+        notes: further figures without a target.
     """
     print(f"\n{'what':<58}{'ratio':>8}{'target':>9}   medians (least to greatest)")
     for row in rows:
@@ -92,8 +92,8 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     axes = figure.subplots()
     names = [f"{row.name}\n({row.better} is better)" for row in rows]
     axes.barh(names, [row.ratio for row in rows], color=["#2a9d5c" if row.holds else "#c0392b" for row in rows])
-    for place, row in enumerate(rows):
-        axes.plot([row.target] * 2, [place - 0.4, place + 0.4], color="black", linestyle="--")
+    for index, row in enumerate(rows):
+        axes.plot([row.target] * 2, [index - 0.4, index + 0.4], color="black", linestyle="--")
     axes.invert_yaxis()
     axes.set_xlabel("ratio; the dashed line is the target")
     figure.savefig(path, dpi=110)

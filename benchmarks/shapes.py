@@ -1,7 +1,7 @@
-"""Parts with the shapes of well-known models and random weights, and one composition of them in two programs.
+"""Parts with the shapes of well-known models and random weights, composed by this framework and by transformers.
 
-Nothing here has been trained: speed and memory do not depend on what weights say. `composed` is this framework's model,
-`llava_of` transformers' `LlavaForConditionalGeneration` with the same weights.
+Speed and memory do not depend on the values of weights. `compose_model` returns this framework's model, `make_llava`
+transformers' `LlavaForConditionalGeneration` with the same weights.
 """
 
 import copy
@@ -21,25 +21,25 @@ from transformers import (
 )
 
 from vlm.assembly.compose import build_model, compose
-from vlm.config.schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.config.model_schema import ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.demo.tiny_models import make_word_tokenizer
 from vlm.models import VLMForConditionalGeneration
 
 FEATURE_LAYER = -2
-"""The hidden state of the encoder that is read, as LLaVA does."""
+"""The hidden state of the encoder that is used, as in LLaVA."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A visual encoder and a language model, as their configurations count them.
+    """The sizes of a visual encoder and a language model.
 
     Attributes:
-        side: of images, in pixels.
-        patch: of a patch, in pixels.
-        vision: width, width between, layers and heads of the encoder.
-        vocabulary: tokens that the language model knows.
-        text: width, width between, layers, heads and key-value heads of the language model.
-        tied: whether its embeddings are its vocabulary head too.
+        side: the side of images, in pixels.
+        patch: the side of a patch, in pixels.
+        vision: hidden size, intermediate size, layers and heads of the encoder.
+        vocabulary: number of tokens in the language model's vocabulary.
+        text: hidden size, intermediate size, layers, heads and key-value heads of the language model.
+        tied: whether embeddings and vocabulary head are tied.
     """
 
     side: int
@@ -51,22 +51,22 @@ class Shape:
 
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens: one of each patch."""
+        """Number of image tokens: one for each patch."""
         return (self.side // self.patch) ** 2
 
     def vision_config(self) -> CLIPVisionConfig:
-        """The encoder's."""
-        width, between, layers, heads = self.vision
+        """Return the encoder's configuration."""
+        width, intermediate, layers, heads = self.vision
         return CLIPVisionConfig(
-            hidden_size=width, intermediate_size=between, num_hidden_layers=layers, num_attention_heads=heads,
+            hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
             image_size=self.side, patch_size=self.patch,
         )  # fmt: skip
 
     def text_config(self, positions: int = 2048, **ids: Any) -> LlamaConfig:
-        """The language model's; `ids` of special tokens."""
-        width, between, layers, heads, key_values = self.text
+        """Return the language model's configuration; `ids` are those of special tokens."""
+        width, intermediate, layers, heads, key_values = self.text
         return LlamaConfig(
-            vocab_size=self.vocabulary, hidden_size=width, intermediate_size=between, num_hidden_layers=layers,
+            vocab_size=self.vocabulary, hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=key_values, max_position_embeddings=positions,
             tie_word_embeddings=self.tied, **ids,
         )  # fmt: skip
@@ -82,7 +82,7 @@ SHAPES = {
 
 
 def write_parts(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-    """Write `folder/visual_encoder` and `folder/language_model`, drawn on a device, in a precision."""
+    """Write `folder/visual_encoder` and `folder/language_model`, whose weights are drawn on a device."""
     torch.manual_seed(0)
     tokenizer = make_word_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -98,7 +98,7 @@ def write_parts(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, 
 
 
 def model_keys(folder: Path) -> list[str]:
-    """What a run is told to compose these parts."""
+    """Return the overrides with which a run composes these parts."""
     return [
         f"model.visual_encoder.hf_name={folder / 'visual_encoder'}",
         f"model.visual_encoder.feature_layer={FEATURE_LAYER}",
@@ -109,7 +109,7 @@ def model_keys(folder: Path) -> list[str]:
 
 
 def compose_model(folder: Path, seed: int) -> tuple[VLMForConditionalGeneration, Any]:
-    """The model that a run with `model_keys` and this seed starts from, in float32, and its processor."""
+    """Return the initial model of a run with `model_keys` and this seed, in float32, and its processor."""
     model = ModelConfig(
         visual_encoder=VisualEncoderConfig(str(folder / "visual_encoder"), feature_layer=FEATURE_LAYER),
         connector=ConnectorConfig("mlp", {}),
@@ -126,14 +126,14 @@ NAMES = {
     "language_model.model": "model.language_model",
     "language_model.lm_head": "lm_head",
 }
-"""Modules of `composed` -> of `llava_of`."""
+"""Modules of `compose_model` -> of `make_llava`."""
 
 
 def make_llava(ours: VLMForConditionalGeneration, folder: Path) -> LlavaForConditionalGeneration:
-    """The model of transformers with the weights of ours, and with all layers of the encoder, as it runs them."""
+    """Return the model of transformers with our weights, and with all layers of the encoder."""
     encoder = CLIPVisionModel.from_pretrained(folder / "visual_encoder")
     text = copy.deepcopy(ours.config.text_config)
-    text.use_cache = False  # nothing is generated; training with a cache would only cost more
+    text.use_cache = False  # a cache would only slow training down
     config = LlavaConfig(
         vision_config=encoder.config, text_config=text,
         image_token_index=ours.config.image_token_id, vision_feature_layer=FEATURE_LAYER,

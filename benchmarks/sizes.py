@@ -1,4 +1,4 @@
-"""The command line of a benchmark that has a size for two cores and one for a large GPU."""
+"""The command line of a benchmark with a size for two cores and one for a large GPU."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ SizeT = TypeVar("SizeT")
 
 
 def make_parser(description: str | None, numbers: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """`--gpu`, `--shape`, and an option for each of the size's numbers."""
+    """Return a parser with `--gpu`, `--shape`, and an option for each of the size's numbers."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the size for one large GPU, in bfloat16")
     parser.add_argument("--shape", choices=SHAPES, default=None)
@@ -23,19 +23,19 @@ def make_parser(description: str | None, numbers: Sequence[str] = ()) -> argpars
 
 
 def make_size(args: argparse.Namespace, plain: SizeT, gpu: SizeT) -> SizeT:
-    """The size that was asked for: one of the two, a dataclass, with what the command line sets of it.
+    """Return one of two sizes, which are dataclasses, with the values of the command line.
 
     Raises:
-        SystemExit: that for a GPU was asked for, and there is none.
+        SystemExit: `--gpu` was given, and there is no GPU.
     """
     require_gpu(args)
     size: Any = gpu if args.gpu else plain
-    given = {field.name: getattr(args, field.name, None) for field in fields(size)}
-    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return replace(size, **{name: value for name, value in kept.items() if value is not None})
+    options = {field.name: getattr(args, field.name, None) for field in fields(size)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return replace(size, **{name: value for name, value in values.items() if value is not None})
 
 
 def require_gpu(args: argparse.Namespace) -> None:
-    """Raise SystemExit where `--gpu` was given and PyTorch sees none."""
+    """Raise SystemExit where `--gpu` was given and PyTorch sees no GPU."""
     if args.gpu and not torch.cuda.is_available():
         raise SystemExit("--gpu: PyTorch sees none here; without it, the size for a CPU is measured")

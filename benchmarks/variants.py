@@ -1,9 +1,8 @@
 """Two ways to train the same model on the same samples: a run of this framework, and transformers' own `Trainer`.
 
-`run_ours` is the run that `vlm` starts, with a clock in it and an ear for its batches. `train_padded` is what the
-documentation of transformers shows: `LlavaForConditionalGeneration`, a collator that pads to the longest sample of a
-batch with labels of -100, and `Trainer`. Its samples are encoded and its images decoded beforehand; ours are
-not.
+`run_ours` is the run that `vlm` starts, with a timer and a record of its batches. `train_padded` follows the
+documentation of transformers: `LlavaForConditionalGeneration`, a collator that pads to the longest sample of a batch
+with labels of -100, and `Trainer`. Its samples are encoded and its images decoded in advance; ours are not.
 """
 
 import gc
@@ -38,9 +37,9 @@ from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
 
 LEARNING_RATE = 1e-4
-"""Of connector and language model, in every variant."""
+"""Learning rate of connector and language model, in every variant."""
 SEED = 42
-"""Of a run's first weights and order, which is the default of `trainer.seed`."""
+"""Seed of a run's initial weights and order: the default of `trainer.seed`."""
 
 Sample = dict[str, Any]
 """`input_ids` and `labels` of one sample, and `pixel_values` `(images, 3, height, width)` where it has images."""
@@ -48,17 +47,17 @@ Sample = dict[str, Any]
 
 @dataclass
 class Steps:
-    """What a training run did.
+    """The measured steps of a training run.
 
     Attributes:
-        name: what ran, which is printed after each step.
-        seconds: of each optimiser step, from the end of the one before it: loading and logging belong to it.
-        losses: of each optimiser step, as it was logged.
-        norms: of each optimiser step's gradient, before it is clipped.
-        batches: of each optimiser step the inputs of the model, as they came out of the loader.
-        trainer: what trained.
+        name: the name that is printed after each step.
+        seconds: seconds of each optimiser step, from the end of the previous one: loading and logging are included.
+        losses: the logged loss of each optimiser step.
+        norms: gradient norm of each optimiser step, before clipping.
+        batches: the model's inputs of each optimiser step, as they came out of the loader.
+        trainer: the run's trainer.
         begun: when the run was started.
-        seconds_to_first_step: seconds from there to the end of its first optimiser step.
+        seconds_to_first_step: seconds from `begun` to the end of the first optimiser step.
     """
 
     name: str
@@ -72,18 +71,18 @@ class Steps:
 
 
 class StepTimer(TrainerCallback):
-    """Times optimiser steps, and stamps when the first begins."""
+    """Measures the time of optimiser steps."""
 
     def __init__(self, steps: Steps):
         self.steps = steps
         self.last = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model is ready; nothing has been loaded."""
+        """Start the clock: the model is ready, and no data has been loaded."""
         self.last = synchronized_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is over, all but its log."""
+        """Record the time of a step."""
         last, self.last = self.last, synchronized_time()
         if not self.steps.seconds:
             self.steps.seconds_to_first_step = self.last - self.steps.begun
@@ -91,14 +90,14 @@ class StepTimer(TrainerCallback):
         print(f"  {self.steps.name}: step {len(self.steps.seconds)} took {self.steps.seconds[-1]:.2f} s", flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """The step's loss, and how long its gradient is."""
+        """Record the step's loss and gradient norm."""
         if "loss" in logs:
             self.steps.losses.append(float(logs["loss"]))
             self.steps.norms.append(float(logs["grad_norm"]))
 
 
 def synchronized_time() -> float:
-    """Seconds, once what a GPU was told to do is done."""
+    """Return the time in seconds, once the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -111,18 +110,18 @@ def run_ours(
     """Start a run as `vlm` does, and train it to its end.
 
     Args:
-        parts: where encoder and language model are.
+        parts: the folder of encoder and language model.
         records: the file of records; their images are in `images` beside it.
         folder: the run directory.
         words: further overrides.
-        name: the run's configuration.
-        keeps: whether its batches are kept.
-        saves: whether the trained model is saved at the end, which is not part of any step.
+        name: the name of the run's configuration.
+        keeps: whether to keep the batches.
+        saves: whether to save the trained model at the end, which is not part of any step.
     """
     steps = Steps(folder.name)
 
     class WatchedTrainer(VLMTrainer):
-        """The run's trainer, watched."""
+        """The run's trainer, with a timer and a record of its batches."""
 
         def __init__(self, **kwargs: Any):
             super().__init__(**kwargs)
@@ -149,7 +148,7 @@ def run_ours(
 
 
 def data_keys(records: Path) -> list[str]:
-    """What a run is told to read these records."""
+    """Return the overrides with which a run reads these records."""
     return [
         f"dataset.path={records}",
         f"dataset.image_folder={records.parent / 'images'}",
@@ -174,11 +173,11 @@ TRAINING = (
     f"trainer.use_cpu={str(not torch.cuda.is_available()).lower()}",
     f"trainer.dataloader_num_workers={4 if torch.cuda.is_available() else 0}",
 )
-"""How every run is told to train; on a CPU all cores compute, and none is left for data workers."""
+"""Overrides of every run; on a CPU all cores compute, and none is left for data workers."""
 
 
 def compose_config(name: str, words: Sequence[str]) -> RunConfig:
-    """A shipped run's configuration under overrides."""
+    """Return a shipped run's configuration with overrides."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
     with initialize_config_module("vlm.config", version_base="1.3"):
         config: Any = OmegaConf.to_object(compose(name, [open_mapping_key(word) for word in words]))
@@ -189,7 +188,7 @@ def compose_config(name: str, words: Sequence[str]) -> RunConfig:
 
 
 def split_packed_batch(batch: dict[str, Any], processor: Any) -> list[Sample]:
-    """The samples that stand in a packed batch; dummies, which nothing supervises, are none."""
+    """Return the samples of a packed batch, without dummies, which have no supervised tokens."""
     pixels = batch.get("pixel_values")
     if pixels is not None:
         pixels = processor.normalise(pixels)
@@ -209,17 +208,17 @@ def split_packed_batch(batch: dict[str, Any], processor: Any) -> list[Sample]:
 
 
 def make_micro_batches(samples: Sequence[Sample], number: int, *, grouped: bool, seed: int = 0) -> list[list[Sample]]:
-    """A step's samples in so many micro-batches of about equal size: as drawn, or sorted by length."""
+    """Split a step's samples into micro-batches of about equal size: as drawn, or sorted by length."""
     order = list(samples)
     random.Random(seed).shuffle(order)
     if grouped:
         order.sort(key=lambda sample: len(sample["input_ids"]))
-    bounds = [round(len(order) * place / number) for place in range(number + 1)]
+    bounds = [round(len(order) * index / number) for index in range(number + 1)]
     return [order[start:end] for start, end in pairwise(bounds)]
 
 
 def count_padded_positions(micro_batch: Sequence[Sample]) -> int:
-    """Positions of a micro-batch once it is padded."""
+    """Return the number of positions of a padded micro-batch."""
     return len(micro_batch) * max(len(sample["input_ids"]) for sample in micro_batch)
 
 
@@ -227,7 +226,7 @@ def count_padded_positions(micro_batch: Sequence[Sample]) -> int:
 
 
 class MicroBatches(Dataset[Any]):
-    """Micro-batches in a settled order, each of them an item."""
+    """Micro-batches in a fixed order, each of them an item."""
 
     def __init__(self, micro_batches: Sequence[list[Sample]]):
         self.micro_batches = micro_batches
@@ -240,13 +239,13 @@ class MicroBatches(Dataset[Any]):
 
 
 class PaddingCollator:
-    """Pads ids and labels as transformers does, and lays the images one after the other."""
+    """Pads ids and labels as transformers does, and concatenates images."""
 
     def __init__(self, tokenizer: Any):
         self.pad = DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=IGNORE_INDEX)
 
     def __call__(self, items: list[list[Sample]]) -> dict[str, Tensor]:
-        """One micro-batch."""
+        """Return one micro-batch."""
         (samples,) = items
         rows = [{name: sample[name] for name in ("input_ids", "labels")} for sample in samples]
         batch = dict(self.pad(rows))
@@ -259,7 +258,7 @@ def train_padded(
     model: Any, tokenizer: Any, steps: Sequence[Sequence[list[Sample]]], folder: Path, **settings: Any
 ) -> Steps:
     """Train transformers' LLaVA, its encoder frozen, on these micro-batches of each optimiser step."""
-    done = Steps(folder.name)
+    run = Steps(folder.name)
     model.model.vision_tower.requires_grad_(False)
     tokenizer.padding_side = "right"
     (accumulation,) = {len(step) for step in steps}
@@ -271,16 +270,16 @@ def train_padded(
         report_to="none", disable_tqdm=True, **settings,
     )  # fmt: skip
     trainer = Trainer(
-        model=model, args=args, train_dataset=MicroBatches([one for step in steps for one in step]),
-        data_collator=PaddingCollator(tokenizer), callbacks=[StepTimer(done)],
+        model=model, args=args, train_dataset=MicroBatches([batch for step in steps for batch in step]),
+        data_collator=PaddingCollator(tokenizer), callbacks=[StepTimer(run)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return done
+    return run
 
 
 def release_memory(steps: Steps) -> Steps:
-    """What was measured, without model and optimiser, whose memory the next variant needs."""
+    """Release model and optimiser, whose memory the next variant needs, and return the measurements."""
     steps.trainer = None
     gc.collect()
     if torch.cuda.is_available():
@@ -289,7 +288,7 @@ def release_memory(steps: Steps) -> Steps:
 
 
 def silence_libraries() -> None:
-    """Let libraries say only what goes wrong."""
+    """Let libraries log errors only."""
     logging.disable(logging.INFO)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

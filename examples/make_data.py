@@ -1,8 +1,8 @@
 """Write a small data set in LLaVA's format: python examples/make_data.py [FOLDER] [--parts].
 
-`captions.json` has twelve pictures with a caption each; `train.json` questions, conversations of several turns, a
-record of two pictures and one of text only; `val.json` questions about other pictures. With `--parts`, small untrained
-parts too, so that the commands of examples/README.md run without a network.
+`captions.json` has twelve images with a caption each; `train.json` has questions, conversations of several turns, a
+record of two images and one of text only; `val.json` has questions about other images. `--parts` also writes small
+untrained parts, so that the commands of examples/README.md run without a network.
 """
 
 import argparse
@@ -16,8 +16,8 @@ COLOURS = ("red", "green", "blue", "orange")
 SHAPES = ("circle", "square", "triangle")
 
 
-def picture(colour: str, shape: str) -> Image.Image:
-    """A shape in the middle of a white picture."""
+def draw_image(colour: str, shape: str) -> Image.Image:
+    """Return an image of a shape on white."""
     image = Image.new("RGB", (96, 96), "white")
     draw = ImageDraw.Draw(image)
     if shape == "circle":
@@ -30,13 +30,13 @@ def picture(colour: str, shape: str) -> Image.Image:
 
 
 def record(name: str, image: str | list[str] | None, *texts: str) -> dict[str, Any]:
-    """A record out of what human and model say in turn."""
+    """Return a record of alternating turns of human and model."""
     turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
     return {"id": name, **({"image": image} if image else {}), "conversations": turns}
 
 
 def captions() -> list[dict[str, Any]]:
-    """A caption for each picture."""
+    """Return a caption for each image."""
     return [
         record(f"{colour}-{shape}", f"{colour}-{shape}.png", "<image>\nDescribe the picture.", f"A {colour} {shape}.")
         for colour in COLOURS
@@ -45,7 +45,7 @@ def captions() -> list[dict[str, Any]]:
 
 
 def conversations() -> list[dict[str, Any]]:
-    """Every kind of record that the format knows."""
+    """Return records of every kind that the format allows."""
     records = [
         record(f"talk-{colour}", f"{colour}-circle.png", "<image>\nWhich shape is it?", "A circle.", "And its colour?",
                f"It is {colour}.")
@@ -60,7 +60,7 @@ def conversations() -> list[dict[str, Any]]:
 
 
 def questions() -> list[dict[str, Any]]:
-    """What to evaluate on."""
+    """Return questions for evaluation."""
     return [
         record(f"shape-{shape}", f"green-{shape}.png", "<image>\nWhich shape is it?", f"A {shape}.") for shape in SHAPES
     ]
@@ -71,21 +71,21 @@ def write(folder: Path) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for colour in COLOURS:
         for shape in SHAPES:
-            picture(colour, shape).save(folder / "images" / f"{colour}-{shape}.png")
+            draw_image(colour, shape).save(folder / "images" / f"{colour}-{shape}.png")
     for name, records in (("captions", captions()), ("train", conversations()), ("val", questions())):
         (folder / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         print(f"{len(records):3} records  {folder / name}.json")
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).with_name("data"))
-    parser.add_argument("--parts", action="store_true", help="write small untrained parts into FOLDER/parts as well")
+    parser.add_argument("--parts", action="store_true", help="also write small untrained parts into FOLDER/parts")
     args = parser.parse_args()
     write(args.folder)
     if args.parts:
-        from vlm.demo.tiny_models import build_tiny_parts  # torch comes with it
+        from vlm.demo.tiny_models import build_tiny_parts  # imports torch
 
         build_tiny_parts(args.folder / "parts")
 

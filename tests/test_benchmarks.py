@@ -71,7 +71,7 @@ def test_records_on_disk_are_as_long_as_they_were_drawn(folder: Path):
         assert len(sample["input_ids"]) == len(blank["input_ids"])
         assert sum(label != -100 for label in sample["labels"]) == sum(label != -100 for label in blank["labels"])
         assert ("pixel_values" in sample) == ("pixel_values" in blank)
-    assert counting.facts(samples) == counting.facts(expected)
+    assert counting.sample_stats(samples) == counting.sample_stats(expected)
 
 
 def test_both_programs_have_the_same_weights_and_kernels(folder: Path):
@@ -141,8 +141,8 @@ def test_counting_predicts_more_for_larger_padded_batches(folder: Path):
 def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
     size = finetune.Size("tiny", tokens=2048, accumulation=2, steps=3, samples=5)
     found = finetune.compare_variants(size, tmp_path)
-    apart = finetune.check_agreement(found.variants, finetune.TOLERANCES["float32"])
-    assert max(apart.values()) < 1e-4
+    differences = finetune.check_agreement(found.variants, finetune.TOLERANCES["float32"])
+    assert max(differences.values()) < 1e-4
     assert found.samples <= 5
     assert finetune.count_micro_batches([[{}] * 7, [{}] * 11], size) == 3
     found.variants["grouped"].norm *= 1.01
@@ -151,11 +151,11 @@ def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
     far = finetune.check_agreement(found.variants, finetune.Tolerances(0.02, 0.02))
     assert far["norms of the first gradients are apart by"] == pytest.approx(0.01, abs=1e-3)
     assert {**far, "norms of the first gradients are apart by": 0} == {
-        **apart,
+        **differences,
         "norms of the first gradients are apart by": 0,
     }
-    for one in found.variants.values():
-        assert len(one.losses) == size.steps == len(one.speeds) + 1 == len(one.flops) + 1
+    for variant in found.variants.values():
+        assert len(variant.losses) == size.steps == len(variant.speeds) + 1 == len(variant.flops) + 1
     assert found.variants["padded"].flops > found.variants["ours"].flops
     rows = finetune.make_rows(found)
     assert [row.target for row in rows] == [2.0, 0.9, 1.25, 0.9]
@@ -163,14 +163,14 @@ def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
     assert rows[0].ratio == pytest.approx(found.variants["ours"].rates[0] / padded.rates[0])
     assert rows[1].ratio == pytest.approx(rows[0].ratio * sum(found.variants["ours"].flops) / sum(padded.flops))
     steps = finetune.make_notes(found, size)["padded, step by step, measured and counted"]
-    assert [count_operations > 1 for _, count_operations in steps] == [True] * (size.steps - 1)
+    assert [counted > 1 for _, counted in steps] == [True] * (size.steps - 1)
     finetune.draw_losses(found.variants, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size > 0
 
 
 def test_the_first_records_that_fill_the_packs():
     records = finetune.select_records(draw_records(400), SHAPES["smol"], 4096, 4)
-    tokens = counting.facts(counting.make_blank_samples(records, SHAPES["smol"])).tokens
+    tokens = counting.sample_stats(counting.make_blank_samples(records, SHAPES["smol"])).tokens
     assert 0.9 * 4 * 4096 < tokens <= 4 * 4096
 
 
@@ -218,7 +218,7 @@ def test_memory_is_measured_of_both_variants(tmp_path: Path):
     assert 0.1 < memory.peak_gigabytes() < 100
     records, positions = memory.draw_average_records(memory.Size("smol", tokens=4096))
     samples = counting.make_blank_samples(records, SHAPES["smol"])
-    assert positions == count_padded_positions(samples) > counting.facts(samples).tokens
+    assert positions == count_padded_positions(samples) > counting.sample_stats(samples).tokens
 
 
 def test_steps_grow(folder: Path):
@@ -280,7 +280,7 @@ def test_pretraining_is_measured_with_features_kept_and_without(monkeypatch: pyt
     row, expected = pretrain.measure("tiny", size, 3)
     assert expected > 1
     assert row.target == pytest.approx(0.9 * expected)
-    assert row.ratio == pytest.approx(row.medians["kept features"] / row.medians["pictures seen anew"])
+    assert row.ratio == pytest.approx(row.medians["kept features"] / row.medians["images seen anew"])
 
     def elsewhere(*words: Any, **settings: Any) -> Steps:
         return run_ours(*words, *(["trainer.seed=7"] if "dataset.cache_features=true" in words else []), **settings)
@@ -307,7 +307,7 @@ def test_a_head_trains_on_features_that_were_kept(tmp_path: Path, monkeypatch: p
 SPOILT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, bool]] = {
     "attention_mask": (torch.ones_like, "not those one by one", True),
     "pixel_values": (lambda pixels: pixels.roll(1, 0), "not those one by one", True),
-    "blind": (torch.zeros_like, "another picture gave the same answer", False),
+    "blind": (torch.zeros_like, "another image gave the same answer", False),
 }
 """What is done to the inputs, of batches only or of all, and what the check says then."""
 
@@ -329,7 +329,7 @@ def test_answers_in_batches_are_held_against_those_one_by_one(
         generation.measure(ANSWERS, tmp_path)
 
 
-def test_answers_are_ids_that_follow_question_and_picture(tmp_path: Path):
+def test_answers_are_ids_that_follow_question_and_image(tmp_path: Path):
     rows, notes = generation.measure(ANSWERS, tmp_path)
     assert [row.target for row in rows] == [3.0, 1.2]
     assert set(notes.values()) == {ANSWERS.records}
