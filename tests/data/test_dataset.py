@@ -37,7 +37,7 @@ def record(number: int, images: list[str], reply: str = "a cat") -> dict[str, An
 
 @pytest.fixture
 def load(tmp_path: Path, processor: VLMProcessor) -> Callable[..., SampleDataset]:
-    """`load(records, first=None, **policies)`: a dataset of these records, whose pictures are `0.png` to `3.png`."""
+    """`load(records, first=None, **policies)`: a dataset of these records, whose images are `0.png` to `3.png`."""
     for number in range(4):
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -75,7 +75,7 @@ MANY_PICTURES = record(7, [f"{number % 4}.png" for number in range(8)])
 # Samples
 
 
-def test_lengths_and_pictures_are_known_beforehand(load, processor: VLMProcessor):
+def test_lengths_and_images_are_known_beforehand(load, processor: VLMProcessor):
     data = load(GOOD)
     assert len(data) == 4
     assert data.lengths.tolist() == [len(data[index]["input_ids"]) for index in range(4)]
@@ -100,7 +100,7 @@ def test_the_first_records_alone(load):
     assert ids(load(GOOD, first=2)) == ["r0", "r1"]
 
 
-def test_pictures_are_looked_for_in_the_image_folder(load, tmp_path: Path, processor: VLMProcessor):
+def test_images_are_looked_for_in_the_image_folder(load, tmp_path: Path, processor: VLMProcessor):
     load(GOOD)
     (tmp_path / "else").mkdir()
     config = DatasetConfig(path=str(tmp_path / "records.json"), image_folder=str(tmp_path / "else"))
@@ -109,7 +109,7 @@ def test_pictures_are_looked_for_in_the_image_folder(load, tmp_path: Path, proce
 
 
 def test_what_a_sample_may_be_cut_to_is_counted(load, processor: VLMProcessor):
-    """Up to its last picture, and to the first token of its first reply."""
+    """Up to its last image, and to the first token of its first reply."""
     later = [*record(0, [])["conversations"], *record(1, ["0.png"])["conversations"]]
     data = load([GOOD[0], {"id": "later", "image": "0.png", "conversations": later}])
     encoder, image = data.sources[0].encoder, processor.image_token_id
@@ -196,7 +196,7 @@ def test_a_file_without_a_usable_record_is_an_error(load):
 TORN = record(4, ["torn.png"])
 
 
-def test_pictures_of_the_first_records_are_decoded_beforehand(load):
+def test_images_of_the_first_records_are_decoded_beforehand(load):
     with pytest.raises(ValueError, match=r"record 1: record 'r4': image .*torn.png does not open"):
         load([GOOD[0], TORN], check_samples=2)
     assert len(load([GOOD[0], TORN], check_samples=1)) == 2
@@ -204,7 +204,7 @@ def test_pictures_of_the_first_records_are_decoded_beforehand(load):
         load([GOOD[0], TORN], check_samples=None)
 
 
-def test_a_picture_that_is_torn_behind_its_header_names_its_record_when_it_is_read(load):
+def test_an_image_that_is_torn_behind_its_header_names_its_record_when_it_is_read(load):
     """Of later records, only headers are opened beforehand."""
     data = load([GOOD[0], TORN], check_samples=0)
     assert isinstance(data[0], dict)
@@ -240,7 +240,7 @@ def test_what_was_counted_is_not_counted_again(load, monkeypatch: pytest.MonkeyP
     assert again.skipped == first.skipped
 
 
-def test_a_picture_that_was_missing_is_looked_for_again(load, tmp_path: Path):
+def test_an_image_that_was_missing_is_looked_for_again(load, tmp_path: Path):
     records = [*GOOD[:2], record(5, ["late.png", "0.png"]), record(6, ["never.png"])]
     before = load(records, on_bad_sample="skip")
     assert [skipped.id for skipped in before.skipped] == ["r5", "r6"]
@@ -361,7 +361,7 @@ def test_held_out_records_are_trained_on_by_no_repetition(mixture):
 # Parts of it
 
 
-def test_blank_pictures_change_the_pixels_alone(load, processor: VLMProcessor):
+def test_blank_images_change_the_pixels_alone(load, processor: VLMProcessor):
     data = load(GOOD)
     blank = BlankImageDataset(data)
     assert len(blank) == len(data)

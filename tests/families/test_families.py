@@ -28,7 +28,7 @@ from vlm.inference.generate import VisionLanguageModel
 from vlm.models.connectors import CONNECTORS
 
 SIZES = [(30, 40), (64, 20), (16, 16)]
-"""Heights and widths of pictures that have different numbers of tokens where a family knows tiles."""
+"""Heights and widths of images that have different numbers of tokens where a family knows tiles."""
 
 SPELLED = "what is <image> <|end|>?"
 """What somebody may write without meaning a token."""
@@ -66,7 +66,7 @@ def load(folder: Path) -> nn.Module:
 
 
 def make_sample(number: int, *replies: str, asked: str = "what is it?") -> Sample:
-    """A conversation about pictures, which come first."""
+    """A conversation about images, which come first."""
     turns = [Turn("user", (*(ImageRef(Path()) for _ in range(number)), asked))]
     for place, reply in enumerate(replies):
         turns += [Turn("user", ("and?",))] if place else []
@@ -75,7 +75,7 @@ def make_sample(number: int, *replies: str, asked: str = "what is it?") -> Sampl
 
 
 def make_images(number: int) -> list[Image.Image]:
-    """Pictures of different sizes."""
+    """Images of different sizes."""
     return [picture(seed, size[::-1]) for seed, size in enumerate(SIZES[:number])]
 
 
@@ -152,7 +152,7 @@ def test_exactly_the_replies_are_supervised(name: str, processor: FamilyProcesso
 
 
 def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, folders: Callable[[str], Path]):
-    """Rows with one picture, another with a larger one, with two, and with none.
+    """Rows with one image, another with a larger one, with two, and with none.
 
     In Llama 3.2 Vision as transformers has it, tokens that no picture precedes attend evenly to whatever pictures the
     batch has: a row without one is not compared.

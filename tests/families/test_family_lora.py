@@ -30,7 +30,7 @@ def test_an_adapter_stays_within_its_part(name: str, folders: Callable[[str], Pa
 
 
 def logits(model: Any, processor: Any) -> torch.Tensor:
-    """What a model says about a picture."""
+    """What a model says about an image."""
     ready = VisionLanguageModel(model.eval(), processor)
     with torch.no_grad():
         return model(**ready.inputs([[user_turn("what?", 1)]], [pictures(1)])).logits

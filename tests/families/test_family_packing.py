@@ -1,4 +1,4 @@
-"""Families on packed rows: losses and gradients are those of the samples one by one, tiles and several pictures too."""
+"""Families on packed rows: losses and gradients are those of the samples one by one, tiles and several images too."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].supp
 
 
 def make_rows(processor: Any) -> list[dict[str, Any]]:
-    """Samples with one picture, with none, with another, larger one, and with two."""
+    """Samples with one image, with none, with another, larger one, and with two."""
     found = []
     for index, images in enumerate([pictures(1), [], pictures(3)[1:2], pictures(2)]):
         sizes = [image.size[::-1] for image in images]

@@ -39,12 +39,12 @@ MARKERS = {"picture": "<image>", "long": "<video>", "short": "<video>"}
 MIXED = [
     ["long"], ["picture", "short"], [], ["picture"], ["short", "picture", "long"], ["long", "short"],
 ]  # fmt: skip
-"""What the records show: pictures, videos of 20 frames and of three, and text only."""
+"""What the records show: images, videos of 20 frames and of three, and text only."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`long.mp4`, `short.mp4`, `picture.png`, a torn video, and a tiny model of each family."""
+    """`long.mp4`, `short.mp4`, `image.png`, a torn video, and a tiny model of each family."""
     root = tmp_path_factory.mktemp("videos")
     write_video(root / "long.mp4", 20)
     write_video(root / "short.mp4", 3)
@@ -70,7 +70,7 @@ def processor(name: str, folder: Path) -> FamilyProcessor:
 def make_sample(
     processor: FamilyProcessor, folder: Path, shown: list[str], *replies: str, asked: str = "what?"
 ) -> Sample:
-    """A conversation that begins with pictures and videos."""
+    """A conversation that begins with images and videos."""
     parts: list[Any] = []
     for one in shown:
         if one == "picture":
@@ -292,7 +292,8 @@ def test_training_and_asking(name: str, folder: Path, train_whole: Callable[...,
     run = train_whole(
         "finetune-llava-onevision", folder / name, tmp_path / "run", "trainer.deepspeed=null", "trainer.max_steps=2",
         f"dataset.path={records(folder, tmp_path / 'records.json')}", f"dataset.image_folder={folder}",
-        f"dataset.max_frames={MAX_FRAMES}", "dataset.on_bad_sample=skip", "dataset.max_skipped=0.5", "dataset.eval_split=0.2",
+        f"dataset.max_frames={MAX_FRAMES}", "dataset.on_bad_sample=skip", "dataset.max_skipped=0.5",
+        "dataset.eval_split=0.2",
         "trainer.bf16=false", "trainer.tf32=null", "trainer.activation_checkpointing=false", "dataset.max_length=2048",
         "trainer.learning_rate.connector_learning_rate=1e-2", "trainer.learning_rate.visual_encoder_learning_rate=1e-2",
         "trainer.learning_rate.language_model_learning_rate=1e-2", "trainer.per_device_train_batch_size=4",
@@ -323,7 +324,7 @@ def test_training_and_asking(name: str, folder: Path, train_whole: Callable[...,
 def test_two_ranks_reach_the_single_process(
     name: str, folder: Path, brief: list[str], train_whole: Callable[..., Path], tmp_path: Path
 ):
-    """ZeRO-3, all parts training: ranks that see pictures, videos, both and neither at the same step."""
+    """ZeRO-3, all parts training: ranks that see images, videos, both and neither at the same step."""
     made = json.loads(records(folder, tmp_path / "records.json").read_text())[:-1]
     rows = [made[0], made[3], made[1], made[2], made[2], made[4], made[3], made[5]]
     (tmp_path / "records.json").write_text(json.dumps([{**row, "id": str(place)} for place, row in enumerate(rows)]))

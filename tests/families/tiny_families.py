@@ -143,7 +143,7 @@ def siglip_config(processor: Any, text: str, **more: Any) -> dict[str, Any]:
 
 
 def clip_processor() -> CLIPImageProcessor:
-    """CLIP's, for small pictures."""
+    """CLIP's, for small images."""
     return CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
 
 
@@ -151,7 +151,7 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 
 
 def llava_next_images() -> LlavaNextImageProcessor:
-    """LLaVA-NeXT's, for small pictures."""
+    """LLaVA-NeXT's, for small images."""
     return LlavaNextImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
     )
@@ -198,7 +198,7 @@ QWEN = LISTS.format(
 
 
 def qwen(kind: Any, video: Any = Qwen2VLVideoProcessor, patch: int = 4) -> Any:
-    """Qwen2-VL and those after it: pictures of any size."""
+    """Qwen2-VL and those after it: images of any size."""
     sizes = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2,
              "size": {"shortest_edge": 8 * 8, "longest_edge": 32 * 32}}  # fmt: skip
     return kind(Qwen2VLImageProcessor(**sizes), tokenizer(QWEN, *QWEN_TOKENS), video(**sizes), chat_template=QWEN)
@@ -221,7 +221,7 @@ IDEFICS_SIZES: dict[str, Any] = {"size": {"longest_edge": 32}, "max_image_size":
 
 
 def idefics3() -> Idefics3Processor:
-    """Idefics3: pictures in rows and columns."""
+    """Idefics3: images in rows and columns."""
     words = tokenizer(TURN, *SPLIT)
     return Idefics3Processor(Idefics3ImageProcessor(**IDEFICS_SIZES), words, image_seq_len=4, chat_template=TURN)
 
@@ -281,14 +281,14 @@ MLLAMA = "{{ bos_token }}" + LISTS.format("turn", "<|image|>", "<|end|>", "")
 
 
 def mllama() -> MllamaProcessor:
-    """Llama 3.2 Vision: pictures beside the text, seen through cross-attention."""
+    """Llama 3.2 Vision: images beside the text, seen through cross-attention."""
     words = tokenizer(MLLAMA, "<|image|>", "<|python_tag|>", bos="<|begin|>")
     images = MllamaImageProcessor(size={"height": SIDE, "width": SIDE}, max_image_tiles=4)
     return MllamaProcessor(images, words, chat_template=MLLAMA)
 
 
 def mllama_config(processor: Any) -> dict[str, Any]:
-    """One layer of two attends to pictures."""
+    """One layer of two attends to images."""
     return {
         "vision_config": {
             "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1,

@@ -1,4 +1,4 @@
-"""Pictures in tiles: the tokens, pixels, logits and gradients of transformers' LLaVA-NeXT and LLaVA-OneVision."""
+"""Images in tiles: the tokens, pixels, logits and gradients of transformers' LLaVA-NeXT and LLaVA-OneVision."""
 
 import random
 from pathlib import Path
@@ -135,7 +135,7 @@ SIX = {"grids": [[rows, columns] for rows in range(1, 7) for columns in range(1,
 
 
 def composed(parts: Parts, encoder: str, anyres: dict[str, Any], **recipe: Any) -> tuple[Any, Any]:
-    """A tiny model and its processor that see pictures in tiles."""
+    """A tiny model and its processor that see images in tiles."""
     wanted = parts.recipe(encoder, **recipe)
     wanted.anyres = AnyResConfig(**anyres)
     config, processor = compose(wanted, None, None)
@@ -189,7 +189,7 @@ def test_pixels_equal_transformers_llava_onevision(like_onevision, shape, severa
     assert seen["image_views"].tolist() == [1, 1] if several else [len(expected[0])]
 
 
-def test_decoded_tensors_give_the_pixels_of_pictures(like_next):
+def test_decoded_tensors_give_the_pixels_of_images(like_next):
     processor = like_next[1]
     images = [picture(0, (50, 31)), picture(1, (20, 90))]
     tensors = [torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8) for one in images]
@@ -198,7 +198,7 @@ def test_decoded_tensors_give_the_pixels_of_pictures(like_next):
     assert all(torch.equal(seen[name], value) for name, value in expected.items())
 
 
-def test_frames_of_videos_are_one_pooled_view_and_no_pictures(like_onevision):
+def test_frames_of_videos_are_one_pooled_view_and_no_images(like_onevision):
     processor = like_onevision[1]
     images = [picture(number) for number in range(3)]
     seen = processor.image_inputs(images, [None, (30, 40), None])
@@ -241,18 +241,18 @@ BATCHES = {
     "several pictures": [[(40, 30), (10, 90), (50, 50)]],
     "mixed rows": [[(40, 30)], [], [(100, 10), (30, 30)], [(24, 70)]],
 }
-"""The widths and heights of each row's pictures."""
+"""The widths and heights of each row's images."""
 
 
 def batch(processor: Any, rows: list[list[tuple[int, int]]]) -> dict[str, torch.Tensor]:
-    """Rows of text with pictures in it, padded on the right."""
+    """Rows of text with images in it, padded on the right."""
     images = [picture(number, shape) for number, shape in enumerate(shape for row in rows for shape in row)]
     texts = ["what" + " a <image> cat" * len(row) + " mat" * (3 + place) for place, row in enumerate(rows)]
     return dict(processor(images=images or None, text=texts, padding_side="right"))
 
 
 def reference_features(inputs: dict[str, torch.Tensor], rows: list[list[tuple[int, int]]], kind: str) -> dict[str, Any]:
-    """The same inputs as transformers' models take them: views of each picture, padded to as many."""
+    """The same inputs as transformers' models take them: views of each image, padded to as many."""
     views = inputs["pixel_values"].split(inputs["image_views"].tolist())
     padded = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)
     extra = {} if kind == "next" else {"batch_num_images": [len(row) for row in rows if row]}

@@ -86,7 +86,7 @@ print("FOUND " + json.dumps(found))
 
 
 def logits(model: VLMForConditionalGeneration, processor: VLMProcessor) -> torch.Tensor:
-    """All logits of a text with two pictures."""
+    """All logits of a text with two images."""
     one = picture()
     with torch.no_grad():
         return model.eval()(**processor(images=[one, one.rotate(90)], text=TEXT)).logits

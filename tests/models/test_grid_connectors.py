@@ -1,4 +1,4 @@
-"""Connectors on a grid, against other people's modules with the same weights, and against what a picture shows."""
+"""Connectors on a grid, against other people's modules with the same weights, and against what an image shows."""
 
 from functools import partial
 from typing import Any
@@ -80,7 +80,7 @@ def test_a_token_reads_its_own_square(kind: str, options: dict[str, Any]):
 
 
 @pytest.mark.parametrize("kind", [kind for kind, one in CONNECTORS.items() if issubclass(one, GridConnector)])
-def test_a_mirrored_picture_is_another(kind: str, features: torch.Tensor):
+def test_a_mirrored_image_is_another(kind: str, features: torch.Tensor):
     """Where a feature stands makes a difference, of rows and of columns."""
     options = {
         "pooling": {"kernel": 3},

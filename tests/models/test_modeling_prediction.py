@@ -71,7 +71,7 @@ def make_predictor(body: Any, processor: Any, *heads: dict[str, Any], **more: An
 def make_batch(
     processor: Any, *numbers: int, only: int | None = None, left: bool = False, reply: str = "a cat"
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Rows that show so many pictures, of different lengths, each with a reply that is supervised.
+    """Rows that show so many images, of different lengths, each with a reply that is supervised.
 
     Args:
         processor: the body's.
@@ -184,7 +184,7 @@ def test_replies_are_learned_beside_and_not_read(name: str, opened: Callable[[st
 
 
 def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, opened: Callable[[str], tuple[Any, Any]]):
-    """With one picture, two and none.
+    """With one image, two and none.
 
     In Llama 3.2 Vision as transformers has it, tokens that no picture precedes attend to those of other rows: a row
     without one is left out, and heads that read such tokens.
@@ -288,7 +288,7 @@ def test_a_head_reads_at_a_token(composed: tuple[Any, Any]):
             model(**batch)
 
 
-def test_a_row_without_a_picture_has_none_to_read(composed: tuple[Any, Any]):
+def test_a_row_without_an_image_has_none_to_read(composed: tuple[Any, Any]):
     batch = make_batch(composed[1], 1, 0, 1, reply="")
     del batch["labels"]
     with pytest.raises(ValueError, match="pooling=image: row 1 has no token to read: it shows no image"):

@@ -18,7 +18,7 @@ from vlm.models.poolings import (
 IMAGE, WANTED, ANSWER, PAD = 7, 8, 9, 0
 
 ROWS = [[1, 7, 7, 2, 8], [3, 8, 7], [7, 4, 5, 8, 8, 6]]
-"""Prompts of different lengths, each with pictures and with wanted tokens."""
+"""Prompts of different lengths, each with images and with wanted tokens."""
 
 READ = {
     "last": [[4], [2], [5]],
@@ -114,7 +114,7 @@ def test_a_row_without_anything_to_read_is_named(pooling: str, missing: str, say
         pool_hidden_states(pooling, torch.randn(*marks.prompt_mask.shape, 4), replace(marks, **{missing: mask}))
 
 
-def test_a_row_of_pictures_alone_has_no_text():
+def test_a_row_of_images_alone_has_no_text():
     marks, _ = make_token_masks("left", 0)
     with pytest.raises(ValueError, match="pooling=text: row 0 has no token to read: it is nothing but images"):
         pool_hidden_states(

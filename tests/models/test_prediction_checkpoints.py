@@ -103,7 +103,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
 
 
 def save(folder: Path, body: Any, processor: Any, *heads: dict[str, Any]) -> VLMForPrediction:
-    """A checkpoint with its processor, a picture, and what the heads say of it."""
+    """A checkpoint with its processor, an image, and what the heads say of it."""
     config = VLMPredictionConfig(body_config=body.config, heads=heads, media_token_ids=[processor.image_token_id])
     model = VLMForPrediction(config, body).eval()
     model.save_pretrained(folder)

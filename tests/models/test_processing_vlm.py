@@ -74,7 +74,7 @@ def test_square_is_what_the_image_processor_does(processor: VLMProcessor):
 
 
 @pytest.mark.parametrize(("size", "corner"), [((50, 20), (0, 15)), ((20, 51), (15, 0)), ((30, 30), (0, 0))])
-def test_padding_puts_the_picture_in_the_middle_of_a_square_of_its_colour(size, corner):
+def test_padding_puts_the_image_in_the_middle_of_a_square_of_its_colour(size, corner):
     colour = (122, 116, 104)
     one = picture(0, size)
     padded = pad_to_square(one, colour)
@@ -110,7 +110,7 @@ def test_a_rotated_photograph_is_turned_upright(processor: VLMProcessor, tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_pictures_of_any_colour_mode_are_read(processor: VLMProcessor, mode: str):
+def test_images_of_any_colour_mode_are_read(processor: VLMProcessor, mode: str):
     assert processor.pixel_values([picture().convert(mode)]).shape == (1, 3, 24, 24)
 
 
@@ -129,13 +129,13 @@ def test_texts_are_padded_on_the_left_with_their_mask(processor: VLMProcessor):
     assert right == sorted(right, reverse=True)
 
 
-def test_a_text_or_a_picture_alone(processor: VLMProcessor):
+def test_a_text_or_an_image_alone(processor: VLMProcessor):
     assert "pixel_values" not in processor(text="a cat")
     assert set(processor(images=picture())) == {"pixel_values"}
 
 
 @pytest.mark.parametrize(("text", "images", "slots"), [("a cat", 1, 0), ("<image> <image>", 1, 2), (["<image>"], 0, 1)])
-def test_texts_and_pictures_that_do_not_match_are_an_error(processor: VLMProcessor, text, images: int, slots: int):
+def test_texts_and_images_that_do_not_match_are_an_error(processor: VLMProcessor, text, images: int, slots: int):
     with pytest.raises(ValueError, match=f"{images} images given, but the text has {slots} <image>"):
         processor(text=text, images=[picture(n) for n in range(images)] or None)
 
@@ -174,8 +174,8 @@ def test_chat_template_to_model_inputs(processor: VLMProcessor, tmp_path: Path):
         ("I", "<image>"),
     ],
 )
-def test_pictures_before_a_text_stand_on_a_line_of_their_own(processor: VLMProcessor, content: str, wanted: str):
-    """As in the records that it was trained on; pictures between texts stay where they are."""
+def test_images_before_a_text_stand_on_a_line_of_their_own(processor: VLMProcessor, content: str, wanted: str):
+    """As in the records that it was trained on; images between texts stay where they are."""
     items = {"I": {"type": "image"}, "T": {"type": "text", "text": "what?"}, "N": {"type": "text", "text": "\n what?"}}
     talk = [{"role": "user", "content": [items[letter] for letter in content]}]
     assert processor.apply_chat_template(talk) == processor.apply_chat_template([{"role": "user", "content": wanted}])
@@ -190,8 +190,8 @@ def test_images_of_a_conversation_in_order():
     assert images_in_conversation(talk) == ["a", "d", "e"]
 
 
-def test_pictures_as_openai_has_them(processor: VLMProcessor, tmp_path: Path):
-    """An address with the picture in it, or a file's."""
+def test_images_as_openai_has_them(processor: VLMProcessor, tmp_path: Path):
+    """An address with the image in it, or a file's."""
     picture(0).save(tmp_path / "a.png")
     data = f"data:image/png;base64,{base64.b64encode((tmp_path / 'a.png').read_bytes()).decode()}"
     for address in ({"url": data}, data, {"url": str(tmp_path / "a.png")}):

@@ -63,7 +63,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a source contributes to a run.
+    """The contribution of a source to a run.
 
     Attributes:
         source: its name.

@@ -135,8 +135,8 @@ def _encoder_with_template(encoder: SampleEncoder, source: MixtureSourceConfig) 
     if source.template is None:
         return encoder
     processor = copy.copy(encoder.processor)
-    own = source.template == "tokenizer"
-    if own and processor.own_template is None:
+    is_own = source.template == "tokenizer"
+    if is_own and processor.own_template is None:
         raise ValueError("dataset.sources: template=tokenizer, but the language model's tokenizer has no template")
-    processor.chat_template = processor.own_template if own else read_template(source.template)
+    processor.chat_template = processor.own_template if is_own else read_template(source.template)
     return replace(encoder, processor=processor)

@@ -6,7 +6,7 @@ be supervised.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -24,12 +24,13 @@ from transformers.models.mllama.processing_mllama import (
 
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor
-from vlm.data.sample import Clip
+from vlm.data.sample import Clip, MediaSize
+from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
 from vlm.families.table import Family
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb
-from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, VLMProcessor
+from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, Message, VLMProcessor
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor for its text."""
@@ -77,7 +78,7 @@ class FamilyProcessor:
         self.special_tokens = re.compile("|".join(map(re.escape, every)))
         self._cached_expansions = lru_cache(4096)(self._compute_expansions)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type["FamilyProcessor"], tuple[object, ...]]:
         """Pickle the arguments, so that a data worker makes its own."""
         return type(self), (self.native, self.family, self.chat_template)
 
@@ -113,9 +114,7 @@ class FamilyProcessor:
         """Return the ids of a single small image."""
         return self.tokenize(self.image_token, (), [(64, 64)])[0]
 
-    def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
-    ) -> str:
+    def apply_chat_template(self, conversation: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Return a conversation as text, with a token for each image and video.
 
         Contents may be strings with such tokens; the template gets them as lists of text, images and videos.
@@ -142,13 +141,13 @@ class FamilyProcessor:
             return False
         return self.image_token in rendered and "'type'" not in rendered
 
-    def _render(self, messages: list[dict[str, Any]], template: str, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], template: str, add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False,
             date_string=FIXED_DATE, enable_thinking=False,
         )  # fmt: skip
 
-    def _to_items(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _to_items(self, content: str | list[Message]) -> list[Message]:
         if not isinstance(content, str):
             return content
         kinds = {self.image_token: "image", self.video_token: "video"}
@@ -157,7 +156,7 @@ class FamilyProcessor:
             {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece
         ]
 
-    def _shows_video(self, turn: Mapping[str, Any]) -> bool:
+    def _shows_video(self, turn: Message) -> bool:
         return any(item["type"] == "video" for item in self._to_items(turn["content"]))
 
     # --- text -------------------------------------------------------------------------------------------------------
@@ -244,9 +243,11 @@ class FamilyProcessor:
     def _process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return the inputs of a sample's images, and the expansion of each in its text."""
         out = self.native(
-            text=[self.image_token * len(images)], images=[list(images)], return_tensors="pt",
+            text=[self.image_token * len(images)],
+            images=[list(images)],
+            return_tensors="pt",
             return_text_replacement_offsets=True,
-        )  # fmt: skip
+        )
         replacements = out.pop("text_replacement_offsets", None)
         if replacements is None:  # a family that writes one token for any image
             expansions = (self.image_token,) * len(images)
@@ -254,7 +255,7 @@ class FamilyProcessor:
             expansions = tuple(replacement["replacement"] for replacement in replacements[0])
         return {name: value for name, value in out.items() if name not in TEXT_INPUTS}, expansions
 
-    def image_inputs(self, images: Sequence[Any], sizes: Sequence[Any] = ()) -> dict[str, Tensor]:
+    def image_inputs(self, images: Sequence[Medium], sizes: Sequence[MediaSize] = ()) -> dict[str, Tensor]:
         """Return the inputs of a sample's images and videos from the family's processor; empty without any.
 
         Where images and videos share inputs, they are there in order.
@@ -267,7 +268,7 @@ class FamilyProcessor:
         image_inputs = self.image_inputs([image for image in images if not isinstance(image, DecodedVideo)])
         return image_inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
 
-    def _process_one(self, image: Any) -> dict[str, Tensor]:
+    def _process_one(self, image: Medium) -> dict[str, Tensor]:
         """Return the inputs of a single image or video."""
         if self.videos is None or not isinstance(image, DecodedVideo):
             return self._process_images([as_rgb(image)])[0]

@@ -5,7 +5,7 @@ and load it again. Prefixes are those of `named_parameters()`; the longest match
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 CROSS_ATTENTION_LAYERS = "{cross_attention_layers}"
@@ -101,71 +101,30 @@ SMOLVLM_TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% elif line['type'] == 'video' %}{{ '<video>' }}{% endif %}"
     "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""What SmolVLM's processor renders conversations with videos with, whatever template it brings."""
+"""The template with which SmolVLM's processor renders conversations with videos, whatever its own template."""
 
 LLAVA_UNUSED_PREFIXES = (f"model.vision_tower.encoder.layers.{UNUSED_LAYERS}.", "model.vision_tower.post_layernorm.")
 
+LLAVA = Family(
+    "LLaVA-1.5, LLaVA-Interleave", LLAVA_PARTS, ("llava-1.5-7b", "llava-1.5-13b", "llava-interleave-0.5b"),
+    unused_prefixes=LLAVA_UNUSED_PREFIXES, supports_packing=True,
+)  # fmt: skip
+LLAVA_VIDEO = replace(LLAVA, videos=True, equal_num_frames=True)
+QWEN = Family(
+    "Qwen2-VL", QWEN_PARTS, ("qwen2-vl-2b", "qwen2-vl-7b"), tokens=("mm_token_type_ids",), videos=True,
+    supports_packing=True, grid_positions=True,
+)  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
-    "llava": Family(
-        "LLaVA-1.5, LLaVA-Interleave",
-        LLAVA_PARTS,
-        ("llava-1.5-7b", "llava-1.5-13b", "llava-interleave-0.5b"),
-        unused_prefixes=LLAVA_UNUSED_PREFIXES,
-        supports_packing=True,
+    "llava": LLAVA,
+    "llava_next": replace(LLAVA, name="LLaVA-NeXT (1.6)", choices=("llava-next-7b", "llava-next-mistral-7b")),
+    "llava_next_video": replace(LLAVA_VIDEO, name="LLaVA-NeXT-Video", choices=("llava-next-video-7b",)),
+    "llava_onevision": replace(
+        LLAVA_VIDEO, name="LLaVA-OneVision", choices=("llava-onevision-0.5b", "llava-onevision-7b")
     ),
-    "llava_next": Family(
-        "LLaVA-NeXT (1.6)",
-        LLAVA_PARTS,
-        ("llava-next-7b", "llava-next-mistral-7b"),
-        unused_prefixes=LLAVA_UNUSED_PREFIXES,
-        supports_packing=True,
-    ),
-    "llava_next_video": Family(
-        "LLaVA-NeXT-Video",
-        LLAVA_PARTS,
-        ("llava-next-video-7b",),
-        unused_prefixes=LLAVA_UNUSED_PREFIXES,
-        videos=True,
-        equal_num_frames=True,
-        supports_packing=True,
-    ),
-    "llava_onevision": Family(
-        "LLaVA-OneVision",
-        LLAVA_PARTS,
-        ("llava-onevision-0.5b", "llava-onevision-7b"),
-        unused_prefixes=LLAVA_UNUSED_PREFIXES,
-        videos=True,
-        equal_num_frames=True,
-        supports_packing=True,
-    ),
-    "qwen2_vl": Family(
-        "Qwen2-VL",
-        QWEN_PARTS,
-        ("qwen2-vl-2b", "qwen2-vl-7b"),
-        tokens=("mm_token_type_ids",),
-        videos=True,
-        supports_packing=True,
-        grid_positions=True,
-    ),
-    "qwen2_5_vl": Family(
-        "Qwen2.5-VL",
-        QWEN_PARTS,
-        ("qwen2.5-vl-3b", "qwen2.5-vl-7b"),
-        tokens=("mm_token_type_ids",),
-        videos=True,
-        supports_packing=True,
-        grid_positions=True,
-    ),
-    "qwen3_vl": Family(
-        "Qwen3-VL",
-        QWEN_PARTS,
-        ("qwen3-vl-2b", "qwen3-vl-4b"),
-        tokens=("mm_token_type_ids",),
-        videos=True,
-        min_frames=2,
-        supports_packing=True,
-        grid_positions=True,
-    ),
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": replace(QWEN, name="Qwen2.5-VL", choices=("qwen2.5-vl-3b", "qwen2.5-vl-7b")),
+    "qwen3_vl": replace(QWEN, name="Qwen3-VL", choices=("qwen3-vl-2b", "qwen3-vl-4b"), min_frames=2),
     "idefics3": Family(
         "Idefics3",
         IDEFICS_PARTS,
@@ -193,13 +152,7 @@ FAMILIES: dict[str, Family] = {
         tokens=("token_type_ids",),
         template=PALIGEMMA_TEMPLATE,
     ),
-    "gemma3": Family(
-        "Gemma 3",
-        LLAVA_PARTS,
-        ("gemma3-4b",),
-        tokens=("token_type_ids",),
-        unused_prefixes=("model.vision_tower.head.",),
-    ),
+    "gemma3": Family("Gemma 3", LLAVA_PARTS, ("gemma3-4b",), ("model.vision_tower.head.",), tokens=("token_type_ids",)),
     "mllama": Family(
         "Llama 3.2 Vision",
         {
@@ -308,7 +261,7 @@ def _expand_prefix(prefix: str, config: Any) -> Iterator[str]:
 
 
 def _unused_layers(config: Any) -> range:
-    """Return the indices of the visual encoder's layers past the selected hidden state (0 is before the first layer)."""
+    """Return the indices of the visual encoder's layers past the selected hidden state; state 0 precedes layer 0."""
     count = config.vision_config.num_hidden_layers
     phi = config.model_type == "phi4_multimodal"
     selected = config.vision_config.feature_layer if phi else config.vision_feature_layer

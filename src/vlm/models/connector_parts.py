@@ -121,15 +121,9 @@ def require_activation(activation: str) -> None:
 
 
 def mlp_layers(
-    input_dim: int,
-    output_dim: int,
-    *,
-    num_layers: int,
-    activation: str,
-    hidden_dim: int | None = None,
-    bias: bool = True,
-    input_norm: bool = False,
-) -> nn.Sequential:
+    input_dim: int, output_dim: int, num_layers: int, activation: str, hidden_dim: int | None = None, *,
+    bias: bool = True, input_norm: bool = False,
+) -> nn.Sequential:  # fmt: skip
     """`num_layers` affine maps with an activation between: `(…, input_dim) -> (…, output_dim)`.
 
     Args:

@@ -16,13 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .connector_parts import Connector, mlp_layers
-from .grid_connectors import (
-    CAbstractorConnector,
-    LDPConnector,
-    LDPv2Connector,
-    PixelShuffleConnector,
-    PoolingConnector,
-)
+from .grid_connectors import CAbstractorConnector, LDPConnector, LDPv2Connector, PixelShuffleConnector, PoolingConnector
 from .query_connectors import QFormerConnector, ResamplerConnector
 
 
@@ -75,13 +69,7 @@ class MLPConnector(Connector):
     ):
         super().__init__()
         self.layers = mlp_layers(
-            vision_dim,
-            text_dim,
-            num_layers=num_layers,
-            activation=activation,
-            hidden_dim=hidden_dim,
-            bias=bias,
-            input_norm=input_norm,
+            vision_dim, text_dim, num_layers, activation, hidden_dim, bias=bias, input_norm=input_norm
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -93,9 +81,9 @@ def connector_class(connector_type: str) -> type[Connector]:
     """Return the class of `model.connector.type`; a user's own class must have been added to the table."""
     if connector_type not in CONNECTORS:
         raise ValueError(
-            f"model.connector.type={connector_type}: allowed are {', '.join(CONNECTORS)}, or package.module:Class for "
-            "a class of your own. A checkpoint with such a class loads once you have named it in your own configuration, "
-            "or with trust_remote_code=True."
+            f"model.connector.type={connector_type}: allowed are {', '.join(CONNECTORS)}, or package.module:Class "
+            "for a class of your own. A checkpoint with such a class loads once you have named it in your own "
+            "configuration, or with trust_remote_code=True."
         )
     return CONNECTORS[connector_type]
 

@@ -140,9 +140,11 @@ def _truncated_layers(encoder: Any, num_layers: int) -> Iterator[None]:
 def _find_layer_list(encoder: Any) -> tuple[nn.Module, str] | None:
     """Return the module that holds an encoder's layers, and their name; None where it has several such lists."""
     locations = [
-        (owner, name) for owner in encoder.modules() for name, child in owner.named_children()
+        (owner, name)
+        for owner in encoder.modules()
+        for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == encoder.config.num_hidden_layers
-    ]  # fmt: skip
+    ]
     return locations[0] if len(locations) == 1 else None
 
 

@@ -1,7 +1,7 @@
-"""Connectors that make fewer tokens of a square grid of patches, and keep where things are.
+"""Connectors that turn a square grid of patches into a smaller grid of tokens.
 
 Hub code: imports torch and its siblings only. Each needs features that are patches alone
-(`model.visual_encoder.feature_strategy=patch`); tokens come out row by row, as the features went in.
+(`model.visual_encoder.feature_strategy=patch`); tokens are in row-major order, as the features are.
 """
 
 import math
@@ -37,7 +37,7 @@ class PixelShuffleConnector(GridConnector):
         num_layers: maps of the MLP.
         activation: between them.
         hidden_dim: width between them; null: the language model's.
-        bias: whether the maps have one.
+        bias: whether the maps have a bias.
         input_norm: LayerNorm over the concatenated features.
     """
 
@@ -57,13 +57,7 @@ class PixelShuffleConnector(GridConnector):
         require_positive(factor=factor)
         self.factor = factor
         self.layers = mlp_layers(
-            vision_dim * factor**2,
-            text_dim,
-            num_layers=num_layers,
-            activation=activation,
-            hidden_dim=hidden_dim,
-            bias=bias,
-            input_norm=input_norm,
+            vision_dim * factor**2, text_dim, num_layers, activation, hidden_dim, bias=bias, input_norm=input_norm
         )
 
     @classmethod
@@ -97,7 +91,7 @@ class PoolingConnector(GridConnector):
         num_layers: maps of the MLP.
         activation: between them.
         hidden_dim: width between them; null: the language model's.
-        bias: whether the maps have one.
+        bias: whether the maps have a bias.
         input_norm: LayerNorm over the averages.
     """
 
@@ -118,13 +112,7 @@ class PoolingConnector(GridConnector):
         _require_one_size(kernel, output_side)
         self.pool = nn.AdaptiveAvgPool2d(output_side) if kernel is None else nn.AvgPool2d(kernel)
         self.layers = mlp_layers(
-            vision_dim,
-            text_dim,
-            num_layers=num_layers,
-            activation=activation,
-            hidden_dim=hidden_dim,
-            bias=bias,
-            input_norm=input_norm,
+            vision_dim, text_dim, num_layers, activation, hidden_dim, bias=bias, input_norm=input_norm
         )
 
     @classmethod
@@ -144,30 +132,30 @@ class PoolingConnector(GridConnector):
 
 
 def _require_one_size(kernel: int | None, output_side: int | None) -> None:
-    """Refuse a pooling of two sizes, or of none."""
-    given = {name: size for name, size in (("kernel", kernel), ("output_side", output_side)) if size is not None}
-    if len(given) != 1:
+    """Raise ValueError unless exactly one of the two sizes of a pooling is given."""
+    sizes = {name: size for name, size in (("kernel", kernel), ("output_side", output_side)) if size is not None}
+    if len(sizes) != 1:
         raise ValueError(
             f"model.connector.options.kernel={kernel}, model.connector.options.output_side={output_side}: exactly one "
             "of them is needed. kernel=2 averages squares of 2 x 2 features; output_side=12 makes 12 x 12 tokens"
         )
-    require_positive(**given)
+    require_positive(**sizes)
 
 
 class CAbstractorConnector(GridConnector):
     """Honeybee's C-Abstractor (Cha et al. 2024, arXiv:2312.06742): convolutions around a pooling.
 
-    Features take up a learned position, go through `num_blocks` RegNet blocks, are averaged to a grid of `num_queries`
-    tokens, go through as many blocks again and through an MLP with SiLU. The sizes are by default the
-    paper's for 7B. Weights begin as PyTorch's layers do.
+    A learned position is added to each feature; features go through `num_blocks` RegNet blocks, are averaged to a grid
+    of `num_queries` tokens, then go through as many blocks again and an MLP with SiLU. The default sizes are the
+    paper's for 7B. Weights are initialised as PyTorch's layers.
 
     Options:
         num_queries: tokens of an image: a square number, at most as many as there are features.
         num_blocks: blocks before the pooling, and again after it.
         hidden_dim: width of the blocks.
         num_layers: maps of the MLP.
-        position_side: side of the grid of learned positions, best the encoder's own: 24 for CLIP ViT-L/14 at 336
-            pixels. They are resized, as vision transformers do it, where the features' grid is another.
+        position_side: side of the grid of learned positions, ideally the encoder's own: 24 for CLIP ViT-L/14 at 336
+            pixels. For another grid of features they are resized, as in vision transformers.
         input_norm: LayerNorm over the features, before the positions.
     """
 
@@ -199,13 +187,13 @@ class CAbstractorConnector(GridConnector):
     @classmethod
     def output_side(cls, side: int, *, num_queries: int, **options: Any) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
-        wanted = _square_root(num_queries)
-        if wanted > side:
+        tokens_side = _square_root(num_queries)
+        if tokens_side > side:
             raise ValueError(
                 f"model.connector.options.num_queries={num_queries}: the visual encoder gives {side**2} features. "
                 f"Allowed: square numbers up to {side**2}"
             )
-        return wanted
+        return tokens_side
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, see the class."""

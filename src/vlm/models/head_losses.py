@@ -31,9 +31,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoo
     return losses if weights is None else losses * weights[numbers]
 
 
-def focal(
-    outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, *, gamma: float = 2.0
-) -> Tensor:  # fmt: skip
+def focal(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, *, gamma: float = 2.0) -> Tensor:
     """Cross-entropy that weighs confident right answers less (Lin et al. 2017, arXiv:1708.02002): `-> (B,)`.
 
     Args:

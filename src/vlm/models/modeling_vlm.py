@@ -297,9 +297,11 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     loss=chunked_loss(head, hidden[logits_to_keep], targets, num_items_in_batch, num_chunks)
                 )
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds, past_key_values=past_key_values, logits_to_keep=logits_to_keep,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
             **{**text, "return_dict": True},
-        )  # fmt: skip
+        )
         loss = None
         if targets is not None:
             loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch)

@@ -27,6 +27,9 @@ from .pixels import (
     normalise_pixels,
 )
 
+Message = dict[str, Any]
+"""A message of a conversation, or an item of its content list."""
+
 IMAGE_MODES = ("square", "pad")
 FIXED_DATE = "26 Jul 2024"
 """The date for templates that would write today's (Llama-3.2), so that a prompt is the same every day."""
@@ -282,7 +285,7 @@ class VLMProcessor(ProcessorMixin):
         remaining = iter(rgb_images)
         samples = [list(islice(remaining, number)) for number in num_images]
         inputs = [self.image_inputs(sample) for sample in samples if sample]
-        data: dict[str, Any] = {name: torch.cat([sample[name] for sample in inputs]) for name in (inputs or [{}])[0]}
+        data = {name: torch.cat([sample[name] for sample in inputs]) for name in (inputs or [{}])[0]}
         if inputs:
             data["pixel_values"] = self.normalise(data["pixel_values"])
         if texts is not None:
@@ -316,7 +319,7 @@ class VLMProcessor(ProcessorMixin):
         )  # fmt: skip
         return rendered if is_batch else rendered[0]
 
-    def _flatten(self, content: str | list[dict[str, Any]]) -> str:
+    def _flatten(self, content: str | list[Message]) -> str:
         """Return a content list as one string, with an image token for each image.
 
         Images before the text stand on a line of their own, as in LLaVA's records.
@@ -340,7 +343,7 @@ class VLMProcessor(ProcessorMixin):
         return names if self.anyres is None else [*names, "image_sizes", "image_views"]
 
 
-def images_in_conversation(conversation: Sequence[dict[str, Any]]) -> list[Any]:
+def images_in_conversation(conversation: Sequence[Message]) -> list[Any]:
     """Return the images (objects, paths, URLs) that a conversation's content lists name, in order.
 
     Items are `{"type": "image", "image": …}` (or `path`, `url`, `base64`), or OpenAI's `{"type": "image_url",
@@ -350,7 +353,7 @@ def images_in_conversation(conversation: Sequence[dict[str, Any]]) -> list[Any]:
     return [_image_from_item(item) for item in items if item["type"] in ("image", "image_url")]
 
 
-def _image_from_item(item: dict[str, Any]) -> Any:
+def _image_from_item(item: Message) -> Any:
     if item["type"] == "image_url":
         named = item["image_url"]
         return named["url"] if isinstance(named, dict) else named

@@ -19,8 +19,8 @@ class ResamplerConnector(Connector):
 
     In each layer the queries attend to the features and to themselves, then go through a feed-forward network four
     times as wide; both are residual, with norms before them and no biases. The order of the features makes no
-    difference: where a feature comes from is what the encoder has written into it. The default has the paper's numbers
-    of queries, layers and heads, but heads of `hidden_dim / num_heads`, and no time embeddings: an image has one time.
+    difference: positions are known only from what the encoder has put into the features. The default has the paper's
+    numbers of queries, layers and heads, but heads of width `hidden_dim / num_heads`, and no time embeddings.
 
     Options:
         num_queries: tokens of an image.
@@ -59,12 +59,12 @@ class ResamplerConnector(Connector):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Queries of unit variance, as OpenFlamingo begins with; its modules have begun by themselves."""
+        """Initialise the queries with unit variance, as OpenFlamingo does; modules initialise themselves."""
         nn.init.normal_(self.queries)
 
     @classmethod
     def num_tokens(cls, num_features: int, *, num_queries: int, **options: Any) -> int:
-        """As many as there are queries."""
+        """Return the number of queries."""
         require_positive(num_queries=num_queries)
         return num_queries
 
@@ -102,9 +102,9 @@ class PerceiverBlock(nn.Module):
     def forward(self, queries: Tensor, features: Tensor) -> Tensor:
         """Update the queries, see the class."""
         normed = self.query_norm(queries)
-        seen = torch.cat([self.feature_norm(features), normed], dim=1)  # (images, features + queries, width)
+        keys = torch.cat([self.feature_norm(features), normed], dim=1)  # (images, features + queries, width)
         attended = F.scaled_dot_product_attention(
-            self._heads(self.query(normed)), self._heads(self.key(seen)), self._heads(self.value(seen))
+            self._heads(self.query(normed)), self._heads(self.key(keys)), self._heads(self.value(keys))
         )
         queries = queries + self.output(attended.transpose(1, 2).flatten(2))
         return queries + self.feed_forward(queries)
@@ -118,8 +118,8 @@ class QFormerConnector(Connector):
     """BLIP-2's querying transformer (Li et al. 2023, arXiv:2301.12597), then a linear map.
 
     A BERT whose tokens are learned queries and whose every `cross_attention_frequency`-th layer reads the features. It
-    is transformers' own `Blip2QFormerModel`, without text: its word embeddings and the feed-forward networks of text
-    do not exist here. The default has the paper's size. Its weights begin at random, not as BERT's.
+    is transformers' own `Blip2QFormerModel` without text: without word embeddings and feed-forward networks for text.
+    The default has the paper's size. Its weights are initialised at random, not from BERT.
 
     Options:
         num_queries: tokens of an image.
@@ -171,17 +171,17 @@ class QFormerConnector(Connector):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Queries as BERT's embeddings begin, and BLIP-2's; its modules have begun by themselves."""
+        """Initialise the queries as BERT's and BLIP-2's embeddings; modules initialise themselves."""
         nn.init.normal_(self.queries, std=self.qformer.config.initializer_range)
 
     @classmethod
     def num_tokens(cls, num_features: int, *, num_queries: int, **options: Any) -> int:
-        """As many as there are queries."""
+        """Return the number of queries."""
         require_positive(num_queries=num_queries)
         return num_queries
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, see the class."""
         queries = self.queries.expand(features.shape[0], -1, -1)  # (images, queries, hidden_dim)
-        read = self.qformer(query_embeds=queries, encoder_hidden_states=self.input_norm(features)).last_hidden_state
-        return self.output(read)
+        features = self.input_norm(features)
+        return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)

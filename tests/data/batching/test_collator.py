@@ -1,4 +1,4 @@
-"""Batches: padding, pictures in order, and a dummy picture that nothing attends to."""
+"""Batches: padding, images in order, and a dummy image that nothing attends to."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ PAD = 99
 
 
 def sample(ids: list[int], images: int = 0, first: int = 0) -> dict[str, Any]:
-    """Ids of which the last two are supervised, and pictures filled with `first`, `first + 1` …"""
+    """Ids of which the last two are supervised, and images filled with `first`, `first + 1` …"""
     pixels = torch.stack([torch.full((3, 2, 2), float(first + n)) for n in range(images)]) if images else None
     return {"input_ids": ids, "labels": [IGNORE_INDEX] * (len(ids) - 2) + ids[-2:], "pixel_values": pixels}
 
@@ -36,7 +36,7 @@ def test_the_mask_does_not_mistake_an_eos_for_padding():
     assert batch["labels"][0].tolist() == [IGNORE_INDEX, 2, PAD]
 
 
-def test_pictures_of_all_rows_stand_one_after_the_other():
+def test_images_of_all_rows_stand_one_after_the_other():
     batch = Collator(PAD)([sample([1, 2], 2, 0), sample([3, 4]), sample([5, 6], 1, 2)])
     assert batch["pixel_values"].shape == (3, 3, 2, 2)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2]
@@ -49,7 +49,7 @@ def test_the_samples_are_left_as_they_were():
     assert one["input_ids"] == [1, 2, 3]
 
 
-def test_a_batch_without_pictures_gets_a_dummy():
+def test_a_batch_without_images_gets_a_dummy():
     """In the shortest row, attended by nothing, not supervised."""
     batch = Collator(PAD, ([7, 8, 8, 9], {"pixel_values": torch.ones(1, 3, 2, 2)}))(
         [sample([1, 2, 3, 4]), sample([5, 6])]
@@ -60,7 +60,7 @@ def test_a_batch_without_pictures_gets_a_dummy():
     assert torch.equal(batch["pixel_values"], torch.ones(1, 3, 2, 2))
 
 
-def test_a_batch_with_pictures_gets_no_dummy():
+def test_a_batch_with_images_gets_no_dummy():
     rows = [sample([1, 2], 1), sample([3, 4])]
     with_dummy = Collator(PAD, ([7, 8], {"pixel_values": torch.ones(1, 3, 2, 2)}))(rows)
     assert {name: value.tolist() for name, value in with_dummy.items()} == {
@@ -129,7 +129,7 @@ def test_padding_changes_nothing(built):
     assert torch.allclose(apart, together, atol=1e-5)
 
 
-def test_a_blank_picture_is_the_processors_mean(built):
+def test_a_blank_image_is_the_processors_mean(built):
     """All but zero behind the normalisation, the same in every mode."""
     pixels = built[1].pixel_values([make_blank_image(built[1])])
     assert pixels.shape == (1, 3, 24, 24)
@@ -137,7 +137,7 @@ def test_a_blank_picture_is_the_processors_mean(built):
     assert not torch.equal(pixels, built[1].pixel_values([picture()]))
 
 
-def test_equal_pictures_stand_once():
+def test_equal_images_stand_once():
     rows = [sample([1, 2], 2, 0), sample([3, 4]), sample([5, 6], 3, 0)]
     batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)(rows)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2]
@@ -148,13 +148,13 @@ def test_equal_pictures_stand_once():
     assert torch.equal(batch["pixel_values"][batch[IMAGE_INDEX]], whole["pixel_values"])
 
 
-def test_a_row_may_have_nothing_but_pictures_of_others():
+def test_a_row_may_have_nothing_but_images_of_others():
     batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)([sample([1, 2], 1, 7), sample([3, 4], 1, 7)])
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
     assert batch[IMAGE_INDEX].tolist() == [0, 0]
 
 
-def test_pictures_that_differ_in_one_place_are_two():
+def test_images_that_differ_in_one_place_are_two():
     one, other = sample([1, 2], 1), sample([3, 4], 1)
     other["pixel_values"][0, 2, 1, 1] += 1e-6
     batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)([one, other])
@@ -164,8 +164,8 @@ def test_pictures_that_differ_in_one_place_are_two():
 
 @pytest.mark.parametrize("trains", [("connector",), ("visual_encoder", "connector", "language_model")])
 @pytest.mark.parametrize("connector", ["mlp", "qformer"])
-def test_pictures_that_stand_once_train_as_all_of_them_do(parts: Parts, connector: str, trains: tuple[str, ...]):
-    """Loss and gradients; with dropout too, which falls anew on each of equal pictures."""
+def test_images_that_stand_once_train_as_all_of_them_do(parts: Parts, connector: str, trains: tuple[str, ...]):
+    """Loss and gradients; with dropout too, which falls anew on each of equal images."""
     options = {"num_queries": 4, "hidden_dim": 16, "num_layers": 1, "num_heads": 2} if connector == "qformer" else {}
     model, processor = parts.model(connector=connector, options=options)
     for name, parameter in model.named_parameters():
@@ -189,14 +189,14 @@ def test_pictures_that_stand_once_train_as_all_of_them_do(parts: Parts, connecto
 
 
 def pictured_row(processor: VLMProcessor, *pictures: int) -> dict[str, Any]:
-    """A supervised row with these pictures of noise."""
+    """A supervised row with these images of noise."""
     ids, _ = processor.tokenize("<image>" * len(pictures) + "what is it? a red circle")
     inputs = processor.image_inputs([picture(number) for number in pictures])
     return sample(ids) | {name: processor.normalise(value) for name, value in inputs.items()}
 
 
 def test_equal_tiles_stand_once(parts: Parts):
-    """A blank picture's tiles are all alike; what is laid out is the same."""
+    """A blank image's tiles are all alike; what is laid out is the same."""
     model, processor = parts.model()
     tiling = {"grids": [[1, 2], [2, 1]], "tile_size": 24, "tokens_side": 3}
     model.config.anyres = processor.anyres = tiling

@@ -12,7 +12,7 @@ BATCH = 4
 
 @pytest.fixture(params=[(400, 100), (37, 11), (3, 2), (50, 0), (0, 9), (1, 0)], ids=str)
 def data(request) -> tuple[list[int], list[int]]:
-    """Lengths and numbers of images of so many samples with pictures and of text only, mixed."""
+    """Lengths and numbers of images of so many samples with images and of text only, mixed."""
     seen, text = request.param
     draw = random.Random(0)
     samples = [(draw.randint(20, 900), draw.randint(1, 3)) for _ in range(seen)]

@@ -62,7 +62,7 @@ def make(image_processor: Any, template: ChatTemplate) -> VLMProcessor:
 
 
 def conversation(replies: list[str], system: str | None = None, asked: str = "and?") -> Sample:
-    """A picture and a question, then a question before each further reply."""
+    """An image and a question, then a question before each further reply."""
     turns = [Turn("system", (system,))] if system else []
     for number, reply in enumerate(replies):
         turns.append(Turn("user", (asked,) if number else (PICTURE, "\nwhat is it?")))
@@ -169,7 +169,7 @@ def test_what_people_spell_is_read_back_as_they_wrote_it(processors, name: str):
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_an_images_tokens_stand_where_its_picture_does(processors, name: str):
+def test_an_images_tokens_stand_where_its_image_does(processors, name: str):
     processor = processors[name]
     turns = (Turn("user", (PICTURE, "one", PICTURE, "two")), Turn("assistant", ("a cat",)))
     text = decoded(processor, encode(processor, Sample("x", turns)).input_ids)

@@ -142,7 +142,7 @@ def test_v1_moves_a_lone_image_to_the_start_of_its_turn(folder: Path, pieces, tm
     assert ours(folder, "v1", record) == reference(pieces, segments)
 
 
-def test_v1_without_a_picture(folder: Path, pieces, tmp_path: Path):
+def test_v1_without_an_image(folder: Path, pieces, tmp_path: Path):
     record = sample(tmp_path, "what is red?", "a sofa", images=0)
     segments = [(f"{SYSTEM} USER: what is red? ASSISTANT:", False), (" a sofa</s>", True)]
     assert ours(folder, "v1", record) == reference(pieces, segments)

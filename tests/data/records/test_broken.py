@@ -64,7 +64,7 @@ RAW = {"not UTF-8": (b'{"id": "\xff\xfe"}', "not UTF-8"), "torn line": (b'{"id":
 
 @pytest.fixture
 def load(tmp_path: Path, parts: Parts):
-    """`load(**policies)`: every broken record, with a good one after each, and pictures of every kind."""
+    """`load(**policies)`: every broken record, with a good one after each, and images of every kind."""
     folder = tmp_path / "images"
     folder.mkdir()
     picture().save(tmp_path / "outside.png")

@@ -174,7 +174,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_path_that_is_no_picture_of_the_folder_is_refused_by_name(folder: Path, name: str):
+def test_a_path_that_is_no_image_of_the_folder_is_refused_by_name(folder: Path, name: str):
     path, said = PATHS[name]
     path = path.format(parent=folder.parent)
     with pytest.raises(BadSample) as caught:
@@ -216,7 +216,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_pictures_come_in_every_form_to_every_reader(name: str, folder: Path):
+def test_images_come_in_every_form_to_every_reader(name: str, folder: Path):
     content = (folder / "a.png").read_bytes()
     given = [
         ("a.png", ImageRef(folder / "a.png")),
@@ -244,7 +244,7 @@ REFUSED_PATHS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("path", REFUSED_PATHS)
-def test_every_reader_refuses_a_path_that_is_no_picture_of_the_folder(name: str, path: str, folder: Path):
+def test_every_reader_refuses_a_path_that_is_no_image_of_the_folder(name: str, path: str, folder: Path):
     with pytest.raises(BadSample, match=REFUSED_PATHS[path]) as caught:
         FORMATS[name]({**WHOLE[name], "id": 12, "image": path}, folder)
     assert (caught.value.sample_id, caught.value.file) == ("12", path)
@@ -253,7 +253,7 @@ def test_every_reader_refuses_a_path_that_is_no_picture_of_the_folder(name: str,
 # Videos, in the readers whose text has placeholders
 
 
-def test_pictures_and_videos_are_handed_out_apart(folder: Path):
+def test_images_and_videos_are_handed_out_apart(folder: Path):
     sample = read(folder, "<video>a<image>b<video>", "yes", images=["a.png"], videos=["v.mp4", "w.mp4"])
     v, w = VideoRef(folder / "v.mp4"), VideoRef(folder / "w.mp4")
     assert sample.turns[0].content[0] == ImageRef(folder / "a.png"), "a lone image is moved to the start"
@@ -328,7 +328,7 @@ ITEMS = {
 
 
 @pytest.mark.parametrize("name", ITEMS)
-def test_an_item_names_its_picture_or_takes_the_next(folder: Path, name: str):
+def test_an_item_names_its_image_or_takes_the_next(folder: Path, name: str):
     parts = [
         {"type": "text", "text": "one "},
         {"type": "text", "text": "two "},
@@ -404,7 +404,7 @@ def test_messages_that_cannot_be_used_say_which(folder: Path, name: str):
 # Captions
 
 
-def test_a_caption_is_a_reply_to_its_picture(folder: Path):
+def test_a_caption_is_a_reply_to_its_image(folder: Path):
     record = {"image_id": 9, "jpg": ["a.png", "b.png"], "text": "two"}
     seen = (ImageRef(folder / "a.png"), ImageRef(folder / "b.png"))
     bare = read_caption(record, folder, image_key="jpg", caption_key="text")
@@ -511,7 +511,7 @@ def test_what_people_answered_are_references_beside_the_reply(folder: Path):
         FORMATS["llava"]({**turns, "answers": [1]}, folder)
 
 
-def test_pictures_stand_before_a_question_or_within_it(folder: Path):
+def test_images_stand_before_a_question_or_within_it(folder: Path):
     a, b, v = ImageRef(folder / "a.png"), ImageRef(folder / "b.png"), VideoRef(folder / "v.mp4")
     both = {"images": ["a.png", "b.png"], "answer": "x"}
     assert asked(folder, **both, video="v.mp4")[0] == (v, a, b, "\nwhich?")

@@ -1,4 +1,4 @@
-"""Where pictures and videos are: paths within the folder, addresses that hold them, bytes; all else is refused."""
+"""Where images and videos are: paths within the folder, addresses that hold them, bytes; all else is refused."""
 
 import base64
 import pickle
@@ -44,7 +44,7 @@ GIVEN: dict[str, tuple[Any, list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_pictures_are_named_in_several_ways(folder: Path, name: str):
+def test_images_are_named_in_several_ways(folder: Path, name: str):
     value, names = GIVEN[name]
     found = [ImageRef(None, CONTENT) if path is None else ImageRef(folder / path) for path in names]
     assert image_refs_from_value(value, folder, "7") == found
@@ -91,7 +91,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_picture_is_refused_with_the_record_and_the_reason(folder: Path, name: str):
+def test_what_is_no_image_is_refused_with_the_record_and_the_reason(folder: Path, name: str):
     value, said = BAD[name]
     with pytest.raises(BadSample) as caught:
         image_refs_from_value(value, folder, "7", "photo")
@@ -142,10 +142,10 @@ def test_a_relative_folder_is_one_too(folder: Path, monkeypatch: pytest.MonkeyPa
         resolve_media_file("../outside.png", Path(".."), "7")
 
 
-# What a picture and an error say of themselves
+# What an image and an error say of themselves
 
 
-def test_a_picture_names_itself_without_its_bytes():
+def test_an_image_names_itself_without_its_bytes():
     assert str(ImageRef(None, CONTENT)) == "in the record itself"
     assert str(ImageRef(Path("v.mp4"), frame=3)) == "v.mp4, frame 3"
     assert "PNG" not in repr(ImageRef(Path("a.png"), CONTENT))

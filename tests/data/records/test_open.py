@@ -166,7 +166,7 @@ def test_a_split_that_a_folder_lacks_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_pictures_of_a_data_set_are_not_decoded(tmp_path: Path, streamed: bool):
+def test_images_of_a_data_set_are_not_decoded(tmp_path: Path, streamed: bool):
     """Whether they can be is for the reader's own check, which names the record."""
     features = datasets.Features({"image": datasets.Image(), "images": datasets.List(datasets.Image())})
     held = {"bytes": b"no picture", "path": None}
@@ -258,7 +258,7 @@ def test_files_of_one_name_are_one_record(tmp_path: Path):
     ]
 
 
-def test_several_pictures_stand_in_the_order_of_their_numbers(tmp_path: Path):
+def test_several_images_stand_in_the_order_of_their_numbers(tmp_path: Path):
     names = [f"{number}.{'png' if number % 2 else 'jpeg'}" for number in (10, 2, 0, 9, 11, 1)]
     (record,) = streamed(write_tar(tmp_path / "a.tar", {f"s.{name}": name.encode() for name in names}))
     assert [picture["bytes"] for picture in record["images"]] == [

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def drawn(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A picture that is no other's double."""
+    """An image that is no other's double."""
     image = Image.new("RGB", size, (seed % 256, 90, 200))
     image.putpixel((0, 0), (255, seed // 256, 0))
     return image
@@ -43,7 +43,7 @@ def caption(number: int, image: str, text: str = "a thing") -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with pictures `0.png` to `5.png`."""
+    """A folder with images `0.png` to `5.png`."""
     for number in range(6):
         drawn(number).save(tmp_path / f"{number}.png")
     return tmp_path
@@ -101,7 +101,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_picture_that_does_not_decode_goes(folder: Path, name: str):
+def test_an_image_that_does_not_decode_goes(folder: Path, name: str):
     content, said = FILES[name]
     (folder / name).write_bytes(content())
     found = cleaned(folder, [caption(0, "0.png"), caption(1, name), caption(2, "1.png")])
@@ -125,7 +125,7 @@ def test_a_picture_that_does_not_decode_goes(folder: Path, name: str):
         ((40, 200), {"max_aspect": 4.9}, "narrow"),
     ],
 )
-def test_a_picture_may_be_too_small_or_too_long(
+def test_an_image_may_be_too_small_or_too_long(
     folder: Path, size: tuple[int, int], rules: dict[str, Any], reason: str | None
 ):
     drawn(9, size).save(folder / "shape.png")
@@ -182,8 +182,8 @@ def test_what_a_reader_of_the_users_own_trips_over_goes(folder: Path):
     assert found.examples == {"refused": "record 1 ('r1'): its reader raised KeyError: 'odd'"}
 
 
-def test_a_picture_that_cannot_be_turned_upright_goes(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Pillow writes what a picture says of itself anew when it turns it, and trips over some of it."""
+def test_an_image_that_cannot_be_turned_upright_goes(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pillow writes what an image says of itself anew when it turns it, and trips over some of it."""
 
     def fail(image: Image.Image) -> Image.Image:
         raise struct.error("odd tag")
@@ -206,7 +206,7 @@ def test_videos_are_opened_and_compared_by_their_files(folder: Path):
 # Duplicates
 
 
-def test_a_record_with_pictures_and_text_of_an_earlier_one_goes(folder: Path):
+def test_a_record_with_images_and_text_of_an_earlier_one_goes(folder: Path):
     same = [caption(0, "0.png"), caption(1, "0.png", "other"), caption(2, "0.png"), caption(3, "1.png")]
     assert cleaned(folder, same).examples == {"duplicate": "record 2 ('r2'): has the text and images of record 0"}
     assert [record["id"] for record in lines(folder / "out.jsonl")] == ["r0", "r1", "r3"]
@@ -216,8 +216,8 @@ KINDS = {"record": [(3, "duplicate")], "picture": [(1, "duplicate"), (3, "duplic
 
 
 @pytest.mark.parametrize("duplicates", KINDS)
-def test_duplicates_are_of_records_or_of_pictures(folder: Path, duplicates: str):
-    """A picture of a record that went has not been seen."""
+def test_duplicates_are_of_records_or_of_images(folder: Path, duplicates: str):
+    """An image of a record that went has not been seen."""
     many = [("0.png", "a"), ("0.png", "b"), ("1.png", "a"), ("0.png", "a"), ("2.png", "c")]
     records = [caption(number, *given) for number, given in enumerate(many)]
     message = {"role": "user", "content": "<image><image>"}
@@ -245,7 +245,7 @@ def test_records_of_text_only_are_compared_too(folder: Path):
         (folder / "out.jsonl").unlink()
 
 
-def test_the_place_of_a_picture_in_the_text_counts(folder: Path):
+def test_the_place_of_an_image_in_the_text_counts(folder: Path):
     def record(text: str) -> dict[str, Any]:
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
         return {"image": "0.png", "messages": turns}
@@ -253,7 +253,7 @@ def test_the_place_of_a_picture_in_the_text_counts(folder: Path):
     assert cleaned(folder, [record("<image>a"), record("a<image>")], format="messages").kept == 2
 
 
-def test_a_picture_saved_in_another_way_is_the_same(folder: Path):
+def test_an_image_saved_in_another_way_is_the_same(folder: Path):
     drawn(0).save(folder / "loose.png", compress_level=0)
     drawn(0).convert("RGBA").save(folder / "alpha.png")
     drawn(0).quantize(4).save(folder / "palette.png")
@@ -263,7 +263,7 @@ def test_a_picture_saved_in_another_way_is_the_same(folder: Path):
     assert [record["image"] for record in lines(folder / "out.jsonl")] == ["0.png", "1.png"]
 
 
-def test_pictures_are_told_apart_by_what_is_shown():
+def test_images_are_told_apart_by_what_is_shown():
     def turned(orientation: int) -> Image.Image:
         file, exif = BytesIO(), Image.Exif()
         exif[0x112] = orientation
@@ -285,7 +285,8 @@ def test_only_what_was_kept_has_been_seen():
     one, two, three = ("1" * 32, "2" * 32, "3" * 32)
     seen = DuplicateFinder("picture")
     verdicts = [
-        RecordVerdict("a", pictures=[one]), RecordVerdict("b", pictures=[one, two]), RecordVerdict("c", pictures=[two, two]),
+        RecordVerdict("a", pictures=[one]), RecordVerdict("b", pictures=[one, two]),
+        RecordVerdict("c", pictures=[two, two]),
         RecordVerdict("d", "broken", pictures=[three]), RecordVerdict("e", pictures=[three]),
     ]  # fmt: skip
     found = [seen.mark_duplicate(number, verdict).reason for number, verdict in enumerate(verdicts)]
@@ -307,7 +308,7 @@ def test_records_that_are_kept_are_as_they_were_and_in_order(folder: Path):
     assert write_verdicts.count(b"\n") == len(records)
 
 
-def test_json_and_parquet_are_read_and_pictures_inline_become_addresses(folder: Path):
+def test_json_and_parquet_are_read_and_images_inline_become_addresses(folder: Path):
     content = (folder / "0.png").read_bytes()
     pictures = [{"bytes": content, "path": "x.png"}, {"bytes": b"", "path": None}, {"bytes": None, "path": "1.png"}]
     rows = [{"id": number, "image": given, "caption": "a"} for number, given in enumerate(pictures)]
@@ -496,7 +497,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_stopped_run_begins_anew_only_where_something_changed(folder: Path, name: str, capsys: Any):
-    """That old verdicts count is seen from a picture that breaks after it was looked at."""
+    """That old verdicts count is seen from an image that breaks after it was looked at."""
     rules, said, kept = CHANGES[name]
     shutil.copytree(folder, folder / "copy")
     write(folder, [caption(number, f"{number}.png") for number in range(6)])

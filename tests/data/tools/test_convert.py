@@ -46,13 +46,13 @@ def put(name: str, content: Any) -> str:
 
 
 def run(source: str, output: str, *options: str) -> list[Any]:
-    """Convert, with pictures in `images`; what was written."""
+    """Convert, with images in `images`; what was written."""
     main([source, output, "--image-folder", "images", "--cache-dir", "cache", *options])
     return list(stream_records(output, Path("cache")))
 
 
 def talk(record: Any, form: str = "llava") -> list[tuple[str, ...]]:
-    """The turns of a record, `[name]` for each picture."""
+    """The turns of a record, `[name]` for each image."""
     sample = FORMATS[form](record, Path("images"))
     return [tuple(part if isinstance(part, str) else marked(part) for part in turn.content) for turn in sample.turns]
 
@@ -246,7 +246,7 @@ def test_coco_captions_that_are_bad(folder: Path, capsys: pytest.CaptureFixture[
 
 
 def vqa_files() -> tuple[str, ...]:
-    """Questions about two pictures, one of which has no answer, and the options that they need."""
+    """Questions about two images, one of which has no answer, and the options that they need."""
     texts = {420: (42, "Is it red?"), 430: (43, "What is it?"), 421: (42, "How many?"), 422: (42, "Where?")}
     put("questions.json", {"task_type": "Open-Ended", "questions": [
         {"question_id": key, "image_id": image, "question": text} for key, (image, text) in texts.items()
@@ -260,7 +260,7 @@ def vqa_files() -> tuple[str, ...]:
     return ("--annotations", "annotations.json", "--image-pattern", "COCO_train2014_{image_id:012d}.jpg")
 
 
-def test_vqa_is_grouped_by_picture(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_vqa_is_grouped_by_image(folder: Path, capsys: pytest.CaptureFixture[str]):
     options = vqa_files()
     found = run("questions.json", "out.jsonl", *options)
     assert [record["id"] for record in found] == ["42", "43"]
@@ -595,7 +595,7 @@ def test_an_image_folder_that_is_not_there(folder: Path):
         main([put("in.jsonl", LLAVA), "out.jsonl", "--image-folder", "nowhere"])
 
 
-def test_pictures_lie_beside_the_records_by_default(folder: Path):
+def test_images_lie_beside_the_records_by_default(folder: Path):
     put("images/in.jsonl", LLAVA)
     main(["images/in.jsonl", "out.jsonl"])
     assert Path("out.jsonl").read_text(encoding="utf-8").count("a.png") == 2
@@ -661,7 +661,7 @@ def test_lines_of_captions_are_taken_as_they_are_needed(folder: Path):
     assert [record["id"] for record in itertools.islice(records, 1)] == ["000000000"]
 
 
-def test_samples_are_pictures_and_turns(folder: Path):
+def test_samples_are_images_and_turns(folder: Path):
     [found] = run(put("in.jsonl", LLAVA[:1]), "out.jsonl")
     seen = ImageRef(Path("images/a.png"))
     asked_and_told = (Turn("user", (seen, "\nwhat is it?")), Turn("assistant", ("a cat",)))

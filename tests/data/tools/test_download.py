@@ -61,7 +61,7 @@ def stream_table_rows(path: Path, url: str | None = None, caption: str | None = 
     return [(row.url, row.caption) for row in Table(path, url, caption).rows()]
 
 
-def test_leaves_pictures_and_records_of_llavas_form(site: Site, tmp_path: Path):
+def test_leaves_images_and_records_of_llavas_form(site: Site, tmp_path: Path):
     site.page("/named.gif", content := picture("JPEG"))
     pairs = [("a cat", site.url("/named.gif")), ("ein Bär", site.url("/png")), (' a "dog', site.url("/webp?size=1"))]
     output = tmp_path / "out"
@@ -119,7 +119,7 @@ def test_private_addresses_are_refused_by_default(site: Site, tmp_path: Path):
     assert not site.asked
 
 
-def test_pictures_are_spread_over_folders(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_spread_over_folders(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "FOLDER_SIZE", 2)
     get(tsv(tmp_path, [("words", site.url("/png"))] * 5), tmp_path / "out")
     images = {record["image"] for record in lines(tmp_path / "out/records.jsonl")}

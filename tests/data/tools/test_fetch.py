@@ -388,7 +388,7 @@ def test_names_that_are_not_found(monkeypatch: pytest.MonkeyPatch, code: int, ex
     assert len(asked) == times
 
 
-def test_too_many_open_files_is_not_the_pictures_fault(monkeypatch: pytest.MonkeyPatch):
+def test_too_many_open_files_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch):
     def full(*args: Any):
         raise OSError(24, "Too many open files")
 
@@ -412,7 +412,7 @@ def test_suffix_is_that_of_the_content(kind: str, suffix: str):
     assert check_image_suffix(picture(kind), 16) == suffix
 
 
-def test_a_jpeg_with_a_second_picture_is_a_jpeg():
+def test_a_jpeg_with_a_second_image_is_a_jpeg():
     file = BytesIO()
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])
@@ -430,7 +430,7 @@ def test_a_jpeg_with_a_second_picture_is_a_jpeg():
         (picture("PNG", (15, 200)), "too small"),
     ],
 )
-def test_what_is_no_picture_to_train_with(content: bytes, expected: str):
+def test_what_is_no_image_to_train_with(content: bytes, expected: str):
     with pytest.raises(FetchError) as error:
         check_image_suffix(content, 16)
     assert error.value.reason == expected

@@ -23,7 +23,7 @@ COLOURS = {"a.png": (250, 0, 0), "deep/b.jpg": (0, 0, 250), "c.png": (0, 250, 0)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An image folder with a picture of one colour for each of `COLOURS`, and `film.mp4`."""
+    """An image folder with an image of one colour for each of `COLOURS`, and `film.mp4`."""
     images = tmp_path / "images"
     for name, colour in COLOURS.items():
         (images / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def samples(folder: Path) -> list[Sample]:
-    """What both forms can say: no, one and several pictures, their order, a system prompt, odd characters, a video."""
+    """What both forms can say: no, one and several images, their order, a system prompt, odd characters, a video."""
     a, b, c = (ImageRef(folder / name) for name in COLOURS)
     reply = Turn("assistant", ("Straße\n<image> 語",))
     return [
@@ -53,7 +53,7 @@ def written(output: str, folder: Path, records: list[dict[str, Any]], **options:
 
 
 def seen(sample: Sample) -> tuple[list[list[Any]], list[tuple[int, ...]]]:
-    """Turns with a mark for each picture, and the pictures' first pixels, to the nearest fifty."""
+    """Turns with a mark for each image, and the images' first pixels, to the nearest fifty."""
     turns = [[turn.role, *("picture" if isinstance(part, ImageRef) else part for part in turn.content)]
              for turn in sample.turns]  # fmt: skip
     pixels = [image.convert("RGB").getpixel((0, 0)) for image in open_media(sample)]
@@ -93,7 +93,7 @@ def test_messages_look_as_chat_templates_have_them(folder: Path):
     ]}  # fmt: skip
 
 
-def test_a_picture_after_text_is_one_that_llava_moves(folder: Path):
+def test_an_image_after_text_is_one_that_llava_moves(folder: Path):
     picture = ImageRef(folder / "a.png")
     sample = Sample("1", (Turn("user", ("what?", picture)), Turn("assistant", ("a cat",))))
     assert [is_image_moved_by_llava(turn) for turn in sample.turns] == [True, False]
@@ -102,7 +102,7 @@ def test_a_picture_after_text_is_one_that_llava_moves(folder: Path):
     assert not any(is_image_moved_by_llava(turn) for sample in samples(folder) for turn in sample.turns)
 
 
-def test_text_that_llava_would_take_for_a_picture_is_refused(folder: Path):
+def test_text_that_llava_would_take_for_an_image_is_refused(folder: Path):
     sample = Sample("9", (Turn("user", ("what does <image> mean?",)), Turn("assistant", ("a picture",))))
     with pytest.raises(BadSample, match="'9': its text holds <image>"):
         to_llava(sample, folder)
@@ -146,14 +146,14 @@ def test_records_are_opened_by_number(name: str, folder: Path, tmp_path: Path):
     assert [read_llava(records[index], folder) for index in range(len(records))] == samples(folder)
 
 
-def test_parquet_holds_pictures(folder: Path, tmp_path: Path):
+def test_parquet_holds_images(folder: Path, tmp_path: Path):
     made = [to_llava(sample, folder) for sample in samples(folder)[:3]]
     found = written(f"{tmp_path}/out.parquet", folder, made, embed_images=True)
     assert found[0]["images"][0] == {"bytes": (folder / "a.png").read_bytes(), "path": "a.png"}
     assert [seen(read_llava(record, tmp_path / "nowhere")) for record in found] == list(map(seen, samples(folder)[:3]))
 
 
-def test_pictures_that_are_held_as_bytes_stay(folder: Path, tmp_path: Path):
+def test_images_that_are_held_as_bytes_stay(folder: Path, tmp_path: Path):
     held = [{"bytes": (folder / name).read_bytes(), "path": None} for name in COLOURS]
     record = {"id": "1", "image": held, "conversations": [
         {"from": "human", "value": "<image><image><image>"}, {"from": "gpt", "value": "three"},
@@ -167,7 +167,7 @@ def test_pictures_that_are_held_as_bytes_stay(folder: Path, tmp_path: Path):
         written(f"{tmp_path}/paths.parquet", folder, [record])
 
 
-def test_many_pictures_of_a_tar_sample_keep_their_order(folder: Path, tmp_path: Path):
+def test_many_images_of_a_tar_sample_keep_their_order(folder: Path, tmp_path: Path):
     names = ["a.png", "deep/b.jpg"] * 6
     record = {"id": "1", "image": names, "conversations": [
         {"from": "human", "value": "<image>" * 12}, {"from": "gpt", "value": "twelve"},

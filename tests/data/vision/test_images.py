@@ -1,4 +1,4 @@
-"""Opening pictures: whole ones decode, and errors name the record, the file and what the file is instead."""
+"""Opening images: whole ones decode, and errors name the record, the file and what the file is instead."""
 
 import struct
 import warnings
@@ -32,7 +32,7 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def given(folder: Path, name: str, content: bytes, how: str) -> ImageRef:
-    """A picture as a file, or as bytes that had a name."""
+    """An image as a file, or as bytes that had a name."""
     if how == "file":
         (folder / name).write_bytes(content)
         return ImageRef(folder / name)
@@ -41,7 +41,7 @@ def given(folder: Path, name: str, content: bytes, how: str) -> ImageRef:
 
 @pytest.mark.parametrize("how", ["file", "bytes"])
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
-def test_a_picture_is_decoded(tmp_path: Path, how: str, kind: str):
+def test_an_image_is_decoded(tmp_path: Path, how: str, kind: str):
     found = given(tmp_path, "a", encoded(kind), how)
     opened = open_image(found, "7")
     (tmp_path / "a").unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def test_bytes_without_a_name_are_told_as_such():
     assert caught.value.file is None
 
 
-def test_a_large_picture_that_is_no_bomb_is_opened_without_a_warning():
+def test_a_large_image_that_is_no_bomb_is_opened_without_a_warning():
     """Pillow warns from half of what it refuses."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -120,7 +120,7 @@ def test_whatever_a_decoder_raises_is_the_records_trouble(error: type[Exception]
         open_image(ImageRef(None, encoded("BMP")), "7")
 
 
-def test_the_pictures_of_a_sample_come_in_order(tmp_path: Path):
+def test_the_images_of_a_sample_come_in_order(tmp_path: Path):
     sizes = [(10, 12), (14, 16), (18, 20)]
     contents = [encoded("PNG", picture(size=size)) for size in sizes]
     (tmp_path / "a.png").write_bytes(contents[0])

@@ -1,4 +1,4 @@
-"""Pictures on their way to the model: the same pixels, whichever way they are decoded, and from any kind of file."""
+"""Images on their way to the model: the same pixels, whichever way they are decoded, and from any kind of file."""
 
 from io import BytesIO
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_jpeg_has_the_pixels_that_pillow_reads(mode: str, options: dict):
 
 
 def upright() -> Image.Image:
-    """A picture that is dark above and bright below."""
+    """An image that is dark above and bright below."""
     image = Image.new("RGB", (24, 24), "black")
     image.paste("white", (0, 12, 24, 24))
     return image
@@ -113,7 +113,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("kind", ["siglip"])
-def test_every_kind_of_picture_looks_as_it_should(kind: str, name: str):
+def test_every_kind_of_image_looks_as_it_should(kind: str, name: str):
     """Dark above, bright below."""
     ours = processor(kind)
     pixels = ours.raw_pixels(decode_sample_images(sample(ImageRef(content=KINDS[name])), ours)).float()
@@ -132,5 +132,5 @@ def test_a_torn_jpeg_names_its_record(tmp_path: Path, length: int):
         decode_sample_images(sample(ImageRef(tmp_path / "b.jpg")), processor("clip"))
 
 
-def test_a_sample_without_pictures_has_no_pixels():
+def test_a_sample_without_images_has_no_pixels():
     assert processor("clip").image_inputs(decode_sample_images(sample(), processor("clip"))) == {}

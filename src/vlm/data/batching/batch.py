@@ -8,39 +8,27 @@ from vlm.data.batching.stats import BatchStats
 from vlm.data.dataset import Skipped
 
 
-class Batch(TypedDict, total=False):
-    """Samples padded to rows of one length, or concatenated in a single row where they are packed.
+class BatchInputs(TypedDict, total=False):
+    """What batches for language models and for prediction heads have in common.
 
     Families have further inputs, under the names that their `forward` takes.
 
     Attributes:
         input_ids: `(rows, tokens)`.
         attention_mask: `(rows, tokens)`, 1 at tokens of a sample; packed rows have none.
-        labels: `(rows, tokens)`, -100 where nothing is supervised.
-        position_ids: `(1, tokens)`, of packed rows: they restart with each sample.
-        cu_seq_lens_q: `(samples + 1,)`, of packed rows: where each sample starts, and where the last one ends.
-        cu_seq_lens_k: the same tensor.
-        max_length_q: of packed rows: the tokens of the longest sample.
-        max_length_k: the same number.
         pixel_values: `(views, 3 * encoders, height, width)` of composed models; families have shapes of their own.
         pixel_values_videos: of families that encode videos separately.
         image_features: `(views, features, dim)`, in place of pixels where features are cached.
         image_index: `(images,)`, for each image its index in `pixel_values` or `image_features`, where equal images
             are there once.
         image_sizes: `(images, 2)`, height and width of images that are cut into tiles.
-        image_views: `(images,)`, how many views each image has.
+        image_views: `(images,)`, the number of views of each image.
         skipped: the records that were left out; the training loop takes them out.
         batch_stats: what throughput is computed from; the training loop takes it out.
     """
 
     input_ids: Required[Tensor]
     attention_mask: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    cu_seq_lens_q: Tensor
-    cu_seq_lens_k: Tensor
-    max_length_q: int
-    max_length_k: int
     pixel_values: Tensor
     pixel_values_videos: Tensor
     image_features: Tensor
@@ -51,15 +39,37 @@ class Batch(TypedDict, total=False):
     batch_stats: BatchStats
 
 
-class HeadBatch(Batch, total=False):
-    """A batch of prompts with the targets of prediction heads, and with `prompt_mask` where replies are learned.
+class Batch(BatchInputs, total=False):
+    """Samples padded to rows of one length, or concatenated in a single row where they are packed.
 
     Attributes:
-        targets: head -> `(rows, width)`, what the head learns, NaN where a sample has no label.
-        groups: `(rows,)`, the group within which a ranking compares; -1 for none.
-        prompt_mask: `(rows, tokens)`, 1 at the tokens of the prompt.
+        labels: `(rows, tokens)`, -100 where nothing is supervised.
+        position_ids: `(1, tokens)`, of packed rows: they restart with each sample.
+        cu_seq_lens_q: `(samples + 1,)`, of packed rows: where each sample starts, and where the last one ends.
+        cu_seq_lens_k: the same tensor.
+        max_length_q: of packed rows: the tokens of the longest sample.
+        max_length_k: the same number.
     """
 
-    targets: dict[str, Tensor]
+    labels: Tensor
+    position_ids: Tensor
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    max_length_q: int
+    max_length_k: int
+
+
+class HeadBatch(BatchInputs, total=False):
+    """Prompts with the targets of prediction heads, as `VLMForPrediction.forward` takes them.
+
+    Attributes:
+        labels: head -> `(rows, width)`, what the head learns, NaN where a sample has no label.
+        groups: `(rows,)`, the group within which a ranking compares; -1 for none.
+        text_labels: `(rows, tokens)`, -100 outside replies; only where replies are learned.
+        prompt_mask: `(rows, tokens)`, 1 at the tokens of the prompt; as `text_labels`.
+    """
+
+    labels: dict[str, Tensor]
     groups: Tensor
+    text_labels: Tensor
     prompt_mask: Tensor

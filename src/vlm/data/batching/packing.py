@@ -121,9 +121,9 @@ class _UnpackedSamples:
         other = np.searchsorted(present, room - present, side="right") - 1
         sums = np.where(other >= 0, present + present[other], 0)
         sums[(present == present[other]) & (self.counts[present] < 2)] = 0
-        most = int(sums.argmax())
-        if sums[most] > present[-1]:
-            return [int(present[most]), int(present[other[most]])]
+        best = int(sums.argmax())
+        if sums[best] > present[-1]:
+            return [int(present[best]), int(present[other[best]])]
         return [int(present[-1])]
 
 
@@ -175,11 +175,11 @@ def _even_packs(packs: list[list[int]], world_size: int) -> list[list[int]]:
     """
     original = len(packs)
     while len(packs) % world_size:
-        most = max(range(len(packs)), key=lambda number: len(packs[number]))
-        if len(packs[most]) < 2:
+        largest = max(range(len(packs)), key=lambda number: len(packs[number]))
+        if len(packs[largest]) < 2:
             packs.append(packs[len(packs) - original])
             continue
-        packs[most], other = packs[most][::2], packs[most][1::2]
+        packs[largest], other = packs[largest][::2], packs[largest][1::2]
         packs.append(other)
     return packs
 
@@ -226,9 +226,11 @@ class PackingCollator:
             "input_ids": batch["input_ids"][filled][None],
             "labels": batch.pop("labels")[filled][None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            "cu_seq_lens_q": starts, "cu_seq_lens_k": starts,
-            "max_length_q": max(lengths), "max_length_k": max(lengths),
-        }  # fmt: skip
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
         packed["labels"][0, starts[:-1].long()] = IGNORE_INDEX
         others = {name: value for name, value in batch.items() if name != "input_ids"}
         packed |= cast(Batch, {name: self._flatten_rows(name, value, filled) for name, value in others.items()})

@@ -21,7 +21,7 @@ ModelInputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class BatchStats:
-    """What a batch holds, without dummy images, padding and records that were left out.
+    """Counts of what a batch holds, without dummy images, padding and records that were left out.
 
     Attributes:
         samples: number of samples.

@@ -189,14 +189,14 @@ def reply_end(processor: Processor, text: str, end: int) -> int:
     """
     if match := processor.special_tokens.match(text, end):
         return match.end()
-    rest = text[end:]
-    blank = len(rest) - len(rest.lstrip())
+    remainder = text[end:]
+    blank = len(remainder) - len(remainder.lstrip())
     if match := processor.special_tokens.match(text, end + blank):
         return match.end()
     if not blank:
         raise ValueError(
-            f"the template ends a reply with {rest[:20]!r}, which is no special token of the tokenizer. Choose the "
-            "template that the language model was trained with (dataset.template=tokenizer)."
+            f"the template ends a reply with {remainder[:20]!r}, which is no special token of the tokenizer. Choose "
+            "the template that the language model was trained with (dataset.template=tokenizer)."
         )
     return end + blank
 

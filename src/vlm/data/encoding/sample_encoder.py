@@ -74,10 +74,7 @@ PROCESSOR_FILES = ("*process*.py", "anyres.py", "table.py", "videos.py")
 def processor_digest(processor: Processor) -> str:
     """Return a digest of all that ids depend on: tokenizer, template, settings, and the code from records to ids."""
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
-    folders = {
-        Path(__file__).parent.parent: DATA_FILES,
-        Path(inspect.getfile(type(processor))).parent: PROCESSOR_FILES,
-    }
+    folders = {Path(__file__).parent.parent: DATA_FILES, Path(inspect.getfile(type(processor))).parent: PROCESSOR_FILES}
     code = hashlib.sha256()
     for folder, names in folders.items():
         for file in [file for name in names for file in sorted(folder.glob(name))]:

@@ -112,8 +112,9 @@ class MediaPlacer:
         videos = video_refs_from_value(first_present(record, "video", "videos"), folder, sample_id)
         self.number = len(images) + len(videos)
         self.unplaced: dict[str, Iterator[ImageRef | VideoRef]] = {
-            PLACEHOLDER: iter(images), VIDEO_PLACEHOLDER: iter(videos)
-        }  # fmt: skip
+            PLACEHOLDER: iter(images),
+            VIDEO_PLACEHOLDER: iter(videos),
+        }
 
     def next(self, placeholder: str) -> ImageRef | VideoRef:
         """Return the next image or video.
@@ -149,8 +150,8 @@ class MediaPlacer:
 
     def check_all_placed(self) -> None:
         """Raise BadSample where an image or video has no place in the text."""
-        if left := len(self.rest()):
-            raise BadSample(self.sample_id, f"{left} more image(s) than {PLACEHOLDER} in its text")
+        if number := len(self.rest()):
+            raise BadSample(self.sample_id, f"{number} more image(s) than {PLACEHOLDER} in its text")
 
 
 def move_image_first(text: str) -> str:

@@ -277,9 +277,11 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     output = Path(args.output)
     try:
-        print(clean(
-            task, output, duplicates=args.duplicates, workers=args.workers, force=args.force, dry_run=args.dry_run
-        ))  # fmt: skip
+        print(
+            clean(
+                task, output, duplicates=args.duplicates, workers=args.workers, force=args.force, dry_run=args.dry_run
+            )
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"vlm data clean: {error}")
     except KeyboardInterrupt:
@@ -290,10 +292,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "vlm data clean", description="Leave out records that cannot be used or say the same again.",
+        "vlm data clean",
+        description="Leave out records that cannot be used or say the same again.",
         epilog="A run that was stopped is resumed by the same command, from OUTPUT.journal.jsonl; "
         "delete that file to check every record again.",
-    )  # fmt: skip
+    )
     parser.add_argument("input", metavar="INPUT", help=".json, .jsonl, .parquet …, whatever dataset.path takes")
     parser.add_argument("output", metavar="OUTPUT", help="a .jsonl file; beside it, OUTPUT-dropped.jsonl says why")
     parser.add_argument(
@@ -314,10 +317,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-aspect", type=float, metavar="RATIO", help="images of a longer shape go (any)")
     parser.add_argument(
-        "--duplicates", choices=DUPLICATES, default=DUPLICATES[0],
+        "--duplicates",
+        choices=DUPLICATES,
+        default=DUPLICATES[0],
         help="record: those with text and images of an earlier one go; picture: also those with an image of an "
         "earlier one; keep: none (%(default)s). About 140 MB of memory for a million of either",
-    )  # fmt: skip
+    )
     parser.add_argument("--workers", type=_positive_int, metavar="N", help="processes (as many as there are cores)")
     parser.add_argument("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
     parser.add_argument("--force", action="store_true", help="replace an OUTPUT that exists")

@@ -361,9 +361,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "vlm data convert", description="Convert annotations of many kinds to records that are trained on.",
+        "vlm data convert",
+        description="Convert annotations of many kinds to records that are trained on.",
         epilog=f"Kinds (--from): {', '.join(CONVERSIONS)}.",
-    )  # fmt: skip
+    )
     parser.add_argument("input", metavar="INPUT", help=".json, .jsonl, .parquet, tar shards …; .tsv or .json of a kind")
     parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_NAMES.replace("%", "%%"))
     parser.add_argument(
@@ -378,9 +379,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--embed-images", action="store_true", help=".parquet: hold the images themselves")
     parser.add_argument("--shard-size", type=int, metavar="N", help=f"samples in a tar shard ({SHARD_SIZE})")
     parser.add_argument(
-        "--on-bad", choices=ON_BAD_CHOICES, default=ON_BAD_CHOICES[0],
+        "--on-bad",
+        choices=ON_BAD_CHOICES,
+        default=ON_BAD_CHOICES[0],
         help="what to do at a record that cannot be used; skip lists them in OUTPUT.skipped.jsonl (%(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--force", action="store_true", help="replace an OUTPUT that exists")
     parser.add_argument("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
     options = parser.add_argument_group("options of some kinds")

@@ -81,7 +81,7 @@ DEFAULTS = Options()
 
 @dataclass(frozen=True)
 class DownloadSummary:
-    """What a folder holds after a run, earlier runs included.
+    """The content of a folder after a run, earlier runs included.
 
     Attributes:
         output: the folder.

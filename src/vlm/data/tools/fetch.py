@@ -283,9 +283,9 @@ class DeadlineStream(httpcore2.NetworkStream):
         """Return whether data can be read, which on an idle connection means that the server has closed it."""
         if info != "is_readable":
             return None
-        waiting = select.poll()
-        waiting.register(self._connection, select.POLLIN)
-        return bool(waiting.poll(0))
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return bool(poll.poll(0))
 
 
 def parse_url(url: str | httpx2.URL) -> httpx2.URL:

@@ -42,8 +42,9 @@ def to_llava(sample: Sample, image_folder: Path) -> Record:
     record: Record = {"id": sample.id}
     for key, names in _media_values(sample, image_folder).items():
         record[key] = names[0] if len(names) == 1 else names
-    record["conversations"] = [{"from": LLAVA_ROLE_NAMES[turn.role], "value": _llava_value(turn, sample.id)}
-                               for turn in sample.turns]  # fmt: skip
+    record["conversations"] = [
+        {"from": LLAVA_ROLE_NAMES[turn.role], "value": _llava_value(turn, sample.id)} for turn in sample.turns
+    ]
     return record | _labels_and_groups(sample)
 
 

@@ -81,8 +81,10 @@ def as_text(sources: list[SourceStats]) -> str:
         lines.append(f"── {stats.name}")
         summary = stats.summary()
         figures = {name: value for name, value in summary.items() if not isinstance(value, dict)}
-        rows = [(name, ", ".join(f"{number:,}" for number in ([value] if isinstance(value, int) else value)))
-                for name, value in figures.items()]  # fmt: skip
+        rows = [
+            (name, ", ".join(f"{number:,}" for number in ([value] if isinstance(value, int) else value)))
+            for name, value in figures.items()
+        ]
         lines.append(_plain_table(rows, ("left", "right")))
         for name, value in summary.items():
             if isinstance(value, dict) and value:
@@ -100,8 +102,10 @@ def draw(sources: list[SourceStats], path: Path) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     (lengths, replies), (supervised, sizes) = figure.subplots(2, 2)
     names = [stats.name for stats in sources]
-    for axes, title, field in ((lengths, "tokens of a record, image tokens counted", "length"),
-                               (supervised, "supervised tokens of a record", "supervised")):  # fmt: skip
+    for axes, title, field in (
+        (lengths, "tokens of a record, image tokens counted", "length"),
+        (supervised, "supervised tokens of a record", "supervised"),
+    ):
         values = [getattr(stats.counts, field)[stats.usable_mask] for stats in sources]
         top = max((int(numbers.max(initial=1)) for numbers in values), default=1)
         axes.hist(values, bins=np.linspace(0, top + 1, min(top + 2, 60)), stacked=True, label=names)
@@ -112,8 +116,10 @@ def draw(sources: list[SourceStats], path: Path) -> None:
         lengths.axvline(longest, color="black", linestyle="--", label=f"dataset.max_length: {longest}")
     lengths.legend()
     turns = [stats.counts.replies[stats.usable_mask] for stats in sources]
-    most = max((int(numbers.max(initial=1)) for numbers in turns), default=1)
-    replies.hist(turns, bins=np.arange(most + 1) + 0.5 if most < 60 else 60, stacked=True, label=names, rwidth=0.8)
+    max_turns = max((int(numbers.max(initial=1)) for numbers in turns), default=1)
+    replies.hist(
+        turns, bins=np.arange(max_turns + 1) + 0.5 if max_turns < 60 else 60, stacked=True, label=names, rwidth=0.8
+    )
     replies.xaxis.set_major_locator(MaxNLocator(integer=True))
     replies.set_xlim(left=0)
     replies.set_xlabel("replies of a record")

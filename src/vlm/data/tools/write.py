@@ -34,10 +34,12 @@ KNOWN_COLUMN_TYPES = {
     "id": pa.string(),
     "videos": pa.list_(pa.string()),
     "conversations": pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())])),
-    "messages": pa.list_(pa.struct([
-        ("role", pa.string()), ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))),
-    ])),
-}  # fmt: skip
+    "messages": pa.list_(
+        pa.struct(
+            [("role", pa.string()), ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())])))]
+        )
+    ),
+}
 """Types of the columns that are known before any record is written."""
 EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 

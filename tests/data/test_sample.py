@@ -1,0 +1,48 @@
+"""The in-memory form of records."""
+
+import pickle
+from pathlib import Path
+
+from vlm.data.sample import BadSample, Clip, ImageRef, OverLong, Picture, Sample, Turn, Video, VideoRef
+
+IMAGE, VIDEO = ImageRef(Path("a.png")), VideoRef(Path("b.mp4"))
+SAMPLE = Sample("7", (Turn("user", (IMAGE, "what?", VIDEO)), Turn("assistant", ("a cat",))))
+
+
+def test_readers_that_people_have_written_find_the_former_names():
+    assert (Picture, Video) == (ImageRef, VideoRef)
+
+
+def test_media_are_in_the_order_of_the_text():
+    assert SAMPLE.images == [IMAGE]
+    assert SAMPLE.videos == [VIDEO]
+    assert SAMPLE.media == [IMAGE, VIDEO]
+
+
+def test_a_message_has_a_token_for_each_image_and_video():
+    turn = SAMPLE.turns[0]
+    assert turn.as_message("<image>", "<video>") == {"role": "user", "content": "<image>what?<video>"}
+    assert turn.as_message("<image>") == {"role": "user", "content": "<image>what?<image>"}
+
+
+def test_videos_are_replaced_where_they_stand():
+    frames = (ImageRef(VIDEO.path, frame=0), ImageRef(VIDEO.path, frame=5))
+    shown = SAMPLE.with_videos(lambda video: frames)
+    assert shown.turns[0].content == (IMAGE, "what?", *frames)
+    assert shown.turns[1] == SAMPLE.turns[1]
+    clip = VideoRef(VIDEO.path, Clip((0, 5), 10, 30, 40, 24.0))
+    assert SAMPLE.with_videos(lambda video: (clip,)).videos == [clip]
+    assert shown.with_videos(lambda video: ()) is shown
+
+
+def test_an_image_says_where_it_is():
+    assert str(IMAGE) == "a.png"
+    assert str(ImageRef(VIDEO.path, frame=3)) == "b.mp4, frame 3"
+    assert str(ImageRef(content=b"x")) == "in the record itself"
+
+
+def test_errors_come_out_of_a_data_worker_whole():
+    for kind in (BadSample, OverLong):
+        error = pickle.loads(pickle.dumps(kind("7", "too long", "a.png")))
+        assert (type(error), error.sample_id, error.reason, error.file) == (kind, "7", "too long", "a.png")
+        assert str(error) == "record '7': too long"
