@@ -42,10 +42,11 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
         str(file.relative_to(SOURCE))
-        for pattern in ("*.py", "*.yaml", "*.jinja", "*.css")
+        for pattern in ("*.py", "*.yaml", "*.jinja", "*.css", "py.typed")
         for file in SOURCE.rglob(pattern)
     }
     assert {"vlm/config/base.yaml", "vlm/data/templates/v1.jinja", "vlm/models/modeling_vlm.py"} <= wanted
+    assert "vlm/py.typed" in held  # type checkers of users read our annotations
     assert wanted - held == set()
     others = {name for name in held - wanted if ".dist-info/" not in name}
     assert others == set()

@@ -36,12 +36,11 @@ REFUSALS = {
     ),
     "alpha alone": (
         ["trainer.lora.connector.alpha=8"],
-        "trainer.lora.connector.alpha=8: nothing comes of it without trainer.lora.connector.r",
+        "trainer.lora.connector.alpha=8: it has no effect without trainer.lora.connector.r",
     ),
     "targets alone": (
         ["trainer.lora.visual_encoder.target_modules=[q_proj]"],
-        "trainer.lora.visual_encoder.target_modules=['q_proj']: nothing comes of it without "
-        "trainer.lora.visual_encoder.r",
+        "trainer.lora.visual_encoder.target_modules=['q_proj']: it has no effect without trainer.lora.visual_encoder.r",
     ),
     "no targets": (
         [R, RATE, "trainer.lora.language_model.target_modules=[]"],

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -27,7 +27,7 @@ from vlm.config.schema import InferenceConfig, RunConfig
 
 
 class RunError(ConfigError):
-    """What a run refused once it had begun, on this rank."""
+    """A run refused to go on after it had begun, on this rank."""
 
 
 def with_config(
@@ -35,35 +35,35 @@ def with_config(
     action: Callable[[RunConfig, str, list[str]], object],
     make_objective: Callable[[RunConfig], ObjectiveChecks],
 ) -> None:
-    """Compose and check a configuration, and act on it; what the user has to mend ends the program with a message.
+    """Compose and check a configuration, then act on it; what the user has to fix ends the program with a message.
 
     Args:
-        argv: the command line; None: this process's.
-        action: what is done with the configuration, its name and the keys that the command line sets.
-        make_objective: returns the objective of a configuration, which says what it does not go with.
+        argv: the command line; defaults to this process's arguments.
+        action: called with the configuration, its name and the keys that the command line sets.
+        make_objective: returns the objective of a configuration, which names the keys that contradict it.
     """
     _compose_and_apply(argv, lambda composed: _check_and_apply(composed, action, make_objective))
 
 
 def compose_inference_config(argv: list[str]) -> InferenceConfig:
-    """How answers are drawn where a run draws some; what else the run needs may be missing.
+    """Return the generation settings of a run; other values that the run needs may be missing.
 
-    What the user has to mend ends the program with a message.
+    What the user has to fix ends the program with a message.
     """
-    found: list[Any] = []
+    settings: list[InferenceConfig] = []
 
-    def take(composed: DictConfig) -> None:
+    def read(composed: DictConfig) -> None:
         _require_run(composed)
         check_known_keys(composed)
-        found.append(OmegaConf.to_object(composed.inference))
-        check_fields(found[0], "inference.")
+        settings.append(cast(InferenceConfig, OmegaConf.to_object(composed.inference)))
+        check_fields(settings[0], "inference.")
 
-    _compose_and_apply(argv, take)
-    return found[0]
+    _compose_and_apply(argv, read)
+    return settings[0]
 
 
 def _compose_and_apply(argv: Sequence[str] | None, action: Callable[[DictConfig], None]) -> None:
-    """Let Hydra compose a configuration, and act on it; what the user has to mend ends the program with a message."""
+    """Let Hydra compose a configuration, then act on it; what the user has to fix ends the program with a message."""
     words = [
         open_mapping_key(argument) for argument in strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
     ]
@@ -83,7 +83,7 @@ def _compose_and_apply(argv: Sequence[str] | None, action: Callable[[DictConfig]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refused.append(error)
     if refused:
-        # What every rank of a machine finds before the run, one says; what only one may find later, each says.
+        # Before the run every rank of a machine has the same error, which one of them prints; later each prints its own.
         silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
         sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
 
@@ -93,7 +93,7 @@ def _check_and_apply(
     action: Callable[[RunConfig, str, list[str]], object],
     make_objective: Callable[[RunConfig], ObjectiveChecks],
 ) -> None:
-    """From the composed configuration on, everything is plain dataclasses."""
+    """Check a composed configuration and act on it; from here on it is plain dataclasses."""
     hydra_config = HydraConfig.get()
     name = _require_run(composed)
     check_known_keys(composed)
@@ -113,7 +113,7 @@ def _check_and_apply(
 
 
 def _require_run(composed: DictConfig) -> str:
-    """The name of a configuration that is a run.
+    """Return the name of a configuration that is a run.
 
     Raises:
         ConfigError: none was named, or it does not build on ours.
@@ -158,7 +158,7 @@ def check_required_values(composed: DictConfig) -> None:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an error was raised by this package about the user's input, and needs no traceback."""
+    """Return whether this package raised an error about the user's input, which needs no traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -166,7 +166,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def open_mapping_key(argument: str) -> str:
-    """A word of the command line; keys of mappings whose names are the user's to choose need no `+`."""
+    """Return a word of the command line with the `+` that keys need in mappings whose names the user chooses."""
     key, equals, value = argument.partition("=")
     if named := re.fullmatch(r"(dataset\.sources|model\.head\.extra_heads)\.(\w+)((?:\.\w+)*)", key):
         names = [named[2], *named[3].split(".")[1:]]
@@ -175,12 +175,12 @@ def open_mapping_key(argument: str) -> str:
 
 
 def strip_launcher_arguments(words: Sequence[str]) -> list[str]:
-    """The command line without `--local_rank=N`, which launchers add and Hydra refuses; it goes to the environment."""
-    kept = []
-    rest = iter(words)
-    for argument in rest:
+    """Return the command line without `--local_rank=N` of launchers, which goes to the environment instead."""
+    remaining = []
+    arguments = iter(words)
+    for argument in arguments:
         if match := re.fullmatch(r"--local[-_]rank(?:=(\d+))?", argument):
-            os.environ.setdefault("LOCAL_RANK", match.group(1) or next(rest, "0"))
+            os.environ.setdefault("LOCAL_RANK", match.group(1) or next(arguments, "0"))
         else:
-            kept.append(argument)
-    return kept
+            remaining.append(argument)
+    return remaining

@@ -26,10 +26,10 @@ EXPECTED_VALUES = {
     "is not Optional": "a value is needed",
     "does not support deletion": "a key cannot be removed; give it another value",
 }
-"""What OmegaConf says of a value, and what we say."""
+"""A phrase of OmegaConf's message about a value -> the phrase of ours."""
 
 MAX_LISTED_NAMES = 40
-"""So many names are listed; of more, the nearest one is named."""
+"""The largest number of names that are listed; of a longer list the nearest name alone is given."""
 
 NO_BASE_MESSAGE = (
     "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
@@ -37,21 +37,21 @@ NO_BASE_MESSAGE = (
 
 
 def explain(error: BaseException) -> str:
-    """The message for an error that Hydra or OmegaConf raised while it composed."""
+    """Return the message for an error that Hydra or OmegaConf raised while it composed."""
     if isinstance(error, ConfigError):
         return str(error)
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    for one in chain:
-        if isinstance(one, MissingConfigException):
-            return _describe_missing_file(one)
-        if isinstance(one, OverrideParseException):
-            return _describe_malformed_override(one.override)
-        if isinstance(one, ConfigAttributeError | ConfigKeyError) and one.full_key:
-            return _describe_unknown_key(one)
-        if isinstance(one, OmegaConfBaseException) and one.full_key:
-            return _describe_wrong_value(one)
+    for link in chain:
+        if isinstance(link, MissingConfigException):
+            return _describe_missing_file(link)
+        if isinstance(link, OverrideParseException):
+            return _describe_malformed_override(link.override)
+        if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
+            return _describe_unknown_key(link)
+        if isinstance(link, OmegaConfBaseException) and link.full_key:
+            return _describe_wrong_value(link)
     text = str(error)
     if isinstance(error, YAMLError):
         return f"not YAML: {text}"
@@ -61,7 +61,7 @@ def explain(error: BaseException) -> str:
 
 
 def suggest_names(name: str, allowed: Sequence[str], prefix: str = "") -> str:
-    """Hints for a name that is not allowed: the nearest one, and all if they are few."""
+    """Return hints for a name that is not allowed: the nearest one, and all of them where they are few."""
     near = get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {prefix}{near[0]}?" if near else ""
     listing = f" Allowed are {', '.join(allowed) or 'none'}." if len(allowed) <= MAX_LISTED_NAMES else ""
@@ -69,7 +69,7 @@ def suggest_names(name: str, allowed: Sequence[str], prefix: str = "") -> str:
 
 
 def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
-    """The message for a key that the schema does not have."""
+    """Return the message for a key that the schema does not have."""
     if (new_key := current_key(key)) != key:
         return f"{key}: it is called {new_key} now"
     parent, _, name = key.rpartition(".")
@@ -79,7 +79,7 @@ def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
 
 
 def describe_scalar_section(key: str, groups: Sequence[str]) -> str:
-    """The message for a whole section that was given one value."""
+    """Return the message for a section that was given a single value."""
     group = key.replace(".", "/")
     choose = f" A packaged choice of it is {group}=…" if group in groups else ""
     names = key_names(key)
@@ -88,7 +88,7 @@ def describe_scalar_section(key: str, groups: Sequence[str]) -> str:
 
 
 def _describe_missing_file(error: MissingConfigException) -> str:
-    """A run or a group's option that does not exist."""
+    """Return the message for a run or an option of a group that does not exist."""
     path = str(error.missing_cfg_file)
     group, _, name = path.rpartition("/")
     if error.options is not None:
@@ -100,7 +100,7 @@ def _describe_missing_file(error: MissingConfigException) -> str:
 
 
 def _describe_malformed_override(override: str) -> str:
-    """A word of the command line that is no `key=value`."""
+    """Return the message for a word of the command line that is no `key=value`."""
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override}: a word of the form key=value is needed; vlm --help"
@@ -110,7 +110,7 @@ def _describe_malformed_override(override: str) -> str:
 
 
 def _describe_unknown_key(error: OmegaConfBaseException) -> str:
-    """A key that is in no schema, or a group that does not exist."""
+    """Return the message for a key that the schema does not have, or a group that does not exist."""
     key = str(error.full_key)
     if "/" in key:
         return f"{key}: no such group.{suggest_names(key, group_names())}"
@@ -122,7 +122,7 @@ def _describe_unknown_key(error: OmegaConfBaseException) -> str:
 
 
 def _describe_wrong_value(error: OmegaConfBaseException) -> str:
-    """A value of the wrong type."""
+    """Return the message for a value of the wrong type."""
     key, text = str(error.full_key), str(error.msg or error).splitlines()[0]
     if "is not a subclass of" in text:
         return describe_scalar_section(key, group_names())

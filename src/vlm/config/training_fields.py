@@ -12,7 +12,7 @@ from typing import Any
 
 @cache
 def read_training_argument_fields() -> dict[str, tuple[Any, Any]]:
-    """Name -> (type, default) of every field of the installed `TrainingArguments`, without importing it.
+    """Return name -> (type, default) of every field of the installed `TrainingArguments`, without importing it.
 
     Types that OmegaConf cannot hold (unions of several, enums) become `Any`; a default that is no literal becomes
     `None`, which leaves the field to `TrainingArguments`.
@@ -20,7 +20,7 @@ def read_training_argument_fields() -> dict[str, tuple[Any, Any]]:
     tree = ast.parse(_transformers_source("training_args.py"))
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
     simple = {"str": str, "int": int, "float": float, "bool": bool}
-    found: dict[str, tuple[Any, Any]] = {}
+    arguments: dict[str, tuple[Any, Any]] = {}
     for node in body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
@@ -28,13 +28,13 @@ def read_training_argument_fields() -> dict[str, tuple[Any, Any]]:
         concrete = [simple.get(option) for option in options if option != "None"]
         kind: Any = concrete[0] if len(concrete) == 1 and concrete[0] else Any
         default = _literal_default(node.value)
-        found[node.target.id] = (kind if default is not None or kind is Any else kind | None, default)
-    return found
+        arguments[node.target.id] = (kind if default is not None or kind is Any else kind | None, default)
+    return arguments
 
 
 @cache
 def read_training_argument_choices() -> dict[str, list[str]]:
-    """Name -> allowed values of every field of `TrainingArguments` that holds one of an enumeration's strings."""
+    """Return name -> allowed values of each field of `TrainingArguments` that holds one of an enumeration's strings."""
     trees = [ast.parse(_transformers_source(name)) for name in ("training_args.py", "trainer_utils.py")]
     classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     choices = {}
@@ -48,7 +48,7 @@ def read_training_argument_choices() -> dict[str, list[str]]:
 
 
 def _transformers_source(name: str) -> str:
-    """The text of a file of the installed transformers, which is not imported."""
+    """Return the text of a file of the installed transformers, which is not imported."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -56,7 +56,7 @@ def _transformers_source(name: str) -> str:
 
 
 def _literal_default(value: ast.expr | None) -> Any:
-    """The default written in `name: type = field(default=…)` or `= …` where it is a literal, else None."""
+    """Return the default in `name: type = field(default=…)` or `= …` where it is a literal, else None."""
     if isinstance(value, ast.Call):
         value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
     try:
