@@ -1,4 +1,4 @@
-"""What a model saw before: pictures are encoded once, and it answers as if they were encoded each time."""
+"""What a model saw before: images are encoded once, and it answers as if they were encoded each time."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ def ours(plain: VisionLanguageModel) -> VisionLanguageModel:
 
 @pytest.fixture
 def encoded(plain: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures each call of the encoder got."""
+    """How many images each call of the encoder got."""
     calls: list[int] = []
     before: Callable[..., Any] = plain.model.encode_images
 
@@ -42,12 +42,12 @@ def encoded(plain: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list
 
 
 def generate_answers(model: VisionLanguageModel, shown: Sequence[Sequence[int]]) -> list[str]:
-    """What is said of pictures of these numbers, each row's question a word longer than the last."""
+    """What is said of images of these numbers, each row's question a word longer than the last."""
     prompts = [[user_turn(f"which{' of' * row}?", len(seeds))] for row, seeds in enumerate(shown)]
     return model.answer(prompts, [[picture(seed) for seed in seeds] for seeds in shown], GREEDY)
 
 
-def test_a_picture_is_encoded_once_within_a_batch_and_across(
+def test_an_image_is_encoded_once_within_a_batch_and_across(
     plain: VisionLanguageModel, ours: VisionLanguageModel, encoded: list[int]
 ):
     shown = [[1], [2, 1], [], [1]]
@@ -62,7 +62,7 @@ def test_a_picture_is_encoded_once_within_a_batch_and_across(
     assert encoded == [2, 1]
 
 
-def test_turns_of_a_conversation_encode_a_picture_once(
+def test_turns_of_a_conversation_encode_an_image_once(
     plain: VisionLanguageModel, ours: VisionLanguageModel, encoded: list[int]
 ):
     said = []

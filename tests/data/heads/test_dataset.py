@@ -42,7 +42,7 @@ def processor(parts: Parts) -> VLMProcessor:
 
 @pytest.fixture
 def load(tmp_path: Path, processor: VLMProcessor) -> Callable[..., SampleDataset]:
-    """`load(records, answers=False, **dataset)`: prompts of labelled records, whose picture is `a.png`."""
+    """`load(records, answers=False, **dataset)`: prompts of labelled records, whose image is `a.png`."""
     picture().save(tmp_path / "a.png")
 
     def make(records: list[dict[str, Any]], answers: bool = False, **dataset: Any) -> SampleDataset:
@@ -230,7 +230,7 @@ def test_targets_stand_beside_the_rows():
 
 @pytest.mark.parametrize("left", [False, True])
 def test_the_prompt_is_what_stands_before_the_reply(left: bool):
-    """Not the padding, not the dummy picture behind the shortest row, and all of a row without a reply."""
+    """Not the padding, not the dummy image behind the shortest row, and all of a row without a reply."""
     dummy = [7, 8], {"pixel_values": torch.zeros(1, 3, 2, 2)}
     collate = HeadCollator(Collator(99, dummy, left=left), [SCORE])
     batch = collate([item([1, 2, 3, 4, 5], 2, score=[1.0]), item([1, 2], 1, score=[2.0]), item([6] * 3, score=[3.0])])

@@ -1,4 +1,4 @@
-"""Two ranks on the CPU that encode pictures together and train on what they kept: the single process's losses."""
+"""Two ranks on the CPU that encode images together and train on what they kept: the single process's losses."""
 
 import shutil
 from collections.abc import Callable
@@ -39,10 +39,10 @@ def test_two_ranks_reach_the_single_process(
 
 
 @pytest.mark.slow
-def test_equal_pictures_stand_once_on_each_rank(
+def test_equal_images_stand_once_on_each_rank(
     common: list[str], train: Callable[..., Path], tmp_path: Path, world: Path
 ):
-    """Ranks with more and with fewer distinct pictures, and blank ones, under ZeRO-3 with an encoder that trains."""
+    """Ranks with more and with fewer distinct images, and blank ones, under ZeRO-3 with an encoder that trains."""
     words = [*WORDS, f"dataset.eval_path={world / 'records.json'}", "trainer.unfreeze.train_vision_model=true",
              "trainer.learning_rate.visual_encoder_learning_rate=1e-3"]  # fmt: skip
     single = train("pretrain-smol", tmp_path / "single", *words)

@@ -40,7 +40,7 @@ def start(train_head: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts with their own pictures, not with blank ones, each call of the body read."""
+    """How many prompts with their own images, not with blank ones, each call of the body read."""
     sizes: list[int] = []
     original = HeadFeatureWriter._read
 
@@ -54,8 +54,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def pictured(labelled: Path, tmp_path: Path) -> list[str]:
-    """Overrides for records and pictures that a test may change."""
+def own_records(labelled: Path, tmp_path: Path) -> list[str]:
+    """Overrides for records and images that a test may change."""
     shutil.copytree(labelled.parent / "labelled", tmp_path / "labelled")
     shutil.copy(labelled, tmp_path / "records.json")
     return [f"dataset.path={tmp_path / 'records.json'}", f"dataset.image_folder={tmp_path}"]
@@ -89,7 +89,7 @@ def test_what_is_kept_trains_as_what_is_computed(start: Callable[..., Path], tmp
 
 
 def test_the_body_is_not_called_again(start: Callable[..., Path], tmp_path: Path, calls: list[int]):
-    """Nor for another head, rate or division; but what is held out then is read with blank pictures too."""
+    """Nor for another head, rate or division; but what is held out then is read with blank images too."""
     words = ["model.head.pooling=mean", "trainer.eval_strategy=epoch"]
     first = start(tmp_path, *words)
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob(ROWS)}
@@ -129,13 +129,13 @@ def composed(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.slow
 def test_whatever_it_depends_on_has_it_computed_again(
-    start: Callable[..., Path], pictured: list[str], tmp_path: Path, calls: list[int], composed: str
+    start: Callable[..., Path], own_records: list[str], tmp_path: Path, calls: list[int], composed: str
 ):
     cache = tmp_path / "cache"
 
     def rows(*words: str) -> int:
         calls.clear()
-        start(cache, *pictured, *words)
+        start(cache, *own_records, *words)
         return sum(calls)
 
     assert (rows(), rows()) == (48, 0)
@@ -192,22 +192,22 @@ def test_it_is_read_through_memory_maps(start: Callable[..., Path], tmp_path: Pa
             assert not pack.rows.flags.writeable
     items = [datasets[0][index] for index in range(5)]
     lengths = [len(item["features"]["label"]) for item in items]
-    assert len(set(lengths)) == 1  # of one prompt and one picture each
+    assert len(set(lengths)) == 1  # of one prompt and one image each
     items[2]["features"]["label"] = items[2]["features"]["label"][:-4]
     batch = collate_features(items)
     assert batch["attention_mask"].sum(dim=1).tolist() == [lengths[0], lengths[0], lengths[0] - 4, *[lengths[0]] * 2]
     assert not batch["features"]["label"][2, -4:].any()
 
 
-def test_ragged_prompts_are_told_apart(start: Callable[..., Path], pictured: list[str], tmp_path: Path):
-    """Rows of other lengths, one without a picture among them, train as without the cache."""
+def test_ragged_prompts_are_told_apart(start: Callable[..., Path], own_records: list[str], tmp_path: Path):
+    """Rows of other lengths, one without an image among them, train as without the cache."""
     records = json.loads((tmp_path / "records.json").read_text())
     for index, record in enumerate(records):
         record["prompt"] = "what is it? " * (1 + index % 5)
         if index % 6 == 5:
             record["image"] = None
     (tmp_path / "records.json").write_text(json.dumps(records))
-    words = [*pictured, "model.head.pooling=attention", "trainer.per_device_eval_batch_size=5"]
+    words = [*own_records, "model.head.pooling=attention", "trainer.per_device_eval_batch_size=5"]
     kept, anew = start(tmp_path / "cache", *words), start(tmp_path / "cache", *words, "dataset.cache_features=false")
     assert losses(kept) == pytest.approx(losses(anew), abs=1e-5)
 
@@ -216,17 +216,17 @@ def test_ragged_prompts_are_told_apart(start: Callable[..., Path], pictured: lis
 
 
 def torn(folder: Path) -> None:
-    """A picture that begins like one, and ends too soon."""
+    """An image that begins like one, and ends too soon."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "labelled" / "40.png")
     content = (folder / "labelled" / "40.png").read_bytes()
     (folder / "labelled" / "40.png").write_bytes(content[: len(content) // 2])
 
 
-def test_a_torn_picture_is_an_error(start: Callable[..., Path], pictured: list[str], tmp_path: Path):
+def test_a_torn_image_is_an_error(start: Callable[..., Path], own_records: list[str], tmp_path: Path):
     """Now, and whenever what was kept lacks it."""
     torn(tmp_path)
-    cache, words = tmp_path / "cache", [*pictured, "dataset.check_samples=0"]
+    cache, words = tmp_path / "cache", [*own_records, "dataset.check_samples=0"]
     for _ in range(2):
         with pytest.raises(ValueError, match=r"records.json, record 40: .*dataset.on_bad_sample=skip leaves such"):
             start(cache, *words)
@@ -245,9 +245,9 @@ def test_a_torn_picture_is_an_error(start: Callable[..., Path], pictured: list[s
     assert not (start(cache, *words) / "skipped.jsonl").read_text()
 
 
-def test_too_many_torn_pictures_stop_the_run(start: Callable[..., Path], pictured: list[str], tmp_path: Path):
+def test_too_many_torn_images_stop_the_run(start: Callable[..., Path], own_records: list[str], tmp_path: Path):
     torn(tmp_path)
-    words = [*pictured, "dataset.check_samples=0", "dataset.on_bad_sample=skip", "dataset.max_skipped=0.01"]
+    words = [*own_records, "dataset.check_samples=0", "dataset.on_bad_sample=skip", "dataset.max_skipped=0.01"]
     with pytest.raises(ValueError, match=r"dataset.max_skipped"):
         start(tmp_path / "cache", *words)
     assert not files(tmp_path / "cache")

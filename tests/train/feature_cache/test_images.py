@@ -1,4 +1,4 @@
-"""Features of pictures on disk: computed once, trained on as on the pictures, bounded, and whole or not there."""
+"""Features of images on disk: computed once, trained on as on the images, bounded, and whole or not there."""
 
 import json
 import mmap
@@ -82,7 +82,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
-def test_what_is_kept_trains_as_pictures_do(start: Callable[..., Path], tmp_path: Path, world: Path, words: list[str]):
+def test_what_is_kept_trains_as_images_do(start: Callable[..., Path], tmp_path: Path, world: Path, words: list[str]):
     words = [word.replace("ENCODER", str(world / "visual_encoder")) for word in words]
     kept, anew = start(tmp_path, *words), start(tmp_path / "other", *words, keeps=False)
     atol = 5e-3 if "trainer.bf16=true" in words else 1e-5
@@ -95,7 +95,7 @@ def test_what_is_kept_trains_as_pictures_do(start: Callable[..., Path], tmp_path
 
 
 def test_the_encoder_is_not_called_again(start: Callable[..., Path], tmp_path: Path, encoded: list[int]):
-    """Every distinct picture once, a blank one, and one to look at the form; nothing in another run."""
+    """Every distinct image once, a blank one, and one to look at the form; nothing in another run."""
     first = start(tmp_path, SPLIT)
     assert sum(encoded) == 18 + 1 + 1
     whole = packs(tmp_path)
@@ -106,10 +106,10 @@ def test_the_encoder_is_not_called_again(start: Callable[..., Path], tmp_path: P
     assert packs(tmp_path) == whole
 
 
-def test_more_pictures_are_added_to_what_is_kept(
+def test_more_images_are_added_to_what_is_kept(
     start: Callable[..., Path], tmp_path: Path, world: Path, encoded: list[int]
 ):
-    """Another file of records that has some of them; a run on pictures that have changed."""
+    """Another file of records that has some of them; a run on images that have changed."""
     records = json.loads((world / "records.json").read_text())
     shutil.copytree(world / "images", tmp_path / "images")
     (tmp_path / "records.json").write_text(json.dumps(records[:12]))
@@ -139,15 +139,15 @@ def test_another_encoder_or_processing_is_kept_by_itself(
 
 TILES = ["model.anyres.grids=[[1,2],[2,1]]", "dataset.max_length=null"]
 VIEWS = 1 + (4 * 3 + 4 + 1) + (4 * 3 + 4)
-"""One to look at the form; four pictures by themselves with two tiles each, the same as some of several, a dummy; blank
+"""One to look at the form; four images by themselves with two tiles each, the same as some of several, a dummy; blank
 ones of their sizes."""
 
 
 @pytest.mark.parametrize(("words", "views"), [(TILES, VIEWS), ([], 1 + 4 + 1)], ids=["tiles", "squares"])
-def test_several_pictures_a_sample_and_tiles(
+def test_several_images_a_sample_and_tiles(
     start: Callable[..., Path], tmp_path: Path, words: list[str], views: int, encoded: list[int]
 ):
-    """A picture that is one of several has no tiles; sizes are those of the pictures."""
+    """An image that is one of several has no tiles; sizes are those of the images."""
     sizes = [(30, 20), (20, 40), (50, 22), (24, 24)]
     for number, size in enumerate(sizes):
         pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -172,7 +172,7 @@ def test_several_pictures_a_sample_and_tiles(
     assert sum(encoded[:computed]) == views
 
 
-def test_sources_share_pictures(start: Callable[..., Path], tmp_path: Path, world: Path, encoded: list[int]):
+def test_sources_share_images(start: Callable[..., Path], tmp_path: Path, world: Path, encoded: list[int]):
     words = ["dataset.path=null"]
     words += [f"dataset.sources.{name}.path={world / 'records.json'}" for name in ("one", "two")]
     kept = start(tmp_path, *words, f"dataset.eval_path={world / 'records.json'}")
@@ -196,14 +196,14 @@ def test_a_run_goes_on_with_what_is_kept(start: Callable[..., Path], tmp_path: P
 
 @pytest.fixture
 def torn(world: Path, tmp_path: Path) -> list[str]:
-    """Overrides for records of which one picture is cut off."""
+    """Overrides for records of which one image is cut off."""
     shutil.copytree(world / "images", tmp_path / "images")
-    picture = tmp_path / "images" / "12.png"
-    picture.write_bytes(picture.read_bytes()[:50])
+    image_file = tmp_path / "images" / "12.png"
+    image_file.write_bytes(image_file.read_bytes()[:50])
     return [f"dataset.image_folder={tmp_path / 'images'}", "dataset.check_samples=0"]
 
 
-def test_a_torn_picture_is_refused_or_left_out(start: Callable[..., Path], tmp_path: Path, torn: list[str]):
+def test_a_torn_image_is_refused_or_left_out(start: Callable[..., Path], tmp_path: Path, torn: list[str]):
     with pytest.raises(ValueError, match=r"12\.png does not open"):
         start(tmp_path, "trainer.eval_strategy=no", *torn)
     assert not packs(tmp_path)
@@ -271,7 +271,7 @@ def test_packs_of_a_run_that_is_over_make_room(start: Callable[..., Path], tmp_p
     assert first != second
 
 
-def test_a_stores_name_tells_what_opens_pictures(monkeypatch: pytest.MonkeyPatch):
+def test_a_stores_name_tells_what_opens_images(monkeypatch: pytest.MonkeyPatch):
     before = fingerprints.code_digest(FrozenVisualEncoder)
     content, version = Path.read_bytes, fingerprints.installed_version
     for file in ("images.py", "jpeg.py", "pixels.py", "video.py", "encoder.py", "processing_vlm.py"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.encoding.labels import Encoded
 from vlm.data.feature_cache.store import Pack
+from vlm.data.processor import SampleInputs
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.models import VLMProcessor
 
@@ -23,8 +24,6 @@ BLANK_SIZE = (64, 64)
 
 FRAME_VIEW, SQUARE_VIEW, TILED_VIEW = "frame", "whole", "tiles"
 """How an image is seen: as a frame of a video, as one square, or as a square and its tiles."""
-
-ModelInputs = dict[str, list[int] | Tensor]
 
 
 class CachedImage(NamedTuple):
@@ -107,7 +106,7 @@ class CachedFeatureDataset(SampleDataset):
         )  # fmt: skip
         self.packs = packs
 
-    def __getitem__(self, index: int) -> ModelInputs | Skipped:
+    def __getitem__(self, index: int) -> SampleInputs | Skipped:
         number, record = self.places[index].tolist()
         source = self.sources[number]
         try:
@@ -118,17 +117,24 @@ class CachedFeatureDataset(SampleDataset):
             return Skipped.from_error(error, source, record)
         return self.inputs(encoded, images)
 
+    @property
+    def processor(self) -> VLMProcessor:
+        """The run's processor."""
+        processor = super().processor
+        assert isinstance(processor, VLMProcessor)  # features are kept for composed models alone
+        return processor
+
     def blank(self) -> "BlankCachedFeatureDataset":
         """Return the same samples with blank images."""
         return BlankCachedFeatureDataset(self)
 
-    def inputs(self, encoded: Encoded, images: Sequence[CachedImage]) -> ModelInputs:
+    def inputs(self, encoded: Encoded, images: Sequence[CachedImage]) -> SampleInputs:
         """Return the model's inputs for a sample."""
-        inputs: ModelInputs = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+        inputs: SampleInputs = {"input_ids": encoded.input_ids, "labels": encoded.labels}
         return inputs | make_feature_inputs(images, tiled=self.processor.needs_image_sizes)
 
 
-class BlankCachedFeatureDataset(torch.utils.data.Dataset[ModelInputs]):
+class BlankCachedFeatureDataset(torch.utils.data.Dataset[SampleInputs]):
     """The samples of a `CachedFeatureDataset` with blank images, as `BlankImageDataset` has them."""
 
     def __init__(self, dataset: CachedFeatureDataset):
@@ -138,7 +144,7 @@ class BlankCachedFeatureDataset(torch.utils.data.Dataset[ModelInputs]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> ModelInputs:
+    def __getitem__(self, index: int) -> SampleInputs:
         dataset, processor, packs = self.dataset, self.dataset.processor, self.dataset.packs
         sample = dataset.sample(index)
         images = find_cached_images(sample, processor, packs)

@@ -4,28 +4,26 @@ How a label becomes a target is said in `labels.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlm.data.batching.batch import HeadBatch
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import BlankImageDataset, Contribution, SampleDataset, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.heads.labels import HeadLabels, check_values, make_folds, split
-from vlm.data.processor import Processor
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import Sample
 
 NO_GROUP = -1
 """The group of rows that have none."""
 
-HeadItem = dict[str, Any]  # families have inputs under names of their own
-"""A sample or a batch: what the model's `forward` takes, with the targets of heads."""
 
-
-class HeadDataset(Dataset[HeadItem | Skipped]):
+class HeadDataset(Dataset[SampleInputs | Skipped]):
     """Prompts with their images, and with the targets of each head.
 
     Args:
@@ -54,7 +52,7 @@ class HeadDataset(Dataset[HeadItem | Skipped]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> HeadItem | Skipped:
+    def __getitem__(self, index: int) -> SampleInputs | Skipped:
         """The sample, with `targets` (for each head the numbers of `HeadLabels.target`) and `group`."""
         item = self.model_item(index)
         if isinstance(item, Skipped):
@@ -62,7 +60,7 @@ class HeadDataset(Dataset[HeadItem | Skipped]):
         targets = {head.name: head.target(self._values[head.name][index]) for head in self.heads}
         return {**item, "targets": targets, "group": int(self.group_indices[index])}
 
-    def model_item(self, index: int) -> HeadItem | Skipped:
+    def model_item(self, index: int) -> SampleInputs | Skipped:
         """Return the sample itself, with its images."""
         return self.dataset[index]
 
@@ -124,7 +122,7 @@ class BlankHeadDataset(HeadDataset):
 
     shown_images = "blank"
 
-    def model_item(self, index: int) -> HeadItem | Skipped:
+    def model_item(self, index: int) -> SampleInputs | Skipped:
         """Return the sample itself, with blank images."""
         return BlankImageDataset(self.dataset)[index]
 
@@ -140,7 +138,7 @@ class HeadCollator:
     def __init__(self, collate: Collator, heads: Sequence[HeadLabels]):
         self.collate, self.heads = collate, list(heads)
 
-    def __call__(self, samples: Sequence[HeadItem | Skipped]) -> HeadItem:
+    def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> HeadBatch:
         """Return a batch with `labels` (head -> float32 `(rows, width)`, its targets) and `groups` (int64 `(rows,)`).
 
         Where a reply is learned, `text_labels` and `prompt_mask` (both int64 `(rows, tokens)`) are there too: the
@@ -152,7 +150,7 @@ class HeadCollator:
             {key: value for key, value in sample.items() if key not in ("targets", "group")}
             for sample in samples
         ]  # fmt: skip
-        batch = self.collate(prompts)
+        batch: SampleInputs = {**self.collate(prompts)}
         items = [sample for sample in samples if not isinstance(sample, Skipped)]
         items = items or [{"targets": {head.name: head.target(None) for head in self.heads}, "group": NO_GROUP}]
         text_labels = batch.pop("labels")
@@ -164,7 +162,7 @@ class HeadCollator:
         if (text_labels != IGNORE_INDEX).any():
             batch["text_labels"] = text_labels
             batch["prompt_mask"] = prompt_mask(text_labels, batch["attention_mask"])
-        return batch
+        return cast(HeadBatch, batch)
 
 
 def prompt_mask(labels: Tensor, attention_mask: Tensor) -> Tensor:

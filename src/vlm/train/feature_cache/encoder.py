@@ -4,9 +4,9 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -21,12 +21,11 @@ from vlm.data.sources import Source
 from vlm.data.vision.images import open_image
 from vlm.data.vision.jpeg import decode_sample_images
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
+from vlm.models.pixels import ImageOrTensor
 from vlm.train.feature_cache.fingerprints import code_digest, weights_digests
 
 BLANK_SOURCE = -1
 """In place of the number of a source: the image is a blank one."""
-
-OpenedImage = Image.Image | Tensor
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class RequestedImages(Dataset[list[tuple[int, Tensor | BadSample]]]):
         requests = [self.requests[number] for number in numbers]
         first = requests[0]
         if first.source == BLANK_SOURCE:
-            images: list[OpenedImage | BadSample] = [make_blank_image(self.processor, first.size)]
+            images: list[ImageOrTensor | BadSample] = [make_blank_image(self.processor, first.size)]
         else:
             sample = self.sources[first.source].sample(first.record)
             images = open_requested_images(sample, [request.place for request in requests], self.processor)
@@ -141,14 +140,14 @@ class RequestedImages(Dataset[list[tuple[int, Tensor | BadSample]]]):
 
 def open_requested_images(
     sample: Sample, places: Sequence[int], processor: VLMProcessor
-) -> list[OpenedImage | BadSample]:
+) -> list[ImageOrTensor | BadSample]:
     """Return some images of a sample, decoded; a `BadSample` for each that does not open."""
     if len(places) == len(sample.images):
         try:
-            return [*decode_sample_images(sample, processor)]
+            return cast("list[ImageOrTensor | BadSample]", [*decode_sample_images(sample, processor)])  # no videos
         except BadSample:
             pass  # opened one by one, it turns out which do not open
-    images: list[OpenedImage | BadSample] = []
+    images: list[ImageOrTensor | BadSample] = []
     for place in places:
         try:
             images.append(open_image(sample.images[place], sample.id))
@@ -157,7 +156,7 @@ def open_requested_images(
     return images
 
 
-def make_image_views(processor: VLMProcessor, image: OpenedImage, kind: str) -> Tensor:
+def make_image_views(processor: VLMProcessor, image: ImageOrTensor, kind: str) -> Tensor:
     """Return an image's `(views, 3 * encoders, height, width)`, before `normalise`, for the way in which it is seen."""
     if processor.tiling is not None and kind == FRAME_VIEW:
         return processor.image_inputs([image], [None])["pixel_values"]
