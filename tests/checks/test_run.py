@@ -300,6 +300,12 @@ def test_what_can_be_run_passes(records: Path, overrides: list[str]):
     check_config(compose_config("pretrain-smol", [f"dataset.path={records}", *overrides]))
 
 
+@pytest.mark.parametrize("word", ["momentum=0.9,ns_steps=4", "'momentum=0.9,ns_steps=4'"])
+def test_options_of_an_optimiser_need_no_quotes(word: str):
+    config = compose_config("pretrain-smol", ["dataset.path=a.json", f"trainer.optim_args={word}"])
+    assert config.trainer.optim_args == "momentum=0.9,ns_steps=4"
+
+
 def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
     torn, whole = tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "checkpoint-2"
     for folder in (torn, whole):

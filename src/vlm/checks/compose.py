@@ -83,7 +83,7 @@ def _compose_and_apply(argv: Sequence[str] | None, action: Callable[[DictConfig]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refused.append(error)
     if refused:
-        # Before the run every rank of a machine has the same error, which one of them prints; later each prints its own.
+        # Before the run all ranks of a machine have the same error, which one prints; later each prints its own.
         silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
         sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
 
@@ -166,8 +166,13 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def open_mapping_key(argument: str) -> str:
-    """Return a word of the command line with the `+` that keys need in mappings whose names the user chooses."""
+    """Return a word of the command line as Hydra takes it.
+
+    Keys in mappings whose names the user chooses get their `+`, and `trainer.optim_args=key=value` its quotes.
+    """
     key, equals, value = argument.partition("=")
+    if key == "trainer.optim_args" and re.fullmatch(r"\w+=[^'\"]*", value):
+        return f"{key}='{value}'"
     if named := re.fullmatch(r"(dataset\.sources|model\.head\.extra_heads)\.(\w+)((?:\.\w+)*)", key):
         names = [named[2], *named[3].split(".")[1:]]
         return f"++{named[1]}={''.join(f'{{{name}: ' for name in names)}{value}{'}' * len(names)}"
