@@ -43,23 +43,22 @@ class Ended:
 
 
 def run_forked(
-    module: str, words: list[str], environments: Iterable[dict[str, str]] = ({},), extra: Iterable[list[str]] = ([],)
+    *commands: list[str], environments: Iterable[dict[str, str]] = ({},), cwd: Path | None = None
 ) -> list[Ended]:
-    """Run a module as `python -m` does, once for each environment, side by side; where one fails, all are ended.
+    """Run commands side by side, each as Python runs it; where one fails, all are ended.
 
     Args:
-        module: a module's name.
-        words: the words of all command lines.
+        commands: `-m`, a module and its words, or `-c`, code and its words.
         environments: of each process, what its environment has beside this process's.
-        extra: of each process, words that stand before the others.
+        cwd: the working directory; defaults to this process's.
     """
     with TemporaryDirectory() as folder:
         requests = [
             {
-                "module": module, "words": [*first, *words], "environment": {**os.environ, **CPU_ONLY, **environment},
-                "folder": os.getcwd(), "output": str(Path(folder, str(number))),
+                "command": command, "environment": {**os.environ, **CPU_ONLY, **environment},
+                "folder": str(cwd or Path.cwd()), "output": str(Path(folder, str(number))),
             }
-            for number, (environment, first) in enumerate(zip(environments, extra, strict=True))
+            for number, (command, environment) in enumerate(zip(commands, environments, strict=True))
         ]  # fmt: skip
         statuses = _parent().ask(requests)
         return [
@@ -79,7 +78,8 @@ def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
         for rank in range(number)
     ]  # fmt: skip
     try:
-        return run_forked(module, words, environments, [[f"--local_rank={rank}"] for rank in range(number)])
+        commands = [["-m", module, f"--local_rank={rank}", *words] for rank in range(number)]
+        return run_forked(*commands, environments=environments)
     finally:
         remove_shared_memory(port)
 
@@ -158,7 +158,7 @@ def wait_for_all(forks: list[int]) -> list[int]:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Do in a fork what `python -m MODULE WORDS` does in a new process."""
+    """Do in a fork what `python -m MODULE WORDS` or `python -c CODE WORDS` does in a new process."""
     for number, target in enumerate((os.devnull, f"{request['output']}.out", f"{request['output']}.err")):
         file = os.open(target, os.O_RDWR | os.O_CREAT)
         os.dup2(file, number)
@@ -167,8 +167,12 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.path[0] = request["folder"]
-    sys.argv = [request["module"], *request["words"]]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    option, program, *words = request["command"]
+    sys.argv = [option, *words]
+    if option == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        exec(program, {"__name__": "__main__"})
 
 
 if __name__ == "__main__":

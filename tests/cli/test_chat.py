@@ -45,7 +45,7 @@ def checkpoint(ours: VisionLanguageModel, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[Path]:
-    """Three pictures, one with a blank in its name."""
+    """Three images, one with a blank in its name."""
     found = [tmp_path / name for name in ("a.png", "b.png", "with blank.png")]
     for number, path in enumerate(found):
         picture(number).save(path)
@@ -83,7 +83,7 @@ def test_a_pipe_gets_the_answers_of_one_conversation(ours: Any, chat: Any, image
     assert notes == f"the next question comes with {images[1]}\n"
 
 
-def test_pictures_gather_for_a_question(ours: Any, chat: Any, images: list[Path]):
+def test_images_gather_for_a_question(ours: Any, chat: Any, images: list[Path]):
     """Their paths may have blanks, quoted or not; where they stand may be said."""
     said, _ = chat(f"/image {images[2]}", f"/image '{images[0]}'", "this <image> or that <image>?")
     assert said == get_expected_answers(ours, ("this <image> or that <image>?", [images[2], images[0]]))
@@ -136,7 +136,7 @@ def test_a_question_may_begin_with_a_slash(ours: Any, chat: Any):
 
 
 def test_it_goes_on_after_what_is_wrong(ours: Any, chat: Any, images: list[Path], tmp_path: Path):
-    (tmp_path / "c.png").write_text("no picture")
+    (tmp_path / "c.png").write_text("no image")
     lines = ["/image", "/image no.png", f"/image {tmp_path / 'c.png'}", "/video no.mp4", "/foo", "/reset now",
              "<image>?", "word " * 600, f"/image {images[0]}", "what?"]  # fmt: skip
     said, notes = chat(*lines)
@@ -147,7 +147,7 @@ def test_it_goes_on_after_what_is_wrong(ours: Any, chat: Any, images: list[Path]
         assert expected in notes
 
 
-def test_pictures_wait_on_where_a_question_is_refused(ours: Any, chat: Any, images: list[Path]):
+def test_images_wait_on_where_a_question_is_refused(ours: Any, chat: Any, images: list[Path]):
     said, _ = chat(f"/image {images[0]}", "<image><image>?", "what?")
     assert said == get_expected_answers(ours, ("what?", images[:1]))
 
@@ -203,7 +203,7 @@ def test_a_terminal(checkpoint: Path, images: list[Path]):
     ) as ended:
         os.close(theirs)
         try:
-            assert b"/help says" in read_until(ours, b"/exit leaves.\r\n> ")
+            assert b"/help lists" in read_until(ours, b"/exit leaves.\r\n> ")
             while not select.select([ours], [], [], 3)[0]:  # readline hears none between its prompt and its waiting
                 ended.send_signal(signal.SIGINT)
             read_until(ours, b"/exit leaves\r\n> ")

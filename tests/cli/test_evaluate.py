@@ -36,7 +36,7 @@ def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight records: of four the reply is what the model answers; one picture is missing, one has no reply."""
+    """Eight records: of four the reply is what the model answers; one image is missing, one has no reply."""
     folder = tmp_path_factory.mktemp("records")
     model = VisionLanguageModel.load(checkpoint, device="cpu")
     found = []
@@ -79,7 +79,7 @@ def test_answers_and_losses_are_measured(checkpoint: Path, records: Path, capsys
 
 
 def test_the_losses_are_those_of_the_model(checkpoint: Path, records: Path, tmp_path: Path):
-    """As the model itself gives them, record by record, with pictures and with blank ones."""
+    """As the model itself gives them, record by record, with images and with blank ones."""
     evaluate(checkpoint, "--data", records, "--metrics", "loss", "--output", tmp_path)
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
     ready = VisionLanguageModel.load(checkpoint, device="cpu")

@@ -35,8 +35,8 @@ def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    picture().save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+    picture().save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 def ask(*words: object) -> None:
@@ -69,7 +69,7 @@ def test_generate_takes_options(checkpoint: Path, image: Path, options: list[str
     assert said[0].endswith("\n")
 
 
-def test_generate_takes_no_picture_and_several(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture[str]):
+def test_generate_takes_no_image_and_several(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture[str]):
     short = ["--max-new-tokens", 2, "--device", "cpu"]
     ask(checkpoint, "--prompt", "Hello", *short)
     ask(checkpoint, "--image", image, "--image", image, "--prompt", "<image> or <image>?", *short)

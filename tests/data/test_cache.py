@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from huggingface_hub.constants import HF_HOME
 
+from tests.waiting import HANG, wait_until
 from vlm.data.cache import content_hash, create_once, json_digest, resolve_cache_folder
 
 ROOT = Path(__file__).parents[2]
@@ -44,26 +44,24 @@ def makers(folder: Path, *deeds: str) -> list[subprocess.Popen[str]]:
         left.unlink()
     command = [sys.executable, "-c", MAKER, str(folder)]
     started = [subprocess.Popen([*command, deed], stdout=subprocess.PIPE, text=True, cwd=ROOT) for deed in deeds]
-    deadline = time.monotonic() + 30
-    while len(list(folder.glob("ready-*"))) < len(deeds) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(folder.glob("ready-*"))) == len(deeds), *started)
     (folder / "go").touch()
     return started
 
 
 def test_processes_that_start_at_once_make_a_file_once(tmp_path: Path):
-    found = [maker.communicate(timeout=30)[0] for maker in makers(tmp_path, "make", "make", "make")]
+    found = [maker.communicate(timeout=HANG)[0] for maker in makers(tmp_path, "make", "make", "make")]
     assert found == ["whole\n"] * 3
     assert (tmp_path / "made.txt").read_text() == "x"
 
 
 def test_a_maker_that_is_killed_leaves_nothing(tmp_path: Path):
     (dead,) = makers(tmp_path, "die")
-    assert dead.wait(timeout=30) == -signal.SIGKILL
+    assert dead.wait(HANG) == -signal.SIGKILL
     place = tmp_path / "cache" / "deep" / "a.arrow"
     assert not place.exists()
     (alive,) = makers(tmp_path, "make")
-    assert alive.communicate(timeout=30)[0] == "whole\n"
+    assert alive.communicate(timeout=HANG)[0] == "whole\n"
     assert not place.with_name("a.arrow.partial").exists()
 
 

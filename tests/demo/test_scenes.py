@@ -76,7 +76,7 @@ def test_held_out_records_ask_one_question_of_each_kind_alike(folder: Path) -> N
     )
 
 
-def test_no_picture_is_in_two_splits(folder: Path) -> None:
+def test_no_image_is_in_two_splits(folder: Path) -> None:
     captioned = {record["image"] for record in records(folder, "pretrain")}
     assert {record["image"] for record in records(folder, "finetune")} == captioned
     others = [{record["image"] for record in records(folder, split)} for split in ("val", "heldout")]

@@ -1,5 +1,6 @@
 """Conversations: what the model reads of what was said, and that nothing half said is kept."""
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -128,16 +129,18 @@ def test_an_answer_that_is_left_is_forgotten_and_stops(ours: VisionLanguageModel
     endless = {**ours.generation_options(InferenceConfig(2.0, max_new_tokens=400)), "eos_token_id": -1}
     talk = Conversation(ours, GREEDY)
     steps: list[int] = []
+    leaving = threading.Event()
 
     def step(*_: Any) -> None:
         steps.append(1)
-        time.sleep(0.005)
+        time.sleep(0.1 if leaving.is_set() else 0.005)
 
     with monkeypatch.context() as patch:
         patch.setattr(ours, "generation_options", lambda _: endless)
         handle = ours.model.language_model.register_forward_hook(step)
         pieces = talk.ask("what?", [picture(0)])
         next(pieces)
+        leaving.set()  # from here on, all steps would take longer than any wait for the processor
         pieces.close()
         handle.remove()
     assert talk.exchanges == ()

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.hub.server import LocalHub, Repository
-from tests.train.test_data_runs import rows
+from tests.train.test_data import rows
 
 TRAIN = """
 import json, sys

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.conftest import compose_config, losses
+from tests.forked import run_forked
 from tests.tiny_parts import Parts
+from vlm.train.checkpoints import newest_checkpoint
 from vlm.train.run import run
-from vlm.train.trainer import VLMTrainer, newest_checkpoint
+from vlm.train.trainer import VLMTrainer
 
 FILES = (
     "config.yaml", "command.txt", "versions.json", "data.json", "metrics.jsonl", "loss.png", "samples.md",
@@ -167,7 +168,6 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
 
 
 FAILING = """
-import sys
 from vlm.cli.train import main
 from vlm.train.trainer import VLMTrainer
 
@@ -184,9 +184,9 @@ main(sys.argv[1:])
 def test_a_run_that_fails_ends_with_its_data_workers(common: list[str], tmp_path: Path):
     """They hear no SIGTERM, by which Python would end them."""
     words = ["-cn", "pretrain-smol", *common, "trainer.dataloader_num_workers=2", f"trainer.output_dir={tmp_path}"]
-    done = subprocess.run([sys.executable, "-c", FAILING, *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "RuntimeError: no memory left" in done.stderr
+    (done,) = run_forked(["-c", FAILING, *words])
+    assert done.returncode == 1, done.stderr
+    assert "RuntimeError: no memory left" in done.stderr, done.stdout + done.stderr
 
 
 def test_a_run_that_fails_listens_to_signals_no_more(

@@ -75,7 +75,7 @@ def test_a_run_that_does_not_end_is_killed_only_after_it_was_asked(started, tmp_
     jobs.stop(folder)
     assert find_run(tmp_path, "run").state == "ending"
     assert not jobs.can_kill(jobs.read_job(folder))
-    monkeypatch.setattr(jobs, "PATIENCE", 0.0)
+    monkeypatch.setattr(jobs, "KILL_DELAY_SECONDS", 0.0)
     assert jobs.can_kill(jobs.read_job(folder))
     jobs.kill(folder)
     wait_until(lambda: not jobs.read_job(folder).is_alive())

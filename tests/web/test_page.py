@@ -62,10 +62,10 @@ def served(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     save(root / "chat", body, processor)
     heads = [{"name": "kind", "loss": "", "task": "multiclass", "labels": ["red", "green", "blue"]},
              {"name": "size", "loss": "", "task": "regression", "shift": 3.0, "scale": 2.0}]  # fmt: skip
-    config = VLMPredictionConfig(body.config, heads=[{"pooling": "last", **one} for one in heads],
+    config = VLMPredictionConfig(body.config, heads=[{"pooling": "last", **head} for head in heads],
                                  media_token_ids=[processor.image_token_id])  # fmt: skip
     save(root / "head", VLMForPrediction(config, body), processor)
-    picture(3).save(root / "picture.png")
+    picture(3).save(root / "image.png")
     write_run(root / "outputs" / "earlier", {"step": 7, "loss": 1.25, "epoch": 1.0})
     (root / "outputs" / "earlier" / "samples.md").write_text("## Step 7\n\n- **question**: what?\n- **answer**: red\n")
     with socket.socket() as probe:
@@ -78,7 +78,7 @@ def served(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         patch.setenv("GRADIO_TEMP_DIR", str(root / "uploads"))
         page = build(settings)
         address = serve(page, settings)
-        yield Served(address, root / "outputs", root / "chat", root / "head", root / "picture.png")
+        yield Served(address, root / "outputs", root / "chat", root / "head", root / "image.png")
         page.close()
 
 
@@ -140,7 +140,7 @@ def send(page: Any, text: str) -> None:
 
 
 def read_answers(page: Any) -> list[str]:
-    return [one.strip() for one in page.locator("#chat-shown .bot .message-content").all_inner_texts()]
+    return [answer.strip() for answer in page.locator("#chat-shown .bot .message-content").all_inner_texts()]
 
 
 def wait_until(condition: Callable[[], object], page: Any) -> None:
@@ -169,7 +169,7 @@ def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., A
     page.wait_for_selector("#chat-question img")
     send(page, QUESTION)
     wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(first), page)
-    steps = {one for one in page.evaluate("window.seen") if one}
+    steps = {text for text in page.evaluate("window.seen") if text}
     assert len(steps) > 1, "the answer came in pieces"
     assert page.locator("#chat-shown .user img").count() == 1
     page.get_by_role("tab", name="Predict", exact=True).click()  # and what was said is still known
@@ -206,7 +206,7 @@ def test_chat_stops_and_says_that_it_did(visit: Callable[..., Any], monkeypatch:
 
 
 def test_chat_shows_what_is_wrong_and_keeps_the_question(visit: Callable[..., Any], tmp_path: Path):
-    (tmp_path / "torn.png").write_bytes(b"no picture")
+    (tmp_path / "torn.png").write_bytes(b"no image")
     page = visit("Chat")
     page.locator("#chat-question input[type=file]").set_input_files(tmp_path / "torn.png")
     page.wait_for_selector("#chat-question .thumbnail-item")

@@ -104,13 +104,13 @@ def test_the_last_samples_are_shown(tmp_path: Path):
     (tmp_path / "samples.md").write_text(
         "## Step 1\n\n- **question**: old?\n- **reference**: a\n- **answer**: b\n\n## Step 20\n\n"
         "![sample 0](samples/0.png)\n\n- **question**: what?\n- **reference**: red\n- **answer**: <b>blue</b>\n\n"
-        "- **question**: no picture?\n- **reference**: x\n- **answer**: ![](http://elsewhere/x.png)\n\n"
+        "- **question**: no image?\n- **reference**: x\n- **answer**: ![](http://elsewhere/x.png)\n\n"
     )
-    title, found = last_samples(tmp_path)
+    title, samples = last_samples(tmp_path)
     assert title == "Step 20"
-    assert [one["question"] for one in found] == ["what?", "no picture?"]
-    assert found[0]["picture"] == str(tmp_path / "samples" / "0.png")
-    assert "picture" not in found[1]
+    assert [sample["question"] for sample in samples] == ["what?", "no image?"]
+    assert samples[0]["image"] == str(tmp_path / "samples" / "0.png")
+    assert "image" not in samples[1]
     assert last_samples(tmp_path / "nowhere") == ("", [])
 
 
@@ -123,7 +123,7 @@ def test_the_view_escapes_what_a_run_wrote(tmp_path: Path):
     with gradio.Blocks(analytics_enabled=False):
         view = RunView(tmp_path)
     assert view.refresh("run")[0] == "run"
-    page = "".join(one for one in view.refresh("run") if isinstance(one, str))
+    page = "".join(value for value in view.refresh("run") if isinstance(value, str))
     assert "<script>" not in page
     assert "&lt;img src=x&gt;" in page
     assert view.refresh("../run")[0] is None

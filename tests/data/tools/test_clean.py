@@ -2,13 +2,11 @@
 
 import base64
 import json
-import os
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -395,23 +393,10 @@ def test_a_dry_run_writes_nothing(folder: Path):
 # Stopped and run again
 
 
-def killer(record: Any, folder: Path) -> Sample:
-    """A reader that ends a process, once, as the file `kill` says: `self` or `parent`. What it reads is listed."""
-    with (folder / "read.txt").open("a") as file:
-        file.write(f"{os.getpid()} {record['id']}\n")
-    order = folder / "kill"
-    if record["caption"] == "deadly" and order.exists():
-        victim = os.getpid() if order.read_text() == "self" else os.getppid()
-        order.unlink()
-        os.kill(victim, signal.SIGKILL)
-        time.sleep(0.2)
-    return read_caption(record, folder)
-
-
 def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`vlm data clean` with the reader that kills, in a process of its own."""
     code = "import sys; from vlm.data.tools.clean import main; main(sys.argv[1:])"
-    fixed = ["--format", "tests.data.tools.test_clean:killer", "--cache-dir", str(folder / "cache")]
+    fixed = ["--format", "tests.data.tools.killing_reader:killer", "--cache-dir", str(folder / "cache")]
     command = [sys.executable, "-c", code, str(folder / "in.jsonl"), str(folder / "out.jsonl"), *fixed, *words]
     return waiting.run(command, cwd=ROOT)
 

@@ -89,7 +89,7 @@ def test_says_why_each_row_failed(site: Site, tmp_path: Path):
     site.page("/page.jpg", b"<html>gone</html>")
     site.page("/cut.jpg", picture("JPEG", (40, 40))[:-50])
     site.pages["/500"] = lambda handler: send(handler, 500)
-    site.pages["/drip"] = lambda handler: (send(handler, 200, Content_Length="99999"), drip(handler, b"x", 0.05))[1]
+    site.pages["/drip"] = lambda handler: (send(handler, 200, Content_Length="9999"), drip(handler, b"x", 0.05))[1]
     site.pages["/loop"] = lambda handler: send(handler, 302, Location="/loop")
     site.page("/large", bytes(50_001))
     expected = {

@@ -3,12 +3,13 @@
 Liger changes classes of transformers for the whole process, so each test has one of its own.
 """
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from tests import waiting
+from tests.forked import Ended, run_forked
 from tests.tiny_parts import Parts
 from vlm.train.step.liger import apply_liger_kernels
 
@@ -38,10 +39,10 @@ torch.testing.assert_close(model(input_ids=ids).logits, plain, atol=1e-4, rtol=1
 """
 
 
-def done(parts: Parts, language_model: str, code: str) -> subprocess.CompletedProcess[str]:
-    """What a process of its own says."""
-    words = [sys.executable, "-c", BEGIN + code, str(parts.root), language_model]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+def done(parts: Parts, language_model: str, code: str) -> Ended:
+    """Run code in a process of its own, and return how it ended."""
+    (ended,) = run_forked(["-c", BEGIN + code, str(parts.root), language_model])
+    return ended
 
 
 def test_the_inner_language_model_is_changed(parts: Parts):
@@ -53,7 +54,7 @@ def test_the_inner_language_model_is_changed(parts: Parts):
 def test_the_kernels_compute_the_same(parts: Parts):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    found = done(parts, "llama", SAME)
+    found = waiting.run([sys.executable, "-c", BEGIN + SAME, str(parts.root), "llama"])
     assert found.returncode == 0, found.stderr
 
 

@@ -1,0 +1,121 @@
+"""Tests mirror the package: `src/vlm/a/b.py` is tested in `tests/a/test_b.py`, or `TESTED_ELSEWHERE` says where."""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "vlm"
+LONGEST = 60
+"""Lines of a module that needs no tests of its own: those of what uses it suffice."""
+
+TESTED_ELSEWHERE = {
+    "assembly/adapter_base.py": "train/test_lora.py",
+    "assembly/adapter_folder.py": "train/test_lora.py",
+    "assembly/anyres.py": "models/test_anyres.py",
+    "assembly/checkpoint_heads.py": "train/heads/test_checkpoints.py",
+    "assembly/family.py": "families/test_families.py",
+    "assembly/heads.py": "models/test_prediction_checkpoints.py",
+    "assembly/model_interface.py": "families/test_families.py",
+    "assembly/resolve.py": "train/heads/test_training.py",
+    "checks/compose.py": "cli/test_train.py",
+    "checks/dataset.py": "checks/test_run.py",
+    "checks/model.py": "checks/test_run.py",
+    "cli/data.py": "data/tools/test_show.py",
+    "cli/model_options.py": "cli/test_generate.py",
+    "cli/models.py": "families/test_families.py",
+    "cli/predict.py": "inference/test_predict.py",
+    "cli/push_to_hub.py": "hub/test_publishing.py",
+    "cli/record_options.py": "cli/test_evaluate.py",
+    "cli/web.py": "web/test_plan.py",
+    "config/derived.py": "config/test_recipes.py",
+    "config/rules.py": "checks/test_run.py",
+    "config/model_schema.py": "config/test_schema.py",
+    "config/training_fields.py": "config/test_schema.py",
+    "data/batching/batch.py": "data/batching/test_collator.py",
+    "data/encoding/sample_encoder.py": "data/test_dataset.py",
+    "data/feature_cache/heads.py": "train/feature_cache/test_heads.py",
+    "data/feature_cache/images.py": "train/feature_cache/test_images.py",
+    "data/pages.py": "data/tools/test_show.py",
+    "data/sources.py": "data/test_dataset.py",
+    "data/token_counts.py": "data/test_dataset.py",
+    "data/tools/contents.py": "data/tools/test_write.py",
+    "data/tools/corpora.py": "data/tools/test_convert.py",
+    "data/tools/exports.py": "data/tools/test_convert.py",
+    "data/tools/forms.py": "data/tools/test_write.py",
+    "data/tools/stats.py": "data/tools/test_show.py",
+    "data/tools/table.py": "data/tools/test_download.py",
+    "data/tools/verdicts.py": "data/tools/test_clean.py",
+    "demo/tiny_models.py": "demo/test_scenes.py",
+    "evaluation/bootstrap.py": "evaluation/test_head_metrics.py",
+    "evaluation/lmms_run.py": "cli/test_evaluate.py",
+    "evaluation/output.py": "cli/test_evaluate.py",
+    "evaluation/predict_file.py": "inference/test_predict.py",
+    "evaluation/records.py": "cli/test_evaluate.py",
+    "families/processing.py": "families/test_families.py",
+    "families/table.py": "families/test_families.py",
+    "hub/adapters.py": "hub/test_importing.py",
+    "hub/card.py": "hub/test_publishing.py",
+    "hub/cleaning.py": "hub/test_publishing.py",
+    "hub/folders.py": "hub/test_importing.py",
+    "hub/processors.py": "hub/test_exporting.py",
+    "hub/run_facts.py": "hub/test_publishing.py",
+    "hub/sources.py": "hub/test_importing.py",
+    "hub/targets.py": "hub/test_exporting.py",
+    "hub/templates.py": "hub/test_importing.py",
+    "hub/tiles.py": "hub/test_tiled_exports.py",
+    "inference/resumable_table.py": "inference/test_batch.py",
+    "models/configuration_prediction.py": "models/test_prediction_checkpoints.py",
+    "models/connector_parts.py": "models/test_connectors.py",
+    "models/pixels.py": "models/test_processing_vlm.py",
+    "train/arguments.py": "train/test_trainer.py",
+    "train/checkpoints.py": "train/test_run.py",
+    "train/feature_cache/encoder.py": "train/feature_cache/test_images.py",
+    "train/feature_cache/fingerprints.py": "train/feature_cache/test_images.py",
+    "train/heads/data.py": "train/heads/test_training.py",
+    "train/heads/folds.py": "train/heads/test_training.py",
+    "train/heads/report.py": "train/objectives/test_prediction.py",
+    "train/monitor/callbacks.py": "train/test_sample_generation.py",
+    "train/monitor/peak_flops.py": "train/monitor/test_speed.py",
+    "train/monitor/plots.py": "train/test_run.py",
+    "train/monitor/speed_callback.py": "train/monitor/test_speed.py",
+    "train/objectives/base.py": "train/objectives/test_objectives.py",
+    "train/objectives/generation.py": "train/objectives/test_objectives.py",
+    "train/parts.py": "train/test_trainer.py",
+    "train/run_directory.py": "train/test_run.py",
+    "train/signals.py": "train/test_run.py",
+    "train/step/packed_attention.py": "train/step/test_packing.py",
+    "web/chat.py": "web/test_page.py",
+    "web/data.py": "web/test_page.py",
+    "web/guard.py": "web/test_plan.py",
+    "web/html.py": "web/test_page.py",
+    "web/models.py": "web/test_page.py",
+    "web/predict.py": "web/test_page.py",
+    "web/run_view.py": "web/test_runs.py",
+    "web/train.py": "web/test_page.py",
+}
+"""A module, within `src/vlm` -> the test file that tests it, within `tests`."""
+
+MODULES = {
+    path.relative_to(SOURCE).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+    for path in SOURCE.rglob("*.py")
+    if path.name != "__init__.py"
+}
+
+
+def find_test_file(module: str) -> Path:
+    """Return where a module's tests belong."""
+    return TESTS / Path(module).with_name(f"test_{Path(module).name}")
+
+
+@pytest.mark.parametrize("module", sorted(name for name, lines in MODULES.items() if lines > LONGEST))
+def test_a_module_has_a_test_file_of_its_name_or_is_tested_elsewhere(module: str):
+    expected = find_test_file(module)
+    assert expected.is_file() or module in TESTED_ELSEWHERE, f"write {expected}, or say where {module} is tested"
+
+
+@pytest.mark.parametrize("module", TESTED_ELSEWHERE)
+def test_what_is_tested_elsewhere_is_so(module: str):
+    assert MODULES.get(module, 0) > LONGEST, f"{module} is gone or short: take it out"
+    assert not find_test_file(module).is_file(), f"{module} has a test file of its name: take it out"
+    assert (TESTS / TESTED_ELSEWHERE[module]).is_file(), f"{TESTED_ELSEWHERE[module]} is gone"
