@@ -17,7 +17,15 @@ from vlm.models.connectors import connector_class
 
 ASK_ALL = """
 import json, sys
+from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
+from hydra.types import RunMode
 from vlm.cli.main import main
+from vlm.config.schema import RunConfig
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+ConfigStore.store = lambda *given, **named: None  # once for all command lines
+Hydra.get_mode = lambda *given, **named: RunMode.RUN  # Hydra composes everything twice to find it
 for words in json.load(sys.stdin):
     try:
         main(words)

@@ -43,4 +43,4 @@ def online(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
 def run_folder(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a short run left; its model is `final`."""
     folder = tmp_path_factory.mktemp("runs") / "short"
-    return train("pretrain-smol", folder, "trainer.max_steps=2", "trainer.num_samples=0")
+    return train("pretrain-smol", folder, "trainer.max_steps=2", "trainer.num_samples=0", plots=True)
