@@ -21,10 +21,10 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     for bits in ("4bit", "8bit"):
+        spellings, purpose = (f"--load-{bits}", f"--load_{bits}"), f"load the language model in {bits[0]} bits"
         parser.add_argument(
-            f"--load-{bits}", f"--load_{bits}", dest="quantization", action="store_const", const=bits,
-            help=f"load the language model in {bits[0]} bits (needs bitsandbytes)",
-        )  # fmt: skip
+            *spellings, dest="quantization", action="store_const", const=bits, help=f"{purpose} (needs bitsandbytes)"
+        )
     add_base_option(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="let code in the checkpoint run")
 
@@ -96,7 +96,6 @@ def load_model(args: argparse.Namespace) -> "VisionLanguageModel":
 
 def add_base_option(parser: argparse.ArgumentParser) -> None:
     """Add the option for the new place of an adapter's base."""
-    parser.add_argument(
-        "--base", "--base-model", "--base_model", "--model-base", action="append", default=[], metavar="PATH",
-        help="the new place of an adapter's base, if it was moved; for a base of parts PART=PATH, once for each",
-    )  # fmt: skip
+    spellings = ("--base", "--base-model", "--base_model", "--model-base")
+    purpose = "the new place of an adapter's base, if it was moved; for a base of parts PART=PATH, once for each"
+    parser.add_argument(*spellings, action="append", default=[], metavar="PATH", help=purpose)

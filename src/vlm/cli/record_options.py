@@ -24,10 +24,9 @@ def add_record_options(parser: argparse.ArgumentParser, output: str) -> None:
 
 def add_max_frames_option(parser: argparse.ArgumentParser) -> None:
     """Add the option for the number of frames read from a video."""
-    parser.add_argument(
-        "--max-frames", "--max_frames", type=int, default=DatasetConfig.max_frames, metavar="N",
-        help="the most frames read from a video, evenly spread (%(default)s)",
-    )  # fmt: skip
+    spellings = ("--max-frames", "--max_frames")
+    purpose = "the most frames read from a video, evenly spread (%(default)s)"
+    parser.add_argument(*spellings, type=int, default=DatasetConfig.max_frames, metavar="N", help=purpose)
 
 
 def add_reading_options(group: "argparse._ArgumentGroup") -> None:

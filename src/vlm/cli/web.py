@@ -23,7 +23,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="the port (%(default)s)")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of runs (%(default)s)")
-    parser.add_argument("--max-upload", "--max_upload", default="20mb", help="largest file uploaded (%(default)s)")
+    parser.add_argument(
+        "--max-upload", "--max_upload", type=str.lower, default="20mb", help="largest upload (%(default)s)"
+    )
     add_base_option(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="let code in checkpoints run")
     args = parser.parse_args(argv)
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
 def _check_arguments(args: argparse.Namespace) -> None:
     if not 1 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: a number from 1 to 65535 is needed")
-    if not re.fullmatch(r"[1-9]\d*(kb|mb|gb)", args.max_upload.lower()):
+    if not re.fullmatch(r"[1-9]\d*(kb|mb|gb)", args.max_upload):
         raise ValueError(f"--max-upload {args.max_upload}: a size such as 20mb is needed (kb, mb or gb)")
     if args.outputs.exists() and not args.outputs.is_dir():
         raise ValueError(f"--outputs {args.outputs}: it is a file; a folder is needed")
@@ -68,17 +70,12 @@ def _serve(args: argparse.Namespace) -> None:
     try:
         from vlm.web.page import PageSettings, build, serve
 
-        settings = PageSettings(
-            args.checkpoints, args.host, args.port, args.base, args.outputs, args.max_upload.lower(),
-            args.trust_remote_code,
-        )  # fmt: skip
+        settings = PageSettings(**vars(args))
         page = build(settings)
         address = serve(page, settings)
         if not is_loopback(args.host):
-            print(
-                f"WARNING: --host {args.host}: whoever reaches this address may start trainings and read records and "
-                "images of this machine. There is no password.", flush=True,
-            )  # fmt: skip
+            risk = "whoever reaches this address may start trainings and read records and images of this machine"
+            print(f"WARNING: --host {args.host}: {risk}. There is no password.", flush=True)
         print(f"vlm web: {address}  (Ctrl+C ends it; runs that it started go on)", flush=True)
         page.block_thread()
     finally:

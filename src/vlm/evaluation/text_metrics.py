@@ -124,8 +124,8 @@ def compute_text_metrics(
     for name in names:
         values = np.asarray(get_metric(name)(answers, references), np.float64)
         if values.shape not in ((), (len(answers),)):
-            raise ValueError(f"{name}: it gave values of shape {values.shape} for {len(answers)} answers; a number for "
-                             "each is needed, or a single one")  # fmt: skip
+            hint = "a number for each is needed, or a single one"
+            raise ValueError(f"{name}: it gave values of shape {values.shape} for {len(answers)} answers; {hint}")
         scores[name.rpartition(":")[2]] = (
             mean_score(values, num_resamples=1000 if intervals else 0)
             if values.ndim

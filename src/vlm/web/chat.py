@@ -11,7 +11,7 @@ import gradio as gr
 
 from vlm.checks.fields import check_fields
 from vlm.config.schema import InferenceConfig
-from vlm.web.components import QUIET, checkpoint_dropdown
+from vlm.web.components import QUIET, RUNS_MODEL, checkpoint_dropdown
 from vlm.web.models import ModelHolder
 
 if TYPE_CHECKING:
@@ -70,10 +70,8 @@ def build(outputs: Path, model_holder: ModelHolder, names: list[str]) -> gr.Drop
         state.reset()
         return []
 
-    question.submit(
-        partial(ask, model_holder), [question, chatbot, state, checkpoint, *settings], [chatbot, question],
-        concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="minimal",
-    )  # fmt: skip
+    inputs = [question, chatbot, state, checkpoint, *settings]
+    question.submit(partial(ask, model_holder), inputs, [chatbot, question], show_progress="minimal", **RUNS_MODEL)
     question.stop(stop, state, None, concurrency_limit=None, **QUIET)
     gr.on([clear.click, chatbot.clear, checkpoint.input], reset, state, chatbot, concurrency_limit=None, **QUIET)
     return checkpoint
@@ -148,10 +146,9 @@ def stream_answer(
         ValueError: no checkpoint, settings out of bounds, or a question that the model refuses.
     """
     temperature, top_p, max_new_tokens, seed = settings
-    config = InferenceConfig(
-        _require_number("temperature", temperature), _require_number("top_p", top_p),
-        max_new_tokens=int(_require_number("max_new_tokens", max_new_tokens)),
-    )  # fmt: skip
+    temperature, top_p = _require_number("temperature", temperature), _require_number("top_p", top_p)
+    max_new_tokens = int(_require_number("max_new_tokens", max_new_tokens))
+    config = InferenceConfig(temperature, top_p, max_new_tokens=max_new_tokens)
     check_fields(config)
     checkpoint = (checkpoint or "").strip()
     if not checkpoint:

@@ -18,8 +18,16 @@ class QuietEvent(PrivateEvent):
     show_progress: Literal["hidden"]
 
 
+class ModelEvent(PrivateEvent):
+    """Options of an event that runs the model: one at a time."""
+
+    concurrency_id: Literal["model"]
+    concurrency_limit: Literal[1]
+
+
 PRIVATE: PrivateEvent = {"api_visibility": "private"}
 QUIET: QuietEvent = {"api_visibility": "private", "show_progress": "hidden"}
+RUNS_MODEL: ModelEvent = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
 
 
 def checkpoint_dropdown(names: list[str], label: str, missing: str, outputs: Path, elem_id: str) -> gr.Dropdown:

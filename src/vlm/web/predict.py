@@ -4,7 +4,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from vlm.web.components import checkpoint_dropdown
+from vlm.web.components import RUNS_MODEL, checkpoint_dropdown
 from vlm.web.html import bars_html, error_html, note_html
 from vlm.web.models import ModelHolder
 
@@ -33,10 +33,7 @@ def build(outputs: Path, model_holder: ModelHolder, names: list[str]) -> gr.Drop
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
             return error_html(str(error))
 
-    gr.on(
-        [button.click, prompt.submit], predict, [checkpoint, images, prompt], result, concurrency_id="model",
-        concurrency_limit=1, api_visibility="private",
-    )  # fmt: skip
+    gr.on([button.click, prompt.submit], predict, [checkpoint, images, prompt], result, **RUNS_MODEL)
     return checkpoint
 
 

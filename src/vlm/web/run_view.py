@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 import pandas as pd
+from gradio.blocks import Block
 
 from vlm.web import jobs
 from vlm.web.components import QUIET
@@ -56,10 +57,8 @@ class RunView:
                         language="yaml", interactive=False, wrap_lines=True, max_lines=30, show_label=False,
                         elem_id="run-config",
                     )  # fmt: skip
-        self.shown = [
-            self.selected, self.last_signature, self.table, self.status, self.end_buttons, self.kill, self.details,
-            self.plot, self.log, self.samples, self.config,
-        ]  # fmt: skip
+        details: list[Block] = [self.kill, self.details, self.plot, self.log, self.samples, self.config]
+        self.shown = [self.selected, self.last_signature, self.table, self.status, self.end_buttons, *details]
 
     def connect_events(self, page: gr.Blocks) -> None:
         """Connect the buttons, the table and the timer."""
