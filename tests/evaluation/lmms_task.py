@@ -52,7 +52,7 @@ def doc_to_visual(doc):
 
 
 def write_tasks(source: Path, images: Path, folder: Path, number: int) -> None:
-    """The tasks, of the first records of a LLaVA file with one picture and one question each.
+    """The tasks, of the first records of a LLaVA file with one image and one question each.
 
     The choices are all replies that records of the same kind have.
     """

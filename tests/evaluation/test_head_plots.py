@@ -66,9 +66,9 @@ def test_the_files_of_each_task(task: str, tmp_path: Path):
     assert [path.stem for path in paths] == FILES[task]
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(path.name for path in paths)
     for path in paths:
-        with Image.open(path) as picture:
-            assert picture.format == "PNG"
-            assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
 def test_binary_curves_have_their_areas_and_the_threshold(figures: dict[str, Figure], tmp_path: Path):

@@ -94,10 +94,10 @@ def request(place: int, second: Any) -> Request:
 
 
 def test_a_batch_is_answered_as_each_alone(model: Any, checkpoint: Path):
-    """With one picture, several and none; in the order of the requests, whatever their lengths."""
+    """With one image, several and none; in the order of the requests, whatever their lengths."""
     answers = model.generate_until([request(place, {"max_new_tokens": 8}) for place in range(5)])
     alone = VisionLanguageModel.load(checkpoint, device="cpu")
-    plain = [*CONTEXTS[:4], "one of  ?"]  # marks that no pictures go with are taken out
+    plain = [*CONTEXTS[:4], "one of  ?"]  # marks that no images go with are taken out
     expected = [
         alone.generate(text, document["shown"] or [], max_new_tokens=8)
         for text, document in zip(plain, DOCUMENTS, strict=True)

@@ -1,4 +1,4 @@
-"""Measures out of the loss: per row, and whether a picture's own caption is the likeliest."""
+"""Measures out of the loss: per row, and whether an image's own caption is the likeliest."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ CAPTIONS = ("red", "a blue square", "two cats on a mat", "12", "a blue square")
 
 @pytest.fixture
 def data(parts: Parts, tmp_path: Path) -> SampleDataset:
-    """Five pictures with captions, two of which read the same."""
+    """Five images with captions, two of which read the same."""
     records = []
     for number, caption in enumerate(CAPTIONS):
         picture(number).save(tmp_path / f"{number}.png")
@@ -72,7 +72,7 @@ class FakeModel:
         self.known = known
 
     def __call__(self, pixel_values: torch.Tensor, labels: torch.Tensor, image_index: torch.Tensor, **_: torch.Tensor):
-        assert len(pixel_values) == 1  # the picture is encoded once, whatever it is asked about
+        assert len(pixel_values) == 1  # the image is encoded once, whatever it is asked about
         targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         logits = []
         for row, pixels in enumerate(pixel_values[image_index]):
@@ -83,7 +83,7 @@ class FakeModel:
 
 
 def test_captions_are_found_by_a_model_that_knows_them(parts: Parts, samples: list[Sample]):
-    """Never set against one that reads the same; one that knows another picture's is wrong."""
+    """Never set against one that reads the same; one that knows another image's is wrong."""
     processor = parts.processor()
     known = {}
     for sample in samples:

@@ -64,7 +64,7 @@ def test_what_is_missing_takes_its_default(checkpoint: Path):
 
 
 @pytest.mark.parametrize("separator", [",", ";"])
-def test_several_pictures_stand_where_the_query_says(checkpoint: Path, images: list[Path], separator: str):
+def test_several_images_stand_where_the_query_says(checkpoint: Path, images: list[Path], separator: str):
     args = make_args(checkpoint, query="<image-placeholder> or <image>?", image_file=separator.join(map(str, images)),
                  sep=separator, max_new_tokens=6)  # fmt: skip
     assert eval_model(args) == vlm.load(checkpoint).generate("<image> or <image>?", images, max_new_tokens=6)
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said(checkpoint: Path, fields: dict[str, Any], said: s
         eval_model(make_args(checkpoint, **fields))
 
 
-def test_paths_of_pictures():
+def test_paths_of_images():
     assert split_image_paths("a.png, b.png,") == ["a.png", "b.png"]
     assert split_image_paths("a,b.png|c.png", "|") == ["a,b.png", "c.png"]
     assert split_image_paths("") == []

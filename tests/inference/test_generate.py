@@ -28,7 +28,7 @@ ASKED: list[tuple[str, list[Image.Image]]] = [
     ("no picture here", []),
     ("<image>\n", [picture(3)]),
 ]
-"""Prompts of different lengths and numbers of pictures; one of text only."""
+"""Prompts of different lengths and numbers of images; one of text only."""
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
@@ -124,13 +124,13 @@ def test_a_cache_that_leaves_a_gpu_needs_one(ours: VisionLanguageModel):
 
 @pytest.mark.parametrize("beams", [2, 3])
 def test_beams_in_a_batch_are_those_alone(ours: VisionLanguageModel, beams: int):
-    """Each beam carries its own row's pictures."""
+    """Each beam carries its own row's images."""
     together = ours.generate([t for t, _ in ASKED], [i for _, i in ASKED], num_beams=beams, max_new_tokens=6)
     assert together == [ours.generate(text, images, num_beams=beams, max_new_tokens=6) for text, images in ASKED]
 
 
-def test_the_picture_is_seen(ours: VisionLanguageModel):
-    """Another picture gives other logits behind the same words."""
+def test_the_image_is_seen(ours: VisionLanguageModel):
+    """Another image gives other logits behind the same words."""
     prompt = [user_turn("what?", 1)]
     first, second = (ours.model(**ours.inputs([prompt], [[picture(n)]])).logits[0, -1] for n in (0, 1))
     assert not torch.allclose(first, second, atol=1e-4)
@@ -246,7 +246,7 @@ def test_an_error_while_streaming_reaches_the_caller(ours: VisionLanguageModel):
 
 
 def test_a_conversation_goes_on(ours: VisionLanguageModel):
-    """Earlier turns and their pictures stand before the question."""
+    """Earlier turns and their images stand before the question."""
     talk = [user_turn("what?", 1), Turn("assistant", ("a cat",)), user_turn("and <image>?", 1)]
     inputs = ours.inputs([talk], [[picture(0), picture(1)]])
     text = ours.processor.tokenizer.decode(inputs["input_ids"][0])
@@ -255,7 +255,7 @@ def test_a_conversation_goes_on(ours: VisionLanguageModel):
     assert isinstance(ours.answer([talk], [[picture(0), picture(1)]], GREEDY)[0], str)
 
 
-def test_pictures_stand_where_the_prompt_says():
+def test_images_stand_where_the_prompt_says():
     one = ImageRef(Path())
     assert user_turn("what?", 2) == Turn("user", (one, one, "\nwhat?"))
     assert user_turn("a <image> b <image>", 2) == Turn("user", ("a ", one, " b ", one))
@@ -269,7 +269,7 @@ def test_pictures_stand_where_the_prompt_says():
 @pytest.mark.parametrize(
     ("prompt", "images", "slots"), [("<image> <image>", 1, 2), ("<image>", 2, 1), ("<image>", 0, 1)]
 )
-def test_a_prompt_with_more_or_fewer_slots_than_pictures_is_an_error(
+def test_a_prompt_with_more_or_fewer_slots_than_images_is_an_error(
     ours: VisionLanguageModel, prompt: str, images: int, slots: int
 ):
     with pytest.raises(ValueError, match=f"the prompt has {slots} <image>, but {images} images were given"):
@@ -277,7 +277,7 @@ def test_a_prompt_with_more_or_fewer_slots_than_pictures_is_an_error(
 
 
 @pytest.mark.parametrize("given", [[], [[picture()]]])
-def test_several_prompts_need_as_many_lists_of_pictures(ours: VisionLanguageModel, given: list[Any]):
+def test_several_prompts_need_as_many_lists_of_images(ours: VisionLanguageModel, given: list[Any]):
     if not given:
         assert len(ours.generate(["a", "b", "c"], given, max_new_tokens=1)) == 3
         return
@@ -285,14 +285,14 @@ def test_several_prompts_need_as_many_lists_of_pictures(ours: VisionLanguageMode
         ours.generate(["a", "b", "c"], given)
 
 
-def test_a_picture_that_does_not_open_is_an_error(ours: VisionLanguageModel, tmp_path: Path):
-    (tmp_path / "a.png").write_text("no picture")
+def test_an_image_that_does_not_open_is_an_error(ours: VisionLanguageModel, tmp_path: Path):
+    (tmp_path / "a.png").write_text("no image")
     for name in ("a.png", "missing.png"):
         with pytest.raises(ValueError, match=rf"{name} does not open"):
             ours.generate("what?", [tmp_path / name])
 
 
-def test_pictures_are_given_as_paths_or_opened(tmp_path: Path):
+def test_images_are_given_as_paths_or_opened(tmp_path: Path):
     picture().save(tmp_path / "a.png")
     first, second, third = load_images([picture(), tmp_path / "a.png", str(tmp_path / "a.png")])
     assert first.tobytes() == second.tobytes() == third.tobytes()
@@ -350,7 +350,7 @@ def test_a_connector_that_travels_with_a_checkpoint_is_loaded_where_it_is_truste
 
 
 def test_a_prompt_of_which_the_template_leaves_nothing_is_an_error(parts: Parts):
-    """`plain` keeps pictures alone; a tokenizer without BOS then has no token to begin with."""
+    """`plain` keeps images alone; a tokenizer without BOS then has no token to begin with."""
     processor = parts.processor()
     tokenizer = byte_tokenizer("plain", bos=None)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -362,7 +362,7 @@ def test_a_prompt_of_which_the_template_leaves_nothing_is_an_error(parts: Parts)
 def test_training_switched_the_cache_off(ours: VisionLanguageModel):
     """Gradient checkpointing leaves `use_cache=False` in the configuration; answers use the cache all the same.
 
-    With pictures transformers insists on it; here there is none.
+    With images transformers insists on it; here there is none.
     """
     before = ours.generate("what?", max_new_tokens=6)
     for settings in (ours.model.config, ours.model.language_model.config, ours.model.generation_config):
@@ -376,8 +376,8 @@ def test_training_switched_the_cache_off(ours: VisionLanguageModel):
     assert set(lengths[1:]) <= {1}
 
 
-def test_a_video_is_frames_to_a_model_that_knows_pictures(parts: Parts, tmp_path: Path):
-    """Where `<video>` stands, beside pictures, for one prompt of several."""
+def test_a_video_is_frames_to_a_model_that_knows_images(parts: Parts, tmp_path: Path):
+    """Where `<video>` stands, beside images, for one prompt of several."""
     ours = make_random_model(parts, "llama")
     video = write_video(tmp_path / "a.mp4", 20)
     turn, media = ours.open_question("<image> and <video>?", [picture(0)], [video], 2)

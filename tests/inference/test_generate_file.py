@@ -23,7 +23,7 @@ from vlm.inference.generate_file import generate_file, question_text
 GREEDY = InferenceConfig(max_new_tokens=6)
 SAMPLED = InferenceConfig(temperature=3.0, max_new_tokens=6)
 QUESTIONS = ["what?", "a rather longer question about <image> and <image>: which is it?", "no picture here", "<image>"]
-"""Of two pictures, of one, of none."""
+"""Of two images, of one, of none."""
 NUMBER = 7
 """So many records."""
 
@@ -52,7 +52,7 @@ def make_question(number: int) -> str:
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """Records of different lengths and numbers of pictures; the last one has a turn before its question."""
+    """Records of different lengths and numbers of images; the last one has a turn before its question."""
     found = []
     for number in range(NUMBER):
         names = [f"{number}-{place}.png" for place in range(image_refs_from_value(number))]
@@ -127,7 +127,7 @@ def test_the_reply_never_reaches_the_model(ours: VisionLanguageModel, records: P
 
 def test_records_that_cannot_be_asked_are_rows(ours: VisionLanguageModel, records: Path):
     before = generate_rows(ours, records)
-    records.with_name("0-0.png").write_text("no picture")
+    records.with_name("0-0.png").write_text("no image")
     change_record(records, 3, image=["missing.png"])
     change_record(records, 4, conversations=[{"from": "human", "value": "<image>\n" + "word " * 600}])
     change_record(records, 5, conversations=[])
@@ -177,7 +177,7 @@ def test_questions_as_llava_writes_them(ours: VisionLanguageModel, records: Path
     assert rows[0]["answer"] == answer_alone(ours, records.parent, 0)
 
 
-def test_a_question_without_the_pictures_before_it():
+def test_a_question_without_the_images_before_it():
     shown = ImageRef(Path("a.png"))
     assert question_text(Turn("user", (shown, shown, "\nwhat?"))) == "what?"
     assert question_text(Turn("user", ("this ", shown, " or that ", shown, "?"))) == "this <image> or that <image>?"

@@ -56,7 +56,7 @@ def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """Nine labelled records, of which one names a picture that is not there, and one has no picture."""
+    """Nine labelled records, of which one names an image that is not there, and one has no image."""
     found = []
     for number in range(9):
         image = f"{number}.png"
@@ -89,11 +89,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def test_what_is_said_is_what_the_model_says(checkpoint: Callable[..., Path], name: str):
     """The plain way, through the processor and the model, gives the same."""
     predictor = Predictor.load(checkpoint(name), device="cpu")
-    picture = Image.new("RGB", (40, 30), "red")
-    said = predictor.predict(PROMPT, [picture])
+    image = Image.new("RGB", (40, 30), "red")
+    said = predictor.predict(PROMPT, [image])
     chat = [{"role": "user", "content": f"{predictor.processor.image_token}\n{PROMPT}"}]
     text = predictor.processor.apply_chat_template(chat, add_generation_prompt=True)
-    plain = predictor.model.predict(**predictor.processor(images=[picture], text=text))[name]
+    plain = predictor.model.predict(**predictor.processor(images=[image], text=text))[name]
     assert said.prediction == pytest.approx(plain["predictions"][0]) if name == "size" else True
     assert name == "size" or said.prediction == plain["predictions"][0]
     if said.probabilities:
@@ -104,12 +104,12 @@ def test_what_is_said_is_what_the_model_says(checkpoint: Callable[..., Path], na
 
 def test_several_prompts_are_answered_as_each_alone(checkpoint: Callable[..., Path]):
     predictor = Predictor.load(checkpoint("kind", "warm"), device="cpu")
-    pictures = [Image.new("RGB", (30, 30), colour) for colour in KINDS]
+    images = [Image.new("RGB", (30, 30), colour) for colour in KINDS]
     prompts = [PROMPT, f"{PROMPT} well?", f"say, {PROMPT}"]
-    together = predictor.predict(prompts, [[one] for one in pictures])
+    together = predictor.predict(prompts, [[one] for one in images])
     assert [set(one) for one in together] == [{"kind", "warm"}] * 3
-    for prompt, picture, said in zip(prompts, pictures, together, strict=True):
-        alone = predictor.predict(prompt, [picture])
+    for prompt, image, said in zip(prompts, images, together, strict=True):
+        alone = predictor.predict(prompt, [image])
         assert alone["kind"].outputs == pytest.approx(said["kind"].outputs, abs=1e-4)
 
 
@@ -181,7 +181,7 @@ def test_json_lines_hold_all_that_was_said(checkpoint: Callable[..., Path], reco
     assert row["score_size"] == row["prediction_size"] == pytest.approx(row["outputs_size"][0])
 
 
-def test_a_table_of_pictures_without_labels(checkpoint: Callable[..., Path], records: Path):
+def test_a_table_of_images_without_labels(checkpoint: Callable[..., Path], records: Path):
     table, output = records.with_name("new.csv"), records.with_name("preds.csv")
     table.write_text("file\n0.png\n1.png\n")
     options = ["--option", "image_key=file", "--option", f"prompt={PROMPT}"]
@@ -217,7 +217,7 @@ def test_a_stopped_run_goes_on(
     with partial.open("a") as file:
         file.write('{"source": "torn')
     run_predict(*command)
-    assert sum(asked[3:]) == 4  # of the five records left one has no picture
+    assert sum(asked[3:]) == 4  # of the five records left one has no image
     assert [row["source"] for row in read_rows(stopped)] == [row["source"] for row in read_rows(whole)]
     assert [row["prediction"] for row in read_rows(stopped)] == [row["prediction"] for row in read_rows(whole)]
 
@@ -257,8 +257,8 @@ REFUSED = {
     "both": (["--prompt", "x", "--input", "a.json"], "give --prompt for one question, or --input and --output"),
     "no output": (["--input", "a.json"], "--input and --output belong together"),
     "no file": (["--input", "none.json", "--output", "x.csv"], "--input none.json: no such file"),
-    "picture of none": (["--prompt", "x", "--image", "none.png"], "image none.png does not open"),
-    "too few pictures": (["--prompt", "<image> x"], "the prompt has 1 <image>, but 0 images were given"),
+    "image of none": (["--prompt", "x", "--image", "none.png"], "image none.png does not open"),
+    "too few images": (["--prompt", "<image> x"], "the prompt has 1 <image>, but 0 images were given"),
     "batch": (["--prompt", "x", "--batch-size", "0"], "--batch-size 0: at least 1 is needed"),
 }
 

@@ -63,7 +63,7 @@ def expected(model: VisionLanguageModel) -> str:
     return model.answer([turns], [[picture(0), picture(1)]], InferenceConfig(max_new_tokens=12))[0]
 
 
-def test_a_conversation_with_pictures_gets_the_answer_of_the_model(client: TestClient, expected: str):
+def test_a_conversation_with_images_gets_the_answer_of_the_model(client: TestClient, expected: str):
     found = post_chat(client, messages=CONVERSATION)
     assert found["choices"][0]["message"]["content"].strip() == expected
     assert found["usage"]["completion_tokens"] <= 12
@@ -122,7 +122,7 @@ def test_what_cannot_be_answered_is_refused_in_words(client: TestClient, fields:
     ("data:image/png;base64,@@@", "base64 does not decode"),
     ("data:image/png;base64,AAAA", "does not open"),
 ])  # fmt: skip
-def test_pictures_come_with_the_request_and_from_nowhere_else(client: TestClient, url: str, words: str):
+def test_images_come_with_the_request_and_from_nowhere_else(client: TestClient, url: str, words: str):
     found = post_chat(
         client, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
     )
