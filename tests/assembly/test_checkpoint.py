@@ -1,6 +1,7 @@
 """Opening checkpoints: what each is, the refusals, and that no other module asks for the classes of models."""
 
 import ast
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from vlm.assembly.checkpoint import (
     is_prediction_model,
     open_checkpoint,
 )
+from vlm.assembly.resolve import resolve_model
+from vlm.config.model_schema import HeadsConfig
+from vlm.config.schema import RunConfig
 from vlm.models import VLMForPrediction, VLMPredictionConfig
 
 SOURCE = Path(vlm.__file__).parent
@@ -100,6 +104,28 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(composed: Path, tmp_pa
 def test_another_model_is_refused(parts: Parts):
     with pytest.raises(ValueError, match="model_type=llama is no family of vision-language models"):
         open_checkpoint(parts.language_model("llama"))
+
+
+def test_a_class_that_a_checkpoint_alone_names_is_not_imported(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run that goes on from it names the class itself."""
+    (tmp_path / "imported_by_name.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    model, processor = parts.model()
+    recipe = parts.recipe()
+    recipe.head = HeadsConfig(task="binary", type="imported_by_name:Head", labels=["no", "yes"])
+    head = {"name": "label", "task": "binary", "labels": ["no", "yes"], "loss": "bce", "type": recipe.head.type}
+    config = VLMPredictionConfig(body_config=model.config, heads=[head], recipe=asdict(recipe))
+    config.save_pretrained(tmp_path / "heads")
+    processor.save_pretrained(tmp_path / "heads")
+    run = RunConfig()
+    run.trainer.from_pretrained = str(tmp_path / "heads")
+    run.model.head.task = "binary"
+    with pytest.raises(ValueError, match=r"model.head.type=imported_by_name:Head: allowed are .* once you have named"):
+        resolve_model(run)
+    with pytest.raises(ValueError, match=r"model.head.type=imported_by_name:Head"):
+        open_checkpoint(tmp_path / "heads").load_model()
 
 
 # Who asks

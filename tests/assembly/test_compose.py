@@ -32,8 +32,8 @@ from vlm.assembly.compose import (
     recipe_differences,
     register_connector_class,
 )
+from vlm.config.model_schema import ModelConfig
 from vlm.config.recorded import read_recipe
-from vlm.config.schema import ModelConfig
 from vlm.models.connectors import CONNECTORS, Connector
 
 # What is built

@@ -23,8 +23,9 @@ from vlm.assembly.compose import (
     recipe_differences,
 )
 from vlm.assembly.quantization import make_checkpoint_quantization
+from vlm.config.model_schema import EncoderConfig
 from vlm.config.recorded import read_recipe
-from vlm.config.schema import EncoderConfig, RunConfig
+from vlm.config.schema import RunConfig
 from vlm.hub.targets import EXPORT_FORMATS
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.models.encoders import EncoderEnsemble
@@ -329,7 +330,13 @@ def test_an_architecture_that_the_command_line_contradicts_is_listed(parts: Part
     for touched in ("visual_encoder", "visual_encoder.extra_encoders", "visual_encoder.extra_encoders.0.feature_layer"):
         different = recipe_differences(model.config, recipe, [touched])
         assert [key for key, *_ in different] == ["model.visual_encoder.extra_encoders"]
-    del model.config.recipe["visual_encoder"]["extra_encoders"]  # as a checkpoint was written before there were several
+    recorded = model.config.recipe["visual_encoder"]
+    same = parts.recipe("dinov2", image_size=24, layer=-2, extra_encoders={"siglip": {"feature_layer": -2}})
+    assert recipe_differences(model.config, same, ["visual_encoder"]) == []
+    recorded["beside"] = recorded.pop("extra_encoders")  # as earlier checkpoints call it
+    assert recipe_differences(model.config, same, ["visual_encoder"]) == []
+    assert len(recipe_differences(model.config, recipe, ["visual_encoder"])) == 1
+    del recorded["beside"]  # as a checkpoint was written before there were several
     assert not recipe_differences(model.config, parts.recipe("dinov2", image_size=24, layer=-2), ["visual_encoder"])
 
 

@@ -29,8 +29,11 @@ def take_away(name: PrivateName, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a library lose a name, as a rename would."""
     module, _, path = name.owner.partition(":")
     *outer, last = path.split(".")
-    parent = reduce(getattr, outer, pytest.importorskip(module))
-    owner = getattr(parent, last)
+    parent = reduce(getattr, filter(None, outer), pytest.importorskip(module))
+    owner = getattr(parent, last) if last else parent
+    if inspect.ismodule(owner):
+        monkeypatch.delattr(owner, name.name)
+        return
     if inspect.isfunction(owner):
         monkeypatch.setattr(parent, last, lambda *args, **kwargs: None)
         return
@@ -44,6 +47,8 @@ def test_a_name_that_is_gone_is_refused(name: PrivateName, monkeypatch: pytest.M
     take_away(name, monkeypatch)
     library = name.module.partition(".")[0]
     with pytest.raises(ImportError, match=rf"^{library} [\d.]+.*{name.name}.*{re.escape(name.reason)}"):
+        check_private_names([name])
+    with pytest.raises(ImportError, match=f"^{library}"):
         check_private_names()
 
 

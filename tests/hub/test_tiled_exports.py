@@ -20,7 +20,7 @@ from tests.command_line import refusal
 from tests.hub.test_exporting import KEYS, weights
 from tests.hub.tiles import BATCHES, FIVE, LIKE, SIDE, SIXES, draw_images, in_pixels, ours, same_answers
 from tests.tiny_parts import Parts
-from vlm.config.schema import AnyResConfig
+from vlm.config.model_schema import AnyResConfig
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.importing import import_checkpoint
 from vlm.hub.tiles import make_aspect_ratio, native_type

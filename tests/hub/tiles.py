@@ -21,7 +21,7 @@ from transformers import (
 from tests.hub.foreign import tokenizer_with_image
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.compose import build_model, compose
-from vlm.config.schema import AnyResConfig
+from vlm.config.model_schema import AnyResConfig
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 SIDE = 24

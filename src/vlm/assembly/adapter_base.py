@@ -15,8 +15,9 @@ from transformers.utils import cached_file
 from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.quantization import quantized_parts
 from vlm.config.derived import BASE_FILE
+from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
 from vlm.config.recorded import current_key, read_recipe
-from vlm.config.schema import PARTS, EncoderConfig, LanguageModelConfig, ModelConfig, RunConfig
+from vlm.config.schema import PARTS, RunConfig
 
 WHOLE_CHECKPOINT = "checkpoint"
 """The name of the only source of a base that is one checkpoint."""

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from vlm.config.schema import AnyResConfig
+from vlm.config.model_schema import AnyResConfig
 from vlm.models.anyres import AnyRes
 from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connectors import keeps_grid

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, replace
 from typing import Any
 
+from vlm.config.model_schema import HeadConfig, HeadsConfig
 from vlm.config.recorded import read_recipe
-from vlm.config.schema import HeadConfig, HeadsConfig
 from vlm.models.configuration_prediction import VLMPredictionConfig
 
 CHANGEABLE_HEAD_KEYS = (

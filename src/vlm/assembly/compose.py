@@ -4,7 +4,6 @@
 and without weights; `build_model` then loads the weights.
 """
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -28,8 +27,9 @@ from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.encoders import check_views, encoder_sources, resolve_encoders
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.quantization import make_quantization_config
+from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
+from vlm.config.named import import_named
 from vlm.config.recorded import upgrade_recipe
-from vlm.config.schema import EncoderConfig, LanguageModelConfig, ModelConfig
 from vlm.data.encoding.labels import read_template
 from vlm.data.processor import Processor
 from vlm.models.configuration_vlm import VLMConfig
@@ -123,12 +123,8 @@ def register_connector_class(kind: str) -> None:
     Raises:
         ValueError: the module or the class does not exist.
     """
-    module, _, name = kind.partition(":")
-    if name and kind not in CONNECTORS:
-        try:
-            CONNECTORS[kind] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"model.connector.type={kind}: {error}") from error
+    if ":" in kind and kind not in CONNECTORS:
+        CONNECTORS[kind] = import_named(kind, "model.connector.type")  # pyright: ignore[reportArgumentType] - theirs
 
 
 def choose_attention(

@@ -15,7 +15,7 @@ from transformers import (
     TimmWrapperImageProcessor,
 )
 
-from vlm.config.schema import EncoderConfig, VisualEncoderConfig
+from vlm.config.model_schema import EncoderConfig, VisualEncoderConfig
 from vlm.models.configuration_vlm import encoder_names
 from vlm.models.encoders import flatten_feature_map
 from vlm.models.pixels import ImageProcessor

@@ -3,7 +3,6 @@
 Imports the schema, the hub code and the labels of data.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -14,7 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from vlm.config.choices import LOSSES
 from vlm.config.derived import extra_tokens, head_key, query_token, query_tokens
-from vlm.config.schema import HeadConfig, ModelConfig
+from vlm.config.model_schema import HeadConfig, ModelConfig
+from vlm.config.named import import_named
 from vlm.data.encoding.labels import get_media_token_ids
 from vlm.data.heads.labels import HeadLabels, label_mean_and_std
 from vlm.data.processor import Processor
@@ -175,12 +175,8 @@ def register_head_class(kind: str, key: str = "model.head.type") -> None:
     Raises:
         ValueError: the module or the class does not exist.
     """
-    module, _, name = kind.partition(":")
-    if name and kind not in HEADS:
-        try:
-            HEADS[kind] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{key}={kind}: {error}") from error
+    if ":" in kind and kind not in HEADS:
+        HEADS[kind] = import_named(kind, key)  # pyright: ignore[reportArgumentType] - the user's class
 
 
 def with_checkpoint_scales(config: VLMPredictionConfig, start: Sequence[HeadSettings]) -> VLMPredictionConfig:

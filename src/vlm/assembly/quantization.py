@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from vlm.assembly.family import get_auto_class
-from vlm.config.schema import ModelConfig
+from vlm.config.model_schema import ModelConfig
 from vlm.families.table import get_part_names
 
 

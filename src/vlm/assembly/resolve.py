@@ -21,10 +21,12 @@ from vlm.assembly.family import load_family_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.quantization import quantized_parts
 from vlm.checks.heads import head_problems
+from vlm.config.model_schema import ConnectorConfig
 from vlm.config.recorded import read_recipe
-from vlm.config.schema import ConnectorConfig, RunConfig
+from vlm.config.schema import RunConfig
 from vlm.data.processor import Processor
 from vlm.models.configuration_vlm import VLMConfig
+from vlm.models.heads import head_class
 
 
 def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[PreTrainedConfig, Processor]:
@@ -80,13 +82,18 @@ def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: S
     """Make the heads of a checkpoint those of the run.
 
     Raises:
-        ValueError: the run asks for other heads, or for quantised parts.
+        ValueError: the run asks for other heads, or for quantised parts, or a head is of a class that the checkpoint
+            alone names: code is imported only where the run names it.
     """
     assert is_prediction_config(checkpoint.config)
     head_keys = [key.removeprefix("head.") for key in overridden_keys]
+    named_types = {head.type for head in config.model.head.by_name.values()}
     config.model.head = resolve_checkpoint_heads(config.model.head, checkpoint.config, checkpoint.name, head_keys)
     for problem in head_problems(config):
         raise ValueError(problem)
+    for head in config.model.head.by_name.values():
+        if head.type not in named_types:
+            head_class(head.type)
     for part, kind in quantized_parts(config.model).items():
         raise ValueError(
             f"model.{part}.quantization={kind}: trainer.from_pretrained={checkpoint.name} has prediction heads; such a "

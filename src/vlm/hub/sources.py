@@ -26,7 +26,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from vlm.assembly.encoders import image_size
-from vlm.config.schema import AnyResConfig, ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.config.model_schema import AnyResConfig, ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.hub.adapters import Adapter, read_adapter
 from vlm.hub.folders import JsonObject, read_json, resolve_folder
 from vlm.hub.layouts import TRANSFORMERS_LLAVA_PREFIXES, PrefixPairs, make_original_prefixes

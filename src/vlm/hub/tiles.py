@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vlm.config.schema import AnyResConfig
+from vlm.config.model_schema import AnyResConfig
 from vlm.hub.folders import JsonObject
 from vlm.models.anyres import AnyRes
 
