@@ -200,7 +200,7 @@ class FeatureStore:
     def open_packs(self) -> list[Pack]:
         """Return the whole packs."""
         packs = []
-        for file in self.folder.glob(f"*/{FORMAT_FILE}"):
+        for file in sorted(self.folder.glob(f"*/{FORMAT_FILE}")):
             if not file.parent.name.endswith(PARTIAL_SUFFIX):
                 with suppress(FileNotFoundError):
                     packs.append(Pack(file.parent))
