@@ -1,14 +1,22 @@
 """What is done between wrapping a model and its first step: its forward is unwrapped, and looked at."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vlm.data.processor import Processor
+from vlm.train.objectives.base import Objective, ObjectiveTrainer
 from vlm.train.step.compile import force_eager
 from vlm.train.step.packing import check_packing
 
-if TYPE_CHECKING:
-    from vlm.train.trainer import VLMTrainer
+
+class StartingTrainer(ObjectiveTrainer, Protocol):
+    """What is asked of the run's `VLMTrainer`."""
+
+    packing: bool
+    processor: Processor
+    objective: Objective
+    is_deepspeed_enabled: bool
 
 
 class BeforeFirstStep(TrainerCallback):
@@ -19,7 +27,7 @@ class BeforeFirstStep(TrainerCallback):
         model: the model, before accelerate wraps it.
     """
 
-    def __init__(self, trainer: "VLMTrainer", model: PreTrainedModel):
+    def __init__(self, trainer: StartingTrainer, model: PreTrainedModel):
         self.trainer = trainer
         self.own_forward = vars(model).get("forward")  # such as Liger's
 
