@@ -122,7 +122,7 @@ def _save_adapter(model: PreTrainedModel, state: dict[str, Tensor], folder: Path
     save_file(
         {PEFT_PREFIX + name: tensor for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
     )
-    config = cast("LoraConfig", copy.copy(model.peft_config["default"]))  # pyright: ignore[reportIndexIssue] - set by peft
+    config = cast("LoraConfig", copy.copy(model.peft_config["default"]))
     config.target_modules = sorted(name for name, module in model.named_modules() if isinstance(module, LoraLayer))
     whole = base.sources.get(WHOLE_CHECKPOINT)
     config.base_model_name_or_path = None if whole is None else whole.name

@@ -29,11 +29,10 @@ def training_keys(trainer: TrainerOptions) -> dict[str, str]:
 
 def zero_stage(deepspeed: str | Mapping[str, Any] | None) -> int:
     """Return the ZeRO stage that `trainer.deepspeed` names; 0 where it names none."""
-    if isinstance(deepspeed, str):
-        if not Path(deepspeed).is_file():
-            return int(deepspeed[-1]) if deepspeed.startswith("zero") and deepspeed[-1].isdigit() else 0
-        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-    return (deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    if isinstance(deepspeed, str) and not Path(deepspeed).is_file():
+        return int(deepspeed[-1]) if deepspeed.startswith("zero") and deepspeed[-1].isdigit() else 0
+    settings = json.loads(Path(deepspeed).read_text(encoding="utf-8")) if isinstance(deepspeed, str) else deepspeed
+    return (settings or {}).get("zero_optimization", {}).get("stage", 0)
 
 
 def get_value(config: RunConfig, key: str) -> Any:

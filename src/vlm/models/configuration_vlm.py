@@ -97,7 +97,7 @@ class VLMConfig(PreTrainedConfig):
         return encoder_names(1 + len(self.beside))
 
     @property
-    def sub_configs(self) -> dict[str, type]:  # pyright: ignore[reportIncompatibleVariableOverride] - a model's own
+    def sub_configs(self) -> dict[str, type]:
         """The nested configurations, on which transformers sets dtypes and attention implementations too."""
         return dict.fromkeys([*self.encoder_names, "text_config"], AutoConfig)
 

@@ -58,9 +58,9 @@ def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> Tr
         raise ValueError(f"trainer: {error}") from error
     if custom_optimizer is not None:
         arguments.optim = custom_optimizer  # `TrainingArguments` refuses names that transformers does not have
-    if trainer.accelerator_config is None:  # pyright: ignore[reportAttributeAccessIssue] - passed through
+    if trainer.accelerator_config is None:
         # Out of pinned memory a device copies the next batch while it computes; without this the host would wait.
-        arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory  # pyright: ignore
+        arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory  # pyright: ignore[reportAttributeAccessIssue]
     _ = arguments.device  # sets up the process group
     if arguments.n_gpu > 1:
         raise ValueError(

@@ -109,7 +109,7 @@ def peft_config(lora: LoraConfig, targets: dict[str, list[str]]) -> peft.LoraCon
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         bias=lora.bias,  # pyright: ignore[reportArgumentType] - checked against the same list
-        init_lora_weights=PEFT_INITS[lora.init],  # pyright: ignore[reportArgumentType] - a subset of peft's
+        init_lora_weights=PEFT_INITS[lora.init],
     )
 
 

@@ -154,7 +154,7 @@ class MuonWithAdamW(Optimizer):
         self._share_groups_and_state()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Move every parameter that has a gradient; `closure` computes the loss anew."""
         loss = None
         if closure is not None:

@@ -153,7 +153,7 @@ def label_mean_and_std(values: Iterable[float | None]) -> tuple[float, float]:
 def _labels_from_records(name: str, task: str, present: Sequence[object]) -> tuple[Label, ...]:
     """Return the labels of records, sorted; for `binary` the positive one last."""
     distinct = {_checked_label_key(name, label): label for label in _flatten_labels(name, task, present)}
-    labels: list[Any] = sorted(_check_same_type(name, distinct.values()))  # pyright: ignore[reportArgumentType] - of one kind
+    labels: list[Any] = sorted(_check_same_type(name, distinct.values()))
     if task == "ordinal" and isinstance(labels[0], str):
         raise ValueError(
             f"head {name}: nobody can tell the order of {', '.join(map(repr, labels[:10]))}; "

@@ -239,7 +239,7 @@ class TarWriter(RecordWriter):
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool, shard_size: int | None):
-        before, number, after = re.fullmatch(r"(.*?)((?:%\d*d)?)([^%]*)", path.name).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        before, number, after = re.fullmatch(r"(.*?)((?:%\d*d)?)([^%]*)", path.name).groups()
         self._shard_name_pattern = re.compile(re.escape(before) + (r"\d+" if number else "") + re.escape(after))
         self._shard_size = shard_size
         self._shard: tarfile.TarFile | None = None

@@ -34,7 +34,7 @@ def read_image_or_tensor(image_ref: ImageRef, sample_id: str) -> Tensor | Image.
     """
     with wrap_image_errors(image_ref, sample_id):
         assert image_ref.path is not None or image_ref.content is not None
-        content = image_ref.path.read_bytes() if image_ref.content is None else image_ref.content  # pyright: ignore[reportOptionalMemberAccess]
+        content = image_ref.path.read_bytes() if image_ref.content is None else image_ref.content
         if content.startswith(JPEG) and _is_plain(content):
             try:
                 return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
