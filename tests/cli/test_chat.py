@@ -16,7 +16,7 @@ import pytest
 
 from tests.command_line import refusal
 from tests.data.vision.test_video import write_video
-from tests.inference.test_generate import lively
+from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts, picture
 from tests.waiting import HANG
 from vlm.cli.chat import COMMANDS
@@ -32,7 +32,7 @@ Output = tuple[list[str], str]
 
 @pytest.fixture(scope="module")
 def ours(parts: Parts) -> VisionLanguageModel:
-    return lively(parts, "llama")
+    return make_random_model(parts, "llama")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.command_line import refusal
-from tests.inference.test_generate import lively
+from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.cli.main import main
@@ -28,7 +28,7 @@ COLOURS = ["red", "green", "blue"]
 def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory's `final`, untrained."""
     folder = tmp_path_factory.mktemp("run") / "final"
-    ready = lively(parts, "llama")
+    ready = make_random_model(parts, "llama")
     ready.model.save_pretrained(folder)
     ready.processor.save_pretrained(folder)
     return folder

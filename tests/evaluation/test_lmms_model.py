@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.evaluation.lmms_task import ANSWERED, COMPARED, write_tasks
-from tests.inference.test_generate import lively
+from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts, picture
 from vlm import VisionLanguageModel
 from vlm.cli.main import main
@@ -70,7 +70,7 @@ def adapter() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "final"
-    ready = lively(parts, "llama")
+    ready = make_random_model(parts, "llama")
     ready.model.save_pretrained(folder)
     ready.processor.save_pretrained(folder)
     return folder

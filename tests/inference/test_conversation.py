@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.data.vision.test_video import write_video
-from tests.inference.test_generate import lively
+from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import CHAT_TEMPLATES, Parts, byte_tokenizer, picture
 from vlm.config.schema import InferenceConfig
 from vlm.data.sample import Turn
@@ -25,7 +25,7 @@ GREEDY = InferenceConfig(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def ours(parts: Parts) -> VisionLanguageModel:
-    return lively(parts, "llama")
+    return make_random_model(parts, "llama")
 
 
 def say(talk: Conversation, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> str:

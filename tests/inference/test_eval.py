@@ -15,7 +15,7 @@ import torch
 
 import vlm
 from tests.command_line import refusal
-from tests.inference.test_generate import lively
+from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.adapter_base import BASE_FILE
 from vlm.cli.main import main
@@ -26,7 +26,7 @@ from vlm.inference.eval import eval_model, load_pretrained_model, split_image_pa
 @pytest.fixture(scope="module")
 def checkpoint(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "final"
-    ours = lively(parts, "llama", template="chatml")
+    ours = make_random_model(parts, "llama", template="chatml")
     ours.model.save_pretrained(folder)
     ours.processor.save_pretrained(folder)
     return folder

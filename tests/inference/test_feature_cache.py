@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.inference.test_generate import lively
+from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts, picture
 from vlm.config.schema import InferenceConfig
 from vlm.inference.conversation import Conversation
@@ -19,7 +19,7 @@ GREEDY = InferenceConfig(max_new_tokens=6)
 
 @pytest.fixture(scope="module")
 def plain(parts: Parts) -> VisionLanguageModel:
-    return lively(parts, "llama")
+    return make_random_model(parts, "llama")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_one_that_may_still_train_does_not(plain: VisionLanguageModel):
 
 def test_what_changes_is_not_remembered(parts: Parts):
     """Other weights once it has been in training, and another precision."""
-    ours = lively(parts, "llama")
+    ours = make_random_model(parts, "llama")
     ours.feature_cache = feature_cache = ImageFeatureCache()
     generate_answers(ours, [[1]])
     ours.model.train()

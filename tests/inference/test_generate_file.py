@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.command_line import refusal
-from tests.inference.test_generate import lively
+from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
 from vlm.config.schema import InferenceConfig, SourceConfig
@@ -30,7 +30,7 @@ NUMBER = 7
 
 @pytest.fixture(scope="module")
 def ours(parts: Parts) -> VisionLanguageModel:
-    return lively(parts, "llama")
+    return make_random_model(parts, "llama")
 
 
 @pytest.fixture(scope="module")

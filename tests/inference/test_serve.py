@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from tests.command_line import refusal
-from tests.inference.test_generate import lively
+from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts, picture
 from vlm.cli.serve import get_default_name
 from vlm.config.schema import InferenceConfig
@@ -21,7 +21,7 @@ from vlm.inference.serve import make_app
 
 @pytest.fixture(scope="module")
 def model(parts: Parts) -> VisionLanguageModel:
-    return lively(parts, "llama")
+    return make_random_model(parts, "llama")
 
 
 @pytest.fixture(scope="module")
