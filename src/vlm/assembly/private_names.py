@@ -78,6 +78,10 @@ PRIVATE_NAMES = {
         PrivateName(
             "torch.storage:UntypedStorage", "_new_shared", "data workers share the memory of batches", ("size",)
         ),
+        PrivateName("torch.nn.modules.dropout", "_DropoutNd", "modules with dropout encode equal images one by one"),
+        PrivateName(
+            "torch.nn.modules.batchnorm", "_NormBase", "modules with batch norm encode equal images one by one"
+        ),
     ),
     "deepspeed": (
         PrivateName(ZERO3_INIT, "ds_numel", "parameters that ZeRO-3 shards are counted"),
@@ -110,7 +114,7 @@ def find_problem(name: PrivateName) -> str | None:
     """Return what the installed library lacks of a name; None: nothing."""
     module, _, path = name.owner.partition(":")
     try:
-        owner = reduce(getattr, path.split("."), import_module(module))
+        owner = reduce(getattr, filter(None, path.split(".")), import_module(module))
     except AttributeError:
         return f"{name.owner.replace(':', '.')} is gone"
     if inspect.isfunction(owner):
