@@ -55,7 +55,7 @@ def all_hidden_states(encoder: PreTrainedModel, given: Tensor) -> list[Tensor]:
 def find_blocks(encoder: Any) -> nn.ModuleList | nn.Sequential:
     """What runs one after the other."""
     if hasattr(encoder, "timm_model"):
-        return encoder.timm_model.find_blocks
+        return encoder.timm_model.blocks
     lists = [one for one in encoder.modules() if isinstance(one, nn.ModuleList) and len(one) == 3]
     assert len(lists) == 1
     return lists[0]

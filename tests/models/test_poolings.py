@@ -99,11 +99,11 @@ def test_the_mean_is_taken_in_single_precision():
 @pytest.mark.parametrize(
     ("pooling", "missing", "says"),
     [
-        ("image", "media", "row 1 has no token to read: it shows no image"),
-        ("token", "wanted", r"row 1 has no token to read: .*model\.head\.token"),
-        ("query", "wanted", r"row 1 has no token to read: .*config\.suffix"),
-        *((pooling, "real", "row 1 has no token to read: it is empty") for pooling in ("last", "first", "mean")),
-        *((pooling, "real", "row 1 has no token to read: it is empty") for pooling in EVERY_TOKEN_POOLINGS),
+        ("image", "media_mask", "row 1 has no token to read: it shows no image"),
+        ("token", "selected_mask", r"row 1 has no token to read: .*model\.head\.token"),
+        ("query", "selected_mask", r"row 1 has no token to read: .*config\.suffix"),
+        *((pooling, "prompt_mask", "row 1 has no token to read: it is empty") for pooling in ("last", "first", "mean")),
+        *((pooling, "prompt_mask", "row 1 has no token to read: it is empty") for pooling in EVERY_TOKEN_POOLINGS),
     ],
 )
 def test_a_row_without_anything_to_read_is_named(pooling: str, missing: str, says: str):
