@@ -22,17 +22,19 @@ from vlm.train.parts import is_trainable
 log = logging.getLogger(__name__)
 
 
-def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> TrainingArguments:
-    """The run's `TrainingArguments`; the process group exists afterwards, as ZeRO-3 needs it before building.
+def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ()) -> TrainingArguments:
+    """Return the run's `TrainingArguments`, and set up the process group: ZeRO-3 needs it before the model is built.
 
     Under DeepSpeed without a launcher, this process becomes the only rank.
 
     Args:
         trainer: the run's section.
-        extra: what trains besides the parts that it names: a head, rows of the language model's embeddings.
+        extra_parts: the parts that train besides those that the section names: a head, rows of embeddings.
+
+    Raises:
+        ValueError: a key cannot be used, a part that trains has no learning rate, or a process sees several GPUs.
     """
-    given = {name: getattr(trainer, name) for name in TRAINING_ARGUMENT_FIELDS}
-    values = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name in TRAINING_ARGUMENT_FIELDS if (value := getattr(trainer, name)) is not None}
     if values["train_sampling_strategy"] == GROUP_BY_MODALITY_LENGTH:
         values["train_sampling_strategy"] = "random"  # our own sampler takes its place
     custom_optimizer = values.pop("optim", None) if values.get("optim") not in list(OptimizerNames) else None
@@ -44,15 +46,10 @@ def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> Tr
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
         _set_single_process_env()
-    parts = [*[part for part in PARTS if is_trainable(trainer, part)], *extra]
-    rates = {part: getattr(trainer.learning_rate, f"{part}_learning_rate") for part in parts}
-    if without := [part for part, rate in rates.items() if rate is None]:  # a checkpoint's heads may ask for more
-        raise ValueError(
-            f"trainer.learning_rate.{without[0]}_learning_rate=null: a positive number is needed, since it trains"
-        )
+    peak_rate = max(_learning_rates(trainer, extra_parts))
     try:
         arguments = TrainingArguments(
-            output_dir="outputs", deepspeed=settings, learning_rate=max(rates.values()), weight_decay=0.0, **values
+            output_dir="outputs", deepspeed=settings, learning_rate=peak_rate, weight_decay=0.0, **values
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error
@@ -74,8 +71,24 @@ def training_arguments(trainer: TrainerOptions, extra: Iterable[str] = ()) -> Tr
     return arguments
 
 
+def _learning_rates(trainer: TrainerOptions, extra_parts: Iterable[str]) -> list[float]:
+    """Return the peak learning rates of the parts that train.
+
+    Raises:
+        ValueError: a part has none; the heads of a checkpoint may ask for more than the checks of a run know.
+    """
+    parts = [*[part for part in PARTS if is_trainable(trainer, part)], *extra_parts]
+    rates = {part: getattr(trainer.learning_rate, f"{part}_learning_rate") for part in parts}
+    for part, rate in rates.items():
+        if rate is None:
+            raise ValueError(
+                f"trainer.learning_rate.{part}_learning_rate=null: a positive number is needed, since it trains"
+            )
+    return list(rates.values())
+
+
 def deepspeed_config(value: Any) -> dict[str, Any] | None:
-    """What `trainer.deepspeed` stands for: a packaged name, a JSON file, a mapping, or nothing.
+    """Return what `trainer.deepspeed` stands for: a packaged name, a JSON file, a mapping, or nothing.
 
     Raises:
         ValueError: it would override the parts' optimiser groups, or could not save the trained model.
@@ -114,5 +127,5 @@ def _set_single_process_env() -> None:
 
 
 def sampler_seed(args: TrainingArguments) -> int:
-    """What the order of samples is drawn with: `trainer.data_seed`, else `trainer.seed`."""
+    """Return the seed of the order of samples: `trainer.data_seed`, else `trainer.seed`."""
     return args.seed if args.data_seed is None else args.data_seed
