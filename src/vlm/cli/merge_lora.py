@@ -23,11 +23,13 @@ def main(words: Sequence[str]) -> None:
     args = parser.parse_args(words)
     if args.lora_path and args.checkpoint and args.output_path is None and args.out is None:
         args.out, args.checkpoint = Path(args.checkpoint), None  # `--lora-path CHECKPOINT OUT`
-    if bool(args.checkpoint) == bool(args.lora_path) or bool(args.out) == bool(args.output_path):
+    checkpoints = [name for name in (args.checkpoint, args.lora_path) if name]
+    outputs = [folder for folder in (args.out, args.output_path) if folder]
+    if len(checkpoints) != 1 or len(outputs) != 1:
         parser.error("give CHECKPOINT and OUT, each once")
-    out: Path = args.out or args.output_path
+    out = outputs[0]
     try:
-        dtype = merge(args.checkpoint or args.lora_path, out, args.base, trust_remote_code=args.trust_remote_code)
+        dtype = merge(checkpoints[0], out, args.base, trust_remote_code=args.trust_remote_code)
     except (ValueError, OSError) as error:
         sys.exit(f"vlm merge-lora: {error}")
     print(f"{out}: complete, in {dtype}; it needs its base no longer")

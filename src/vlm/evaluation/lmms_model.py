@@ -147,10 +147,11 @@ class LmmsModel(lmms):
             encoded = encode(self.vlm.processor, sample, sizes)
             check_length(len(encoded.input_ids), self.vlm.positions, 0)
             rows.append(model_inputs(self.vlm.processor, encoded, opened, sizes))
-        batch = Collator.of(self.vlm.processor)(rows)
+        batch: dict[str, Any] = {**Collator.of(self.vlm.processor)(rows)}
         labels = batch["labels"].to(self.device)
         inputs = self.vlm.use_cached_features(on_device(batch, self.vlm.processor, self.device))
         output, targets = supervised_logits(self.vlm.model, {**inputs, "labels": labels})
+        assert output.logits is not None
         sums, counts = row_losses(output.logits, labels)
         correct = _all_correct(output.logits.argmax(dim=-1) == targets, counts)
         return list(zip((sums / counts).tolist(), correct, strict=True))

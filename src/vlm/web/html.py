@@ -74,9 +74,9 @@ def samples_html(title: str, samples: Sequence[SampleAnswer]) -> str:
     parts = []
     for sample in samples:
         image = f'<img src="{_data_url(Path(sample["image"]))}" alt="">' if "image" in sample else ""
-        names = ("question", "reference", "answer")
-        texts = "".join(f"<dt>{name}</dt><dd>{escape(sample[name])}</dd>" for name in names if name in sample)
-        parts.append(f'<div class="vlm-sample">{image}<dl>{texts}</dl></div>')
+        texts = [(name, sample.get(name)) for name in ("question", "reference", "answer")]
+        rows = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in texts if text is not None)
+        parts.append(f'<div class="vlm-sample">{image}<dl>{rows}</dl></div>')
     return f"<h3>{escape(title)}</h3>{''.join(parts)}"
 
 

@@ -110,7 +110,7 @@ def read_run(folder: Path, outputs: Path) -> Run:
     """Read a run directory."""
     job = read_job(folder)
     lines = last_metrics(folder)
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    losses = [loss for line in lines if (loss := line.get("loss")) is not None]
     return Run(
         folder=folder,
         name=_run_name(folder, outputs),
