@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from tests.families.test_families import folders, load, name, pictures  # noqa: F401 - fixtures
+from tests.families.test_families import folders, load, make_images, name  # noqa: F401 - fixtures
 from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
@@ -33,7 +33,7 @@ def logits(model: Any, processor: Any) -> torch.Tensor:
     """What a model says about an image."""
     ready = VisionLanguageModel(model.eval(), processor)
     with torch.no_grad():
-        return model(**ready.inputs([[user_turn("what?", 1)]], [pictures(1)])).logits
+        return model(**ready.inputs([[user_turn("what?", 1)]], [make_images(1)])).logits
 
 
 def test_a_run_leaves_an_adapter_that_merges_into_the_familys_checkpoint(
@@ -57,5 +57,6 @@ def test_a_run_leaves_an_adapter_that_merges_into_the_familys_checkpoint(
     torch.testing.assert_close(logits(load(tmp_path / "whole"), processor), beside, rtol=0, atol=1e-5)
     assert (beside - logits(load(folders(name)), processor)).abs().max() > 1e-4
     assert isinstance(
-        VisionLanguageModel.load(tmp_path / "whole", device="cpu").generate("what?", pictures(1), max_new_tokens=3), str
+        VisionLanguageModel.load(tmp_path / "whole", device="cpu").generate("what?", make_images(1), max_new_tokens=3),
+        str,
     )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families.test_families import pictures, talk
+from tests.families.test_families import make_images, make_sample
 from tests.families.tiny_families import TINY, save_family
 from vlm.assembly.family import load_family_config, load_family_model
 from vlm.data.batching.collator import Collator
@@ -26,9 +26,9 @@ PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].supp
 def make_rows(processor: Any) -> list[dict[str, Any]]:
     """Samples with one image, with none, with another, larger one, and with two."""
     found = []
-    for index, images in enumerate([pictures(1), [], pictures(3)[1:2], pictures(2)]):
+    for index, images in enumerate([make_images(1), [], make_images(3)[1:2], make_images(2)]):
         sizes = [image.size[::-1] for image in images]
-        encoded = encode(processor, talk(len(images), "yes" * (index + 1)), sizes)
+        encoded = encode(processor, make_sample(len(images), "yes" * (index + 1)), sizes)
         found.append(model_inputs(processor, encoded, images, sizes))
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlm.data.records.index import BATCH, IndexedRecords, parsed
+from vlm.data.records.index import RECORDS_PER_BATCH, IndexedRecords, parse_record
 from vlm.data.records.open import stream_records
 from vlm.data.sample import BadSample
 
@@ -138,11 +138,16 @@ def test_a_file_may_hold_no_record(tmp_path: Path, name: str, content: bytes):
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_more_records_than_are_written_at_a_time(tmp_path: Path, name: str):
-    lines = [b'{"n": %d}' % number for number in range(2 * BATCH + 7)]
+    lines = [b'{"n": %d}' % number for number in range(2 * RECORDS_PER_BATCH + 7)]
     content = b"\n".join(lines) if name.endswith("l") else b"[" + b",".join(lines) + b"]"
     records = indexed(tmp_path, name, content)
     assert len(records) == len(lines)
-    assert [records[index]["n"] for index in (0, BATCH - 1, BATCH, -1)] == [0, BATCH - 1, BATCH, len(lines) - 1]
+    assert [records[index]["n"] for index in (0, RECORDS_PER_BATCH - 1, RECORDS_PER_BATCH, -1)] == [
+        0,
+        RECORDS_PER_BATCH - 1,
+        RECORDS_PER_BATCH,
+        len(lines) - 1,
+    ]
 
 
 def test_pickled_records_are_the_same_and_small(tmp_path: Path):
@@ -175,5 +180,5 @@ def test_records_that_are_open_survive_a_change_of_the_file(tmp_path: Path):
 
 def test_parsing_names_the_record():
     with pytest.raises(BadSample, match="record 'b': not JSON"):
-        parsed(b"{", "b")
-    assert parsed(MARK + b'{"a": 1}') == {"a": 1}
+        parse_record(b"{", "b")
+    assert parse_record(MARK + b'{"a": 1}') == {"a": 1}

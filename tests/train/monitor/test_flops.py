@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import compose_config
-from tests.families.test_families import load, pictures, talk
+from tests.families.test_families import load, make_images, make_sample
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import LANGUAGE_MODELS, Parts
 from tests.train.test_distributed_runs import CONNECTORS
@@ -156,9 +156,9 @@ def test_families_are_counted_where_all_images_cost_the_same(name: str, tmp_path
         with pytest.raises(FlopsNotCountable, match=f"not the same for all in model_type={kind}"):
             count_flops(model, {})
         return
-    shown = pictures(1)
+    shown = make_images(1)
     sizes: list[Any] = [one.size[::-1] for one in shown]
-    item = model_inputs(processor, encode(processor, talk(1, "yes"), sizes), shown)
+    item = model_inputs(processor, encode(processor, make_sample(1, "yes"), sizes), shown)
     facts, batch = compute_batch_stats([item], 0), Collator.of(processor)([item])
     batch["pixel_values"] = processor.normalise(batch["pixel_values"])
     targets = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=IGNORE_INDEX)[:, 1:]
