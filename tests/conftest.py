@@ -1,8 +1,8 @@
 """Tiny parts and records on disk, and a way to run a shipped run on them in this process.
 
 The tests need no network, no GPU and no trained weights. `world` is one composition with its records, for runs;
-`parts` has every kind of part, for contract tests. `train`, `train_head` and `train_whole` leave out what costs a tiny
-run more than its steps do: plots, unless a test asks for them, and counting equal models' operations again.
+`parts` has every kind of part, for contract tests. Runs leave out what costs a tiny one more than its steps do:
+plots, unless a test asks for them, and counting equal models' operations again.
 """
 
 import gc
@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from vlm.evaluation import head_metrics as scores
 from vlm.train.heads import report as head_report
 from vlm.train.monitor import callbacks, peak_flops, speed_callback
 from vlm.train.monitor.flops import StepFlops, count_flops
+from vlm.train.monitor.plots import draw_loss, draw_speed
 from vlm.train.objectives.table import make_objective
 from vlm.train.run import run
 
@@ -215,7 +216,7 @@ def train_head(common: list[str], labelled: Path) -> Callable[..., Path]:
         config = compose_config(name, words)
         check_config(config)
         with quick_report(plots=plots):
-            return run_quickly(config, name, words, plots=plots)
+            return run_lightly(config, name, words, plots=plots)
 
     return start
 
@@ -231,15 +232,30 @@ def quick_report(*, plots: bool = False) -> Iterator[None]:
         yield
 
 
-def run_quickly(config: RunConfig, name: str, overrides: list[str], *, plots: bool = False) -> Path:
-    """Run a configuration to its end without what costs a tiny run more than its steps: see the top of this file."""
+def run_lightly(config: RunConfig, name: str, overrides: list[str], *, plots: bool = False) -> Path:
+    """Run a configuration to its end, as the command line would; plots are drawn where `plots` is set."""
+    with plots_drawn() if plots else nullcontext():
+        return run(config, name, [word.split("=")[0].replace("/", ".") for word in overrides])
+
+
+@contextmanager
+def plots_drawn() -> Iterator[None]:
+    """Draw the plots of runs, which `light_runs` leaves out."""
+    with pytest.MonkeyPatch.context() as patch:
+        for draw in (draw_loss, draw_speed):
+            patch.setattr(callbacks, draw.__name__, draw)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def light_runs() -> Iterator[None]:
+    """Leave out of all runs what costs a tiny one more than its steps do: see the top of this file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed_callback, "count_flops", count_flops_once)
         patch.setattr(peak_flops, "measure_tflops", measure_tflops_once)
-        if not plots:
-            for draw in ("draw_loss", "draw_speed"):
-                patch.setattr(callbacks, draw, lambda metrics, path: None)
-        return run(config, name, [word.split("=")[0].replace("/", ".") for word in overrides])
+        for name in ("draw_loss", "draw_speed"):
+            patch.setattr(callbacks, name, lambda metrics, path: None)
+        yield
 
 
 measure_tflops_once = cache(peak_flops.measure_tflops)
@@ -273,7 +289,7 @@ def train_whole(brief: list[str]) -> Callable[..., Path]:
 
     def start(name: str, model: Path, output_dir: Path, *overrides: str) -> Path:
         words = [*brief, f"model.hf_name={model}", f"trainer.output_dir={output_dir}", *overrides]
-        return run_quickly(compose_config(name, words), name, words)
+        return run_lightly(compose_config(name, words), name, words)
 
     return start
 
@@ -287,7 +303,7 @@ def train(common: list[str]) -> Callable[..., Path]:
 
     def start(name: str, output_dir: Path, *overrides: str, plots: bool = False) -> Path:
         words = [*common, f"trainer.output_dir={output_dir}", *overrides]
-        return run_quickly(compose_config(name, words), name, words, plots=plots)
+        return run_lightly(compose_config(name, words), name, words, plots=plots)
 
     return start
 
