@@ -183,7 +183,7 @@ class Chat:
 
     def help(self, _: str) -> None:
         """Print all commands."""
-        for name, (metavar, purpose, _run) in COMMANDS.items():
+        for name, (metavar, purpose, _command) in COMMANDS.items():
             print(f"{f'/{name} {metavar}':<14}{purpose}")
         print("Anything else is a question; type a blank before one that begins with /. Ctrl-C stops an answer.")
         print("<image> and <video> in a question say where an image or a video stands; else they come first.")

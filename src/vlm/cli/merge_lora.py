@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> None:
     if args.lora_path and args.checkpoint and args.output_path is None and args.out is None:
         args.out, args.checkpoint = Path(args.checkpoint), None  # `--lora-path CHECKPOINT OUT`
     checkpoints = [name for name in (args.checkpoint, args.lora_path) if name]
-    outputs = [folder for folder in (args.out, args.output_path) if folder]
+    outputs: list[Path] = [folder for folder in (args.out, args.output_path) if folder]
     if len(checkpoints) != 1 or len(outputs) != 1:
         parser.error("give CHECKPOINT and OUT, each once")
     out = outputs[0]

@@ -147,7 +147,7 @@ class LmmsModel(lmms):
             encoded = encode(self.vlm.processor, sample, sizes)
             check_length(len(encoded.input_ids), self.vlm.positions, 0)
             rows.append(model_inputs(self.vlm.processor, encoded, opened, sizes))
-        batch: dict[str, Any] = {**Collator.of(self.vlm.processor)(rows)}
+        batch = Collator.of(self.vlm.processor)(rows)
         labels = batch["labels"].to(self.device)
         inputs = self.vlm.use_cached_features(on_device(batch, self.vlm.processor, self.device))
         output, targets = supervised_logits(self.vlm.model, {**inputs, "labels": labels})

@@ -18,6 +18,7 @@ from vlm.data.encoding.labels import IGNORE_INDEX, encode
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
+from vlm.inference.generate import on_device
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,9 @@ def sample_losses(
     """
     gathered = []
     for inputs in batches:
-        rows = row_losses(supervised_logits(model, inputs)[0].logits, inputs["labels"])
+        logits = supervised_logits(model, inputs)[0].logits
+        assert logits is not None
+        rows = row_losses(logits, inputs["labels"])
         gathered.append([gather(tensor).cpu() for tensor in rows])
     sums, counts = zip(*gathered, strict=True)
     return torch.cat(sums), torch.cat(counts)
@@ -114,10 +117,9 @@ def caption_retrieval(
         sizes = media_sizes_from_opened(sample.media, images, processor)
         encoded = [encode(processor, replace_reply(sample, text), sizes) for text in [own_text, *others]]
         batch = collate([model_inputs(processor, candidate, images, sizes) for candidate in encoded])
-        if "pixel_values" in batch:
-            batch["pixel_values"] = processor.normalise(batch["pixel_values"])
-        inputs = {name: value.to(model.device) for name, value in batch.items()}
-        sums, counts = row_losses(model(**inputs).logits, inputs["labels"])
+        labels = batch["labels"].to(model.device)
+        inputs = {**on_device(batch, processor, model.device), "labels": labels}
+        sums, counts = row_losses(model(**inputs).logits, labels)
         correct.append(int((sums / counts).argmin()) == 0)
     return correct
 

@@ -6,6 +6,7 @@ Metrics of answers are in `text_metrics.py`.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tabulate import tabulate
@@ -93,7 +94,9 @@ def evaluate(
             raise ValueError(f"{config.path}: there is no answer to measure. {' '.join(exclusions)}")
         records, num_answered = len(rows), len(answered)
         scores |= compute_text_metrics(
-            text_metrics, [row["answer"] for row in answered], [row["references"] for row in answered]
+            text_metrics,
+            [str(row["answer"]) for row in answered],
+            [cast("list[str]", row["references"]) for row in answered],
         )
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
 

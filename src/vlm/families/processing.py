@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import torch
@@ -262,7 +262,7 @@ class FamilyProcessor:
         """
         videos = [image for image in images if isinstance(image, DecodedVideo)]
         if not videos:
-            return self._process_images([as_rgb(image) for image in images])[0] if images else {}
+            return self._process_images([as_rgb(cast(Image.Image, image)) for image in images])[0] if images else {}
         if self.family.joined:
             return joined([self._process_one(image) for image in images], self.per_sample_inputs)
         image_inputs = self.image_inputs([image for image in images if not isinstance(image, DecodedVideo)])
@@ -271,7 +271,7 @@ class FamilyProcessor:
     def _process_one(self, image: Medium) -> dict[str, Tensor]:
         """Return the inputs of a single image or video."""
         if self.videos is None or not isinstance(image, DecodedVideo):
-            return self._process_images([as_rgb(image)])[0]
+            return self._process_images([as_rgb(cast(Image.Image, image))])[0]
         return {name: value for name, value in self.videos.inputs(image).items() if name not in TEXT_INPUTS}
 
     def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:

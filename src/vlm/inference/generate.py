@@ -5,7 +5,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from PIL import Image
@@ -159,7 +159,7 @@ class VisionLanguageModel:
     def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: Any) -> list[str]:
         """Return the model's answer to each row of a batch."""
         options = {**self.generation_options(settings), **kwargs}
-        output = self.model.generate(**self.use_cached_features(inputs), **options)
+        output = self._generate_ids(**self.use_cached_features(inputs), **options)
         return [self._decode(row) for row in output[:, inputs["input_ids"].shape[1] :]]
 
     def use_cached_features(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ class VisionLanguageModel:
 
         def work() -> None:
             try:
-                self.model.generate(**options)
+                self._generate_ids(**options)
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
@@ -246,11 +246,12 @@ class VisionLanguageModel:
             raise ValueError("cache_implementation=offloaded: it takes keys and values off a GPU, and there is none")
         options["pad_token_id"] = self.processor.tokenizer.pad_token_id
         end = self.reply_ending()
-        ids = self.processor.tokenizer.convert_tokens_to_ids([end])
+        tokenizer = self.processor.tokenizer
         if self.processor.special_tokens.fullmatch(end):
-            options["eos_token_id"] = sorted({*ids, self.processor.tokenizer.eos_token_id} - {None})
+            ends = {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id}
+            options["eos_token_id"] = sorted(token_id for token_id in ends if isinstance(token_id, int))
         else:
-            options |= {"stop_strings": [end], "tokenizer": self.processor.tokenizer}
+            options |= {"stop_strings": [end], "tokenizer": tokenizer}
         return options
 
     def reply_ending(self) -> str:
@@ -259,8 +260,12 @@ class VisionLanguageModel:
         end = rendered.replies[-1][1]
         return rendered.text[end : reply_end(self.processor, rendered.text, end)].lstrip(" ")
 
+    def _generate_ids(self, **options: Any) -> torch.Tensor:
+        """Return what the model's `generate` returns: `(rows, tokens)`, the prompt first."""
+        return cast(Any, self.model).generate(**options)  # from a mixin, which PreTrainedModel does not declare
+
     def _decode(self, ids: torch.Tensor) -> str:
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 class CancelCriteria(StoppingCriteria):
@@ -274,12 +279,12 @@ class CancelCriteria(StoppingCriteria):
         return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
 
 
-def on_device(batch: Mapping[str, torch.Tensor], processor: Processor, device: torch.device) -> dict[str, torch.Tensor]:
+def on_device(batch: Mapping[str, object], processor: Processor, device: torch.device) -> dict[str, torch.Tensor]:
     """Return a batch without labels on a device, its pixels normalised."""
-    batch = {name: value for name, value in batch.items() if name != "labels"}
-    if "pixel_values" in batch:
-        batch["pixel_values"] = processor.normalise(batch["pixel_values"])
-    return {name: value.to(device) for name, value in batch.items()}
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = processor.normalise(inputs["pixel_values"])
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def check_length(length: int, positions: int, answer_tokens: int, subject: str = "prompt") -> None:

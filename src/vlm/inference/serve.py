@@ -9,7 +9,7 @@ import binascii
 import copy
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -86,7 +86,7 @@ class CachingModel:
 
     def generate(self, **inputs: Any) -> Tensor:
         """Return what the model's `generate` returns."""
-        return self.vlm.model.generate(**self.vlm.use_cached_features(inputs))
+        return cast(Any, self.vlm.model).generate(**self.vlm.use_cached_features(inputs))
 
 
 class SingleModelManager(ModelManager):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_composed
@@ -294,7 +295,7 @@ def make_head(settings: HeadSettings, width: int) -> PredictionHead:
     )  # fmt: skip
 
 
-def run_decoder(body: PreTrainedModel, **inputs) -> ModelOutput:
+def run_decoder(body: PreTrainedModel, **inputs) -> BaseModelOutput:
     """Run a body over text and images without its vocabulary head; the output has `last_hidden_state`."""
     if is_composed(body.config):
         return body.decode(**inputs)

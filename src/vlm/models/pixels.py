@@ -38,21 +38,26 @@ class ImageProcessor(Protocol):
 
     def __call__(self, images: Sequence[ImageOrTensor], *, return_tensors: str) -> Mapping[str, torch.Tensor]:
         """Return the model's inputs for a batch of images."""
+        ...
 
     def resize(self, image: torch.Tensor, size: Any, *, resample: int) -> torch.Tensor:
         """Resize an image `(3, height, width)`."""
+        ...
 
     def center_crop(self, image: torch.Tensor, size: Any) -> torch.Tensor:
         """Cut the middle out of an image `(3, height, width)`."""
+        ...
 
     def rescale_and_normalize(
         self, images: torch.Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool,
         image_mean: Sequence[float], image_std: Sequence[float],
     ) -> torch.Tensor:  # fmt: skip
         """Turn whole numbers into what the encoder reads; the shape stays."""
+        ...
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings."""
+        ...
 
 
 def make_raw_pixels(

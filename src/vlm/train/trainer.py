@@ -184,7 +184,7 @@ class VLMTrainer(CheckpointTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Return samples grouped by modality and length, or in the objective's order, or else as usual."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        strategy = self.options.train_sampling_strategy  # pyright: ignore[reportAttributeAccessIssue] - passed through
+        strategy = self.options.train_sampling_strategy
         if strategy == GROUP_BY_MODALITY_LENGTH:
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             self.sampler = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, sampler_seed(self.args))

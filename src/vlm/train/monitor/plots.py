@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -17,8 +17,9 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.pages import render_page, thumbnail, tokens_as_html
 from vlm.data.processor import Processor
 from vlm.models.pixels import ImageProcessor
+from vlm.models.processing_vlm import VLMProcessor
 
-LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank pictures"}
+LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 
 THROUGHPUT_CURVES = {
     "tokens_per_second": "tokens",
@@ -63,7 +64,7 @@ def draw_speed(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def write_first_batch(batch: dict[str, Tensor], processor: Processor, folder: Path) -> None:
-    """`first_batch.html`: each row of a batch as the model sees it, supervised tokens marked, with its pictures."""
+    """`first_batch.html`: each row of a batch as the model sees it, supervised tokens marked, with its images."""
     pictures = folder / "first_batch"
     pictures.mkdir(parents=True, exist_ok=True)
     names = []
@@ -78,8 +79,8 @@ def write_first_batch(batch: dict[str, Tensor], processor: Processor, folder: Pa
         rows.append("".join(f'<img src="{name}" alt="">' for name in waiting))
     for ids, labels, mask in iterate_rows(batch):
         images = ""
-        if names and not processor.needs_image_sizes:  # none where features were read in place of pictures
-            number = int((ids == processor.image_token_id).sum()) // processor.tokens_per_image
+        if names and not processor.needs_image_sizes:  # none where features were read in place of images
+            number = int((ids == processor.image_token_id).sum()) // cast(VLMProcessor, processor).tokens_per_image
             images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
         supervised = int((labels != IGNORE_INDEX).sum())
         facts = f"{int(mask.sum())} tokens, {supervised} supervised, {len(mask) - int(mask.sum())} padding"
@@ -100,7 +101,7 @@ def iterate_rows(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Ten
 
 
 def _normalised_images(batch: dict[str, Tensor], processor: Processor) -> Sequence[Tensor]:
-    """Normalised pictures, tiles and frames of a batch, each `(3, height, width)`.
+    """Normalised images, tiles and frames of a batch, each `(3, height, width)`.
 
     None where the model reads loose patches. Of several visual encoders, as the first one sees them.
     """
@@ -128,7 +129,7 @@ def append_sample_generations(
 
     Args:
         step: the training step.
-        rows: (question, reference, answer, picture) of each sample.
+        rows: (question, reference, answer, image) of each sample.
         folder: the run directory.
     """
     (folder / "samples").mkdir(exist_ok=True)

@@ -133,6 +133,7 @@ class Generation(Objective):
             loss = outputs.loss
         else:
             outputs, targets = supervised_logits(model, inputs)
+            assert outputs.logits is not None
             loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
         return loss, outputs
 
