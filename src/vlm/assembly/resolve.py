@@ -89,11 +89,11 @@ def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: S
     head_keys = [key.removeprefix("head.") for key in overridden_keys]
     named_types = {head.type for head in config.model.head.by_name.values()}
     config.model.head = resolve_checkpoint_heads(config.model.head, checkpoint.config, checkpoint.name, head_keys)
-    for problem in head_problems(config):
-        raise ValueError(problem)
     for head in config.model.head.by_name.values():
         if head.type not in named_types:
             head_class(head.type)
+    for problem in head_problems(config):
+        raise ValueError(problem)
     for part, kind in quantized_parts(config.model).items():
         raise ValueError(
             f"model.{part}.quantization={kind}: trainer.from_pretrained={checkpoint.name} has prediction heads; such a "
