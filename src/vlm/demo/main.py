@@ -14,14 +14,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 from vlm.config.schema import InferenceConfig
-from vlm.demo.scenes import write_scenes
+from vlm.demo.scenes import Record, write_scenes
 from vlm.demo.tiny_models import build_tiny_parts
 from vlm.inference.generate import VisionLanguageModel, user_turn
 
@@ -31,15 +31,6 @@ NUM_GRID_IMAGES = 16
 
 Summary = dict[str, Any]
 """The content of `summary.json`."""
-
-
-class Record(TypedDict):
-    """A record of `heldout.json`: one question, its answer, and the kind of question."""
-
-    id: str
-    image: str
-    kind: str
-    conversations: list[dict[str, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -40,15 +40,8 @@ HELD_OUT_PAIRS = frozenset(zip(COLOURS, SHAPES, strict=False))
 BACKGROUND = (128, 128, 128)
 CAPTION_PROMPT = f"{PLACEHOLDER}\nDescribe the picture."
 
-
-class SceneRecord(TypedDict):
-    """A record in LLaVA's format; held-out ones have a `kind`, those for a prediction head a `label`."""
-
-    id: str
-    image: str
-    conversations: list[dict[str, str]]
-    kind: NotRequired[str]
-    label: NotRequired[str]
+Record = dict[str, Any]
+"""A record in LLaVA's format; held-out ones have a `kind` of question, those for a prediction head a `label`."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +146,7 @@ def write_scenes(
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     names = ("pretrain", "finetune", "val", "heldout", "labelled", "labelled-heldout")
-    files: dict[str, list[SceneRecord]] = {name: [] for name in names}
+    files: dict[str, list[Record]] = {name: [] for name in names}
     for index in tqdm(range(num_train + num_val + num_heldout), "scenes"):
         name = f"{index:05d}.png"
         scene = random_scene(rng, held_out=index >= num_train + num_val)
@@ -173,13 +166,13 @@ def write_scenes(
         (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
-def make_labelled_record(name: str, scene: Scene) -> SceneRecord:
+def make_labelled_record(name: str, scene: Scene) -> Record:
     """Return a record that asks for the shape, with the shape as its label."""
     record = make_record(name, [questions(scene)["shape"]])
     return {**record, "conversations": record["conversations"][:1], "label": scene.shape}
 
 
-def make_record(name: str, exchanges: list[tuple[str, str]]) -> SceneRecord:
+def make_record(name: str, exchanges: list[tuple[str, str]]) -> Record:
     """Return a record of questions and answers about one image."""
     turns = []
     for number, (question, answer) in enumerate(exchanges):

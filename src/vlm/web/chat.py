@@ -132,15 +132,9 @@ def stream_answer(
     images: list[str],
     settings: Sequence[float | None],
 ) -> Iterator[str]:
-    """Yield the answer to a question, longer each time, until it is complete or stopped.
+    """Yield the answer to a question, longer each time, until it is stopped, or complete and added to `state`.
 
-    Args:
-        model_holder: loads the checkpoint.
-        state: the conversation; the exchange is added to it when the answer is complete.
-        checkpoint: a folder or a name on the Hub.
-        text: the question.
-        images: the paths of its images.
-        settings: temperature, top_p, max_new_tokens and seed; only a seed may be None.
+    `settings` are temperature, top_p, max_new_tokens and seed; only the seed may be None.
 
     Raises:
         ValueError: no checkpoint, settings out of bounds, or a question that the model refuses.

@@ -1,33 +1,16 @@
 """Gradio components and event options that several tabs share."""
 
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any
 
 import gradio as gr
 
-
-class PrivateEvent(TypedDict):
-    """Options of an event that programs cannot call."""
-
-    api_visibility: Literal["private"]
-
-
-class QuietEvent(PrivateEvent):
-    """Options of an event that shows no progress."""
-
-    show_progress: Literal["hidden"]
-
-
-class ModelEvent(PrivateEvent):
-    """Options of an event that runs the model: one at a time."""
-
-    concurrency_id: Literal["model"]
-    concurrency_limit: Literal[1]
-
-
-PRIVATE: PrivateEvent = {"api_visibility": "private"}
-QUIET: QuietEvent = {"api_visibility": "private", "show_progress": "hidden"}
-RUNS_MODEL: ModelEvent = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+"""Options of an event that programs cannot call."""
+QUIET = {**PRIVATE, "show_progress": "hidden"}
+"""Options of an event that shows no progress."""
+RUNS_MODEL = {**PRIVATE, "concurrency_id": "model", "concurrency_limit": 1}
+"""Options of an event that runs the model: one at a time."""
 
 
 def checkpoint_dropdown(names: list[str], label: str, missing: str, outputs: Path, elem_id: str) -> gr.Dropdown:
