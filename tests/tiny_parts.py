@@ -48,7 +48,13 @@ from transformers import (
 )
 
 from vlm.assembly.compose import build_model, compose
-from vlm.config.schema import ConnectorConfig, EncoderConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
+from vlm.config.model_schema import (
+    ConnectorConfig,
+    EncoderConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    VisualEncoderConfig,
+)
 from vlm.data.encoding.labels import read_template
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 

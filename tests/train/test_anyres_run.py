@@ -16,7 +16,8 @@ from tests.data.vision.test_video import write_video
 from tests.tiny_parts import Parts, picture
 from tests.train.test_distributed_runs import launch
 from vlm.assembly.compose import build_model, compose
-from vlm.config.schema import AnyResConfig, DatasetConfig
+from vlm.config.model_schema import AnyResConfig
+from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import BlankImageDataset, SampleDataset, dummy_image, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder

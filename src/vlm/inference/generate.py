@@ -248,8 +248,8 @@ class VisionLanguageModel:
         end = self.reply_ending()
         tokenizer = self.processor.tokenizer
         if self.processor.special_tokens.fullmatch(end):
-            ends = {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id}
-            options["eos_token_id"] = sorted(token_id for token_id in ends if isinstance(token_id, int))
+            ends = [tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id]
+            options["eos_token_id"] = sorted({token_id for token_id in ends if isinstance(token_id, int)})
         else:
             options |= {"stop_strings": [end], "tokenizer": tokenizer}
         return options

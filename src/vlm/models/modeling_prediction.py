@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_composed
@@ -257,7 +256,7 @@ class VLMForPrediction(PreTrainedModel):
     def save_custom_code(self, save_directory) -> None:
         """Copy the files of a user's own classes, if there are any, and note them in the configuration."""
         if is_composed(self.body.config):
-            self.body.save_custom_code(save_directory)
+            cast(VLMForConditionalGeneration, self.body).save_custom_code(save_directory)
         for number, settings in enumerate(self.config.settings):
             head = self.heads[settings.name]
             assert isinstance(head, PredictionHead)
@@ -295,10 +294,10 @@ def make_head(settings: HeadSettings, width: int) -> PredictionHead:
     )  # fmt: skip
 
 
-def run_decoder(body: PreTrainedModel, **inputs) -> BaseModelOutput:
+def run_decoder(body: PreTrainedModel, **inputs) -> Any:
     """Run a body over text and images without its vocabulary head; the output has `last_hidden_state`."""
     if is_composed(body.config):
-        return body.decode(**inputs)
+        return cast(VLMForConditionalGeneration, body).decode(**inputs)
     return body.base_model(**inputs)
 
 

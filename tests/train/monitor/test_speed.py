@@ -220,9 +220,10 @@ def test_the_whole_run_is_summed_up(measured_run: Path):
     )  # the last of an epoch has one
     assert total_counts["positions"] >= total_counts["tokens"] > total_counts["supervised"] > 0
     assert found["samples_per_second"] == pytest.approx(19 / found["seconds"])
-    flops, pairs = found["flops"], (total_counts["squared_lengths"] + total_counts["tokens"]) / 2
+    flops, tokens = found["flops"], total_counts["tokens"]
+    pairs = (total_counts["squared_lengths"] + tokens) / 2
     operations = (
-        flops["token"] * total_counts["tokens"] + flops["pair"] * pairs + flops["supervised"] * total_counts["supervised"]
+        flops["token"] * tokens + flops["pair"] * pairs + flops["supervised"] * total_counts["supervised"]
         + flops["encoded"] * total_counts["encoded"] + flops["connected"] * total_counts["connected"]
     )  # fmt: skip
     assert found["tflops_per_second"] == pytest.approx(operations / found["seconds"] / 1e12)

@@ -51,7 +51,7 @@ class Batch(BatchInputs, total=False):
         max_length_k: the same number.
     """
 
-    labels: Tensor
+    labels: Required[Tensor]
     position_ids: Tensor
     cu_seq_lens_q: Tensor
     cu_seq_lens_k: Tensor

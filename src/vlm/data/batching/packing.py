@@ -224,7 +224,7 @@ class PackingCollator:
         starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         packed: Batch = {
             "input_ids": batch["input_ids"][filled][None],
-            "labels": batch.pop("labels")[filled][None],
+            "labels": batch["labels"][filled][None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "cu_seq_lens_q": starts,
             "cu_seq_lens_k": starts,

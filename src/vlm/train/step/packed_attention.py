@@ -7,7 +7,7 @@ attended to alone, on GPUs through PyTorch's flash kernels for samples of differ
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,11 @@ def _sliding_window_mask(length: int, window: int | None, like: Tensor) -> Tenso
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
+def _set_attention(config: PreTrainedConfig, name: str | None) -> None:
+    """Set the attention of a configuration; those nested in it keep theirs, hence the mapping."""
+    cast(Any, config)._attn_implementation = {"": name}
+
+
 @contextmanager
 def use_packed_attention(config: PreTrainedConfig) -> Iterator[None]:
     """Let a language model that uses `sdpa` attend within samples, forward and backward.
@@ -129,8 +134,8 @@ def use_packed_attention(config: PreTrainedConfig) -> Iterator[None]:
     """
     before = config._attn_implementation
     if before == "sdpa":
-        config._attn_implementation = {"": PACKED_ATTENTION}  # parts below it keep theirs
+        _set_attention(config, PACKED_ATTENTION)
     try:
         yield
     finally:
-        config._attn_implementation = {"": before}
+        _set_attention(config, before)
