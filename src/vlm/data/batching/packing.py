@@ -232,7 +232,7 @@ class PackingCollator:
             "max_length_k": max(lengths),
         }
         packed["labels"][0, starts[:-1].long()] = IGNORE_INDEX
-        others = {name: value for name, value in batch.items() if name != "input_ids"}
+        others = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
         packed |= cast(Batch, {name: self._flatten_rows(name, value, filled) for name, value in others.items()})
         if BATCH_STATS in packed:
             packed[BATCH_STATS] = replace(packed[BATCH_STATS], positions=packed["input_ids"].numel())
