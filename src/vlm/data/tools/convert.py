@@ -46,9 +46,6 @@ STRING_CONVERSATIONS = "conversations of strings"
 """In place of keys, where these do not tell the kind of a record."""
 
 
-# Conversions, besides those in `corpora`
-
-
 def read_plain_records(
     source: str, context: ConversionContext, *, split: str = "train", subset: str | None = None
 ) -> Iterator[object]:
@@ -160,9 +157,6 @@ def _first_keys(source: str, cache: Path) -> tuple[set[str], bool]:
     if source.endswith(".tsv") and len(first) == 2 and any(key.startswith(("http://", "https://")) for key in first):
         return {URL_COLUMN}, True
     return {key for key, value in first.items() if value is not None}, True
-
-
-# Converting
 
 
 @dataclass(frozen=True)
@@ -310,14 +304,9 @@ def split_options(conversion: str, options: Mapping[str, Any]) -> tuple[dict[str
         raise ValueError(f"--from {conversion} has no option {', '.join(unknown)}; it has {takes}")
     if missing := [name for name, option in known.items() if option.default is option.empty and name not in options]:
         raise ValueError(f"--from {conversion} needs {', '.join(map(option_flag, missing))}")
-    names = keyword_parameters(kind.records)
-    return (
-        {name: value for name, value in options.items() if name in names},
-        {name: value for name, value in options.items() if name not in names},
-    )
+    kind_options = {name: options[name] for name in keyword_parameters(kind.records) if name in options}
+    return kind_options, {name: value for name, value in options.items() if name not in kind_options}
 
-
-# The command
 
 OPTIONS = {
     "split": ("NAME", "of a data set that has several (train)"),
