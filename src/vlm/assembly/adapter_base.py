@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import cached_file
 
@@ -16,7 +15,7 @@ from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.quantization import quantized_parts
 from vlm.config.derived import BASE_FILE
 from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
-from vlm.config.recorded import current_key, read_recipe
+from vlm.config.recorded import Recipe, current_key, read_recipe
 from vlm.config.schema import PARTS, RunConfig
 
 WHOLE_CHECKPOINT = "checkpoint"
@@ -58,7 +57,7 @@ class Base:
     """
 
     sources: dict[str, Source]
-    model: dict[str, Any] | None = None
+    model: Recipe | None = None
 
     def write(self, folder: Path) -> None:
         """Write `base.json`."""
@@ -76,7 +75,7 @@ def make_base(config: RunConfig) -> Base | None:
     return Base(sources, without_quantization(asdict(model)))
 
 
-def without_quantization(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(recipe: Mapping[str, object]) -> Recipe:
     """Return a `model` section whose parts are stored in full, as adapters are merged into them."""
     return {
         key: {**value, "quantization": None} if isinstance(value, dict) and "quantization" in value else value

@@ -108,7 +108,7 @@ def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> 
     return gathered
 
 
-def _gathered_parameter(tensor: Tensor) -> AbstractContextManager[Any]:
+def _gathered_parameter(tensor: Tensor) -> AbstractContextManager[object]:
     if not hasattr(tensor, "ds_id"):
         return nullcontext()
     import deepspeed  # slow to import, and only runs under it need it

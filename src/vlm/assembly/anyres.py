@@ -1,7 +1,6 @@
 """From `model.anyres` to a composition that reads images in tiles: whether its parts allow it, and what is recorded."""
 
 import math
-from typing import Any
 
 from vlm.config.model_schema import AnyResConfig
 from vlm.models.anyres import AnyRes
@@ -41,7 +40,7 @@ def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyRes
 
 def _anyres_fields(
     config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the fields of `AnyRes`.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, replace
-from typing import Any
 
 from vlm.config.model_schema import HeadConfig, HeadsConfig
 from vlm.config.recorded import read_recipe
@@ -51,7 +50,7 @@ def resolve_checkpoint_heads(
 
 
 def _check_same_heads(
-    requested: HeadsConfig, recorded: HeadsConfig, labels: Mapping[str, list[Any] | None], checkpoint: str,
+    requested: HeadsConfig, recorded: HeadsConfig, labels: Mapping[str, list[object] | None], checkpoint: str,
     overridden_keys: Sequence[str],
 ) -> None:  # fmt: skip
     """Raise ValueError where a run asks for a head that the checkpoint lacks, or has with other options."""
@@ -69,7 +68,7 @@ def _check_same_heads(
                 raise _fixed_heads_error(checkpoint, f"{prefix}{field.name}", value, allowed[-1])
 
 
-def _requested_fields(head: HeadConfig, prefix: str, overridden_keys: Sequence[str]) -> Iterator[Field[Any]]:
+def _requested_fields(head: HeadConfig, prefix: str, overridden_keys: Sequence[str]) -> Iterator[Field[object]]:
     """Yield the fields that weights depend on and that a run sets, or has at another value than the default."""
     for field in fields(head):
         if field.name not in (*CHANGEABLE_HEAD_KEYS, "extra_heads") and (
@@ -85,14 +84,14 @@ def _fixed_heads_error(checkpoint: str, key: str, requested: object, recorded: o
     )
 
 
-def _changeable_options(requested: HeadConfig, recorded: HeadConfig) -> dict[str, Any]:
+def _changeable_options(requested: HeadConfig, recorded: HeadConfig) -> dict[str, object]:
     """Return the options of a recorded head that a run may choose anew, as the run has them."""
     return {
         field.name: getattr(requested, field.name) for field in fields(recorded) if field.name in CHANGEABLE_HEAD_KEYS
     }
 
 
-def _differs_from_default(head: HeadConfig, field: Field[Any]) -> bool:
+def _differs_from_default(head: HeadConfig, field: Field[object]) -> bool:
     """Return whether a field has another value than its default."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return _without_nulls(getattr(head, field.name)) != default

@@ -6,7 +6,6 @@ and without weights; `build_model` then loads the weights.
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from transformers import (
@@ -245,7 +244,7 @@ def _load_part(
 
 def recipe_differences(
     config: VLMConfig, model: ModelConfig, overridden_keys: Sequence[str]
-) -> list[tuple[str, Any, Any]]:
+) -> list[tuple[str, object, object]]:
     """Return where `model` contradicts a checkpoint under the overridden keys: (key, requested, recorded)."""
     recorded = _flatten(asdict(ModelConfig())) | _flatten(upgrade_recipe(config.recipe))
     requested = _flatten(asdict(model))
@@ -262,7 +261,7 @@ def recipe_differences(
     ]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
     """Return a nested mapping as a flat one with dotted keys."""
     flat = {}
     for key, value in tree.items():

@@ -37,7 +37,7 @@ class EncoderInfo:
         unread: names of parameters that the features do not depend on.
     """
 
-    selection: dict[str, Any]
+    selection: dict[str, object]
     num_patches: int
     num_features: int
     width: int

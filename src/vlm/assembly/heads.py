@@ -124,7 +124,7 @@ def _target_mean_and_std(key: str, known: np.ndarray) -> tuple[float, float]:
         raise ValueError(f"{key}.task=regression: {error}") from error
 
 
-def _drop_nulls(options: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_nulls(options: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
 
 

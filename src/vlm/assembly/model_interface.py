@@ -36,7 +36,7 @@ class TrainableModel(Protocol):
         """Return the precision of the weights."""
         ...
 
-    def __call__(self, *args: Any, **inputs: Any) -> Any:
+    def __call__(self, *args: object, **inputs: object) -> Any:
         """Return the outputs of a batch, with `loss`, a scalar, where the batch has labels."""
         ...
 

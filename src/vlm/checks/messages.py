@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -114,7 +113,7 @@ def _describe_unknown_key(error: OmegaConfBaseException) -> str:
     key = str(error.full_key)
     if "/" in key:
         return f"{key}: no such group.{suggest_names(key, group_names())}"
-    parent: Any = error.parent_node
+    parent = error.parent_node
     if "." not in key and isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent)):
         return NO_BASE_MESSAGE
     allowed = [str(name) for name in parent] if isinstance(parent, DictConfig) else key_names(key.rpartition(".")[0])

@@ -93,7 +93,7 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
     )  # fmt: skip
 
 
-def parse_reader_options(format_name: str, assignments: Sequence[str]) -> dict[str, Any]:
+def parse_reader_options(format_name: str, assignments: Sequence[str]) -> dict[str, object]:
     """Return the options of a format from `NAME=VALUE`, with values in YAML.
 
     Raises:

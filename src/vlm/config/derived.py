@@ -37,7 +37,7 @@ def zero_stage(deepspeed: str | Mapping[str, Any] | None) -> int:
 
 def get_value(config: RunConfig, key: str) -> Any:
     """Return the value at a dotted key."""
-    node: Any = config
+    node: object = config
     for name in key.split("."):
         node = getattr(node, name)
     return node

@@ -17,6 +17,8 @@ from vlm.config.choices import (
 )
 from vlm.config.rules import above, at_least, choices, share
 
+Options = dict[str, Any]
+"""Keyword parameters by name, as YAML gives them."""
 MISSING: Any = "???"
 """The default of a key that has to be given, as omegaconf spells it."""
 
@@ -73,7 +75,7 @@ class ConnectorConfig:
 
     type: str = MISSING
     """A name of the table `CONNECTORS`, or `package.module:Class` for a class of your own."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     """Keyword parameters of that class; null leaves a parameter at the class's own default."""
     name: str | None = None
     """Its name in the table of parts; null: its type."""
@@ -103,7 +105,7 @@ class HeadConfig:
     """The labels in order (`binary`: negative, positive); null: those of the training records, sorted."""
     type: str = field(default="linear", metadata=choices(HEAD_TYPES, custom="package.module:Class"))
     """A name of the table `HEADS`, or `package.module:Class` for a class of your own."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     """Keyword parameters of that class; null leaves a parameter at the class's own default."""
     pooling: str = field(default="last", metadata=choices(POOLINGS))
     """Which hidden states the head reads: those of the `last` token, a mean over all (`mean`), `image` or `text`
@@ -115,7 +117,7 @@ class HeadConfig:
     """With `pooling=token`: the token of the prompt whose hidden state is read, such as one of `new_tokens`."""
     loss: str | None = None
     """`bce`, `ce`, `focal`, `mse`, `huber`, `ordinal` or `margin`, as the task allows; null: the task's first."""
-    loss_options: dict[str, Any] = field(default_factory=dict)
+    loss_options: Options = field(default_factory=dict)
     """`gamma` of `focal`, `delta` of `huber` (in standard deviations of the labels), `margin` of `margin`."""
     class_weights: Any = None
     """Weight of each label in the loss: `balanced` (by its rarity in training), or a list in the order of labels."""

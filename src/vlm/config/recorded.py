@@ -11,6 +11,9 @@ import msgspec
 
 from vlm.config.model_schema import ModelConfig
 
+Recipe = dict[str, Any]
+"""A recorded `model` section."""
+
 RENAMED_KEYS = {
     "model.visual_encoder.beside": "model.visual_encoder.extra_encoders",
     "model.head.beside": "model.head.extra_heads",
@@ -26,7 +29,7 @@ def current_key(key: str) -> str:
     return key
 
 
-def upgrade_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_recipe(recipe: Mapping[str, object]) -> Recipe:
     """A recorded `model` section with its keys as they are called today."""
     return {
         section: {current_key(f"model.{section}.{name}").rpartition(".")[2]: value for name, value in values.items()}
@@ -36,7 +39,7 @@ def upgrade_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_recipe(recipe: Mapping[str, Any]) -> ModelConfig:
+def read_recipe(recipe: Mapping[str, object]) -> ModelConfig:
     """The `model` section that a checkpoint recorded.
 
     Raises:

@@ -7,7 +7,7 @@
 from collections.abc import Iterable
 from dataclasses import Field, dataclass
 from math import inf
-from typing import Any, get_args
+from typing import get_args
 
 from vlm.config.named import is_custom_name
 
@@ -54,7 +54,7 @@ class Bounds:
     is_open_above: bool = False
     text: str | None = None
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: float) -> bool:
         """Return whether a number is in the range."""
         above = value > self.lower if self.is_open_below else value >= self.lower
         return above and (value < self.upper if self.is_open_above else value <= self.upper)
@@ -96,11 +96,11 @@ def share(*, is_open_below: bool = False, is_open_above: bool = False) -> Metada
     return {"rule": Bounds(0, 1, is_open_below, is_open_above)}
 
 
-def get_rule(field: Field[Any]) -> Choices | Bounds | None:
+def get_rule(field: Field[object]) -> Choices | Bounds | None:
     """Return the rule of a field's values; None: its type is all that there is to check."""
     return field.metadata.get("rule")
 
 
-def is_nullable(field: Field[Any]) -> bool:
+def is_nullable(field: Field[object]) -> bool:
     """Return whether the type of a field has `None`."""
     return type(None) in get_args(field.type)

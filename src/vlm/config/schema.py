@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm.config.choices import CACHE_IMPLEMENTATIONS, EVAL_METRICS, IMAGE_MODES, MUON, SAMPLING_STRATEGIES
-from vlm.config.model_schema import ModelConfig
+from vlm.config.model_schema import ModelConfig, Options
 from vlm.config.rules import above, at_least, choices, share
 from vlm.config.training_fields import read_training_argument_choices, read_training_argument_fields
 
@@ -201,7 +201,7 @@ class SourceConfig:
     for one on the Hub; where `dataset.streaming` is on, tar shards too (`shards/{000..127}.tar`, a folder of them)."""
     format: str = "llava"
     """Format of a record: a name of the table `FORMATS`, or `package.module:function` for a reader of your own."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     """Keyword parameters of that reader, such as `caption_key` of `caption`."""
     image_folder: str | None = None
     """What the records' image paths are relative to; null: the folder of `path`."""

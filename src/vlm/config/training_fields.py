@@ -11,7 +11,7 @@ from typing import Any
 
 
 @cache
-def read_training_argument_fields() -> dict[str, tuple[Any, Any]]:
+def read_training_argument_fields() -> dict[str, tuple[object, object]]:
     """Return name -> (type, default) of every field of the installed `TrainingArguments`, without importing it.
 
     Types that OmegaConf cannot hold (unions of several, enums) become `Any`; a default that is no literal becomes
@@ -20,7 +20,7 @@ def read_training_argument_fields() -> dict[str, tuple[Any, Any]]:
     tree = ast.parse(_transformers_source("training_args.py"))
     body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
     simple = {"str": str, "int": int, "float": float, "bool": bool}
-    arguments: dict[str, tuple[Any, Any]] = {}
+    arguments: dict[str, tuple[object, object]] = {}
     for node in body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
@@ -55,7 +55,7 @@ def _transformers_source(name: str) -> str:
     return Path(spec.submodule_search_locations[0], name).read_text(encoding="utf-8")
 
 
-def _literal_default(value: ast.expr | None) -> Any:
+def _literal_default(value: ast.expr | None) -> object:
     """Return the default in `name: type = field(default=…)` or `= …` where it is a literal, else None."""
     if isinstance(value, ast.Call):
         value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)

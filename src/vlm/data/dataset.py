@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -153,7 +152,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         return self.sources[0].encoder.processor
 
     @property
-    def labels(self) -> Sequence[Any]:
+    def labels(self) -> Sequence[object]:
         """The label of each sample, see `Sample.label`."""
         return [None] * len(self) if self._labels_and_groups[0] is None else self._labels_and_groups[0]
 

@@ -159,7 +159,7 @@ class Processor(Protocol):
         """Return pixels as the visual encoder reads them, on the device where they are."""
         ...
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the processor's settings."""
         ...
 

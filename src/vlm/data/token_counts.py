@@ -78,7 +78,7 @@ class Counts:
         """Return the name of the record at a place."""
         return self.ids[place].as_py()
 
-    def labels_and_groups_at(self, places: np.ndarray) -> tuple[list[Any], list[str | None]]:
+    def labels_and_groups_at(self, places: np.ndarray) -> tuple[list[object], list[str | None]]:
         """Return the labels and groups of the records at some places; None for a record without one."""
         rows = pa.array(places)
         labels = [None if text is None else json.loads(text) for text in self.labels.take(rows).to_pylist()]

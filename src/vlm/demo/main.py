@@ -99,7 +99,7 @@ def evaluate_model(checkpoint: Path, folder: Path) -> Summary:
         "accuracy_by_kind": by_kind,
         "text_only_accuracy": text_only.pop("all"),
         "text_only_accuracy_by_kind": text_only,
-        "blank_image_accuracy": blank["all"],
+        "blank_picture_accuracy": blank["all"],
         "constant_answer_accuracy": constant["all"],
         "questions": len(records),
     }

@@ -12,12 +12,11 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from vlm.data.sample import PLACEHOLDER
+from vlm.data.sample import PLACEHOLDER, Record
 
 CELLS = 4
 CELL = 12
@@ -39,9 +38,6 @@ HELD_OUT_PAIRS = frozenset(zip(COLOURS, SHAPES, strict=False))
 """Red squares, green triangles, blue crosses and yellow circles."""
 BACKGROUND = (128, 128, 128)
 CAPTION_PROMPT = f"{PLACEHOLDER}\nDescribe the picture."
-
-Record = dict[str, Any]
-"""A record in LLaVA's format; held-out ones have a `kind` of question, those for a prediction head a `label`."""
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class LmmsModel(lmms):
         """
         raise NotImplementedError("model vlm does not answer tasks of several rounds (generate_until_multi_round)")
 
-    def _get_document(self, arguments: Arguments) -> Any:
+    def _get_document(self, arguments: Arguments) -> object:
         """Return the document of a request."""
         number, task, split = arguments[-3:]
         return self.task_dict[task][split][number]
@@ -196,7 +196,7 @@ def match_placeholders(context: str, num_images: int) -> str:
     return context.replace(PLACEHOLDER, "").strip()
 
 
-def parse_generation_kwargs(kwargs: dict[str, Any]) -> tuple[InferenceConfig, dict[str, Any], list[str]]:
+def parse_generation_kwargs(kwargs: dict[str, Any]) -> tuple[InferenceConfig, dict[str, object], list[str]]:
     """Return the settings, further options of transformers, and stop strings of a task's `generation_kwargs`.
 
     Without `do_sample: true` or a temperature above 0, answers are greedy.

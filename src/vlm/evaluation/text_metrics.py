@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import zip_longest
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -166,7 +166,7 @@ def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> Non
             import_extra(METRIC_MODULES[name])
 
 
-def import_extra(module: str) -> Any:
+def import_extra(module: str) -> ModuleType:
     """Import a module of the extra `eval`.
 
     Raises:

@@ -301,7 +301,7 @@ class FamilyProcessor:
 
     # --- files ------------------------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the processor's settings."""
         return self.native.to_dict()
 

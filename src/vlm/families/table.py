@@ -6,7 +6,10 @@ and load it again. Prefixes are those of `named_parameters()`; the longest match
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CROSS_ATTENTION_LAYERS = "{cross_attention_layers}"
 """In a prefix: stands for each layer that the language model's configuration lists under that name."""
@@ -215,7 +218,7 @@ class PartNames:
         return name.startswith(self.unused_prefixes)
 
 
-def get_part_names(config: Any) -> PartNames:
+def get_part_names(config: "PreTrainedConfig") -> PartNames:
     """Return the parts of a model, by its configuration.
 
     Raises:
@@ -250,7 +253,7 @@ def get_family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _expand_prefix(prefix: str, config: Any) -> Iterator[str]:
+def _expand_prefix(prefix: str, config: "PreTrainedConfig") -> Iterator[str]:
     if CROSS_ATTENTION_LAYERS in prefix:
         layers = config.get_text_config().cross_attention_layers
         yield from (prefix.replace(CROSS_ATTENTION_LAYERS, str(layer)) for layer in layers)
@@ -260,7 +263,7 @@ def _expand_prefix(prefix: str, config: Any) -> Iterator[str]:
         yield prefix
 
 
-def _unused_layers(config: Any) -> range:
+def _unused_layers(config: "PreTrainedConfig") -> range:
     """Return the indices of the visual encoder's layers past the selected hidden state; state 0 precedes layer 0."""
     count = config.vision_config.num_hidden_layers
     phi = config.model_type == "phi4_multimodal"

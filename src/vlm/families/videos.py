@@ -57,7 +57,7 @@ class FamilyVideos:
         outputs = self._blank_outputs(len(clip.frames), clip.height, clip.width)
         return str(self.native.replace_video_token({**outputs, "video_metadata": [make_metadata(clip)]}, video_idx=0))
 
-    def _read_blank(self, frames: int, height: int, width: int) -> Mapping[str, Any]:
+    def _read_blank(self, frames: int, height: int, width: int) -> Mapping[str, object]:
         """Return the outputs of the video processor for blank frames; large ones keep their shapes only."""
         blank = torch.zeros(1, dtype=torch.uint8).expand(frames, 3, height, width)
         clip = Clip(tuple(range(frames)), frames, height, width, 1.0)

@@ -38,7 +38,7 @@ def last_path_component(path: str) -> str:
     return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
-def without_paths(values: Any, checkpoint: Path) -> Any:
+def without_paths(values: object, checkpoint: Path) -> Any:
     """Return a configuration in which the last component of each path replaces the path, or nothing does."""
     if isinstance(values, dict):
         return {
@@ -51,7 +51,7 @@ def without_paths(values: Any, checkpoint: Path) -> Any:
     return last_path_component(values) if isinstance(values, str) and LOCAL_PATH.fullmatch(values) else values
 
 
-def _clean_value(key: str, value: Any, checkpoint: Path) -> Any:
+def _clean_value(key: str, value: object, checkpoint: Path) -> object:
     """Return a value of a dictionary, cleaned; `REMOVED` where it is left out."""
     if isinstance(value, str) and key in PATH_KEYS:
         return value if find_hub_name(value, checkpoint) else REMOVED

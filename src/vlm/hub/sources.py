@@ -173,7 +173,7 @@ def _read_transformers_llava(name: str, folder: Path) -> ForeignCheckpoint:
     )  # fmt: skip
 
 
-def _read_native_image_settings(name: str, folder: Path, config: Any) -> tuple[Any, str, AnyResConfig]:
+def _read_native_image_settings(name: str, folder: Path, config: PreTrainedConfig) -> tuple[Any, str, AnyResConfig]:
     """Return the encoder's image processor, image mode and tiles that do what transformers' image processor does.
 
     LLaVA's own class is CLIP's with padding to a square; LLaVA-NeXT's and LLaVA-OneVision's are CLIP's with tiles.

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from vlm.config.model_schema import AnyResConfig
 from vlm.hub.folders import JsonObject
 from vlm.models.anyres import AnyRes
@@ -22,7 +24,7 @@ UNTILED_ASPECT_RATIOS = (None, "square", "pad")
 """Values of the original's `image_aspect_ratio` that make one square of an image."""
 
 
-def read_grids(name: str, sizes: Any, tile: int) -> list[list[int]]:
+def read_grids(name: str, sizes: object, tile: int) -> list[list[int]]:
     """Return grids of tiles for sizes in pixels: (rows, columns) for (height, width), or both the other way round.
 
     Raises:
@@ -37,7 +39,7 @@ def read_grids(name: str, sizes: Any, tile: int) -> list[list[int]]:
     return [[length // tile for length in size] for size in sizes]
 
 
-def read_max_tiles(name: str, field: str, value: Any) -> int:
+def read_max_tiles(name: str, field: str, value: object) -> int:
     """Return `max_tiles` from a value such as `anyres_max_9`.
 
     Raises:
@@ -94,7 +96,7 @@ def read_original(name: str, values: JsonObject, tile: int) -> AnyResConfig:
     return AnyResConfig([[rows, columns] for columns, rows in grids], limit, tile_several=limit is None)
 
 
-def _read_original_sizes(name: str, written: Any, tile: int) -> Any:
+def _read_original_sizes(name: str, written: object, tile: int) -> object:
     """Return sizes in pixels from a list, a list in a string, or tiles in a string: `(1x1),...,(6x6)` is a range.
 
     Raises:
@@ -116,7 +118,7 @@ def _read_original_sizes(name: str, written: Any, tile: int) -> Any:
         ) from error
 
 
-def read_native(name: str, config: Any, processor: Any, tile: int) -> AnyResConfig:
+def read_native(name: str, config: PreTrainedConfig, processor: Any, tile: int) -> AnyResConfig:
     """Return `model.anyres` of transformers' `llava_next` or `llava_onevision`.
 
     Args:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -158,7 +157,7 @@ class HubClient:
         except (HfHubHTTPError, LocalTokenNotFoundError, httpx2.HTTPError, OSError) as error:
             raise ValueError(self._make_error_message(error, repo)) from error
 
-    def _make_error_message(self, error: Any, repo: str) -> str:
+    def _make_error_message(self, error: BaseException, repo: str) -> str:
         if isinstance(error, LocalTokenNotFoundError):
             return "no token: log in (hf auth login), or set HF_TOKEN; its account's settings make one that may write"
         if isinstance(error, OfflineModeIsEnabled):

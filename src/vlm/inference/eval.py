@@ -5,7 +5,7 @@ Both are thin: `VisionLanguageModel` does the work, and new code should use it.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ def eval_model(args: object) -> str:
     Raises:
         ValueError: a value is missing or out of bounds, an image does not open, or the model refuses the question.
     """
-    values: dict[str, Any] = {name: cast(Any, getattr(args, name, None)) for name in ARGUMENT_FIELDS}
+    values: dict[str, Any] = {name: getattr(args, name, None) for name in ARGUMENT_FIELDS}
     for name in ("model_path", "query"):
         if not values[name]:
             raise ValueError(f"args.{name}: a value is needed")

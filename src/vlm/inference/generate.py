@@ -80,7 +80,7 @@ class VisionLanguageModel:
         top_p: float = InferenceConfig.top_p,
         num_beams: int = InferenceConfig.num_beams,
         max_new_tokens: int = InferenceConfig.max_new_tokens,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str | list[str]:
         """Generate the answer to one prompt, or to several at once.
 
@@ -111,7 +111,7 @@ class VisionLanguageModel:
         return answers[0] if isinstance(prompt, str) else answers
 
     def conversations(
-        self, prompt: str | Sequence[str], images: Sequence[Any], videos: Sequence[Any], max_frames: int
+        self, prompt: str | Sequence[str], images: Sequence[object], videos: Sequence[object], max_frames: int
     ) -> tuple[list[list[Turn]], list[list[Medium]]]:
         """Return each prompt as a conversation that waits for a reply, and its opened images and videos.
 
@@ -151,12 +151,12 @@ class VisionLanguageModel:
 
     def answer(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]],
-        settings: InferenceConfig, **kwargs: Any,
+        settings: InferenceConfig, **kwargs: object,
     ) -> list[str]:  # fmt: skip
         """Return the next reply of each conversation; each is what the conversation would get by itself."""
         return self.answers(self.inputs(conversations, images), settings, **kwargs)
 
-    def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: Any) -> list[str]:
+    def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: object) -> list[str]:
         """Return the model's answer to each row of a batch."""
         options = {**self.generation_options(settings), **kwargs}
         output = self._generate_ids(**self.use_cached_features(inputs), **options)
@@ -233,9 +233,9 @@ class VisionLanguageModel:
         """Raise ValueError where a prompt of a batch and its answer may exceed the model's positions."""
         check_length(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens, subject)
 
-    def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
+    def generation_options(self, settings: InferenceConfig) -> dict[str, object]:
         """Return transformers' generation options; generation ends where the chat template ends a reply."""
-        options: dict[str, Any] = asdict(settings)
+        options = asdict(settings)
         options["use_cache"] = True  # training switches it off in the configuration
         options["do_sample"] = settings.temperature > 0
         if settings.temperature == 0:
@@ -260,7 +260,7 @@ class VisionLanguageModel:
         end = rendered.replies[-1][1]
         return rendered.text[end : reply_end(self.processor, rendered.text, end)].lstrip(" ")
 
-    def _generate_ids(self, **options: Any) -> torch.Tensor:
+    def _generate_ids(self, **options: object) -> torch.Tensor:
         """Return what the model's `generate` returns: `(rows, tokens)`, the prompt first."""
         return cast(Any, self.model).generate(**options)  # from a mixin, which PreTrainedModel does not declare
 

@@ -71,7 +71,7 @@ class Predictor:
         return self.model.config.settings
 
     def predict(
-        self, prompt: str | Sequence[str], images: Sequence[Any] = (), videos: Sequence[Any] = (), *,
+        self, prompt: str | Sequence[str], images: Sequence[object] = (), videos: Sequence[object] = (), *,
         max_frames: int = DatasetConfig.max_frames, system_prompt: str | None = None,
     ) -> Any:  # fmt: skip
         """Predict for one prompt, or for several at once.

@@ -100,7 +100,7 @@ class SingleModelManager(ModelManager):
     def __init__(self, name: str, model: VisionLanguageModel):
         self.force_model, self.prompts, self.model = name, PromptProcessor(model), CachingModel(model)
 
-    def load_model_and_processor(self, *args: object, **kwargs: object) -> Any:
+    def load_model_and_processor(self, *args: object, **kwargs: object) -> tuple[CachingModel, PromptProcessor]:
         """Return the served model for any name: the handler checks names."""
         return self.model, self.prompts
 

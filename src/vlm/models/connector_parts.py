@@ -5,7 +5,7 @@ Hub code: imports torch and transformers only. Blocks of a single connector are 
 
 import math
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Connector(nn.Module):
     """Whether tokens are in a grid, row by row, as the features are; tiles of images need that (`anyres.py`)."""
 
     @classmethod
-    def num_tokens(cls, num_features: int, **options: Any) -> int:
+    def num_tokens(cls, num_features: int, **options: object) -> int:
         """Return the number of tokens for an image of `num_features` features: by default as many."""
         return num_features
 
@@ -31,7 +31,7 @@ class GridConnector(Connector):
     """
 
     @classmethod
-    def num_tokens(cls, num_features: int, **options: Any) -> int:
+    def num_tokens(cls, num_features: int, **options: object) -> int:
         """Return the number of tokens for an image of `num_features` features.
 
         Raises:
@@ -48,7 +48,7 @@ class GridConnector(Connector):
         return cls.output_side(side, **options) ** 2
 
     @classmethod
-    def output_side(cls, side: int, **options: Any) -> int:
+    def output_side(cls, side: int, **options: object) -> int:
         """Return the side of the grid of tokens for a grid of `side` x `side` features."""
         raise NotImplementedError
 

@@ -11,7 +11,6 @@ those of `query_connectors.py` read the features with learned queries.
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -88,7 +87,7 @@ def connector_class(connector_type: str) -> type[Connector]:
     return CONNECTORS[connector_type]
 
 
-def connector_options(connector_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def connector_options(connector_type: str, options: Mapping[str, object]) -> dict[str, object]:
     """Return `options` without nulls, completed with the class's own defaults.
 
     Raises:
@@ -110,7 +109,7 @@ def connector_options(connector_type: str, options: Mapping[str, Any]) -> dict[s
     return complete
 
 
-def count_tokens(connector_type: str, num_features: int, options: Mapping[str, Any]) -> int:
+def count_tokens(connector_type: str, num_features: int, options: Mapping[str, object]) -> int:
     """Return the number of tokens for an image of `num_features` features; without `num_tokens`, as many."""
     count = getattr(connector_class(connector_type), "num_tokens", None)
     return count(num_features, **options) if count else num_features

@@ -121,7 +121,7 @@ class _TruncatedLayers(nn.ModuleList):
 
 
 @contextmanager
-def _truncated_layers(encoder: Any, num_layers: int) -> Iterator[None]:
+def _truncated_layers(encoder: PreTrainedModel, num_layers: int) -> Iterator[None]:
     """Within this context, an encoder of `EARLY_EXIT_TYPES` runs only its first layers."""
     location = _find_layer_list(encoder) if encoder.config.model_type in EARLY_EXIT_TYPES else None
     if location is None or num_layers >= encoder.config.num_hidden_layers or torch.compiler.is_compiling():
@@ -137,7 +137,7 @@ def _truncated_layers(encoder: Any, num_layers: int) -> Iterator[None]:
         setattr(owner, name, all_layers)
 
 
-def _find_layer_list(encoder: Any) -> tuple[nn.Module, str] | None:
+def _find_layer_list(encoder: PreTrainedModel) -> tuple[nn.Module, str] | None:
     """Return the module that holds an encoder's layers, and their name; None where it has several such lists."""
     locations = [
         (owner, name)

@@ -5,7 +5,6 @@ Hub code: imports torch and its siblings only. Each needs features that are patc
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +60,7 @@ class PixelShuffleConnector(GridConnector):
         )
 
     @classmethod
-    def output_side(cls, side: int, *, factor: int, **options: Any) -> int:
+    def output_side(cls, side: int, *, factor: int, **options: object) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
         require_positive(factor=factor)
         require_divisor(side, factor=factor)
@@ -116,7 +115,7 @@ class PoolingConnector(GridConnector):
         )
 
     @classmethod
-    def output_side(cls, side: int, *, kernel: int | None, output_side: int | None, **options: Any) -> int:
+    def output_side(cls, side: int, *, kernel: int | None, output_side: int | None, **options: object) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
         _require_one_size(kernel, output_side)
         if output_side is not None:
@@ -185,7 +184,7 @@ class CAbstractorConnector(GridConnector):
         self.layers = mlp_layers(hidden_dim, text_dim, num_layers=num_layers, activation="silu")
 
     @classmethod
-    def output_side(cls, side: int, *, num_queries: int, **options: Any) -> int:
+    def output_side(cls, side: int, *, num_queries: int, **options: object) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
         tokens_side = _square_root(num_queries)
         if tokens_side > side:
@@ -279,7 +278,7 @@ class LDPConnector(GridConnector):
         self.blocks = nn.Sequential(DepthwiseBlock(text_dim, stride=1), DepthwiseBlock(text_dim, stride=2))
 
     @classmethod
-    def output_side(cls, side: int, **options: Any) -> int:
+    def output_side(cls, side: int, **options: object) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
         return (side + 1) // 2
 
@@ -327,7 +326,7 @@ class LDPv2Connector(GridConnector):
         self.positions = nn.Conv2d(text_dim, text_dim, 3, padding=1, groups=text_dim)
 
     @classmethod
-    def output_side(cls, side: int, *, output_side: int, **options: Any) -> int:
+    def output_side(cls, side: int, *, output_side: int, **options: object) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
         require_positive(output_side=output_side)
         require_at_most(side, output_side=output_side)

@@ -9,7 +9,6 @@ Shapes: B rows, T tokens a row, D width of the language model, K outputs of a ta
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +110,7 @@ class PredictionHead(nn.Module):
 
     def __init__(
         self, width: int, *, task: str, num_labels: int, pooling: str, type: str = "linear",
-        options: Mapping[str, Any] | None = None, shift: float = 0.0, scale: float = 1.0,
+        options: Mapping[str, object] | None = None, shift: float = 0.0, scale: float = 1.0,
     ):  # fmt: skip
         super().__init__()
         self.task, self.pooling, self.head_type = task, pooling, type

@@ -18,6 +18,9 @@ from .anyres import VIDEO_FRAME_VIEWS, AnyRes
 ImageOrTensor = Image.Image | torch.Tensor
 """An image of Pillow, or a uint8 tensor `(3, height, width)`."""
 
+Settings = dict[str, Any]
+"""Settings by name, as JSON holds them."""
+
 
 class ImageProcessor(Protocol):
     """The interface shared by the image processors of transformers, which declare no types of their own.
@@ -55,7 +58,7 @@ class ImageProcessor(Protocol):
         """Turn whole numbers into what the encoder reads; the shape stays."""
         ...
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Settings:
         """Return the settings."""
         ...
 
@@ -65,7 +68,7 @@ def make_raw_pixels(
 ) -> torch.Tensor:
     """Return RGB images as `(images, 3, height, width)`: uint8 from an image processor that `is_plain`.
 
-    Any other image processor does all of its work here and returns what the encoder reads.
+    All other image processors do all of their work here and return what the encoder reads.
     """
     if image_mode == "pad":
         rgb_images = [pad_to_square(rgb_image, mean_color_value(image_processor)) for rgb_image in rgb_images]
@@ -124,7 +127,7 @@ def is_plain(image_processor: ImageProcessor) -> bool:
     )
 
 
-def make_image_processor(settings: ImageProcessor | dict[str, Any]) -> ImageProcessor:
+def make_image_processor(settings: ImageProcessor | Settings) -> ImageProcessor:
     """Make an image processor from what its `to_dict` returned; return an image processor unchanged."""
     if not isinstance(settings, dict):
         return settings

@@ -17,6 +17,7 @@ from .anyres import AnyRes, Size
 from .pixels import (
     ImageOrTensor,
     ImageProcessor,
+    Settings,
     as_rgb,
     as_tensor,
     is_plain,
@@ -78,8 +79,8 @@ class VLMProcessor(ProcessorMixin):
         tokens_per_image: int = 1,
         image_mode: str = "square",
         own_template: str | None = None,
-        anyres: dict[str, Any] | None = None,
-        beside: Sequence[ImageProcessor | dict[str, Any]] = (),
+        anyres: Settings | None = None,
+        beside: Sequence[ImageProcessor | Settings] = (),
         **kwargs: object,
     ):
         if image_mode not in IMAGE_MODES:
@@ -106,7 +107,7 @@ class VLMProcessor(ProcessorMixin):
         """The image processors of all visual encoders, in the order of their channels."""
         return [self.image_processor, *self.beside]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Settings:
         """Return the settings, with those of the image processors of further encoders."""
         return {**super().to_dict(), "beside": [image_processor.to_dict() for image_processor in self.beside]}
 
@@ -264,7 +265,7 @@ class VLMProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         padding_side: str = "left",
         return_tensors: str = "pt",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> BatchFeature:
         """Turn rendered conversations and their images into model inputs.
 
@@ -343,7 +344,7 @@ class VLMProcessor(ProcessorMixin):
         return names if self.anyres is None else [*names, "image_sizes", "image_views"]
 
 
-def images_in_conversation(conversation: Sequence[Message]) -> list[Any]:
+def images_in_conversation(conversation: Sequence[Message]) -> list[object]:
     """Return the images (objects, paths, URLs) that a conversation's content lists name, in order.
 
     Items are `{"type": "image", "image": …}` (or `path`, `url`, `base64`), or OpenAI's `{"type": "image_url",
@@ -353,7 +354,7 @@ def images_in_conversation(conversation: Sequence[Message]) -> list[Any]:
     return [_image_from_item(item) for item in items if item["type"] in ("image", "image_url")]
 
 
-def _image_from_item(item: Message) -> Any:
+def _image_from_item(item: Message) -> object:
     if item["type"] == "image_url":
         named = item["image_url"]
         return named["url"] if isinstance(named, dict) else named

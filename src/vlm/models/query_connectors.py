@@ -3,8 +3,6 @@
 Hub code: imports torch, transformers and its siblings only. They take features of any number and arrangement.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +61,7 @@ class ResamplerConnector(Connector):
         nn.init.normal_(self.queries)
 
     @classmethod
-    def num_tokens(cls, num_features: int, *, num_queries: int, **options: Any) -> int:
+    def num_tokens(cls, num_features: int, *, num_queries: int, **options: object) -> int:
         """Return the number of queries."""
         require_positive(num_queries=num_queries)
         return num_queries
@@ -175,7 +173,7 @@ class QFormerConnector(Connector):
         nn.init.normal_(self.queries, std=self.qformer.config.initializer_range)
 
     @classmethod
-    def num_tokens(cls, num_features: int, *, num_queries: int, **options: Any) -> int:
+    def num_tokens(cls, num_features: int, *, num_queries: int, **options: object) -> int:
         """Return the number of queries."""
         require_positive(num_queries=num_queries)
         return num_queries

@@ -148,7 +148,7 @@ class MuonWithAdamW(Optimizer):
             optimizer.param_groups = [group for group in self.param_groups if group["is_muon"] is is_muon]
             optimizer.state = self.state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state_dict)
         self._share_groups_and_state()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from vlm.config.schema import InferenceConfig, RunConfig
 from vlm.data.dataset import SampleDataset
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def make_answer_metrics(
     config: RunConfig, data: SampleDataset, processor: Processor, args: TrainingArguments
-) -> Callable[[Any], dict[str, float]]:
+) -> Callable[[PreTrainedModel], dict[str, float]]:
     """Return what computes `trainer.eval_metrics` of a model's answers to evaluation records.
 
     Raises:
@@ -45,7 +45,7 @@ def make_answer_metrics(
     references = [list(sample.references) or [last_reply_text(sample)] for sample in samples]
     size = args.per_device_eval_batch_size
 
-    def compute(model: Any) -> dict[str, float]:
+    def compute(model: PreTrainedModel) -> dict[str, float]:
         generator = VisionLanguageModel(model, processor)
         answers: list[str] = []
         silent = args.disable_tqdm or not args.should_save
@@ -146,7 +146,7 @@ def turns_before_last_reply(turns: Sequence[Turn]) -> list[Turn]:
     return list(turns[:last])
 
 
-def _preview(opened: Sequence[Any]) -> Any:
+def _preview(opened: Sequence[object]) -> Any:
     """Return the first image of a sample, or of its first video; None where it has neither."""
     first = next(iter(opened), None)
     return first.frames[0] if isinstance(first, DecodedVideo) else first

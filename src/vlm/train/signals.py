@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +34,7 @@ class SigtermCheckpoint(TrainerCallback):
     def __init__(self, *, can_save: bool = True):
         self.can_save = can_save
         self.received = self.any_rank_received = self.handler_installed = False
-        self.previous_handler: Any = signal.SIG_DFL
+        self.previous_handler = signal.SIG_DFL
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Install the handler; only a main thread can."""
@@ -96,7 +95,7 @@ def _kill_workers() -> None:
             worker.kill()
 
 
-def ignore_sigterm_in_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+def ignore_sigterm_in_workers(loader: DataLoader) -> DataLoader:
     """Return a loader whose workers ignore a SIGTERM to all processes of a run; they end with their own process."""
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts the workers of this one
     inner.worker_init_fn = partial(ignore_sigterm, inner.worker_init_fn)

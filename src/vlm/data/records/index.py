@@ -50,7 +50,7 @@ class IndexedRecords:
     def __len__(self) -> int:
         return len(self._column)
 
-    def __getitem__(self, index: int) -> Any:  # any value of JSON
+    def __getitem__(self, index: int) -> object:  # any value of JSON
         """Return a record.
 
         Raises:

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
+from vlm.config.model_schema import Options
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import stream_records, value_or_bad_sample
@@ -170,7 +171,7 @@ class RecordConverter:
         dropped_keys: the keys of a record that are not kept; None where no key is kept.
     """
 
-    read: Callable[[Any, Path], Sample]
+    read: Callable[[Record, Path], Sample]
     write: Callable[[Sample, Path], Record]
     folder: Path
     dropped_keys: frozenset[str] | None
@@ -194,7 +195,7 @@ class RecordConverter:
 
 def convert(
     source: str, output: str, conversion: str, *, to: str = "llava", image_folder: str | None = None,
-    cache: Path, options: Mapping[str, Any] | None = None, on_bad: str = "error", embed_images: bool = False,
+    cache: Path, options: Mapping[str, object] | None = None, on_bad: str = "error", embed_images: bool = False,
     shard_size: int | None = None, force: bool = False,
 ) -> str:  # fmt: skip
     """Convert records from one file to another, one at a time; return a summary.
@@ -291,7 +292,7 @@ def _write_all(
             raise ValueError(f"there is no record to write; {'; '.join([*tally.describe(), tally.first])}")
 
 
-def split_options(conversion: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(conversion: str, options: Mapping[str, object]) -> tuple[Options, Options]:
     """Divide options into those of the conversion and those of the reader.
 
     Raises:

@@ -39,7 +39,7 @@ MAX_WORKERS = 256
 """Each worker may have three files open, and processes are often limited to 1024."""
 
 
-def option_field(default: Any, arguments: str) -> Any:  # as `dataclasses.field`
+def option_field(default: object, arguments: str) -> Any:  # as `dataclasses.field`
     """Make a field with its text of `--help`."""
     return field(default=default, metadata={"help": arguments})
 

@@ -130,7 +130,7 @@ class Table:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self.path} is no Parquet file: {error}") from error
 
-    def _iter_parquet_pairs(self) -> Iterator[tuple[Any, Any]]:
+    def _iter_parquet_pairs(self) -> Iterator[tuple[str | None, str | None]]:
         names = [self._column_names[n] for n in (self._url_index, self._caption_index)]
         with self._open_parquet() as file:
             for name in names:

@@ -6,6 +6,7 @@ Reads files with PyAV, which the extra `video` installs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -118,7 +119,7 @@ def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image
     return [images[number] for number in frames]
 
 
-def _import_av(path: Path) -> Any:  # PyAV is optional, and declares no types of its streams
+def _import_av(path: Path) -> ModuleType:  # PyAV is optional, and declares no types of its streams
     """Import PyAV.
 
     Raises:

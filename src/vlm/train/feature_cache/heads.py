@@ -109,7 +109,7 @@ class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
         no_details = np.zeros((len(first), 0), dtype=np.int64)
         return PackPlan(spec.name, row_format, first.tolist(), places.astype(np.uint64), counts, no_details, {})
 
-    def load(self, plan: PackPlan[int]) -> tuple[Dataset[Any], list[list[int]]]:
+    def load(self, plan: PackPlan[int]) -> tuple[Dataset[object], list[list[int]]]:
         """Return numbered samples, in batches of like length."""
         order = np.argsort(-self.dataset.lengths[plan.items].astype(np.int64), kind="stable").tolist()
         size = self.args.per_device_eval_batch_size

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ class FeatureCacheWriter(ABC, Generic[Item, Batch]):
     reason: str
 
     @abstractmethod
-    def load(self, plan: PackPlan[Item]) -> tuple[Dataset[Any], list[list[int]]]:
+    def load(self, plan: PackPlan[Item]) -> tuple[Dataset[object], list[list[int]]]:
         """Return a data set of items, without those that the plan skips, and its batches."""
 
     @abstractmethod
-    def collate(self, samples: list[Any]) -> Batch:
+    def collate(self, samples: list[object]) -> Batch:
         """Make a batch of what the data set gives."""
 
     @abstractmethod

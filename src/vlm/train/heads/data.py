@@ -1,11 +1,10 @@
 """The records of a run with heads: those that train, those that things are chosen by, and those only measured on."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedConfig
@@ -156,7 +155,7 @@ def make_prompt_encoder(config: RunConfig, model_config: PreTrainedConfig, proce
     )  # fmt: skip
 
 
-def check_labels(dataset: SampleDataset, values: dict[str, list[Any]], role: str = "train") -> None:
+def check_labels(dataset: SampleDataset, values: Mapping[str, Sequence[object]], role: str = "train") -> None:
     """Raise ValueError where a record has no label for any head."""
     without = np.flatnonzero([all(value is None for value in row) for row in zip(*values.values(), strict=True)])
     if len(without) == 0:
@@ -169,7 +168,7 @@ def check_labels(dataset: SampleDataset, values: dict[str, list[Any]], role: str
     )
 
 
-def check_labels_for_each_head(values: dict[str, list[Any]], role: str) -> None:
+def check_labels_for_each_head(values: Mapping[str, Sequence[object]], role: str) -> None:
     """Raise ValueError where no record of a set has a label for a head, which could not be measured then."""
     for name, label_values in values.items():
         if all(value is None for value in label_values):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from vlm.assembly.checkpoint import is_prediction_model
@@ -25,7 +25,7 @@ def predict_out_of_fold(
     objective: Objective,
     run: PreparedRun,
     folds: Sequence[tuple[HeadDataset, HeadDataset]],
-    read: Callable[[HeadDataset], Any],
+    read: Callable[[HeadDataset], Dataset[object]],
 ) -> dict[str, HeadOutputs]:
     """Train fresh heads on each fold and return their outputs for its held-out records: head -> all records.
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.head_metrics import scores
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.head_losses import head_loss
-from vlm.train.objectives.base import ObjectiveTrainer
+from vlm.train.objectives.base import Inputs, ObjectiveTrainer
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class HeadOutputs:
     loss: float
 
 
-def collect_outputs(trainer: ObjectiveTrainer, dataset: Any) -> dict[str, HeadOutputs]:
+def collect_outputs(trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, HeadOutputs]:
     """Return the outputs of each head for every sample of a data set that has a label for it, in order."""
-    gathered: list[dict[str, Any]] = []
+    gathered: list[Inputs] = []
     for inputs in trainer.evaluation_batches(dataset, "evaluating"):
         targets, groups = inputs.pop("labels"), inputs.pop("groups")
         inputs.pop("text_labels", None)
@@ -45,7 +45,7 @@ def collect_outputs(trainer: ObjectiveTrainer, dataset: Any) -> dict[str, HeadOu
     return {head.name: _make_head_outputs(head, gathered) for head in trainer.model.config.settings}
 
 
-def _make_head_outputs(head: HeadSettings, gathered: Sequence[dict[str, Any]]) -> HeadOutputs:
+def _make_head_outputs(head: HeadSettings, gathered: Sequence[Inputs]) -> HeadOutputs:
     """Return the outputs of one head, out of gathered batches."""
     outputs = torch.cat([batch["outputs"][head.name] for batch in gathered]).float().cpu()
     targets = torch.cat([batch["labels"][head.name] for batch in gathered]).float().cpu()

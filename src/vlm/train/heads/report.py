@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ def report(
             then, named `test`, those for records that nothing was chosen by, if there are any.
         blank_outputs: outputs for the last set with blank images: do the heads use the images at all?
     """
-    report_json: dict[str, dict[str, Any]] = {}
+    report_json: dict[str, dict[str, object]] = {}
     for name, head_outputs in sets.items():
         is_last = name == list(sets)[-1]
         for head in heads:
@@ -65,7 +64,7 @@ def report(
 
 def _score_head(
     head: HeadSettings, train_targets: np.ndarray, outputs: HeadOutputs, blank: HeadOutputs | None, output_dir: Path
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Print and plot the metrics of one head on one set of records, and return them as JSON."""
     calibration = Calibration(head.temperature, head.threshold)
     known = train_targets[~np.isnan(train_targets).any(axis=1)]

@@ -60,7 +60,7 @@ class MetricsFile(TrainerCallback):
                 draw_speed(metrics, self.speed_plot_path)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the lines of a `metrics.jsonl`; none where there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 

@@ -8,16 +8,16 @@ usual.
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from vlm.assembly.checkpoint import is_composed_model
-from vlm.data.batching.stats import BatchStats, num_images
+from vlm.data.batching.stats import BatchStats, ModelInputs, num_images
 from vlm.families.table import FAMILIES
 from vlm.models import VLMForConditionalGeneration
 
@@ -71,7 +71,7 @@ class StepFlops:
         return text + self.encoded * encoded + self.connected * connected + self.batch * batches
 
 
-def count_flops(model: Any, image: Mapping[str, Any]) -> StepFlops:
+def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     """Count the operations of a model that is ready to train, with its adapters and its frozen parameters.
 
     Args:
@@ -100,7 +100,7 @@ def count_flops(model: Any, image: Mapping[str, Any]) -> StepFlops:
 
 def copy_to_meta_device(model: nn.Module) -> Any:
     """Return a copy of a model on the meta device, in float32, with eager attention and the same frozen parameters."""
-    replaced: dict[int, Any] = {}
+    replaced: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         shape = getattr(tensor, "ds_shape", tensor.shape)  # ZeRO-3 has sharded it
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -113,7 +113,7 @@ def copy_to_meta_device(model: nn.Module) -> Any:
     for module in meta_model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType] - a flag of transformers
-        config: Any = getattr(module, "config", None)
+        config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = "eager"
     return meta_model.train()
@@ -154,7 +154,7 @@ class ImageFlops:
     needs_gradient: bool
 
 
-def _count_composed_images(model: VLMForConditionalGeneration, image: Mapping[str, Any]) -> ImageFlops:
+def _count_composed_images(model: VLMForConditionalGeneration, image: ModelInputs) -> ImageFlops:
     """Count the visual encoder and the connector of a composed model."""
     pixels = torch.empty(2 * NUM_COUNTED_IMAGES, *image["pixel_values"].shape[1:], device="meta")
     (few, _), (many, features) = (
@@ -190,7 +190,7 @@ def _count_connector_flops(model: VLMForConditionalGeneration, features: Tensor)
     return counter.get_total_flops(), tokens.requires_grad
 
 
-def _count_family_images(model: Any, image: Mapping[str, Any]) -> ImageFlops:
+def _count_family_images(model: Any, image: ModelInputs) -> ImageFlops:
     """Count the operations of a family's model for an image, in its encoder and connector together."""
     pixels = torch.empty(image["pixel_values"].shape, device="meta")
     with FlopCounterMode(display=False) as counter:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ THROUGHPUT_CURVES = {
 SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "model FLOPs utilisation"}
 
 
-def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_loss(metrics: Sequence[dict[str, float]], path: Path) -> None:
     """Plot the losses over the steps, as a PNG."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -45,7 +45,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_speed(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_speed(metrics: Sequence[dict[str, float]], path: Path) -> None:
     """Plot tokens a second (for heads, samples) over the steps, and the shares of padding and waiting, as a PNG."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)

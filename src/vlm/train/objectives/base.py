@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 Inputs = dict[str, Any]
 """Arguments of a model's `forward` by name: tensors, or tensors by the names of heads."""
 
+Collate = Callable[[Sequence[Any]], Mapping[str, object]]
+"""Makes a batch of a list of samples."""
+
 
 @dataclass
 class RunData:
@@ -70,7 +73,7 @@ class PreparedRun:
     model: PreTrainedModel
     parts: list[Part]
     data: RunData
-    collate: Callable[[Sequence[Any]], Mapping[str, object]]
+    collate: Collate
 
 
 class ObjectiveTrainer(Protocol):
@@ -146,9 +149,7 @@ class Objective(ABC):
         return model
 
     @abstractmethod
-    def make_collator(
-        self, processor: Processor, data: RunData, args: TrainingArguments
-    ) -> Callable[[Sequence[Any]], Mapping[str, object]]:
+    def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> Collate:
         """Return what makes a batch of a list of samples; every rank's batches must run the same modules."""
 
     def before_training(self, run: PreparedRun) -> None:  # noqa: B027 - optional

@@ -5,7 +5,6 @@ would save nothing.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,7 +43,7 @@ def enable_activation_checkpointing(
             )
     kwargs = args.activation_checkpointing_kwargs
     assert not isinstance(kwargs, str), "TrainingArguments parses text"
-    options: dict[str, Any] = dict(kwargs or {})
+    options = dict(kwargs or {})
     every_n_layers = options.pop("every_n_layers", 1)
     offload = options.pop("offload", False)
     model.activation_checkpointing_enable({"use_reentrant": False, **options}, offload=offload)

@@ -4,7 +4,6 @@ Its fused loss is not used: vocabulary logits exist at supervised positions only
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -35,7 +34,7 @@ def apply_liger_kernels(model: PreTrainedModel, options: Mapping[str, bool] | No
             f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed at supervised positions, which "
             "Liger's takes no note of; leave it out"
         )
-    target: Any = get_language_model(model)
+    target = get_language_model(model)
     _apply_liger_kernel_to_instance(model=target, **{"fused_linear_cross_entropy": False, **(options or {})})
     changed = [name for name, module in target.named_modules() if "forward" in vars(module)]
     if not changed:

@@ -21,7 +21,7 @@ PACKED_ATTENTION = "vlm_packed"
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **kwargs: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention of one row whose samples begin at `cu_seq_lens_q`: `(1, heads, T, dim) -> (1, T, heads, dim)`.
 
@@ -69,7 +69,7 @@ def _check_window(module: nn.Module, window: int | None, max_length: int) -> Non
     Raises:
         ValueError: a sample is longer.
     """
-    config: Any = getattr(module, "config", None)
+    config = getattr(module, "config", None)
     layer_index = getattr(module, "layer_idx", None)
     layer_types = getattr(config, "layer_types", None)
     if window is not None or config is None or getattr(config, "use_sliding_window", None) is False:

@@ -21,6 +21,7 @@ from vlm.data.stream import SampleStream
 from vlm.data.vision.images import read_media_sizes
 from vlm.families.table import FAMILIES
 from vlm.train.arguments import sampler_seed
+from vlm.train.objectives.base import Inputs
 from vlm.train.step.packed_attention import use_packed_attention
 
 LOOKAHEAD_PACKS = 8
@@ -66,7 +67,7 @@ class PackedStream(IterableDataset[list[SampleInputs | Skipped]]):
 
 def make_packed_loader(
     dataset: SampleDataset | SampleStream, collate: Collator, max_tokens: int | None, args: TrainingArguments
-) -> tuple[DataLoader[Any], PackSampler | None]:
+) -> tuple[DataLoader, PackSampler | None]:
     """Return the loader of this rank's packs, and the sampler that orders them; packs of a stream have none.
 
     Args:
@@ -142,7 +143,7 @@ GRID_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 """Inputs with the grid sizes of images and videos."""
 
 
-def add_grid_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def add_grid_positions(model: Any, batch: Inputs) -> Inputs:
     """Return a packed batch with the positions that its model uses: in some families four per token, `(4, 1, T)`.
 
     The first of the four is the position in the text, which keeps samples apart; the model's own code computes the
