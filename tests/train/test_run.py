@@ -168,6 +168,8 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
 
 
 FAILING = """
+import sys
+
 from vlm.cli.train import main
 from vlm.train.trainer import VLMTrainer
 
