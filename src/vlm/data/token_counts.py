@@ -81,7 +81,9 @@ class Counts:
     def labels_and_groups_at(self, places: np.ndarray) -> tuple[list[object], list[str | None]]:
         """Return the labels and groups of the records at some places; None for a record without one."""
         rows = pa.array(places)
-        labels = [None if text is None else json.loads(text) for text in self.labels.take(rows).to_pylist()]
+        labels: list[object] = [
+            None if text is None else json.loads(text) for text in self.labels.take(rows).to_pylist()
+        ]
         return labels, self.groups.take(rows).to_pylist()
 
 

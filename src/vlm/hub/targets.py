@@ -4,7 +4,7 @@ Imports `vlm.hub.layouts`, `vlm.models` and transformers. To add a format, write
 `ExportFormat`, add a line to `EXPORT_FORMATS`, and one to the options of `cli/export_checkpoint.py`.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -194,7 +194,7 @@ def get_last_layer(config: VLMConfig) -> int:
 def with_legacy_field_names(config: PreTrainedConfig) -> JsonObject:
     """Return a language model's configuration under the field names of transformers 5 and under the earlier ones."""
     values = _nested_configs(config)
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     values["architectures"] = [model_class.__name__]
     rotary = values.get("rope_parameters") or {}
     if "rope_theta" in rotary:

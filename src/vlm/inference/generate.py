@@ -233,7 +233,7 @@ class VisionLanguageModel:
         """Raise ValueError where a prompt of a batch and its answer may exceed the model's positions."""
         check_length(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens, subject)
 
-    def generation_options(self, settings: InferenceConfig) -> dict[str, object]:
+    def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
         """Return transformers' generation options; generation ends where the chat template ends a reply."""
         options = asdict(settings)
         options["use_cache"] = True  # training switches it off in the configuration

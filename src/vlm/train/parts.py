@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from tabulate import tabulate
 from torch import nn
+from transformers import PreTrainedModel
 
 from vlm.assembly.checkpoint import is_prediction_model
 from vlm.assembly.encoders import encoder_sources
@@ -168,7 +169,7 @@ def _keep_gradient_rows(rows: Sequence[int], gradient: torch.Tensor) -> torch.Te
     return masked
 
 
-def cast(model: nn.Module, parts: list[Part], trained: torch.dtype, frozen: torch.dtype) -> None:
+def cast(model: PreTrainedModel, parts: list[Part], trained: torch.dtype, frozen: torch.dtype) -> None:
     """Cast parts and adapters that train to one precision and the others to another, with their saved buffers.
 
     Buffers that no checkpoint holds keep their precision: rotary frequencies lose too much in half precision.

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.head_metrics import scores
@@ -31,7 +31,7 @@ class HeadOutputs:
     loss: float
 
 
-def collect_outputs(trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, HeadOutputs]:
+def collect_outputs(trainer: ObjectiveTrainer, dataset: Any) -> dict[str, HeadOutputs]:
     """Return the outputs of each head for every sample of a data set that has a label for it, in order."""
     gathered: list[Inputs] = []
     for inputs in trainer.evaluation_batches(dataset, "evaluating"):
