@@ -309,7 +309,7 @@ def test_training_and_asking(name: str, folder: Path, train_whole: Callable[...,
     assert isinstance(
         ours.generate(asked, [folder / "picture.png"], videos, max_new_tokens=2, max_frames=MAX_FRAMES), str
     )
-    turn, _ = ours.asked(asked, [folder / "picture.png"], videos, MAX_FRAMES)
+    turn, _ = ours.open_question(asked, [folder / "picture.png"], videos, MAX_FRAMES)
     assert [type(part) for part in turn.content] == [VideoRef, str, ImageRef, str, VideoRef, str]
     together = ours.generate(["<video>?", "what?"], videos=[videos[:1], videos[1:]], max_new_tokens=2, do_sample=False)
     assert together[0] == ours.generate("<video>?", videos=videos[:1], max_new_tokens=2)

@@ -206,7 +206,7 @@ CHANGES = {
     "model_type": "llava_mpt",
 }  # fmt: skip
 EXPECTED_REFUSALS = {
-    "image_aspect_ratio": "pictures in tiles are imported with mm_patch_merge_type=spatial_unpad",
+    "image_aspect_ratio": "images in tiles are imported with mm_patch_merge_type=spatial_unpad",
     "mm_projector_type": "imported are linear, mlp<N>x_gelu and identity",
     "mm_vision_select_layer": "has no mm_vision_select_layer",
     "mm_vision_select_feature": "imported are patch, cls_patch",

@@ -233,7 +233,7 @@ REFUSED = {
     "no merge type": ({"mm_patch_merge_type": None}, "are imported with mm_patch_merge_type=spatial_unpad"),
     "spatial": ({"mm_patch_merge_type": "spatial"}, "are imported with mm_patch_merge_type=spatial_unpad"),
     "pooled": ({"mm_patch_merge_type": "spatial_maxpool2x2"}, "are imported with mm_patch_merge_type=spatial_unpad"),
-    "no tiles": ({"image_aspect_ratio": "pad"}, "one square a picture is imported with mm_patch_merge_type=flat"),
+    "no tiles": ({"image_aspect_ratio": "pad"}, "one square an image is imported with mm_patch_merge_type=flat"),
     "highres": ({"image_aspect_ratio": "highres"}, "imported are square, pad, anyres and anyres_max_<N>"),
     "no limit": ({"image_aspect_ratio": "anyres_max_0"}, "image_aspect_ratio=anyres_max_0; imported is anyres_max_<N>"),
     "no grids": ({"image_grid_pinpoints": None}, "image_grid_pinpoints=None; a list of sizes in pixels is needed"),
@@ -275,7 +275,7 @@ def test_an_image_processor_with_two_sizes_is_refused(parts: Parts, tmp_path: Pa
     processor = native_processor(parts, model, "llama", size={"shortest_edge": 30})
     processor.save_pretrained(tmp_path / "theirs")
     refusal_message = refusal("import", str(tmp_path / "theirs"), str(tmp_path / "ours"))
-    assert "it sees the whole picture in (30, 30) pixels and tiles of 24; needed is one size" in refusal_message
+    assert "it sees the whole image in (30, 30) pixels and tiles of 24; needed is one size" in refusal_message
     processor.image_processor = CLIPImageProcessor()
     processor.save_pretrained(tmp_path / "theirs")
     refusal_message = refusal("import", str(tmp_path / "theirs"), str(tmp_path / "ours"))

@@ -110,11 +110,7 @@ class Checkpoint:
         return processor
 
     def _load_family_processor(self, template: str | None, image_mode: str | None) -> Processor:
-        if image_mode is not None:
-            raise ValueError(
-                f"dataset.image_mode={image_mode}: {self.name} prepares images in its own way; dataset.image_mode=null "
-                "leaves it to that"
-            )
+        check_no_image_mode(image_mode, self.name)
         family = get_family(self.body_config.model_type)
         processor = load_family_processor(
             self.name, family, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -281,6 +277,15 @@ def open_checkpoint(
     if is_adapter_checkpoint(name):
         kind = CheckpointKind.ADAPTER
     return Checkpoint(name, kind, config, revision, trust_remote_code)
+
+
+def check_no_image_mode(image_mode: str | None, name: str) -> None:
+    """Raise ValueError where a whole model is told how to prepare images."""
+    if image_mode is not None:
+        raise ValueError(
+            f"dataset.image_mode={image_mode}: {name} prepares images in its own way; dataset.image_mode=null "
+            "leaves it to that"
+        )
 
 
 def check_device(name: str) -> None:

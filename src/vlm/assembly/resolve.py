@@ -10,6 +10,7 @@ from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.checkpoint import (
     Checkpoint,
     CheckpointKind,
+    check_no_image_mode,
     is_composed_config,
     is_prediction_config,
     open_checkpoint,
@@ -50,6 +51,9 @@ def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Pre
         )
     if name and {"connector", "connector.type"} & set(overridden_keys):
         register_connector_class(model.connector.type)
+    if not name and model.hf_name is not None:  # before anything is fetched
+        check_no_part_overrides(overridden_keys, f"model.hf_name={model.hf_name}")
+        check_no_image_mode(config.dataset.image_mode, model.hf_name)
     checkpoint = _open_start(config)
     if checkpoint is None:
         return compose(model, config.dataset.template, config.dataset.image_mode)

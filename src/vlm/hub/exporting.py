@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm.assembly.checkpoint import CheckpointKind, is_composed_config, open_checkpoint
+from vlm.assembly.adapter_folder import is_adapter_checkpoint
+from vlm.assembly.checkpoint import is_composed_config, open_checkpoint
+from vlm.assembly.family import read_config
+from vlm.checks.checkpoint import checkpoint_problem
 from vlm.hub.folders import JsonObject, create_folder, read_json, resolve_folder, write_json
 from vlm.hub.layouts import PrefixPairs, rename_to_foreign
 from vlm.hub.processors import PROBE_WORD, make_transformers_processor
@@ -39,10 +42,11 @@ def export_checkpoint(
     """
     target = EXPORT_FORMATS[format_name]
     checkpoint = resolve_folder(name)
-    opened = open_checkpoint(checkpoint)
-    if opened.kind is CheckpointKind.ADAPTER:
+    if problem := checkpoint_problem(str(checkpoint)):
+        raise ValueError(problem)
+    if is_adapter_checkpoint(checkpoint):
         raise ValueError(f"{name} is an adapter on a base; merge it first: vlm merge-lora {name} MERGED")
-    config = opened.config
+    config = read_config(str(checkpoint), name)
     if not is_composed_config(config):
         raise ValueError(
             f"{name} is a {config.model_type} checkpoint, which others load as it is; exported are composed models"
@@ -51,7 +55,7 @@ def export_checkpoint(
         if format_name != "llava-original":
             raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
         config.recipe["visual_encoder"]["hf_name"] = vision_tower
-    processor = opened.load_composed_processor()
+    processor = open_checkpoint(checkpoint).load_composed_processor()
     if problems := target.incompatibilities(config, processor):
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueError(f"{name} does not fit --format {format_name}:{listing}")
