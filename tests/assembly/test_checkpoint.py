@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import vlm
 from tests.tiny_parts import Parts
@@ -119,6 +121,7 @@ def test_a_class_that_a_checkpoint_alone_names_is_not_imported(
     config = VLMPredictionConfig(body_config=model.config, heads=[head], recipe=asdict(recipe))
     config.save_pretrained(tmp_path / "heads")
     processor.save_pretrained(tmp_path / "heads")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "heads" / "model.safetensors", {"format": "pt"})
     run = RunConfig()
     run.trainer.from_pretrained = str(tmp_path / "heads")
     run.model.head.task = "binary"

@@ -15,9 +15,8 @@ from torch import Tensor
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.encoding.labels import Encoded
 from vlm.data.feature_cache.store import Pack
-from vlm.data.processor import SampleInputs
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
-from vlm.models import VLMProcessor
 
 BLANK_SIZE = (64, 64)
 """Height and width of a blank image where no image's own size is needed, as `dataset.make_blank_image` has it."""
@@ -54,7 +53,7 @@ def require_image(packs: Sequence[Pack], key: bytes) -> CachedImage:
     return image
 
 
-def view_kinds(sample: Sample, processor: VLMProcessor) -> list[str]:
+def view_kinds(sample: Sample, processor: Processor) -> list[str]:
     """Return how each image of a sample is seen."""
     tiling = processor.tiling
     if tiling is None:
@@ -117,13 +116,6 @@ class CachedFeatureDataset(SampleDataset):
             return Skipped.from_error(error, source, record)
         return self.inputs(encoded, images)
 
-    @property
-    def processor(self) -> VLMProcessor:
-        """The run's processor."""
-        processor = super().processor
-        assert isinstance(processor, VLMProcessor)  # features are kept for composed models alone
-        return processor
-
     def blank(self) -> "BlankCachedFeatureDataset":
         """Return the same samples with blank images."""
         return BlankCachedFeatureDataset(self)
@@ -163,7 +155,7 @@ def make_feature_inputs(images: Sequence[CachedImage], *, tiled: bool) -> dict[s
     return inputs
 
 
-def find_cached_images(sample: Sample, processor: VLMProcessor, packs: Sequence[Pack]) -> list[CachedImage]:
+def find_cached_images(sample: Sample, processor: Processor, packs: Sequence[Pack]) -> list[CachedImage]:
     """Return a sample's images in the cache.
 
     Raises:
@@ -184,7 +176,7 @@ def find_cached_images(sample: Sample, processor: VLMProcessor, packs: Sequence[
     return images
 
 
-def cached_image_sizes(sample: Sample, images: Sequence[CachedImage], processor: VLMProcessor) -> list[MediaSize]:
+def cached_image_sizes(sample: Sample, images: Sequence[CachedImage], processor: Processor) -> list[MediaSize]:
     """Return the sizes of images that the processor counts tokens by; none where it needs none."""
     if not processor.needs_image_sizes:
         return []
@@ -193,7 +185,7 @@ def cached_image_sizes(sample: Sample, images: Sequence[CachedImage], processor:
 
 
 def make_blank_keys(
-    sample: Sample, images: Sequence[CachedImage], processor: VLMProcessor
+    sample: Sample, images: Sequence[CachedImage], processor: Processor
 ) -> list[tuple[bytes, tuple[int, int], str]]:
     """Return key, size and kind of the blank image that stands for each image of a sample."""
     kinds = view_kinds(sample, processor)
