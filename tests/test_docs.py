@@ -36,7 +36,8 @@ def test_the_figure_is_drawn(figure: ModuleType, tmp_path: Path):
 def test_the_readme_names_every_package():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     packages = {file.parent.name for file in SOURCE.glob("*/__init__.py")}
-    assert set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)) == packages
+    named = set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE))
+    assert packages - named == set()
 
 
 def test_the_index_lists_every_page():

@@ -17,7 +17,7 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 def drawn_lengths(number: int = 20_000, image_tokens: int = 576) -> np.ndarray:
     """Lengths of LLaVA-665k's records with their images, cut as its recipe does."""
     records = draw_records(number)
-    return np.array([min(one.tokens + image_tokens * one.source.picture, 2048) for one in records])
+    return np.array([min(one.tokens + image_tokens * one.source.has_image, 2048) for one in records])
 
 
 @pytest.mark.parametrize("capacity", [2048, 4096, 40_000_000])

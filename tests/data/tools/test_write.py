@@ -188,7 +188,7 @@ def test_tar_shards_are_the_same_bytes_each_time(folder: Path, tmp_path: Path):
 
 
 def test_parquet_is_written_in_groups(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(write, "ROWS", 2)
+    monkeypatch.setattr(write, "ROWS_PER_GROUP", 2)
     made = [to_llava(samples(folder)[index], folder) for index in (1, 1, 0, 2, 1)]
     written(f"{tmp_path}/out.parquet", folder, made)  # the first group has no pictures
     assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups == 3
