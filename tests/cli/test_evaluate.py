@@ -73,7 +73,7 @@ def test_answers_and_losses_are_measured(checkpoint: Path, records: Path, capsys
     said = capsys.readouterr().out
     for name in ("exact_match", "rouge", "bleu", "loss", "blank_loss", "image_gain"):
         assert f"\n{name} " in said
-        assert f"| {name} |" in (place / "results.md").read_text()
+        assert f"| {name} " in (place / "results.md").read_text()
     assert "results.json exists; name another folder" in refusal(
         "eval", str(checkpoint), "--data", str(records), "--metrics", "exact_match"
     )
