@@ -30,7 +30,7 @@ install-eval: .venv-eval/installed ## Install lmms-eval, in an environment of it
 	$(UV) pip install --quiet --python .venv-eval --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: install ## Train a small model from nothing and ask it about pictures (minutes, CPU)
+demo: install ## Train a small model from nothing and ask it about images (minutes, CPU)
 	$(RUN) -m vlm.demo
 
 test: install ## Run the tests, WORKERS files at a time

@@ -1,4 +1,4 @@
-"""The samples of a run, and how batches are laid out."""
+"""The samples of a run, and the collator of its batches."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Opening files of records: `open_records` for access by index, `stream_records` for access in sequence.
 
-The kind of a file follows from its name; what a record looks like is told by its format (`records.formats`). JSON and
+The kind of a file follows from its name; its format says what a record looks like (`records.formats`). JSON and
 JSONL are indexed here; tables and data sets are opened by Hugging Face's `datasets`, tar shards read by `webdataset`.
 """
 

@@ -73,9 +73,7 @@ def write_first_batch(batch: dict[str, Tensor], processor: Processor, folder: Pa
         to_image(pixels, processor.image_processor).save(folder / names[-1])
     waiting = iter(names)
     rows = []
-    if (
-        processor.needs_image_sizes and names
-    ):  # as many as an image has tiles: which row each belongs to is not known here
+    if processor.needs_image_sizes and names:  # tiles do not say which row they belong to
         rows.append("".join(f'<img src="{name}" alt="">' for name in waiting))
     for ids, labels, mask in iterate_rows(batch):
         images = ""
