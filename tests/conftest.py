@@ -83,7 +83,8 @@ def pytest_collection_finish(session: Any) -> None:
 
 
 def pytest_sessionfinish(session: Any) -> None:
-    """Remove what the tests cached."""
+    """Remove what the tests cached, and let the collector have back what was kept from it."""
+    gc.unfreeze()
     shutil.rmtree(CACHES, ignore_errors=True)
 
 

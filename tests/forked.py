@@ -77,11 +77,8 @@ def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
         }
         for rank in range(number)
     ]  # fmt: skip
-    try:
-        commands = [["-m", module, f"--local_rank={rank}", *words] for rank in range(number)]
-        return run_forked(*commands, environments=environments)
-    finally:
-        remove_shared_memory(port)
+    commands = [["-m", module, f"--local_rank={rank}", *words] for rank in range(number)]
+    return run_forked(*commands, environments=environments)
 
 
 def find_free_port() -> int:
@@ -89,12 +86,6 @@ def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def remove_shared_memory(port: int) -> None:
-    """Remove the shared memory that DeepSpeed leaves on a CPU: 64 MB a rank, until the machine restarts."""
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        buffer.unlink()
 
 
 class Parent:

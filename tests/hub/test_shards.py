@@ -38,20 +38,27 @@ for source in sys.argv[2:]:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
 def test_at_most_two_copies_of_a_shard_are_in_memory(tmp_path: Path):
-    """160 MB in shards of 20: one is read, one waits to be written."""
-    size = 2_000_000  # bytes of a tensor
-    for form, stem in (("safetensors", "model"), ("bin", "pytorch_model")):
-        (tmp_path / form).mkdir()
+    """160 MB in shards of 20: one is read, one waits to be written.
+
+    The first copy of each format, of 8 kB, brings into memory the code that copies; it does not count.
+    """
+    sizes = {"warm-up": 100, "copy": 2_000_000}  # bytes of a tensor
+    folders = [tmp_path / f"{form}-{name}" for name in sizes for form in ("safetensors", "bin")]
+    for folder in folders:
+        form, name = folder.name.split("-", 1)
+        save, stem = (save_file, "model") if form == "safetensors" else (torch.save, "pytorch_model")
+        folder.mkdir()
         weight_map = {}
         for shard in range(8):
-            tensors = {f"{shard}.{number}": torch.full((size // 4,), float(number)) for number in range(10)}
+            tensors = {f"{shard}.{number}": torch.full((sizes[name] // 4,), float(number)) for number in range(10)}
             weight_map |= dict.fromkeys(tensors, f"{stem}-{shard}.{form}")
-            (save_file if form == "safetensors" else torch.save)(tensors, tmp_path / form / f"{stem}-{shard}.{form}")
-        (tmp_path / form / f"{stem}.{form}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    words = [sys.executable, "-c", MEASURED, str(10 * size), str(tmp_path / "safetensors"), str(tmp_path / "bin")]
+            save(tensors, folder / f"{stem}-{shard}.{form}")
+        (folder / f"{stem}.{form}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shard_size = 10 * sizes["copy"]
+    words = [sys.executable, "-c", MEASURED, str(shard_size), *map(str, folders)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert max(map(int, done.stdout.split())) < 2.5 * 10 * size
-    for form in ("safetensors", "bin"):
+    assert max(map(int, done.stdout.split()[2:])) < 2.5 * shard_size
+    for form in ("safetensors-copy", "bin-copy"):
         written = sorted((tmp_path / form / "out").glob("*.safetensors"))
         assert [file.name for file in written] == [f"model-{n:05}-of-00008.safetensors" for n in range(1, 9)]
 

@@ -45,6 +45,10 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
         del values["tf32"]
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
+        import deepspeed  # slow to import, and only some runs need it
+
+        # DeepSpeed would compile this operation for a minute on CPUs; only its tensor-parallel inference calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _set_single_process_env()
     peak_rate = max(_learning_rates(trainer, extra_parts))
     try:
@@ -65,8 +69,6 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
             f"{arguments.n_gpu} -m vlm …, or deepspeed --module vlm …), or choose one: CUDA_VISIBLE_DEVICES=0"
         )
     if settings is not None:
-        import deepspeed  # slow to import, and only some runs need it
-
         deepspeed.init_distributed()  # ZeRO-3 builds the model sharded, and would take a world of one otherwise
     return arguments
 
