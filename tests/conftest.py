@@ -5,6 +5,7 @@ The tests need no network, no GPU and no trained weights. `world` is one composi
 plots, unless a test asks for them, and counting equal models' operations again.
 """
 
+import copy
 import gc
 import json
 import os
@@ -26,9 +27,12 @@ with redirect_stderr(sys.__stderr__):  # its handler closes the stream it found 
 
 import pytest
 import torch
+from accelerate.utils import memory
 from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -43,6 +47,7 @@ from transformers import (
 from tests.tiny_parts import Parts
 from vlm.checks.compose import open_mapping_key
 from vlm.checks.run import check
+from vlm.config.packaged import group_names
 from vlm.config.schema import RunConfig
 from vlm.data.encoding.labels import read_template
 from vlm.evaluation import head_metrics as scores
@@ -254,6 +259,7 @@ def light_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed_callback, "count_flops", count_flops_once)
         patch.setattr(peak_flops, "measure_tflops", measure_tflops_once)
+        patch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: None)
         for name in ("draw_loss", "draw_speed"):
             patch.setattr(callbacks, name, lambda metrics, path: None)
         yield
@@ -310,11 +316,24 @@ def train(common: list[str]) -> Callable[..., Path]:
 
 
 def compose_config(name: str, overrides: list[str]) -> RunConfig:
-    """A shipped run's configuration under overrides."""
+    """A shipped run's configuration under overrides; Hydra composes each choice of groups once."""
+    parsed = OverridesParser.create().parse_overrides([open_mapping_key(word) for word in overrides])
+    groups = [str(word.input_line) for word in parsed if word.key_or_group in GROUPS]
+    config = copy.deepcopy(compose_groups(name, *groups))
+    ConfigLoaderImpl._apply_overrides_to_config([word for word in parsed if word.key_or_group not in GROUPS], config)
+    composed = OmegaConf.to_object(config)
+    assert isinstance(composed, RunConfig)
+    return composed
+
+
+GROUPS = frozenset(group_names())
+
+
+@cache
+def compose_groups(name: str, *groups: str) -> DictConfig:
+    """A shipped run's configuration under choices of groups, before keys are given values."""
     with initialize_config_module("vlm.config", version_base="1.3"):
-        config = OmegaConf.to_object(compose(name, [open_mapping_key(word) for word in overrides]))
-    assert isinstance(config, RunConfig)
-    return config
+        return compose(name, list(groups))
 
 
 def check_config(config: RunConfig) -> None:

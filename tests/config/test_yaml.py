@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 import vlm.config
@@ -72,6 +73,14 @@ RECIPES = {
 """LLaVA-1.5 (Liu et al. 2023, arXiv:2310.03744) on 8 GPUs: key -> value."""
 
 ZERO_STAGES = {"pretrain-llava": 2, "finetune-llava": 3}
+
+
+@pytest.mark.parametrize("run", ["pretrain-llava", "finetune-llava-qlora", "finetune-llava-onevision"])
+def test_what_the_tests_compose_is_what_hydra_does(run: str):
+    words = [DATA, "trainer/deepspeed=zero2", "trainer.save_steps=7", "++dataset.options.label_key=colour"]
+    with initialize_config_module("vlm.config", version_base="1.3"):
+        expected = OmegaConf.to_object(compose(run, words))
+    assert compose_config(run, words) == expected
 
 
 @pytest.mark.parametrize("name", run_names())

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from vlm.inference.conversation import Conversation
 from vlm.web import jobs
 from vlm.web.runs import find_run
 
-pytest.importorskip("gradio", reason="the page needs Gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven with Playwright")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("gradio") is None, reason="the page needs Gradio"),
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed"),
+]
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 QUESTION, SECOND_QUESTION = "what is in this picture?", "and what else?"

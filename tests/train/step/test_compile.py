@@ -22,7 +22,10 @@ from vlm.train.step.packed_attention import use_packed_attention
 
 SHORT = ["trainer.max_steps=4", "trainer.num_samples=1", "trainer.save_strategy=steps", "trainer.save_steps=2"]
 COMPILED = ["trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager"]
-"""What is traced and differentiated as usual, but run without generated code, which takes minutes to build."""
+"""What is traced and differentiated as usual, but run without generated code, which takes minutes to build.
+
+`eager` traces alone: enough to count what is compiled, in a third of the time.
+"""
 ROWS = (
     ["<image> what is it?", "two <image> and <image>"],
     ["<image> one, with a good many more words behind it than the others have", "<image>"],
@@ -43,14 +46,14 @@ def fresh() -> Iterator[None]:
 
 
 def arguments(**given: Any) -> Any:
-    values = {"torch_compile": True, "torch_compile_backend": "aot_eager", "torch_compile_mode": None, **given}
+    values = {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": None, **given}
     return SimpleNamespace(**values)
 
 
-def models(parts: Parts, *names: str) -> tuple[Any, Any, Any]:
+def models(parts: Parts, *names: str, backend: str = "eager") -> tuple[Any, Any, Any]:
     """The same model as it is and to be compiled, and its processor."""
     (plain, processor), (compiled, _) = (parts.model(*names) for _ in range(2))
-    args = arguments()
+    args = arguments(torch_compile_backend=backend)
     before = list(compiled.state_dict())
     compile_layers(compiled, args)
     assert (args.torch_compile, args.torch_compile_backend) == (False, None)  # Trainer would compile the whole
@@ -83,9 +86,11 @@ def stepped(model: Any, inputs: dict[str, Any], optimizer: torch.optim.Optimizer
     return float(loss.detach())
 
 
-@pytest.mark.parametrize(("packed", "checkpointed"), [(False, True), (True, False)])
-def test_steps_of_all_lengths_are_the_same_and_compile_no_more(parts: Parts, packed: bool, checkpointed: bool):
-    plain, compiled, processor = models(parts)
+@pytest.mark.parametrize(("packed", "checkpointed", "backend"), [(False, True, "eager"), (True, False, "aot_eager")])
+def test_steps_of_all_lengths_are_the_same_and_compile_no_more(
+    parts: Parts, packed: bool, checkpointed: bool, backend: str
+):
+    plain, compiled, processor = models(parts, backend=backend)
     if checkpointed:
         compiled.activation_checkpointing_enable()
     trained = [[one for one in model.parameters() if one.requires_grad] for model in (plain, compiled)]
