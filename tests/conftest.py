@@ -232,7 +232,7 @@ def quick_report(*, plots: bool = False) -> Iterator[None]:
     """Few resamples, and plots only where they are looked at."""
     with pytest.MonkeyPatch.context() as patch:
         for measure in (scores.scores, scores.baseline):
-            patch.setitem(measure.__kwdefaults__, "num_resamples", 20)
+            patch.setitem(measure.__kwdefaults__, "num_resamples", 5)
         if not plots:
             patch.setattr(head_report, "plot_head_scores", lambda *given, **named: None)
         yield
