@@ -1,4 +1,7 @@
-"""Records and images as the bytes of a file of records. Imports the standard library, Pillow and siblings."""
+"""Records and images as the bytes of a file of records; what cannot be one is a `BadSample`.
+
+Imports the standard library, Pillow and siblings.
+"""
 
 import base64
 import json
@@ -13,11 +16,7 @@ from vlm.data.vision.images import IMAGE_ERRORS
 
 
 def as_json(record: Record) -> bytes:
-    """Format a record as one line of JSON, with the bytes of images as `data:` URLs and dates as ISO 8601.
-
-    Raises:
-        BadSample: JSON cannot hold the record.
-    """
+    """Format a record as one line of JSON, with the bytes of images as `data:` URLs and dates as ISO 8601."""
     sample_id = str(record.get("id", "?"))
     inlined = {key: _inline_images(record[key], sample_id) for key in ("image", "images") if key in record}
     try:
@@ -43,11 +42,7 @@ def _json_default(value: object) -> str:
 
 
 def read_image_bytes(image_ref: ImageRef, sample_id: str) -> bytes:
-    """Read the bytes of an image's file.
-
-    Raises:
-        BadSample: the file cannot be read.
-    """
+    """Read the bytes of an image's file."""
     if image_ref.content is not None:
         return image_ref.content
     if image_ref.path is None or image_ref.frame is not None:
@@ -65,11 +60,7 @@ def image_file_extension(image_ref: ImageRef, content: bytes, sample_id: str) ->
 
 
 def detect_image_format(content: bytes, sample_id: str) -> str:
-    """Return the format of an image, one of `IMAGE_EXTENSIONS`.
-
-    Raises:
-        BadSample: the bytes are no image of such a format.
-    """
+    """Return the format of an image, one of `IMAGE_EXTENSIONS`."""
     try:
         with Image.open(BytesIO(content)) as image:
             kind = str(image.format).lower().replace("mpo", "jpeg")  # an MPO is a JPEG followed by another

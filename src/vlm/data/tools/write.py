@@ -18,7 +18,7 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm.data.records.media import image_refs_from_value
+from vlm.data.records.media import first_present, image_refs_from_value
 from vlm.data.sample import BadSample, ImageRef, Record
 from vlm.data.tools.contents import as_json, image_file_extension, read_image_bytes
 from vlm.data.tools.forms import image_cell_value
@@ -30,15 +30,14 @@ SHARD_SIZE = 1000
 ROWS_PER_GROUP = 1000
 BYTES_PER_GROUP = 64 << 20
 """The most records, and about the most bytes of images, of a row group of a Parquet file."""
+JSON_DELIMITERS = {".jsonl": (b"", b"\n", b"\n"), ".json": (b"[\n", b",\n", b"\n]\n")}
+"""Suffix -> what is written before the first record, between records, and after the last."""
+MESSAGE_ITEM_TYPE = pa.struct([("type", pa.string()), ("text", pa.string())])
 KNOWN_COLUMN_TYPES = {
     "id": pa.string(),
     "videos": pa.list_(pa.string()),
     "conversations": pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())])),
-    "messages": pa.list_(
-        pa.struct(
-            [("role", pa.string()), ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())])))]
-        )
-    ),
+    "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(MESSAGE_ITEM_TYPE))])),
 }
 """Types of the columns that are known before any record is written."""
 EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
@@ -47,18 +46,8 @@ EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.s
 class RecordWriter(ABC):
     """Writes records, in a `with` statement: the file appears at its end, unless that is an error.
 
-    A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them.
-
-    Args:
-        path: the file to write.
-        image_folder: the folder that paths of images are relative to.
-        force: replaces an existing file.
-
-    Attributes:
-        number: number of records written.
-
-    Raises:
-        ValueError: the file exists, and `force` is not given.
+    A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them; `number` counts
+    the records written.
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool):
@@ -102,7 +91,7 @@ class RecordWriter(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Open the partial file."""
+        """Open the partial file, or prepare to open it."""
 
     @abstractmethod
     def add(self, record: Record) -> None:
@@ -122,38 +111,27 @@ class RecordWriter(ABC):
 
     def images(self, record: Record) -> list[ImageRef]:
         """Return the images that a record lists."""
-        listed = record.get("image") if record.get("image") is not None else record.get("images")
+        listed = first_present(record, "image", "images")
         return image_refs_from_value(listed, self.image_folder, str(record.get("id", "?")))
 
 
-class JsonLinesWriter(RecordWriter):
-    """Writes one record per line. The bytes of images become `data:` URLs."""
+class JsonWriter(RecordWriter):
+    """Writes one record per line, or as items of a list. The bytes of images become `data:` URLs."""
 
     def open(self) -> None:
         """Open the partial file."""
         self._file = self.partial.open("wb")
+        self._start, self._separator, self._end = JSON_DELIMITERS[self.path.suffix]
 
     def add(self, record: Record) -> None:
         """Write a line."""
-        self._file.write(as_json(record) + b"\n")
-
-    def close(self, *, complete: bool) -> None:
-        """Close the partial file."""
-        self._file.close()
-
-
-class JsonWriter(JsonLinesWriter):
-    """Writes one list of records, each on a line."""
-
-    def add(self, record: Record) -> None:
-        """Write an item of the list."""
         line = as_json(record)
-        self._file.write((b",\n" if self.number else b"[\n") + line)
+        self._file.write((self._separator if self.number else self._start) + line)
 
     def close(self, *, complete: bool) -> None:
-        """End the list."""
-        self._file.write(b"\n]\n")
-        super().close(complete=complete)
+        """End the last line or the list."""
+        self._file.write(self._end)
+        self._file.close()
 
 
 class ParquetWriter(RecordWriter):
@@ -166,17 +144,17 @@ class ParquetWriter(RecordWriter):
     def __init__(self, path: Path, image_folder: Path, *, force: bool, embed_images: bool):
         super().__init__(path, image_folder, force=force)
         self._embed = embed_images
+
+    def open(self) -> None:
+        """Begin without a file, whose columns are not known yet."""
         self._rows: list[Record] = []
         self._pending_bytes = 0
         self._file: pq.ParquetWriter | None = None
 
-    def open(self) -> None:
-        """Do nothing yet: the columns are not known."""
-
     def add(self, record: Record) -> None:
         """Write a row, once a row group is full."""
         row = {key: value for key, value in record.items() if key not in ("image", "images", "video")}
-        if isinstance(video := record.get("video", []), (str, list)) and video:
+        if isinstance(video := record.get("video"), (str, list)) and video:
             row["videos"] = [video] if isinstance(video, str) else video
         if images := self.images(record):
             row["images"] = [self._image_cell(image_ref, str(record.get("id", "?"))) for image_ref in images]
@@ -229,13 +207,8 @@ class ParquetWriter(RecordWriter):
 class TarWriter(RecordWriter):
     """Writes tar shards of WebDataset: `000000012.json` with `000000012.jpg`, or `.000.jpg`, `.001.jpg` …
 
-    The same records give the same bytes, since members have no time and no owner.
-
-    Args:
-        path: of a shard, with `%06d` or the like for its number; without, there is only one shard.
-        image_folder: the folder that paths of images are relative to.
-        force: replaces existing shards.
-        shard_size: number of samples in a shard; None for any number.
+    The same records give the same bytes, since members have no time and no owner. The path has `%06d` or the like for
+    the shard's number; without, there is only one shard, of any size.
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool, shard_size: int | None):
@@ -270,8 +243,7 @@ class TarWriter(RecordWriter):
             self._add_member(f"{name}.{ending}", content)
 
     def _open_next_shard(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
+        self.close(complete=True)
         name = self.path.name % (self.number // (self._shard_size or 1)) if "%" in self.path.name else self.path.name
         self._shard = tarfile.open(self.partial / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, more follow
 
@@ -314,26 +286,23 @@ def make_writer(
     Raises:
         ValueError: there is no such kind, it has no such option, or the output exists.
     """
-    path = Path(output)
-    is_tar = output.endswith("/") or path.suffix == ".tar"
+    path = Path(output, SHARD_NAME) if output.endswith("/") else Path(output)
+    is_sharded = path.suffix == ".tar" and "%" in path.name
     if embed_images and path.suffix != ".parquet":
         raise ValueError(f"--embed-images: only .parquet has the choice (tar shards always hold images), not {output}")
-    if shard_size is not None and not (is_tar and (output.endswith("/") or "%" in path.name)):
+    if shard_size is not None and not is_sharded:
         raise ValueError(f"--shard-size: only FOLDER/ and FOLDER/%06d.tar are cut into shards, not {output}")
-    if is_tar:
-        return _tar_writer(output, image_folder, force=force, shard_size=shard_size)
-    if path.suffix == ".parquet":
-        return ParquetWriter(path, image_folder, force=force, embed_images=embed_images)
-    if path.suffix in (".json", ".jsonl"):
-        return (JsonWriter if path.suffix == ".json" else JsonLinesWriter)(path, image_folder, force=force)
-    raise ValueError(f"{output}: its name must say what to write: {OUTPUT_NAMES}")
-
-
-def _tar_writer(output: str, image_folder: Path, *, force: bool, shard_size: int | None) -> TarWriter:
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"--shard-size={shard_size}: it must be at least 1")
-    path = Path(output, SHARD_NAME) if output.endswith("/") else Path(output)
-    if "%" in output and not re.fullmatch(r"[^%]*%\d*d[^%]*", path.name):
-        raise ValueError(f"{output}: a % must be the shard's number, once and in the file's name, such as %06d")
-    size = (shard_size or SHARD_SIZE) if "%" in path.name else None
-    return TarWriter(path, image_folder, force=force, shard_size=size)
+    match path.suffix:
+        case ".tar":
+            if "%" in str(path) and not re.fullmatch(r"[^%]*%\d*d[^%]*", path.name):
+                raise ValueError(f"{output}: a % must be the shard's number, once and in the file's name, such as %06d")
+            size = (shard_size or SHARD_SIZE) if is_sharded else None
+            return TarWriter(path, image_folder, force=force, shard_size=size)
+        case ".parquet":
+            return ParquetWriter(path, image_folder, force=force, embed_images=embed_images)
+        case ".json" | ".jsonl":
+            return JsonWriter(path, image_folder, force=force)
+        case _:
+            raise ValueError(f"{output}: its name must say what to write: {OUTPUT_NAMES}")
