@@ -81,13 +81,7 @@ def clean(
 ) -> CleanSummary:  # fmt: skip
     """Write the records that can be used to `output`, and the reasons for others to `OUTPUT-dropped.jsonl`.
 
-    Args:
-        task: the records and the rules.
-        output: a file named `.jsonl`.
-        duplicates: one of `DUPLICATES`; see the option's help.
-        workers: number of processes; defaults to the number of cores.
-        force: replaces an output that exists.
-        dry_run: writes nothing, and so cannot be resumed.
+    The arguments are the command's options of the same names; a dry run writes nothing, and so cannot be resumed.
 
     Raises:
         ValueError: an argument is invalid, or the output exists.

@@ -133,14 +133,6 @@ def vqa(
     Questions `{"questions": [{"question_id", "image_id", "question"}]}` and annotations `{"annotations":
     [{"question_id", "multiple_choice_answer", "answers": [{"answer"}]}]}`, where the most common of `answers` counts if
     there is no `multiple_choice_answer`. All are in memory, about 400 bytes per question.
-
-    Args:
-        source: the file of questions.
-        context: of the conversion.
-        annotations: the file of answers.
-        image_pattern: name of an image, with `{image_id}`.
-        group: whether the questions about an image become one record.
-        instruction: a line after the first question of a record; empty: none.
     """
     image_name = make_image_namer(image_pattern)
     answers = dict(_read_vqa_answers(Path(annotations)))
@@ -198,11 +190,7 @@ def make_image_namer(pattern: str) -> Callable[[int | str], str]:
 
 
 def decode_json_file(file: Path, kind: type[Kind]) -> Kind:
-    """Decode a JSON file into a structure; its raw parts are views of the file, which stays mapped.
-
-    Raises:
-        ValueError: the file does not have that structure.
-    """
+    """Decode a JSON file into a structure; its raw parts are views of the file, which stays mapped."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file}: the file is empty")
     with file.open("rb") as opened:

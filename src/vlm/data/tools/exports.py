@@ -33,11 +33,7 @@ class ConversionContext:
 
 
 def convert_record(value: object, kind: type[Kind]) -> Kind:
-    """Convert a record into a typed structure.
-
-    Raises:
-        BadSample: the record does not have that structure; tells where it differs.
-    """
+    """Convert a record into a typed structure; raise BadSample, which tells where it differs, if it has another."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -247,17 +243,6 @@ def label_studio(
     first annotation counts that was not cancelled. JSON-MIN: data and controls side by side, `{"id", "image",
     "caption": …}`. An answer is what was written into a text area (several texts line by line), or chosen (several
     choices with commas), or a rating or number.
-
-    Args:
-        source: the export.
-        context: of the conversion; see `resolve_local_image_name` for its image folder.
-        image_field: the data field that has the image.
-        question_field: the data field that has the question; None: `prompt` is it.
-        prompt: the question.
-        from_name: the control that has the answer; None: the only one.
-
-    Raises:
-        ValueError: there is not one of `question_field` and `prompt`; or several controls, and none is selected.
     """
     if (question_field is None) == (prompt is None):
         raise ValueError("label-studio needs the question: either --prompt or --question-field (a field of `data`)")
@@ -267,7 +252,7 @@ def label_studio(
     def make_record(value: object) -> Record | None:
         if isinstance(value, dict) and "data" not in value:
             task = convert_record({"data": value, "id": value.get("id", "?")}, LabelStudioTask)
-            results = _min_results(value, fields)
+            results = None if value.get("was_cancelled") else [item for item in value.items() if item[0] not in fields]
         else:
             task = convert_record(value, LabelStudioTask)
             results = _results(task)
@@ -278,7 +263,7 @@ def label_studio(
             controls.update(control for control, _ in results)
         if len(controls) > 1:
             raise ValueError(f"--from-name: which control has the answer? There are {', '.join(sorted(controls))}")
-        answer = "\n".join(filter(None, (_value_as_text(value) for control, value in results if control in controls)))
+        answer = _value_as_text([value for control, value in results if control in controls])
         context.left_out["tasks without an answer"] += not answer
         if not answer:
             return None
@@ -299,11 +284,6 @@ def _results(task: LabelStudioTask) -> list[tuple[str, object]] | None:
     if done is None:
         return None
     return [(result.from_name, result.value) for result in done.result or [] if result.type in ANSWER_CONTROLS]
-
-
-def _min_results(data: Record, fields: frozenset[str | None]) -> list[tuple[str, object]] | None:
-    """Return the same of a task in the JSON-MIN form, some fields of which are no controls."""
-    return None if data.get("was_cancelled") else [item for item in data.items() if item[0] not in fields]
 
 
 def _value_as_text(value: object) -> str:

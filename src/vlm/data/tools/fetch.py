@@ -45,7 +45,6 @@ SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "
 """Pillow's name of a format -> suffix of its files. An MPO is a JPEG with more behind it, and opened as one."""
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
 """An answer of `getaddrinfo`: family, type, protocol, canonical name, address."""
@@ -91,13 +90,9 @@ class Deadline:
 class Fetcher:
     """Fetches one URL after another, with connections that are kept open; every thread needs its own fetcher.
 
-    Args:
-        timeout: seconds that one try may take, from the look-up of the name to the last byte, redirects included.
-        retries: how often a temporary failure is retried.
-        max_bytes: the largest answer.
-        allow_private: whether addresses of private networks and of this machine are allowed.
-        ssl_context: the trusted certificates; may be shared.
-        stop: when another thread sets it, fetching ends with `FetchStopped`.
+    `timeout` are the seconds that one try may take, from the look-up of the name to the last byte, redirects included.
+    `allow_private` allows addresses of private networks and of this machine; `ssl_context`, the trusted certificates,
+    may be shared; when another thread sets `stop`, fetching ends with `FetchStopped`.
     """
 
     def __init__(
@@ -291,12 +286,9 @@ def is_public(text: str) -> bool:
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not address.is_multicast and not address.is_reserved
-    if address.ipv4_mapped is not None:
-        return is_public(str(address.ipv4_mapped))
-    if address in NAT64:
-        return is_public(str(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)))
-    if address in SIX_TO_FOUR:
-        return is_public(str(address.sixtofour))
+    nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None
+    if inner := address.ipv4_mapped or nat64 or address.sixtofour:
+        return is_public(str(inner))
     return address in GLOBAL_UNICAST and address.is_global
 
 

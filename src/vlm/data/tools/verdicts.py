@@ -49,13 +49,9 @@ HASHED_ROWS = 256
 
 @dataclass(frozen=True)
 class CleanTask:
-    """The records to clean, as `open_records` takes them, and the rules.
+    """The records to clean, as `open_records` takes them, and the rules; the command's options have the same names.
 
-    Attributes:
-        image_folder: the folder that paths are relative to; empty for the folder of `source`.
-        options: the reader's keyword parameters, each as `name=value`.
-        min_side: the fewest pixels of an image's side.
-        max_aspect: the largest ratio of an image's sides; None for any.
+    `image_folder` is empty for the folder of `source`, and `options` are the reader's, each as `name=value`.
     """
 
     source: str
@@ -79,11 +75,7 @@ class CleanTask:
         return open_records(self.source, self.cache, split=self.split, subset=self.subset)
 
     def reader(self) -> partial[Sample]:
-        """Return the reader of the format with its options.
-
-        Raises:
-            ValueError: there is no such reader, or it has no such option.
-        """
+        """Return the reader of the format with its options; ValueError where there is none, or no such option."""
         read = get_reader(self.format)
         options = dict(map(parse_option, self.options))
         try:
@@ -178,11 +170,7 @@ def image_pixel_digest(image: Image.Image) -> str:
 
 
 def video_file_digest(video: VideoRef, sample_id: str) -> str:
-    """Return the digest of a video's file, since decoding every frame takes too long.
-
-    Raises:
-        BadSample: the file does not open, or has no frames.
-    """
+    """Return the digest of a video's file, which must have frames; decoding every frame would take too long."""
     num_frames(video.path, sample_id)
     with video.path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -3,13 +3,16 @@
 A file is written under a temporary name and renamed when it is complete. To add a kind of file, derive from
 `RecordWriter` and name it in `make_writer`.
 
-Imports the standard library, pyarrow and siblings only.
+Imports the standard library, pyarrow, Pillow and siblings only.
 """
 
+import base64
+import json
 import re
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
+from datetime import date, datetime, time
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +20,13 @@ from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from vlm.data.records.media import first_present, image_refs_from_value
+from vlm.data.records.open import IMAGE_EXTENSIONS
 from vlm.data.sample import BadSample, ImageRef, Record
-from vlm.data.tools.contents import as_json, image_file_extension, read_image_bytes
 from vlm.data.tools.forms import image_cell_value
+from vlm.data.vision.images import IMAGE_ERRORS
 
 OUTPUT_NAMES = "NAME.jsonl, NAME.json, NAME.parquet, FOLDER/ or FOLDER/%06d.tar (tar shards), NAME.tar (one of them)"
 SHARD_NAME = "shard-%06d.tar"
@@ -77,7 +82,10 @@ class RecordWriter(ABC):
                     raise ValueError(f"{self.path}: there was no record to write")
                 self.finish()
         finally:
-            self.discard()
+            if self.partial.is_dir():
+                shutil.rmtree(self.partial, ignore_errors=True)
+            else:
+                self.partial.unlink(missing_ok=True)
 
     def write(self, record: Record) -> None:
         """Write a record.
@@ -104,10 +112,6 @@ class RecordWriter(ABC):
     def finish(self) -> None:
         """Rename the partial file."""
         self.partial.replace(self.path)
-
-    def discard(self) -> None:
-        """Remove the partial file, if it still exists."""
-        self.partial.unlink(missing_ok=True)
 
     def images(self, record: Record) -> list[ImageRef]:
         """Return the images that a record lists."""
@@ -230,28 +234,21 @@ class TarWriter(RecordWriter):
 
     def add(self, record: Record) -> None:
         """Write the files of a sample."""
-        name, sample_id = f"{self.number:09d}", str(record.get("id", "?"))
+        sample_id = str(record.get("id", "?"))
         images = [(read_image_bytes(image_ref, sample_id), image_ref) for image_ref in self.images(record)]
         kinds = [image_file_extension(image_ref, content, sample_id) for content, image_ref in images]
         digits = max(3, len(str(len(kinds))))  # readers take members in the order of their names
         endings = kinds if len(kinds) == 1 else [f"{place:0{digits}d}.{kind}" for place, kind in enumerate(kinds)]
-        text = as_json({key: value for key, value in record.items() if key not in ("image", "images")})
+        members = [("json", as_json({key: value for key, value in record.items() if key not in ("image", "images")}))]
+        members += zip(endings, (content for content, _ in images), strict=True)
         if self._shard is None or (self._shard_size and self.number % self._shard_size == 0):
-            self._open_next_shard()
-        self._add_member(f"{name}.json", text)
-        for ending, (content, _) in zip(endings, images, strict=True):
-            self._add_member(f"{name}.{ending}", content)
-
-    def _open_next_shard(self) -> None:
-        self.close(complete=True)
-        name = self.path.name % (self.number // (self._shard_size or 1)) if "%" in self.path.name else self.path.name
-        self._shard = tarfile.open(self.partial / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, more follow
-
-    def _add_member(self, name: str, content: bytes) -> None:
-        assert self._shard is not None
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        self._shard.addfile(member, BytesIO(content))
+            self.close(complete=True)
+            name = self.path.name % (self.number // self._shard_size) if self._shard_size else self.path.name
+            self._shard = tarfile.open(self.partial / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, more follow
+        for ending, content in members:
+            member = tarfile.TarInfo(f"{self.number:09d}.{ending}")
+            member.size = len(content)
+            self._shard.addfile(member, BytesIO(content))
 
     def close(self, *, complete: bool) -> None:
         """Close the last shard."""
@@ -264,24 +261,71 @@ class TarWriter(RecordWriter):
             file.unlink()
         for file in sorted(self.partial.iterdir()):
             file.rename(self.path.parent / file.name)
-        self.partial.rmdir()
 
-    def discard(self) -> None:
-        """Remove the folder of incomplete shards."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+
+def as_json(record: Record) -> bytes:
+    """Format a record as one line of JSON, with the bytes of images as `data:` URLs and dates as ISO 8601."""
+    sample_id = str(record.get("id", "?"))
+    inlined = {key: _inline_images(record[key], sample_id) for key in ("image", "images") if key in record}
+    try:
+        return json.dumps({**record, **inlined}, ensure_ascii=False, allow_nan=False, default=_json_default).encode()
+    except UnicodeEncodeError:
+        raise BadSample(sample_id, "its text is not UTF-8, or has half of a surrogate pair") from None
+    except (TypeError, ValueError) as error:
+        raise BadSample(sample_id, f"JSON cannot hold it: {error}") from None
+
+
+def _inline_images(value: object, sample_id: str) -> object:
+    if isinstance(value, list):
+        return [_inline_images(item, sample_id) for item in value]
+    if isinstance(value, dict) and isinstance(content := value.get("bytes"), bytes):
+        return f"data:image/{detect_image_format(content, sample_id)};base64,{base64.b64encode(content).decode()}"
+    return value
+
+
+def _json_default(value: object) -> str:
+    if isinstance(value, (date, datetime, time)):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} {value!r:.40}")
+
+
+def read_image_bytes(image_ref: ImageRef, sample_id: str) -> bytes:
+    """Read the bytes of an image's file."""
+    if image_ref.content is not None:
+        return image_ref.content
+    if image_ref.path is None or image_ref.frame is not None:
+        raise BadSample(sample_id, f"image {image_ref} is no file of its own")
+    try:
+        return image_ref.path.read_bytes()
+    except OSError as error:
+        raise BadSample(sample_id, f"image {image_ref} does not open: {error}", str(image_ref.path)) from error
+
+
+def image_file_extension(image_ref: ImageRef, content: bytes, sample_id: str) -> str:
+    """Return the extension of an image in a tar shard: that of its file where readers know it, else its format."""
+    extension = image_ref.path.suffix.lower().removeprefix(".") if image_ref.path else ""
+    return extension if extension in IMAGE_EXTENSIONS else detect_image_format(content, sample_id)
+
+
+def detect_image_format(content: bytes, sample_id: str) -> str:
+    """Return the format of an image, one of `IMAGE_EXTENSIONS`."""
+    try:
+        with Image.open(BytesIO(content)) as image:
+            kind = str(image.format).lower().replace("mpo", "jpeg")  # an MPO is a JPEG followed by another
+    except IMAGE_ERRORS as error:
+        raise BadSample(sample_id, f"one of its images does not open: {error}") from error
+    if kind not in IMAGE_EXTENSIONS:
+        raise BadSample(sample_id, f"one of its images is {kind}; allowed are {', '.join(IMAGE_EXTENSIONS)}")
+    return kind
 
 
 def make_writer(
     output: str, image_folder: Path, *, embed_images: bool = False, shard_size: int | None = None, force: bool = False
 ) -> RecordWriter:
-    """Make the writer for a file, by its name.
+    """Make the writer for a file of a name as in `OUTPUT_NAMES`; paths of images are relative to the image folder.
 
-    Args:
-        output: a name as in `OUTPUT_NAMES`.
-        image_folder: the folder that paths of images are relative to.
-        embed_images: whether a `.parquet` file holds the images themselves, as tar shards always do.
-        shard_size: number of samples in a tar shard; defaults to `SHARD_SIZE`.
-        force: replaces existing files.
+    `embed_images` puts the images themselves into a `.parquet` file, as they always are in tar shards, of which each
+    holds `shard_size` samples (`SHARD_SIZE` by default); `force` replaces existing files.
 
     Raises:
         ValueError: there is no such kind, it has no such option, or the output exists.
