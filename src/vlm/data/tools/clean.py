@@ -68,12 +68,6 @@ class OutputFiles:
         if self.output.exists() and not force:
             raise ValueError(f"OUTPUT {self.output} exists; name another file, or give --force to replace it")
 
-    def finish(self) -> None:
-        """Rename the written files. The journal is removed last, so that nothing is lost before."""
-        self.partial_dropped.replace(self.dropped)
-        self.partial.replace(self.output)
-        self.journal.unlink()
-
 
 def clean(
     task: CleanTask, output: Path, *, duplicates: str = "record", workers: int | None = None, force: bool = False,
@@ -102,7 +96,9 @@ def clean(
         with FileLock(files.lock, blocking=False):
             verdicts = resume_verdicts(files.journal, task, records, workers)
             summary = write_verdicts(records, verdicts, duplicates, files.partial, files.partial_dropped)
-            files.finish()
+            files.partial_dropped.replace(files.dropped)
+            files.partial.replace(output)
+            files.journal.unlink()  # only now, so that nothing is lost before
             files.lock.unlink()
     except Timeout:
         raise ValueError(f"OUTPUT {output}: another process is writing it") from None
