@@ -39,7 +39,6 @@ TESTED_ELSEWHERE = {
     "data/pages.py": "data/tools/test_show.py",
     "data/sources.py": "data/test_dataset.py",
     "data/token_counts.py": "data/test_dataset.py",
-    "data/tools/contents.py": "data/tools/test_write.py",
     "data/tools/corpora.py": "data/tools/test_convert.py",
     "data/tools/exports.py": "data/tools/test_convert.py",
     "data/tools/forms.py": "data/tools/test_write.py",

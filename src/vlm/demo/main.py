@@ -51,14 +51,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("3/5  Finetuning on questions", flush=True)
     final = train("demo-finetune", folder, "finetune.json", [f"trainer.from_pretrained={pretrained}", *args.overrides])
     print("4/5  Asking about pairs of colour and shape that never occurred together", flush=True)
-    summary = evaluate_model(final, folder)
+    records: list[Record] = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
+    summary = evaluate_model(final, records, folder)
     print("5/5  Training a prediction head that tells the shape", flush=True)
     heldout = f"dataset.test_path={folder / 'data' / 'labelled-heldout.json'}"
     head = train("demo-head", folder, "labelled.json", [f"trainer.from_pretrained={final}", heldout, *args.overrides])
-    summary["head"] = evaluate_head(head)
+    results = json.loads((head.parent / "scores.json").read_text(encoding="utf-8"))["test"]["label"]
+    summary["head"] = {
+        "accuracy": results["scores"]["accuracy"],
+        "majority_accuracy": results["baseline"]["accuracy"],
+        "records": results["records"],
+    }
     summary["seconds"] = round(time.monotonic() - started, 1)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(format_report(summary, final, head, folder))
+    print(format_report(summary, records[0], final, head, folder))
 
 
 def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> Path:
@@ -76,14 +82,8 @@ def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> P
     return output / "final"
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Return the held-out questions."""
-    return json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
-
-
-def evaluate_model(checkpoint: Path, folder: Path) -> Summary:
+def evaluate_model(checkpoint: Path, records: list[Record], folder: Path) -> Summary:
     """Return accuracies on the held-out questions, with and without images, and draw the grid of images."""
-    records = read_records(folder)
     model = VisionLanguageModel.load(checkpoint, device="cpu")
     images: list[Image.Image] = [Image.open(folder / "data" / "images" / record["image"]) for record in records]
     colour = tuple(int(mean * 255) for mean in model.processor.image_processor.image_mean)
@@ -102,16 +102,6 @@ def evaluate_model(checkpoint: Path, folder: Path) -> Summary:
         "blank_picture_accuracy": blank["all"],
         "constant_answer_accuracy": constant["all"],
         "questions": len(records),
-    }
-
-
-def evaluate_head(checkpoint: Path) -> Summary:
-    """Return the head's accuracy on held-out pairs of colour and shape, and that of always predicting one shape."""
-    results = json.loads((checkpoint.parent / "scores.json").read_text(encoding="utf-8"))["test"]["label"]
-    return {
-        "accuracy": results["scores"]["accuracy"],
-        "majority_accuracy": results["baseline"]["accuracy"],
-        "records": results["records"],
     }
 
 
@@ -167,12 +157,11 @@ def draw_grid(records: list[Record], images: list[Image.Image], answers: list[st
         axis.set_title(text, fontsize=9, wrap=True)
         note = answers[index] if correct else f"{answers[index]} (it is {get_answer(records[index])})"
         axis.set_xlabel(note, color="green" if correct else "red", fontsize=11)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
 
 
-def format_report(summary: Summary, checkpoint: Path, head: Path, folder: Path) -> str:
+def format_report(summary: Summary, example: Record, checkpoint: Path, head: Path, folder: Path) -> str:
     """Return the text that the demo prints at its end."""
     lines = [f"\nHeld-out accuracy {summary['accuracy']:.1%}, from the text alone {summary['text_only_accuracy']:.1%}"]
     for kind, value in summary["accuracy_by_kind"].items():
@@ -183,8 +172,7 @@ def format_report(summary: Summary, checkpoint: Path, head: Path, folder: Path) 
         f"\nThe head tells the shape of {value:.1%} [{low:.1%}, {high:.1%}] of held-out pairs, the most common "
         f"shape would be right for {shape['majority_accuracy']['value']:.1%}; plots: {head.parent / 'scores'}"
     )
-    first = read_records(folder)[0]
-    image, text = folder / "data" / "images" / first["image"], get_question(first).replace("<image>", "").strip()
+    image, text = folder / "data" / "images" / example["image"], get_question(example).replace("<image>", "").strip()
     lines += [
         f"\n{summary['seconds']:.0f} seconds. Figures: {folder / 'summary.json'}; images: {folder / 'heldout.png'}",
         f"Ask it yourself:\n  vlm generate {checkpoint} --image {image} --prompt '{text}'",

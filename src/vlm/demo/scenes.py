@@ -11,12 +11,14 @@ would learn from the text alone that red things are not squares.
 import json
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from vlm.data.sample import PLACEHOLDER, Record
+from vlm.data.sample import Record
+from vlm.data.tools.exports import make_llava_record
 
 CELLS = 4
 CELL = 12
@@ -37,7 +39,7 @@ QUESTION_KINDS = ("colour", "shape", "count", "place")
 HELD_OUT_PAIRS = frozenset(zip(COLOURS, SHAPES, strict=False))
 """Red squares, green triangles, blue crosses and yellow circles."""
 BACKGROUND = (128, 128, 128)
-CAPTION_PROMPT = f"{PLACEHOLDER}\nDescribe the picture."
+CAPTION_PROMPT = "Describe the picture."
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,6 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
     """Draw a shape of radius `r` around (x, y) with a black outline, whatever its colour."""
     outline, width = (0, 0, 0), int(r * 0.3)
-    third = r / 3
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), colour, outline, width)
     elif shape == "square":
@@ -88,14 +89,11 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: floa
     elif shape == "triangle":
         pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], colour, outline, width)
     else:
-        quarter = [(third, -r), (third, -third), (r, -third)]  # the other three are rotations of this one
-        corners = [
-            quarter,
-            [(-b, a) for a, b in quarter],
-            [(-a, -b) for a, b in quarter],
-            [(b, -a) for a, b in quarter],
-        ]
-        pen.polygon([(x + a, y + b) for corner in corners for a, b in corner], colour, outline, width)
+        quarter, points = [(r / 3, -r), (r / 3, -r / 3), (r, -r / 3)], []
+        for _ in range(4):  # each quarter of the outline is the one before, rotated
+            points += [(x + a, y + b) for a, b in quarter]
+            quarter = [(-b, a) for a, b in quarter]
+        pen.polygon(points, colour, outline, width)
 
 
 def questions(scene: Scene) -> dict[str, tuple[str, str]]:
@@ -144,34 +142,22 @@ def write_scenes(
     names = ("pretrain", "finetune", "val", "heldout", "labelled", "labelled-heldout")
     files: dict[str, list[Record]] = {name: [] for name in names}
     for index in tqdm(range(num_train + num_val + num_heldout), "scenes"):
-        name = f"{index:05d}.png"
+        name = f"{index:05d}"
         scene = random_scene(rng, held_out=index >= num_train + num_val)
+        make_record = partial(make_llava_record, name, f"{name}.png")
+        labelled: Record = {**make_record([questions(scene)["shape"]]), "label": scene.shape}
+        labelled["conversations"].pop()  # the answer
         if index >= num_train + num_val:
             kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
-            files["heldout"].append({**make_record(name, [questions(scene)[kind]]), "kind": kind})
-            files["labelled-heldout"].append(make_labelled_record(name, scene))
+            files["heldout"].append(make_record([questions(scene)[kind]]) | {"kind": kind})
+            files["labelled-heldout"].append(labelled)
         else:
-            dialogue = make_record(name, draw_questions(scene, rng, rng.choice(("colour", "shape"))))
+            dialogue = make_record(draw_questions(scene, rng, rng.choice(("colour", "shape"))))
             files["val" if index >= num_train else "finetune"].append(dialogue)
             if index < num_train:
-                files["pretrain"].append(make_record(name, [(CAPTION_PROMPT, caption(scene, rng))]))
+                files["pretrain"].append(make_record([(CAPTION_PROMPT, caption(scene, rng))]))
             if index < min(num_train, num_labelled):
-                files["labelled"].append(make_labelled_record(name, scene))
-        draw(scene, rng).save(folder / "images" / name, compress_level=1)
+                files["labelled"].append(labelled)
+        draw(scene, rng).save(folder / "images" / f"{name}.png", compress_level=1)
     for split, records in files.items():
         (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
-
-
-def make_labelled_record(name: str, scene: Scene) -> Record:
-    """Return a record that asks for the shape, with the shape as its label."""
-    record = make_record(name, [questions(scene)["shape"]])
-    return {**record, "conversations": record["conversations"][:1], "label": scene.shape}
-
-
-def make_record(name: str, exchanges: list[tuple[str, str]]) -> Record:
-    """Return a record of questions and answers about one image."""
-    turns = []
-    for number, (question, answer) in enumerate(exchanges):
-        lead = "" if number or question.startswith(PLACEHOLDER) else f"{PLACEHOLDER}\n"
-        turns += [{"from": "human", "value": lead + question}, {"from": "gpt", "value": answer}]
-    return {"id": Path(name).stem, "image": name, "conversations": turns}

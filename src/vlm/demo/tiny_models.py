@@ -18,10 +18,11 @@ from transformers import (
 from vlm.data.encoding.labels import read_template
 from vlm.demo import scenes
 
+WIDTH = 128
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
-def build_tiny_parts(folder: Path, *, width: int = 128, vision_layers: int = 2, text_layers: int = 3) -> None:
+def build_tiny_parts(folder: Path) -> None:
     """Write `folder/visual_encoder` and `folder/language_model`, of about a million parameters in total.
 
     The encoder's patches are the cells of `scenes.py`; the tokenizer has a token for each word of its texts, and bytes
@@ -30,9 +31,9 @@ def build_tiny_parts(folder: Path, *, width: int = 128, vision_layers: int = 2, 
     torch.manual_seed(0)
     side = scenes.CELLS * scenes.CELL
     vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=vision_layers,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
         num_attention_heads=4,
         image_size=side,
         patch_size=scenes.CELL,
@@ -45,16 +46,17 @@ def build_tiny_parts(folder: Path, *, width: int = 128, vision_layers: int = 2, 
             torch.nn.init.normal_(parameter, std=0.05)
     encoder.save_pretrained(folder / "visual_encoder")
     size = {"height": side, "width": side}
-    CLIPImageProcessor(
+    processor = CLIPImageProcessor(
         size=size, do_center_crop=False, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3
-    ).save_pretrained(folder / "visual_encoder")
+    )
+    processor.save_pretrained(folder / "visual_encoder")
     tokenizer = make_word_tokenizer()
     tokenizer.save_pretrained(folder / "language_model")
     text = LlamaConfig(
         vocab_size=len(tokenizer) + 1,  # room for the image token
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=text_layers,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
@@ -89,4 +91,4 @@ def generate_texts() -> Iterator[str]:
         scene = scenes.random_scene(rng, held_out=number % 2 == 0)
         yield scenes.caption(scene, rng)
         for question, answer in scenes.questions(scene).values():
-            yield f"{question}\n{answer}\nuser\nassistant\nsystem\nDescribe the picture."
+            yield f"{question}\n{answer}\nuser\nassistant\nsystem\n{scenes.CAPTION_PROMPT}"

@@ -15,7 +15,7 @@ from tests.tiny_parts import picture
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import open_records, stream_records
 from vlm.data.sample import BadSample, ImageRef, Sample, Turn
-from vlm.data.tools import convert
+from vlm.data.tools import convert, exports
 from vlm.data.tools.convert import CONVERSIONS, OPTIONS, keyword_parameters, main
 from vlm.data.tools.corpora import SHORT_ANSWER, make_image_namer
 from vlm.data.tools.forms import FORMS
@@ -645,7 +645,8 @@ def test_records_are_not_collected(output: str, kind: str, folder: Path, monkeyp
         made.add = counted
         return made
 
-    monkeypatch.setattr(convert, "stream_records", endless)
+    for module in (convert, exports):
+        monkeypatch.setattr(module, "stream_records", endless)
     monkeypatch.setattr(convert, "make_writer", counting)
     options = ["--prompt", "Rate it."] if kind == "label-studio" else []
     main(["in.jsonl", output, "--from", kind, "--image-folder", "images", *options])
@@ -655,7 +656,7 @@ def test_records_are_not_collected(output: str, kind: str, folder: Path, monkeyp
 def test_lines_of_captions_are_taken_as_they_are_needed(folder: Path):
     put("in.tsv", "a cat\thttps://example.com/0\n" * 3)
     records = CONVERSIONS["conceptual-captions"].records(
-        "in.tsv", convert.ConversionContext(Path("images"), Path("cache"))
+        "in.tsv", convert.ConversionContext(Path("images"), Path("cache"), Counter())
     )
     assert isinstance(records, Iterator)
     assert [record["id"] for record in itertools.islice(records, 1)] == ["000000000"]

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -29,19 +29,12 @@ DUPLICATES = ("record", "picture", "keep")
 
 @dataclass(frozen=True)
 class CleanSummary:
-    """The result of cleaning.
-
-    Attributes:
-        records: number of records.
-        kept: number of records that can be used.
-        dropped: reason -> number of records.
-        examples: reason -> description of the first such record.
-    """
+    """How many records were kept and, by reason, how many were dropped, with a description of the first of each."""
 
     records: int
     kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, int]
+    examples: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"{self.records} records: {self.kept} kept, {sum(self.dropped.values())} dropped"]
@@ -62,11 +55,7 @@ class OutputFiles:
         self.lock = output.with_name(f"{output.name}.lock")
 
     def check(self, source: str, *, force: bool) -> None:
-        """Check that nothing would be overwritten.
-
-        Raises:
-            ValueError: something would be; tells the file and what to do.
-        """
+        """Raise ValueError where something would be overwritten; tells the file and what to do."""
         if self.output.suffix != ".jsonl":
             raise ValueError(f"OUTPUT {self.output}: one record a line is written, to a file named .jsonl")
         if not self.output.parent.is_dir():
@@ -79,12 +68,6 @@ class OutputFiles:
         if self.output.exists() and not force:
             raise ValueError(f"OUTPUT {self.output} exists; name another file, or give --force to replace it")
 
-    def finish(self) -> None:
-        """Rename the written files. The journal is removed last, so that nothing is lost before."""
-        self.partial_dropped.replace(self.dropped)
-        self.partial.replace(self.output)
-        self.journal.unlink()
-
 
 def clean(
     task: CleanTask, output: Path, *, duplicates: str = "record", workers: int | None = None, force: bool = False,
@@ -92,14 +75,7 @@ def clean(
 ) -> CleanSummary:  # fmt: skip
     """Write the records that can be used to `output`, and the reasons for others to `OUTPUT-dropped.jsonl`.
 
-    Args:
-        task: the records and the rules.
-        output: a file named `.jsonl`.
-        duplicates: `record` drops records with images and text of an earlier one; `picture` also those with an image
-            of an earlier one; `keep` none. About 140 MB of memory for a million records, or images.
-        workers: number of processes; defaults to the number of cores.
-        force: replaces an output that exists.
-        dry_run: writes nothing, and so cannot be resumed.
+    The arguments are the command's options of the same names; a dry run writes nothing, and so cannot be resumed.
 
     Raises:
         ValueError: an argument is invalid, or the output exists.
@@ -118,10 +94,11 @@ def clean(
     records = task.records()
     try:
         with FileLock(files.lock, blocking=False):
-            with VerdictJournal(files.journal, task, records) as journal:
-                verdicts = journal.resume(workers)
-                summary = write_verdicts(records, verdicts, duplicates, files.partial, files.partial_dropped)
-            files.finish()
+            verdicts = resume_verdicts(files.journal, task, records, workers)
+            summary = write_verdicts(records, verdicts, duplicates, files.partial, files.partial_dropped)
+            files.partial_dropped.replace(files.dropped)
+            files.partial.replace(output)
+            files.journal.unlink()  # only now, so that nothing is lost before
             files.lock.unlink()
     except Timeout:
         raise ValueError(f"OUTPUT {output}: another process is writing it") from None
@@ -149,11 +126,7 @@ def write_verdicts(
 
 
 class DuplicateFinder:
-    """Finds records that repeat an earlier one, by 128-bit digests in memory, about 140 bytes each.
-
-    Args:
-        criterion: one of `DUPLICATES`.
-    """
+    """Finds records that repeat an earlier one by one of `DUPLICATES`; keeps 128-bit digests, about 140 bytes each."""
 
     def __init__(self, criterion: str):
         self._criterion = criterion
@@ -173,61 +146,36 @@ class DuplicateFinder:
         return replace(verdict, reason="duplicate", detail=f"{common} record {earlier}")
 
 
-class VerdictJournal:
-    """Verdicts on disk, one per line, after a line with the task.
+def resume_verdicts(journal: Path, task: CleanTask, records: Records, workers: int | None) -> Iterator[RecordVerdict]:
+    """Iterate over the verdicts in a journal, then over those of the other records, which are appended to it.
 
-    Args:
-        path: the file; it is created where it is missing, and emptied where it is of another task.
-        task: the records and the rules.
-        records: its records.
+    The journal has a line with the task, then one for each verdict; it is emptied where it is of another task.
     """
-
-    def __init__(self, path: Path, task: CleanTask, records: Records):
-        self.task, self.records = task, records
-        rules = {name: value for name, value in asdict(task).items() if name not in ("source", "cache")}
-        header = {**rules, "image_folder": str(task.folder.resolve()), "fingerprint": records.fingerprint}
-        header_line = json.dumps(header).encode() + b"\n"
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        first = self._file.readline()
-        if first == header_line:
-            return
-        if (before := _parse_line(first)) is not None:
-            changed = [name for name, value in json.loads(header_line).items() if before.get(name) != value]
-            names = ["the records" if name == "fingerprint" else name for name in changed]
-            tqdm.write(f"{path}: since that run was stopped, {', '.join(names)} changed; beginning anew")
-        self._file.truncate(0)
-        self._file.write(header_line)
-        self._file.flush()
-
-    def __enter__(self) -> "VerdictJournal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def resume(self, workers: int | None) -> Iterator[RecordVerdict]:
-        """Iterate over the verdicts of the journal, then over those of the other records, which are appended."""
+    rules = {name: value for name, value in asdict(task).items() if name not in ("source", "cache")}
+    header = {**rules, "image_folder": str(task.folder.resolve()), "fingerprint": records.fingerprint}
+    header_line = json.dumps(header).encode() + b"\n"
+    with journal.open("a+b") as file:
+        file.seek(0)
+        first = file.readline()
+        if first != header_line:
+            if (before := _parse_line(first)) is not None:
+                changed = [name for name, value in json.loads(header_line).items() if before.get(name) != value]
+                names = ["the records" if name == "fingerprint" else name for name in changed]
+                tqdm.write(f"{journal}: since that run was stopped, {', '.join(names)} changed; beginning anew")
+            file.truncate(0)
+            file.write(header_line)
+            file.flush()
         known = 0
-        for verdict in self._read_known():
+        while (line := file.readline()) and (values := _parse_line(line)) is not None:
             known += 1
-            yield verdict
-        if known:
-            tqdm.write(f"{known} of {len(self.records)} records were looked at before; going on from there")
-        for verdict in check_records(self.task, self.records, known, workers):
-            self._file.write(json.dumps(vars(verdict)).encode() + b"\n")
-            self._file.flush()
-            yield verdict
-
-    def _read_known(self) -> Iterator[RecordVerdict]:
-        """Iterate over the complete lines of the journal; an incomplete one at its end is removed."""
-        end = self._file.tell()
-        while line := self._file.readline():
-            if (values := _parse_line(line)) is None:
-                self._file.truncate(end)
-                return
-            end += len(line)
             yield RecordVerdict(**values)
+        file.truncate(file.tell() - len(line))  # an incomplete line at the end
+        if known:
+            tqdm.write(f"{known} of {len(records)} records were looked at before; going on from there")
+        for verdict in check_records(task, records, known, workers):
+            file.write(json.dumps(vars(verdict)).encode() + b"\n")
+            file.flush()
+            yield verdict
 
 
 def _parse_line(line: bytes) -> Record | None:
@@ -240,22 +188,24 @@ def _parse_line(line: bytes) -> Record | None:
 
 def record_to_json_line(record: object) -> bytes:
     """Format a record as a line of JSON; the bytes of images become `data:` URLs, dates and the like text."""
-    text = json.dumps(_without_bytes(record), ensure_ascii=False, default=str)
+    inlined = _inline_bytes(record)
     try:
-        return text.encode() + b"\n"
+        text = json.dumps(inlined, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can stand for
-        return json.dumps(_without_bytes(record), default=str).encode() + b"\n"
+        text = json.dumps(inlined, default=str).encode()
+    return text + b"\n"
 
 
-def _without_bytes(value: object) -> object:
-    """Replace bytes in a value by `data:` URLs."""
-    if isinstance(value, dict):
-        if isinstance(content := value.get("bytes"), bytes):
+def _inline_bytes(value: object) -> object:
+    """Replace bytes in a value, and mappings that hold them as `bytes`, by `data:` URLs."""
+    match value:
+        case {"bytes": bytes(content)} | bytes(content):
             return _data_url(content)
-        return {key: _without_bytes(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_bytes(inner) for inner in value]
-    return _data_url(value) if isinstance(value, bytes) else value
+        case dict():
+            return {key: _inline_bytes(inner) for key, inner in value.items()}
+        case list():
+            return [_inline_bytes(inner) for inner in value]
+    return value
 
 
 def _data_url(content: bytes) -> str:
@@ -276,12 +226,9 @@ def main(arguments: Sequence[str]) -> None:
         args.split, args.subset, args.min_side, args.max_aspect,
     )  # fmt: skip
     output = Path(args.output)
+    options = {name: getattr(args, name) for name in ("duplicates", "workers", "force", "dry_run")}
     try:
-        print(
-            clean(
-                task, output, duplicates=args.duplicates, workers=args.workers, force=args.force, dry_run=args.dry_run
-            )
-        )
+        print(clean(task, output, **options))
     except (ValueError, OSError) as error:
         sys.exit(f"vlm data clean: {error}")
     except KeyboardInterrupt:
@@ -297,36 +244,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A run that was stopped is resumed by the same command, from OUTPUT.journal.jsonl; "
         "delete that file to check every record again.",
     )
-    parser.add_argument("input", metavar="INPUT", help=".json, .jsonl, .parquet …, whatever dataset.path takes")
-    parser.add_argument("output", metavar="OUTPUT", help="a .jsonl file; beside it, OUTPUT-dropped.jsonl says why")
-    parser.add_argument(
-        "--format", default=CleanTask.format, help=f"{', '.join(FORMATS)}, or package.module:function (%(default)s)"
+    add = parser.add_argument
+    add("input", metavar="INPUT", help=".json, .jsonl, .parquet …, whatever dataset.path takes")
+    add("output", metavar="OUTPUT", help="a .jsonl file; beside it, OUTPUT-dropped.jsonl says why")
+    formats = f"{', '.join(FORMATS)}, or package.module:function (%(default)s)"
+    add("--format", default=CleanTask.format, help=formats)
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the format; may be repeated")
+    add("--image-folder", help="what image paths are relative to (the folder of INPUT)")
+    add("--split", default=CleanTask.split, help="of a data set that has several (%(default)s)")
+    add("--subset", help="of a data set on the Hub that has several")
+    smaller = "smaller images go (%(default)s)"
+    add("--min-side", type=_positive_int, default=CleanTask.min_side, metavar="PIXELS", help=smaller)
+    add("--max-aspect", type=float, metavar="RATIO", help="images of a longer shape go (any)")
+    criteria = (
+        "record: those with text and images of an earlier one go; picture: also those with an image of an earlier one; "
+        "keep: none (%(default)s). About 140 MB of memory for a million of either"
     )
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the format; may be repeated"
-    )
-    parser.add_argument("--image-folder", help="what image paths are relative to (the folder of INPUT)")
-    parser.add_argument("--split", default=CleanTask.split, help="of a data set that has several (%(default)s)")
-    parser.add_argument("--subset", help="of a data set on the Hub that has several")
-    parser.add_argument(
-        "--min-side",
-        type=_positive_int,
-        default=CleanTask.min_side,
-        metavar="PIXELS",
-        help="smaller images go (%(default)s)",
-    )
-    parser.add_argument("--max-aspect", type=float, metavar="RATIO", help="images of a longer shape go (any)")
-    parser.add_argument(
-        "--duplicates",
-        choices=DUPLICATES,
-        default=DUPLICATES[0],
-        help="record: those with text and images of an earlier one go; picture: also those with an image of an "
-        "earlier one; keep: none (%(default)s). About 140 MB of memory for a million of either",
-    )
-    parser.add_argument("--workers", type=_positive_int, metavar="N", help="processes (as many as there are cores)")
-    parser.add_argument("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
-    parser.add_argument("--force", action="store_true", help="replace an OUTPUT that exists")
-    parser.add_argument("--dry-run", action="store_true", help="say what would go, and write nothing")
+    add("--duplicates", choices=DUPLICATES, default=DUPLICATES[0], help=criteria)
+    add("--workers", type=_positive_int, metavar="N", help="processes (as many as there are cores)")
+    add("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
+    add("--force", action="store_true", help="replace an OUTPUT that exists")
+    add("--dry-run", action="store_true", help="say what would go, and write nothing")
     return parser
 
 

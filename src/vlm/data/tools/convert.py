@@ -9,7 +9,6 @@ Imports tqdm, msgspec, the standard library and siblings only.
 
 import argparse
 import inspect
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,23 +24,16 @@ from tqdm import tqdm
 from vlm.config.model_schema import Options
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
-from vlm.data.records.open import stream_records, value_or_bad_sample
+from vlm.data.records.open import stream_records
 from vlm.data.sample import BadSample, Record, Sample
-from vlm.data.tools.corpora import (
-    SHORT_ANSWER,
-    ConversionContext,
-    coco_captions,
-    conceptual_captions,
-    decode_json_file,
-    vqa,
-)
-from vlm.data.tools.exports import LabelStudioReader, UbiaiReader
+from vlm.data.tools.corpora import SHORT_ANSWER, coco_captions, conceptual_captions, decode_json_file, vqa
+from vlm.data.tools.exports import ConversionContext, label_studio, ubiai
 from vlm.data.tools.forms import FORMS, is_image_moved_by_llava
+from vlm.data.tools.verdicts import parse_option
 from vlm.data.tools.write import OUTPUT_NAMES, SHARD_SIZE, RecordWriter, make_writer
 
 STRUCTURE_KEYS = ("id", "image", "images", "video", "videos", "conversations", "messages")
 """Keys that a form defines; other keys of records in LLaVA's form or of chat messages are kept unchanged."""
-ON_BAD_CHOICES = ("error", "skip")
 URL_COLUMN = "a table's header that is a URL"
 STRING_CONVERSATIONS = "conversations of strings"
 """In place of keys, where these do not tell the kind of a record."""
@@ -54,36 +46,6 @@ def read_plain_records(
     return stream_records(source, context.cache, split=split, subset=subset)
 
 
-def ubiai(
-    source: str, context: ConversionContext, *, question_label: str = "QUESTION", answer_label: str = "ANSWER"
-) -> Iterator[object]:
-    """Convert UBIAI's export, see `exports.UbiaiReader`."""
-    reader = UbiaiReader(context.folder, context.left_out, question_label=question_label, answer_label=answer_label)
-    return _convert_records(reader, source, context)
-
-
-def label_studio(
-    source: str, context: ConversionContext, *, image_field: str = "image", question_field: str | None = None,
-    prompt: str | None = None, from_name: str | None = None,
-) -> Iterator[object]:  # fmt: skip
-    """Convert Label Studio's export, see `exports.LabelStudioReader`."""
-    reader = LabelStudioReader(
-        context.folder, context.left_out, image_field=image_field, question_field=question_field, prompt=prompt,
-        from_name=from_name,
-    )  # fmt: skip
-    return _convert_records(reader, source, context)
-
-
-def _convert_records(
-    make: Callable[[object], Record | None], source: str, context: ConversionContext
-) -> Iterator[object]:
-    """Convert each record of a file with a function, and leave out those for which it returns None."""
-    for record in stream_records(source, context.cache):
-        made = record if isinstance(record, BadSample) else value_or_bad_sample(make, record)
-        if made is not None:
-            yield made
-
-
 @dataclass(frozen=True)
 class Conversion:
     """A kind of annotations that can be converted.
@@ -91,13 +53,13 @@ class Conversion:
     Attributes:
         records: yields records.
         form: the format whose reader takes them, a name of `FORMATS`.
-        identifying_keys: keys of its first record, by which the kind is recognised; empty if it cannot be.
+        identifying_keys: keys of its first record, by which the kind is recognised.
         is_list: whether the file is a list of records; otherwise the file itself has the keys.
     """
 
     records: Callable[..., Iterator[object]]
     form: str
-    identifying_keys: frozenset[str] = frozenset()
+    identifying_keys: frozenset[str]
     is_list: bool = True
 
     @property
@@ -129,14 +91,9 @@ def keyword_parameters(function: Callable[..., object]) -> dict[str, inspect.Par
 
 
 def detect_conversion(source: str, cache: Path) -> str:
-    """Return the conversion that fits a file, by the keys of its first record.
-
-    Raises:
-        ValueError: none fits, or several do.
-    """
+    """Return the conversion that fits a file, by the keys of its first record; ValueError unless there is one."""
     keys, is_list = _first_keys(source, cache)
-    candidates = {name: kind for name, kind in CONVERSIONS.items() if kind.identifying_keys and kind.is_list == is_list}
-    fits = [name for name, kind in candidates.items() if kind.identifying_keys <= keys]
+    fits = [name for name, kind in CONVERSIONS.items() if kind.is_list == is_list and kind.identifying_keys <= keys]
     if len(fits) != 1:
         reason = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
         raise ValueError(f"{source}: its records {reason}; say with --from what they are: {', '.join(CONVERSIONS)}")
@@ -162,14 +119,7 @@ def _first_keys(source: str, cache: Path) -> tuple[set[str], bool]:
 
 @dataclass(frozen=True)
 class RecordConverter:
-    """Reads records and writes them in another form.
-
-    Attributes:
-        read: the reader, with its options.
-        write: one of `FORMS`.
-        folder: the image folder.
-        dropped_keys: the keys of a record that are not kept; None where no key is kept.
-    """
+    """Reads records and writes them in one of `FORMS`; keys but `dropped_keys` are kept, none where that is None."""
 
     read: Callable[[Record, Path], Sample]
     write: Callable[[Sample, Path], Record]
@@ -177,11 +127,7 @@ class RecordConverter:
     dropped_keys: frozenset[str] | None
 
     def convert_record(self, item: Any, number: int) -> tuple[Sample, Record]:
-        """Return a record as a sample and in the other form; a record without an id gets its index.
-
-        Raises:
-            BadSample: the record cannot be used.
-        """
+        """Return a record as a sample and in the other form; a record without an id gets its index."""
         if isinstance(item, BadSample):
             raise item
         sample = self.read(item, self.folder)
@@ -200,18 +146,9 @@ def convert(
 ) -> str:  # fmt: skip
     """Convert records from one file to another, one at a time; return a summary.
 
-    Args:
-        source: the file or data set of records.
-        output: the file to write, whose name tells its kind, see `write.OUTPUT_NAMES`.
-        conversion: a name of `CONVERSIONS`.
-        to: a name of `FORMS`.
-        image_folder: what paths of images are relative to; None: the folder of `source`.
-        cache: the cache's folder, for the index of a `.json` file.
-        options: of the conversion, and of the reader of its records.
-        on_bad: `error` stops at a record that cannot be used; `skip` lists them in `OUTPUT.skipped.jsonl`.
-        embed_images: see `write.make_writer`.
-        shard_size: see `write.make_writer`.
-        force: replaces what is there.
+    `conversion` is a name of `CONVERSIONS`, and `to` of `FORMS`. `options` are those of the conversion and of the
+    reader of its records. With `on_bad="skip"`, records that cannot be used are listed in `OUTPUT.skipped.jsonl`;
+    with `"error"`, the first one ends the conversion. The rest is as in `write.make_writer`.
 
     Raises:
         ValueError: the arguments are invalid, or a record cannot be used.
@@ -240,23 +177,15 @@ def convert(
 
 def _resolve_image_folder(source: str, image_folder: str | None) -> Path:
     """Return the image folder: by default that of the records, or the working directory where they are in none."""
-    path = Path(source)
-    default = path if path.is_dir() else path.parent if path.parent.is_dir() else Path()
     if image_folder is not None and not Path(image_folder).is_dir():
         raise ValueError(f"--image-folder {image_folder}: there is no such folder")
-    return default if image_folder is None else Path(image_folder)
+    path = Path(source if image_folder is None else image_folder)
+    return path if path.is_dir() else path.parent if path.parent.is_dir() else Path()
 
 
 @dataclass
 class ConversionTally:
-    """Counts of the records that are not simply written.
-
-    Attributes:
-        left_out: number of items that gave no record, by reason.
-        num_bad: number of records that cannot be used.
-        first: describes the first of them.
-        num_moved: number of turns whose image LLaVA's form moves.
-    """
+    """Items that gave no record, by reason; bad records and the first of them; turns whose image LLaVA's form moves."""
 
     left_out: Counter[str] = field(default_factory=Counter)
     num_bad: int = 0
@@ -272,9 +201,8 @@ def _write_all(
     records: Iterator[object], form: RecordConverter, writer: RecordWriter, skipped: Path | None, tally: ConversionTally
 ) -> None:
     """Write records; list those that cannot be used in the file `skipped`, or stop at the first where it is None."""
-    with ExitStack() as stack:
-        stack.enter_context(writer)
-        journal: RecordWriter | None = None
+    journal: RecordWriter | None = None
+    with writer, ExitStack() as stack:
         for number, item in enumerate(tqdm(records, "records", unit="record", disable=None)):
             try:
                 sample, record = form.convert_record(item, number)
@@ -293,16 +221,11 @@ def _write_all(
 
 
 def split_options(conversion: str, options: Mapping[str, object]) -> tuple[Options, Options]:
-    """Divide options into those of the conversion and those of the reader.
-
-    Raises:
-        ValueError: an option is unknown or missing.
-    """
+    """Divide options into those of the conversion and those of the reader; ValueError for an unknown or missing one."""
     kind = CONVERSIONS[conversion]
     known = kind.options
     if unknown := [name for name in options if name not in known]:
-        takes = ", ".join(known) or "none"
-        raise ValueError(f"--from {conversion} has no option {', '.join(unknown)}; it has {takes}")
+        raise ValueError(f"--from {conversion} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
     if missing := [name for name, option in known.items() if option.default is option.empty and name not in options]:
         raise ValueError(f"--from {conversion} needs {', '.join(map(option_flag, missing))}")
     kind_options = {name: options[name] for name in keyword_parameters(kind.records) if name in options}
@@ -355,46 +278,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert annotations of many kinds to records that are trained on.",
         epilog=f"Kinds (--from): {', '.join(CONVERSIONS)}.",
     )
-    parser.add_argument("input", metavar="INPUT", help=".json, .jsonl, .parquet, tar shards …; .tsv or .json of a kind")
-    parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_NAMES.replace("%", "%%"))
-    parser.add_argument(
-        "--from",
-        dest="conversion",
-        choices=CONVERSIONS,
-        metavar="KIND",
-        help="what INPUT is (as its first record tells)",
-    )
-    parser.add_argument("--to", choices=FORMS, default="llava", help="form of the records (%(default)s)")
-    parser.add_argument("--image-folder", metavar="FOLDER", help="what paths are relative to (the folder of INPUT)")
-    parser.add_argument("--embed-images", action="store_true", help=".parquet: hold the images themselves")
-    parser.add_argument("--shard-size", type=int, metavar="N", help=f"samples in a tar shard ({SHARD_SIZE})")
-    parser.add_argument(
-        "--on-bad",
-        choices=ON_BAD_CHOICES,
-        default=ON_BAD_CHOICES[0],
-        help="what to do at a record that cannot be used; skip lists them in OUTPUT.skipped.jsonl (%(default)s)",
-    )
-    parser.add_argument("--force", action="store_true", help="replace an OUTPUT that exists")
-    parser.add_argument("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
-    options = parser.add_argument_group("options of some kinds")
+    add = parser.add_argument
+    add("input", metavar="INPUT", help=".json, .jsonl, .parquet, tar shards …; .tsv or .json of a kind")
+    add("output", metavar="OUTPUT", help=OUTPUT_NAMES.replace("%", "%%"))
+    told = "what INPUT is (as its first record tells)"
+    add("--from", dest="conversion", choices=CONVERSIONS, metavar="KIND", help=told)
+    add("--to", choices=FORMS, default="llava", help="form of the records (%(default)s)")
+    add("--image-folder", metavar="FOLDER", help="what paths are relative to (the folder of INPUT)")
+    add("--embed-images", action="store_true", help=".parquet: hold the images themselves")
+    add("--shard-size", type=int, metavar="N", help=f"samples in a tar shard ({SHARD_SIZE})")
+    bad = "what to do at a record that cannot be used; skip lists them in OUTPUT.skipped.jsonl (%(default)s)"
+    add("--on-bad", choices=("error", "skip"), default="error", help=bad)
+    add("--force", action="store_true", help="replace an OUTPUT that exists")
+    add("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
+    add = parser.add_argument_group("options of some kinds").add_argument
     for name, (metavar, text) in OPTIONS.items():
-        options.add_argument(option_flag(name), metavar=metavar, help=text.replace("%", "%%"))
-    options.add_argument(
-        "--no-group", dest="group", action="store_false", default=None, help="vqa: a record a question"
-    )
-    options.add_argument(
-        "--option", action="append", default=[], type=_parse_option, metavar="NAME=VALUE",
-        help="any other option of the reader, such as caption_key=text; may be repeated",
-    )  # fmt: skip
+        add(option_flag(name), metavar=metavar, help=text.replace("%", "%%"))
+    add("--no-group", dest="group", action="store_false", default=None, help="vqa: a record a question")
+    other = "any other option of the reader, such as caption_key=text; may be repeated"
+    add("--option", action="append", default=[], type=_parse_option, metavar="NAME=VALUE", help=other)
     return parser
 
 
 def _parse_option(text: str) -> tuple[str, object]:
-    """Parse `name=value`, the value as JSON where it is JSON, else as text."""
-    name, sign, value = text.partition("=")
+    name, sign, _ = text.partition("=")
     if not (sign and name.isidentifier()):
         raise argparse.ArgumentTypeError(f"{text!r}: write it as NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    return parse_option(text)

@@ -5,35 +5,20 @@ Imports msgspec, the standard library and siblings only.
 
 import mmap
 import string
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
 
 from vlm.data.records.open import IMAGE_EXTENSIONS, value_or_bad_sample
 from vlm.data.sample import BadSample, Record
-from vlm.data.tools.exports import Kind, convert_record, make_llava_record
+from vlm.data.tools.exports import ConversionContext, Kind, convert_record, make_llava_record
 from vlm.data.tools.table import FOLDER_SIZE, Table
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 """LLaVA's instruction for VQAv2 (arXiv:2310.03744)."""
-
-
-@dataclass(frozen=True)
-class ConversionContext:
-    """The settings of a conversion.
-
-    Attributes:
-        folder: the image folder.
-        cache: the cache's folder.
-        left_out: counts items that give no record, by reason.
-    """
-
-    folder: Path
-    cache: Path
-    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def conceptual_captions(
@@ -44,32 +29,24 @@ def conceptual_captions(
     The table is read as `vlm data download` reads it, with or without a header. Row 12, counted from 0 without the
     header, has the image `00000/000000012.jpg`, or another extension. Rows without an image or a caption are left out.
 
-    Args:
-        source: the table: `.tsv`, `.csv` or `.parquet`.
-        context: of the conversion.
-        url_column: the name of the column, or its number from 1 where there is no header; default: recognised.
-        caption_column: the column of captions, likewise.
-
-    Raises:
-        ValueError: the source is no such table.
+    A column is named, or numbered from 1 where there is no header; by default it is recognised, see `table.Table`.
     """
-    number, names = -1, {}
-    for row in Table(Path(source), url_column, caption_column).rows():
-        if row.number // FOLDER_SIZE != number:
-            number = row.number // FOLDER_SIZE
-            names = _image_names_by_row(context.folder / f"{number:05d}")
-        name = names.get(row.number)
-        if name and row.caption:
-            yield {"id": f"{row.number:09d}", "image": f"{number:05d}/{name}", "caption": row.caption}
-        else:
-            context.left_out["rows without a caption" if name else "rows without an image"] += 1
+    rows = Table(Path(source), url_column, caption_column).rows()
+    for number, rows_of_folder in groupby(rows, lambda row: row.number // FOLDER_SIZE):
+        names = _image_names_by_row(context.folder / f"{number:05d}")
+        for row in rows_of_folder:
+            name = names.get(row.number)
+            if name and row.caption:
+                yield {"id": f"{row.number:09d}", "image": f"{number:05d}/{name}", "caption": row.caption}
+            else:
+                context.left_out["rows without a caption" if name else "rows without an image"] += 1
 
 
 def _image_names_by_row(folder: Path) -> dict[int, str]:
     """Return the names of the images in a folder, by row."""
     files = folder.iterdir() if folder.is_dir() else ()
-    images = [file for file in files if file.suffix[1:].lower() in IMAGE_EXTENSIONS]
-    return {int(image.stem): image.name for image in images if image.stem.isdecimal()}
+    images = [file for file in files if file.stem.isdecimal() and file.suffix[1:].lower() in IMAGE_EXTENSIONS]
+    return {int(image.stem): image.name for image in images}
 
 
 class CocoImage(msgspec.Struct):
@@ -156,33 +133,21 @@ def vqa(
     Questions `{"questions": [{"question_id", "image_id", "question"}]}` and annotations `{"annotations":
     [{"question_id", "multiple_choice_answer", "answers": [{"answer"}]}]}`, where the most common of `answers` counts if
     there is no `multiple_choice_answer`. All are in memory, about 400 bytes per question.
-
-    Args:
-        source: the file of questions.
-        context: of the conversion.
-        annotations: the file of answers.
-        image_pattern: name of an image, with `{image_id}`.
-        group: whether the questions about an image become one record.
-        instruction: a line after the first question of a record; empty: none.
-
-    Raises:
-        ValueError: a file has another form, or the pattern is invalid.
     """
     image_name = make_image_namer(image_pattern)
     answers = dict(_read_vqa_answers(Path(annotations)))
-    groups: dict[int | str, list[VqaQuestion]] = {}
+    groups: dict[int | str, list[VqaQuestion]] = defaultdict(list)
     for question in decode_json_file(Path(source), VqaQuestions).questions:
         if question.question_id in answers:
-            groups.setdefault(question.image_id if group else question.question_id, []).append(question)
+            groups[question.image_id if group else question.question_id].append(question)
         else:
             context.left_out["questions without an answer"] += 1
 
     def make_record(item: tuple[int | str, list[VqaQuestion]]) -> Record:
         record_id, questions = item
-        texts = [question.question for question in questions]
+        pairs = [(question.question, answers[question.question_id]) for question in questions]
         if instruction:
-            texts[0] = f"{texts[0]}\n{instruction}"
-        pairs = zip(texts, (answers[question.question_id] for question in questions), strict=True)
+            pairs[0] = (f"{pairs[0][0]}\n{instruction}", pairs[0][1])
         return make_llava_record(str(record_id), image_name(questions[0].image_id), pairs)
 
     for item in groups.items():
@@ -204,23 +169,16 @@ def _read_vqa_answers(file: Path) -> Iterator[tuple[int | str, str]]:
 
 
 def make_image_namer(pattern: str) -> Callable[[int | str], str]:
-    """Make a function that returns the name of an image by its id.
-
-    Raises:
-        ValueError: the pattern is invalid for `str.format`, or has other fields than `image_id`.
-    """
+    """Make a function that returns the name of an image by its id; ValueError if `image_id` is not the only field."""
+    problem = ""
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
         pattern.format(image_id=1)
     except (ValueError, LookupError, AttributeError) as error:
-        fields, problem = [], f" ({error})"
-    else:
-        problem = ""
-    if set(fields) != {"image_id"}:
-        raise ValueError(
-            f"--image-pattern {pattern!r}{problem}: a name with the field image_id and no other is needed, such as "
-            "COCO_train2014_{image_id:012d}.jpg"
-        )
+        fields, problem = set(), f" ({error})"
+    if fields != {"image_id"}:
+        needed = "a name with the field image_id and no other is needed, such as COCO_train2014_{image_id:012d}.jpg"
+        raise ValueError(f"--image-pattern {pattern!r}{problem}: {needed}")
 
     def image_name(image_id: int | str) -> str:
         try:
@@ -232,11 +190,7 @@ def make_image_namer(pattern: str) -> Callable[[int | str], str]:
 
 
 def decode_json_file(file: Path, kind: type[Kind]) -> Kind:
-    """Decode a JSON file into a structure; its raw parts are views of the file, which stays mapped.
-
-    Raises:
-        ValueError: the file does not have that structure.
-    """
+    """Decode a JSON file into a structure; its raw parts are views of the file, which stays mapped."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file}: the file is empty")
     with file.open("rb") as opened:

@@ -39,31 +39,25 @@ MAX_WORKERS = 256
 """Each worker may have three files open, and processes are often limited to 1024."""
 
 
-def option_field(default: object, arguments: str) -> Any:  # as `dataclasses.field`
+def flag(default: object, text: str) -> Any:  # as `dataclasses.field`
     """Make a field with its text of `--help`."""
-    return field(default=default, metadata={"help": arguments})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Options:
     """How to download; each field is a flag of the same name."""
 
-    url_column: str | None = option_field(
-        None, "name of the column of URLs; in a file without header its number, from 1"
-    )
-    caption_column: str | None = option_field(None, "the same of the captions")
-    workers: int = option_field(32, f"images that are fetched at the same time, at most {MAX_WORKERS} (%(default)s)")
-    retries: int = option_field(
-        2, "further tries after timeouts, broken connections and servers' troubles (%(default)s)"
-    )
-    timeout: float = option_field(10.0, "seconds that one try may take in all (%(default)s)")
-    max_bytes: int = option_field(20 * 2**20, "the largest file (%(default)s)")
-    min_size: int = option_field(0, "pixels that the shorter side must have (%(default)s)")
-    limit: int | None = option_field(None, "take so many rows from the table's beginning only")
-    allow_private: bool = option_field(
-        False, "fetch from this machine and private networks too: for tables that you trust"
-    )
-    retry_failed: bool = option_field(False, "try again what failed in earlier runs")
+    url_column: str | None = flag(None, "name of the column of URLs; in a file without header its number, from 1")
+    caption_column: str | None = flag(None, "the same of the captions")
+    workers: int = flag(32, f"images that are fetched at the same time, at most {MAX_WORKERS} (%(default)s)")
+    retries: int = flag(2, "further tries after timeouts, broken connections and servers' troubles (%(default)s)")
+    timeout: float = flag(10.0, "seconds that one try may take in all (%(default)s)")
+    max_bytes: int = flag(20 * 2**20, "the largest file (%(default)s)")
+    min_size: int = flag(0, "pixels that the shorter side must have (%(default)s)")
+    limit: int | None = flag(None, "take so many rows from the table's beginning only")
+    allow_private: bool = flag(False, "fetch from this machine and private networks too: for tables that you trust")
+    retry_failed: bool = flag(False, "try again what failed in earlier runs")
 
     def __post_init__(self) -> None:
         bounds = {
@@ -76,18 +70,9 @@ class Options:
                 raise ValueError(f"{name}={value}; allowed are {least} to {most}")
 
 
-DEFAULTS = Options()
-
-
 @dataclass(frozen=True)
 class DownloadSummary:
-    """The content of a folder after a run, earlier runs included.
-
-    Attributes:
-        output: the folder.
-        got: number of images.
-        failed: reason -> number of rows.
-    """
+    """A folder's number of images and, by reason, of rows that failed, earlier runs included."""
 
     output: Path
     got: int
@@ -118,14 +103,14 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("vlm data download", description="Fetch the images of a table of captions.")
     parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(TABLE_KINDS)}")
     parser.add_argument("output", type=Path, help="a new folder, or the same as before to go on")
-    for field_ in fields(Options):
-        flag, default = f"--{field_.name}", field_.default
+    for option in fields(Options):
+        name, default = option.name, option.default
         style: dict[str, Any] = {"action": "store_true"}
         if not isinstance(default, bool):
-            kind = int if field_.name == "limit" else str if default is None else type(default)
+            kind = int if name == "limit" else str if default is None else type(default)
             style = {"type": kind, "default": default, "metavar": "COLUMN" if kind is str else "N"}
-        names = dict.fromkeys((flag.replace("_", "-"), flag))
-        parser.add_argument(*names, help=field_.metadata["help"], **style)
+        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+        parser.add_argument(*spellings, help=option.metadata["help"], **style)
     args = vars(parser.parse_args(arguments))
     try:
         print(download(args.pop("table"), args.pop("output"), Options(**args)))
@@ -136,13 +121,8 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"vlm data download: {error}")
 
 
-def download(table: Path, output: Path, options: Options = DEFAULTS) -> DownloadSummary:
-    """Fetch the images of a table that a folder does not have yet.
-
-    Args:
-        table: a file of one of `TABLE_KINDS`.
-        output: the folder; created where it is missing.
-        options: how to download.
+def download(table: Path, output: Path, options: Options) -> DownloadSummary:
+    """Fetch the images of a table that a folder, which is created where it is missing, does not have yet.
 
     Raises:
         ValueError: the table cannot be read, its columns are not recognised, or the folder is another table's.
@@ -165,11 +145,7 @@ def download(table: Path, output: Path, options: Options = DEFAULTS) -> Download
 
 
 def claim_output_folder(output: Path, table: Table) -> None:
-    """Mark the folder as this table's, or check that it is.
-
-    Raises:
-        ValueError: the folder is another table's.
-    """
+    """Mark the folder as this table's; ValueError where it is another's."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "download.json"
     identity = table.identity()
@@ -182,18 +158,12 @@ def claim_output_folder(output: Path, table: Table) -> None:
         return
     existing = json.loads(file.read_text(encoding="utf-8"))
     if changed := [f"{k} {existing.get(k)} there, {v} here" for k, v in identity.items() if existing.get(k) != v]:
-        raise ValueError(
-            f"{output} holds images of another table, {existing.get('table')}, or of other columns"
-            f" ({'; '.join(changed)}): choose another folder"
-        )
+        other = f"another table, {existing.get('table')}, or of other columns ({'; '.join(changed)})"
+        raise ValueError(f"{output} holds images of {other}: choose another folder")
 
 
 class DownloadLedger:
     """The records and failures of a folder, which only one process may write: which rows are done.
-
-    Attributes:
-        got: number of rows that have an image.
-        failed: reason -> number of rows.
 
     Raises:
         ValueError: another process writes to the folder, or a file is broken.
@@ -243,8 +213,8 @@ class DownloadLedger:
         """Write the outcome of a row."""
         row = outcome.row
         if outcome.image is None:
-            line = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
-            append_line(self._failures, line)
+            failure = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
+            append_line(self._failures, failure)
             self.failed[outcome.reason] += 1
         else:
             turns = [{"from": "human", "value": PLACEHOLDER}, {"from": "gpt", "value": row.caption}]
@@ -285,12 +255,7 @@ def read_complete_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, Record]
 
 
 class DownloadWorkers:
-    """Threads that fetch images. They are daemons, so that a run that is stopped does not wait for servers.
-
-    Args:
-        output: the folder.
-        options: how many threads, and how they fetch.
-    """
+    """Threads that fetch images. They are daemons, so that a run that is stopped does not wait for servers."""
 
     def __init__(self, output: Path, options: Options):
         self._images, self._partial = output / "images", output / "partial"
@@ -321,21 +286,19 @@ class DownloadWorkers:
 
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """Iterate over outcomes in the order in which they come; few rows are taken ahead of them."""
+        rows = iter(rows)
         num_pending = 0
-        for row in rows:
-            self._tasks.put(row)
-            num_pending += 1
-            if num_pending == 2 * len(self._threads):
-                yield self._next_outcome()
-                num_pending -= 1
-        for _ in range(num_pending):
-            yield self._next_outcome()
-
-    def _next_outcome(self) -> Outcome:
-        result = self._results.get()
-        if isinstance(result, Exception):
-            raise result
-        return result
+        while True:
+            for row in islice(rows, 2 * len(self._threads) - num_pending):
+                self._tasks.put(row)
+                num_pending += 1
+            if not num_pending:
+                return
+            result = self._results.get()
+            if isinstance(result, Exception):
+                raise result
+            yield result
+            num_pending -= 1
 
     def _run_worker(self) -> None:
         options = self._options
@@ -371,10 +334,8 @@ class DownloadWorkers:
 
 def check_row_text(row: Row) -> None:
     """Raise `FetchError` where a row lacks its URL or caption, or is not UTF-8."""
-    if not row.url:
-        raise FetchError("no URL")
-    if not row.caption:
-        raise FetchError("empty caption")
+    if not (row.url and row.caption):
+        raise FetchError("empty caption" if row.url else "no URL")
     try:
         f"{row.url}{row.caption}".encode()
     except UnicodeEncodeError as error:

@@ -3,8 +3,11 @@
 Imports msgspec, the standard library and siblings only.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from operator import attrgetter
 from os.path import isfile
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -13,24 +16,39 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 from msgspec import Struct, field
 
-from vlm.data.records.open import IMAGE_EXTENSIONS
+from vlm.data.records.media import first_present
+from vlm.data.records.open import IMAGE_EXTENSIONS, stream_records, value_or_bad_sample
 from vlm.data.sample import PLACEHOLDER, BadSample, Record
 
 Kind = TypeVar("Kind")
 
 
-def convert_record(value: object, kind: type[Kind], sample_id: str = "?") -> Kind:
-    """Convert a record into a typed structure.
+@dataclass(frozen=True)
+class ConversionContext:
+    """The image folder, the cache's folder, and a count of the items that give no record, by reason."""
 
-    Raises:
-        BadSample: the record does not have that structure; tells where it differs.
-    """
-    if isinstance(value, dict):
-        sample_id = next((str(value[key]) for key in ("id", "documentName") if value.get(key) is not None), sample_id)
+    folder: Path
+    cache: Path
+    left_out: Counter[str]
+
+
+def convert_record(value: object, kind: type[Kind]) -> Kind:
+    """Convert a record into a typed structure; raise BadSample, which tells where it differs, if it has another."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise BadSample(sample_id, str(error)) from None
+        sample_id = first_present(value, "id", "documentName") if isinstance(value, dict) else None
+        raise BadSample("?" if sample_id is None else str(sample_id), str(error)) from None
+
+
+def _convert_records(
+    make: Callable[[object], Record | None], source: str, context: ConversionContext
+) -> Iterator[object]:
+    """Convert each record of a file with a function, and leave out those for which it returns None."""
+    for record in stream_records(source, context.cache):
+        made = record if isinstance(record, BadSample) else value_or_bad_sample(make, record)
+        if made is not None:
+            yield made
 
 
 def make_llava_record(sample_id: str, image: str, questions: Iterable[tuple[str, str]]) -> Record:
@@ -60,7 +78,7 @@ class Entity(Struct):
 
     @property
     def label(self) -> str | None:
-        """The label of the span."""
+        """The label of the span, whatever its key."""
         return self.entity_label or self.entity_label_snake_case or self.entity_label_short
 
     @property
@@ -95,84 +113,73 @@ def _token_range(entity: Entity) -> Iterable[int]:
 ENTITY_ADDRESSES: dict[str, Callable[[Entity], Iterable[int | str | None]]] = {
     "token_start": lambda entity: [entity.token_start],
     "start": lambda entity: [entity.start],
-    "token_start to token_end": lambda entity: _token_range(entity),
+    "token_start to token_end": _token_range,
     "id": lambda entity: [entity.id],
 }
 """How relations may refer to entities; a document uses the first way by which all of its references are found."""
 
 
-class UbiaiReader:
-    """Reads documents of a UBIAI export (JSON): `{"documentName", "document", "tokens", "relations"}`.
+def ubiai(
+    source: str, context: ConversionContext, *, question_label: str = "QUESTION", answer_label: str = "ANSWER"
+) -> Iterator[object]:
+    """Convert documents of a UBIAI export (JSON): `{"documentName", "document", "tokens", "relations"}`.
 
     `documentName` is the image's file; where it is no image's name (a PDF's, say), the image of that stem is
     taken. `tokens` (in some exports `entities`) are the marked spans: `text` (else cut out of `document`), `start` and
     `end` in characters, `token_start` and `token_end`, and the label as `entityLabel`, `entity_label` or `label`. A
-    relation links two of them as `head` and `child`, either way round, each given as in `ADDRESSES`; what the relation
-    is called (`relationLabel`, `relation`) does not matter.
-
-    Args:
-        folder: the image folder.
-        left_out: counts questions without an answer, and documents without a question that has one.
-        question_label: what questions are marked as.
-        answer_label: what answers are marked as.
+    relation links two of them as `head` and `child`, either way round, each given as in `ENTITY_ADDRESSES`; what the
+    relation is called (`relationLabel`, `relation`) does not matter.
     """
+    if question_label == answer_label:
+        raise ValueError(f"--question-label and --answer-label are both {answer_label}; links could not be told")
+    labels = (question_label, answer_label)
 
-    def __init__(self, folder: Path, left_out: Counter[str], *, question_label: str, answer_label: str):
-        if question_label == answer_label:
-            raise ValueError(f"--question-label and --answer-label are both {answer_label}; links could not be told")
-        self._folder, self._left_out = folder, left_out
-        self._labels = (question_label, answer_label)
-
-    def __call__(self, value: object) -> Record | None:
-        """Convert a document into a record of LLaVA's form; None where it has no answered question.
-
-        Raises:
-            BadSample: the value is no such document.
-        """
+    def make_record(value: object) -> Record | None:
         document = convert_record(value, Document)
         entities = document.entities or document.tokens or []
-        questions = [entity for entity in entities if entity.label == self._labels[0]]
-        answers_by_question = self._answers(document, entities)
+        questions = [entity for entity in entities if entity.label == question_label]
+        answers_by_question = _link_answers(document, entities, labels)
         pairs = []
-        for question in sorted(questions, key=lambda entity: entity.place):
-            if answers := sorted(answers_by_question.get(id(question), []), key=lambda entity: entity.place):
+        for question in sorted(questions, key=attrgetter("place")):
+            if answers := sorted(answers_by_question[id(question)], key=attrgetter("place")):
                 text = " ".join(_entity_text(answer, document) for answer in answers)
                 pairs.append((_entity_text(question, document), text))
-        self._left_out["questions without an answer"] += len(questions) - len(pairs)
-        self._left_out["documents without an answered question"] += not pairs
-        if not pairs:
-            return None
-        return make_llava_record(document.name, resolve_image_name(document.name, self._folder), pairs)
+        context.left_out["questions without an answer"] += len(questions) - len(pairs)
+        context.left_out["documents without an answered question"] += not pairs
+        image = resolve_image_name(document.name, context.folder)
+        return make_llava_record(document.name, image, pairs) if pairs else None
 
-    def _answers(self, document: Document, entities: list[Entity]) -> dict[int, list[Entity]]:
-        """Return the answers that each question is linked with, by `id` of the question."""
-        answers: dict[int, list[Entity]] = {}
-        relations = document.relations or []
-        places = _entities_by_address(relations, entities, document.name)
-        for relation in relations:
-            for head in places[relation.head]:
-                for child in places[relation.child]:
-                    question, answer = (head, child) if head.label == self._labels[0] else (child, head)
-                    known = answers.setdefault(id(question), [])
-                    if (question.label, answer.label) == self._labels and answer not in known:
-                        known.append(answer)
-        return answers
+    return _convert_records(make_record, source, context)
+
+
+def _link_answers(
+    document: Document, entities: list[Entity], labels: tuple[str, str]
+) -> defaultdict[int, list[Entity]]:
+    """Return the answers that each question is linked with, by `id` of the question."""
+    answers: defaultdict[int, list[Entity]] = defaultdict(list)
+    relations = document.relations or []
+    places = _entities_by_address(relations, entities, document.name)
+    for relation in relations:
+        for head, child in product(places[relation.head], places[relation.child]):
+            question, answer = (head, child) if head.label == labels[0] else (child, head)
+            if (question.label, answer.label) == labels and answer not in answers[id(question)]:
+                answers[id(question)].append(answer)
+    return answers
 
 
 def _entities_by_address(relations: list[Relation], entities: list[Entity], name: str) -> dict[int | str, list[Entity]]:
     """Return the entities by the references that relations use."""
     references = {end for relation in relations for end in (relation.head, relation.child)}
     for addresses in ENTITY_ADDRESSES.values():
-        places: dict[int | str, list[Entity]] = {}
+        places: defaultdict[int | str, list[Entity]] = defaultdict(list)
         for entity in entities:
             for address in addresses(entity):
                 if address is not None:
-                    places.setdefault(address, []).append(entity)
+                    places[address].append(entity)
         if references <= places.keys():
             return places
-    raise BadSample(
-        name, f"relations name {sorted(map(str, references))}, which no entities have as {', '.join(ENTITY_ADDRESSES)}"
-    )
+    named, known = sorted(map(str, references)), ", ".join(ENTITY_ADDRESSES)
+    raise BadSample(name, f"relations name {named}, which no entities have as {known}")
 
 
 def _entity_text(entity: Entity, document: Document) -> str:
@@ -226,91 +233,57 @@ JSON_MIN_FIELDS = frozenset((
 """Fields of the JSON-MIN form that belong neither to the data nor to a control."""
 
 
-class LabelStudioReader:
-    """Reads tasks of Label Studio's exports JSON and JSON-MIN.
+def label_studio(
+    source: str, context: ConversionContext, *, image_field: str = "image", question_field: str | None = None,
+    prompt: str | None = None, from_name: str | None = None,
+) -> Iterator[object]:  # fmt: skip
+    """Convert tasks of Label Studio's exports JSON and JSON-MIN to `{"id", "image", "question", "answer"}`.
 
     JSON: `{"id", "data": {…}, "annotations": [{"was_cancelled", "result": [{"type", "from_name", "value"}]}]}`; the
     first annotation counts that was not cancelled. JSON-MIN: data and controls side by side, `{"id", "image",
     "caption": …}`. An answer is what was written into a text area (several texts line by line), or chosen (several
     choices with commas), or a rating or number.
-
-    Args:
-        folder: the image folder; see `resolve_local_image_name`.
-        left_out: counts tasks without a completed annotation, and those without an answer.
-        image_field: the data field that has the image.
-        question_field: the data field that has the question; None: `prompt` is it.
-        prompt: the question.
-        from_name: the control that has the answer; None: the only one.
-
-    Raises:
-        ValueError: there is not one of `question_field` and `prompt`.
     """
+    if (question_field is None) == (prompt is None):
+        raise ValueError("label-studio needs the question: either --prompt or --question-field (a field of `data`)")
+    controls = set() if from_name is None else {from_name}
+    fields = frozenset((*JSON_MIN_FIELDS, image_field, question_field)) - controls
 
-    def __init__(
-        self, folder: Path, left_out: Counter[str], *, image_field: str, question_field: str | None,
-        prompt: str | None, from_name: str | None,
-    ):  # fmt: skip
-        if (question_field is None) == (prompt is None):
-            raise ValueError("label-studio needs the question: either --prompt or --question-field (a field of `data`)")
-        self._folder, self._left_out = folder, left_out
-        self._image_field, self._question_field, self._prompt = image_field, question_field, prompt
-        self._control = from_name
-        self._control_is_given = from_name is not None
-
-    def __call__(self, value: object) -> Record | None:
-        """Convert a task into `{"id", "image", "question", "answer"}`; None where it was not completed.
-
-        Raises:
-            BadSample: the value is no such task.
-            ValueError: there are several controls, and none is selected.
-        """
+    def make_record(value: object) -> Record | None:
         if isinstance(value, dict) and "data" not in value:
             task = convert_record({"data": value, "id": value.get("id", "?")}, LabelStudioTask)
-            answer = self._min_answer(value)
+            results = None if value.get("was_cancelled") else [item for item in value.items() if item[0] not in fields]
         else:
             task = convert_record(value, LabelStudioTask)
-            answer = self._answer(task)
+            results = _results(task)
+        if results is None:
+            context.left_out["tasks without a completed annotation"] += 1
+            return None
+        if from_name is None:
+            controls.update(control for control, _ in results)
+        if len(controls) > 1:
+            raise ValueError(f"--from-name: which control has the answer? There are {', '.join(sorted(controls))}")
+        answer = _value_as_text([value for control, value in results if control in controls])
+        context.left_out["tasks without an answer"] += not answer
         if not answer:
             return None
-        question = self._prompt if self._question_field is None else task.data.get(self._question_field)
-        image = task.data.get(self._image_field)
+        question = prompt if question_field is None else task.data.get(question_field)
+        image = task.data.get(image_field)
         if not isinstance(image, str) or not isinstance(question, str):
-            name = self._image_field if not isinstance(image, str) else self._question_field
+            name = question_field if isinstance(image, str) else image_field
             raise BadSample(str(task.id), f"`{name}` must be a string of its data, which has {', '.join(task.data)}")
-        name = resolve_local_image_name(image, self._folder)
-        return {"id": task.id, "image": name, "question": question, "answer": answer}
+        image = resolve_local_image_name(image, context.folder)
+        return {"id": task.id, "image": image, "question": question, "answer": answer}
 
-    def _answer(self, task: LabelStudioTask) -> str:
-        done = next((annotation for annotation in task.annotations or [] if not annotation.was_cancelled), None)
-        if done is None:
-            self._left_out["tasks without a completed annotation"] += 1
-            return ""
-        results = [result for result in done.result or [] if result.type in ANSWER_CONTROLS]
-        control = self._answer_control({result.from_name for result in results})
-        values = [result.value for result in results if result.from_name == control]
-        return self._count_if_empty("\n".join(filter(None, map(_value_as_text, values))))
+    return _convert_records(make_record, source, context)
 
-    def _min_answer(self, fields: Record) -> str:
-        if fields.get("was_cancelled"):
-            self._left_out["tasks without a completed annotation"] += 1
-            return ""
-        others = {name for name in fields if name not in (*JSON_MIN_FIELDS, self._image_field, self._question_field)}
-        control = self._answer_control(others)
-        return self._count_if_empty(_value_as_text(fields.get(control)) if control else "")
 
-    def _answer_control(self, controls: set[str]) -> str | None:
-        """Return the control that has the answer, the same in every task."""
-        if self._control_is_given:
-            return self._control
-        known = controls if self._control is None else controls | {self._control}
-        if len(known) > 1:
-            raise ValueError(f"--from-name: which control has the answer? There are {', '.join(sorted(known))}")
-        self._control = next(iter(known), None)
-        return self._control
-
-    def _count_if_empty(self, answer: str) -> str:
-        self._left_out["tasks without an answer"] += not answer
-        return answer
+def _results(task: LabelStudioTask) -> list[tuple[str, object]] | None:
+    """Return controls and their values; None for a task without a completed annotation."""
+    done = next((annotation for annotation in task.annotations or [] if not annotation.was_cancelled), None)
+    if done is None:
+        return None
+    return [(result.from_name, result.value) for result in done.result or [] if result.type in ANSWER_CONTROLS]
 
 
 def _value_as_text(value: object) -> str:

@@ -18,11 +18,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from io import BytesIO
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import httpcore2
@@ -45,7 +45,6 @@ SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "
 """Pillow's name of a format -> suffix of its files. An MPO is a JPEG with more behind it, and opened as one."""
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
 """An answer of `getaddrinfo`: family, type, protocol, canonical name, address."""
@@ -54,19 +53,13 @@ AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any
 class FetchError(Exception):
     """Why a URL could not be fetched: a reason, by which failures are counted, and a detail.
 
-    Attributes:
-        reason: the reason, which ledgers of downloads hold.
-        detail: the detail.
-        retryable: whether another try may succeed.
-        wait: seconds that the server asks to wait before it.
+    Another try may succeed where it is `retryable`, after `wait` seconds if the server asks for that.
     """
 
     def __init__(self, reason: str, detail: str = "", *, retryable: bool = False, wait: float = 0.0):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-        self.retryable = retryable
-        self.wait = wait
+        self.reason, self.detail = reason, detail
+        self.retryable, self.wait = retryable, wait
 
 
 class FetchStopped(Exception):
@@ -74,11 +67,7 @@ class FetchStopped(Exception):
 
 
 class Deadline:
-    """The time limit of one try, which a slow server uses up like a silent one.
-
-    Args:
-        stop: ends every try when it is set.
-    """
+    """The time limit of one try, which a slow server uses up like a silent one; `stop` ends every try."""
 
     def __init__(self, stop: threading.Event):
         self.stop = stop
@@ -89,12 +78,7 @@ class Deadline:
         self._deadline = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Return the seconds that are left, more than 0.
-
-        Raises:
-            TimeoutError: none are left.
-            FetchStopped: `stop` was set.
-        """
+        """Return the seconds that are left; raise TimeoutError where none are, and FetchStopped if `stop` was set."""
         if self.stop.is_set():
             raise FetchStopped
         seconds = self._deadline - time.monotonic()
@@ -106,37 +90,24 @@ class Deadline:
 class Fetcher:
     """Fetches one URL after another, with connections that are kept open; every thread needs its own fetcher.
 
-    Args:
-        timeout: seconds that one try may take, from the look-up of the name to the last byte, redirects included.
-        retries: how often a temporary failure is retried.
-        max_bytes: the largest answer.
-        allow_private: whether addresses of private networks and of this machine are allowed.
-        ssl_context: the trusted certificates; may be shared.
-        stop: when another thread sets it, fetching ends with `FetchStopped`.
+    `timeout` are the seconds that one try may take, from the look-up of the name to the last byte, redirects included.
+    `allow_private` allows addresses of private networks and of this machine; `ssl_context`, the trusted certificates,
+    may be shared; when another thread sets `stop`, fetching ends with `FetchStopped`.
     """
 
     def __init__(
         self, *, timeout: float, retries: int, max_bytes: int, allow_private: bool, ssl_context: ssl.SSLContext,
         stop: threading.Event,
     ):  # fmt: skip
-        self.timeout = timeout
-        self.retries = retries
-        self.max_bytes = max_bytes
+        self.timeout, self.retries, self.max_bytes = timeout, retries, max_bytes
         self._clock = Deadline(stop)
+        backend = PublicAddressBackend(self._clock, allow_private)
         self._pool = httpcore2.ConnectionPool(
-            ssl_context,
-            max_connections=2,
-            keepalive_expiry=10.0,
-            network_backend=PublicAddressBackend(self._clock, allow_private),
+            ssl_context, max_connections=2, keepalive_expiry=10.0, network_backend=backend
         )
 
     def fetch(self, url: str) -> bytes:
-        """Fetch a URL.
-
-        Raises:
-            FetchError: it could not be fetched; tells why.
-            FetchStopped: `stop` was set.
-        """
+        """Fetch a URL; raise FetchError, which tells why it could not be fetched, or FetchStopped."""
         for number in range(self.retries + 1):
             try:
                 return self._fetch_once(url)
@@ -206,21 +177,12 @@ class Fetcher:
 
 
 class PublicAddressBackend(httpcore2.NetworkBackend):
-    """Connects to checked addresses, within a time limit (the transport's timeouts are not used).
-
-    Args:
-        clock: the time limit.
-        allow_private: leave the check out.
-    """
+    """Connects to addresses that were checked, unless `allow_private`, within a time limit (not the transport's)."""
 
     def __init__(self, clock: Deadline, allow_private: bool):
-        self._clock = clock
-        self._allow_private = allow_private
+        self._clock, self._allow_private = clock, allow_private
 
-    def connect_tcp(
-        self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
-        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
-    ) -> "DeadlineStream":  # fmt: skip
+    def connect_tcp(self, host: str, port: int, **unused: object) -> "DeadlineStream":
         """Look the name up, check its addresses, and connect to one of them.
 
         Raises:
@@ -250,8 +212,7 @@ class DeadlineStream(httpcore2.NetworkStream):
     """A connection on which every wait ends with the time limit."""
 
     def __init__(self, connection: socket.socket, clock: Deadline):
-        self._connection = connection
-        self._clock = clock
+        self._connection, self._clock = connection, clock
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Wait for data and return them."""
@@ -289,11 +250,7 @@ class DeadlineStream(httpcore2.NetworkStream):
 
 
 def parse_url(url: str | httpx2.URL) -> httpx2.URL:
-    """Parse a URL that may be fetched.
-
-    Raises:
-        FetchError: the URL is invalid, or neither http nor https.
-    """
+    """Parse a URL; raise FetchError where it is invalid, or neither http nor https."""
     parts = httpx2.URL(url)
     if parts.scheme not in ("http", "https"):
         raise FetchError("not http or https", parts.scheme or "a URL without a scheme")
@@ -309,22 +266,16 @@ def resolve_host(host: str, port: int, seconds: float) -> Sequence[AddressInfo]:
         OSError: there are none (`socket.gaierror`), or not in time (`TimeoutError`).
         UnicodeError: the name is invalid.
     """
-    answers: SimpleQueue[Sequence[AddressInfo] | Exception] = SimpleQueue()
+    answer: Future[Sequence[AddressInfo]] = Future()
 
     def resolve() -> None:
         try:
-            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except Exception as error:
-            answers.put(error)
+            answer.set_exception(error)
 
     threading.Thread(target=resolve, daemon=True).start()
-    try:
-        answer = answers.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"nobody says in time where {host} is") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    return answer.result(timeout=seconds)
 
 
 def is_public(text: str) -> bool:
@@ -335,12 +286,9 @@ def is_public(text: str) -> bool:
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not address.is_multicast and not address.is_reserved
-    if address.ipv4_mapped is not None:
-        return is_public(str(address.ipv4_mapped))
-    if address in NAT64:
-        return is_public(str(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)))
-    if address in SIX_TO_FOUR:
-        return is_public(str(address.sixtofour))
+    nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None
+    if inner := address.ipv4_mapped or nat64 or address.sixtofour:
+        return is_public(str(inner))
     return address in GLOBAL_UNICAST and address.is_global
 
 

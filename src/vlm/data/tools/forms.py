@@ -11,17 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from vlm.data.sample import (
-    PLACEHOLDER,
-    VIDEO_PLACEHOLDER,
-    BadSample,
-    ContentPart,
-    ImageRef,
-    Record,
-    Sample,
-    Turn,
-    VideoRef,
-)
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ImageRef, Record, Sample, Turn, VideoRef
 
 LLAVA_ROLE_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
 
@@ -32,34 +22,30 @@ def to_llava(sample: Sample, image_folder: Path) -> Record:
     `read_llava` moves the only image of a turn to its start; where no turn is changed by that (see
     `is_image_moved_by_llava`), the sample is read back as it was.
 
-    Args:
-        sample: the sample.
-        image_folder: the folder that paths are relative to.
-
     Raises:
         BadSample: a text contains `<image>` or `<video>`, or an image has no file.
     """
-    record: Record = {"id": sample.id}
-    for key, names in _media_values(sample, image_folder).items():
-        record[key] = names[0] if len(names) == 1 else names
-    record["conversations"] = [
-        {"from": LLAVA_ROLE_NAMES[turn.role], "value": _llava_value(turn, sample.id)} for turn in sample.turns
-    ]
-    return record | _labels_and_groups(sample)
+    media = _media_values(sample, image_folder)
+    media_or_only = {key: names[0] if len(names) == 1 else names for key, names in media.items()}
+    turns = [{"from": LLAVA_ROLE_NAMES[turn.role], "value": _llava_value(turn, sample.id)} for turn in sample.turns]
+    return {"id": sample.id, **media_or_only, "conversations": turns, **_labels_and_groups(sample)}
 
 
 def to_messages(sample: Sample, image_folder: Path) -> Record:
     """Write a sample as chat messages, which `formats.read_messages` reads: lists of items in the order of the turn.
 
-    Args:
-        sample: the sample.
-        image_folder: the folder that paths are relative to.
-
     Raises:
         BadSample: an image has no file.
     """
     media = {f"{key}s": names for key, names in _media_values(sample, image_folder).items()}
-    messages = [{"role": turn.role, "content": [_message_item(part) for part in turn.content]} for turn in sample.turns]
+    kinds = {ImageRef: "image", VideoRef: "video"}
+    messages = []
+    for turn in sample.turns:
+        items = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": kinds[type(part)]}
+            for part in turn.content
+        ]
+        messages.append({"role": turn.role, "content": items})
     return {"id": sample.id, **media, "messages": messages, **_labels_and_groups(sample)}
 
 
@@ -107,14 +93,4 @@ def _llava_value(turn: Turn, sample_id: str) -> str:
     texts = [part for part in turn.content if isinstance(part, str)]
     if turn.role == "user" and (mark := re.search(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}", "\n".join(texts))):
         raise BadSample(sample_id, f"its text holds {mark[0]}, which LLaVA's form takes for an image or video")
-    return "".join(part if isinstance(part, str) else _placeholder(part) for part in turn.content)
-
-
-def _placeholder(part: ImageRef | VideoRef) -> str:
-    return PLACEHOLDER if isinstance(part, ImageRef) else VIDEO_PLACEHOLDER
-
-
-def _message_item(part: ContentPart) -> dict[str, str]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {"type": "image" if isinstance(part, ImageRef) else "video"}
+    return turn.as_message(PLACEHOLDER, VIDEO_PLACEHOLDER)["content"]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -46,21 +47,16 @@ class ShownRecord:
 def load_shown_records(
     config: DatasetConfig, encoder: SampleEncoder, *, number: int, records: Sequence[int] = (), seed: int | None = None
 ) -> Iterable[ShownRecord]:
-    """Load records of each source of a run.
+    """Load records of each source of a run: those at the indices `records`, or else `number` of them.
 
-    Args:
-        config: the sources.
-        encoder: the run's.
-        number: the number of records of each source.
-        records: the indices of the records to show, in place of `number`.
-        seed: selects records at random; None takes the first ones, as streams always do.
+    These are selected at random by `seed`; without one they are the first, as of streams always.
 
     Raises:
         ValueError: a source does not open, or has no record at one of the indices.
     """
     for source in make_sources(config, encoder):
         if config.streaming:
-            for _, record in zip(range(number), source.stream(0, 1, None), strict=False):
+            for record in islice(source.stream(0, 1, None), number):
                 yield _load_shown_record(source, None, record)
             continue
         total = len(source)
@@ -102,9 +98,12 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
 
 def as_html(shown: ShownRecord) -> str:
     """Format a record as a section of a page, with its images."""
-    frames = [frame for item in shown.images for frame in (item.frames if isinstance(item, DecodedVideo) else [item])]
-    images = "".join(f'<img src="{_thumbnail_data_url(frame)}" alt="">' for frame in frames)
-    head = f"<h2>{escape(shown.title())}</h2>{images}"
+    head = f"<h2>{escape(shown.title())}</h2>"
+    for image in shown.images:
+        for frame in image.frames if isinstance(image, DecodedVideo) else [image]:
+            buffer = BytesIO()
+            thumbnail(frame).save(buffer, "JPEG", quality=85)
+            head += f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
     if shown.encoded is None:
         return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
     ids, labels = shown.encoded.input_ids, shown.encoded.labels
@@ -116,10 +115,3 @@ def write_page(records: Sequence[ShownRecord], path: Path) -> None:
     intro = "As a run would train on them. <mark>Marked</mark> tokens are supervised."
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render_page("Records", intro, [as_html(record) for record in records]), encoding="utf-8")
-
-
-def _thumbnail_data_url(image: Image.Image) -> str:
-    """Return a thumbnail as a `data:` URL."""
-    buffer = BytesIO()
-    thumbnail(image).save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -21,14 +21,7 @@ from vlm.data.token_counts import Counts, count
 
 @dataclass(frozen=True)
 class SourceStats:
-    """The statistics of a source.
-
-    Attributes:
-        name: its name.
-        counts: the counts of its records.
-        longest: the most tokens that a sample may have.
-        truncate: whether longer samples are cut.
-    """
+    """The counts of a source's records, the most tokens that a sample may have, and whether longer ones are cut."""
 
     name: str
     counts: Counts
@@ -78,18 +71,16 @@ def as_text(sources: list[SourceStats]) -> str:
     """Format the figures for a terminal."""
     lines = []
     for stats in sources:
-        lines.append(f"── {stats.name}")
-        summary = stats.summary()
-        figures = {name: value for name, value in summary.items() if not isinstance(value, dict)}
-        rows = [
-            (name, ", ".join(f"{number:,}" for number in ([value] if isinstance(value, int) else value)))
-            for name, value in figures.items()
-        ]
-        lines.append(_plain_table(rows, ("left", "right")))
-        for name, value in summary.items():
-            if isinstance(value, dict) and value:
+        figures: list[tuple[str, str]] = []
+        counters = []
+        for name, value in stats.summary().items():
+            if not isinstance(value, dict):
+                numbers = [value] if isinstance(value, int) else value
+                figures.append((name, ", ".join(f"{number:,}" for number in numbers)))
+            elif value:
                 rows = [(f"{number:,}", reason) for reason, number in value.items()]
-                lines += [f"  {name}:", _plain_table(rows, ("right", "left"))]
+                counters += [f"  {name}:", _plain_table(rows, ("right", "left"))]
+        lines += [f"── {stats.name}", _plain_table(figures, ("left", "right")), *counters]
     return "\n".join(lines)
 
 
@@ -105,25 +96,21 @@ def draw(sources: list[SourceStats], path: Path) -> None:
     for axes, title, field in (
         (lengths, "tokens of a record, image tokens counted", "length"),
         (supervised, "supervised tokens of a record", "supervised"),
+        (replies, "replies of a record", "replies"),
     ):
         values = [getattr(stats.counts, field)[stats.usable_mask] for stats in sources]
         top = max((int(numbers.max(initial=1)) for numbers in values), default=1)
-        axes.hist(values, bins=np.linspace(0, top + 1, min(top + 2, 60)), stacked=True, label=names)
-        axes.set_xlabel(title)
-        axes.set_ylabel("records")
+        bins = np.linspace(0, top + 1, min(top + 2, 60))
+        if axes is replies:  # a bar for each number, with gaps
+            bins = np.arange(top + 1) + 0.5 if top < 60 else 60
+        axes.hist(values, bins=bins, stacked=True, label=names, rwidth=0.8 if axes is replies else None)
+        axes.set(xlabel=title, ylabel="records")
     longest = max(stats.longest for stats in sources)
     if longest <= 1.5 * lengths.get_xlim()[1]:
         lengths.axvline(longest, color="black", linestyle="--", label=f"dataset.max_length: {longest}")
     lengths.legend()
-    turns = [stats.counts.replies[stats.usable_mask] for stats in sources]
-    max_turns = max((int(numbers.max(initial=1)) for numbers in turns), default=1)
-    replies.hist(
-        turns, bins=np.arange(max_turns + 1) + 0.5 if max_turns < 60 else 60, stacked=True, label=names, rwidth=0.8
-    )
     replies.xaxis.set_major_locator(MaxNLocator(integer=True))
     replies.set_xlim(left=0)
-    replies.set_xlabel("replies of a record")
-    replies.set_ylabel("records")
     _plot_image_sizes(sources, sizes)
     figure.savefig(path, dpi=110)
 
@@ -136,11 +123,8 @@ def _plot_image_sizes(sources: list[SourceStats], axes: Axes) -> None:
         if len(places) > 5000:
             places = generator.choice(places, 5000, replace=False)
         axes.scatter(stats.counts.width[places], stats.counts.height[places], s=8, alpha=0.3, label=stats.name)
-    axes.set_xlabel("width of the first image, pixels")
-    axes.set_ylabel("height, pixels")
     axes.margins(0.1)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="width of the first image, pixels", ylabel="height, pixels", xlim=(0, None), ylim=(0, None))
 
 
 def _reason_without_file(reason: str, file: str | None) -> str:

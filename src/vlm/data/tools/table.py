@@ -41,14 +41,8 @@ class Row:
 class Table:
     """A file of URLs and captions of any size: only a few rows are in memory.
 
-    Args:
-        path: the file.
-        url_column: the name of the column of URLs, or its number from 1 where there is no header; by default the column
-            is recognised by its name or content.
-        caption_column: the column of captions, likewise.
-
-    Attributes:
-        num_rows: number of rows; of a text file its lines, of which a row may have several.
+    A column is given by its name, or its number from 1 where there is no header; by default it is recognised by its
+    name or content. `num_rows` of a text file are its lines, of which a row may have several.
 
     Raises:
         ValueError: the file is no such table, or its columns are not recognised.
@@ -70,12 +64,11 @@ class Table:
             with path.open("rb") as file:
                 self.num_rows = sum(line.strip() != b"" for line in file) - self._has_header
         self._column_names, self._first_row = names, first
-        lower = [name.lower() for name in names]
-        known = [n for n, name in enumerate(lower) if name in URL_NAMES]
+        known = [n for n, name in enumerate(names) if name.lower() in URL_NAMES]
         urls = known if self._has_header else [n for n, cell in enumerate(first) if is_url(cell)]
         self._url_index = self._find_column("url", url_column, urls)
         others = [n for n in range(len(names)) if n != self._url_index]
-        captions = [n for n in others if lower[n] in CAPTION_NAMES]
+        captions = [n for n in others if names[n].lower() in CAPTION_NAMES]
         self._caption_index = self._find_column("caption", caption_column, others if len(others) == 1 else captions)
 
     def _find_column(self, kind: str, name: str | None, candidates: list[int]) -> int:
@@ -89,9 +82,8 @@ class Table:
                 raise ValueError(f"--{kind}-column={name!r}: no such column; {self.path} has {known or 'none'}")
             return self._column_names.index(name)
         if len(candidates) != 1:
-            raise ValueError(
-                f"which is the column of the {kind}s? {self.path} has {known or 'none'} – name it: --{kind}-column"
-            )
+            columns = f"{self.path} has {known or 'none'}"
+            raise ValueError(f"which is the column of the {kind}s? {columns} – name it: --{kind}-column")
         return candidates[0]
 
     def rows(self) -> Iterator[Row]:
@@ -104,11 +96,9 @@ class Table:
         """Return what distinguishes this table, with these columns, from another."""
         with self.path.open("rb") as file:
             beginning = hashlib.sha256(file.read(IDENTITY_BYTES)).hexdigest()
-        columns = {
-            "url_column": self._column_names[self._url_index],
-            "caption_column": self._column_names[self._caption_index],
-        }
-        return {"size": self.path.stat().st_size, "sha256_of_beginning": beginning, **columns}
+        url, caption = (self._column_names[index] for index in (self._url_index, self._caption_index))
+        size = self.path.stat().st_size
+        return {"size": size, "sha256_of_beginning": beginning, "url_column": url, "caption_column": caption}
 
     def _iter_cells(self) -> Iterator[list[str]]:
         """Iterate over the rows of a text file, header included; bytes that are no UTF-8 spoil only their own row."""

@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
@@ -50,18 +49,9 @@ HASHED_ROWS = 256
 
 @dataclass(frozen=True)
 class CleanTask:
-    """The records to clean, and the rules.
+    """The records to clean, as `open_records` takes them, and the rules; the command's options have the same names.
 
-    Attributes:
-        source: the records, as `records.open.open_records` takes them.
-        cache: the cache's folder.
-        image_folder: the folder that paths are relative to; empty for the folder of `source`.
-        format: a name of `FORMATS`, or `package.module:function`.
-        options: the reader's keyword parameters, each as `name=value`.
-        split: of a data set that has several.
-        subset: of a data set on the Hub that has several.
-        min_side: the fewest pixels of an image's side.
-        max_aspect: the largest ratio of an image's sides; None for any.
+    `image_folder` is empty for the folder of `source`, and `options` are the reader's, each as `name=value`.
     """
 
     source: str
@@ -85,13 +75,9 @@ class CleanTask:
         return open_records(self.source, self.cache, split=self.split, subset=self.subset)
 
     def reader(self) -> partial[Sample]:
-        """Return the reader of the format with its options.
-
-        Raises:
-            ValueError: there is no such reader, or it has no such option.
-        """
+        """Return the reader of the format with its options; ValueError where there is none, or no such option."""
         read = get_reader(self.format)
-        options = dict(_parse_option(text) for text in self.options)
+        options = dict(map(parse_option, self.options))
         try:
             inspect.signature(read).bind(None, self.folder, **options)
         except TypeError as error:
@@ -105,7 +91,6 @@ class RecordVerdict:
     """Whether a record can be used; journals hold these fields under their names.
 
     Attributes:
-        id: the name of the record.
         reason: a key of `REASONS`; None for a record that can be used.
         detail: what exactly is wrong.
         file: the file at fault.
@@ -126,10 +111,7 @@ class RecordChecker:
 
     def __init__(self, task: CleanTask, records: Records):
         self.task, self.records = task, records
-
-    @cached_property
-    def _read(self) -> partial[Sample]:
-        return self.task.reader()
+        self._read = task.reader()
 
     def __call__(self, number: int) -> RecordVerdict:
         """Return the verdict on the record at an index."""
@@ -144,9 +126,15 @@ class RecordChecker:
         try:
             for image_ref in sample.images:
                 image = open_image(image_ref, sample.id)
-                if verdict := self._check_image_shape(image, image_ref, sample.id):
-                    return verdict
-                digests.append(self._image_digest(image, image_ref, sample.id))
+                file = None if image_ref.path is None else str(image_ref.path)
+                if reason := self._shape_problem(image):
+                    size = "{} x {}".format(*image.size)
+                    return RecordVerdict(sample.id, reason, f"image {image_ref} is {size} pixels", file)
+                try:
+                    digests.append(image_pixel_digest(image))
+                except Exception as error:  # Pillow reads the orientation only now, and may raise anything
+                    detail = f"image {image_ref} does not turn upright: {error}"
+                    return RecordVerdict(sample.id, "broken", detail, file)
             digests += [video_file_digest(video, sample.id) for video in sample.videos]
         except BadSample as error:
             return RecordVerdict(sample.id, "broken", error.reason, error.file)
@@ -162,21 +150,11 @@ class RecordChecker:
             name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
             raise BadSample(name, f"its reader raised {type(error).__name__}: {error}") from error
 
-    def _check_image_shape(self, image: Image.Image, image_ref: ImageRef, sample_id: str) -> RecordVerdict | None:
-        file = None if image_ref.path is None else str(image_ref.path)
-        size, (short, long) = "{} x {}".format(*image.size), sorted(image.size)
+    def _shape_problem(self, image: Image.Image) -> str | None:
+        short, long = sorted(image.size)
         if short < self.task.min_side:
-            return RecordVerdict(sample_id, "small", f"image {image_ref} is {size} pixels", file)
-        if self.task.max_aspect is not None and long > self.task.max_aspect * short:
-            return RecordVerdict(sample_id, "narrow", f"image {image_ref} is {size} pixels", file)
-        return None
-
-    def _image_digest(self, image: Image.Image, image_ref: ImageRef, sample_id: str) -> str:
-        try:
-            return image_pixel_digest(image)
-        except Exception as error:  # Pillow reads the orientation only now, and may raise anything
-            file = None if image_ref.path is None else str(image_ref.path)
-            raise BadSample(sample_id, f"image {image_ref} does not turn upright: {error}", file) from error
+            return "small"
+        return "narrow" if self.task.max_aspect is not None and long > self.task.max_aspect * short else None
 
 
 def image_pixel_digest(image: Image.Image) -> str:
@@ -192,11 +170,7 @@ def image_pixel_digest(image: Image.Image) -> str:
 
 
 def video_file_digest(video: VideoRef, sample_id: str) -> str:
-    """Return the digest of a video's file, since decoding every frame takes too long.
-
-    Raises:
-        BadSample: the file does not open, or has no frames.
-    """
+    """Return the digest of a video's file, which must have frames; decoding every frame would take too long."""
     num_frames(video.path, sample_id)
     with video.path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -220,22 +194,22 @@ def check_records(task: CleanTask, records: Records, first: int, workers: int | 
         return
     submitted: deque[Future[list[RecordVerdict]]] = deque()
     done = first
-    with ExitStack() as stack:
-        pool = ProcessPoolExecutor(number, get_context("spawn"), initializer=exit_with_parent)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        try:
-            for start in range(first, len(records), RECORDS_PER_CHUNK):
-                chunk = range(start, min(start + RECORDS_PER_CHUNK, len(records)))
-                submitted.append(pool.submit(check_record_chunk, task, records.fingerprint, chunk))
-                while len(submitted) > CHUNKS_AHEAD * number or (submitted and chunk.stop == len(records)):
-                    verdicts = submitted.popleft().result()
-                    done += len(verdicts)
-                    yield from verdicts
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"a worker was killed at record {done} or soon after it, as happens where memory runs out: the same "
-                f"command goes on from there, with fewer --workers if need be"
-            ) from error
+    pool = ProcessPoolExecutor(number, get_context("spawn"), initializer=exit_with_parent)
+    try:
+        for start in range(first, len(records), RECORDS_PER_CHUNK):
+            chunk = range(start, min(start + RECORDS_PER_CHUNK, len(records)))
+            submitted.append(pool.submit(check_record_chunk, task, records.fingerprint, chunk))
+            while len(submitted) > CHUNKS_AHEAD * number or (submitted and chunk.stop == len(records)):
+                verdicts = submitted.popleft().result()
+                done += len(verdicts)
+                yield from verdicts
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"a worker was killed at record {done} or soon after it, as happens where memory runs out: the same "
+            f"command goes on from there, with fewer --workers if need be"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_record_chunk(task: CleanTask, fingerprint: str, chunk: range) -> list[RecordVerdict]:
@@ -265,10 +239,10 @@ def exit_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _parse_option(text: str) -> tuple[str, object]:
+def parse_option(text: str) -> tuple[str, object]:
     """Parse `name=value`, the value as JSON where it is JSON, else as text."""
     name, _, value = text.partition("=")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except ValueError:
         return name, value

@@ -3,13 +3,16 @@
 A file is written under a temporary name and renamed when it is complete. To add a kind of file, derive from
 `RecordWriter` and name it in `make_writer`.
 
-Imports the standard library, pyarrow and siblings only.
+Imports the standard library, pyarrow, Pillow and siblings only.
 """
 
+import base64
+import json
 import re
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
+from datetime import date, datetime, time
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +20,13 @@ from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
-from vlm.data.records.media import image_refs_from_value
+from vlm.data.records.media import first_present, image_refs_from_value
+from vlm.data.records.open import IMAGE_EXTENSIONS
 from vlm.data.sample import BadSample, ImageRef, Record
-from vlm.data.tools.contents import as_json, image_file_extension, read_image_bytes
 from vlm.data.tools.forms import image_cell_value
+from vlm.data.vision.images import IMAGE_ERRORS
 
 OUTPUT_NAMES = "NAME.jsonl, NAME.json, NAME.parquet, FOLDER/ or FOLDER/%06d.tar (tar shards), NAME.tar (one of them)"
 SHARD_NAME = "shard-%06d.tar"
@@ -30,15 +35,14 @@ SHARD_SIZE = 1000
 ROWS_PER_GROUP = 1000
 BYTES_PER_GROUP = 64 << 20
 """The most records, and about the most bytes of images, of a row group of a Parquet file."""
+JSON_DELIMITERS = {".jsonl": (b"", b"\n", b"\n"), ".json": (b"[\n", b",\n", b"\n]\n")}
+"""Suffix -> what is written before the first record, between records, and after the last."""
+MESSAGE_ITEM_TYPE = pa.struct([("type", pa.string()), ("text", pa.string())])
 KNOWN_COLUMN_TYPES = {
     "id": pa.string(),
     "videos": pa.list_(pa.string()),
     "conversations": pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())])),
-    "messages": pa.list_(
-        pa.struct(
-            [("role", pa.string()), ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())])))]
-        )
-    ),
+    "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(MESSAGE_ITEM_TYPE))])),
 }
 """Types of the columns that are known before any record is written."""
 EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
@@ -47,18 +51,8 @@ EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.s
 class RecordWriter(ABC):
     """Writes records, in a `with` statement: the file appears at its end, unless that is an error.
 
-    A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them.
-
-    Args:
-        path: the file to write.
-        image_folder: the folder that paths of images are relative to.
-        force: replaces an existing file.
-
-    Attributes:
-        number: number of records written.
-
-    Raises:
-        ValueError: the file exists, and `force` is not given.
+    A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them; `number` counts
+    the records written.
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool):
@@ -88,7 +82,10 @@ class RecordWriter(ABC):
                     raise ValueError(f"{self.path}: there was no record to write")
                 self.finish()
         finally:
-            self.discard()
+            if self.partial.is_dir():
+                shutil.rmtree(self.partial, ignore_errors=True)
+            else:
+                self.partial.unlink(missing_ok=True)
 
     def write(self, record: Record) -> None:
         """Write a record.
@@ -102,7 +99,7 @@ class RecordWriter(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Open the partial file."""
+        """Open the partial file, or prepare to open it."""
 
     @abstractmethod
     def add(self, record: Record) -> None:
@@ -116,44 +113,29 @@ class RecordWriter(ABC):
         """Rename the partial file."""
         self.partial.replace(self.path)
 
-    def discard(self) -> None:
-        """Remove the partial file, if it still exists."""
-        self.partial.unlink(missing_ok=True)
-
     def images(self, record: Record) -> list[ImageRef]:
         """Return the images that a record lists."""
-        listed = record.get("image") if record.get("image") is not None else record.get("images")
+        listed = first_present(record, "image", "images")
         return image_refs_from_value(listed, self.image_folder, str(record.get("id", "?")))
 
 
-class JsonLinesWriter(RecordWriter):
-    """Writes one record per line. The bytes of images become `data:` URLs."""
+class JsonWriter(RecordWriter):
+    """Writes one record per line, or as items of a list. The bytes of images become `data:` URLs."""
 
     def open(self) -> None:
         """Open the partial file."""
         self._file = self.partial.open("wb")
+        self._start, self._separator, self._end = JSON_DELIMITERS[self.path.suffix]
 
     def add(self, record: Record) -> None:
         """Write a line."""
-        self._file.write(as_json(record) + b"\n")
-
-    def close(self, *, complete: bool) -> None:
-        """Close the partial file."""
-        self._file.close()
-
-
-class JsonWriter(JsonLinesWriter):
-    """Writes one list of records, each on a line."""
-
-    def add(self, record: Record) -> None:
-        """Write an item of the list."""
         line = as_json(record)
-        self._file.write((b",\n" if self.number else b"[\n") + line)
+        self._file.write((self._separator if self.number else self._start) + line)
 
     def close(self, *, complete: bool) -> None:
-        """End the list."""
-        self._file.write(b"\n]\n")
-        super().close(complete=complete)
+        """End the last line or the list."""
+        self._file.write(self._end)
+        self._file.close()
 
 
 class ParquetWriter(RecordWriter):
@@ -166,17 +148,17 @@ class ParquetWriter(RecordWriter):
     def __init__(self, path: Path, image_folder: Path, *, force: bool, embed_images: bool):
         super().__init__(path, image_folder, force=force)
         self._embed = embed_images
+
+    def open(self) -> None:
+        """Begin without a file, whose columns are not known yet."""
         self._rows: list[Record] = []
         self._pending_bytes = 0
         self._file: pq.ParquetWriter | None = None
 
-    def open(self) -> None:
-        """Do nothing yet: the columns are not known."""
-
     def add(self, record: Record) -> None:
         """Write a row, once a row group is full."""
         row = {key: value for key, value in record.items() if key not in ("image", "images", "video")}
-        if isinstance(video := record.get("video", []), (str, list)) and video:
+        if isinstance(video := record.get("video"), (str, list)) and video:
             row["videos"] = [video] if isinstance(video, str) else video
         if images := self.images(record):
             row["images"] = [self._image_cell(image_ref, str(record.get("id", "?"))) for image_ref in images]
@@ -229,13 +211,8 @@ class ParquetWriter(RecordWriter):
 class TarWriter(RecordWriter):
     """Writes tar shards of WebDataset: `000000012.json` with `000000012.jpg`, or `.000.jpg`, `.001.jpg` …
 
-    The same records give the same bytes, since members have no time and no owner.
-
-    Args:
-        path: of a shard, with `%06d` or the like for its number; without, there is only one shard.
-        image_folder: the folder that paths of images are relative to.
-        force: replaces existing shards.
-        shard_size: number of samples in a shard; None for any number.
+    The same records give the same bytes, since members have no time and no owner. The path has `%06d` or the like for
+    the shard's number; without, there is only one shard, of any size.
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool, shard_size: int | None):
@@ -257,29 +234,21 @@ class TarWriter(RecordWriter):
 
     def add(self, record: Record) -> None:
         """Write the files of a sample."""
-        name, sample_id = f"{self.number:09d}", str(record.get("id", "?"))
+        sample_id = str(record.get("id", "?"))
         images = [(read_image_bytes(image_ref, sample_id), image_ref) for image_ref in self.images(record)]
         kinds = [image_file_extension(image_ref, content, sample_id) for content, image_ref in images]
         digits = max(3, len(str(len(kinds))))  # readers take members in the order of their names
         endings = kinds if len(kinds) == 1 else [f"{place:0{digits}d}.{kind}" for place, kind in enumerate(kinds)]
-        text = as_json({key: value for key, value in record.items() if key not in ("image", "images")})
+        members = [("json", as_json({key: value for key, value in record.items() if key not in ("image", "images")}))]
+        members += zip(endings, (content for content, _ in images), strict=True)
         if self._shard is None or (self._shard_size and self.number % self._shard_size == 0):
-            self._open_next_shard()
-        self._add_member(f"{name}.json", text)
-        for ending, (content, _) in zip(endings, images, strict=True):
-            self._add_member(f"{name}.{ending}", content)
-
-    def _open_next_shard(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
-        name = self.path.name % (self.number // (self._shard_size or 1)) if "%" in self.path.name else self.path.name
-        self._shard = tarfile.open(self.partial / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, more follow
-
-    def _add_member(self, name: str, content: bytes) -> None:
-        assert self._shard is not None
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        self._shard.addfile(member, BytesIO(content))
+            self.close(complete=True)
+            name = self.path.name % (self.number // self._shard_size) if self._shard_size else self.path.name
+            self._shard = tarfile.open(self.partial / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, more follow
+        for ending, content in members:
+            member = tarfile.TarInfo(f"{self.number:09d}.{ending}")
+            member.size = len(content)
+            self._shard.addfile(member, BytesIO(content))
 
     def close(self, *, complete: bool) -> None:
         """Close the last shard."""
@@ -292,48 +261,92 @@ class TarWriter(RecordWriter):
             file.unlink()
         for file in sorted(self.partial.iterdir()):
             file.rename(self.path.parent / file.name)
-        self.partial.rmdir()
 
-    def discard(self) -> None:
-        """Remove the folder of incomplete shards."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+
+def as_json(record: Record) -> bytes:
+    """Format a record as one line of JSON, with the bytes of images as `data:` URLs and dates as ISO 8601."""
+    sample_id = str(record.get("id", "?"))
+    inlined = {key: _inline_images(record[key], sample_id) for key in ("image", "images") if key in record}
+    try:
+        return json.dumps({**record, **inlined}, ensure_ascii=False, allow_nan=False, default=_json_default).encode()
+    except UnicodeEncodeError:
+        raise BadSample(sample_id, "its text is not UTF-8, or has half of a surrogate pair") from None
+    except (TypeError, ValueError) as error:
+        raise BadSample(sample_id, f"JSON cannot hold it: {error}") from None
+
+
+def _inline_images(value: object, sample_id: str) -> object:
+    if isinstance(value, list):
+        return [_inline_images(item, sample_id) for item in value]
+    if isinstance(value, dict) and isinstance(content := value.get("bytes"), bytes):
+        return f"data:image/{detect_image_format(content, sample_id)};base64,{base64.b64encode(content).decode()}"
+    return value
+
+
+def _json_default(value: object) -> str:
+    if isinstance(value, (date, datetime, time)):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} {value!r:.40}")
+
+
+def read_image_bytes(image_ref: ImageRef, sample_id: str) -> bytes:
+    """Read the bytes of an image's file."""
+    if image_ref.content is not None:
+        return image_ref.content
+    if image_ref.path is None or image_ref.frame is not None:
+        raise BadSample(sample_id, f"image {image_ref} is no file of its own")
+    try:
+        return image_ref.path.read_bytes()
+    except OSError as error:
+        raise BadSample(sample_id, f"image {image_ref} does not open: {error}", str(image_ref.path)) from error
+
+
+def image_file_extension(image_ref: ImageRef, content: bytes, sample_id: str) -> str:
+    """Return the extension of an image in a tar shard: that of its file where readers know it, else its format."""
+    extension = image_ref.path.suffix.lower().removeprefix(".") if image_ref.path else ""
+    return extension if extension in IMAGE_EXTENSIONS else detect_image_format(content, sample_id)
+
+
+def detect_image_format(content: bytes, sample_id: str) -> str:
+    """Return the format of an image, one of `IMAGE_EXTENSIONS`."""
+    try:
+        with Image.open(BytesIO(content)) as image:
+            kind = str(image.format).lower().replace("mpo", "jpeg")  # an MPO is a JPEG followed by another
+    except IMAGE_ERRORS as error:
+        raise BadSample(sample_id, f"one of its images does not open: {error}") from error
+    if kind not in IMAGE_EXTENSIONS:
+        raise BadSample(sample_id, f"one of its images is {kind}; allowed are {', '.join(IMAGE_EXTENSIONS)}")
+    return kind
 
 
 def make_writer(
     output: str, image_folder: Path, *, embed_images: bool = False, shard_size: int | None = None, force: bool = False
 ) -> RecordWriter:
-    """Make the writer for a file, by its name.
+    """Make the writer for a file of a name as in `OUTPUT_NAMES`; paths of images are relative to the image folder.
 
-    Args:
-        output: a name as in `OUTPUT_NAMES`.
-        image_folder: the folder that paths of images are relative to.
-        embed_images: whether a `.parquet` file holds the images themselves, as tar shards always do.
-        shard_size: number of samples in a tar shard; defaults to `SHARD_SIZE`.
-        force: replaces existing files.
+    `embed_images` puts the images themselves into a `.parquet` file, as they always are in tar shards, of which each
+    holds `shard_size` samples (`SHARD_SIZE` by default); `force` replaces existing files.
 
     Raises:
         ValueError: there is no such kind, it has no such option, or the output exists.
     """
-    path = Path(output)
-    is_tar = output.endswith("/") or path.suffix == ".tar"
+    path = Path(output, SHARD_NAME) if output.endswith("/") else Path(output)
+    is_sharded = path.suffix == ".tar" and "%" in path.name
     if embed_images and path.suffix != ".parquet":
         raise ValueError(f"--embed-images: only .parquet has the choice (tar shards always hold images), not {output}")
-    if shard_size is not None and not (is_tar and (output.endswith("/") or "%" in path.name)):
+    if shard_size is not None and not is_sharded:
         raise ValueError(f"--shard-size: only FOLDER/ and FOLDER/%06d.tar are cut into shards, not {output}")
-    if is_tar:
-        return _tar_writer(output, image_folder, force=force, shard_size=shard_size)
-    if path.suffix == ".parquet":
-        return ParquetWriter(path, image_folder, force=force, embed_images=embed_images)
-    if path.suffix in (".json", ".jsonl"):
-        return (JsonWriter if path.suffix == ".json" else JsonLinesWriter)(path, image_folder, force=force)
-    raise ValueError(f"{output}: its name must say what to write: {OUTPUT_NAMES}")
-
-
-def _tar_writer(output: str, image_folder: Path, *, force: bool, shard_size: int | None) -> TarWriter:
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"--shard-size={shard_size}: it must be at least 1")
-    path = Path(output, SHARD_NAME) if output.endswith("/") else Path(output)
-    if "%" in output and not re.fullmatch(r"[^%]*%\d*d[^%]*", path.name):
-        raise ValueError(f"{output}: a % must be the shard's number, once and in the file's name, such as %06d")
-    size = (shard_size or SHARD_SIZE) if "%" in path.name else None
-    return TarWriter(path, image_folder, force=force, shard_size=size)
+    match path.suffix:
+        case ".tar":
+            if "%" in str(path) and not re.fullmatch(r"[^%]*%\d*d[^%]*", path.name):
+                raise ValueError(f"{output}: a % must be the shard's number, once and in the file's name, such as %06d")
+            size = (shard_size or SHARD_SIZE) if is_sharded else None
+            return TarWriter(path, image_folder, force=force, shard_size=size)
+        case ".parquet":
+            return ParquetWriter(path, image_folder, force=force, embed_images=embed_images)
+        case ".json" | ".jsonl":
+            return JsonWriter(path, image_folder, force=force)
+        case _:
+            raise ValueError(f"{output}: its name must say what to write: {OUTPUT_NAMES}")
