@@ -7,21 +7,14 @@ from io import BytesIO
 from itertools import groupby
 
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import DecompressionBombError, DecompressionBombWarning
 from torch import Tensor
 
 from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.data.vision.video import DecodedVideo, open_video, read_frames
 
-IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    Image.DecompressionBombError,
-)
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, RuntimeError, DecompressionBombError)
 """What Pillow raises for files that are no images, or are truncated."""
 
 ROTATED = (5, 6, 7, 8)
@@ -38,14 +31,13 @@ def open_media(sample: Sample) -> list[Image.Image | DecodedVideo]:
         BadSample: an image or video does not open.
     """
     opened: list[Image.Image | DecodedVideo] = []
+    name = sample.id
     for video, refs in groupby(sample.media, lambda ref: ref.path if _is_video_frame(ref) else None):
-        if video is not None:
-            frames = [ref.frame for ref in refs if isinstance(ref, ImageRef) and ref.frame is not None]
-            opened += read_frames(video, frames, sample.id)
+        if video is None:
+            opened += [open_video(ref, name) if isinstance(ref, VideoRef) else open_image(ref, name) for ref in refs]
         else:
-            opened += [
-                open_video(ref, sample.id) if isinstance(ref, VideoRef) else open_image(ref, sample.id) for ref in refs
-            ]
+            frames = [ref.frame for ref in refs if isinstance(ref, ImageRef) and ref.frame is not None]
+            opened += read_frames(video, frames, name)
     return opened
 
 
@@ -134,25 +126,21 @@ def wrap_image_errors(image_ref: ImageRef, sample_id: str) -> Iterator[None]:
     """Turn Pillow's errors into `BadSample`, and silence its warning about decompression bombs."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", DecompressionBombWarning)
             yield
     except IMAGE_ERRORS as error:
-        reason = str(error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = _describe_non_image(image_ref) or reason
+        reason = _describe_non_image(image_ref) if isinstance(error, UnidentifiedImageError) else None
         name = None if image_ref.path is None else str(image_ref.path)
-        raise BadSample(sample_id, f"image {image_ref} does not open: {reason}", name) from error
+        raise BadSample(sample_id, f"image {image_ref} does not open: {reason or error}", name) from error
 
 
 def _describe_non_image(image_ref: ImageRef) -> str | None:
     """Describe a file that is no image, where it is empty or text."""
-    if image_ref.content is not None:
-        head = image_ref.content[:64]
-    else:
-        with open(str(image_ref.path), "rb") as file:
-            head = file.read(64)
+    source = _image_source(image_ref)
+    with open(source, "rb") if isinstance(source, str) else source as file:
+        head = file.read(64)
     if not head:
         return "the file is empty"
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip().startswith(b"<"):
         return f"it is text that begins with {head.lstrip()[:14].decode(errors='replace')!r}, not an image"
     return None
