@@ -14,16 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm.config.named import import_named
-from vlm.data.records.media import (
-    FILE_KEYS,
-    MediaPlacer,
-    first_present,
-    image_ref_from_value,
-    image_refs_from_value,
-    move_image_first,
-    video_ref_from_value,
-)
-from vlm.data.sample import PLACEHOLDER, ROLES, VIDEO_PLACEHOLDER, BadSample, ContentPart, Record, Sample, Turn
+from vlm.data.records.media import MediaPlacer, first_present, image_refs_from_value, move_image_first
+from vlm.data.sample import ROLES, BadSample, ContentPart, Record, Sample, Turn
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -100,10 +92,9 @@ def read_caption(
     if isinstance(prompt, list):
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
     asked: tuple[ContentPart, ...] = (*images, f"\n{prompt}") if prompt else tuple(images)
-    return Sample(
-        sample_id, (Turn("user", asked), Turn("assistant", (caption,))), record.get("label"), read_group(record),
-        read_references(record, sample_id),
-    )  # fmt: skip
+    turns = Turn("user", asked), Turn("assistant", (caption,))
+    references = read_references(record, sample_id)
+    return Sample(sample_id, turns, record.get("label"), read_group(record), references)
 
 
 def read_question(
@@ -124,8 +115,6 @@ def read_question(
     sample_id = read_id(record)
     media = MediaPlacer(record, image_folder, sample_id)
     lines = [_require_string(record, "question", sample_id)]
-    answer = first_present(record, "answer", "answers")
-    has_reply = answer is not None or record.get("label") is None
     if choices := record.get("choices"):
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise BadSample(sample_id, "`choices` must be a list of strings")
@@ -133,12 +122,17 @@ def read_question(
             raise BadSample(sample_id, f"{len(choices)} choices, but there are letters for 26")
         lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
         lines.append(choice_instruction)
-        answers = [_choice_letter(record.get("answer"), choices, sample_id)] if has_reply else []
-    else:
-        lines += [instruction] if instruction else []
-        answers = [_most_common_answer(answer, sample_id)] if has_reply else []
-    asked = media.place_or_prepend("\n".join(lines))
-    sample = make_sample(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in answers)], media)
+    elif instruction:
+        lines.append(instruction)
+    turns = [Turn("user", media.place_or_prepend("\n".join(lines)))]
+    answer = first_present(record, "answer", "answers")
+    if answer is not None or record.get("label") is None:
+        if choices:
+            reply = _choice_letter(record.get("answer"), choices, sample_id)
+        else:
+            reply = Counter(_read_answers(answer, sample_id)).most_common(1)[0][0]  # the first of equally common ones
+        turns.append(Turn("assistant", (reply,)))
+    sample = make_sample(record, turns, media)
     return replace(sample, references=()) if choices else sample  # an answer is compared with the letter only
 
 
@@ -150,8 +144,7 @@ def read_head(record: Record, image_folder: Path) -> Sample:
     """
     sample_id = read_id(record, "source")
     conversation = record.get("conversations")
-    if not (isinstance(conversation, list) and len(conversation) == 2
-            and all(isinstance(text, str) for text in conversation)):  # fmt: skip
+    if not isinstance(conversation, list) or [*map(type, conversation)] != [str, str]:
         raise BadSample(sample_id, "`conversations` must be a prompt and an answer, both strings")
     media = MediaPlacer(record, image_folder, sample_id)
     prompt, answer = conversation
@@ -224,9 +217,9 @@ def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
     Raises:
         BadSample: they are no texts.
     """
-    answers = record.get("answers")
-    if answers is None and isinstance(record.get("answer"), list):
-        answers = record["answer"]
+    answers, answer = record.get("answers"), record.get("answer")
+    if answers is None and isinstance(answer, list):
+        answers = answer
     return () if answers is None else tuple(_read_answers(answers, sample_id))
 
 
@@ -250,7 +243,11 @@ def _parse_message_content(content: object, role: str, media: MediaPlacer, where
         raise BadSample(media.sample_id, f"{where}: `content` must be a string or a list of items")
     parts: list[ContentPart] = []
     for item in content:
-        part = _parse_item(item, media, where)
+        is_text = item.get("type") == "text" and isinstance(item.get("text"), str)
+        part = item["text"] if is_text else media.read_item(item)
+        if part is None:
+            allowed = "text (with a string), image, image_url and video"
+            raise BadSample(media.sample_id, f"{where}: type={item.get('type')!r}; allowed are {allowed}")
         if not isinstance(part, str) and role != "user":
             raise BadSample(media.sample_id, f"{where}: only the user shows images, here it is the {role}")
         if isinstance(part, str) and parts and isinstance(parts[-1], str):
@@ -258,28 +255,6 @@ def _parse_message_content(content: object, role: str, media: MediaPlacer, where
         else:
             parts.append(part)
     return tuple(parts) if role == "user" else tuple(parts) or ("",)
-
-
-def _parse_item(item: Record, media: MediaPlacer, where: str) -> ContentPart:
-    """Parse an item of a message's content. None means absent, since rows of a table hold None for missing keys."""
-    kind = item.get("type")
-    if kind == "text" and isinstance(item.get("text"), str):
-        return item["text"]
-    if kind == "image_url":
-        inner = item.get("image_url")
-        return image_ref_from_value(
-            inner.get("url") if isinstance(inner, dict) else inner, media.folder, media.sample_id, kind
-        )
-    if kind in ("image", "video"):
-        file = first_present(item, *FILE_KEYS)
-        if file is None:
-            return media.next(PLACEHOLDER if kind == "image" else VIDEO_PLACEHOLDER)
-        return (image_ref_from_value if kind == "image" else video_ref_from_value)(
-            file, media.folder, media.sample_id, kind
-        )
-    raise BadSample(
-        media.sample_id, f"{where}: type={kind!r}; allowed are text (with a string), image, image_url and video"
-    )
 
 
 def _require_string(record: Record, key: str, sample_id: str) -> str:
@@ -305,11 +280,6 @@ def _choice_letter(answer: object, choices: list[str], sample_id: str) -> str:
     if isinstance(answer, str) and len(answer) == 1 and answer in letters:
         return answer
     raise BadSample(sample_id, f"answer={answer!r:.60}; it must be one of the choices, its number from 0 or its letter")
-
-
-def _most_common_answer(answer: object, sample_id: str) -> str:
-    """Return the answer, or the most common of several; the first of equally common ones."""
-    return Counter(_read_answers(answer, sample_id)).most_common(1)[0][0]
 
 
 def _read_answers(value: object, sample_id: str) -> list[str]:
