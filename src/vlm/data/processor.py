@@ -33,9 +33,11 @@ class VideoSupport(Protocol):
     @property
     def minimal_clip(self) -> Clip:
         """Return the shortest clip that the model reads."""
+        ...
 
     def min_frames(self, max_frames: int) -> int:
         """Return how many frames are read of even the shortest video, where at most `max_frames` are read of any."""
+        ...
 
 
 class Processor(Protocol):
@@ -60,56 +62,70 @@ class Processor(Protocol):
     @property
     def image_token_id(self) -> int:
         """Return the id at whose positions image features are placed."""
+        ...
 
     @property
     def videos(self) -> VideoSupport | None:
         """Return how videos are read; None where each of their frames is read as an image."""
+        ...
 
     @property
     def video_token(self) -> str | None:
         """Return the text that stands for a video; None where there is none, as `videos`."""
+        ...
 
     @property
     def video_token_id(self) -> int | None:
         """Return the id at whose positions features of videos are placed; None as `videos`."""
+        ...
 
     @property
     def encodes_videos_separately(self) -> bool:
         """Return whether the model encodes videos in a call of their own, beside the one for images."""
+        ...
 
     @property
     def per_sample_inputs(self) -> Sequence[str]:
         """Return the names of image inputs that have one row for each sample; the others have one for each image."""
+        ...
 
     @property
     def per_token_inputs(self) -> Sequence[str]:
         """Return the names of inputs that have one value for each token, besides ids and mask."""
+        ...
 
     @property
     def deduplicated_inputs(self) -> Sequence[str]:
         """Return the names of image inputs in which equal images may stand once, with an index; none for families."""
+        ...
 
     @property
     def needs_image_sizes(self) -> bool:
         """Return whether the number of tokens of an image depends on its size."""
+        ...
 
     @property
     def pools_video_frames(self) -> bool:
         """Return whether frames of videos are encoded otherwise than images; their sizes are then None."""
+        ...
 
     @property
     def tiling(self) -> AnyRes | None:
         """Return how a composed model cuts images into tiles; None where it does not, and for families."""
+        ...
 
     @property
     def accepts_tensors(self) -> bool:
         """Return whether `image_inputs` takes decoded images as `(3, height, width)` uint8 tensors too."""
+        ...
 
     def image_token_ids(self) -> list[int]:
         """Return the ids that one small image takes, its start and end tokens included."""
+        ...
 
     def apply_chat_template(self, conversation: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Return a conversation as text, with a token for each image and video."""
+        ...
 
     def tokenize(
         self, text: str, user_spans: Sequence[tuple[int, int]] = (), sizes: Sequence[Any] = ()
@@ -124,6 +140,7 @@ class Processor(Protocol):
         Raises:
             ValueError: the text has more or fewer media tokens than there are sizes.
         """
+        ...
 
     def image_inputs(self, images: Sequence[Any], sizes: Sequence[Any] = ()) -> dict[str, Tensor]:
         """Return the model's inputs for a sample's images and videos, before `normalise`; empty without any.
@@ -132,15 +149,20 @@ class Processor(Protocol):
             images: the `Medium` of each image and video, in order.
             sizes: the `MediaSize` of each, as `tokenize` takes them.
         """
+        ...
 
     def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs named in `per_token_inputs`: `(tokens, …)` each."""
+        ...
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return pixels as the visual encoder reads them, on the device where they are."""
+        ...
 
     def to_dict(self) -> dict[str, object]:
         """Return the processor's settings."""
+        ...
 
     def save_pretrained(self, save_directory: str | Path, /) -> object:
         """Write the processor's files into a checkpoint's folder."""
+        ...

@@ -24,13 +24,8 @@ from vlm.data.vision.video import sample_clip, sample_frame_refs
 class Source:
     """The records of one file or data set, as samples.
 
-    Attributes:
-        name: its name in logs and tables.
-        config: where the records are and how they are read.
-        cache: the cache's folder.
-        encoder: the run's, with the source's own template where it has one.
-        max_frames: the most frames that are read of a video.
-        weight: how often an epoch repeats its samples.
+    The encoder is the run's, with the source's own template where it has one; `max_frames` are read of a video, and an
+    epoch takes each sample `weight` times.
     """
 
     name: str

@@ -24,12 +24,7 @@ from vlm.data.vision.images import read_media_sizes
 class SampleStream(IterableDataset[SampleInputs | Skipped]):
     """Encoded samples of one or several sources, read anew for every epoch, without end.
 
-    Args:
-        sources: where the samples come from, in proportion to their weights.
-        buffer: the number of records of each source that are shuffled.
-        seed: determines the order.
-        rank: of this process.
-        world_size: number of ranks.
+    They come from the sources in proportion to their weights; `buffer` records of each are shuffled.
     """
 
     def __init__(self, sources: Sequence[Source], buffer: int, seed: int, rank: int, world_size: int):

@@ -188,10 +188,7 @@ def reply_end(processor: Processor, text: str, end: int) -> int:
 def encode(processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
     """Return the ids of a whole conversation, and its labels: the id within replies and their ends, -100 elsewhere.
 
-    Args:
-        processor: decides every token.
-        sample: the conversation.
-        sizes: of its images and videos, where the processor needs them; see `vision.images.media_sizes_from_opened`.
+    Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
 
     Raises:
         BadSample: there is no reply, the template refuses the turns or drops one, or nothing would be supervised.

@@ -48,12 +48,7 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
 
     `content` is a string, in which `<image>` stands for the images of `images` in order, or a list of
     `{"type": "text", "text"}`, `{"type": "image"}` (naming its image as `image`, `path` or `url`, else the next of
-    `images`), `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`.
-
-    Args:
-        record: the record.
-        image_folder: what paths are relative to.
-        key: the key of the messages.
+    `images`), `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`. `key` is the key of the messages.
     """
     sample_id = read_id(record)
     messages = record.get(key)
@@ -74,15 +69,10 @@ def read_caption(
     record: Record, image_folder: Path, *, image_key: str = "image", caption_key: str = "caption",
     prompt: str | list[str] | None = None,
 ) -> Sample:  # fmt: skip
-    """Read an image and its caption: `{"image", "caption"}`.
+    """Read an image and its caption: `{"image", "caption"}`, or under other keys.
 
-    Args:
-        record: the record.
-        image_folder: what paths are relative to.
-        image_key: the key of the image.
-        caption_key: the key of the caption.
-        prompt: the question after the image; of a list, each record gets one, chosen by its caption. None for no
-            question, as the template `plain` expects.
+    `prompt` is the question after the image; of a list, each record gets one, chosen by its caption; None is no
+    question, as the template `plain` expects.
     """
     sample_id = read_id(record)
     images = image_refs_from_value(record.get(image_key), image_folder, sample_id, image_key)
@@ -104,13 +94,8 @@ def read_question(
 
     Choices are listed as `A. …`, and the answer is the letter of the choice that the record gives as its index (from
     0), letter or text. Without choices, the answer is a string, or a list of people's answers, of which the most
-    common one counts. A question with a `label` needs no answer.
-
-    Args:
-        record: the record.
-        image_folder: what paths are relative to.
-        instruction: the last line of questions without choices.
-        choice_instruction: the last line of questions with choices.
+    common one counts. A question with a `label` needs no answer. `choice_instruction` is the last line of questions
+    with choices, `instruction` of those without.
     """
     sample_id = read_id(record)
     media = MediaPlacer(record, image_folder, sample_id)
@@ -196,11 +181,7 @@ def read_labelled(
 
 
 def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample:
-    """Make a sample with the record's label, group and references, once all of its images are placed.
-
-    Raises:
-        BadSample: an image has no place in the text, or `answers` are no texts.
-    """
+    """Make a sample with the record's label, group and references; all of its images must be placed."""
     media.check_all_placed()
     references = read_references(record, media.sample_id)
     return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references)
@@ -212,11 +193,7 @@ def read_group(record: Record, key: str = "group") -> str | None:
 
 
 def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
-    """Read the reference answers of a record: its `answers`, or its `answer` where that is a list.
-
-    Raises:
-        BadSample: they are no texts.
-    """
+    """Read the reference answers of a record: its `answers`, or its `answer` where that is a list."""
     answers, answer = record.get("answers"), record.get("answer")
     if answers is None and isinstance(answer, list):
         answers = answer
@@ -224,11 +201,7 @@ def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
 
 
 def read_id(record: object, *names: str) -> str:
-    """Read the name of a record: its `id`, or the value of another key; `?` where it has none.
-
-    Raises:
-        BadSample: the record is no mapping.
-    """
+    """Read the name of a record, which must be a mapping: its `id`, or the value of another key; else `?`."""
     if not isinstance(record, dict):
         raise BadSample("?", f"a mapping is needed, got {type(record).__name__}")
     name = first_present(record, "id", "question_id", "image_id", *names)

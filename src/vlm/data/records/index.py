@@ -24,11 +24,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class IndexedRecords:
-    """The records of a JSON or JSONL file, parsed one by one.
-
-    Args:
-        path: a file named `.json` (one list) or `.jsonl` (one record per line).
-        cache: the cache's folder.
+    """The records of a file named `.json` (one list) or `.jsonl` (one record per line), parsed one by one.
 
     Attributes:
         fingerprint: of the file's content.

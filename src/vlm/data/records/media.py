@@ -92,12 +92,9 @@ def _decode_data_url(address: str, sample_id: str) -> bytes:
 
 
 class MediaPlacer:
-    """Puts the images and videos that a record lists in the places of the placeholders in its text, in order.
+    """Puts a record's images and videos in the places of the placeholders in its text, in order.
 
-    Args:
-        record: the record, with `image` or `images`, `video` or `videos`.
-        folder: what paths are relative to.
-        sample_id: the name of the record in error messages.
+    They are listed as `image` or `images`, `video` or `videos`.
     """
 
     def __init__(self, record: Record, folder: Path, sample_id: str):

@@ -55,14 +55,10 @@ class HubTableRecords:
 
 
 def open_records(path: str, cache: Path, *, split: str = "train", subset: str | None = None) -> Records:
-    """Open the records of a file, a folder or a data set on the Hub.
+    """Open the records of a file, a folder or a data set on the Hub, by its split and subset where it has several.
 
-    Args:
-        path: `.json`, `.jsonl`, `.parquet`, `.csv`, `.tsv`, `.arrow`; a folder that `datasets` wrote, or one of Parquet
-            files and the like; or `hf://owner/name[@revision]`.
-        cache: the cache's folder.
-        split: of a data set that has several.
-        subset: of a data set on the Hub that has several.
+    The path ends in `.json`, `.jsonl`, `.parquet`, `.csv`, `.tsv` or `.arrow`; is a folder that `datasets` wrote, or
+    one of Parquet files and the like; or `hf://owner/name[@revision]`.
 
     Raises:
         ValueError: the path is none of these, or does not open.
@@ -82,17 +78,9 @@ def stream_records(
 ) -> Iterator[object]:  # fmt: skip
     """Iterate over the records of a file, a folder or a data set, or over one shard of them.
 
-    A record that cannot be read is yielded as a `BadSample` with the reason.
-
-    Args:
-        path: as `open_records` takes it, or tar shards: `shards/{000..127}.tar`, a folder of them, or a command
-            `pipe:…` that writes one.
-        cache: the cache's folder.
-        split: of a data set that has several.
-        subset: of a data set on the Hub that has several.
-        shard: the index of the shard, from 0.
-        num_shards: the number of shards; they consist of whole files where there are enough files.
-        seed: shuffles the order of files; None keeps it.
+    A record that cannot be read is yielded as a `BadSample` with the reason. The path is as `open_records` takes it, or
+    names tar shards: `shards/{000..127}.tar`, a folder of them, or a command `pipe:…` that writes one. Shards of the
+    records consist of whole files where there are enough files, whose order a seed shuffles.
 
     Raises:
         ValueError: the path is none of these, or does not open.

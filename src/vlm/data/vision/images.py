@@ -1,4 +1,4 @@
-"""Opening images: files, bytes and frames of videos, with errors that name the record and the file."""
+"""Opening images: files, bytes and frames of videos. One that does not open is a `BadSample`, which names the file."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,7 @@ Medium = Image.Image | Tensor | DecodedVideo
 
 
 def open_media(sample: Sample) -> list[Image.Image | DecodedVideo]:
-    """Decode the images and videos of a sample, in order; frames of a video in one pass over it.
-
-    Raises:
-        BadSample: an image or video does not open.
-    """
+    """Decode the images and videos of a sample, in order; frames of a video in one pass over it."""
     opened: list[Image.Image | DecodedVideo] = []
     name = sample.id
     for video, refs in groupby(sample.media, lambda ref: ref.path if _is_video_frame(ref) else None):
@@ -49,25 +45,16 @@ def read_media_sizes(sample: Sample, processor: Processor) -> list[MediaSize]:
     """Read the sizes of a sample's images and videos from their headers; empty where the processor needs none.
 
     Frames of videos are decoded only where the processor needs their sizes.
-
-    Raises:
-        BadSample: a file is no image.
     """
     media = sample.media
     if not processor.needs_image_sizes:
         return []
     if not processor.pools_video_frames and any(map(_is_video_frame, media)):
         return media_sizes_from_opened(media, open_media(sample), processor)
-    sizes: list[MediaSize] = []
-    for ref in media:
-        if isinstance(ref, VideoRef):
-            sizes.append(ref.clip)
-        elif ref.frame is not None:
-            sizes.append(None)
-        else:
-            width, height = read_image_size(ref, sample.id)
-            sizes.append((height, width))
-    return sizes
+    return [
+        ref.clip if isinstance(ref, VideoRef) else None if _is_video_frame(ref) else _read_upright_size(ref, sample.id)
+        for ref in media
+    ]
 
 
 def media_sizes_from_opened(
@@ -84,11 +71,7 @@ def media_sizes_from_opened(
 
 
 def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
-    """Decode an image; the first frame of an animated one.
-
-    Raises:
-        BadSample: the image does not open; names the record and the file.
-    """
+    """Decode an image; the first frame of an animated one."""
     if image_ref.frame is not None:
         assert image_ref.path is not None
         return read_frames(image_ref.path, [image_ref.frame], sample_id)[0]
@@ -98,14 +81,14 @@ def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
 
 
 def read_image_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
-    """Read the upright width and height of an image from its header.
+    """Read the upright width and height of an image from its header."""
+    height, width = _read_upright_size(image_ref, sample_id)
+    return width, height
 
-    Raises:
-        BadSample: the file is no image.
-    """
+
+def _read_upright_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
     with wrap_image_errors(image_ref, sample_id), Image.open(_image_source(image_ref)) as image:
-        height, width = upright_size(image)
-        return width, height
+        return upright_size(image)
 
 
 def upright_size(image: Image.Image | Tensor) -> tuple[int, int]:

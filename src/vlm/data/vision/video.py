@@ -1,6 +1,6 @@
 """Frames of videos, evenly spread over the file and decoded in one pass: as images, or as clips.
 
-Reads files with PyAV, which the extra `video` installs.
+Reads files with PyAV, which the extra `video` installs. A file that is no video or does not decode is a `BadSample`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,11 +26,7 @@ class DecodedVideo:
 
 
 def sample_frame_refs(path: Path, max_frames: int, sample_id: str) -> tuple[ImageRef, ...]:
-    """Choose up to `max_frames` frames of a video, evenly spread: the middle of each of as many equal sections.
-
-    Raises:
-        BadSample: the file is no video.
-    """
+    """Choose up to `max_frames` frames of a video, evenly spread: the middle of each of as many equal sections."""
     number = num_frames(path, sample_id)
     return tuple(ImageRef(path, frame=frame) for frame in spread_frames(number, min(max_frames, number)))
 
@@ -39,9 +35,6 @@ def sample_clip(path: Path, max_frames: int, sample_id: str, *, min_frames: int 
     """Choose at least `min_frames` and up to `max_frames` frames of a video, spread as in `sample_frame_refs`.
 
     None is decoded; frames of a video that has fewer than `min_frames` are repeated.
-
-    Raises:
-        BadSample: the file is no video.
     """
     number, size, fps = _probe_video(path, sample_id)
     if not all(size):
@@ -55,11 +48,7 @@ def spread_frames(number: int, num_kept: int) -> tuple[int, ...]:
 
 
 def open_video(video: VideoRef, sample_id: str) -> DecodedVideo:
-    """Decode the clip of a video; frames of another size than the file states are resized.
-
-    Raises:
-        BadSample: the file does not decode.
-    """
+    """Decode the clip of a video; frames of another size than the file states are resized."""
     clip = video.clip
     assert clip is not None
     size = (clip.width, clip.height)
@@ -71,9 +60,6 @@ def num_frames(path: Path, sample_id: str) -> int:
     """Count the frames of a video file by its packets, since headers may be wrong, without decoding them.
 
     Packets before the start of a video that was cut without encoding it again are not counted.
-
-    Raises:
-        BadSample: the file is no video, or has no frame.
     """
     return _probe_video(path, sample_id)[0]
 
@@ -90,11 +76,7 @@ def _probe_video(path: Path, sample_id: str) -> tuple[int, tuple[int, int], floa
 
 
 def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image.Image]:
-    """Decode the frames at these indices, in the order given.
-
-    Raises:
-        BadSample: the file does not decode up to the last of them.
-    """
+    """Decode the frames at these indices, in the order given."""
     wanted, images = set(frames), {}
     with _open_container(path, sample_id, "decode") as container:
         for number, frame in enumerate(container.decode(video=0)):
