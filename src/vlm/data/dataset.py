@@ -143,7 +143,8 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         """Return the samples at these indices as a dataset."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = self.places[chosen], self.lengths[chosen], self.num_images[chosen]
-        labels, groups = ([values[index] for index in chosen.tolist()] for values in (self.labels, self.groups))
+        labels = [self.labels[index] for index in chosen.tolist()]
+        groups = [self.groups[index] for index in chosen.tolist()]
         return SampleDataset(self.sources, *rows, has_videos=self.has_videos, labels=labels, groups=groups)
 
 
