@@ -6,7 +6,6 @@ which start together wait for the one that writes, and a run that is killed leav
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,18 +20,14 @@ def resolve_cache_folder(cache_dir: str | None) -> Path:
 
 def content_hash(path: Path, cache: Path) -> str:
     """Return the SHA-256 of a file's content, from the cache where its path, size and modification time are known."""
+
+    def write_hash(partial: Path) -> None:
+        with path.open("rb") as file:
+            partial.write_text(hashlib.file_digest(file, "sha256").hexdigest(), encoding="ascii")
+
     status = path.stat()
     name = json_digest(str(path.resolve()), status.st_size, status.st_mtime_ns)
-    stored = cache / "hashes" / name
-    if stored.is_file():
-        return stored.read_text(encoding="ascii")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    partial = stored.with_name(f"{name}.{os.getpid()}")
-    partial.write_text(digest, encoding="ascii")
-    partial.replace(stored)
-    return digest
+    return create_once(cache / "hashes" / name, write_hash).read_text(encoding="ascii")
 
 
 def create_once(path: Path, make: Callable[[Path], None]) -> Path:

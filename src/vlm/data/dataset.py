@@ -2,8 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -29,13 +29,8 @@ log = logging.getLogger(__name__)
 class Skipped:
     """A record that was left out, and why.
 
-    Attributes:
-        record: its index in the source, from 0; None in a stream.
-        id: the name that the record gives itself, or `?`.
-        reason: why it was left out.
-        file: the image that could not be used, if there is one.
-        source: the file of records.
-        policy: the key of `dataset` that decides what happens with such records.
+    `record` is its index in the source, from 0, None in a stream; `id` the name that it gives itself, or `?`; `file`
+    the image that could not be used, if there is one; `policy` the key of `dataset` that decides about such records.
     """
 
     record: int | None
@@ -62,18 +57,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Contribution:
-    """The contribution of a source to a run.
+    """The contribution of a source to a run: the numbers of its records, and of those left out.
 
-    Attributes:
-        source: its name.
-        path: where its records are.
-        fingerprint: of its content.
-        records: number of records.
-        samples: number of samples that an epoch takes of it, repetitions included.
-        images: number of their images.
-        tokens: number of their tokens, image tokens included.
-        skipped: number of records left out.
-        truncated: number of samples that are cut to `dataset.max_length`.
+    `samples` are those of an epoch, repetitions included; `images` and `tokens` are theirs, image tokens included;
+    `truncated` is the number of samples that are cut to `dataset.max_length`.
     """
 
     source: str
@@ -87,10 +74,11 @@ class Contribution:
     truncated: int
 
 
+@dataclass(eq=False, repr=False)
 class SampleDataset(Dataset[SampleInputs | Skipped]):
     """Encoded samples of one or several sources, whose lengths are known beforehand.
 
-    Args:
+    Attributes:
         sources: where the samples come from.
         places: `(samples, 2)`: the index of each sample's source, and of its record there.
         lengths: `(samples,)`: number of tokens, image tokens included.
@@ -98,23 +86,23 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         has_videos: whether any sample has a video that the model reads as such.
         skipped: the records that were left out.
         contributions: what each source contributes.
-        labels: the label of each sample, see `Sample.label`; None where samples have none.
-        groups: the group of each sample, see `Sample.group`; None where samples have none.
+        labels: the label of each sample, see `Sample.label`; may be left out where samples have none.
+        groups: the group of each sample, see `Sample.group`; likewise.
     """
 
-    def __init__(
-        self, sources: Sequence[Source], places: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, *,
-        has_videos: bool = False, skipped: Iterable[Skipped] = (), contributions: Iterable[Contribution] = (),
-        labels: Sequence[object] | None = None, groups: Sequence[str | None] | None = None,
-    ):  # fmt: skip
-        self.sources = list(sources)
-        self.places = places
-        self.lengths = lengths
-        self.num_images = num_images
-        self.has_videos = has_videos
-        self.skipped = list(skipped)
-        self.contributions = list(contributions)
-        self._labels_and_groups = labels, groups
+    sources: list[Source]
+    places: np.ndarray
+    lengths: np.ndarray
+    num_images: np.ndarray
+    has_videos: bool = False
+    skipped: list[Skipped] = field(default_factory=list)
+    contributions: list[Contribution] = field(default_factory=list)
+    labels: Sequence[object] = ()
+    groups: Sequence[str | None] = ()
+
+    def __post_init__(self):
+        self.labels = self.labels or [None] * len(self)
+        self.groups = self.groups or [None] * len(self)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -151,23 +139,12 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         """The run's processor."""
         return self.sources[0].encoder.processor
 
-    @property
-    def labels(self) -> Sequence[object]:
-        """The label of each sample, see `Sample.label`."""
-        return [None] * len(self) if self._labels_and_groups[0] is None else self._labels_and_groups[0]
-
-    @property
-    def groups(self) -> Sequence[str | None]:
-        """The group of each sample, see `Sample.group`."""
-        return [None] * len(self) if self._labels_and_groups[1] is None else self._labels_and_groups[1]
-
     def subset(self, indices: Sequence[int] | np.ndarray) -> "SampleDataset":
         """Return the samples at these indices as a dataset."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = self.places[chosen], self.lengths[chosen], self.num_images[chosen]
-        labels, groups = self._labels_and_groups
-        labels = labels and [labels[index] for index in chosen.tolist()]
-        groups = groups and [groups[index] for index in chosen.tolist()]
+        labels = [self.labels[index] for index in chosen.tolist()]
+        groups = [self.groups[index] for index in chosen.tolist()]
         return SampleDataset(self.sources, *rows, has_videos=self.has_videos, labels=labels, groups=groups)
 
 
@@ -183,11 +160,9 @@ class BlankImageDataset(Dataset[SampleInputs]):
 
     def __getitem__(self, index: int) -> SampleInputs:
         processor = self.dataset.processor
-        if not processor.needs_image_sizes:
-            blanks = [make_blank_image(processor)] * int(self.num_images[index])
-            return model_inputs(processor, self.dataset.encoded(index), blanks)
-        sizes = read_media_sizes(self.dataset.sample(index), processor)
-        blanks = [make_blank_medium(processor, size) for size in sizes]
+        sample = self.dataset.sample(index)
+        sizes = read_media_sizes(sample, processor)
+        blanks = [make_blank_medium(processor, size) for size in sizes or [None] * len(sample.media)]
         return model_inputs(processor, self.dataset.encoded(index, sizes), blanks, sizes)
 
 
@@ -249,17 +224,11 @@ def dummy_video(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor
 def load_dataset(
     config: DatasetConfig, encoder: SampleEncoder, *, seed: int = 0, first: int | None = None, evaluates: bool = False
 ) -> SampleDataset:
-    """Read, check and count the records of a run's sources.
+    """Read, check and count the records of a run's sources; the result is cached.
 
-    Every record is parsed, its images are checked and its tokens counted before anything trains; the result is
-    cached.
-
-    Args:
-        config: the sources, and the policies for records that are bad or too long.
-        encoder: the run's.
-        seed: selects records where `max_samples` limits a source.
-        first: the number of records to take from the beginning; defaults to all.
-        evaluates: whether every sample has to stay usable, so that all images are decoded now.
+    Every record is parsed, its images are checked and its tokens counted before anything trains. `seed` selects records
+    where `max_samples` limits a source; `first` is the number of records to take from the beginning, all by default.
+    Where a data set `evaluates`, every sample has to stay usable, so that all images are decoded now.
 
     Raises:
         ValueError: a record cannot be used and the policy is `error`; or too many cannot; or none can.
@@ -271,7 +240,7 @@ def load_dataset(
     for number, source in enumerate(sources):
         records = draw_records(len(source), source.config.max_samples, seed)[:first]
         decode = None if evaluates else config.check_samples
-        counts = count(source, records, decode, config.num_workers, partial(_raise_unless_skipped, source, config))
+        counts = count(source, records, decode, config.num_workers, partial(skip_or_raise, source, config))
         left_out = find_unusable(source, counts, config)
         check_skipped_share(source.path, list(counts.problems.values()), len(records), config.max_skipped)
         kept = np.setdiff1d(np.arange(len(records)), list(left_out))
@@ -284,27 +253,26 @@ def load_dataset(
             new_labels, new_groups = counts.labels_and_groups_at(kept)
             labels += new_labels
             groups += new_groups
-        skipped += [record for _, record in sorted(left_out.items())]
+        skipped += left_out.values()
         contributions.append(Contribution(
             source.name, source.path, source.records.fingerprint, len(source), len(kept), int(images[-1].sum()),
             int(lengths[-1].sum()), len(left_out), int((counts.length[kept] > encoder.longest).sum()),
         ))  # fmt: skip
     if not sum(map(len, places)):
         names = ", ".join(source.path for source in sources)
-        raise ValueError(
-            f"{names}: none of {sum(map(len, sources))} records can be used; {_most_common_reason(skipped)}"
-        )
-    return SampleDataset(
-        sources, np.concatenate(places), np.concatenate(lengths), np.concatenate(images),
-        has_videos=has_videos, skipped=skipped, contributions=contributions, labels=labels or None,
-        groups=groups or None,
-    )  # fmt: skip
+        reasons = Counter(record.reason for record in skipped).most_common(1)
+        reason = f"the commonest reason is: {reasons[0][0]}" if reasons else "there are none"
+        raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {reason}")
+    rows = np.concatenate(places), np.concatenate(lengths), np.concatenate(images)
+    return SampleDataset(sources, *rows, has_videos, skipped, contributions, labels, groups)
 
 
-def _raise_unless_skipped(source: Source, config: DatasetConfig, record: int, problem: BadSample) -> None:
-    """Raise ValueError at a record that cannot be used, unless such records are left out."""
-    if config.on_bad_sample == "error":
-        raise Skipped.from_error(problem, source, record).as_error()
+def skip_or_raise(source: Source, config: DatasetConfig, record: int, error: BadSample) -> Skipped:
+    """Return the entry for a record that is left out; raise ValueError where the policy is `error`."""
+    skipped = Skipped.from_error(error, source, record)
+    if getattr(config, skipped.policy) == "error":
+        raise skipped.as_error()
+    return skipped
 
 
 def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict[int, Skipped]:
@@ -315,19 +283,14 @@ def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict
     """
     longest, truncate = source.encoder.longest, source.encoder.truncate
     too_long = counts.needed > longest if truncate else counts.length > longest
+    reason = f", at most {longest} are allowed (dataset.max_length, or the language model's positions)"
+    if truncate:
+        reason = f": cutting it to {longest} would cut an image or every reply"
     errors = dict(counts.problems)
     for place in np.flatnonzero(too_long).tolist():
-        length = int(counts.length[place])
-        errors[place] = OverLong(counts.record_id(place), (
-            f"{length} tokens: cutting it to {longest} would cut an image or every reply" if truncate else
-            f"{length} tokens, at most {longest} are allowed (dataset.max_length, or the language model's positions)"
-        ))  # fmt: skip
-    unusable = {}
-    for place, error in sorted(errors.items()):
-        unusable[place] = Skipped.from_error(error, source, int(counts.record[place]))
-        if getattr(config, unusable[place].policy) == "error":
-            raise unusable[place].as_error()
-    return unusable
+        errors[place] = OverLong(counts.ids[place].as_py(), f"{counts.length[place]} tokens{reason}")
+    places = sorted(errors)
+    return {place: skip_or_raise(source, config, int(counts.record[place]), errors[place]) for place in places}
 
 
 def check_skipped_share(path: str, bad: Sequence[BadSample | Skipped], total: int, share: float) -> None:
@@ -355,11 +318,6 @@ def repeat_by_weight(places: np.ndarray, weight: float, seed: int) -> np.ndarray
     return np.sort(np.concatenate([repeated, np.random.default_rng(seed).choice(places, num_drawn, replace=False)]))
 
 
-def _most_common_reason(skipped: list[Skipped]) -> str:
-    commonest = Counter(record.reason for record in skipped).most_common(1)
-    return f"the commonest reason is: {commonest[0][0]}" if commonest else "there are none"
-
-
 def split_off_eval(dataset: SampleDataset, share: float, seed: int) -> tuple[SampleDataset, SampleDataset]:
     """Hold out a random share of the records: (training, held out), at least one record in each.
 
@@ -368,11 +326,25 @@ def split_off_eval(dataset: SampleDataset, share: float, seed: int) -> tuple[Sam
     Raises:
         ValueError: there are fewer than two records.
     """
-    distinct, first, which = np.unique(dataset.places, axis=0, return_index=True, return_inverse=True)
-    if len(distinct) < 2:
-        raise ValueError(f"dataset.eval_split={share}: at least two records are needed, got {len(distinct)}")
-    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).numpy()
-    held_out = order[: min(max(round(share * len(distinct)), 1), len(distinct) - 1)]
-    training = dataset.subset(np.flatnonzero(~np.isin(which.ravel(), held_out)))
-    training.skipped, training.contributions = dataset.skipped, dataset.contributions
-    return training, dataset.subset(np.sort(first[held_out]))
+    first, record_indices = unique_records(dataset)
+    number = len(first)
+    if number < 2:
+        raise ValueError(f"dataset.eval_split={share}: at least two records are needed, got {number}")
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).numpy()
+    held_out = order[: min(max(round(share * number), 1), number - 1)]
+    return hold_out(dataset, first, record_indices, held_out)
+
+
+def unique_records(dataset: SampleDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the index of the first sample of each record, and for each sample the index of its record among those."""
+    _, first, record_indices = np.unique(dataset.places, axis=0, return_index=True, return_inverse=True)
+    return first, record_indices.ravel()
+
+
+def hold_out(
+    dataset: SampleDataset, first: np.ndarray, record_indices: np.ndarray, held_out: np.ndarray
+) -> tuple[SampleDataset, SampleDataset]:
+    """Return the samples of all other `unique_records`, with the list of skipped ones, and one of each held out."""
+    rest = dataset.subset(np.flatnonzero(~np.isin(record_indices, held_out)))
+    rest.skipped, rest.contributions = dataset.skipped, dataset.contributions
+    return rest, dataset.subset(np.sort(first[held_out]))

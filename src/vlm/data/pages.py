@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import groupby
+from operator import itemgetter
 
 from PIL import Image
 
@@ -21,46 +23,35 @@ GREEN, BLUE, RESET = "\033[30;42m", "\033[34m", "\033[0m"
 
 def token_runs(
     ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor
-) -> Iterator[tuple[str, list[int]]]:
-    """Yield runs of tokens of one kind: `mark` (supervised), `text`, `image`, `video` or `pad`."""
+) -> Iterator[tuple[str, str]]:
+    """Yield kind and text of runs of tokens: `mark` (supervised), `text`, or a number of `image`, `video` or `pad`."""
     media: dict[int | None, str] = {processor.video_token_id: "video", processor.image_token_id: "image"}
-    run: list[int] = []
-    last = ""
-    for token, label, attended in zip(ids, labels, mask, strict=True):
-        kind = "pad" if not attended else media.get(token) or ("mark" if label != IGNORE_INDEX else "text")
-        if run and kind != last:
-            yield last, run
-            run = []
-        run.append(token)
-        last = kind
-    if run:
-        yield last, run
+    kinds = [
+        "pad" if not attended else media.get(token) or ("mark" if label != IGNORE_INDEX else "text")
+        for token, label, attended in zip(ids, labels, mask, strict=True)
+    ]
+    for kind, pairs in groupby(zip(kinds, ids, strict=True), itemgetter(0)):
+        run = [token for _, token in pairs]
+        counted = COUNTED_KINDS.get(kind)
+        yield kind, f"[{len(run)} × {counted}]" if counted else str(processor.tokenizer.decode(run))
 
 
 def tokens_as_html(ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor) -> str:
     """Return a row's tokens as HTML; image, video and padding tokens as counts."""
-    html = []
-    for kind, run in token_runs(ids, labels, mask, processor):
-        if kind in COUNTED_KINDS:
-            html.append(f'<span class="{kind}">[{len(run)} × {COUNTED_KINDS[kind]}]</span>')
-        else:
-            text = escape(str(processor.tokenizer.decode(run))).replace("\n", "⏎<br>")
-            html.append(f"<mark>{text}</mark>" if kind == "mark" else text)
-    return "".join(html)
+    elements = {"mark": "<mark>{}</mark>", "text": "{}"}
+    return "".join(
+        elements.get(kind, f'<span class="{kind}">{{}}</span>').format(escape(text).replace("\n", "⏎<br>"))
+        for kind, text in token_runs(ids, labels, mask, processor)
+    )
 
 
 def tokens_as_text(ids: Sequence[int], labels: Sequence[int], processor: Processor, *, colours: bool) -> str:
     """Return a sample's tokens for a terminal: supervised ones on green, or in 【 】 without colours."""
-    text = []
-    for kind, run in token_runs(ids, labels, [1] * len(ids), processor):
-        shown = (
-            f"[{len(run)} × {COUNTED_KINDS[kind]}]" if kind in COUNTED_KINDS else str(processor.tokenizer.decode(run))
-        )
-        if kind == "mark":
-            text.append(f"{GREEN}{shown}{RESET}" if colours else f"【{shown}】")
-        else:
-            text.append(f"{BLUE}{shown}{RESET}" if colours and kind in COUNTED_KINDS else shown)
-    return "".join(text)
+    marked = f"{GREEN}{{}}{RESET}" if colours else "【{}】"
+    counted = f"{BLUE}{{}}{RESET}" if colours else "{}"
+    styles = {"mark": marked, "text": "{}"}
+    runs = token_runs(ids, labels, [1] * len(ids), processor)
+    return "".join(styles.get(kind, counted).format(text) for kind, text in runs)
 
 
 def render_page(title: str, intro: str, sections: Sequence[str]) -> str:

@@ -132,12 +132,12 @@ class Sample:
     @property
     def images(self) -> list[ImageRef]:
         """All images, in the order of the text."""
-        return [part for turn in self.turns for part in turn.content if isinstance(part, ImageRef)]
+        return [medium for medium in self.media if isinstance(medium, ImageRef)]
 
     @property
     def videos(self) -> list[VideoRef]:
         """All videos, in the order of the text."""
-        return [part for turn in self.turns for part in turn.content if isinstance(part, VideoRef)]
+        return [medium for medium in self.media if isinstance(medium, VideoRef)]
 
     @property
     def media(self) -> list[ImageRef | VideoRef]:
@@ -148,9 +148,8 @@ class Sample:
         """Return the sample with each video replaced by other parts."""
         if not self.videos:
             return self
-
-        def parts(turn: Turn) -> tuple[ContentPart, ...]:
+        turns = []
+        for turn in self.turns:
             replaced = (replace_video(part) if isinstance(part, VideoRef) else (part,) for part in turn.content)
-            return tuple(chain.from_iterable(replaced))
-
-        return replace(self, turns=tuple(replace(turn, content=parts(turn)) for turn in self.turns))
+            turns.append(replace(turn, content=tuple(chain.from_iterable(replaced))))
+        return replace(self, turns=tuple(turns))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from vlm.config.schema import DatasetConfig, MixtureSourceConfig, SourceConfig
+from vlm.config.schema import DatasetConfig, SourceConfig
 from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.encoding.labels import read_template
 from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
@@ -24,13 +24,8 @@ from vlm.data.vision.video import sample_clip, sample_frame_refs
 class Source:
     """The records of one file or data set, as samples.
 
-    Attributes:
-        name: its name in logs and tables.
-        config: where the records are and how they are read.
-        cache: the cache's folder.
-        encoder: the run's, with the source's own template where it has one.
-        max_frames: the most frames that are read of a video.
-        weight: how often an epoch repeats its samples.
+    The encoder is the run's, with the source's own template where it has one; `max_frames` are read of a video, and an
+    epoch takes each sample `weight` times.
     """
 
     name: str
@@ -64,12 +59,10 @@ class Source:
         """
         return self.read(self.records[index])
 
-    def stream(self, shard: int, num_shards: int, seed: int | None) -> Iterator[object]:
+    def stream(self, shard: int = 0, num_shards: int = 1, seed: int | None = None) -> Iterator[object]:
         """Iterate over a shard of the records, read anew each time; a record that cannot be read is a `BadSample`."""
-        return stream_records(
-            self.path, self.cache, split=self.config.split, subset=self.config.subset, shard=shard,
-            num_shards=num_shards, seed=seed,
-        )  # fmt: skip
+        stream = partial(stream_records, self.path, self.cache, split=self.config.split, subset=self.config.subset)
+        return stream(shard=shard, num_shards=num_shards, seed=seed)
 
     def read(self, record: object) -> Sample:
         """Read a record as a sample, add the source's system prompt, and choose the frames of its videos.
@@ -88,22 +81,18 @@ class Source:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
             raise BadSample(name, f"its reader raised {type(error).__name__}: {error} ({place})") from error
-        prompt = self.config.system_prompt
+        prompt, processor = self.config.system_prompt, self.encoder.processor
         if prompt and sample.turns[0].role != "system":
             sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
-        return sample.with_videos(
-            lambda video: parts_for_video(video.path, self.max_frames, self.encoder.processor, sample.id)
-        )
+        return sample.with_videos(lambda video: parts_for_video(video.path, self.max_frames, processor, sample.id))
 
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all that a sample's ids depend on: records, reader, processor, and the code in between."""
         reader = inspect.getsource(inspect.getmodule(get_reader(self.config.format)) or sys)
         settings = (self.config.format, self.config.options, str(self.folder), self.config.system_prompt)
-        return json_digest(
-            self.records.fingerprint, reader, settings, self.max_frames, processor_digest(self.encoder.processor),
-            self.encoder.fingerprint_fields,
-        )  # fmt: skip
+        encoding = (self.max_frames, processor_digest(self.encoder.processor), self.encoder.fingerprint_fields)
+        return json_digest(self.records.fingerprint, reader, settings, *encoding)
 
 
 def parts_for_video(path: Path, max_frames: int, processor: Processor, sample_id: str) -> tuple[ContentPart, ...]:
@@ -123,20 +112,20 @@ def make_sources(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
     if not config.sources:
         assert config.path is not None
         return [Source(Path(config.path).name, config, cache, encoder, config.max_frames)]
-    return [
-        Source(name, replace(source, image_folder=source.image_folder or config.image_folder), cache,
-               _encoder_with_template(encoder, source), config.max_frames, source.weight)
-        for name, source in config.sources.items()
-    ]  # fmt: skip
+    sources = []
+    for name, source in config.sources.items():
+        located = replace(source, image_folder=source.image_folder or config.image_folder)
+        own_encoder = _encoder_with_template(encoder, source.template)
+        sources.append(Source(name, located, cache, own_encoder, config.max_frames, source.weight))
+    return sources
 
 
-def _encoder_with_template(encoder: SampleEncoder, source: MixtureSourceConfig) -> SampleEncoder:
-    """Return the encoder with the source's own template, where it has one."""
-    if source.template is None:
+def _encoder_with_template(encoder: SampleEncoder, template: str | None) -> SampleEncoder:
+    """Return the encoder with a source's own template, where it has one."""
+    if template is None:
         return encoder
     processor = copy.copy(encoder.processor)
-    is_own = source.template == "tokenizer"
-    if is_own and processor.own_template is None:
+    processor.chat_template = processor.own_template if template == "tokenizer" else read_template(template)
+    if processor.chat_template is None:
         raise ValueError("dataset.sources: template=tokenizer, but the language model's tokenizer has no template")
-    processor.chat_template = processor.own_template if is_own else read_template(source.template)
     return replace(encoder, processor=processor)

@@ -6,6 +6,7 @@ which skips the records that it has trained on, continues as if it had not been 
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -23,12 +24,7 @@ from vlm.data.vision.images import read_media_sizes
 class SampleStream(IterableDataset[SampleInputs | Skipped]):
     """Encoded samples of one or several sources, read anew for every epoch, without end.
 
-    Args:
-        sources: where the samples come from, in proportion to their weights.
-        buffer: the number of records of each source that are shuffled.
-        seed: determines the order.
-        rank: of this process.
-        world_size: number of ranks.
+    They come from the sources in proportion to their weights; `buffer` records of each are shuffled.
     """
 
     def __init__(self, sources: Sequence[Source], buffer: int, seed: int, rank: int, world_size: int):
@@ -52,36 +48,25 @@ class SampleStream(IterableDataset[SampleInputs | Skipped]):
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         shard, num_shards = self.rank * workers + number, self.world_size * workers
         generator = random.Random(f"{self.seed} {shard}")
-        streams = [self._shuffled_records(source, shard, num_shards, generator) for source in self.sources]
+        streams = [(source, self._shuffle(source, shard, num_shards, generator)) for source in self.sources]
         weights = [source.weight for source in self.sources]
         while True:
-            place = generator.choices(range(len(streams)), weights)[0]
-            yield self._encode_or_skip(self.sources[place], next(streams[place]))
+            ((source, records),) = generator.choices(streams, weights)
+            yield _encode_or_skip(source, next(records))
 
     def samples(self, max_samples: int) -> list[Sample]:
         """Return the first samples that can be used, in order."""
-        samples: list[Sample] = []
-        for source in self.sources:
-            for record in source.stream(0, 1, None):
-                sample = value_or_bad_sample(source.read, record)
-                if isinstance(sample, Sample):
-                    samples.append(sample)
-                if len(samples) >= max_samples:
-                    return samples
-        return samples
+        read = (value_or_bad_sample(source.read, record) for source in self.sources for record in source.stream())
+        return list(islice((sample for sample in read if isinstance(sample, Sample)), max_samples))
 
-    def _shuffled_records(
-        self, source: Source, shard: int, num_shards: int, generator: random.Random
-    ) -> Iterator[object]:
+    def _shuffle(self, source: Source, shard: int, num_shards: int, generator: random.Random) -> Iterator[object]:
         """Iterate over a source's records, epoch after epoch, each drawn at random from a buffer."""
-        epoch = 0
-        while True:
+        for epoch in count():
             buffer: list[object] = []
             number = 0
-            for record in source.stream(shard, num_shards, self.seed + epoch):
-                number += 1
+            for number, record in enumerate(source.stream(shard, num_shards, self.seed + epoch), start=1):
                 buffer.append(record)
-                if len(buffer) > self.buffer:
+                if number > self.buffer:
                     yield _pop_random(buffer, generator)
             while buffer:
                 yield _pop_random(buffer, generator)
@@ -90,13 +75,6 @@ class SampleStream(IterableDataset[SampleInputs | Skipped]):
                     f"{source.path}: no record for reader {shard + 1} of {num_shards} (ranks times "
                     "trainer.dataloader_num_workers); use fewer"
                 )
-            epoch += 1
-
-    def _encode_or_skip(self, source: Source, record: object) -> SampleInputs | Skipped:
-        try:
-            return encode_sample(source, source.read(record))
-        except BadSample as error:
-            return Skipped.from_error(error, source)
 
 
 def open_stream(
@@ -109,13 +87,20 @@ def open_stream(
     """
     stream = SampleStream(make_sources(config, encoder), config.shuffle_buffer, seed, rank, world_size)
     for source in stream.sources:
-        record = next(source.stream(0, 1, None), None)
+        record = next(source.stream(), None)
         if record is None:
             raise ValueError(f"{source.path}: there is no record in it")
         sample = value_or_bad_sample(source.read, record)
         if not isinstance(sample, BadSample):
             encode(source.encoder.processor, sample, read_media_sizes(sample, source.encoder.processor))
     return stream
+
+
+def _encode_or_skip(source: Source, record: object) -> SampleInputs | Skipped:
+    try:
+        return encode_sample(source, source.read(record))
+    except BadSample as error:
+        return Skipped.from_error(error, source)
 
 
 def _pop_random(buffer: list[object], generator: random.Random) -> object:

@@ -6,6 +6,7 @@ Records that cannot be used are found here too, as far as possible without decod
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from vlm.data.cache import create_once, json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processes import num_cores
-from vlm.data.sample import BadSample, Sample
+from vlm.data.sample import BadSample
 from vlm.data.sources import Source
 from vlm.data.vision.images import open_media, read_image_size, read_media_sizes
 
@@ -30,8 +31,7 @@ SCHEMA = pa.schema(
         ("problem", pa.string()), ("file", pa.string()),
     ]
 )  # fmt: skip
-INTEGER_COLUMNS, LABEL_COLUMNS = SCHEMA.names[:9], ("label", "group")
-"""The columns of integers, and those of labels and groups for prediction heads."""
+INTEGER_COLUMNS = SCHEMA.names[:9]
 CHUNK = 256
 FEW = 4 * CHUNK
 """Up to this many records are counted faster in this process than in workers that have to start."""
@@ -52,8 +52,7 @@ class Counts:
         replies: number of assistant turns.
         images: number of images and videos; every frame of a video that is read as images.
         videos: number of those that the model reads as videos.
-        width: width of the first image in pixels; 0 where it has none, or a frame of a video.
-        height: height, as width.
+        width, height: of the first image in pixels; 0 where it has none, or a frame of a video.
         labels: its label for prediction heads as JSON; null without one, or where labels are not read.
         groups: the group within which a ranking compares it; null as labels.
         problems: place in these arrays -> why the record cannot be used.
@@ -74,80 +73,60 @@ class Counts:
     problems: dict[int, BadSample]
     ids: pa.ChunkedArray
 
-    def record_id(self, place: int) -> str:
-        """Return the name of the record at a place."""
-        return self.ids[place].as_py()
-
     def labels_and_groups_at(self, places: np.ndarray) -> tuple[list[object], list[str | None]]:
         """Return the labels and groups of the records at some places; None for a record without one."""
         rows = pa.array(places)
-        labels: list[object] = [
-            None if text is None else json.loads(text) for text in self.labels.take(rows).to_pylist()
-        ]
-        return labels, self.groups.take(rows).to_pylist()
+        texts = self.labels.take(rows).to_pylist()
+        return [None if text is None else json.loads(text) for text in texts], self.groups.take(rows).to_pylist()
 
 
 def count(
     source: Source, records: np.ndarray, decode: int | None, workers: int | None,
-    on_problem: Callable[[int, BadSample], None] = lambda number, problem: None,
+    on_problem: Callable[[int, BadSample], object] = lambda number, problem: None,
 ) -> Counts:  # fmt: skip
-    """Count the records of a source, or read the counts from the cache.
+    """Count the records at some indices, in order, or read the counts from the cache.
 
-    Records that could not be used before are counted again: a missing image may be there now.
-
-    Args:
-        source: the source.
-        records: the indices of the records, in order.
-        decode: the number of records, from the first on, whose images are decoded; None for all.
-        workers: number of processes; defaults to the number of cores.
-        on_problem: called for each record that cannot be used, as soon as it is found; where it raises, the counts up
-            to there are kept.
+    Records that could not be used before are counted again: a missing image may be there now. `decode` is the number
+    of records, from the first on, whose images are decoded, `workers` the number of processes; None is all records, and
+    all cores. `on_problem` is called for each record that cannot be used, as soon as it is found; where it raises, the
+    counts up to there are kept.
     """
     key = json_digest(source.fingerprint, decode, str(SCHEMA), hashlib.sha256(records.tobytes()).hexdigest())
     path = source.cache / "counts" / f"{key}.arrow"
-
     was_cached = path.exists()
     num_decoded = len(records) if decode is None else decode
     create_once(path, lambda partial: _write_counts(source, records, num_decoded, workers, on_problem, partial))
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    columns = {name: _integer_column(table.column(name)) for name in INTEGER_COLUMNS}
-    texts = {name: table.column(name) for name in LABEL_COLUMNS}
-    places = np.flatnonzero(columns["length"] == 0)
     if was_cached:
-        rows = _recount_unusable(source, columns, places, int(np.searchsorted(places, num_decoded)), workers)
-        texts = {name: _replace_at(column, places, [row[name] for row in rows]) for name, column in texts.items()}
-    else:
-        rows = table.take(pa.array(places)).to_pylist() if len(places) else []
-    bad = {place: _bad_sample_from_row(row) for place, row in zip(places.tolist(), rows, strict=True) if row["problem"]}
-    for place, problem in bad.items():
-        on_problem(int(columns["record"][place]), problem)
-    return Counts(**columns, labels=texts["label"], groups=texts["group"], problems=bad, ids=table.column("id"))
+        table = _recount_unusable(source, table, num_decoded, workers)
+    problems = {}
+    if len(places := _unusable_places(table)):
+        for place, row in zip(places.tolist(), table.take(pa.array(places)).to_pylist(), strict=True):
+            problems[place] = BadSample(row["id"], row["problem"], row["file"])
+            on_problem(row["record"], problems[place])
+    columns = {name: _integer_column(table[name]) for name in INTEGER_COLUMNS}
+    return Counts(**columns, labels=table["label"], groups=table["group"], problems=problems, ids=table["id"])
 
 
-def _recount_unusable(
-    source: Source, columns: dict[str, np.ndarray], places: np.ndarray, decode: int, workers: int | None
-) -> list[dict[str, Any]]:
-    """Count the records at some places anew, update the columns there, and return their rows."""
-    chunks = _iter_counted_rows(source, columns["record"][places], 0, decode, workers)
-    rows = [dict(zip(SCHEMA.names, row, strict=True)) for chunk in chunks for row in chunk]
-    for place, row in zip(places.tolist(), rows, strict=True):
-        for name, column in columns.items():
-            column[place] = row[name]
-    return rows
+def _recount_unusable(source: Source, table: pa.Table, decode: int, workers: int | None) -> pa.Table:
+    """Return the table with new rows for the records that could not be used."""
+    places = _unusable_places(table)
+    if len(places) == 0:
+        return table
+    records = _integer_column(table["record"])[places]
+    num_decoded = int(np.searchsorted(places, decode))
+    batches = [_make_batch(rows) for rows in _iter_counted_rows(source, records, 0, num_decoded, workers)]
+    order = np.arange(len(table))
+    order[places] = len(table) + np.arange(len(places))
+    return pa.concat_tables([table, pa.Table.from_batches(batches)]).take(pa.array(order))
 
 
-def _replace_at(column: pa.ChunkedArray, places: np.ndarray, texts: list[str | None]) -> pa.ChunkedArray:
-    """Return a column with other texts at some places."""
-    if not any(text is not None for text in texts):
-        return column
-    rows = column.to_pylist()
-    for place, text in zip(places.tolist(), texts, strict=True):
-        rows[place] = text
-    return pa.chunked_array([pa.array(rows, column.type)])
+def _unusable_places(table: pa.Table) -> np.ndarray:
+    return np.flatnonzero(_integer_column(table["length"]) == 0)
 
 
-def _bad_sample_from_row(row: dict[str, Any]) -> BadSample:
-    return BadSample(row["id"], row["problem"], row["file"])
+def _make_batch(rows: list[CountedRow]) -> pa.RecordBatch:
+    return pa.record_batch(list(zip(*rows, strict=True)), schema=SCHEMA)
 
 
 def _integer_column(column: pa.ChunkedArray) -> np.ndarray:
@@ -159,10 +138,12 @@ def _integer_column(column: pa.ChunkedArray) -> np.ndarray:
 
 def _write_counts(
     source: Source, records: np.ndarray, decode: int, workers: int | None,
-    on_problem: Callable[[int, BadSample], None], path: Path,
+    on_problem: Callable[[int, BadSample], object], path: Path,
 ) -> None:  # fmt: skip
     """Count into a file; complete chunks that a stopped count left there are kept."""
-    before = _read_complete_batches(path)
+    before: list[pa.RecordBatch] = []
+    with suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(path.read_bytes()) as reader:
+        before += reader  # one by one, so that those before a truncated one are kept
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for batch in before:
             writer.write_batch(batch)
@@ -171,20 +152,8 @@ def _write_counts(
             for row in rows:
                 if row[-2]:
                     on_problem(row[0], BadSample(*row[-3:]))
-            writer.write_batch(pa.record_batch(list(zip(*rows, strict=True)), schema=SCHEMA))
+            writer.write_batch(_make_batch(rows))
             sink.flush()
-
-
-def _read_complete_batches(path: Path) -> list[pa.RecordBatch]:
-    """Read the complete chunks of a file that was not finished."""
-    batches = []
-    if path.exists():
-        try:
-            with pa.ipc.open_stream(path.read_bytes()) as reader:
-                batches += reader  # one by one, so that those before a truncated one are kept
-        except (pa.ArrowInvalid, OSError):
-            pass
-    return batches
 
 
 class _RecordChunks(Dataset[list[CountedRow] | Exception]):
@@ -223,10 +192,15 @@ def _iter_counted_rows(
 
 
 def count_record(source: Source, number: int, *, decode: bool) -> CountedRow:
-    """Return the row of a record, as in `SCHEMA`; all counts are 0 for a record that cannot be used."""
+    """Return the row of a record, as in `SCHEMA`; all counts are 0 for a record that cannot be used.
+
+    Of images, headers are read at least; `decode` opens them whole.
+    """
     try:
         sample = source.sample(number)
-        width, height = check_images(sample, decode=decode)
+        if decode:
+            open_media(sample)
+        sizes = [read_image_size(image_ref, sample.id) for image_ref in sample.images if image_ref.frame is None]
         encoded = source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
         label_and_group = source.encoder.label_and_group(sample)
     except BadSample as error:
@@ -234,17 +208,5 @@ def count_record(source: Source, number: int, *, decode: bool) -> CountedRow:
     needed = source.encoder.min_length(encoded)
     supervised = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
     replies = sum(turn.role == "assistant" for turn in sample.turns)
-    media = len(sample.media), len(sample.videos), width, height
+    media = len(sample.media), len(sample.videos), *(sizes[0] if sizes else (0, 0))
     return number, len(encoded.input_ids), needed, supervised, replies, *media, *label_and_group, sample.id, None, None
-
-
-def check_images(sample: Sample, *, decode: bool) -> tuple[int, int]:
-    """Check that a sample's images open, all of them or their headers; return width and height of the first, or zeros.
-
-    Raises:
-        BadSample: an image does not open.
-    """
-    if decode:
-        open_media(sample)
-    sizes = [read_image_size(image_ref, sample.id) for image_ref in sample.images if image_ref.frame is None]
-    return sizes[0] if sizes else (0, 0)

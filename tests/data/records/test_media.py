@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlm.data.records.media import (
-    image_ref_from_value,
-    image_refs_from_value,
-    resolve_media_file,
-    video_refs_from_value,
-)
+from vlm.data.records.media import MediaPlacer, image_ref_from_value, image_refs_from_value, resolve_media_file
 from vlm.data.sample import BadSample, ImageRef, OverLong, VideoRef
 
 CONTENT = b"\x89PNG and so on"
@@ -57,11 +52,16 @@ def test_bytes_keep_the_name_that_they_had(folder: Path):
     )
 
 
+def videos_of(value: Any, folder: Path) -> tuple[Any, ...]:
+    """The videos of a record that has no images."""
+    return MediaPlacer({"video": value}, folder, "7").rest()
+
+
 def test_videos_are_named_by_paths(folder: Path):
-    assert video_refs_from_value(["a.png", {"path": "deep/b.png"}], folder, "7") == [
+    assert videos_of(["a.png", {"path": "deep/b.png"}], folder) == (
         VideoRef(folder / "a.png"), VideoRef(folder / "deep/b.png"),
-    ]  # fmt: skip
-    assert video_refs_from_value(None, folder, "7") == []
+    )  # fmt: skip
+    assert videos_of(None, folder) == ()
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -112,7 +112,7 @@ BAD_VIDEOS: dict[str, tuple[Any, str]] = {
 def test_what_is_no_video_is_refused(folder: Path, name: str):
     value, said = BAD_VIDEOS[name]
     with pytest.raises(BadSample) as caught:
-        video_refs_from_value(value, folder, "7")
+        videos_of(value, folder)
     assert said in caught.value.reason
 
 

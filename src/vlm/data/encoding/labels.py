@@ -9,9 +9,9 @@ tokenised once, and a label is the id where a token lies in the span of a reply 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
-from itertools import count
+from itertools import count, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 import jinja2
@@ -26,6 +26,11 @@ MARKERS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 MARKER_PATTERN = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
 THINKING_PATTERN = re.compile(r".*</think>\s*", re.DOTALL)
 
+Span = tuple[int, int]
+"""Where a text begins and ends, in characters."""
+MarkedText = tuple[str, dict[int, Span]]
+"""A rendered conversation without its markers, and the span of each numbered text."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -33,13 +38,13 @@ class Rendered:
 
     Attributes:
         text: the conversation as the template writes it.
-        spoken: the character spans of the texts of all turns, in order.
-        replies: the character spans of the assistant's texts, in order.
+        spoken: the spans of the texts of all turns, in order.
+        replies: the spans of the assistant's texts, in order.
     """
 
     text: str
-    spoken: list[tuple[int, int]]
-    replies: list[tuple[int, int]]
+    spoken: list[Span]
+    replies: list[Span]
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,6 @@ def read_template(name: str) -> str:
     if name.endswith(".jinja"):
         return Path(name).read_text(encoding="utf-8")
     return resources.files("vlm.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
-
-
-@cache
-def template_names() -> list[str]:
-    """Return the names of the packaged templates."""
-    files = resources.files("vlm.data").joinpath("templates").iterdir()
-    return sorted(file.name.removesuffix(".jinja") for file in files if file.name.endswith(".jinja"))
 
 
 def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False) -> Rendered:
@@ -96,10 +94,8 @@ def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *,
     return Rendered(text, sorted(spans.values()), replies)
 
 
-def _render_with_markers(
-    processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool
-) -> tuple[str, dict[int, tuple[int, int]]]:
-    """Render with markers around each text; return the text without them, and the span of each numbered text."""
+def _render_with_markers(processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool) -> MarkedText:
+    """Render with markers around each text, and take them out."""
     numbers, tokens = count(), (processor.image_token, processor.video_token)
     messages = []
     for turn in turns:
@@ -127,11 +123,11 @@ def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
     return f"{part[:start]}{opened}{text}{closed}{part[start + len(core) :]}"
 
 
-def _strip_markers(marked: str) -> tuple[str, dict[int, tuple[int, int]]]:
+def _strip_markers(marked: str) -> MarkedText:
     """Return the text without markers, and the span that each numbered pair of markers encloses."""
     text, position = "", 0
     opened: dict[int, int] = {}
-    spans: dict[int, tuple[int, int]] = {}
+    spans: dict[int, Span] = {}
     for match in MARKER_PATTERN.finditer(marked):
         text += marked[position : match.start()]
         position = match.end()
@@ -150,35 +146,25 @@ def _strip_reply(turn: Turn) -> Turn:
     return Turn(turn.role, tuple(part.strip() if isinstance(part, str) else part for part in turn.content))
 
 
-def _kept_whitespace(
-    full: tuple[str, dict[int, tuple[int, int]]], stripped: tuple[str, dict[int, tuple[int, int]]]
-) -> dict[int, tuple[int, int]]:
+def _kept_whitespace(full: MarkedText, stripped: MarkedText) -> dict[int, tuple[int, int]]:
     """Return how much white space the template kept before and after each text.
 
     It is the difference between the gaps around a text rendered in full and rendered without that white space.
     """
-    gaps, stripped_gaps = (_span_gaps(text, spans) for text, spans in (full, stripped))
+    gaps, stripped_gaps = _span_gaps(*full), _span_gaps(*stripped)
     return {
-        number: (before - stripped_gaps[number][0], after - stripped_gaps[number][1])
-        for number, (before, after) in gaps.items()
-        if number in stripped_gaps
+        number: (gaps[number][0] - stripped_gaps[number][0], gaps[number][1] - stripped_gaps[number][1])
+        for number in gaps.keys() & stripped_gaps.keys()
     }
 
 
-def _span_gaps(text: str, spans: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+def _span_gaps(text: str, spans: dict[int, Span]) -> dict[int, tuple[int, int]]:
     """Return the number of characters between each span and its predecessor, and its successor."""
-    order = sorted(spans, key=lambda number: spans[number])
-    ends = [0, *(spans[number][1] for number in order)]
-    starts = [*(spans[number][0] for number in order), len(text)]
-    return {
-        number: (spans[number][0] - ends[place], starts[place + 1] - spans[number][1])
-        for place, number in enumerate(order)
-    }
-
-
-def reply_start(text: str, start: int) -> int:
-    """Return where the model's text begins: at the blank before a reply, without which prompts end (`ASSISTANT:`)."""
-    return start - text[:start].endswith(" ")
+    order = sorted(spans.items(), key=itemgetter(1))
+    ends = [0, *(end for _, (_, end) in order)]
+    starts = [*(start for _, (start, _) in order), len(text)]
+    gaps = [start - end for end, start in zip(ends, starts, strict=True)]
+    return {number: around for (number, _), around in zip(order, pairwise(gaps), strict=True)}
 
 
 def reply_end(processor: Processor, text: str, end: int) -> int:
@@ -187,27 +173,22 @@ def reply_end(processor: Processor, text: str, end: int) -> int:
     Raises:
         ValueError: neither follows; the template needs a token that the tokenizer does not know.
     """
-    if match := processor.special_tokens.match(text, end):
-        return match.end()
-    remainder = text[end:]
-    blank = len(remainder) - len(remainder.lstrip())
-    if match := processor.special_tokens.match(text, end + blank):
-        return match.end()
-    if not blank:
+    behind_blanks = len(text) - len(text[end:].lstrip())
+    for start in (end, behind_blanks):
+        if match := processor.special_tokens.match(text, start):
+            return match.end()
+    if behind_blanks == end:
         raise ValueError(
-            f"the template ends a reply with {remainder[:20]!r}, which is no special token of the tokenizer. Choose "
+            f"the template ends a reply with {text[end:][:20]!r}, which is no special token of the tokenizer. Choose "
             "the template that the language model was trained with (dataset.template=tokenizer)."
         )
-    return end + blank
+    return behind_blanks
 
 
 def encode(processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
     """Return the ids of a whole conversation, and its labels: the id within replies and their ends, -100 elsewhere.
 
-    Args:
-        processor: decides every token.
-        sample: the conversation.
-        sizes: of its images and videos, where the processor needs them; see `vision.images.media_sizes_from_opened`.
+    Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
 
     Raises:
         BadSample: there is no reply, the template refuses the turns or drops one, or nothing would be supervised.
@@ -216,7 +197,10 @@ def encode(processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = ()
         raise BadSample(sample.id, "no reply to learn from")
     rendered = render(processor, sample.turns, sample.id)
     text = rendered.text
-    supervised = [(reply_start(text, start), reply_end(processor, text, end)) for start, end in rendered.replies]
+    # A reply begins at the blank before it, without which prompts end (`ASSISTANT:`).
+    supervised = [
+        (start - text.endswith(" ", 0, start), reply_end(processor, text, end)) for start, end in rendered.replies
+    ]
     ids, spans = processor.tokenize(text, rendered.spoken, sizes)
     labels = [IGNORE_INDEX] * len(ids)
     remaining = iter([*supervised, (len(text) + 1,) * 2])
@@ -231,9 +215,11 @@ def encode(processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = ()
     return Encoded(ids, labels)
 
 
-def encode_prompt(processor: Processor, turns: Sequence[Turn], sizes: Sequence[MediaSize] = ()) -> list[int]:
+def encode_prompt(
+    processor: Processor, turns: Sequence[Turn], sizes: Sequence[MediaSize] = (), sample_id: str = "?"
+) -> list[int]:
     """Return the ids of a conversation that waits for an answer."""
-    rendered = render(processor, turns, prompt=True)
+    rendered = render(processor, turns, sample_id, prompt=True)
     return processor.tokenize(rendered.text, rendered.spoken, sizes)[0]
 
 
@@ -250,10 +236,8 @@ def limit_length(encoded: Encoded, longest: int, media: Sequence[int], sample_id
     if length <= longest:
         return encoded
     if not truncate:
-        raise OverLong(
-            sample_id,
-            f"{length} tokens, at most {longest} are allowed (dataset.max_length, or the language model's positions)",
-        )
+        limit = f"at most {longest} are allowed (dataset.max_length, or the language model's positions)"
+        raise OverLong(sample_id, f"{length} tokens, {limit}")
     cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest])
     if not set(media).isdisjoint(encoded.input_ids[longest:]):
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image")

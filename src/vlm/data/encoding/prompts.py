@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, render
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, encode_prompt
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, MediaSize, Sample, Turn
 
@@ -45,18 +45,20 @@ class PromptEncoder(SampleEncoder):
             BadSample: the template refuses the prompt or leaves nothing of it, or renders it otherwise once it is
                 answered.
         """
-        prompt = self._prompt(sample, sizes)
+        turns = prompt_turns(sample)
+        if not turns:
+            raise BadSample(sample.id, "nothing stands before its reply")
+        prompt = encode_prompt(self.processor, turns, sizes, sample.id)
+        if not prompt:
+            raise BadSample(sample.id, "its template leaves nothing of its prompt")
         if not self.answers or sample.turns[-1].role != "assistant":
             return Encoded([*prompt, *self.suffix], [IGNORE_INDEX] * (len(prompt) + len(self.suffix)))
         whole = encode(self.processor, sample, sizes)
         length = len(prompt)
         # A head reads the end of the prompt: the reply must be supervised from its first token on.
         if whole.input_ids[:length] != prompt or whole.labels[length : length + 1] in ([], [IGNORE_INDEX]):
-            raise BadSample(
-                sample.id,
-                "its template renders a prompt otherwise once it is answered, as some do that have thinking blocks; "
-                "dataset.template names another",
-            )
+            problem = "its template renders a prompt otherwise once it is answered, as some with thinking blocks do"
+            raise BadSample(sample.id, f"{problem}; dataset.template names another")
         return Encoded(whole.input_ids, [*[IGNORE_INDEX] * length, *whole.labels[length:]])
 
     def min_length(self, encoded: Encoded) -> int:
@@ -79,17 +81,6 @@ class PromptEncoder(SampleEncoder):
     def fingerprint_fields(self) -> tuple[object, ...]:
         """The settings that ids and labels depend on, besides the processor."""
         return (*super().fingerprint_fields, self.suffix, self.answers)
-
-    def _prompt(self, sample: Sample, sizes: Sequence[MediaSize]) -> list[int]:
-        """Return the ids of `labels.encode_prompt`; errors name the sample."""
-        turns = prompt_turns(sample)
-        if not turns:
-            raise BadSample(sample.id, "nothing stands before its reply")
-        rendered = render(self.processor, turns, sample.id, prompt=True)
-        ids, _ = self.processor.tokenize(rendered.text, rendered.spoken, sizes)
-        if not ids:
-            raise BadSample(sample.id, "its template leaves nothing of its prompt")
-        return ids
 
 
 def prompt_turns(sample: Sample) -> tuple[Turn, ...]:

@@ -75,11 +75,8 @@ def processor_digest(processor: Processor) -> str:
     """Return a digest of all that ids depend on: tokenizer, template, settings, and the code from records to ids."""
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
     folders = {Path(__file__).parent.parent: DATA_FILES, Path(inspect.getfile(type(processor))).parent: PROCESSOR_FILES}
-    code = hashlib.sha256()
-    for folder, names in folders.items():
-        for file in [file for name in names for file in sorted(folder.glob(name))]:
-            code.update(file.read_bytes())
-    return json_digest(
-        processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_token_ids(),
-        processor.image_token, processor.to_dict(), versions, code.hexdigest(),
-    )  # fmt: skip
+    files = [file for folder, names in folders.items() for name in names for file in sorted(folder.glob(name))]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    text = (processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template)
+    images = (processor.image_token_ids(), processor.image_token)
+    return json_digest(*text, *images, processor.to_dict(), versions, code.hexdigest())

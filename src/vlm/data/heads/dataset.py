@@ -4,6 +4,7 @@ How a label becomes a target is said in `labels.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -13,11 +14,10 @@ from torch.utils.data import Dataset
 
 from vlm.data.batching.batch import HeadBatch
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankImageDataset, Contribution, SampleDataset, Skipped
+from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped, hold_out, unique_records
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.heads.labels import HeadLabels, check_values, make_folds, split
-from vlm.data.processor import Processor, SampleInputs
-from vlm.data.sample import Sample
+from vlm.data.processor import SampleInputs
 
 NO_GROUP = -1
 """The group of rows that have none."""
@@ -26,11 +26,9 @@ NO_GROUP = -1
 class HeadDataset(Dataset[SampleInputs | Skipped]):
     """Prompts with their images, and with the targets of each head.
 
-    Args:
+    Attributes:
         dataset: the samples, with their labels.
         heads: what each head learns.
-
-    Attributes:
         group_indices: `(samples,)`: equal where a ranking compares samples, which it does within a source only; -1 for
             samples without a group.
 
@@ -43,6 +41,7 @@ class HeadDataset(Dataset[SampleInputs | Skipped]):
 
     def __init__(self, dataset: SampleDataset, heads: Sequence[HeadLabels]):
         self.dataset, self.heads = dataset, list(heads)
+        self.lengths, self.num_images, self.processor = dataset.lengths, dataset.num_images, dataset.processor
         self.group_indices = group_indices(dataset)
         self._values = values_per_head(dataset.labels, [head.name for head in heads])
         paths = ", ".join(source.path for source in dataset.sources)
@@ -78,44 +77,6 @@ class HeadDataset(Dataset[SampleInputs | Skipped]):
         """Return the samples at these indices, as a data set of their own."""
         return type(self)(self.dataset.subset(indices), self.heads)
 
-    def sample(self, index: int) -> Sample:
-        """Return the conversation as it was read.
-
-        Raises:
-            BadSample: its record cannot be used any more.
-        """
-        return self.dataset.sample(index)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """`(samples,)`: tokens, image tokens counted."""
-        return self.dataset.lengths
-
-    @property
-    def num_images(self) -> np.ndarray:
-        """`(samples,)`: how many images and videos each has."""
-        return self.dataset.num_images
-
-    @property
-    def has_videos(self) -> bool:
-        """Whether the model sees videos in any of them."""
-        return self.dataset.has_videos
-
-    @property
-    def processor(self) -> Processor:
-        """The run's processor."""
-        return self.dataset.processor
-
-    @property
-    def skipped(self) -> list[Skipped]:
-        """The records that were left out when the data set was read."""
-        return self.dataset.skipped
-
-    @property
-    def contributions(self) -> list[Contribution]:
-        """The contribution of each source."""
-        return self.dataset.contributions
-
 
 class BlankHeadDataset(HeadDataset):
     """The same samples with every image in the processor's mean colour: what do heads predict without an image?"""
@@ -127,16 +88,12 @@ class BlankHeadDataset(HeadDataset):
         return BlankImageDataset(self.dataset)[index]
 
 
+@dataclass(frozen=True)
 class HeadCollator:
-    """Makes batches of `HeadDataset` samples, with the names that the model's `forward` gives its arguments.
+    """Makes batches of `HeadDataset` samples, with the names that the model's `forward` gives its arguments."""
 
-    Args:
-        collate: makes batches of ids and images.
-        heads: what each head learns.
-    """
-
-    def __init__(self, collate: Collator, heads: Sequence[HeadLabels]):
-        self.collate, self.heads = collate, list(heads)
+    collate: Collator
+    heads: Sequence[HeadLabels]
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> HeadBatch:
         """Return a batch with `labels` (head -> float32 `(rows, width)`, its targets) and `groups` (int64 `(rows,)`).
@@ -145,24 +102,23 @@ class HeadCollator:
         reply's ids, -100 elsewhere, and 1 at the tokens before it. A row without a sample, see `Collator`, has NaN for
         targets.
         """
-        prompts = [
-            sample if isinstance(sample, Skipped) else
-            {key: value for key, value in sample.items() if key not in ("targets", "group")}
-            for sample in samples
-        ]  # fmt: skip
-        batch: SampleInputs = {**self.collate(prompts)}
+        batch: SampleInputs = {**self.collate([_without_targets(sample) for sample in samples])}
         items = [sample for sample in samples if not isinstance(sample, Skipped)]
         items = items or [{"targets": {head.name: head.target(None) for head in self.heads}, "group": NO_GROUP}]
-        text_labels = batch.pop("labels")
-        batch["labels"] = {
-            head.name: torch.tensor([item["targets"][head.name] for item in items], dtype=torch.float32)
-            for head in self.heads
-        }
+        text_labels = batch["labels"]
+        targets = {head.name: [item["targets"][head.name] for item in items] for head in self.heads}
+        batch["labels"] = {name: torch.tensor(rows, dtype=torch.float32) for name, rows in targets.items()}
         batch["groups"] = torch.tensor([item["group"] for item in items], dtype=torch.int64)
         if (text_labels != IGNORE_INDEX).any():
             batch["text_labels"] = text_labels
             batch["prompt_mask"] = prompt_mask(text_labels, batch["attention_mask"])
         return cast(HeadBatch, batch)
+
+
+def _without_targets(sample: SampleInputs | Skipped) -> SampleInputs | Skipped:
+    if isinstance(sample, Skipped):
+        return sample
+    return {key: value for key, value in sample.items() if key not in ("targets", "group")}
 
 
 def prompt_mask(labels: Tensor, attention_mask: Tensor) -> Tensor:
@@ -174,9 +130,7 @@ def prompt_mask(labels: Tensor, attention_mask: Tensor) -> Tensor:
 def values_per_head(labels: Sequence[object], names: Sequence[str]) -> dict[str, list[object]]:
     """Return the label of each record for each head; None where it has none.
 
-    Args:
-        labels: of records, see `Sample.label`.
-        names: of the heads. With one head, a label may be its value; with several, it maps their names to values.
+    With one head, a label may be its value; with several, it maps their names to values.
 
     Raises:
         ValueError: a label for several heads is no mapping.
@@ -192,11 +146,9 @@ def values_per_head(labels: Sequence[object], names: Sequence[str]) -> dict[str,
 
 def group_indices(dataset: SampleDataset) -> np.ndarray:
     """Return the number of each sample's group, `(samples,)`; -1 for samples that have none."""
-    numbers: dict[tuple[int, str], int] = {}
-    groups = zip(dataset.places[:, 0].tolist(), dataset.groups, strict=True)
-    indices = [
-        NO_GROUP if group is None else numbers.setdefault((source, group), len(numbers)) for source, group in groups
-    ]
+    numbers: dict[tuple[int, str | None], int] = {}
+    keys = zip(dataset.places[:, 0].tolist(), dataset.groups, strict=True)
+    indices = [NO_GROUP if key[1] is None else numbers.setdefault(key, len(numbers)) for key in keys]
     return np.array(indices, dtype=np.int64)
 
 
@@ -206,22 +158,14 @@ def split_by_label(
 ) -> tuple[SampleDataset, SampleDataset]:  # fmt: skip
     """Hold out a share of the records, see `labels.split`: (rest, held out).
 
-    A record that is taken several times is on one side only, and so is a group.
-
-    Args:
-        dataset: the samples.
-        strata: `(samples,)`, see `labels.strata`.
-        share: of the records that are held out.
-        seed: draws them.
-        names: of the strata: the labels.
-        key: of the share in the configuration.
+    A record that is taken several times is on one side only, and so is a group. `strata` are of samples: `(samples,)`.
 
     Raises:
         ValueError: there are too few records or groups, or too few that have one of the labels.
     """
-    first, record_indices = _unique_records(dataset)
-    groups = _split_groups(dataset, first)
-    return _split_datasets(dataset, first, record_indices, split(strata[first], share, seed, groups, names, key))
+    first, record_indices = unique_records(dataset)
+    _, held_out = split(strata[first], share, seed, _split_groups(dataset, first), names, key)
+    return hold_out(dataset, first, record_indices, held_out)
 
 
 def fold_by_label(
@@ -232,15 +176,9 @@ def fold_by_label(
     Raises:
         ValueError: there are fewer groups, or records that have one of the labels, than folds.
     """
-    first, record_indices = _unique_records(dataset)
+    first, record_indices = unique_records(dataset)
     folds = make_folds(strata[first], number, seed, _split_groups(dataset, first), names)
-    return [_split_datasets(dataset, first, record_indices, indices) for indices in folds]
-
-
-def _unique_records(dataset: SampleDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first sample of each record, and for each sample the number of its record among those."""
-    _, first, record_indices = np.unique(dataset.places, axis=0, return_index=True, return_inverse=True)
-    return first, record_indices.ravel()
+    return [hold_out(dataset, first, record_indices, held_out) for _, held_out in folds]
 
 
 def _split_groups(dataset: SampleDataset, first: np.ndarray) -> np.ndarray | None:
@@ -249,12 +187,3 @@ def _split_groups(dataset: SampleDataset, first: np.ndarray) -> np.ndarray | Non
     if (numbers == NO_GROUP).all():
         return None
     return np.where(numbers == NO_GROUP, numbers.max() + 1 + np.arange(len(numbers)), numbers)
-
-
-def _split_datasets(
-    dataset: SampleDataset, first: np.ndarray, record_indices: np.ndarray, indices: tuple[np.ndarray, np.ndarray]
-) -> tuple[SampleDataset, SampleDataset]:
-    """Return the data sets of records on two sides; the first one keeps the list of skipped records."""
-    rest = dataset.subset(np.flatnonzero(np.isin(record_indices, indices[0])))
-    rest.skipped, rest.contributions = dataset.skipped, dataset.contributions
-    return rest, dataset.subset(np.sort(first[indices[1]]))

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, TypeGuard
 
 import numpy as np
-from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFold, train_test_split
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
 
 NUMERIC_TASKS = ("regression", "pairwise")
 """The tasks that learn numbers; the others choose among labels."""
@@ -34,7 +34,6 @@ class HeadLabels:
     """What a head learns.
 
     Attributes:
-        name: the head's.
         task: a name of `models.head_tasks.TASKS`.
         labels: the labels that it chooses among, in the order of its outputs; none for a task of `NUMERIC_TASKS`.
     """
@@ -49,14 +48,10 @@ class HeadLabels:
         return len(self.labels) if self.task == "multilabel" else 1
 
     def target(self, value: object) -> list[float]:
-        """Return what the loss compares the head's outputs for a record with.
+        """Return what the loss compares the head's outputs for a record with: `width` numbers.
 
-        Args:
-            value: the record's label, or list of labels; None: the head does not learn from the record.
-
-        Returns:
-            `width` numbers: the label's index; for `multilabel`, 0 or 1 for each label; for `regression` and
-            `pairwise` the value. All NaN where the value is None.
+        They are the index of the record's label; for `multilabel`, 0 or 1 for each label; for `regression` and
+        `pairwise` the value; all NaN where the value is None, as the head does not learn from the record then.
 
         Raises:
             ValueError: the value is none of the labels, or not of the kind that the task needs.
@@ -73,25 +68,20 @@ class HeadLabels:
         return [float(index in present) for index in range(self.width)]
 
     def _class_index(self, label: object) -> int:
-        index = self._class_indices.get(_label_key(label)) if _is_label(label) else None
-        if index is None:
+        if (index := self._class_indices.get(_label_key(label))) is None:
             allowed = ", ".join(map(repr, self.labels[:20])) + ", …" * (len(self.labels) > 20)
             raise ValueError(f"head {self.name}: {label!r:.60} is none of its labels, which are {allowed}")
         return index
 
     @cached_property
-    def _class_indices(self) -> dict[LabelKey, int]:
+    def _class_indices(self) -> dict[LabelKey | None, int]:
         return {_label_key(label): index for index, label in enumerate(self.labels)}
 
 
 def resolve_labels(name: str, task: str, given: Sequence[object] | None, values: Sequence[object]) -> HeadLabels:
-    """Return what a head learns: `model.head.labels`, else the labels of the training records, sorted.
+    """Return what a head learns: the labels that are given, else those of the training records, sorted.
 
-    Args:
-        name: the head's.
-        task: its task.
-        given: `model.head.labels`; None: as the records have them.
-        values: the labels of the training records; None for a record without one.
+    `given` is `model.head.labels`; `values` are the labels of the training records, None for a record without one.
 
     Raises:
         ValueError: there is no label, or one that the task cannot have; the order of labels is unknown; the labels of
@@ -107,15 +97,14 @@ def resolve_labels(name: str, task: str, given: Sequence[object] | None, values:
         if given is not None:
             raise ValueError(f"head {name}: model.head.labels={list(given)}: {task} learns numbers and has no labels")
         head = HeadLabels(name, task)
-        check_values(head, values, "training records")
-        return head
-    labels = _labels_from_records(name, task, present) if given is None else _check_same_type(name, given)
-    head = HeadLabels(name, task, labels)
-    _check_num_labels(head, from_config=given is not None)
+    else:
+        labels = _labels_from_records(name, task, present) if given is None else _check_same_type(name, given)
+        head = HeadLabels(name, task, labels)
+        _check_num_labels(head, from_config=given is not None)
     check_values(head, values, "training records")
     if given is not None:
         occurring = {_checked_label_key(name, label) for label in _flatten_labels(name, task, present)}
-        if absent := [label for label in labels if _label_key(label) not in occurring]:
+        if absent := [label for label in head.labels if _label_key(label) not in occurring]:
             raise ValueError(
                 f"head {name}: model.head.labels has {', '.join(map(repr, absent))}, a class absent from training: no "
                 "training record has it"
@@ -123,11 +112,10 @@ def resolve_labels(name: str, task: str, given: Sequence[object] | None, values:
     return head
 
 
-def check_values(head: HeadLabels, values: Iterable[object], source: str) -> None:
+def check_values(head: HeadLabels, values: Sequence[object], source: str) -> None:
     """Raise ValueError where a head cannot learn one of the labels of a source; None is no label."""
     wrong: Counter[str] = Counter()
-    total = 0
-    for total, value in enumerate(values, start=1):  # noqa: B007 - counted
+    for value in values:
         try:
             head.target(value)
         except ValueError as error:
@@ -135,7 +123,7 @@ def check_values(head: HeadLabels, values: Iterable[object], source: str) -> Non
     if wrong:
         message, number = wrong.most_common(1)[0]
         others = f"; {wrong.total() - number} have other wrong values" if len(wrong) > 1 else ""
-        raise ValueError(f"{source}: {message} ({number} of {total} records{others})")
+        raise ValueError(f"{source}: {message} ({number} of {len(values)} records{others})")
 
 
 def label_mean_and_std(values: Iterable[float | None]) -> tuple[float, float]:
@@ -185,11 +173,7 @@ def _flatten_labels(name: str, task: str, values: Sequence[object]) -> list[obje
 
 
 def _label_list(name: str, value: object) -> Sequence[object]:
-    """Return the labels of a record that may have several.
-
-    Raises:
-        ValueError: they are no list.
-    """
+    """Return the labels of a record that may have several; raise ValueError where they are no list."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(
             f"head {name}: multilabel needs a list of labels, got {value!r:.60}; dataset.format=labelled with "
@@ -215,22 +199,16 @@ def _check_same_type(name: str, labels: Iterable[object]) -> tuple[Label, ...]:
 
 
 def _checked_label_key(name: str, label: object) -> LabelKey:
-    """Return a label's key.
-
-    Raises:
-        ValueError: it is no label.
-    """
-    if not _is_label(label):
+    if (key := _label_key(label)) is None:
         raise ValueError(f"head {name}: a label is a text, a finite number, true or false, got {label!r:.60}")
-    return _label_key(label)
+    return key
 
 
-def _label_key(label: Label) -> LabelKey:
-    return ("truth values" if isinstance(label, bool) else "texts" if isinstance(label, str) else "numbers"), label
-
-
-def _is_label(value: object) -> TypeGuard[Label]:
-    return isinstance(value, (str, bool)) or _is_finite(value)
+def _label_key(label: object) -> LabelKey | None:
+    """Return a label's key; None for what is no label."""
+    if isinstance(label, (str, bool)):
+        return "texts" if isinstance(label, str) else "truth values", label
+    return ("numbers", label) if _is_finite(label) else None
 
 
 def _is_finite(value: object) -> TypeGuard[int | float]:
@@ -252,26 +230,23 @@ def strata(head: HeadLabels, values: Sequence[object]) -> np.ndarray:
     """
     targets = np.array([head.target(value) for value in values], dtype=np.float64).reshape(len(values), head.width)
     known = ~np.isnan(targets[:, 0])
-    numbers = np.zeros(len(values), dtype=np.int64)
+    if head.task == "pairwise":
+        return np.zeros(len(values), dtype=np.int64)
     if head.task == "multilabel":
-        numbers[:] = head.width
+        numbers = np.full(len(values), head.width)
         counts = np.nansum(targets, axis=0)
         least = max(MIN_STRATUM_SIZE, len(values) / MAX_STRATA)
         for number in np.argsort(-counts, kind="stable"):  # rarer ones later, over the others
             if counts[number] >= least:
                 numbers[targets[:, number] == 1] = number
         return _merge_small_strata(numbers, least)
-    if head.task == "pairwise":
-        return numbers
     if head.task == "regression":
         num_strata = max(min(MAX_STRATA, known.sum() // MIN_STRATUM_SIZE), 1)
         ranks = np.argsort(np.argsort(targets[known, 0], kind="stable"), kind="stable")
+        numbers = np.full(len(values), num_strata)
         numbers[known] = ranks * num_strata // max(known.sum(), 1)
-        numbers[~known] = num_strata
         return _merge_small_strata(numbers, MIN_STRATUM_SIZE)
-    numbers[known] = targets[known, 0]
-    numbers[~known] = len(head.labels)
-    return numbers
+    return np.where(known, targets[:, 0], len(head.labels)).astype(np.int64)
 
 
 def _merge_small_strata(numbers: np.ndarray, least: float) -> np.ndarray:
@@ -286,15 +261,10 @@ def split(
     strata: np.ndarray, share: float, seed: int, groups: np.ndarray | None = None, names: Sequence[object] = (),
     key: str = "dataset.eval_split",
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Hold out a share of the records, drawn with a seed: the same share of each stratum.
+    """Hold out a share of the records, drawn with a seed: the same share of each stratum, see `strata`.
 
-    Args:
-        strata: `(records,)`, see `strata`.
-        share: of the records that are held out, between 0 and 1.
-        seed: draws them.
-        groups: `(records,)`: records of a group stay together; strata are ignored then, and the share is one of groups.
-        names: of the strata: the labels.
-        key: of the share in the configuration.
+    Records of a group stay together; strata are ignored then, and the share is one of groups. Messages call strata by
+    their `names` and the share by its `key` in the configuration.
 
     Returns:
         The indices of the other records, and of those held out, both in order.
@@ -305,38 +275,34 @@ def split(
     key = f"{key}={share}"
     if not 0 < share < 1:
         raise ValueError(f"{key}: a share between 0 and 1 is needed")
-    places = np.arange(len(strata))
+    number = len(strata) if groups is None else len(np.unique(groups))
+    held_out = int(np.ceil(share * number))
+    left = number - held_out
     if groups is not None:
-        number = len(np.unique(groups))
-        if (held_out := int(np.ceil(share * number))) == number:  # also of one
+        if not left:  # also of one
             raise ValueError(f"{key}: a group stays together, and {held_out} of {number} leave none for training")
-        rest, held = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(places, groups=groups))
-        return np.sort(rest), np.sort(held)
-    if len(places) < 2:
-        raise ValueError(f"{key}: at least two records are needed, got {len(places)}")
-    _check_stratum_sizes(strata, 2, names, f"{key}: one for each side")
-    held_out = int(np.ceil(share * len(places)))
-    number = len(np.unique(strata))
-    if (smaller := min(held_out, len(places) - held_out)) < number:
-        raise ValueError(
-            f"{key} gives {held_out} of {len(places)} records, and leaves {len(places) - held_out}: {smaller} cannot "
-            f"have one of each of {number} labels (of numbers, of each part of their range)"
-        )
-    rest, held = train_test_split(places, test_size=share, random_state=seed, stratify=strata)
+        splitter = GroupShuffleSplit
+    else:
+        if number < 2:
+            raise ValueError(f"{key}: at least two records are needed, got {number}")
+        _check_stratum_sizes(strata, 2, names, f"{key}: one for each side")
+        num_strata = len(np.unique(strata))
+        if (smaller := min(held_out, left)) < num_strata:
+            raise ValueError(
+                f"{key} gives {held_out} of {number} records, and leaves {left}: {smaller} cannot have one of each of "
+                f"{num_strata} labels (of numbers, of each part of their range)"
+            )
+        splitter = StratifiedShuffleSplit
+    rest, held = next(splitter(1, test_size=held_out, random_state=seed).split(strata, strata, groups))
     return np.sort(rest), np.sort(held)
 
 
 def make_folds(
     strata: np.ndarray, number: int, seed: int, groups: np.ndarray | None = None, names: Sequence[object] = ()
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Hold out each record once, in folds drawn with a seed, each with the same share of each stratum.
+    """Hold out each record once, in folds drawn with a seed, each with the same share of each stratum, see `strata`.
 
-    Args:
-        strata: `(records,)`, see `strata`.
-        number: of folds.
-        seed: draws them.
-        groups: `(records,)`: records of a group stay together; strata are ignored then.
-        names: of the strata: the labels.
+    Records of a group stay together; strata are ignored then. Messages call strata by their `names`.
 
     Returns:
         For each fold the indices of the other records, and of those held out, both in order.
@@ -346,16 +312,16 @@ def make_folds(
     """
     if number < 2:
         raise ValueError(f"at least 2 folds are needed, got {number}")
-    places = np.arange(len(strata))
     if groups is not None:
         if (num_groups := len(np.unique(groups))) < number:
             raise ValueError(f"{number} folds: as many groups are needed, got {num_groups}; a group stays together")
-        parts = GroupKFold(number, shuffle=True, random_state=seed).split(places, groups=groups)
-        return [(np.sort(rest), np.sort(held)) for rest, held in parts]
-    if len(places) < number:
-        raise ValueError(f"{number} folds: as many records are needed, got {len(places)}")
-    _check_stratum_sizes(strata, number, names, f"{number} folds: one for each")
-    parts = StratifiedKFold(number, shuffle=True, random_state=seed).split(places, strata)
+        splitter = GroupKFold
+    else:
+        if len(strata) < number:
+            raise ValueError(f"{number} folds: as many records are needed, got {len(strata)}")
+        _check_stratum_sizes(strata, number, names, f"{number} folds: one for each")
+        splitter = StratifiedKFold
+    parts = splitter(number, shuffle=True, random_state=seed).split(strata, strata, groups)
     return [(np.sort(rest), np.sort(held)) for rest, held in parts]
 
 

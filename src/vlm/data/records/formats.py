@@ -14,16 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm.config.named import import_named
-from vlm.data.records.media import (
-    FILE_KEYS,
-    MediaPlacer,
-    first_present,
-    image_ref_from_value,
-    image_refs_from_value,
-    move_image_first,
-    video_ref_from_value,
-)
-from vlm.data.sample import PLACEHOLDER, ROLES, VIDEO_PLACEHOLDER, BadSample, ContentPart, Record, Sample, Turn
+from vlm.data.records.media import MediaPlacer, first_present, image_refs_from_value, move_image_first
+from vlm.data.sample import ROLES, BadSample, ContentPart, Record, Sample, Turn
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -56,12 +48,7 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
 
     `content` is a string, in which `<image>` stands for the images of `images` in order, or a list of
     `{"type": "text", "text"}`, `{"type": "image"}` (naming its image as `image`, `path` or `url`, else the next of
-    `images`), `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`.
-
-    Args:
-        record: the record.
-        image_folder: what paths are relative to.
-        key: the key of the messages.
+    `images`), `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`. `key` is the key of the messages.
     """
     sample_id = read_id(record)
     messages = record.get(key)
@@ -82,15 +69,10 @@ def read_caption(
     record: Record, image_folder: Path, *, image_key: str = "image", caption_key: str = "caption",
     prompt: str | list[str] | None = None,
 ) -> Sample:  # fmt: skip
-    """Read an image and its caption: `{"image", "caption"}`.
+    """Read an image and its caption: `{"image", "caption"}`, or under other keys.
 
-    Args:
-        record: the record.
-        image_folder: what paths are relative to.
-        image_key: the key of the image.
-        caption_key: the key of the caption.
-        prompt: the question after the image; of a list, each record gets one, chosen by its caption. None for no
-            question, as the template `plain` expects.
+    `prompt` is the question after the image; of a list, each record gets one, chosen by its caption; None is no
+    question, as the template `plain` expects.
     """
     sample_id = read_id(record)
     images = image_refs_from_value(record.get(image_key), image_folder, sample_id, image_key)
@@ -100,10 +82,9 @@ def read_caption(
     if isinstance(prompt, list):
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
     asked: tuple[ContentPart, ...] = (*images, f"\n{prompt}") if prompt else tuple(images)
-    return Sample(
-        sample_id, (Turn("user", asked), Turn("assistant", (caption,))), record.get("label"), read_group(record),
-        read_references(record, sample_id),
-    )  # fmt: skip
+    turns = Turn("user", asked), Turn("assistant", (caption,))
+    references = read_references(record, sample_id)
+    return Sample(sample_id, turns, record.get("label"), read_group(record), references)
 
 
 def read_question(
@@ -113,19 +94,12 @@ def read_question(
 
     Choices are listed as `A. …`, and the answer is the letter of the choice that the record gives as its index (from
     0), letter or text. Without choices, the answer is a string, or a list of people's answers, of which the most
-    common one counts. A question with a `label` needs no answer.
-
-    Args:
-        record: the record.
-        image_folder: what paths are relative to.
-        instruction: the last line of questions without choices.
-        choice_instruction: the last line of questions with choices.
+    common one counts. A question with a `label` needs no answer. `choice_instruction` is the last line of questions
+    with choices, `instruction` of those without.
     """
     sample_id = read_id(record)
     media = MediaPlacer(record, image_folder, sample_id)
     lines = [_require_string(record, "question", sample_id)]
-    answer = first_present(record, "answer", "answers")
-    has_reply = answer is not None or record.get("label") is None
     if choices := record.get("choices"):
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise BadSample(sample_id, "`choices` must be a list of strings")
@@ -133,12 +107,17 @@ def read_question(
             raise BadSample(sample_id, f"{len(choices)} choices, but there are letters for 26")
         lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
         lines.append(choice_instruction)
-        answers = [_choice_letter(record.get("answer"), choices, sample_id)] if has_reply else []
-    else:
-        lines += [instruction] if instruction else []
-        answers = [_most_common_answer(answer, sample_id)] if has_reply else []
-    asked = media.place_or_prepend("\n".join(lines))
-    sample = make_sample(record, [Turn("user", asked), *(Turn("assistant", (text,)) for text in answers)], media)
+    elif instruction:
+        lines.append(instruction)
+    turns = [Turn("user", media.place_or_prepend("\n".join(lines)))]
+    answer = first_present(record, "answer", "answers")
+    if answer is not None or record.get("label") is None:
+        if choices:
+            reply = _choice_letter(record.get("answer"), choices, sample_id)
+        else:
+            reply = Counter(_read_answers(answer, sample_id)).most_common(1)[0][0]  # the first of equally common ones
+        turns.append(Turn("assistant", (reply,)))
+    sample = make_sample(record, turns, media)
     return replace(sample, references=()) if choices else sample  # an answer is compared with the letter only
 
 
@@ -150,8 +129,7 @@ def read_head(record: Record, image_folder: Path) -> Sample:
     """
     sample_id = read_id(record, "source")
     conversation = record.get("conversations")
-    if not (isinstance(conversation, list) and len(conversation) == 2
-            and all(isinstance(text, str) for text in conversation)):  # fmt: skip
+    if not isinstance(conversation, list) or [*map(type, conversation)] != [str, str]:
         raise BadSample(sample_id, "`conversations` must be a prompt and an answer, both strings")
     media = MediaPlacer(record, image_folder, sample_id)
     prompt, answer = conversation
@@ -203,11 +181,7 @@ def read_labelled(
 
 
 def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample:
-    """Make a sample with the record's label, group and references, once all of its images are placed.
-
-    Raises:
-        BadSample: an image has no place in the text, or `answers` are no texts.
-    """
+    """Make a sample with the record's label, group and references; all of its images must be placed."""
     media.check_all_placed()
     references = read_references(record, media.sample_id)
     return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references)
@@ -219,23 +193,15 @@ def read_group(record: Record, key: str = "group") -> str | None:
 
 
 def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
-    """Read the reference answers of a record: its `answers`, or its `answer` where that is a list.
-
-    Raises:
-        BadSample: they are no texts.
-    """
-    answers = record.get("answers")
-    if answers is None and isinstance(record.get("answer"), list):
-        answers = record["answer"]
+    """Read the reference answers of a record: its `answers`, or its `answer` where that is a list."""
+    answers, answer = record.get("answers"), record.get("answer")
+    if answers is None and isinstance(answer, list):
+        answers = answer
     return () if answers is None else tuple(_read_answers(answers, sample_id))
 
 
 def read_id(record: object, *names: str) -> str:
-    """Read the name of a record: its `id`, or the value of another key; `?` where it has none.
-
-    Raises:
-        BadSample: the record is no mapping.
-    """
+    """Read the name of a record, which must be a mapping: its `id`, or the value of another key; else `?`."""
     if not isinstance(record, dict):
         raise BadSample("?", f"a mapping is needed, got {type(record).__name__}")
     name = first_present(record, "id", "question_id", "image_id", *names)
@@ -250,7 +216,11 @@ def _parse_message_content(content: object, role: str, media: MediaPlacer, where
         raise BadSample(media.sample_id, f"{where}: `content` must be a string or a list of items")
     parts: list[ContentPart] = []
     for item in content:
-        part = _parse_item(item, media, where)
+        is_text = item.get("type") == "text" and isinstance(item.get("text"), str)
+        part = item["text"] if is_text else media.read_item(item)
+        if part is None:
+            allowed = "text (with a string), image, image_url and video"
+            raise BadSample(media.sample_id, f"{where}: type={item.get('type')!r}; allowed are {allowed}")
         if not isinstance(part, str) and role != "user":
             raise BadSample(media.sample_id, f"{where}: only the user shows images, here it is the {role}")
         if isinstance(part, str) and parts and isinstance(parts[-1], str):
@@ -258,28 +228,6 @@ def _parse_message_content(content: object, role: str, media: MediaPlacer, where
         else:
             parts.append(part)
     return tuple(parts) if role == "user" else tuple(parts) or ("",)
-
-
-def _parse_item(item: Record, media: MediaPlacer, where: str) -> ContentPart:
-    """Parse an item of a message's content. None means absent, since rows of a table hold None for missing keys."""
-    kind = item.get("type")
-    if kind == "text" and isinstance(item.get("text"), str):
-        return item["text"]
-    if kind == "image_url":
-        inner = item.get("image_url")
-        return image_ref_from_value(
-            inner.get("url") if isinstance(inner, dict) else inner, media.folder, media.sample_id, kind
-        )
-    if kind in ("image", "video"):
-        file = first_present(item, *FILE_KEYS)
-        if file is None:
-            return media.next(PLACEHOLDER if kind == "image" else VIDEO_PLACEHOLDER)
-        return (image_ref_from_value if kind == "image" else video_ref_from_value)(
-            file, media.folder, media.sample_id, kind
-        )
-    raise BadSample(
-        media.sample_id, f"{where}: type={kind!r}; allowed are text (with a string), image, image_url and video"
-    )
 
 
 def _require_string(record: Record, key: str, sample_id: str) -> str:
@@ -305,11 +253,6 @@ def _choice_letter(answer: object, choices: list[str], sample_id: str) -> str:
     if isinstance(answer, str) and len(answer) == 1 and answer in letters:
         return answer
     raise BadSample(sample_id, f"answer={answer!r:.60}; it must be one of the choices, its number from 0 or its letter")
-
-
-def _most_common_answer(answer: object, sample_id: str) -> str:
-    """Return the answer, or the most common of several; the first of equally common ones."""
-    return Counter(_read_answers(answer, sample_id)).most_common(1)[0][0]
 
 
 def _read_answers(value: object, sample_id: str) -> list[str]:

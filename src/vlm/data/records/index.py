@@ -6,7 +6,8 @@ records of one file may differ in their keys.
 
 import json
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,11 +24,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class IndexedRecords:
-    """The records of a JSON or JSONL file, parsed one by one.
-
-    Args:
-        path: a file named `.json` (one list) or `.jsonl` (one record per line).
-        cache: the cache's folder.
+    """The records of a file named `.json` (one list) or `.jsonl` (one record per line), parsed one by one.
 
     Attributes:
         fingerprint: of the file's content.
@@ -37,15 +34,12 @@ class IndexedRecords:
     """
 
     def __init__(self, path: Path, cache: Path):
-        digest = content_hash(path, cache)
-        kind = "lines" if path.suffix == ".jsonl" else "list"
-        index = create_once(cache / "records" / f"{digest}.{kind}.arrow", lambda partial: write_index(path, partial))
-        self.fingerprint = digest
-        self._file = index
-        self._column = self._open_column()
+        name = f"{content_hash(path, cache)}.{'lines' if path.suffix == '.jsonl' else 'list'}.arrow"
+        self._open(create_once(cache / "records" / name, lambda partial: write_index(path, partial)))
 
-    def _open_column(self) -> pa.ChunkedArray:
-        return pa.ipc.open_file(pa.memory_map(str(self._file))).read_all().column("record")
+    def _open(self, file: Path) -> None:
+        self._file, self.fingerprint = file, file.name.partition(".")[0]
+        self._column: pa.ChunkedArray = pa.ipc.open_file(pa.memory_map(str(file))).read_all().column("record")
 
     def __len__(self) -> int:
         return len(self._column)
@@ -63,9 +57,7 @@ class IndexedRecords:
 
     def __setstate__(self, file: Path) -> None:
         """Map the file again, in another process."""
-        self._file = file
-        self.fingerprint = file.name.partition(".")[0]
-        self._column = self._open_column()
+        self._open(file)
 
 
 def write_index(source: Path, target: Path) -> None:
@@ -78,8 +70,8 @@ def write_index(source: Path, target: Path) -> None:
         raise ValueError(f"{source}: the file is empty")
     with source.open("rb") as file, pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         records = _iter_jsonl_lines(file) if source.suffix == ".jsonl" else _iter_list_items(file, source)
-        for part in _batch_records(records):
-            writer.write_batch(pa.record_batch([_to_binary_column(part)], schema=SCHEMA))
+        while batch := list(islice(records, RECORDS_PER_BATCH)):
+            writer.write_batch(pa.record_batch([_to_binary_column(batch)], schema=SCHEMA))
 
 
 def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
@@ -90,21 +82,11 @@ def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(records), buffers)
 
 
-def _batch_records(records: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
-    batch: list[bytes | memoryview] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == RECORDS_PER_BATCH:
-            yield batch
-            batch = []
-    yield batch
-
-
-def _iter_jsonl_lines(file: Iterable[bytes]) -> Iterator[bytes]:
+def _iter_jsonl_lines(file: BinaryIO) -> Iterator[bytes]:
     """Iterate over the lines of a JSONL file that are not empty."""
-    for number, line in enumerate(file):
-        if content := line.removeprefix(BYTE_ORDER_MARK if number == 0 else b"").strip():
-            yield content
+    if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+        file.seek(0)
+    return filter(None, map(bytes.strip, file))
 
 
 def _iter_list_items(file: BinaryIO, source: Path) -> Iterator[memoryview | bytes]:

@@ -6,12 +6,13 @@ Imports the in-memory form and the standard library only, since configurations a
 import base64
 import binascii
 import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Record, VideoRef
 
+PLACEHOLDER_PATTERN = re.compile(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
 FILE_KEYS = ("path", "url", "image", "video", "file")
 """Keys under which an item of a message names its file, besides its own type."""
 
@@ -27,33 +28,26 @@ def image_refs_from_value(value: object, folder: Path, sample_id: str, key: str 
     return [image_ref_from_value(item, folder, sample_id, key) for item in _as_list(value, sample_id, key)]
 
 
-def video_refs_from_value(value: object, folder: Path, sample_id: str, key: str = "video") -> list[VideoRef]:
-    """Read the videos that a record names, as paths within `folder`: none, one or a list.
-
-    Raises:
-        BadSample: a value is no path, or its file does not exist or is outside the folder.
-    """
-    return [video_ref_from_value(item, folder, sample_id, key) for item in _as_list(value, sample_id, key)]
-
-
 def image_ref_from_value(value: object, folder: Path, sample_id: str, key: str = "image") -> ImageRef:
     """Read one image, see `image_refs_from_value`."""
     if isinstance(value, dict):
-        content, name = value.get("bytes"), value.get("path")
+        content, value = value.get("bytes"), value.get("path")
         if isinstance(content, bytes):
-            return ImageRef(Path(name) if isinstance(name, str) else None, content)
-        value = name
+            return ImageRef(Path(value) if isinstance(value, str) else None, content)
     if not isinstance(value, str):
-        raise BadSample(
-            sample_id, f"`{key}` must be a path, a list of paths, or hold the bytes of an image, got {value!r:.60}"
-        )
+        needed = f"`{key}` must be a path, a list of paths, or hold the bytes of an image"
+        raise BadSample(sample_id, f"{needed}, got {value!r:.60}")
     if value.startswith("data:image/"):
         return ImageRef(None, _decode_data_url(value, sample_id))
     return ImageRef(resolve_media_file(value, folder, sample_id))
 
 
 def video_ref_from_value(value: object, folder: Path, sample_id: str, key: str = "video") -> VideoRef:
-    """Read one video, see `video_refs_from_value`."""
+    """Read one video, a path within `folder`.
+
+    Raises:
+        BadSample: the value is no path, or its file does not exist or is outside the folder.
+    """
     if isinstance(value, dict):
         value = value.get("path")
     if not isinstance(value, str):
@@ -98,23 +92,18 @@ def _decode_data_url(address: str, sample_id: str) -> bytes:
 
 
 class MediaPlacer:
-    """Puts the images and videos that a record lists in the places of the placeholders in its text, in order.
+    """Puts a record's images and videos in the places of the placeholders in its text, in order.
 
-    Args:
-        record: the record, with `image` or `images`, `video` or `videos`.
-        folder: what paths are relative to.
-        sample_id: the name of the record in error messages.
+    They are listed as `image` or `images`, `video` or `videos`.
     """
 
     def __init__(self, record: Record, folder: Path, sample_id: str):
         self.folder, self.sample_id = folder, sample_id
         images = image_refs_from_value(first_present(record, "image", "images"), folder, sample_id)
-        videos = video_refs_from_value(first_present(record, "video", "videos"), folder, sample_id)
-        self.number = len(images) + len(videos)
-        self.unplaced: dict[str, Iterator[ImageRef | VideoRef]] = {
-            PLACEHOLDER: iter(images),
-            VIDEO_PLACEHOLDER: iter(videos),
-        }
+        listed = _as_list(first_present(record, "video", "videos"), sample_id, "video")
+        videos = [video_ref_from_value(item, folder, sample_id) for item in listed]
+        self.has_media = bool(images or videos)
+        self.unplaced = {PLACEHOLDER: iter(images), VIDEO_PLACEHOLDER: iter(videos)}
 
     def next(self, placeholder: str) -> ImageRef | VideoRef:
         """Return the next image or video.
@@ -128,25 +117,38 @@ class MediaPlacer:
             raise BadSample(self.sample_id, f"more {placeholder} in its text than {kind}")
         return ref
 
+    def read_item(self, item: Record) -> ImageRef | VideoRef | None:
+        """Return the image or video that an item of a message names, else the next one; None for items of other types.
+
+        A value of None means absent, since rows of a table hold None for missing keys.
+        """
+        kind = item.get("type")
+        if kind == "image_url":
+            file = item.get(kind)
+            file = file.get("url") if isinstance(file, dict) else file
+        elif kind in ("image", "video"):
+            file = first_present(item, *FILE_KEYS)
+            if file is None:
+                return self.next(PLACEHOLDER if kind == "image" else VIDEO_PLACEHOLDER)
+        else:
+            return None
+        read = video_ref_from_value if kind == "video" else image_ref_from_value
+        return read(file, self.folder, self.sample_id, kind)
+
     def rest(self) -> tuple[ImageRef | VideoRef, ...]:
         """Return all that are not placed yet: videos first, as they are longer."""
         return (*self.unplaced[VIDEO_PLACEHOLDER], *self.unplaced[PLACEHOLDER])
 
     def within(self, text: str) -> tuple[ContentPart, ...]:
         """Return a text with its placeholders replaced by images and videos."""
-        content: list[ContentPart] = []
-        for number, piece in enumerate(text.split(PLACEHOLDER)):
-            content += [self.next(PLACEHOLDER)] if number else []
-            for place, plain_text in enumerate(piece.split(VIDEO_PLACEHOLDER)):
-                content += [self.next(VIDEO_PLACEHOLDER)] if place else []
-                content += [plain_text] if plain_text else []
-        return tuple(content)
+        pieces = filter(None, PLACEHOLDER_PATTERN.split(text))
+        return tuple(self.next(piece) if piece in self.unplaced else piece for piece in pieces)
 
     def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
         """Return a question with its placeholders replaced; without any, all images and videos come first."""
-        if PLACEHOLDER in text or VIDEO_PLACEHOLDER in text:
+        if PLACEHOLDER_PATTERN.search(text):
             return self.within(move_image_first(text))
-        return (*self.rest(), f"\n{text}" if self.number else text)
+        return (*self.rest(), f"\n{text}" if self.has_media else text)
 
     def check_all_placed(self) -> None:
         """Raise BadSample where an image or video has no place in the text."""
@@ -156,10 +158,9 @@ class MediaPlacer:
 
 def move_image_first(text: str) -> str:
     """Move the only image placeholder of a turn to its start, as LLaVA does."""
-    texts = text.split(PLACEHOLDER)
-    if len(texts) != 2:
+    if text.count(PLACEHOLDER) != 1:
         return text
-    question = "".join(texts).strip()
+    question = text.replace(PLACEHOLDER, "").strip()
     return f"{PLACEHOLDER}\n{question}" if question else PLACEHOLDER
 
 

@@ -8,7 +8,8 @@ import os
 import random
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -54,14 +55,10 @@ class HubTableRecords:
 
 
 def open_records(path: str, cache: Path, *, split: str = "train", subset: str | None = None) -> Records:
-    """Open the records of a file, a folder or a data set on the Hub.
+    """Open the records of a file, a folder or a data set on the Hub, by its split and subset where it has several.
 
-    Args:
-        path: `.json`, `.jsonl`, `.parquet`, `.csv`, `.tsv`, `.arrow`; a folder that `datasets` wrote, or one of Parquet
-            files and the like; or `hf://owner/name[@revision]`.
-        cache: the cache's folder.
-        split: of a data set that has several.
-        subset: of a data set on the Hub that has several.
+    The path ends in `.json`, `.jsonl`, `.parquet`, `.csv`, `.tsv` or `.arrow`; is a folder that `datasets` wrote, or
+    one of Parquet files and the like; or `hf://owner/name[@revision]`.
 
     Raises:
         ValueError: the path is none of these, or does not open.
@@ -81,41 +78,40 @@ def stream_records(
 ) -> Iterator[object]:  # fmt: skip
     """Iterate over the records of a file, a folder or a data set, or over one shard of them.
 
-    A record that cannot be read is yielded as a `BadSample` with the reason.
-
-    Args:
-        path: as `open_records` takes it, or tar shards: `shards/{000..127}.tar`, a folder of them, or a command
-            `pipe:…` that writes one.
-        cache: the cache's folder.
-        split: of a data set that has several.
-        subset: of a data set on the Hub that has several.
-        shard: the index of the shard, from 0.
-        num_shards: the number of shards; they consist of whole files where there are enough files.
-        seed: shuffles the order of files; None keeps it.
+    A record that cannot be read is yielded as a `BadSample` with the reason. The path is as `open_records` takes it, or
+    names tar shards: `shards/{000..127}.tar`, a folder of them, or a command `pipe:…` that writes one. Shards of the
+    records consist of whole files where there are enough files, whose order a seed shuffles.
 
     Raises:
         ValueError: the path is none of these, or does not open.
     """
-    if Path(path).suffix != ".tar" and Path(path).is_file():
+    suffix = Path(path).suffix
+    if suffix != ".tar" and Path(path).is_file():
         check_not_empty(Path(path))
     if is_tar_path(path):
-        urls = shuffle_items(expand_shard_urls(path), seed)
-        has_enough = len(urls) >= num_shards
-        samples = read_tar_records(urls[shard::num_shards] if has_enough else urls)
-        yield from samples if has_enough else shard_items(samples, shard, num_shards)
-    elif Path(path).suffix == ".jsonl":
+        yield from _read_shard(expand_shard_urls(path), read_tar_records, shard, num_shards, seed)
+    elif suffix == ".jsonl":
         with Path(path).open("rb") as file:
-            lines = (line for line in shard_items(file, shard, num_shards) if line.strip())
+            lines = (line for line in islice(file, shard, None, num_shards) if line.strip())
             yield from (value_or_bad_sample(parse_record, line) for line in lines)
-    elif Path(path).suffix == ".json":
+    elif suffix == ".json":
         records = IndexedRecords(Path(path), cache)
         yield from (value_or_bad_sample(records.__getitem__, index) for index in range(shard, len(records), num_shards))
     else:
         dataset = _load_hf_dataset(path, cache, split, subset, streaming=True)
-        files = shuffle_items(list(range(dataset.num_shards)), seed)
-        has_enough = len(files) >= num_shards
-        rows = stream_table_rows(dataset, files[shard::num_shards] if has_enough else files)
-        yield from rows if has_enough else shard_items(rows, shard, num_shards)
+        files = range(dataset.num_shards)
+        yield from _read_shard(files, partial(stream_table_rows, dataset), shard, num_shards, seed)
+
+
+def _read_shard(
+    files: Sequence[T], read: Callable[[Sequence[T]], Iterator[object]], shard: int, num_shards: int, seed: int | None
+) -> Iterator[object]:
+    """Read the records of a shard: of some of the files where there are enough of them, else some records of all."""
+    if seed is not None:
+        files = random.Random(seed).sample(files, len(files))
+    if len(files) >= num_shards:
+        return read(files[shard::num_shards])
+    return islice(read(files), shard, None, num_shards)
 
 
 def stream_table_rows(dataset: "datasets.IterableDataset", files: Sequence[int]) -> Iterator[Record]:
@@ -172,7 +168,7 @@ def _tar_record(sample: Record) -> Record:
     images = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_natural_sort_key)]
     if images:
         record = {key: value for key, value in record.items() if key not in ("image", "images")}
-        record["images" if len(images) > 1 else "image"] = images if len(images) > 1 else images[0]
+        record |= {"images": images} if len(images) > 1 else {"image": images[0]}
     return {"id": name, **record}
 
 
@@ -187,16 +183,6 @@ def value_or_bad_sample(read: Callable[[Item], T], item: Item) -> T | BadSample:
         return read(item)
     except BadSample as error:
         return error
-
-
-def shard_items(items: Iterable[T], shard: int, num_shards: int) -> Iterator[T]:
-    """Iterate over every `num_shards`-th item, starting with the item at index `shard`."""
-    return islice(items, shard, None, num_shards)
-
-
-def shuffle_items(items: list[T], seed: int | None) -> list[T]:
-    """Return the items in a random order; in their own where the seed is None."""
-    return items if seed is None else random.Random(seed).sample(items, len(items))
 
 
 def check_not_empty(path: Path) -> None:

@@ -14,9 +14,7 @@ RECORD_SUFFIXES = (".json", ".jsonl", *TABLE_BUILDERS, ".tar")
 
 def is_tar_path(path: str) -> bool:
     """Return whether a path names tar shards, which are read in sequence."""
-    return (
-        path.startswith(PIPE_PREFIX) or path.endswith(".tar") or (Path(path).is_dir() and any(Path(path).glob("*.tar")))
-    )
+    return path.startswith(PIPE_PREFIX) or path.endswith(".tar") or any(Path(path).glob("*.tar"))
 
 
 def path_problem(path: str) -> str | None:

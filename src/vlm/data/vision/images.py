@@ -1,4 +1,4 @@
-"""Opening images: files, bytes and frames of videos, with errors that name the record and the file."""
+"""Opening images: files, bytes and frames of videos. One that does not open is a `BadSample`, which names the file."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -7,21 +7,14 @@ from io import BytesIO
 from itertools import groupby
 
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import DecompressionBombError, DecompressionBombWarning
 from torch import Tensor
 
 from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.data.vision.video import DecodedVideo, open_video, read_frames
 
-IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    Image.DecompressionBombError,
-)
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, RuntimeError, DecompressionBombError)
 """What Pillow raises for files that are no images, or are truncated."""
 
 ROTATED = (5, 6, 7, 8)
@@ -32,20 +25,15 @@ Medium = Image.Image | Tensor | DecodedVideo
 
 
 def open_media(sample: Sample) -> list[Image.Image | DecodedVideo]:
-    """Decode the images and videos of a sample, in order; frames of a video in one pass over it.
-
-    Raises:
-        BadSample: an image or video does not open.
-    """
+    """Decode the images and videos of a sample, in order; frames of a video in one pass over it."""
     opened: list[Image.Image | DecodedVideo] = []
+    name = sample.id
     for video, refs in groupby(sample.media, lambda ref: ref.path if _is_video_frame(ref) else None):
-        if video is not None:
-            frames = [ref.frame for ref in refs if isinstance(ref, ImageRef) and ref.frame is not None]
-            opened += read_frames(video, frames, sample.id)
+        if video is None:
+            opened += [open_video(ref, name) if isinstance(ref, VideoRef) else open_image(ref, name) for ref in refs]
         else:
-            opened += [
-                open_video(ref, sample.id) if isinstance(ref, VideoRef) else open_image(ref, sample.id) for ref in refs
-            ]
+            frames = [ref.frame for ref in refs if isinstance(ref, ImageRef) and ref.frame is not None]
+            opened += read_frames(video, frames, name)
     return opened
 
 
@@ -57,25 +45,16 @@ def read_media_sizes(sample: Sample, processor: Processor) -> list[MediaSize]:
     """Read the sizes of a sample's images and videos from their headers; empty where the processor needs none.
 
     Frames of videos are decoded only where the processor needs their sizes.
-
-    Raises:
-        BadSample: a file is no image.
     """
     media = sample.media
     if not processor.needs_image_sizes:
         return []
     if not processor.pools_video_frames and any(map(_is_video_frame, media)):
         return media_sizes_from_opened(media, open_media(sample), processor)
-    sizes: list[MediaSize] = []
-    for ref in media:
-        if isinstance(ref, VideoRef):
-            sizes.append(ref.clip)
-        elif ref.frame is not None:
-            sizes.append(None)
-        else:
-            width, height = read_image_size(ref, sample.id)
-            sizes.append((height, width))
-    return sizes
+    return [
+        ref.clip if isinstance(ref, VideoRef) else None if _is_video_frame(ref) else _read_upright_size(ref, sample.id)
+        for ref in media
+    ]
 
 
 def media_sizes_from_opened(
@@ -92,11 +71,7 @@ def media_sizes_from_opened(
 
 
 def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
-    """Decode an image; the first frame of an animated one.
-
-    Raises:
-        BadSample: the image does not open; names the record and the file.
-    """
+    """Decode an image; the first frame of an animated one."""
     if image_ref.frame is not None:
         assert image_ref.path is not None
         return read_frames(image_ref.path, [image_ref.frame], sample_id)[0]
@@ -106,14 +81,14 @@ def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
 
 
 def read_image_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
-    """Read the upright width and height of an image from its header.
+    """Read the upright width and height of an image from its header."""
+    height, width = _read_upright_size(image_ref, sample_id)
+    return width, height
 
-    Raises:
-        BadSample: the file is no image.
-    """
+
+def _read_upright_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
     with wrap_image_errors(image_ref, sample_id), Image.open(_image_source(image_ref)) as image:
-        height, width = upright_size(image)
-        return width, height
+        return upright_size(image)
 
 
 def upright_size(image: Image.Image | Tensor) -> tuple[int, int]:
@@ -134,25 +109,21 @@ def wrap_image_errors(image_ref: ImageRef, sample_id: str) -> Iterator[None]:
     """Turn Pillow's errors into `BadSample`, and silence its warning about decompression bombs."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", DecompressionBombWarning)
             yield
     except IMAGE_ERRORS as error:
-        reason = str(error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = _describe_non_image(image_ref) or reason
+        reason = _describe_non_image(image_ref) if isinstance(error, UnidentifiedImageError) else None
         name = None if image_ref.path is None else str(image_ref.path)
-        raise BadSample(sample_id, f"image {image_ref} does not open: {reason}", name) from error
+        raise BadSample(sample_id, f"image {image_ref} does not open: {reason or error}", name) from error
 
 
 def _describe_non_image(image_ref: ImageRef) -> str | None:
     """Describe a file that is no image, where it is empty or text."""
-    if image_ref.content is not None:
-        head = image_ref.content[:64]
-    else:
-        with open(str(image_ref.path), "rb") as file:
-            head = file.read(64)
+    source = _image_source(image_ref)
+    with open(source, "rb") if isinstance(source, str) else source as file:
+        head = file.read(64)
     if not head:
         return "the file is empty"
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip().startswith(b"<"):
         return f"it is text that begins with {head.lstrip()[:14].decode(errors='replace')!r}, not an image"
     return None

@@ -16,22 +16,14 @@ JPEG = b"\xff\xd8\xff"
 
 
 def decode_sample_images(sample: Sample, processor: Processor) -> Sequence[Medium]:
-    """Decode a sample's images and videos; JPEGs as tensors where the processor accepts them, which is faster.
-
-    Raises:
-        BadSample: an image or video does not open.
-    """
+    """Decode a sample's images and videos; JPEGs as tensors where the processor accepts them, which is faster."""
     if not processor.accepts_tensors or any(image_ref.frame is not None for image_ref in sample.images):
         return open_media(sample)
     return [read_image_or_tensor(image_ref, sample.id) for image_ref in sample.images]
 
 
 def read_image_or_tensor(image_ref: ImageRef, sample_id: str) -> Tensor | Image.Image:
-    """Decode a plain JPEG as uint8 `(3, height, width)`, with the same values as Pillow; any other file with Pillow.
-
-    Raises:
-        BadSample: the image does not open.
-    """
+    """Decode a plain JPEG as uint8 `(3, height, width)`, with the same values as Pillow; any other file with Pillow."""
     with wrap_image_errors(image_ref, sample_id):
         assert image_ref.path is not None or image_ref.content is not None
         content = image_ref.path.read_bytes() if image_ref.content is None else image_ref.content

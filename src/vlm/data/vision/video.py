@@ -1,12 +1,12 @@
 """Frames of videos, evenly spread over the file and decoded in one pass: as images, or as clips.
 
-Reads files with PyAV, which the extra `video` installs.
+Reads files with PyAV, which the extra `video` installs. A file that is no video or does not decode is a `BadSample`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -26,26 +26,15 @@ class DecodedVideo:
 
 
 def sample_frame_refs(path: Path, max_frames: int, sample_id: str) -> tuple[ImageRef, ...]:
-    """Choose up to `max_frames` frames of a video, evenly spread: the middle of each of as many equal sections.
-
-    Raises:
-        BadSample: the file is no video.
-    """
+    """Choose up to `max_frames` frames of a video, evenly spread: the middle of each of as many equal sections."""
     number = num_frames(path, sample_id)
     return tuple(ImageRef(path, frame=frame) for frame in spread_frames(number, min(max_frames, number)))
 
 
 def sample_clip(path: Path, max_frames: int, sample_id: str, *, min_frames: int = 1) -> Clip:
-    """Choose up to `max_frames` frames of a video, spread as in `sample_frame_refs`, without decoding any.
+    """Choose at least `min_frames` and up to `max_frames` frames of a video, spread as in `sample_frame_refs`.
 
-    Args:
-        path: the file.
-        max_frames: the most frames to choose.
-        sample_id: the record's.
-        min_frames: the fewest frames to choose; those of a shorter video are repeated.
-
-    Raises:
-        BadSample: the file is no video.
+    None is decoded; frames of a video that has fewer than `min_frames` are repeated.
     """
     number, size, fps = _probe_video(path, sample_id)
     if not all(size):
@@ -59,11 +48,7 @@ def spread_frames(number: int, num_kept: int) -> tuple[int, ...]:
 
 
 def open_video(video: VideoRef, sample_id: str) -> DecodedVideo:
-    """Decode the clip of a video; frames of another size than the file states are resized.
-
-    Raises:
-        BadSample: the file does not decode.
-    """
+    """Decode the clip of a video; frames of another size than the file states are resized."""
     clip = video.clip
     assert clip is not None
     size = (clip.width, clip.height)
@@ -75,52 +60,38 @@ def num_frames(path: Path, sample_id: str) -> int:
     """Count the frames of a video file by its packets, since headers may be wrong, without decoding them.
 
     Packets before the start of a video that was cut without encoding it again are not counted.
-
-    Raises:
-        BadSample: the file is no video, or has no frame.
     """
     return _probe_video(path, sample_id)[0]
 
 
 def _probe_video(path: Path, sample_id: str) -> tuple[int, tuple[int, int], float]:
     """Return the number of frames of a video file, their height and width, and the frames per second."""
-    av = _import_av(path)
-    with _open_container(path, sample_id) as container:
+    with _open_container(path, sample_id, "read on") as container:
         stream = container.streams.video[0]
         size, fps = (stream.codec_context.height, stream.codec_context.width), float(stream.average_rate or DEFAULT_FPS)
-        try:
-            number = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-        except av.FFmpegError as error:
-            raise BadSample(sample_id, f"video {path} does not read on: {error}", str(path)) from error
+        number = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
     if not number:
         raise BadSample(sample_id, f"video {path} has no frame", str(path))
     return number, size, fps
 
 
 def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image.Image]:
-    """Decode the frames at these indices, in the order given.
-
-    Raises:
-        BadSample: the file does not decode up to the last of them.
-    """
-    av = _import_av(path)
+    """Decode the frames at these indices, in the order given."""
     wanted, images = set(frames), {}
-    with _open_container(path, sample_id) as container:
-        try:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
-                    images[number] = frame.to_image()
-                if len(images) == len(wanted):
-                    break
-        except av.FFmpegError as error:
-            raise BadSample(sample_id, f"video {path} does not decode: {error}", str(path)) from error
+    with _open_container(path, sample_id, "decode") as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                images[number] = frame.to_image()
+            if len(images) == len(wanted):
+                break
     if missing := sorted(wanted - images.keys()):
         raise BadSample(sample_id, f"video {path} ends before frame {missing[0]}", str(path))
     return [images[number] for number in frames]
 
 
-def _import_av(path: Path) -> ModuleType:  # PyAV is optional, and declares no types of its streams
-    """Import PyAV.
+@contextmanager
+def _open_container(path: Path, sample_id: str, step: str) -> Iterator[Any]:  # PyAV declares no types of its streams
+    """Open a file that has a video stream; where a further step fails with an error of PyAV's, `step` names it.
 
     Raises:
         ValueError: PyAV is not installed.
@@ -129,16 +100,12 @@ def _import_av(path: Path) -> ModuleType:  # PyAV is optional, and declares no t
         import av
     except ImportError as error:
         raise ValueError(f"{path} is a video; reading one needs PyAV: pip install small-vlm[video]") from error
-    return av
-
-
-def _open_container(path: Path, sample_id: str) -> Any:
-    """Open a file that has a video stream."""
-    av = _import_av(path)
+    action = "open"
     try:
-        container = av.open(str(path), metadata_errors="replace")  # titles may be in any encoding
+        with av.open(str(path), metadata_errors="replace") as container:  # titles may be in any encoding
+            if not container.streams.video:
+                raise BadSample(sample_id, f"{path} holds no video", str(path))
+            action = step
+            yield container
     except (av.FFmpegError, OSError) as error:
-        raise BadSample(sample_id, f"video {path} does not open: {error}", str(path)) from error
-    if not container.streams.video:
-        raise BadSample(sample_id, f"{path} holds no video", str(path))
-    return container
+        raise BadSample(sample_id, f"video {path} does not {action}: {error}", str(path)) from error
