@@ -20,8 +20,8 @@ from vlm.data.feature_cache.heads import HeadFeatureDataset, collate_features
 from vlm.data.feature_cache.store import FEATURES_FILE, LOCK_FILE, PARTIAL_SUFFIX
 from vlm.data.heads.dataset import BlankHeadDataset
 from vlm.models import VLMForPrediction
+from vlm.train.feature_cache import heads
 from vlm.train.feature_cache.heads import HeadFeatureWriter
-from vlm.train.heads import reader
 
 ROWS = f"features/*/*/{FEATURES_FILE}"
 
@@ -183,7 +183,7 @@ def test_it_is_read_through_memory_maps(start: Callable[..., Path], tmp_path: Pa
             super().__init__(*arguments)
             datasets.append(self)
 
-    monkeypatch.setattr(reader, "HeadFeatureDataset", RecordedDataset)
+    monkeypatch.setattr(heads, "HeadFeatureDataset", RecordedDataset)
     start(tmp_path, "model.head.pooling=attention")
     assert datasets
     for dataset in datasets:

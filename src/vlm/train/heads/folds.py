@@ -35,7 +35,7 @@ def predict_out_of_fold(
         objective: the run's objective.
         run: the run.
         folds: what trains and what is held out, for each fold.
-        read: makes a trainer's data set of samples, see `reader.make_feature_reader`.
+        read: makes a trainer's data set of samples, see `feature_cache.heads.make_feature_reader`.
     """
     model = run.model
     assert is_prediction_model(model)
