@@ -8,7 +8,7 @@ its place.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final, cast
 
 import numpy as np
@@ -34,12 +34,8 @@ DRAW_WHILE_FITS = 3.0
 def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[int]]:
     """Pack samples into few groups of at most `capacity` tokens: the indices of each group's samples.
 
-    A group takes samples in random order until few more fit, then the one or two that leave the least room.
-
-    Args:
-        lengths: number of tokens of each sample.
-        capacity: the most tokens of a group.
-        seed: determines the random order.
+    A group takes samples in random order, which `seed` determines, until few more fit, then the one or two that leave
+    the least room. Lengths are numbers of tokens.
 
     Raises:
         ValueError: a sample is longer than `capacity`.
@@ -66,12 +62,7 @@ def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[in
 
 
 class _UnpackedSamples:
-    """Samples that are in no pack yet.
-
-    Args:
-        lengths: `(samples,)`.
-        generator: draws their random order.
-    """
+    """Samples that are in no pack yet."""
 
     def __init__(self, lengths: np.ndarray, generator: np.random.Generator):
         self.mean = float(lengths.mean()) if len(lengths) else 0.0
@@ -122,7 +113,7 @@ class PackSampler(EpochSampler[list[int]]):
     Args:
         lengths: number of tokens of each sample.
         capacity: the most tokens of a pack.
-        seed: determines the order, together with the epoch.
+        seed: see `EpochSampler`.
         rank: of this process.
         world_size: number of ranks.
 
@@ -186,15 +177,15 @@ def resolve_pack_capacity(max_tokens: int | None, batch_size: int, lengths: Leng
     return max_tokens or max(round(batch_size * float(array.mean())), int(array.max()), longest)
 
 
+@dataclass
 class PackingCollator:
     """Concatenates samples in a single row, and tells attention where each starts.
 
-    Args:
+    Attributes:
         collate: collates the inputs of images, and adds the dummies that a batch needs.
     """
 
-    def __init__(self, collate: Collator):
-        self.collate = collate
+    collate: Collator
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
         """Collate samples: `input_ids`, `labels` and `position_ids` `(1, tokens)`, and where samples start.
