@@ -68,7 +68,7 @@ def files(cache: Path) -> set[str]:
 @pytest.mark.parametrize(
     "words",
     [[], ["model.head.pooling=attention", "model.head.options.dropout=0.3"], ["model.head.pooling=alltoken"],
-     ["model.head.pooling=image", "model.head.layer=1", "trainer.bf16=true"]],
+     ["model.head.pooling=image", "model.head.layer=1", "trainer.bf16=true", "trainer.dataloader_num_workers=1"]],
     ids=["last", "attention", "alltoken", "bf16"],
 )  # fmt: skip
 def test_what_is_kept_trains_as_what_is_computed(start: Callable[..., Path], tmp_path: Path, words: list[str]):

@@ -68,10 +68,10 @@ class Collator:
         left: bool = False, with_stats: bool = False, deduplicate: Sequence[str] = (),
     ) -> "Collator":  # fmt: skip
         """Make a collator for the inputs of a processor."""
-        pad_token_id, rows = cast(int, processor.tokenizer.pad_token_id), processor.per_sample_inputs
         return cls(
-            pad_token_id, dummy, video_dummy=video_dummy, rows=rows, tokens=processor.per_token_inputs, left=left,
-            with_stats=with_stats, deduplicate=deduplicate,
+            cast(int, processor.tokenizer.pad_token_id), dummy, video_dummy=video_dummy,
+            rows=processor.per_sample_inputs, tokens=processor.per_token_inputs, left=left, with_stats=with_stats,
+            deduplicate=deduplicate,
         )  # fmt: skip
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:

@@ -59,7 +59,7 @@ def _group_by_length(lengths: Sequence[int], batch: int, generator: torch.Genera
 
 
 class ModalityLengthSampler(EpochSampler[int]):
-    """Iterates in the order of `group_by_modality_and_length`, and takes the same arguments."""
+    """Iterates in the order of `group_by_modality_and_length`, which has the same arguments, save for the seed."""
 
     def __init__(self, lengths: Sequence[int], num_images: Sequence[int], batch: int, seed: int):
         super().__init__(seed)

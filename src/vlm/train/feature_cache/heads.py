@@ -45,11 +45,7 @@ def make_feature_reader(
 ) -> Callable[[HeadDataset], HeadFeatureDataset]:
     """Return what gives the features of samples; all of the records are computed now, blank images when asked for.
 
-    Args:
-        run: the run, whose model has a frozen body.
-        config: cache, and what happens with records that cannot be used.
-        datasets: all records of the run, before any are held out.
-        collate: makes batches for the body.
+    The data sets have all records of the run, before any are held out; `collate` makes batches for the body.
     """
     model, args = run.model, run.args
     assert is_prediction_model(model)

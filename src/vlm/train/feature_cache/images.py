@@ -97,6 +97,12 @@ def replace_images_with_features(
     return tuple(None if dataset is None else CachedFeatureDataset(dataset, writer.packs) for dataset in datasets)
 
 
+def refuse_unless_skipped(config: DatasetConfig, skipped: list[Skipped], num_samples: int) -> None:
+    """Raise ValueError at a record that cannot be used where `dataset.on_bad_sample` is `error`."""
+    if skipped and config.on_bad_sample == "error":
+        raise skipped[0].as_error()
+
+
 class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
     """Finds the features of a run's images in the cache, and has the other images encoded.
 
@@ -110,7 +116,7 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
 
     def __init__(self, encoder: FrozenVisualEncoder, sources: Sequence[Source], config: DatasetConfig):
         self.encoder, self.processor, self.args = encoder, encoder.processor, encoder.args
-        self.sources, self.config, self.on_skipped = sources, config, self._refuse_unless_skipped
+        self.sources, self.on_skipped = sources, partial(refuse_unless_skipped, config)
         self.format = broadcast_from_rank0(encoder.format())  # its machine's pages
         digest = broadcast_from_rank0(encoder.digest() if self.args.process_index == 0 else "")
         folder = resolve_cache_folder(config.cache_dir) / "image_features" / digest
@@ -118,11 +124,6 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
         self.store = FeatureStore(folder, config.cache_limit_gb, content, ADVICE)
         self.dummy = BLANK_SIZE, FRAME_VIEW if self.processor.pools_video_frames else SQUARE_VIEW
         self.packs: list[Pack] = []
-
-    def _refuse_unless_skipped(self, skipped: list[Skipped], num_samples: int) -> None:
-        """Raise ValueError at the first record where `dataset.on_bad_sample` is `error`."""
-        if skipped and self.config.on_bad_sample == "error":
-            raise skipped[0].as_error()
 
     def find_image_requests(self, datasets: Sequence[SampleDataset]) -> Requests:
         """Return the distinct images of datasets, and the dummy image; records that cannot be used are left out."""

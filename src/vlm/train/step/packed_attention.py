@@ -49,9 +49,9 @@ def packed_attention(
     outputs = []
     lengths = cu_seq_lens_q.diff().tolist()
     samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    for states in samples:  # out of a split, whose gradient is one concatenation
-        mask = _sliding_window_mask(states[0].shape[2], sliding_window, query)
-        output, _ = sdpa_attention_forward(module, *states, mask, dropout=dropout, scaling=scaling, is_causal=True)
+    for q, k, v in samples:  # out of a split, whose gradient is one concatenation
+        mask = _sliding_window_mask(q.shape[2], sliding_window, query)
+        output, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=True)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
 
