@@ -67,7 +67,8 @@ class _UnpackedSamples:
     def __init__(self, lengths: np.ndarray, generator: np.random.Generator):
         self.mean = float(lengths.mean()) if len(lengths) else 0.0
         self.lengths = lengths.tolist()
-        self.unpacked = OrderedDict.fromkeys(generator.permutation(len(lengths)).tolist())  # first and last are quick
+        # its first key is found at once, however many were deleted before it
+        self.unpacked = OrderedDict.fromkeys(generator.permutation(len(lengths)).tolist())
         self.counts = np.bincount(lengths)
         self.present = np.flatnonzero(self.counts)
         self.indices_by_length: dict[int, list[int]] = {int(length): [] for length in self.present}
