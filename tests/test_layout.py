@@ -72,7 +72,6 @@ TESTED_ELSEWHERE = {
     "train/feature_cache/encoder.py": "train/feature_cache/test_images.py",
     "train/feature_cache/fingerprints.py": "train/feature_cache/test_images.py",
     "train/heads/data.py": "train/heads/test_training.py",
-    "train/heads/folds.py": "train/heads/test_training.py",
     "train/heads/report.py": "train/objectives/test_prediction.py",
     "train/monitor/callbacks.py": "train/test_sample_generation.py",
     "train/monitor/peak_flops.py": "train/monitor/test_speed.py",

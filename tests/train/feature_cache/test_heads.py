@@ -20,8 +20,8 @@ from vlm.data.feature_cache.heads import HeadFeatureDataset, collate_features
 from vlm.data.feature_cache.store import FEATURES_FILE, LOCK_FILE, PARTIAL_SUFFIX
 from vlm.data.heads.dataset import BlankHeadDataset
 from vlm.models import VLMForPrediction
+from vlm.train.feature_cache import heads
 from vlm.train.feature_cache.heads import HeadFeatureWriter
-from vlm.train.heads import reader
 
 ROWS = f"features/*/*/{FEATURES_FILE}"
 
@@ -68,7 +68,7 @@ def files(cache: Path) -> set[str]:
 @pytest.mark.parametrize(
     "words",
     [[], ["model.head.pooling=attention", "model.head.options.dropout=0.3"], ["model.head.pooling=alltoken"],
-     ["model.head.pooling=image", "model.head.layer=1", "trainer.bf16=true"]],
+     ["model.head.pooling=image", "model.head.layer=1", "trainer.bf16=true", "trainer.dataloader_num_workers=1"]],
     ids=["last", "attention", "alltoken", "bf16"],
 )  # fmt: skip
 def test_what_is_kept_trains_as_what_is_computed(start: Callable[..., Path], tmp_path: Path, words: list[str]):
@@ -183,7 +183,7 @@ def test_it_is_read_through_memory_maps(start: Callable[..., Path], tmp_path: Pa
             super().__init__(*arguments)
             datasets.append(self)
 
-    monkeypatch.setattr(reader, "HeadFeatureDataset", RecordedDataset)
+    monkeypatch.setattr(heads, "HeadFeatureDataset", RecordedDataset)
     start(tmp_path, "model.head.pooling=attention")
     assert datasets
     for dataset in datasets:

@@ -76,7 +76,7 @@ VARIANTS: dict[str, list[str]] = {
         "trainer.packing=true", "trainer.lora.language_model.r=2",
         "trainer.learning_rate.language_model_learning_rate=1e-3",
     ],
-    "bf16, padded to squares": ["dataset.image_mode=pad", "trainer.bf16=true"],
+    "bf16, padded to squares": ["dataset.image_mode=pad", "trainer.bf16=true", "trainer.dataloader_num_workers=1"],
     "encoders side by side": ["model.visual_encoder.extra_encoders=[{hf_name:ENCODER,feature_layer:1}]"],
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """From samples to batches: padding, a dummy image where a batch has none, and a list of the records left out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from typing import Final, cast
 from zlib import crc32
@@ -8,6 +9,7 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import get_worker_info
 
 from vlm.data.batching.batch import Batch
@@ -32,10 +34,11 @@ DummyInputs = tuple[Sequence[int], Mapping[str, Tensor]]
 """The ids and the model's inputs of one image or video."""
 
 
+@dataclass
 class Collator:
     """Pads rows, and concatenates the images of all rows.
 
-    Args:
+    Attributes:
         pad_token_id: id at padded positions (their attention is 0, their label -100).
         dummy: an image for a batch without images. Every batch then runs the same modules; otherwise ranks would
             wait for each other, and a connector that trains alone would get no gradient. Nothing attends to its
@@ -49,15 +52,15 @@ class Collator:
         deduplicate: inputs in which equal images are there once, see `Processor.deduplicated_inputs`.
     """
 
-    def __init__(
-        self, pad_token_id: int, dummy: DummyInputs | None = None, *, video_dummy: DummyInputs | None = None,
-        rows: Sequence[str] = (), tokens: Sequence[str] = (), left: bool = False, with_stats: bool = False,
-        deduplicate: Sequence[str] = (),
-    ):  # fmt: skip
-        self.pad_token_id = pad_token_id
-        self.dummy, self.video_dummy = dummy, video_dummy
-        self.rows, self.tokens, self.left, self.with_stats = rows, tokens, left, with_stats
-        self.deduplicate = deduplicate
+    pad_token_id: int
+    dummy: DummyInputs | None = None
+    _: KW_ONLY
+    video_dummy: DummyInputs | None = None
+    rows: Sequence[str] = ()
+    tokens: Sequence[str] = ()
+    left: bool = False
+    with_stats: bool = False
+    deduplicate: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -65,10 +68,10 @@ class Collator:
         left: bool = False, with_stats: bool = False, deduplicate: Sequence[str] = (),
     ) -> "Collator":  # fmt: skip
         """Make a collator for the inputs of a processor."""
-        pad_token_id = cast(int, processor.tokenizer.pad_token_id)
         return cls(
-            pad_token_id, dummy, video_dummy=video_dummy, rows=processor.per_sample_inputs,
-            tokens=processor.per_token_inputs, left=left, with_stats=with_stats, deduplicate=deduplicate,
+            cast(int, processor.tokenizer.pad_token_id), dummy, video_dummy=video_dummy,
+            rows=processor.per_sample_inputs, tokens=processor.per_token_inputs, left=left, with_stats=with_stats,
+            deduplicate=deduplicate,
         )  # fmt: skip
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
@@ -83,20 +86,17 @@ class Collator:
         items = items or [{"input_ids": [self.pad_token_id], "labels": [IGNORE_INDEX]}]
         for item in items:
             item["attention_mask"] = [1] * len(item["input_ids"])
-        for dummy in self._missing_dummies({name for item in items for name in _image_input_names(item, self.tokens)}):
+        for dummy in self._missing_dummies(_input_names(items) - {*self.tokens}):
             shortest = min(items, key=lambda item: len(item["input_ids"]))
             _append_dummy(shortest, *dummy, self.tokens)
         longest = max(len(item["input_ids"]) for item in items)
         fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
         index = self._deduplicate(items)
-        batch: dict[str, object] = {
-            name: torch.from_numpy(np.stack([self._pad_row(item[name], longest, fill) for item in items]))
-            for name, fill in fills.items()
-        }
-        names = dict.fromkeys(
-            name for item in items for name in _image_input_names(item, self.tokens, include_token_inputs=True)
-        )
-        for name in names:
+        batch: dict[str, object] = {}
+        for name, fill in fills.items():
+            rows = [torch.as_tensor(item[name], dtype=torch.int64) for item in items]
+            batch[name] = torch.stack([self._pad(row, longest, fill) for row in rows])
+        for name in _input_names(items):
             batch[name] = self._collate_input(name, [item.get(name) for item in items], longest)
         if index is not None:
             batch[IMAGE_INDEX] = index
@@ -106,7 +106,7 @@ class Collator:
             batch[BATCH_STATS] = compute_batch_stats(originals, len(items) * longest)
         return cast(Batch, batch)
 
-    def _missing_dummies(self, names: set[str]) -> list[DummyInputs]:
+    def _missing_dummies(self, names: Set[str]) -> list[DummyInputs]:
         """Return the dummies that a batch with these inputs needs."""
         if self.video_dummy is None:
             return [] if self.dummy is None or names else [self.dummy]
@@ -133,12 +133,11 @@ class Collator:
             item[name] = item[name][kept] if kept else None
         return torch.tensor(index)
 
-    def _pad_row(self, values: Sequence[int] | np.ndarray, longest: int, fill: int) -> np.ndarray:
-        """Pad one row of values to `(longest,)`."""
-        array = np.asarray(values, dtype=np.int64)
-        missing = longest - len(array)
+    def _pad(self, value: Tensor, longest: int, fill: int = 0) -> Tensor:
+        """Pad the values of one row: `(tokens, …) -> (longest, …)`."""
+        missing = longest - len(value)
         ends = (missing, 0) if self.left else (0, missing)
-        return np.pad(array, [ends, *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
+        return pad(value, (*[0, 0] * (value.ndim - 1), *ends), value=fill)
 
     def _collate_input(self, name: str, values: list[Tensor | None], longest: int) -> Tensor:
         """Collate one input of all rows; None for rows without it."""
@@ -148,19 +147,12 @@ class Collator:
             raise ValueError(f"this model takes videos of one number of frames in a batch, got {counts}")
         present = _pad_to_same_shape(present)
         padded = iter(present)
-        if name in self.tokens:
-            blank = present[0].new_zeros((longest, *present[0].shape[1:]))
-            return torch.stack(
-                [blank if value is None else self._pad_tokens(next(padded), longest) for value in values]
-            )
-        if name in self.rows:
+        if name in self.rows or name in self.tokens:
             blank = torch.zeros_like(present[0])
             present = [blank if value is None else next(padded) for value in values]
+        if name in self.tokens:
+            return torch.stack([self._pad(value, longest) for value in present])
         return _concatenate(present)
-
-    def _pad_tokens(self, value: Tensor, longest: int) -> Tensor:
-        padding = value.new_zeros((longest - len(value), *value.shape[1:]))
-        return torch.cat([padding, value] if self.left else [value, padding])
 
 
 def deduplicate_images(images: Sequence[Tensor]) -> tuple[dict[int, int], list[int]]:
@@ -185,16 +177,16 @@ def deduplicate_images(images: Sequence[Tensor]) -> tuple[dict[int, int], list[i
     return index_by_first, indices
 
 
-def _image_input_names(item: SampleInputs, tokens: Sequence[str], *, include_token_inputs: bool = False) -> list[str]:
-    """Return the names of an item's image inputs; with `include_token_inputs`, those of inputs for each token too."""
-    excluded = (*TEXT_KEYS, "attention_mask", *(() if include_token_inputs else tokens))
-    return [name for name, value in item.items() if name not in excluded and value is not None]
+def _input_names(items: Sequence[SampleInputs]) -> Set[str]:
+    """Return the names of inputs that any item has besides ids, labels and mask, in order."""
+    names = [name for item in items for name, value in item.items() if value is not None]
+    return dict.fromkeys(name for name in names if name not in (*TEXT_KEYS, "attention_mask")).keys()
 
 
 def _append_dummy(item: SampleInputs, ids: Sequence[int], inputs: Mapping[str, Tensor], tokens: Sequence[str]) -> None:
     """Append a dummy image to an item: nothing attends to it, and nothing is supervised."""
     length = len(item["input_ids"])
-    item["input_ids"] = np.concatenate([np.asarray(item["input_ids"], dtype=np.int64), np.asarray(ids, dtype=np.int64)])
+    item["input_ids"] = [*item["input_ids"], *ids]
     item["labels"] = [*item["labels"], *[IGNORE_INDEX] * len(ids)]
     item["attention_mask"] = [*item["attention_mask"], *[0] * len(ids)]
     for name, value in inputs.items():
@@ -202,22 +194,20 @@ def _append_dummy(item: SampleInputs, ids: Sequence[int], inputs: Mapping[str, T
             before = item.get(name)
             if before is None:
                 before = value.new_zeros((length, *value.shape[1:]))
-            item[name] = torch.cat(_pad_to_same_shape([before, value], first=1))
-        else:
-            item[name] = value
+            value = torch.cat(_pad_to_same_shape([before, value]))
+        item[name] = value
 
 
-def _pad_to_same_shape(values: Sequence[Tensor], first: int = 1) -> list[Tensor]:
-    """Pad all dimensions from `first` on with zeros to the largest size."""
-    sizes = [max(value.shape[place] for value in values) for place in range(first, values[0].ndim)]
-    if all(list(value.shape[first:]) == sizes for value in values):
+def _pad_to_same_shape(values: Sequence[Tensor]) -> list[Tensor]:
+    """Pad all dimensions behind the first one with zeros to the largest size."""
+    shapes = [value.shape[1:] for value in values]
+    if len(set(shapes)) == 1:
         return list(values)
-    padded = []
-    for value in values:
-        larger = value.new_zeros((*value.shape[:first], *sizes))
-        larger[tuple(slice(length) for length in value.shape)] = value
-        padded.append(larger)
-    return padded
+    missing = np.max(shapes, axis=0) - shapes
+    return [
+        pad(value, [end for number in reversed(row) for end in (0, number)])
+        for value, row in zip(values, missing.tolist(), strict=True)
+    ]
 
 
 def _concatenate(values: Sequence[Tensor]) -> Tensor:

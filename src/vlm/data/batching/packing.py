@@ -6,17 +6,17 @@ almost a new packing, but with as many rows, so that every epoch has the same nu
 its place.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final, cast
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Sampler
 
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import Collator
+from vlm.data.batching.samplers import EpochSampler
 from vlm.data.batching.stats import BATCH_STATS
 from vlm.data.dataset import Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
@@ -34,12 +34,8 @@ DRAW_WHILE_FITS = 3.0
 def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[int]]:
     """Pack samples into few groups of at most `capacity` tokens: the indices of each group's samples.
 
-    A group takes samples in random order until few more fit, then the one or two that leave the least room.
-
-    Args:
-        lengths: number of tokens of each sample.
-        capacity: the most tokens of a group.
-        seed: determines the random order.
+    A group takes samples in random order, which `seed` determines, until few more fit, then the one or two that leave
+    the least room. Lengths are numbers of tokens.
 
     Raises:
         ValueError: a sample is longer than `capacity`.
@@ -52,7 +48,7 @@ def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[in
         )
     pool = _UnpackedSamples(array, np.random.default_rng(seed))
     packs = []
-    while pool.number:
+    while pool.unpacked:
         pack: list[int] = []
         room = capacity
         while room >= DRAW_WHILE_FITS * pool.mean and (index := pool.take_next(room)) is not None:
@@ -66,52 +62,37 @@ def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[in
 
 
 class _UnpackedSamples:
-    """Samples that are in no pack yet.
-
-    Args:
-        lengths: `(samples,)`.
-        generator: draws their random order.
-    """
+    """Samples that are in no pack yet."""
 
     def __init__(self, lengths: np.ndarray, generator: np.random.Generator):
         self.mean = float(lengths.mean()) if len(lengths) else 0.0
-        self.number = len(lengths)
         self.lengths = lengths.tolist()
-        self.order = generator.permutation(len(lengths)).tolist()
-        self.next = 0
-        self.unpacked = [True] * len(lengths)
+        # its first key is found at once, however many were deleted before it
+        self.unpacked = OrderedDict.fromkeys(generator.permutation(len(lengths)).tolist())
         self.counts = np.bincount(lengths)
         self.present = np.flatnonzero(self.counts)
         self.indices_by_length: dict[int, list[int]] = {int(length): [] for length in self.present}
-        for index in self.order:
+        for index in self.unpacked:
             self.indices_by_length[self.lengths[index]].append(index)
 
     def take_next(self, room: int) -> int | None:
         """Take the next sample in random order; None where it does not fit, or none is left."""
-        while self.next < len(self.order) and not self.unpacked[self.order[self.next]]:
-            self.next += 1
-        if self.next == len(self.order) or self.lengths[self.order[self.next]] > room:
-            return None
-        index = self.order[self.next]
-        self._mark_packed(index)
-        return index
+        index = next(iter(self.unpacked), None)
+        return None if index is None or self.lengths[index] > room else self._take(index)
 
     def take_of_length(self, length: int) -> int:
         """Take a sample of a length."""
-        same = self.indices_by_length[length]
-        while not self.unpacked[same[-1]]:
-            same.pop()
-        index = same.pop()
-        self._mark_packed(index)
-        return index
+        while (index := self.indices_by_length[length].pop()) not in self.unpacked:
+            pass
+        return self._take(index)
 
-    def _mark_packed(self, index: int) -> None:
+    def _take(self, index: int) -> int:
         length = self.lengths[index]
-        self.unpacked[index] = False
-        self.number -= 1
+        del self.unpacked[index]
         self.counts[length] -= 1
         if not self.counts[length]:
             self.present = self.present[self.present != length]
+        return index
 
     def best_fitting_lengths(self, room: int) -> list[int]:
         """Return the one or two lengths that leave the least room; none where no sample fits."""
@@ -127,13 +108,13 @@ class _UnpackedSamples:
         return [int(present[-1])]
 
 
-class PackSampler(Sampler[list[int]]):
+class PackSampler(EpochSampler[list[int]]):
     """Iterates over this rank's packs of an epoch; every rank has the same number.
 
     Args:
         lengths: number of tokens of each sample.
         capacity: the most tokens of a pack.
-        seed: determines the order, together with the epoch.
+        seed: see `EpochSampler`.
         rank: of this process.
         world_size: number of ranks.
 
@@ -142,21 +123,17 @@ class PackSampler(Sampler[list[int]]):
     """
 
     def __init__(self, lengths: Lengths, capacity: int, seed: int, rank: int = 0, world_size: int = 1):
+        super().__init__(seed)
         self.lengths = np.asarray(lengths)
-        self.capacity, self.seed, self.rank, self.world_size = capacity, seed, rank, world_size
+        self.capacity, self.rank, self.world_size = capacity, rank, world_size
         if len(self.lengths) < world_size:
             raise ValueError(f"trainer.packing=true: {len(self.lengths)} samples cannot be dealt to {world_size} ranks")
         self.packs = _even_packs(pack_lengths(self.lengths, capacity, seed), world_size)
-        self.epoch = 0
 
     @property
     def fill_ratio(self) -> float:
         """The mean share of `capacity` that packs fill."""
         return float(self.lengths.sum()) / (len(self.packs) * self.capacity)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that begins."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.packs) // self.world_size
@@ -201,47 +178,40 @@ def resolve_pack_capacity(max_tokens: int | None, batch_size: int, lengths: Leng
     return max_tokens or max(round(batch_size * float(array.mean())), int(array.max()), longest)
 
 
+@dataclass
 class PackingCollator:
     """Concatenates samples in a single row, and tells attention where each starts.
 
-    Args:
+    Attributes:
         collate: collates the inputs of images, and adds the dummies that a batch needs.
     """
 
-    def __init__(self, collate: Collator):
-        self.collate = collate
+    collate: Collator
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
         """Collate samples: `input_ids`, `labels` and `position_ids` `(1, tokens)`, and where samples start.
 
         No sample predicts the first token of the next one. A dummy image is a sample of its own.
         """
-        batch = self.collate(samples)
+        batch: SampleInputs = {**self.collate(samples)}
         mask = batch.pop("attention_mask").bool()
         filled = mask | (batch["input_ids"] != self.collate.pad_token_id)  # nothing attends to a dummy
         rows = zip(mask.sum(1).tolist(), (filled & ~mask).sum(1).tolist(), strict=True)
         lengths = [length for lengths in rows for length in lengths if length]
         starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        packed: Batch = {
-            "input_ids": batch["input_ids"][filled][None],
-            "labels": batch["labels"][filled][None],
+        token_inputs = ("input_ids", "labels", *self.collate.tokens)
+        batch |= {name: batch[name][filled][None] for name in token_inputs if name in batch}
+        for name in self.collate.rows:
+            if name in batch:
+                batch[name] = batch[name].flatten(0, 1)[None]  # (rows, images, …) -> (1, rows * images, …)
+        batch |= {
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "cu_seq_lens_q": starts,
             "cu_seq_lens_k": starts,
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
         }
-        packed["labels"][0, starts[:-1].long()] = IGNORE_INDEX
-        others = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
-        packed |= cast(Batch, {name: self._flatten_rows(name, value, filled) for name, value in others.items()})
-        if BATCH_STATS in packed:
-            packed[BATCH_STATS] = replace(packed[BATCH_STATS], positions=packed["input_ids"].numel())
-        return packed
-
-    def _flatten_rows(self, name: str, value: object, filled: Tensor) -> object:
-        """Turn an input of padded rows into that of the single row; `filled` is `(rows, tokens)`."""
-        if isinstance(value, Tensor) and name in self.collate.tokens:
-            return value[filled][None]
-        if isinstance(value, Tensor) and name in self.collate.rows:
-            return value.flatten(0, 1)[None]  # (rows, images, …) -> (1, rows * images, …)
-        return value
+        batch["labels"][0, starts[:-1].long()] = IGNORE_INDEX
+        if BATCH_STATS in batch:
+            batch[BATCH_STATS] = replace(batch[BATCH_STATS], positions=batch["input_ids"].numel())
+        return cast(Batch, batch)

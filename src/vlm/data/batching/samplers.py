@@ -1,9 +1,27 @@
 """Orders of samples: by modality and length, or by groups; the same on every rank and at every start."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Sampler
+
+Item_co = TypeVar("Item_co", covariant=True)
+
+
+class EpochSampler(Sampler[Item_co]):
+    """An order that is another one each epoch; a resumed epoch repeats its order.
+
+    Args:
+        seed: determines the order, together with the epoch.
+    """
+
+    def __init__(self, seed: int):
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that begins."""
+        self.epoch = epoch
 
 
 def group_by_modality_and_length(
@@ -40,24 +58,12 @@ def _group_by_length(lengths: Sequence[int], batch: int, generator: torch.Genera
     return [index for indices in blocks for index in sorted(indices, key=lambda i: lengths[i], reverse=True)]
 
 
-class ModalityLengthSampler(Sampler[int]):
-    """Iterates in the order of `group_by_modality_and_length`, a new one each epoch; a resumed epoch repeats its order.
-
-    Args:
-        lengths: number of tokens of each sample.
-        num_images: number of images of each sample.
-        batch: samples of a step, over all ranks and accumulation steps.
-        seed: determines the order, together with the epoch.
-    """
+class ModalityLengthSampler(EpochSampler[int]):
+    """Iterates in the order of `group_by_modality_and_length`, which has the same arguments, save for the seed."""
 
     def __init__(self, lengths: Sequence[int], num_images: Sequence[int], batch: int, seed: int):
-        self.lengths, self.num_images = list(lengths), list(num_images)
-        self.batch, self.seed = batch, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that begins."""
-        self.epoch = epoch
+        super().__init__(seed)
+        self.lengths, self.num_images, self.batch = list(lengths), list(num_images), batch
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -67,23 +73,17 @@ class ModalityLengthSampler(Sampler[int]):
         return iter(group_by_modality_and_length(self.lengths, self.num_images, self.batch, generator))
 
 
-class GroupSampler(Sampler[int]):
+class GroupSampler(EpochSampler[int]):
     """Iterates over groups in random order, the samples of a group in sequence, for losses that compare them.
-
-    A resumed epoch repeats its order.
 
     Args:
         groups: the index of each sample's group; negative for a sample that has none and is a group by itself.
-        seed: determines the order, together with the epoch.
+        seed: see `EpochSampler`.
     """
 
     def __init__(self, groups: Sequence[int], seed: int):
-        self.groups, self.seed = list(groups), seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that begins."""
-        self.epoch = epoch
+        super().__init__(seed)
+        self.groups = list(groups)
 
     def __len__(self) -> int:
         return len(self.groups)

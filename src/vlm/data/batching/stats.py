@@ -7,7 +7,6 @@ from dataclasses import astuple, dataclass
 from typing import Any, Final
 
 import numpy as np
-from torch import Tensor
 
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import SampleInputs
@@ -45,12 +44,7 @@ class BatchStats:
 
 
 def compute_batch_stats(items: Sequence[SampleInputs], positions: int) -> BatchStats:
-    """Compute the statistics of a batch of samples, before dummies are appended to them.
-
-    Args:
-        items: the samples of the batch.
-        positions: number of positions of the batch, padding and dummies included.
-    """
+    """Compute the statistics of a batch of samples without dummies, which `positions` includes as it does padding."""
     lengths = [len(item["input_ids"]) for item in items]
     supervised = [np.asarray(item["labels"])[1:] != IGNORE_INDEX for item in items]  # nothing predicts the first token
     return BatchStats(
@@ -73,16 +67,14 @@ def num_images(inputs: ModelInputs) -> int:
         return len(index)
     if (features := inputs.get("image_features")) is not None:
         return len(features)
-    named = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-    return sum(_count_images(inputs.get(pixels), inputs.get(grids)) for pixels, grids in named)
-
-
-def _count_images(pixels: Tensor | None, grids: Tensor | None) -> int:
-    if pixels is None:
-        return 0
-    if pixels.ndim < 4:
-        return 0 if grids is None else len(grids)
-    return math.prod(pixels.shape[:-3])
+    number = 0
+    for pixels_name, grids_name in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        pixels, grids = inputs.get(pixels_name), inputs.get(grids_name)
+        if pixels is not None and pixels.ndim >= 4:
+            number += math.prod(pixels.shape[:-3])
+        elif pixels is not None and grids is not None:
+            number += len(grids)
+    return number
 
 
 def num_encoded_and_connected(
@@ -90,11 +82,8 @@ def num_encoded_and_connected(
 ) -> tuple[int, int]:
     """Return how many of a batch's images go through the visual encoder, and through the connector.
 
-    Args:
-        inputs: of a model; equal images may be in them once.
-        images: see `BatchStats`.
-        encodes_duplicates: whether equal images go through the encoder one by one all the same.
-        connects_duplicates: whether they go through the connector one by one.
+    Equal images may be in the inputs once; `encodes_duplicates` and `connects_duplicates` say whether they go through
+    one by one all the same. `images` is as in `BatchStats`.
     """
     features, distinct = inputs.get("image_features"), images
     if inputs.get("image_index") is not None:

@@ -91,6 +91,7 @@ class Pack:
         details: `(items, K)`: whole numbers that describe it, see what wrote the pack.
         skipped: items that have no features, and why.
         rows: `(rows, bytes)`: a memory map, once something was read.
+        close: releases the lock, so that whoever makes room may remove the pack.
 
     Raises:
         FileNotFoundError: the pack is not there, or not any more.
@@ -98,7 +99,7 @@ class Pack:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._release = weakref.finalize(self, os.close, _lock_pack(folder, fcntl.LOCK_SH))
+        self.close = weakref.finalize(self, os.close, _lock_pack(folder, fcntl.LOCK_SH))
         try:
             header = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
             with np.load(folder / INDEX_FILE) as index:
@@ -113,14 +114,10 @@ class Pack:
 
     def __getstate__(self) -> dict[str, object]:
         """A process that gets a copy maps the rows itself; the lock stays with this process, which outlives it."""
-        return {**self.__dict__, "rows": None, "_release": None}
+        return {**self.__dict__, "rows": None, "close": None}
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def close(self) -> None:
-        """Release the lock: whoever makes room may remove the pack."""
-        self._release()
 
     def touch(self) -> None:
         """Note that the pack is used now: the one that was not used for longest is removed first."""
@@ -256,21 +253,20 @@ class FeatureStore:
             ValueError: they do not fit; no whole pack was removed then.
         """
         remove_stale_packs(self.root)
-        sizes: dict[Path, int] = {}
-        last_used: dict[Path, float] = {}
+        packs: list[tuple[float, int, Path]] = []
         for file in self.root.glob(f"*/*/{FEATURES_FILE}"):  # also of packs that are being written
             with suppress(FileNotFoundError):
-                last_used[file.parent] = (file.parent / LOCK_FILE).stat().st_mtime
-                sizes[file.parent] = file.stat().st_size
-        free, held = shutil.disk_usage(self.root).free, sum(sizes.values())
+                last_used = (file.parent / LOCK_FILE).stat().st_mtime
+                packs.append((last_used, file.stat().st_size, file.parent))
+        free, held = shutil.disk_usage(self.root).free, sum(size for _, size, _ in packs)
         limit = (free + held) / 2 if self.limit_gb is None else self.limit_gb * 1e9
         lacking = max(held + num_bytes - limit, num_bytes - free)
-        removable = [] if limit == math.inf else [pack for pack in sizes if not pack.name.endswith(PARTIAL_SUFFIX)]
         chosen = []
-        for folder in sorted(removable, key=last_used.__getitem__):
-            if lacking > 0 and (lock := _try_exclusive_lock(folder)) is not None:
+        for _, size, folder in sorted(packs) if limit < math.inf else ():
+            is_whole = not folder.name.endswith(PARTIAL_SUFFIX)
+            if is_whole and lacking > 0 and (lock := _try_exclusive_lock(folder)) is not None:
                 chosen.append((folder, lock))
-                lacking -= sizes[folder]
+                lacking -= size
         for folder, lock in chosen:
             if lacking <= 0:
                 _remove_pack(folder, lock)

@@ -4,21 +4,18 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlm.data.cache import json_digest
 from vlm.data.dataset import make_blank_image
-from vlm.data.feature_cache.images import BLANK_SIZE, FRAME_VIEW, SQUARE_VIEW
+from vlm.data.feature_cache.images import FRAME_VIEW, SQUARE_VIEW
 from vlm.data.feature_cache.store import FeatureFormat
-from vlm.data.sample import BadSample, Sample
-from vlm.data.sources import Source
-from vlm.data.vision.images import open_image
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn
 from vlm.data.vision.jpeg import decode_sample_images
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.models.pixels import ImageOrTensor
@@ -28,23 +25,20 @@ BLANK_SOURCE = -1
 """In place of the number of a source: the image is a blank one."""
 
 
-@dataclass(frozen=True)
-class FeatureRequest:
+class FeatureRequest(NamedTuple):
     """An image that features are needed of.
 
     Attributes:
-        source: the number of its source, or `BLANK_SOURCE`.
-        record: the number of its record there.
+        record: the numbers of its source and of its record there; of a blank image, `BLANK_SOURCE` and its own number.
         place: which of the record's images it is.
+        size: height and width of a blank image; None: it is no blank one.
         kind: how it is seen.
-        size: height and width of a blank image.
     """
 
-    source: int
-    record: int
+    record: tuple[int, int]
     place: int
+    size: tuple[int, int] | None
     kind: str
-    size: tuple[int, int] = BLANK_SIZE
 
 
 @dataclass(frozen=True)
@@ -103,57 +97,17 @@ def frozen_visual_encoder(
         yield FrozenVisualEncoder(model, processor, args)
 
 
-class RequestedImages(Dataset[list[tuple[int, Tensor | BadSample]]]):
-    """Images as the encoder reads them, those of a record together.
-
-    Args:
-        processor: the model's.
-        sources: of all records.
-        requests: the images.
-        groups: of each item, the numbers of its requests, which are of one record or one blank image.
-    """
-
-    def __init__(
-        self, processor: VLMProcessor, sources: Sequence[Source], requests: Sequence[FeatureRequest],
-        groups: Sequence[list[int]],
-    ):  # fmt: skip
-        self.processor, self.sources, self.requests, self.groups = processor, sources, requests, groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> list[tuple[int, Tensor | BadSample]]:
-        """Number and views of each image, or why it does not open."""
-        numbers = self.groups[index]
-        requests = [self.requests[number] for number in numbers]
-        first = requests[0]
-        if first.source == BLANK_SOURCE:
-            images: list[ImageOrTensor | BadSample] = [make_blank_image(self.processor, first.size)]
-        else:
-            sample = self.sources[first.source].sample(first.record)
-            images = open_requested_images(sample, [request.place for request in requests], self.processor)
-        return [
-            (number, image if isinstance(image, BadSample) else make_image_views(self.processor, image, request.kind))
-            for number, request, image in zip(numbers, requests, images, strict=True)
-        ]
-
-
-def open_requested_images(
-    sample: Sample, places: Sequence[int], processor: VLMProcessor
+def open_images(
+    image_refs: Sequence[ImageRef], sample_id: str, processor: VLMProcessor
 ) -> list[ImageOrTensor | BadSample]:
-    """Return some images of a sample, decoded; a `BadSample` for each that does not open."""
-    if len(places) == len(sample.images):
-        try:
-            return cast("list[ImageOrTensor | BadSample]", [*decode_sample_images(sample, processor)])  # no videos
-        except BadSample:
-            pass  # opened one by one, it turns out which do not open
-    images: list[ImageOrTensor | BadSample] = []
-    for place in places:
-        try:
-            images.append(open_image(sample.images[place], sample.id))
-        except BadSample as error:
-            images.append(error)
-    return images
+    """Decode images of a sample; a `BadSample` for each that does not open."""
+    try:
+        images = decode_sample_images(Sample(sample_id, (Turn("user", tuple(image_refs)),)), processor)
+        return cast("list[ImageOrTensor | BadSample]", list(images))  # no videos
+    except BadSample as error:
+        if len(image_refs) == 1:
+            return [error]
+        return [image for image_ref in image_refs for image in open_images([image_ref], sample_id, processor)]
 
 
 def make_image_views(processor: VLMProcessor, image: ImageOrTensor, kind: str) -> Tensor:

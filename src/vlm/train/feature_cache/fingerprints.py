@@ -32,10 +32,8 @@ def records_digest(samples: SampleDataset, first: np.ndarray) -> str:
                 status = medium.path.stat()
                 files.update(f"{medium.path} {status.st_size} {status.st_mtime_ns}\n".encode())
     sources = [source.fingerprint for source in samples.sources]
-    processor = samples.processor
-    return json_digest(
-        sources, hashlib.sha256(samples.places[first].tobytes()).hexdigest(), files.hexdigest(), processor.to_dict()
-    )
+    places = hashlib.sha256(samples.places[first].tobytes()).hexdigest()
+    return json_digest(sources, places, files.hexdigest(), samples.processor.to_dict())
 
 
 def body_digest(model: VLMForPrediction) -> str:

@@ -4,9 +4,9 @@ Features are kept by the content of images, so that runs with the same encoder w
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, groupby, pairwise
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vlm.assembly.checkpoint import is_composed_config
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.cache import json_digest, resolve_cache_folder
-from vlm.data.dataset import SampleDataset, Skipped, dummy_image
+from vlm.data.dataset import SampleDataset, Skipped, dummy_image, make_blank_image
 from vlm.data.feature_cache.images import (
     BLANK_SIZE,
     FRAME_VIEW,
@@ -27,11 +27,9 @@ from vlm.data.feature_cache.images import (
     blank_image_cache_key,
     find_cached_images,
     find_image,
-    image_cache_key,
-    make_blank_keys,
+    image_cache_keys,
     make_feature_inputs,
     require_image,
-    view_kinds,
 )
 from vlm.data.feature_cache.store import FeatureStore, Pack, PackPlan
 from vlm.data.sample import BadSample
@@ -43,10 +41,11 @@ from vlm.train.feature_cache.encoder import (
     BLANK_SOURCE,
     FeatureRequest,
     FrozenVisualEncoder,
-    RequestedImages,
     frozen_visual_encoder,
+    make_image_views,
+    open_images,
 )
-from vlm.train.feature_cache.writer import FeatureCacheWriter, ItemFeatures
+from vlm.train.feature_cache.writer import FeatureCacheWriter, ItemFeatures, PacksAndPlans
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +57,11 @@ ADVICE = (
     "leave out dataset.cache_features"
 )
 
-ImageBatch = list[tuple[int, Tensor | BadSample]]
-"""Numbers of requests, with what the encoder reads or why an image does not open."""
-
-Requests = Mapping[bytes, FeatureRequest]
+Requests = dict[bytes, FeatureRequest]
 """Where images are, by their keys."""
+
+Views = dict[int, Tensor]
+"""Index of a request -> what the encoder reads."""
 
 
 def require_composed_model(model_config: PreTrainedConfig) -> None:
@@ -80,13 +79,8 @@ def replace_images_with_features(
 ) -> tuple[CachedFeatureDataset | None, ...]:  # fmt: skip
     """Return the samples of a run with features in place of images; those that are not in the cache are computed.
 
-    Args:
-        model: a composed model whose encoder is frozen, before the trainer has it.
-        processor: the run's.
-        datasets: training data, then evaluation data, which is seen with blank images too; None where there is none.
-        collate: the run's; its dummy image becomes one of features.
-        config: cache, its limit, and what happens with images that do not open.
-        args: batch size, workers, devices, precision.
+    The datasets are training data, then evaluation data, which is seen with blank images too; None where there is none.
+    The collator's dummy image becomes one of features.
 
     Raises:
         ValueError: there is no room for the features, or an image does not open.
@@ -95,81 +89,25 @@ def replace_images_with_features(
     sources = list({id(source): source for dataset in present for source in dataset.sources}.values())
     with frozen_visual_encoder(model, processor, args) as encoder:
         writer = ImageFeatureWriter(encoder, sources, config)
-        writer.add(lambda: find_image_requests(present, processor, sources, config))
+        writer.add(lambda: writer.find_image_requests(present))
         for dataset in present[1:]:
-            writer.add(partial(find_blank_requests, dataset, processor, writer.packs))
-    ids, inputs = dummy_image(processor)
-    dummy = require_image(writer.packs, blank_image_cache_key(BLANK_SIZE, dummy_view_kind(processor)))
-    collate.dummy = ids, make_feature_inputs([dummy], tiled="image_views" in inputs)
+            writer.add(partial(writer.find_blank_requests, dataset))
+    dummy = require_image(writer.packs, blank_image_cache_key(*writer.dummy))
+    collate.dummy = dummy_image(processor)[0], make_feature_inputs([dummy], processor)
     return tuple(None if dataset is None else CachedFeatureDataset(dataset, writer.packs) for dataset in datasets)
 
 
-def dummy_view_kind(processor: VLMProcessor) -> str:
-    """Return how the dummy image of batches without images is seen."""
-    return FRAME_VIEW if processor.pools_video_frames else SQUARE_VIEW
+def refuse_unless_skipped(config: DatasetConfig, skipped: list[Skipped], num_samples: int) -> None:
+    """Raise ValueError at a record that cannot be used where `dataset.on_bad_sample` is `error`."""
+    if skipped and config.on_bad_sample == "error":
+        raise skipped[0].as_error()
 
 
-def find_image_requests(
-    datasets: Sequence[SampleDataset], processor: VLMProcessor, sources: Sequence[Source], config: DatasetConfig
-) -> dict[bytes, FeatureRequest]:
-    """Return the distinct images of datasets, and the dummy image."""
-    kind = dummy_view_kind(processor)
-    requests = {blank_image_cache_key(BLANK_SIZE, kind): FeatureRequest(BLANK_SOURCE, 0, 0, kind)}
-    numbers = {id(source): number for number, source in enumerate(sources)}
-    for dataset in datasets:
-        places = np.unique(dataset.places[dataset.num_images > 0], axis=0).tolist()
-        for place, record in tqdm(places, "looking for images", leave=False, disable=None):
-            source = dataset.sources[place]
-            try:
-                sample = source.sample(record)
-                kinds = view_kinds(sample, processor)
-                keys = [image_cache_key(image, kind) for image, kind in zip(sample.images, kinds, strict=True)]
-            except (BadSample, OSError) as error:
-                problem = error if isinstance(error, BadSample) else BadSample("?", str(error))
-                skip_or_raise(problem, source, record, config)
-                continue  # the record is left out when its turn comes
-            for image, (key, kind) in enumerate(zip(keys, kinds, strict=True)):
-                requests.setdefault(key, FeatureRequest(numbers[id(source)], record, image, kind))
-    return requests
-
-
-def find_blank_requests(
-    dataset: SampleDataset, processor: VLMProcessor, packs: Sequence[Pack]
-) -> dict[bytes, FeatureRequest]:
-    """Return the blank images that stand for those of a dataset."""
-    requests = {}
-    for index in np.flatnonzero(dataset.num_images).tolist():
-        try:
-            sample = dataset.sample(index)
-            images = find_cached_images(sample, processor, packs)
-        except BadSample:  # evaluation refuses it before it comes to blank images
-            continue
-        for key, size, kind in make_blank_keys(sample, images, processor):
-            requests.setdefault(key, FeatureRequest(BLANK_SOURCE, 0, 0, kind, size))
-    return requests
-
-
-def skip_or_raise(error: BadSample, source: Source, record: int, config: DatasetConfig) -> Skipped:
-    """Return what is noted of a record that cannot be used.
-
-    Raises:
-        ValueError: `dataset.on_bad_sample` is `error`.
-    """
-    skipped = Skipped.from_error(error, source, record)
-    if config.on_bad_sample == "error":
-        raise skipped.as_error() from error
-    return skipped
-
-
-class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, ImageBatch]):
+class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
     """Finds the features of a run's images in the cache, and has the other images encoded.
 
-    Args:
-        encoder: the model's.
-        sources: of all records.
-        config: cache, its limit, and what happens with images that do not open.
-
     Attributes:
+        dummy: size and kind of the dummy image of batches without images.
         packs: those that were opened so far.
     """
 
@@ -177,33 +115,56 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, ImageBatch]):
     reason = "it encodes images with the same encoder"
 
     def __init__(self, encoder: FrozenVisualEncoder, sources: Sequence[Source], config: DatasetConfig):
-        self.encoder, self.sources, self.config, self.args = encoder, sources, config, encoder.args
+        self.encoder, self.processor, self.args = encoder, encoder.processor, encoder.args
+        self.sources, self.on_skipped = sources, partial(refuse_unless_skipped, config)
         self.format = broadcast_from_rank0(encoder.format())  # its machine's pages
         digest = broadcast_from_rank0(encoder.digest() if self.args.process_index == 0 else "")
         folder = resolve_cache_folder(config.cache_dir) / "image_features" / digest
         content = "dataset.cache_features=true: features of the images"
         self.store = FeatureStore(folder, config.cache_limit_gb, content, ADVICE)
+        self.dummy = BLANK_SIZE, FRAME_VIEW if self.processor.pools_video_frames else SQUARE_VIEW
         self.packs: list[Pack] = []
+
+    def find_image_requests(self, datasets: Sequence[SampleDataset]) -> Requests:
+        """Return the distinct images of datasets, and the dummy image; records that cannot be used are left out."""
+        requests = {blank_image_cache_key(*self.dummy): FeatureRequest((BLANK_SOURCE, 0), 0, *self.dummy)}
+        numbers = {id(source): number for number, source in enumerate(self.sources)}
+        for dataset in datasets:
+            places = np.unique(dataset.places[dataset.num_images > 0], axis=0).tolist()
+            for number, record in tqdm(places, "looking for images", leave=False, disable=None):
+                source = dataset.sources[number]
+                try:
+                    keys = image_cache_keys(source.sample(record), self.processor)
+                except BadSample as error:
+                    self.on_skipped([Skipped.from_error(error, source, record)], 0)
+                    continue
+                for place, (key, kind) in enumerate(keys):
+                    requests.setdefault(key, FeatureRequest((numbers[id(source)], record), place, None, kind))
+        return requests
+
+    def find_blank_requests(self, dataset: SampleDataset) -> Requests:
+        """Return the blank images that stand for those of a dataset."""
+        requests: Requests = {}
+        for index in np.flatnonzero(dataset.num_images).tolist():
+            try:
+                images = find_cached_images(dataset.sample(index), self.processor, self.packs)
+            except BadSample:  # evaluation refuses it before it comes to blank images
+                continue
+            for blank in (image.blank for image in images):
+                request = FeatureRequest((BLANK_SOURCE, len(requests)), 0, *blank)
+                requests.setdefault(blank_image_cache_key(*blank), request)
+        return requests
 
     def add(self, find_requests: Callable[[], Requests]) -> None:
         """Open the packs of the images that `find_requests()` gives on rank 0, after missing ones were encoded."""
-        known = {pack.folder for pack in self.packs}
-        for pack in self.open(lambda: self._find_packs(find_requests())):
-            if pack.folder in known:
-                pack.close()
-            else:
-                self.packs.append(pack)
+        self.packs += self.open(lambda: self._find_packs(find_requests()))
 
-    def _find_packs(self, requests: Requests) -> tuple[list[Pack], list[list[PackPlan[FeatureRequest]]]]:
-        """Return the packs that hold any of the images, and packs to write, each in a pass of its own."""
-        packs = []
-        for pack in self.store.open_packs():
-            if any(pack.find(key) is not None for key in requests):
-                packs.append(pack)
-            else:
-                pack.close()
-        keys = [key for key in requests if find_image(packs, key) is None]
-        keys.sort(key=lambda key: (requests[key].source, requests[key].record))
+    def _find_packs(self, requests: Requests) -> PacksAndPlans[FeatureRequest]:
+        """Return further packs that hold any of the images, and packs to write, each in a pass of its own."""
+        keys = [key for key in requests if find_image(self.packs, key) is None]
+        packs = [pack for pack in self.store.open_packs() if any(pack.find(key) is not None for key in keys)]
+        keys = [key for key in keys if find_image(packs, key) is None]
+        keys.sort(key=lambda key: requests[key].record)
         return packs, [[plan] for plan in self._plan_packs(keys, [requests[key] for key in keys])] if keys else []
 
     def _plan_packs(self, keys: list[bytes], requests: list[FeatureRequest]) -> list[PackPlan[FeatureRequest]]:
@@ -232,52 +193,53 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, ImageBatch]):
         details = np.zeros((len(requests), 3), dtype=np.int64)
         details[:, 0] = [0 if request.kind == FRAME_VIEW else 1 for request in requests]
         skipped: dict[int, Skipped] = {}
-        if (tiling := self.encoder.processor.tiling) is None:
+        if (tiling := self.processor.tiling) is None:
             return details, skipped
-        for number, request in enumerate(requests):
-            if request.kind == FRAME_VIEW:
-                continue
-            try:
-                size = request.size
-                if request.source != BLANK_SOURCE:
-                    sample = self.sources[request.source].sample(request.record)
+        for index in np.flatnonzero(details[:, 0]).tolist():
+            request = requests[index]
+            if (size := request.size) is None:
+                source, record = self.sources[request.record[0]], request.record[1]
+                try:
+                    sample = source.sample(record)
                     width, height = read_image_size(sample.images[request.place], sample.id)
                     size = height, width
-            except BadSample as error:
-                skipped[number] = skip_or_raise(error, self.sources[request.source], request.record, self.config)
-                continue
+                except BadSample as error:
+                    skipped[index] = Skipped.from_error(error, source, record)
+                    self.on_skipped([skipped[index]], 0)
+                    continue
             views = 1 if request.kind == SQUARE_VIEW else tiling.num_views([size])[0]
-            details[number] = views, *size
+            details[index] = views, *size
         return details, skipped
 
-    def load(self, plan: PackPlan[FeatureRequest]) -> tuple[RequestedImages, list[list[int]]]:
-        """Return images with those of their record, in batches of records."""
-        numbers_by_record: dict[tuple[int, int], list[int]] = {}
-        for number, request in enumerate(plan.items):
-            if number not in plan.skipped:
-                is_blank = request.source == BLANK_SOURCE
-                record = (BLANK_SOURCE, number) if is_blank else (request.source, request.record)
-                numbers_by_record.setdefault(record, []).append(number)
-        groups = list(numbers_by_record.values())
+    def batches(self, plan: PackPlan[FeatureRequest]) -> list[list[int]]:
+        """Return batches of records, the images of a record together."""
+        indices = [index for index in range(len(plan.items)) if index not in plan.skipped]
+        records = [list(group) for _, group in groupby(indices, lambda index: plan.items[index].record)]
         size = self.args.per_device_train_batch_size
-        batches = [list(range(start, min(start + size, len(groups)))) for start in range(0, len(groups), size)]
-        return RequestedImages(self.encoder.processor, self.sources, plan.items, groups), batches
+        return [list(chain(*records[start : start + size])) for start in range(0, len(records), size)]
 
-    def collate(self, samples: list[ImageBatch]) -> ImageBatch:
-        """Put the images of several records into one list."""
-        return [image for record in samples for image in record]
-
-    def compute(
-        self, plans: list[PackPlan[FeatureRequest]], batch: ImageBatch
-    ) -> Iterator[tuple[int, ItemFeatures | Skipped]]:
-        """Encode the images of a batch."""
-        opened: dict[int, Tensor] = {}
-        for number, views in batch:
-            if isinstance(views, BadSample):
-                request = plans[0].items[number]
-                yield number, skip_or_raise(views, self.sources[request.source], request.record, self.config)
+    def load(self, plan: PackPlan[FeatureRequest], indices: list[int]) -> tuple[dict[int, Skipped], Views]:
+        """Decode images and cut them into views; those of a record are opened together."""
+        skipped: dict[int, Skipped] = {}
+        views: Views = {}
+        for (number, record), group in groupby(indices, lambda index: plan.items[index].record):
+            numbered = [(index, plan.items[index]) for index in group]
+            if (size := numbered[0][1].size) is not None:
+                images = [make_blank_image(self.processor, size)]
             else:
-                opened[number] = views
-        if opened:
-            features = self.encoder(torch.cat(list(opened.values()))).split(list(map(len, opened.values())))
-            yield from zip(opened, ([views] for views in features), strict=True)
+                sample = self.sources[number].sample(record)
+                image_refs = [sample.images[request.place] for _, request in numbered]
+                images = open_images(image_refs, sample.id, self.processor)
+            for (index, request), image in zip(numbered, images, strict=True):
+                if isinstance(image, BadSample):
+                    skipped[index] = Skipped.from_error(image, self.sources[number], record)
+                else:
+                    views[index] = make_image_views(self.processor, image, request.kind)
+        return skipped, views
+
+    def compute(self, plans: list[PackPlan[FeatureRequest]], batch: Views) -> Iterable[tuple[int, ItemFeatures]]:
+        """Encode the views of a batch's images."""
+        if not batch:
+            return ()
+        features = self.encoder(torch.cat(list(batch.values()))).split(list(map(len, batch.values())))
+        return zip(batch, ([views] for views in features), strict=True)

@@ -5,14 +5,15 @@ Later epochs and later runs read them. Where they lie is said in `data/feature_c
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainingArguments
 
@@ -22,9 +23,11 @@ from vlm.train.distributed import all_gather_objects, barrier, broadcast_from_ra
 
 Batch = TypeVar("Batch")
 
-
 ItemFeatures = list[Tensor]
 """Features of an item for each pack that is written: `(rows, P, V)` on the CPU."""
+
+PacksAndPlans = tuple[list[Pack], list[list[PackPlan[Item]]]]
+"""Packs that are there, and lists of packs to write; those of a list have the same items and are written together."""
 
 
 class FeatureCacheWriter(ABC, Generic[Item, Batch]):
@@ -35,40 +38,34 @@ class FeatureCacheWriter(ABC, Generic[Item, Batch]):
     Attributes:
         store: where the packs are.
         args: devices, precision, batch size, workers.
+        on_skipped: called with records that turn out to be unusable, before a pack is whole, and a number of samples;
+            raises ValueError where they may not be left out.
         description: of the progress bar.
         reason: why another run with the same store is waited for, for the log.
     """
 
     store: FeatureStore
     args: TrainingArguments
+    on_skipped: Callable[[list[Skipped], int], None]
     description: str
     reason: str
 
     @abstractmethod
-    def load(self, plan: PackPlan[Item]) -> tuple[Dataset[object], list[list[int]]]:
-        """Return a data set of items, without those that the plan skips, and its batches."""
+    def batches(self, plan: PackPlan[Item]) -> list[list[int]]:
+        """Return batches of the indices of a plan's items, without those that it skips."""
 
     @abstractmethod
-    def collate(self, samples: list[object]) -> Batch:
-        """Make a batch of what the data set gives."""
+    def load(self, plan: PackPlan[Item], indices: list[int]) -> tuple[dict[int, Skipped], Batch]:
+        """Return those of a batch's items that turn out to be unusable, and a batch of the others; in a data worker."""
 
     @abstractmethod
-    def compute(self, plans: list[PackPlan[Item]], batch: Batch) -> Iterable[tuple[int, ItemFeatures | Skipped]]:
-        """Return the index of each item of a batch, with its features or the reason why it has none.
+    def compute(self, plans: list[PackPlan[Item]], batch: Batch) -> Iterable[tuple[int, ItemFeatures]]:
+        """Return the index of each item of a batch with its features."""
 
-        Raises:
-            ValueError: an item has none, and the run does not leave such items out.
-        """
+    def open(self, find_packs: Callable[[], PacksAndPlans[Item]]) -> list[Pack]:
+        """Return packs that are open on this rank, where `find_packs` is called on rank 0.
 
-    def check_skipped(self, skipped: list[Skipped]) -> None:
-        """Raise ValueError, on every rank and before a pack is whole, where too many items are skipped."""
-
-    def open(self, find_packs: Callable[[], tuple[list[Pack], list[list[PackPlan[Item]]]]]) -> list[Pack]:
-        """Return packs that are open on this rank; no other run writes to the store meanwhile.
-
-        Args:
-            find_packs: returns on rank 0 the packs that are there, and lists of packs to write; those of a list have
-                the same items and are written in one pass.
+        No other run writes to the store meanwhile.
 
         Raises:
             ValueError: there is no room for the packs, other ranks do not see them, or items may not be skipped.
@@ -99,29 +96,24 @@ class FeatureCacheWriter(ABC, Generic[Item, Batch]):
 
     def _compute_rows(self, folders: list[Path], plans: list[PackPlan[Item]]) -> None:
         """Write this rank's share of rows; afterwards every rank knows all skipped items."""
+        args, skipped = self.args, {}
         files = [plan.format.map_rows(require_folder(path), "r+") for path, plan in zip(folders, plans, strict=True)]
-        skipped: dict[int, Skipped] = {}
-        for item, result in self._compute_share(plans):
-            if isinstance(result, Skipped):
-                skipped[item] = result
-                continue
-            for file, plan, features in zip(files, plans, result, strict=True):
-                rows = slice(plan.starts[item], plan.starts[item] + plan.counts[item])
-                file[rows] = features.contiguous().view(torch.uint8).flatten(1).numpy()
+        share: Any = self.batches(plans[0])[args.process_index :: args.world_size]
+        load = partial(self.load, plans[0])
+        loader = DataLoader(share, batch_size=None, collate_fn=load, num_workers=args.dataloader_num_workers)
+        for unusable, batch in tqdm(loader, self.description, disable=args.disable_tqdm or args.process_index != 0):
+            skipped |= unusable
+            self.on_skipped(list(unusable.values()), 0)
+            for item, result in self.compute(plans, batch):
+                for file, plan, features in zip(files, plans, result, strict=True):
+                    rows = slice(plan.starts[item], plan.starts[item] + plan.counts[item])
+                    file[rows] = features.contiguous().view(torch.uint8).flatten(1).numpy()
         for file in files:
             file.flush()  # pyright: ignore[reportAttributeAccessIssue] - a memory map
         for rank_skipped in all_gather_objects(skipped):
             for plan in plans:
                 plan.skipped |= rank_skipped
-        self.check_skipped([record for _, record in sorted(plans[0].skipped.items())])
-
-    def _compute_share(self, plans: list[PackPlan[Item]]) -> Iterator[tuple[int, ItemFeatures | Skipped]]:
-        args = self.args
-        dataset, batches = self.load(plans[0])
-        share, workers = batches[args.process_index :: args.world_size], args.dataloader_num_workers
-        loader = DataLoader(dataset, batch_sampler=share, collate_fn=self.collate, num_workers=workers)
-        for batch in tqdm(loader, self.description, disable=args.disable_tqdm or args.process_index != 0):
-            yield from self.compute(plans, batch)
+        self.on_skipped([record for _, record in sorted(plans[0].skipped.items())], 0)
 
 
 def require_folder(folder: Path) -> Path:

@@ -77,23 +77,29 @@ def load_head_data(config: RunConfig, encoder: PromptEncoder, seed: int) -> Head
     Raises:
         ValueError: a record or a label cannot be used, or there are too few to hold some out.
     """
-    all_samples = load_dataset(config.dataset, encoder, seed=seed)
-    other_files = _load_other_files(config.dataset, encoder)
-    values = values_per_head(all_samples.labels, list(config.model.head.by_name))
-    check_labels(all_samples, values)
+    data, names = config.dataset, list(config.model.head.by_name)
+    loaded = {"train": load_dataset(data, encoder, seed=seed)}
+    for role, path, folder, max_samples in (
+        ("eval", data.eval_path, data.eval_image_folder, data.max_eval_samples),
+        ("test", data.test_path, data.test_image_folder, None),
+    ):
+        if path is not None:
+            loaded[role] = load_other_file(data, encoder, path, folder, max_samples)
+    values = values_per_head(loaded["train"].labels, names)
+    check_labels(loaded["train"], values, "train")
     heads = [
         resolve_labels(name, str(head.task), head.labels, values[name])
         for name, head in config.model.head.by_name.items()
     ]
-    sets = _hold_out_sets(config.dataset, all_samples, other_files, heads[0], seed)
-    _check_sets(sets, heads)
+    sets = _hold_out_sets(data, loaded, heads, seed)
+    for role, dataset in sets.items():
+        _check_set(role, dataset, heads)
     folds = []
-    if config.dataset.folds is not None:
-        groups = strata(heads[0], values_per_head(sets["train"].labels, [head.name for head in heads])[heads[0].name])
-        folds = fold_by_label(sets["train"], groups, config.dataset.folds, seed, heads[0].labels)
+    if data.folds is not None:
+        folds = fold_by_label(sets["train"], _strata(sets["train"], heads), data.folds, seed, heads[0].labels)
     by_role = {role: HeadDataset(dataset, heads) for role, dataset in sets.items()}
     return HeadData(
-        all_datasets=[HeadDataset(dataset, heads) for dataset in (all_samples, *other_files.values())],
+        all_datasets=[HeadDataset(dataset, heads) for dataset in loaded.values()],
         train=by_role["train"],
         evaluation=by_role.get("eval"),
         test=by_role.get("test"),
@@ -102,48 +108,43 @@ def load_head_data(config: RunConfig, encoder: PromptEncoder, seed: int) -> Head
     )
 
 
-def _load_other_files(config: DatasetConfig, encoder: PromptEncoder) -> dict[str, SampleDataset]:
-    """Return the records of other files than that of training: role -> samples."""
-    files = {
-        "eval": (config.eval_path, config.eval_image_folder, config.max_eval_samples),
-        "test": (config.test_path, config.test_image_folder, None),
-    }
-    return {
-        role: load_other_file(config, encoder, path, folder, max_samples)
-        for role, (path, folder, max_samples) in files.items()
-        if path is not None
-    }
+def _strata(dataset: SampleDataset, heads: Sequence[HeadLabels]) -> np.ndarray:
+    """Return the stratum of each sample: by the labels of the first head."""
+    values = values_per_head(dataset.labels, [head.name for head in heads])
+    return strata(heads[0], values[heads[0].name])
 
 
 def _hold_out_sets(
-    config: DatasetConfig, samples: SampleDataset, other_files: dict[str, SampleDataset], head: HeadLabels, seed: int
+    config: DatasetConfig, sets: Mapping[str, SampleDataset], heads: Sequence[HeadLabels], seed: int
 ) -> dict[str, SampleDataset]:
-    """Return role -> samples, those without a file held out of the training samples, stratified by a head's labels."""
-    sets = {"train": samples, **other_files}
-    eval_share = config.eval_split
+    """Return role -> samples, those without a file held out of the training samples, stratified by labels."""
+    sets, eval_share = dict(sets), config.eval_split
     if eval_share is None and config.folds is None and "eval" not in sets:
         eval_share = DEFAULT_EVAL_SHARE
     for role, share in (("test", config.test_split), ("eval", eval_share)):
         if share:
-            values = values_per_head(sets["train"].labels, [head.name])[head.name]
-            sets["train"], sets[role] = split_by_label(
-                sets["train"], strata(head, values), share, seed, head.labels, f"dataset.{role}_split"
-            )
+            train, key = sets["train"], f"dataset.{role}_split"
+            groups = _strata(train, heads)
+            sets["train"], sets[role] = split_by_label(train, groups, share, seed, heads[0].labels, key)
     if config.max_eval_samples is not None and "eval" in sets:
         sets["eval"] = sets["eval"].subset(range(len(sets["eval"]))[: config.max_eval_samples])
     return sets
 
 
-def _check_sets(sets: dict[str, SampleDataset], heads: Sequence[HeadLabels]) -> None:
+def _check_set(role: str, dataset: SampleDataset, heads: Sequence[HeadLabels]) -> None:
     """Raise ValueError where a label is absent from training, or a set cannot be measured on."""
-    for role, dataset in sets.items():
-        values = values_per_head(dataset.labels, [head.name for head in heads])
-        if role == "train":
-            for head in heads:
-                resolve_labels(head.name, head.task, head.labels or None, values[head.name])
-        else:
-            check_labels(dataset, values, role)
-            check_labels_for_each_head(values, role)
+    values = values_per_head(dataset.labels, [head.name for head in heads])
+    if role == "train":
+        for head in heads:
+            resolve_labels(head.name, head.task, head.labels or None, values[head.name])
+        return
+    check_labels(dataset, values, role)
+    for name, label_values in values.items():
+        if all(value is None for value in label_values):
+            raise ValueError(
+                f"head {name}: none of {len(label_values)} {role} records has a label for it; give more of them "
+                f"(dataset.{role}_split), or others (dataset.{role}_path)"
+            )
 
 
 def make_prompt_encoder(config: RunConfig, model_config: PreTrainedConfig, processor: Processor) -> PromptEncoder:
@@ -155,7 +156,7 @@ def make_prompt_encoder(config: RunConfig, model_config: PreTrainedConfig, proce
     )  # fmt: skip
 
 
-def check_labels(dataset: SampleDataset, values: Mapping[str, Sequence[object]], role: str = "train") -> None:
+def check_labels(dataset: SampleDataset, values: Mapping[str, Sequence[object]], role: str) -> None:
     """Raise ValueError where a record has no label for any head."""
     without = np.flatnonzero([all(value is None for value in row) for row in zip(*values.values(), strict=True)])
     if len(without) == 0:
@@ -166,16 +167,6 @@ def check_labels(dataset: SampleDataset, values: Mapping[str, Sequence[object]],
         f"record {record}. A label is looked for as `label` of each record; dataset.format=labelled takes another "
         "column as dataset.options.label_key"
     )
-
-
-def check_labels_for_each_head(values: Mapping[str, Sequence[object]], role: str) -> None:
-    """Raise ValueError where no record of a set has a label for a head, which could not be measured then."""
-    for name, label_values in values.items():
-        if all(value is None for value in label_values):
-            raise ValueError(
-                f"head {name}: none of {len(label_values)} {role} records has a label for it; give more of them "
-                f"(dataset.{role}_split), or others (dataset.{role}_path)"
-            )
 
 
 def targets_by_head(dataset: HeadDataset) -> dict[str, np.ndarray]:

@@ -5,10 +5,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
 
 from vlm.assembly.checkpoint import is_prediction_model
 from vlm.data.heads.dataset import HeadDataset
@@ -29,13 +27,8 @@ def predict_out_of_fold(
 ) -> dict[str, HeadOutputs]:
     """Train fresh heads on each fold and return their outputs for its held-out records: head -> all records.
 
-    Afterwards the heads of `run.model` are fresh again, and `run.parts` holds them.
-
-    Args:
-        objective: the run's objective.
-        run: the run.
-        folds: what trains and what is held out, for each fold.
-        read: makes a trainer's data set of samples, see `reader.make_feature_reader`.
+    Afterwards the heads of `run.model` are fresh again, and `run.parts` holds them. A fold is what trains and what is
+    held out; `read` makes a trainer's data set of samples, see `feature_cache.heads.make_feature_reader`.
     """
     model = run.model
     assert is_prediction_model(model)
@@ -44,7 +37,10 @@ def predict_out_of_fold(
     head_outputs: list[dict[str, HeadOutputs]] = []
     for number, (rest, held_out) in enumerate(folds):
         log.info("Fold %d of %d", number + 1, len(folds))
-        args = _fold_arguments(run.args, run.folder / "folds" / str(number))
+        folder, args = run.folder / "folds" / str(number), copy.copy(run.args)
+        folder.mkdir(parents=True, exist_ok=True)
+        args.output_dir, args.report_to = str(folder), []
+        args.eval_strategy = args.save_strategy = "no"  # a fold is neither saved nor evaluated while it trains
         reset_heads(model, initial_state)
         data = RunData(read(rest), None, {"train": rest.dataset})
         trainer = make_trainer(objective, replace(run, args=args, parts=rebuild_parts(), data=data))
@@ -56,13 +52,3 @@ def predict_out_of_fold(
     return {
         head.name: concatenate_outputs([fold[head.name] for fold in head_outputs]) for head in model.config.settings
     }
-
-
-def _fold_arguments(args: TrainingArguments, folder: Path) -> TrainingArguments:
-    """Return the run's arguments for one fold, which is neither saved nor evaluated while it trains."""
-    folder.mkdir(parents=True, exist_ok=True)
-    args = copy.copy(args)
-    args.output_dir = str(folder)
-    args.eval_strategy = args.save_strategy = "no"
-    args.report_to = []
-    return args

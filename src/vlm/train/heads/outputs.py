@@ -35,13 +35,11 @@ def collect_outputs(trainer: ObjectiveTrainer, dataset: Any) -> dict[str, HeadOu
     """Return the outputs of each head for every sample of a data set that has a label for it, in order."""
     gathered: list[Inputs] = []
     for inputs in trainer.evaluation_batches(dataset, "evaluating"):
-        targets, groups = inputs.pop("labels"), inputs.pop("groups")
+        results = {name: inputs.pop(name) for name in ("labels", "groups")}
         inputs.pop("text_labels", None)
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            outputs = trainer.model(**inputs).outputs
-        gathered.append(
-            trainer.accelerator.gather_for_metrics({"outputs": outputs, "labels": targets, "groups": groups})
-        )
+            results["outputs"] = trainer.model(**inputs).outputs
+        gathered.append(trainer.accelerator.gather_for_metrics(results))
     return {head.name: _make_head_outputs(head, gathered) for head in trainer.model.config.settings}
 
 

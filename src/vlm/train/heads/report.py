@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,6 @@ log = logging.getLogger(__name__)
 
 COMPARISON_KEYS = {"baseline": "baseline", "blank images": "blank_pictures"}
 """Column of the table -> key of `scores.json`."""
-
-
-def calibration_note(head: HeadSettings) -> str:
-    """Return what was chosen for a head on the evaluation records; empty for tasks without probabilities."""
-    if head.task not in CLASSIFICATION_TASKS:
-        return ""
-    calibration = "temperature" if head.threshold is None else "temperature and threshold"
-    return f"its {calibration} was chosen on these records, which flatters what depends on it"
 
 
 def report(
@@ -52,14 +45,23 @@ def report(
         for head in heads:
             output_dir = folder / "scores" / name / ("" if len(heads) == 1 else head.name)
             output_dir.mkdir(parents=True, exist_ok=True)
-            note = "nothing was chosen by these records" if name == "test" else calibration_note(head)
+            outputs, note = head_outputs[head.name], _note(name, head)
             blank = blank_outputs[head.name] if blank_outputs is not None and is_last else None
-            title = f"{name}: {head.name} ({head.task}), {len(head_outputs[head.name].targets):,} records"
+            title = f"{name}: {head.name} ({head.task}), {len(outputs.targets):,} records"
             log.info("%s%s", title, f"; {note}" if note else "")
-            head_json = _score_head(head, train_targets[head.name], head_outputs[head.name], blank, output_dir)
-            records = {"records": len(head_outputs[head.name].targets), "note": note}
-            report_json.setdefault(name, {})[head.name] = records | head_json
+            head_json = _score_head(head, train_targets[head.name], outputs, blank, output_dir)
+            report_json.setdefault(name, {})[head.name] = {"records": len(outputs.targets), "note": note, **head_json}
     write_json(folder / "scores.json", report_json)
+
+
+def _note(name: str, head: HeadSettings) -> str:
+    """Return what was chosen by the records of a set; empty for tasks without probabilities."""
+    if name == "test":
+        return "nothing was chosen by these records"
+    if head.task not in CLASSIFICATION_TASKS:
+        return ""
+    calibration = "temperature" if head.threshold is None else "temperature and threshold"
+    return f"its {calibration} was chosen on these records, which flatters what depends on it"
 
 
 def _score_head(
@@ -69,12 +71,11 @@ def _score_head(
     calibration = Calibration(head.temperature, head.threshold)
     known = train_targets[~np.isnan(train_targets).any(axis=1)]
     known = known if head.task == "multilabel" else known[:, 0]
-    metrics = scores(head.task, outputs.outputs, outputs.targets, calibration, groups=outputs.ranking_groups)
+    measure = partial(scores, head.task, calibration=calibration)
+    metrics = measure(outputs.outputs, outputs.targets, groups=outputs.ranking_groups)
     comparisons = {"baseline": baseline(head.task, known, outputs.targets, num_labels=len(head.labels))}
     if blank is not None:
-        comparisons["blank images"] = scores(
-            head.task, blank.outputs, blank.targets, calibration, groups=blank.ranking_groups
-        )
+        comparisons["blank images"] = measure(blank.outputs, blank.targets, groups=blank.ranking_groups)
     plot_head_scores(
         head.task, outputs.outputs, outputs.targets, calibration, [str(label) for label in head.labels], output_dir,
         groups=outputs.ranking_groups,

@@ -95,8 +95,8 @@ class Prediction(Objective):
     def before_training(self, run: PreparedRun) -> None:
         """Compute the hidden states of a frozen body once; train and measure heads on folds, if there are any."""
         from vlm.data.feature_cache.heads import collate_features
+        from vlm.train.feature_cache.heads import disable_workers, make_feature_reader
         from vlm.train.heads.folds import predict_out_of_fold
-        from vlm.train.heads.reader import disable_workers, make_feature_reader
 
         self.read = lambda dataset: dataset
         if caches_features(self.config):

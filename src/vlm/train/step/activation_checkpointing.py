@@ -22,25 +22,17 @@ def enable_activation_checkpointing(
     `args.activation_checkpointing` is false afterwards: `Trainer` would put it on every layer, and a gradient on the
     embeddings of language models that need none.
 
-    Args:
-        model: the model, with what trains of it settled.
-        parts: its parts.
-        trainer: the run's section.
-        args: the same as `Trainer` reads it.
-
     Raises:
         ValueError: a named part keeps no activations, or its layers cannot be checkpointed.
     """
     if not args.activation_checkpointing:
         return
-    with_flowing_gradient = parts_with_gradient(parts)
-    named = trainer.checkpointed_parts
-    for name in named or ():
-        if name not in with_flowing_gradient:
-            raise ValueError(
-                f"trainer.checkpointed_parts={named}: no gradient flows through the {name}, so that it keeps nothing; "
-                f"name of {', '.join(with_flowing_gradient) or 'none'}"
-            )
+    named, with_gradient = trainer.checkpointed_parts, parts_with_gradient(parts)
+    if frozen := [name for name in named or () if name not in with_gradient]:
+        raise ValueError(
+            f"trainer.checkpointed_parts={named}: no gradient flows through the {frozen[0]}, so that it keeps nothing; "
+            f"name of {', '.join(with_gradient) or 'none'}"
+        )
     kwargs = args.activation_checkpointing_kwargs
     assert not isinstance(kwargs, str), "TrainingArguments parses text"
     options = dict(kwargs or {})
@@ -49,12 +41,12 @@ def enable_activation_checkpointing(
     model.activation_checkpointing_enable({"use_reentrant": False, **options}, offload=offload)
     if not options.get("use_reentrant"):
         model.disable_input_require_grads()  # only reentrant checkpoints need it, and it lets gradients flow everywhere
-    num_layers = _enable_checkpointed_layers(model, with_flowing_gradient if named is None else named, every_n_layers)
+    num_layers = _enable_checkpointed_layers(model, with_gradient if named is None else named, every_n_layers)
     args.activation_checkpointing = False
     if missing := [name for name in named or () if not num_layers[name]]:
         raise ValueError(
             f"trainer.checkpointed_parts={named}: the {missing[0]} has no layers that transformers can compute anew; "
-            f"leave it out"
+            "leave it out"
         )
 
 

@@ -20,16 +20,11 @@ class StartingTrainer(ObjectiveTrainer, Protocol):
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Checks packed rows, and lets the objective do what needs the model as it is trained.
-
-    Args:
-        trainer: the run's.
-        model: the model, before accelerate wraps it.
-    """
+    """Checks packed rows, and lets the objective do what needs the model as it is trained."""
 
     def __init__(self, trainer: StartingTrainer, model: PreTrainedModel):
         self.trainer = trainer
-        self.own_forward = vars(model).get("forward")  # such as Liger's
+        self.own_forward = vars(model).get("forward")  # such as Liger's, before accelerate wraps it
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Take accelerate's wrapper off the forward pass, which would widen all logits to float32 at once; check it."""

@@ -24,10 +24,6 @@ def compile_layers(model: nn.Module, args: TrainingArguments) -> None:
 
     `args.torch_compile` is false afterwards: `Trainer` would wrap the whole model.
 
-    Args:
-        model: the model.
-        args: the run's arguments.
-
     Raises:
         ValueError: the model has no repeated layers, or an option does not go with compiled layers.
     """
@@ -39,14 +35,13 @@ def compile_layers(model: nn.Module, args: TrainingArguments) -> None:
             "compiled; choose trainer.deepspeed=zero2 or none, or leave it out"
         )
     options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-    if args.torch_compile_mode in ("reduce-overhead", "max-autotune"):
+    if options["mode"] in ("reduce-overhead", "max-autotune"):
         raise ValueError(
             f"trainer.torch_compile_mode={args.torch_compile_mode}: it records each length as a graph of its own; "
             "default and max-autotune-no-cudagraphs take all lengths"
         )
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-    layers = list(repeated_layers(model))
-    if not layers:
+    if not (layers := list(repeated_layers(model))):
         raise ValueError("trainer.torch_compile=true: this model has no repeated layers; leave it out")
     for layer in layers:
         layer.compile(**options, dynamic=True, recompile_limit=RECOMPILE_LIMIT)

@@ -9,16 +9,11 @@ from transformers import PreTrainedModel
 
 from vlm.assembly.checkpoint import get_language_model
 
-LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
-"""Liger's kernels for losses."""
-
 
 def apply_liger_kernels(model: PreTrainedModel, options: Mapping[str, bool] | None) -> list[str]:
     """Apply Liger's kernels to the language model, or a whole model of a family; return the modules that use them.
 
-    Args:
-        model: the model.
-        options: `trainer.liger_kernel_config`, such as `rope: false`.
+    The options are `trainer.liger_kernel_config`, such as `rope: false`.
 
     Raises:
         ValueError: Liger is not installed, or does not know the language model.
@@ -29,17 +24,18 @@ def apply_liger_kernels(model: PreTrainedModel, options: Mapping[str, bool] | No
         raise ValueError(
             f"trainer.use_liger_kernel=true: Liger cannot be imported ({error}): pip install 'small-vlm[liger]'"
         ) from error
-    if losses := [name for name in LIGER_LOSSES if (options or {}).get(name)]:
+    options = dict(options or {})
+    if losses := [name for name in ("cross_entropy", "fused_linear_cross_entropy") if options.get(name)]:
         raise ValueError(
             f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed at supervised positions, which "
             "Liger's takes no note of; leave it out"
         )
     target = get_language_model(model)
-    _apply_liger_kernel_to_instance(model=target, **{"fused_linear_cross_entropy": False, **(options or {})})
+    _apply_liger_kernel_to_instance(model=target, **{"fused_linear_cross_entropy": False, **options})
     changed = [name for name, module in target.named_modules() if "forward" in vars(module)]
     if not changed:
         raise ValueError(
             f"trainer.use_liger_kernel=true: Liger computes nothing of model_type={target.config.model_type} with "
-            f"trainer.liger_kernel_config={dict(options or {})}; leave it out"
+            f"trainer.liger_kernel_config={options}; leave it out"
         )
     return changed

@@ -44,23 +44,16 @@ def packed_attention(
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
     if _supports_varlen_kernel(query) and not dropout:
-        starts = cu_seq_lens_q
-        output = _varlen_attention(query, key, value, starts, max_length_q, scaling=scaling, window=sliding_window)
-        return output, None
+        sizes = cu_seq_lens_q, max_length_q
+        return _varlen_attention(query, key, value, *sizes, scaling=scaling, window=sliding_window), None
     outputs = []
     lengths = cu_seq_lens_q.diff().tolist()
     samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    for sample_query, sample_key, sample_value in samples:  # out of a split, whose gradient is one concatenation
-        mask = _sliding_window_mask(sample_query.shape[2], sliding_window, query)
-        output, _ = sdpa_attention_forward(
-            module, sample_query, sample_key, sample_value, mask, dropout=dropout, scaling=scaling, is_causal=True
-        )
+    for q, k, v in samples:  # out of a split, whose gradient is one concatenation
+        mask = _sliding_window_mask(q.shape[2], sliding_window, query)
+        output, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=True)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
-
-
-WINDOW_CONFIG_KEYS = ("sliding_window", "attention_chunk_size")
-"""Keys of configurations for how far back a token sees in layers that do not see everything."""
 
 
 def _check_window(module: nn.Module, window: int | None, max_length: int) -> None:
@@ -69,14 +62,13 @@ def _check_window(module: nn.Module, window: int | None, max_length: int) -> Non
     Raises:
         ValueError: a sample is longer.
     """
-    config = getattr(module, "config", None)
-    layer_index = getattr(module, "layer_idx", None)
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     layer_types = getattr(config, "layer_types", None)
     if window is not None or config is None or getattr(config, "use_sliding_window", None) is False:
         return
-    if layer_types is not None and layer_index is not None and layer_types[layer_index] == "full_attention":
+    if layer_types is not None and layer is not None and layer_types[layer] == "full_attention":
         return
-    for name in WINDOW_CONFIG_KEYS:
+    for name in ("sliding_window", "attention_chunk_size"):
         window_length = getattr(config, name, None)
         if isinstance(window_length, int) and window_length < max_length:
             raise ValueError(
@@ -101,8 +93,7 @@ def _varlen_attention(
 
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, dim)
     sizes = starts, starts, max_length, max_length
-    left = -1 if window is None else window - 1
-    enable_gqa = q.shape[1] != k.shape[1]
+    left, enable_gqa = -1 if window is None else window - 1, q.shape[1] != k.shape[1]
     output = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(left, 0), enable_gqa=enable_gqa)
     assert isinstance(output, Tensor)
     return output[None]
@@ -120,22 +111,13 @@ def _sliding_window_mask(length: int, window: int | None, like: Tensor) -> Tenso
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
-def _set_attention(config: PreTrainedConfig, name: str | None) -> None:
-    """Set the attention of a configuration; those nested in it keep theirs, hence the mapping."""
-    cast(Any, config)._attn_implementation = {"": name}
-
-
 @contextmanager
 def use_packed_attention(config: PreTrainedConfig) -> Iterator[None]:
-    """Let a language model that uses `sdpa` attend within samples, forward and backward.
-
-    Args:
-        config: the language model's configuration, which its layers read.
-    """
-    before = config._attn_implementation
+    """Let a language model that uses `sdpa` attend within samples, forward and backward: its layers read `config`."""
+    before, settable = config._attn_implementation, cast(Any, config)
     if before == "sdpa":
-        _set_attention(config, PACKED_ATTENTION)
+        settable._attn_implementation = {"": PACKED_ATTENTION}  # a mapping: configurations nested in it keep theirs
     try:
         yield
     finally:
-        _set_attention(config, before)
+        settable._attn_implementation = {"": before}

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
@@ -32,12 +32,7 @@ NUM_PROBED_SAMPLES = 64
 
 
 class PackedStream(IterableDataset[list[SampleInputs | Skipped]]):
-    """Packs of a stream's samples: each time, the fullest pack that the pending samples make.
-
-    Args:
-        stream: the samples.
-        capacity: the largest number of tokens in a pack.
-    """
+    """Packs of at most `capacity` tokens of a stream: each time, the fullest pack that the pending samples make."""
 
     def __init__(self, stream: SampleStream, capacity: int):
         self.stream, self.capacity = stream, capacity
@@ -56,10 +51,10 @@ class PackedStream(IterableDataset[list[SampleInputs | Skipped]]):
             if total < LOOKAHEAD_PACKS * self.capacity:
                 continue
             lengths = [len(sample["input_ids"]) for sample in pending]
-            fullest = max(
-                pack_lengths(lengths, self.capacity), key=lambda indices: sum(lengths[index] for index in indices)
-            )
-            total -= sum(lengths[index] for index in fullest)
+            packs = pack_lengths(lengths, self.capacity)
+            sizes = [sum(lengths[index] for index in pack) for pack in packs]
+            fullest = packs[sizes.index(max(sizes))]
+            total -= max(sizes)
             yield [*(pending[index] for index in fullest), *left_out]
             pending = [sample for index, sample in enumerate(pending) if index not in set(fullest)]
             left_out = []
@@ -70,11 +65,7 @@ def make_packed_loader(
 ) -> tuple[DataLoader, PackSampler | None]:
     """Return the loader of this rank's packs, and the sampler that orders them; packs of a stream have none.
 
-    Args:
-        dataset: the samples.
-        collate: lays out padded batches.
-        max_tokens: `trainer.max_tokens_per_batch`.
-        args: batch size, seed, rank, data workers.
+    A pack has at most `max_tokens` tokens, `trainer.max_tokens_per_batch`; `collate` makes padded batches.
     """
     size, collate_packs = args.per_device_train_batch_size, PackingCollator(collate)
     if isinstance(dataset, SampleStream):
@@ -87,14 +78,9 @@ def make_packed_loader(
 
 def loader_options(args: TrainingArguments) -> dict[str, Any]:
     """Return the options that `Trainer` gives its own loaders: data workers and pinned memory."""
-    return {
-        "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-        "in_order": args.dataloader_in_order,
-    }
+    names = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "in_order")
+    prefetch_factor = args.dataloader_prefetch_factor if args.dataloader_num_workers else None
+    return {name: getattr(args, f"dataloader_{name}") for name in names} | {"prefetch_factor": prefetch_factor}
 
 
 def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: int) -> int:
@@ -103,25 +89,17 @@ def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: in
     Raises:
         ValueError: a sample may be longer than `max_tokens`.
     """
-    longest = max(source.encoder.longest for source in stream.sources)
-    if max_tokens is None:
-        return resolve_pack_capacity(None, batch_size, read_first_lengths(stream) or [longest], longest)
-    if max_tokens < longest:
+    encode, longest = stream.sources[0].encoder, max(source.encoder.longest for source in stream.sources)
+    if max_tokens is not None and max_tokens < longest:
         raise ValueError(
             f"trainer.max_tokens_per_batch={max_tokens}: a sample of the stream may have {longest:,} tokens; raise it, "
             "or lower dataset.max_length"
         )
-    return max_tokens
-
-
-def read_first_lengths(stream: SampleStream) -> list[int]:
-    """Return the lengths of a stream's first samples; training reads unusable ones again, and reports them."""
-    encode = stream.sources[0].encoder
     lengths = []
-    for sample in stream.samples(NUM_PROBED_SAMPLES):
-        with suppress(BadSample):
+    for sample in stream.samples(NUM_PROBED_SAMPLES) if max_tokens is None else ():
+        with suppress(BadSample):  # training reads unusable samples again, and reports them
             lengths.append(len(encode(sample, read_media_sizes(sample, stream.processor)).input_ids))
-    return lengths
+    return resolve_pack_capacity(max_tokens, batch_size, lengths or [longest], longest)
 
 
 def check_packing_support(model_type: str) -> None:
@@ -139,10 +117,6 @@ def check_packing_support(model_type: str) -> None:
         )
 
 
-GRID_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-"""Inputs with the grid sizes of images and videos."""
-
-
 def add_grid_positions(model: Any, batch: Inputs) -> Inputs:
     """Return a packed batch with the positions that its model uses: in some families four per token, `(4, 1, T)`.
 
@@ -158,7 +132,7 @@ def add_grid_positions(model: Any, batch: Inputs) -> Inputs:
         for name in ("input_ids", "mm_token_type_ids")
     }
     mask = pad_sequence([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True)
-    grids = {name: batch[name] for name in GRID_INPUTS if name in batch}
+    grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in batch}
     positions, _ = model.model.get_rope_index(**rows, **grids, attention_mask=mask)
     text = batch["position_ids"]
     return batch | {"position_ids": torch.cat([text, positions[:, mask.bool()]])[:, None]}
@@ -182,35 +156,29 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
         alone = model(input_ids=torch.tensor([last], device=model.device), use_cache=False).logits[0]
     finally:
         model.train(was_training)
-    logits_after_first = [logits[size:] for logits in packed]
-    scale = float(alone.abs().max())
-    tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
-    if float((logits_after_first[0] - logits_after_first[1]).abs().max()) > tolerance * 1e-2 * scale:
-        raise _mixing_error(model, "a sample's logits depend on the sample before it")
-    if float((logits_after_first[0] - alone).abs().max()) > tolerance * scale:
-        raise _mixing_error(model, "a sample's logits are not those that it has alone")
+    after_first, after_other = (logits[size:] for logits in packed)
+    tolerance = (1e-4 if alone.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
+    if float((after_first - after_other).abs().max()) > tolerance * 1e-2:
+        problem = "a sample's logits depend on the sample before it"
+    elif float((after_first - alone).abs().max()) > tolerance:
+        problem = "a sample's logits are not those that it has alone"
+    else:
+        return
+    text = model.config.get_text_config()
+    raise ValueError(
+        f"trainer.packing=true: {problem} in a packed row, with {text.model_type} and attention "
+        f"{text._attn_implementation}. Try another model.attn_implementation, or trainer.packing=false"
+    )
 
 
 def _packed_row_logits(model: TrainableModel, samples: list[list[int]]) -> Tensor:
     """Return logits `(T, vocabulary)` of samples in one row."""
-    lengths = list(map(len, samples))
-    ids = torch.tensor([list(chain(*samples))])
-    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
-    batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
-    batch |= {"mm_token_type_ids": torch.zeros_like(ids), SEQUENCE_STARTS: starts}
-    batch = add_grid_positions(model, batch)
-    batch.pop("mm_token_type_ids")
-    batch |= {"cu_seq_lens_k": starts}
+    items: list[SampleInputs | Skipped] = [
+        {"input_ids": ids, "labels": ids, "mm_token_type_ids": torch.zeros(len(ids), dtype=torch.long)}
+        for ids in samples
+    ]
+    collate = PackingCollator(Collator(0, tokens=("mm_token_type_ids",)))
+    batch = add_grid_positions(model, {**collate(items)})
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "mm_token_type_ids")}
     with use_packed_attention(model.config.get_text_config()):
-        return model(
-            **{name: value.to(model.device) for name, value in batch.items()},
-            **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)), use_cache=False,
-        ).logits[0]  # fmt: skip
-
-
-def _mixing_error(model: TrainableModel, problem: str) -> ValueError:
-    text = model.config.get_text_config()
-    return ValueError(
-        f"trainer.packing=true: {problem} in a packed row, with {text.model_type} and attention "
-        f"{text._attn_implementation}. Try another model.attn_implementation, or trainer.packing=false"
-    )
+        return model(**send_to_device(inputs, model.device), use_cache=False).logits[0]
