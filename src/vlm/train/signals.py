@@ -25,10 +25,7 @@ class SigtermCheckpoint(TrainerCallback):
     """Ends a run on SIGTERM after the current step, with a checkpoint to resume from.
 
     The signal may come several times, from its sender and from a launcher that passes it on. Ranks get it at different
-    steps, or only one of them does, so they agree after each step.
-
-    Args:
-        can_save: whether the run can save a checkpoint.
+    steps, or only one of them does, so they agree after each step. Without `can_save`, the run ends at once.
     """
 
     def __init__(self, *, can_save: bool = True):
@@ -43,17 +40,19 @@ class SigtermCheckpoint(TrainerCallback):
             self.handler_installed = True
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal."""
         self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Ask for a checkpoint where any rank got the signal."""
-        self.any_rank_received = self._any_rank_received_sigterm(args.device)
-        if not self.any_rank_received:
-            return control
-        if not self.can_save:
-            self._end("was asked to end, and there is nothing to go on from")
-        control.should_save = True
+        received = self.received
+        if dist.is_initialized():
+            flag = torch.tensor([int(received)], device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            received = bool(flag.item())
+        if received:
+            if not self.can_save:
+                self._end("was asked to end, and there is nothing to go on from")
+            self.any_rank_received = control.should_save = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
@@ -67,13 +66,6 @@ class SigtermCheckpoint(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Restore the earlier handler."""
         self.restore()
-
-    def _any_rank_received_sigterm(self, device: torch.device) -> bool:
-        if not dist.is_initialized():
-            return self.received
-        received_flag = torch.tensor([int(self.received)], device=device)
-        dist.all_reduce(received_flag, op=dist.ReduceOp.MAX)
-        return bool(received_flag.item())
 
     def _end(self, message: str) -> None:
         self.restore()

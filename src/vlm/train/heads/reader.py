@@ -30,7 +30,7 @@ def make_feature_reader(
     """
     model, args = run.model, run.args
     assert is_prediction_model(model)
-    on_skipped = SkippedRecords(run.folder, run.data.records["train"], config, 1, is_writer=args.process_index == 0)
+    on_skipped = SkippedRecords(run, config, 1, is_writer=args.process_index == 0)
     features: dict[int, HeadFeatures] = {}
     find: Callable[..., HeadFeatures] = partial(
         load_or_compute_features, model, body_digest(model), collate=collate, args=args,
