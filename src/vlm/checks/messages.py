@@ -39,18 +39,18 @@ def explain(error: BaseException) -> str:
     """Return the message for an error that Hydra or OmegaConf raised while it composed."""
     if isinstance(error, ConfigError):
         return str(error)
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    for link in chain:
-        if isinstance(link, MissingConfigException):
-            return _describe_missing_file(link)
-        if isinstance(link, OverrideParseException):
-            return _describe_malformed_override(link.override)
-        if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
-            return _describe_unknown_key(link)
-        if isinstance(link, OmegaConfBaseException) and link.full_key:
-            return _describe_wrong_value(link)
+    link: BaseException | None = error
+    while link is not None:
+        match link:
+            case MissingConfigException():
+                return _describe_missing_file(link)
+            case OverrideParseException():
+                return _describe_malformed_override(link.override)
+            case ConfigAttributeError() | ConfigKeyError() if link.full_key:
+                return _describe_unknown_key(link)
+            case OmegaConfBaseException() if link.full_key:
+                return _describe_wrong_value(link)
+        link = link.__cause__ or link.__context__
     text = str(error)
     if isinstance(error, YAMLError):
         return f"not YAML: {text}"
@@ -126,9 +126,7 @@ def _describe_wrong_value(error: OmegaConfBaseException) -> str:
     if "is not a subclass of" in text:
         return describe_scalar_section(key, group_names())
     needed = next((ours for theirs, ours in EXPECTED_VALUES.items() if theirs in text), text)
+    if "deletion" in text or needed == text:
+        return f"{'~' if 'deletion' in text else ''}{key}: {needed}"
     quoted = re.search(r"[Vv]alue '(.*?)'", text)
-    if "deletion" in text:
-        return f"~{key}: {needed}"
-    if needed == text:
-        return f"{key}: {text}"
     return f"{key}={quoted[1] if quoted else format_value(error.value)}: {needed}"

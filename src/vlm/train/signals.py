@@ -7,6 +7,7 @@ import multiprocessing.util  # registers its own exit function first, which then
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType
 
@@ -30,14 +31,14 @@ class SigtermCheckpoint(TrainerCallback):
 
     def __init__(self, *, can_save: bool = True):
         self.can_save = can_save
-        self.received = self.any_rank_received = self.handler_installed = False
-        self.previous_handler = signal.SIG_DFL
+        self.received = self.any_rank_received = False
+        self.handlers = ExitStack()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Install the handler; only a main thread can."""
         if threading.current_thread() is threading.main_thread():
-            self.previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
-            self.handler_installed = True
+            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self.handlers.callback(signal.signal, signal.SIGTERM, previous)
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.received = True
@@ -74,9 +75,7 @@ class SigtermCheckpoint(TrainerCallback):
 
     def restore(self) -> None:
         """Restore the earlier handler, whether the run has ended or failed."""
-        if self.handler_installed:
-            self.handler_installed = False
-            signal.signal(signal.SIGTERM, self.previous_handler)
+        self.handlers.close()
 
 
 @atexit.register

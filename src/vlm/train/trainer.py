@@ -8,14 +8,14 @@ the speed of the run; checkpoints that hold what trains (`checkpoints.py`). `hoo
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import DataCollator, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
@@ -75,7 +75,7 @@ class VLMTrainer(CheckpointTrainer):
         super().__init__(
             model=run.model,
             args=run.args,
-            data_collator=run.collate,
+            data_collator=cast(DataCollator, run.collate),
             train_dataset=run.data.train,
             eval_dataset=run.data.evaluation,
             processing_class=run.processor.tokenizer,

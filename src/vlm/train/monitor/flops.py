@@ -43,23 +43,14 @@ class FlopsNotCountable(Exception):
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of training, forward and backward.
+    """Operations of training, forward and backward, for each thing of a kind."""
 
-    Attributes:
-        token: for each token in the language model, attention aside.
-        pair: for each pair of a token and a token that it attends to: itself and those before it.
-        supervised: for each supervised token, in the vocabulary head.
-        encoded: for each image in the visual encoder; in family models, in the connector too.
-        connected: for each image in the connector.
-        batch: for each batch, whatever it holds: the cost of queries that all images share.
-    """
-
-    token: float
-    pair: float
-    supervised: float
-    encoded: float
-    connected: float
-    batch: float
+    token: float  # in the language model, attention aside
+    pair: float  # of a token and a token that it attends to: itself and those before it
+    supervised: float  # supervised token, in the vocabulary head
+    encoded: float  # image in the visual encoder; in family models, in the connector too
+    connected: float  # image in the connector
+    batch: float  # whatever it holds: the cost of queries that all images share
 
     def total(self, stats: BatchStats, encoded: float, connected: float, batches: float) -> float:
         """Return the operations of batches with these statistics, and of images encoded and connected.

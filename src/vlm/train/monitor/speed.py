@@ -217,8 +217,8 @@ class SpeedMeter:
         seconds = self.total_counts.seconds / self.num_ranks
         metrics["seconds_per_step"] = seconds / steps
         title = f"steps {last_step - steps + 1} to {last_step} ({seconds:.1f} s; the first step is left out)"
-        labels = {label: (metrics.get(name), spec) for name, (label, spec) in METRIC_LABELS.items()}
-        rows = [(label, format(value, spec)) for label, (value, spec) in labels.items() if value is not None]
+        labels = [(metrics.get(name), *label) for name, label in METRIC_LABELS.items()]
+        rows = [(label, format(value, spec)) for value, label, spec in labels if value is not None]
         table = tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
         log.info("Speed of %s:\n\n%s\n", title, table)
         if self.note is not None:
@@ -279,7 +279,7 @@ def count_images(model: PreTrainedModel, batch: Mapping[str, object], stats: Bat
 
 
 def make_speed_meter(run: PreparedRun, folder: Path, peak_tflops: float | None, note: str | None) -> SpeedMeter:
-    """Return the meter of a run; the first rank's knows its operations, unless a note says why, and writes a summary."""
+    """Return the meter of a run; the first rank's writes a summary, with operations unless a note says why not."""
     args = run.args
     if args.process_index > 0:
         return SpeedMeter(args.device)
