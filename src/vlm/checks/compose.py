@@ -38,10 +38,8 @@ def with_config(
 ) -> None:
     """Compose and check a configuration, then act on it; what the user has to fix ends the program with a message.
 
-    Args:
-        argv: the command line; defaults to this process's arguments.
-        action: called with the configuration, its name and the keys that the command line sets.
-        make_objective: returns the objective of a configuration, which names the keys that contradict it.
+    The command line defaults to this process's arguments. `action` gets the configuration, its name and the keys that
+    the command line sets; the objective of a configuration names the keys that contradict it.
     """
 
     def check_and_act(composed: DictConfig) -> None:

@@ -35,9 +35,9 @@ def head_problems(config: RunConfig) -> Iterator[str]:
 def _generation_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with a run that learns replies together with its heads."""
     head = config.model.head
-    key = f"model.head.generation_weight={head.generation_weight}"
     if not head.generation_weight:
         return
+    key = f"model.head.generation_weight={head.generation_weight}"
     if any(settings.pooling == "query" for settings in head.by_name.values()):
         behind = "with pooling=query a token stands behind the prompt, where the reply would begin"
         yield f"{key}: {behind}; choose another pooling"

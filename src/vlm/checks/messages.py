@@ -55,7 +55,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, YAMLError):
         return f"not YAML: {text}"
     if section := re.match(r"Could not override '([\w/]+)'\. No match in the defaults list", text):
-        return describe_scalar_section(section[1].replace("/", "."), group_names())
+        return _describe_scalar_section(section[1].replace("/", "."))
     return text.strip()
 
 
@@ -77,10 +77,10 @@ def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
     return f"{key}: no such key.{hint}{own}"
 
 
-def describe_scalar_section(key: str, groups: Sequence[str]) -> str:
+def _describe_scalar_section(key: str) -> str:
     """Return the message for a section that was given a single value."""
     group = key.replace(".", "/")
-    choose = f" A packaged choice of it is {group}=…" if group in groups else ""
+    choose = f" A packaged choice of it is {group}=…" if group in group_names() else ""
     names = key_names(key)
     listing = ", ".join(names if len(names) <= 12 else [*names[:12], "…"])
     return f"{key}: it is a section; set one of its keys ({listing}).{choose}"
@@ -124,7 +124,7 @@ def _describe_wrong_value(error: OmegaConfBaseException) -> str:
     """Return the message for a value of the wrong type."""
     key, text = str(error.full_key), str(error.msg or error).splitlines()[0]
     if "is not a subclass of" in text:
-        return describe_scalar_section(key, group_names())
+        return _describe_scalar_section(key)
     needed = next((ours for theirs, ours in EXPECTED_VALUES.items() if theirs in text), text)
     if "deletion" in text or needed == text:
         return f"{'~' if 'deletion' in text else ''}{key}: {needed}"

@@ -123,11 +123,8 @@ def _skipped_as_json_line(record: Skipped) -> str:
 class SkippedRecords:
     """Adds the records that a run leaves out on the way to `skipped.jsonl`, and stops it where that is not allowed.
 
-    Args:
-        run: the run, with its training samples.
-        config: the policies, and how many records may be left out.
-        world_size: the number of ranks that have records of their own.
-        is_writer: whether this rank adds them; else another rank, which is told of the same records, does.
+    `world_size` is the number of ranks that have records of their own. Without `is_writer`, another rank, which is told
+    of the same records, adds them.
     """
 
     def __init__(self, run: PreparedRun, config: DatasetConfig, world_size: int, *, is_writer: bool = True):

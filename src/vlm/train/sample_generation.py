@@ -92,15 +92,15 @@ def make_sample_generator(
     """
     prompts, prompt_media, references = [], [], []
     for sample in samples:
-        last_reply = max((index for index, turn in enumerate(sample.turns) if turn.role == "assistant"), default=-1)
-        turns = list(sample.turns[: max(last_reply, 0)])
-        if last_reply < 0 or not render(processor, turns, prompt=True).text:
+        replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
+        turns = list(sample.turns[: replies[-1] if replies else 0])
+        if not replies or not render(processor, turns, prompt=True).text:
             continue
         media = value_or_bad_sample(open_media, sample)
         if not isinstance(media, BadSample):
             prompts.append(turns)
             prompt_media.append(media[: sum(not isinstance(part, str) for turn in turns for part in turn.content)])
-            references.append(_join_text([sample.turns[last_reply]]))
+            references.append(_join_text([sample.turns[replies[-1]]]))
 
     def generate(step: int) -> None:
         if not prompts:

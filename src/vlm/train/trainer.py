@@ -48,13 +48,8 @@ DROPPED_METRICS = ("train_samples_per_second", "train_steps_per_second", "total_
 class VLMTrainer(CheckpointTrainer):
     """Trains a model whose parts have learning rates of their own.
 
-    Args:
-        objective: what the run trains its model to do.
-        run: the model, its processor, its parts and the samples.
-        meter: measures the steps.
-        on_first_batch: called with the first batch of this rank, before its forward pass.
-        on_skipped: called with the records that a batch leaves out, and the number of its samples.
-        callbacks: the run's callbacks.
+    `on_first_batch` is called with the first batch of this rank, before its forward pass; `on_skipped` with the records
+    that a batch leaves out, and the number of its samples.
     """
 
     # `Trainer` declares these as unions, as those of `CheckpointTrainer`.

@@ -1,9 +1,8 @@
 """The floating-point operations of a training step, counted on the model itself, not estimated.
 
-A copy of the model on the meta device runs forward and backward under PyTorch's own counter, with the same layers,
-adapters and frozen parameters: gradients that are not computed are not counted, nor is recomputation by activation
-checkpointing. A multiplication and an addition are two operations; only matrix products and convolutions count, as is
-usual.
+A copy of the model on the meta device runs under PyTorch's own counter, with the same adapters and frozen parameters.
+A multiplication and an addition are two operations; only matrix products and convolutions count, as is usual, and no
+recomputation by activation checkpointing.
 """
 
 import copy
@@ -65,12 +64,8 @@ class StepFlops:
 def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     """Count the operations of a model that is ready to train, with its adapters and its frozen parameters.
 
-    Args:
-        model: the model, before DeepSpeed or a compiler wraps it. It is not changed, and no weight is copied.
-        image: the model's inputs for an image, as the processor returns them.
-
-    Raises:
-        FlopsNotCountable: the operations cannot be counted.
+    DeepSpeed or a compiler must not have wrapped it yet. It is not changed, and no weight is copied. `image` holds its
+    inputs for an image, as the processor returns them.
     """
     kind = model.config.model_type
     composed = is_composed_model(model)

@@ -1,10 +1,8 @@
 """`trainer.profile`: a trace of a few steps, and a table of where their time went.
 
-The forward time of a part is that within its modules' calls. Backward time is found through autograd's sequence
-numbers: an operation and its gradient have the same one, so the gradient belongs to the part in whose call the
-operation ran. Where the vocabulary head runs in chunks with the loss, its time is the loss's, else the language
-model's. Evaluation, saving and logging between steps are in the trace and among its operators, but not in the time of
-any step.
+The forward time of a part is that within its modules' calls. A gradient has the sequence number of its operation in
+autograd, and belongs to the part in whose call that ran. Where the vocabulary head runs in chunks with the loss, its
+time is the loss's, else the language model's. Evaluation, saving and logging are in the trace, but in no step's time.
 """
 
 import logging
@@ -149,12 +147,12 @@ def profile_table(finished_profile: profile, parts: Sequence[str], steps: int) -
     return f"{by_part}\n\n{operators}\n"
 
 
-def time_by_part(events: Iterable[FunctionEvent], parts: Sequence[str]) -> tuple[dict[str, np.ndarray], float, bool]:
+def time_by_part(events: Sequence[FunctionEvent], parts: Sequence[str]) -> tuple[dict[str, np.ndarray], float, bool]:
     """Return microseconds on the host and of kernels by row, those of whole steps, and whether there is a GPU.
 
     `parts` names the ranges that parts ran in. The time of a range within another counts for the inner one.
     """
-    within_steps, between = exclude_between_steps(events)
+    within_steps, between = _exclude_between_steps(events)
     events = [event for event in within_steps if _is_host_event(event)]
     kernels = [event for event in within_steps if not _is_host_event(event) and not event.is_user_annotation]
     calls = CallTree([event for event in events if event.name in (*parts, LOSS)])
@@ -180,22 +178,11 @@ def time_by_part(events: Iterable[FunctionEvent], parts: Sequence[str]) -> tuple
     return rows, whole, bool(kernels)
 
 
-def exclude_between_steps(events: Iterable[FunctionEvent]) -> tuple[list[FunctionEvent], float]:
+def _exclude_between_steps(events: Sequence[FunctionEvent]) -> tuple[list[FunctionEvent], float]:
     """Return the events within steps, and the microseconds that passed between steps."""
-    events = list(events)
-    breaks = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.name == BETWEEN_STEPS and _is_host_event(event)
-    )
-    starts = [start for start, _ in breaks]
-
-    def in_break(timestamp: float) -> bool:
-        index = bisect_right(starts, timestamp) - 1
-        return index >= 0 and timestamp < breaks[index][1]
-
-    duration = sum(end - start for start, end in breaks)
-    return [event for event in events if not in_break(event.time_range.start)], duration
+    breaks = [event.time_range for event in events if event.name == BETWEEN_STEPS and _is_host_event(event)]
+    within = [event for event in events if not any(b.start <= event.time_range.start < b.end for b in breaks)]
+    return within, sum(b.elapsed_us() for b in breaks)
 
 
 class CallTree:

@@ -74,12 +74,8 @@ class StepCounts:
 class SpeedMeter:
     """Measures the steps of a run.
 
-    Args:
-        device: the model's device.
-        flops: the operations of this model; None: unknown, and `note` says why in `speed.json`.
-        peak: the peak of the device; None: unknown.
-        note: see `flops`.
-        folder: the folder of `speed.json`; None: it is not written, as on all ranks but the first.
+    Where the operations of the model (`flops`) are unknown, `note` says why in `speed.json`. Without a folder this file
+    is not written, as on all ranks but the first.
     """
 
     def __init__(
