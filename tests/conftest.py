@@ -52,7 +52,7 @@ from vlm.config.schema import RunConfig
 from vlm.data.encoding.labels import read_template
 from vlm.evaluation import head_metrics as scores
 from vlm.train.heads import report as head_report
-from vlm.train.monitor import callbacks, peak_flops, speed_callback
+from vlm.train.monitor import callbacks, peak_flops, speed
 from vlm.train.monitor.flops import StepFlops, count_flops
 from vlm.train.monitor.plots import draw_loss, draw_speed
 from vlm.train.objectives.table import make_objective
@@ -257,7 +257,7 @@ def plots_drawn() -> Iterator[None]:
 def light_runs() -> Iterator[None]:
     """Leave out of all runs what costs a tiny one more than its steps do: see the top of this file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed_callback, "count_flops", count_flops_once)
+        patch.setattr(speed, "count_flops", count_flops_once)
         patch.setattr(peak_flops, "measure_tflops", measure_tflops_once)
         patch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: None)
         for name in ("draw_loss", "draw_speed"):

@@ -76,7 +76,6 @@ TESTED_ELSEWHERE = {
     "train/monitor/callbacks.py": "train/test_sample_generation.py",
     "train/monitor/peak_flops.py": "train/monitor/test_speed.py",
     "train/monitor/plots.py": "train/test_run.py",
-    "train/monitor/speed_callback.py": "train/monitor/test_speed.py",
     "train/objectives/base.py": "train/objectives/test_objectives.py",
     "train/objectives/generation.py": "train/objectives/test_objectives.py",
     "train/parts.py": "train/test_trainer.py",

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from traceback import walk_tb
 from typing import cast
 
 import hydra
@@ -37,19 +38,33 @@ def with_config(
 ) -> None:
     """Compose and check a configuration, then act on it; what the user has to fix ends the program with a message.
 
-    Args:
-        argv: the command line; defaults to this process's arguments.
-        action: called with the configuration, its name and the keys that the command line sets.
-        make_objective: returns the objective of a configuration, which names the keys that contradict it.
+    The command line defaults to this process's arguments. `action` gets the configuration, its name and the keys that
+    the command line sets; the objective of a configuration names the keys that contradict it.
     """
-    _compose_and_apply(argv, lambda composed: _check_and_apply(composed, action, make_objective))
+
+    def check_and_act(composed: DictConfig) -> None:
+        name = _require_run(composed)
+        check_known_keys(composed)
+        check_required_values(composed)
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, RunConfig)
+        check(config, make_objective(config))
+        words = HydraConfig.get().overrides.task
+        overrides = [word.split("=")[0].lstrip("+~").replace("/", ".") for word in words]
+        speaks = os.environ.get("RANK", "0") == "0"
+        logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
+        try:
+            action(config, name, overrides)
+        except (ValueError, FloatingPointError) as error:
+            if is_user_error(error):
+                raise RunError(str(error)) from error
+            raise
+
+    _compose_and_act(argv, check_and_act)
 
 
 def compose_inference_config(argv: list[str]) -> InferenceConfig:
-    """Return the generation settings of a run; other values that the run needs may be missing.
-
-    What the user has to fix ends the program with a message.
-    """
+    """Return the generation settings of a run, checked as by `with_config`; other values of the run may be missing."""
     settings: list[InferenceConfig] = []
 
     def read(composed: DictConfig) -> None:
@@ -58,16 +73,14 @@ def compose_inference_config(argv: list[str]) -> InferenceConfig:
         settings.append(cast(InferenceConfig, OmegaConf.to_object(composed.inference)))
         check_fields(settings[0], "inference.")
 
-    _compose_and_apply(argv, read)
+    _compose_and_act(argv, read)
     return settings[0]
 
 
-def _compose_and_apply(argv: Sequence[str] | None, action: Callable[[DictConfig], None]) -> None:
+def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], None]) -> None:
     """Let Hydra compose a configuration, then act on it; what the user has to fix ends the program with a message."""
-    words = [
-        open_mapping_key(argument) for argument in strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
-    ]
-    sys.argv = ["vlm", *words]
+    words = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
+    sys.argv = ["vlm", *map(open_mapping_key, words)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
     ConfigStore.instance().store(name="schema", node=RunConfig)
     refused: list[Exception] = []
@@ -88,36 +101,8 @@ def _compose_and_apply(argv: Sequence[str] | None, action: Callable[[DictConfig]
         sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
 
 
-def _check_and_apply(
-    composed: DictConfig,
-    action: Callable[[RunConfig, str, list[str]], object],
-    make_objective: Callable[[RunConfig], ObjectiveChecks],
-) -> None:
-    """Check a composed configuration and act on it; from here on it is plain dataclasses."""
-    hydra_config = HydraConfig.get()
-    name = _require_run(composed)
-    check_known_keys(composed)
-    check_required_values(composed)
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, RunConfig)
-    check(config, make_objective(config))
-    overrides = [override.split("=")[0].lstrip("+~").replace("/", ".") for override in hydra_config.overrides.task]
-    speaks = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
-    try:
-        action(config, name, overrides)
-    except (ValueError, FloatingPointError) as error:
-        if is_user_error(error):
-            raise RunError(str(error)) from error
-        raise
-
-
 def _require_run(composed: DictConfig) -> str:
-    """Return the name of a configuration that is a run.
-
-    Raises:
-        ConfigError: none was named, or it does not build on ours.
-    """
+    """Return the name of a configuration; refuse it where none was named, or where it does not build on ours."""
     name = HydraConfig.get().job.config_name or "base"
     if name in NON_RUN_CONFIGS:
         raise ConfigError(f"choose a run: -cn {'|'.join(run_names())}, or a YAML of your own with --config-dir")
@@ -127,11 +112,7 @@ def _require_run(composed: DictConfig) -> str:
 
 
 def check_known_keys(node: DictConfig, path: str = "") -> None:
-    """Refuse keys that `+` added to a section of the schema, which Hydra lets pass.
-
-    Raises:
-        ConfigError: with the full key and the nearest one that there is.
-    """
+    """Refuse keys that `+` added to a section of the schema, which Hydra lets pass."""
     kind = OmegaConf.get_type(node)
     if kind is None or not is_dataclass(kind):
         return
@@ -147,22 +128,15 @@ def check_known_keys(node: DictConfig, path: str = "") -> None:
 
 
 def check_required_values(composed: DictConfig) -> None:
-    """Refuse a configuration in which keys that must be given are not.
-
-    Raises:
-        ConfigError: names all such keys.
-    """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
+    """Refuse a configuration in which keys that must be given are not."""
+    if missing := sorted(OmegaConf.missing_keys(composed)):
         raise ConfigError(f"{', '.join(missing)}: a value is needed, for example {missing[0]}=…")
 
 
 def is_user_error(error: BaseException) -> bool:
     """Return whether this package raised an error about the user's input, which needs no traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("vlm.")
+    modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith("vlm.")
 
 
 def open_mapping_key(argument: str) -> str:

@@ -26,8 +26,6 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
     sources = {f"dataset.sources.{name}": source for name, source in data.sources.items()}
     for key, source in (sources or {"dataset": data}).items():
         yield from _source_problems(key, source, data)
-    for key, source in sources.items():
-        yield from template_problems(source.template, f"{key}.template")
     for name in ("image_folder", "eval_image_folder", "test_image_folder"):
         yield from _folder_problems(f"dataset.{name}", getattr(data, name))
     for key, path in {"dataset.eval_path": data.eval_path, "dataset.test_path": data.test_path}.items():
@@ -37,7 +35,8 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
                 yield f"{key}={path}: tar shards cannot be evaluated on, only streamed"
     if data.streaming:
         yield from _stream_problems(config, {"dataset": data, **sources})
-    yield from template_problems(data.template)
+    for key, source in {**sources, "dataset": data}.items():
+        yield from _template_problems(source.template, f"{key}.template")
 
 
 def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Iterator[str]:
@@ -53,13 +52,13 @@ def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Ite
     if source.format in FORMATS:
         parameters = signature(FORMATS[source.format]).parameters.values()
         allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        listing = ", ".join(allowed) or "none"
         for name in source.options:
             if name not in allowed:
-                listing = ", ".join(allowed) or "none"
                 yield f"{key}.options.{name}: {source.format} does not take it; allowed are {listing}"
     elif not is_custom_name(source.format):
-        allowed = ", ".join(FORMATS)
-        yield f"{key}.format={source.format}: allowed are {allowed}, or package.module:function for your own"
+        listing = ", ".join(FORMATS)
+        yield f"{key}.format={source.format}: allowed are {listing}, or package.module:function for your own"
     yield from _folder_problems(f"{key}.image_folder", source.image_folder)
 
 
@@ -90,7 +89,7 @@ def _folder_problems(key: str, path: str | None) -> Iterator[str]:
         yield f"{key}={path}: no such folder (seen from {Path.cwd()})"
 
 
-def template_problems(name: str | None, key: str = "dataset.template") -> Iterator[str]:
+def _template_problems(name: str | None, key: str) -> Iterator[str]:
     """Yield what is wrong with a template: a packaged one is allowed, the tokenizer's own, or a file that exists."""
     names = [*packaged_names("vlm.data", "templates", ".jinja"), "tokenizer"]
     if name is None or name in names:
@@ -102,10 +101,6 @@ def template_problems(name: str | None, key: str = "dataset.template") -> Iterat
 
 
 def check_template(name: str | None, key: str) -> None:
-    """Refuse a template that does not exist.
-
-    Raises:
-        ConfigError: with the key, the name and those that there are.
-    """
-    for problem in template_problems(name, key):
+    """Refuse a template that does not exist."""
+    for problem in _template_problems(name, key):
         raise ConfigError(problem)

@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from vlm.config.derived import training_keys
 from vlm.config.schema import RunConfig
 
+UNUSED_LIMIT = "it has no effect without dataset.cache_features=true, in a run without prediction heads"
+
 
 def cache_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with a cache of the features of images."""
     data = config.dataset
     if data.cache_limit_gb is not None and not data.cache_features:
-        yield (
-            f"dataset.cache_limit_gb={data.cache_limit_gb}: it has no effect without dataset.cache_features=true, in a "
-            "run without prediction heads"
-        )
+        yield f"dataset.cache_limit_gb={data.cache_limit_gb}: {UNUSED_LIMIT}"
     if not data.cache_features:
         return
     key = "dataset.cache_features=true: features of images are computed once, but"

@@ -16,14 +16,9 @@ class ConfigError(ValueError):
 
 
 def check_fields(node: object, prefix: str = "") -> None:
-    """Refuse a section of a configuration that has a value which its field does not allow.
+    """Refuse a dataclass of the schema that has a value which its field does not allow.
 
-    Args:
-        node: a dataclass of the schema.
-        prefix: what stands before the keys where the user wrote them: `inference.`.
-
-    Raises:
-        ConfigError: with the key, the value and what is allowed.
+    The prefix stands before the keys where the user wrote them: `inference.`.
     """
     for problem in _field_problems(node, prefix):
         raise ConfigError(problem)

@@ -4,25 +4,10 @@ Imports the schema and the other checks' helpers only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
 
 from vlm.checks.fields import format_value
-from vlm.config.choices import (
-    CLASSIFICATION_TASKS,
-    GROUP_BY_MODALITY_LENGTH,
-    HEAD_TYPES,
-    LOSS_OPTIONS,
-    LOSSES,
-    TASKS_WITH_THRESHOLD,
-)
-from vlm.config.derived import (
-    caches_features,
-    embedding_row_keys,
-    find_body_changes,
-    head_key,
-    query_tokens,
-    training_keys,
-)
+from vlm.config import choices
+from vlm.config.derived import caches_features, embedding_row_keys, find_body_changes, head_key, training_keys
 from vlm.config.model_schema import HeadConfig, HeadsConfig
 from vlm.config.schema import DatasetConfig, RunConfig
 
@@ -39,11 +24,10 @@ def head_problems(config: RunConfig) -> Iterator[str]:
         yield from _single_head_problems(key, settings)
     if head.weight != 1 and not head.extra_heads and not head.generation_weight:
         yield f"model.head.weight={head.weight}: there is no other loss to weigh it against; leave it out"
-    for key, value in (("profile", config.trainer.profile or None), ("peak_tflops", config.trainer.peak_tflops)):
-        if value is not None:
-            yield (
-                f"trainer.{key}={format_value(value)}: what heads compute is neither profiled nor counted; leave it out"
-            )
+    for key in ("profile", "peak_tflops"):
+        if value := getattr(config.trainer, key):
+            setting = f"trainer.{key}={format_value(value)}"
+            yield f"{setting}: what heads compute is neither profiled nor counted; leave it out"
     yield from _generation_problems(config)
     yield from _data_problems(config)
 
@@ -51,48 +35,43 @@ def head_problems(config: RunConfig) -> Iterator[str]:
 def _generation_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with a run that learns replies together with its heads."""
     head = config.model.head
-    key = f"model.head.generation_weight={head.generation_weight}"
     if not head.generation_weight:
         return
-    if query_tokens(head):
-        yield (
-            f"{key}: with pooling=query a token stands behind the prompt, where the reply would begin; choose another "
-            "pooling"
-        )
+    key = f"model.head.generation_weight={head.generation_weight}"
+    if any(settings.pooling == "query" for settings in head.by_name.values()):
+        behind = "with pooling=query a token stands behind the prompt, where the reply would begin"
+        yield f"{key}: {behind}; choose another pooling"
     if not training_keys(config.trainer) and not embedding_row_keys(config):
         yield f"{key}: no part trains that writes replies; unfreeze one (trainer.unfreeze), or adapt one (trainer.lora)"
 
 
 def unused_head_problems(config: RunConfig) -> Iterator[str]:
     """Yield the keys of heads that a run without heads sets."""
-    data = config.dataset
     for key in ("test_path", "test_image_folder", "test_split", "folds"):
-        if (value := getattr(data, key)) != getattr(DatasetConfig, key):
+        if (value := getattr(config.dataset, key)) != getattr(DatasetConfig, key):
             yield f"dataset.{key}={format_value(value)}: this is for prediction heads; choose one, as model/head=binary"
-    for field in fields(HeadsConfig):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if (value := getattr(config.model.head, field.name)) != default:
-            text = ", ".join(value) if field.name == "extra_heads" else format_value(value)
-            yield (
-                f"model.head.{field.name}={text}: there is no head (model.head.task); choose one, as model/head=binary"
-            )
+    for key, default in vars(HeadsConfig()).items():
+        if (value := getattr(config.model.head, key)) != default:
+            text = ", ".join(value) if key == "extra_heads" else format_value(value)
+            yield f"model.head.{key}={text}: there is no head (model.head.task); choose one, as model/head=binary"
 
 
 def _single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
     """Yield what is wrong with one head."""
     task = head.task
     if task is None:
-        yield f"{key}.task=null: allowed are {', '.join(LOSSES)}"
+        yield f"{key}.task=null: allowed are {', '.join(choices.LOSSES)}"
         return
     if (head.pooling == "token") != (head.token is not None):
         yield f"{key}.pooling={head.pooling}, {key}.token={head.token}: pooling=token and a token belong together"
-    if head.loss is not None and head.loss not in LOSSES[task]:
-        yield f"{key}.loss={head.loss}: for task={task} allowed are {', '.join(LOSSES[task])}"
-    if head.type in HEAD_TYPES:
-        yield from _unknown_options(f"{key}.options", head.options, HEAD_TYPES[head.type], head.type)
-    loss = head.loss or LOSSES[task][0]
-    yield from _unknown_options(f"{key}.loss_options", head.loss_options, LOSS_OPTIONS.get(loss, ()), loss)
-    if task not in TASKS_WITH_THRESHOLD and head.threshold_by != HeadConfig().threshold_by:
+    losses = choices.LOSSES[task]
+    if head.loss is not None and head.loss not in losses:
+        yield f"{key}.loss={head.loss}: for task={task} allowed are {', '.join(losses)}"
+    if head.type in choices.HEAD_TYPES:
+        yield from _unknown_options(f"{key}.options", head.options, choices.HEAD_TYPES[head.type], head.type)
+    loss = head.loss or losses[0]
+    yield from _unknown_options(f"{key}.loss_options", head.loss_options, choices.LOSS_OPTIONS.get(loss, ()), loss)
+    if task not in choices.TASKS_WITH_THRESHOLD and head.threshold_by != HeadConfig.threshold_by:
         yield f"{key}.threshold_by={head.threshold_by}: task={task} has no threshold; leave it out"
     yield from _label_problems(key, task, head)
 
@@ -104,7 +83,7 @@ def _label_problems(key: str, task: str, head: HeadConfig) -> Iterator[str]:
         yield f"{key}.labels={labels}: at least two are needed, or null for those of the training records"
     if task == "binary" and labels is not None and len(labels) != 2:
         yield f"{key}.labels={labels}: task=binary has two, the negative and the positive one"
-    if task not in CLASSIFICATION_TASKS:
+    if task not in choices.CLASSIFICATION_TASKS:
         smoothing = head.label_smoothing or None
         for name, value in (("labels", labels), ("class_weights", weights), ("label_smoothing", smoothing)):
             if value is not None:
@@ -143,20 +122,17 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
             "share, dataset.eval_path or dataset.folds"
         )
     if data.folds is not None:
-        for key in ("eval_path", "eval_split"):
-            if getattr(data, key):
-                yield f"dataset.folds={data.folds} and dataset.{key}={getattr(data, key)}: choose one"
-        if data.max_eval_samples is not None:
-            yield f"dataset.folds={data.folds} and dataset.max_eval_samples={data.max_eval_samples}: choose one"
-    if caches_features(config) and config.trainer.train_sampling_strategy == GROUP_BY_MODALITY_LENGTH:
+        for key in ("eval_path", "eval_split", "max_eval_samples"):
+            if value := getattr(data, key):
+                yield f"dataset.folds={data.folds} and dataset.{key}={value}: choose one"
+    strategy = config.trainer.train_sampling_strategy
+    if caches_features(config) and strategy == choices.GROUP_BY_MODALITY_LENGTH:
         yield (
-            f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}: hidden states are computed once here, and "
-            "there is nothing to group; choose random, or dataset.cache_features=false"
+            f"trainer.train_sampling_strategy={strategy}: hidden states are computed once here, and there is nothing "
+            "to group; choose random, or dataset.cache_features=false"
         )
-    reason = "dataset.cache_features=true" if data.cache_features else None
-    reason = f"dataset.folds={data.folds}" if data.folds is not None else reason
-    if reason is not None and not caches_features(config):
-        obstacle = next(find_body_changes(config), None)
-        if obstacle is None:
-            obstacle = "dataset.cache_features=false" if data.cache_features is False else "trainer.deepspeed=zero3"
+    if (data.cache_features or data.folds is not None) and not caches_features(config):
+        reason = "dataset.cache_features=true" if data.folds is None else f"dataset.folds={data.folds}"
+        obstacle = "dataset.cache_features=false" if data.cache_features is False else "trainer.deepspeed=zero3"
+        obstacle = next(find_body_changes(config), obstacle)
         yield f"{reason}: hidden states are computed once, but {obstacle} does not allow that"

@@ -48,12 +48,10 @@ def quantization_problems(config: RunConfig) -> Iterator[str]:
     trainer, checkpoint = config.trainer, config.trainer.from_pretrained
     kinds = {part: kind for part in QUANTIZABLE_PARTS if (kind := getattr(config.model, part).quantization) is not None}
     for part, kind in kinds.items():
-        key, flag = f"model.{part}.quantization={kind}", f"trainer.unfreeze.{TRAIN_FLAGS[part]}"
-        if getattr(trainer.unfreeze, TRAIN_FLAGS[part]):
-            yield (
-                f"{key} and {flag}=true: a quantised part stays frozen; train an adapter on it "
-                f"(trainer.lora.{part}.r=…)"
-            )
+        key, flag = f"model.{part}.quantization={kind}", TRAIN_FLAGS[part]
+        if getattr(trainer.unfreeze, flag):
+            adapter = f"train an adapter on it (trainer.lora.{part}.r=…)"
+            yield f"{key} and trainer.unfreeze.{flag}=true: a quantised part stays frozen; {adapter}"
         if _starts_from_adapter(trainer):
             yield (
                 f"{key}: trainer.from_pretrained={checkpoint} is an adapter, which is merged into weights that are "

@@ -39,23 +39,23 @@ def explain(error: BaseException) -> str:
     """Return the message for an error that Hydra or OmegaConf raised while it composed."""
     if isinstance(error, ConfigError):
         return str(error)
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    for link in chain:
-        if isinstance(link, MissingConfigException):
-            return _describe_missing_file(link)
-        if isinstance(link, OverrideParseException):
-            return _describe_malformed_override(link.override)
-        if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
-            return _describe_unknown_key(link)
-        if isinstance(link, OmegaConfBaseException) and link.full_key:
-            return _describe_wrong_value(link)
+    link: BaseException | None = error
+    while link is not None:
+        match link:
+            case MissingConfigException():
+                return _describe_missing_file(link)
+            case OverrideParseException():
+                return _describe_malformed_override(link.override)
+            case ConfigAttributeError() | ConfigKeyError() if link.full_key:
+                return _describe_unknown_key(link)
+            case OmegaConfBaseException() if link.full_key:
+                return _describe_wrong_value(link)
+        link = link.__cause__ or link.__context__
     text = str(error)
     if isinstance(error, YAMLError):
         return f"not YAML: {text}"
     if section := re.match(r"Could not override '([\w/]+)'\. No match in the defaults list", text):
-        return describe_scalar_section(section[1].replace("/", "."), group_names())
+        return _describe_scalar_section(section[1].replace("/", "."))
     return text.strip()
 
 
@@ -77,10 +77,10 @@ def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
     return f"{key}: no such key.{hint}{own}"
 
 
-def describe_scalar_section(key: str, groups: Sequence[str]) -> str:
+def _describe_scalar_section(key: str) -> str:
     """Return the message for a section that was given a single value."""
     group = key.replace(".", "/")
-    choose = f" A packaged choice of it is {group}=…" if group in groups else ""
+    choose = f" A packaged choice of it is {group}=…" if group in group_names() else ""
     names = key_names(key)
     listing = ", ".join(names if len(names) <= 12 else [*names[:12], "…"])
     return f"{key}: it is a section; set one of its keys ({listing}).{choose}"
@@ -124,11 +124,9 @@ def _describe_wrong_value(error: OmegaConfBaseException) -> str:
     """Return the message for a value of the wrong type."""
     key, text = str(error.full_key), str(error.msg or error).splitlines()[0]
     if "is not a subclass of" in text:
-        return describe_scalar_section(key, group_names())
+        return _describe_scalar_section(key)
     needed = next((ours for theirs, ours in EXPECTED_VALUES.items() if theirs in text), text)
+    if "deletion" in text or needed == text:
+        return f"{'~' if 'deletion' in text else ''}{key}: {needed}"
     quoted = re.search(r"[Vv]alue '(.*?)'", text)
-    if "deletion" in text:
-        return f"~{key}: {needed}"
-    if needed == text:
-        return f"{key}: {text}"
     return f"{key}={quoted[1] if quoted else format_value(error.value)}: {needed}"

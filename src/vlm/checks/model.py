@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm.checks.fields import format_value
-from vlm.config.model_schema import ConnectorConfig, EncoderConfig
+from vlm.config.model_schema import EncoderConfig
 from vlm.config.named import is_custom_name
 from vlm.config.packaged import packaged_connectors
 from vlm.config.schema import RunConfig
@@ -32,23 +32,20 @@ def _layer_problems(key: str, encoder: EncoderConfig) -> Iterator[str]:
         yield f"{key}.feature_layer={layer}: a whole number is needed, a list of them, or null for the encoder's output"
 
 
-def connector_problems(connector: ConnectorConfig) -> Iterator[str]:
+def connector_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with a connector: a packaged one is allowed with its options, or `package.module:Class`."""
-    options = packaged_connectors()
-    if connector.type not in options:
-        if not is_custom_name(connector.type):
-            yield (
-                f"model.connector.type={connector.type}: allowed are {', '.join(options)}, or package.module:Class for "
-                "your own"
-            )
-        return
-    for name, value in connector.options.items():
-        if value is not None and name not in options[connector.type]:
-            allowed = ", ".join(options[connector.type]) or "none"
-            yield (
-                f"model.connector.options.{name}={format_value(value)}: {connector.type} does not take it; "
-                f"model.connector.options.{name}=null leaves it out. Allowed: {allowed}"
-            )
+    connector, packaged = config.model.connector, packaged_connectors()
+    if (allowed := packaged.get(connector.type)) is not None:
+        for name, value in connector.options.items():
+            if value is not None and name not in allowed:
+                key = f"model.connector.options.{name}"
+                yield (
+                    f"{key}={format_value(value)}: {connector.type} does not take it; {key}=null leaves it out. "
+                    f"Allowed: {', '.join(allowed) or 'none'}"
+                )
+    elif not is_custom_name(connector.type):
+        names = ", ".join(packaged)
+        yield f"model.connector.type={connector.type}: allowed are {names}, or package.module:Class for your own"
 
 
 def anyres_problems(config: RunConfig) -> Iterator[str]:
@@ -57,15 +54,12 @@ def anyres_problems(config: RunConfig) -> Iterator[str]:
     for grid in anyres.grids or []:
         if len(grid) != 2 or min(grid) < 1:
             yield f"model.anyres.grids: {list(grid)} is no grid; [rows, columns] of tiles are needed"
+    if not anyres.grids and (anyres.max_tiles is not None or anyres.tile_several):
+        yield "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next"
     if not anyres.grids:
-        if anyres.max_tiles is not None or anyres.tile_several:
-            yield "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next"
         return
-    if config.model.hf_name is not None:
-        yield (
-            f"model.anyres.grids: model.hf_name={config.model.hf_name} prepares images in its own way; choose "
-            "model/anyres=none"
-        )
+    if (name := config.model.hf_name) is not None:
+        yield f"model.anyres.grids: model.hf_name={name} prepares images in its own way; choose model/anyres=none"
     if config.dataset.image_mode == "pad":
         yield (
             "dataset.image_mode=pad: with model.anyres, an image is squashed to a square as a whole and its tiles are "

@@ -33,15 +33,11 @@ class ObjectiveChecks(Protocol):
 
 
 def check(config: RunConfig, objective: ObjectiveChecks) -> None:
-    """Refuse a run that cannot work.
-
-    Raises:
-        ConfigError: with the full key, its value and what is allowed.
-    """
+    """Refuse a run that cannot work: the message has the full key, its value and what is allowed."""
     check_fields(config)
     for problem in chain(
         dataset_problems(config),
-        connector_problems(config.model.connector),
+        connector_problems(config),
         anyres_problems(config),
         _path_problems(config),
         _evaluation_setting_problems(config),
@@ -66,27 +62,19 @@ def _path_problems(config: RunConfig) -> Iterator[str]:
             yield f"model.{part}.hf_name={name}: no such folder (seen from {Path.cwd()})"
     if trainer.from_pretrained and (problem := checkpoint_problem(trainer.from_pretrained, "trainer.from_pretrained")):
         yield problem
-    output_dir, resume = trainer.output_dir, trainer.resume_from_checkpoint
-    if resume is not None and resume.lower() != "false":
-        yield from _resume_problems(resume, output_dir)
-    elif output_dir is not None and (
-        any(Path(output_dir).glob("checkpoint-*")) or Path(output_dir, "final").exists()
-    ):  # its checkpoints would be rotated away
-        yield (
-            f"trainer.output_dir={output_dir}: holds another run. Choose another folder, or resume it with "
-            "trainer.resume_from_checkpoint=true"
-        )
-
-
-def _resume_problems(resume: str, output_dir: str | None) -> Iterator[str]:
-    key = f"trainer.resume_from_checkpoint={resume.lower() if resume.lower() == 'true' else resume}"
-    if resume.lower() == "true":
-        if output_dir is None:
-            yield f"{key}: name the run with trainer.output_dir"
-        elif not any(Path(output_dir).glob("checkpoint-*/complete")):
-            yield f"{key}: no complete checkpoint in trainer.output_dir={output_dir}"
-    elif not Path(resume, "complete").is_file():
-        yield f"{key}: `true` or the folder of a complete checkpoint is needed"
+    key, resume, output_dir = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint, trainer.output_dir
+    folder = Path(output_dir or "")
+    if resume is None or resume.lower() == "false":  # the checkpoints of another run would be rotated away
+        if output_dir is not None and (any(folder.glob("checkpoint-*")) or folder.joinpath("final").exists()):
+            remedy = f"Choose another folder, or resume it with {key}=true"
+            yield f"trainer.output_dir={output_dir}: holds another run. {remedy}"
+    elif resume.lower() != "true":
+        if not Path(resume, "complete").is_file():
+            yield f"{key}={resume}: `true` or the folder of a complete checkpoint is needed"
+    elif output_dir is None:
+        yield f"{key}=true: name the run with trainer.output_dir"
+    elif not any(folder.glob("checkpoint-*/complete")):
+        yield f"{key}=true: no complete checkpoint in trainer.output_dir={output_dir}"
 
 
 def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:

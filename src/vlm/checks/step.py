@@ -8,13 +8,11 @@ from vlm.config.schema import PARTS, RunConfig
 
 def step_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with `trainer.checkpointed_parts`: the key, its value and what to do."""
-    parts = config.trainer.checkpointed_parts
+    key, parts = "trainer.checkpointed_parts", config.trainer.checkpointed_parts
     if parts == []:
-        yield f"trainer.checkpointed_parts=[]: name at least one of {', '.join(PARTS)}, or leave it null"
+        yield f"{key}=[]: name at least one of {', '.join(PARTS)}, or leave it null"
     if parts is not None and not config.trainer.activation_checkpointing:
-        yield (
-            f"trainer.checkpointed_parts={parts}: nothing is checkpointed without trainer.activation_checkpointing=true"
-        )
+        yield f"{key}={parts}: nothing is checkpointed without trainer.activation_checkpointing=true"
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[str]:

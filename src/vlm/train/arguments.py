@@ -15,9 +15,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
-from vlm.config.schema import PARTS, TRAINING_ARGUMENT_FIELDS, TrainerOptions
-from vlm.train.optimizers import check_optimizer
-from vlm.train.parts import is_trainable
+from vlm.config.derived import training_keys
+from vlm.config.named import import_named, is_custom_name
+from vlm.config.schema import TRAINING_ARGUMENT_FIELDS, TrainerOptions
 
 log = logging.getLogger(__name__)
 
@@ -25,21 +25,15 @@ log = logging.getLogger(__name__)
 def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ()) -> TrainingArguments:
     """Return the run's `TrainingArguments`, and set up the process group: ZeRO-3 needs it before the model is built.
 
-    Under DeepSpeed without a launcher, this process becomes the only rank.
-
-    Args:
-        trainer: the run's section.
-        extra_parts: the parts that train besides those that the section names: a head, rows of embeddings.
-
-    Raises:
-        ValueError: a key cannot be used, a part that trains has no learning rate, or a process sees several GPUs.
+    Under DeepSpeed without a launcher, this process becomes the only rank. `extra_parts` train besides those that the
+    section names: a head, rows of embeddings.
     """
     values = {name: value for name in TRAINING_ARGUMENT_FIELDS if (value := getattr(trainer, name)) is not None}
     if values["train_sampling_strategy"] == GROUP_BY_MODALITY_LENGTH:
         values["train_sampling_strategy"] = "random"  # our own sampler takes its place
     custom_optimizer = values.pop("optim", None) if values.get("optim") not in list(OptimizerNames) else None
-    if custom_optimizer is not None:
-        check_optimizer(custom_optimizer)
+    if custom_optimizer is not None and is_custom_name(custom_optimizer):
+        import_named(custom_optimizer, "trainer.optim")  # a name of nothing is refused before any weight loads
     if values.get("tf32") and not is_torch_tf32_available():
         log.info("trainer.tf32=true: this machine has no GPU that knows TF32; left out")
         del values["tf32"]
@@ -50,11 +44,9 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
         # DeepSpeed would compile this operation for a minute on CPUs; only its tensor-parallel inference calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _set_single_process_env()
-    peak_rate = max(_learning_rates(trainer, extra_parts))
+    values |= {"learning_rate": _peak_learning_rate(trainer, extra_parts), "weight_decay": 0.0}
     try:
-        arguments = TrainingArguments(
-            output_dir="outputs", deepspeed=settings, learning_rate=peak_rate, weight_decay=0.0, **values
-        )
+        arguments = TrainingArguments(output_dir="outputs", deepspeed=settings, **values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error
     if custom_optimizer is not None:
@@ -73,27 +65,20 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
     return arguments
 
 
-def _learning_rates(trainer: TrainerOptions, extra_parts: Iterable[str]) -> list[float]:
-    """Return the peak learning rates of the parts that train.
-
-    Raises:
-        ValueError: a part has none; the heads of a checkpoint may ask for more than the checks of a run know.
-    """
-    parts = [*[part for part in PARTS if is_trainable(trainer, part)], *extra_parts]
-    rates = {part: getattr(trainer.learning_rate, f"{part}_learning_rate") for part in parts}
-    for part, rate in rates.items():
+def _peak_learning_rate(trainer: TrainerOptions, extra_parts: Iterable[str]) -> float:
+    """Return the highest learning rate of a part; heads of a checkpoint may need more than the checks know."""
+    keys = [f"{part}_learning_rate" for part in (*training_keys(trainer), *extra_parts)]
+    rates = {key: getattr(trainer.learning_rate, key) for key in keys}
+    for key, rate in rates.items():
         if rate is None:
-            raise ValueError(
-                f"trainer.learning_rate.{part}_learning_rate=null: a positive number is needed, since it trains"
-            )
-    return list(rates.values())
+            raise ValueError(f"trainer.learning_rate.{key}=null: a positive number is needed, since it trains")
+    return max(rates.values())
 
 
 def deepspeed_config(value: Any) -> dict[str, Any] | None:
     """Return what `trainer.deepspeed` stands for: a packaged name, a JSON file, a mapping, or nothing.
 
-    Raises:
-        ValueError: it would override the parts' optimiser groups, or could not save the trained model.
+    Refused is what would override the parts' optimiser groups, or could not save the trained model.
     """
     if not value:
         return None
@@ -123,9 +108,8 @@ def _set_single_process_env() -> None:
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        port = str(probe.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def sampler_seed(args: TrainingArguments) -> int:

@@ -28,17 +28,11 @@ COMPLETE_MARK = "complete"
 
 
 class CheckpointTrainer(Trainer):
-    """A `Trainer` that saves what trains while it trains, and a model with its processor at the end.
-
-    Attributes:
-        processor: the model's.
-        parts: the model's parts, see `train/parts.py`.
-        base: what the result is written on top of (adapters, quantised parts); None: the result is whole.
-    """
+    """A `Trainer` that saves what trains while it trains, and a model with its processor at the end."""
 
     processor: Processor
     parts: list[Part]
-    base: Base | None
+    base: Base | None  # what the result is written on top of (adapters, quantised parts); None: the result is whole
 
     # `Trainer` declares these as unions; here each is what a run makes it.
     model: Any
@@ -51,15 +45,14 @@ class CheckpointTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         if _internal_call:
             self._save_trained_weights(folder)
-            return
-        if self.base is not None:
+        elif self.base is not None:
             new_rows = {name: min(part.new_tokens) for part in self.parts for name in part.rows}
             save_on_base(self.model, folder, self.base, new_rows=new_rows, is_writer=self.args.should_save)
         else:
             state = self.accelerator.get_state_dict(self.model_wrapped)  # on every rank: ZeRO-3 gathers
             if self.args.should_save:
                 self.model.save_pretrained(folder, state_dict=state)
-        if self.args.should_save:
+        if self.args.should_save and not _internal_call:
             self.processor.save_pretrained(folder)
 
     def _save_trained_weights(self, folder: Path) -> None:
@@ -90,11 +83,7 @@ class CheckpointTrainer(Trainer):
             rotate_checkpoints(output_dir=folder, save_total_limit=limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: None = None) -> None:
-        """Put a checkpoint's trained weights over those that the run began with.
-
-        Raises:
-            ValueError: the checkpoint trained other parameters than this run does.
-        """
+        """Put a checkpoint's trained weights over those that the run began with; both must train the same."""
         path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
         if not path.is_file():
             raise ValueError(
@@ -137,11 +126,7 @@ def trained_tensors(model: TrainableModel, parts: list[Part]) -> dict[str, Tenso
 
 
 def newest_checkpoint(run_directory: Path) -> Path:
-    """Return the newest complete checkpoint of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the newest complete checkpoint of a run."""
     complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARK}")]
     if not complete:
         raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")

@@ -51,21 +51,12 @@ def make_collator(
 ) -> Collator:
     """Return what makes batches so that every rank makes the same calls: a dummy of whatever a batch has none of.
 
-    Args:
-        processor: the run's processor; for a composed model, equal images stand once in a batch.
-        data: the samples of the run.
-        world_size: the number of ranks.
-        with_stats: whether batches hold their `BatchStats`, for the training loop to take out.
+    For a composed model, equal images stand once in a batch. `with_stats` adds `BatchStats` for the training loop.
     """
     has_videos = any(dataset.has_videos for dataset in data) and processor.encodes_videos_separately
     video = dummy_video(processor) if has_videos and world_size > 1 else None
-    return Collator.of(
-        processor,
-        dummy_image(processor),
-        video_dummy=video,
-        with_stats=with_stats,
-        deduplicate=processor.deduplicated_inputs,
-    )
+    unique = processor.deduplicated_inputs
+    return Collator.of(processor, dummy_image(processor), video_dummy=video, with_stats=with_stats, deduplicate=unique)
 
 
 def first_samples(dataset: SampleDataset | SampleStream, num_samples: int) -> list[Sample]:

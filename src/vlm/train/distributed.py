@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,14 +42,9 @@ def barrier() -> None:
 
 @contextmanager
 def rank0_lock(file: Path, reason: str) -> Iterator[bool]:
-    """Hold a lock on rank 0; another run may hold it for longer than ranks wait for each other.
+    """Hold a lock file on rank 0; another run may hold it for longer than ranks wait for each other.
 
-    Args:
-        file: the lock file.
-        reason: why a run waits for the lock, for the log.
-
-    Yields:
-        Whether this is rank 0.
+    Yields whether this is rank 0. The log says for what `reason` a run waits.
     """
     is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
     lock = FileLock(file)
@@ -68,8 +63,6 @@ def rank0_lock(file: Path, reason: str) -> Iterator[bool]:
 
 def _acquire(lock: FileLock) -> bool:
     """Return whether the lock could be acquired within `PATIENCE`."""
-    try:
+    with suppress(Timeout):
         lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        return False
-    return True
+    return lock.is_locked

@@ -55,11 +55,7 @@ T = TypeVar("T", bound=type[Trainer])
 
 
 def check_hooks(trainer: T) -> T:
-    """Return a subclass of `Trainer`, once the installed transformers has all that it overrides.
-
-    Raises:
-        ImportError: a hook is gone, or is called with other parameters.
-    """
+    """Return a subclass of `Trainer`; raise ImportError if transformers lost a hook or gave it other parameters."""
     check_private_names((*PRIVATE_HOOKS, *PUBLIC_HOOKS))
     listed = {hook.name for hook in (*PRIVATE_HOOKS, *PUBLIC_HOOKS)}
     own = {name for kind in trainer.__mro__[: trainer.__mro__.index(Trainer)] for name in vars(kind)}

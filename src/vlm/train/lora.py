@@ -23,16 +23,10 @@ PEFT_INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torch.dtype) -> None:
-    """Put a new adapter into a model, if any part is to have one.
+    """Put a new adapter of this precision into a loaded model, if any part is to have one.
 
-    Args:
-        model: the model with its weights.
-        lora: ranks and targets.
-        seed: the first weights depend on it alone.
-        dtype: the adapter's precision.
-
-    Raises:
-        ValueError: a part has no layer to adapt, or none of a name that was given.
+    Its first weights depend on the seed alone. Refused is a part without a layer to adapt, or without one of a name
+    that was given.
     """
     targets = {part: layers for part in PARTS if (layers := select_adapted_layers(model, part, getattr(lora, part)))}
     if not targets:
@@ -47,11 +41,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torc
 
 
 def select_adapted_layers(model: TrainableModel, part: str, config: LoraPartConfig) -> list[str]:
-    """Return full names of the layers of a part that get an adapter.
-
-    Raises:
-        ValueError: the part has no Linear layer, or none whose name ends as `target_modules` says.
-    """
+    """Return full names of the layers of a part that get an adapter; each name in `target_modules` must end one's."""
     if config.r is None:
         return []
     linear = linear_layers(model, part)
@@ -68,7 +58,7 @@ def select_adapted_layers(model: TrainableModel, part: str, config: LoraPartConf
                 f"trainer.lora.{part}.target_modules: no Linear layer of the {part} is named {ending}.{hint} Their "
                 f"names end in {', '.join(endings)}"
             )
-    return [name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in config.target_modules)]
+    return [name for name in linear if f".{name}".endswith(tuple(f".{ending}" for ending in config.target_modules))]
 
 
 def linear_layers(model: TrainableModel, part: str) -> list[str]:
@@ -86,36 +76,26 @@ def linear_layers(model: TrainableModel, part: str) -> list[str]:
 
 
 def peft_config(lora: LoraConfig, targets: dict[str, list[str]]) -> peft.LoraConfig:
-    """Return peft's configuration: layers by their full names, ranks that differ by part as patterns of the names.
-
-    Args:
-        lora: the run's settings.
-        targets: part -> full names of its layers.
-    """
+    """Return peft's configuration: layers by their full names, ranks that differ by part as patterns of the names."""
     ranks, alphas = {}, {}
     for part, layers in targets.items():
         config: LoraPartConfig = getattr(lora, part)
         assert config.r is not None
-        for name in layers:
-            ranks[name], alphas[name] = config.r, config.alpha or 2 * config.r
-    rank, alpha = ranks[max(targets.values(), key=len)[0]], alphas[max(targets.values(), key=len)[0]]
+        ranks |= dict.fromkeys(layers, config.r)
+        alphas |= dict.fromkeys(layers, config.alpha or 2 * config.r)
+    typical, *_ = max(targets.values(), key=len)
     return peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(ranks),
-        rank_pattern={_exact_name_pattern(name): value for name, value in ranks.items() if value != rank},
-        alpha_pattern={_exact_name_pattern(name): value for name, value in alphas.items() if value != alpha},
+        r=ranks[typical],
+        lora_alpha=alphas[typical],
+        target_modules=list(ranks),  # peft reads `^name` as this layer and no other
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != ranks[typical]},
+        alpha_pattern={f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != alphas[typical]},
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         bias=lora.bias,  # pyright: ignore[reportArgumentType] - checked against the same list
         init_lora_weights=PEFT_INITS[lora.init],
     )
-
-
-def _exact_name_pattern(name: str) -> str:
-    """Return a pattern, as peft reads it, that matches one layer's name and no other."""
-    return f"^{re.escape(name)}"
 
 
 def is_adapter(name: str) -> bool:

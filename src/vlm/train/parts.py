@@ -23,32 +23,18 @@ FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model, as this run treats it.
-
-    Attributes:
-        name: the part's name.
-        source: where the part comes from: a Hub name or folder, a connector's name.
-        parameters: full name in the model -> parameter.
-        is_unfrozen: whether all parameters train.
-        learning_rate: the peak learning rate; None where nothing trains.
-        weight_decay: the weight decay of matrices.
-        unread: full names of parameters that no answer depends on, and that never get a gradient.
-        rank: the rank of the part's adapter; None where it has none.
-        adapter: full names of what trains although the part is frozen: its adapter, perhaps biases.
-        rows: full names of embeddings of which only the rows `new_tokens` train, while the part is frozen.
-        new_tokens: the numbers of those rows.
-    """
+    """One part of a model, as this run treats it. Parameters go by their full names in the model."""
 
     name: str
-    source: str
+    source: str  # a Hub name or folder, a connector's name
     parameters: dict[str, nn.Parameter]
-    is_unfrozen: bool
-    learning_rate: float | None
-    weight_decay: float
-    unread: frozenset[str] = frozenset()
-    rank: int | None = None
-    adapter: frozenset[str] = frozenset()
-    rows: frozenset[str] = frozenset()
+    is_unfrozen: bool  # whether all parameters train
+    learning_rate: float | None  # the peak, where something trains
+    weight_decay: float  # of matrices
+    unread: frozenset[str] = frozenset()  # no answer depends on these parameters, and they never get a gradient
+    rank: int | None = None  # of the part's adapter; None where it has none
+    adapter: frozenset[str] = frozenset()  # what trains although the part is frozen: its adapter, perhaps biases
+    rows: frozenset[str] = frozenset()  # embeddings of which the rows `new_tokens` train although the part is frozen
     new_tokens: tuple[int, ...] = ()
 
     @property
@@ -62,11 +48,7 @@ def make_parts(
 ) -> list[Part]:
     """Return the parts of a model with the run's settings; every parameter belongs to exactly one part.
 
-    Args:
-        model: the model.
-        trainer: the run's settings.
-        sources: where the model's parts come from.
-        new_tokens: ids whose embeddings train even where the language model does not.
+    The embeddings of `new_tokens`, ids, train even where the language model does not.
     """
     names = get_part_names(model.config)
     unread = parameters_unread_by_heads(model)
@@ -80,32 +62,26 @@ def make_parts(
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in part_names}
     for name, parameter in model.named_parameters():
         parameters[names.part_of(name)][name] = parameter
-    rows = (
-        token_embedding_names(model) - unread
-        if new_tokens and not is_unfrozen(trainer, "language_model")
-        else frozenset()
-    )
+    has_new_rows = bool(new_tokens) and not is_unfrozen(trainer, "language_model")
+    rows = token_embedding_names(model) - unread if has_new_rows else frozenset()
+    adapted = {name for name, _ in model.named_parameters() if is_trained_with_adapter(name, trainer.lora)}
+    ranks = {part: getattr(trainer.lora, part).r for part in PARTS}
     return [
         Part(
             name=name,
             source=source_names[name],
-            parameters=parameters[name],
+            parameters=own,
             is_unfrozen=is_unfrozen(trainer, name),
-            learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate")
-            if is_trainable(trainer, name) or rows & parameters[name].keys() else None,
+            learning_rate=getattr(trainer.learning_rate, f"{name}_learning_rate"),
             weight_decay=getattr(trainer.weight_decay, f"{name}_weight_decay"),
-            unread=unread.union(filter(names.is_unused, parameters[name])) & parameters[name].keys(),
-            rank=(rank := None if name == HEAD else getattr(trainer.lora, name).r),
-            adapter=frozenset(
-                full_name
-                for full_name in parameters[name]
-                if rank is not None and is_trained_with_adapter(full_name, trainer.lora)
-            ),
-            rows=rows & parameters[name].keys(),
+            unread=unread.union(filter(names.is_unused, own)) & own.keys(),
+            rank=ranks.get(name),
+            adapter=frozenset() if ranks.get(name) is None else frozenset(own.keys() & adapted),
+            rows=rows & own.keys(),
             new_tokens=tuple(new_tokens),
         )
-        for name in part_names
-    ]  # fmt: skip
+        for name, own in parameters.items()
+    ]
 
 
 def token_embedding_names(model: TrainableModel) -> frozenset[str]:
@@ -141,11 +117,6 @@ def _modules_after_layer(model: TrainableModel, layer: int) -> list[nn.Module]:
 def is_unfrozen(trainer: TrainerOptions, part: str) -> bool:
     """Return whether `trainer.unfreeze` lets a part train; a head always does."""
     return part == HEAD or getattr(trainer.unfreeze, TRAIN_FLAGS[part])
-
-
-def is_trainable(trainer: TrainerOptions, part: str) -> bool:
-    """Return whether a part trains, as a whole or through an adapter."""
-    return is_unfrozen(trainer, part) or getattr(trainer.lora, part).r is not None
 
 
 def freeze(parts: list[Part]) -> None:
@@ -185,14 +156,9 @@ def cast(model: PreTrainedModel, parts: list[Part], trained: torch.dtype, frozen
 
 
 def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
-    """Return the optimiser's groups, one for each part that trains and each decay class.
+    """Return the optimiser's groups, one for each part that trains and each decay class; empty ones are left out.
 
-    Args:
-        parts: the model's parts.
-        decayed: full names of the parameters that weight decay applies to.
-
-    Returns:
-        Groups with `name`, `params`, `lr` and `weight_decay`; empty groups are left out.
+    A group has `name`, `params`, `lr` and `weight_decay`. Weight decay applies to the parameters named in `decayed`.
     """
     groups = []
     for part in parts:

@@ -1,6 +1,5 @@
 """The run directory: everything that a run needs to be repeated, resumed or explained lies in it."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from vlm.config.schema import DatasetConfig, RunConfig
 from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped_share
 from vlm.data.stream import SampleStream
 from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.objectives.base import PreparedRun
 
 SKIPPED_FILE = "skipped.jsonl"
 MIN_STREAM_RECORDS = 1000
@@ -54,16 +55,10 @@ def write_run_files(folder: Path, config: RunConfig) -> None:
 
 def versions() -> dict[str, object]:
     """Return packages, Python, devices, the backend of image processors, and the git revision of the source, if any."""
-    installed: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            installed[package] = None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": installed,
+        "packages": {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES},
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "image_backend": "torchvision" if is_torchvision_available() else "pillow",
@@ -84,19 +79,15 @@ def _git(*words: str) -> str | None:
 def write_data_summary(
     folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None], *, resumed: bool = False
 ) -> None:
-    """Write what each source gave (`data.json`) and which records were left out (`skipped.jsonl`).
+    """Write what each role's sources gave (`data.json`) and which records were left out (`skipped.jsonl`).
 
-    Args:
-        folder: the run directory.
-        datasets: role -> dataset.
-        resumed: whether the records that an earlier part of the run left out stay listed.
+    Where a run is `resumed`, the records that it left out before stay listed.
     """
     summary: dict[str, dict[str, object]] = {}
     skipped = []
     for role, dataset in datasets.items():
         if isinstance(dataset, SampleStream):
-            sources = [{"source": source.name, "path": source.path} for source in dataset.sources]
-            summary[role] = {"streamed": sources}
+            summary[role] = {"streamed": [{"source": source.name, "path": source.path} for source in dataset.sources]}
         elif dataset is not None:
             summary[role] = {
                 "samples": len(dataset),
@@ -110,7 +101,7 @@ def write_data_summary(
     write_json(folder / "data.json", summary)
     file = folder / SKIPPED_FILE
     before = file.read_text(encoding="utf-8").splitlines(keepends=True) if resumed and file.exists() else []
-    file.write_text("".join(dict.fromkeys([*before, *map(skipped_as_json_line, skipped)])), encoding="utf-8")
+    file.write_text("".join(dict.fromkeys([*before, *map(_skipped_as_json_line, skipped)])), encoding="utf-8")
 
 
 def contribution_table(contributions: Sequence[Contribution]) -> str:
@@ -122,42 +113,28 @@ def contribution_table(contributions: Sequence[Contribution]) -> str:
          f"{source.images:,}", f"{source.tokens:,}", f"{source.skipped:,}", f"{source.truncated:,}")
         for source in contributions
     ]  # fmt: skip
-    alignment = ("left", *["right"] * 7)
-    return tabulate(rows, header, tablefmt="plain", colalign=alignment, disable_numparse=True)
+    return tabulate(rows, header, tablefmt="plain", colalign=("left", *["right"] * 7), disable_numparse=True)
 
 
-def skipped_as_json_line(record: Skipped) -> str:
-    """Return a record that was left out as a line of `skipped.jsonl`."""
+def _skipped_as_json_line(record: Skipped) -> str:
     return f"{json.dumps(asdict(record), ensure_ascii=False)}\n"
 
 
 class SkippedRecords:
     """Adds the records that a run leaves out on the way to `skipped.jsonl`, and stops it where that is not allowed.
 
-    Args:
-        folder: the run directory.
-        dataset: the training samples.
-        config: the policies, and how many records may be left out.
-        world_size: the number of ranks; each sees its own part of the records.
-        is_writer: whether this rank adds them; else another rank, which is told of the same records, does.
+    `world_size` is the number of ranks that have records of their own. Without `is_writer`, another rank, which is told
+    of the same records, adds them.
     """
 
-    def __init__(
-        self, folder: Path, dataset: SampleDataset | SampleStream, config: DatasetConfig, world_size: int, *,
-        is_writer: bool = True,
-    ):  # fmt: skip
-        self.path = folder / SKIPPED_FILE
-        self.is_writer = is_writer
-        self.dataset, self.config, self.world_size = dataset, config, world_size
+    def __init__(self, run: PreparedRun, config: DatasetConfig, world_size: int, *, is_writer: bool = True):
+        self.path, self.is_writer = run.folder / SKIPPED_FILE, is_writer
+        self.dataset, self.config, self.world_size = run.data.records["train"], config, world_size
         self.known_skipped: set[Skipped] = set()
         self.num_seen = 0
 
     def __call__(self, skipped: list[Skipped], num_samples: int) -> None:
-        """Take note of a batch of samples, and of the records left out of it.
-
-        Raises:
-            ValueError: the policy is `error`, or more records cannot be used than `dataset.max_skipped` allows.
-        """
+        """Take note of a batch of samples, and of the records left out of it."""
         self.num_seen += num_samples
         for record in skipped:
             if getattr(self.config, record.policy) == "error":
@@ -168,7 +145,7 @@ class SkippedRecords:
         self.known_skipped.update(new)
         if self.is_writer:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(skipped_as_json_line, new)))
+                file.write("".join(map(_skipped_as_json_line, new)))
         if isinstance(self.dataset, SampleDataset):
             total = (len(self.dataset) + len(self.dataset.skipped)) / self.world_size
         else:

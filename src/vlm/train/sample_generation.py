@@ -6,6 +6,7 @@ All ranks answer the same records in the same batches, since under ZeRO-3 every 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,10 @@ log = logging.getLogger(__name__)
 def make_answer_metrics(
     config: RunConfig, data: SampleDataset, processor: Processor, args: TrainingArguments
 ) -> Callable[[PreTrainedModel], dict[str, float]]:
-    """Return what computes `trainer.eval_metrics` of a model's answers to evaluation records.
-
-    Raises:
-        ValueError: no evaluation record can be answered.
-    """
+    """Return what computes `trainer.eval_metrics` of a model's answers to evaluation records."""
     names, settings = config.trainer.eval_metrics, config.inference
-    samples = select_answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
+    samples = _answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
+    prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples]
     references = [list(sample.references) or [last_reply_text(sample)] for sample in samples]
     size = args.per_device_eval_batch_size
 
@@ -49,9 +47,9 @@ def make_answer_metrics(
         generator = VisionLanguageModel(model, processor)
         answers: list[str] = []
         silent = args.disable_tqdm or not args.should_save
-        for start in tqdm(range(0, len(samples), size), "answering", leave=False, disable=silent):
-            prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples[start : start + size]]
-            turns, media = [prompt.turns for prompt in prompts], [open_media(prompt) for prompt in prompts]
+        for start in tqdm(range(0, len(prompts), size), "answering", leave=False, disable=silent):
+            batch = prompts[start : start + size]
+            turns, media = [prompt.turns for prompt in batch], [open_media(prompt) for prompt in batch]
             answers += generator.answer(turns, media, settings, synced_gpus=dist.is_initialized())
         scores = compute_text_metrics(names, answers, references, intervals=False)
         return {name: score.value for name, score in scores.items() if score.value is not None}
@@ -59,35 +57,22 @@ def make_answer_metrics(
     return compute
 
 
-def select_answerable_samples(
+def _answerable_samples(
     data: SampleDataset, processor: Processor, max_samples: int, max_new_tokens: int
 ) -> list[Sample]:
-    """Return the first samples that end with a reply, and whose prompt leaves room for an answer.
-
-    Args:
-        data: the evaluation records.
-        processor: the model's processor.
-        max_samples: most samples that are returned.
-        max_new_tokens: tokens that an answer may have.
-
-    Raises:
-        ValueError: there are none.
-    """
-    selected = []
+    """Return the first samples that end with a reply, and whose prompt leaves room for an answer."""
     longest = data.sources[0].encoder.longest
-    for index in range(len(data)):
-        sample = data.sample(index)
+
+    def leaves_room(sample: Sample) -> bool:
         prompt = replace(sample, turns=prompt_turns(sample))
         if sample.turns[-1].role != "assistant" or not prompt.turns:
-            continue
-        sizes = (
-            media_sizes_from_opened(prompt.media, open_media(prompt), processor) if processor.needs_image_sizes else []
-        )
+            return False
+        has_sizes = processor.needs_image_sizes
+        sizes = media_sizes_from_opened(prompt.media, open_media(prompt), processor) if has_sizes else []
         ids = encode_prompt(processor, prompt.turns, sizes)
-        if ids and len(ids) + max_new_tokens <= longest:
-            selected.append(sample)
-        if len(selected) == max_samples:
-            break
+        return bool(ids) and len(ids) + max_new_tokens <= longest
+
+    selected = list(islice(filter(leaves_room, map(data.sample, range(len(data)))), max_samples))
     if not selected:
         raise ValueError(
             "trainer.eval_metrics: no evaluation record ends with a reply and leaves inference.max_new_tokens="
@@ -105,17 +90,20 @@ def make_sample_generator(
     All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
     text only), or whose images do not open, are passed over.
     """
-    opened = [(sample, value_or_bad_sample(open_media, sample)) for sample in samples if _has_prompt(sample, processor)]
-    usable = [(sample, media) for sample, media in opened if not isinstance(media, BadSample)]
-    prompts = [turns_before_last_reply(sample.turns) for sample, _ in usable]
-    # A prompt that ends before the last reply may not show the last images.
-    prompt_media = [
-        media[: sum(not isinstance(part, str) for turn in turns for part in turn.content)]
-        for (_, media), turns in zip(usable, prompts, strict=True)
-    ]
+    prompts, prompt_media, references = [], [], []
+    for sample in samples:
+        replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
+        turns = list(sample.turns[: replies[-1] if replies else 0])
+        if not replies or not render(processor, turns, prompt=True).text:
+            continue
+        media = value_or_bad_sample(open_media, sample)
+        if not isinstance(media, BadSample):
+            prompts.append(turns)
+            prompt_media.append(media[: sum(not isinstance(part, str) for turn in turns for part in turn.content)])
+            references.append(_join_text([sample.turns[replies[-1]]]))
 
     def generate(step: int) -> None:
-        if not usable:
+        if not prompts:
             return
         training = trainer.model.training
         trainer.model.eval()
@@ -124,26 +112,11 @@ def make_sample_generator(
             answers = generator.answer(prompts, prompt_media, settings, synced_gpus=dist.is_initialized())
         trainer.model.train(training)
         if trainer.args.process_index == 0:
-            rows = [
-                (_join_text(turns[-1:]), _join_text(sample.turns[len(turns) : len(turns) + 1]), answer, _preview(media))
-                for (sample, _), turns, answer, media in zip(usable, prompts, answers, prompt_media, strict=True)
-            ]
+            questions = [_join_text(turns[-1:]) for turns in prompts]
+            rows = zip(questions, references, answers, map(_preview, prompt_media), strict=True)
             append_sample_generations(step, rows, folder)
 
     return generate
-
-
-def _has_prompt(sample: Sample, processor: Processor) -> bool:
-    """Return whether a sample has a reply, and its template leaves something before the last one."""
-    if not any(turn.role == "assistant" for turn in sample.turns):
-        return False
-    return bool(render(processor, turns_before_last_reply(sample.turns), prompt=True).text)
-
-
-def turns_before_last_reply(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the conversation up to its last reply, which is left for the model to give."""
-    last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
-    return list(turns[:last])
 
 
 def _preview(opened: Sequence[object]) -> Any:

@@ -7,6 +7,7 @@ import multiprocessing.util  # registers its own exit function first, which then
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType
 
@@ -25,35 +26,34 @@ class SigtermCheckpoint(TrainerCallback):
     """Ends a run on SIGTERM after the current step, with a checkpoint to resume from.
 
     The signal may come several times, from its sender and from a launcher that passes it on. Ranks get it at different
-    steps, or only one of them does, so they agree after each step.
-
-    Args:
-        can_save: whether the run can save a checkpoint.
+    steps, or only one of them does, so they agree after each step. Without `can_save`, the run ends at once.
     """
 
     def __init__(self, *, can_save: bool = True):
         self.can_save = can_save
-        self.received = self.any_rank_received = self.handler_installed = False
-        self.previous_handler = signal.SIG_DFL
+        self.received = self.any_rank_received = False
+        self.handlers = ExitStack()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Install the handler; only a main thread can."""
         if threading.current_thread() is threading.main_thread():
-            self.previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
-            self.handler_installed = True
+            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self.handlers.callback(signal.signal, signal.SIGTERM, previous)
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal."""
         self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Ask for a checkpoint where any rank got the signal."""
-        self.any_rank_received = self._any_rank_received_sigterm(args.device)
-        if not self.any_rank_received:
-            return control
-        if not self.can_save:
-            self._end("was asked to end, and there is nothing to go on from")
-        control.should_save = True
+        received = self.received
+        if dist.is_initialized():
+            flag = torch.tensor([int(received)], device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            received = bool(flag.item())
+        if received:
+            if not self.can_save:
+                self._end("was asked to end, and there is nothing to go on from")
+            self.any_rank_received = control.should_save = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
@@ -68,13 +68,6 @@ class SigtermCheckpoint(TrainerCallback):
         """Restore the earlier handler."""
         self.restore()
 
-    def _any_rank_received_sigterm(self, device: torch.device) -> bool:
-        if not dist.is_initialized():
-            return self.received
-        received_flag = torch.tensor([int(self.received)], device=device)
-        dist.all_reduce(received_flag, op=dist.ReduceOp.MAX)
-        return bool(received_flag.item())
-
     def _end(self, message: str) -> None:
         self.restore()
         log.info("The run %s", message)
@@ -82,9 +75,7 @@ class SigtermCheckpoint(TrainerCallback):
 
     def restore(self) -> None:
         """Restore the earlier handler, whether the run has ended or failed."""
-        if self.handler_installed:
-            self.handler_installed = False
-            signal.signal(signal.SIGTERM, self.previous_handler)
+        self.handlers.close()
 
 
 @atexit.register

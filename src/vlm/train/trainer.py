@@ -8,33 +8,30 @@ the speed of the run; checkpoints that hold what trains (`checkpoints.py`). `hoo
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import DataCollator, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
-from vlm.assembly.adapter_base import Base
+from vlm.assembly.adapter_base import make_base
 from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
 from vlm.data.batching.collator import SKIPPED_KEY
 from vlm.data.batching.samplers import ModalityLengthSampler
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.dataset import Skipped
-from vlm.data.processor import Processor
 from vlm.data.stream import SampleStream
 from vlm.train.arguments import sampler_seed
 from vlm.train.checkpoints import CheckpointTrainer
 from vlm.train.hooks import check_hooks
-from vlm.train.monitor.speed import SpeedMeter
-from vlm.train.monitor.speed_callback import SpeedCallback, count_images
-from vlm.train.objectives.base import Inputs, Objective
+from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
+from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer
-from vlm.train.parts import Part
 from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.packed_attention import use_packed_attention
@@ -51,17 +48,8 @@ DROPPED_METRICS = ("train_samples_per_second", "train_steps_per_second", "total_
 class VLMTrainer(CheckpointTrainer):
     """Trains a model whose parts have learning rates of their own.
 
-    Args:
-        model: the model, not wrapped.
-        objective: what the run trains it to do.
-        processor: the model's, which normalises pixels and is saved with it.
-        parts: the model's parts, see `train/parts.py`.
-        base: what the result is written on top of (adapters, quantised parts); None: the result is whole.
-        on_first_batch: called with the first batch of this rank, before its forward pass.
-        on_skipped: called with the records that a batch leaves out, and the number of its samples.
-        meter: measures the steps; None: a meter that knows no operations.
-        callbacks: the run's callbacks.
-        kwargs: as `Trainer`.
+    `on_first_batch` is called with the first batch of this rank, before its forward pass; `on_skipped` with the records
+    that a batch leaves out, and the number of its samples.
     """
 
     # `Trainer` declares these as unions, as those of `CheckpointTrainer`.
@@ -72,29 +60,27 @@ class VLMTrainer(CheckpointTrainer):
     def __init__(
         self,
         *,
-        model: PreTrainedModel,
         objective: Objective,
-        processor: Processor,
-        parts: list[Part],
-        base: Base | None = None,
-        on_first_batch: Callable[[Inputs], None] | None = None,
+        run: PreparedRun,
+        meter: SpeedMeter,
+        on_first_batch: Callable[[Inputs], None] | None,
         on_skipped: Callable[[list[Skipped], int], None],
-        meter: SpeedMeter | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        **kwargs: Any,
+        callbacks: Sequence[TrainerCallback],
     ):
         super().__init__(
-            model=model,
-            processing_class=processor.tokenizer,
-            callbacks=[BeforeFirstStep(self, model), *callbacks],
-            **kwargs,
+            model=run.model,
+            args=run.args,
+            data_collator=cast(DataCollator, run.collate),
+            train_dataset=run.data.train,
+            eval_dataset=run.data.evaluation,
+            processing_class=run.processor.tokenizer,
+            callbacks=[BeforeFirstStep(self, run.model), *callbacks],
         )
-        self.objective = objective
-        self.processor, self.parts, self.base = processor, parts, base
+        self.objective, self.meter = objective, meter
+        self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
         self.options = objective.config.trainer
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
-        self.meter = meter or SpeedMeter(self.args.device)
         self.sampler: Sampler[int] | Sampler[list[int]] | None = None
         # Without a number of items, `Trainer` averages the losses of micro-batches over accumulation steps and ranks.
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and objective.loss_average == "token"
@@ -131,8 +117,7 @@ class VLMTrainer(CheckpointTrainer):
         if self.on_first_batch is not None:
             self.on_first_batch(inputs)
             self.on_first_batch = None
-        attention = use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext()
-        with attention:
+        with use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -236,8 +221,7 @@ class VLMTrainer(CheckpointTrainer):
     def evaluation_batches(self, dataset: Dataset[object], title: str) -> Iterator[Inputs]:
         """Yield the batches of a data set as the model takes them, with a progress bar; the model is set to evaluate.
 
-        Raises:
-            BadSample: a record cannot be used.
+        A record that cannot be used is raised as a `BadSample`.
         """
         self.model.eval()
         silent = self.args.disable_tqdm or not self.args.should_save

@@ -49,7 +49,7 @@ def make_feature_reader(
     """
     model, args = run.model, run.args
     assert is_prediction_model(model)
-    on_skipped = SkippedRecords(run.folder, run.data.records["train"], config, 1, is_writer=args.process_index == 0)
+    on_skipped = SkippedRecords(run, config, 1, is_writer=args.process_index == 0)
     root, body = resolve_cache_folder(config.cache_dir) / "features", body_digest(model)
 
     def open_features(dataset: HeadDataset) -> dict[str, Pack]:

@@ -8,15 +8,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vlm.train.monitor.plots import draw_loss, draw_speed
+from vlm.train.monitor.plots import Metrics, draw_loss, draw_speed
 
 
 class MetricsFile(TrainerCallback):
     """Appends every log to `metrics.jsonl`; redraws `loss.png` and `speed.png` when a run evaluates, saves or ends."""
 
     def __init__(self, folder: Path):
-        self.path = folder / "metrics.jsonl"
-        self.loss_plot_path, self.speed_plot_path = folder / "loss.png", folder / "speed.png"
+        self.folder, self.path = folder, folder / "metrics.jsonl"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Drop what was logged after the checkpoint that a run resumes from; a new run starts an empty file."""
@@ -26,41 +25,26 @@ class MetricsFile(TrainerCallback):
             self.path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
     ):
         """Append a line: the step, the epoch and what was logged, null in place of NaN and infinity."""
         if state.is_world_process_zero and logs:
             values = {key: value if math.isfinite(value) else None for key, value in logs.items()}  # JSON has no NaN
-            line = {"step": state.global_step, **values}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(line)}\n")
+                file.write(f"{json.dumps({'step': state.global_step, **values})}\n")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Redraw."""
-        self._draw_plots(state)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Redraw."""
-        self._draw_plots(state)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Redraw."""
-        self._draw_plots(state)
-
-    def _draw_plots(self, state: TrainerState) -> None:
+        """Redraw the plots."""
         if state.is_world_process_zero and self.path.exists():
             metrics = read_metrics(self.path)
-            draw_loss(metrics, self.loss_plot_path)
+            draw_loss(metrics, self.folder / "loss.png")
             if any("samples_per_second" in line for line in metrics):
-                draw_speed(metrics, self.speed_plot_path)
+                draw_speed(metrics, self.folder / "speed.png")
+
+    on_save = on_train_end = on_evaluate
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[Metrics]:
     """Return the lines of a `metrics.jsonl`; none where there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
@@ -69,17 +53,12 @@ class StopAtNaN(TrainerCallback):
     """Ends a run whose loss is NaN or infinite, before it spends another hour."""
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
     ):
         """Raise FloatingPointError where the training loss is NaN or infinite."""
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
+        if not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(
-                f"the loss is {logs['loss'] if logs else None} at step {state.global_step}: lower the learning rate, "
+                f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate, "
                 "or train in bf16 or fp32 instead of fp16. Checkpoints in the run directory, if any, are from before."
             )
 
@@ -92,17 +71,12 @@ class SampleGenerationCallback(TrainerCallback):
         self.last_generated_step = -1
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Answer, at most once a step."""
-        self._generate(state.global_step)
+        """Answer, at most once a step: the end of a run often follows an evaluation."""
+        if state.global_step != self.last_generated_step:
+            self.generate(state.global_step)
+            self.last_generated_step = state.global_step
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Answer, unless the last evaluation just did."""
-        self._generate(state.global_step)
-
-    def _generate(self, step: int) -> None:
-        if step != self.last_generated_step:
-            self.generate(step)
-            self.last_generated_step = step
+    on_train_end = on_evaluate
 
 
 class SetSamplerEpoch(TrainerCallback):

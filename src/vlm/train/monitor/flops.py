@@ -1,13 +1,13 @@
 """The floating-point operations of a training step, counted on the model itself, not estimated.
 
-A copy of the model on the meta device runs forward and backward under PyTorch's own counter, with the same layers,
-adapters and frozen parameters: gradients that are not computed are not counted, nor is recomputation by activation
-checkpointing. A multiplication and an addition are two operations; only matrix products and convolutions count, as is
-usual.
+A copy of the model on the meta device runs under PyTorch's own counter, with the same adapters and frozen parameters.
+A multiplication and an addition are two operations; only matrix products and convolutions count, as is usual, and no
+recomputation by activation checkpointing.
 """
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ BASE_LENGTH = 32
 NUM_COUNTED_IMAGES = 2
 """Images that are counted at once: batch norm needs more than one value."""
 
-
 PATCH_MASK_FAMILIES = {"idefics3", "smolvlm"}
 """Families whose encoder takes a mask of patches, besides the pixels."""
 
@@ -43,23 +42,14 @@ class FlopsNotCountable(Exception):
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of training, forward and backward.
+    """Operations of training, forward and backward, for each thing of a kind."""
 
-    Attributes:
-        token: for each token in the language model, attention aside.
-        pair: for each pair of a token and a token that it attends to: itself and those before it.
-        supervised: for each supervised token, in the vocabulary head.
-        encoded: for each image in the visual encoder; in family models, in the connector too.
-        connected: for each image in the connector.
-        batch: for each batch, whatever it holds: the cost of queries that all images share.
-    """
-
-    token: float
-    pair: float
-    supervised: float
-    encoded: float
-    connected: float
-    batch: float
+    token: float  # in the language model, attention aside
+    pair: float  # of a token and a token that it attends to: itself and those before it
+    supervised: float  # supervised token, in the vocabulary head
+    encoded: float  # image in the visual encoder; in family models, in the connector too
+    connected: float  # image in the connector
+    batch: float  # whatever it holds: the cost of queries that all images share
 
     def total(self, stats: BatchStats, encoded: float, connected: float, batches: float) -> float:
         """Return the operations of batches with these statistics, and of images encoded and connected.
@@ -74,20 +64,15 @@ class StepFlops:
 def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     """Count the operations of a model that is ready to train, with its adapters and its frozen parameters.
 
-    Args:
-        model: the model, before DeepSpeed or a compiler wraps it. It is not changed, and no weight is copied.
-        image: the model's inputs for an image, as the processor returns them.
-
-    Raises:
-        FlopsNotCountable: the operations cannot be counted.
+    DeepSpeed or a compiler must not have wrapped it yet. It is not changed, and no weight is copied. `image` holds its
+    inputs for an image, as the processor returns them.
     """
     kind = model.config.model_type
     composed = is_composed_model(model)
     if not composed and kind not in FIXED_IMAGE_SIZE_FAMILIES:
-        raise FlopsNotCountable(
-            f"the cost of an image is not the same for all in model_type={kind}" if kind in FAMILIES else
-            f"model_type={kind} does not learn to write alone"
-        )  # fmt: skip
+        if kind in FAMILIES:
+            raise FlopsNotCountable(f"the cost of an image is not the same for all in model_type={kind}")
+        raise FlopsNotCountable(f"model_type={kind} does not learn to write alone")
     try:
         meta_model = copy_to_meta_device(model)
         count_images = _count_composed_images if composed else _count_family_images
@@ -106,7 +91,8 @@ def copy_to_meta_device(model: nn.Module) -> Any:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         blank = torch.empty(shape, dtype=dtype, device="meta")
         if isinstance(tensor, nn.Parameter):
-            _check_not_quantised(tensor)
+            if getattr(tensor, "quant_state", None) is not None or not tensor.is_floating_point():
+                raise FlopsNotCountable("it has matrices that are stored in 4 or 8 bits")
             blank = nn.Parameter(blank, requires_grad=tensor.requires_grad)
         replaced[id(tensor)] = blank
     meta_model = copy.deepcopy(model, replaced)
@@ -119,19 +105,32 @@ def copy_to_meta_device(model: nn.Module) -> Any:
     return meta_model.train()
 
 
-def _check_not_quantised(parameter: nn.Parameter) -> None:
-    if getattr(parameter, "quant_state", None) is not None or not parameter.is_floating_point():
-        raise FlopsNotCountable("it has matrices that are stored in 4 or 8 bits")
+def _count_passes(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """Return the operations of a forward pass and its backward pass, and the output."""
+    with FlopCounterMode(display=False) as counter:
+        output = forward()
+        if output.requires_grad:
+            output.sum().backward()
+    return counter.get_total_flops(), output
 
 
 def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
     """Count the language model of a model on the meta device, and add what its images cost."""
     if any(p.ndim > 2 for p in model.get_decoder().parameters()):
         raise FlopsNotCountable("its language model has experts or convolutions, whose cost the lengths do not tell")
-    needs_gradient = images.needs_gradient or any(p.requires_grad for p in model.get_input_embeddings().parameters())
+    embeddings = model.get_input_embeddings()
+    needs_gradient = images.needs_gradient or any(p.requires_grad for p in embeddings.parameters())
 
     def text(length: int, supervised: int) -> int:
-        return _count_language_model_flops(model, length, supervised, needs_gradient)
+        """Return the operations for a text whose last tokens are supervised."""
+        inputs = torch.empty(1, length, embeddings.weight.shape[1], device="meta", requires_grad=needs_gradient)
+        mask = torch.empty(1, 1, length, length, device="meta")  # given, since models read positions to make their own
+
+        def predict() -> Tensor:
+            hidden = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+            return model.get_output_embeddings()(hidden[:, -supervised:])
+
+        return _count_passes(predict)[0]
 
     base, longer = text(BASE_LENGTH, 1), text(2 * BASE_LENGTH, 1)
     supervised = text(BASE_LENGTH, 2) - base
@@ -155,54 +154,39 @@ class ImageFlops:
 
 
 def _count_composed_images(model: VLMForConditionalGeneration, image: ModelInputs) -> ImageFlops:
-    """Count the visual encoder and the connector of a composed model."""
+    """Count the visual encoder and the connector of a composed model, each on some images and on twice as many."""
     pixels = torch.empty(2 * NUM_COUNTED_IMAGES, *image["pixel_values"].shape[1:], device="meta")
-    (few, _), (many, features) = (
-        _count_encoder_flops(model, pixels[:NUM_COUNTED_IMAGES]),
-        _count_encoder_flops(model, pixels),
-    )
+    trains = any(p.requires_grad for p in model.visual_encoder.parameters())
+
+    def encode(number: int) -> Tensor:
+        with torch.set_grad_enabled(trains):
+            return model.encode_images(pixels[:number])
+
+    few, _ = _count_passes(lambda: encode(NUM_COUNTED_IMAGES))
+    many, features = _count_passes(lambda: encode(2 * NUM_COUNTED_IMAGES))
     encoded, shared = (many - few) / NUM_COUNTED_IMAGES, 2 * few - many
-    (few, needs_gradient), (many, _) = (
-        _count_connector_flops(model, features[:NUM_COUNTED_IMAGES]),
-        _count_connector_flops(model, features),
-    )
+    features = features.detach().requires_grad_(features.requires_grad)
+    few, _ = _count_passes(lambda: model.connector(features[:NUM_COUNTED_IMAGES]))
+    many, tokens = _count_passes(lambda: model.connector(features))
+    needs_gradient = tokens.requires_grad
     if model.image_newline is not None:
         needs_gradient |= any(p.requires_grad for p in model.image_newline.parameters())
     return ImageFlops(encoded, (many - few) / NUM_COUNTED_IMAGES, shared + 2 * few - many, needs_gradient)
 
 
-def _count_encoder_flops(model: VLMForConditionalGeneration, pixels: Tensor) -> tuple[int, Tensor]:
-    """Return the operations of the visual encoder, and its features."""
-    trains = any(p.requires_grad for p in model.visual_encoder.parameters())
-    with FlopCounterMode(display=False) as counter:
-        with torch.set_grad_enabled(trains):
-            features = model.encode_images(pixels)
-        _backward(features)
-    return counter.get_total_flops(), features
-
-
-def _count_connector_flops(model: VLMForConditionalGeneration, features: Tensor) -> tuple[int, bool]:
-    """Return the operations of the connector, and whether its tokens get a gradient."""
-    features = features.detach().requires_grad_(features.requires_grad)
-    with FlopCounterMode(display=False) as counter:
-        tokens = model.connector(features)
-        _backward(tokens)
-    return counter.get_total_flops(), tokens.requires_grad
-
-
 def _count_family_images(model: Any, image: ModelInputs) -> ImageFlops:
     """Count the operations of a family's model for an image, in its encoder and connector together."""
     pixels = torch.empty(image["pixel_values"].shape, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    sizes = {"image_sizes": image["image_sizes"]} if "image_sizes" in image else {}
+
+    def encode() -> Tensor:
         if model.config.model_type in PATCH_MASK_FAMILIES:
-            features = [_encode_with_patch_mask(model.model, pixels.flatten(0, -4))]
-        else:
-            sizes = {"image_sizes": image["image_sizes"]} if "image_sizes" in image else {}
-            found = model.get_image_features(pixel_values=pixels, return_dict=True, **sizes).pooler_output
-            features = [found] if isinstance(found, Tensor) else list(found)
-        _backward(torch.cat(features))
-    encoded = counter.get_total_flops() / num_images(image)
-    return ImageFlops(encoded, 0.0, 0.0, any(one.requires_grad for one in features))
+            return _encode_with_patch_mask(model.model, pixels.flatten(0, -4))
+        features = model.get_image_features(pixel_values=pixels, return_dict=True, **sizes).pooler_output
+        return features if isinstance(features, Tensor) else torch.cat(list(features))
+
+    operations, features = _count_passes(encode)
+    return ImageFlops(operations / num_images(image), 0.0, 0.0, features.requires_grad)
 
 
 def _encode_with_patch_mask(model: Any, pixels: Tensor) -> Tensor:
@@ -212,19 +196,3 @@ def _encode_with_patch_mask(model: Any, pixels: Tensor) -> Tensor:
     mask = torch.ones(len(pixels), *patches, dtype=torch.bool, device="meta")
     states = encoder.encoder(inputs_embeds=encoder.embeddings(pixel_values=pixels, patch_attention_mask=mask))
     return model.connector(encoder.post_layernorm(states.last_hidden_state))
-
-
-def _count_language_model_flops(model: Any, length: int, supervised: int, needs_gradient: bool) -> int:
-    """Return the operations of the language model for a text whose last tokens are supervised."""
-    width = model.get_input_embeddings().weight.shape[1]
-    inputs = torch.empty(1, length, width, device="meta", requires_grad=needs_gradient)
-    mask = torch.empty(1, 1, length, length, device="meta")  # given, since models read positions to make their own
-    with FlopCounterMode(display=False) as counter:
-        hidden = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-        _backward(model.get_output_embeddings()(hidden[:, -supervised:]))
-    return counter.get_total_flops()
-
-
-def _backward(output: Tensor) -> None:
-    if output.requires_grad:
-        output.sum().backward()

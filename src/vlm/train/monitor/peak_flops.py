@@ -47,34 +47,22 @@ MEASURE_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak of a device.
-
-    Attributes:
-        tflops: 10^12 operations per second.
-        source: where the number is from.
-    """
+    """The peak of a device in 10^12 operations per second, and where the number is from."""
 
     tflops: float
     source: str
 
 
 def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | None) -> Peak:
-    """Return the peak of a device: as given, from the table, or measured.
-
-    Args:
-        device: what the model is on.
-        dtype: what matrix products run in, where it is measured.
-        override: `trainer.peak_tflops`.
-    """
+    """Return the peak of a device: `trainer.peak_tflops` if given, from the table, or measured in this precision."""
     if override is not None:
         return Peak(override, "trainer.peak_tflops")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if (tflops := data_sheet_tflops(name)) is not None:
         return Peak(tflops, f"data sheet of {name}, dense bfloat16")
     precision = str(dtype).removeprefix("torch.")
-    return Peak(
-        measure_tflops(device, dtype), f"measured: a matrix product in {precision} on this {name or device.type}"
-    )
+    source = f"measured: a matrix product in {precision} on this {name or device.type}"
+    return Peak(measure_tflops(device, dtype), source)
 
 
 def data_sheet_tflops(name: str) -> float | None:
@@ -92,16 +80,17 @@ def measure_tflops(device: torch.device, dtype: torch.dtype, seconds: float = ME
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)  # kernels are chosen
-    _synchronize(device)
+    synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(a, b, out=out)
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best / 1e12
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,11 +1,12 @@
 """Files for people to look at: plots of loss and speed, the first batch as a page, answers as a list."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -19,6 +20,9 @@ from vlm.data.processor import Processor
 from vlm.models.pixels import ImageProcessor
 from vlm.models.processing_vlm import VLMProcessor
 
+Metrics = dict[str, float]
+"""What was logged at a step: the metrics by name."""
+
 LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 
 THROUGHPUT_CURVES = {
@@ -29,112 +33,100 @@ THROUGHPUT_CURVES = {
 SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "model FLOPs utilisation"}
 
 
-def draw_loss(metrics: Sequence[dict[str, float]], path: Path) -> None:
+def draw_loss(metrics: Sequence[Metrics], path: Path) -> None:
     """Plot the losses over the steps, as a PNG."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label in LOSS_CURVES.items():
-        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="" if key == "loss" else "o")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss per supervised token")
-    if axes.lines:
-        axes.legend()
-    axes.grid(alpha=0.3)
+    _draw_curves(axes, metrics, LOSS_CURVES)
+    axes.set(xlabel="step", ylabel="loss per supervised token")
     figure.savefig(path, dpi=120)
 
 
-def draw_speed(metrics: Sequence[dict[str, float]], path: Path) -> None:
+def draw_speed(metrics: Sequence[Metrics], path: Path) -> None:
     """Plot tokens a second (for heads, samples) over the steps, and the shares of padding and waiting, as a PNG."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    for axes, curves in ((above, THROUGHPUT_CURVES), (below, SHARE_CURVES)):
-        for key, label in curves.items():
-            points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-            if points and (key != "samples_per_second" or not axes.lines):
-                axes.plot(*zip(*points, strict=True), label=label)
-        if axes.lines:
-            axes.legend()
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    above.set_ylabel("a second")
-    below.set_xlabel("step")
+    _draw_curves(above, metrics, THROUGHPUT_CURVES)
+    _draw_curves(below, metrics, SHARE_CURVES)
+    above.set(ylim=(0, None), ylabel="a second")
+    below.set(ylim=(0, None), xlabel="step")
     figure.savefig(path, dpi=120)
+
+
+def _draw_curves(axes: Axes, metrics: Sequence[Metrics], curves: dict[str, str]) -> None:
+    """Draw metrics, by name -> label, over the steps; samples a second only where there are no tokens a second."""
+    for key, label in curves.items():
+        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+        if points and (key != "samples_per_second" or not axes.lines):
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if key.startswith("eval_") else "")
+    if axes.lines:
+        axes.legend()
+    axes.grid(alpha=0.3)
 
 
 def write_first_batch(batch: dict[str, Tensor], processor: Processor, folder: Path) -> None:
     """`first_batch.html`: each row of a batch as the model sees it, supervised tokens marked, with its images."""
-    pictures = folder / "first_batch"
-    pictures.mkdir(parents=True, exist_ok=True)
+    (folder / "first_batch").mkdir(parents=True, exist_ok=True)
     names = []
     for index, pixels in enumerate(_normalised_images(batch, processor)):
         names.append(f"first_batch/{index}.png")
-        to_image(pixels, processor.image_processor).save(folder / names[-1])
+        _to_image(pixels, processor.image_processor).save(folder / names[-1])
     waiting = iter(names)
     rows = []
     if processor.needs_image_sizes and names:  # tiles do not say which row they belong to
         rows.append("".join(f'<img src="{name}" alt="">' for name in waiting))
-    for ids, labels, mask in iterate_rows(batch):
+    for ids, labels, mask in _iterate_rows(batch):
         images = ""
         if names and not processor.needs_image_sizes:  # none where features were read in place of images
             number = int((ids == processor.image_token_id).sum()) // cast(VLMProcessor, processor).tokens_per_image
             images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
-        supervised = int((labels != IGNORE_INDEX).sum())
-        facts = f"{int(mask.sum())} tokens, {supervised} supervised, {len(mask) - int(mask.sum())} padding"
+        length, supervised = int(mask.sum()), int((labels != IGNORE_INDEX).sum())
+        counts = f"{length} tokens, {supervised} supervised, {len(mask) - length} padding"
         tokens = tokens_as_html(ids.tolist(), labels.tolist(), mask.tolist(), processor)
-        rows.append(f"{images}<p><small>{facts}</small></p><p>{tokens}</p>")
+        rows.append(f"{images}<p><small>{counts}</small></p><p>{tokens}</p>")
     html = render_page("First batch", "As the model sees it. <mark>Marked</mark> tokens are supervised.", rows)
     (folder / "first_batch.html").write_text(html, encoding="utf-8")
 
 
-def iterate_rows(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _iterate_rows(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield ids, labels and mask of each row of a batch, or of each sample of a packed batch."""
     if SEQUENCE_STARTS not in batch:
         yield from zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
-        return
-    for start, end in pairwise(batch[SEQUENCE_STARTS].tolist()):
-        ids = batch["input_ids"][0, start:end]
-        yield ids, batch["labels"][0, start:end], torch.ones_like(ids)
+    else:
+        for start, end in pairwise(batch[SEQUENCE_STARTS].tolist()):
+            ids = batch["input_ids"][0, start:end]
+            yield ids, batch["labels"][0, start:end], torch.ones_like(ids)
 
 
 def _normalised_images(batch: dict[str, Tensor], processor: Processor) -> Sequence[Tensor]:
-    """Normalised images, tiles and frames of a batch, each `(3, height, width)`.
+    """Return images, tiles and frames of a batch `(3, height, width)`, as the first visual encoder sees them.
 
-    None where the model reads loose patches. Of several visual encoders, as the first one sees them.
+    There are none where the model reads loose patches.
     """
-    found: list[Tensor] = []
+    images: list[Tensor] = []
     for name in ("pixel_values", VIDEO_INPUT):
         pixels = batch.get(name)
         if pixels is not None and pixels.ndim >= 4 and pixels.shape[-3] % 3 == 0:
-            seen = processor.normalise(pixels.reshape(-1, *pixels.shape[-3:]))[:, :3]
-            found += seen[batch[IMAGE_INDEX]] if IMAGE_INDEX in batch else seen
-    return found
+            normalised = processor.normalise(pixels.reshape(-1, *pixels.shape[-3:]))[:, :3]
+            images += normalised[batch[IMAGE_INDEX]] if IMAGE_INDEX in batch else normalised
+    return images
 
 
-def to_image(pixels: Tensor, image_processor: ImageProcessor) -> Image.Image:
+def _to_image(pixels: Tensor, steps: ImageProcessor) -> Image.Image:
     """Return normalised pixels `(3, height, width)` as an image."""
-    mean, std = (
-        pixels.new_tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
-    )
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (steps.image_mean, steps.image_std))
     return to_pil_image((pixels * std + mean).clamp(0, 1).float().cpu())
 
 
 def append_sample_generations(
-    step: int, rows: Sequence[tuple[str, str, str, Image.Image | None]], folder: Path
+    step: int, rows: Iterable[tuple[str, str, str, Image.Image | None]], folder: Path
 ) -> None:
-    """Append to `samples.md` what the model answered at a step.
-
-    Args:
-        step: the training step.
-        rows: (question, reference, answer, image) of each sample.
-        folder: the run directory.
-    """
+    """Append to `samples.md` what the model answered at a step: (question, reference, answer, image) of each sample."""
     (folder / "samples").mkdir(exist_ok=True)
     lines = [f"## Step {step}\n"]
-    for index, (question, reference, answer, picture) in enumerate(rows):
-        if picture is not None:
-            thumbnail(picture, 224).save(folder / "samples" / f"{index}.png")
+    for index, (question, reference, answer, image) in enumerate(rows):
+        if image is not None:
+            thumbnail(image, 224).save(folder / "samples" / f"{index}.png")
             lines.append(f"![sample {index}](samples/{index}.png)\n")
         quoted = {"question": question, "reference": reference, "answer": answer}
         lines += [f"- **{label}**: {' '.join(text.split())}" for label, text in quoted.items()] + [""]

@@ -1,18 +1,17 @@
 """`trainer.profile`: a trace of a few steps, and a table of where their time went.
 
-The forward time of a part is that within its modules' calls. Backward time is found through autograd's sequence
-numbers: an operation and its gradient have the same one, so the gradient belongs to the part in whose call the
-operation ran. Where the vocabulary head runs in chunks with the loss, its time is the loss's, else the language
-model's. Evaluation, saving and logging between steps are in the trace and among its operators, but not in the time of
-any step.
+The forward time of a part is that within its modules' calls. A gradient has the sequence number of its operation in
+autograd, and belongs to the part in whose call that ran. Where the vocabulary head runs in chunks with the loss, its
+time is the loss's, else the language model's. Evaluation, saving and logging are in the trace, but in no step's time.
 """
 
 import logging
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tabulate import tabulate
 from torch import nn
@@ -24,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from vlm.assembly.model_interface import TrainableModel
 from vlm.config.schema import HEAD, PARTS
 from vlm.families.table import get_part_names
+from vlm.train.monitor.peak_flops import synchronize
 from vlm.train.monitor.speed import BETWEEN_STEPS
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,7 @@ NUM_OPERATORS = 40
 class ProfilerCallback(TrainerCallback):
     """Profiles `ACTIVE_STEPS` steps after `SKIPPED_STEPS + WARMUP_STEPS`, counted from where the run begins.
 
-    Args:
-        folder: the folder of `trace.json.gz` and `table.txt`.
-        model: the model, whose parts get rows of their own.
+    `folder` gets `trace.json.gz` and `table.txt`, in which each part of the model has rows of its own.
     """
 
     def __init__(self, folder: Path, model: TrainableModel):
@@ -61,9 +59,7 @@ class ProfilerCallback(TrainerCallback):
         """Start the profiler."""
         for name, modules in self.parts.items():
             for module in modules:
-                ranges: list[record_function] = []
-                self.hooks.append(module.register_forward_pre_hook(_open_range_hook(name, ranges)))
-                self.hooks.append(module.register_forward_hook(_close_range_hook(ranges), always_call=True))
+                self.hooks += _name_calls(module, name)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if args.device.type == "cuda" else [])]
         plan = schedule(wait=SKIPPED_STEPS, warmup=WARMUP_STEPS, active=ACTIVE_STEPS, repeat=1)
         self.running = profile(activities=kinds, schedule=plan, on_trace_ready=self._write)
@@ -74,8 +70,7 @@ class ProfilerCallback(TrainerCallback):
         if self.running is None:
             return
         self.steps += 1
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)  # the kernels that a step started belong to it
+        synchronize(args.device)  # the kernels that a step started belong to it
         self.running.step()
         if self.steps == SKIPPED_STEPS + WARMUP_STEPS + ACTIVE_STEPS:
             self._stop()
@@ -84,10 +79,8 @@ class ProfilerCallback(TrainerCallback):
         """Write what there is of a shorter run."""
         self._stop()
         if not self.written:
-            log.warning(
-                "trainer.profile=true: this run had %d steps; the first %d are not in a profile, so there is none",
-                self.steps, SKIPPED_STEPS + WARMUP_STEPS,
-            )  # fmt: skip
+            message = "trainer.profile=true: this run had %d steps; the first %d are not in a profile, so there is none"
+            log.warning(message, self.steps, SKIPPED_STEPS + WARMUP_STEPS)
 
     def _stop(self) -> None:
         if self.running is not None:
@@ -122,98 +115,78 @@ def part_modules(model: TrainableModel) -> dict[str, list[nn.Module]]:
     return {part: by_part[part] for part in (*PARTS, HEAD) if part in by_part}
 
 
-def _open_range_hook(name: str, ranges: list[record_function]) -> Callable[[nn.Module, object], None]:
-    """Return a hook that opens a range of this name before a module's call."""
+def _name_calls(module: nn.Module, name: str) -> list[RemovableHandle]:
+    """Let every call of a module run in a range of this name."""
+    ranges: list[record_function] = []
 
     def open_range(module: nn.Module, args: object) -> None:
         ranges.append(record_function(name))
         ranges[-1].__enter__()
 
-    return open_range
-
-
-def _close_range_hook(ranges: list[record_function]) -> Callable[[nn.Module, object, object], None]:
-    """Return a hook that closes the range after a module's call."""
-
     def close_range(module: nn.Module, args: object, output: object) -> None:
         ranges.pop().__exit__(None, None, None)
 
-    return close_range
+    return [module.register_forward_pre_hook(open_range), module.register_forward_hook(close_range, always_call=True)]
 
 
 def profile_table(finished_profile: profile, parts: Sequence[str], steps: int) -> str:
     """Return where the time of the profiled steps went: by part, and by operator."""
     rows, whole, on_device = time_by_part(finished_profile.events() or [], parts)
-    columns = ("", "ms a step", "share", "GPU ms a step")[: 4 if on_device else 3]
-    lines = [columns]
-    lines += [
-        (name, f"{host / steps / 1e3:.2f}", f"{host / whole:.1%}", f"{device / steps / 1e3:.2f}")[: len(columns)]
-        for name, (host, device) in rows.items()
+    lines = [
+        ("", "ms a step", "share", "GPU ms a step"),
+        *(
+            (name, f"{host / steps / 1e3:.2f}", f"{host / whole:.1%}", f"{device / steps / 1e3:.2f}")
+            for name, (host, device) in rows.items()
+        ),
+        ("whole step", f"{whole / steps / 1e3:.2f}", f"{1:.1%}"),
     ]
-    lines.append(("whole step", f"{whole / steps / 1e3:.2f}", f"{1:.1%}"))
-    alignment = ("left", "right", "right", "right")[: len(columns)]
-    by_part = tabulate(lines, tablefmt="plain", colalign=alignment, disable_numparse=True)
+    lines = [line[: 4 if on_device else 3] for line in lines]
+    by_part = tabulate(lines, tablefmt="plain", colalign=("left", *["right"] * 3), disable_numparse=True)
     by = "self_device_time_total" if on_device else "self_cpu_time_total"
     operators = finished_profile.key_averages().table(sort_by=by, row_limit=NUM_OPERATORS, max_name_column_width=60)
     return f"{by_part}\n\n{operators}\n"
 
 
-def time_by_part(
-    events: Iterable[FunctionEvent], parts: Sequence[str]
-) -> tuple[dict[str, tuple[float, float]], float, bool]:
+def time_by_part(events: Sequence[FunctionEvent], parts: Sequence[str]) -> tuple[dict[str, np.ndarray], float, bool]:
     """Return microseconds on the host and of kernels by row, those of whole steps, and whether there is a GPU.
 
-    Args:
-        events: a profiler's, see `torch.autograd.profiler_util.FunctionEvent`.
-        parts: names of the ranges that parts ran in. The time of a range within another counts for the inner one.
+    `parts` names the ranges that parts ran in. The time of a range within another counts for the inner one.
     """
-    within_steps, between = exclude_between_steps(events)
+    within_steps, between = _exclude_between_steps(events)
     events = [event for event in within_steps if _is_host_event(event)]
     kernels = [event for event in within_steps if not _is_host_event(event) and not event.is_user_annotation]
     calls = CallTree([event for event in events if event.name in (*parts, LOSS)])
-    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    spent: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
     for event, host, device in calls.self_times():
-        _add(spent[f"{event.name} forward"], host, device)
+        spent[f"{event.name} forward"] += (host, device)
     part_by_number = calls.parts_by_sequence_number(events)
     for event in events:
         if event.name.startswith(GRADIENT_EVENT_PREFIX) and event.sequence_nr in part_by_number:
-            _add(spent[f"{part_by_number[event.sequence_nr]} backward"], event.cpu_time_total, event.device_time_total)
-        elif event.name == DATA_WAIT or event.name.startswith(OPTIMISER_EVENT_PREFIX):
-            name = DATA_WAIT if event.name == DATA_WAIT else OPTIMISER_ROW
-            _add(spent[name], event.cpu_time_total, event.device_time_total)
+            row = f"{part_by_number[event.sequence_nr]} backward"
+        elif event.name == DATA_WAIT:
+            row = DATA_WAIT
+        elif event.name.startswith(OPTIMISER_EVENT_PREFIX):
+            row = OPTIMISER_ROW
+        else:
+            continue
+        spent[row] += (event.cpu_time_total, event.device_time_total)
     names = [DATA_WAIT, *(f"{part} {way}" for part in (*parts, LOSS) for way in ("forward", "backward")), OPTIMISER_ROW]
-    rows = {name: (spent[name][0], spent[name][1]) for name in names if name in spent}
+    rows = {name: spent[name] for name in names if name in spent}
     whole = sum(event.time_range.elapsed_us() for event in events if event.name.startswith(STEP_EVENT_PREFIX)) - between
     busy = sum(event.time_range.elapsed_us() for event in kernels)
-    known = [sum(row[side] for row in rows.values()) for side in (0, 1)]
-    rows[OTHER_ROW] = (max(whole - known[0], 0.0), max(busy - known[1], 0.0))
+    rows[OTHER_ROW] = np.maximum(np.array([whole, busy]) - sum(rows.values()), 0.0)
     return rows, whole, bool(kernels)
 
 
-def exclude_between_steps(events: Iterable[FunctionEvent]) -> tuple[list[FunctionEvent], float]:
+def _exclude_between_steps(events: Sequence[FunctionEvent]) -> tuple[list[FunctionEvent], float]:
     """Return the events within steps, and the microseconds that passed between steps."""
-    events = list(events)
-    breaks = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.name == BETWEEN_STEPS and _is_host_event(event)
-    )
-    starts = [start for start, _ in breaks]
-
-    def in_break(timestamp: float) -> bool:
-        index = bisect_right(starts, timestamp) - 1
-        return index >= 0 and timestamp < breaks[index][1]
-
-    duration = sum(end - start for start, end in breaks)
-    return [event for event in events if not in_break(event.time_range.start)], duration
+    breaks = [event.time_range for event in events if event.name == BETWEEN_STEPS and _is_host_event(event)]
+    within = [event for event in events if not any(b.start <= event.time_range.start < b.end for b in breaks)]
+    return within, sum(b.elapsed_us() for b in breaks)
 
 
 class CallTree:
-    """The calls of parts in a profile, some within others.
-
-    Args:
-        events: the ranges of the calls.
-    """
+    """The calls of parts in a profile, some within others; `events` are their ranges."""
 
     def __init__(self, events: Iterable[FunctionEvent]):
         self.events = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
@@ -254,11 +227,6 @@ class CallTree:
             if index >= 0:
                 parts[number] = self.events[index].name
         return parts
-
-
-def _add(row: list[float], host: float, device: float) -> None:
-    row[0] += host
-    row[1] += device
 
 
 def _is_host_event(event: FunctionEvent) -> bool:

@@ -7,10 +7,11 @@ is synchronised only where a run waits for it anyway: where it logs, evaluates o
 
 import json
 import logging
+import operator
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -18,10 +19,15 @@ from typing import TypeVar
 import torch
 from tabulate import tabulate
 from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vlm.data.batching.stats import BatchStats
-from vlm.train.monitor.flops import StepFlops
-from vlm.train.monitor.peak_flops import Peak
+from vlm.assembly.checkpoint import is_composed_model
+from vlm.data.batching.stats import BatchStats, num_encoded_and_connected
+from vlm.data.dataset import dummy_image
+from vlm.train.model import compute_dtype
+from vlm.train.monitor.flops import FlopsNotCountable, StepFlops, count_flops
+from vlm.train.monitor.peak_flops import Peak, get_peak_tflops, synchronize
+from vlm.train.objectives.base import PreparedRun
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +55,8 @@ METRIC_LABELS = {
 class StepCounts:
     """Counts over some steps, of one rank or of several.
 
-    Attributes:
-        steps: updates.
-        batches: forward and backward passes.
-        encoded: images that the visual encoder encoded.
-        connected: images that the connector projected.
-        waiting: seconds that the loop waited for data.
-        seconds: the duration of the steps.
+    A batch is a forward and a backward pass; images are encoded by the visual encoder and connected by the connector;
+    `waiting` is how many of the `seconds` the loop waited for data.
     """
 
     steps: float = 0
@@ -65,21 +66,16 @@ class StepCounts:
     waiting: float = 0
     seconds: float = 0
 
-    def add(self, other: "StepCounts") -> None:
+    def __add__(self, other: "StepCounts") -> "StepCounts":
         """Add the counts of other steps."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return StepCounts(*map(operator.add, astuple(self), astuple(other)))
 
 
 class SpeedMeter:
     """Measures the steps of a run.
 
-    Args:
-        device: the model's device.
-        flops: the operations of this model; None: unknown.
-        peak: the peak of the device; None: unknown.
-        note: why operations are unknown, for `speed.json`.
-        folder: the folder of `speed.json`; None: it is not written, as on all ranks but the first.
+    Where the operations of the model (`flops`) are unknown, `note` says why in `speed.json`. Without a folder this file
+    is not written, as on all ranks but the first.
     """
 
     def __init__(
@@ -108,7 +104,7 @@ class SpeedMeter:
         self.end_break()
         self._num_steps_begun += 1
         if self._num_steps_begun == 2:
-            self._synchronize_device()
+            synchronize(self.device)
         if self._num_steps_begun > 1 and self._run_start is None:
             self._run_start = time.perf_counter()
 
@@ -146,30 +142,24 @@ class SpeedMeter:
         """Count the batches of a step: of each, its statistics, and the images that are encoded and connected."""
         if self._run_start is None or not batches:
             return
-        self.interval.add(StepCounts(steps=1, batches=len(batches)))
-        for stats, encoded, connected in batches:
-            self.interval_stats += stats
-            self.interval.add(StepCounts(encoded=encoded, connected=connected))
+        stats, encoded, connected = zip(*batches, strict=True)
+        self.interval_stats = sum(stats, self.interval_stats)
+        self.interval += StepCounts(1, len(batches), sum(encoded), sum(connected))
 
     def stop(self, *, wait_for_device: bool = False) -> None:
         """Stop the clock until the next step; with `wait_for_device`, once the device is idle."""
         if self._run_start is not None:
             if wait_for_device:
-                self._synchronize_device()
+                synchronize(self.device)
             self.interval.seconds += time.perf_counter() - self._run_start
             self._run_start = self._wait_start = None
-
-    def _synchronize_device(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     # --- the numbers ----------------------------------------------------------------------------------------------
 
     def gather_metrics(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the metrics of the steps since the last call, over all ranks; every rank has to call it.
 
-        Args:
-            gather: `(1, N)` of this rank -> `(ranks, N)` of all.
+        `gather` returns `(ranks, N)` of all ranks for `(1, N)` of this one.
         """
         numbers = [*astuple(self.interval_stats), *astuple(self.interval), peak_memory(self.device)]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -180,7 +170,7 @@ class SpeedMeter:
         stats, counts = BatchStats(*map(round, sums[:num_stats])), StepCounts(*sums[num_stats:-1])
         counts.steps /= self.num_ranks
         self.interval, self.interval_stats = StepCounts(), BatchStats()
-        self.total_counts.add(counts)
+        self.total_counts += counts
         self.total_stats += stats
         return self._compute_metrics(stats, counts)
 
@@ -206,18 +196,13 @@ class SpeedMeter:
         return {**metrics, "peak_memory_gib": self.memory}
 
     def finish(self, gather: Callable[[Tensor], Tensor], last_step: int) -> None:
-        """Stop the clock at the end of a call and write the summary; see `gather_metrics` and `write_summary`."""
+        """Stop the clock at the end of a call, and write its metrics to the log and `speed.json`; see `gather_metrics`.
+
+        `last_step` is the number of the last update.
+        """
         self.end_break()
         self.stop(wait_for_device=True)
         self.gather_metrics(gather)
-        self.write_summary(last_step)
-
-    def write_summary(self, last_step: int) -> None:
-        """Write the metrics of the whole call to the log and `speed.json`.
-
-        Args:
-            last_step: the number of the last update.
-        """
         metrics = self._compute_metrics(self.total_stats, self.total_counts)
         if self.folder is None:
             return
@@ -228,7 +213,10 @@ class SpeedMeter:
         seconds = self.total_counts.seconds / self.num_ranks
         metrics["seconds_per_step"] = seconds / steps
         title = f"steps {last_step - steps + 1} to {last_step} ({seconds:.1f} s; the first step is left out)"
-        log.info("Speed of %s:\n\n%s\n", title, speed_table(metrics))
+        labels = [(metrics.get(name), *label) for name, label in METRIC_LABELS.items()]
+        rows = [(label, format(value, spec)) for value, label, spec in labels if value is not None]
+        table = tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
+        log.info("Speed of %s:\n\n%s\n", title, table)
         if self.note is not None:
             log.info("Operations were not counted: %s", self.note)
         summary = {
@@ -236,7 +224,7 @@ class SpeedMeter:
             "last_step": last_step,
             "seconds": seconds,
             "ranks": self.num_ranks,
-            "device": device_name(self.device),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             **metrics,
             "whole": {**asdict(self.total_stats), **asdict(self.total_counts)},
             "flops": self.flops and asdict(self.flops),
@@ -244,12 +232,6 @@ class SpeedMeter:
             "peak": self.peak and asdict(self.peak),
         }
         self.folder.joinpath(SPEED_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-
-def speed_table(metrics: dict[str, float]) -> str:
-    """Return metrics as a table, in the order of `METRIC_LABELS`."""
-    rows = [(label, format(metrics[name], spec)) for name, (label, spec) in METRIC_LABELS.items() if name in metrics]
-    return tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -260,6 +242,50 @@ def peak_memory(device: torch.device) -> float:
     return used / 2**30 if sys.platform == "darwin" else used / 2**20
 
 
-def device_name(device: torch.device) -> str:
-    """Return the name of a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+class SpeedCallback(TrainerCallback):
+    """Stops the clock while a run logs, evaluates or saves. It has to be the last callback, since others ask for that.
+
+    `VLMTrainer` starts the clock where a step begins.
+    """
+
+    def __init__(self, meter: SpeedMeter):
+        self.meter = meter
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Count the time until the first batch is there as waiting for data."""
+        self.meter.end_break()
+        self.meter.begin_data_wait()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Stop the clock where something else comes between two steps."""
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.meter.stop(wait_for_device=True)
+        self.meter.begin_break()
+
+    on_epoch_end = on_step_end
+
+
+def count_images(model: PreTrainedModel, batch: Mapping[str, object], stats: BatchStats) -> tuple[int, int]:
+    """Return how many images of a batch the visual encoder reads, and the connector."""
+    encodes_duplicates = connects_duplicates = True
+    if is_composed_model(model):
+        model.train()  # as the steps will have it
+        encodes_duplicates, connects_duplicates = model.encodes_duplicates(), model.connects_duplicates()
+    return num_encoded_and_connected(batch, stats.images, encodes_duplicates, connects_duplicates)
+
+
+def make_speed_meter(run: PreparedRun, folder: Path, peak_tflops: float | None, note: str | None) -> SpeedMeter:
+    """Return the meter of a run; the first rank's writes a summary, with operations unless a note says why not."""
+    args = run.args
+    if args.process_index > 0:
+        return SpeedMeter(args.device)
+    if note is not None:
+        return SpeedMeter(args.device, note=note, folder=folder)
+    try:
+        flops = count_flops(run.model, dummy_image(run.processor)[1])
+    except FlopsNotCountable as reason:
+        log.info("Operations of this model are not counted, so the log has no mfu: %s", reason)
+        return SpeedMeter(args.device, note=str(reason), folder=folder)
+    peak = get_peak_tflops(args.device, compute_dtype(args), peak_tflops)
+    log.info("Model FLOPs utilisation is a share of %.3g TFLOP/s (%s)", peak.tflops, peak.source)
+    return SpeedMeter(args.device, flops, peak, folder=folder)

@@ -65,9 +65,8 @@ class Generation(Objective):
         if self.config.dataset.cache_features:
             require_composed_model(model_config)
         train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
-        return RunData(
-            train, evaluation, {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
-        )
+        records = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
+        return RunData(train, evaluation, records)
 
     def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> Collator:
         """Return what pads conversations, or lays features out in place of images."""
@@ -130,12 +129,10 @@ class Generation(Objective):
 
         if NUM_CHUNKS_KEY in inputs:
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
-            loss = outputs.loss
-        else:
-            outputs, targets = supervised_logits(model, inputs)
-            assert outputs.logits is not None
-            loss = supervised_loss(outputs.logits, targets, num_items_in_batch)
-        return loss, outputs
+            return outputs.loss, outputs
+        outputs, targets = supervised_logits(model, inputs)
+        assert outputs.logits is not None
+        return supervised_loss(outputs.logits, targets, num_items_in_batch), outputs
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics` of answers."""

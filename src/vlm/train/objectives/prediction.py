@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from vlm.checks.feature_cache import UNUSED_LIMIT
 from vlm.checks.heads import head_problems
 from vlm.config.derived import caches_features
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
@@ -48,10 +49,7 @@ class Prediction(Objective):
         if config.trainer.packing:
             yield "trainer.packing=true: prediction heads read one prompt a row; it is for runs that learn to write"
         if (limit := config.dataset.cache_limit_gb) is not None:
-            yield (
-                f"dataset.cache_limit_gb={limit}: it has no effect without dataset.cache_features=true, in a run "
-                "without prediction heads"
-            )
+            yield f"dataset.cache_limit_gb={limit}: {UNUSED_LIMIT}"
         if names := config.trainer.eval_metrics:
             yield f"trainer.eval_metrics={names}: heads have measures of their own; leave it out"
 

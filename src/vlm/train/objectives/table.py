@@ -16,9 +16,6 @@ def make_objective(config: RunConfig) -> Objective:
     """Return the objective of a run: the one that `trainer.objective` names, else the one that its model is for.
 
     The configuration, which is recorded in the run directory, names it afterwards.
-
-    Raises:
-        ConfigError: there is no such class, or it is no objective.
     """
     name = config.trainer.objective or ("prediction" if config.model.head.by_name else "generation")
     if not is_custom_name(path := OBJECTIVES.get(name, name)):
