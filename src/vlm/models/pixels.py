@@ -13,7 +13,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import SizeDict, load_image
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
-from .anyres import VIDEO_FRAME_VIEWS, AnyRes
+from .anyres import AnyRes
 
 ImageOrTensor = Image.Image | torch.Tensor
 """An image of Pillow, or a uint8 tensor `(3, height, width)`."""
@@ -74,12 +74,10 @@ def make_raw_pixels(
         rgb_images = [pad_to_square(rgb_image, mean_color_value(image_processor)) for rgb_image in rgb_images]
     if not is_plain(image_processor):
         return image_processor(rgb_images, return_tensors="pt")["pixel_values"]
-    return torch.stack([resize_and_crop(image_processor, rgb_image) for rgb_image in rgb_images])
+    return torch.stack([_resize_and_crop(image_processor, as_tensor(rgb_image)) for rgb_image in rgb_images])
 
 
-def resize_and_crop(image_processor: ImageProcessor, rgb_image: ImageOrTensor) -> torch.Tensor:
-    """Resize and crop as the image processor does, without what its call does around that."""
-    pixels = rgb_image if isinstance(rgb_image, torch.Tensor) else as_tensor(rgb_image)
+def _resize_and_crop(image_processor: ImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
     if image_processor.do_resize:
         pixels = image_processor.resize(pixels, image_processor.size, resample=image_processor.resample)
     if image_processor.do_center_crop:
@@ -107,24 +105,19 @@ def make_views(
     def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
         return image_processor.resize(pixels, SizeDict(height=height, width=width), resample=image_processor.resample)
 
-    side = tiling.tile_size
-    if num_views not in (VIDEO_FRAME_VIEWS, 1):
-        return torch.cat([resize(rgb_image, side, side)[None], tiling.cut_tiles(rgb_image, resize)])
-    if num_views != VIDEO_FRAME_VIEWS:
+    if num_views == 1:
         rgb_image = _pad_tensor_to_square(rgb_image, mean_color_value(image_processor))
-    return resize(rgb_image, side, side)[None]
+    whole = resize(rgb_image, tiling.tile_size, tiling.tile_size)[None]
+    return torch.cat([whole, tiling.cut_tiles(rgb_image, resize)]) if num_views > 1 else whole
 
 
 def is_plain(image_processor: ImageProcessor) -> bool:
     """Return whether an image processor resizes, crops, rescales and normalises, and does nothing else."""
-    kind = type(image_processor)
-    inherited = getattr(kind, "_preprocess", None), getattr(kind, "preprocess", None)
-    modules = {getattr(method, "__module__", "").rpartition(".")[2] for method in inherited}
-    return (
-        modules <= {"image_processing_backends", "image_processing_utils"}
-        and not getattr(image_processor, "do_pad", None)
-        and bool(image_processor.do_rescale and image_processor.do_normalize)
-    )
+    methods = [getattr(type(image_processor), name, None) for name in ("_preprocess", "preprocess")]
+    modules = {getattr(method, "__module__", "").rpartition(".")[2] for method in methods}
+    is_inherited = modules <= {"image_processing_backends", "image_processing_utils"}
+    pads = getattr(image_processor, "do_pad", None)
+    return bool(is_inherited and not pads and image_processor.do_rescale and image_processor.do_normalize)
 
 
 def make_image_processor(settings: ImageProcessor | Settings) -> ImageProcessor:
@@ -151,11 +144,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def as_tensor(image: Image.Image) -> torch.Tensor:
-    """Return an RGB image as `(3, height, width)`, in Pillow's memory layout (channels last).
-
-    torchvision resizes that layout fastest.
-    """
+def as_tensor(image: ImageOrTensor) -> torch.Tensor:
+    """Return an RGB image as `(3, height, width)`, channels last in memory: torchvision resizes that layout fastest."""
+    if isinstance(image, torch.Tensor):
+        return image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
