@@ -66,21 +66,20 @@ COMPOSED_FAMILY = Family(
 )
 """A composed model, in the same terms."""
 
-LLAVA_PARTS = {
-    "visual_encoder": ("model.vision_tower.",),
-    "connector": ("model.multi_modal_projector.", "model.image_newline"),
-    "language_model": ("model.language_model.", "lm_head."),
-}
-IDEFICS_PARTS = {
-    "visual_encoder": ("model.vision_model.",),
-    "connector": ("model.connector.",),
-    "language_model": ("model.text_model.", "lm_head."),
-}
-QWEN_PARTS = {
-    "visual_encoder": ("model.visual.",),
-    "connector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
-    "language_model": ("model.language_model.", "lm_head."),
-}
+
+def make_parts(
+    visual_encoder: str, *connector: str, language_model: str = "model.language_model."
+) -> dict[str, tuple[str, ...]]:
+    """Return part -> prefixes, for a family whose vocabulary head is `lm_head`."""
+    return {"visual_encoder": (visual_encoder,), "connector": connector, "language_model": (language_model, "lm_head.")}
+
+
+LLAVA_PARTS = make_parts("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
+IDEFICS_PARTS = make_parts("model.vision_model.", "model.connector.", language_model="model.text_model.")
+QWEN_PARTS = make_parts("model.visual.", "model.visual.merger.", "model.visual.deepstack_merger_list.")
+CROSS_ATTENTION = f"model.language_model.layers.{CROSS_ATTENTION_LAYERS}."
+PHI4_IMAGES = "model.embed_tokens_extend.image_embed."
+PHI4_CONNECTOR = ("img_projection_", "global_img_feature_extensor", "sub_img_feature_extensor")
 
 PALIGEMMA_TEMPLATE = """\
 {%- if messages | length > 2 -%}
@@ -144,31 +143,22 @@ FAMILIES: dict[str, Family] = {
     "gemma3": replace(GEMMA, name="Gemma 3", choices=("gemma3-4b",), unused_prefixes=("model.vision_tower.head.",)),
     "mllama": Family(
         "Llama 3.2 Vision",
-        {
-            "visual_encoder": ("model.vision_model.",),
-            "connector": ("model.multi_modal_projector.", f"model.language_model.layers.{CROSS_ATTENTION_LAYERS}."),
-            "language_model": ("model.language_model.", "lm_head."),
-        },
+        make_parts("model.vision_model.", "model.multi_modal_projector.", CROSS_ATTENTION),
         ("llama-3.2-11b-vision",),
         rows=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
         tokens=("cross_attention_mask",),
     ),
     "phi4_multimodal": Family(
         "Phi-4-multimodal",
-        {
-            "visual_encoder": ("model.embed_tokens_extend.",),
-            "connector": tuple(
-                f"model.embed_tokens_extend.image_embed.{name}"
-                for name in ("img_projection_", "global_img_feature_extensor", "sub_img_feature_extensor")
-            ),
-            "language_model": ("model.", "lm_head."),
-        },
+        make_parts(
+            "model.embed_tokens_extend.", *(PHI4_IMAGES + name for name in PHI4_CONNECTOR), language_model="model."
+        ),
         ("phi4-multimodal",),
         unused_prefixes=(
             "model.embed_tokens_extend.audio_embed.",
-            f"model.embed_tokens_extend.image_embed.img_processor.encoder.layers.{UNUSED_LAYERS}.",
-            "model.embed_tokens_extend.image_embed.img_processor.post_layernorm.",
-            "model.embed_tokens_extend.image_embed.img_processor.head.",
+            f"{PHI4_IMAGES}img_processor.encoder.layers.{UNUSED_LAYERS}.",
+            f"{PHI4_IMAGES}img_processor.post_layernorm.",
+            f"{PHI4_IMAGES}img_processor.head.",
         ),
         supports_packing=True,
     ),

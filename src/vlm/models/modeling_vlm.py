@@ -219,7 +219,7 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         features = self.get_image_features(pixel_values, image_features, image_index).to(embeddings.dtype)  # (I, N, D)
         images, tokens = features.shape[:2]
         if self.image_newline is not None:
-            features = self._join_views(self.image_newline, features, placeholders, image_sizes, image_views)
+            features = self._join_views(features, placeholders, image_sizes, image_views)
         elif not torch.compiler.is_compiling() and int(placeholders.sum()) != images * tokens:
             counts = {row: count for row, count in enumerate(placeholders.sum(1).tolist()) if count}
             raise ValueError(
@@ -230,20 +230,16 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         return embeddings.masked_scatter(placeholders.unsqueeze(-1), features)
 
     def _join_views(
-        self,
-        join: ImageNewline,
-        views: Tensor,
-        placeholders: Tensor,
-        image_sizes: Tensor | None,
-        image_views: Tensor | None,
+        self, views: Tensor, placeholders: Tensor, image_sizes: Tensor | None, image_views: Tensor | None
     ) -> Tensor:
         """Return the tokens of all images from those of their views: `(I, N, D), (B, T) -> (tokens, D)`."""
+        assert self.image_newline is not None
         if image_sizes is None or image_views is None:
             raise ValueError("image_sizes and image_views are missing: this model sees images in tiles (config.anyres)")
         sizes, numbers = [tuple(size) for size in image_sizes.tolist()], image_views.tolist()
         if (total := sum(max(number, 1) for number in numbers)) != len(views):
             raise ValueError(f"image_views={numbers} are {total} views, but pixel_values hold {len(views)}")
-        tokens = list(map(join.anyres.num_tokens, sizes, numbers))
+        tokens = list(map(self.image_newline.anyres.num_tokens, sizes, numbers))
         rows = placeholders.sum(1).tolist()
         if (row := first_mismatched_row(rows, tokens)) is not None:
             raise ValueError(
@@ -251,7 +247,7 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
                 f"image; row {row} does not fit: row -> count {dict(enumerate(rows))}. Prepare the inputs with this "
                 "model's own processor."
             )
-        return join(views, sizes, numbers)
+        return self.image_newline(views, sizes, numbers)
 
     def forward(
         self,
@@ -296,12 +292,7 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         if input_ids is not None:
             images = (pixel_values, image_sizes, image_views, image_features, image_index)
             inputs_embeds = self.merge_images(input_ids, *images)
-        text = {
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            **kwargs,
-        }
+        text = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids} | kwargs
         targets = None
         if labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts

@@ -122,11 +122,7 @@ class VLMProcessor(ProcessorMixin):
     """Whether frames of videos are encoded otherwise than images; their sizes are then None."""
 
     def image_token_ids(self, num_tokens: int | None = None) -> list[int]:
-        """Return the ids that one image takes in a conversation, its start and end token included.
-
-        Args:
-            num_tokens: the number of placeholders; defaults to that of one view.
-        """
+        """Return the ids of one image in a conversation: start, placeholders (by default those of one view), end."""
         start, end = (
             self.tokenizer.convert_tokens_to_ids([token] if token else [])
             for token in (self.image_start, self.image_end)
@@ -193,9 +189,8 @@ class VLMProcessor(ProcessorMixin):
     ) -> dict[str, torch.Tensor]:
         """Return the model's inputs for a sample's images, before `normalise`; empty without any.
 
-        Args:
-            images: Pillow images, or, where `accepts_tensors`, uint8 tensors `(3, height, width)`.
-            sizes: None for each image that is a frame of a video, as in `tokenize`; without sizes, none is a frame.
+        Images are those of `raw_pixels`, and `sizes` has None for frames of videos, as in `tokenize`; without sizes, no
+        image is a frame.
         """
         if not images:
             return {}
