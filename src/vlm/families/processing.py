@@ -110,15 +110,16 @@ class FamilyProcessor:
         """
         template = self.chat_template
         assert template is not None
-        is_own = template == self.own_template
-        messages = [{**turn, "content": self._to_items(turn["content"])} for turn in conversation]
-        kinds = (item["type"] for message in messages for item in message["content"])
-        if is_own and self.family.video_template and "video" in kinds:
-            template = self.family.video_template
+        messages = [dict(turn) for turn in conversation]
+        if template == self.own_template:
+            with_items = [{**turn, "content": self._to_items(turn["content"])} for turn in conversation]
+            kinds = (item["type"] for turn in with_items for item in turn["content"])
+            if self.family.video_template and "video" in kinds:
+                template = self.family.video_template
+            if self._own_template_takes_lists:
+                messages = with_items
         if "strftime_now" in template:
             template = FIXED_CLOCK + template
-        if not (is_own and self._own_template_takes_lists):
-            messages = [dict(turn) for turn in conversation]
         return self._render(messages, template, add_generation_prompt)
 
     @cached_property
@@ -165,10 +166,8 @@ class FamilyProcessor:
         for start, end in pairwise([0, *cuts, len(expanded)]):
             continues_text = start > 0
             lead = self.image_token if continues_text else ""  # tokenizers begin no new word behind a token
-            adds_bos = not continues_text and not has_bos
-            encoded = self.tokenizer(
-                lead + expanded[start:end], return_offsets_mapping=True, add_special_tokens=adds_bos
-            )
+            piece, adds_bos = lead + expanded[start:end], not (continues_text or has_bos)
+            encoded = self.tokenizer(piece, return_offsets_mapping=True, add_special_tokens=adds_bos)
             origin = start - len(lead)
             ids += encoded["input_ids"][continues_text:]
             spans += [(origin + a, origin + b) if b else (0, 0) for a, b in encoded["offset_mapping"][continues_text:]]

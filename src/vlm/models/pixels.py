@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import SizeDict, load_image
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
 from .anyres import AnyRes
 
-ImageOrTensor = Image.Image | torch.Tensor
+ImageOrTensor = Image.Image | Tensor
 """An image of Pillow, or a uint8 tensor `(3, height, width)`."""
 
 Settings = dict[str, Any]
@@ -39,22 +40,22 @@ class ImageProcessor(Protocol):
     image_mean: Sequence[float]
     image_std: Sequence[float]
 
-    def __call__(self, images: Sequence[ImageOrTensor], *, return_tensors: str) -> Mapping[str, torch.Tensor]:
+    def __call__(self, images: Sequence[ImageOrTensor], *, return_tensors: str) -> Mapping[str, Tensor]:
         """Return the model's inputs for a batch of images."""
         ...
 
-    def resize(self, image: torch.Tensor, size: Any, *, resample: int) -> torch.Tensor:
+    def resize(self, image: Tensor, size: Any, *, resample: int) -> Tensor:
         """Resize an image `(3, height, width)`."""
         ...
 
-    def center_crop(self, image: torch.Tensor, size: Any) -> torch.Tensor:
+    def center_crop(self, image: Tensor, size: Any) -> Tensor:
         """Cut the middle out of an image `(3, height, width)`."""
         ...
 
     def rescale_and_normalize(
-        self, images: torch.Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool,
+        self, images: Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool,
         image_mean: Sequence[float], image_std: Sequence[float],
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         """Turn whole numbers into what the encoder reads; the shape stays."""
         ...
 
@@ -63,9 +64,7 @@ class ImageProcessor(Protocol):
         ...
 
 
-def make_raw_pixels(
-    image_processor: ImageProcessor, rgb_images: Sequence[ImageOrTensor], image_mode: str
-) -> torch.Tensor:
+def make_raw_pixels(image_processor: ImageProcessor, rgb_images: Sequence[ImageOrTensor], image_mode: str) -> Tensor:
     """Return RGB images as `(images, 3, height, width)`: uint8 from an image processor that `is_plain`.
 
     All other image processors do all of their work here and return what the encoder reads.
@@ -77,7 +76,7 @@ def make_raw_pixels(
     return torch.stack([_resize_and_crop(image_processor, as_tensor(rgb_image)) for rgb_image in rgb_images])
 
 
-def _resize_and_crop(image_processor: ImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
+def _resize_and_crop(image_processor: ImageProcessor, pixels: Tensor) -> Tensor:
     if image_processor.do_resize:
         pixels = image_processor.resize(pixels, image_processor.size, resample=image_processor.resample)
     if image_processor.do_center_crop:
@@ -85,7 +84,7 @@ def _resize_and_crop(image_processor: ImageProcessor, pixels: torch.Tensor) -> t
     return pixels
 
 
-def normalise_pixels(image_processor: ImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
+def normalise_pixels(image_processor: ImageProcessor, pixels: Tensor) -> Tensor:
     """Rescale and normalise uint8 pixels on the device where they are; other pixels are normalised already."""
     if pixels.dtype != torch.uint8:
         return pixels
@@ -93,16 +92,14 @@ def normalise_pixels(image_processor: ImageProcessor, pixels: torch.Tensor) -> t
     return image_processor.rescale_and_normalize(pixels, True, image_processor.rescale_factor, True, mean, std)
 
 
-def make_views(
-    image_processor: ImageProcessor, tiling: AnyRes, rgb_image: torch.Tensor, num_views: int
-) -> torch.Tensor:
+def make_views(image_processor: ImageProcessor, tiling: AnyRes, rgb_image: Tensor, num_views: int) -> Tensor:
     """Return what the encoder sees of an image: `(3, height, width) -> (views, 3, tile_size, tile_size)`.
 
     The whole image is squashed to a square, or, where it is one of several in a sample, padded to a square in the
     mean colour; a frame of a video is squashed.
     """
 
-    def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def resize(pixels: Tensor, height: int, width: int) -> Tensor:
         return image_processor.resize(pixels, SizeDict(height=height, width=width), resample=image_processor.resample)
 
     if num_views == 1:
@@ -144,16 +141,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def as_tensor(image: ImageOrTensor) -> torch.Tensor:
+def as_tensor(image: ImageOrTensor) -> Tensor:
     """Return an RGB image as `(3, height, width)`, channels last in memory: torchvision resizes that layout fastest."""
-    if isinstance(image, torch.Tensor):
+    if isinstance(image, Tensor):
         return image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def pad_to_square(image: ImageOrTensor, colour: tuple[int, ...]) -> ImageOrTensor:
     """Return the image in the middle of a square of its longer side, as LLaVA-1.5 prepares it."""
-    if isinstance(image, torch.Tensor):
+    if isinstance(image, Tensor):
         return _pad_tensor_to_square(image, colour)
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
@@ -161,7 +158,7 @@ def pad_to_square(image: ImageOrTensor, colour: tuple[int, ...]) -> ImageOrTenso
     return square
 
 
-def _pad_tensor_to_square(image: torch.Tensor, colour: tuple[int, ...]) -> torch.Tensor:
+def _pad_tensor_to_square(image: Tensor, colour: tuple[int, ...]) -> Tensor:
     _, height, width = image.shape
     side = max(height, width)
     padded = image.new_tensor(colour).repeat(side, side, 1).permute(2, 0, 1)  # (3, side, side), channels last in memory

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .anyres import AnyRes, Size
@@ -184,9 +185,7 @@ class VLMProcessor(ProcessorMixin):
         pairs = pairwise([*starts, (len(text), False)])
         return [(start, end, continues_text) for (start, continues_text), (end, _) in pairs if start < end]
 
-    def image_inputs(
-        self, images: Sequence[ImageOrTensor], sizes: Sequence[Size | None] = ()
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, images: Sequence[ImageOrTensor], sizes: Sequence[Size | None] = ()) -> dict[str, Tensor]:
         """Return the model's inputs for a sample's images, before `normalise`; empty without any.
 
         Images are those of `raw_pixels`, and `sizes` has None for frames of videos, as in `tokenize`; without sizes, no
@@ -196,7 +195,7 @@ class VLMProcessor(ProcessorMixin):
             return {}
         if (tiling := self.tiling) is None:
             return {"pixel_values": self.raw_pixels(images)}
-        rgb_images = [image if isinstance(image, torch.Tensor) else as_tensor(as_rgb(image)) for image in images]
+        rgb_images = [image if isinstance(image, Tensor) else as_tensor(as_rgb(image)) for image in images]
         image_sizes: list[Size] = [(rgb_image.shape[1], rgb_image.shape[2]) for rgb_image in rgb_images]
         frames = [size is None for size in sizes] or [False] * len(images)
         views = tiling.num_views([None if frame else size for frame, size in zip(frames, image_sizes, strict=True)])
@@ -210,13 +209,11 @@ class VLMProcessor(ProcessorMixin):
             "image_views": torch.tensor(views),
         }
 
-    def text_inputs(
-        self, ids: Sequence[int], labels: Sequence[int], images: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs named in `per_token_inputs`: none."""
         return {}
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
         """Return pixels as the visual encoders read them: `(images, 3 * encoders, height, width)`."""
         return self.normalise(self.raw_pixels(images))
 
@@ -225,7 +222,7 @@ class VLMProcessor(ProcessorMixin):
         """Whether `raw_pixels` takes decoded images as tensors too."""
         return all(map(is_plain, self.image_processors))
 
-    def raw_pixels(self, images: Sequence[ImageOrTensor]) -> torch.Tensor:
+    def raw_pixels(self, images: Sequence[ImageOrTensor]) -> Tensor:
         """Return pixels before `normalise`, as data workers pass them on: `(images, 3 * encoders, height, width)`.
 
         They are uint8, a quarter of the bytes, where the image processors have only rescaling and normalising left
@@ -234,12 +231,12 @@ class VLMProcessor(ProcessorMixin):
         Args:
             images: Pillow images, or, where `accepts_tensors`, uint8 tensors `(3, height, width)`.
         """
-        rgb_images = [image if isinstance(image, torch.Tensor) else as_rgb(image) for image in images]
+        rgb_images = [image if isinstance(image, Tensor) else as_rgb(image) for image in images]
         processors = self.image_processors
         pixels = [make_raw_pixels(processor, rgb_images, self.image_mode) for processor in processors]
         return torch.cat(pixels if self.accepts_tensors else list(map(normalise_pixels, processors, pixels)), dim=1)
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalise(self, pixels: Tensor) -> Tensor:
         """Return the pixels of `raw_pixels` as the visual encoders read them, on the device where they are."""
         channels = pixels.chunk(len(self.image_processors), dim=1)
         return torch.cat(list(map(normalise_pixels, self.image_processors, channels)), dim=1)
