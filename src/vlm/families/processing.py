@@ -79,20 +79,25 @@ class FamilyProcessor:
         """Pickle the arguments, so that a data worker makes its own."""
         return type(self), (self.native, self.family, self.chat_template)
 
-    @cached_property
+    @property
     def image_token_id(self) -> int:
         """The id at whose positions image features are placed: the most frequent one of an image."""
-        counts = Counter(self.image_token_ids())
-        return max(counts, key=lambda token_id: (counts[token_id], token_id == self.native.image_token_id))
+        return self._media_token_ids[0]
 
-    @cached_property
+    @property
     def video_token_id(self) -> int | None:
         """The id at whose positions features of videos are placed: that of the video token, or that of images."""
+        return self._media_token_ids[1]
+
+    @cached_property
+    def _media_token_ids(self) -> tuple[int, int | None]:
+        counts = Counter(self.image_token_ids())
+        image_id = max(counts, key=lambda token_id: (counts[token_id], token_id == self.native.image_token_id))
         if self.videos is None:
-            return None
+            return image_id, None
         video_id: int = self.tokenizer.convert_tokens_to_ids(self.videos.token)
         ids, _ = self.tokenize(self.videos.token, (), [self.videos.minimal_clip])
-        return video_id if video_id in ids else self.image_token_id
+        return image_id, video_id if video_id in ids else image_id
 
     @property
     def encodes_videos_separately(self) -> bool:
@@ -228,12 +233,11 @@ class FamilyProcessor:
     def image_inputs(self, images: Sequence[Medium], sizes: Sequence[MediaSize] = ()) -> dict[str, Tensor]:
         """Return the inputs of a sample's images and videos, in their order where they share inputs."""
         videos = [image for image in images if isinstance(image, DecodedVideo)]
-        if not videos:
-            return self._process_images([as_rgb(cast(Image.Image, image)) for image in images])[0] if images else {}
-        if self.family.joined:
+        if videos and self.family.joined:
             return joined([self._process_one(image) for image in images], self.per_sample_inputs)
-        image_inputs = self.image_inputs([image for image in images if not isinstance(image, DecodedVideo)])
-        return image_inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
+        stills = [as_rgb(cast(Image.Image, image)) for image in images if not isinstance(image, DecodedVideo)]
+        inputs = self._process_images(stills)[0] if stills else {}
+        return inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
 
     def _process_one(self, image: Medium) -> dict[str, Tensor]:
         """Return the inputs of a single image or video."""

@@ -3,7 +3,6 @@
 Every token and every pixel is the family's own. To count tokens, its processor gets blank frames, once for each shape.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -77,11 +76,8 @@ def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str]) -> dict[s
 
     Those named in `rows` have one row for the sample, `(1, images, …)`; the others are `(images, …)`.
     """
-    collected: dict[str, list[Tensor]] = defaultdict(list)
-    for part in parts:
-        for name, value in part.items():
-            collected[name].append(value)
-    return {name: torch.cat(values, dim=int(name in rows)) for name, values in collected.items()}
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part], int(name in rows)) for name in names}
 
 
 def _without_memory(value: object) -> object:

@@ -159,20 +159,20 @@ class VLMForPrediction(WrapperModel):
         self, input_ids: Tensor, attention_mask: Tensor, text_labels: Tensor | None, inputs: dict[str, Tensor]
     ) -> tuple[dict[int | None, Tensor], Tensor | None]:
         """Return the hidden states that heads read, by layer, each `(B, T, D)`, and the loss of replies, if any."""
+        body: Any = self.body
         layers = {settings.layer for settings in self.config.settings}
         arguments = {**inputs, "input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if composed := is_composed(self.config.body_config):
             arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and has_trainable_parameters(self.body)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and has_trainable_parameters(body)):
             if text_labels is None:
-                body = cast(VLMForConditionalGeneration, self.body)
-                without_vocabulary = body.decode if composed else body.base_model
-                output = without_vocabulary(**arguments, output_hidden_states=layers != {None})
+                decode = body.decode if composed else body.base_model  # without the vocabulary head
+                output = decode(**arguments, output_hidden_states=layers != {None})
                 last, loss = output.last_hidden_state, None
             else:
                 targets = F.pad(text_labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
                 keep = targets != IGNORE_INDEX
-                output = self.body(**arguments, logits_to_keep=keep, output_hidden_states=True)
+                output = body(**arguments, logits_to_keep=keep, output_hidden_states=True)
                 last, loss = output.hidden_states[-1], supervised_loss(output.logits, targets[keep], None)
         return {layer: last if layer is None else output.hidden_states[layer] for layer in layers}, loss
 
