@@ -118,7 +118,7 @@ def test_several_layers_stand_side_by_side_in_their_order(parts: Parts, encoder:
     pixels = processor.pixel_values([picture(0), picture(1)])
     with torch.no_grad():
         states = whole(pixels, output_hidden_states=True).hidden_states
-        features = model.eval()._encode_and_concatenate(pixels)
+        features = model.eval().encode_images(pixels)
     expected = torch.cat([to_tokens(states[layer]) for layer in layers], dim=2)
     assert torch.allclose(features, expected, atol=1e-6)
     assert model.config.vision_dim == WIDTH * len(layers)
@@ -159,7 +159,7 @@ def test_features_are_those_of_the_encoders_alone(parts: Parts, name: str):
     for row, seen in enumerate(expected):
         assert torch.allclose(pixels[row : row + 1], torch.cat([one for one, _ in seen], dim=1), atol=1e-5)
     with torch.no_grad():
-        features = model.eval()._encode_and_concatenate(pixels)
+        features = model.eval().encode_images(pixels)
         tokens = model.get_image_features(pixels)
     wanted = torch.cat([torch.cat([one for _, one in seen], dim=2) for seen in expected])
     assert torch.allclose(features, wanted, atol=1e-5)

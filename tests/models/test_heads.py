@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK, probabilities
 from vlm.models.heads import (
     HEADS,
@@ -16,7 +17,7 @@ from vlm.models.heads import (
     average_token_outputs,
     head_class,
 )
-from vlm.models.poolings import EVERY_TOKEN_POOLINGS, POOLINGS, TokenMasks
+from vlm.models.poolings import EVERY_TOKEN_POOLINGS, POOLINGS, TokenMasks, pool_hidden_states
 
 WIDTH, ROWS, TOKENS = 8, 3, 5
 LABELS = {"binary": 2, "multiclass": 4, "multilabel": 4, "regression": 0, "ordinal": 4, "pairwise": 0}
@@ -27,7 +28,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def head(task: str = "binary", pooling: str = "last", **more: Any) -> PredictionHead:
-    return PredictionHead(WIDTH, task=task, num_labels=LABELS[task], pooling=pooling, **more)
+    return PredictionHead(WIDTH, HeadSettings("head", task, list(range(LABELS[task])), pooling=pooling, **more))
 
 
 def marks() -> TokenMasks:
@@ -91,7 +92,7 @@ def test_every_head_answers_every_task_from_every_pooling(task: str, pooling: st
     """Shapes; every parameter gets a gradient; the hidden states do too."""
     model = head(task, pooling, type=kind)
     hidden = torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)
-    read = model.features(hidden, marks())
+    read = pool_hidden_states(pooling, hidden, marks())
     assert read.shape == ((ROWS, TOKENS, WIDTH) if pooling in EVERY_TOKEN_POOLINGS else (ROWS, WIDTH))
     found = model(read, marks().prompt_mask)
     assert found.shape == (ROWS, NUM_OUTPUTS_BY_TASK[task](LABELS[task]))
@@ -109,11 +110,11 @@ def test_every_head_answers_every_task_from_every_pooling(task: str, pooling: st
 def test_numbers_are_in_single_precision(task: str, pooling: str):
     """With half-precision weights, and under autocast, which the head itself does not run in."""
     model, hidden = head(task, pooling), torch.randn(ROWS, TOKENS, WIDTH)
-    selected_mask = model(model.features(hidden, marks()), marks().prompt_mask)
+    selected_mask = model(pool_hidden_states(pooling, hidden, marks()), marks().prompt_mask)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(model.features(hidden, marks()), marks().prompt_mask), selected_mask)
+        assert torch.equal(model(pool_hidden_states(pooling, hidden, marks()), marks().prompt_mask), selected_mask)
     model.bfloat16()
-    found = model(model.features(hidden.bfloat16(), marks()), marks().prompt_mask)
+    found = model(pool_hidden_states(pooling, hidden.bfloat16(), marks()), marks().prompt_mask)
     assert found.dtype == torch.float32
     assert torch.allclose(found, selected_mask, atol=0.05)
 

@@ -64,7 +64,7 @@ def test_every_hidden_layer_is_the_encoders_own(parts: Parts, encoder: str):
         pixels = processor.pixel_values([picture(0), picture(1)])
         with torch.no_grad():
             expected = whole(pixels, output_hidden_states=True).hidden_states[layer]
-            features = model.eval()._encode_and_concatenate(pixels)
+            features = model.eval().encode_images(pixels)
         if expected.ndim == 4:
             expected = expected.flatten(2).transpose(1, 2)
         assert torch.allclose(features, expected, atol=1e-6), layer
@@ -82,7 +82,7 @@ def test_without_a_layer_the_encoders_own_output_is_read(parts: Parts, encoder: 
     pixels = processor.pixel_values([picture(0)])
     with torch.no_grad():
         expected = AutoModel.from_pretrained(parts.encoder(encoder)).eval()(pixels).last_hidden_state
-        features = model.eval()._encode_and_concatenate(pixels)
+        features = model.eval().encode_images(pixels)
     if expected.ndim == 4:
         expected = expected.flatten(2).transpose(1, 2)
     assert torch.allclose(features, expected, atol=1e-6)
@@ -96,7 +96,7 @@ def test_strategies_choose_among_the_same_tokens(parts: Parts, encoder: str):
     for strategy in ("full", "patch", "cls", "cls+patch"):
         model = parts.model(encoder, connector="linear", strategy=strategy)[0].eval()
         with torch.no_grad():
-            seen[strategy] = model._encode_and_concatenate(pixels)
+            seen[strategy] = model.encode_images(pixels)
     prefix = model.config.num_prefix_tokens
     assert torch.equal(seen["patch"], seen["full"][:, prefix:])
     assert torch.equal(seen["cls"], seen["full"][:, :1])

@@ -19,8 +19,7 @@ from vlm.data.encoding.labels import get_media_token_ids
 from vlm.data.heads.labels import HeadLabels, label_mean_and_std
 from vlm.data.processor import Processor
 from vlm.models.configuration_prediction import HeadSettings, VLMPredictionConfig
-from vlm.models.heads import HEADS
-from vlm.models.modeling_prediction import make_head
+from vlm.models.heads import HEADS, PredictionHead
 
 
 def add_tokens(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -106,7 +105,7 @@ def _make_head_settings(
         weight=head.weight,
     )  # fmt: skip
     try:
-        make_head(settings, 8)
+        PredictionHead(8, settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}.options={settings.options}: {head.type} does not take them: {error}") from error
     return settings

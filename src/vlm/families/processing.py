@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jinja2
 import torch
@@ -23,14 +23,13 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from vlm.data.encoding.labels import IGNORE_INDEX
-from vlm.data.processor import Processor
 from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
 from vlm.families.table import Family
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb
-from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, Message, VLMProcessor
+from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, Message, special_token_pattern
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor for its text."""
@@ -72,18 +71,13 @@ class FamilyProcessor:
         self.chat_template = chat_template or self.own_template
         if self.chat_template is None:
             raise ValueError(f"{family.name}: its processor brings no chat template. Name one with dataset.template.")
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
-        every = sorted({*special, *self.media_tokens}, key=len, reverse=True)
-        self.special_tokens = re.compile("|".join(map(re.escape, every)))
+        self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)
         self._cached_expansions = lru_cache(4096)(self._compute_expansions)
 
     def __reduce__(self) -> tuple[type["FamilyProcessor"], tuple[object, ...]]:
         """Pickle the arguments, so that a data worker makes its own."""
         return type(self), (self.native, self.family, self.chat_template)
-
-    def __copy__(self) -> "FamilyProcessor":
-        return type(self)(self.native, self.family, self.chat_template)
 
     @property
     def image_token_id(self) -> int:
@@ -121,14 +115,16 @@ class FamilyProcessor:
         """
         template = self.chat_template
         assert template is not None
-        is_own = template == self.own_template
-        if is_own and self.family.video_template and any(map(self._shows_video, conversation)):
-            template = self.family.video_template
+        messages = [dict(turn) for turn in conversation]
+        if template == self.own_template:
+            with_items = [{**turn, "content": self._to_items(turn["content"])} for turn in conversation]
+            kinds = (item["type"] for turn in with_items for item in turn["content"])
+            if self.family.video_template and "video" in kinds:
+                template = self.family.video_template
+            if self._own_template_takes_lists:
+                messages = with_items
         if "strftime_now" in template:
             template = FIXED_CLOCK + template
-        messages = [dict(turn) for turn in conversation]
-        if is_own and self._own_template_takes_lists:
-            messages = [{**turn, "content": self._to_items(turn["content"])} for turn in conversation]
         return self._render(messages, template, add_generation_prompt)
 
     @cached_property
@@ -156,45 +152,30 @@ class FamilyProcessor:
             {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece
         ]
 
-    def _shows_video(self, turn: Message) -> bool:
-        return any(item["type"] == "video" for item in self._to_items(turn["content"]))
-
     # --- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(
         self, text: str, user_spans: Sequence[tuple[int, int]] = (), sizes: Sequence[Size | Clip] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of a rendered conversation, and the character span that each id comes from.
+        """Return the ids of a rendered conversation, and the character span that each id comes from, see `Processor`.
 
         Tokens of images and videos are expanded as in the family's processor, and the whole text is tokenised at once.
-        Only special tokens that a user spelled are split.
-
-        Args:
-            text: a rendered conversation; each token of an image or video outside `user_spans` stands for one.
-            user_spans: character spans that users wrote, in order.
-            sizes: height and width of each image, and the clip of each video, in order.
-
-        Raises:
-            ValueError: the text has more or fewer such tokens than there are images and videos, or in another order
-                where the model reads both by the same inputs.
+        Only special tokens that a user spelled are split. Images and videos in another order than `sizes` are refused
+        too, where the model reads both by the same inputs.
         """
         expanded, replaced, cuts = self._expand_media_tokens(text, user_spans, sizes)
         bos = self.tokenizer.bos_token
         has_bos = bool(bos) and bos in text[: user_spans[0][0] if user_spans else None]  # the template wrote it already
-        starts = [0, *cuts]
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        for start, end in pairwise([*starts, len(expanded)]):
-            lead = self.image_token if start else ""  # tokenizers begin no new word behind a token
-            encoded = self.tokenizer(
-                lead + expanded[start:end], return_offsets_mapping=True, add_special_tokens=not start and not has_bos
-            )
-            num_lead = 1 if lead else 0
-            ids += encoded["input_ids"][num_lead:]
-            spans += [
-                (start - len(lead) + a, start - len(lead) + b) if b else (0, 0)
-                for a, b in encoded["offset_mapping"][num_lead:]
-            ]
+        for start, end in pairwise([0, *cuts, len(expanded)]):
+            continues_text = start > 0
+            lead = self.image_token if continues_text else ""  # tokenizers begin no new word behind a token
+            piece, adds_bos = lead + expanded[start:end], not (continues_text or has_bos)
+            encoded = self.tokenizer(piece, return_offsets_mapping=True, add_special_tokens=adds_bos)
+            origin = start - len(lead)
+            ids += encoded["input_ids"][continues_text:]
+            spans += [(origin + a, origin + b) if b else (0, 0) for a, b in encoded["offset_mapping"][continues_text:]]
         return ids, _map_to_original(spans, replaced)
 
     def _expand_media_tokens(
@@ -209,8 +190,7 @@ class FamilyProcessor:
                 places.append(match.span())
         expansions = self._get_expansions([text[start:end] for start, end in places], sizes)
         replaced = [(start, end, new) for (start, end), new in zip(places, expansions, strict=True)]
-        shifts = [(end, len(new) - (end - start)) for start, end, new in replaced]
-        moved = [cut + sum(shift for end, shift in shifts if end <= cut) for cut in cuts]
+        moved = [cut + sum(len(new) - (end - start) for start, end, new in replaced if end <= cut) for cut in cuts]
         pieces, last = [], 0
         for start, end, new in replaced:
             pieces += [text[last:start], new]
@@ -221,18 +201,15 @@ class FamilyProcessor:
         """Return the expansion of each image and video, in the order of their tokens in the text."""
         expected = [self.video_token if isinstance(size, Clip) else self.image_token for size in sizes]
         for token, kind in zip(self.media_tokens, ("images", "videos"), strict=False):
-            if expected.count(token) != tokens.count(token):
-                raise ValueError(
-                    f"{expected.count(token)} {kind} given, but the text has {tokens.count(token)} {token}"
-                )
+            given, written = expected.count(token), tokens.count(token)
+            if given != written:
+                raise ValueError(f"{given} {kind} given, but the text has {written} {token}")
         if self.family.joined and tokens != expected:
             raise ValueError("the template moves videos behind images, which this model cannot tell apart then")
         images = tuple(size for size in sizes if not isinstance(size, Clip))
-        image_expansions = iter(self._cached_expansions(images) if images else ())
-        video_expansions = iter(
-            [self.videos.expansion(size) for size in sizes if self.videos and isinstance(size, Clip)]
-        )
-        return [next(video_expansions if token == self.video_token else image_expansions) for token in tokens]
+        of_images = iter(self._cached_expansions(images) if images else ())
+        of_videos = iter([self.videos.expansion(size) for size in sizes if self.videos and isinstance(size, Clip)])
+        return [next(of_videos if token == self.video_token else of_images) for token in tokens]
 
     def _compute_expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
         """Return the expansions of images of these sizes in one sample; their content does not matter."""
@@ -248,25 +225,19 @@ class FamilyProcessor:
             return_tensors="pt",
             return_text_replacement_offsets=True,
         )
-        replacements = out.pop("text_replacement_offsets", None)
-        if replacements is None:  # a family that writes one token for any image
-            expansions = (self.image_token,) * len(images)
-        else:
+        expansions = (self.image_token,) * len(images)  # of a family that writes one token for any image
+        if (replacements := out.pop("text_replacement_offsets", None)) is not None:
             expansions = tuple(replacement["replacement"] for replacement in replacements[0])
         return {name: value for name, value in out.items() if name not in TEXT_INPUTS}, expansions
 
     def image_inputs(self, images: Sequence[Medium], sizes: Sequence[MediaSize] = ()) -> dict[str, Tensor]:
-        """Return the inputs of a sample's images and videos from the family's processor; empty without any.
-
-        Where images and videos share inputs, they are there in order.
-        """
+        """Return the inputs of a sample's images and videos, in their order where they share inputs."""
         videos = [image for image in images if isinstance(image, DecodedVideo)]
-        if not videos:
-            return self._process_images([as_rgb(cast(Image.Image, image)) for image in images])[0] if images else {}
-        if self.family.joined:
+        if videos and self.family.joined:
             return joined([self._process_one(image) for image in images], self.per_sample_inputs)
-        image_inputs = self.image_inputs([image for image in images if not isinstance(image, DecodedVideo)])
-        return image_inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
+        stills = [as_rgb(cast(Image.Image, image)) for image in images if not isinstance(image, DecodedVideo)]
+        inputs = self._process_images(stills)[0] if stills else {}
+        return inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
 
     def _process_one(self, image: Medium) -> dict[str, Tensor]:
         """Return the inputs of a single image or video."""
@@ -322,10 +293,9 @@ def load_family_processor(
 
 def _map_to_original(spans: list[tuple[int, int]], replaced: Replacements) -> list[tuple[int, int]]:
     """Map spans of the expanded text to the rendered one; those within an expansion become its token's span."""
-    mapped = []
+    mapped, shift = [], 0
     remaining = iter([*replaced, None])
     image = next(remaining)
-    shift = 0
     for a, b in spans:
         while image is not None and a - shift >= image[0] + len(image[2]):
             shift += len(image[2]) - (image[1] - image[0])
@@ -335,9 +305,3 @@ def _map_to_original(spans: list[tuple[int, int]], replaced: Replacements) -> li
         else:
             mapped.append((a - shift, b - shift))
     return mapped
-
-
-if TYPE_CHECKING:  # both implementations satisfy the Protocol
-
-    def _as_processors(composed: VLMProcessor, family: FamilyProcessor) -> tuple[Processor, Processor]:
-        return composed, family

@@ -4,8 +4,8 @@ Imports the standard library only. To add a family, add a row to `FAMILIES`: the
 and load it again. Prefixes are those of `named_parameters()`; the longest match wins.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,21 +66,20 @@ COMPOSED_FAMILY = Family(
 )
 """A composed model, in the same terms."""
 
-LLAVA_PARTS = {
-    "visual_encoder": ("model.vision_tower.",),
-    "connector": ("model.multi_modal_projector.", "model.image_newline"),
-    "language_model": ("model.language_model.", "lm_head."),
-}
-IDEFICS_PARTS = {
-    "visual_encoder": ("model.vision_model.",),
-    "connector": ("model.connector.",),
-    "language_model": ("model.text_model.", "lm_head."),
-}
-QWEN_PARTS = {
-    "visual_encoder": ("model.visual.",),
-    "connector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
-    "language_model": ("model.language_model.", "lm_head."),
-}
+
+def make_parts(
+    visual_encoder: str, *connector: str, language_model: str = "model.language_model."
+) -> dict[str, tuple[str, ...]]:
+    """Return part -> prefixes, for a family whose vocabulary head is `lm_head`."""
+    return {"visual_encoder": (visual_encoder,), "connector": connector, "language_model": (language_model, "lm_head.")}
+
+
+LLAVA_PARTS = make_parts("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
+IDEFICS_PARTS = make_parts("model.vision_model.", "model.connector.", language_model="model.text_model.")
+QWEN_PARTS = make_parts("model.visual.", "model.visual.merger.", "model.visual.deepstack_merger_list.")
+CROSS_ATTENTION = f"model.language_model.layers.{CROSS_ATTENTION_LAYERS}."
+PHI4_IMAGES = "model.embed_tokens_extend.image_embed."
+PHI4_CONNECTOR = ("img_projection_", "global_img_feature_extensor", "sub_img_feature_extensor")
 
 PALIGEMMA_TEMPLATE = """\
 {%- if messages | length > 2 -%}
@@ -117,6 +116,11 @@ QWEN = Family(
     "Qwen2-VL", QWEN_PARTS, ("qwen2-vl-2b", "qwen2-vl-7b"), tokens=("mm_token_type_ids",), videos=True,
     supports_packing=True, grid_positions=True,
 )  # fmt: skip
+IDEFICS = Family(
+    "Idefics3", IDEFICS_PARTS, ("idefics3-8b",), rows=("pixel_values", "pixel_attention_mask"), supports_packing=True
+)
+SMOLVLM = replace(IDEFICS, videos=True, joined=True, video_template=SMOLVLM_TEMPLATE)
+GEMMA = Family("Gemma", LLAVA_PARTS, tokens=("token_type_ids",))
 
 FAMILIES: dict[str, Family] = {
     "llava": LLAVA,
@@ -128,61 +132,33 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": replace(QWEN, name="Qwen2.5-VL", choices=("qwen2.5-vl-3b", "qwen2.5-vl-7b")),
     "qwen3_vl": replace(QWEN, name="Qwen3-VL", choices=("qwen3-vl-2b", "qwen3-vl-4b"), min_frames=2),
-    "idefics3": Family(
-        "Idefics3",
-        IDEFICS_PARTS,
-        ("idefics3-8b",),
-        rows=("pixel_values", "pixel_attention_mask"),
-        supports_packing=True,
-    ),
-    "smolvlm": Family(
-        "SmolVLM",
-        IDEFICS_PARTS,
-        ("smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b"),
-        rows=("pixel_values", "pixel_attention_mask"),
-        videos=True,
-        joined=True,
-        video_template=SMOLVLM_TEMPLATE,
-        supports_packing=True,
-    ),
+    "idefics3": IDEFICS,
+    "smolvlm": replace(SMOLVLM, name="SmolVLM", choices=("smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b")),
     "internvl": Family(
         "InternVL", LLAVA_PARTS, ("internvl3-1b", "internvl3-2b"), videos=True, joined=True, supports_packing=True
     ),
-    "paligemma": Family(
-        "PaliGemma",
-        LLAVA_PARTS,
-        ("paligemma-3b", "paligemma2-3b"),
-        tokens=("token_type_ids",),
-        template=PALIGEMMA_TEMPLATE,
+    "paligemma": replace(
+        GEMMA, name="PaliGemma", choices=("paligemma-3b", "paligemma2-3b"), template=PALIGEMMA_TEMPLATE
     ),
-    "gemma3": Family("Gemma 3", LLAVA_PARTS, ("gemma3-4b",), ("model.vision_tower.head.",), tokens=("token_type_ids",)),
+    "gemma3": replace(GEMMA, name="Gemma 3", choices=("gemma3-4b",), unused_prefixes=("model.vision_tower.head.",)),
     "mllama": Family(
         "Llama 3.2 Vision",
-        {
-            "visual_encoder": ("model.vision_model.",),
-            "connector": ("model.multi_modal_projector.", f"model.language_model.layers.{CROSS_ATTENTION_LAYERS}."),
-            "language_model": ("model.language_model.", "lm_head."),
-        },
+        make_parts("model.vision_model.", "model.multi_modal_projector.", CROSS_ATTENTION),
         ("llama-3.2-11b-vision",),
         rows=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
         tokens=("cross_attention_mask",),
     ),
     "phi4_multimodal": Family(
         "Phi-4-multimodal",
-        {
-            "visual_encoder": ("model.embed_tokens_extend.",),
-            "connector": tuple(
-                f"model.embed_tokens_extend.image_embed.{name}"
-                for name in ("img_projection_", "global_img_feature_extensor", "sub_img_feature_extensor")
-            ),
-            "language_model": ("model.", "lm_head."),
-        },
+        make_parts(
+            "model.embed_tokens_extend.", *(PHI4_IMAGES + name for name in PHI4_CONNECTOR), language_model="model."
+        ),
         ("phi4-multimodal",),
         unused_prefixes=(
             "model.embed_tokens_extend.audio_embed.",
-            f"model.embed_tokens_extend.image_embed.img_processor.encoder.layers.{UNUSED_LAYERS}.",
-            "model.embed_tokens_extend.image_embed.img_processor.post_layernorm.",
-            "model.embed_tokens_extend.image_embed.img_processor.head.",
+            f"{PHI4_IMAGES}img_processor.encoder.layers.{UNUSED_LAYERS}.",
+            f"{PHI4_IMAGES}img_processor.post_layernorm.",
+            f"{PHI4_IMAGES}img_processor.head.",
         ),
         supports_packing=True,
     ),
@@ -192,22 +168,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class PartNames:
-    """The parts of one model, by prefixes of its parameters.
-
-    Attributes:
-        prefixes: prefix -> part.
-        unused_prefixes: prefixes of parameters that get no gradient.
-    """
+    """The parts of one model, by prefixes of its parameters (prefix -> part), and of those that get no gradient."""
 
     prefixes: dict[str, str]
-    unused_prefixes: tuple[str, ...] = field(default=())
+    unused_prefixes: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> str:
-        """Return the part of a parameter or buffer, by its full name; the longest matching prefix wins.
-
-        Raises:
-            ValueError: no prefix matches.
-        """
+        """Return the part of a parameter or buffer, by its full name; the longest matching prefix wins."""
         matching = [prefix for prefix in self.prefixes if name.startswith(prefix)]
         if not matching:
             raise ValueError(f"{name}: begins with no prefix of a part; the table of families lacks it")
@@ -219,48 +186,36 @@ class PartNames:
 
 
 def get_part_names(config: "PreTrainedConfig") -> PartNames:
-    """Return the parts of a model, by its configuration.
-
-    Raises:
-        ValueError: its family is not in the table.
-    """
+    """Return the parts of a model, by its configuration."""
     if config.model_type == "vlm_prediction":
         body = get_part_names(config.body_config)
         prefixes = {f"body.{prefix}": part for prefix, part in body.prefixes.items()}
         return PartNames({**prefixes, "heads.": "head"}, tuple(f"body.{prefix}" for prefix in body.unused_prefixes))
-    composed = config.model_type == "vlm"
-    family = COMPOSED_FAMILY if composed else get_family(config.model_type)
-    prefixes = {
-        expanded: part
-        for part, patterns in family.parts.items()
-        for pattern in patterns
-        for expanded in _expand_prefix(pattern, config)
-    }
-    if composed:
-        return PartNames(prefixes, tuple(f"visual_encoder.{name}" for name in config.unread_parameters))
-    unused = (expanded for pattern in family.unused_prefixes for expanded in _expand_prefix(pattern, config))
-    return PartNames(prefixes, tuple(unused))
+    if config.model_type == "vlm":
+        family, unused = COMPOSED_FAMILY, [f"visual_encoder.{name}" for name in config.unread_parameters]
+    else:
+        family = get_family(config.model_type)
+        unused = _expand_prefixes(family.unused_prefixes, config)
+    parts = {part: _expand_prefixes(prefixes, config) for part, prefixes in family.parts.items()}
+    return PartNames({prefix: part for part, prefixes in parts.items() for prefix in prefixes}, tuple(unused))
 
 
 def get_family(model_type: str) -> Family:
-    """Return the family of a model type.
-
-    Raises:
-        ValueError: it is not in the table.
-    """
+    """Return the family of a model type."""
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type} is no family of this framework; there are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
-def _expand_prefix(prefix: str, config: "PreTrainedConfig") -> Iterator[str]:
-    if CROSS_ATTENTION_LAYERS in prefix:
-        layers = config.get_text_config().cross_attention_layers
-        yield from (prefix.replace(CROSS_ATTENTION_LAYERS, str(layer)) for layer in layers)
-    elif UNUSED_LAYERS in prefix:
-        yield from (prefix.replace(UNUSED_LAYERS, str(layer)) for layer in _unused_layers(config))
-    else:
-        yield prefix
+def _expand_prefixes(prefixes: Sequence[str], config: "PreTrainedConfig") -> Iterator[str]:
+    for prefix in prefixes:
+        if CROSS_ATTENTION_LAYERS in prefix:
+            layers = config.get_text_config().cross_attention_layers
+            yield from (prefix.replace(CROSS_ATTENTION_LAYERS, str(layer)) for layer in layers)
+        elif UNUSED_LAYERS in prefix:
+            yield from (prefix.replace(UNUSED_LAYERS, str(layer)) for layer in _unused_layers(config))
+        else:
+            yield prefix
 
 
 def _unused_layers(config: "PreTrainedConfig") -> range:

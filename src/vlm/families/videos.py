@@ -3,7 +3,6 @@
 Every token and every pixel is the family's own. To count tokens, its processor gets blank frames, once for each shape.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -22,12 +21,7 @@ MAX_KEPT_VALUES = 1000
 
 
 class FamilyVideos:
-    """The part of a family's processor that reads videos.
-
-    Args:
-        native: the processor.
-        family: its row of the table.
-    """
+    """The part of a family's processor that reads videos."""
 
     def __init__(self, native: Any, family: Family):
         self.native, self.family = native, family
@@ -47,9 +41,10 @@ class FamilyVideos:
 
     def inputs(self, video: DecodedVideo) -> Mapping[str, Any]:
         """Return all outputs of the processor for a single video: inputs of the model, and those of its text."""
+        frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in video.frames]))
         return self.native(
-            text=[self.token], videos=[_frames_to_tensor(video)], video_metadata=[make_metadata(video.clip)],
-            do_sample_frames=False, return_tensors="pt",
+            text=[self.token], videos=[frames.permute(0, 3, 1, 2).contiguous()],  # (frames, 3, height, width)
+            video_metadata=[make_metadata(video.clip)], do_sample_frames=False, return_tensors="pt",
         )  # fmt: skip
 
     def _compute_expansion(self, clip: Clip) -> str:
@@ -79,20 +74,10 @@ def make_metadata(clip: Clip) -> VideoMetadata:
 def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str]) -> dict[str, Tensor]:
     """Concatenate the inputs of several images and videos of one sample.
 
-    Args:
-        parts: the inputs of each image or video.
-        rows: inputs with one row for the sample, `(1, images, …)`; the others are `(images, …)`.
+    Those named in `rows` have one row for the sample, `(1, images, …)`; the others are `(images, …)`.
     """
-    collected: dict[str, list[Tensor]] = defaultdict(list)
-    for part in parts:
-        for name, value in part.items():
-            collected[name].append(value)
-    return {name: torch.cat(values, dim=int(name in rows)) for name, values in collected.items()}
-
-
-def _frames_to_tensor(video: DecodedVideo) -> Tensor:
-    """Return frames as a uint8 tensor `(frames, 3, height, width)`."""
-    return torch.from_numpy(np.stack([np.asarray(frame) for frame in video.frames])).permute(0, 3, 1, 2).contiguous()
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part], int(name in rows)) for name in names}
 
 
 def _without_memory(value: object) -> object:

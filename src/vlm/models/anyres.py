@@ -47,8 +47,7 @@ class AnyRes:
     def num_views(self, sizes: Sequence[Size | None]) -> list[int]:
         """Return the number of views of each image of one sample: 1 and its tiles, 1, or `VIDEO_FRAME_VIEWS`.
 
-        Args:
-            sizes: the sizes of its images, in order; None for frames of videos.
+        Of frames of videos, `sizes` has None.
         """
         several = sum(size is not None for size in sizes) > 1 and not self.tile_several
         return [
@@ -63,7 +62,7 @@ class AnyRes:
 
     def image_tokens(self, sizes: Sequence[Size | None]) -> list[int]:
         """Return the number of tokens of each image of one sample; `sizes` as in `num_views`."""
-        return [self.num_tokens(*image) for image in zip(sizes, self.num_views(sizes), strict=True)]
+        return list(map(self.num_tokens, sizes, self.num_views(sizes)))
 
     def num_tokens(self, size: Size | None, views: int) -> int:
         """Return the number of tokens of one image."""
@@ -101,11 +100,9 @@ class AnyRes:
         return unpadded_size if times <= 1.1 else (int(unpadded_size[0] // times), int(unpadded_size[1] // times))
 
     def cut_tiles(self, image: Tensor, resize: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-        """Resize an image to fit its grid, in the middle of black, and cut it row by row: `(tiles, 3, side, side)`.
+        """Cut an image, padded with black to its grid: `(3, height, width) -> (tiles, 3, side, side)`, row by row.
 
-        Args:
-            image: `(3, height, width)`, before normalisation.
-            resize: resizes an image to a height and width.
+        The image is not normalised yet; `resize` resizes it to a height and width.
         """
         height, width = image.shape[1:]
         rows, columns = self.grid((height, width))
@@ -143,10 +140,6 @@ class ImageNewline(nn.Module):
     """Joins the tokens of views image by image, with a learned vector after each row of tiles.
 
     The vector is used in every forward pass, so that it has a gradient on every rank for any images.
-
-    Args:
-        anyres: how the images were cut.
-        text_dim: width of the tokens.
     """
 
     def __init__(self, anyres: AnyRes, text_dim: int):
@@ -160,13 +153,7 @@ class ImageNewline(nn.Module):
         nn.init.normal_(self.weight, std=len(self.weight) ** -0.5)
 
     def forward(self, tokens: Tensor, sizes: Sequence[Size], views: Sequence[int]) -> Tensor:
-        """Return the tokens of all images in sequence: `(V, N, D) -> (tokens, D)`.
-
-        Args:
-            tokens: the tokens of all views.
-            sizes: height and width of each image; any for frames.
-            views: number of views of each image.
-        """
+        """Return the tokens of all images in sequence, by the size and number of views of each: `-> (tokens, D)`."""
         newline = self.weight.to(tokens.dtype)
         parts = [newline[None, :][:0]]  # empty, but with a gradient
         tokens_by_image = tokens.split([max(number, 1) for number in views])
@@ -185,9 +172,7 @@ class ImageNewline(nn.Module):
 def first_mismatched_row(rows: Sequence[int], images: Sequence[int]) -> int | None:
     """Return the first row whose placeholders do not add up to whole images in order; None where all rows do.
 
-    Args:
-        rows: number of placeholders of each row.
-        images: number of tokens of each image.
+    `rows` has the placeholders of each row, `images` the tokens of each image.
     """
     remaining_images = iter(images)
     for row, placeholders in enumerate(rows):

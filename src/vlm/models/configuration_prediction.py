@@ -123,11 +123,7 @@ class VLMPredictionConfig(PreTrainedConfig):
 
 
 def is_composed(config: PreTrainedConfig) -> bool:
-    """Return whether a body is composed of parts, not a family's.
-
-    Its name tells, since of a checkpoint's own code, transformers imports one copy for configurations and another for
-    models, whose classes differ.
-    """
+    """Return whether a body is composed of parts; by its name, since a checkpoint's classes may be imported twice."""
     return config.model_type == VLMConfig.model_type
 
 

@@ -110,13 +110,9 @@ class VLMConfig(PreTrainedConfig):
     @property
     def num_features(self) -> int:
         """The number of features of one image that the connector reads."""
-        strategies = {
-            "patch": self.num_patches,
-            "cls+patch": self.num_patches + 1,
-            "cls": 1,
-            "full": self.num_patches + self.num_prefix_tokens,
-        }
-        return strategies[self.feature_strategy]
+        patches = self.num_patches
+        counts = {"patch": patches, "cls+patch": patches + 1, "cls": 1, "full": patches + self.num_prefix_tokens}
+        return counts[self.feature_strategy]
 
 
 def encoder_names(count: int) -> list[str]:

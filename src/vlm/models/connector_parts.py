@@ -32,11 +32,7 @@ class GridConnector(Connector):
 
     @classmethod
     def num_tokens(cls, num_features: int, **options: object) -> int:
-        """Return the number of tokens for an image of `num_features` features.
-
-        Raises:
-            ValueError: the features are no square grid, or the options do not fit the grid.
-        """
+        """Return the number of tokens for an image; refuse features that are no grid, or do not fit the options."""
         side = math.isqrt(num_features)
         if side**2 != num_features:
             raise ValueError(
@@ -54,11 +50,7 @@ class GridConnector(Connector):
 
 
 def require_positive(**options: object) -> None:
-    """Refuse options that are not whole numbers of at least 1.
-
-    Raises:
-        ValueError: an option is not; names the first.
-    """
+    """Refuse the first option that is not a whole number of at least 1."""
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"model.connector.options.{name}={value}: a whole number is needed")
@@ -66,87 +58,66 @@ def require_positive(**options: object) -> None:
             raise ValueError(f"model.connector.options.{name}={value}: at least 1 is needed")
 
 
-def require_divisor(side: int, **options: int) -> None:
-    """Refuse options that do not divide the side of the grid of features.
-
-    Raises:
-        ValueError: an option does not; names the first.
-    """
-    for name, value in options.items():
-        if side % value:
-            divisors = ", ".join(str(number) for number in range(1, side + 1) if side % number == 0)
-            raise ValueError(
-                f"model.connector.options.{name}={value}: the visual encoder gives a grid of {side} x {side} features, "
-                f"which it does not divide. Allowed: {divisors}"
-            )
-
-
-def require_at_most(side: int, **options: int) -> None:
-    """Refuse options that ask for a larger grid of tokens than there are features.
-
-    Raises:
-        ValueError: an option does; names the first.
-    """
-    for name, value in options.items():
-        if value > side:
-            raise ValueError(
-                f"model.connector.options.{name}={value}: the visual encoder gives a grid of {side} x {side} features, "
-                f"which is smaller. Allowed: 1 to {side}"
-            )
-
-
-def require_heads(num_heads: int, hidden_dim: int) -> None:
-    """Refuse a number of attention heads that does not divide the width.
-
-    Raises:
-        ValueError: it does not.
-    """
-    require_positive(num_heads=num_heads, hidden_dim=hidden_dim)
-    if hidden_dim % num_heads:
-        divisors = ", ".join(str(number) for number in range(1, min(hidden_dim, 64) + 1) if hidden_dim % number == 0)
+def require_divisor(name: str, value: int, side: int) -> None:
+    """Refuse an option that does not divide the side of the grid of features."""
+    require_positive(**{name: value})
+    if side % value:
         raise ValueError(
-            f"model.connector.options.num_heads={num_heads}: hidden_dim={hidden_dim} is not divisible by it. "
-            f"Allowed: {divisors}; or choose another model.connector.options.hidden_dim"
+            f"model.connector.options.{name}={value}: the visual encoder gives a grid of {side} x {side} features, "
+            f"which it does not divide. Allowed: {divisors(side)}"
         )
 
 
-def require_activation(activation: str) -> None:
-    """Refuse an activation that transformers does not know.
+def require_output_side(output_side: int, side: int) -> None:
+    """Refuse a grid of tokens that is larger than that of the features."""
+    require_positive(output_side=output_side)
+    if output_side > side:
+        raise ValueError(
+            f"model.connector.options.output_side={output_side}: the visual encoder gives a grid of {side} x {side} "
+            f"features, which is smaller. Allowed: 1 to {side}"
+        )
 
-    Raises:
-        ValueError: the name is unknown.
-    """
+
+def require_heads(num_heads: int, hidden_dim: int) -> None:
+    """Refuse a number of attention heads that does not divide the width."""
+    require_positive(num_heads=num_heads, hidden_dim=hidden_dim)
+    if hidden_dim % num_heads:
+        raise ValueError(
+            f"model.connector.options.num_heads={num_heads}: hidden_dim={hidden_dim} is not divisible by it. "
+            f"Allowed: {divisors(hidden_dim, most=64)}; or choose another model.connector.options.hidden_dim"
+        )
+
+
+def divisors(number: int, most: int | None = None) -> str:
+    """List the divisors of a number, from 1 to `most` or itself."""
+    return ", ".join(str(divisor) for divisor in range(1, min(number, most or number) + 1) if number % divisor == 0)
+
+
+def require_activation(activation: str) -> None:
+    """Refuse an activation that transformers does not know."""
     if activation not in ACT2FN:
         raise ValueError(f"model.connector.options.activation={activation}: allowed are {', '.join(sorted(ACT2FN))}")
 
 
 def mlp_layers(
-    input_dim: int, output_dim: int, num_layers: int, activation: str, hidden_dim: int | None = None, *,
-    bias: bool = True, input_norm: bool = False,
-) -> nn.Sequential:  # fmt: skip
+    input_dim: int,
+    output_dim: int,
+    num_layers: int = 2,
+    activation: str = "gelu",
+    hidden_dim: int | None = None,
+    bias: bool = True,
+    input_norm: bool = False,
+) -> nn.Sequential:
     """`num_layers` affine maps with an activation between: `(…, input_dim) -> (…, output_dim)`.
 
-    Args:
-        input_dim: width of the input.
-        output_dim: width of the output.
-        num_layers: number of affine maps.
-        activation: a name of transformers' activations.
-        hidden_dim: width in between; None: `output_dim`.
-        bias: whether the maps have a bias.
-        input_norm: whether a LayerNorm comes first.
-
-    Raises:
-        ValueError: an option has an invalid value.
+    They are `hidden_dim` wide in between, by default `output_dim`; with `input_norm`, a LayerNorm comes first.
     """
     require_positive(num_layers=num_layers)
     require_activation(activation)
-    widths = [input_dim, *[hidden_dim or output_dim] * (num_layers - 1), output_dim]
     layers: list[nn.Module] = [nn.LayerNorm(input_dim)] if input_norm else []
-    for index, (wide, next_wide) in enumerate(pairwise(widths)):
-        if index:
-            layers.append(ACT2FN[activation])
-        layers.append(nn.Linear(wide, next_wide, bias=bias))
-    return nn.Sequential(*layers)
+    for wide, next_wide in pairwise([input_dim, *[hidden_dim or output_dim] * (num_layers - 1), output_dim]):
+        layers += [nn.Linear(wide, next_wide, bias=bias), ACT2FN[activation]]
+    return nn.Sequential(*layers[:-1])
 
 
 def to_grid(features: Tensor) -> Tensor:
@@ -179,20 +150,11 @@ class Convolution(nn.Sequential):
     """
 
     def __init__(
-        self,
-        input_dim: int,
-        output_dim: int,
-        activation: nn.Module | None,
-        *,
-        kernel: int = 1,
-        stride: int = 1,
-        groups: int = 1,
+        self, input_dim: int, output_dim: int, *activation: nn.Module, kernel: int = 1, stride: int = 1, groups: int = 1
     ):
-        layers: list[nn.Module] = [
-            nn.Conv2d(input_dim, output_dim, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
-            LayerNorm2d(output_dim),
-        ]
-        super().__init__(*layers, *([] if activation is None else [activation]))
+        padding = kernel // 2
+        convolution = nn.Conv2d(input_dim, output_dim, kernel, stride, padding, groups=groups, bias=False)
+        super().__init__(convolution, LayerNorm2d(output_dim), *activation)
 
 
 class SqueezeExcitation(nn.Module):

@@ -51,8 +51,8 @@ class LinearConnector(Connector):
 class MLPConnector(Connector):
     """`num_layers` affine maps with an activation between, as in LLaVA-1.5 (Liu et al. 2023, arXiv:2310.03744).
 
-    `num_layers=2, activation="gelu"` is its `mlp2x_gelu`. `input_norm` puts a LayerNorm before the first map, for
-    encoders whose features are badly scaled.
+    `num_layers=2, activation="gelu"` is its `mlp2x_gelu`. Between the maps, features are `hidden_dim` wide (null: as in
+    the language model). `input_norm` puts a LayerNorm first, for encoders whose features are badly scaled.
     """
 
     def __init__(
@@ -67,9 +67,7 @@ class MLPConnector(Connector):
         input_norm: bool = False,
     ):
         super().__init__()
-        self.layers = mlp_layers(
-            vision_dim, text_dim, num_layers, activation, hidden_dim, bias=bias, input_norm=input_norm
-        )
+        self.layers = mlp_layers(vision_dim, text_dim, num_layers, activation, hidden_dim, bias, input_norm)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, see the class."""
@@ -88,21 +86,16 @@ def connector_class(connector_type: str) -> type[Connector]:
 
 
 def connector_options(connector_type: str, options: Mapping[str, object]) -> dict[str, object]:
-    """Return `options` without nulls, completed with the class's own defaults.
-
-    Raises:
-        ValueError: the class does not take an option, or an option has neither a value nor a default.
-    """
-    parameters = inspect.signature(connector_class(connector_type).__init__).parameters
-    known = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    """Return `options` without nulls, completed with the class's own defaults; a ValueError where they do not fit."""
+    parameters = inspect.signature(connector_class(connector_type).__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     values = {name: value for name, value in options.items() if value is not None}
-    for name in values:
-        if name not in known:
-            raise ValueError(
-                f"model.connector.options.{name}: {connector_type} does not take it; null leaves it out. "
-                f"Allowed: {', '.join(known) or 'none'}"
-            )
-    complete = {name: values.get(name, p.default) for name, p in known.items()}
+    if unknown := [name for name in values if name not in defaults]:
+        raise ValueError(
+            f"model.connector.options.{unknown[0]}: {connector_type} does not take it; null leaves it out. "
+            f"Allowed: {', '.join(defaults) or 'none'}"
+        )
+    complete = defaults | values
     for name, value in complete.items():
         if value is inspect.Parameter.empty:
             raise ValueError(f"model.connector.options.{name}: {connector_type} needs a value for it")

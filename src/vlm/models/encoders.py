@@ -28,9 +28,6 @@ class EncoderEnsemble(nn.Module):
 
     As DINOv2 and SigLIP in prismatic (Karamcheti et al. 2024, arXiv:2402.07865, section 4.2). A model with one encoder
     holds it directly.
-
-    Args:
-        encoders: in the order of their channels.
     """
 
     def __init__(self, encoders: Sequence[PreTrainedModel]):
@@ -59,14 +56,7 @@ def read_features(
     """Read the selected tokens of the selected hidden states of an encoder: `(I, 3, height, width) -> (I, P, V)`.
 
     Only the selected hidden states are kept; several are concatenated by channel in the order of `feature_layer`. Later
-    layers are not run, see `EARLY_EXIT_TYPES`.
-
-    Args:
-        encoder: any encoder of transformers.
-        pixel_values: normalised.
-        feature_layer: index or indices into `hidden_states`, from 0; None: the encoder's own output.
-        feature_strategy: `patch`, `cls+patch`, `cls` or `full`.
-        num_prefix_tokens: tokens that the encoder puts before the patches.
+    layers are not run, see `EARLY_EXIT_TYPES`. The last three arguments are fields of `VLMConfig`.
     """
     if feature_layer is None:
         features = flatten_feature_map(encoder(pixel_values, return_dict=True).last_hidden_state)
@@ -75,10 +65,9 @@ def read_features(
         requested_layers = sorted(set(layers))
         states = _hidden_states(encoder, pixel_values, requested_layers)
         requested = [state for state in states if state is not None]
-        if len(requested) != len(requested_layers):  # an encoder that returns all hidden states in any case
-            requested = [states[layer] for layer in requested_layers]
-        state_by_layer = dict(zip(requested_layers, requested, strict=True))
-        features = torch.cat([flatten_feature_map(state_by_layer[layer]) for layer in layers], dim=2)
+        if len(requested) == len(requested_layers):  # some encoders return all hidden states in any case
+            states = dict(zip(requested_layers, requested, strict=True))
+        features = torch.cat([flatten_feature_map(states[layer]) for layer in layers], dim=2)
     match feature_strategy:
         case "patch":
             return features[:, num_prefix_tokens:]
@@ -94,21 +83,14 @@ def _hidden_states(encoder: Any, pixel_values: Tensor, requested_layers: list[in
     """Return the requested hidden states, or those of all layers, of which others may be None."""
     if hasattr(encoder, "timm_model") and not encoder.features_only:
         pixels = pixel_values.to(encoder.device, encoder.dtype)  # as in the wrapper, which would run all layers
-        timm_model = encoder.timm_model
-        return timm_model.forward_intermediates(
-            pixels, indices=requested_layers, stop_early=True, intermediates_only=True
-        )
+        read = encoder.timm_model.forward_intermediates
+        return read(pixels, indices=requested_layers, stop_early=True, intermediates_only=True)
     with _truncated_layers(encoder, max(*requested_layers, 1)):
         return encoder(pixel_values, output_hidden_states=requested_layers, return_dict=True).hidden_states
 
 
 class _TruncatedLayers(nn.ModuleList):
-    """All layers under their names; a loop runs over the first ones, and no layer is removed from the model.
-
-    Args:
-        layers: all layers.
-        num_layers: the number of layers that a loop runs over.
-    """
+    """All layers under their names; a loop runs over the first `num_layers`, and none is removed from the model."""
 
     def __init__(self, layers: nn.ModuleList, num_layers: int):
         super().__init__()

@@ -16,8 +16,8 @@ from .connector_parts import (
     SqueezeExcitation,
     from_grid,
     mlp_layers,
-    require_at_most,
     require_divisor,
+    require_output_side,
     require_positive,
     to_grid,
 )
@@ -33,10 +33,7 @@ class PixelShuffleConnector(GridConnector):
 
     Options:
         factor: side of the square of features that becomes one token; divides the side of the grid.
-        num_layers: maps of the MLP.
-        activation: between them.
-        hidden_dim: width between them; null: the language model's.
-        bias: whether the maps have a bias.
+        num_layers, activation, hidden_dim, bias: of the MLP, see `MLPConnector`.
         input_norm: LayerNorm over the concatenated features.
     """
 
@@ -55,15 +52,13 @@ class PixelShuffleConnector(GridConnector):
         super().__init__()
         require_positive(factor=factor)
         self.factor = factor
-        self.layers = mlp_layers(
-            vision_dim * factor**2, text_dim, num_layers, activation, hidden_dim, bias=bias, input_norm=input_norm
-        )
+        input_dim = vision_dim * factor**2
+        self.layers = mlp_layers(input_dim, text_dim, num_layers, activation, hidden_dim, bias, input_norm)
 
     @classmethod
     def output_side(cls, side: int, *, factor: int, **options: object) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
-        require_positive(factor=factor)
-        require_divisor(side, factor=factor)
+        require_divisor("factor", factor, side)
         return side // factor
 
     def shuffle(self, features: Tensor) -> Tensor:
@@ -87,10 +82,7 @@ class PoolingConnector(GridConnector):
     Options:
         kernel: side of the square of features that is averaged into one token; divides the side of the grid.
         output_side: side of the grid of tokens; at most that of the features.
-        num_layers: maps of the MLP.
-        activation: between them.
-        hidden_dim: width between them; null: the language model's.
-        bias: whether the maps have a bias.
+        num_layers, activation, hidden_dim, bias: of the MLP, see `MLPConnector`.
         input_norm: LayerNorm over the averages.
     """
 
@@ -110,19 +102,17 @@ class PoolingConnector(GridConnector):
         super().__init__()
         _require_one_size(kernel, output_side)
         self.pool = nn.AdaptiveAvgPool2d(output_side) if kernel is None else nn.AvgPool2d(kernel)
-        self.layers = mlp_layers(
-            vision_dim, text_dim, num_layers, activation, hidden_dim, bias=bias, input_norm=input_norm
-        )
+        self.layers = mlp_layers(vision_dim, text_dim, num_layers, activation, hidden_dim, bias, input_norm)
 
     @classmethod
     def output_side(cls, side: int, *, kernel: int | None, output_side: int | None, **options: object) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
         _require_one_size(kernel, output_side)
         if output_side is not None:
-            require_at_most(side, output_side=output_side)
+            require_output_side(output_side, side)
             return output_side
         assert kernel is not None
-        require_divisor(side, kernel=kernel)
+        require_divisor("kernel", kernel, side)
         return side // kernel
 
     def forward(self, features: Tensor) -> Tensor:
@@ -181,7 +171,7 @@ class CAbstractorConnector(GridConnector):
         )
         self.pool = nn.AdaptiveAvgPool2d(side)
         self.after = nn.Sequential(*[BottleneckBlock(hidden_dim, hidden_dim) for _ in range(num_blocks)])
-        self.layers = mlp_layers(hidden_dim, text_dim, num_layers=num_layers, activation="silu")
+        self.layers = mlp_layers(hidden_dim, text_dim, num_layers, "silu")
 
     @classmethod
     def output_side(cls, side: int, *, num_queries: int, **options: object) -> int:
@@ -201,11 +191,7 @@ class CAbstractorConnector(GridConnector):
 
 
 def _square_root(num_queries: int) -> int:
-    """Side of a grid of `num_queries` tokens.
-
-    Raises:
-        ValueError: they are none.
-    """
+    """Side of a grid of `num_queries` tokens."""
     require_positive(num_queries=num_queries)
     side = math.isqrt(num_queries)
     if side**2 != num_queries:
@@ -253,8 +239,8 @@ class BottleneckBlock(nn.Module):
         self.reduce = Convolution(input_dim, output_dim, nn.SiLU())
         self.mix = Convolution(output_dim, output_dim, nn.SiLU(), kernel=3, groups=output_dim)
         self.squeeze = SqueezeExcitation(output_dim, max(round(input_dim * 0.25), 1), nn.SiLU(), nn.Sigmoid())
-        self.expand = Convolution(output_dim, output_dim, None)
-        self.shortcut = nn.Identity() if input_dim == output_dim else Convolution(input_dim, output_dim, None)
+        self.expand = Convolution(output_dim, output_dim)
+        self.shortcut = nn.Identity() if input_dim == output_dim else Convolution(input_dim, output_dim)
         self.activation = nn.SiLU()
 
     def forward(self, grid: Tensor) -> Tensor:
@@ -274,7 +260,7 @@ class LDPConnector(GridConnector):
 
     def __init__(self, vision_dim: int, text_dim: int, *, input_norm: bool = False):
         super().__init__()
-        self.layers = mlp_layers(vision_dim, text_dim, num_layers=2, activation="gelu", input_norm=input_norm)
+        self.layers = mlp_layers(vision_dim, text_dim, input_norm=input_norm)
         self.blocks = nn.Sequential(DepthwiseBlock(text_dim, stride=1), DepthwiseBlock(text_dim, stride=2))
 
     @classmethod
@@ -298,7 +284,7 @@ class DepthwiseBlock(nn.Module):
         self.depthwise = Convolution(width, width, nn.Hardswish(), kernel=3, stride=stride, groups=width)
         # torchvision's rounding to a multiple of 8 changes no quarter of a language model's width
         self.squeeze = SqueezeExcitation(width, max(width // 4, 8), nn.ReLU(), nn.Hardsigmoid())
-        self.project = Convolution(width, width, None)
+        self.project = Convolution(width, width)
         self.has_shortcut = stride == 1
 
     def forward(self, grid: Tensor) -> Tensor:
@@ -321,15 +307,14 @@ class LDPv2Connector(GridConnector):
     def __init__(self, vision_dim: int, text_dim: int, *, output_side: int = 12, input_norm: bool = False):
         super().__init__()
         require_positive(output_side=output_side)
-        self.layers = mlp_layers(vision_dim, text_dim, num_layers=2, activation="gelu", input_norm=input_norm)
+        self.layers = mlp_layers(vision_dim, text_dim, input_norm=input_norm)
         self.pool = nn.AdaptiveAvgPool2d(output_side)
         self.positions = nn.Conv2d(text_dim, text_dim, 3, padding=1, groups=text_dim)
 
     @classmethod
     def output_side(cls, side: int, *, output_side: int, **options: object) -> int:
         """Side of the grid of tokens, see `GridConnector`."""
-        require_positive(output_side=output_side)
-        require_at_most(side, output_side=output_side)
+        require_output_side(output_side, side)
         return output_side
 
     def forward(self, features: Tensor) -> Tensor:

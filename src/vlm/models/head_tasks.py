@@ -29,16 +29,11 @@ CLASSIFICATION_TASKS = ("binary", "multiclass", "multilabel", "ordinal")
 
 
 def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the probability of each label, in at least float32.
+    """Return the probability of each label, in at least float32: `(N, K) -> (N, C)`.
 
-    Args:
-        task: one of `CLASSIFICATION_TASKS`.
-        outputs: `(N, K)`, the logits of its head: of the positive label (`binary`), of each (`multiclass`,
-            `multilabel`), of being above each label but the last (`ordinal`).
-        temperature: the divisor of logits (Guo et al. 2017, arXiv:1706.04599).
-
-    Returns:
-        `(N, C)`; rows add up to 1, but for `multilabel`, whose labels do not exclude each other.
+    Outputs are the logits of the positive label (`binary`), of each (`multiclass`, `multilabel`), or of being above
+    each label but the last (`ordinal`); `temperature` divides them (Guo et al. 2017, arXiv:1706.04599). Rows add up to
+    1, but for `multilabel`, whose labels do not exclude each other.
     """
     scaled = (outputs if outputs.dtype == torch.float64 else outputs.float()) / temperature
     if task == "multiclass":
@@ -51,21 +46,12 @@ def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tenso
 
 
 def choose_labels(task: str, label_probabilities: Tensor, threshold: float | Sequence[float] | None = None) -> Tensor:
-    """Choose labels by their probabilities.
+    """Choose labels by their probabilities: `(N, C) -> (N,)`, the index of the most probable; of `ordinal` the median.
 
-    Args:
-        task: one of `CLASSIFICATION_TASKS`.
-        label_probabilities: `(N, C)`, the output of `probabilities`.
-        threshold: the least probability at which the positive label is chosen (`binary`), or each label (`multilabel`,
-            one number for each); defaults to 0.5. Other tasks have none.
-
-    Returns:
-        `(N,)`, the index of the label: the most probable one, for `ordinal` the median; for `multilabel` `(N, C)`,
-        whether each label is chosen.
+    For `multilabel` it is `(N, C)`: whether each label is chosen. `threshold` is the least probability of the positive
+    label (`binary`), or of each label (`multilabel`, one for each); defaults to 0.5.
     """
-    least = torch.as_tensor(
-        0.5 if threshold is None else threshold, dtype=label_probabilities.dtype, device=label_probabilities.device
-    )
+    least = label_probabilities.new_tensor(0.5 if threshold is None else threshold)
     if task == "multilabel":
         return label_probabilities >= least
     if task == "multiclass":

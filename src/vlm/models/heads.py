@@ -7,15 +7,15 @@ Shapes: B rows, T tokens a row, D width of the language model, K outputs of a ta
 """
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configuration_prediction import HeadSettings
 from .head_tasks import NUM_OUTPUTS_BY_TASK
-from .poolings import EVERY_TOKEN_POOLINGS, TokenMasks, mean_over_mask, pool_hidden_states
+from .poolings import EVERY_TOKEN_POOLINGS, mean_over_mask
 
 
 class LinearHead(nn.Module):
@@ -60,9 +60,8 @@ class MLPHead(nn.Module):
         if num_layers < 2:
             raise ValueError(f"model.head.options.num_layers={num_layers}: at least 2 are needed; `linear` has one")
         self.norm = nn.LayerNorm(width, elementwise_affine=False) if input_norm else nn.Identity()
-        widths = [width, *[hidden_dim or width] * (num_layers - 1), num_outputs]
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
+        for before, after in pairwise([width, *[hidden_dim or width] * (num_layers - 1), num_outputs]):
             layers += [nn.Dropout(dropout), nn.Linear(before, after), nn.GELU()]
         self.layers = nn.Sequential(*layers[:-1])
 
@@ -99,38 +98,25 @@ class PredictionHead(nn.Module):
 
     Args:
         width: D.
-        task: a name of `TASKS`.
-        num_labels: C.
-        pooling: a name of `POOLINGS`.
-        type: a name of `HEADS`, or `package.module:Class`.
-        options: the keyword parameters of that class.
-        shift: added to the outputs of `regression` after scaling: the mean of the training labels.
-        scale: factor of these outputs: the standard deviation of the training labels.
+        settings: what it answers, and how.
     """
 
-    def __init__(
-        self, width: int, *, task: str, num_labels: int, pooling: str, type: str = "linear",
-        options: Mapping[str, object] | None = None, shift: float = 0.0, scale: float = 1.0,
-    ):  # fmt: skip
+    def __init__(self, width: int, settings: HeadSettings):
         super().__init__()
-        self.task, self.pooling, self.head_type = task, pooling, type
-        self.shift, self.scale = shift, scale
+        self.settings = settings
+        task, num_labels = settings.task, len(settings.labels)
         self.num_outputs = 1 if task == "ordinal" else NUM_OUTPUTS_BY_TASK[task](num_labels)
-        self.layers = head_class(type)(width, self.num_outputs, **(options or {}))
+        self.layers = head_class(settings.type)(width, self.num_outputs, **settings.options)
         self.cuts = OrdinalThresholds(num_labels - 1) if task == "ordinal" else None
         # without a bias, which a softmax would not see
-        self.attention = nn.Linear(width, 1, bias=False) if pooling == "attention" else None
-
-    def features(self, hidden: Tensor, masks: TokenMasks) -> Tensor:
-        """Pool hidden states: `(B, T, D) -> (B, D)`; poolings that need every token return all of them."""
-        return pool_hidden_states(self.pooling, hidden, masks)
+        self.attention = nn.Linear(width, 1, bias=False) if settings.pooling == "attention" else None
 
     def forward(self, features: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
         """Return the outputs of the task, in float32.
 
         Args:
-            features: the output of `features`: `(B, D)`, or `(B, T, D)` with `prompt_mask` where every token is needed.
-            prompt_mask: `(B, T)`, boolean: tokens of the prompt.
+            features: hidden states after `pool_hidden_states`: `(B, D)`, or `(B, T, D)` where every token is needed.
+            prompt_mask: `(B, T)`, boolean: tokens of the prompt; needed where every token is.
 
         Returns:
             `(B, K)`; for `regression` in units of the labels.
@@ -138,31 +124,31 @@ class PredictionHead(nn.Module):
         Raises:
             ValueError: `prompt_mask` is missing, or a user's own class returns another number of outputs.
         """
-        if self.pooling in EVERY_TOKEN_POOLINGS and prompt_mask is None:
-            raise ValueError(f"pooling={self.pooling} reads every token: give attention_mask with features")
+        task, pooling = self.settings.task, self.settings.pooling
+        if pooling not in EVERY_TOKEN_POOLINGS:
+            prompt_mask = None
+        elif prompt_mask is None:
+            raise ValueError(f"pooling={pooling} reads every token: give attention_mask with features")
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(next(self.layers.parameters(), features).dtype)
-            if self.pooling in EVERY_TOKEN_POOLINGS:
-                assert prompt_mask is not None
+            if prompt_mask is not None:
                 features = features.masked_fill(~prompt_mask.unsqueeze(-1), 0)  # padding may hold anything, even NaN
-            if self.attention is not None:
-                assert prompt_mask is not None
-                normal = F.layer_norm(features, features.shape[-1:])  # otherwise one token would get all the weight
-                scores = self.attention(normal).squeeze(-1).float().masked_fill(~prompt_mask, -torch.inf)
-                features = (scores.softmax(dim=1).to(features.dtype).unsqueeze(1) @ features).squeeze(1)
+                if self.attention is not None:
+                    normal = F.layer_norm(features, features.shape[-1:])  # otherwise one token would get all the weight
+                    scores = self.attention(normal).squeeze(-1).float().masked_fill(~prompt_mask, -torch.inf)
+                    features = (scores.softmax(dim=1).to(features.dtype).unsqueeze(1) @ features).squeeze(1)
             outputs = self.layers(features)
             if outputs.shape[-1] != self.num_outputs:
                 raise ValueError(
-                    f"model.head.type={self.head_type} gives {outputs.shape[-1]} numbers; its second argument asked "
-                    f"for {self.num_outputs}"
+                    f"model.head.type={self.settings.type} gives {outputs.shape[-1]} numbers; its second argument "
+                    f"asked for {self.num_outputs}"
                 )
             if self.cuts is not None:
                 outputs = self.cuts(outputs)
             outputs = outputs.float()
-            if self.pooling == "alltoken":
-                assert prompt_mask is not None
-                outputs = average_token_outputs(self.task, outputs, prompt_mask)
-        return outputs * self.scale + self.shift if self.task == "regression" else outputs
+            if prompt_mask is not None and pooling == "alltoken":
+                outputs = average_token_outputs(task, outputs, prompt_mask)
+        return outputs * self.settings.scale + self.settings.shift if task == "regression" else outputs
 
 
 def average_token_outputs(task: str, outputs: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -183,11 +169,7 @@ HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "mlp": MLPHead}
 
 
 def head_class(name: str) -> type[nn.Module]:
-    """Return the class of a head; a user's own class must have been added to the table.
-
-    Raises:
-        ValueError: there is no head of this name.
-    """
+    """Return the class of a head; a user's own class must have been added to the table."""
     if name not in HEADS:
         raise ValueError(
             f"model.head.type={name}: allowed are {', '.join(HEADS)}, or package.module:Class for a class of your own. "

@@ -5,11 +5,10 @@ Hub code: imports torch, transformers and its siblings only.
 Shapes: B rows, T tokens a row, D text width, K numbers of a head, C labels (see `head_tasks.py`).
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from shutil import copyfile
 from typing import Any, cast
 
 import torch
@@ -23,8 +22,15 @@ from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_comp
 from .head_losses import head_loss
 from .head_tasks import CLASSIFICATION_TASKS, choose_labels, probabilities
 from .heads import HEADS, PredictionHead
-from .modeling_vlm import IGNORE_INDEX, VLMForConditionalGeneration, supervised_loss
-from .poolings import TokenMasks
+from .modeling_vlm import (
+    IGNORE_INDEX,
+    VLMForConditionalGeneration,
+    WrapperModel,
+    copy_class_file,
+    has_trainable_parameters,
+    supervised_loss,
+)
+from .poolings import TokenMasks, pool_hidden_states
 
 
 @dataclass
@@ -42,7 +48,7 @@ class VLMPredictionOutput(ModelOutput):
     outputs: dict[str, Tensor] | None = None
 
 
-class VLMForPrediction(PreTrainedModel):
+class VLMForPrediction(WrapperModel):
     """Heads on the hidden states of a vision-language model at a prompt.
 
     Args:
@@ -52,14 +58,8 @@ class VLMForPrediction(PreTrainedModel):
 
     config_class = VLMPredictionConfig
     base_model_prefix = "vlm_prediction"
-    main_input_name = "input_ids"
-    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers declares it
-    supports_gradient_checkpointing = True
+    wrapped = "body"
     _keep_in_fp32_modules_strict = ["heads"]  # noqa: RUF012 - as transformers declares it; thresholds are for these
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: VLMPredictionConfig, body: PreTrainedModel | None = None):
@@ -68,46 +68,18 @@ class VLMForPrediction(PreTrainedModel):
             config.body_config.name_or_path = config.name_or_path  # where the code of a body lies
         self.body = make_body(config.body_config) if body is None else body
         config.body_config = self.body.config
+        if type(self).__module__.startswith("transformers_modules."):  # loaded from the checkpoint, as its heads are
+            for head in config.settings:
+                if head.type not in HEADS:
+                    reference = config.auto_map[f"Head.{head.name}"]
+                    HEADS[head.type] = get_class_from_dynamic_module(reference, str(config.name_or_path))
         width = config.get_text_config().hidden_size
-        for settings in config.settings:
-            self._register_remote_head(settings)
-        self.heads = nn.ModuleDict({settings.name: make_head(settings, width) for settings in config.settings})
+        self.heads = nn.ModuleDict({head.name: PredictionHead(width, head) for head in config.settings})
         self.post_init()
-
-    def _register_remote_head(self, settings: HeadSettings) -> None:
-        """Add a head class of the checkpoint to the table, where this code itself is loaded from the checkpoint."""
-        if settings.type not in HEADS and type(self).__module__.startswith("transformers_modules."):
-            reference = self.config.auto_map[f"Head.{settings.name}"]
-            HEADS[settings.type] = get_class_from_dynamic_module(reference, str(self.config.name_or_path))
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """The body initialises itself; a head's modules keep PyTorch's own initialisation."""
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the body's input embeddings."""
-        return self.body.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the body's input embeddings."""
-        self.body.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the body's vocabulary head."""
-        return self.body.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the body's vocabulary head."""
-        self.body.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self) -> nn.Module:
-        """Return the body's language model without its vocabulary head."""
-        return self.body.get_decoder()
 
     def train(self, mode: bool = True) -> "VLMForPrediction":
         """Set training mode; a frozen body stays in evaluation mode."""
-        if any(parameter.requires_grad for parameter in self.body.parameters()):
+        if has_trainable_parameters(self.body):
             super().train(mode)
             return self
         self.training = mode
@@ -150,18 +122,14 @@ class VLMForPrediction(PreTrainedModel):
                 "give prompt_mask with text_labels: heads do not read the replies that stand behind prompts"
             )
         loss = None
+        prompt = None if attention_mask is None else attention_mask.bool()
         if features is None:
             if input_ids is None:
                 raise ValueError("give input_ids, or features")
-            real = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             states, reply_loss = self._hidden_states_by_layer(input_ids, real, text_labels, inputs)
-            prompt = (real if prompt_mask is None else prompt_mask).bool()
-            prompt_and_suffix_mask, prompt = prompt, self._mask_suffix(input_ids, prompt)
-            features = self._read_head_features(states, input_ids, prompt_and_suffix_mask, prompt)
-            if text_labels is not None:
-                loss = self.config.generation_weight * reply_loss
-        else:
-            prompt = None if attention_mask is None else attention_mask.bool()
+            features, prompt = self._read_head_features(states, input_ids, real if prompt_mask is None else prompt_mask)
+            loss = None if reply_loss is None else self.config.generation_weight * reply_loss
         outputs = {name: head(features[name], prompt) for name, head in self.heads.items()}
         if labels is not None:
             head_loss = self._weighted_head_loss(outputs, labels, groups)
@@ -171,48 +139,40 @@ class VLMForPrediction(PreTrainedModel):
     def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> dict[str, Tensor]:
         """Return the features of prompts for `forward`: head -> `(B, D)`, or `(B, T, D)` where it needs every token."""
         states, _ = self._hidden_states_by_layer(input_ids, attention_mask, None, inputs)
-        prompt_and_suffix_mask = attention_mask.bool()
-        return self._read_head_features(
-            states, input_ids, prompt_and_suffix_mask, self._mask_suffix(input_ids, prompt_and_suffix_mask)
-        )
-
-    def _mask_suffix(self, input_ids: Tensor, prompt_and_suffix_mask: Tensor) -> Tensor:
-        """Return the mask of the prompt without the tokens of `config.suffix`: `(B, T), (B, T) -> (B, T)`."""
-        return prompt_and_suffix_mask & ~torch.isin(input_ids, input_ids.new_tensor(self.config.suffix_ids))
+        return self._read_head_features(states, input_ids, attention_mask)[0]
 
     def _read_head_features(
-        self, states: dict[int | None, Tensor], input_ids: Tensor, prompt_and_suffix_mask: Tensor, prompt: Tensor
-    ) -> dict[str, Tensor]:
-        """Return the features that each head reads of hidden states; `prompt` is without the tokens of the suffix."""
+        self, states: dict[int | None, Tensor], input_ids: Tensor, prompt_and_suffix_mask: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the features that each head reads of hidden states, and the mask of the prompt without its suffix."""
+        prompt_and_suffix = prompt_and_suffix_mask.bool()
+        prompt = prompt_and_suffix & ~torch.isin(input_ids, input_ids.new_tensor(self.config.suffix_ids))
         media = torch.isin(input_ids, input_ids.new_tensor(self.config.media_token_ids)) & prompt
         features = {}
         for settings in self.config.settings:
             token_id = -1 if settings.token_id is None else settings.token_id
-            masks = TokenMasks(prompt, media, prompt_and_suffix_mask & (input_ids == token_id))
-            head = self.heads[settings.name]
-            assert isinstance(head, PredictionHead)
-            features[settings.name] = head.features(states[settings.layer], masks)
-        return features
+            masks = TokenMasks(prompt, media, prompt_and_suffix & (input_ids == token_id))
+            features[settings.name] = pool_hidden_states(settings.pooling, states[settings.layer], masks)
+        return features, prompt
 
     def _hidden_states_by_layer(
         self, input_ids: Tensor, attention_mask: Tensor, text_labels: Tensor | None, inputs: dict[str, Tensor]
     ) -> tuple[dict[int | None, Tensor], Tensor | None]:
         """Return the hidden states that heads read, by layer, each `(B, T, D)`, and the loss of replies, if any."""
+        body: Any = self.body
         layers = {settings.layer for settings in self.config.settings}
         arguments = {**inputs, "input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if is_composed(self.config.body_config):
+        if composed := is_composed(self.config.body_config):
             arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        needs_gradients = torch.is_grad_enabled() and any(
-            parameter.requires_grad for parameter in self.body.parameters()
-        )
-        with torch.set_grad_enabled(needs_gradients):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and has_trainable_parameters(body)):
             if text_labels is None:
-                output = run_decoder(self.body, **arguments, output_hidden_states=layers != {None})
+                decode = body.decode if composed else body.base_model  # without the vocabulary head
+                output = decode(**arguments, output_hidden_states=layers != {None})
                 last, loss = output.last_hidden_state, None
             else:
                 targets = F.pad(text_labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
                 keep = targets != IGNORE_INDEX
-                output = self.body(**arguments, logits_to_keep=keep, output_hidden_states=True)
+                output = body(**arguments, logits_to_keep=keep, output_hidden_states=True)
                 last, loss = output.hidden_states[-1], supervised_loss(output.logits, targets[keep], None)
         return {layer: last if layer is None else output.hidden_states[layer] for layer in layers}, loss
 
@@ -248,25 +208,14 @@ class VLMForPrediction(PreTrainedModel):
         outputs = self(**inputs).outputs
         return {head.name: interpret_outputs(head, outputs[head.name]) for head in self.config.settings}
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Save the model, with the files of a user's own connector and head classes beside the hub code."""
-        self.save_custom_code(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
-
     def save_custom_code(self, save_directory) -> None:
         """Copy the files of a user's own classes, if there are any, and note them in the configuration."""
         if is_composed(self.body.config):
             cast(VLMForConditionalGeneration, self.body).save_custom_code(save_directory)
         for number, settings in enumerate(self.config.settings):
-            head = self.heads[settings.name]
-            assert isinstance(head, PredictionHead)
-            source = sys.modules[type(head.layers).__module__].__file__
-            if ":" in settings.type and source is not None:  # package.module:Class, not a name of the table
-                copy = Path(save_directory, f"user_head_{number}.py")
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if copy.resolve() != Path(source).resolve():
-                    copyfile(source, copy)
-                self.config.auto_map[f"Head.{settings.name}"] = f"{copy.stem}.{type(head.layers).__name__}"
+            if ":" in settings.type:  # package.module:Class, not a name of the table
+                kind, file = type(self.heads[settings.name].layers), Path(save_directory, f"user_head_{number}.py")
+                self.config.auto_map[f"Head.{settings.name}"] = copy_class_file(kind, file)
 
 
 def make_body(config: PreTrainedConfig) -> Any:
@@ -286,28 +235,12 @@ def propagate_dtype(config: PreTrainedConfig) -> None:
             propagate_dtype(nested)
 
 
-def make_head(settings: HeadSettings, width: int) -> PredictionHead:
-    """Make a head with new weights."""
-    return PredictionHead(
-        width, task=settings.task, num_labels=len(settings.labels), pooling=settings.pooling, type=settings.type,
-        options=settings.options, shift=settings.shift, scale=settings.scale,
-    )  # fmt: skip
-
-
-def run_decoder(body: PreTrainedModel, **inputs) -> Any:
-    """Run a body over text and images without its vocabulary head; the output has `last_hidden_state`."""
-    if is_composed(body.config):
-        return cast(VLMForConditionalGeneration, body).decode(**inputs)
-    return body.base_model(**inputs)
-
-
 def interpret_outputs(head: HeadSettings, outputs: Tensor) -> dict[str, Any]:
     """Turn a head's outputs `(B, K)` into scores and predictions, see `VLMForPrediction.predict`."""
     if head.task not in CLASSIFICATION_TASKS:
         return {"scores": outputs[:, 0], "predictions": outputs[:, 0].tolist()}
-    label_probabilities = probabilities(head.task, outputs, head.temperature)
-    decisions = choose_labels(head.task, label_probabilities, head.threshold)
+    scores = probabilities(head.task, outputs, head.temperature)
+    decisions = choose_labels(head.task, scores, head.threshold).tolist()
     if head.task == "multilabel":
-        rows = [[label for label, holds in zip(head.labels, row, strict=True) if holds] for row in decisions.tolist()]
-        return {"scores": label_probabilities, "predictions": rows}
-    return {"scores": label_probabilities, "predictions": [head.labels[number] for number in decisions.tolist()]}
+        return {"scores": scores, "predictions": [list(compress(head.labels, row)) for row in decisions]}
+    return {"scores": scores, "predictions": [head.labels[number] for number in decisions]}

@@ -6,8 +6,8 @@ Shapes: B rows, T tokens a row, I images in the batch, P features an image, N to
 D text width, S supervised positions. With `config.anyres`, I are the views of all images (see `anyres.py`).
 """
 
+import inspect
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ IGNORE_INDEX = -100
 MAX_LOGITS = 2**26
 """The most logits of one chunk: 256 MiB in float32."""
 
+IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_views", "image_features", "image_index")
+"""The inputs of images, see `VLMForConditionalGeneration.forward`."""
+
 
 @dataclass
 class VLMOutput(ModelOutput):
@@ -52,7 +55,54 @@ class VLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class WrapperModel(PreTrainedModel):
+    """A model around the one that `wrapped` names, whose embeddings and decoder it has."""
+
+    wrapped: str
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers declares it
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Parts initialise themselves; modules of connectors and heads keep PyTorch's own initialisation."""
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's input embeddings."""
+        return getattr(self, self.wrapped).get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's input embeddings."""
+        getattr(self, self.wrapped).set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the language model's vocabulary head."""
+        return getattr(self, self.wrapped).get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the language model's vocabulary head."""
+        getattr(self, self.wrapped).set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        """Return the language model without its vocabulary head."""
+        return getattr(self, self.wrapped).get_decoder()
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save the model, with the files of a user's own connector and head classes beside the hub code."""
+        self.save_custom_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_custom_code(self, save_directory) -> None:
+        """Copy the files of a user's own classes, if there are any, and note them in the configuration."""
+        raise NotImplementedError
+
+
+class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
     """Image features, mapped by a connector, take the place of placeholders among a language model's embeddings.
 
     Args:
@@ -63,13 +113,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = VLMConfig
     base_model_prefix = "vlm"
-    main_input_name = "input_ids"
-    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers declares it
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    wrapped = "language_model"
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
     _auto_class = "AutoModelForImageTextToText"
 
@@ -95,35 +139,10 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.image_newline = ImageNewline(AnyRes(**config.anyres), config.text_config.hidden_size)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Parts initialise themselves; a connector's modules keep PyTorch's own initialisation."""
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the language model's input embeddings."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's input embeddings."""
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the language model's vocabulary head."""
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the language model's vocabulary head."""
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self) -> nn.Module:
-        """Return the language model without its vocabulary head."""
-        return self.language_model.get_decoder()
-
     def train(self, mode: bool = True) -> "VLMForConditionalGeneration":
         """Set training mode; a frozen encoder stays in evaluation mode, with its batch statistics."""
         super().train(mode)
-        if not _has_trainable_parameters(self.visual_encoder):
+        if not has_trainable_parameters(self.visual_encoder):
             self.visual_encoder.eval()
         return self
 
@@ -152,7 +171,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_features = self.encode_images(pixel_values)
         if image_index is not None and self.connects_duplicates():
             image_features, image_index = image_features[image_index], None
-        mapped = self.connector(image_features.to(get_module_dtype(self.connector, image_features)))
+        mapped = self.connector(image_features.to(next(self.connector.parameters(), image_features).dtype))
         return mapped if image_index is None else mapped[image_index]
 
     def encodes_duplicates(self) -> bool:
@@ -161,23 +180,23 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def connects_duplicates(self) -> bool:
         """Return whether equal images go through the connector one by one, since training makes them different."""
-        return _is_stochastic(self.connector)
+        kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+        return any(module.training and isinstance(module, kinds) for module in self.connector.modules())
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return the features that the connector reads: `(I, 3 * encoders, height, width) -> (I, P, V)`."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _has_trainable_parameters(self.visual_encoder)):
-            return self._encode_and_concatenate(pixel_values.to(self.visual_encoder.dtype))
-
-    def _encode_and_concatenate(self, pixel_values: Tensor) -> Tensor:
         part = self.visual_encoder
         encoders = list(part.encoders) if isinstance(part, EncoderEnsemble) else [part]
-        inputs = zip(encoders, pixel_values.chunk(len(encoders), dim=1), self.config.feature_selections, strict=True)
-        return torch.cat([read_features(encoder, pixels, **selection) for encoder, pixels, selection in inputs], dim=2)
+        channels = pixel_values.to(part.dtype).chunk(len(encoders), dim=1)
+        inputs = zip(encoders, channels, self.config.feature_selections, strict=True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and has_trainable_parameters(part)):
+            features = [read_features(encoder, pixels, **selection) for encoder, pixels, selection in inputs]
+            return torch.cat(features, dim=2)
 
     def merge_images(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
+        pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         image_views: Tensor | None = None,
         image_features: Tensor | None = None,
@@ -198,12 +217,10 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"pixel_values are {pixel_values.dtype}: processor.normalise(pixels) is missing")
         placeholders = input_ids == self.config.image_token_id  # (B, T)
         features = self.get_image_features(pixel_values, image_features, image_index).to(embeddings.dtype)  # (I, N, D)
-        if self.image_newline is not None:
-            return embeddings.masked_scatter(
-                placeholders.unsqueeze(-1), self._tokens_from_views(features, placeholders, image_sizes, image_views)
-            )
         images, tokens = features.shape[:2]
-        if not torch.compiler.is_compiling() and int(placeholders.sum()) != images * tokens:
+        if self.image_newline is not None:
+            features = self._join_views(features, placeholders, image_sizes, image_views)
+        elif not torch.compiler.is_compiling() and int(placeholders.sum()) != images * tokens:
             counts = {row: count for row, count in enumerate(placeholders.sum(1).tolist()) if count}
             raise ValueError(
                 f"{images} images of {tokens} tokens each need {images * tokens} placeholders "
@@ -212,21 +229,17 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return embeddings.masked_scatter(placeholders.unsqueeze(-1), features)
 
-    def _tokens_from_views(
+    def _join_views(
         self, views: Tensor, placeholders: Tensor, image_sizes: Tensor | None, image_views: Tensor | None
     ) -> Tensor:
-        """Return the tokens of all images from those of their views: `(I, N, D), (B, T) -> (tokens, D)`.
-
-        Raises:
-            ValueError: as `merge_images`.
-        """
+        """Return the tokens of all images from those of their views: `(I, N, D), (B, T) -> (tokens, D)`."""
         assert self.image_newline is not None
         if image_sizes is None or image_views is None:
             raise ValueError("image_sizes and image_views are missing: this model sees images in tiles (config.anyres)")
         sizes, numbers = [tuple(size) for size in image_sizes.tolist()], image_views.tolist()
         if (total := sum(max(number, 1) for number in numbers)) != len(views):
             raise ValueError(f"image_views={numbers} are {total} views, but pixel_values hold {len(views)}")
-        tokens = [self.image_newline.anyres.num_tokens(*image) for image in zip(sizes, numbers, strict=True)]
+        tokens = list(map(self.image_newline.anyres.num_tokens, sizes, numbers))
         rows = placeholders.sum(1).tolist()
         if (row := first_mismatched_row(rows, tokens)) is not None:
             raise ValueError(
@@ -258,19 +271,16 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `(B, T)`, with `N` placeholders for each image, in the order of `pixel_values`.
-            pixel_values: `(I, 3 * encoders, height, width)`, the images of all rows concatenated; the channels are
-                those for the first encoder, then those for the second, and so on.
+            pixel_values: `(I, 3 * encoders, height, width)`, the images of all rows; channels encoder by encoder.
             attention_mask: `(B, T)`, 0 at padding.
             position_ids: `(B, T)`.
             past_key_values: the cache of earlier tokens.
             inputs_embeds: `(B, T, D)` instead of `input_ids` and `pixel_values`.
-            labels: `(B, T)`, -100 where not supervised; position t is predicted from t - 1. Logits are computed for
-                supervised positions only.
-            logits_to_keep: without `labels`, as the language model takes it.
+            labels: `(B, T)`, -100 where not supervised; position t is predicted from t - 1.
+            logits_to_keep: without `labels`, as the language model takes it; with them, supervised positions are kept.
             num_items_in_batch: the divisor of the summed loss; defaults to the supervised positions of this batch.
-            num_chunks: with `labels`, the number of chunks in which supervised positions go through the vocabulary
-                head. With several, the logits of a chunk are freed, recomputed for its gradient and not returned. Only
-                for language models whose logits are the unchanged output of their head.
+            num_chunks: with `labels`, the chunks of `chunked_loss`; with several, no logits are returned. Only for
+                language models whose logits are the unchanged output of their head.
             image_sizes: with `config.anyres`, `(images, 2)`: height and width of each image in pixels.
             image_views: with `config.anyres`, `(images,)`: number of views of each image, see `AnyRes.num_views`.
             image_features: `(I, P, V)` in place of `pixel_values`: the output of `encode_images`.
@@ -279,50 +289,33 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.merge_images(
-                input_ids, pixel_values, image_sizes, image_views, image_features, image_index
-            )
-        text = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        if input_ids is not None:
+            images = (pixel_values, image_sizes, image_views, image_features, image_index)
+            inputs_embeds = self.merge_images(input_ids, *images)
+        text = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids} | kwargs
         targets = None
         if labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
             logits_to_keep = targets != IGNORE_INDEX
             if num_chunks > 1:
-                hidden = self.get_decoder()(inputs_embeds=inputs_embeds, **text).last_hidden_state
+                hidden = self.get_decoder()(**text).last_hidden_state[logits_to_keep]
                 head, targets = self.get_output_embeddings(), targets[logits_to_keep]
                 assert head is not None
-                return VLMOutput(
-                    loss=chunked_loss(head, hidden[logits_to_keep], targets, num_items_in_batch, num_chunks)
-                )
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            logits_to_keep=logits_to_keep,
-            **{**text, "return_dict": True},
-        )
+                return VLMOutput(loss=chunked_loss(head, hidden, targets, num_items_in_batch, num_chunks))
+        text |= {"past_key_values": past_key_values, "logits_to_keep": logits_to_keep, "return_dict": True}
+        outputs = self.language_model(**text)
         loss = None
         if targets is not None:
             loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch)
         return VLMOutput(loss, outputs.logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
-    def decode(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        image_views: Tensor | None = None,
-        image_features: Tensor | None = None,
-        image_index: Tensor | None = None,
-        **kwargs,
-    ) -> ModelOutput:
+    def decode(self, input_ids: Tensor, **kwargs) -> ModelOutput:
         """Run the language model without its vocabulary head; arguments as in `forward`.
 
         Returns the decoder's output: `last_hidden_state` `(B, T, D)`, and `hidden_states` where requested.
         """
-        embeddings = self.merge_images(input_ids, pixel_values, image_sizes, image_views, image_features, image_index)
-        return self.get_decoder()(inputs_embeds=embeddings, **kwargs)
+        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        return self.get_decoder()(inputs_embeds=self.merge_images(input_ids, **images), **kwargs)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs):
@@ -331,26 +324,16 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns the ids of prompts followed by those of answers.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        names = ("image_sizes", "image_views", "image_features", "image_index")
-        image_inputs = {name: kwargs.pop(name, None) for name in names}
-        if pixel_values is not None or image_inputs["image_features"] is not None:
-            kwargs["inputs_embeds"] = self.merge_images(input_ids, pixel_values, **image_inputs)
+        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS} | {"pixel_values": pixel_values}
+        if pixel_values is not None or images["image_features"] is not None:
+            kwargs["inputs_embeds"] = self.merge_images(input_ids, **images)
         return super().generate(input_ids=input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Save the model, with the file of a user's own connector class beside the hub code."""
-        self.save_custom_code(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
 
     def save_custom_code(self, save_directory) -> None:
         """Copy the file of a user's own connector class, if there is one, and note it in the configuration."""
-        source = sys.modules[type(self.connector).__module__].__file__
-        if ":" in self.config.connector["type"] and source is not None:  # package.module:Class, not a name of the table
-            copy = Path(save_directory, "user_connector.py")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if copy.resolve() != Path(source).resolve():
-                shutil.copyfile(source, copy)
-            self.config.auto_map["Connector"] = f"{copy.stem}.{type(self.connector).__name__}"
+        if ":" in self.config.connector["type"]:  # package.module:Class, not a name of the table
+            file = Path(save_directory, "user_connector.py")
+            self.config.auto_map["Connector"] = copy_class_file(type(self.connector), file)
 
 
 def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
@@ -386,16 +369,15 @@ def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-def _has_trainable_parameters(module: nn.Module) -> bool:
+def has_trainable_parameters(module: nn.Module) -> bool:
+    """Return whether any parameter of a module gets a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _is_stochastic(module: nn.Module) -> bool:
-    """Return whether a module in training may return different rows for equal ones."""
-    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-    return any(child.training and isinstance(child, kinds) for child in module.modules())
-
-
-def get_module_dtype(module: nn.Module, fallback: Tensor) -> torch.dtype:
-    """Return the dtype of a module's parameters, or of a tensor where it has none."""
-    return next((parameter.dtype for parameter in module.parameters()), fallback.dtype)
+def copy_class_file(kind: type, file: Path) -> str:
+    """Copy the file that defines a class; return the name of the class in `auto_map`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    source = Path(inspect.getfile(kind))
+    if file.resolve() != source.resolve():
+        shutil.copyfile(source, file)
+    return f"{file.stem}.{kind.__name__}"

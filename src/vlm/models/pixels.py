@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import SizeDict, load_image
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
-from .anyres import VIDEO_FRAME_VIEWS, AnyRes
+from .anyres import AnyRes
 
-ImageOrTensor = Image.Image | torch.Tensor
+ImageOrTensor = Image.Image | Tensor
 """An image of Pillow, or a uint8 tensor `(3, height, width)`."""
 
 Settings = dict[str, Any]
@@ -39,22 +40,22 @@ class ImageProcessor(Protocol):
     image_mean: Sequence[float]
     image_std: Sequence[float]
 
-    def __call__(self, images: Sequence[ImageOrTensor], *, return_tensors: str) -> Mapping[str, torch.Tensor]:
+    def __call__(self, images: Sequence[ImageOrTensor], *, return_tensors: str) -> Mapping[str, Tensor]:
         """Return the model's inputs for a batch of images."""
         ...
 
-    def resize(self, image: torch.Tensor, size: Any, *, resample: int) -> torch.Tensor:
+    def resize(self, image: Tensor, size: Any, *, resample: int) -> Tensor:
         """Resize an image `(3, height, width)`."""
         ...
 
-    def center_crop(self, image: torch.Tensor, size: Any) -> torch.Tensor:
+    def center_crop(self, image: Tensor, size: Any) -> Tensor:
         """Cut the middle out of an image `(3, height, width)`."""
         ...
 
     def rescale_and_normalize(
-        self, images: torch.Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool,
+        self, images: Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool,
         image_mean: Sequence[float], image_std: Sequence[float],
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         """Turn whole numbers into what the encoder reads; the shape stays."""
         ...
 
@@ -63,9 +64,7 @@ class ImageProcessor(Protocol):
         ...
 
 
-def make_raw_pixels(
-    image_processor: ImageProcessor, rgb_images: Sequence[ImageOrTensor], image_mode: str
-) -> torch.Tensor:
+def make_raw_pixels(image_processor: ImageProcessor, rgb_images: Sequence[ImageOrTensor], image_mode: str) -> Tensor:
     """Return RGB images as `(images, 3, height, width)`: uint8 from an image processor that `is_plain`.
 
     All other image processors do all of their work here and return what the encoder reads.
@@ -74,12 +73,10 @@ def make_raw_pixels(
         rgb_images = [pad_to_square(rgb_image, mean_color_value(image_processor)) for rgb_image in rgb_images]
     if not is_plain(image_processor):
         return image_processor(rgb_images, return_tensors="pt")["pixel_values"]
-    return torch.stack([resize_and_crop(image_processor, rgb_image) for rgb_image in rgb_images])
+    return torch.stack([_resize_and_crop(image_processor, as_tensor(rgb_image)) for rgb_image in rgb_images])
 
 
-def resize_and_crop(image_processor: ImageProcessor, rgb_image: ImageOrTensor) -> torch.Tensor:
-    """Resize and crop as the image processor does, without what its call does around that."""
-    pixels = rgb_image if isinstance(rgb_image, torch.Tensor) else as_tensor(rgb_image)
+def _resize_and_crop(image_processor: ImageProcessor, pixels: Tensor) -> Tensor:
     if image_processor.do_resize:
         pixels = image_processor.resize(pixels, image_processor.size, resample=image_processor.resample)
     if image_processor.do_center_crop:
@@ -87,7 +84,7 @@ def resize_and_crop(image_processor: ImageProcessor, rgb_image: ImageOrTensor) -
     return pixels
 
 
-def normalise_pixels(image_processor: ImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
+def normalise_pixels(image_processor: ImageProcessor, pixels: Tensor) -> Tensor:
     """Rescale and normalise uint8 pixels on the device where they are; other pixels are normalised already."""
     if pixels.dtype != torch.uint8:
         return pixels
@@ -95,36 +92,29 @@ def normalise_pixels(image_processor: ImageProcessor, pixels: torch.Tensor) -> t
     return image_processor.rescale_and_normalize(pixels, True, image_processor.rescale_factor, True, mean, std)
 
 
-def make_views(
-    image_processor: ImageProcessor, tiling: AnyRes, rgb_image: torch.Tensor, num_views: int
-) -> torch.Tensor:
+def make_views(image_processor: ImageProcessor, tiling: AnyRes, rgb_image: Tensor, num_views: int) -> Tensor:
     """Return what the encoder sees of an image: `(3, height, width) -> (views, 3, tile_size, tile_size)`.
 
     The whole image is squashed to a square, or, where it is one of several in a sample, padded to a square in the
     mean colour; a frame of a video is squashed.
     """
 
-    def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def resize(pixels: Tensor, height: int, width: int) -> Tensor:
         return image_processor.resize(pixels, SizeDict(height=height, width=width), resample=image_processor.resample)
 
-    side = tiling.tile_size
-    if num_views not in (VIDEO_FRAME_VIEWS, 1):
-        return torch.cat([resize(rgb_image, side, side)[None], tiling.cut_tiles(rgb_image, resize)])
-    if num_views != VIDEO_FRAME_VIEWS:
+    if num_views == 1:
         rgb_image = _pad_tensor_to_square(rgb_image, mean_color_value(image_processor))
-    return resize(rgb_image, side, side)[None]
+    whole = resize(rgb_image, tiling.tile_size, tiling.tile_size)[None]
+    return torch.cat([whole, tiling.cut_tiles(rgb_image, resize)]) if num_views > 1 else whole
 
 
 def is_plain(image_processor: ImageProcessor) -> bool:
     """Return whether an image processor resizes, crops, rescales and normalises, and does nothing else."""
-    kind = type(image_processor)
-    inherited = getattr(kind, "_preprocess", None), getattr(kind, "preprocess", None)
-    modules = {getattr(method, "__module__", "").rpartition(".")[2] for method in inherited}
-    return (
-        modules <= {"image_processing_backends", "image_processing_utils"}
-        and not getattr(image_processor, "do_pad", None)
-        and bool(image_processor.do_rescale and image_processor.do_normalize)
-    )
+    methods = [getattr(type(image_processor), name, None) for name in ("_preprocess", "preprocess")]
+    modules = {getattr(method, "__module__", "").rpartition(".")[2] for method in methods}
+    is_inherited = modules <= {"image_processing_backends", "image_processing_utils"}
+    pads = getattr(image_processor, "do_pad", None)
+    return bool(is_inherited and not pads and image_processor.do_rescale and image_processor.do_normalize)
 
 
 def make_image_processor(settings: ImageProcessor | Settings) -> ImageProcessor:
@@ -151,17 +141,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def as_tensor(image: Image.Image) -> torch.Tensor:
-    """Return an RGB image as `(3, height, width)`, in Pillow's memory layout (channels last).
-
-    torchvision resizes that layout fastest.
-    """
+def as_tensor(image: ImageOrTensor) -> Tensor:
+    """Return an RGB image as `(3, height, width)`, channels last in memory: torchvision resizes that layout fastest."""
+    if isinstance(image, Tensor):
+        return image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def pad_to_square(image: ImageOrTensor, colour: tuple[int, ...]) -> ImageOrTensor:
     """Return the image in the middle of a square of its longer side, as LLaVA-1.5 prepares it."""
-    if isinstance(image, torch.Tensor):
+    if isinstance(image, Tensor):
         return _pad_tensor_to_square(image, colour)
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
@@ -169,7 +158,7 @@ def pad_to_square(image: ImageOrTensor, colour: tuple[int, ...]) -> ImageOrTenso
     return square
 
 
-def _pad_tensor_to_square(image: torch.Tensor, colour: tuple[int, ...]) -> torch.Tensor:
+def _pad_tensor_to_square(image: Tensor, colour: tuple[int, ...]) -> Tensor:
     _, height, width = image.shape
     side = max(height, width)
     padded = image.new_tensor(colour).repeat(side, side, 1).permute(2, 0, 1)  # (3, side, side), channels last in memory

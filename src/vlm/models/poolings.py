@@ -30,9 +30,6 @@ class TokenMasks:
 EVERY_TOKEN_POOLINGS = ("attention", "alltoken")
 """Poolings that need every token's hidden state, since their weights come before the mean."""
 
-SPECIAL_TOKEN_POOLINGS = ("token", "query")
-"""Poolings that read at a token: one of the user's choice, or a new one at the end of the prompt."""
-
 POOLINGS: dict[str, str] = {
     "last": "the last token",
     "mean": "the mean over all tokens",
@@ -46,29 +43,34 @@ POOLINGS: dict[str, str] = {
 }
 """Pooling -> description."""
 
+NO_TOKEN_HINTS = {
+    "image": "it shows no image; choose another pooling for records of text only",
+    "text": "it is nothing but images",
+    "query": "the token of the head's query is missing behind its prompt (config.suffix)",
+    "token": "the token that the head reads at (model.head.token) is not in its prompt",
+}
+"""Pooling -> why a row may have no token to read."""
+
 
 def pool_hidden_states(pooling: str, hidden: Tensor, masks: TokenMasks) -> Tensor:
-    """Pool hidden states in float32, without any weights.
-
-    Returns:
-        `(B, D)`; for `EVERY_TOKEN_POOLINGS` all hidden states `(B, T, D)`.
+    """Pool hidden states in float32: `(B, T, D) -> (B, D)`; for `EVERY_TOKEN_POOLINGS` return all, `(B, T, D)`.
 
     Raises:
         ValueError: a row has no token to read.
     """
+    assert pooling in POOLINGS
+    prompt, media, selected = masks.prompt_mask, masks.media_mask, masks.selected_mask
+    mask = {"image": media, "text": prompt & ~media, "token": selected, "query": selected}.get(pooling, prompt)
+    if not torch.compiler.is_compiling() and not bool(mask.any(dim=1).all()):
+        row = int((~mask.any(dim=1)).nonzero()[0])
+        hint = NO_TOKEN_HINTS.get(pooling, "it is empty")
+        raise ValueError(f"pooling={pooling}: row {row} has no token to read: {hint}")
     if pooling in EVERY_TOKEN_POOLINGS:
-        _require_tokens(masks.prompt_mask, pooling)
         return hidden.float()
     if pooling in ("last", "first"):
         order = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
-        _require_tokens(masks.prompt_mask, pooling)
-        place = (masks.prompt_mask * (order if pooling == "last" else order.flip(0))).argmax(dim=1)
+        place = (mask * (order if pooling == "last" else order.flip(0))).argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), place].float()
-    mask = {
-        "mean": masks.prompt_mask, "image": masks.media_mask, "text": masks.prompt_mask & ~masks.media_mask,
-        "token": masks.selected_mask, "query": masks.selected_mask,
-    }[pooling]  # fmt: skip
-    _require_tokens(mask, pooling)
     return mean_over_mask(hidden.float(), mask)
 
 
@@ -76,17 +78,3 @@ def mean_over_mask(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over the masked tokens of each row: `(B, T, D), (B, T) -> (B, D)`; 0 where there are none."""
     total = values.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1)  # others may be NaN
     return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _require_tokens(mask: Tensor, pooling: str) -> None:
-    """Raise ValueError where a row has nothing to read."""
-    if torch.compiler.is_compiling() or bool(mask.any(dim=1).all()):
-        return
-    row = int((~mask.any(dim=1)).nonzero()[0])
-    hints = {
-        "image": "it shows no image; choose another pooling for records of text only",
-        "text": "it is nothing but images",
-        "query": "the token of the head's query is missing behind its prompt (config.suffix)",
-        "token": "the token that the head reads at (model.head.token) is not in its prompt",
-    }
-    raise ValueError(f"pooling={pooling}: row {row} has no token to read: {hints.get(pooling, 'it is empty')}")

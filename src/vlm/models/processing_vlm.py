@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .anyres import AnyRes, Size
@@ -97,10 +98,7 @@ class VLMProcessor(ProcessorMixin):
         self.anyres = anyres
         self.beside = [make_image_processor(settings) for settings in beside]
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(image_token)
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.special_tokens = re.compile(
-            "|".join(map(re.escape, sorted(special | {image_token}, key=len, reverse=True)))
-        )
+        self.special_tokens = special_token_pattern(tokenizer, image_token)
 
     @property
     def image_processors(self) -> list[ImageProcessor]:
@@ -121,17 +119,11 @@ class VLMProcessor(ProcessorMixin):
         """Whether the number of tokens of an image depends on its size."""
         return self.anyres is not None
 
-    @property
-    def pools_video_frames(self) -> bool:
-        """Whether frames of videos are encoded otherwise than images; their sizes are then None."""
-        return self.anyres is not None
+    pools_video_frames = needs_image_sizes
+    """Whether frames of videos are encoded otherwise than images; their sizes are then None."""
 
     def image_token_ids(self, num_tokens: int | None = None) -> list[int]:
-        """Return the ids that one image takes in a conversation, its start and end token included.
-
-        Args:
-            num_tokens: the number of placeholders; defaults to that of one view.
-        """
+        """Return the ids of one image in a conversation: start, placeholders (by default those of one view), end."""
         start, end = (
             self.tokenizer.convert_tokens_to_ids([token] if token else [])
             for token in (self.image_start, self.image_end)
@@ -193,29 +185,23 @@ class VLMProcessor(ProcessorMixin):
         pairs = pairwise([*starts, (len(text), False)])
         return [(start, end, continues_text) for (start, continues_text), (end, _) in pairs if start < end]
 
-    def image_inputs(
-        self, images: Sequence[ImageOrTensor], sizes: Sequence[Size | None] = ()
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, images: Sequence[ImageOrTensor], sizes: Sequence[Size | None] = ()) -> dict[str, Tensor]:
         """Return the model's inputs for a sample's images, before `normalise`; empty without any.
 
-        Args:
-            images: Pillow images, or, where `accepts_tensors`, uint8 tensors `(3, height, width)`.
-            sizes: None for each image that is a frame of a video, as in `tokenize`; without sizes, none is a frame.
+        Images are those of `raw_pixels`, and `sizes` has None for frames of videos, as in `tokenize`; without sizes, no
+        image is a frame.
         """
         if not images:
             return {}
         if (tiling := self.tiling) is None:
             return {"pixel_values": self.raw_pixels(images)}
-        rgb_images = [image if isinstance(image, torch.Tensor) else as_tensor(as_rgb(image)) for image in images]
+        rgb_images = [image if isinstance(image, Tensor) else as_tensor(as_rgb(image)) for image in images]
         image_sizes: list[Size] = [(rgb_image.shape[1], rgb_image.shape[2]) for rgb_image in rgb_images]
         frames = [size is None for size in sizes] or [False] * len(images)
         views = tiling.num_views([None if frame else size for frame, size in zip(frames, image_sizes, strict=True)])
         pixels = [
-            torch.cat(
-                [make_views(image_processor, tiling, rgb_image, number) for image_processor in self.image_processors],
-                dim=1,
-            )
-            for rgb_image, number in zip(rgb_images, views, strict=True)
+            torch.cat([make_views(processor, tiling, *image) for processor in self.image_processors], dim=1)
+            for image in zip(rgb_images, views, strict=True)
         ]
         return {
             "pixel_values": torch.cat(pixels),
@@ -223,13 +209,11 @@ class VLMProcessor(ProcessorMixin):
             "image_views": torch.tensor(views),
         }
 
-    def text_inputs(
-        self, ids: Sequence[int], labels: Sequence[int], images: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs named in `per_token_inputs`: none."""
         return {}
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
         """Return pixels as the visual encoders read them: `(images, 3 * encoders, height, width)`."""
         return self.normalise(self.raw_pixels(images))
 
@@ -238,7 +222,7 @@ class VLMProcessor(ProcessorMixin):
         """Whether `raw_pixels` takes decoded images as tensors too."""
         return all(map(is_plain, self.image_processors))
 
-    def raw_pixels(self, images: Sequence[ImageOrTensor]) -> torch.Tensor:
+    def raw_pixels(self, images: Sequence[ImageOrTensor]) -> Tensor:
         """Return pixels before `normalise`, as data workers pass them on: `(images, 3 * encoders, height, width)`.
 
         They are uint8, a quarter of the bytes, where the image processors have only rescaling and normalising left
@@ -247,14 +231,12 @@ class VLMProcessor(ProcessorMixin):
         Args:
             images: Pillow images, or, where `accepts_tensors`, uint8 tensors `(3, height, width)`.
         """
-        rgb_images = [image if isinstance(image, torch.Tensor) else as_rgb(image) for image in images]
+        rgb_images = [image if isinstance(image, Tensor) else as_rgb(image) for image in images]
         processors = self.image_processors
-        pixels = [make_raw_pixels(image_processor, rgb_images, self.image_mode) for image_processor in processors]
-        if not self.accepts_tensors:
-            pixels = list(map(normalise_pixels, processors, pixels))
-        return torch.cat(pixels, dim=1)
+        pixels = [make_raw_pixels(processor, rgb_images, self.image_mode) for processor in processors]
+        return torch.cat(pixels if self.accepts_tensors else list(map(normalise_pixels, processors, pixels)), dim=1)
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalise(self, pixels: Tensor) -> Tensor:
         """Return the pixels of `raw_pixels` as the visual encoders read them, on the device where they are."""
         channels = pixels.chunk(len(self.image_processors), dim=1)
         return torch.cat(list(map(normalise_pixels, self.image_processors, channels)), dim=1)
@@ -290,10 +272,9 @@ class VLMProcessor(ProcessorMixin):
         if inputs:
             data["pixel_values"] = self.normalise(data["pixel_values"])
         if texts is not None:
-            sizes = [[(rgb_image.height, rgb_image.width) for rgb_image in sample] for sample in samples]
             encoded = [
-                {"input_ids": self.tokenize(rendered, (), images_sizes)[0]}
-                for rendered, images_sizes in zip(texts, sizes, strict=True)
+                {"input_ids": self.tokenize(rendered, (), [(image.height, image.width) for image in sample])[0]}
+                for rendered, sample in zip(texts, samples, strict=True)
             ]
             data |= self.tokenizer.pad(encoded, padding_side=padding_side, return_tensors=return_tensors)
         return BatchFeature(data)
@@ -302,22 +283,19 @@ class VLMProcessor(ProcessorMixin):
         """Render conversations; contents may be strings or lists of text and image items, for any template."""
         is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if is_batch else [conversation]
+        return_dict = kwargs.pop("return_dict", False)
+        kwargs.pop("return_tensors", None)
         if kwargs.pop("tokenize", False):
             images = [image for turns in conversations for image in images_in_conversation(turns)]
-            text = self.apply_chat_template(
-                conversation, *args, **{k: v for k, v in kwargs.items() if k not in ("return_dict", "return_tensors")}
-            )
+            text = self.apply_chat_template(conversation, *args, **kwargs)
             inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
-            return inputs if kwargs.get("return_dict") else inputs["input_ids"]
+            return inputs if return_dict else inputs["input_ids"]
         flat = [[{**turn, "content": self._flatten(turn["content"])} for turn in turns] for turns in conversations]
-        frozen = {"date_string": FIXED_DATE, "enable_thinking": False, "image_token": self.image_token}
         template = kwargs.pop("chat_template", self.chat_template)
         if template and "strftime_now" in template:
             template = FIXED_CLOCK + template
-        rendered = self.tokenizer.apply_chat_template(
-            flat, *args, tokenize=False, chat_template=template,
-            **{**frozen, **{k: v for k, v in kwargs.items() if k not in ("return_dict", "return_tensors")}},
-        )  # fmt: skip
+        settings = {"date_string": FIXED_DATE, "enable_thinking": False, "image_token": self.image_token, **kwargs}
+        rendered = self.tokenizer.apply_chat_template(flat, *args, tokenize=False, chat_template=template, **settings)
         return rendered if is_batch else rendered[0]
 
     def _flatten(self, content: str | list[Message]) -> str:
@@ -344,18 +322,24 @@ class VLMProcessor(ProcessorMixin):
         return names if self.anyres is None else [*names, "image_sizes", "image_views"]
 
 
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase, *media_tokens: str) -> re.Pattern[str]:
+    """Return a pattern that matches the special tokens of a tokenizer and those of images and videos."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(special.union(media_tokens), key=len, reverse=True))))
+
+
 def images_in_conversation(conversation: Sequence[Message]) -> list[object]:
     """Return the images (objects, paths, URLs) that a conversation's content lists name, in order.
 
     Items are `{"type": "image", "image": …}` (or `path`, `url`, `base64`), or OpenAI's `{"type": "image_url",
     "image_url": {"url": …}}`.
     """
+    images = []
     items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
-    return [_image_from_item(item) for item in items if item["type"] in ("image", "image_url")]
-
-
-def _image_from_item(item: Message) -> object:
-    if item["type"] == "image_url":
-        named = item["image_url"]
-        return named["url"] if isinstance(named, dict) else named
-    return next(item[key] for key in ("image", "path", "url", "base64") if key in item)
+    for item in items:
+        if item["type"] == "image_url":
+            named = item["image_url"]
+            images.append(named["url"] if isinstance(named, dict) else named)
+        elif item["type"] == "image":
+            images.append(next(item[key] for key in ("image", "path", "url", "base64") if key in item))
+    return images

@@ -12,7 +12,19 @@ from transformers.activations import ACT2FN
 from .connector_parts import Connector, require_activation, require_heads, require_positive
 
 
-class ResamplerConnector(Connector):
+class QueryConnector(Connector):
+    """A connector with learned queries: as many tokens as queries, in no grid."""
+
+    keeps_grid = False
+
+    @classmethod
+    def num_tokens(cls, num_features: int, *, num_queries: int, **options: object) -> int:
+        """Return the number of queries."""
+        require_positive(num_queries=num_queries)
+        return num_queries
+
+
+class ResamplerConnector(QueryConnector):
     """Flamingo's perceiver resampler (Alayrac et al. 2022, arXiv:2204.14198), then a linear map.
 
     In each layer the queries attend to the features and to themselves, then go through a feed-forward network four
@@ -28,8 +40,6 @@ class ResamplerConnector(Connector):
         activation: of the feed-forward networks; `relu2` is the paper's squared ReLU.
         input_norm: LayerNorm over the features, ahead of that of every layer and of the map to `hidden_dim`.
     """
-
-    keeps_grid = False
 
     def __init__(
         self,
@@ -59,12 +69,6 @@ class ResamplerConnector(Connector):
     def reset_parameters(self) -> None:
         """Initialise the queries with unit variance, as OpenFlamingo does; modules initialise themselves."""
         nn.init.normal_(self.queries)
-
-    @classmethod
-    def num_tokens(cls, num_features: int, *, num_queries: int, **options: object) -> int:
-        """Return the number of queries."""
-        require_positive(num_queries=num_queries)
-        return num_queries
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, see the class."""
@@ -112,7 +116,7 @@ class PerceiverBlock(nn.Module):
         return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
-class QFormerConnector(Connector):
+class QFormerConnector(QueryConnector):
     """BLIP-2's querying transformer (Li et al. 2023, arXiv:2301.12597), then a linear map.
 
     A BERT whose tokens are learned queries and whose every `cross_attention_frequency`-th layer reads the features. It
@@ -128,8 +132,6 @@ class QFormerConnector(Connector):
         dropout: of attention and of every layer's output, while training.
         input_norm: LayerNorm over the features, which BLIP-2 puts behind its encoder.
     """
-
-    keeps_grid = False
 
     def __init__(
         self,
@@ -153,30 +155,23 @@ class QFormerConnector(Connector):
             raise ValueError(f"model.connector.options.dropout={dropout}: at least 0 and less than 1 is needed")
         self.input_norm = nn.LayerNorm(vision_dim) if input_norm else nn.Identity()
         self.queries = nn.Parameter(torch.empty(num_queries, hidden_dim))
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=hidden_dim,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                intermediate_size=4 * hidden_dim,
-                hidden_dropout_prob=dropout,
-                attention_probs_dropout_prob=dropout,
-                cross_attention_frequency=cross_attention_frequency,
-                encoder_hidden_size=vision_dim,
-            )
+        config = Blip2QFormerConfig(
+            hidden_size=hidden_dim,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            intermediate_size=4 * hidden_dim,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            cross_attention_frequency=cross_attention_frequency,
+            encoder_hidden_size=vision_dim,
         )
+        self.qformer = Blip2QFormerModel(config)
         self.output = nn.Linear(hidden_dim, text_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the queries as BERT's and BLIP-2's embeddings; modules initialise themselves."""
         nn.init.normal_(self.queries, std=self.qformer.config.initializer_range)
-
-    @classmethod
-    def num_tokens(cls, num_features: int, *, num_queries: int, **options: object) -> int:
-        """Return the number of queries."""
-        require_positive(num_queries=num_queries)
-        return num_queries
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, see the class."""

@@ -43,13 +43,13 @@ def start(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many views each call of the encoder sees, whoever calls it."""
     seen: list[int] = []
-    original = VLMForConditionalGeneration._encode_and_concatenate
+    original = VLMForConditionalGeneration.encode_images
 
     def counted(self: Any, pixels: torch.Tensor) -> torch.Tensor:
         seen.extend([len(pixels)] * (pixels.device.type != "meta"))  # operations are counted there
         return original(self, pixels)
 
-    monkeypatch.setattr(VLMForConditionalGeneration, "_encode_and_concatenate", counted)
+    monkeypatch.setattr(VLMForConditionalGeneration, "encode_images", counted)
     return seen
 
 

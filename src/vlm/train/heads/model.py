@@ -12,7 +12,7 @@ from vlm.assembly.heads import with_checkpoint_scales
 from vlm.config.model_schema import HeadsConfig
 from vlm.evaluation.calibration import calibrate
 from vlm.models import VLMForPrediction, VLMPredictionConfig
-from vlm.models.modeling_prediction import make_head
+from vlm.models.heads import PredictionHead
 from vlm.train.heads.outputs import HeadOutputs
 
 
@@ -30,7 +30,7 @@ def attach_heads(model: PreTrainedModel, config: VLMPredictionConfig, seed: int)
 def reset_heads(model: VLMForPrediction, state: Mapping[str, Tensor]) -> None:
     """Give a model new heads with these weights: none that an earlier optimiser or rank still holds on to."""
     width = model.config.get_text_config().hidden_size
-    model.heads = torch.nn.ModuleDict({head.name: make_head(head, width) for head in model.config.settings})
+    model.heads = torch.nn.ModuleDict({head.name: PredictionHead(width, head) for head in model.config.settings})
     model.heads.load_state_dict(state)
 
 
