@@ -3,11 +3,10 @@
 Weights go from file to file, one at a time.
 """
 
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from vlm.assembly.adapter_folder import is_adapter_checkpoint
@@ -25,20 +24,11 @@ from vlm.models import VLMProcessor
 def export_checkpoint(
     name: str, out: Path, format_name: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
 ) -> list[str]:
-    """Write a checkpoint of this framework in another format.
+    """Write a checkpoint, a run's folder `final` or a name on the Hub, into a new folder in a format of `EXPORT_FORMATS`.
 
-    Args:
-        name: a run's folder `final`, or a name on the Hub.
-        out: a new folder.
-        format_name: a name of the table `EXPORT_FORMATS`.
-        vision_tower: the name of the encoder for `llava-original`, in place of the recorded name.
-        largest_shard: most bytes of a written file.
-
-    Returns:
-        What differs from the checkpoint, as sentences; empty where nothing differs.
-
-    Raises:
-        ValueError: the format has no place for a part of the model; every reason is listed.
+    Returns what differs from the checkpoint, as sentences. Where the format has no place for parts of the model, the
+    error lists every reason. `vision_tower` is the encoder's name that `llava-original` writes down, in place of the
+    recorded one; `largest_shard` is the most bytes of a written file.
     """
     target = EXPORT_FORMATS[format_name]
     checkpoint = resolve_folder(name)
@@ -61,9 +51,7 @@ def export_checkpoint(
         raise ValueError(f"{name} does not fit --format {format_name}:{listing}")
     with create_folder(out) as folder:
         _write_weights(name, checkpoint, folder, target.weight_prefixes(config), largest_shard)
-        theirs = make_transformers_processor(
-            config, processor, prepares_images=format_name == "llava"
-        )  # adds tokens that are named below
+        theirs = make_transformers_processor(config, processor, prepares_images=format_name == "llava")  # adds tokens
         write_json(folder / "config.json", target.make_config(config, processor))
         settings = read_json(checkpoint / "generation_config.json")
         write_json(folder / "generation_config.json", settings | generation_ids(settings, processor))
@@ -73,21 +61,15 @@ def export_checkpoint(
 
 
 def _write_weights(name: str, checkpoint: Path, folder: Path, weight_prefixes: PrefixPairs, largest_shard: int) -> None:
-    writer = ShardWriter(folder, largest_shard)
-    files = weight_files(checkpoint)
+    writer, files = ShardWriter(folder, largest_shard), weight_files(checkpoint)
     if not files:
         raise ValueError(f"{name} holds no weights; a run's complete model is its folder `final`")
-    for ours, tensor in tqdm(_read_tensors(files), desc="weights", unit=""):
+    for ours, tensor in tqdm(chain.from_iterable(map(read_shard, files)), desc="weights", unit=""):
         theirs = rename_to_foreign(ours, weight_prefixes)
         if theirs is None:
             raise ValueError(f"{name}: the format has no name for the weight {ours}")
         writer.add(theirs, tensor)
     writer.finish()
-
-
-def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        yield from read_shard(file)
 
 
 def _rename_tokenizer_fields(file: Path) -> None:
@@ -98,8 +80,7 @@ def _rename_tokenizer_fields(file: Path) -> None:
     values = read_json(file)
     values["tokenizer_class"] = "PreTrainedTokenizerFast"
     values["model_input_names"] = ["input_ids", "attention_mask"]
-    extra = values.pop("extra_special_tokens", None)
-    if extra:
+    if extra := values.pop("extra_special_tokens", None):
         values["additional_special_tokens"] = list(extra.values()) if isinstance(extra, dict) else extra
     for name in ("auto_map", "backend", "is_local", "local_files_only", "name_or_path"):
         values.pop(name, None)
