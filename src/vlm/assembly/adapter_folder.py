@@ -127,8 +127,7 @@ def _base_name(name: str) -> str:
 def _unquantised_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a model's configuration without any quantisation, however deep."""
     plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
+    vars(plain).pop("quantization_config", None)
     if hasattr(plain, "recipe"):
         plain.recipe = without_quantization(plain.recipe)
     for name in plain.sub_configs:

@@ -24,11 +24,14 @@ from vlm.models import VLMProcessor
 def export_checkpoint(
     name: str, out: Path, format_name: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
 ) -> list[str]:
-    """Write a checkpoint, a run's folder `final` or a name on the Hub, into a new folder in a format of `EXPORT_FORMATS`.
+    """Write a checkpoint of this framework in another format, and return what differs, as sentences.
 
-    Returns what differs from the checkpoint, as sentences. Where the format has no place for parts of the model, the
-    error lists every reason. `vision_tower` is the encoder's name that `llava-original` writes down, in place of the
-    recorded one; `largest_shard` is the most bytes of a written file.
+    Args:
+        name: a run's folder `final`, or a name on the Hub.
+        out: a new folder.
+        format_name: a name of the table `EXPORT_FORMATS`; refused, with every reason, where parts do not fit it.
+        vision_tower: the name of the encoder for `llava-original`, in place of the recorded name.
+        largest_shard: most bytes of a written file.
     """
     target = EXPORT_FORMATS[format_name]
     checkpoint = resolve_folder(name)
@@ -46,13 +49,13 @@ def export_checkpoint(
             raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
         config.recipe["visual_encoder"]["hf_name"] = vision_tower
     processor = open_checkpoint(checkpoint).load_composed_processor()
-    if problems := target.incompatibilities(config, processor):
+    if problems := list(target.incompatibilities(config, processor)):
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueError(f"{name} does not fit --format {format_name}:{listing}")
     with create_folder(out) as folder:
-        _write_weights(name, checkpoint, folder, target.weight_prefixes(config), largest_shard)
-        theirs = make_transformers_processor(config, processor, prepares_images=format_name == "llava")  # adds tokens
-        write_json(folder / "config.json", target.make_config(config, processor))
+        _write_weights(name, checkpoint, folder, target.weight_prefixes(config.connector["type"]), largest_shard)
+        theirs = make_transformers_processor(config, processor, prepares_images=format_name == "llava")
+        write_json(folder / "config.json", target.make_config(config, processor))  # names tokens that were just added
         settings = read_json(checkpoint / "generation_config.json")
         write_json(folder / "generation_config.json", settings | generation_ids(settings, processor))
         theirs.save_pretrained(folder)
