@@ -98,13 +98,13 @@ def _stage_tokenizer(source: ForeignCheckpoint, folder: Path) -> tuple[str | Non
     """Copy the tokenizer's files; return the chat template that works here, which is copied too, and all templates."""
     folder.mkdir(parents=True)
     for pattern in TOKENIZER_FILES:
-        for file in source.tokenizer.glob(pattern):
+        for file in source.text_folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     settings = read_json(folder / "tokenizer_config.json")
-    jinja = source.tokenizer / "chat_template.jinja"
+    jinja = source.text_folder / "chat_template.jinja"
     templates = [
         jinja.read_text(encoding="utf-8") if jinja.is_file() else None,
-        read_json(source.tokenizer / "chat_template.json").get("chat_template"),
+        read_json(source.text_folder / "chat_template.json").get("chat_template"),
         settings.get("chat_template"),
     ]
     texts = [text for text in templates if isinstance(text, str) and text]
@@ -211,7 +211,6 @@ def extend_rows(table: Tensor, rows: int) -> Tensor:
 
 def _make_generation_config(source: ForeignCheckpoint) -> GenerationConfig:
     """Return the ids that the source begins and ends answers with."""
-    folder = source.generation
-    if folder is not None and (folder / "generation_config.json").is_file():
-        return make_generation_config(GenerationConfig.from_pretrained(folder))
+    if (source.text_folder / "generation_config.json").is_file():
+        return make_generation_config(GenerationConfig.from_pretrained(source.text_folder))
     return make_generation_config(GenerationConfig.from_model_config(source.text_config))

@@ -104,10 +104,8 @@ def read_run(checkpoint: Path) -> RunSummary:
         return RunSummary(checkpoint)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plot, evals = run / "loss.png", run / "eval"
-    results = {
-        file.parent.relative_to(evals).as_posix(): read_json(file) for file in sorted(evals.rglob("results.json"))
-    }
-    evaluations = {"evaluation" if name == "." else name: values for name, values in results.items()}
+    files = {file.parent.relative_to(evals).as_posix(): file for file in sorted(evals.rglob("results.json"))}
+    evaluations = {"evaluation" if name == "." else name: read_json(file) for name, file in files.items()}
     return RunSummary(
         checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _read_run_name(run),
         [json.loads(line) for line in lines if line.strip()], read_json(run / "data.json"),

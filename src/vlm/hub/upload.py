@@ -95,10 +95,10 @@ class HubClient:
             revision: a branch, which is made where it is not there; None: `main`.
             obsolete: files of the repository that go with the same commit.
         """
-        files = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
-        changes = [*files, *map(CommitOperationDelete, obsolete)]
         enable_progress_bars()  # transformers, told to be quiet while a model is read, silences the client too
         with self._readable_errors(target.name):
+            files = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
+            changes = [*files, *map(CommitOperationDelete, obsolete)]
             if not target.exists:
                 self.api.create_repo(target.name, private=private)
             try:
