@@ -78,7 +78,10 @@ class Checkpoint:
             raise ValueError(f"{self.name} has no prediction heads: ask it with vlm generate")
 
     def load_processor(self, template: str | None = None, image_mode: str | None = None) -> Processor:
-        """Return the processor, with the template and image mode of `DatasetConfig`; None: the checkpoint's own."""
+        """Return the processor, with the template and image mode of `DatasetConfig`; None: the checkpoint's own.
+
+        A family's processor decides the image mode by itself: there, one that is given is an error.
+        """
         if is_composed_config(self.body_config):
             return self.load_composed_processor(template, image_mode)
         check_no_image_mode(image_mode, self.name)
@@ -129,10 +132,10 @@ class Checkpoint:
         if base_paths:
             raise ValueError(f"base={base_paths[0]}: {self.name} is complete, it needs none")
         if self.kind is CheckpointKind.PREDICTION:
-            for kind in quantization.values():
+            if quantization:
                 raise ValueError(
-                    f"quantization={kind}: {self.name} has prediction heads; such a checkpoint is loaded as it is, not "
-                    "quantised"
+                    f"quantization={next(iter(quantization.values()))}: {self.name} has prediction heads; such a "
+                    "checkpoint is loaded as it is, not quantised"
                 )
             chosen = attn_implementation not in (None, "auto")
             options: Any = {"attn_implementation": attn_implementation} if chosen else {}
@@ -221,9 +224,16 @@ class Checkpoint:
 def open_checkpoint(
     name: str | Path, *, key: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Checkpoint:
-    """Find out what a checkpoint is: a run's `final` folder, a model of a family, or a name on the Hub.
+    """Find out what a checkpoint is; no weights are read.
 
-    No weights are read. `key` is the option that gave the name, for messages.
+    Args:
+        name: a run's `final` folder, a model of a family, or a name on the Hub.
+        key: the option that gave the name, for messages.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether code out of the checkpoint may run.
+
+    Raises:
+        ValueError: there is no checkpoint, or one of another kind.
     """
     name = str(name)
     if problem := checkpoint_problem(name, key):

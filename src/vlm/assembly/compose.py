@@ -107,7 +107,7 @@ def make_generation_config(settings: GenerationConfig | None) -> GenerationConfi
     How answers are sampled is for the caller to choose.
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**({name: getattr(settings, name) for name in names} if settings else {}))
+    return GenerationConfig(**({} if settings is None else {name: getattr(settings, name) for name in names}))
 
 
 def register_connector_class(kind: str) -> None:

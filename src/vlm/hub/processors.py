@@ -31,7 +31,7 @@ PIXEL_SETTINGS = ("image_mean", "image_std", "resample", "rescale_factor")
 def make_transformers_processor(config: VLMConfig, processor: VLMProcessor, *, prepares_images: bool) -> ProcessorMixin:
     """Return transformers' processor that does what ours does.
 
-    Unless it `prepares_images`, its caller has to pad them and cut them into tiles where ours does.
+    Unless it `prepares_images`, its caller has to pad images and cut them into tiles where ours does.
     """
     tokenizer = processor.tokenizer
     space_after_image = needs_space_after_special_token(tokenizer, processor.image_token)

@@ -99,9 +99,9 @@ def prepare_upload(
 
 def obsolete(there: Iterable[str], prepared: PreparedFolder) -> list[str]:
     """Return the files of a repository that belong to an earlier model or its code, and would mix with the new one."""
-    code = {file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py")}
-    ours = (name for name in there if is_model_file(name) or fnmatch(name, "user_*.py") or name in {*code, PLOT_FILE})
-    return sorted(set(ours) - set(prepared.files))
+    known = {PLOT_FILE, *(file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py"))}
+    ours = {name for name in there if is_model_file(name) or fnmatch(name, "user_*.py") or name in known}
+    return sorted(ours - prepared.files.keys())
 
 
 def is_model_file(name: str) -> bool:
