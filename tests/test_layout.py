@@ -12,7 +12,6 @@ LONGEST = 60
 TESTED_ELSEWHERE = {
     "assembly/adapter_base.py": "train/test_lora.py",
     "assembly/adapter_folder.py": "train/test_lora.py",
-    "assembly/anyres.py": "models/test_anyres.py",
     "assembly/checkpoint_heads.py": "train/heads/test_checkpoints.py",
     "assembly/family.py": "families/test_families.py",
     "assembly/heads.py": "models/test_prediction_checkpoints.py",
@@ -55,7 +54,6 @@ TESTED_ELSEWHERE = {
     "families/table.py": "families/test_families.py",
     "hub/adapters.py": "hub/test_importing.py",
     "hub/card.py": "hub/test_publishing.py",
-    "hub/cleaning.py": "hub/test_publishing.py",
     "hub/folders.py": "hub/test_importing.py",
     "hub/processors.py": "hub/test_exporting.py",
     "hub/run_facts.py": "hub/test_publishing.py",

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from transformers.utils import cached_file
@@ -34,13 +35,7 @@ FINGERPRINT_PIECE_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from.
-
-    Attributes:
-        name: a folder, or a name on the Hub.
-        revision: the commit on the Hub.
-        fingerprint: hash of the files with the weights, see `fingerprint`.
-    """
+    """Where weights come from: a folder or a name on the Hub, the commit there, and the `fingerprint` of the files."""
 
     name: str
     revision: str | None
@@ -51,9 +46,8 @@ class Source:
 class Base:
     """The model that an adapter was trained on.
 
-    Attributes:
-        sources: `checkpoint`, or each part that has weights of its own -> where its weights come from.
-        model: the `model` section of the run, where the base was composed from parts; else None.
+    `sources` are those of `checkpoint`, or of each part with weights of its own; `model` is the `model` section of the
+    run where the base was composed from parts.
     """
 
     sources: dict[str, Source]
@@ -85,19 +79,12 @@ def without_quantization(recipe: Mapping[str, object]) -> Recipe:
 
 def make_source(name: str, revision: str | None) -> Source:
     """Return a source as it is now; a folder by its full path, so that it is found from anywhere."""
-    folder = get_source_folder(name, revision)
     if Path(name).is_dir():
-        return Source(str(Path(name).resolve()), None, fingerprint(folder))
-    return Source(name, folder.name if folder.parent.name == "snapshots" else revision, fingerprint(folder))
-
-
-def get_source_folder(name: str, revision: str | None) -> Path:
-    """Return the folder that holds a source's files: the source itself, or the cache of the Hub's files."""
-    if Path(name).is_dir():
-        return Path(name)
+        return Source(str(Path(name).resolve()), None, fingerprint(Path(name)))
     config_file = cached_file(name, "config.json", revision=revision)
     assert config_file is not None
-    return Path(config_file).parent
+    folder = Path(config_file).parent
+    return Source(name, folder.name if folder.parent.name == "snapshots" else revision, fingerprint(folder))
 
 
 def fingerprint(folder: Path) -> str:
@@ -106,11 +93,9 @@ def fingerprint(folder: Path) -> str:
     The hash is quick to compute, and another training run gives another one. Pieces are spread evenly; the first is at
     the beginning, where composed models keep their connector.
     """
-    files: list[Path] = []
-    for patterns in WEIGHT_FILE_PATTERNS:
-        files = files or sorted(file for pattern in patterns for file in folder.glob(pattern))
+    found = (sorted(chain.from_iterable(map(folder.glob, patterns))) for patterns in WEIGHT_FILE_PATTERNS)
     digest = hashlib.sha256()
-    for file in files:
+    for file in next(filter(None, found), []):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
@@ -121,14 +106,9 @@ def fingerprint(folder: Path) -> str:
 
 
 def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
-    """Return the base of a checkpoint, where it lies now.
+    """Return the base of a checkpoint; refuses sources that are gone, or are no longer what they were.
 
-    Args:
-        folder: the checkpoint's folder.
-        base_paths: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
-
-    Raises:
-        ValueError: a source is no longer there or not what it was, or `base_paths` names none of them.
+    `base_paths` say where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
     """
     content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     sources = {
@@ -141,7 +121,8 @@ def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
             part, path = WHOLE_CHECKPOINT, word
         if part not in sources:
             needed = "PATH" if WHOLE_CHECKPOINT in sources else " and ".join(f"{name}=PATH" for name in sources)
-            raise ValueError(f"--base {word}: {folder} was trained on {_join_source_names(sources)}; give {needed}")
+            names = " and ".join(source.name for source in sources.values())
+            raise ValueError(f"--base {word}: {folder} was trained on {names}; give {needed}")
         if not Path(path).is_dir():
             raise ValueError(f"--base {word}: no such folder (seen from {Path.cwd()})")
         sources[part] = replace(sources[part], name=path, revision=None)
@@ -168,17 +149,8 @@ def _check_same_weights(folder: Path, part: str, source: Source) -> None:
         )
 
 
-def _join_source_names(sources: Mapping[str, Source]) -> str:
-    return " and ".join(source.name for source in sources.values())
-
-
 def base_recipe(base: Base, *, trust_remote_code: bool) -> ModelConfig:
-    """Return the `model` section to compose a base from.
-
-    Args:
-        base: a base that was composed from parts.
-        trust_remote_code: whether code out of a repository may run where the recipe says so, too.
-    """
+    """Return the `model` section to compose a base from; code runs where both the recipe and the caller trust it."""
     assert base.model is not None
     model = read_recipe(base.model)
     for name, part in _parts_with_weights(model).items():

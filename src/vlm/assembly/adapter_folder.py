@@ -5,7 +5,7 @@
 
 import copy
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,12 +39,7 @@ def save(
 ) -> None:  # fmt: skip
     """Write what a model has beyond its base. Every rank calls this, as ZeRO-3 needs; one rank writes.
 
-    Args:
-        model: the model, with its adapter if it has one.
-        folder: the folder to write into; created where it does not exist.
-        base: the base that the model began with.
-        new_rows: full name of each embedding of which only some rows trained -> the first of those rows.
-        is_writer: whether this rank writes.
+    `new_rows` is the full name of each embedding of which only some rows trained -> the first of those rows.
     """
     adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
     state = _gather_tensors(model, {*adapted, *_non_adapter_names(model, base)}, keep=is_writer)
@@ -64,17 +59,16 @@ def save(
 
 def _non_adapter_names(model: PreTrainedModel, base: Base) -> set[str]:
     """Return the names of new tensors besides the adapter: those that trained, and those that began at random."""
-    names = get_part_names(model.config)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
-    learning = {names.part_of(name) for name, p in model.named_parameters() if p.requires_grad}
+    part_of = get_part_names(model.config).part_of
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = {part_of(name) for name in trained}
     if base.model is not None:
-        learning.add("connector")
-        trained |= {name for name, _ in model.named_parameters() if names.part_of(name) == "connector"}
-        trained |= {
-            name for name, _ in model.named_parameters() if _base_name(name) in _base_vocabulary_rows(model, base)
-        }
+        parts.add("connector")
+        grown = _base_vocabulary_rows(model, base)
+        named = [name for name, _ in model.named_parameters()]
+        trained |= {name for name in named if part_of(name) == "connector" or _base_name(name) in grown}
     saved = model.state_dict().keys()
-    buffers = {name for name, _ in model.named_buffers() if name in saved and names.part_of(name) in learning}
+    buffers = {name for name, _ in model.named_buffers() if name in saved and part_of(name) in parts}
     return {name for name in trained if ".lora_" not in name} | buffers
 
 
@@ -92,9 +86,7 @@ def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     named = {id(parameter): _base_name(name) for name, parameter in model.named_parameters()}
     weights = [layer.weight for layer in layers if layer is not None and not layer.weight.requires_grad]
-    return {
-        named[id(weight)]: rows for weight in weights if getattr(weight, "ds_shape", weight.shape)[0] > rows
-    }  # fmt: skip
+    return {named[id(weight)]: rows for weight in weights if getattr(weight, "ds_shape", weight.shape)[0] > rows}
 
 
 def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
@@ -102,31 +94,27 @@ def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> 
     gathered = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in names:
-            with _gathered_parameter(tensor):
+            if hasattr(tensor, "ds_id"):
+                import deepspeed  # slow to import, and only runs under it need it
+
+                whole = deepspeed.zero.GatheredParameters([tensor])
+            else:
+                whole = nullcontext()
+            with whole:
                 if keep:
                     gathered[name] = tensor.detach().cpu().clone().contiguous()
     return gathered
 
 
-def _gathered_parameter(tensor: Tensor) -> AbstractContextManager[object]:
-    if not hasattr(tensor, "ds_id"):
-        return nullcontext()
-    import deepspeed  # slow to import, and only runs under it need it
-
-    return deepspeed.zero.GatheredParameters([tensor])
-
-
 def _save_adapter(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, base: Base) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, with the full names of the adapted layers."""
     weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    save_file(
-        {PEFT_PREFIX + name: tensor for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
-    )
+    prefixed = {PEFT_PREFIX + name: tensor for name, tensor in weights.items()}
+    save_file(prefixed, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     config = cast("LoraConfig", copy.copy(model.peft_config["default"]))
     config.target_modules = sorted(name for name, module in model.named_modules() if isinstance(module, LoraLayer))
     whole = base.sources.get(WHOLE_CHECKPOINT)
-    config.base_model_name_or_path = None if whole is None else whole.name
-    config.revision = None if whole is None else whole.revision
+    config.base_model_name_or_path, config.revision = (whole.name, whole.revision) if whole else (None, None)
     config.inference_mode = True
     config.save_pretrained(str(folder))
 
@@ -139,15 +127,12 @@ def _base_name(name: str) -> str:
 def _unquantised_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a model's configuration without any quantisation, however deep."""
     plain = copy.deepcopy(config)
-    waiting = [plain]
-    while waiting:
-        config = waiting.pop()
-        if hasattr(config, "quantization_config"):
-            delattr(config, "quantization_config")
-        if hasattr(config, "recipe"):
-            config.recipe = without_quantization(config.recipe)
-        nested = [getattr(config, name) for name in config.sub_configs]
-        waiting += [config for config in nested if isinstance(config, PreTrainedConfig)]
+    vars(plain).pop("quantization_config", None)
+    if hasattr(plain, "recipe"):
+        plain.recipe = without_quantization(plain.recipe)
+    for name in plain.sub_configs:
+        if isinstance(nested := getattr(plain, name), PreTrainedConfig):
+            setattr(plain, name, _unquantised_config(nested))
     return plain
 
 
@@ -171,27 +156,14 @@ def local_folder(checkpoint: str | Path) -> Path:
 
 
 def add_trained_weights(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    """Return a base with what a folder that `save` wrote has beyond it.
-
-    Args:
-        model: the base, with the folder's heads and as many embeddings.
-        folder: the folder.
-        merge: whether the adapter becomes part of the weights.
-
-    Raises:
-        ValueError: the base is another model.
-    """
+    """Return a base, which has the folder's heads and as many embeddings, with what `save` wrote into a folder."""
     _overwrite_tensors(model, load_file(folder / NON_LORA_WEIGHTS), folder)
     return _load_adapter(model, folder, merge=merge) if (folder / ADAPTER_WEIGHTS).is_file() else model
 
 
 @torch.no_grad()
 def _overwrite_tensors(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Overwrite tensors of a model; a tensor with fewer rows holds the last rows (of embeddings that grew).
-
-    Raises:
-        ValueError: the model has no such tensor, or one of another shape, or it is quantised.
-    """
+    """Overwrite tensors of a model; a tensor with fewer rows holds the last rows (of embeddings that grew)."""
     current = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in state.items():
         if name not in current or current[name].shape[1:] != tensor.shape[1:] or len(current[name]) < len(tensor):
@@ -204,23 +176,14 @@ def _overwrite_tensors(model: nn.Module, state: dict[str, Tensor], folder: Path)
 
 
 def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    """Return the model with the folder's adapter, merged into its weights or beside them.
-
-    Raises:
-        ValueError: the adapter's layers are not those of the model.
-    """
+    """Return the model with the folder's adapter, merged into its weights or beside them."""
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
     config: Any = LoraConfig.from_pretrained(str(folder))
-    layers = {name for name, _ in model.named_modules()}
-    if unknown_layers := sorted(set(config.target_modules or ()) - layers):
-        raise ValueError(
-            f"{folder}: its adapter is on {unknown_layers[0]}, which its base does not have: it is another model"
-        )
+    layers = dict(model.named_modules())
+    if unknown := sorted(set(config.target_modules or ()) - layers.keys()):
+        raise ValueError(f"{folder}: its adapter is on {unknown[0]}, which its base does not have: it is another model")
     tuner = LoraModel(model, config, "default", state_dict=state)
     result = set_peft_model_state_dict(model, state, adapter_name="default")
-    missing = [name for name in result.missing_keys if ".lora_" in name]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{folder}: its adapter does not fit its base, for example {[*missing, *result.unexpected_keys][0]}"
-        )
+    if problems := [*(name for name in result.missing_keys if ".lora_" in name), *result.unexpected_keys]:
+        raise ValueError(f"{folder}: its adapter does not fit its base, for example {problems[0]}")
     return cast("PreTrainedModel", tuner.merge_and_unload(safe_merge=True)) if merge else model

@@ -1,6 +1,7 @@
 """From `model.anyres` to a composition that reads images in tiles: whether its parts allow it, and what is recorded."""
 
 import math
+from dataclasses import asdict
 
 from vlm.config.model_schema import AnyResConfig
 from vlm.models.anyres import AnyRes
@@ -11,25 +12,14 @@ from vlm.models.processing_vlm import VLMProcessor
 
 
 def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]) -> None:
-    """Write into configuration and processor how images are tiled; where `requested` says nothing, nothing changes.
+    """Write into a composition's configuration and processor how images are tiled; nothing changes without grids.
 
-    Args:
-        config: the composition's configuration.
-        processor: the composition's processor.
-        requested: `model.anyres`.
-        size: height and width of the pixels that the visual encoder reads.
-
-    Raises:
-        ValueError: the parts do not allow it.
+    `size` is the height and width of the pixels that the visual encoder reads.
     """
     if requested.grids is not None:
         config.anyres = _anyres_fields(config, processor, requested, size) if requested.grids else None
         processor.anyres = config.anyres
-        config.recipe["anyres"] = {
-            "grids": [list(grid) for grid in requested.grids],
-            "max_tiles": requested.max_tiles,
-            "tile_several": requested.tile_several,
-        }
+        config.recipe["anyres"] = asdict(requested)
     if processor.anyres is not None and processor.image_mode != "square":
         raise ValueError(
             f"dataset.image_mode={processor.image_mode}: with model.anyres, dataset.image_mode=square is needed. There "
@@ -41,14 +31,9 @@ def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyRes
 def _anyres_fields(
     config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]
 ) -> dict[str, object]:
-    """Return the fields of `AnyRes`.
-
-    Raises:
-        ValueError: the parts do not allow it.
-    """
+    """Return the fields of `AnyRes`; raises ValueError where the parts do not allow tiles."""
     kind, tokens = config.connector["type"], processor.tokens_per_image
-    side = math.isqrt(tokens)
-    patches = math.isqrt(config.num_patches)
+    side, patches = math.isqrt(tokens), math.isqrt(config.num_patches)
     if not keeps_grid(kind) or side**2 != tokens:
         raise ValueError(
             f"model.anyres: the tokens of tiles are put together row by row, and the {tokens} of a square that "

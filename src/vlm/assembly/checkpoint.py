@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, Source, base_recipe, read_base
+from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, base_recipe, read_base
 from vlm.assembly.adapter_folder import add_trained_weights, is_adapter_checkpoint, local_folder
 from vlm.assembly.compose import build_model, choose_attention, choose_template, compose
 from vlm.assembly.encoders import check_views
@@ -26,28 +27,19 @@ from vlm.checks.checkpoint import checkpoint_problem
 from vlm.data.processor import Processor
 from vlm.families.processing import load_family_processor
 from vlm.families.table import get_family
-from vlm.models import (
-    VLMConfig,
-    VLMForConditionalGeneration,
-    VLMForPrediction,
-    VLMPredictionConfig,
-    VLMProcessor,
-)
+from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig, VLMProcessor
 from vlm.models.connectors import CONNECTORS, connector_class
 from vlm.models.heads import HEADS, head_class
 
 
 class CheckpointKind(StrEnum):
-    """What a checkpoint is."""
+    """What a checkpoint is: a model of parts or of a family, prediction heads on either, or an adapter on a base."""
 
     COMPOSED = "composed"
-    """A model composed of a visual encoder, a connector and a language model."""
     FAMILY = "family"
-    """A model of a family of the Hub."""
     PREDICTION = "prediction"
-    """Prediction heads on a model of either kind."""
     ADAPTER = "adapter"
-    """An adapter, or trained parts, that are complete together with the base they were trained on."""
+    """Trained parts count as one, too: they are complete together with the base they were trained on."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +78,20 @@ class Checkpoint:
             raise ValueError(f"{self.name} has no prediction heads: ask it with vlm generate")
 
     def load_processor(self, template: str | None = None, image_mode: str | None = None) -> Processor:
-        """Return the processor.
+        """Return the processor, with the template and image mode of `DatasetConfig`; None: the checkpoint's own.
 
-        Args:
-            template: see `DatasetConfig.template`; None: the checkpoint's own.
-            image_mode: see `DatasetConfig.image_mode`; None: the checkpoint's own.
-
-        Raises:
-            ValueError: there is no such template, or an image mode is given for a family, whose processor decides.
+        A family's processor decides the image mode by itself: there, one that is given is an error.
         """
         if is_composed_config(self.body_config):
             return self.load_composed_processor(template, image_mode)
-        return self._load_family_processor(template, image_mode)
+        check_no_image_mode(image_mode, self.name)
+        family = get_family(self.body_config.model_type)
+        processor = load_family_processor(
+            self.name, family, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        if template is not None:
+            processor.chat_template = choose_template(template, processor.own_template, self.name)
+        return processor
 
     def load_composed_processor(self, template: str | None = None, image_mode: str | None = None) -> VLMProcessor:
         """Return the processor of a composed model; see `load_processor`."""
@@ -107,16 +101,6 @@ class Checkpoint:
         if image_mode is not None:
             processor.image_mode = image_mode
         check_views(processor)
-        return processor
-
-    def _load_family_processor(self, template: str | None, image_mode: str | None) -> Processor:
-        check_no_image_mode(image_mode, self.name)
-        family = get_family(self.body_config.model_type)
-        processor = load_family_processor(
-            self.name, family, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
-        if template is not None:
-            processor.chat_template = choose_template(template, processor.own_template, self.name)
         return processor
 
     def load_model(
@@ -136,18 +120,13 @@ class Checkpoint:
             quantization: part -> `8bit` or `4bit`; an adapter is then not merged.
             base_paths: where an adapter's base lies now, see `read_base`.
             merge: whether an adapter becomes part of the weights.
-
-        Raises:
-            ValueError: options that do not fit the checkpoint, weights that are missing, or a base that is not where it
-                was, is not what it was, or does not fit.
         """
         quantization = quantization or {}
         if self.trust_remote_code:
             self._register_remote_classes()
         if self.kind is CheckpointKind.ADAPTER:
-            attention = attn_implementation or "auto"
             folder = local_folder(self.name)
-            base = self._load_base(read_base(folder, base_paths), dtype, attention, quantization)
+            base = self._load_base(read_base(folder, base_paths), dtype, attn_implementation or "auto", quantization)
             model = _with_recorded_config(base, deepcopy(self.config))
             return add_trained_weights(model, folder, merge=merge and not quantization)
         if base_paths:
@@ -158,9 +137,8 @@ class Checkpoint:
                     f"quantization={next(iter(quantization.values()))}: {self.name} has prediction heads; such a "
                     "checkpoint is loaded as it is, not quantised"
                 )
-            options: dict[str, Any] = {}
-            if attn_implementation not in (None, "auto"):
-                options["attn_implementation"] = attn_implementation
+            chosen = attn_implementation not in (None, "auto")
+            options: Any = {"attn_implementation": attn_implementation} if chosen else {}
             return VLMForPrediction.from_pretrained(self.name, dtype=dtype, revision=self.revision or "main", **options)
         return self._load_text_model(dtype, attn_implementation, quantization)
 
@@ -170,11 +148,11 @@ class Checkpoint:
         """Return a model without heads."""
         bits = make_checkpoint_quantization(self.config, quantization)
         if not is_composed_config(self.config):
-            attention = attn_implementation
-            if attention is not None:
-                attention = choose_attention(attention, dtype, self.config, get_auto_class(self.config))
+            if attn_implementation is not None:
+                auto = get_auto_class(self.config)
+                attn_implementation = choose_attention(attn_implementation, dtype, self.config, auto)
             return load_family_model(
-                self.name, self.config, dtype=dtype, revision=self.revision, attention=attention,
+                self.name, self.config, dtype=dtype, revision=self.revision, attention=attn_implementation,
                 trust_remote_code=self.trust_remote_code, quantization_config=bits,
             )  # fmt: skip
         options: dict[str, Any] = {}
@@ -195,7 +173,7 @@ class Checkpoint:
         """Return the model that an adapter was trained on."""
         if base.model is not None:
             return _compose_base(base, dtype, quantization, trust_remote_code=self.trust_remote_code)
-        source: Source = base.sources[WHOLE_CHECKPOINT]
+        source = base.sources[WHOLE_CHECKPOINT]
         whole = open_checkpoint(source.name, revision=source.revision, trust_remote_code=self.trust_remote_code)
         if quantization and whole.kind is CheckpointKind.ADAPTER:
             raise ValueError(f"{whole.name} is an adapter itself; merge it before quantising: vlm merge-lora")
@@ -212,9 +190,6 @@ class Checkpoint:
             dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
             quantization: `8bit` or `4bit` for the language model; it is then placed where bitsandbytes puts it.
             base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
-
-        Raises:
-            ValueError: options that do not fit the checkpoint.
         """
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(place)
@@ -235,17 +210,15 @@ class Checkpoint:
         This package's model classes take the place of the checkpoint's own code, which would have done it.
         """
         config, body = self.config, self.body_config
+        load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=self.name, revision=self.revision)
         if is_prediction_config(config):
             for head in config.settings:
-                if head.type not in HEADS and f"Head.{head.name}" in config.auto_map:
-                    HEADS[head.type] = self._import_class(config.auto_map[f"Head.{head.name}"])
+                if head.type not in HEADS and (reference := config.auto_map.get(f"Head.{head.name}")):
+                    HEADS[head.type] = load(reference)
         if is_composed_config(body):
             kind, classes = body.connector["type"], {**body.auto_map, **config.auto_map}
             if kind not in CONNECTORS and "Connector" in classes:
-                CONNECTORS[kind] = self._import_class(classes["Connector"])
-
-    def _import_class(self, reference: str) -> type:
-        return get_class_from_dynamic_module(reference, self.name, revision=self.revision)
+                CONNECTORS[kind] = load(classes["Connector"])
 
 
 def open_checkpoint(
@@ -314,8 +287,7 @@ def _compose_base(
 def _with_recorded_config(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """Return a base as an adapter's configuration says: as many embeddings, its heads, and the recipe it was built by.
 
-    Raises:
-        ValueError: a head is of a class of the user's own, which is not imported from here.
+    Heads of a class of the user's own are refused: the class is not imported from here.
     """
     rows = config.get_text_config().vocab_size
     if rows > get_num_embeddings(model):

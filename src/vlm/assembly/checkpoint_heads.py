@@ -1,37 +1,22 @@
 """The heads of a checkpoint that a run trains on: which of their options the run may choose anew. Imports no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import replace
 
 from vlm.config.model_schema import HeadConfig, HeadsConfig
 from vlm.config.recorded import read_recipe
 from vlm.models.configuration_prediction import VLMPredictionConfig
 
-CHANGEABLE_HEAD_KEYS = (
-    "loss",
-    "loss_options",
-    "class_weights",
-    "label_smoothing",
-    "weight",
-    "threshold_by",
-    "generation_weight",
-)
+CHANGEABLE = ("loss", "loss_options", "class_weights", "label_smoothing", "weight", "threshold_by", "generation_weight")
 """Keys of a head that its weights do not depend on."""
 
 
 def resolve_checkpoint_heads(
     requested: HeadsConfig, config: VLMPredictionConfig, checkpoint: str, overridden_keys: Sequence[str]
 ) -> HeadsConfig:
-    """Return the heads that a run continues with: the checkpoint's, trained as the run says.
+    """Return the heads that a run continues with: the checkpoint's, trained as the run says; refuses other heads.
 
-    Args:
-        requested: the run's heads.
-        config: the checkpoint's configuration.
-        checkpoint: its name, for messages.
-        overridden_keys: keys below `head` that the command line sets.
-
-    Raises:
-        ValueError: the run asks for no heads, or for others.
+    `overridden_keys` are the keys below `head` that the command line sets.
     """
     if not requested.by_name:
         raise ValueError(
@@ -60,21 +45,19 @@ def _check_same_heads(
             raise _fixed_heads_error(checkpoint, f"extra_heads.{name}", head.task, f"only {', '.join(labels)}")
         pairs.append((f"extra_heads.{name}.", name, head, recorded.extra_heads[name]))
     for prefix, name, head, recorded_head in pairs:
-        for field in _requested_fields(head, prefix, overridden_keys):
-            value, allowed = getattr(head, field.name), [getattr(recorded_head, field.name)]
-            if field.name == "labels":
-                allowed.append(labels[name])
+        for key, value in _requested_options(head, prefix, overridden_keys):
+            allowed = [getattr(recorded_head, key), *([labels[name]] if key == "labels" else [])]
             if _without_nulls(value) not in map(_without_nulls, allowed):
-                raise _fixed_heads_error(checkpoint, f"{prefix}{field.name}", value, allowed[-1])
+                raise _fixed_heads_error(checkpoint, f"{prefix}{key}", value, allowed[-1])
 
 
-def _requested_fields(head: HeadConfig, prefix: str, overridden_keys: Sequence[str]) -> Iterator[Field[object]]:
-    """Yield the fields that weights depend on and that a run sets, or has at another value than the default."""
-    for field in fields(head):
-        if field.name not in (*CHANGEABLE_HEAD_KEYS, "extra_heads") and (
-            f"{prefix}{field.name}" in overridden_keys or _differs_from_default(head, field)
-        ):
-            yield field
+def _requested_options(head: HeadConfig, prefix: str, overridden_keys: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Yield the options that weights depend on and that a run sets, or has at another value than the default."""
+    defaults = type(head)()
+    for key, value in vars(head).items():
+        is_set = f"{prefix}{key}" in overridden_keys or _without_nulls(value) != getattr(defaults, key)
+        if is_set and key not in (*CHANGEABLE, "extra_heads"):
+            yield key, value
 
 
 def _fixed_heads_error(checkpoint: str, key: str, requested: object, recorded: object) -> ValueError:
@@ -86,15 +69,7 @@ def _fixed_heads_error(checkpoint: str, key: str, requested: object, recorded: o
 
 def _changeable_options(requested: HeadConfig, recorded: HeadConfig) -> dict[str, object]:
     """Return the options of a recorded head that a run may choose anew, as the run has them."""
-    return {
-        field.name: getattr(requested, field.name) for field in fields(recorded) if field.name in CHANGEABLE_HEAD_KEYS
-    }
-
-
-def _differs_from_default(head: HeadConfig, field: Field[object]) -> bool:
-    """Return whether a field has another value than its default."""
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    return _without_nulls(getattr(head, field.name)) != default
+    return {key: getattr(requested, key) for key in CHANGEABLE if hasattr(recorded, key)}
 
 
 def _without_nulls(value: object) -> object:

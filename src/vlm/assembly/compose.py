@@ -10,7 +10,6 @@ from dataclasses import asdict
 import torch
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.encoders import check_views, encoder_sources, resolve_encoders
+from vlm.assembly.family import load_complete, read_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.quantization import make_quantization_config
 from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
@@ -39,21 +39,15 @@ from vlm.models.processing_vlm import VLMProcessor
 
 
 def compose(model: ModelConfig, template: str | None, image_mode: str | None) -> tuple[VLMConfig, VLMProcessor]:
-    """Return configuration and processor of a composition, without weights.
+    """Return configuration and processor of a composition, without weights; refuses parts that do not fit together.
 
-    Args:
-        model: the three parts.
-        template: see `DatasetConfig.template`.
-        image_mode: see `DatasetConfig.image_mode`.
-
-    Raises:
-        ValueError: parts that do not fit together, with the key, what was given and what is allowed.
+    `template` and `image_mode` are those of `DatasetConfig`.
     """
     register_connector_class(model.connector.type)
     options = connector_options(model.connector.type, model.connector.options)
     vision_configs = [_part_config(part, source) for part, source in encoder_sources(model.visual_encoder).items()]
     text_config = _part_config("language_model", model.language_model).get_text_config()
-    tokenizer = _tokenizer(model)
+    tokenizer = _load_tokenizer(model)
     features, image_processors, size = resolve_encoders(model.visual_encoder, vision_configs)
     config = VLMConfig(
         **features,
@@ -117,11 +111,7 @@ def make_generation_config(settings: GenerationConfig | None) -> GenerationConfi
 
 
 def register_connector_class(kind: str) -> None:
-    """Import `package.module:Class` and put the class in the table under that name; other names stay as they are.
-
-    Raises:
-        ValueError: the module or the class does not exist.
-    """
+    """Import `package.module:Class` and put the class in the table under that name; other names stay as they are."""
     if ":" in kind and kind not in CONNECTORS:
         CONNECTORS[kind] = import_named(kind, "model.connector.type")  # pyright: ignore[reportArgumentType] - theirs
 
@@ -131,11 +121,7 @@ def choose_attention(
 ) -> str:
     """Return for `auto` the best attention implementation that is installed and that a part takes; other names as is.
 
-    Args:
-        name: see `ModelConfig.attn_implementation`.
-        dtype: precision of the part's weights; flash attention needs half precision.
-        config: the part's configuration.
-        auto: the auto class that the part loads through.
+    `dtype` is the precision of the part's weights: flash attention needs half precision.
     """
     if name != "auto":
         return name
@@ -148,16 +134,7 @@ def choose_attention(
 
 
 def choose_template(name: str, own_template: object, source: str) -> str:
-    """Return the text of a template: a packaged one, a file, or the tokenizer's own.
-
-    Args:
-        name: `dataset.template`, or `tokenizer`.
-        own_template: the template that came with the tokenizer, if any.
-        source: where the tokenizer comes from, for the message.
-
-    Raises:
-        ValueError: no template came with the tokenizer.
-    """
+    """Return the text of `dataset.template`; of `tokenizer`, the template that came with the tokenizer of `source`."""
     if name != "tokenizer":
         return read_template(name)
     if not isinstance(own_template, str):
@@ -168,34 +145,19 @@ def choose_template(name: str, own_template: object, source: str) -> str:
 
 
 def _part_config(part: str, source: EncoderConfig | LanguageModelConfig) -> PreTrainedConfig:
-    """Return a part's own configuration; of a two-tower encoder, the vision half.
-
-    Raises:
-        ValueError: nothing loads from its `hf_name`.
-    """
-    try:
-        config = AutoConfig.from_pretrained(
-            source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.{part}.hf_name={source.hf_name}: no model configuration there (a Hub name or a local folder with a "
-            f"config.json is needed): {str(error).splitlines()[0]}"
-        ) from error
+    """Return a part's own configuration; of a two-tower encoder, the vision half."""
+    label = f"model.{part}.hf_name={source.hf_name}"
+    config = read_config(source.hf_name, label, source.revision, trust_remote_code=source.trust_remote_code)
     if config.model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"model.{part}.hf_name={source.hf_name}: transformers itself does not know model_type={config.model_type}, "
-            "so a checkpoint with this part could not be loaded again"
+            f"{label}: transformers itself does not know model_type={config.model_type}, so a checkpoint with this "
+            "part could not be loaded again"
         )
     return config.vision_config if part != "language_model" and hasattr(config, "vision_config") else config
 
 
-def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the language model's tokenizer, with the image tokens that it lacks and a padding token.
-
-    Raises:
-        ValueError: no tokenizer loads from the language model's folder.
-    """
+def _load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the language model's tokenizer, with the image tokens that it lacks and a padding token."""
     source = model.language_model
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -220,26 +182,16 @@ def _load_part(
     auto: type[_BaseAutoModelClass], source: EncoderConfig | LanguageModelConfig, config: PreTrainedConfig,
     dtype: torch.dtype, attention: str, bits: str | None,
 ) -> PreTrainedModel:  # fmt: skip
-    """Return a part with its weights.
-
-    Raises:
-        ValueError: the folder holds less than the part needs, which would be initialised at random.
-    """
-    part, info = auto.from_pretrained(
+    return load_complete(
+        auto,
         source.hf_name,
         config=config,
         revision=source.revision,
         trust_remote_code=source.trust_remote_code,
         dtype=dtype,
         attn_implementation=choose_attention(attention, dtype, config, auto),
-        quantization_config=None if bits is None else make_quantization_config(bits),
-        output_loading_info=True,
+        quantization_config=make_quantization_config(bits) if bits else None,
     )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{source.hf_name} lacks {len(missing)} of the weights that {type(part).__name__} needs: {missing[:5]}"
-        )
-    return part
 
 
 def recipe_differences(
@@ -249,15 +201,14 @@ def recipe_differences(
     recorded = _flatten(asdict(ModelConfig())) | _flatten(upgrade_recipe(config.recipe))
     requested = _flatten(asdict(model))
     return [
-        (f"model.{key}", requested[key], recorded.get(key))
-        for key in requested
+        (f"model.{key}", value, recorded.get(key))
+        for key, value in requested.items()
         if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in overridden_keys)
-        and requested[key] != recorded.get(key)
-        and key not in ("attn_implementation", "connector.name")
+        and value != recorded.get(key)
+        and key not in ("attn_implementation", "connector.name", "language_model.new_tokens")
         and not key.endswith(".quantization")
         and not key.startswith(("anyres.", "head."))
-        and key != "language_model.new_tokens"
-        and not (requested[key] is None and key.startswith("connector.options."))
+        and not (value is None and key.startswith("connector.options."))
     ]
 
 

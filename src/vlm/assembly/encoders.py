@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -27,21 +26,16 @@ EARLY_EXIT_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """Properties of one encoder, found out without weights.
-
-    Attributes:
-        selection: which features are read, see `VLMConfig.feature_selections`.
-        num_patches: patches of one image.
-        num_features: features of one image that are read.
-        width: width of a feature.
-        unread: names of parameters that the features do not depend on.
-    """
+    """Properties of one encoder, found out without weights."""
 
     selection: dict[str, object]
+    """Which features are read, see `VLMConfig.feature_selections`."""
     num_patches: int
     num_features: int
+    """Features of one image that are read."""
     width: int
     unread: list[str]
+    """Names of parameters that the features do not depend on."""
 
 
 def encoder_sources(config: VisualEncoderConfig) -> dict[str, EncoderConfig]:
@@ -55,15 +49,8 @@ def resolve_encoders(
 ) -> tuple[dict[str, Any], list[ImageProcessor], tuple[int, int]]:
     """Find out which features the encoders give for one image; layers that are not read are removed from `configs`.
 
-    Args:
-        visual_encoder: `model.visual_encoder`.
-        configs: the configurations of its encoders.
-
-    Returns:
-        Keyword arguments of `VLMConfig`, the image processors, and height and width of the pixels they return.
-
-    Raises:
-        ValueError: a layer or a CLS token that does not exist, or encoders that do not fit together.
+    Returns keyword arguments of `VLMConfig`, the image processors, and height and width of the pixels they return.
+    Refuses a layer or a CLS token that does not exist, and encoders that do not fit together.
     """
     sources = encoder_sources(visual_encoder)
     for config in configs:
@@ -72,33 +59,31 @@ def resolve_encoders(
     loaded = list(zip(sources.items(), configs, strict=True))
     processors = [_image_processor(part, source, config.model_type) for (part, source), config in loaded]
     sizes = [image_size(processor) for processor in processors]
-    if len(set(sizes)) > 1:
-        raise ValueError(_mismatch_message(sources, [f"{height} x {width} pixels" for height, width in sizes]))
+    _check_equal(sources, [f"{height} x {width} pixels" for height, width in sizes])
     infos = [_inspect_encoder(part, source, config, sizes[0]) for (part, source), config in loaded]
-    if len({info.num_features for info in infos}) > 1:
-        raise ValueError(_mismatch_message(sources, [f"{info.num_features} features" for info in infos]))
+    _check_equal(sources, [f"{info.num_features} features" for info in infos])
     prefixes = [""] if len(infos) == 1 else [f"encoders.{i}." for i in range(len(infos))]
+    unread = [prefix + name for prefix, info in zip(prefixes, infos, strict=True) for name in info.unread]
     values = {
         **dict(zip(encoder_names(len(configs)), configs, strict=True)),
         **infos[0].selection,
         "num_patches": infos[0].num_patches,
         "vision_dim": sum(info.width for info in infos),
         "beside": [info.selection for info in infos[1:]],
-        "unread_parameters": [
-            prefix + name for prefix, info in zip(prefixes, infos, strict=True) for name in info.unread
-        ],
+        "unread_parameters": unread,
     }
     return values, processors, sizes[0]
 
 
-def _mismatch_message(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> str:
-    """Return the message for encoders whose features cannot be concatenated."""
-    shown = {part: "null" if source.image_size is None else source.image_size for part, source in sources.items()}
+def _check_equal(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> None:
+    """Raise ValueError where encoders give unequal outputs, whose features cannot be concatenated."""
+    if len(set(outputs)) == 1:
+        return
     each = ", ".join(
-        f"{source.hf_name} (model.{part}.image_size={shown[part]}) {output}"
+        f"{source.hf_name} (model.{part}.image_size={source.image_size or 'null'}) {output}"
         for (part, source), output in zip(sources.items(), outputs, strict=True)
     )
-    return (
+    raise ValueError(
         "model.visual_encoder: encoders side by side need images of one size and give equally many features: "
         f"{each}. Set the image_size of one that takes several sizes, such as DINOv2, and the same feature_strategy"
     )
@@ -108,20 +93,16 @@ SQUASHED = "squashes the image to a square"
 
 
 def check_views(processor: VLMProcessor) -> None:
-    """Check that several encoders read the same part of an image: features of different places would become one token.
-
-    Raises:
-        ValueError: one encoder squashes the image and another crops it, or crops more of it.
-    """
+    """Refuse encoders that read different parts of an image: features of different places would become one token."""
     if processor.anyres is not None:
         return  # tiles are the same for all
     crops = [_describe_crop(steps, processor.image_mode) for steps in processor.image_processors]
     if len(set(crops)) > 1:
         side = image_size(processor.image_processor)[0]
-        keys = ["visual_encoder", *(f"visual_encoder.extra_encoders.{i}" for i in range(len(processor.beside)))]
-        each = ", ".join(f"model.{key} {crop}" for key, crop in zip(keys, crops, strict=True))
-        cropped = [key for key, crop in zip(keys, crops, strict=True) if crop != SQUASHED]
-        fixes = ", ".join(f"model.{key}.image_size={side}" for key in cropped)
+        extra = (f"model.visual_encoder.extra_encoders.{i}" for i in range(len(processor.beside)))
+        views = list(zip(("model.visual_encoder", *extra), crops, strict=True))
+        each = ", ".join(f"{key} {crop}" for key, crop in views)
+        fixes = ", ".join(f"{key}.image_size={side}" for key, crop in views if crop != SQUASHED)
         raise ValueError(
             f"the visual encoders would see different parts of an image (dataset.image_mode={processor.image_mode}): "
             f"{each}. {fixes} squashes it there, too"
@@ -158,21 +139,17 @@ def _image_processor(part: str, source: EncoderConfig, model_type: str) -> Image
     if source.image_size is None:
         return processor
     size = {"height": source.image_size, "width": source.image_size}
-    return type(processor).from_dict(
-        {**processor.to_dict(), "size": size, "do_resize": True, "do_center_crop": False}
-    )  # fmt: skip
+    changes = {"size": size, "do_resize": True, "do_center_crop": False}
+    return type(processor).from_dict(processor.to_dict() | changes)
 
 
 def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcessor:
-    """Return an image processor that prepares images as timm does.
-
-    Raises:
-        ValueError: timm crops images in a way that no image processor of transformers does.
-    """
+    """Return an image processor that prepares images as timm does; some of timm's crops have no counterpart."""
     processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision or "main")
     data = processor.data_config
     height, width = data["input_size"][1:]
-    scaled = {side: int(length / data["crop_pct"]) for side, length in (("height", height), ("width", width))}
+    crop = {"height": height, "width": width}
+    scaled = {side: int(length / data["crop_pct"]) for side, length in crop.items()}
     sizes = {"center": {"shortest_edge": min(scaled.values())}, "squash": scaled}
     if data["crop_mode"] not in sizes:
         raise ValueError(
@@ -181,7 +158,7 @@ def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcesso
         )
     return CLIPImageProcessor(
         size=sizes[data["crop_mode"]],
-        crop_size={"height": height, "width": width},
+        crop_size=crop,
         resample={"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[data["interpolation"]],
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
@@ -189,15 +166,9 @@ def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcesso
 
 
 def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]) -> EncoderInfo:
-    """Find out what an encoder gives for one image by running it without weights; unread layers leave `config`.
-
-    Raises:
-        ValueError: a feature layer is out of range, the layers are maps of several sizes, or the strategy asks for a
-            CLS token that there is not.
-    """
+    """Find out what an encoder gives for one image by running it without weights; unread layers leave `config`."""
     encoder, outputs = _dry_run(part, source, config, size)
-    layers = None
-    states = [outputs.last_hidden_state]
+    layers, states = None, [outputs.last_hidden_state]
     if source.feature_layer is not None:
         layers = list(_resolve_layers(part, source, len(outputs.hidden_states)))
         if config.model_type in EARLY_EXIT_TYPES:
@@ -217,6 +188,8 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
             f"model.{part}.feature_strategy={source.feature_strategy}: {source.hf_name} has no CLS token; "
             "allowed are patch and full"
         )
+    named = dict(encoder.named_parameters())
+    gradients = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
     patches = features.shape[1] - prefix
     counts = {"patch": patches, "cls+patch": patches + 1, "cls": 1, "full": patches + prefix}
     return EncoderInfo(
@@ -228,16 +201,12 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
         num_patches=patches,
         num_features=counts[source.feature_strategy],
         width=features.shape[2],
-        unread=_unread(encoder, features),
+        unread=[name for name, gradient in zip(named, gradients, strict=True) if gradient is None],
     )
 
 
 def _resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[int]:
-    """Yield the feature layers, counted from the front.
-
-    Raises:
-        ValueError: a layer is out of range.
-    """
+    """Yield the feature layers, counted from the front; raises ValueError where there is no such layer."""
     layers = source.feature_layer if isinstance(source.feature_layer, list) else [source.feature_layer]
     for layer in layers:
         if not -count <= layer < count:
@@ -251,11 +220,7 @@ def _resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[in
 def _dry_run(
     part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]
 ) -> tuple[PreTrainedModel, Any]:
-    """Return the encoder without weights, and its outputs for one image: shapes and dependencies, no numbers.
-
-    Raises:
-        ValueError: the encoder does not take images of the size that is asked for.
-    """
+    """Return the encoder without weights, and its outputs for one image: shapes and dependencies, no numbers."""
     with torch.device("meta"):
         encoder = AutoModel.from_config(config, trust_remote_code=source.trust_remote_code)
         try:
@@ -267,13 +232,6 @@ def _dry_run(
                 f"model.{part}.image_size={source.image_size}: {source.hf_name} does not take images of that size: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-
-
-def _unread(encoder: PreTrainedModel, features: Tensor) -> list[str]:
-    """Return the names of parameters that the features do not depend on."""
-    named = dict(encoder.named_parameters())
-    gradients = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
-    return [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
 
 
 def _prefix_tokens(encoder: Any, tokens: int, size: tuple[int, int]) -> int:

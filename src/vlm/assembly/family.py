@@ -1,16 +1,13 @@
 """Opening a model of a family: its configuration, its auto class and its weights."""
 
-from typing import Any
-
-import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from vlm.families.table import FAMILIES
 
@@ -26,17 +23,7 @@ def get_auto_class(config: PreTrainedConfig) -> AutoClass:
 def read_config(
     name: str, label: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Return the configuration of a Hub name or folder.
-
-    Args:
-        name: the Hub name or folder.
-        label: what messages call it, such as `model.hf_name=NAME`.
-        revision: branch, tag or commit on the Hub.
-        trust_remote_code: whether code out of the repository may run.
-
-    Raises:
-        ValueError: nothing loads from there.
-    """
+    """Return the configuration of a Hub name or folder; messages call it `label`, such as `model.hf_name=NAME`."""
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -58,11 +45,7 @@ def check_is_family(config: PreTrainedConfig, label: str) -> None:
 def load_family_config(
     name: str, key: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Return the configuration of a family's model.
-
-    Raises:
-        ValueError: nothing loads from there, or it is of no family in the table; `key` is the option that named it.
-    """
+    """Return the configuration of a family's model; `key` is the option that named it."""
     label = f"{key}={name}" if key else name
     config = read_config(name, label, revision, trust_remote_code=trust_remote_code)
     check_is_family(config, label)
@@ -70,30 +53,17 @@ def load_family_config(
 
 
 def load_family_model(
-    name: str, config: PreTrainedConfig, *, dtype: torch.dtype | str, attention: str | None = None,
-    revision: str | None = None, trust_remote_code: bool = False,
-    quantization_config: BitsAndBytesConfig | None = None,
-) -> PreTrainedModel:  # fmt: skip
-    """Return the model with its weights.
+    name: str, config: PreTrainedConfig, *, attention: str | None = None, **options: object
+) -> PreTrainedModel:
+    """Return a family's model with its weights; `options` are those of `from_pretrained`."""
+    if attention is not None:
+        options["attn_implementation"] = attention
+    return load_complete(get_auto_class(config), name, config=config, **options)
 
-    Args:
-        name: Hub name or folder.
-        config: the model's configuration.
-        dtype: precision of the weights, or `auto` for that of the checkpoint.
-        attention: attention implementation; None: as transformers chooses.
-        revision: branch, tag or commit.
-        trust_remote_code: whether code out of the repository may run.
-        quantization_config: which matrices are stored in fewer bits; None: none.
 
-    Raises:
-        ValueError: the checkpoint holds less than the model needs.
-    """
-    options = {} if attention is None else {"attn_implementation": attention}
-    loaded: Any = get_auto_class(config).from_pretrained(
-        name, config=config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
-        quantization_config=quantization_config, output_loading_info=True, **options,
-    )  # fmt: skip
-    model, info = loaded
+def load_complete(auto: type[_BaseAutoModelClass], name: str, **options: object) -> PreTrainedModel:
+    """Return a model with its weights; refuses checkpoints without some of them, which would be drawn at random."""
+    model, info = auto.from_pretrained(name, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{name} lacks {len(missing)} of the weights that {type(model).__name__} needs: {missing[:5]}")
     return model

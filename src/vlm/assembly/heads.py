@@ -4,7 +4,7 @@ Imports the schema, the hub code and the labels of data.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
@@ -54,30 +54,20 @@ def resolve_heads(
     model: ModelConfig, body_config: PreTrainedConfig, processor: Processor, labels: Sequence[HeadLabels],
     targets: Mapping[str, np.ndarray],
 ) -> VLMPredictionConfig:  # fmt: skip
-    """Return the configuration of a model with the heads that a run asks for.
+    """Return the configuration of a model with the heads that a run asks for, on the model of `body_config`.
 
-    Args:
-        model: the run's `model` section.
-        body_config: configuration of the vision-language model under the heads.
-        processor: the run's processor.
-        labels: the labels that each head chooses among.
-        targets: head -> `(N, width)`, the training records' targets, NaN where a record has none.
-
-    Raises:
-        ValueError: a head does not fit the body, or its options.
+    `targets` has for each head `(N, width)`, the training records' targets, NaN where a record has none.
     """
-    text_config, tokenizer = body_config.get_text_config(), processor.tokenizer
-    settings = [
-        _make_head_settings(
-            head_key(model.head, head_labels.name), head, head_labels, targets[head_labels.name], tokenizer, text_config
-        )
-        for head_labels, head in zip(labels, model.head.by_name.values(), strict=True)
+    text, tokenizer = body_config.get_text_config(), processor.tokenizer
+    heads = [
+        asdict(_make_head_settings(head_key(model.head, name), head, head_labels, targets[name], tokenizer, text))
+        for head_labels, (name, head) in zip(labels, model.head.by_name.items(), strict=True)
     ]
     return VLMPredictionConfig(
-        body_config=body_config, heads=list(map(asdict, settings)), media_token_ids=get_media_token_ids(processor),
-        suffix="".join(query_tokens(model.head)), suffix_ids=suffix_ids(model, processor.tokenizer),
+        body_config=body_config, heads=heads, media_token_ids=get_media_token_ids(processor),
+        suffix="".join(query_tokens(model.head)), suffix_ids=suffix_ids(model, tokenizer),
         generation_weight=model.head.generation_weight, recipe=asdict(model),
-        hidden_size=text_config.hidden_size,  # asked for by DeepSpeed's integration
+        hidden_size=text.hidden_size,  # asked for by DeepSpeed's integration
     )  # fmt: skip
 
 
@@ -95,8 +85,7 @@ def _make_head_settings(
             f"{key}.layer={head.layer}: the language model has hidden states 0 to {text.num_hidden_layers}, or "
             f"{-text.num_hidden_layers - 1} to -1 counted from the last"
         )
-    known = targets[~np.isnan(targets[:, 0]), 0]
-    shift, scale = (0.0, 1.0) if head.task != "regression" else _target_mean_and_std(key, known)
+    shift, scale = _target_mean_and_std(key, targets[:, 0]) if head.task == "regression" else (0.0, 1.0)
     settings = HeadSettings(
         name=labels.name, task=head.task, labels=list(labels.labels), type=head.type, options=_drop_nulls(head.options),
         pooling=head.pooling, layer=head.layer, token_id=_token_id(key, labels.name, head, tokenizer), shift=shift,
@@ -111,14 +100,10 @@ def _make_head_settings(
     return settings
 
 
-def _target_mean_and_std(key: str, known: np.ndarray) -> tuple[float, float]:
-    """Return mean and standard deviation of the training records' numbers.
-
-    Raises:
-        ValueError: all numbers are equal.
-    """
+def _target_mean_and_std(key: str, targets: np.ndarray) -> tuple[float, float]:
+    """Return mean and standard deviation of the training records' numbers, which are not all equal."""
     try:
-        return label_mean_and_std(known.tolist())
+        return label_mean_and_std(targets[~np.isnan(targets)].tolist())
     except ValueError as error:
         raise ValueError(f"{key}.task=regression: {error}") from error
 
@@ -128,29 +113,21 @@ def _drop_nulls(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def _token_id(key: str, name: str, head: HeadConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the token at which a head reads; None where its pooling reads at no token.
-
-    Raises:
-        ValueError: the vocabulary has no such token.
-    """
+    """Return the id of the token at which a head reads; None where its pooling reads at no token."""
     token = query_token(name) if head.pooling == "query" else head.token
     if token is None:
         return None
-    token_id = tokenizer.get_vocab().get(token)
-    if token_id is None:
+    if token not in (vocabulary := tokenizer.get_vocab()):
         raise ValueError(
             f"{key}.token={token}: the vocabulary has no such token; add it: model.language_model.new_tokens=[{token}]"
         )
-    return token_id
+    return vocabulary[token]
 
 
 def _class_weights(key: str, head: HeadConfig, targets: np.ndarray, num_labels: int) -> list[float] | None:
     """Return the weight of each label in the loss: a list as it is in the configuration, or computed by rarity.
 
     Balanced weights are records / (labels * records with the label), for `multilabel` records without / with the label.
-
-    Raises:
-        ValueError: the list is not as long as there are labels.
     """
     if head.class_weights is None:
         return None
@@ -169,20 +146,13 @@ def _class_weights(key: str, head: HeadConfig, targets: np.ndarray, num_labels: 
 
 
 def register_head_class(kind: str, key: str = "model.head.type") -> None:
-    """Import `package.module:Class` and put the class in the table under that name; other names stay as they are.
-
-    Raises:
-        ValueError: the module or the class does not exist.
-    """
+    """Import `package.module:Class` and put the class in the table under that name; other names stay as they are."""
     if ":" in kind and kind not in HEADS:
         HEADS[kind] = import_named(kind, key)  # pyright: ignore[reportArgumentType] - the user's class
 
 
 def with_checkpoint_scales(config: VLMPredictionConfig, start: Sequence[HeadSettings]) -> VLMPredictionConfig:
     """Return the configuration of resolved heads with a checkpoint's scales, which its weights were trained for."""
-    recorded = {head.name: head for head in start}
-    config.heads = [
-        asdict(replace(head, shift=recorded[head.name].shift, scale=recorded[head.name].scale))
-        for head in config.settings
-    ]
+    scales = {head.name: {"shift": head.shift, "scale": head.scale} for head in start}
+    config.heads = [asdict(head) | scales[head.name] for head in config.settings]
     return config

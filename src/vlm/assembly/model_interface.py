@@ -17,13 +17,10 @@ class TrainableModel(Protocol):
 
     `vlm.assembly.checkpoint` tells kinds apart (`is_composed_model`, `is_prediction_model`) and gives the
     vision-language model under prediction heads (`get_body`).
-
-    Attributes:
-        config: the model's configuration, by which `get_part_names` says which parameter belongs to which part.
-        training: whether the model is in training mode.
     """
 
     config: PreTrainedConfig
+    """The model's configuration, by which `get_part_names` says which parameter belongs to which part."""
     training: bool
 
     @property

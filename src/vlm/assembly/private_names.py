@@ -2,10 +2,7 @@
 
 A release may rename or drop a private name, and where nothing calls it any more, nothing says so: a run would go on
 without what depended on it. `check_private_names` refuses instead. `vlm.train.hooks` has the list for `Trainer`.
-
-This module imports none of those libraries. It is in `vlm.assembly` because whatever opens a model passes through that
-package; the packages below only have their names in the list. A name that an import statement mentions needs no entry:
-the import fails by itself, and names it.
+A name that an import statement mentions needs no entry: the import fails by itself. Imports none of those libraries.
 """
 
 import inspect
@@ -15,23 +12,20 @@ from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 from importlib.metadata import version
+from itertools import chain
 
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A name that a library does not promise to keep.
-
-    Attributes:
-        owner: `module:Class` or `module:function`, or a module alone.
-        name: an attribute of the owner; of a function, an attribute that its code sets or reads.
-        reason: what depends on it.
-        parameters: the parameters of a method that this package passes or takes; None: the method is not called.
-    """
+    """A name that a library does not promise to keep, and what depends on it."""
 
     owner: str
+    """`module:Class` or `module:function`, or a module alone."""
     name: str
+    """An attribute of the owner; of a function, an attribute that its code sets or reads."""
     reason: str
     parameters: tuple[str, ...] | None = None
+    """The parameters of a method that this package passes or takes; None: the method is not called."""
 
     @property
     def module(self) -> str:
@@ -43,16 +37,13 @@ class PrivateName:
 
 
 MODEL, CONFIG = "transformers.modeling_utils:PreTrainedModel", "transformers.configuration_utils:PreTrainedConfig"
+AUTO = "transformers.models.auto.auto_factory:_BaseAutoModelClass"
 HANDLER = "transformers.cli.serving.chat_completion:ChatCompletionHandler"
 ZERO3_INIT = "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param"
 
 PRIVATE_NAMES = {
     "transformers": (
-        PrivateName(
-            "transformers.models.auto.auto_factory:_BaseAutoModelClass",
-            "_model_mapping",
-            "the class of a model is looked up before its weights are loaded",
-        ),
+        PrivateName(AUTO, "_model_mapping", "the class of a model is looked up before its weights are loaded"),
         PrivateName(CONFIG, "_attn_implementation", "packed rows have an attention of their own"),
         PrivateName(MODEL, "_supports_sdpa", "model.attn_implementation=auto chooses what a model supports"),
         PrivateName(MODEL, "_supports_flash_attn", "model.attn_implementation=auto chooses what a model supports"),
@@ -93,16 +84,11 @@ PRIVATE_NAMES = {
 
 
 def check_private_names(names: Iterable[PrivateName] | None = None) -> None:
-    """Refuse libraries that have lost a private name; modules that are not loaded are passed over, nothing uses them.
+    """Refuse libraries that have lost one of `names`, or of `PRIVATE_NAMES`, or take other parameters now.
 
-    Args:
-        names: what is checked; None: all of `PRIVATE_NAMES`.
-
-    Raises:
-        ImportError: a name is gone, or is called otherwise than this package does.
+    Modules that are not loaded are passed over: nothing uses them.
     """
-    checked = [name for library in PRIVATE_NAMES.values() for name in library] if names is None else names
-    for name in checked:
+    for name in chain.from_iterable(PRIVATE_NAMES.values()) if names is None else names:
         if name.module in sys.modules and (problem := find_problem(name)):
             library = name.module.partition(".")[0]
             raise ImportError(

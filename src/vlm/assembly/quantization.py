@@ -20,12 +20,7 @@ from vlm.families.table import get_part_names
 def make_quantization_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndBytesConfig:
     """Return the configuration of `8bit` or `4bit` (NF4, its constants quantised too).
 
-    Args:
-        kind: `8bit` or `4bit`.
-        skipped: full names of the layers that stay unquantised; None: `lm_head`, as transformers finds it.
-
-    Raises:
-        ValueError: bitsandbytes is not installed, or knows nothing of this machine's device.
+    `skipped` are full names of the layers that stay unquantised; None: `lm_head`, as transformers finds it.
     """
     check_bitsandbytes(kind)
     skip = None if skipped is None else sorted(skipped)
@@ -50,22 +45,17 @@ def check_bitsandbytes(kind: str) -> None:
 
 
 def make_checkpoint_quantization(config: PreTrainedConfig, kinds: Mapping[str, str]) -> BitsAndBytesConfig | None:
-    """Return the configuration that quantises the named parts' Linear layers of a checkpoint, and no others.
+    """Return the configuration that quantises the named parts' Linear layers of a checkpoint; None for no parts.
 
-    Args:
-        config: the model's configuration.
-        kinds: part -> `8bit` or `4bit`, the same for all; empty: nothing is quantised, and the result is None.
+    `kinds` is part -> `8bit` or `4bit`, the same for all.
     """
     if not kinds:
         return None
     with torch.device("meta"):
         model = get_auto_class(config).from_config(config)
-    names = get_part_names(config)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    head = model.get_output_embeddings()
-    skipped = [
-        name for name in linear if model.get_submodule(name) is head or names.part_of(f"{name}.weight") not in kinds
-    ]
+    part_of, head = get_part_names(config).part_of, model.get_output_embeddings()
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    skipped = [name for name, module in linear if module is head or part_of(f"{name}.weight") not in kinds]
     return make_quantization_config(next(iter(kinds.values())), skipped)
 
 

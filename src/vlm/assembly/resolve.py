@@ -34,14 +34,8 @@ def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Pre
     """Return configuration and processor of a run's model, from parts or from a checkpoint, without weights.
 
     With `trainer.from_pretrained`, `config.model` becomes what the checkpoint was built with; a head that the run asks
-    for stays, and where the checkpoint has heads the run continues with those.
-
-    Args:
-        config: the run's configuration.
-        overrides: the keys that the command line sets.
-
-    Raises:
-        ValueError: the parts do not fit, or the command line contradicts the checkpoint.
+    for stays, and where the checkpoint has heads the run continues with those. Keys that the command line sets, the
+    `overrides`, are refused where they contradict the checkpoint.
     """
     overridden_keys = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
     model, name = config.model, config.trainer.from_pretrained
@@ -85,9 +79,7 @@ def _open_start(config: RunConfig) -> Checkpoint | None:
 def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: Sequence[str]) -> None:
     """Make the heads of a checkpoint those of the run.
 
-    Raises:
-        ValueError: the run asks for other heads, or for quantised parts, or a head is of a class that the checkpoint
-            alone names: code is imported only where the run names it.
+    A class that the checkpoint alone names is refused: code is imported only where the run names it.
     """
     assert is_prediction_config(checkpoint.config)
     head_keys = [key.removeprefix("head.") for key in overridden_keys]
@@ -125,17 +117,12 @@ def _resolve_family(
 def _resolve_composed(
     config: RunConfig, checkpoint: Checkpoint, model_config: VLMConfig, overridden_keys: Sequence[str]
 ) -> tuple[VLMConfig, Processor]:
-    """Resolve a composed model; `config.model` becomes its recipe with what a run may choose anew.
-
-    Raises:
-        ValueError: the command line contradicts the recipe.
-    """
+    """Resolve a composed model; `config.model` becomes its recipe with what a run may choose anew."""
     name, requested = checkpoint.name, config.model
-    if different := recipe_differences(model_config, requested, overridden_keys):
-        contradictions = "; ".join(
-            f"{key}={value!r}, but the checkpoint has {recorded!r}" for key, value, recorded in different
-        )
-        raise ValueError(f"trainer.from_pretrained={name}: its architecture is fixed. You asked for {contradictions}")
+    differences = recipe_differences(model_config, requested, overridden_keys)
+    asked = "; ".join(f"{key}={value!r}, but the checkpoint has {recorded!r}" for key, value, recorded in differences)
+    if asked:
+        raise ValueError(f"trainer.from_pretrained={name}: its architecture is fixed. You asked for {asked}")
     processor = checkpoint.load_composed_processor(config.dataset.template, config.dataset.image_mode)
     if checkpoint.kind is CheckpointKind.ADAPTER and requested.anyres.grids is not None:
         raise ValueError(
@@ -153,11 +140,7 @@ def _resolve_composed(
 
 
 def check_no_part_overrides(overridden_keys: Sequence[str], whole: str) -> None:
-    """Refuse keys of the command line that would change a part of a whole model.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Refuse keys of the command line that would change a part of a whole model."""
     allowed_keys = ("hf_name", "revision", "trust_remote_code", "attn_implementation", "visual_encoder.quantization",
             "language_model.quantization", "connector.name", "language_model.new_tokens", "head")  # fmt: skip
     if fixed := [key for key in overridden_keys if key not in allowed_keys and not key.startswith("head.")]:
@@ -167,14 +150,10 @@ def check_no_part_overrides(overridden_keys: Sequence[str], whole: str) -> None:
 def load_weights(
     config: RunConfig, model_config: PreTrainedConfig, processor: Processor, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
-    """Return the model of a run with its weights, and a row of its embeddings for each token.
+    """Return the model of a run that `resolve_model` resolved, with its weights and an embedding row for each token.
 
-    Args:
-        config: the run's configuration, with its model resolved.
-        model_config: as `resolve_model` returned it.
-        processor: likewise.
-        dtype: precision of the weights under DeepSpeed; without it, they are float32 until `cast` narrows frozen parts.
-        seed: what the first weights of a new connector are drawn from.
+    `dtype` is the precision under DeepSpeed; without it, weights are float32 until `cast` narrows frozen parts. The
+    first weights of a new connector are drawn from `seed`.
     """
     dtype = dtype if config.trainer.deepspeed else torch.float32
     checkpoint = _open_start(config)

@@ -28,6 +28,8 @@ UNMERGEABLE_OPTIONS = (
 SUPPORTED_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base model's weights as they are; PiSSA, OLoRA and others do not."""
 
+MERGE_BY_HAND_HINT = "Merge it with the code that trained it (merge_and_unload) and import the result."
+
 
 @dataclass(frozen=True)
 class LoraDelta:
@@ -39,8 +41,7 @@ class LoraDelta:
 
     def add_to(self, weight: Tensor) -> Tensor:
         """Return the merged weight in its own dtype; the sum is computed in float32."""
-        merged = torch.addmm(weight.float(), self.up.float(), self.down.float(), alpha=self.scale)
-        return merged.to(weight.dtype)
+        return torch.addmm(weight.float(), self.up.float(), self.down.float(), alpha=self.scale).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -54,31 +55,27 @@ class Adapter:
 def read_adapter(folder: Path) -> Adapter:
     """Read `adapter_config.json`, `adapter_model.{safetensors,bin}`, and `non_lora_trainables.bin` where it exists.
 
-    Raises:
-        ValueError: it is no LoRA that merges as a sum, or its weights are missing or do not belong together.
+    Refuses what is no LoRA that merges as a sum, and weights that are missing or do not belong together.
     """
     settings = read_json(folder / "adapter_config.json")
     _check_supported(folder, settings)
-    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
-    if not files:
+    files = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
         raise ValueError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors or adapter_model.bin")
     factors: dict[str, dict[str, Tensor]] = {}
     replacements: dict[str, Tensor] = {}
-    for name, tensor in read_shard(files[0]):
+    for name, tensor in read_shard(file):
         if factor := LORA_FACTOR_NAME.fullmatch(name):
             factors.setdefault(factor[1].removeprefix(PEFT_PREFIX), {})[factor[2]] = tensor
         elif "lora_" in name:
-            raise ValueError(f"{files[0]}: {name} is adapted in a way that is not merged here. {MERGE_BY_HAND_HINT}")
+            raise ValueError(f"{file}: {name} is adapted in a way that is not merged here. {MERGE_BY_HAND_HINT}")
         else:
             replacements[name.removeprefix(PEFT_PREFIX)] = tensor
     if (extra := folder / "non_lora_trainables.bin").is_file():
         replacements |= {_strip_prefixes(name): tensor for name, tensor in read_shard(extra)}
-    return Adapter(
-        {f"{name}.weight": _make_delta(name, pair, settings) for name, pair in factors.items()}, replacements
-    )
-
-
-MERGE_BY_HAND_HINT = "Merge it with the code that trained it (merge_and_unload) and import the result."
+    deltas = {f"{name}.weight": _make_delta(name, pair, settings) for name, pair in factors.items()}
+    return Adapter(deltas, replacements)
 
 
 def _check_supported(folder: Path, settings: dict) -> None:

@@ -3,7 +3,8 @@
 Everything in the card comes from the checkpoint and its run; unknown facts are left out, paths of a machine too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -16,6 +17,11 @@ from vlm.models.head_tasks import CLASSIFICATION_TASKS
 
 FAMILIES_SINCE = (5, 23)
 """The transformers in which families are trained and saved; they are its own models, in its own code."""
+
+ENCODE_CHAT = """\
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device"""
 
 CHAT = """\
 messages = [
@@ -41,9 +47,8 @@ def model_card(
         repo: the name on the Hub.
         licence: its identifier on the Hub.
     """
-    heads = cleaned.get("heads", [])
-    body = cleaned.get("body_config", cleaned)
-    composed = body["model_type"] == "vlm"
+    heads, body = cleaned.get("heads", []), cleaned.get("body_config", cleaned)
+    composed, name = body["model_type"] == "vlm", repo or "OWNER/NAME"
     sources = _sources(config, run)
     data = ModelCardData(
         library_name="transformers",
@@ -53,51 +58,36 @@ def model_card(
         license=licence,
         tags=["small-vlm", "vision-language-model", *(["prediction-head"] if heads else [])],
     )
-    name = repo or "OWNER/NAME"
-    sections = [
-        ("", _introduction(name, heads, composed)),
-        ("Use", _usage_section(name, cleaned, composed)),
-        ("Parts", _format_table(("part", "what", "parameters"), _parts(body, heads, group_sources(sources), counts))),
-        ("Training", _format_table(("", ""), run.recipe())),
-        (
-            "Data",
-            _format_table(
-                ("role", "source", "samples", "images"), [tuple(map(_format_count, row)) for row in run.sources()]
-            ),
-        ),
-        ("Results", _results(run)),
-        ("Licence", _licence(licence)),
-    ]
-    text = "\n\n".join(f"## {title}\n\n{content}" if title else content for title, content in sections if content)
+    origin = "composed of a visual encoder, a connector and a language model" if composed else "of a known family"
+    does = " that predicts from images and text" if heads else ""
+    known_licence = f"`{licence}`. The licences of the parts and of the data apply too."
+    no_licence = "None was named by who published it; those of the parts and of the data apply."
+    sections = {
+        "Use": _usage_section(name, cleaned, composed),
+        "Parts": _format_table(("part", "what", "parameters"), _parts(body, heads, sources, counts)),
+        "Training": _format_table(("", ""), run.recipe()),
+        "Data": _format_table(("role", "source", "samples", "images"), map(_format_counts, run.sources())),
+        "Results": _results(run),
+        "Licence": known_licence if licence else no_licence,
+    }
+    title = f"# {last_path_component(name)}"
+    introduction = f"A vision-language model{does}, {origin}, trained with small-vlm."
+    chapters = [f"## {title}\n\n{content}" for title, content in sections.items() if content]
+    text = "\n\n".join([title, introduction, *chapters])
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
-
-
-def group_sources(sources: Sequence[tuple[str, str, bool]]) -> dict[str, str]:
-    """Return part -> the names that it came from."""
-    grouped: dict[str, str] = {}
-    for part, name, on_hub in sources:
-        shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`"
-        grouped[part] = f"{grouped[part]}, {shown}" if part in grouped else shown
-    return grouped
 
 
 def _sources(config: JsonObject, run: RunSummary) -> list[tuple[str, str, bool]]:
     """Return the origin of parts: part, a name on the Hub or the end of a path, whether it is on the Hub."""
-    body = config.get("body_config", config)
-    recipe = upgrade_recipe(body.get("recipe") or {})
-    encoders = (recipe.get("visual_encoder"), *_extra_encoders(recipe))
-    named = [("visual_encoder", encoder) for encoder in encoders if encoder]
-    named += [("language_model", recipe["language_model"])] if recipe.get("language_model") else []
+    recipe = upgrade_recipe(config.get("body_config", config).get("recipe") or {})
+    encoder = recipe.get("visual_encoder") or {}
+    named = [("visual_encoder", source) for source in (encoder, *(encoder.get("extra_encoders") or []))]
+    named.append(("language_model", recipe.get("language_model") or {}))
+    if not any(source.get("hf_name") for _, source in named):  # a family's model, which its run names
+        named = [("model", run.config.get("model") or {})]
     names = [(part, source["hf_name"]) for part, source in named if source.get("hf_name")]
-    if not names:  # a family's model, which its run names
-        model = run.config.get("model") or {}
-        names = [("model", model["hf_name"])] if model.get("hf_name") else []
     on_hub = [(part, name, find_hub_name(name, run.checkpoint)) for part, name in names]
     return [(part, hub or last_path_component(name), hub is not None) for part, name, hub in on_hub]
-
-
-def _extra_encoders(recipe: JsonObject) -> list[JsonObject]:
-    return (recipe.get("visual_encoder") or {}).get("extra_encoders") or []
 
 
 def _pipeline_tag(heads: Sequence[JsonObject]) -> str | None:
@@ -107,20 +97,16 @@ def _pipeline_tag(heads: Sequence[JsonObject]) -> str | None:
     return "image-classification" if heads[0]["task"] in CLASSIFICATION_TASKS else None
 
 
-def _introduction(name: str, heads: Sequence[JsonObject], composed: bool) -> str:
-    subject = "A vision-language model" + (" that predicts from images and text" if heads else "")
-    origin = "composed of a visual encoder, a connector and a language model" if composed else "of a known family"
-    return f"# {last_path_component(name)}\n\n{subject}, {origin}, trained with small-vlm."
-
-
 # Parts
 
 
 def _parts(
-    body: JsonObject, heads: Sequence[JsonObject], sources: dict[str, str], counts: dict[str, int]
-) -> list[tuple[str, ...]]:  # fmt: skip
+    body: JsonObject, heads: Sequence[JsonObject], sources: Sequence[tuple[str, str, bool]], counts: dict[str, int]
+) -> list[tuple[str, ...]]:
     """Return the rows of the table of parts."""
-    rows = []
+    rows, origins = [], defaultdict[str, list[str]](list)
+    for part, name, on_hub in sources:
+        origins[part].append(f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`")
     if body["model_type"] == "vlm":
         encoders = [body["vision_config"], *(body[f"vision_config_{n}"] for n in range(2, 2 + len(body["beside"])))]
         kinds = {
@@ -129,10 +115,10 @@ def _parts(
             "language_model": body["text_config"]["model_type"],
         }
         for part, kind in kinds.items():
-            source = f"{sources[part]} ({kind})" if part in sources else kind
+            source = f"{', '.join(origins[part])} ({kind})" if part in origins else kind
             rows.append((part, source, f"{counts.get(part, 0):,}"))
     else:
-        rows.append(("model", f"{sources.get('model', '')} ({body['model_type']})".strip(), ""))
+        rows.append(("model", f"{', '.join(origins['model'])} ({body['model_type']})".strip(), ""))
     for head in heads:
         labels = f": {', '.join(map(str, head['labels'][:20]))}" if head["labels"] else ""
         rows.append((f"head `{head['name']}`", f"{head['task']}{labels}{' …' if len(head['labels']) > 20 else ''}", ""))
@@ -162,10 +148,11 @@ def _results(run: RunSummary) -> str:
             titles = ("measure", *(key.replace("_", " ") for key in columns))
             blocks.append(f"{title}\n\n{_format_table(titles, rows)}")
     for name, results in run.evaluations.items():
-        if rows := [*_metric_rows(results.get("metrics", {})), *_benchmark_rows(results.get("results", []))]:
+        rows = [(metric, _format_interval(value)) for metric, value in results.get("metrics", {}).items()]
+        if rows := [*rows, *map(_benchmark_row, results.get("results", []))]:
             number = f", {results['records']:,} records" if "records" in results else ""
             blocks.append(f"Evaluation `{name}`{number}:\n\n{_format_table(('measure', 'value'), rows)}")
-    return "\n\n".join(block for block in blocks if block)
+    return "\n\n".join(blocks)
 
 
 def _format_interval(interval: object) -> str:
@@ -175,17 +162,11 @@ def _format_interval(interval: object) -> str:
     return f"{interval['value']:.3f}{ends}"
 
 
-def _metric_rows(metrics: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yield the metrics of `vlm eval --data`."""
-    yield from ((name, _format_interval(value)) for name, value in metrics.items())
-
-
-def _benchmark_rows(scores: Sequence[JsonObject]) -> Iterator[tuple[str, str]]:
-    """Yield the scores of `vlm eval --tasks`, with standard errors where lmms-eval computes them."""
-    for score in scores:
-        error = "" if score.get("error") is None else f" ± {score['error']:.3g}"
-        value = "to be scored elsewhere" if score["value"] is None else f"{score['value']:.4g}{error}"
-        yield f"{score['task']} · {score['metric']}", value
+def _benchmark_row(score: JsonObject) -> tuple[str, str]:
+    """Return a score of `vlm eval --tasks`, with its standard error where lmms-eval computes one."""
+    error = "" if score.get("error") is None else f" ± {score['error']:.3g}"
+    value = "to be scored elsewhere" if score["value"] is None else f"{score['value']:.4g}{error}"
+    return f"{score['task']} · {score['metric']}", value
 
 
 # Use
@@ -205,11 +186,9 @@ def _usage_section(name: str, config: JsonObject, composed: bool) -> str:
     )
     blocks = [f"Needs transformers {oldest} or newer, and one that knows its parts.{why}"]
     if heads:
-        return "\n\n".join([*blocks, _python(opening + _heads_example(config, composed))])
+        return "\n\n".join([*blocks, _python(opening + _heads_example(config))])
     answer = (
-        "inputs = processor.apply_chat_template(\n"
-        '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"\n'
-        ").to(model.device, model.dtype)\n"
+        f"{ENCODE_CHAT}, model.dtype)\n"
         "answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)\n"
         'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
     )
@@ -221,15 +200,10 @@ def _usage_section(name: str, config: JsonObject, composed: bool) -> str:
     return "\n\n".join([*blocks, _python(opening + answer), "Or:", _python(pipe)])
 
 
-def _heads_example(config: JsonObject, composed: bool) -> str:
+def _heads_example(config: JsonObject) -> str:
     """Return code that asks a model with heads; tokens that heads read at follow the prompt."""
     if not config.get("suffix"):
-        return (
-            "inputs = processor.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"\n'
-            ").to(model.device)\n"
-            "print(model.predict(**inputs))\n"
-        )
+        return f"{ENCODE_CHAT})\nprint(model.predict(**inputs))\n"
     return (
         "from PIL import Image\n\n"
         "text = processor.apply_chat_template(messages, add_generation_prompt=True) + model.config.suffix\n"
@@ -242,19 +216,12 @@ def _python(code: str) -> str:
     return f"```python\n{code}```"
 
 
-def _licence(licence: str | None) -> str:
-    if licence:
-        return f"`{licence}`. The licences of the parts and of the data apply too."
-    return "None was named by who published it; those of the parts and of the data apply."
-
-
-def _format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _format_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table; an empty text where it has no rows."""
-    if not rows:
-        return ""
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    table = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(table) if len(lines) > 2 else ""
 
 
-def _format_count(cell: str | int | None) -> str:
-    return "streamed" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell
+def _format_counts(row: Sequence[str | int | None]) -> list[str]:
+    return ["streamed" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell for cell in row]

@@ -15,16 +15,11 @@ LOCAL_PATH = re.compile(r"(?:/|~/|\.{1,2}/|[A-Za-z]:[\\/])[^\s/\\]+[\\/]\S+")
 PATH_KEYS = ("_name_or_path", "name_or_path")
 """Keys that say where something was loaded from, which nothing reads: removed unless they hold a name on the Hub."""
 
-REMOVED = object()
-"""Stands for a value that is left out."""
-
 
 def find_hub_name(name: object, checkpoint: Path) -> str | None:
     """Return a name on the Hub; None where it is no such name, or may be a folder of this machine.
 
-    Args:
-        name: a name from the run's configuration.
-        checkpoint: the run's checkpoint; relative paths began somewhere above it.
+    Relative paths of a run began somewhere above its `checkpoint`.
     """
     name = str(name or "").removeprefix("hf://").removeprefix("datasets/")
     if not HUB_NAME.fullmatch(name) or name.endswith((".json", ".jsonl", ".parquet", ".csv", ".tar")):
@@ -41,23 +36,18 @@ def last_path_component(path: str) -> str:
 def without_paths(values: object, checkpoint: Path) -> Any:
     """Return a configuration in which the last component of each path replaces the path, or nothing does."""
     if isinstance(values, dict):
-        return {
-            key: cleaned
-            for key, value in values.items()
-            if (cleaned := _clean_value(key, value, checkpoint)) is not REMOVED
-        }
+        cleaned = {}
+        for key, value in values.items():
+            if not isinstance(value, str) or key not in (*PATH_KEYS, "hf_name"):
+                cleaned[key] = without_paths(value, checkpoint)
+            elif find_hub_name(value, checkpoint):
+                cleaned[key] = value
+            elif key == "hf_name":
+                cleaned[key] = last_path_component(value)
+        return cleaned
     if isinstance(values, list):
         return [without_paths(value, checkpoint) for value in values]
     return last_path_component(values) if isinstance(values, str) and LOCAL_PATH.fullmatch(values) else values
-
-
-def _clean_value(key: str, value: object, checkpoint: Path) -> object:
-    """Return a value of a dictionary, cleaned; `REMOVED` where it is left out."""
-    if isinstance(value, str) and key in PATH_KEYS:
-        return value if find_hub_name(value, checkpoint) else REMOVED
-    if isinstance(value, str) and key == "hf_name":
-        return value if find_hub_name(value, checkpoint) else last_path_component(value)
-    return without_paths(value, checkpoint)
 
 
 def find_local_paths(folder: Path, *checkpoints: Path) -> Iterator[str]:

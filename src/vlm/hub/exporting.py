@@ -3,11 +3,10 @@
 Weights go from file to file, one at a time.
 """
 
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from vlm.assembly.adapter_folder import is_adapter_checkpoint
@@ -25,20 +24,14 @@ from vlm.models import VLMProcessor
 def export_checkpoint(
     name: str, out: Path, format_name: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
 ) -> list[str]:
-    """Write a checkpoint of this framework in another format.
+    """Write a checkpoint of this framework in another format, and return what differs, as sentences.
 
     Args:
         name: a run's folder `final`, or a name on the Hub.
         out: a new folder.
-        format_name: a name of the table `EXPORT_FORMATS`.
+        format_name: a name of the table `EXPORT_FORMATS`; refused, with every reason, where parts do not fit it.
         vision_tower: the name of the encoder for `llava-original`, in place of the recorded name.
         largest_shard: most bytes of a written file.
-
-    Returns:
-        What differs from the checkpoint, as sentences; empty where nothing differs.
-
-    Raises:
-        ValueError: the format has no place for a part of the model; every reason is listed.
     """
     target = EXPORT_FORMATS[format_name]
     checkpoint = resolve_folder(name)
@@ -56,15 +49,13 @@ def export_checkpoint(
             raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
         config.recipe["visual_encoder"]["hf_name"] = vision_tower
     processor = open_checkpoint(checkpoint).load_composed_processor()
-    if problems := target.incompatibilities(config, processor):
+    if problems := list(target.incompatibilities(config, processor)):
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueError(f"{name} does not fit --format {format_name}:{listing}")
     with create_folder(out) as folder:
-        _write_weights(name, checkpoint, folder, target.weight_prefixes(config), largest_shard)
-        theirs = make_transformers_processor(
-            config, processor, prepares_images=format_name == "llava"
-        )  # adds tokens that are named below
-        write_json(folder / "config.json", target.make_config(config, processor))
+        _write_weights(name, checkpoint, folder, target.weight_prefixes(config.connector["type"]), largest_shard)
+        theirs = make_transformers_processor(config, processor, prepares_images=format_name == "llava")
+        write_json(folder / "config.json", target.make_config(config, processor))  # names tokens that were just added
         settings = read_json(checkpoint / "generation_config.json")
         write_json(folder / "generation_config.json", settings | generation_ids(settings, processor))
         theirs.save_pretrained(folder)
@@ -73,21 +64,15 @@ def export_checkpoint(
 
 
 def _write_weights(name: str, checkpoint: Path, folder: Path, weight_prefixes: PrefixPairs, largest_shard: int) -> None:
-    writer = ShardWriter(folder, largest_shard)
-    files = weight_files(checkpoint)
+    writer, files = ShardWriter(folder, largest_shard), weight_files(checkpoint)
     if not files:
         raise ValueError(f"{name} holds no weights; a run's complete model is its folder `final`")
-    for ours, tensor in tqdm(_read_tensors(files), desc="weights", unit=""):
+    for ours, tensor in tqdm(chain.from_iterable(map(read_shard, files)), desc="weights", unit=""):
         theirs = rename_to_foreign(ours, weight_prefixes)
         if theirs is None:
             raise ValueError(f"{name}: the format has no name for the weight {ours}")
         writer.add(theirs, tensor)
     writer.finish()
-
-
-def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        yield from read_shard(file)
 
 
 def _rename_tokenizer_fields(file: Path) -> None:
@@ -98,8 +83,7 @@ def _rename_tokenizer_fields(file: Path) -> None:
     values = read_json(file)
     values["tokenizer_class"] = "PreTrainedTokenizerFast"
     values["model_input_names"] = ["input_ids", "attention_mask"]
-    extra = values.pop("extra_special_tokens", None)
-    if extra:
+    if extra := values.pop("extra_special_tokens", None):
         values["additional_special_tokens"] = list(extra.values()) if isinstance(extra, dict) else extra
     for name in ("auto_map", "backend", "is_local", "local_files_only", "name_or_path"):
         values.pop(name, None)

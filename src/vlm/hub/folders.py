@@ -22,11 +22,7 @@ NON_WEIGHT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 @contextmanager
 def create_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes `out` at the end; after an error nothing is left of it.
-
-    Raises:
-        ValueError: `out` exists and is not an empty folder.
-    """
+    """Yield a folder to fill, which becomes `out` at the end; after an error nothing is left of it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already and is not empty; name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,11 +38,7 @@ def create_folder(out: Path) -> Iterator[Path]:
 
 
 def resolve_folder(name: str) -> Path:
-    """Return a local folder as it is, a name on the Hub as the folder of its download, safetensors before pickles.
-
-    Raises:
-        ValueError: there is neither.
-    """
+    """Return a local folder as it is, a name on the Hub as the folder of its download, safetensors before pickles."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -63,11 +55,7 @@ def resolve_folder(name: str) -> Path:
 
 
 def read_json(file: Path) -> JsonObject:
-    """Return the JSON object of a file; an empty one where there is no such file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """Return the JSON object of a file; an empty one where there is no such file."""
     if not file.is_file():
         return {}
     try:

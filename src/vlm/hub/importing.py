@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, GenerationConfig, PreTrainedConfig
+from transformers import AutoModel, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from vlm.assembly.compose import compose, make_generation_config
-from vlm.hub.adapters import LoraDelta
 from vlm.hub.folders import create_folder, read_json, write_json
 from vlm.hub.layouts import COMPUTED_BUFFER_SUFFIXES, rename_to_ours
 from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard
@@ -50,9 +49,6 @@ def import_checkpoint(
         image_mode: as `dataset.image_mode`; None: the source's.
         dtype: precision of the weights; None: the language model's.
         largest_shard: most bytes of a written file.
-
-    Raises:
-        ValueError: the checkpoint cannot be imported; says why and what to do.
     """
     source = read_source(name, base_model, vision_tower)
     with create_folder(out) as folder:
@@ -93,8 +89,7 @@ def _compose_model(
     config, processor = compose(staged, template, image_mode or source.image_mode)
     config.recipe = asdict(recipe)
     config.vision_config.name_or_path = recipe.visual_encoder.hf_name
-    config.text_config.name_or_path = recipe.language_model.hf_name
-    processor.tokenizer.name_or_path = recipe.language_model.hf_name
+    config.text_config.name_or_path = processor.tokenizer.name_or_path = recipe.language_model.hf_name
     processor.tokenizer.init_kwargs["name_or_path"] = recipe.language_model.hf_name
     return config, processor
 
@@ -103,13 +98,13 @@ def _stage_tokenizer(source: ForeignCheckpoint, folder: Path) -> tuple[str | Non
     """Copy the tokenizer's files; return the chat template that works here, which is copied too, and all templates."""
     folder.mkdir(parents=True)
     for pattern in TOKENIZER_FILES:
-        for file in source.tokenizer.glob(pattern):
+        for file in source.text_folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     settings = read_json(folder / "tokenizer_config.json")
-    jinja = source.tokenizer / "chat_template.jinja"
+    jinja = source.text_folder / "chat_template.jinja"
     templates = [
         jinja.read_text(encoding="utf-8") if jinja.is_file() else None,
-        read_json(source.tokenizer / "chat_template.json").get("chat_template"),
+        read_json(source.text_folder / "chat_template.json").get("chat_template"),
         settings.get("chat_template"),
     ]
     texts = [text for text in templates if isinstance(text, str) and text]
@@ -127,9 +122,8 @@ def _common_dtype(source: ForeignCheckpoint) -> torch.dtype:
     for store in source.stores:
         for file in store.files:
             for name, tensor in read_shard(file):
-                if (rename_to_ours(name, store.table) or name).startswith(
-                    "language_model."
-                ) and tensor.is_floating_point():
+                ours = rename_to_ours(name, store.table) or name
+                if ours.startswith("language_model.") and tensor.is_floating_point():
                     return tensor.dtype
     raise ValueError("the source has no weights of a language model")
 
@@ -137,17 +131,15 @@ def _common_dtype(source: ForeignCheckpoint) -> torch.dtype:
 def _write_weights(
     source: ForeignCheckpoint, model: VLMForConditionalGeneration, folder: Path, dtype: torch.dtype, largest_shard: int
 ) -> None:
-    """Write every weight of `model` out of the source, under our names.
-
-    Raises:
-        ValueError: weights are missing, have no place or another shape.
-    """
+    """Write every weight of `model` out of the source, under our names; refuses missing, unknown and unlike ones."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if model.config.text_config.tie_word_embeddings:
         del expected["language_model.lm_head.weight"]
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     with_vocabulary = {f"{name}.weight" for name, module in model.named_modules() if module in tables}
-    writer, deltas, missing = ShardWriter(folder, largest_shard), _read_deltas(source), set(expected)
+    table, adapted = source.stores[-1].table, source.adapter.deltas
+    deltas = {rename_to_ours(name, table) or name: delta for name, delta in adapted.items()}
+    writer, missing = ShardWriter(folder, largest_shard), set(expected)
     with tqdm(total=len(expected), desc="weights", unit="") as bar:
 
         def write(name: str, tensor: Tensor) -> None:
@@ -163,29 +155,19 @@ def _write_weights(
 
         for name, tensor in _read_tensors(source, set(expected)):
             write(name, tensor)
-        if any(name.startswith(ENCODER_PREFIX) for name in missing):
-            for name, tensor in _encoder_tensors(source, model.config.vision_config):
+        if source.encoder is not None and any(name.startswith(ENCODER_PREFIX) for name in missing):
+            encoder = AutoModel.from_pretrained(source.encoder, config=model.config.vision_config)
+            for name, tensor in encoder.state_dict(prefix=ENCODER_PREFIX).items():
                 if name in missing:
                     write(name, tensor)
     _raise_for_weights("the source lacks", missing)
-    _raise_for_weights(
-        "the adapter adapts what the model does not have:", {name for name in deltas if not _is_optional_weight(name)}
-    )
+    unknown = {name for name in deltas if not _is_optional_weight(name)}
+    _raise_for_weights("the adapter adapts what the model does not have:", unknown)
     writer.finish()
 
 
-def _read_deltas(source: ForeignCheckpoint) -> dict[str, LoraDelta]:
-    """Return the deltas of the adapter, under our names."""
-    table = source.stores[-1].table
-    return {rename_to_ours(name, table) or name: delta for name, delta in source.adapter.deltas.items()}
-
-
 def _read_tensors(source: ForeignCheckpoint, expected: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the source's weights under our names, each once; those that an adapter brings come first.
-
-    Raises:
-        ValueError: a weight has no place in the model.
-    """
+    """Yield the source's weights under our names, each once; those that an adapter brings come first."""
     done: set[str] = set()
     for name, tensor in source.adapter.replacements.items():
         ours = rename_to_ours(name, source.stores[-1].table) or name
@@ -210,14 +192,6 @@ def _is_optional_weight(name: str) -> bool:
     return name.startswith((ENCODER_PREFIX, "language_model.lm_head.")) or name.endswith(COMPUTED_BUFFER_SUFFIXES)
 
 
-def _encoder_tensors(source: ForeignCheckpoint, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of the encoder that the source names, as transformers loads them."""
-    if source.encoder is None:
-        return
-    encoder = AutoModel.from_pretrained(source.encoder, config=config)
-    yield from ((ENCODER_PREFIX + name, tensor) for name, tensor in encoder.state_dict().items())
-
-
 def _raise_for_weights(problem: str, names: set[str]) -> None:
     if names:
         raise ValueError(f"{problem} {len(names)} weights, such as {', '.join(sorted(names)[:5])}")
@@ -237,7 +211,6 @@ def extend_rows(table: Tensor, rows: int) -> Tensor:
 
 def _make_generation_config(source: ForeignCheckpoint) -> GenerationConfig:
     """Return the ids that the source begins and ends answers with."""
-    folder = source.generation
-    if folder is not None and (folder / "generation_config.json").is_file():
-        return make_generation_config(GenerationConfig.from_pretrained(folder))
+    if (source.text_folder / "generation_config.json").is_file():
+        return make_generation_config(GenerationConfig.from_pretrained(source.text_folder))
     return make_generation_config(GenerationConfig.from_model_config(source.text_config))

@@ -25,39 +25,34 @@ from vlm.models import VLMConfig, VLMProcessor
 from vlm.models.anyres import AnyRes
 
 PROBE_WORD = "What"
+PIXEL_SETTINGS = ("image_mean", "image_std", "resample", "rescale_factor")
 
 
 def make_transformers_processor(config: VLMConfig, processor: VLMProcessor, *, prepares_images: bool) -> ProcessorMixin:
     """Return transformers' processor that does what ours does.
 
-    Args:
-        config: the checkpoint's configuration.
-        processor: our processor.
-        prepares_images: whether it pads images and cuts them into tiles where ours does; else its caller has to.
+    Unless it `prepares_images`, its caller has to pad images and cut them into tiles where ours does.
     """
     tokenizer = processor.tokenizer
     space_after_image = needs_space_after_special_token(tokenizer, processor.image_token)
     tokenizer.chat_template = None
+    template = export_template(str(processor.chat_template), processor.image_token, space_after_image=space_after_image)
     common: dict[str, Any] = {
         "vision_feature_select_strategy": select_strategy(config),
-        "chat_template": export_template(
-            str(processor.chat_template), processor.image_token, space_after_image=space_after_image
-        ),
+        "chat_template": template,
         "image_token": processor.image_token,
     }
     counting = {"patch_size": config.vision_config.patch_size, "num_additional_image_tokens": config.num_prefix_tokens}
     tiling = processor.tiling
     if tiling is None or not prepares_images:
-        return LlavaProcessor(
-            _make_image_processor(processor, pads_to_square=prepares_images), tokenizer, **counting, **common
-        )
+        image_processor = _make_image_processor(processor, pads_to_square=prepares_images)
+        return LlavaProcessor(image_processor, tokenizer, **counting, **common)
     if native_type(tiling) == "llava_next":
-        return LlavaNextProcessor(
-            _make_tiled_image_processor(processor, tiling, LlavaNextImageProcessor), tokenizer, **counting, **common
-        )
+        image_processor = _make_tiled_image_processor(processor, tiling, LlavaNextImageProcessor)
+        return LlavaNextProcessor(image_processor, tokenizer, **counting, **common)
     tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]}, replace_extra_special_tokens=False)
     image_processor = _make_tiled_image_processor(processor, tiling, LlavaOnevisionImageProcessor)
-    frames = {key: getattr(image_processor, key) for key in ("image_mean", "image_std", "resample", "rescale_factor")}
+    frames = {key: getattr(image_processor, key) for key in PIXEL_SETTINGS}
     frames["size"] = {"height": tiling.tile_size, "width": tiling.tile_size}
     return LlavaOnevisionProcessor(
         image_processor, tokenizer, LlavaOnevisionVideoProcessor(**frames), video_token=VIDEO_TOKEN,
@@ -75,7 +70,7 @@ def _make_tiled_image_processor(processor: VLMProcessor, tiling: AnyRes, process
         crop_size=square,
         do_center_crop=bool(steps.do_center_crop),
         image_grid_pinpoints=make_grid_pinpoints(tiling),
-        **{key: getattr(steps, key) for key in ("image_mean", "image_std", "resample", "rescale_factor")},
+        **{key: getattr(steps, key) for key in PIXEL_SETTINGS},
     )
 
 
@@ -94,13 +89,6 @@ def _make_image_processor(processor: VLMProcessor, *, pads_to_square: bool) -> A
 
 def needs_space_after_special_token(tokenizer: PreTrainedTokenizerBase, image_token: str) -> bool:
     """Return whether a text has its own ids behind a special token only where a blank stands between them."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    alone, behind, space_after_image = (
-        ids(PROBE_WORD),
-        ids(image_token + PROBE_WORD)[1:],
-        ids(f"{image_token} {PROBE_WORD}")[1:],
-    )
-    return alone != behind and alone == space_after_image
+    texts = [PROBE_WORD, image_token + PROBE_WORD, f"{image_token} {PROBE_WORD}"]
+    alone, (_, *behind), (_, *behind_space) = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return alone != behind and alone == behind_space

@@ -3,15 +3,16 @@
 The files of a repository are listed here (`MODEL_FILES`, the hub code, the user's own classes, card and loss plot).
 """
 
-import json
 import math
 import os
 import shutil
-import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.config.derived import BASE_FILE
@@ -45,17 +46,13 @@ COMPOSED_MODEL_TYPE, PREDICTION_MODEL_TYPE = "vlm", "vlm_prediction"
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """A folder that is ready to upload.
-
-    Attributes:
-        folder: the folder.
-        files: name -> bytes.
-        skipped_files: other files of the checkpoint's folder.
-    """
+    """A folder that is ready to upload."""
 
     folder: Path
     files: dict[str, int]
+    """Name -> bytes."""
     skipped_files: list[str]
+    """Other files of the checkpoint's folder."""
 
     @property
     def size(self) -> int:
@@ -67,18 +64,15 @@ def prepare_upload(
     checkpoint: Path, out: Path, run: RunSummary, *, repo: str | None = None, licence: str | None = None,
     allow_links: bool = False,
 ) -> PreparedFolder:  # fmt: skip
-    """Fill a new folder with the files to upload.
+    """Fill an empty folder with the files to upload; refuses texts that name a path of this machine.
 
     Args:
         checkpoint: a complete checkpoint.
-        out: an empty folder.
+        out: the folder.
         run: the facts of its run, or of the run of the adapter that was merged.
         repo: the name on the Hub, for the example in the card.
         licence: its identifier on the Hub.
         allow_links: whether weights may be symbolic links, in a temporary folder.
-
-    Raises:
-        ValueError: the checkpoint is not complete, this version cannot read it, or a text names a path of this machine.
     """
     config = require_complete_checkpoint(checkpoint)
     _require_readable(checkpoint)
@@ -86,7 +80,7 @@ def prepare_upload(
         if name in CONFIG_FILES:
             write_json(out / name, without_paths(read_json(checkpoint / name), run.checkpoint))
         elif name.endswith(".safetensors"):
-            _link_or_copy(checkpoint / name, out / name, allow_links=allow_links)
+            _link_or_copy((checkpoint / name).resolve(), out / name, allow_links=allow_links)
         else:
             shutil.copyfile(checkpoint / name, out / name)
     for source in list_code_files(checkpoint, config):
@@ -99,19 +93,15 @@ def prepare_upload(
     if places := list(find_local_paths(out, checkpoint, run.checkpoint)):
         raise ValueError(f"{'; '.join(places)}: that is a place of this machine, which is not for others to read")
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
-    skipped_files = sorted(
-        file.name for file in checkpoint.iterdir() if file.name not in files or file.name == CARD_FILE
-    )
-    return PreparedFolder(out, files, skipped_files)
+    taken = files.keys() - {CARD_FILE}
+    return PreparedFolder(out, files, sorted(file.name for file in checkpoint.iterdir() if file.name not in taken))
 
 
 def obsolete(there: Iterable[str], prepared: PreparedFolder) -> list[str]:
     """Return the files of a repository that belong to an earlier model or its code, and would mix with the new one."""
-    code = {file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py")}
-    ours = (
-        name for name in there if is_model_file(name) or name in code or fnmatch(name, "user_*.py") or name == PLOT_FILE
-    )
-    return sorted(set(ours) - set(prepared.files))
+    known = {PLOT_FILE, *(file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py"))}
+    ours = {name for name in there if is_model_file(name) or fnmatch(name, "user_*.py") or name in known}
+    return sorted(ours - prepared.files.keys())
 
 
 def is_model_file(name: str) -> bool:
@@ -128,11 +118,7 @@ def is_adapter(checkpoint: Path) -> bool:
 
 
 def require_checkpoint(folder: Path) -> None:
-    """Check that a folder holds a checkpoint, complete or on a base.
-
-    Raises:
-        ValueError: it does not; says what it is, and which folder to give.
-    """
+    """Check that a folder holds a checkpoint, complete or on a base; the error says what it is, and what to give."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder (seen from {Path.cwd()})")
     if (folder / "trainer_state.json").is_file():
@@ -145,11 +131,7 @@ def require_checkpoint(folder: Path) -> None:
 
 
 def require_complete_checkpoint(checkpoint: Path) -> JsonObject:
-    """Return the configuration of a checkpoint that holds all of its model.
-
-    Raises:
-        ValueError: files are missing or incomplete, or the model is of an unknown kind.
-    """
+    """Return the configuration of a checkpoint that holds all of its model; others, and unknown models, are refused."""
     require_checkpoint(checkpoint)
     config = read_json(checkpoint / "config.json")
     kind = get_body_config(config).get("model_type")
@@ -157,13 +139,9 @@ def require_complete_checkpoint(checkpoint: Path) -> JsonObject:
         raise ValueError(f"{checkpoint}: model_type={kind} is no model of this framework, nor of a family it knows")
     shards = read_json(checkpoint / WEIGHT_INDEX_FILE).get("weight_map")
     for name in sorted(set(shards.values())) if shards else ["model.safetensors"]:
-        file = checkpoint / name
-        if not file.is_file():
+        if not (checkpoint / name).is_file():
             raise ValueError(f"{checkpoint} is not complete: {name} is missing")
-        header, start = read_header(file)
-        ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
-        if start + max(ends, default=0) != file.stat().st_size:
-            raise ValueError(f"{file} is incomplete: it is not as long as it says")
+        read_shapes(checkpoint / name)
     needed = ["processor_config.json"] if kind == COMPOSED_MODEL_TYPE else []
     for name in [*needed, "tokenizer_config.json"]:
         if not (checkpoint / name).is_file():
@@ -173,29 +151,18 @@ def require_complete_checkpoint(checkpoint: Path) -> JsonObject:
     return config
 
 
-def read_header(file: Path) -> tuple[JsonObject, int]:
-    """Return the header of a safetensors file, which describes its tensors, and the offset of the first tensor.
-
-    Raises:
-        ValueError: it is no safetensors file.
-    """
+def read_shapes(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return the dtype and shape of each tensor of a safetensors file, such as `F32` and `[2, 3]`."""
     try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length)) if length <= file.stat().st_size else None
-    except (struct.error, ValueError) as error:
-        raise ValueError(f"{file} is no safetensors file") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{file} is incomplete: it is not as long as it says")
-    return header, 8 + length
+        with safe_open(file, "np") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is incomplete, or no safetensors file: {error}") from error
 
 
 def _require_readable(checkpoint: Path) -> None:
-    """Open the configuration and the processor with the code that will be published.
-
-    Raises:
-        ValueError: this version does not read them.
-    """
+    """Open the configuration and the processor with the code that will be published."""
     from vlm.assembly.checkpoint import open_checkpoint
 
     try:
@@ -222,28 +189,19 @@ def list_code_files(checkpoint: Path, config: JsonObject) -> Iterator[Path]:
     """Yield the files of the installed package that read a checkpoint, and those of the user's own classes.
 
     A family's model has none.
-
-    Raises:
-        ValueError: the file of a class of the user's own is missing.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
 
     import vlm.models
 
-    composed, predicts = (
-        get_body_config(config)["model_type"] == COMPOSED_MODEL_TYPE,
-        config["model_type"] == PREDICTION_MODEL_TYPE,
-    )
+    body, package = get_body_config(config), Path(vlm.models.__file__).parent
+    composed, predicts = body["model_type"] == COMPOSED_MODEL_TYPE, config["model_type"] == PREDICTION_MODEL_TYPE
     roots = ["configuration_vlm", "modeling_vlm", "processing_vlm"] if composed else []
     roots += ["configuration_prediction", "modeling_prediction"] if predicts else []
-    package = Path(vlm.models.__file__).parent
     files = {package / f"{name}.py" for name in roots}
     files |= {Path(needed) for root in list(files) for needed in get_relative_import_files(root)}
     yield from sorted(files)
-    named = [
-        get_body_config(config).get("connector", {}).get("type", ""),
-        *(head["type"] for head in config.get("heads", [])),
-    ]
+    named = [body.get("connector", {}).get("type", ""), *(head["type"] for head in config.get("heads", []))]
     custom = get_custom_classes(config)
     if sum(":" in name for name in named) != len(custom):
         raise ValueError(f"{checkpoint} is not complete: {', '.join(named)} is a class whose file is not there")
@@ -262,14 +220,13 @@ def _write_auto_maps(out: Path) -> None:
     config = read_json(out / "config.json")
     body, custom = get_body_config(config), get_custom_classes(config)
     if body["model_type"] == COMPOSED_MODEL_TYPE:
-        body["auto_map"] = {**COMPOSING, **{key: value for key, value in custom.items() if key == "Connector"}}
-        processor = read_json(out / "processor_config.json")
-        processor["auto_map"] = {"AutoProcessor": COMPOSING["AutoProcessor"]}
-        write_json(out / "processor_config.json", processor)
+        body["auto_map"] = COMPOSING | {key: value for key, value in custom.items() if key == "Connector"}
+        auto_map = {"auto_map": {"AutoProcessor": COMPOSING["AutoProcessor"]}}
+        write_json(out / "processor_config.json", read_json(out / "processor_config.json") | auto_map)
     if config["model_type"] == PREDICTION_MODEL_TYPE:
-        known = {key: value for key, value in PREDICTING.items() if key != "AutoProcessor"}
-        processor = {"AutoProcessor": PREDICTING["AutoProcessor"]} if body["model_type"] == COMPOSED_MODEL_TYPE else {}
-        config["auto_map"] = {**known, **processor, **custom}
+        config["auto_map"] = PREDICTING | custom
+        if body["model_type"] != COMPOSED_MODEL_TYPE:
+            del config["auto_map"]["AutoProcessor"]
     write_json(out / "config.json", config)
 
 
@@ -278,7 +235,6 @@ def _write_auto_maps(out: Path) -> None:
 
 def _link_or_copy(source: Path, target: Path, *, allow_links: bool) -> None:
     """Put a weight file into another folder: as the same file where the file system allows that, else as a copy."""
-    source = source.resolve()
     try:
         os.link(source, target)
     except OSError:  # another file system
@@ -290,17 +246,11 @@ def _link_or_copy(source: Path, target: Path, *, allow_links: bool) -> None:
 
 def parameters(folder: Path, config: JsonObject) -> dict[str, int]:
     """Return the parameters of each part of a composed model and their `total`; for a family's model `total` alone."""
-    counts: dict[str, int] = {}
-    for file in sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
-        for name, tensor in read_header(file)[0].items():
-            if (
-                name == "__metadata__"
-                or name.endswith(STATISTICS_SUFFIXES)
-                or not tensor["dtype"].startswith(("F", "BF"))
-            ):
-                continue
-            part = name.removeprefix("body.").partition(".")[0]
-            part = {"image_newline": "connector", "heads": "head"}.get(part, part)
-            counts[part] = counts.get(part, 0) + math.prod(tensor["shape"])
-    total = sum(counts.values())
-    return {**(counts if get_body_config(config)["model_type"] == COMPOSED_MODEL_TYPE else {}), "total": total}
+    counts = Counter[str]()
+    for file in (file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
+        for name, (dtype, shape) in read_shapes(file).items():
+            if dtype.startswith(("F", "BF")) and not name.endswith(STATISTICS_SUFFIXES):
+                part = name.removeprefix("body.").partition(".")[0]
+                counts[{"image_newline": "connector", "heads": "head"}.get(part, part)] += math.prod(shape)
+    composed = get_body_config(config)["model_type"] == COMPOSED_MODEL_TYPE
+    return {**(counts if composed else {}), "total": counts.total()}

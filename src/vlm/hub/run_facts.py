@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -18,28 +19,19 @@ from vlm.hub.folders import JsonObject, read_json
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The known facts of a run; those of files that do not exist are empty.
-
-    Attributes:
-        checkpoint: the run's checkpoint.
-        config: `config.yaml`.
-        name: the configuration that `-cn` named.
-        metrics: the lines of `metrics.jsonl`.
-        data: `data.json`.
-        versions: `versions.json`.
-        scores: `scores.json`: set of records -> head -> measures.
-        evaluations: name of an evaluation -> its `results.json`.
-        plot: the file of the loss plot.
-    """
+    """The known facts of a run, by the names of their files; those of files that do not exist are empty."""
 
     checkpoint: Path
     config: JsonObject = field(default_factory=dict)
     name: str | None = None
+    """The configuration that `-cn` named."""
     metrics: list[JsonObject] = field(default_factory=list)
     data: JsonObject = field(default_factory=dict)
     versions: JsonObject = field(default_factory=dict)
     scores: JsonObject = field(default_factory=dict)
+    """Set of records -> head -> measures."""
     evaluations: dict[str, JsonObject] = field(default_factory=dict)
+    """Name of an evaluation -> its `results.json`."""
     plot: Path | None = None
 
     def recipe(self) -> list[tuple[str, str]]:
@@ -51,10 +43,9 @@ class RunSummary:
         if started := trainer.get("from_pretrained"):
             rows.append(("began with", find_hub_name(started, self.checkpoint) or "an earlier stage's checkpoint"))
         rows += [(f"learning rate of {part}", rate) for part, rate in _learning_rates(trainer, bool(self.scores))]
-        rows += list(self._training_amounts(trainer))
-        for key in ("lr_scheduler_type", "warmup_steps", "optim", "loss_average", "seed"):
-            if trainer.get(key) is not None:
-                rows.append((key, str(trainer[key])))
+        rows += self._training_amounts(trainer)
+        settings = ("lr_scheduler_type", "warmup_steps", "optim", "loss_average", "seed")
+        rows += [(key, str(trainer[key])) for key in settings if trainer.get(key) is not None]
         rows.append(("precision", next((key for key in ("bf16", "fp16") if trainer.get(key)), "float32")))
         if stage := (trainer.get("deepspeed") or {}).get("zero_optimization", {}).get("stage"):
             rows.append(("DeepSpeed", f"ZeRO-{stage}"))
@@ -77,25 +68,22 @@ class RunSummary:
         for role, facts in self.data.items():
             sources = facts.get("sources", [])
             for source in sources:
-                if len(sources) == 1:  # of which records may have been split off
-                    source = {**source, "samples": facts["samples"], "images": facts["images"]}
-                name = find_hub_name(source["path"], self.checkpoint) or last_path_component(str(source["source"]))
-                rows.append((role, name, source["samples"], source["images"]))
+                counts = facts if len(sources) == 1 else source  # of one source, records may have been split off
+                rows.append((role, self._name_source(source), counts["samples"], counts["images"]))
             if not sources and "samples" in facts:
                 rows.append((role, "split off", facts["samples"], facts["images"]))
-            for stream in facts.get("streamed", []):
-                name = find_hub_name(stream["path"], self.checkpoint) or last_path_component(str(stream["source"]))
-                rows.append((role, name, None, None))
+            rows += [(role, self._name_source(stream), None, None) for stream in facts.get("streamed", [])]
         return rows
+
+    def _name_source(self, source: JsonObject) -> str:
+        return find_hub_name(source["path"], self.checkpoint) or last_path_component(str(source["source"]))
 
     def hub_datasets(self) -> list[str]:
         """Return the names of data sets on the Hub that the run read."""
-        paths = [source["path"] for facts in self.data.values()
-                 for source in [*facts.get("sources", []), *facts.get("streamed", [])]]  # fmt: skip
-        names = [
-            name for path in paths if str(path).startswith("hf://") and (name := find_hub_name(path, self.checkpoint))
-        ]
-        return list(dict.fromkeys(names))
+        sources = [[*facts.get("sources", []), *facts.get("streamed", [])] for facts in self.data.values()]
+        paths = [str(source["path"]) for source in chain.from_iterable(sources)]
+        names = [find_hub_name(path, self.checkpoint) for path in paths if path.startswith("hf://")]
+        return list(dict.fromkeys(filter(None, names)))
 
     def last_losses(self) -> list[tuple[str, float]]:
         """Return the last value of each loss that was logged."""
@@ -115,11 +103,13 @@ def read_run(checkpoint: Path) -> RunSummary:
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         return RunSummary(checkpoint)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    plot = run / "loss.png"
+    plot, evals = run / "loss.png", run / "eval"
+    files = {file.parent.relative_to(evals).as_posix(): file for file in sorted(evals.rglob("results.json"))}
+    evaluations = {"evaluation" if name == "." else name: read_json(file) for name, file in files.items()}
     return RunSummary(
         checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _read_run_name(run),
         [json.loads(line) for line in lines if line.strip()], read_json(run / "data.json"),
-        read_json(run / "versions.json"), read_json(run / "scores.json"), dict(_read_evaluations(run)),
+        read_json(run / "versions.json"), read_json(run / "scores.json"), evaluations,
         plot if plot.is_file() else None,
     )  # fmt: skip
 
@@ -130,11 +120,6 @@ def _read_run_name(run: Path) -> str | None:
     words = shlex.split(file.read_text(encoding="utf-8").splitlines()[-1]) if file.is_file() else []
     named = [words[at + 1] for at, word in enumerate(words[:-1]) if word in ("-cn", "--config-name")]
     return named[-1] if named else None
-
-
-def _read_evaluations(run: Path) -> Iterator[tuple[str, JsonObject]]:
-    for file in sorted((run / "eval").glob("**/results.json")):
-        yield "/".join(file.relative_to(run / "eval").parts[:-1]) or "evaluation", read_json(file)
 
 
 def _learning_rates(trainer: JsonObject, has_head: bool) -> Iterator[tuple[str, str]]:

@@ -4,11 +4,9 @@ Imports `vlm.hub` only. Pickles are read with `weights_only=True`, so no code in
 where PyTorch wrote them as archives (since 2020).
 """
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,18 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.hub.folders import read_json
+from vlm.hub.folders import read_json, write_json
 
 LARGEST_SHARD = 4 * 10**9
 """Most bytes of a written file."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights, safetensors before pickles; empty where there are none.
-
-    Raises:
-        ValueError: an index names a file that is missing or outside the folder.
-    """
+    """Return the files that hold a folder's weights, safetensors before pickles; empty where there are none."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = read_json(folder / f"{stem}.index.json")
         files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
@@ -40,34 +34,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of a file, one at a time.
-
-    Raises:
-        ValueError: the file is incomplete, or a pickle that asks for more than tensors.
-    """
-    if file.suffix == ".safetensors":
-        with _open_safetensors(file) as weights:
-            for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, weights.get_tensor(name)
+    """Yield names and tensors of a file, one at a time; refuses incomplete files."""
+    if file.suffix != ".safetensors":
+        yield from read_pickle(file).items()
         return
-    yield from read_pickle(file).items()
-
-
-@contextmanager
-def _open_safetensors(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, "pt") as weights:
-            yield weights
+            for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, weights.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{file} is no whole safetensors file: {error}") from error
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.bin` file.
-
-    Raises:
-        ValueError: the file is incomplete, or asks for more than tensors.
-    """
+    """Return the tensors of a `.bin` file; refuses pickles that ask for more than tensors, and incomplete ones."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
@@ -83,12 +63,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 class ShardWriter:
-    """Writes tensors into safetensors files of at most `max_bytes` bytes (or one tensor), and their index.
-
-    Args:
-        folder: the folder to write into.
-        max_bytes: most bytes of a file.
-    """
+    """Writes tensors into safetensors files of at most `max_bytes` bytes (or one tensor), and their index."""
 
     def __init__(self, folder: Path, max_bytes: int = LARGEST_SHARD):
         self.folder = folder
@@ -117,8 +92,8 @@ class ShardWriter:
             file = f"model-{number + 1:05}-of-{count:05}.safetensors"
             self._part(number).rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+        write_json(self.folder / "model.safetensors.index.json", index)
 
     def _flush(self) -> None:
         save_file(self._pending, self._part(len(self.names)), metadata={"format": "pt"})

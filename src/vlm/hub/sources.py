@@ -76,39 +76,28 @@ class ForeignCheckpoint:
     Attributes:
         recipe: the parts, under the names that the source has for them.
         text_config: the language model's configuration.
-        tokenizer: the folder with the tokenizer.
+        text_folder: the folder with the language model's tokenizer and generation settings.
         stores: weights; where two stores have the same name, the first one counts.
+        image_mode: `dataset.image_mode` with which the source was trained.
         encoder: name of the encoder's configuration, image processor and, if the stores lack them, weights.
         vision_config: the encoder's configuration, where it is part of the source.
         image_processor: the encoder's image processor, where it is part of the source.
         adapter: the adapter to merge into the stores' weights.
-        image_mode: `dataset.image_mode` with which the source was trained.
-        generation: the folder of its generation settings.
     """
 
     recipe: ModelConfig
     text_config: PreTrainedConfig
-    tokenizer: Path
+    text_folder: Path
     stores: list[WeightStore]
+    image_mode: str
     encoder: str | None = None
     vision_config: PreTrainedConfig | None = None
     image_processor: Any = None
     adapter: Adapter = field(default_factory=lambda: Adapter({}, {}))
-    image_mode: str | None = None
-    generation: Path | None = None
 
 
 def read_source(name: str, base_model: str | None, vision_tower: str | None) -> ForeignCheckpoint:
-    """Find out what a foreign checkpoint is, and return its description.
-
-    Args:
-        name: a local folder or a name on the Hub.
-        base_model: the language model under an adapter or a projector.
-        vision_tower: the encoder, in place of the one that the source names.
-
-    Raises:
-        ValueError: the checkpoint cannot be imported, or a file is missing; says what to do.
-    """
+    """Find out what a foreign checkpoint is, and return its description; see `import_checkpoint` for the arguments."""
     folder = resolve_folder(name)
     values = read_json(folder / "config.json")
     kind = values.get("model_type")
@@ -168,8 +157,8 @@ def _read_transformers_llava(name: str, folder: Path) -> ForeignCheckpoint:
         anyres=anyres,
     )
     return ForeignCheckpoint(
-        recipe, text, folder, [_make_store(name, folder, TRANSFORMERS_LLAVA_PREFIXES)], vision_config=vision,
-        image_processor=processor, image_mode=image_mode, generation=folder,
+        recipe, text, folder, [_make_store(name, folder, TRANSFORMERS_LLAVA_PREFIXES)], image_mode,
+        vision_config=vision, image_processor=processor,
     )  # fmt: skip
 
 
@@ -177,9 +166,6 @@ def _read_native_image_settings(name: str, folder: Path, config: PreTrainedConfi
     """Return the encoder's image processor, image mode and tiles that do what transformers' image processor does.
 
     LLaVA's own class is CLIP's with padding to a square; LLaVA-NeXT's and LLaVA-OneVision's are CLIP's with tiles.
-
-    Raises:
-        ValueError: the image processor does something that is not supported here.
     """
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
@@ -189,11 +175,8 @@ def _read_native_image_settings(name: str, folder: Path, config: PreTrainedConfi
     if config.model_type == "llava":
         if not isinstance(processor, LlavaImageProcessor):
             return processor, "square", AnyResConfig()
-        return (
-            _make_untiled_image_processor(processor, CLIPImageProcessor),
-            "pad" if processor.do_pad else "square",
-            AnyResConfig(),
-        )
+        plain = _make_untiled_image_processor(processor, CLIPImageProcessor)
+        return plain, "pad" if processor.do_pad else "square", AnyResConfig()
     if not isinstance(processor, LlavaNextImageProcessor | LlavaOnevisionImageProcessor):
         raise ValueError(f"{name}: its image processor is a {type(processor).__name__}, which cuts no tiles")
     size, crop = cast(Any, processor.size), cast(Any, processor.crop_size)
@@ -218,16 +201,18 @@ def _read_original_llava(
     connector = _make_connector_config(name, values)
     table = make_original_prefixes(connector.type)
     encoder = vision_tower or str(values["mm_vision_tower"])
+    visual_encoder = _make_encoder_config(name, values, encoder)
     recipe = ModelConfig(
-        visual_encoder=_make_encoder_config(name, values, encoder),
-        connector=connector,
-        language_model=LanguageModelConfig(base_model or name),
+        visual_encoder=visual_encoder, connector=connector, language_model=LanguageModelConfig(base_model or name)
     )
     if values.get("mm_use_im_start_end"):
         recipe.image_start_token, recipe.image_end_token = "<im_start>", "<im_end>"
     vision = processor = None
     if is_tiled(name, values):
-        vision, processor = _make_original_tile_settings(encoder)
+        vision = AutoConfig.from_pretrained(encoder)
+        vision = getattr(vision, "vision_config", vision)
+        processor = AutoImageProcessor.from_pretrained(encoder)
+        processor.resample = PILImageResampling.BICUBIC  # as the original resizes
         recipe.anyres = read_original(name, values, image_size(processor)[0])
     adapter = Adapter({}, {})
     projector = folder / "mm_projector.bin"
@@ -243,18 +228,10 @@ def _read_original_llava(
         stores = [WeightStore([projector], table), _make_store(str(base_model), base, table)]
     else:
         raise ValueError(f"{name} holds no weights: no safetensors, pytorch_model.bin, adapter or mm_projector.bin")
+    image_mode = "pad" if values.get("image_aspect_ratio") == "pad" else "square"
     return ForeignCheckpoint(
-        recipe, _read_text_config(base), base, stores, encoder, vision, processor, adapter,
-        image_mode="pad" if values.get("image_aspect_ratio") == "pad" else "square", generation=base,
-    )  # fmt: skip
-
-
-def _make_original_tile_settings(encoder: str) -> tuple[PreTrainedConfig, Any]:
-    """Return the encoder's configuration and its image processor, which resizes bicubically as the original does."""
-    config = AutoConfig.from_pretrained(encoder)
-    processor = AutoImageProcessor.from_pretrained(encoder)
-    processor.resample = PILImageResampling.BICUBIC
-    return getattr(config, "vision_config", config), processor
+        recipe, _read_text_config(base), base, stores, image_mode, encoder, vision, processor, adapter
+    )
 
 
 def _require_base_folder(name: str, kind: str, base_model: str | None, hint: str) -> Path:

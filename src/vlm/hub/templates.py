@@ -5,6 +5,8 @@ and image items; ours hand it strings with an image token for each image. An exp
 make those strings, so that every server renders what `vlm generate` renders; importing takes the lines off again.
 """
 
+from itertools import product
+
 from transformers.utils.chat_template_utils import render_jinja_template
 
 TEMPLATE_HEADER = """\
@@ -63,7 +65,6 @@ DEFAULT_TEMPLATES = {
 }
 """The packaged template for a language model that brings none which works here."""
 
-
 TEMPLATE_MARKERS = {
     "<|im_start|>": "chatml",
     "<|start_header_id|>": "llama3",
@@ -81,10 +82,8 @@ def export_template(template: str, image_token: str, *, space_after_image: bool)
 
 def recover_template(template: str, image_token: str) -> str | None:
     """Return our template out of one that `export_template` made; None for others."""
-    head = TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token))
-    if not template.startswith(head):
-        return None
-    return template.removeprefix(head).removeprefix(CAPTURE_START).removesuffix(CAPTURE_END)
+    ours = template.removeprefix(TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token)))
+    return None if ours == template else ours.removeprefix(CAPTURE_START).removesuffix(CAPTURE_END)
 
 
 def accepts_string_contents(template: str) -> bool:
@@ -100,12 +99,7 @@ def accepts_string_contents(template: str) -> bool:
 
 
 def find_working_template(texts: list[str], image_token: str) -> str | None:
-    """Return the first template of a folder that works here; None where none does.
-
-    Args:
-        texts: the folder's templates.
-        image_token: the placeholder of images.
-    """
+    """Return the first of a folder's templates that works here; None where none does."""
     for text in texts:
         if (ours := recover_template(text, image_token)) is not None:
             return ours
@@ -115,21 +109,13 @@ def find_working_template(texts: list[str], image_token: str) -> str | None:
 
 
 def default_template(text_type: str, texts: list[str]) -> str:
-    """Return the name of a packaged template for a folder whose own ones do not work here.
+    """Return the name of a packaged template for a folder whose own ones, the `texts`, do not work here.
 
-    It is the one that writes turns as one of the folder's templates does, else the one for the language model.
-
-    Args:
-        text_type: the language model's `model_type`.
-        texts: the folder's templates.
-
-    Raises:
-        ValueError: there is none.
+    It is the one that writes turns as one of the texts does, else the one for the language model's `model_type`.
     """
-    for text in texts:
-        for mark, name in TEMPLATE_MARKERS.items():
-            if mark in text:
-                return name
+    for text, (mark, name) in product(texts, TEMPLATE_MARKERS.items()):
+        if mark in text:
+            return name
     if text_type not in DEFAULT_TEMPLATES:
         raise ValueError(
             f"the source brings no chat template that works here, and there is none for model_type={text_type}: name "

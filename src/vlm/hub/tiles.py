@@ -8,7 +8,6 @@ that are equally good for an image.
 import ast
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,11 +24,7 @@ UNTILED_ASPECT_RATIOS = (None, "square", "pad")
 
 
 def read_grids(name: str, sizes: object, tile: int) -> list[list[int]]:
-    """Return grids of tiles for sizes in pixels: (rows, columns) for (height, width), or both the other way round.
-
-    Raises:
-        ValueError: there are no sizes, or one is no multiple of the tile.
-    """
+    """Return grids of tiles for sizes in pixels: (rows, columns) for (height, width), or both the other way round."""
     shown = f"{name}: image_grid_pinpoints={sizes}"
     if not isinstance(sizes, list) or not sizes:
         raise ValueError(f"{shown}; a list of sizes in pixels is needed")
@@ -40,11 +35,7 @@ def read_grids(name: str, sizes: object, tile: int) -> list[list[int]]:
 
 
 def read_max_tiles(name: str, field: str, value: object) -> int:
-    """Return `max_tiles` from a value such as `anyres_max_9`.
-
-    Raises:
-        ValueError: the value is not of that form.
-    """
+    """Return `max_tiles` from a value such as `anyres_max_9`."""
     match = MAX_TILES_PATTERN.fullmatch(str(value))
     if match is None or int(match[1]) < 1:
         raise ValueError(f"{name}: {field}={value}; imported is anyres_max_<N>, such as anyres_max_9")
@@ -52,15 +43,7 @@ def read_max_tiles(name: str, field: str, value: object) -> int:
 
 
 def is_tiled(name: str, values: JsonObject) -> bool:
-    """Return whether an original LLaVA reads images in tiles.
-
-    Args:
-        name: the checkpoint's name.
-        values: its `config.json`.
-
-    Raises:
-        ValueError: it does, but arranges their tokens in a way that is not supported here.
-    """
+    """Return whether an original LLaVA reads images in tiles; refuses ways of arranging their tokens that we lack."""
     aspect, merge = values.get("image_aspect_ratio"), values.get("mm_patch_merge_type") or "flat"
     shown = f"{name} has image_aspect_ratio={aspect}, mm_patch_merge_type={merge}"
     if aspect in UNTILED_ASPECT_RATIOS:
@@ -81,14 +64,7 @@ def read_original(name: str, values: JsonObject, tile: int) -> AnyResConfig:
     """Return `model.anyres` of an original LLaVA that reads images in tiles.
 
     The first release tiles every image (`anyres`); those with a limit were trained with several as one square each.
-
-    Args:
-        name: the checkpoint's name.
-        values: its `config.json`.
-        tile: side of the images that the visual encoder reads, in pixels.
-
-    Raises:
-        ValueError: its grids cannot be read.
+    `tile` is the side of the images that the visual encoder reads, in pixels.
     """
     aspect = values["image_aspect_ratio"]
     grids = read_grids(name, _read_original_sizes(name, values.get("image_grid_pinpoints"), tile), tile)
@@ -97,11 +73,7 @@ def read_original(name: str, values: JsonObject, tile: int) -> AnyResConfig:
 
 
 def _read_original_sizes(name: str, written: object, tile: int) -> object:
-    """Return sizes in pixels from a list, a list in a string, or tiles in a string: `(1x1),...,(6x6)` is a range.
-
-    Raises:
-        ValueError: a string of another form.
-    """
+    """Return sizes in pixels from a list, a list in a string, or tiles in a string: `(1x1),...,(6x6)` is a range."""
     if not isinstance(written, str):
         return written
     tiles = [[int(number) for number in pair] for pair in re.findall(r"\((\d+)x(\d+)\)", written)]
@@ -121,14 +93,8 @@ def _read_original_sizes(name: str, written: object, tile: int) -> object:
 def read_native(name: str, config: PreTrainedConfig, processor: Any, tile: int) -> AnyResConfig:
     """Return `model.anyres` of transformers' `llava_next` or `llava_onevision`.
 
-    Args:
-        name: the checkpoint's name.
-        config: its configuration.
-        processor: its image processor, which cuts the tiles that the model puts together again.
-        tile: side of the images that the visual encoder reads, in pixels.
-
-    Raises:
-        ValueError: model and image processor disagree, or its grids cannot be read.
+    The image processor cuts the tiles that the model puts together again, so both have to agree. `tile` is the side of
+    the images that the visual encoder reads, in pixels.
     """
     sizes, cut = ([list(size) for size in source.image_grid_pinpoints] for source in (config, processor))
     if sizes != cut:
@@ -148,26 +114,16 @@ def native_type(anyres: AnyRes) -> str | None:
 
 def limits_tiles(anyres: AnyRes) -> bool:
     """Return whether `max_tiles` is less than the number of tiles of the largest grid."""
-    return anyres.max_tiles is not None and anyres.max_tiles < max_grid_tiles(anyres)
-
-
-def max_grid_tiles(anyres: AnyRes) -> int:
-    """Return the number of tiles of the largest grid."""
-    return max(math.prod(grid) for grid in anyres.grids)
+    return anyres.max_tiles is not None and anyres.max_tiles < max(map(math.prod, anyres.grids))
 
 
 def make_aspect_ratio(anyres: AnyRes) -> str:
     """Return `anyres` where nothing shrinks and every image is tiled, else `anyres_max_<N>`."""
     if anyres.tile_several and not limits_tiles(anyres):
         return "anyres"
-    return f"anyres_max_{anyres.max_tiles or max_grid_tiles(anyres)}"
+    return f"anyres_max_{anyres.max_tiles or max(map(math.prod, anyres.grids))}"
 
 
 def make_grid_pinpoints(anyres: AnyRes) -> list[list[int]]:
     """Return transformers' `image_grid_pinpoints`: `[height, width]` in pixels."""
     return [[rows * anyres.tile_size, columns * anyres.tile_size] for rows, columns in anyres.grids]
-
-
-def make_original_grid_pinpoints(anyres: AnyRes) -> list[Sequence[int]]:
-    """Return the original's `image_grid_pinpoints`: `[width, height]` in pixels."""
-    return [[width, height] for height, width in make_grid_pinpoints(anyres)]

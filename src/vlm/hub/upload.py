@@ -32,27 +32,18 @@ RESUME_HINT = "The same command goes on where it stopped: what has arrived is no
 
 @dataclass(frozen=True)
 class UploadTarget:
-    """A repository to upload to, as it is now.
-
-    Attributes:
-        name: `owner/name`.
-        exists: whether it is there.
-        private: whether it is, where it is there.
-        files: what its branch holds, without what the Hub puts there.
-    """
+    """A repository to upload to, as it is now."""
 
     name: str
+    """`owner/name`."""
     exists: bool
     private: bool = False
     files: tuple[str, ...] = ()
+    """The files of its branch, without those that the Hub puts there."""
 
 
 def full_name(repo: str, owner: str | None = None) -> str:
-    """`owner/name`; a bare name is the user's own.
-
-    Raises:
-        ValueError: no repository can have it.
-    """
+    """Return `owner/name`, where a bare name is the user's own; refuses names that no repository can have."""
     name = repo if "/" in repo or owner is None else f"{owner}/{repo}"
     try:
         validate_repo_id(name)
@@ -66,18 +57,10 @@ class HubClient:
 
     def __init__(self) -> None:
         self.api = HfApi()
-
-    @property
-    def endpoint(self) -> str:
-        """Its address."""
-        return self.api.endpoint
+        self.endpoint = self.api.endpoint
 
     def get_target(self, repo: str, revision: str | None) -> UploadTarget:
-        """Ask who we are and what is there; nothing is written.
-
-        Raises:
-            ValueError: no name of a repository, no token or a refused one, no right to write, no connection.
-        """
+        """Ask who we are and what is there; nothing is written, but whatever would keep us from writing is an error."""
         with self._readable_errors(repo):
             who = self.api.whoami()
             name = full_name(repo, who["name"])
@@ -101,7 +84,9 @@ class HubClient:
     def upload_folder(
         self, folder: Path, target: UploadTarget, *, private: bool, revision: str | None, obsolete: Sequence[str]
     ) -> str:
-        """Upload a folder's files in one commit; returns the address.
+        """Upload a folder's files in one commit, and return the address.
+
+        A repository made here for an upload that was refused is gone again.
 
         Args:
             folder: its files.
@@ -109,34 +94,25 @@ class HubClient:
             private: whether a new repository is.
             revision: a branch, which is made where it is not there; None: `main`.
             obsolete: files of the repository that go with the same commit.
-
-        Raises:
-            ValueError: in words. A repository made here for an upload that was refused is gone again.
         """
+        enable_progress_bars()  # transformers, told to be quiet while a model is read, silences the client too
         with self._readable_errors(target.name):
+            files = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
+            changes = [*files, *map(CommitOperationDelete, obsolete)]
             if not target.exists:
                 self.api.create_repo(target.name, private=private)
             try:
                 if revision is not None:
                     self.api.create_branch(target.name, branch=revision, exist_ok=True)
-                self._commit(folder, target.name, revision, obsolete)
+                message = "Model, processor and card"
+                self.api.create_commit(target.name, changes, commit_message=message, revision=revision)
             except (HfHubHTTPError, RuntimeError) as error:
-                refused = error if isinstance(error, HfHubHTTPError) else error.__cause__
-                if (
-                    not target.exists
-                    and isinstance(refused, HfHubHTTPError)
-                    and refused.response.status_code in REFUSAL_STATUS_CODES
-                ):
+                cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+                refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code in REFUSAL_STATUS_CODES
+                if refused and not target.exists:
                     self._delete_new_repository(target.name)
                 raise
-        branch = f"/tree/{revision}" if revision else ""
-        return f"{self.endpoint}/{target.name}{branch}"
-
-    def _commit(self, folder: Path, name: str, revision: str | None, obsolete: Sequence[str]) -> None:
-        files = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
-        gone = [CommitOperationDelete(path) for path in obsolete]
-        enable_progress_bars()  # transformers, told to be quiet while a model is read, silences the client too
-        self.api.create_commit(name, [*files, *gone], commit_message="Model, processor and card", revision=revision)
+        return f"{self.endpoint}/{target.name}{f'/tree/{revision}' if revision else ''}"
 
     def _delete_new_repository(self, name: str) -> None:
         """Remove a repository that was made for an upload that may not be."""
