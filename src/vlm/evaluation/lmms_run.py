@@ -23,13 +23,10 @@ REPOSITORY = Path(__file__).parents[3]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task.
+    """One metric of one task, and its standard error, if known.
 
-    Attributes:
-        task: the task's name.
-        metric: the metric's name, followed by the name of a filter where there is one.
-        value: the metric; None where lmms-eval only writes a file to submit.
-        error: its standard error, if known.
+    The metric's name is followed by that of a filter where there is one. The value is None where lmms-eval only writes
+    a file to submit.
     """
 
     task: str

@@ -23,13 +23,7 @@ from vlm.models.configuration_prediction import HeadSettings
 
 @dataclass(frozen=True)
 class Predicted:
-    """The predictions for a file of records.
-
-    Attributes:
-        records: number of records.
-        bad: number of records that could not be read.
-        metrics_text: metrics of the records with labels, as tables.
-    """
+    """How many records a file has and could not be read, and metrics of those with labels, as tables."""
 
     records: int
     bad: int

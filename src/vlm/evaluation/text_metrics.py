@@ -94,12 +94,7 @@ def rouge(answers: Sequence[str], references: References) -> np.ndarray:
 
 
 METRICS: dict[str, Metric] = {
-    "exact_match": exact_match,
-    "vqa_accuracy": vqa_accuracy,
-    "anls": anls,
-    "cider": cider,
-    "bleu": bleu,
-    "rouge": rouge,
+    metric.__name__: metric for metric in (exact_match, vqa_accuracy, anls, cider, bleu, rouge)
 }
 
 LOSS = "loss"

@@ -140,19 +140,14 @@ class PromptDataset(Dataset[ReadRecord]):
         except BadSample as error:
             label = record.get("label") if isinstance(record, dict) else None
             sample, item = sample or Sample(error.sample_id, (), label), error
-        return replace(sample, id=f"{self.source.name}:{number}") if sample.id == "?" else sample, item
+        if sample.id == "?":
+            sample = replace(sample, id=f"{self.source.name}:{number}")
+        return sample, item
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A record that was read.
-
-    Attributes:
-        number: its index in the source.
-        sample: the record as a sample.
-        inputs: the model's inputs; empty where the record cannot be read.
-        problem: why it cannot be read.
-    """
+    """A record by its index in the source: its sample and model inputs, or the problem why it cannot be read."""
 
     number: int
     sample: Sample

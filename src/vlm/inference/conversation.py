@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -18,11 +19,6 @@ class Exchange:
     question: Turn
     media: tuple[Medium, ...]
     answer: str
-
-    @property
-    def turns(self) -> tuple[Turn, Turn]:
-        """The question and the answer as turns."""
-        return self.question, Turn("assistant", (self.answer,))
 
 
 class Conversation:
@@ -51,7 +47,8 @@ class Conversation:
     @property
     def turns(self) -> tuple[Turn, ...]:
         """All turns so far, the system prompt first."""
-        return (*self.system, *(turn for exchange in self.exchanges for turn in exchange.turns))
+        turns = ((exchange.question, Turn("assistant", (exchange.answer,))) for exchange in self.exchanges)
+        return (*self.system, *chain.from_iterable(turns))
 
     @property
     def media(self) -> list[Medium]:
