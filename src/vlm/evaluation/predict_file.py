@@ -73,7 +73,7 @@ def heads_and_column_ends(predictor: Predictor) -> list[tuple[HeadSettings, str]
 
 def make_row(
     predictor: Predictor, sample: Sample, predictions: dict[str, Prediction] | None, problem: BadSample | None
-) -> Row:  # fmt: skip
+) -> Row:
     """Return a record's row; JSON lines also have the heads' `outputs` and the labels' `probabilities`."""
     row: Row = {"source": sample.id, "image_path": format_media_paths(sample, problem)}
     label = sample.label
