@@ -1,11 +1,10 @@
 """Metrics with 95% intervals by the percentile bootstrap, as tables and as JSON."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from sklearn import config_context
-from sklearn.utils import resample
 from tabulate import tabulate
 
 INTERVAL_PERCENTILES = (2.5, 97.5)
@@ -23,8 +22,8 @@ class Score:
     """
 
     value: float | None
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
 
 
 def bootstrap(
@@ -32,44 +31,28 @@ def bootstrap(
 ) -> dict[str, Score]:
     """Return metrics of all units, with intervals from resampling units with replacement.
 
-    Args:
-        compute_metrics: indices of units -> their metrics.
-        num_units: number of units.
-        num_resamples: number of resamples.
-        seed: seeds the resamples.
+    `compute_metrics` takes the indices of units, `(units,)`.
     """
+    random = np.random.RandomState(seed)
     with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
         points = compute_metrics(np.arange(num_units))
-        resampled = [compute_metrics(units) for units in _resamples(num_units, num_resamples, seed)]
-    return {
-        name: _make_score(value, np.array([metrics[name] for metrics in resampled])) for name, value in points.items()
-    }
+        resampled = [compute_metrics(random.randint(num_units, size=num_units)) for _ in range(num_resamples)]
+    return {name: make_score(value, [metrics[name] for metrics in resampled]) for name, value in points.items()}
 
 
-def mean_score(values: np.ndarray, *, num_resamples: int = 1000, seed: int = 0) -> Score:
+def mean_score(values: np.ndarray, num_resamples: int) -> Score:
     """Return the mean of a metric of single samples, `(samples,)`; undefined without samples."""
-
-    def compute_metrics(rows: np.ndarray) -> dict[str, float]:
-        return {"mean": float(values[rows].mean()) if len(rows) else np.nan}
-
-    return bootstrap(compute_metrics, len(values), num_resamples if len(values) else 0, seed)["mean"]
+    if not len(values):
+        return Score(None)
+    return bootstrap(lambda rows: {"mean": float(values[rows].mean())}, len(values), num_resamples, seed=0)["mean"]
 
 
-def _resamples(num_units: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    random = np.random.RandomState(seed)
-    for _ in range(num_resamples):
-        yield np.asarray(resample(np.arange(num_units), random_state=random))
-
-
-def _make_score(value: float, resampled: np.ndarray) -> Score:
-    """Return a value with the interval of the resampled values `(resamples,)` that are defined."""
-    defined = resampled[~np.isnan(resampled)]
+def make_score(value: float, resampled: Sequence[float] = ()) -> Score:
+    """Return a value with the interval of the resampled values that are defined; NaN is undefined."""
     if np.isnan(value):
-        return Score(None, None, None)
-    if not len(defined):
-        return Score(float(value), None, None)
-    low, high = np.percentile(defined, INTERVAL_PERCENTILES)
-    return Score(float(value), float(low), float(high))
+        return Score(None)
+    defined = [number for number in resampled if not np.isnan(number)]
+    return Score(float(value), *(np.percentile(defined, INTERVAL_PERCENTILES).tolist() if defined else ()))
 
 
 def format_scores(scores: dict[str, Score], others: Mapping[str, dict[str, Score]] | None = None) -> str:

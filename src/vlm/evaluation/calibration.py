@@ -1,6 +1,6 @@
 """Temperature and thresholds that turn a head's raw outputs into probabilities and decisions.
 
-To add a way of choosing a threshold, add it to `THRESHOLD_CRITERIA` and `_criterion_values`.
+To add a way of choosing a threshold, add it to `THRESHOLD_CRITERIA` and `_find_threshold`.
 
 Shapes: N samples, C labels, K outputs of a head for a sample.
 """
@@ -59,16 +59,11 @@ class Calibration:
 
 
 def calibrate(task: str, outputs: np.ndarray, targets: np.ndarray, criterion: str = "f1") -> Calibration:
-    """Fit the temperature and the thresholds on validation data.
+    """Fit the temperature and the thresholds on validation data, as `validate_outputs` takes it.
 
     The temperature has the least mean negative log-likelihood (Guo et al. 2017, arXiv:1706.04599); it does not change
-    decisions of `multiclass`. Thresholds apply to the calibrated probabilities.
-
-    Args:
-        task: one of `TASKS`; `regression` and `pairwise` need no calibration.
-        outputs: `(N, K)`, the head's raw outputs.
-        targets: `(N,)`, or `(N, C)` for `multilabel`, see `validate_outputs`.
-        criterion: one of `THRESHOLD_CRITERIA`, for `binary` and each label of `multilabel`.
+    decisions of `multiclass`. `binary` and each label of `multilabel` get a threshold of calibrated probabilities, by
+    one of `THRESHOLD_CRITERIA`. `regression` and `pairwise` need no calibration.
 
     Raises:
         ValueError: an unknown criterion, or data that `validate_outputs` refuses.
@@ -78,28 +73,25 @@ def calibrate(task: str, outputs: np.ndarray, targets: np.ndarray, criterion: st
     outputs, targets = validate_outputs(task, outputs, targets)
     if task not in CLASSIFICATION_TASKS:
         return Calibration()
-    calibration = Calibration(_fit_temperature(task, torch.tensor(outputs), torch.tensor(targets)))
-    probs = calibration.probabilities(task, outputs)
+    temperature = _fit_temperature(task, torch.tensor(outputs), torch.tensor(targets))
+    probs, threshold = Calibration(temperature).probabilities(task, outputs), None
     if task == "binary":
-        return Calibration(calibration.temperature, _find_threshold(probs[:, 1], targets, criterion))
-    if task == "multilabel":
-        thresholds = [_find_threshold(*label, criterion) for label in zip(probs.T, targets.T, strict=True)]
-        return Calibration(calibration.temperature, thresholds)
-    return calibration
+        threshold = _find_threshold(probs[:, 1], targets, criterion)
+    elif task == "multilabel":
+        threshold = [_find_threshold(*label, criterion) for label in zip(probs.T, targets.T, strict=True)]
+    return Calibration(temperature, threshold)
 
 
 def _fit_temperature(task: str, outputs: Tensor, targets: Tensor) -> float:
     """Return the temperature with the least mean negative log-likelihood."""
 
     def loss(log_temperature: float) -> float:
-        temperature = math.exp(log_temperature)
+        logits = outputs / math.exp(log_temperature)
         if task == "multiclass":
-            return F.cross_entropy(outputs / temperature, targets).item()
+            return F.cross_entropy(logits, targets).item()
         if task == "ordinal":
-            probs = probabilities(task, outputs, temperature)
-            return F.nll_loss(probs.clamp_min(MIN_PROBABILITY).log(), targets).item()
-        float_targets = targets.reshape(outputs.shape).to(outputs.dtype)
-        return F.binary_cross_entropy_with_logits(outputs / temperature, float_targets).item()
+            return F.nll_loss(probabilities(task, logits).clamp_min(MIN_PROBABILITY).log(), targets).item()
+        return F.binary_cross_entropy_with_logits(logits, targets.reshape(logits.shape).double()).item()
 
     bounds = tuple(map(math.log, TEMPERATURE_RANGE))
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
@@ -113,44 +105,21 @@ def _find_threshold(probs: np.ndarray, truth: np.ndarray, criterion: str) -> flo
     """
     if criterion == "none" or truth.min() == truth.max():
         return 0.5
-    true_negatives, false_positives, false_negatives, true_positives, levels = confusion_matrix_at_thresholds(
-        truth, probs
-    )
-    criterion_values = _criterion_values(criterion, true_negatives, false_positives, false_negatives, true_positives)
-    lower = np.append(levels[1:], 0.0)  # levels fall: the next one is the probability that is no longer positive
-    places = _midpoints(levels, lower)
+    _, false_positives, _, true_positives, levels = confusion_matrix_at_thresholds(truth, probs)
     if levels[0] < 1:  # above a probability of 1 there is no threshold
-        zero, positives, negatives = np.zeros(1), true_positives[-1:], false_positives[-1:]
-        criterion_values = np.append(criterion_values, _criterion_values(criterion, negatives, zero, positives, zero))
-        places = np.append(places, _midpoints(np.ones(1), levels[:1]))
-    best = places[criterion_values == criterion_values.max()]
+        levels = np.append(1.0, levels)
+        false_positives, true_positives = np.append(0.0, false_positives), np.append(0.0, true_positives)
+    positives, negatives = true_positives[-1], false_positives[-1]
+    values = {  # whole numbers or one division of them, so that equally good thresholds compare as equal
+        "f1": 2 * true_positives / (true_positives + false_positives + positives),
+        "accuracy": true_positives - false_positives,  # plus all negatives: the number of correct decisions
+        "youden": true_positives * negatives - false_positives * positives,  # J, times positives and negatives
+    }[criterion]
+    lower = np.append(levels[1:], 0.0)  # levels fall: the next one is the probability that is no longer positive
+    middle = (levels + lower) / 2
+    places = np.where(middle > lower, middle, levels)  # rounding may give the lower bound
+    best = places[values == values.max()]
     return float(best[np.lexsort((best, abs(best - 0.5)))[0]])
-
-
-def _midpoints(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Return the midpoints, or the upper bound where rounding would give the lower one."""
-    middle = (upper + lower) / 2
-    return np.where(middle > lower, middle, upper)
-
-
-def _criterion_values(
-    criterion: str,
-    true_negatives: np.ndarray,
-    false_positives: np.ndarray,
-    false_negatives: np.ndarray,
-    true_positives: np.ndarray,
-) -> np.ndarray:
-    """Return the value of the criterion at each threshold, `(thresholds,)`.
-
-    Values are whole numbers or one division of them, so that equally good thresholds compare as equal.
-    """
-    if criterion == "f1":
-        return 2 * true_positives / (2 * true_positives + false_positives + false_negatives)
-    if criterion == "accuracy":
-        return true_positives + true_negatives
-    return true_positives * (true_negatives + false_positives) - false_positives * (
-        true_positives + false_negatives
-    )  # Youden's J, times positives and negatives
 
 
 def validate_outputs(task: str, outputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,18 +142,21 @@ def validate_outputs(task: str, outputs: np.ndarray, targets: np.ndarray) -> tup
     outputs = np.asarray(outputs, dtype=np.float64)
     if outputs.ndim != 2 or not outputs.size:
         raise ValueError(f"outputs of {task}: got shape {outputs.shape}, expected (samples, numbers), at least 1 each")
-    labels = {"multiclass": outputs.shape[1], "multilabel": outputs.shape[1], "ordinal": outputs.shape[1] + 1}
-    num_labels = labels.get(task, 2)
-    if outputs.shape[1] != NUM_OUTPUTS_BY_TASK[task](num_labels):
-        raise ValueError(
-            f"outputs of {task}: got {outputs.shape[1]} numbers a sample, expected {NUM_OUTPUTS_BY_TASK[task](2)}"
-        )
+    num_labels = count_labels(task, outputs.shape[1])
+    if outputs.shape[1] != (expected := NUM_OUTPUTS_BY_TASK[task](num_labels)):
+        raise ValueError(f"outputs of {task}: got {outputs.shape[1]} numbers a sample, expected {expected}")
     if not np.isfinite(outputs).all():
         raise ValueError(f"outputs of {task}: {(~np.isfinite(outputs)).sum()} of {outputs.size} are not finite")
     targets = validate_targets(task, targets, num_labels)
     if len(targets) != len(outputs):
         raise ValueError(f"{task}: got {len(outputs)} outputs and {len(targets)} targets")
     return outputs, targets
+
+
+def count_labels(task: str, num_outputs: int) -> int:
+    """Return the number of labels of a head with so many outputs; 0 for tasks without labels."""
+    counts = {"binary": 2, "ordinal": num_outputs + 1, "regression": 0, "pairwise": 0}
+    return counts.get(task, num_outputs)
 
 
 def validate_targets(task: str, targets: np.ndarray, num_labels: int) -> np.ndarray:

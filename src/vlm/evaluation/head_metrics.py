@@ -1,8 +1,6 @@
 """Metrics of a head's predictions with intervals, and those of a constant prediction.
 
-To add a metric, add it to the function of its task; to add a task, add its function to `TASK_METRICS`. Every such
-function takes targets, decisions and ranking values (probabilities or numbers; None for a constant prediction, which
-has no rank metrics), and returns NaN where a metric is undefined.
+To add a metric, add it to the function of its task; to add a task, add its function to `TASK_METRICS`.
 
 Shapes: N samples, C labels, K outputs of a head for a sample.
 """
@@ -29,6 +27,9 @@ from vlm.models.head_tasks import CLASSIFICATION_TASKS
 NUM_BINS = 15
 """Equally wide bins of the expected calibration error (Guo et al. 2017, arXiv:1706.04599)."""
 
+Metrics = dict[str, float]
+"""Metric -> its value, NaN where it is undefined."""
+
 
 def scores(
     task: str,
@@ -40,23 +41,15 @@ def scores(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """Return the metrics of a task.
+    """Return the metrics of a task, from outputs and targets as `calibration.validate_outputs` takes them.
 
     Macro averages are over the labels that some samples have and some have not. `ece` is the expected calibration
     error: of the positive label, of the likeliest one (`multiclass`), of all labels together (`multilabel`).
-    `spearman` of `ordinal` ranks by the expected label.
+    `spearman` of `ordinal` ranks by the expected label. `pairwise` compares only samples of the same group, `(N,)`;
+    other tasks take no groups.
 
     Samples are resampled one by one; `pairwise` resamples whole groups, unless there is only one. Resamples for which
-    a metric is undefined are left out of its interval.
-
-    Args:
-        task: one of `TASKS`.
-        outputs: `(N, K)`, the head's raw outputs.
-        targets: `(N,)`, or `(N, C)` for `multilabel`, see `calibration.validate_outputs`.
-        calibration: temperature and thresholds from validation data.
-        groups: `(N,)`, for `pairwise` alone: only samples of the same group are compared.
-        num_resamples: number of bootstrap resamples; 0: no intervals.
-        seed: seeds the resamples.
+    a metric is undefined are left out of its interval; without resamples there are no intervals.
 
     Raises:
         ValueError: data that `calibration.validate_outputs` refuses, or groups that are missing or not taken.
@@ -66,10 +59,12 @@ def scores(
         return _pairwise_scores(outputs[:, 0], targets, validate_groups(groups, len(targets)), num_resamples, seed)
     if groups is not None:
         raise ValueError(f"groups: {task} has none, only pairwise compares within groups")
-    decisions, ranking_values = calibration.choose_labels(task, outputs), outputs[:, 0]
-    if task in CLASSIFICATION_TASKS:
-        ranking_values = calibration.probabilities(task, outputs)
-    return _bootstrap_samples(task, targets, decisions, ranking_values, num_resamples, seed)
+    decisions = calibration.choose_labels(task, outputs)
+    ranking = calibration.probabilities(task, outputs) if task in CLASSIFICATION_TASKS else decisions
+    metrics = TASK_METRICS[task]
+    return bootstrap(
+        lambda rows: metrics(targets[rows], decisions[rows], ranking[rows]), len(targets), num_resamples, seed
+    )
 
 
 def baseline(
@@ -87,21 +82,13 @@ def baseline(
     samples have it), the mean (`regression`), the median (`ordinal`, the lower of two), or one score for all
     (`pairwise`). Metrics of ranks and probabilities are left out.
 
-    Args:
-        task: one of `TASKS`.
-        train_targets: `(M,)` or `(M, C)`, targets of the training data.
-        targets: `(N,)` or `(N, C)`, targets of the evaluation data.
-        num_labels: C; ignored by tasks without labels.
-        num_resamples: number of bootstrap resamples.
-        seed: seeds the resamples.
-
     Raises:
         ValueError: data that `calibration.validate_targets` refuses.
     """
     train_targets = validate_targets(task, train_targets, num_labels)
     targets = validate_targets(task, targets, num_labels)
     if task == "pairwise":
-        return {"pair_accuracy": Score(0.5, *((0.5, 0.5) if num_resamples else (None, None)))}
+        return {"pair_accuracy": Score(0.5, 0.5, 0.5) if num_resamples else Score(0.5)}
     if task == "regression":
         constant = train_targets.mean()
     elif task == "ordinal":
@@ -110,29 +97,11 @@ def baseline(
         constant = (train_targets.mean(axis=0) > 0.5).astype(np.int64)
     else:
         constant = np.bincount(train_targets).argmax()
-    decisions = np.broadcast_to(constant, targets.shape).copy()
-    return _bootstrap_samples(task, targets, decisions, None, num_resamples, seed)
+    decisions, metrics = np.full(targets.shape, constant), TASK_METRICS[task]
+    return bootstrap(lambda rows: metrics(targets[rows], decisions[rows]), len(targets), num_resamples, seed)
 
 
-def _bootstrap_samples(
-    task: str,
-    targets: np.ndarray,
-    decisions: np.ndarray,
-    ranking_values: np.ndarray | None,
-    num_resamples: int,
-    seed: int,
-) -> dict[str, Score]:
-    """Return the metrics of a task whose samples are resampled one by one."""
-
-    def compute_metrics(rows: np.ndarray) -> dict[str, float]:
-        return TASK_METRICS[task](
-            targets[rows], decisions[rows], None if ranking_values is None else ranking_values[rows]
-        )
-
-    return bootstrap(compute_metrics, len(targets), num_resamples, seed)
-
-
-def _binary_metrics(targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None) -> dict[str, float]:
+def _binary_metrics(targets: np.ndarray, decisions: np.ndarray, probs: np.ndarray | None = None) -> Metrics:
     precision, recall, f1, _ = precision_recall_fscore_support(
         targets,
         decisions,
@@ -140,33 +109,26 @@ def _binary_metrics(targets: np.ndarray, decisions: np.ndarray, ranking_values: 
         zero_division=np.nan,  # pyright: ignore[reportArgumentType]: NaN is allowed
     )
     found = {"accuracy": accuracy_score(targets, decisions), "f1": f1, "precision": precision, "recall": recall}
-    if ranking_values is None:
+    if probs is None:
         return found
-    preds, target = torch.tensor(ranking_values[:, 1]), torch.from_numpy(targets)
-    ece = classification.binary_calibration_error(preds, target, n_bins=NUM_BINS, validate_args=False)
-    return {**_ranking_metrics(targets[:, None], ranking_values[:, 1:]), **found, "ece": ece.item()}
+    areas = _ranking_metrics(targets[:, None], probs[:, 1:])
+    return areas | found | {"ece": _calibration_error(targets, probs[:, 1])}
 
 
-def _multiclass_metrics(
-    targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None
-) -> dict[str, float]:
+def _multiclass_metrics(targets: np.ndarray, decisions: np.ndarray, probs: np.ndarray | None = None) -> Metrics:
     present = np.unique(targets)
-    f1 = np.nan
-    if len(present) > 1:
-        f1 = f1_score(targets, decisions, labels=present, average="macro")
+    f1 = f1_score(targets, decisions, labels=present, average="macro") if len(present) > 1 else np.nan
     found = {"accuracy": accuracy_score(targets, decisions), "f1": f1}
-    if ranking_values is None:
+    if probs is None:
         return found
-    num_labels = ranking_values.shape[1]
+    num_labels = probs.shape[1]
     ece = classification.multiclass_calibration_error(
-        torch.from_numpy(ranking_values), torch.from_numpy(targets), num_labels, n_bins=NUM_BINS, validate_args=False
+        torch.from_numpy(probs), torch.from_numpy(targets), num_labels, n_bins=NUM_BINS, validate_args=False
     )
-    return {**found, **_ranking_metrics(np.eye(num_labels, dtype=np.int64)[targets], ranking_values), "ece": ece.item()}
+    return found | _ranking_metrics(np.eye(num_labels, dtype=np.int64)[targets], probs) | {"ece": ece.item()}
 
 
-def _multilabel_metrics(
-    targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None
-) -> dict[str, float]:
+def _multilabel_metrics(targets: np.ndarray, decisions: np.ndarray, probs: np.ndarray | None = None) -> Metrics:
     both = _has_both_classes(targets)
     preds, target = torch.from_numpy(decisions), torch.from_numpy(targets)
     f1 = classification.multilabel_f1_score(preds, target, targets.shape[1], average="none", validate_args=False)
@@ -175,11 +137,9 @@ def _multilabel_metrics(
         "accuracy": accuracy_score(targets.ravel(), decisions.ravel()),
         "exact_match": accuracy_score(targets, decisions),
     }
-    if ranking_values is None:
+    if probs is None:
         return found
-    preds = torch.from_numpy(ranking_values).flatten()
-    ece = classification.binary_calibration_error(preds, target.flatten(), n_bins=NUM_BINS, validate_args=False)
-    return {**_ranking_metrics(targets, ranking_values), **found, "ece": ece.item()}
+    return _ranking_metrics(targets, probs) | found | {"ece": _calibration_error(targets.ravel(), probs.ravel())}
 
 
 def _has_both_classes(targets: np.ndarray) -> np.ndarray:
@@ -187,44 +147,46 @@ def _has_both_classes(targets: np.ndarray) -> np.ndarray:
     return targets.min(axis=0) < targets.max(axis=0)
 
 
-def _ranking_metrics(targets: np.ndarray, probs: np.ndarray) -> dict[str, float]:
+def _calibration_error(targets: np.ndarray, probs: np.ndarray) -> float:
+    """Return the expected calibration error of positive labels: `(N,), (N,)`."""
+    preds, target = torch.tensor(probs), torch.tensor(targets)
+    return classification.binary_calibration_error(preds, target, n_bins=NUM_BINS, validate_args=False).item()
+
+
+def _ranking_metrics(targets: np.ndarray, probs: np.ndarray) -> Metrics:
     """Return macro areas under the ROC and the precision-recall curve from `(N, C)` targets and `(N, C)` probabilities.
 
     torchmetrics computes the same areas as scikit-learn in a fifth of the time.
     """
-    found: dict[str, list[float]] = {"auroc": [], "average_precision": []}
-    for label in np.flatnonzero(_has_both_classes(targets)):
-        preds, target = torch.tensor(probs[:, label]), torch.tensor(targets[:, label])
-        found["auroc"].append(classification.binary_auroc(preds, target, validate_args=False).item())
-        area = classification.binary_average_precision(preds, target, validate_args=False)
-        found["average_precision"].append(area.item())
-    return {name: float(np.mean(areas)) if areas else np.nan for name, areas in found.items()}
+    areas = {"auroc": classification.binary_auroc, "average_precision": classification.binary_average_precision}
+    labels = np.flatnonzero(_has_both_classes(targets))
+    columns = [(torch.tensor(probs[:, label]), torch.tensor(targets[:, label])) for label in labels]
+    return {
+        name: float(np.mean([area(*column, validate_args=False).item() for column in columns])) if columns else np.nan
+        for name, area in areas.items()
+    }
 
 
-def _regression_metrics(
-    targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None
-) -> dict[str, float]:
+def _regression_metrics(targets: np.ndarray, decisions: np.ndarray, ranking: np.ndarray | None = None) -> Metrics:
     found = {
         "mae": mean_absolute_error(targets, decisions),
         "rmse": root_mean_squared_error(targets, decisions),
         "r2": r2_score(targets, decisions) if np.ptp(targets) else np.nan,
     }
-    return found if ranking_values is None else {**found, "spearman": _rank_correlation(targets, ranking_values)}
+    return found if ranking is None else found | {"spearman": _rank_correlation(targets, ranking)}
 
 
-def _ordinal_metrics(targets: np.ndarray, decisions: np.ndarray, ranking_values: np.ndarray | None) -> dict[str, float]:
+def _ordinal_metrics(targets: np.ndarray, decisions: np.ndarray, probs: np.ndarray | None = None) -> Metrics:
     labels = np.arange(max(targets.max(), decisions.max()) + 1)  # steps are counted between label indices
-    agreed = (
-        targets.min() == targets.max() == decisions.min() == decisions.max()
-    )  # kappa is undefined without disagreement
+    disagree = len(np.unique([targets, decisions])) > 1  # kappa is undefined without disagreement
     found = {
         "accuracy": accuracy_score(targets, decisions),
         "mae": mean_absolute_error(targets, decisions),
-        "kappa": np.nan if agreed else cohen_kappa_score(targets, decisions, labels=labels, weights="quadratic"),
+        "kappa": cohen_kappa_score(targets, decisions, labels=labels, weights="quadratic") if disagree else np.nan,
     }
-    if ranking_values is None:
+    if probs is None:
         return found
-    return {**found, "spearman": _rank_correlation(targets, ranking_values @ np.arange(ranking_values.shape[1]))}
+    return found | {"spearman": _rank_correlation(targets, probs @ np.arange(probs.shape[1]))}
 
 
 TASK_METRICS = {
@@ -234,7 +196,10 @@ TASK_METRICS = {
     "regression": _regression_metrics,
     "ordinal": _ordinal_metrics,
 }
-"""Task -> its metrics of some samples; `pairwise` has `_pairwise_scores`."""
+"""Task -> its metrics, from targets, decisions and what samples are ranked by: probabilities, or numbers `(N,)`.
+
+A constant prediction ranks nothing, and has no metrics of ranks. `pairwise` has `_pairwise_scores`.
+"""
 
 
 def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -259,19 +224,17 @@ def _pairwise_scores(
 
     Statistics of a group are computed once, since groups are resampled whole, unless there is only one.
     """
-    rows = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    if len(rows) == 1:
-        return bootstrap(
-            lambda some: _aggregate_groups(_group_statistics(predicted[some], relevance[some])[None]),
-            len(predicted),
-            num_resamples,
-            seed,
-        )
-    table = np.array([_group_statistics(predicted[some], relevance[some]) for some in rows])
-    return bootstrap(lambda some: _aggregate_groups(table[some]), len(rows), num_resamples, seed)
+
+    def statistics(rows: np.ndarray) -> np.ndarray:
+        return _group_statistics(predicted[rows], relevance[rows])
+
+    table = np.array([statistics(np.flatnonzero(groups == group)) for group in np.unique(groups)])
+    if len(table) == 1:
+        return bootstrap(lambda rows: _aggregate_groups(statistics(rows)[None]), len(predicted), num_resamples, seed)
+    return bootstrap(lambda some: _aggregate_groups(table[some]), len(table), num_resamples, seed)
 
 
-def _aggregate_groups(table: np.ndarray) -> dict[str, float]:
+def _aggregate_groups(table: np.ndarray) -> Metrics:
     """Return metrics from the statistics of groups: `(groups, 3)`."""
     right, pairs, spearman = table.T
     defined = spearman[~np.isnan(spearman)]
@@ -303,18 +266,9 @@ def _count_unequal_pairs(values: np.ndarray) -> float:
 def confusion(
     task: str, outputs: np.ndarray, targets: np.ndarray, calibration: Calibration, num_labels: int
 ) -> np.ndarray | None:
-    """Return the confusion matrix of a task's decisions.
+    """Return the confusion matrix of a task's decisions: `(C, C)`, a row for each true label.
 
-    Args:
-        task: one of `TASKS`.
-        outputs: `(N, K)`, the head's raw outputs.
-        targets: `(N,)` or `(N, C)`.
-        calibration: temperature and thresholds from validation data.
-        num_labels: C.
-
-    Returns:
-        `(C, C)`, a row for each true label; `multilabel`: `(C, 2, 2)`, one matrix for each label; None for tasks
-        without labels.
+    `multilabel`: `(C, 2, 2)`, one matrix for each label. None for tasks without labels.
     """
     outputs, targets = validate_outputs(task, outputs, targets)
     if task not in CLASSIFICATION_TASKS:

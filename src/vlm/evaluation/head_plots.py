@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import auc, average_precision_score, confusion_matrix, precision_recall_curve, roc_curve
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_curve
 
-from vlm.evaluation.calibration import Calibration, validate_outputs
+from vlm.evaluation.calibration import Calibration, count_labels, validate_outputs
 from vlm.evaluation.head_metrics import NUM_BINS, confusion, validate_groups
 
 DPI = 120
@@ -31,6 +31,8 @@ DRAW_STYLES = {"roc": "default", "precision_recall": "steps-post"}
 """Line style of a curve: precision between two points does not lie on the straight line between them."""
 CURVE_GRID = np.linspace(0, 1, 501)
 """Points at which curves of several labels are averaged."""
+DOTTED = {"color": "black", "linestyle": ":", "linewidth": 1}
+"""Style of a line to compare with."""
 
 
 def plot_head_scores(
@@ -49,31 +51,19 @@ def plot_head_scores(
     `multiclass`), `confusion.png` (`binary`, `multiclass`, `ordinal`), `predictions.png` (`regression`), `scores.png`
     (`pairwise`).
 
-    Args:
-        task: one of `TASKS`.
-        outputs: `(N, K)`, the head's raw outputs.
-        targets: `(N,)`, or `(N, C)` for `multilabel`, see `calibration.validate_outputs`.
-        calibration: temperature and thresholds from validation data.
-        labels: the C names of labels in order; empty for `regression` and `pairwise`.
-        folder: the folder to write into; made where it does not exist.
-        groups: `(N,)`, for `pairwise` only.
-
-    Returns:
-        The paths of the plots.
+    Outputs and targets are those that `calibration.validate_outputs` takes; `labels` are the C names of labels, in
+    order; `groups`, `(N,)`, are for `pairwise` only. Returns the paths of the plots.
 
     Raises:
         ValueError: data that `calibration.validate_outputs` refuses, too few or too many names, or groups of a wrong
             shape.
     """
     outputs, targets = validate_outputs(task, outputs, targets)
-    num_labels = {"binary": 2, "ordinal": outputs.shape[1] + 1, "regression": 0, "pairwise": 0}
-    expected = num_labels.get(task, outputs.shape[1])
-    if len(labels) != expected:
+    if len(labels) != (expected := count_labels(task, outputs.shape[1])):
         raise ValueError(f"labels of {task}: got {len(labels)}, expected {expected}")
     figures: dict[str, Figure | None] = {}
     if task in ("binary", "multiclass", "multilabel"):
-        for kind in DRAW_STYLES:
-            figures[kind] = _plot_curves(task, outputs, targets, calibration, labels, kind)
+        figures |= {kind: _plot_curves(task, outputs, targets, calibration, labels, kind) for kind in DRAW_STYLES}
     if task in ("binary", "multiclass"):
         figures["calibration"] = _plot_reliability(task, outputs, targets, calibration)
     counts = None if task == "multilabel" else confusion(task, outputs, targets, calibration, len(labels))
@@ -84,12 +74,10 @@ def plot_head_scores(
     if task == "pairwise":
         figures["scores"] = _plot_scores(outputs[:, 0], targets, validate_groups(groups, len(targets)))
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        if figure is not None:
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=DPI)
-    return paths
+    drawn = {folder / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
+    for path, figure in drawn.items():
+        figure.savefig(path, dpi=DPI)
+    return list(drawn)
 
 
 def _plot_curves(
@@ -99,11 +87,10 @@ def _plot_curves(
     probs = calibration.probabilities(task, outputs)
     truth = targets if task == "multilabel" else np.eye(len(labels), dtype=np.int64)[targets]
     defined: list[int] = np.flatnonzero(truth.min(axis=0) < truth.max(axis=0)).tolist()
-    plotted = [1] * (1 in defined) if task == "binary" else defined
+    plotted = defined[1:] if task == "binary" else defined
     if not plotted:
         return None
-    compute_curve = _roc_curve if kind == "roc" else _precision_recall_curve
-    curves = [compute_curve(truth[:, label], probs[:, label]) for label in plotted]
+    curves = [_compute_curve(kind, truth[:, label], probs[:, label]) for label in plotted]
     several, legend = len(plotted) > 1, len(plotted) <= MAX_LEGEND
     figure = Figure(figsize=(9, 5.5) if legend and several else (6, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -126,16 +113,13 @@ def _plot_curves(
     return figure
 
 
-def _roc_curve(truth: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return false positive rates, true positive rates and the area of one label."""
-    false_positive_rate, true_positive_rate, _ = roc_curve(truth, probs)
-    return false_positive_rate, true_positive_rate, float(auc(false_positive_rate, true_positive_rate))
-
-
-def _precision_recall_curve(truth: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return recalls, precisions and the average precision of one label."""
+def _compute_curve(kind: str, truth: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the curve of one label as x and y, and its area; of recall and precision, the average precision."""
+    if kind == "roc":
+        false_positive_rate, true_positive_rate, _ = roc_curve(truth, probs)
+        return false_positive_rate, true_positive_rate, auc(false_positive_rate, true_positive_rate)
     precision, recall, _ = precision_recall_curve(truth, probs)
-    return recall, precision, float(average_precision_score(truth, probs))
+    return recall, precision, average_precision_score(truth, probs)
 
 
 def _interpolate(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -151,14 +135,11 @@ def _mark_threshold(
     axes: Axes, kind: str, targets: np.ndarray, decisions: np.ndarray, threshold: float | list[float] | None
 ) -> None:
     """Mark the threshold on the curve of `binary`, unless precision is undefined there."""
-    (true_negatives, false_positives), (false_negatives, true_positives) = confusion_matrix(
-        targets, decisions, labels=[0, 1]
-    )
-    recall = true_positives / (true_positives + false_negatives)
+    recall = decisions[targets == 1].mean()
     if kind == "roc":
-        x, y = false_positives / (false_positives + true_negatives), recall
-    elif true_positives + false_positives:
-        x, y = recall, true_positives / (true_positives + false_positives)
+        x, y = decisions[targets == 0].mean(), recall
+    elif decisions.any():
+        x, y = recall, targets[decisions == 1].mean()
     else:
         return
     label = f"threshold {0.5 if threshold is None else threshold:.3f}"
@@ -168,10 +149,10 @@ def _mark_threshold(
 def _decorate_axes(axes: Axes, kind: str, share: float) -> None:
     """Draw labels and the line of chance; `share` of the samples are positive."""
     if kind == "roc":
-        axes.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="chance")
+        axes.plot([0, 1], [0, 1], label="chance", **DOTTED)
         axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC (area)")
     else:
-        axes.axhline(share, color="black", linestyle=":", linewidth=1, label=f"positive samples ({share:.3f})")
+        axes.axhline(share, label=f"positive samples ({share:.3f})", **DOTTED)
         axes.set(xlabel="recall", ylabel="precision", title="Precision and recall (average precision)")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set_aspect("equal")
@@ -179,13 +160,10 @@ def _decorate_axes(axes: Axes, kind: str, share: float) -> None:
 
 
 def _plot_reliability(task: str, outputs: np.ndarray, targets: np.ndarray, calibration: Calibration) -> Figure:
-    """Plot how often predictions of some probability are right, before and after the temperature.
-
-    The probability is that of the positive label (`binary`) or of the likeliest one (`multiclass`).
-    """
+    """Plot how often predictions of some probability are right, before and after the temperature."""
     figure = Figure(figsize=(6, 7), layout="constrained")
     curves, histogram = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
-    curves.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="perfect")
+    curves.plot([0, 1], [0, 1], label="perfect", **DOTTED)
     bins = np.linspace(0, 1, NUM_BINS + 1)
     for temperature, color, name in ((1.0, "tab:gray", "before"), (calibration.temperature, "tab:blue", "after")):
         probs = Calibration(temperature).probabilities(task, outputs)
@@ -211,14 +189,13 @@ def _plot_confusion(counts: np.ndarray, labels: Sequence[str]) -> Figure:
     label_margin = 0.08 * max(len(_shorten(label)) for label in labels)
     figure = Figure(figsize=(2 * (size + label_margin + 0.7), size + label_margin + 1), layout="compressed")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    for axes, values, title in zip(
-        figure.subplots(1, 2), (counts, shares), ("samples", "share of the true label"), strict=True
-    ):
+    ticks = range(0, len(labels), -(-len(labels) // MAX_TICK_LABELS))
+    names = [_shorten(labels[tick]) for tick in ticks]
+    fontsize = 9 if len(labels) <= 20 else 7
+    panels = (counts, "samples"), (shares, "share of the true label")
+    for axes, (values, title) in zip(figure.subplots(1, 2), panels, strict=True):
         top = max(float(values.max()), 1.0)
         axes.imshow(values, cmap="Blues", vmin=0, vmax=top)
-        ticks = range(0, len(labels), -(-len(labels) // MAX_TICK_LABELS))
-        fontsize = 9 if len(labels) <= 20 else 7
-        names = [_shorten(labels[tick]) for tick in ticks]
         axes.set_xticks(ticks, names, rotation=90 if label_margin > size / len(labels) else 0, fontsize=fontsize)
         axes.set_yticks(ticks, names, fontsize=fontsize)
         axes.set(xlabel="predicted", ylabel="true", title=title)
@@ -244,12 +221,12 @@ def _plot_predictions(predicted: np.ndarray, targets: np.ndarray) -> Figure:
     style = {"s": 12, "alpha": min(1.0, max(0.1, 300 / len(targets))), "linewidths": 0, "rasterized": True}
     over.scatter(targets, predicted, **style)
     ends = [min(targets.min(), predicted.min()), max(targets.max(), predicted.max())]
-    over.plot(ends, ends, color="black", linestyle=":", linewidth=1, label="predicted = true")
+    over.plot(ends, ends, label="predicted = true", **DOTTED)
     over.set(xlabel="true", ylabel="predicted", title="Predictions")
     over.set_aspect("equal", adjustable="datalim")
     over.legend(loc="upper left", fontsize=9)
     residuals.scatter(predicted, predicted - targets, **style)
-    residuals.axhline(0, color="black", linestyle=":", linewidth=1)
+    residuals.axhline(0, **DOTTED)
     bias = float((predicted - targets).mean())
     residuals.axhline(bias, color="tab:red", linewidth=1, label=f"mean {bias:.3g}")
     residuals.set(xlabel="predicted", ylabel="predicted - true", title="Residuals")

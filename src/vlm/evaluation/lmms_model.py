@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]: of `.venv-eval`
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]: of `.venv-eval`
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -94,7 +93,7 @@ class LmmsModel(lmms):
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
         """Return an answer for each request, generated in batches of requests with equal options."""
-        answers: list[str] = [""] * len(requests)
+        answers: dict[int, str] = {}
 
         def options_key(index: int) -> str:
             return json.dumps(requests[index].args[1], sort_keys=True, default=str)
@@ -104,13 +103,11 @@ class LmmsModel(lmms):
             for _, group in groupby(order, options_key):
                 for indices in _chunks(group, self.batch_size):
                     batch = self._generate_batch([requests[index] for index in indices])
-                    for index, answer in zip(indices, batch, strict=True):
-                        answers[index] = answer
+                    answers |= zip(indices, batch, strict=True)
                     bar.update(len(indices))
-        return answers
+        return [answers[index] for index in range(len(requests))]
 
     def _generate_batch(self, requests: Sequence[Request]) -> list[str]:
-        """Return the answers of one batch."""
         conversations, media = self._make_conversations([request.args for request in requests])
         inputs = self.vlm.inputs(conversations, media)
         settings, extra_options, until = parse_generation_kwargs(requests[0].args[1])
@@ -135,14 +132,14 @@ class LmmsModel(lmms):
 
     @torch.no_grad()
     def _score_batch(self, arguments: Sequence[Arguments]) -> list[tuple[float, bool]]:
-        """Return the results of one batch."""
         if any(len(args) != 6 for args in arguments):
             raise ValueError("acc_mutual_info: continuations without a prompt cannot be compared; use acc")
         conversations, media = self._make_conversations(arguments)
         rows = []
         for turns, opened, args in zip(conversations, media, arguments, strict=True):
-            reply = args[1] if isinstance(args[1], str) else str(args[1](self._get_document(args)))
-            sample = Sample(f"{args[4]} {args[3]}", (*turns, Turn("assistant", (reply.strip(),))))
+            number, task, split = args[-3:]
+            reply = args[1] if isinstance(args[1], str) else str(args[1](self.task_dict[task][split][number]))
+            sample = Sample(f"{task} {number}", (*turns, Turn("assistant", (reply.strip(),))))
             sizes = media_sizes_from_opened(sample.media, opened, self.vlm.processor)
             encoded = encode(self.vlm.processor, sample, sizes)
             check_length(len(encoded.input_ids), self.vlm.positions, 0)
@@ -153,21 +150,12 @@ class LmmsModel(lmms):
         output, targets = supervised_logits(self.vlm.model, {**inputs, "labels": labels})
         assert output.logits is not None
         sums, counts = row_losses(output.logits, labels)
-        correct = _all_correct(output.logits.argmax(dim=-1) == targets, counts)
-        return list(zip((sums / counts).tolist(), correct, strict=True))
+        right = (output.logits.argmax(dim=-1) == targets).split(counts.long().tolist())
+        return list(zip((sums / counts).tolist(), [bool(row.all()) for row in right], strict=True))
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> list[str]:
-        """Refuse tasks of several rounds.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Refuse tasks of several rounds."""
         raise NotImplementedError("model vlm does not answer tasks of several rounds (generate_until_multi_round)")
-
-    def _get_document(self, arguments: Arguments) -> object:
-        """Return the document of a request."""
-        number, task, split = arguments[-3:]
-        return self.task_dict[task][split][number]
 
     def _make_conversations(self, arguments: Sequence[Arguments]) -> tuple[list[list[Turn]], list[list[Any]]]:
         """Return requests as conversations that wait for a reply, and the opened images and videos of each."""
@@ -179,21 +167,15 @@ class LmmsModel(lmms):
             if kinds := sorted({type(part).__name__ for part in parts if not isinstance(part, Image.Image | str)}):
                 raise ValueError(f"task {task}: it shows {', '.join(kinds)}; only images and videos can be shown")
             try:
-                question = match_placeholders(context, len(images))
-                turn, opened = self.vlm.open_question(question, images, videos, self.max_frames)
+                if context.count(PLACEHOLDER) not in (0, len(images)):  # then images come first
+                    context = context.replace(PLACEHOLDER, "").strip()
+                turn, opened = self.vlm.open_question(context, images, videos, self.max_frames)
             except (ValueError, BadSample) as error:
                 raise ValueError(f"task {task}, document {number}: {error}") from error
             system = [Turn("system", (self.system_prompt,))] if self.system_prompt else []
             conversations.append([*system, turn])
             media.append(opened)
         return conversations, media
-
-
-def match_placeholders(context: str, num_images: int) -> str:
-    """Return a question without `<image>` where their number is not that of its images, which then come first."""
-    if context.count(PLACEHOLDER) in (0, num_images):
-        return context
-    return context.replace(PLACEHOLDER, "").strip()
 
 
 def parse_generation_kwargs(kwargs: dict[str, Any]) -> tuple[InferenceConfig, dict[str, object], list[str]]:
@@ -205,12 +187,13 @@ def parse_generation_kwargs(kwargs: dict[str, Any]) -> tuple[InferenceConfig, di
     until = kwargs.pop("until", [])
     samples = kwargs.pop("do_sample", None)
     temperature = float(kwargs.pop("temperature", 1.0 if samples else 0.0))
+    top_p = float(kwargs.pop("top_p", 0.0))
     settings = InferenceConfig(
-        0.0 if samples is False else temperature, float(kwargs.pop("top_p", InferenceConfig.top_p)),
-        int(kwargs.pop("num_beams", InferenceConfig.num_beams)), int(kwargs.pop("max_new_tokens", MAX_NEW_TOKENS)),
-    )  # fmt: skip
-    if settings.top_p <= 0:  # some tasks mean greedy decoding
-        settings.top_p = InferenceConfig.top_p
+        temperature=0.0 if samples is False else temperature,
+        top_p=top_p if top_p > 0 else InferenceConfig.top_p,  # by 0, some tasks mean greedy decoding
+        num_beams=int(kwargs.pop("num_beams", InferenceConfig.num_beams)),
+        max_new_tokens=int(kwargs.pop("max_new_tokens", MAX_NEW_TOKENS)),
+    )
     known = GenerationConfig().to_dict()
     if unknown := sorted(kwargs.keys() - known.keys() - IGNORED_KWARGS):
         log.warning("generation_kwargs that no model here takes are left out: %s", ", ".join(unknown))
@@ -228,8 +211,3 @@ def truncate_at_stop(answer: str, until: Sequence[str]) -> str:
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     remaining = iter(items)
     return iter(lambda: list(islice(remaining, size)), [])
-
-
-def _all_correct(correct: Tensor, counts: Tensor) -> list[bool]:
-    """Return whether all supervised tokens of each row are right: `(S,), (B,) -> B values`."""
-    return [bool(row.all()) for row in correct.split(counts.long().tolist())]

@@ -11,9 +11,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
-from vlm.evaluation.published import published
+from vlm.evaluation.published import PUBLISHED_RESULTS
 
 VENV_PYTHON = Path(".venv-eval", "bin", "python")
 REPOSITORY = Path(__file__).parents[3]
@@ -22,13 +23,10 @@ REPOSITORY = Path(__file__).parents[3]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task.
+    """One metric of one task, and its standard error, if known.
 
-    Attributes:
-        task: the task's name.
-        metric: the metric's name, followed by the name of a filter where there is one.
-        value: the metric; None where lmms-eval only writes a file to submit.
-        error: its standard error, if known.
+    The metric's name is followed by that of a filter where there is one. The value is None where lmms-eval only writes
+    a file to submit.
     """
 
     task: str
@@ -43,26 +41,23 @@ def find_interpreter(requested: Path | None) -> str:
     Raises:
         ValueError: there is none, or it lacks lmms-eval or this package.
     """
+    if requested is not None and not requested.is_file():
+        raise ValueError(f"--lmms-eval-python {requested}: no such file")
     this_python = [Path(sys.executable)] if importlib.util.find_spec("lmms_eval") else []
     candidates = [requested] if requested is not None else [*this_python, VENV_PYTHON, REPOSITORY / VENV_PYTHON]
-    python = next((file for file in candidates if file.is_file()), None)
-    if python is None and requested is not None:
-        raise ValueError(f"--lmms-eval-python {requested}: no such file")
+    python = next((str(file) for file in candidates if file.is_file()), None)
     if python is None:
         raise ValueError(
             "lmms-eval needs an environment of its own: make install-eval, in a clone, makes .venv-eval; "
             "--lmms-eval-python names the Python of another one"
         )
-    code = (
-        "import importlib.util as u, sys; "
-        "sys.exit(','.join(name for name in ('lmms_eval', 'vlm') if not u.find_spec(name)) or 0)"
-    )
-    process = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    missing = "','.join(name for name in ('lmms_eval', 'vlm') if not find_spec(name))"
+    code = f"import sys; from importlib.util import find_spec; sys.exit({missing} or 0)"
+    process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     if process.returncode:
-        missing = process.stderr.strip() or "it"
         hint = "make install-eval makes .venv-eval with both lmms-eval and vlm"
-        raise ValueError(f"{python}: {missing} is missing there; {hint}")
-    return str(python)
+        raise ValueError(f"{python}: {process.stderr.strip() or 'it'} is missing there; {hint}")
+    return python
 
 
 def format_model_args(values: dict[str, object]) -> str:
@@ -81,30 +76,19 @@ def run_tasks(
     python: str, arguments: str, tasks: Sequence[str], *, batch_size: int, limit: float | None = None,
     include: Path | None = None,
 ) -> dict[str, dict[str, object]]:  # fmt: skip
-    """Run tasks; their output is shown as it comes.
+    """Run tasks, show their output as it comes, and return lmms-eval's results: task -> metric -> value.
 
-    Args:
-        python: the interpreter, see `find_interpreter`.
-        arguments: the model's arguments, see `format_model_args`.
-        tasks: the names of tasks.
-        batch_size: number of requests in a batch.
-        limit: the number of documents of each task, or the share of them; the first ones are taken.
-        include: a folder with further tasks.
-
-    Returns:
-        lmms-eval's results: task -> metric -> value.
+    The model's `arguments` come from `format_model_args`. `limit` is the number of documents of each task, or the share
+    of them, from the first on; `include` is a folder with further tasks.
 
     Raises:
         ValueError: lmms-eval wrote no results.
     """
     with tempfile.TemporaryDirectory(prefix="vlm-eval-") as folder:
-        words = [
-            python, "-m", "lmms_eval", "--model", "vlm", "--model_args", arguments, "--tasks", ",".join(tasks),
-            "--batch_size", str(batch_size), "--output_path", folder,
-            *([] if limit is None else ["--limit", f"{limit:g}"]),
-            *([] if include is None else ["--include_path", str(include)]),
-        ]  # fmt: skip
-        subprocess.run(words, env=make_environment(), check=False)
+        options = {"model": "vlm", "model_args": arguments, "tasks": ",".join(tasks), "batch_size": batch_size}
+        options |= {"output_path": folder, "include_path": include, "limit": None if limit is None else f"{limit:g}"}
+        words = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
+        subprocess.run([python, "-m", "lmms_eval", *chain(*words)], env=make_environment(), check=False)
         written = sorted(Path(folder).rglob("*_results.json"))  # a failure ends with exit code 0
         if not written:
             raise ValueError("lmms-eval came to no results; what it printed last says why")
@@ -127,9 +111,8 @@ def parse_scores(results: dict[str, dict[str, object]]) -> list[TaskScore]:
             name, comma, kind = key.partition(",")
             if not comma or "_stderr" in name:
                 continue
-            error = values.get(f"{name}_stderr,{kind}")
             metric = name if kind == "none" else f"{name} ({kind})"
-            scores.append(TaskScore(task, metric, _to_float(value), _to_float(error)))
+            scores.append(TaskScore(task, metric, *map(_to_float, (value, values.get(f"{name}_stderr,{kind}")))))
     return scores
 
 
@@ -144,12 +127,11 @@ def make_rows(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
     for score in scores:
         if score.value is None:
             continue
-        known = published(score.task, score.metric.partition(" (")[0])
-        others = ("", "") if known is None else (f"{known.reproduced:g}", f"{known.original:g}")
+        published = PUBLISHED_RESULTS.get((score.task, score.metric.partition(" (")[0]))
+        others = ("", "") if published is None else (f"{published[0]:g}", f"{published[1]:g}")
         error = "" if score.error is None else f"{score.error:.2g}"
         rows.append((score.task, score.metric, f"{score.value:.4g}", error, *others))
-    any_known = any(row[-1] for row in rows[1:])
-    return rows if any_known else [row[:-2] for row in rows]
+    return rows if any(row[-1] for row in rows[1:]) else [row[:-2] for row in rows]
 
 
 def scores_to_json(scores: Sequence[TaskScore]) -> list[dict[str, object]]:

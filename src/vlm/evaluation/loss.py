@@ -22,14 +22,9 @@ from vlm.inference.generate import on_device
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss and the number of supervised tokens of each row.
+    """Return the summed loss and the number of supervised tokens of each row, two `(B,)` tensors.
 
-    Args:
-        logits: `(S, vocabulary)`, at the supervised positions of all rows.
-        labels: `(B, T)`.
-
-    Returns:
-        Two `(B,)` tensors.
+    `logits`, `(S, vocabulary)`, are those at the supervised positions of all rows; `labels` are `(B, T)`.
     """
     targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     rows, columns = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -53,17 +48,13 @@ def sample_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss and supervised tokens of every sample: two `(samples,)` tensors on the CPU, in order.
 
-    Args:
-        model: the model, in evaluation mode.
-        batches: the model's inputs with labels, on its device.
-        gather: gathers a tensor from all ranks.
+    Batches are the model's inputs with labels, on its device; `gather` gathers a tensor from all ranks.
     """
     gathered = []
     for inputs in batches:
         logits = supervised_logits(model, inputs)[0].logits
         assert logits is not None
-        rows = row_losses(logits, inputs["labels"])
-        gathered.append([gather(tensor).cpu() for tensor in rows])
+        gathered.append([gather(tensor).cpu() for tensor in row_losses(logits, inputs["labels"])])
     sums, counts = zip(*gathered, strict=True)
     return torch.cat(sums), torch.cat(counts)
 
@@ -71,11 +62,8 @@ def sample_losses(
 def loss_metrics(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor) -> dict[str, float]:
     """Return the loss per supervised token, and the same on blank images: does the model use the image at all?
 
-    Args:
-        sums: `(samples,)`, summed losses.
-        counts: `(samples,)`, numbers of supervised tokens.
-        blank_sums: `(samples,)`, summed losses with blank images; None where no sample has images.
-        with_images: `(samples,)`, whether a sample has images.
+    All tensors are `(samples,)`: summed losses, numbers of supervised tokens, summed losses with blank images (None
+    where no sample has images), and whether a sample has images.
 
     Returns:
         `loss`, `blank_loss`, and over the samples with images `image_gain`: the mean of blank minus real loss, each
@@ -97,15 +85,8 @@ def caption_retrieval(
 ) -> list[bool]:
     """Return for each sample whether its own last reply has a lower loss than replies of other samples.
 
-    Args:
-        model: the model, in evaluation mode.
-        processor: the model's processor.
-        samples: samples with one image and one last reply; equal replies never compete.
-        ways: number of candidates, the sample's own included; chance is 1 / ways.
-        seed: chooses the other candidates.
-
-    Returns:
-        One value a sample.
+    Samples have one image. Each has `ways` candidates, its own included, so chance is 1 / ways; the others are drawn,
+    and never equal its own.
     """
     draw = random.Random(seed)
     collate = Collator.of(processor, deduplicate=processor.deduplicated_inputs)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm.config.schema import SourceConfig
-from vlm.data.sample import BadSample, Sample
+from vlm.data.sample import BadSample
 
 NUM_INSPECTED = 100
 """Number of records that are searched for references before a model loads."""
@@ -24,23 +24,17 @@ def resolve_output_folder(checkpoint: str, data: str, requested: Path | None) ->
     Beside a run's `final` that is in the run's directory. Beside a folder of another name, and for a Hub model (in the
     current folder), the checkpoint's name precedes the data's.
 
-    Args:
-        checkpoint: a folder, or a name on the Hub.
-        data: the name of the data.
-        requested: the folder that the user named.
-
     Raises:
         ValueError: the folder is within the checkpoint, or cannot be written to.
     """
     folder = Path(checkpoint).resolve()
-    is_local = folder.is_dir()
     if requested is not None:
         output = requested
-    elif is_local:
+    elif folder.is_dir():
         output = folder.parent / "eval" / (data if folder.name == FINAL_FOLDER else f"{folder.name}-{data}")
     else:
         output = Path("eval") / f"{checkpoint.replace('/', '--')}-{data}"
-    if is_local and folder in (output.resolve(), *output.resolve().parents):
+    if folder.is_dir() and output.resolve().is_relative_to(folder):
         raise ValueError(f"--output {output}: this is within the checkpoint, which stays as it is; name another folder")
     parent = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -72,18 +66,11 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
         raise ValueError(f"--data {config.path}: it has no records")
     folder = Path(config.image_folder or Path(config.path).parent)
     read = get_reader(config.format)
-
-    def read_sample(number: int) -> Sample:
-        record = records[number]
-        if isinstance(record, BadSample):
-            raise record
-        return read(record, folder, **config.options)
-
-    first = [value_or_bad_sample(read_sample, number) for number in range(min(len(records), NUM_INSPECTED))]
-    bad = [sample for sample in first if isinstance(sample, BadSample)]
+    numbers = range(min(len(records), NUM_INSPECTED))
+    first = [value_or_bad_sample(lambda n: read(records[n], folder, **config.options), number) for number in numbers]
     samples = [sample for sample in first if not isinstance(sample, BadSample)]
     if not samples:
-        raise ValueError(f"--data {config.path}: none of the first {len(first)} records can be read; {bad[0]}")
+        raise ValueError(f"--data {config.path}: none of the first {len(first)} records can be read; {first[0]}")
     have_replies = any(turn.role == "assistant" for sample in samples for turn in sample.turns)
     have_references = any(sample.references or sample.turns[-1].role == "assistant" for sample in samples)
     if LOSS in names and not have_replies:

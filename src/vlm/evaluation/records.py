@@ -16,14 +16,13 @@ from tqdm import tqdm
 
 from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
-from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped, load_dataset
+from vlm.data.dataset import SampleDataset, Skipped, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import SampleInputs
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss import loss_metrics, sample_losses
 from vlm.evaluation.output import write_json
 from vlm.evaluation.text_metrics import LOSS, compute_text_metrics
-from vlm.inference.batch import Row
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
 
@@ -53,21 +52,7 @@ def evaluate(
     cache: Path, fingerprint: str, batch_size: int, num_workers: int, max_frames: int, seed: int | None = None,
     overwrite: bool = False,
 ) -> EvaluationResult:  # fmt: skip
-    """Evaluate a model on a file of records; `answers.jsonl` is written answer by answer.
-
-    Args:
-        model: the model.
-        config: where the records are and how to read them.
-        names: names of metrics, see `ALL_METRICS`.
-        folder: the folder of `answers.jsonl`.
-        settings: generation settings.
-        cache: the folder of record indices.
-        fingerprint: of the checkpoint, and of how it is loaded.
-        batch_size: number of records in a batch.
-        num_workers: number of processes that read and decode images.
-        max_frames: the largest number of frames read from a video.
-        seed: makes sampling repeatable.
-        overwrite: whether to replace answers that exist or were begun.
+    """Evaluate a model on a file of records; `answers.jsonl` is written answer by answer, see `generate_file`.
 
     Raises:
         ValueError: answers exist already, or no answer can be evaluated.
@@ -79,44 +64,33 @@ def evaluate(
         dataset = load_supervised_dataset(model, config, max_frames)
         scores |= compute_losses(model, dataset, batch_size=batch_size, num_workers=num_workers)
         records = dataset.contributions[0].records
-        if dataset.skipped:
-            first = dataset.skipped[0]
-            exclusions.append(f"{len(dataset.skipped):,} of {records:,} records are not in the losses; the first is "
-                            f"{first.id!r}: {first.reason}")  # fmt: skip
+        skipped = [(record.id, record.reason) for record in dataset.skipped]
+        exclusions += describe_exclusion(skipped, records, "are not in the losses")
     if text_metrics := [name for name in names if name != LOSS]:
         rows = generate_file(
             model, config, folder / "answers.jsonl", settings, cache=cache, fingerprint=fingerprint,
             batch_size=batch_size, num_workers=num_workers, max_frames=max_frames, seed=seed, overwrite=overwrite,
         )  # fmt: skip
         answered = [row for row in rows if not row["error"] and row["references"]]
-        exclusions += describe_exclusions(rows)
+        bad = [(row["source"], row["error"]) for row in rows if row["error"]]
+        unreferenced = [(row["source"], "") for row in rows if not row["error"] and not row["references"]]
+        problem = "have neither a reply nor `answers` to hold an answer against"
+        exclusions += describe_exclusion(bad, len(rows), "could not be asked")
+        exclusions += describe_exclusion(unreferenced, len(rows), problem)
         if not answered:
             raise ValueError(f"{config.path}: there is no answer to measure. {' '.join(exclusions)}")
         records, num_answered = len(rows), len(answered)
-        scores |= compute_text_metrics(
-            text_metrics,
-            [str(row["answer"]) for row in answered],
-            [cast("list[str]", row["references"]) for row in answered],
-        )
+        references = [cast("list[str]", row["references"]) for row in answered]
+        scores |= compute_text_metrics(text_metrics, [str(row["answer"]) for row in answered], references)
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
 
 
-def describe_exclusions(rows: Sequence[Row]) -> list[str]:
-    """Return which rows the metrics leave out, as sentences."""
-    bad = [row for row in rows if row["error"]]
-    unreferenced = [row for row in rows if not row["error"] and not row["references"]]
-    sentences = []
-    if bad:
-        sentences.append(
-            f"{len(bad):,} of {len(rows):,} records could not be asked; the first is {bad[0]['source']!r}: "
-            f"{bad[0]['error']}"
-        )
-    if unreferenced:
-        sentences.append(
-            f"{len(unreferenced):,} of {len(rows):,} records have neither a reply nor `answers` to hold an answer "
-            f"against; the first is {unreferenced[0]['source']!r}"
-        )
-    return sentences
+def describe_exclusion(excluded: Sequence[tuple[object, object]], records: int, problem: str) -> list[str]:
+    """Return a sentence about records that a metric leaves out, given by their ids and reasons; none without any."""
+    return [
+        f"{len(excluded):,} of {records:,} records {problem}; the first is {name!r}{f': {reason}' if reason else ''}"
+        for name, reason in excluded[:1]
+    ]
 
 
 def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, max_frames: int) -> SampleDataset:
@@ -125,9 +99,8 @@ def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, ma
     Raises:
         ValueError: no record can be used.
     """
-    data = DatasetConfig(
-        **asdict(config), max_frames=max_frames, on_bad_sample="skip", over_length="skip", max_skipped=1.0
-    )
+    skip = {"on_bad_sample": "skip", "over_length": "skip", "max_skipped": 1.0}
+    data = DatasetConfig(**asdict(config), max_frames=max_frames, **skip)
     return load_dataset(data, SampleEncoder(model.processor, model.positions, truncate=False), evaluates=True)
 
 
@@ -137,15 +110,13 @@ def compute_losses(
     """Return the metrics of `loss_metrics` as scores; `image_gain` has its interval."""
     with_images = torch.as_tensor(dataset.num_images) > 0
     sums, counts = sample_losses(model.model, _make_batches(model, dataset, "loss", batch_size, num_workers))
-    blank = None
+    blank_sums = None
     if with_images.any():
-        blank, _ = sample_losses(
-            model.model,
-            _make_batches(model, BlankImageDataset(dataset), "loss on blank images", batch_size, num_workers),
-        )
-    metrics = loss_metrics(sums, counts, blank, with_images)
+        batches = _make_batches(model, dataset.blank(), "loss on blank images", batch_size, num_workers)
+        blank_sums, _ = sample_losses(model.model, batches)
+    metrics = loss_metrics(sums, counts, blank_sums, with_images)
     half_width = metrics.pop("image_gain_ci95", None)
-    scores = {name: Score(value, None, None) for name, value in metrics.items()}
+    scores = {name: Score(value) for name, value in metrics.items()}
     if half_width is not None:
         gain = metrics["image_gain"]
         scores["image_gain"] = Score(gain, gain - half_width, gain + half_width)
@@ -166,23 +137,18 @@ def _make_batches(
 
 def write_results(folder: Path, result: EvaluationResult, run_info: dict[str, object]) -> None:
     """Write `results.json` and `results.md`: the metrics, and which model and data they are of."""
+
+    def format_number(number: float | None) -> str:
+        return "undefined" if number is None else f"{number:.4g}"
+
     write_json(folder, {
         **run_info, "records": result.records, "answered": result.num_answered, "left_out": list(result.exclusions),
         "metrics": scores_to_json(result.scores),
     })  # fmt: skip
     title = f"`{run_info['checkpoint']}` on `{run_info['data']}`, {result.records:,} records"
-    header = ("metric", "value", "95% interval")
-    table = tabulate(_make_cells(result.scores), header, tablefmt="github", disable_numparse=True)
-    parts = [title, table, *result.exclusions]
-    (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def _make_cells(scores: dict[str, Score]) -> list[tuple[str, str, str]]:
-    def format_number(number: float | None) -> str:
-        return "undefined" if number is None else f"{number:.4g}"
-
-    cells = []
-    for name, score in scores.items():
+    rows = [("metric", "value", "95% interval")]
+    for name, score in result.scores.items():
         interval = "" if score.low is None else f"{format_number(score.low)} to {format_number(score.high)}"
-        cells.append((name, format_number(score.value), interval))
-    return cells
+        rows.append((name, format_number(score.value), interval))
+    parts = [title, tabulate(rows, "firstrow", tablefmt="github", disable_numparse=True), *result.exclusions]
+    (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from vlm.config.named import import_named, is_custom_name
-from vlm.evaluation.bootstrap import Score, mean_score
+from vlm.evaluation.bootstrap import Score, make_score, mean_score
 
 References = Sequence[Sequence[str]]
 Metric = Callable[[Sequence[str], References], np.ndarray | float]
@@ -26,9 +26,8 @@ ANLS_THRESHOLD = 0.5
 
 def exact_match(answers: Sequence[str], references: References) -> np.ndarray:
     """Return 1 for each answer that equals one of its references, both as `normalize_answer` returns them, else 0."""
-    return _score_each(
-        lambda answer, known: normalize_answer(answer) in map(normalize_answer, known), answers, references
-    )
+    pairs = zip(answers, references, strict=True)
+    return np.array([normalize_answer(answer) in map(normalize_answer, known) for answer, known in pairs], np.float64)
 
 
 def vqa_accuracy(answers: Sequence[str], references: References) -> np.ndarray:
@@ -95,12 +94,7 @@ def rouge(answers: Sequence[str], references: References) -> np.ndarray:
 
 
 METRICS: dict[str, Metric] = {
-    "exact_match": exact_match,
-    "vqa_accuracy": vqa_accuracy,
-    "anls": anls,
-    "cider": cider,
-    "bleu": bleu,
-    "rouge": rouge,
+    metric.__name__: metric for metric in (exact_match, vqa_accuracy, anls, cider, bleu, rouge)
 }
 
 LOSS = "loss"
@@ -126,11 +120,8 @@ def compute_text_metrics(
         if values.shape not in ((), (len(answers),)):
             hint = "a number for each is needed, or a single one"
             raise ValueError(f"{name}: it gave values of shape {values.shape} for {len(answers)} answers; {hint}")
-        scores[name.rpartition(":")[2]] = (
-            mean_score(values, num_resamples=1000 if intervals else 0)
-            if values.ndim
-            else Score(None if np.isnan(values) else values.item(), None, None)
-        )
+        score = mean_score(values, 1000 if intervals else 0) if values.ndim else make_score(values.item())
+        scores[name.rpartition(":")[2]] = score
     return scores
 
 
@@ -144,12 +135,7 @@ def get_metric(name: str, key: str = "metric") -> Metric:
 
 
 def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> None:
-    """Refuse names of metrics that are unknown, or whose library is missing.
-
-    Args:
-        names: the requested metrics.
-        allowed: the names of the metrics that exist.
-        key: the text before a name in messages, such as `--metrics `.
+    """Refuse names of metrics that are unknown, or whose library is missing; `key` precedes a name in messages.
 
     Raises:
         ValueError: with the name, and what is allowed or what to install.

@@ -33,16 +33,10 @@ def prompt_source(
     model: PreTrainedModel, processor: Processor, config: SourceConfig, *, cache: Path, max_frames: int,
     suffix: Sequence[int] = (), answer_tokens: int = 0,
 ) -> Source:  # fmt: skip
-    """Return the records of a file, each as the prompt of training, up to its last reply.
+    """Return the records of a file, each as the prompt of training, up to its last reply, and the ids of `suffix`.
 
-    Args:
-        model: the model; its number of positions bounds a prompt.
-        processor: the model's processor.
-        config: where the records are and how to read them.
-        cache: the folder of record indices.
-        max_frames: the largest number of frames read from a video.
-        suffix: ids to append to every prompt.
-        answer_tokens: the largest number of tokens in an answer; a prompt that leaves fewer positions is refused.
+    A prompt that leaves fewer of the model's positions than `answer_tokens` is refused. `cache` is the folder of record
+    indices.
 
     Raises:
         ValueError: the model has fewer positions than `answer_tokens`.
@@ -55,20 +49,12 @@ def prompt_source(
 
 @dataclass(frozen=True)
 class FullPromptEncoder(PromptEncoder):
-    """Encodes prompts for generation.
-
-    Attributes:
-        answer_tokens: the largest number of tokens in the answer.
-    """
+    """Encodes prompts for generation; those that leave fewer positions than `answer_tokens` are refused."""
 
     answer_tokens: int = 0
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Return the ids of a prompt.
-
-        Raises:
-            BadSample: the sample cannot be used, or is too long.
-        """
+        """Return the ids of a prompt."""
         encoded = self.encode(sample, sizes)
         try:
             check_length(len(encoded.input_ids), self.longest, self.answer_tokens)
@@ -83,34 +69,23 @@ Row = dict[str, object]
 
 
 def fill_table(
-    table: ResumableTable, source: Source, processor: Processor, device: torch.device,
+    table: ResumableTable, source: Source, device: torch.device,
     run_batch: Callable[[dict[str, Tensor]], Sequence[Result]],
     row: Callable[[Sample, Result | None, BadSample | None], Row], *, progress_label: str, batch_size: int,
     num_workers: int, left: bool = False, seed: int | None = None, overwrite: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Run a model on every record and write a table; a table that was begun is resumed.
+    """Run a model on every record, write a table, and return its rows in the order of the records.
 
-    Args:
-        table: the table to write.
-        source: the records.
-        processor: the model's processor.
-        device: the model's device.
-        run_batch: inputs of a batch -> the result for each of its rows.
-        row: makes a row of the table from a sample, and its result or the reason why it could not be read.
-        progress_label: the label of the progress bar.
-        batch_size: number of records in a batch.
-        num_workers: number of processes that read and decode images.
-        left: whether to pad on the left, as generation needs.
-        seed: seeds sampling anew for each batch, so that a resumed table is the same; None: not seeded.
-        overwrite: whether to start over where a table was begun.
-
-    Returns:
-        All rows of the table, in the order of the records.
+    `run_batch` takes the inputs of a batch, padded on the left where `left`, and returns a result for each row. `row`
+    makes a row of the table from a sample, and its result or the reason why it could not be read. A table that was
+    begun is resumed, or started over with `overwrite`. A `seed` is for sampling, and set anew for each batch, so that a
+    resumed table is the same.
 
     Raises:
         ValueError: the table was begun with other records, options or another checkpoint.
     """
     done = table.begin_or_resume(overwrite=overwrite)
+    processor = source.encoder.processor
     collate = Collator.of(processor, left=left)
     with (
         table.open_writer() as write,
@@ -124,10 +99,8 @@ def fill_table(
                 if seed is not None:
                     torch.manual_seed(int(json_digest(seed, numbers[0])[:15], 16))
                 results = run_batch(on_device(collate([prompt.inputs for prompt in batch]), processor, device))
-                write(
-                    (prompt.number, row(prompt.sample, result, None))
-                    for prompt, result in zip(batch, results, strict=True)
-                )
+                pairs = zip(batch, results, strict=True)
+                write((prompt.number, row(prompt.sample, result, None)) for prompt, result in pairs)
                 bar.update(len(set(numbers) - done))
             bad = [prompt for prompt in window if prompt.problem is not None and prompt.number not in done]
             write((prompt.number, row(prompt.sample, None, prompt.problem)) for prompt in bad)
@@ -144,11 +117,12 @@ def format_media_paths(sample: Sample, problem: BadSample | None) -> str:
     return ";".join(map(str, sample.media))
 
 
-class PromptDataset(Dataset[tuple[Sample, SampleInputs | BadSample]]):
-    """Records from a number on: each sample, and its model inputs or the reason why it cannot be read.
+ReadRecord = tuple[Sample, SampleInputs | BadSample]
+"""A record as a sample, and its model inputs or the reason why it cannot be read."""
 
-    A record that is no sample keeps its id and its label.
-    """
+
+class PromptDataset(Dataset[ReadRecord]):
+    """Records from a number on; one that is no sample keeps its id and its label."""
 
     def __init__(self, source: Source, start: int):
         self.source, self.start = source, start
@@ -156,32 +130,24 @@ class PromptDataset(Dataset[tuple[Sample, SampleInputs | BadSample]]):
     def __len__(self) -> int:
         return len(self.source) - self.start
 
-    def __getitem__(self, index: int) -> tuple[Sample, SampleInputs | BadSample]:
+    def __getitem__(self, index: int) -> ReadRecord:
+        number = self.start + index
         sample, record = None, None
         try:
-            record = self.source.records[self.start + index]
+            record = self.source.records[number]
             sample = self.source.read(record)
-            return self._with_id(sample, index), encode_sample(self.source, sample)
+            item = encode_sample(self.source, sample)
         except BadSample as error:
             label = record.get("label") if isinstance(record, dict) else None
-            sample = sample or Sample(error.sample_id, (), label)
-            return self._with_id(sample, index), error
-
-    def _with_id(self, sample: Sample, index: int) -> Sample:
-        """Return a sample; one without an id is named by its file and its number there, from 0."""
-        return sample if sample.id != "?" else replace(sample, id=f"{self.source.name}:{self.start + index}")
+            sample, item = sample or Sample(error.sample_id, (), label), error
+        if sample.id == "?":
+            sample = replace(sample, id=f"{self.source.name}:{number}")
+        return sample, item
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A record that was read.
-
-    Attributes:
-        number: its index in the source.
-        sample: the record as a sample.
-        inputs: the model's inputs; empty where the record cannot be read.
-        problem: why it cannot be read.
-    """
+    """A record by its index in the source: its sample and model inputs, or the problem why it cannot be read."""
 
     number: int
     sample: Sample
@@ -189,9 +155,7 @@ class Prompt:
     problem: BadSample | None = None
 
 
-def read_windows(
-    source: Source, done: Collection[int], batch_size: int, num_workers: int
-) -> Iterator[list[Prompt]]:  # fmt: skip
+def read_windows(source: Source, done: Collection[int], batch_size: int, num_workers: int) -> Iterator[list[Prompt]]:
     """Yield windows of `WINDOW_BATCHES` batches, from the first window on that is not done yet.
 
     Windows begin at the same records wherever a run was stopped, so that batches are the same.
@@ -221,14 +185,11 @@ def batch_by_length(window: Sequence[Prompt], batch_size: int) -> list[list[Prom
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _as_arrays(
-    rows: Sequence[tuple[Sample, SampleInputs | BadSample]],
-) -> list[tuple[Sample, SampleInputs | BadSample]]:
-    return [
-        (sample, item if isinstance(item, BadSample) else
-         {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in item.items()})
-        for sample, item in rows
-    ]  # fmt: skip
+def _as_arrays(rows: list[ReadRecord]) -> list[ReadRecord]:
+    for _, item in rows:
+        if not isinstance(item, BadSample):
+            item |= {name: value.numpy() for name, value in item.items() if isinstance(value, Tensor)}
+    return rows
 
 
 def _make_prompt(number: int, sample: Sample, item: SampleInputs | BadSample) -> Prompt:

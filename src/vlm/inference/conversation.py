@@ -2,33 +2,23 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
 from vlm.config.schema import DatasetConfig, InferenceConfig
-from vlm.data.sample import BadSample, Turn
+from vlm.data.sample import Turn
 from vlm.data.vision.images import Medium
-from vlm.inference.generate import ImageInput, VideoInput, VisionLanguageModel
+from vlm.inference.generate import ImageInput, VideoInput, VisionLanguageModel, errors_without_record
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer.
-
-    Attributes:
-        question: the user's turn.
-        media: its images and videos, opened.
-        answer: the model's reply.
-    """
+    """A question with its images and videos, opened, and the model's answer."""
 
     question: Turn
     media: tuple[Medium, ...]
     answer: str
-
-    @property
-    def turns(self) -> tuple[Turn, Turn]:
-        """The question and the answer as turns."""
-        return self.question, Turn("assistant", (self.answer,))
 
 
 class Conversation:
@@ -57,7 +47,8 @@ class Conversation:
     @property
     def turns(self) -> tuple[Turn, ...]:
         """All turns so far, the system prompt first."""
-        return (*self.system, *(turn for exchange in self.exchanges for turn in exchange.turns))
+        turns = ((exchange.question, Turn("assistant", (exchange.answer,))) for exchange in self.exchanges)
+        return (*self.system, *chain.from_iterable(turns))
 
     @property
     def media(self) -> list[Medium]:
@@ -84,26 +75,21 @@ class Conversation:
         if not text.strip() and not images and not videos:
             raise ValueError("there is no question")
         question, media = self.model.open_question(text, images, videos, self.max_frames)
-        try:
+        with errors_without_record():
             inputs = self.model.inputs([[*self.turns, question]], [[*self.media, *media]])
-        except BadSample as error:
-            raise ValueError(error.reason) from error
         self.model.check_length(inputs, self.settings, "conversation")
         return self._generate_answer(inputs, question, tuple(media), self._revision)
 
     def _generate_answer(
         self, inputs: dict[str, Tensor], question: Turn, media: tuple[Medium, ...], revision: int
     ) -> Generator[str]:
-        if self.settings.num_beams > 1:
-            pieces = self.model.answers(inputs, self.settings)
-            yield pieces[0]
-        else:
-            pieces = []
-            for piece in self.model.stream_batch(inputs, self.settings):
-                pieces.append(piece)
-                yield piece
+        generate = self.model.answers if self.settings.num_beams > 1 else self.model.stream_batch
+        answer = ""
+        for piece in generate(inputs, self.settings):
+            answer += piece
+            yield piece
         if revision == self._revision:
-            self._set_exchanges((*self.exchanges, Exchange(question, media, "".join(pieces).strip())))
+            self._set_exchanges((*self.exchanges, Exchange(question, media, answer.strip())))
 
     def undo(self) -> None:
         """Forget the last exchange, if there is one."""

@@ -69,11 +69,7 @@ ARGUMENT_FIELDS = (*LOADING_FIELDS, "query", "image_file", "sep", "conv_mode", *
 
 
 def split_image_paths(paths: str, separator: str = ",") -> list[str]:
-    """Return the paths of images in a string.
-
-    Raises:
-        ValueError: a path is a web address.
-    """
+    """Return the paths of images in a string; raise ValueError for a web address."""
     files = [file.strip() for file in paths.split(separator) if file.strip()]
     for file in files:
         if file.lower().startswith(("http://", "https://")):
@@ -119,11 +115,7 @@ def load_pretrained_model(
 
 
 def _parse_device_map(device_map: str | dict[str, object]) -> str | None:
-    """Return the device that a map with one device names; None for `auto`.
-
-    Raises:
-        ValueError: the map names several devices, or a way to distribute a model.
-    """
+    """Return the device that a map with one device names; None for `auto`. Any other map raises ValueError."""
     if device_map == "auto":
         return None
     devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else {device_map}

@@ -1,8 +1,10 @@
 """Asking a model about images: `VisionLanguageModel.load(checkpoint).generate("What is this?", ["cat.png"])`."""
 
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 from typing import Any, Self, cast
@@ -40,9 +42,7 @@ class VisionLanguageModel:
     """
 
     def __init__(self, model: PreTrainedModel, processor: Processor, feature_cache: ImageFeatureCache | None = None):
-        self.model = model
-        self.processor = processor
-        self.feature_cache = feature_cache
+        self.model, self.processor, self.feature_cache = model, processor, feature_cache
 
     @classmethod
     def load(
@@ -113,38 +113,24 @@ class VisionLanguageModel:
     def conversations(
         self, prompt: str | Sequence[str], images: Sequence[object], videos: Sequence[object], max_frames: int
     ) -> tuple[list[list[Turn]], list[list[Medium]]]:
-        """Return each prompt as a conversation that waits for a reply, and its opened images and videos.
-
-        Raises:
-            ValueError: as `generate`.
-        """
-        many = not isinstance(prompt, str)
-        prompts: list[str] = list(prompt) if many else [str(prompt)]
-        images_per_prompt = _media_per_prompt(images if many else [images], len(prompts), "images")
-        videos_per_prompt = _media_per_prompt(videos if many else [videos], len(prompts), "videos")
-        questions = [
-            self.open_question(text, its_images, its_videos, max_frames)
-            for text, its_images, its_videos in zip(prompts, images_per_prompt, videos_per_prompt, strict=True)
-        ]
+        """Return each prompt as a conversation that waits for a reply, and its opened images and videos."""
+        if isinstance(prompt, str):
+            prompt, images, videos = [prompt], [images], [videos]
+        images = _media_per_prompt(images, len(prompt), "images")
+        videos = _media_per_prompt(videos, len(prompt), "videos")
+        questions = [self.open_question(*given, max_frames) for given in zip(prompt, images, videos, strict=True)]
         return [[turn] for turn, _ in questions], [media for _, media in questions]
 
     def open_question(
         self, prompt: str, images: Sequence[ImageInput], videos: Sequence[VideoInput] = (),
         max_frames: int = DatasetConfig.max_frames,
     ) -> tuple[Turn, list[Medium]]:  # fmt: skip
-        """Return a question as a turn, and its opened images and videos in the order of their places in it.
-
-        Raises:
-            ValueError: as `generate`.
-        """
+        """Return a question as a turn, and its opened images and videos in the order of their places in it."""
         check_videos(videos, max_frames)
-        try:
+        with errors_without_record():
             video_parts = [parts_for_video(Path(path), max_frames, self.processor, str(path)) for path in videos]
             turn = user_turn(prompt, len(images), video_parts)
-            flat_parts = tuple(part for parts in video_parts for part in parts)
-            frames = iter(open_media(Sample("prompt", (Turn("user", flat_parts),))))
-        except BadSample as error:
-            raise ValueError(error.reason) from error
+            frames = iter(open_media(Sample("prompt", (Turn("user", tuple(chain(*video_parts))),))))
         opened_images = iter(load_images(images))
         media = [part for part in turn.content if not isinstance(part, str)]
         return turn, [next(opened_images if part == STAND_IN_IMAGE else frames) for part in media]
@@ -176,17 +162,12 @@ class VisionLanguageModel:
         """Yield the answer to the only row of a batch piece by piece; closing the generator stops the model."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancel = CancelCriteria()
-        options = {
-            **self.use_cached_features(inputs),
-            **self.generation_options(settings),
-            "streamer": streamer,
-            "stopping_criteria": [cancel],
-        }
+        options = {**self.use_cached_features(inputs), **self.generation_options(settings)}
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
-                self._generate_ids(**options)
+                self._generate_ids(**options, streamer=streamer, stopping_criteria=[cancel])
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
@@ -205,18 +186,13 @@ class VisionLanguageModel:
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
         suffix: Sequence[int] = (), left: bool = True,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Return the model's inputs for conversations that wait for a reply.
+        """Return the model's inputs for conversations that wait for a reply, and their images and videos, opened.
 
-        Args:
-            conversations: the turns of each conversation.
-            images: the images and videos of each as `open_media` returns them, in order.
-            suffix: ids to append to each prompt.
-            left: whether to pad on the left, as generation needs.
+        The ids of `suffix` are appended to each prompt; `left` pads on the left, as generation needs.
         """
         rows = []
         for turns, opened in zip(conversations, images, strict=True):
-            media_parts = [part for turn in turns for part in turn.content if not isinstance(part, str)]
-            sizes = media_sizes_from_opened(media_parts, opened, self.processor)
+            sizes = media_sizes_from_opened(Sample("prompt", tuple(turns)).media, opened, self.processor)
             ids = encode_prompt(self.processor, turns, sizes)
             if not ids:
                 raise ValueError("the model's template leaves nothing of this prompt (plain keeps images only)")
@@ -235,18 +211,20 @@ class VisionLanguageModel:
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
         """Return transformers' generation options; generation ends where the chat template ends a reply."""
-        options = asdict(settings)
-        options["use_cache"] = True  # training switches it off in the configuration
-        options["do_sample"] = settings.temperature > 0
+        tokenizer = self.processor.tokenizer
+        options = {
+            **asdict(settings),
+            "use_cache": True,  # training switches it off in the configuration
+            "do_sample": settings.temperature > 0,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         if settings.temperature == 0:
             del options["temperature"], options["top_p"]
         if settings.cache_implementation is None:
             del options["cache_implementation"]
         elif settings.cache_implementation == "offloaded" and self.model.device.type == "cpu":
             raise ValueError("cache_implementation=offloaded: it takes keys and values off a GPU, and there is none")
-        options["pad_token_id"] = self.processor.tokenizer.pad_token_id
         end = self.reply_ending()
-        tokenizer = self.processor.tokenizer
         if self.processor.special_tokens.fullmatch(end):
             ends = [tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id]
             options["eos_token_id"] = sorted({token_id for token_id in ends if isinstance(token_id, int)})
@@ -288,14 +266,7 @@ def on_device(batch: Mapping[str, object], processor: Processor, device: torch.d
 
 
 def check_length(length: int, positions: int, answer_tokens: int, subject: str = "prompt") -> None:
-    """Raise ValueError where a prompt leaves too few positions for its answer.
-
-    Args:
-        length: number of tokens in the prompt, image tokens included.
-        positions: the largest number of tokens that the model reads.
-        answer_tokens: the largest number of tokens in the answer.
-        subject: the name of the prompt in the message.
-    """
+    """Raise ValueError where a prompt of so many tokens, those of images included, leaves too few for its answer."""
     if length + answer_tokens > positions:
         answer = f" and its answer may have {answer_tokens:,} (max_new_tokens)" if answer_tokens else ""
         raise ValueError(f"the {subject} has {length:,} tokens{answer}, but the model reads at most {positions:,}")
@@ -306,12 +277,7 @@ STAND_IN_IMAGE = ImageRef(Path())
 
 
 def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPart]] = ()) -> Turn:
-    """Return a question as a turn: its images and videos stand at their marks, else before the text.
-
-    Args:
-        prompt: the question.
-        num_images: number of images.
-        videos: the content parts of each video.
+    """Return a question as a turn: its images, and the parts of its videos, stand at their marks, else before the text.
 
     Raises:
         ValueError: the prompt has marks, but not as many as there are images or videos.
@@ -327,12 +293,13 @@ def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPar
         prompt = f"{leading}\n{prompt}"
     remaining_videos = iter(videos)
     content: list[ContentPart] = []
-    for piece in re.split(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})" if videos else f"({PLACEHOLDER})", prompt):
-        if piece == PLACEHOLDER:
-            content.append(STAND_IN_IMAGE)
+    marks = f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})" if videos else f"({PLACEHOLDER})"
+    for piece in filter(None, re.split(marks, prompt)):
+        if videos and piece == VIDEO_PLACEHOLDER:
+            content += next(remaining_videos)
         else:
-            content += next(remaining_videos) if videos and piece == VIDEO_PLACEHOLDER else [piece]
-    return Turn("user", tuple(part for part in content if part != ""))
+            content.append(STAND_IN_IMAGE if piece == PLACEHOLDER else piece)
+    return Turn("user", tuple(content))
 
 
 def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Sequence[Any]]:
@@ -347,23 +314,24 @@ def check_videos(videos: Sequence[VideoInput], max_frames: int) -> None:
     """Raise ValueError where a path is no video, or `max_frames` allows no frame."""
     if max_frames < 1:
         raise ValueError(f"max_frames={max_frames}: must be at least 1")
-    try:
+    with errors_without_record():
         for path in videos:
             num_frames(Path(path), str(path))
-    except BadSample as error:
-        raise ValueError(error.reason) from error
 
 
 def load_images(images: Sequence[ImageInput]) -> list[Image.Image]:
-    """Return images, opened where they are paths.
-
-    Raises:
-        ValueError: an image does not open.
-    """
-    try:
+    """Return images, opened where they are paths; raise ValueError where one does not open."""
+    with errors_without_record():
         return [
             image if isinstance(image, Image.Image) else open_image(ImageRef(Path(image)), str(image))
             for image in images
         ]
+
+
+@contextmanager
+def errors_without_record() -> Iterator[None]:
+    """Raise the reason of a `BadSample` as a ValueError: a prompt has no record that the message could name."""
+    try:
+        yield
     except BadSample as error:
         raise ValueError(error.reason) from error

@@ -22,23 +22,10 @@ def generate_file(
     fingerprint: str, batch_size: int = 16, num_workers: int = 2, max_frames: int, seed: int | None = None,
     overwrite: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Generate an answer for every record of a file.
+    """Generate an answer for every record of a file, and return all rows of the table.
 
-    Args:
-        model: the model that answers.
-        config: where the records are and how to read them.
-        output: a `.csv` or `.jsonl` file.
-        settings: generation settings.
-        cache: the folder of record indices.
-        fingerprint: of the checkpoint, and of how it is loaded.
-        batch_size: number of records in a batch.
-        num_workers: number of processes that read and decode images.
-        max_frames: the largest number of frames read from a video.
-        seed: makes sampling repeatable, across interruptions too; None: not seeded.
-        overwrite: whether to replace an output that exists or was begun.
-
-    Returns:
-        All rows, with the keys `COLUMNS`.
+    `cache` is the folder of record indices; `fingerprint` is that of the checkpoint, and of how it is loaded. A `seed`
+    makes sampling repeatable, across interruptions too. `overwrite` replaces an output that exists or was begun.
 
     Raises:
         ValueError: the output exists, or was begun with other records, options or another checkpoint.
@@ -50,7 +37,7 @@ def generate_file(
     sampling = (seed, batch_size) if settings.temperature > 0 else ()  # greedy answers depend on neither
     digest = json_digest(fingerprint, source.fingerprint, asdict(settings), sampling)
     return fill_table(
-        ResumableTable(output, COLUMNS, digest), source, model.processor, model.model.device,
+        ResumableTable(output, COLUMNS, digest), source, model.model.device,
         lambda inputs: model.answers(inputs, settings), make_row, progress_label="answering", batch_size=batch_size,
         num_workers=num_workers, left=True, seed=seed, overwrite=overwrite,
     )  # fmt: skip

@@ -112,14 +112,12 @@ def _make_predictions(head: HeadSettings, outputs: Tensor) -> list[Prediction]:
     rows = [tuple(row) for row in outputs.float().cpu().tolist()]
     if head.task not in CLASSIFICATION_TASKS:
         return [Prediction(score, score, {}, row) for score, row in zip(scores, rows, strict=True)]
-    probabilities = [dict(zip(head.labels, row, strict=True)) for row in scores]
-    return [
-        Prediction(label, _get_score(head, label, by_label), by_label, row)
-        for label, by_label, row in zip(result["predictions"], probabilities, rows, strict=True)
-    ]
-
-
-def _get_score(head: HeadSettings, prediction: Hashable, probabilities: dict[Hashable, float]) -> float:
-    if head.task == "binary":
-        return probabilities[head.labels[1]]
-    return max(probabilities.values()) if head.task == "multilabel" else probabilities[prediction]
+    made = []
+    for label, by_label, row in zip(result["predictions"], scores, rows, strict=True):
+        probabilities = dict(zip(head.labels, by_label, strict=True))
+        if head.task == "multilabel":
+            score = max(by_label)
+        else:
+            score = probabilities[head.labels[1] if head.task == "binary" else label]
+        made.append(Prediction(label, score, probabilities, row))
+    return made

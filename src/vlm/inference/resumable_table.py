@@ -31,10 +31,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 class ResumableTable:
     """A table that gets its name once it is complete; until then it is a file of JSON lines.
 
-    Args:
-        path: the finished file.
-        columns: of a `.csv`; JSON lines have every key of a row.
-        fingerprint: of everything that the rows depend on.
+    `columns` are those of a `.csv`; JSON lines have every key of a row. The fingerprint is of all that rows depend on.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], fingerprint: str):
@@ -44,9 +41,6 @@ class ResumableTable:
 
     def begin_or_resume(self, *, overwrite: bool) -> set[int]:
         """Return the numbers of the records that an interrupted run has written; a torn last row is cut off.
-
-        Args:
-            overwrite: whether to start over.
 
         Raises:
             ValueError: the table was begun with another fingerprint.
@@ -93,14 +87,10 @@ class ResumableTable:
             if self.path.suffix == ".csv":
                 writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
                 writer.writeheader()
-                writer.writerows({name: _format_cell(value) for name, value in row.items()} for row in self.rows())
+                for row in self.rows():
+                    writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
             else:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
         whole.replace(self.path)
         self.partial.unlink()
         self.metadata.unlink()
-
-
-def _format_cell(value: object) -> object:
-    """Return a value as a cell of a `.csv`; the items of a list are joined by `;`."""
-    return ";".join(map(str, value)) if isinstance(value, list) else value

@@ -40,11 +40,7 @@ NEUTRAL_VALUES = (None, 1, 0, False, [], {}, "", "none", "auto", {"type": "text"
 
 
 class PromptProcessor:
-    """The processor that the handler uses: our code turns messages into inputs; all else is the tokenizer's.
-
-    Args:
-        model: the served model.
-    """
+    """The processor that the handler uses: our code turns messages into inputs; all else is the tokenizer's."""
 
     def __init__(self, model: VisionLanguageModel):
         self.vlm, self.tokenizer = model, model.processor.tokenizer
@@ -73,9 +69,6 @@ class CachingModel:
     """The model that the handler uses; `generate` replaces the pixels of recent images by their cached features.
 
     The handler calls `generate` on another thread: the one that reads requests must not wait for the visual encoder.
-
-    Args:
-        model: the served model.
     """
 
     def __init__(self, model: VisionLanguageModel):
@@ -90,12 +83,7 @@ class CachingModel:
 
 
 class SingleModelManager(ModelManager):
-    """Manages the one model that is served.
-
-    Args:
-        name: the model's name in requests.
-        model: the served model.
-    """
+    """Manages the one model that is served."""
 
     def __init__(self, name: str, model: VisionLanguageModel):
         self.force_model, self.prompts, self.model = name, PromptProcessor(model), CachingModel(model)
@@ -173,10 +161,8 @@ def parse_messages(messages: Sequence[Message]) -> tuple[list[Turn], list[Image.
             kind = item.get("type") if isinstance(item, dict) else None
             if kind == "text" and isinstance(item.get("text"), str):
                 follows_image = bool(parts) and not any(isinstance(part, str) for part in parts)
-                # a text after images begins on a new line, as in `vlm generate`
-                parts.append(
-                    "\n" + item["text"] if follows_image and not item["text"].startswith("\n") else item["text"]
-                )
+                needs_line = follows_image and not item["text"].startswith("\n")  # as in `vlm generate`
+                parts.append(f"\n{item['text']}" if needs_line else item["text"])
             elif kind == "image_url":
                 images.append(_decode_image(item["image_url"], f"{where}.content[{place}]"))
                 parts.append(ImageRef())
@@ -191,9 +177,8 @@ def _decode_image(item: object, where: str) -> Image.Image:
     address = item.get("url") if isinstance(item, dict) else item
     head, comma, content = address.partition(",") if isinstance(address, str) else ("", "", "")
     if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
-        raise HTTPException(
-            400, f"{where}: the image itself is needed, as data:image/png;base64,…; addresses are not fetched"
-        )
+        hint = "the image itself is needed, as data:image/png;base64,…; addresses are not fetched"
+        raise HTTPException(400, f"{where}: {hint}")
     try:
         return open_image(ImageRef(content=base64.b64decode(content, validate=True)), where)
     except binascii.Error as error:
@@ -203,13 +188,9 @@ def _decode_image(item: object, where: str) -> Image.Image:
 
 
 def make_app(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> FastAPI:
-    """Return the endpoints of a model.
+    """Return the endpoints of a model, under its name in requests.
 
-    Args:
-        model: the served model.
-        name: the model's name in requests.
-        hosts: host names under which the server answers, so that no other site's page reaches it under its own name;
-            `*`: any.
+    The server answers under the given host names, so that no other site's page reaches it under its own; `*`: any.
     """
     check_private_names()
     handler = ChatHandler(SingleModelManager(name, model), GenerationState())
