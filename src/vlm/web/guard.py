@@ -27,17 +27,15 @@ SECURITY_HEADERS = [
 
 
 class RequestGuard:
-    """ASGI middleware: refuses requests for other hosts and from other sites, and adds `SECURITY_HEADERS` to answers.
+    """ASGI middleware of a page that listens at `host`.
 
-    Args:
-        app: the guarded application.
-        host: the address at which the page listens.
+    It refuses requests for other hosts and from other sites, and adds `SECURITY_HEADERS` to answers.
     """
 
     def __init__(self, app: "ASGIApp", host: str):
         self.app = app
-        self.names = allowed_names(host)
         self.loopback_only = is_loopback(host)
+        self.names = {host} if self.loopback_only else {*map(str.lower, (host, socket.gethostname(), socket.getfqdn()))}
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass a request on, or refuse it."""
@@ -59,11 +57,8 @@ class RequestGuard:
     def refusal_reason(self, host: str, origin: str | None, site: str | None, method: str) -> str | None:
         """Return why a request is refused; None where it is allowed.
 
-        Args:
-            host: the request's `Host`.
-            origin: its `Origin`, which browsers send with all requests that another page makes.
-            site: its `Sec-Fetch-Site`.
-            method: its method.
+        `origin` is its header `Origin`, which browsers send with all requests that another page makes, and `site` its
+        `Sec-Fetch-Site`.
         """
         name = urlsplit(f"//{host}").hostname or ""
         if not self.is_allowed_name(name):
@@ -75,19 +70,12 @@ class RequestGuard:
 
     def is_allowed_name(self, name: str) -> bool:
         """Return whether a name stands for this machine; a site's own name that leads here (DNS rebinding) does not."""
-        if name in self.names or is_loopback(name):
-            return True
-        return not self.loopback_only and _is_address(name)
+        return name in self.names or is_loopback(name) or (not self.loopback_only and _is_address(name))
 
 
 def is_loopback(host: str) -> bool:
     """Return whether an address can be reached from this machine only."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-
-
-def allowed_names(host: str) -> set[str]:
-    """Return the names under which a page that listens at `host` may be requested."""
-    return {host} if is_loopback(host) else {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
 def _is_address(name: str) -> bool:
