@@ -11,8 +11,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from vlm.cli.model_options import add_generation_options, load_model, read_inference_settings
-from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
-from vlm.config.schema import DatasetConfig
+from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
 from vlm.evaluation.output import check_no_results, check_references, resolve_output_folder, write_json
 
 RECORD_OPTIONS = (
@@ -35,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     metrics = "exact_match, vqa_accuracy, anls, cider, bleu, rouge, loss, or module:function (%(default)s)"
     records.add_argument("--metrics", default="exact_match,loss", metavar="NAME,NAME", help=metrics)
     add_reading_options(records)
-    parser.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video")
+    add_max_frames_option(parser)
     tasks = parser.add_argument_group("tasks of lmms-eval", "in its own environment, which `make install-eval` makes")
     tasks.add_argument("--tasks", metavar="NAME,NAME", help="mme, gqa, textvqa_val …")
     limit = "of each task the first N documents, or a share of them"

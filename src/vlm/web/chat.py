@@ -15,7 +15,7 @@ from vlm.web.components import QUIET, RUNS_MODEL, checkpoint_dropdown
 from vlm.web.models import ModelHolder
 
 if TYPE_CHECKING:
-    from vlm.inference.conversation import Exchange
+    from vlm.inference.conversation import Conversation, Exchange
 
 EMPTY_TEXT = "Choose a checkpoint, add an image, and ask."
 STOPPED_NOTICE = " … (stopped: the model does not remember this question)"
@@ -97,10 +97,18 @@ def ask(
     turns = [*earlier, *({"role": "user", "content": {"path": image}} for image in images)]
     turns += [{"role": "user", "content": text}] if text else []
     yield turns, gr.update(value=None, submit_btn=False, stop_btn=True)
-    answer = ""
+    answer, state.stopped = "", False
     try:
-        for answer in stream_answer(holder, state, checkpoint, text, images, settings):
-            yield [*turns, {"role": "assistant", "content": answer}], gr.skip()
+        conversation = open_conversation(holder, checkpoint, settings)
+        conversation.exchanges = state.exchanges
+        with closing(conversation.ask(text, images)) as pieces:
+            for piece in pieces:
+                if state.stopped:
+                    break
+                answer += piece
+                yield [*turns, {"role": "assistant", "content": answer}], gr.skip()
+        if not state.stopped:
+            state.exchanges = conversation.exchanges
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
         yield earlier, gr.update(value=message, submit_btn=True, stop_btn=False)  # to be corrected and sent again
         raise gr.Error(str(error), duration=None, title="Not asked", print_exception=False) from error
@@ -108,18 +116,10 @@ def ask(
     yield turns if state.num_resets == num_resets else [], gr.update(submit_btn=True, stop_btn=False)
 
 
-def stream_answer(
-    holder: ModelHolder,
-    state: ChatState,
-    checkpoint: str | None,
-    text: str,
-    images: list[str],
-    settings: Sequence[float | None],
-) -> Iterator[str]:
-    """Yield the answer to a question, longer each time, until it is stopped, or complete and added to `state`.
+def open_conversation(holder: ModelHolder, checkpoint: str | None, settings: Sequence[float | None]) -> "Conversation":
+    """Return a new conversation with a checkpoint; ValueError where a field has to be corrected.
 
-    `settings` are temperature, top_p, max_new_tokens and seed; only the seed may be None. A ValueError says what has to
-    be fixed.
+    `settings` are temperature, top_p, max_new_tokens and seed; only the seed may be None.
     """
     *numbers, seed = settings
     names = ("temperature", "top_p", "max_new_tokens")
@@ -131,22 +131,12 @@ def stream_answer(
     checkpoint = (checkpoint or "").strip()
     if not checkpoint:
         raise ValueError("choose a checkpoint")
-    state.stopped = False
     from transformers import set_seed
 
     from vlm.inference.conversation import Conversation
     from vlm.inference.generate import VisionLanguageModel
 
-    conversation = Conversation(holder.load(VisionLanguageModel, checkpoint), config)
-    conversation.exchanges = state.exchanges
+    model = holder.load(VisionLanguageModel, checkpoint)
     if seed is not None:
         set_seed(int(seed))
-    answer = ""
-    with closing(conversation.ask(text, images)) as pieces:
-        for piece in pieces:
-            if state.stopped:
-                return
-            answer += piece
-            yield answer
-    if not state.stopped:
-        state.exchanges = conversation.exchanges
+    return Conversation(model, config)

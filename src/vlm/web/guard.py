@@ -43,8 +43,7 @@ class RequestGuard:
             return await self.app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host, origin, site = headers.get(b"host", ""), headers.get(b"origin"), headers.get(b"sec-fetch-site")
-        reason = self.refusal_reason(host, origin, site, scope.get("method", "GET"))
-        if reason is not None:
+        if reason := self.refusal_reason(host, origin, site, scope.get("method", "GET")):
             return await _refuse(scope, send, reason)
 
         async def send_with_headers(message: "Message") -> None:
@@ -61,16 +60,13 @@ class RequestGuard:
         `Sec-Fetch-Site`.
         """
         name = urlsplit(f"//{host}").hostname or ""
-        if not self.is_allowed_name(name):
+        is_ours = name in self.names or is_loopback(name) or (not self.loopback_only and _is_address(name))
+        if not is_ours:  # such as a site's own name that leads here (DNS rebinding)
             return f"This page does not answer to the name {name!r}. Give it with vlm web --host."
         other_origin = origin is not None and urlsplit(origin).netloc != host
         if other_origin or (method not in ("GET", "HEAD") and site == "cross-site"):
             return "Requests from other sites are not answered."
         return None
-
-    def is_allowed_name(self, name: str) -> bool:
-        """Return whether a name stands for this machine; a site's own name that leads here (DNS rebinding) does not."""
-        return name in self.names or is_loopback(name) or (not self.loopback_only and _is_address(name))
 
 
 def is_loopback(host: str) -> bool:
