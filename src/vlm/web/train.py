@@ -64,7 +64,7 @@ class RunForm:
         self.folder = gr.State(None)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                self.run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="Run", elem_id="train-run")
+                run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="Run", elem_id="train-run")
                 description = gr.HTML(note_html(read_run_description(DEFAULT_RUN)), elem_id="train-about")
                 parts = [_part_dropdown(part) for part in PARTS]
             with gr.Column(scale=1, min_width=300):
@@ -90,10 +90,10 @@ class RunForm:
             label="The command", language="shell", interactive=False, visible=False, lines=3, wrap_lines=True,
             elem_id="train-command", show_line_numbers=False,
         )  # fmt: skip
-        self.fields = [self.run, *parts, path, images, self.checkpoint, lines, processes, self.folder]
+        self.fields = [run, *parts, path, images, self.checkpoint, lines, processes, self.folder]
         self.shown = [message, command, self.folder]
         check.click(lambda *values: self._check(FormValues(*values)), self.fields, self.shown, **PRIVATE)
-        self.run.change(lambda run: note_html(read_run_description(run)), self.run, description, **QUIET)
+        run.change(lambda name: note_html(read_run_description(name)), run, description, **QUIET)
 
     def _make_command(self, values: FormValues) -> tuple[list[str], Path]:
         """Return the command of the fields and its run directory; ValueError where the fields are refused."""
