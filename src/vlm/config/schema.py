@@ -133,13 +133,13 @@ class TrainerOptions:
     """With `packing`, the most tokens of a batch, image tokens included; null: as many as `per_device_train_batch_size`
     samples have on average."""
     checkpointed_parts: list[str] | None = field(default=None, metadata=choices(PARTS))
-    """Parts whose layers `activation_checkpointing` recomputes going backward; null: all that gradients flow through."""
+    """Parts whose layers `activation_checkpointing` recomputes in the backward pass; null: all that gradients reach."""
     loss_average: str = field(default="token", metadata=choices(("token", "micro_batch")))
     """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
     num_samples: int = 4
     """Number of evaluation (else training) samples answered into `samples.md`, at each evaluation and at the end."""
     eval_metrics: list[str] = field(default_factory=list, metadata=choices(EVAL_METRICS, "package.module:function"))
-    """Metrics of answers to evaluation records, logged as `eval_<metric>`; `inference` says how answers are generated."""
+    """Metrics of answers to evaluation records, logged as `eval_<metric>`; `inference` has the generation settings."""
     eval_metrics_samples: int = field(default=64, metadata=at_least(1))
     """Number of evaluation records that are answered for them, from the first on; every rank answers all of them."""
     peak_tflops: float | None = field(default=None, metadata=above(0))
