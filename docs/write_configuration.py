@@ -125,7 +125,7 @@ def allowed_text(field: Field[Any]) -> str:
         return ""
     if isinstance(rule, Choices):
         return ", ".join(f"`{name}`" for name in (*rule.names, *([rule.custom] if rule.custom else [])))
-    return rule.describe()
+    return rule.text
 
 
 if __name__ == "__main__":

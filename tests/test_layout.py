@@ -84,7 +84,6 @@ TESTED_ELSEWHERE = {
     "web/data.py": "web/test_page.py",
     "web/guard.py": "web/test_plan.py",
     "web/html.py": "web/test_page.py",
-    "web/models.py": "web/test_page.py",
     "web/predict.py": "web/test_page.py",
     "web/run_view.py": "web/test_runs.py",
     "web/train.py": "web/test_page.py",

@@ -9,6 +9,7 @@ import pytest
 
 from tests.command_line import refusal
 from vlm.checks.fields import ConfigError
+from vlm.cli.main import main
 from vlm.web.guard import RequestGuard, is_loopback
 from vlm.web.plan import Plan, choices, choose_run_folder, format_for_shell, make_command
 
@@ -147,19 +148,15 @@ def test_a_page_for_others_answers_to_addresses_and_its_own_names_only():
     ],
 )
 def test_options_are_checked_before_anything_loads(words: list[str], said: str):
-    from vlm.cli.web import main
-
     with pytest.raises(SystemExit, match=said):
-        main(words)
+        main(["web", *words])
 
 
 def test_a_port_that_is_taken_is_named():
-    from vlm.cli.web import main
-
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(SystemExit, match=f"--port {port}: cannot listen there"):
-            main(["--port", str(port)])
+            main(["web", "--port", str(port)])
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):

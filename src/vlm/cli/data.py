@@ -33,25 +33,19 @@ def show(words: Sequence[str]) -> None:
     """`vlm data show -cn RUN …`: records as the run would train on them."""
     parser = _make_run_parser("show", "Records as a run would train on them, supervised tokens marked.")
     parser.add_argument("--number", type=int, default=4, help="records of each source (%(default)s)")
-    parser.add_argument(
-        "--records", type=_parse_numbers, default=[], metavar="N,N", help="the numbers of the records to show"
-    )
-    parser.add_argument("--seed", type=int, default=None, help="draws them; without it, the first ones")
+    numbers = "the numbers of the records to show"
+    parser.add_argument("--records", type=_parse_numbers, default=[], metavar="N,N", help=numbers)
+    parser.add_argument("--seed", type=int, help="draws them; without it, the first ones")
     parser.add_argument("--output", type=Path, default=Path("records.html"), help="the page (%(default)s)")
     args, rest = parser.parse_known_args(words)
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
         from vlm.data.tools.show import as_text, load_shown_records, write_page
 
-        records = load_shown_records(
-            config.dataset,
-            _make_sample_encoder(config, overrides),
-            number=args.number,
-            records=args.records,
-            seed=args.seed,
-        )
+        encoder = _make_sample_encoder(config, overrides)
+        selection = {"number": args.number, "records": args.records, "seed": args.seed}
         shown = []
-        for record in records:
+        for record in load_shown_records(config.dataset, encoder, **selection):
             print(as_text(record, colours=sys.stdout.isatty()))
             shown.append(record)
         write_page(shown, args.output)
@@ -62,9 +56,8 @@ def show(words: Sequence[str]) -> None:
 
 def stats(words: Sequence[str]) -> None:
     """`vlm data stats -cn RUN …`: counts, lengths and sizes of a run's records."""
-    parser = _make_run_parser(
-        "stats", "Statistics of a run's records: counts, lengths, sizes, which would be left out."
-    )
+    purpose = "Statistics of a run's records: counts, lengths, sizes, which would be left out."
+    parser = _make_run_parser("stats", purpose)
     parser.add_argument("--output", type=Path, default=Path("stats.png"), help="the plot (%(default)s)")
     args, rest = parser.parse_known_args(words)
 
@@ -88,7 +81,6 @@ def _make_run_parser(tool: str, purpose: str) -> argparse.ArgumentParser:
 
 
 def _make_sample_encoder(config: RunConfig, overrides: list[str]) -> "SampleEncoder":
-    """Return what encodes the samples of a run."""
     from vlm.assembly.resolve import resolve_model
 
     return make_objective(config).make_encoder(*resolve_model(config, overrides))

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from vlm.cli.model_options import add_generation_options, add_loading_options, load_model, read_inference_settings
-from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
-from vlm.config.schema import DatasetConfig
+from vlm.cli.model_options import add_generation_options, load_model, read_inference_settings
+from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
 from vlm.evaluation.output import check_no_results, check_references, resolve_output_folder, write_json
 
 RECORD_OPTIONS = (
@@ -25,30 +24,24 @@ TASK_OPTIONS = ("limit", "include_path", "lmms_eval_python")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm eval`."""
-    parser = argparse.ArgumentParser(
-        "vlm eval", description="Measure a model: on a file of records, or on tasks of lmms-eval."
-    )
+    purpose = "Measure a model: on a file of records, or on tasks of lmms-eval."
+    parser = argparse.ArgumentParser("vlm eval", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="where results go (eval/ beside the checkpoint, in its run)"
-    )
+    output = "where results go (eval/ beside the checkpoint, in its run)"
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=output)
     records = parser.add_argument_group("a file of records")
     records.add_argument("--data", dest="input", metavar="FILE", help="records with replies, as training reads them")
-    records.add_argument(
-        "--metrics", default="exact_match,loss", metavar="NAME,NAME",
-        help="exact_match, vqa_accuracy, anls, cider, bleu, rouge, loss, or module:function (%(default)s)",
-    )  # fmt: skip
+    metrics = "exact_match, vqa_accuracy, anls, cider, bleu, rouge, loss, or module:function (%(default)s)"
+    records.add_argument("--metrics", default="exact_match,loss", metavar="NAME,NAME", help=metrics)
     add_reading_options(records)
-    parser.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help="of a video")
+    add_max_frames_option(parser)
     tasks = parser.add_argument_group("tasks of lmms-eval", "in its own environment, which `make install-eval` makes")
     tasks.add_argument("--tasks", metavar="NAME,NAME", help="mme, gqa, textvqa_val …")
-    tasks.add_argument(
-        "--limit", type=float, metavar="N", help="of each task the first N documents, or a share of them"
-    )
+    limit = "of each task the first N documents, or a share of them"
+    tasks.add_argument("--limit", type=float, metavar="N", help=limit)
     tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="where tasks of your own are")
     tasks.add_argument("--lmms-eval-python", type=Path, metavar="FILE", help="the Python that has lmms-eval")
     add_generation_options(parser)
-    add_loading_options(parser)
     return parser
 
 
@@ -64,8 +57,6 @@ def main(argv: Sequence[str]) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} does not go with {mode}")
         check_reading_options(args, "--data")
         _run_tasks(args) if args.tasks else _evaluate_records(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"vlm eval: {error}")
     except KeyboardInterrupt:
         sys.exit("\nvlm eval: stopped" + ("; the same command resumes it" if args.input else ""))
 
@@ -103,14 +94,7 @@ def _evaluate_records(args: argparse.Namespace) -> None:
 
 def _run_tasks(args: argparse.Namespace) -> None:
     """Run lmms-eval's tasks, and write their scores."""
-    from vlm.evaluation.lmms_run import (
-        find_interpreter,
-        format_model_args,
-        make_rows,
-        parse_scores,
-        run_tasks,
-        scores_to_json,
-    )
+    from vlm.evaluation import lmms_run
 
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if args.limit is not None and args.limit <= 0:
@@ -119,7 +103,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
         raise ValueError(f"--include-path {args.include_path}: no such folder (seen from {Path.cwd()})")
     folder = resolve_output_folder(args.checkpoint, "+".join(tasks)[:80], args.output)
     check_no_results(folder, overwrite=args.overwrite)
-    python = find_interpreter(args.lmms_eval_python)
+    python = lmms_run.find_interpreter(args.lmms_eval_python)
 
     from vlm.assembly.checkpoint import open_checkpoint
 
@@ -129,13 +113,13 @@ def _run_tasks(args: argparse.Namespace) -> None:
         "quantization": args.quantization, "max_frames": args.max_frames, "system_prompt": args.system_prompt,
         "trust_remote_code": args.trust_remote_code or None,
     }  # fmt: skip
-    arguments = format_model_args({name: value for name, value in options.items() if value is not None})
-    results = run_tasks(
+    arguments = lmms_run.format_model_args({name: value for name, value in options.items() if value is not None})
+    results = lmms_run.run_tasks(
         python, arguments, tasks, batch_size=args.batch_size, limit=args.limit, include=args.include_path
     )
-    scores = parse_scores(results)
-    rows = make_rows(scores)
-    write_json(folder, {**_describe_run(args), "limit": args.limit, "results": scores_to_json(scores)})
+    scores = lmms_run.parse_scores(results)
+    rows = lmms_run.make_rows(scores)
+    write_json(folder, {**_describe_run(args), "limit": args.limit, "results": lmms_run.scores_to_json(scores)})
     limited = [] if args.limit is None else [f"Of each task only a part was asked (--limit {args.limit:g})."]
     parts = [f"`{args.checkpoint}`", tabulate(rows, "firstrow", tablefmt="github", disable_numparse=True), *limited]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ Modules that import torch are imported when the command has been understood.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +11,16 @@ FORMAT_DESCRIPTIONS = {
     "llava": "transformers and vLLM, without remote code",
     "llava-original": "the original LLaVA's code, and SGLang",
 }
-"""The forms of `vlm.hub.targets.TARGETS`, named here too so that `--help` does not import torch, and who reads them."""
+"""Format of `vlm.hub.targets.EXPORT_FORMATS` -> who reads it; named here too so that `--help` imports no torch."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """`vlm export CHECKPOINT OUT --format NAME`."""
+    """Export a checkpoint, and print how it differs."""
     args = make_parser().parse_args(argv)
-    try:
-        export_checkpoint(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"vlm export: {error}")
+    from vlm.hub.exporting import export_checkpoint
+
+    differences = export_checkpoint(args.checkpoint, args.out, args.format, vision_tower=args.vision_tower)
+    print(f"{args.out}: as {args.format}", *(f"Note: {difference}" for difference in differences), sep="\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,13 +33,3 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", required=True, choices=FORMAT_DESCRIPTIONS, help=forms)
     parser.add_argument("--vision-tower", metavar="NAME", help="with llava-original: the encoder's name to write down")
     return parser
-
-
-def export_checkpoint(args: argparse.Namespace) -> None:
-    """Export the checkpoint and print how it differs."""
-    from vlm.hub import exporting
-
-    differences = exporting.export_checkpoint(args.checkpoint, args.out, args.format, vision_tower=args.vision_tower)
-    print(f"{args.out}: as {args.format}")
-    for one in differences:
-        print(f"Note: {one}")

@@ -7,24 +7,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlm.cli.model_options import add_generation_options, add_loading_options, load_model, read_inference_settings
-from vlm.cli.record_options import add_record_options, check_record_options, source_config
+from vlm.cli.model_options import add_generation_options, load_model, open_conversation, read_inference_settings
+from vlm.cli.record_options import add_question_options, check_question_options, source_config
 from vlm.config.schema import InferenceConfig
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm generate`."""
-    parser = argparse.ArgumentParser(
-        "vlm generate", description="Ask a trained model: about images and videos, or about every record of a file."
-    )
+    purpose = "Ask a trained model: about images and videos, or about every record of a file."
+    parser = argparse.ArgumentParser("vlm generate", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    question = parser.add_argument_group("one question")
-    question.add_argument("--prompt", help="the question; <image> and <video> in it say where one stands")
-    question.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    question.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
-    add_record_options(parser, "answers.jsonl or answers.csv")
+    prompt = "the question; <image> and <video> in it say where one stands"
+    add_question_options(parser, prompt, "answers.jsonl or answers.csv")
     add_generation_options(parser)
-    add_loading_options(parser)
     return parser
 
 
@@ -32,11 +27,9 @@ def main(argv: Sequence[str]) -> None:
     """`vlm generate CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
     args = make_parser().parse_intermixed_args(argv)
     try:
-        check_record_options(args)
+        check_question_options(args)
         settings = read_inference_settings(args)
         _generate_file(args, settings) if args.input else _generate_one(args, settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"vlm generate: {error}")
     except KeyboardInterrupt:
         sys.exit("\nvlm generate: stopped" + ("; the same command resumes it" if args.input else ""))
 
@@ -48,15 +41,7 @@ def _generate_one(args: argparse.Namespace, settings: InferenceConfig) -> None:
     images = load_images(args.image)
     check_videos(args.video, args.max_frames)  # refuse bad input before the model loads
     user_turn(args.prompt, len(images), [()] * len(args.video))
-    model = load_model(args)
-    from transformers import set_seed
-
-    from vlm.inference.conversation import Conversation
-
-    if args.seed is not None:
-        set_seed(args.seed)
-    conversation = Conversation(model, settings, system_prompt=args.system_prompt, max_frames=args.max_frames)
-    for piece in conversation.ask(args.prompt, images, args.video):
+    for piece in open_conversation(args, settings).ask(args.prompt, images, args.video):
         print(piece, end="", flush=True)
     print()
 

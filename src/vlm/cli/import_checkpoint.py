@@ -4,20 +4,30 @@ Modules that import torch are imported when the command has been understood.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-DTYPES = ("float32", "bfloat16", "float16")
+from vlm.cli.model_options import DTYPES
 
 
 def main(argv: Sequence[str]) -> None:
-    """`vlm import SOURCE OUT`."""
+    """Import a checkpoint, and print what it became."""
     args = make_parser().parse_args(argv)
-    try:
-        import_checkpoint(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"vlm import: {error}")
+    import torch
+
+    from vlm.hub.importing import import_checkpoint
+
+    config, processor = import_checkpoint(
+        args.source, args.out, base_model=args.base_model, vision_tower=args.vision_tower, template=args.template,
+        image_mode=args.image_mode, dtype=getattr(torch, args.dtype) if args.dtype else None,
+    )  # fmt: skip
+    seen = f"{processor.tokens_per_image} tokens an image, image_mode={processor.image_mode}"
+    if (tiling := processor.tiling) is not None:
+        limit = "" if tiling.max_tiles is None else f", shrunk to about {tiling.max_tiles} tiles"
+        seen = f"{processor.tokens_per_image} tokens a tile, images in {len(tiling.grids)} grids of tiles{limit}"
+    print(f"{args.out}: {seen}, {config.dtype}")
+    print(f"Its chat template: {str(processor.chat_template).splitlines()[0].strip('{#- }')}")
+    print(f"Ask it:  vlm generate {args.out} --image FILE --prompt 'What is in this picture?'")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,23 +45,3 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-mode", choices=["square", "pad"], help="default: as the source has it")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the language model's")
     return parser
-
-
-def import_checkpoint(args: argparse.Namespace) -> None:
-    """Import the checkpoint and print what it became."""
-    import torch
-
-    from vlm.hub import importing
-
-    config, processor = importing.import_checkpoint(
-        args.source, args.out, base_model=args.base_model, vision_tower=args.vision_tower, template=args.template,
-        image_mode=args.image_mode, dtype=getattr(torch, args.dtype) if args.dtype else None,
-    )  # fmt: skip
-    begins = str(processor.chat_template).splitlines()[0].strip("{#- }")
-    seen = f"{processor.tokens_per_image} tokens an image, image_mode={processor.image_mode}"
-    if (tiling := processor.tiling) is not None:
-        limit = "" if tiling.max_tiles is None else f", shrunk to about {tiling.max_tiles} tiles"
-        seen = f"{processor.tokens_per_image} tokens a tile, images in {len(tiling.grids)} grids of tiles{limit}"
-    print(f"{args.out}: {seen}, {config.dtype}")
-    print(f"Its chat template: {begins}")
-    print(f"Ask it:  vlm generate {args.out} --image FILE --prompt 'What is in this picture?'")

@@ -25,13 +25,20 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the subcommand that the command line names; any other command line is a training run."""
+    """Run the subcommand that the command line names; any other command line is a training run.
+
+    What a subcommand refuses by a `ValueError` or `OSError` ends the process with the error's message.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if words in (["--help"], ["-h"], ["help"]):
         print(overview())
     elif words == ["--version"]:
         print(version("small-vlm"))
     elif words and words[0] in COMMANDS:
-        import_module(f"vlm.cli.{COMMANDS[words[0]]}").main(words[1:])
+        run = import_module(f"vlm.cli.{COMMANDS[words[0]]}").main
+        try:
+            run(words[1:])
+        except (ValueError, OSError) as error:
+            sys.exit(f"vlm {words[0]}: {error}")
     else:
         import_module("vlm.cli.train").main(words)

@@ -5,7 +5,6 @@ Modules that import torch are imported once the command line has been understood
 
 import argparse
 import re
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from vlm.checks.fields import ConfigError, check_fields
@@ -13,24 +12,34 @@ from vlm.config.choices import CACHE_IMPLEMENTATIONS
 from vlm.config.schema import InferenceConfig
 
 if TYPE_CHECKING:
+    from vlm.inference.conversation import Conversation
     from vlm.inference.generate import VisionLanguageModel
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Add options of how the model is loaded."""
-    parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    for bits in ("4bit", "8bit"):
+
+def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = True) -> None:
+    """Add options of how the model is loaded; `quantized`: those of quantization too."""
+    parser.add_argument("--device", help="cuda, cpu …; a GPU where there is one")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    for bits in ("4bit", "8bit") if quantized else ():
         spellings, purpose = (f"--load-{bits}", f"--load_{bits}"), f"load the language model in {bits[0]} bits"
         parser.add_argument(
             *spellings, dest="quantization", action="store_const", const=bits, help=f"{purpose} (needs bitsandbytes)"
         )
-    add_base_option(parser)
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code in the checkpoint run")
+    add_base_options(parser, "let code in the checkpoint run")
+
+
+def add_base_options(parser: argparse.ArgumentParser, trust: str) -> None:
+    """Add the option for the new place of an adapter's base, and that to trust code, with its purpose."""
+    spellings = ("--base", "--base-model", "--base_model", "--model-base")
+    purpose = "the new place of an adapter's base, if it was moved; for a base of parts PART=PATH, once for each"
+    parser.add_argument(*spellings, action="append", default=[], metavar="PATH", help=purpose)
+    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add generation settings; the parser has to be called by `parse_intermixed_args`."""
+    """Add generation settings and loading options; the parser has to be called by `parse_intermixed_args`."""
     group = parser.add_argument_group("generation settings", "defaults: those of the run that -cn names, if any")
     for name, kind, purpose in (
         ("temperature", float, "0 is greedy"),
@@ -46,6 +55,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is used")
     group.add_argument("--config-dir", metavar="FOLDER", help="the folder of your own run")
     group.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="overrides a key of that run")
+    add_loading_options(parser)
 
 
 def _option_spellings(name: str) -> list[str]:
@@ -70,7 +80,7 @@ def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
     if args.config_name is not None:
         folder = [] if args.config_dir is None else ["--config-dir", args.config_dir]
         settings = compose_inference_config(["-cn", args.config_name, *folder, *args.overrides])
-    for name in (field.name for field in fields(InferenceConfig)):
+    for name in list(vars(settings)):
         if (value := getattr(args, name)) is not None:
             setattr(settings, name, value)
     check_fields(settings)
@@ -78,11 +88,7 @@ def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
 
 
 def load_model(args: argparse.Namespace) -> "VisionLanguageModel":
-    """Load a command's checkpoint.
-
-    Raises:
-        ValueError: there is no checkpoint, or it does not load with these options.
-    """
+    """Load a command's checkpoint; ValueError where there is none, or it does not load with these options."""
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.inference.generate import VisionLanguageModel
@@ -94,8 +100,13 @@ def load_model(args: argparse.Namespace) -> "VisionLanguageModel":
     )  # fmt: skip
 
 
-def add_base_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for the new place of an adapter's base."""
-    spellings = ("--base", "--base-model", "--base_model", "--model-base")
-    purpose = "the new place of an adapter's base, if it was moved; for a base of parts PART=PATH, once for each"
-    parser.add_argument(*spellings, action="append", default=[], metavar="PATH", help=purpose)
+def open_conversation(args: argparse.Namespace, settings: InferenceConfig) -> "Conversation":
+    """Load a command's checkpoint, and begin a conversation with it."""
+    model = load_model(args)
+    from transformers import set_seed
+
+    from vlm.inference.conversation import Conversation
+
+    if args.seed is not None:
+        set_seed(args.seed)
+    return Conversation(model, settings, system_prompt=args.system_prompt, max_frames=args.max_frames)

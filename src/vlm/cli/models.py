@@ -1,13 +1,13 @@
 """The subcommand `vlm models`: lists parts and families from the tables, the YAML files and installed libraries."""
 
 import argparse
-import importlib.util
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from textwrap import indent
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from tabulate import tabulate
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -25,41 +25,34 @@ ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_fla
 
 
 def main(words: Sequence[str]) -> None:
-    """`vlm models`."""
+    """Print tables of parts, families and installed libraries."""
     purpose = "Parts and families of models that can be trained, and what each of them takes."
     argparse.ArgumentParser("vlm models", description=purpose).parse_args(words)
-    print(listing())
-
-
-def listing() -> str:
-    """Return tables of parts, families and installed libraries."""
-    sections = [
+    connectors = ((name, (kind.__doc__ or "").strip().split("\n")[0]) for name, kind in CONNECTORS.items())
+    columns = ("family", "model_type", "model=", "images", "videos", "attention", "quantised")
+    sections: list[tuple[str, list[tuple[str, ...]]]] = [
         ("Visual encoders: model/visual_encoder=…, or the hf_name of any CLIP, SigLIP, DINOv2 or timm model",
-         table(("name", "hf_name"), part_rows("visual_encoder"))),
+         [("name", "hf_name"), *part_rows("visual_encoder")]),
         ("Connectors: model/connector=…, or model.connector.type=package.module:Class",
-         table(("name", "what it is"), connector_rows())),
+         [("name", "what it is"), *connectors]),
         ("Language models: model/language_model=…, or the hf_name of any AutoModelForCausalLM",
-         table(("name", "hf_name"), part_rows("language_model"))),
-        ("Whole models: model=…, or model.hf_name=… of the same family",
-         table(("family", "model_type", "model=", "images", "videos", "attention", "quantised"), family_rows())),
-        ("Prediction heads: model/head=" + ", ".join(NUM_OUTPUTS_BY_TASK) + "; model.head.pooling=…", table(
-            ("pooling", "what is read"), iter(POOLINGS.items()))),
+         [("name", "hf_name"), *part_rows("language_model")]),
+        ("Whole models: model=…, or model.hf_name=… of the same family", [columns, *family_rows()]),
+        ("Prediction heads: model/head=" + ", ".join(NUM_OUTPUTS_BY_TASK) + "; model.head.pooling=…",
+         [("pooling", "what is read"), *POOLINGS.items()]),
         ("Quantised: the share of its weights that model.language_model.quantization and "
-         "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", table((), installed_rows())),
+         "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", [*installed_rows()]),
     ]  # fmt: skip
-    return "\n\n".join(f"{title}\n{body}" for title, body in sections)
+    tables = [(title, tabulate(rows, tablefmt="plain", disable_numparse=True)) for title, rows in sections]
+    print("\n\n".join(f"{title}\n{indent(table, '  ')}" for title, table in tables))
 
 
-def part_rows(group: str) -> Iterator[tuple[str, str]]:
+def part_rows(part: str) -> Iterator[tuple[str, str]]:
     """Yield the packaged choices of a part, and the models that they load."""
-    for name, values in choices(f"model/{group}"):
+    folder = resources.files("vlm.config").joinpath("model", part)
+    for name in packaged_names("vlm.config", f"model/{part}", ".yaml"):
+        values = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
         yield name, values.hf_name or "any, by its hf_name" if "hf_name" in values else ""
-
-
-def connector_rows() -> Iterator[tuple[str, str]]:
-    """Yield the connectors, each with the first line of its docstring."""
-    for name, kind in CONNECTORS.items():
-        yield name, (kind.__doc__ or "").strip().split("\n")[0]
 
 
 def family_rows() -> Iterator[tuple[str, ...]]:
@@ -87,18 +80,5 @@ def installed_rows() -> Iterator[tuple[str, str]]:
     """Yield which libraries for attention, quantisation and videos are installed."""
     yield "flash_attention_2", "yes" if is_flash_attn_2_available() else "no: pip install 'small-vlm[flash]'"
     for package, extra, use in (("bitsandbytes", "quant", "4bit, 8bit"), ("av", "video", "videos")):
-        is_installed = importlib.util.find_spec(package) is not None
+        is_installed = find_spec(package) is not None
         yield use, f"{package}: yes" if is_installed else f"{package}: no: pip install 'small-vlm[{extra}]'"
-
-
-def choices(group: str) -> Iterator[tuple[str, DictConfig | ListConfig]]:
-    """Yield the packaged YAML files of a group, with their content."""
-    folder = resources.files("vlm.config").joinpath(group)
-    for name in packaged_names("vlm.config", group, ".yaml"):
-        yield name, OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
-
-
-def table(header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
-    """Return an indented table; an empty header is left out."""
-    lines = [tuple(header), *rows] if header else list(rows)
-    return indent(tabulate(lines, tablefmt="plain", disable_numparse=True), "  ")

@@ -8,40 +8,25 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlm.cli.model_options import add_base_option
-from vlm.cli.record_options import add_record_options, check_record_options, source_config
+from vlm.cli.model_options import add_loading_options
+from vlm.cli.record_options import add_question_options, check_question_options, source_config
 
 if TYPE_CHECKING:
     from vlm.inference.predict import Predictor
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of `vlm predict`."""
+def main(argv: Sequence[str]) -> None:
+    """`vlm predict CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
     purpose = "Ask a model with prediction heads: about one prompt, or about every record of a file."
     parser = argparse.ArgumentParser("vlm predict", description=purpose)
     parser.add_argument("checkpoint", help="a head run's folder `final`, or a name on the Hub")
-    prompt = parser.add_argument_group("one prompt")
-    prompt.add_argument(
-        "--prompt", help="the question, as it was asked in training; <image> says where an image stands"
-    )
-    prompt.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    prompt.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
-    add_record_options(parser, "preds.csv or preds.jsonl")
-    parser.add_argument("--device", default=None, help="cuda, cpu …; a GPU where there is one")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add_base_option(parser)
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code out of the checkpoint run")
-    return parser
-
-
-def main(argv: Sequence[str]) -> None:
-    """`vlm predict CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
-    args = make_parser().parse_args(argv)
+    prompt = "the question, as it was asked in training; <image> says where an image stands"
+    add_question_options(parser, prompt, "preds.csv or preds.jsonl")
+    add_loading_options(parser, quantized=False)
+    args = parser.parse_args(argv)
     try:
-        check_record_options(args)
+        check_question_options(args)
         _predict_file(args) if args.input else _predict_one(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"vlm predict: {error}")
     except KeyboardInterrupt:
         sys.exit("\nvlm predict: stopped; the same command resumes it")
 

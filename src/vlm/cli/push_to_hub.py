@@ -12,11 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from vlm.assembly.adapter_merge import merge
-from vlm.cli.model_options import add_base_option
+from vlm.cli.model_options import add_base_options
 
 if TYPE_CHECKING:
     from vlm.hub.publishing import PreparedFolder
-    from vlm.hub.upload import UploadTarget
 
 
 def push_parser() -> argparse.ArgumentParser:
@@ -34,8 +33,7 @@ def push_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="BRANCH", help="the branch; one that is not there is made (main)")
     parser.add_argument("--license", metavar="ID", help="the licence's identifier on the Hub, such as apache-2.0")
     parser.add_argument("--merge", action="store_true", help="merge an adapter into its base first")
-    add_base_option(parser)
-    parser.add_argument("--trust-remote-code", action="store_true", help="with --merge: code of the base may run")
+    add_base_options(parser, "with --merge: code of the base may run")
     parser.add_argument("--dry-run", action="store_true", help="prepare and list the files, upload nothing")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="with --dry-run: a new folder for them")
     return parser
@@ -52,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.checkpoint = args.checkpoint or args.folder
     try:
         _check_prompts_possible(args)
+        args.checkpoint = args.checkpoint or Path(_ask("Checkpoint (a run's folder final)")).expanduser()
+        _check_publishable(args)
         _prepare_only(args) if args.dry_run else _push(args)
     except (ValueError, OSError) as error:
         sys.exit(f"push-to-hub: {error}")
@@ -60,46 +60,46 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
+    from vlm.hub.publishing import obsolete
     from vlm.hub.upload import HubClient, full_name
 
-    checkpoint = args.checkpoint or Path(_ask("Checkpoint (a run's folder final)")).expanduser()
-    _check_publishable(args, checkpoint)
     repo = args.repo or _ask("Repository on the Hub (OWNER/NAME)")
     full_name(repo)
     hub = HubClient()
     target = hub.get_target(repo, args.revision)
-    _check_force(args, target)
-    with _prepare_folder(args, checkpoint, target.name) as prepared:
-        from vlm.hub.publishing import obsolete
-
+    if target.files and not args.force:
+        situation = f"{target.name} exists and holds {len(target.files)} files"
+        if not sys.stdin.isatty():
+            raise ValueError(f"{situation}: go on with --force; the commits before this one stay in its history")
+        _require_consent(f"{situation}. Go on? The commits before this one stay in its history.")
+    with _prepare_folder(args, target.name) as prepared:
         gone = obsolete(target.files, prepared)
         _print_files(prepared)
         if gone:
             print(f"Of the repository's files these go: {', '.join(gone)}")
         private = target.private if target.exists else not args.public
+        visibility = "private" if private else "public"
         if target.exists and (args.public or args.private) and private == args.public:
-            print(f"{target.name} stays {_visibility(private)}: only its settings on the Hub change that")
-        upload = f"{len(prepared.files)} files, {format_bytes(prepared.size)}, to {hub.endpoint}/{target.name}"
-        if not args.yes and not _confirm(f"Upload {upload} ({_visibility(private)})?"):
-            raise ValueError("nothing was uploaded")
+            print(f"{target.name} stays {visibility}: only its settings on the Hub change that")
+        if not args.yes:
+            upload = f"{len(prepared.files)} files, {format_bytes(prepared.size)}, to {hub.endpoint}/{target.name}"
+            _require_consent(f"Upload {upload} ({visibility})?")
         address = hub.upload_folder(prepared.folder, target, private=private, revision=args.revision, obsolete=gone)
     print(f"Uploaded: {address}")
 
 
 def _prepare_only(args: argparse.Namespace) -> None:
-    checkpoint = args.checkpoint or Path(_ask("Checkpoint (a run's folder final)")).expanduser()
-    _check_publishable(args, checkpoint)
     if args.repo:
         from vlm.hub.upload import full_name
 
         full_name(args.repo)
-    with _prepare_folder(args, checkpoint, args.repo) as prepared:
+    with _prepare_folder(args, args.repo) as prepared:
         _print_files(prepared)
     print(f"Nothing was uploaded.{f' The files are in {args.output}' if args.output else ''}")
 
 
 @contextmanager
-def _prepare_folder(args: argparse.Namespace, checkpoint: Path, repo: str | None) -> Iterator["PreparedFolder"]:
+def _prepare_folder(args: argparse.Namespace, repo: str | None) -> Iterator["PreparedFolder"]:
     """Yield the folder to upload: a temporary one, or `--output`, which appears once it is complete."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -108,7 +108,7 @@ def _prepare_folder(args: argparse.Namespace, checkpoint: Path, repo: str | None
     from vlm.hub.run_facts import read_run
 
     disable_progress_bar()
-    run = read_run(checkpoint)
+    checkpoint, run = args.checkpoint, read_run(args.checkpoint)
     with TemporaryDirectory(prefix="push-to-hub-") as space:
         if is_adapter(checkpoint):
             merge(str(checkpoint), Path(space, "merged"), args.base, trust_remote_code=args.trust_remote_code)
@@ -137,27 +137,16 @@ def _check_prompts_possible(args: argparse.Namespace) -> None:
         raise ValueError("no terminal to ask at: agree to the upload with --yes, or look first with --dry-run")
 
 
-def _check_publishable(args: argparse.Namespace, checkpoint: Path) -> None:
+def _check_publishable(args: argparse.Namespace) -> None:
     """Raise ValueError for a folder that is no checkpoint, or an adapter without `--merge`."""
     from vlm.hub.publishing import is_adapter, require_checkpoint
 
-    require_checkpoint(checkpoint)
-    if is_adapter(checkpoint):
+    require_checkpoint(args.checkpoint)
+    if is_adapter(args.checkpoint):
         if not args.merge:
-            raise ValueError(f"{checkpoint} is an adapter, nothing without its base: --merge merges it first")
+            raise ValueError(f"{args.checkpoint} is an adapter, nothing without its base: --merge merges it first")
     elif args.merge or args.base:
-        raise ValueError(f"{'--merge' if args.merge else '--base'}: {checkpoint} is complete, it has no base")
-
-
-def _check_force(args: argparse.Namespace, target: "UploadTarget") -> None:
-    """Raise ValueError where the repository holds files and the user did not agree to go on."""
-    if not target.files or args.force:
-        return
-    situation = f"{target.name} exists and holds {len(target.files)} files"
-    if not sys.stdin.isatty():
-        raise ValueError(f"{situation}: go on with --force; the commits before this one stay in its history")
-    if not _confirm(f"{situation}. Go on? The commits before this one stay in its history."):
-        raise ValueError("nothing was uploaded")
+        raise ValueError(f"{'--merge' if args.merge else '--base'}: {args.checkpoint} is complete, it has no base")
 
 
 # Prompts and output
@@ -170,20 +159,16 @@ def _ask(question: str) -> str:
     return answer
 
 
-def _confirm(question: str) -> bool:
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
-def _visibility(private: bool) -> str:
-    return "private" if private else "public"
+def _require_consent(question: str) -> None:
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ValueError("nothing was uploaded")
 
 
 def _print_files(prepared: "PreparedFolder") -> None:
     """Print which files are uploaded and which are left out."""
     width = max(map(len, prepared.files))
-    for name, size in prepared.files.items():
+    for name, size in (*prepared.files.items(), ("total", prepared.size)):
         print(f"  {name:<{width}}  {format_bytes(size):>9}")
-    print(f"  {'total':<{width}}  {format_bytes(prepared.size):>9}")
     if prepared.skipped_files:
         print(f"Left out: {', '.join(prepared.skipped_files)}")
 

@@ -1,10 +1,9 @@
-"""Options of all commands that run a model on a file of records.
+"""Options of all commands that run a model on a question or a file of records.
 
 Modules that import torch are imported once the command line has been understood.
 """
 
 import argparse
-from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,12 @@ from vlm.config.schema import DatasetConfig, SourceConfig
 from vlm.inference.resumable_table import check_output
 
 
-def add_record_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add options for a file of records; `output` names examples of the file that the command writes."""
+def add_question_options(parser: argparse.ArgumentParser, prompt: str, output: str) -> None:
+    """Add options for one question or a file of them: what a prompt is, and examples of the file that is written."""
+    question = parser.add_argument_group("one question")
+    question.add_argument("--prompt", help=prompt)
+    question.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    question.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
     group = parser.add_argument_group("a file of records")
     group.add_argument("--input", metavar="FILE", help="records, in any format that training reads")
     group.add_argument("--output", type=Path, metavar="FILE", help=f"the table to write: {output}")
@@ -31,10 +34,9 @@ def add_max_frames_option(parser: argparse.ArgumentParser) -> None:
 
 def add_reading_options(group: "argparse._ArgumentGroup") -> None:
     """Add options of how a file of records is read."""
+    option = "of that format: prompt='Which digit?'"
     group.add_argument("--format", metavar="FORMAT", help="the records' format (llava, or labelled for tables)")
-    group.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of that format: prompt='Which digit?'"
-    )
+    group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
     group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="the folder of relative image paths")
     group.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records in a batch (%(default)s)")
@@ -42,12 +44,8 @@ def add_reading_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--overwrite", action="store_true", help="replace an output that exists or was begun")
 
 
-def check_record_options(args: argparse.Namespace) -> None:
-    """Check the options of a command before anything is loaded.
-
-    Raises:
-        ValueError: options contradict each other, or a value is out of bounds.
-    """
+def check_question_options(args: argparse.Namespace) -> None:
+    """Raise ValueError, before anything is loaded, where options contradict each other or are out of bounds."""
     if (args.input is None) == (args.prompt is None):
         raise ValueError("give --prompt for one question, or --input and --output for a file of records")
     if (args.input is None) != (args.output is None):
@@ -60,11 +58,7 @@ def check_record_options(args: argparse.Namespace) -> None:
 
 
 def check_reading_options(args: argparse.Namespace, key: str = "--input") -> None:
-    """Check that files exist and numbers are in bounds; `key` is the option that names the file of records.
-
-    Raises:
-        ValueError: with the option, and the values allowed.
-    """
+    """Raise ValueError where a file is missing or a number is too small; `key`: the option of the file of records."""
     if args.input and not Path(args.input).exists() and "://" not in args.input:
         raise ValueError(f"{key} {args.input}: no such file (seen from {Path.cwd()})")
     if args.image_folder and not Path(args.image_folder).is_dir():
@@ -77,36 +71,22 @@ def check_reading_options(args: argparse.Namespace, key: str = "--input") -> Non
 
 
 def source_config(args: argparse.Namespace) -> SourceConfig:
-    """Return the source of records that a command names.
+    """Return the source of records that a command names; the values of its reader's options are YAML.
 
     Raises:
-        ValueError: the format is unknown, or does not take an option.
+        ValueError: the format is unknown, an option is malformed, or the format does not take the option.
     """
-    from vlm.data.records.formats import FORMATS
+    from omegaconf import OmegaConf
+
+    from vlm.data.records.formats import FORMATS, get_reader
 
     name = args.format or ("llava" if Path(args.input).suffix in (".json", ".jsonl") else "labelled")
     if name not in FORMATS and ":" not in name:
         raise ValueError(f"--format {name}: allowed are {', '.join(FORMATS)}, or package.module:function for your own")
-    return SourceConfig(
-        path=args.input, format=name, options=parse_reader_options(name, args.option), image_folder=args.image_folder,
-        system_prompt=args.system_prompt,
-    )  # fmt: skip
-
-
-def parse_reader_options(format_name: str, assignments: Sequence[str]) -> dict[str, object]:
-    """Return the options of a format from `NAME=VALUE`, with values in YAML.
-
-    Raises:
-        ValueError: an assignment is malformed, or the format does not take the option.
-    """
-    from omegaconf import OmegaConf
-
-    from vlm.data.records.formats import get_reader
-
-    known = [p.name for p in signature(get_reader(format_name)).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for word in assignments:
-        name, equals, _ = word.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"--option {word}: NAME=VALUE is needed; {format_name} takes {', '.join(known) or 'none'}")
-    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(assignments)))
-    return options
+    known = [p.name for p in signature(get_reader(name)).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for word in args.option:
+        key, equals, _ = word.partition("=")
+        if not equals or key not in known:
+            raise ValueError(f"--option {word}: NAME=VALUE is needed; {name} takes {', '.join(known) or 'none'}")
+    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.option))
+    return SourceConfig(args.input, name, options, args.image_folder, system_prompt=args.system_prompt)

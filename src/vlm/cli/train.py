@@ -17,16 +17,11 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank."""
-    from vlm.train.run import run  # torch comes with it
-
-    run(config, name, overrides)
-    leave_process_group()
-
-
-def leave_process_group() -> None:
-    """Wait for the other ranks and close the connections: a rank that exits while another works may abort."""
     import torch.distributed as dist
 
+    from vlm.train.run import run
+
+    run(config, name, overrides)
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier()  # a rank that exits while another one works may make that one abort
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from vlm.cli.model_options import add_base_option
+from vlm.cli.model_options import add_base_options
 from vlm.web.guard import is_loopback
 
 
@@ -23,19 +23,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="the port (%(default)s)")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of runs (%(default)s)")
-    parser.add_argument(
-        "--max-upload", "--max_upload", type=str.lower, default="20mb", help="largest upload (%(default)s)"
-    )
-    add_base_option(parser)
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code in checkpoints run")
+    upload = "largest upload (%(default)s)"
+    parser.add_argument("--max-upload", "--max_upload", type=str.lower, default="20mb", help=upload)
+    add_base_options(parser, "let code in checkpoints run")
     args = parser.parse_args(argv)
     if find_spec("gradio") is None:
         sys.exit("vlm web: Gradio is not installed: pip install 'small-vlm[web]'")
-    try:
-        _check_arguments(args)
-        _serve(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"vlm web: {error}")
+    _check_arguments(args)
+    _serve(args)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -45,19 +40,16 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-upload {args.max_upload}: a size such as 20mb is needed (kb, mb or gb)")
     if args.outputs.exists() and not args.outputs.is_dir():
         raise ValueError(f"--outputs {args.outputs}: it is a file; a folder is needed")
-    _check_port_free(args.host, args.port)
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port), family=family).close()
+    except OSError as error:
+        raise ValueError(f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror})") from error
     for name in args.checkpoints:
         folder = Path(name)
         is_path = name.startswith((".", "/", "~")) or len(folder.parts) != 2 or folder.exists()
         if is_path and not (folder / "config.json").is_file():
             raise ValueError(f"{name}: no checkpoint there (seen from {Path.cwd()}); a run's is its folder `final`")
-
-
-def _check_port_free(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from error
 
 
 def _serve(args: argparse.Namespace) -> None:

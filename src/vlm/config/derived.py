@@ -5,6 +5,7 @@ Imports the schema only.
 
 import json
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,7 @@ def zero_stage(deepspeed: str | Mapping[str, Any] | None) -> int:
 
 def get_value(config: RunConfig, key: str) -> Any:
     """Return the value at a dotted key."""
-    node: object = config
-    for name in key.split("."):
-        node = getattr(node, name)
-    return node
+    return attrgetter(key)(config)
 
 
 def extra_tokens(model: ModelConfig) -> list[str]:

@@ -6,15 +6,7 @@ Imports no torch and no omegaconf, see `schema.py`.
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm.config.choices import (
-    ATTENTION_IMPLEMENTATIONS,
-    FEATURE_STRATEGIES,
-    HEAD_TYPES,
-    LOSSES,
-    POOLINGS,
-    QUANTIZATIONS,
-    THRESHOLD_CRITERIA,
-)
+from vlm.config import choices as allowed
 from vlm.config.rules import above, at_least, choices, share
 
 Options = dict[str, Any]
@@ -36,7 +28,7 @@ class EncoderConfig:
     feature_layer: Any = None
     """Hidden state to read, counted as `hidden_states` is (-2: before the last layer), or a list of them, whose
     features are concatenated by channel; null: the encoder's output."""
-    feature_strategy: str = field(default="patch", metadata=choices(FEATURE_STRATEGIES))
+    feature_strategy: str = field(default="patch", metadata=choices(allowed.FEATURE_STRATEGIES))
     """Which tokens of that state are read: `patch`, `cls+patch`, `cls` or `full` (all, registers included)."""
     image_size: int | None = field(default=None, metadata=at_least(1))
     """Side in pixels of the square that images are squashed to, without cropping, for encoders that take several sizes
@@ -49,7 +41,7 @@ class VisualEncoderConfig(EncoderConfig):
 
     extra_encoders: list[EncoderConfig] = field(default_factory=list)
     """More encoders of the same images; their features are concatenated to those of the first one by channel."""
-    quantization: str | None = field(default=None, metadata=choices(QUANTIZATIONS))
+    quantization: str | None = field(default=None, metadata=choices(allowed.QUANTIZATIONS))
     """Store its matrices in `8bit` or `4bit` (NF4); they stay frozen, adapters may train on them (`trainer.lora`)."""
 
 
@@ -63,7 +55,7 @@ class LanguageModelConfig:
     """Branch, tag or commit on the Hub; null is the default branch."""
     trust_remote_code: bool = False
     """Whether code out of the model's repository may run."""
-    quantization: str | None = field(default=None, metadata=choices(QUANTIZATIONS))
+    quantization: str | None = field(default=None, metadata=choices(allowed.QUANTIZATIONS))
     """Store its matrices in `8bit` or `4bit` (NF4); they stay frozen, adapters may train on them (`trainer.lora`)."""
     new_tokens: list[str] = field(default_factory=list)
     """Tokens added to the vocabulary. Where the language model is frozen, their embeddings alone train, at its rate."""
@@ -98,16 +90,16 @@ class AnyResConfig:
 class HeadConfig:
     """A head that predicts a class, several classes, a number or a ranking from hidden states of the language model."""
 
-    task: str | None = field(default=None, metadata=choices(LOSSES))
+    task: str | None = field(default=None, metadata=choices(allowed.LOSSES))
     """`binary`, `multiclass`, `multilabel`, `regression`, `ordinal` or `pairwise`; null: there is no head, the model
     writes text."""
     labels: list[Any] | None = None
     """The labels in order (`binary`: negative, positive); null: those of the training records, sorted."""
-    type: str = field(default="linear", metadata=choices(HEAD_TYPES, custom="package.module:Class"))
+    type: str = field(default="linear", metadata=choices(allowed.HEAD_TYPES, custom="package.module:Class"))
     """A name of the table `HEADS`, or `package.module:Class` for a class of your own."""
     options: Options = field(default_factory=dict)
     """Keyword parameters of that class; null leaves a parameter at the class's own default."""
-    pooling: str = field(default="last", metadata=choices(POOLINGS))
+    pooling: str = field(default="last", metadata=choices(allowed.POOLINGS))
     """Which hidden states the head reads: those of the `last` token, a mean over all (`mean`), `image` or `text`
     tokens, a learned weighting (`attention`), those of a learned token behind the prompt (`query`) or of a `token` in
     it; `first` and `alltoken` are those of earlier work."""
@@ -123,7 +115,7 @@ class HeadConfig:
     """Weight of each label in the loss: `balanced` (by its rarity in training), or a list in the order of labels."""
     label_smoothing: float = field(default=0.0, metadata=share(is_open_above=True))
     """Share of a target that is spread over all labels."""
-    threshold_by: str = field(default="f1", metadata=choices(THRESHOLD_CRITERIA))
+    threshold_by: str = field(default="f1", metadata=choices(allowed.THRESHOLD_CRITERIA))
     """Measure that the threshold of `binary` and `multilabel` maximises on the evaluation records: `f1`, `accuracy` or
     `youden`; `none` leaves the threshold at 0.5."""
     weight: float = field(default=1.0, metadata=above(0))
@@ -169,5 +161,5 @@ class ModelConfig:
     """A token before each image (`<|vision_start|>`, `<im_start>`); null: none."""
     image_end_token: str | None = None
     """A token after each image; null: none."""
-    attn_implementation: str = field(default="auto", metadata=choices(ATTENTION_IMPLEMENTATIONS))
+    attn_implementation: str = field(default="auto", metadata=choices(allowed.ATTENTION_IMPLEMENTATIONS))
     """`auto` (the best that is installed), `flash_attention_2`, `sdpa`, `flex_attention` or `eager`."""

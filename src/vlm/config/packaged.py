@@ -4,22 +4,20 @@ Imports the standard library and OmegaConf.
 """
 
 from importlib import resources
-from importlib.resources.abc import Traversable
+from itertools import takewhile
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
+FOLDER = Path(__file__).parent
 NON_RUN_CONFIGS = ("base",)
 """Top-level YAML files that others build on."""
 
 
 def packaged_connectors() -> dict[str, list[str]]:
     """Return type -> options of the packaged connectors; each YAML declares all options of its class."""
-    folder = resources.files("vlm.config").joinpath("model", "connector")
-    texts = [
-        folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-        for name in packaged_names("vlm.config", "model/connector", ".yaml")
-    ]
-    return {connector.type: list(connector.options) for connector in map(OmegaConf.create, texts)}
+    connectors = map(OmegaConf.load, sorted(FOLDER.glob("model/connector/*.yaml")))
+    return {connector.type: list(connector.options) for connector in connectors}
 
 
 def run_names() -> list[str]:
@@ -29,16 +27,8 @@ def run_names() -> list[str]:
 
 def group_names() -> list[str]:
     """Return the shipped groups, such as `trainer/deepspeed`: every folder that holds YAML files."""
-
-    def walk(folder: Traversable, path: str) -> list[str]:
-        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-        groups = [path] if path and any(entry.name.endswith(".yaml") for entry in entries) else []
-        for entry in entries:
-            if entry.is_dir():
-                groups += walk(entry, f"{path}/{entry.name}" if path else entry.name)
-        return groups
-
-    return walk(resources.files("vlm.config"), "")
+    folders = {file.parent.relative_to(FOLDER) for file in FOLDER.glob("*/**/*.yaml")}
+    return [folder.as_posix() for folder in sorted(folders)]
 
 
 def packaged_names(package: str, folder: str, suffix: str) -> list[str]:
@@ -49,6 +39,5 @@ def packaged_names(package: str, folder: str, suffix: str) -> list[str]:
 
 def read_run_description(run: str) -> str:
     """Return the comment at the head of a run's YAML."""
-    lines = resources.files("vlm.config").joinpath(f"{run}.yaml").read_text(encoding="utf-8").splitlines()
-    head = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
-    return " ".join(line.lstrip("# ") for line in head)
+    lines = (FOLDER / f"{run}.yaml").read_text(encoding="utf-8").splitlines()
+    return " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))

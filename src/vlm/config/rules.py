@@ -16,12 +16,7 @@ Metadata = dict[str, "Choices | Bounds"]
 
 @dataclass(frozen=True)
 class Choices:
-    """A closed list of names.
-
-    Attributes:
-        names: the list.
-        custom: how something of the user's own is named in its place, such as `package.module:Class`; None: it is not.
-    """
+    """A closed list of names, and the form (`package.module:Class`) of a name for something of the user's own."""
 
     names: tuple[str, ...]
     custom: str | None = None
@@ -38,42 +33,22 @@ class Choices:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A range of numbers.
+    """A range of numbers, and the same in words; of an open end, the end itself is left out."""
 
-    Attributes:
-        lower: its lower end.
-        upper: its upper end.
-        is_open_below: whether `lower` itself is left out.
-        is_open_above: whether `upper` itself is left out.
-        text: the range in words; None: as it follows from the others.
-    """
-
+    text: str
     lower: float
     upper: float = inf
     is_open_below: bool = False
     is_open_above: bool = False
-    text: str | None = None
 
     def allows(self, value: Any) -> bool:
         """Return whether a number is in the range."""
         above = value > self.lower if self.is_open_below else value >= self.lower
         return above and (value < self.upper if self.is_open_above else value <= self.upper)
 
-    def describe(self) -> str:
-        """Return the range in words."""
-        if self.text is not None:
-            return self.text
-        if self.upper == inf and self.is_open_below:
-            return f"a number above {self.lower}"
-        if self.upper == inf:
-            return f"at least {self.lower}" if self.lower else "0 or more"
-        if self.is_open_below:
-            return f"a share above {self.lower}, at most {self.upper}"
-        return f"a share from {self.lower} to {'below ' if self.is_open_above else ''}{self.upper}"
-
     def message(self, nullable: bool) -> str:
         """Return what is needed, in words."""
-        return f"{self.describe()}{', or null,' if nullable else ''} is needed"
+        return f"{self.text}{', or null,' if nullable else ''} is needed"
 
 
 def choices(names: Iterable[str], custom: str | None = None) -> Metadata:
@@ -83,17 +58,18 @@ def choices(names: Iterable[str], custom: str | None = None) -> Metadata:
 
 def at_least(lower: int, text: str | None = None) -> Metadata:
     """Return the metadata of a field that takes a number from `lower` on."""
-    return {"rule": Bounds(lower, text=text)}
+    return {"rule": Bounds(text or (f"at least {lower}" if lower else "0 or more"), lower)}
 
 
 def above(lower: int) -> Metadata:
     """Return the metadata of a field that takes a number above `lower`."""
-    return {"rule": Bounds(lower, is_open_below=True)}
+    return {"rule": Bounds(f"a number above {lower}", lower, is_open_below=True)}
 
 
 def share(*, is_open_below: bool = False, is_open_above: bool = False) -> Metadata:
     """Return the metadata of a field that takes a number from 0 to 1."""
-    return {"rule": Bounds(0, 1, is_open_below, is_open_above)}
+    text = "a share above 0, at most 1" if is_open_below else f"a share from 0 to {'below ' if is_open_above else ''}1"
+    return {"rule": Bounds(text, 0, 1, is_open_below, is_open_above)}
 
 
 def get_rule(field: Field[object]) -> Choices | Bounds | None:

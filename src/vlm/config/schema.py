@@ -113,8 +113,7 @@ class TrainerOptions:
 
     objective: str | None = None
     """What the model learns: `generation` (replies), `prediction` (labels or numbers, by heads), or an objective of
-    your own, `package.module:Class`; null: `prediction` where there is a head (`model.head.task`), else
-    `generation`."""
+    yours, `package.module:Class`; null: `prediction` where there is a head (`model.head.task`), else `generation`."""
     output_dir: str | None = None
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
@@ -134,18 +133,13 @@ class TrainerOptions:
     """With `packing`, the most tokens of a batch, image tokens included; null: as many as `per_device_train_batch_size`
     samples have on average."""
     checkpointed_parts: list[str] | None = field(default=None, metadata=choices(PARTS))
-    """With `activation_checkpointing`, the parts whose layers are computed again in the backward pass; null: all parts
-    that gradients flow through."""
+    """Parts whose layers `activation_checkpointing` recomputes in the backward pass; null: all that gradients reach."""
     loss_average: str = field(default="token", metadata=choices(("token", "micro_batch")))
     """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
     num_samples: int = 4
-    """Number of evaluation (else training) samples that are answered into `samples.md`, at each evaluation and at
-    the end."""
-    eval_metrics: list[str] = field(
-        default_factory=list, metadata=choices(EVAL_METRICS, custom="package.module:function")
-    )
-    """Metrics of answers to evaluation records, logged as `eval_<metric>` beside the loss; answers are generated with
-    the settings of `inference`."""
+    """Number of evaluation (else training) samples answered into `samples.md`, at each evaluation and at the end."""
+    eval_metrics: list[str] = field(default_factory=list, metadata=choices(EVAL_METRICS, "package.module:function"))
+    """Metrics of answers to evaluation records, logged as `eval_<metric>`; `inference` has the generation settings."""
     eval_metrics_samples: int = field(default=64, metadata=at_least(1))
     """Number of evaluation records that are answered for them, from the first on; every rank answers all of them."""
     peak_tflops: float | None = field(default=None, metadata=above(0))
@@ -156,7 +150,6 @@ class TrainerOptions:
 
 
 OWN_TRAINER_FIELDS = frozenset(f.name for f in fields(TrainerOptions))
-
 
 TRAINING_ARGUMENT_FIELDS = {
     name: kind for name, kind in read_training_argument_fields().items() if name not in OWN_TRAINER_FIELDS

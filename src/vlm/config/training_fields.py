@@ -4,8 +4,9 @@ Imports nothing of `vlm`.
 """
 
 import ast
-import importlib.util
+from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,43 @@ def read_training_argument_fields() -> dict[str, tuple[object, object]]:
     Types that OmegaConf cannot hold (unions of several, enums) become `Any`; a default that is no literal becomes
     `None`, which leaves the field to `TrainingArguments`.
     """
-    tree = ast.parse(_transformers_source("training_args.py"))
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
     simple = {"str": str, "int": int, "float": float, "bool": bool}
     arguments: dict[str, tuple[object, object]] = {}
-    for node in body:
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        options = [option.strip() for option in ast.unparse(node.annotation).split("|")]
+    for name, options, value in _read_annotations():
         concrete = [simple.get(option) for option in options if option != "None"]
         kind: Any = concrete[0] if len(concrete) == 1 and concrete[0] else Any
-        default = _literal_default(node.value)
-        arguments[node.target.id] = (kind if default is not None or kind is Any else kind | None, default)
+        default = _literal_default(value)
+        arguments[name] = (kind if default is not None or kind is Any else kind | None, default)
     return arguments
 
 
 @cache
 def read_training_argument_choices() -> dict[str, list[str]]:
     """Return name -> allowed values of each field of `TrainingArguments` that holds one of an enumeration's strings."""
-    trees = [ast.parse(_transformers_source(name)) for name in ("training_args.py", "trainer_utils.py")]
-    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     choices = {}
-    for node in classes["TrainingArguments"].body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            options = [option.strip() for option in ast.unparse(node.annotation).split("|")]
-            if len(options) == 2 and options[1] == "str" and options[0] in classes:
-                lines = (line.value for line in classes[options[0]].body if isinstance(line, ast.Assign))
-                choices[node.target.id] = [line.value for line in lines if isinstance(line, ast.Constant)]
+    for name, (option, *others), _ in _read_annotations():
+        if others == ["str"] and option in _read_classes():
+            lines = (line.value for line in _read_classes()[option] if isinstance(line, ast.Assign))
+            choices[name] = [line.value for line in lines if isinstance(line, ast.Constant)]
     return choices
 
 
-def _transformers_source(name: str) -> str:
-    """Return the text of a file of the installed transformers, which is not imported."""
-    spec = importlib.util.find_spec("transformers")
+@cache
+def _read_classes() -> dict[str, list[ast.stmt]]:
+    """Return class -> the statements of its body, of the installed transformers' files about training."""
+    spec = find_spec("transformers")
     assert spec is not None
     assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0], name).read_text(encoding="utf-8")
+    files = [Path(spec.submodule_search_locations[0], name) for name in ("training_args.py", "trainer_utils.py")]
+    nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
+    return {node.name: node.body for node in nodes if isinstance(node, ast.ClassDef)}
+
+
+def _read_annotations() -> Iterator[tuple[str, list[str], ast.expr | None]]:
+    """Yield the name of each field of `TrainingArguments`, the types of its union, and what it is assigned."""
+    for node in _read_classes()["TrainingArguments"]:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, ast.unparse(node.annotation).split(" | "), node.value
 
 
 def _literal_default(value: ast.expr | None) -> object:

@@ -15,7 +15,7 @@ from vlm.web.components import QUIET, RUNS_MODEL, checkpoint_dropdown
 from vlm.web.models import ModelHolder
 
 if TYPE_CHECKING:
-    from vlm.inference.conversation import Exchange
+    from vlm.inference.conversation import Conversation, Exchange
 
 EMPTY_TEXT = "Choose a checkpoint, add an image, and ask."
 STOPPED_NOTICE = " … (stopped: the model does not remember this question)"
@@ -32,23 +32,15 @@ class Message(TypedDict):
 class ChatState:
     """One visitor's conversation, without its model, so that the page can release the model.
 
-    Attributes:
-        exchanges: the finished exchanges, as in `Conversation`.
-        stopped: whether to stop the answer that is being generated.
-        num_resets: how often the conversation was cleared.
+    `stopped` says whether to stop the answer that is being generated.
     """
 
     exchanges: "tuple[Exchange, ...]" = ()
     stopped: bool = False
     num_resets: int = 0
 
-    def reset(self) -> None:
-        """Clear the conversation, and stop an answer that is being generated."""
-        self.exchanges, self.stopped = (), True
-        self.num_resets += 1
 
-
-def build(outputs: Path, model_holder: ModelHolder, names: list[str]) -> gr.Dropdown:
+def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
     """Build the tab; return the field of checkpoints."""
     state = gr.State(ChatState())
     checkpoint = checkpoint_dropdown(names, "Checkpoint", "No complete run", outputs, "chat-checkpoint")
@@ -61,43 +53,35 @@ def build(outputs: Path, model_holder: ModelHolder, names: list[str]) -> gr.Drop
         placeholder="Your question", max_plain_text_length=100_000,
     )  # fmt: skip
     clear = gr.Button("Clear", size="sm", elem_id="chat-clear")
-    settings = _build_settings()
+    defaults, number = InferenceConfig(), partial(gr.Number, min_width=140)
+    with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
+        settings = [
+            number(defaults.temperature, label="temperature", info="0 is greedy", minimum=0, step=0.1),
+            number(defaults.top_p, label="top_p", info="nucleus sampling", minimum=0, maximum=1, step=0.05),
+            number(
+                defaults.max_new_tokens, label="max_new_tokens", info="longest answer", precision=0, minimum=1,
+                elem_id="chat-longest",
+            ),
+            number(None, label="seed", info="empty: not seeded", precision=0),
+        ]  # fmt: skip
 
     def stop(state: ChatState) -> None:
         state.stopped = True
 
     def reset(state: ChatState) -> list[object]:
-        state.reset()
+        state.exchanges, state.stopped = (), True
+        state.num_resets += 1
         return []
 
     inputs = [question, chatbot, state, checkpoint, *settings]
-    question.submit(partial(ask, model_holder), inputs, [chatbot, question], show_progress="minimal", **RUNS_MODEL)
+    question.submit(partial(ask, holder), inputs, [chatbot, question], show_progress="minimal", **RUNS_MODEL)
     question.stop(stop, state, None, concurrency_limit=None, **QUIET)
     gr.on([clear.click, chatbot.clear, checkpoint.input], reset, state, chatbot, concurrency_limit=None, **QUIET)
     return checkpoint
 
 
-def _build_settings() -> list[gr.Number]:
-    """Return the fields of generation settings, in the order of `stream_answer`."""
-    defaults = InferenceConfig()
-    with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
-        return [
-            gr.Number(
-                defaults.temperature, label="temperature", info="0 is greedy", minimum=0, step=0.1, min_width=140
-            ),
-            gr.Number(
-                defaults.top_p, label="top_p", info="nucleus sampling", minimum=0, maximum=1, step=0.05, min_width=140
-            ),
-            gr.Number(
-                defaults.max_new_tokens, label="max_new_tokens", info="longest answer", precision=0, minimum=1,
-                min_width=140, elem_id="chat-longest",
-            ),
-            gr.Number(None, label="seed", info="empty: not seeded", precision=0, min_width=140),
-        ]  # fmt: skip
-
-
 def ask(
-    model_holder: ModelHolder,
+    holder: ModelHolder,
     message: Message,
     earlier: list[dict[str, object]],
     state: ChatState,
@@ -106,17 +90,25 @@ def ask(
 ) -> Iterator[tuple[object, object]]:
     """Yield the conversation to show and the state of the question's field, while a question is answered."""
     num_resets = state.num_resets
-    text, images = (message["text"] or "").strip(), list(message["files"] or [])
+    text, images = (message["text"] or "").strip(), message["files"] or []
     if not (text or images):
         yield gr.skip(), gr.skip()
         return
     turns = [*earlier, *({"role": "user", "content": {"path": image}} for image in images)]
     turns += [{"role": "user", "content": text}] if text else []
     yield turns, gr.update(value=None, submit_btn=False, stop_btn=True)
-    answer = ""
+    answer, state.stopped = "", False
     try:
-        for answer in stream_answer(model_holder, state, checkpoint, text, images, settings):
-            yield [*turns, {"role": "assistant", "content": answer}], gr.skip()
+        conversation = open_conversation(holder, checkpoint, settings)
+        conversation.exchanges = state.exchanges
+        with closing(conversation.ask(text, images)) as pieces:
+            for piece in pieces:
+                if state.stopped:
+                    break
+                answer += piece
+                yield [*turns, {"role": "assistant", "content": answer}], gr.skip()
+        if not state.stopped:
+            state.exchanges = conversation.exchanges
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
         yield earlier, gr.update(value=message, submit_btn=True, stop_btn=False)  # to be corrected and sent again
         raise gr.Error(str(error), duration=None, title="Not asked", print_exception=False) from error
@@ -124,51 +116,27 @@ def ask(
     yield turns if state.num_resets == num_resets else [], gr.update(submit_btn=True, stop_btn=False)
 
 
-def stream_answer(
-    model_holder: ModelHolder,
-    state: ChatState,
-    checkpoint: str | None,
-    text: str,
-    images: list[str],
-    settings: Sequence[float | None],
-) -> Iterator[str]:
-    """Yield the answer to a question, longer each time, until it is stopped, or complete and added to `state`.
+def open_conversation(holder: ModelHolder, checkpoint: str | None, settings: Sequence[float | None]) -> "Conversation":
+    """Return a new conversation with a checkpoint; ValueError where a field has to be corrected.
 
     `settings` are temperature, top_p, max_new_tokens and seed; only the seed may be None.
-
-    Raises:
-        ValueError: no checkpoint, settings out of bounds, or a question that the model refuses.
     """
-    temperature, top_p, max_new_tokens, seed = settings
-    temperature, top_p = _require_number("temperature", temperature), _require_number("top_p", top_p)
-    max_new_tokens = int(_require_number("max_new_tokens", max_new_tokens))
-    config = InferenceConfig(temperature, top_p, max_new_tokens=max_new_tokens)
+    *numbers, seed = settings
+    names = ("temperature", "top_p", "max_new_tokens")
+    values = {name: value for name, value in zip(names, numbers, strict=True) if value is not None}
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{missing[0]}: a number is needed")
+    config = InferenceConfig(values["temperature"], values["top_p"], max_new_tokens=int(values["max_new_tokens"]))
     check_fields(config)
     checkpoint = (checkpoint or "").strip()
     if not checkpoint:
         raise ValueError("choose a checkpoint")
-    state.stopped = False
-    model = model_holder.model(checkpoint)
     from transformers import set_seed
 
     from vlm.inference.conversation import Conversation
+    from vlm.inference.generate import VisionLanguageModel
 
-    conversation = Conversation(model, config)
-    conversation.exchanges = state.exchanges
+    model = holder.load(VisionLanguageModel, checkpoint)
     if seed is not None:
         set_seed(int(seed))
-    answer = ""
-    with closing(conversation.ask(text, images)) as pieces:
-        for piece in pieces:
-            if state.stopped:
-                return
-            answer += piece
-            yield answer
-    if not state.stopped:
-        state.exchanges = conversation.exchanges
-
-
-def _require_number(name: str, value: float | None) -> float:
-    if value is None:
-        raise ValueError(f"{name}: a number is needed")
-    return value
+    return Conversation(model, config)

@@ -16,12 +16,7 @@ RUNS_MODEL = {**PRIVATE, "concurrency_id": "model", "concurrency_limit": 1}
 def checkpoint_dropdown(names: list[str], label: str, missing: str, outputs: Path, elem_id: str) -> gr.Dropdown:
     """Return a field that offers checkpoints, the first one chosen, and takes any path or Hub name.
 
-    Args:
-        names: the checkpoints.
-        label: the field's label.
-        missing: what to name as not found where there are no checkpoints, such as `No run`.
-        outputs: the folder of runs.
-        elem_id: the field's id in the page.
+    Where there are no checkpoints, it says what is `missing`, such as `No run`.
     """
     info = "Choose one, or type a folder or a name on the Hub"
     if not names:

@@ -22,13 +22,7 @@ DEFAULT_RUN = "finetune-smol"
 
 @dataclass
 class OpenRecords:
-    """The open records of a run's sources.
-
-    Attributes:
-        config: the sources.
-        encoder: turns a sample into ids and labels.
-        sizes: source -> its number of records.
-    """
+    """The open records of a run's sources; `sizes` is source -> its number of records."""
 
     config: DatasetConfig
     encoder: "SampleEncoder"
@@ -52,16 +46,11 @@ class OpenRecords:
 
 
 def open_records(plan: Plan) -> OpenRecords:
-    """Open the records of a plan's run as the run reads them.
-
-    Raises:
-        ValueError: the run's checks refuse the plan, or its data is a stream or does not open.
-    """
+    """Open the records of a plan's run as the run reads them; ValueError where its checks or its data forbid it."""
     config = plan.compose_config()
     if config.dataset.streaming:
-        raise ValueError(
-            "dataset.streaming=true: a stream has no numbers to go by; vlm data show shows its first records"
-        )
+        reason = "a stream has no numbers to go by; vlm data show shows its first records"
+        raise ValueError(f"dataset.streaming=true: {reason}")
     from vlm.assembly.resolve import resolve_model
     from vlm.data.sources import make_sources
 
@@ -89,17 +78,15 @@ def build(checkpoints: list[str]) -> gr.Dropdown:
                     [("as the run", ""), *choices("language_model")], value="", allow_custom_value=True,
                     label="Language model (tokenizer)", elem_id="data-language-model",
                 )  # fmt: skip
-                lines = gr.Textbox(
-                    label="Overrides, one a line", lines=3, placeholder="dataset.format=llava", elem_id="data-lines"
-                )
+                label, example = "Overrides, one a line", "dataset.format=llava"
+                lines = gr.Textbox(label=label, lines=3, placeholder=example, elem_id="data-lines")
             button = gr.Button("Open", variant="primary", elem_id="data-open")
         with gr.Column(scale=3, min_width=300):
             with gr.Row(elem_classes="vlm-pager"):
-                previous = gr.Button("Previous", elem_id="data-previous", min_width=80, interactive=False)
-                number = gr.Number(
-                    0, label="Record", precision=0, minimum=0, elem_id="data-number", min_width=80, interactive=False
-                )
-                following = gr.Button("Next", elem_id="data-next", min_width=80, interactive=False)
+                off = {"interactive": False, "min_width": 80}
+                previous = gr.Button("Previous", elem_id="data-previous", **off)
+                number = gr.Number(0, label="Record", precision=0, minimum=0, elem_id="data-number", **off)
+                following = gr.Button("Next", elem_id="data-next", **off)
             count = gr.HTML("", elem_id="data-count", elem_classes="vlm-line")
             record = gr.HTML(note_html(EMPTY_TEXT), elem_id="data-shown", elem_classes="vlm-record")
 
@@ -112,19 +99,12 @@ def build(checkpoints: list[str]) -> gr.Dropdown:
     return checkpoint
 
 
-def open_first(
-    run: str,
-    path: str | None,
-    images: str | None,
-    checkpoint: str | None,
-    template: str | None,
-    language_model: str | None,
-    lines: str | None,
-) -> tuple[object, ...]:
+def open_first(run: str, *values: str | None) -> tuple[object, ...]:
     """Return the opened records, the first record's view, and whether its number and the buttons can be used.
 
     The arguments are the values of the fields; None where the browser has not shown a field yet.
     """
+    path, images, checkpoint, template, language_model, lines = values
     keys = {"dataset.path": path, "dataset.image_folder": images, "dataset.template": template}
     plan = Plan(run, {"language_model": language_model}, {**keys, "trainer.from_pretrained": checkpoint}, lines)
     try:

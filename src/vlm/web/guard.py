@@ -27,17 +27,15 @@ SECURITY_HEADERS = [
 
 
 class RequestGuard:
-    """ASGI middleware: refuses requests for other hosts and from other sites, and adds `SECURITY_HEADERS` to answers.
+    """ASGI middleware of a page that listens at `host`.
 
-    Args:
-        app: the guarded application.
-        host: the address at which the page listens.
+    It refuses requests for other hosts and from other sites, and adds `SECURITY_HEADERS` to answers.
     """
 
     def __init__(self, app: "ASGIApp", host: str):
         self.app = app
-        self.names = allowed_names(host)
         self.loopback_only = is_loopback(host)
+        self.names = {host} if self.loopback_only else {*map(str.lower, (host, socket.gethostname(), socket.getfqdn()))}
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass a request on, or refuse it."""
@@ -45,8 +43,7 @@ class RequestGuard:
             return await self.app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host, origin, site = headers.get(b"host", ""), headers.get(b"origin"), headers.get(b"sec-fetch-site")
-        reason = self.refusal_reason(host, origin, site, scope.get("method", "GET"))
-        if reason is not None:
+        if reason := self.refusal_reason(host, origin, site, scope.get("method", "GET")):
             return await _refuse(scope, send, reason)
 
         async def send_with_headers(message: "Message") -> None:
@@ -59,35 +56,22 @@ class RequestGuard:
     def refusal_reason(self, host: str, origin: str | None, site: str | None, method: str) -> str | None:
         """Return why a request is refused; None where it is allowed.
 
-        Args:
-            host: the request's `Host`.
-            origin: its `Origin`, which browsers send with all requests that another page makes.
-            site: its `Sec-Fetch-Site`.
-            method: its method.
+        `origin` is its header `Origin`, which browsers send with all requests that another page makes, and `site` its
+        `Sec-Fetch-Site`.
         """
         name = urlsplit(f"//{host}").hostname or ""
-        if not self.is_allowed_name(name):
+        is_ours = name in self.names or is_loopback(name) or (not self.loopback_only and _is_address(name))
+        if not is_ours:  # such as a site's own name that leads here (DNS rebinding)
             return f"This page does not answer to the name {name!r}. Give it with vlm web --host."
         other_origin = origin is not None and urlsplit(origin).netloc != host
         if other_origin or (method not in ("GET", "HEAD") and site == "cross-site"):
             return "Requests from other sites are not answered."
         return None
 
-    def is_allowed_name(self, name: str) -> bool:
-        """Return whether a name stands for this machine; a site's own name that leads here (DNS rebinding) does not."""
-        if name in self.names or is_loopback(name):
-            return True
-        return not self.loopback_only and _is_address(name)
-
 
 def is_loopback(host: str) -> bool:
     """Return whether an address can be reached from this machine only."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-
-
-def allowed_names(host: str) -> set[str]:
-    """Return the names under which a page that listens at `host` may be requested."""
-    return {host} if is_loopback(host) else {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
 def _is_address(name: str) -> bool:

@@ -25,23 +25,19 @@ KILL_DELAY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """A process that runs a training and leads a group of all processes that it starts.
-
-    Attributes:
-        pid: the id of the process and of its group.
-        began: when the process began, as the system reports it; ids are reused, ids with this time are not.
-        host: the machine's name: several machines may share the disk of the run directories.
-        started: when the page started the process, in seconds since 1970.
-        asked_to_stop: when the process was asked to end; None where it was not.
-        command: the words of its command.
-    """
+    """A process that runs a training, and leads a group of all that it starts. Times are seconds since 1970."""
 
     pid: int
+    """The id of the process and of its group."""
     began: float
+    """When the process began, as the system reports it; ids are reused, ids with this time are not."""
     host: str
+    """The machine's name: several machines may share the disk of the run directories."""
     started: float
+    """When the page started the process."""
     command: list[str]
     asked_to_stop: float | None = None
+    """When the process was asked to end."""
 
     @property
     def is_on_other_machine(self) -> bool:
@@ -60,15 +56,10 @@ class Job:
             return False
 
 
-def start(command: Sequence[str], folder: Path) -> Job:
-    """Start a run that writes into a folder.
+def start(command: Sequence[str], folder: Path) -> None:
+    """Start a run that writes into a folder; ValueError where one that the page started there is still running.
 
-    Args:
-        command: the words of its command; no shell reads them.
-        folder: the run directory; made where it does not exist.
-
-    Raises:
-        ValueError: a run that the page started there is still running.
+    The words of its command reach the process as they are: no shell reads them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_job(folder)
@@ -80,9 +71,7 @@ def start(command: Sequence[str], folder: Path) -> Job:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
     began = psutil.Process(child.pid).create_time()
-    job = Job(child.pid, began, socket.gethostname(), time.time(), list(command))
-    _write_job(job, folder)
-    return job
+    _write_job(Job(child.pid, began, socket.gethostname(), time.time(), list(command)), folder)
 
 
 def read_job(folder: Path) -> Job | None:
@@ -91,25 +80,15 @@ def read_job(folder: Path) -> Job | None:
     return Job(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def stop(folder: Path) -> Job:
-    """Ask all processes of a run to end (SIGTERM), and record that they were asked.
-
-    Raises:
-        ValueError: no run that the page started is running there.
-    """
+def stop(folder: Path) -> None:
+    """Ask all processes of a run to end (SIGTERM), and record that they were asked."""
     job = _require_running_job(folder)
-    stopped_job = replace(job, asked_to_stop=job.asked_to_stop or time.time())
-    _write_job(stopped_job, folder)
+    _write_job(replace(job, asked_to_stop=job.asked_to_stop or time.time()), folder)
     os.killpg(job.pid, signal.SIGTERM)
-    return stopped_job
 
 
 def kill(folder: Path) -> None:
-    """Kill all processes of a run (SIGKILL) that was asked to end and did not; nothing is saved.
-
-    Raises:
-        ValueError: the run was not asked to end, or no run that the page started is running there.
-    """
+    """Kill all processes of a run (SIGKILL) that was asked to end and did not; nothing is saved."""
     job = _require_running_job(folder)
     if job.asked_to_stop is None:
         raise ValueError(f"{folder}: ask the run to stop first; killing it saves nothing")
@@ -122,6 +101,7 @@ def can_kill(job: Job | None) -> bool:
 
 
 def _require_running_job(folder: Path) -> Job:
+    """Return the run in a folder; ValueError where it is not running, or not one of this page on this machine."""
     job = read_job(folder)
     if job is None:
         raise ValueError(f"{folder}: this page did not start that run; stop it where it was started")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -20,61 +20,35 @@ class ModelHolder:
         trust_remote_code: whether code in checkpoints may run.
     """
 
-    def __init__(self, base: Sequence[str] = (), *, trust_remote_code: bool = False):
+    def __init__(self, base: Sequence[str], *, trust_remote_code: bool):
         self.base, self.trust_remote_code = list(base), trust_remote_code
         self._loaded: VisionLanguageModel | Predictor | None = None
         self._key: tuple[str, int | None] | None = None
-        self._lock = Lock()
+        self._lock = RLock()
 
-    def model(self, checkpoint: str) -> "VisionLanguageModel":
-        """Return the `VisionLanguageModel` of a checkpoint.
-
-        Raises:
-            ValueError: it is no checkpoint, or has prediction heads.
-        """
-        from vlm.inference.generate import VisionLanguageModel
-
-        return self._load(VisionLanguageModel, checkpoint)
-
-    def predictor(self, checkpoint: str) -> "Predictor":
-        """Return the `Predictor` of a checkpoint.
-
-        Raises:
-            ValueError: it is no checkpoint, or has no prediction heads.
-        """
-        from vlm.inference.predict import Predictor
-
-        return self._load(Predictor, checkpoint)
-
-    def release(self) -> None:
-        """Release the model, so that a training run has its memory."""
-        with self._lock:
-            self._release_model()
-
-    def _load(self, kind: type[Loaded], checkpoint: str) -> Loaded:
+    def load(self, kind: type[Loaded], checkpoint: str) -> Loaded:
+        """Return the model of a checkpoint; ValueError where it is no checkpoint, or one of another kind."""
         from vlm.assembly.adapter_folder import is_adapter_checkpoint
 
+        file = Path(checkpoint, "config.json")
         with self._lock:
-            key = (checkpoint, _modified_at(checkpoint))
+            # Another run may replace the folder.
+            key = (checkpoint, file.stat().st_mtime_ns if file.is_file() else None)
             if self._key == key and isinstance(self._loaded, kind):
                 return self._loaded
-            self._release_model()  # before the other one is loaded: memory may not hold both
+            self.release()  # before the other one is loaded: memory may not hold both
             base = self.base if is_adapter_checkpoint(checkpoint) else ()  # complete checkpoints take no base
             loaded = kind.load(checkpoint, base=base, trust_remote_code=self.trust_remote_code)
             self._key, self._loaded = key, loaded
             return loaded
 
-    def _release_model(self) -> None:
-        if self._loaded is None:
-            return
-        self._loaded = None
-        import torch
+    def release(self) -> None:
+        """Release the model, so that a training run has its memory."""
+        with self._lock:
+            if self._loaded is None:
+                return
+            self._loaded = None
+            import torch
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _modified_at(checkpoint: str) -> int | None:
-    """Return when a folder was written, as another run may replace it; None for a name on the Hub."""
-    file = Path(checkpoint, "config.json")
-    return file.stat().st_mtime_ns if file.is_file() else None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

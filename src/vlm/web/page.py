@@ -22,17 +22,7 @@ UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS = 600, 24 * 3600
 
 @dataclass(frozen=True)
 class PageSettings:
-    """The options of `vlm web`.
-
-    Attributes:
-        checkpoints: checkpoints to choose from besides those of runs.
-        host: the address at which the page listens.
-        port: its port.
-        base: the new place of an adapter's base.
-        outputs: the folder of runs.
-        max_upload: the largest file that may be uploaded, such as `20mb`.
-        trust_remote_code: whether code in checkpoints may run.
-    """
+    """The options of `vlm web`, whose help says what they mean."""
 
     checkpoints: Sequence[str] = ()
     host: str = "127.0.0.1"
@@ -45,14 +35,14 @@ class PageSettings:
 
 def build(settings: PageSettings) -> gr.Blocks:
     """Build the page."""
-    model_holder = ModelHolder(settings.base, trust_remote_code=settings.trust_remote_code)
+    holder = ModelHolder(settings.base, trust_remote_code=settings.trust_remote_code)
     outputs, sweep = settings.outputs, (UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS)
     with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=sweep) as page, gr.Tabs():
         # Tab -> its builder, which takes the checkpoints to offer, and whether those have heads.
         tabs: dict[str, tuple[Callable[[list[str]], gr.Dropdown], bool | None]] = {
-            "Chat": (partial(chat.build, outputs, model_holder), False),
-            "Predict": (partial(predict.build, outputs, model_holder), True),
-            "Train": (partial(train.build, outputs, model_holder, page), None),
+            "Chat": (partial(chat.build, outputs, holder), False),
+            "Predict": (partial(predict.build, outputs, holder), True),
+            "Train": (partial(train.build, outputs, holder, page), None),
             "Data": (data.build, None),
         }
         for name, (build_tab, heads) in tabs.items():

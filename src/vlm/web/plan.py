@@ -37,19 +37,15 @@ _compose_lock = Lock()
 
 @dataclass(frozen=True)
 class Plan:
-    """A shipped run and overrides of it.
-
-    Attributes:
-        run: the name of the run.
-        parts: part -> a packaged choice, a folder or a Hub name; empty or None: the run's own part.
-        keys: key -> value, for keys that have their own field; empty or None: the run's own value.
-        lines: further overrides as typed, one a line.
-    """
+    """A shipped run and overrides of it; where a value is empty or None, the run's own stays."""
 
     run: str
     parts: dict[str, str | None] = field(default_factory=dict)
+    """Part -> a packaged choice, a folder or a Hub name."""
     keys: dict[str, str | None] = field(default_factory=dict)
+    """Key -> value, for keys that have their own field."""
     lines: str | None = None
+    """Further overrides as typed, one a line."""
 
     def words(self) -> list[str]:
         """Return the overrides of the command line, in the order of the fields.
@@ -76,9 +72,26 @@ class Plan:
         """Return the configuration, checked as on the command line.
 
         Raises:
-            ConfigError: with the key, the value got and the values allowed.
+            ConfigError: with the message of the command line.
         """
-        return compose_and_check(self.run, self.words())
+        if self.run not in run_names():
+            raise ConfigError(f"choose a run: {', '.join(run_names())}")
+        words = [open_mapping_key(word) for word in self.words()]
+        with _compose_lock:
+            ConfigStore.instance().store(name="schema", node=RunConfig)
+            try:
+                with initialize_config_module("vlm.config", version_base="1.3"):
+                    composed = compose(self.run, words)
+                    check_known_keys(composed)
+                    check_required_values(composed)
+                    config = OmegaConf.to_object(composed)
+                    assert isinstance(config, RunConfig)
+                    check(config, make_objective(config))
+            except (HydraException, OmegaConfBaseException, YAMLError, ConfigError) as error:
+                raise ConfigError(explain(error)) from error
+        if config.dataset.allow_pipe:
+            raise ConfigError("dataset.allow_pipe=true: a shell would run what records name; on the command line only")
+        return config
 
     def overridden_keys(self) -> list[str]:
         """Return the keys that the overrides set, in the form in which `with_config` passes them on."""
@@ -111,31 +124,6 @@ def _quote(value: str) -> str:
     return '"' + re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + (r"\"" if match[2] else ""), value) + '"'
 
 
-def compose_and_check(run: str, words: Sequence[str]) -> RunConfig:
-    """Return the configuration of a shipped run with overrides, checked as on the command line.
-
-    Raises:
-        ConfigError: with the message of the command line.
-    """
-    if run not in run_names():
-        raise ConfigError(f"choose a run: {', '.join(run_names())}")
-    with _compose_lock:
-        ConfigStore.instance().store(name="schema", node=RunConfig)
-        try:
-            with initialize_config_module("vlm.config", version_base="1.3"):
-                composed = compose(run, [open_mapping_key(word) for word in words])
-                check_known_keys(composed)
-                check_required_values(composed)
-                config = OmegaConf.to_object(composed)
-                assert isinstance(config, RunConfig)
-                check(config, make_objective(config))
-        except (HydraException, OmegaConfBaseException, YAMLError, ConfigError) as error:
-            raise ConfigError(explain(error)) from error
-    if config.dataset.allow_pipe:
-        raise ConfigError("dataset.allow_pipe=true: a shell would run what records name; on the command line only")
-    return config
-
-
 def choose_run_folder(run: str, outputs: Path, shown: str | None = None) -> Path:
     """Return a directory for a run: the one that was shown to the user while it is unused, else a new one."""
     if shown is not None:
@@ -146,16 +134,7 @@ def choose_run_folder(run: str, outputs: Path, shown: str | None = None) -> Path
 
 
 def make_command(plan: Plan, folder: Path | None = None, processes: int = 1) -> list[str]:
-    """Return the command that runs a plan with this Python, as words.
-
-    Args:
-        plan: the run and its overrides.
-        folder: the run directory; None: the overrides name it.
-        processes: number of processes, one for each GPU.
-
-    Raises:
-        ConfigError: the number of processes is below 1.
-    """
+    """Return the command that runs a plan with this Python, as words; without a folder, the overrides name it."""
     if processes < 1:
         raise ConfigError(f"processes: got {processes}, at least 1 is needed")
     launcher = ["-m", "vlm"]

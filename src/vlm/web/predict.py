@@ -1,5 +1,6 @@
 """The tab *Predict*: predictions of a checkpoint's heads for images and a prompt."""
 
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -11,7 +12,7 @@ from vlm.web.models import ModelHolder
 EMPTY_TEXT = "Scores of every label appear here."
 
 
-def build(outputs: Path, model_holder: ModelHolder, names: list[str]) -> gr.Dropdown:
+def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
     """Build the tab; return the field of checkpoints."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -26,28 +27,25 @@ def build(outputs: Path, model_holder: ModelHolder, names: list[str]) -> gr.Drop
             button = gr.Button("Predict", variant="primary", elem_id="predict-go")
         with gr.Column(scale=3, min_width=300):
             result = gr.HTML(note_html(EMPTY_TEXT), elem_id="predict-result")
-
-    def predict(path: str | None, gallery: list[tuple[str, str | None]] | None, text: str) -> str:
-        try:
-            return predict_as_html(model_holder, path, [image for image, _ in gallery or []], text)
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
-            return error_html(str(error))
-
-    gr.on([button.click, prompt.submit], predict, [checkpoint, images, prompt], result, **RUNS_MODEL)
+    fields = [checkpoint, images, prompt]
+    gr.on([button.click, prompt.submit], partial(predict, holder), fields, result, **RUNS_MODEL)
     return checkpoint
 
 
-def predict_as_html(model_holder: ModelHolder, checkpoint: str | None, images: list[str], prompt: str) -> str:
-    """Return the predictions of a checkpoint's heads as bars.
+def predict(
+    holder: ModelHolder, checkpoint: str | None, gallery: list[tuple[str, str | None]] | None, prompt: str
+) -> str:
+    """Return the predictions of a checkpoint's heads as bars, or what has to be fixed."""
+    try:
+        checkpoint = (checkpoint or "").strip()
+        if not checkpoint:
+            raise ValueError("choose a checkpoint with heads")
+        from vlm.inference.predict import Predictor
 
-    Raises:
-        ValueError: no checkpoint, or a prompt that `Predictor.predict` refuses.
-    """
-    checkpoint = (checkpoint or "").strip()
-    if not checkpoint:
-        raise ValueError("choose a checkpoint with heads")
-    predictor = model_holder.predictor(checkpoint)
-    result = predictor.predict(prompt, images)
+        predictor = holder.load(Predictor, checkpoint)
+        result = predictor.predict(prompt, [image for image, _ in gallery or []])
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
+        return error_html(str(error))
     predictions = result if isinstance(result, dict) else {predictor.heads[0].name: result}
     return "".join(
         bars_html(name, _format_prediction(head.prediction), {str(k): p for k, p in head.probabilities.items()})

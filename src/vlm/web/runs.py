@@ -50,29 +50,35 @@ class SampleAnswer(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory.
-
-    Attributes:
-        folder: the directory.
-        name: its path below the folder of outputs.
-        started: when the run began, as far as its files tell.
-        state: `running`, `ending` (asked to stop), `finished`, `stopped`, `failed`, or `not finished` where it was
-            started elsewhere and may still be running.
-        step: the last logged step; 0 before the first.
-        loss: the last logged training loss.
-    """
+    """A run directory."""
 
     folder: Path
     name: str
+    """Its path below the folder of outputs."""
     started: datetime
+    """When the page started the run, else when its command was written, which a run does first."""
     state: str
+    """`running`, `ending` (asked to stop), `finished`, `stopped`, `failed`, or `not finished` where it was started
+    elsewhere and may still be running."""
     step: int
+    """The last logged step; 0 before the first."""
     loss: float | None
+    """The last logged training loss."""
 
     @property
     def progress(self) -> float | None:
-        """The completed share of the run; None where it is unknown."""
-        return 1.0 if self.state == "finished" else _get_progress(self.folder, last_metrics(self.folder))
+        """The completed share of `max_steps` where it is set, else of the epochs; None where it is unknown."""
+        if self.state == "finished":
+            return 1.0
+        lines, file = last_metrics(self.folder), self.folder / "config.yaml"
+        if not lines or not file.is_file():
+            return None
+        trainer = OmegaConf.load(file).trainer
+        if trainer.max_steps is not None and trainer.max_steps > 0:
+            return min(lines[-1]["step"] / trainer.max_steps, 1.0)
+        if trainer.num_train_epochs and "epoch" in lines[-1]:
+            return min(lines[-1]["epoch"] / trainer.num_train_epochs, 1.0)
+        return None
 
     @property
     def is_active(self) -> bool:
@@ -114,7 +120,7 @@ def read_run(folder: Path, outputs: Path) -> Run:
     return Run(
         folder=folder,
         name=_run_name(folder, outputs),
-        started=_get_start_time(folder, job),
+        started=datetime.fromtimestamp(job.started if job else (folder / "command.txt").stat().st_mtime),
         state=_get_state(folder, job),
         step=max((line["step"] for line in lines), default=0),
         loss=losses[-1] if losses else None,
@@ -129,26 +135,6 @@ def _get_state(folder: Path, job: Job | None) -> str:
     if job is None or job.is_on_other_machine:
         return "not finished"
     return "stopped" if job.asked_to_stop else "failed"
-
-
-def _get_start_time(folder: Path, job: Job | None) -> datetime:
-    """Return when the page started the run, else when its command was written, which a run does first."""
-    return datetime.fromtimestamp(job.started if job is not None else (folder / "command.txt").stat().st_mtime)
-
-
-def _get_progress(folder: Path, lines: Sequence[LoggedMetrics]) -> float | None:
-    """Return the completed share of `max_steps` where it is set, else of the epochs."""
-    file = folder / "config.yaml"
-    if not lines or not file.is_file():
-        return None
-    trainer = OmegaConf.load(file).trainer
-    if trainer.max_steps is not None and trainer.max_steps > 0:
-        share = lines[-1]["step"] / trainer.max_steps
-    elif trainer.num_train_epochs and "epoch" in lines[-1]:
-        share = lines[-1]["epoch"] / trainer.num_train_epochs
-    else:
-        return None
-    return min(share, 1.0)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -167,10 +153,8 @@ def has_heads(checkpoint: str | Path) -> bool | None:
 def checkpoints(outputs: Path, extra_checkpoints: Sequence[str] = (), *, heads: bool | None = None) -> list[str]:
     """Return checkpoints to choose from: the given ones, then the complete models of runs, the newest first.
 
-    Args:
-        outputs: the folder of runs.
-        extra_checkpoints: paths and Hub names; whether a Hub name has heads is unknown until it is loaded.
-        heads: True: those with prediction heads; False: those without; None: all.
+    `heads` takes those with prediction heads (True), without (False) or all (None); of a Hub name this is unknown until
+    it is loaded, so it is always among them.
     """
     models = [str(run.folder / "final") for run in find_runs(outputs) if is_checkpoint(run.folder / "final")]
     names = dict.fromkeys([*extra_checkpoints, *models])
@@ -191,12 +175,12 @@ def _parse_metrics(text: str) -> list[LoggedMetrics]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def loss_rows(lines: Sequence[LoggedMetrics], max_points: int = MAX_PLOT_POINTS) -> list[tuple[int, float, str]]:
+def loss_rows(lines: Sequence[LoggedMetrics]) -> list[tuple[int, float, str]]:
     """Return (step, loss, name) for a plot of training and evaluation losses; of many points, evenly spread ones."""
     rows = []
     for key, name in LOSS_NAMES.items():
         points = [(line["step"], loss, name) for line in lines if (loss := line.get(key)) is not None]
-        stride = -(-len(points) // max_points) or 1
+        stride = -(-len(points) // MAX_PLOT_POINTS) or 1
         rows += points[::-1][::stride][::-1]  # including the last point
     return rows
 
