@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from tests.tiny_parts import Parts
+from vlm.assembly import encoders
 from vlm.checks.compose import open_mapping_key
 from vlm.checks.run import check
 from vlm.config.packaged import group_names
@@ -260,6 +261,7 @@ def light_runs() -> Iterator[None]:
         patch.setattr(speed, "count_flops", count_flops_once)
         patch.setattr(peak_flops, "measure_tflops", measure_tflops_once)
         patch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: None)
+        patch.setattr(encoders, "_inspect_encoder", inspect_encoder_once)
         for name in ("draw_loss", "draw_speed"):
             patch.setattr(callbacks, name, lambda metrics, path: None)
         yield
@@ -277,6 +279,23 @@ def count_flops_once(model: Any, image: Mapping[str, Any]) -> StepFlops:
     if key not in COUNTED_FLOPS:
         COUNTED_FLOPS[key] = count_flops(model, image)
     return COUNTED_FLOPS[key]
+
+
+inspect_encoder = encoders._inspect_encoder
+INSPECTED_ENCODERS: dict[tuple[object, ...], tuple[encoders.EncoderInfo, dict[str, int]]] = {}
+
+
+def inspect_encoder_once(part: str, source: Any, config: Any, size: tuple[int, int]) -> encoders.EncoderInfo:
+    """Find out what an encoder gives, and which layers it needs, once for all that are equal."""
+    key = (part, repr(source), type(config), config.to_json_string(), size)
+    if key not in INSPECTED_ENCODERS:
+        info = inspect_encoder(part, source, config, size)
+        layers = {name: getattr(config, name) for name in ("num_hidden_layers",) if hasattr(config, name)}
+        INSPECTED_ENCODERS[key] = (copy.deepcopy(info), layers)
+    info, layers = INSPECTED_ENCODERS[key]
+    for name, value in layers.items():
+        setattr(config, name, value)
+    return copy.deepcopy(info)
 
 
 def head_words(labelled: Path, column: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.command_line import refusal
+from tests.conftest import quick_report
 from tests.tiny_parts import Parts
 from vlm import Predictor, VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.cli.main import main
@@ -27,6 +28,13 @@ HEADS: dict[str, dict[str, Any]] = {
     "size": {"task": "regression", "shift": 3.0, "scale": 2.0},
     "rank": {"task": "ordinal", "labels": [1, 2, 3]},
 }
+
+
+@pytest.fixture(autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Metrics of predictions have intervals, of which only the form is looked at here."""
+    with quick_report(plots=True):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -167,13 +167,14 @@ def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcesso
 
 def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]) -> EncoderInfo:
     """Find out what an encoder gives for one image by running it without weights; unread layers leave `config`."""
+    layers = None
+    if source.feature_layer is not None and config.model_type in EARLY_EXIT_TYPES:
+        layers = list(_resolve_layers(part, source, config.num_hidden_layers + 1))
+        config.num_hidden_layers = max(*layers, 1)
     encoder, outputs = _dry_run(part, source, config, size)
-    layers, states = None, [outputs.last_hidden_state]
+    states = [outputs.last_hidden_state]
     if source.feature_layer is not None:
-        layers = list(_resolve_layers(part, source, len(outputs.hidden_states)))
-        if config.model_type in EARLY_EXIT_TYPES:
-            config.num_hidden_layers = max(*layers, 1)
-            encoder, outputs = _dry_run(part, source, config, size)
+        layers = layers or list(_resolve_layers(part, source, len(outputs.hidden_states)))
         states = [outputs.hidden_states[layer] for layer in layers]
     tokens = [flatten_feature_map(state) for state in states]
     if len({state.shape[1] for state in tokens}) > 1:

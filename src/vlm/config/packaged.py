@@ -3,6 +3,7 @@
 Imports the standard library and OmegaConf.
 """
 
+from functools import cache
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +15,7 @@ NON_RUN_CONFIGS = ("base",)
 """Top-level YAML files that others build on."""
 
 
+@cache
 def packaged_connectors() -> dict[str, list[str]]:
     """Return type -> options of the packaged connectors; each YAML declares all options of its class."""
     connectors = map(OmegaConf.load, sorted(FOLDER.glob("model/connector/*.yaml")))

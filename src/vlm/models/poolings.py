@@ -56,9 +56,10 @@ def pool_hidden_states(pooling: str, hidden: Tensor, masks: TokenMasks) -> Tenso
     """Pool hidden states in float32: `(B, T, D) -> (B, D)`; for `EVERY_TOKEN_POOLINGS` return all, `(B, T, D)`.
 
     Raises:
-        ValueError: a row has no token to read.
+        ValueError: the pooling is unknown, or a row has no token to read.
     """
-    assert pooling in POOLINGS
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling}: allowed are {', '.join(POOLINGS)}")
     prompt, media, selected = masks.prompt_mask, masks.media_mask, masks.selected_mask
     mask = {"image": media, "text": prompt & ~media, "token": selected, "query": selected}.get(pooling, prompt)
     if not torch.compiler.is_compiling() and not bool(mask.any(dim=1).all()):
