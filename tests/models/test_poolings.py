@@ -119,3 +119,8 @@ def test_a_mean_over_nothing_is_zero():
     chosen = torch.tensor([[True, False, True], [False] * 3])
     assert torch.allclose(mean_over_mask(values, chosen)[0], values[0, [0, 2]].mean(dim=0))
     assert mean_over_mask(values, chosen)[1].tolist() == [0] * 4
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(ValueError, match="pooling=median: allowed are last, mean, image"):
+        pool_hidden_states("median", torch.zeros(3, 6, 2), make_token_masks("left", 0)[0])
