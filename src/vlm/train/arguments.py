@@ -39,11 +39,7 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
         del values["tf32"]
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
-        import deepspeed  # slow to import, and only some runs need it
-
-        # DeepSpeed would compile this operation for a minute on CPUs; only its tensor-parallel inference calls it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _set_single_process_env()
+        _prepare_deepspeed()
     values |= {"learning_rate": _peak_learning_rate(trainer, extra_parts), "weight_decay": 0.0}
     try:
         arguments = TrainingArguments(output_dir="outputs", deepspeed=settings, **values)
@@ -61,6 +57,8 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
             f"{arguments.n_gpu} -m vlm …, or deepspeed --module vlm …), or choose one: CUDA_VISIBLE_DEVICES=0"
         )
     if settings is not None:
+        import deepspeed  # slow to import, and only some runs need it
+
         deepspeed.init_distributed()  # ZeRO-3 builds the model sharded, and would take a world of one otherwise
     return arguments
 
@@ -103,7 +101,11 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
     return dict(value)
 
 
-def _set_single_process_env() -> None:
+def _prepare_deepspeed() -> None:
+    import deepspeed  # slow to import, and only some runs need it
+
+    # DeepSpeed would compile this operation for a minute on CPUs; only its tensor-parallel inference calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "WORLD_SIZE" in os.environ:
         return
     with socket.socket() as probe:
