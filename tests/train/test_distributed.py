@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.waiting import HANG, wait_until
 from vlm.train import distributed as ranks
 from vlm.train.distributed import rank0_lock
 
@@ -55,10 +56,12 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
+from tests.waiting import HANG, wait_until
 from vlm.train import distributed as ranks
 folder, rank, ranks.PATIENCE = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+timeout = timedelta(seconds=float(sys.argv[4]))
 dist.init_process_group(
-    "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=10)
+    "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timeout
 )
 (folder / f"ready{rank}").touch()
 with ranks.rank0_lock(folder / "lock", "it counts") as first:
@@ -67,16 +70,23 @@ with ranks.rank0_lock(folder / "lock", "it counts") as first:
 """
 
 
+GROUP_TIMEOUT = 30
+"""Seconds that a rank waits for another: a rank that is asked each second has to miss thirty of them to be given up."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("patience", "codes"), [("1", [0, 0]), ("100", [1, 1])])
 def test_two_ranks_wait_for_longer_than_for_each_other(tmp_path: Path, patience: str, codes: list[int]):
     """One would give the other up, if it heard nothing."""
     with FileLock(tmp_path / "lock"):
+        words = [sys.executable, "-c", RANK, str(tmp_path)]
         started = [
-            subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), rank, patience], stderr=subprocess.DEVNULL)
+            subprocess.Popen([*words, rank, patience, str(GROUP_TIMEOUT)], stderr=subprocess.DEVNULL)
             for rank in ("0", "1")
         ]
-        while len(list(tmp_path.glob("ready?"))) < 2:
-            time.sleep(0.1)
-        time.sleep(15)
-    assert [one.wait() for one in started] == codes
+        wait_until(lambda: len(list(tmp_path.glob("ready?"))) == 2, *started)
+        if any(codes):
+            assert [process.wait(HANG) for process in started] == codes
+        else:
+            time.sleep(1.2 * GROUP_TIMEOUT)  # longer than ranks wait for each other
+    assert [process.wait(HANG) for process in started] == codes
