@@ -2,8 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -74,11 +74,10 @@ class Contribution:
     truncated: int
 
 
-@dataclass(eq=False, repr=False)
 class SampleDataset(Dataset[SampleInputs | Skipped]):
     """Encoded samples of one or several sources, whose lengths are known beforehand.
 
-    Attributes:
+    Args:
         sources: where the samples come from.
         places: `(samples, 2)`: the index of each sample's source, and of its record there.
         lengths: `(samples,)`: number of tokens, image tokens included.
@@ -86,23 +85,31 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         has_videos: whether any sample has a video that the model reads as such.
         skipped: the records that were left out.
         contributions: what each source contributes.
-        labels: the label of each sample, see `Sample.label`; may be left out where samples have none.
-        groups: the group of each sample, see `Sample.group`; likewise.
+        labels: the label of each sample, see `Sample.label`; None where samples have none.
+        groups: the group of each sample, see `Sample.group`; None where samples have none.
     """
 
-    sources: list[Source]
-    places: np.ndarray
-    lengths: np.ndarray
-    num_images: np.ndarray
-    has_videos: bool = False
-    skipped: list[Skipped] = field(default_factory=list)
-    contributions: list[Contribution] = field(default_factory=list)
-    labels: Sequence[object] = ()
-    groups: Sequence[str | None] = ()
-
-    def __post_init__(self):
-        self.labels = self.labels or [None] * len(self)
-        self.groups = self.groups or [None] * len(self)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        places: np.ndarray,
+        lengths: np.ndarray,
+        num_images: np.ndarray,
+        *,
+        has_videos: bool = False,
+        skipped: Iterable[Skipped] = (),
+        contributions: Iterable[Contribution] = (),
+        labels: Sequence[object] | None = None,
+        groups: Sequence[str | None] | None = None,
+    ):
+        self.sources = list(sources)
+        self.places = places
+        self.lengths = lengths
+        self.num_images = num_images
+        self.has_videos = has_videos
+        self.skipped = list(skipped)
+        self.contributions = list(contributions)
+        self._labels_and_groups = labels, groups
 
     def __len__(self) -> int:
         return len(self.places)
@@ -139,12 +146,27 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         """The run's processor."""
         return self.sources[0].encoder.processor
 
+    @property
+    def labels(self) -> Sequence[object]:
+        """The label of each sample, see `Sample.label`."""
+        labels, _ = self._labels_and_groups
+        return [None] * len(self) if labels is None else labels
+
+    @property
+    def groups(self) -> Sequence[str | None]:
+        """The group of each sample, see `Sample.group`."""
+        _, groups = self._labels_and_groups
+        return [None] * len(self) if groups is None else groups
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> "SampleDataset":
         """Return the samples at these indices as a dataset."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = self.places[chosen], self.lengths[chosen], self.num_images[chosen]
-        labels = [self.labels[index] for index in chosen.tolist()]
-        groups = [self.groups[index] for index in chosen.tolist()]
+        labels, groups = self._labels_and_groups
+        if labels is not None:
+            labels = [labels[index] for index in chosen.tolist()]
+        if groups is not None:
+            groups = [groups[index] for index in chosen.tolist()]
         return SampleDataset(self.sources, *rows, has_videos=self.has_videos, labels=labels, groups=groups)
 
 
@@ -160,10 +182,12 @@ class BlankImageDataset(Dataset[SampleInputs]):
 
     def __getitem__(self, index: int) -> SampleInputs:
         processor = self.dataset.processor
-        sample = self.dataset.sample(index)
+        number, record = self.dataset.places[index].tolist()
+        source = self.dataset.sources[number]
+        sample = source.sample(record)
         sizes = read_media_sizes(sample, processor)
         blanks = [make_blank_medium(processor, size) for size in sizes or [None] * len(sample.media)]
-        return model_inputs(processor, self.dataset.encoded(index, sizes), blanks, sizes)
+        return model_inputs(processor, source.encoder(sample, sizes), blanks, sizes)
 
 
 def encode_sample(source: Source, sample: Sample) -> SampleInputs:
@@ -226,9 +250,14 @@ def load_dataset(
 ) -> SampleDataset:
     """Read, check and count the records of a run's sources; the result is cached.
 
-    Every record is parsed, its images are checked and its tokens counted before anything trains. `seed` selects records
-    where `max_samples` limits a source; `first` is the number of records to take from the beginning, all by default.
-    Where a data set `evaluates`, every sample has to stay usable, so that all images are decoded now.
+    Every record is parsed, its images are checked and its tokens counted before anything trains.
+
+    Args:
+        config: the sources, and the policies for records that are bad or too long.
+        encoder: the run's.
+        seed: selects records where `max_samples` limits a source.
+        first: the number of records to take from the beginning; defaults to all.
+        evaluates: whether every sample has to stay usable, so that all images are decoded now.
 
     Raises:
         ValueError: a record cannot be used and the policy is `error`; or too many cannot; or none can.
@@ -264,7 +293,9 @@ def load_dataset(
         reason = f"the commonest reason is: {reasons[0][0]}" if reasons else "there are none"
         raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {reason}")
     rows = np.concatenate(places), np.concatenate(lengths), np.concatenate(images)
-    return SampleDataset(sources, *rows, has_videos, skipped, contributions, labels, groups)
+    dataset = SampleDataset(sources, *rows, has_videos=has_videos, labels=labels or None, groups=groups or None)
+    dataset.skipped, dataset.contributions = skipped, contributions
+    return dataset
 
 
 def skip_or_raise(source: Source, config: DatasetConfig, record: int, error: BadSample) -> Skipped:
@@ -344,7 +375,11 @@ def unique_records(dataset: SampleDataset) -> tuple[np.ndarray, np.ndarray]:
 def hold_out(
     dataset: SampleDataset, first: np.ndarray, record_indices: np.ndarray, held_out: np.ndarray
 ) -> tuple[SampleDataset, SampleDataset]:
-    """Return the samples of all other `unique_records`, with the list of skipped ones, and one of each held out."""
+    """Divide samples in two: those of the other records, and one of each record that is held out.
+
+    `first` and `record_indices` are those of `unique_records`, and `held_out` holds indices of records. The first part
+    keeps the list of skipped records.
+    """
     rest = dataset.subset(np.flatnonzero(~np.isin(record_indices, held_out)))
     rest.skipped, rest.contributions = dataset.skipped, dataset.contributions
     return rest, dataset.subset(np.sort(first[held_out]))

@@ -38,20 +38,26 @@ def token_runs(
 
 def tokens_as_html(ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor) -> str:
     """Return a row's tokens as HTML; image, video and padding tokens as counts."""
-    elements = {"mark": "<mark>{}</mark>", "text": "{}"}
-    return "".join(
-        elements.get(kind, f'<span class="{kind}">{{}}</span>').format(escape(text).replace("\n", "⏎<br>"))
-        for kind, text in token_runs(ids, labels, mask, processor)
-    )
+    elements = []
+    for kind, text in token_runs(ids, labels, mask, processor):
+        content = escape(text).replace("\n", "⏎<br>")
+        if kind == "mark":
+            content = f"<mark>{content}</mark>"
+        elif kind in COUNTED_KINDS:
+            content = f'<span class="{kind}">{content}</span>'
+        elements.append(content)
+    return "".join(elements)
 
 
 def tokens_as_text(ids: Sequence[int], labels: Sequence[int], processor: Processor, *, colours: bool) -> str:
     """Return a sample's tokens for a terminal: supervised ones on green, or in 【 】 without colours."""
-    marked = f"{GREEN}{{}}{RESET}" if colours else "【{}】"
-    counted = f"{BLUE}{{}}{RESET}" if colours else "{}"
-    styles = {"mark": marked, "text": "{}"}
-    runs = token_runs(ids, labels, [1] * len(ids), processor)
-    return "".join(styles.get(kind, counted).format(text) for kind, text in runs)
+    shown = []
+    for kind, text in token_runs(ids, labels, [1] * len(ids), processor):
+        if kind == "mark":
+            shown.append(f"{GREEN}{text}{RESET}" if colours else f"【{text}】")
+        else:
+            shown.append(f"{BLUE}{text}{RESET}" if colours and kind in COUNTED_KINDS else text)
+    return "".join(shown)
 
 
 def render_page(title: str, intro: str, sections: Sequence[str]) -> str:

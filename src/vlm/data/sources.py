@@ -24,8 +24,8 @@ from vlm.data.vision.video import sample_clip, sample_frame_refs
 class Source:
     """The records of one file or data set, as samples.
 
-    The encoder is the run's, with the source's own template where it has one; `max_frames` are read of a video, and an
-    epoch takes each sample `weight` times.
+    The encoder is the run's, with the source's own template where it has one. At most `max_frames` frames are read of a
+    video. An epoch takes each sample `weight` times.
     """
 
     name: str

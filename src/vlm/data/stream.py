@@ -51,7 +51,7 @@ class SampleStream(IterableDataset[SampleInputs | Skipped]):
         streams = [(source, self._shuffle(source, shard, num_shards, generator)) for source in self.sources]
         weights = [source.weight for source in self.sources]
         while True:
-            ((source, records),) = generator.choices(streams, weights)
+            source, records = generator.choices(streams, weights)[0]
             yield _encode_or_skip(source, next(records))
 
     def samples(self, max_samples: int) -> list[Sample]:

@@ -86,10 +86,15 @@ def count(
 ) -> Counts:  # fmt: skip
     """Count the records at some indices, in order, or read the counts from the cache.
 
-    Records that could not be used before are counted again: a missing image may be there now. `decode` is the number
-    of records, from the first on, whose images are decoded, `workers` the number of processes; None is all records, and
-    all cores. `on_problem` is called for each record that cannot be used, as soon as it is found; where it raises, the
-    counts up to there are kept.
+    Records that could not be used before are counted again: a missing image may be there now.
+
+    Args:
+        source: the source.
+        records: the indices of the records, in order.
+        decode: the number of records, from the first on, whose images are decoded; None for all.
+        workers: number of processes; None for one a core.
+        on_problem: called for each record that cannot be used, as soon as it is found; where it raises, the counts up
+            to there are kept.
     """
     key = json_digest(source.fingerprint, decode, str(SCHEMA), hashlib.sha256(records.tobytes()).hexdigest())
     path = source.cache / "counts" / f"{key}.arrow"

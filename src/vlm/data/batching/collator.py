@@ -34,7 +34,7 @@ DummyInputs = tuple[Sequence[int], Mapping[str, Tensor]]
 """The ids and the model's inputs of one image or video."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Collator:
     """Pads rows, and concatenates the images of all rows.
 
@@ -203,11 +203,14 @@ def _pad_to_same_shape(values: Sequence[Tensor]) -> list[Tensor]:
     shapes = [value.shape[1:] for value in values]
     if len(set(shapes)) == 1:
         return list(values)
-    missing = np.max(shapes, axis=0) - shapes
-    return [
-        pad(value, [end for number in reversed(row) for end in (0, number)])
-        for value, row in zip(values, missing.tolist(), strict=True)
-    ]
+    largest = np.max(shapes, axis=0)
+    padded = []
+    for value, shape in zip(values, shapes, strict=True):
+        ends: list[int] = []
+        for missing in reversed((largest - shape).tolist()):  # `pad` takes the last dimension first
+            ends += [0, missing]
+        padded.append(pad(value, ends))
+    return padded
 
 
 def _concatenate(values: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,6 @@ almost a new packing, but with as many rows, so that every epoch has the same nu
 its place.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, cast
@@ -48,7 +47,7 @@ def pack_lengths(lengths: Lengths, capacity: int, seed: int = 0) -> list[list[in
         )
     pool = _UnpackedSamples(array, np.random.default_rng(seed))
     packs = []
-    while pool.unpacked:
+    while pool.number:
         pack: list[int] = []
         room = capacity
         while room >= DRAW_WHILE_FITS * pool.mean and (index := pool.take_next(room)) is not None:
@@ -66,29 +65,36 @@ class _UnpackedSamples:
 
     def __init__(self, lengths: np.ndarray, generator: np.random.Generator):
         self.mean = float(lengths.mean()) if len(lengths) else 0.0
+        self.number = len(lengths)
         self.lengths = lengths.tolist()
-        # its first key is found at once, however many were deleted before it
-        self.unpacked = OrderedDict.fromkeys(generator.permutation(len(lengths)).tolist())
+        self.order = generator.permutation(len(lengths)).tolist()
+        self.next = 0
+        self.unpacked = [True] * len(lengths)
         self.counts = np.bincount(lengths)
         self.present = np.flatnonzero(self.counts)
         self.indices_by_length: dict[int, list[int]] = {int(length): [] for length in self.present}
-        for index in self.unpacked:
+        for index in self.order:
             self.indices_by_length[self.lengths[index]].append(index)
 
     def take_next(self, room: int) -> int | None:
         """Take the next sample in random order; None where it does not fit, or none is left."""
-        index = next(iter(self.unpacked), None)
-        return None if index is None or self.lengths[index] > room else self._take(index)
+        while self.next < len(self.order) and not self.unpacked[self.order[self.next]]:
+            self.next += 1
+        if self.next == len(self.order) or self.lengths[self.order[self.next]] > room:
+            return None
+        return self._take(self.order[self.next])
 
     def take_of_length(self, length: int) -> int:
         """Take a sample of a length."""
-        while (index := self.indices_by_length[length].pop()) not in self.unpacked:
-            pass
-        return self._take(index)
+        same = self.indices_by_length[length]
+        while not self.unpacked[same[-1]]:
+            same.pop()
+        return self._take(same.pop())
 
     def _take(self, index: int) -> int:
         length = self.lengths[index]
-        del self.unpacked[index]
+        self.unpacked[index] = False
+        self.number -= 1
         self.counts[length] -= 1
         if not self.counts[length]:
             self.present = self.present[self.present != length]
@@ -178,7 +184,7 @@ def resolve_pack_capacity(max_tokens: int | None, batch_size: int, lengths: Leng
     return max_tokens or max(round(batch_size * float(array.mean())), int(array.max()), longest)
 
 
-@dataclass
+@dataclass(eq=False)
 class PackingCollator:
     """Concatenates samples in a single row, and tells attention where each starts.
 

@@ -44,7 +44,10 @@ class BatchStats:
 
 
 def compute_batch_stats(items: Sequence[SampleInputs], positions: int) -> BatchStats:
-    """Compute the statistics of a batch of samples without dummies, which `positions` includes as it does padding."""
+    """Compute the statistics of a batch of samples, before dummies are appended to them.
+
+    `positions` is the number of the batch's positions, padding and dummies included.
+    """
     lengths = [len(item["input_ids"]) for item in items]
     supervised = [np.asarray(item["labels"])[1:] != IGNORE_INDEX for item in items]  # nothing predicts the first token
     return BatchStats(

@@ -1,7 +1,7 @@
 """What prediction heads read of a frozen body, as a data set that is read from files.
 
 A pack holds one kind of features of every record: one row a record, or one a token where heads read every token. The
-key of a record are the numbers of its source and of itself.
+numbers of its source and of itself are the key of a record.
 """
 
 from collections.abc import Mapping, Sequence

@@ -46,7 +46,10 @@ class CachedImage(NamedTuple):
 
 def find_image(packs: Sequence[Pack], key: bytes) -> CachedImage | None:
     """Return an image by its key; None: it is in no pack."""
-    return next((CachedImage(pack, item) for pack in packs if (item := pack.find(key)) is not None), None)
+    for pack in packs:
+        if (item := pack.find(key)) is not None:
+            return CachedImage(pack, item)
+    return None
 
 
 def require_image(packs: Sequence[Pack], key: bytes) -> CachedImage:

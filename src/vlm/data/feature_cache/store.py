@@ -262,9 +262,9 @@ class FeatureStore:
         limit = (free + held) / 2 if self.limit_gb is None else self.limit_gb * 1e9
         lacking = max(held + num_bytes - limit, num_bytes - free)
         chosen = []
-        for _, size, folder in sorted(packs) if limit < math.inf else ():
-            is_whole = not folder.name.endswith(PARTIAL_SUFFIX)
-            if is_whole and lacking > 0 and (lock := _try_exclusive_lock(folder)) is not None:
+        removable = [pack for pack in sorted(packs) if limit < math.inf and not pack[2].name.endswith(PARTIAL_SUFFIX)]
+        for _, size, folder in removable:
+            if lacking > 0 and (lock := _try_exclusive_lock(folder)) is not None:
                 chosen.append((folder, lock))
                 lacking -= size
         for folder, lock in chosen:

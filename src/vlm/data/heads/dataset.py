@@ -88,7 +88,7 @@ class BlankHeadDataset(HeadDataset):
         return BlankImageDataset(self.dataset)[index]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadCollator:
     """Makes batches of `HeadDataset` samples, with the names that the model's `forward` gives its arguments."""
 

@@ -207,8 +207,10 @@ def _checked_label_key(name: str, label: object) -> LabelKey:
 def _label_key(label: object) -> LabelKey | None:
     """Return a label's key; None for what is no label."""
     if isinstance(label, (str, bool)):
-        return "texts" if isinstance(label, str) else "truth values", label
-    return ("numbers", label) if _is_finite(label) else None
+        return ("texts" if isinstance(label, str) else "truth values"), label
+    if _is_finite(label):
+        return "numbers", label
+    return None
 
 
 def _is_finite(value: object) -> TypeGuard[int | float]:

@@ -48,7 +48,15 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
 
     `content` is a string, in which `<image>` stands for the images of `images` in order, or a list of
     `{"type": "text", "text"}`, `{"type": "image"}` (naming its image as `image`, `path` or `url`, else the next of
-    `images`), `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`. `key` is the key of the messages.
+    `images`), `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`.
+
+    Args:
+        record: the record.
+        image_folder: what paths are relative to.
+        key: the key of the messages.
+
+    Raises:
+        BadSample: the record has another form, or an image cannot be used.
     """
     sample_id = read_id(record)
     messages = record.get(key)
@@ -69,10 +77,18 @@ def read_caption(
     record: Record, image_folder: Path, *, image_key: str = "image", caption_key: str = "caption",
     prompt: str | list[str] | None = None,
 ) -> Sample:  # fmt: skip
-    """Read an image and its caption: `{"image", "caption"}`, or under other keys.
+    """Read an image and its caption: `{"image", "caption"}`.
 
-    `prompt` is the question after the image; of a list, each record gets one, chosen by its caption; None is no
-    question, as the template `plain` expects.
+    Args:
+        record: the record.
+        image_folder: what paths are relative to.
+        image_key: the key of the image.
+        caption_key: the key of the caption.
+        prompt: the question after the image; of a list, each record gets one, chosen by its caption. None for no
+            question, as the template `plain` expects.
+
+    Raises:
+        BadSample: the record has another form, or its image cannot be used.
     """
     sample_id = read_id(record)
     images = image_refs_from_value(record.get(image_key), image_folder, sample_id, image_key)
@@ -94,8 +110,16 @@ def read_question(
 
     Choices are listed as `A. …`, and the answer is the letter of the choice that the record gives as its index (from
     0), letter or text. Without choices, the answer is a string, or a list of people's answers, of which the most
-    common one counts. A question with a `label` needs no answer. `choice_instruction` is the last line of questions
-    with choices, `instruction` of those without.
+    common one counts. A question with a `label` needs no answer.
+
+    Args:
+        record: the record.
+        image_folder: what paths are relative to.
+        instruction: the last line of questions without choices.
+        choice_instruction: the last line of questions with choices.
+
+    Raises:
+        BadSample: the record has another form, or an image cannot be used.
     """
     sample_id = read_id(record)
     media = MediaPlacer(record, image_folder, sample_id)
@@ -129,10 +153,11 @@ def read_head(record: Record, image_folder: Path) -> Sample:
     """
     sample_id = read_id(record, "source")
     conversation = record.get("conversations")
-    if not isinstance(conversation, list) or [*map(type, conversation)] != [str, str]:
+    texts = conversation if isinstance(conversation, list) else []
+    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
         raise BadSample(sample_id, "`conversations` must be a prompt and an answer, both strings")
     media = MediaPlacer(record, image_folder, sample_id)
-    prompt, answer = conversation
+    prompt, answer = texts
     system = record.get("system_prompt")
     turns = [Turn("system", (system,))] if isinstance(system, str) and system else []
     turns += [Turn("user", media.place_or_prepend(prompt)), Turn("assistant", (answer,))]

@@ -168,7 +168,10 @@ def _tar_record(sample: Record) -> Record:
     images = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_natural_sort_key)]
     if images:
         record = {key: value for key, value in record.items() if key not in ("image", "images")}
-        record |= {"images": images} if len(images) > 1 else {"image": images[0]}
+        if len(images) > 1:
+            record["images"] = images
+        else:
+            record["image"] = images[0]
     return {"id": name, **record}
 
 

@@ -146,9 +146,18 @@ def convert(
 ) -> str:  # fmt: skip
     """Convert records from one file to another, one at a time; return a summary.
 
-    `conversion` is a name of `CONVERSIONS`, and `to` of `FORMS`. `options` are those of the conversion and of the
-    reader of its records. With `on_bad="skip"`, records that cannot be used are listed in `OUTPUT.skipped.jsonl`;
-    with `"error"`, the first one ends the conversion. The rest is as in `write.make_writer`.
+    Args:
+        source: the file or data set of records.
+        output: the file to write, whose name tells its kind, see `write.OUTPUT_NAMES`.
+        conversion: a name of `CONVERSIONS`.
+        to: a name of `FORMS`.
+        image_folder: what paths of images are relative to; None: the folder of `source`.
+        cache: the cache's folder, for the index of a `.json` file.
+        options: of the conversion, and of the reader of its records.
+        on_bad: `error` stops at a record that cannot be used; `skip` lists them in `OUTPUT.skipped.jsonl`.
+        embed_images: see `write.make_writer`.
+        shard_size: see `write.make_writer`.
+        force: replaces what is there.
 
     Raises:
         ValueError: the arguments are invalid, or a record cannot be used.

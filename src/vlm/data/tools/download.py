@@ -122,7 +122,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def download(table: Path, output: Path, options: Options) -> DownloadSummary:
-    """Fetch the images of a table that a folder, which is created where it is missing, does not have yet.
+    """Fetch the images of a table that a folder does not have yet.
+
+    Args:
+        table: a file of one of `TABLE_KINDS`.
+        output: the folder; created where it is missing.
+        options: how to download.
 
     Raises:
         ValueError: the table cannot be read, its columns are not recognised, or the folder is another table's.
@@ -334,8 +339,10 @@ class DownloadWorkers:
 
 def check_row_text(row: Row) -> None:
     """Raise `FetchError` where a row lacks its URL or caption, or is not UTF-8."""
-    if not (row.url and row.caption):
-        raise FetchError("empty caption" if row.url else "no URL")
+    if not row.url:
+        raise FetchError("no URL")
+    if not row.caption:
+        raise FetchError("empty caption")
     try:
         f"{row.url}{row.caption}".encode()
     except UnicodeEncodeError as error:

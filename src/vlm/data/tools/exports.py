@@ -146,8 +146,9 @@ def ubiai(
                 pairs.append((_entity_text(question, document), text))
         context.left_out["questions without an answer"] += len(questions) - len(pairs)
         context.left_out["documents without an answered question"] += not pairs
-        image = resolve_image_name(document.name, context.folder)
-        return make_llava_record(document.name, image, pairs) if pairs else None
+        if not pairs:
+            return None
+        return make_llava_record(document.name, resolve_image_name(document.name, context.folder), pairs)
 
     return _convert_records(make_record, source, context)
 

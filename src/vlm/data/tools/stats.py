@@ -96,23 +96,28 @@ def draw(sources: list[SourceStats], path: Path) -> None:
     for axes, title, field in (
         (lengths, "tokens of a record, image tokens counted", "length"),
         (supervised, "supervised tokens of a record", "supervised"),
-        (replies, "replies of a record", "replies"),
     ):
-        values = [getattr(stats.counts, field)[stats.usable_mask] for stats in sources]
-        top = max((int(numbers.max(initial=1)) for numbers in values), default=1)
-        bins = np.linspace(0, top + 1, min(top + 2, 60))
-        if axes is replies:  # a bar for each number, with gaps
-            bins = np.arange(top + 1) + 0.5 if top < 60 else 60
-        axes.hist(values, bins=bins, stacked=True, label=names, rwidth=0.8 if axes is replies else None)
+        values, top = _usable_values(sources, field)
+        axes.hist(values, bins=np.linspace(0, top + 1, min(top + 2, 60)), stacked=True, label=names)
         axes.set(xlabel=title, ylabel="records")
     longest = max(stats.longest for stats in sources)
     if longest <= 1.5 * lengths.get_xlim()[1]:
         lengths.axvline(longest, color="black", linestyle="--", label=f"dataset.max_length: {longest}")
     lengths.legend()
+    turns, max_turns = _usable_values(sources, "replies")
+    bins = np.arange(max_turns + 1) + 0.5 if max_turns < 60 else 60
+    replies.hist(turns, bins=bins, stacked=True, label=names, rwidth=0.8)
+    replies.set(xlabel="replies of a record", ylabel="records")
     replies.xaxis.set_major_locator(MaxNLocator(integer=True))
     replies.set_xlim(left=0)
     _plot_image_sizes(sources, sizes)
     figure.savefig(path, dpi=110)
+
+
+def _usable_values(sources: list[SourceStats], field: str) -> tuple[list[np.ndarray], int]:
+    """Return a count of all records of each source that can be used, and the largest, at least 1."""
+    values = [getattr(stats.counts, field)[stats.usable_mask] for stats in sources]
+    return values, max((int(numbers.max(initial=1)) for numbers in values), default=1)
 
 
 def _plot_image_sizes(sources: list[SourceStats], axes: Axes) -> None:

@@ -154,7 +154,9 @@ class RecordChecker:
         short, long = sorted(image.size)
         if short < self.task.min_side:
             return "small"
-        return "narrow" if self.task.max_aspect is not None and long > self.task.max_aspect * short else None
+        if self.task.max_aspect is not None and long > self.task.max_aspect * short:
+            return "narrow"
+        return None
 
 
 def image_pixel_digest(image: Image.Image) -> str:

@@ -51,8 +51,18 @@ EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.s
 class RecordWriter(ABC):
     """Writes records, in a `with` statement: the file appears at its end, unless that is an error.
 
-    A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them; `number` counts
-    the records written.
+    A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them.
+
+    Args:
+        path: the file to write.
+        image_folder: the folder that paths of images are relative to.
+        force: replaces an existing file.
+
+    Attributes:
+        number: number of records written.
+
+    Raises:
+        ValueError: the file exists, and `force` is not given.
     """
 
     def __init__(self, path: Path, image_folder: Path, *, force: bool):
@@ -82,10 +92,7 @@ class RecordWriter(ABC):
                     raise ValueError(f"{self.path}: there was no record to write")
                 self.finish()
         finally:
-            if self.partial.is_dir():
-                shutil.rmtree(self.partial, ignore_errors=True)
-            else:
-                self.partial.unlink(missing_ok=True)
+            self.discard()
 
     def write(self, record: Record) -> None:
         """Write a record.
@@ -112,6 +119,10 @@ class RecordWriter(ABC):
     def finish(self) -> None:
         """Rename the partial file."""
         self.partial.replace(self.path)
+
+    def discard(self) -> None:
+        """Remove the partial file, if it still exists."""
+        self.partial.unlink(missing_ok=True)
 
     def images(self, record: Record) -> list[ImageRef]:
         """Return the images that a record lists."""
@@ -262,6 +273,10 @@ class TarWriter(RecordWriter):
         for file in sorted(self.partial.iterdir()):
             file.rename(self.path.parent / file.name)
 
+    def discard(self) -> None:
+        """Remove the folder of incomplete shards."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
 
 def as_json(record: Record) -> bytes:
     """Format a record as one line of JSON, with the bytes of images as `data:` URLs and dates as ISO 8601."""
@@ -322,10 +337,14 @@ def detect_image_format(content: bytes, sample_id: str) -> str:
 def make_writer(
     output: str, image_folder: Path, *, embed_images: bool = False, shard_size: int | None = None, force: bool = False
 ) -> RecordWriter:
-    """Make the writer for a file of a name as in `OUTPUT_NAMES`; paths of images are relative to the image folder.
+    """Make the writer for a file, by its name.
 
-    `embed_images` puts the images themselves into a `.parquet` file, as they always are in tar shards, of which each
-    holds `shard_size` samples (`SHARD_SIZE` by default); `force` replaces existing files.
+    Args:
+        output: a name as in `OUTPUT_NAMES`.
+        image_folder: the folder that paths of images are relative to.
+        embed_images: whether a `.parquet` file holds the images themselves, as tar shards always do.
+        shard_size: number of samples in a tar shard; defaults to `SHARD_SIZE`.
+        force: replaces existing files.
 
     Raises:
         ValueError: there is no such kind, it has no such option, or the output exists.

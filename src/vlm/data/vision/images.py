@@ -51,10 +51,15 @@ def read_media_sizes(sample: Sample, processor: Processor) -> list[MediaSize]:
         return []
     if not processor.pools_video_frames and any(map(_is_video_frame, media)):
         return media_sizes_from_opened(media, open_media(sample), processor)
-    return [
-        ref.clip if isinstance(ref, VideoRef) else None if _is_video_frame(ref) else _read_upright_size(ref, sample.id)
-        for ref in media
-    ]
+    sizes: list[MediaSize] = []
+    for ref in media:
+        if isinstance(ref, VideoRef):
+            sizes.append(ref.clip)
+        elif ref.frame is not None:
+            sizes.append(None)
+        else:
+            sizes.append(_read_upright_size(ref, sample.id))
+    return sizes
 
 
 def media_sizes_from_opened(
@@ -119,9 +124,11 @@ def wrap_image_errors(image_ref: ImageRef, sample_id: str) -> Iterator[None]:
 
 def _describe_non_image(image_ref: ImageRef) -> str | None:
     """Describe a file that is no image, where it is empty or text."""
-    source = _image_source(image_ref)
-    with open(source, "rb") if isinstance(source, str) else source as file:
-        head = file.read(64)
+    if image_ref.content is not None:
+        head = image_ref.content[:64]
+    else:
+        with open(str(image_ref.path), "rb") as file:
+            head = file.read(64)
     if not head:
         return "the file is empty"
     if head.lstrip().startswith(b"<"):
