@@ -33,7 +33,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A range of numbers, and the same in words; of an open end, the end itself is left out."""
+    """A range of numbers, with its description in words. An end that is open does not belong to the range."""
 
     text: str
     lower: float

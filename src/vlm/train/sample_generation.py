@@ -104,7 +104,8 @@ def make_sample_generator(
         media = value_or_bad_sample(open_media, sample)
         if not isinstance(media, BadSample):
             prompts.append(turns)
-            prompt_media.append(media[: sum(not isinstance(part, str) for turn in turns for part in turn.content)])
+            num_shown = sum(not isinstance(part, str) for turn in turns for part in turn.content)
+            prompt_media.append(media[:num_shown])  # the last images may come after the prompt
             references.append(_join_text([sample.turns[replies[-1]]]))
 
     def generate(step: int) -> None:
