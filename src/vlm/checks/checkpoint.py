@@ -16,9 +16,12 @@ def missing_folder(label: str) -> str:
 def checkpoint_problem(name: str, key: str | None = None) -> str | None:
     """Return why no checkpoint is there, in words; None for a folder with a `config.json` and for a name on the Hub.
 
-    The message names the option, `key`, that gave the name.
+    Args:
+        name: the folder or the name on the Hub.
+        key: the option that gave the name, for the message.
     """
-    folder, label = Path(name), f"{key}={name}" if key else name
+    folder = Path(name)
+    label = f"{key}={name}" if key else name
     if folder.joinpath("config.json").is_file():
         return None
     if not folder.exists():

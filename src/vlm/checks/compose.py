@@ -38,8 +38,10 @@ def with_config(
 ) -> None:
     """Compose and check a configuration, then act on it; what the user has to fix ends the program with a message.
 
-    The command line defaults to this process's arguments. `action` gets the configuration, its name and the keys that
-    the command line sets; the objective of a configuration names the keys that contradict it.
+    Args:
+        argv: the command line; defaults to this process's arguments.
+        action: called with the configuration, its name and the keys that the command line sets.
+        make_objective: returns the objective of a configuration, which names the keys that contradict it.
     """
 
     def check_and_act(composed: DictConfig) -> None:
@@ -64,7 +66,10 @@ def with_config(
 
 
 def compose_inference_config(argv: list[str]) -> InferenceConfig:
-    """Return the generation settings of a run, checked as by `with_config`; other values of the run may be missing."""
+    """Return the generation settings of a run; other values that the run needs may be missing.
+
+    What the user has to fix ends the program with a message.
+    """
     settings: list[InferenceConfig] = []
 
     def read(composed: DictConfig) -> None:
@@ -129,7 +134,8 @@ def check_known_keys(node: DictConfig, path: str = "") -> None:
 
 def check_required_values(composed: DictConfig) -> None:
     """Refuse a configuration in which keys that must be given are not."""
-    if missing := sorted(OmegaConf.missing_keys(composed)):
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
         raise ConfigError(f"{', '.join(missing)}: a value is needed, for example {missing[0]}=…")
 
 

@@ -26,6 +26,8 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
     sources = {f"dataset.sources.{name}": source for name, source in data.sources.items()}
     for key, source in (sources or {"dataset": data}).items():
         yield from _source_problems(key, source, data)
+    for key, source in sources.items():
+        yield from _template_problems(source.template, f"{key}.template")
     for name in ("image_folder", "eval_image_folder", "test_image_folder"):
         yield from _folder_problems(f"dataset.{name}", getattr(data, name))
     for key, path in {"dataset.eval_path": data.eval_path, "dataset.test_path": data.test_path}.items():
@@ -35,8 +37,7 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
                 yield f"{key}={path}: tar shards cannot be evaluated on, only streamed"
     if data.streaming:
         yield from _stream_problems(config, {"dataset": data, **sources})
-    for key, source in {**sources, "dataset": data}.items():
-        yield from _template_problems(source.template, f"{key}.template")
+    yield from _template_problems(data.template, "dataset.template")
 
 
 def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Iterator[str]:

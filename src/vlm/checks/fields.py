@@ -18,7 +18,12 @@ class ConfigError(ValueError):
 def check_fields(node: object, prefix: str = "") -> None:
     """Refuse a dataclass of the schema that has a value which its field does not allow.
 
-    The prefix stands before the keys where the user wrote them: `inference.`.
+    Args:
+        node: the dataclass.
+        prefix: what stands before the keys where the user wrote them: `inference.`.
+
+    Raises:
+        ConfigError: with the key, the value and what is allowed.
     """
     for problem in _field_problems(node, prefix):
         raise ConfigError(problem)

@@ -126,7 +126,9 @@ def _describe_wrong_value(error: OmegaConfBaseException) -> str:
     if "is not a subclass of" in text:
         return _describe_scalar_section(key)
     needed = next((ours for theirs, ours in EXPECTED_VALUES.items() if theirs in text), text)
-    if "deletion" in text or needed == text:
-        return f"{'~' if 'deletion' in text else ''}{key}: {needed}"
+    if "deletion" in text:
+        return f"~{key}: {needed}"
+    if needed == text:
+        return f"{key}: {text}"
     quoted = re.search(r"[Vv]alue '(.*?)'", text)
     return f"{key}={quoted[1] if quoted else format_value(error.value)}: {needed}"

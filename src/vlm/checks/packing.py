@@ -7,7 +7,8 @@ from vlm.config.schema import RunConfig
 
 def packing_problems(config: RunConfig) -> Iterator[str]:
     """Yield why a run cannot pack its batches as it says; each with the key and what to do."""
-    trainer, most, longest = config.trainer, config.trainer.max_tokens_per_batch, config.dataset.max_length
+    trainer = config.trainer
+    most = trainer.max_tokens_per_batch
     if not trainer.packing:
         if most is not None:
             yield f"trainer.max_tokens_per_batch={most}: only trainer.packing=true fills batches by tokens"
@@ -19,6 +20,7 @@ def packing_problems(config: RunConfig) -> Iterator[str]:
         )
     if trainer.dataloader_drop_last:
         yield "trainer.dataloader_drop_last=true: packs are dealt evenly, there is no last batch to drop; leave it out"
+    longest = config.dataset.max_length
     if config.dataset.streaming and most is not None and longest is not None and most < longest:
         yield (
             f"trainer.max_tokens_per_batch={most}: the lengths of a stream are not known before; at least "

@@ -33,7 +33,11 @@ class ObjectiveChecks(Protocol):
 
 
 def check(config: RunConfig, objective: ObjectiveChecks) -> None:
-    """Refuse a run that cannot work: the message has the full key, its value and what is allowed."""
+    """Refuse a run that cannot work.
+
+    Raises:
+        ConfigError: with the full key, its value and what is allowed.
+    """
     check_fields(config)
     for problem in chain(
         dataset_problems(config),
@@ -62,7 +66,8 @@ def _path_problems(config: RunConfig) -> Iterator[str]:
             yield f"model.{part}.hf_name={name}: no such folder (seen from {Path.cwd()})"
     if trainer.from_pretrained and (problem := checkpoint_problem(trainer.from_pretrained, "trainer.from_pretrained")):
         yield problem
-    key, resume, output_dir = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint, trainer.output_dir
+    key, resume = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint
+    output_dir = trainer.output_dir
     folder = Path(output_dir or "")
     if resume is None or resume.lower() == "false":  # the checkpoints of another run would be rotated away
         if output_dir is not None and (any(folder.glob("checkpoint-*")) or folder.joinpath("final").exists()):

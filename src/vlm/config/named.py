@@ -19,8 +19,12 @@ def is_custom_name(name: str) -> bool:
 def import_named(name: str, key: str) -> object:
     """Return what `package.module:attribute` names; modules are looked for in the working directory, too.
 
+    Args:
+        name: the name.
+        key: where the user gave it, for the message.
+
     Raises:
-        ValueError: there is no such module or attribute; with `key`, where the user gave the name.
+        ValueError: there is no such module, or it has no such attribute.
     """
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:

@@ -3,6 +3,7 @@
 Imports the standard library and OmegaConf.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from itertools import takewhile
@@ -11,14 +12,16 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 FOLDER = Path(__file__).parent
+"""The folder of the shipped YAML files."""
+
 NON_RUN_CONFIGS = ("base",)
 """Top-level YAML files that others build on."""
 
 
 @cache
-def packaged_connectors() -> dict[str, list[str]]:
+def packaged_connectors() -> Mapping[str, Sequence[str]]:
     """Return type -> options of the packaged connectors; each YAML declares all options of its class."""
-    connectors = map(OmegaConf.load, sorted(FOLDER.glob("model/connector/*.yaml")))
+    connectors = [OmegaConf.load(file) for file in sorted(FOLDER.glob("model/connector/*.yaml"))]
     return {connector.type: list(connector.options) for connector in connectors}
 
 

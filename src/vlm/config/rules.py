@@ -33,7 +33,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A range of numbers, and the same in words; of an open end, the end itself is left out."""
+    """A range of numbers, with its description in words. An end that is open does not belong to the range."""
 
     text: str
     lower: float
@@ -68,7 +68,9 @@ def above(lower: int) -> Metadata:
 
 def share(*, is_open_below: bool = False, is_open_above: bool = False) -> Metadata:
     """Return the metadata of a field that takes a number from 0 to 1."""
-    text = "a share above 0, at most 1" if is_open_below else f"a share from 0 to {'below ' if is_open_above else ''}1"
+    text = "a share from 0 to below 1" if is_open_above else "a share from 0 to 1"
+    if is_open_below:
+        text = "a share above 0, at most 1"
     return {"rule": Bounds(text, 0, 1, is_open_below, is_open_above)}
 
 

@@ -25,8 +25,14 @@ log = logging.getLogger(__name__)
 def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ()) -> TrainingArguments:
     """Return the run's `TrainingArguments`, and set up the process group: ZeRO-3 needs it before the model is built.
 
-    Under DeepSpeed without a launcher, this process becomes the only rank. `extra_parts` train besides those that the
-    section names: a head, rows of embeddings.
+    Under DeepSpeed without a launcher, this process becomes the only rank.
+
+    Args:
+        trainer: the run's section.
+        extra_parts: the parts that train besides those that the section names: a head, rows of embeddings.
+
+    Raises:
+        ValueError: a key cannot be used, a part that trains has no learning rate, or a process sees several GPUs.
     """
     values = {name: value for name in TRAINING_ARGUMENT_FIELDS if (value := getattr(trainer, name)) is not None}
     if values["train_sampling_strategy"] == GROUP_BY_MODALITY_LENGTH:
@@ -40,9 +46,11 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:
         _prepare_deepspeed()
-    values |= {"learning_rate": _peak_learning_rate(trainer, extra_parts), "weight_decay": 0.0}
+    peak_rate = _peak_learning_rate(trainer, extra_parts)
     try:
-        arguments = TrainingArguments(output_dir="outputs", deepspeed=settings, **values)
+        arguments = TrainingArguments(
+            output_dir="outputs", deepspeed=settings, learning_rate=peak_rate, weight_decay=0.0, **values
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error
     if custom_optimizer is not None:
@@ -76,7 +84,8 @@ def _peak_learning_rate(trainer: TrainerOptions, extra_parts: Iterable[str]) -> 
 def deepspeed_config(value: Any) -> dict[str, Any] | None:
     """Return what `trainer.deepspeed` stands for: a packaged name, a JSON file, a mapping, or nothing.
 
-    Refused is what would override the parts' optimiser groups, or could not save the trained model.
+    Raises:
+        ValueError: it would override the parts' optimiser groups, or could not save the trained model.
     """
     if not value:
         return None
@@ -102,6 +111,7 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
 
 
 def _prepare_deepspeed() -> None:
+    """Keep DeepSpeed from compiling what no run calls; without a launcher, make this process the only rank."""
     import deepspeed  # slow to import, and only some runs need it
 
     # DeepSpeed would compile this operation for a minute on CPUs; only its tensor-parallel inference calls it.
@@ -110,8 +120,9 @@ def _prepare_deepspeed() -> None:
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def sampler_seed(args: TrainingArguments) -> int:

@@ -45,14 +45,15 @@ class CheckpointTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         if _internal_call:
             self._save_trained_weights(folder)
-        elif self.base is not None:
+            return
+        if self.base is not None:
             new_rows = {name: min(part.new_tokens) for part in self.parts for name in part.rows}
             save_on_base(self.model, folder, self.base, new_rows=new_rows, is_writer=self.args.should_save)
         else:
             state = self.accelerator.get_state_dict(self.model_wrapped)  # on every rank: ZeRO-3 gathers
             if self.args.should_save:
                 self.model.save_pretrained(folder, state_dict=state)
-        if self.args.should_save and not _internal_call:
+        if self.args.should_save:
             self.processor.save_pretrained(folder)
 
     def _save_trained_weights(self, folder: Path) -> None:
@@ -126,7 +127,11 @@ def trained_tensors(model: TrainableModel, parts: list[Part]) -> dict[str, Tenso
 
 
 def newest_checkpoint(run_directory: Path) -> Path:
-    """Return the newest complete checkpoint of a run."""
+    """Return the newest complete checkpoint of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
     complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARK}")]
     if not complete:
         raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")

@@ -55,8 +55,13 @@ def make_collator(
     """
     has_videos = any(dataset.has_videos for dataset in data) and processor.encodes_videos_separately
     video = dummy_video(processor) if has_videos and world_size > 1 else None
-    unique = processor.deduplicated_inputs
-    return Collator.of(processor, dummy_image(processor), video_dummy=video, with_stats=with_stats, deduplicate=unique)
+    return Collator.of(
+        processor,
+        dummy_image(processor),
+        video_dummy=video,
+        with_stats=with_stats,
+        deduplicate=processor.deduplicated_inputs,
+    )
 
 
 def first_samples(dataset: SampleDataset | SampleStream, num_samples: int) -> list[Sample]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,7 +44,12 @@ def barrier() -> None:
 def rank0_lock(file: Path, reason: str) -> Iterator[bool]:
     """Hold a lock file on rank 0; another run may hold it for longer than ranks wait for each other.
 
-    Yields whether this is rank 0. The log says for what `reason` a run waits.
+    Args:
+        file: the lock file.
+        reason: why a run waits for the lock, for the log.
+
+    Yields:
+        Whether this is rank 0.
     """
     is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
     lock = FileLock(file)
@@ -63,6 +68,8 @@ def rank0_lock(file: Path, reason: str) -> Iterator[bool]:
 
 def _acquire(lock: FileLock) -> bool:
     """Return whether the lock could be acquired within `PATIENCE`."""
-    with suppress(Timeout):
+    try:
         lock.acquire(timeout=PATIENCE)
-    return lock.is_locked
+    except Timeout:
+        return False
+    return True

@@ -25,8 +25,10 @@ PEFT_INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torch.dtype) -> None:
     """Put a new adapter of this precision into a loaded model, if any part is to have one.
 
-    Its first weights depend on the seed alone. Refused is a part without a layer to adapt, or without one of a name
-    that was given.
+    Its first weights depend on the seed alone.
+
+    Raises:
+        ValueError: a part has no layer to adapt, or none of a name that was given.
     """
     targets = {part: layers for part in PARTS if (layers := select_adapted_layers(model, part, getattr(lora, part)))}
     if not targets:
@@ -41,7 +43,11 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torc
 
 
 def select_adapted_layers(model: TrainableModel, part: str, config: LoraPartConfig) -> list[str]:
-    """Return full names of the layers of a part that get an adapter; each name in `target_modules` must end one's."""
+    """Return full names of the layers of a part that get an adapter.
+
+    Raises:
+        ValueError: the part has no Linear layer, or none whose name ends as `target_modules` says.
+    """
     if config.r is None:
         return []
     linear = linear_layers(model, part)
@@ -83,7 +89,7 @@ def peft_config(lora: LoraConfig, targets: dict[str, list[str]]) -> peft.LoraCon
         assert config.r is not None
         ranks |= dict.fromkeys(layers, config.r)
         alphas |= dict.fromkeys(layers, config.alpha or 2 * config.r)
-    typical, *_ = max(targets.values(), key=len)
+    typical = max(targets.values(), key=len)[0]
     return peft.LoraConfig(
         r=ranks[typical],
         lora_alpha=alphas[typical],

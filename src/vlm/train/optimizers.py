@@ -27,9 +27,16 @@ Group = dict[str, Any]
 def make_optimizer(
     args: TrainingArguments, model: PreTrainedModel, parts: list[Part], decayed: Collection[str]
 ) -> Optimizer:
-    """Return the optimiser that `trainer.optim` names, with its settings; one that would lose the groups is refused.
+    """Return the optimiser of a run.
 
-    `decayed` holds the full names of the parameters that weight decay applies to.
+    Args:
+        args: the run's arguments: the optimiser's name and settings (`optim`, `optim_args`, `adam_beta1` …).
+        model: the model, not wrapped.
+        parts: the model's parts.
+        decayed: full names of the parameters that weight decay applies to.
+
+    Raises:
+        ValueError: the optimiser would lose the parts' groups, or what the user named makes none.
     """
     groups = parameter_groups(parts, decayed)
     name = args.optim.value if isinstance(args.optim, OptimizerNames) else args.optim
@@ -44,14 +51,19 @@ def make_optimizer(
             "part's. Choose another, such as adamw_torch_fused."
         )
     if (theirs := kwargs.pop("params", None)) is not None:  # low-rank optimisers treat some layers otherwise
-        pairs = ((group, other, _shared_parameters(group, other)) for group in groups for other in theirs)
-        groups = [{**other, **group, "params": shared} for group, other, shared in pairs if shared]
+        groups = _intersect_groups(groups, theirs)
     return kind(groups, **kwargs)
 
 
-def _shared_parameters(group: Group, other: Group) -> list[Tensor]:
-    ids = set(map(id, other["params"]))
-    return [parameter for parameter in group["params"] if id(parameter) in ids]
+def _intersect_groups(groups: list[Group], others: list[Group]) -> list[Group]:
+    """Divide groups further by others, whose settings they take over; settings that both have stay as they are."""
+    divided = []
+    for group in groups:
+        for other in others:
+            ids = set(map(id, other["params"]))
+            if params := [parameter for parameter in group["params"] if id(parameter) in ids]:
+                divided.append({**other, **group, "params": params})
+    return divided
 
 
 def _make_custom(name: str, groups: list[Group], args: TrainingArguments) -> Optimizer:
@@ -91,8 +103,14 @@ class MuonWithAdamW(Optimizer):
 
     Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one. Its update is scaled as
     Liu et al. 2025 (arXiv:2502.16982, section 2.2) do, by 0.2 sqrt(max(rows, columns)), so that it moves a matrix as
-    far as AdamW would: learning rates and weight decays of AdamW's recipes hold. Groups with `is_muon` hold matrices
-    `(rows, columns)`; `betas` and `eps` are AdamW's, `momentum` and `ns_steps` (Newton-Schulz steps) Muon's.
+    far as AdamW would: learning rates and weight decays of AdamW's recipes hold.
+
+    Args:
+        groups: the parameter groups; those with `is_muon` hold matrices `(rows, columns)`.
+        betas: of AdamW.
+        eps: of AdamW.
+        momentum: of Muon.
+        ns_steps: Newton-Schulz steps that orthogonalise.
     """
 
     def __init__(

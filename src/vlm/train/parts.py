@@ -23,18 +23,32 @@ FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model, as this run treats it. Parameters go by their full names in the model."""
+    """One part of a model, as this run treats it.
+
+    Attributes:
+        name: the part's name.
+        source: where the part comes from: a Hub name or folder, a connector's name.
+        parameters: full name in the model -> parameter.
+        is_unfrozen: whether all parameters train.
+        learning_rate: the configured peak learning rate, also where nothing trains; there it may be None.
+        weight_decay: the weight decay of matrices.
+        unread: full names of parameters that no answer depends on, and that never get a gradient.
+        rank: the rank of the part's adapter; None where it has none.
+        adapter: full names of what trains although the part is frozen: its adapter, perhaps biases.
+        rows: full names of embeddings of which only the rows `new_tokens` train, while the part is frozen.
+        new_tokens: the numbers of those rows.
+    """
 
     name: str
-    source: str  # a Hub name or folder, a connector's name
+    source: str
     parameters: dict[str, nn.Parameter]
-    is_unfrozen: bool  # whether all parameters train
-    learning_rate: float | None  # the peak, where something trains
-    weight_decay: float  # of matrices
-    unread: frozenset[str] = frozenset()  # no answer depends on these parameters, and they never get a gradient
-    rank: int | None = None  # of the part's adapter; None where it has none
-    adapter: frozenset[str] = frozenset()  # what trains although the part is frozen: its adapter, perhaps biases
-    rows: frozenset[str] = frozenset()  # embeddings of which the rows `new_tokens` train although the part is frozen
+    is_unfrozen: bool
+    learning_rate: float | None
+    weight_decay: float
+    unread: frozenset[str] = frozenset()
+    rank: int | None = None
+    adapter: frozenset[str] = frozenset()
+    rows: frozenset[str] = frozenset()
     new_tokens: tuple[int, ...] = ()
 
     @property
@@ -48,7 +62,11 @@ def make_parts(
 ) -> list[Part]:
     """Return the parts of a model with the run's settings; every parameter belongs to exactly one part.
 
-    The embeddings of `new_tokens`, ids, train even where the language model does not.
+    Args:
+        model: the model.
+        trainer: the run's settings.
+        sources: where the model's parts come from.
+        new_tokens: ids whose embeddings train even where the language model does not.
     """
     names = get_part_names(model.config)
     unread = parameters_unread_by_heads(model)

@@ -134,7 +134,11 @@ class SkippedRecords:
         self.num_seen = 0
 
     def __call__(self, skipped: list[Skipped], num_samples: int) -> None:
-        """Take note of a batch of samples, and of the records left out of it."""
+        """Take note of a batch of samples, and of the records left out of it.
+
+        Raises:
+            ValueError: the policy is `error`, or more records cannot be used than `dataset.max_skipped` allows.
+        """
         self.num_seen += num_samples
         for record in skipped:
             if getattr(self.config, record.policy) == "error":

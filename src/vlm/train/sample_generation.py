@@ -36,7 +36,11 @@ log = logging.getLogger(__name__)
 def make_answer_metrics(
     config: RunConfig, data: SampleDataset, processor: Processor, args: TrainingArguments
 ) -> Callable[[PreTrainedModel], dict[str, float]]:
-    """Return what computes `trainer.eval_metrics` of a model's answers to evaluation records."""
+    """Return what computes `trainer.eval_metrics` of a model's answers to evaluation records.
+
+    Raises:
+        ValueError: no evaluation record can be answered.
+    """
     names, settings = config.trainer.eval_metrics, config.inference
     samples = _answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
     prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples]
@@ -67,12 +71,13 @@ def _answerable_samples(
         prompt = replace(sample, turns=prompt_turns(sample))
         if sample.turns[-1].role != "assistant" or not prompt.turns:
             return False
-        has_sizes = processor.needs_image_sizes
-        sizes = media_sizes_from_opened(prompt.media, open_media(prompt), processor) if has_sizes else []
+        needs_sizes = processor.needs_image_sizes
+        sizes = media_sizes_from_opened(prompt.media, open_media(prompt), processor) if needs_sizes else []
         ids = encode_prompt(processor, prompt.turns, sizes)
         return bool(ids) and len(ids) + max_new_tokens <= longest
 
-    selected = list(islice(filter(leaves_room, map(data.sample, range(len(data)))), max_samples))
+    answerable = filter(leaves_room, map(data.sample, range(len(data))))
+    selected = list(islice(answerable, max_samples))
     if not selected:
         raise ValueError(
             "trainer.eval_metrics: no evaluation record ends with a reply and leaves inference.max_new_tokens="
@@ -99,7 +104,8 @@ def make_sample_generator(
         media = value_or_bad_sample(open_media, sample)
         if not isinstance(media, BadSample):
             prompts.append(turns)
-            prompt_media.append(media[: sum(not isinstance(part, str) for turn in turns for part in turn.content)])
+            num_shown = sum(not isinstance(part, str) for turn in turns for part in turn.content)
+            prompt_media.append(media[:num_shown])  # the last images may come after the prompt
             references.append(_join_text([sample.turns[replies[-1]]]))
 
     def generate(step: int) -> None:

@@ -26,7 +26,7 @@ class SigtermCheckpoint(TrainerCallback):
     """Ends a run on SIGTERM after the current step, with a checkpoint to resume from.
 
     The signal may come several times, from its sender and from a launcher that passes it on. Ranks get it at different
-    steps, or only one of them does, so they agree after each step. Without `can_save`, the run ends at once.
+    steps, or only one of them does, so they agree after each step. Without `can_save`, it ends without one.
     """
 
     def __init__(self, *, can_save: bool = True):

@@ -117,7 +117,8 @@ class VLMTrainer(CheckpointTrainer):
         if self.on_first_batch is not None:
             self.on_first_batch(inputs)
             self.on_first_batch = None
-        with use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext():
+        attention = use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext()
+        with attention:
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -221,7 +222,8 @@ class VLMTrainer(CheckpointTrainer):
     def evaluation_batches(self, dataset: Dataset[object], title: str) -> Iterator[Inputs]:
         """Yield the batches of a data set as the model takes them, with a progress bar; the model is set to evaluate.
 
-        A record that cannot be used is raised as a `BadSample`.
+        Raises:
+            ValueError: a record cannot be used.
         """
         self.model.eval()
         silent = self.args.disable_tqdm or not self.args.should_save

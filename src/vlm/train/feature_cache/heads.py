@@ -50,17 +50,19 @@ def make_feature_reader(
     model, args = run.model, run.args
     assert is_prediction_model(model)
     on_skipped = SkippedRecords(run, config, 1, is_writer=args.process_index == 0)
-    root, body = resolve_cache_folder(config.cache_dir) / "features", body_digest(model)
+    root = resolve_cache_folder(config.cache_dir) / "features"
+    body = body_digest(model)  # of a large body it takes a while
 
     def open_features(dataset: HeadDataset) -> dict[str, Pack]:
         return HeadFeatureWriter(model, body, dataset, collate, args, root, on_skipped).open_features()
 
-    # what is held out has the same sources
     packs = {id(dataset.dataset.sources[0]): open_features(dataset) for dataset in datasets}
 
     def read(dataset: HeadDataset) -> HeadFeatureDataset:
-        is_blank = isinstance(dataset, BlankHeadDataset)
-        features = open_features(dataset) if is_blank else packs[id(dataset.dataset.sources[0])]
+        if isinstance(dataset, BlankHeadDataset):
+            features = open_features(dataset)
+        else:
+            features = packs[id(dataset.dataset.sources[0])]  # what is held out has the same sources
         return HeadFeatureDataset(dataset, features, model.config.settings)
 
     return read
@@ -111,7 +113,8 @@ class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
         return list(packs.values()), [missing] if missing else []
 
     def _plan(self, name: str) -> PackPlan[int]:
-        width, lengths = self.model.config.get_text_config().hidden_size, self.dataset.lengths[self.first]
+        width = self.model.config.get_text_config().hidden_size
+        lengths = self.dataset.lengths[self.first]
         reads_tokens = self.heads[name].pooling in EVERY_TOKEN_POOLINGS
         counts = lengths.astype(np.int64) if reads_tokens else np.ones(len(lengths), dtype=np.int64)
         row_format = FeatureFormat("float32", tokens=1, width=width, stride=4 * width)
@@ -139,7 +142,8 @@ class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
         records, inputs = batch
         if not records:
             return
-        states, mask = self._read(inputs), inputs["attention_mask"].bool()
+        states = self._read(inputs)
+        mask = inputs["attention_mask"].bool()
         by_pack = [states[self.heads[plan.name].name].float().cpu() for plan in plans]
         for row, record in enumerate(records):
             features = [rows[row][mask[row]] if rows.ndim == 3 else rows[row][None] for rows in by_pack]

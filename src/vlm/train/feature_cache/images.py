@@ -122,7 +122,8 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
         folder = resolve_cache_folder(config.cache_dir) / "image_features" / digest
         content = "dataset.cache_features=true: features of the images"
         self.store = FeatureStore(folder, config.cache_limit_gb, content, ADVICE)
-        self.dummy = BLANK_SIZE, FRAME_VIEW if self.processor.pools_video_frames else SQUARE_VIEW
+        dummy_kind = FRAME_VIEW if self.processor.pools_video_frames else SQUARE_VIEW
+        self.dummy = BLANK_SIZE, dummy_kind
         self.packs: list[Pack] = []
 
     def find_image_requests(self, datasets: Sequence[SampleDataset]) -> Requests:

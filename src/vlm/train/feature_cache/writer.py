@@ -96,7 +96,8 @@ class FeatureCacheWriter(ABC, Generic[Item, Batch]):
 
     def _compute_rows(self, folders: list[Path], plans: list[PackPlan[Item]]) -> None:
         """Write this rank's share of rows; afterwards every rank knows all skipped items."""
-        args, skipped = self.args, {}
+        args = self.args
+        skipped: dict[int, Skipped] = {}
         files = [plan.format.map_rows(require_folder(path), "r+") for path, plan in zip(folders, plans, strict=True)]
         share: Any = self.batches(plans[0])[args.process_index :: args.world_size]
         load = partial(self.load, plans[0])

@@ -118,7 +118,8 @@ def _hold_out_sets(
     config: DatasetConfig, sets: Mapping[str, SampleDataset], heads: Sequence[HeadLabels], seed: int
 ) -> dict[str, SampleDataset]:
     """Return role -> samples, those without a file held out of the training samples, stratified by labels."""
-    sets, eval_share = dict(sets), config.eval_split
+    sets = dict(sets)
+    eval_share = config.eval_split
     if eval_share is None and config.folds is None and "eval" not in sets:
         eval_share = DEFAULT_EVAL_SHARE
     for role, share in (("test", config.test_split), ("eval", eval_share)):

@@ -37,8 +37,9 @@ def predict_out_of_fold(
     head_outputs: list[dict[str, HeadOutputs]] = []
     for number, (rest, held_out) in enumerate(folds):
         log.info("Fold %d of %d", number + 1, len(folds))
-        folder, args = run.folder / "folds" / str(number), copy.copy(run.args)
+        folder = run.folder / "folds" / str(number)
         folder.mkdir(parents=True, exist_ok=True)
+        args = copy.copy(run.args)
         args.output_dir, args.report_to = str(folder), []
         args.eval_strategy = args.save_strategy = "no"  # a fold is neither saved nor evaluated while it trains
         reset_heads(model, initial_state)

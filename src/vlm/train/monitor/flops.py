@@ -42,14 +42,14 @@ class FlopsNotCountable(Exception):
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of training, forward and backward, for each thing of a kind."""
+    """Operations of training, forward and backward: of one token, one pair of tokens, one image and so on."""
 
-    token: float  # in the language model, attention aside
-    pair: float  # of a token and a token that it attends to: itself and those before it
-    supervised: float  # supervised token, in the vocabulary head
-    encoded: float  # image in the visual encoder; in family models, in the connector too
-    connected: float  # image in the connector
-    batch: float  # whatever it holds: the cost of queries that all images share
+    token: float  # a token in the language model, attention aside
+    pair: float  # a token and one that it attends to: itself or one before it
+    supervised: float  # a supervised token in the vocabulary head
+    encoded: float  # an image in the visual encoder; in family models, in the connector too
+    connected: float  # an image in the connector
+    batch: float  # a batch, whatever it holds: the cost of queries that all images share
 
     def total(self, stats: BatchStats, encoded: float, connected: float, batches: float) -> float:
         """Return the operations of batches with these statistics, and of images encoded and connected.

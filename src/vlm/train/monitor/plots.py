@@ -112,9 +112,10 @@ def _normalised_images(batch: dict[str, Tensor], processor: Processor) -> Sequen
     return images
 
 
-def _to_image(pixels: Tensor, steps: ImageProcessor) -> Image.Image:
+def _to_image(pixels: Tensor, image_processor: ImageProcessor) -> Image.Image:
     """Return normalised pixels `(3, height, width)` as an image."""
-    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (steps.image_mean, steps.image_std))
+    mean = pixels.new_tensor(image_processor.image_mean).view(3, 1, 1)
+    std = pixels.new_tensor(image_processor.image_std).view(3, 1, 1)
     return to_pil_image((pixels * std + mean).clamp(0, 1).float().cpu())
 
 

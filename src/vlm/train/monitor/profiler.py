@@ -180,9 +180,12 @@ def time_by_part(events: Sequence[FunctionEvent], parts: Sequence[str]) -> tuple
 
 def _exclude_between_steps(events: Sequence[FunctionEvent]) -> tuple[list[FunctionEvent], float]:
     """Return the events within steps, and the microseconds that passed between steps."""
-    breaks = [event.time_range for event in events if event.name == BETWEEN_STEPS and _is_host_event(event)]
-    within = [event for event in events if not any(b.start <= event.time_range.start < b.end for b in breaks)]
-    return within, sum(b.elapsed_us() for b in breaks)
+    pauses = [event.time_range for event in events if event.name == BETWEEN_STEPS and _is_host_event(event)]
+
+    def is_in_pause(event: FunctionEvent) -> bool:
+        return any(pause.start <= event.time_range.start < pause.end for pause in pauses)
+
+    return [event for event in events if not is_in_pause(event)], sum(pause.elapsed_us() for pause in pauses)
 
 
 class CallTree:

@@ -213,10 +213,7 @@ class SpeedMeter:
         seconds = self.total_counts.seconds / self.num_ranks
         metrics["seconds_per_step"] = seconds / steps
         title = f"steps {last_step - steps + 1} to {last_step} ({seconds:.1f} s; the first step is left out)"
-        labels = [(metrics.get(name), *label) for name, label in METRIC_LABELS.items()]
-        rows = [(label, format(value, spec)) for value, label, spec in labels if value is not None]
-        table = tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
-        log.info("Speed of %s:\n\n%s\n", title, table)
+        log.info("Speed of %s:\n\n%s\n", title, speed_table(metrics))
         if self.note is not None:
             log.info("Operations were not counted: %s", self.note)
         summary = {
@@ -232,6 +229,12 @@ class SpeedMeter:
             "peak": self.peak and asdict(self.peak),
         }
         self.folder.joinpath(SPEED_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def speed_table(metrics: Mapping[str, float]) -> str:
+    """Return metrics as a table, in the order of `METRIC_LABELS`."""
+    rows = [(label, format(metrics[name], spec)) for name, (label, spec) in METRIC_LABELS.items() if name in metrics]
+    return tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
 
 
 def peak_memory(device: torch.device) -> float:

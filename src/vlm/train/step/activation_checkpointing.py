@@ -27,7 +27,8 @@ def enable_activation_checkpointing(
     """
     if not args.activation_checkpointing:
         return
-    named, with_gradient = trainer.checkpointed_parts, parts_with_gradient(parts)
+    named = trainer.checkpointed_parts
+    with_gradient = parts_with_gradient(parts)
     if frozen := [name for name in named or () if name not in with_gradient]:
         raise ValueError(
             f"trainer.checkpointed_parts={named}: no gradient flows through the {frozen[0]}, so that it keeps nothing; "

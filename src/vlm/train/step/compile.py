@@ -41,7 +41,8 @@ def compile_layers(model: nn.Module, args: TrainingArguments) -> None:
             "default and max-autotune-no-cudagraphs take all lengths"
         )
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-    if not (layers := list(repeated_layers(model))):
+    layers = list(repeated_layers(model))
+    if not layers:
         raise ValueError("trainer.torch_compile=true: this model has no repeated layers; leave it out")
     for layer in layers:
         layer.compile(**options, dynamic=True, recompile_limit=RECOMPILE_LIMIT)

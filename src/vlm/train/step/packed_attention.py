@@ -44,8 +44,9 @@ def packed_attention(
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
     if _supports_varlen_kernel(query) and not dropout:
-        sizes = cu_seq_lens_q, max_length_q
-        return _varlen_attention(query, key, value, *sizes, scaling=scaling, window=sliding_window), None
+        starts = cu_seq_lens_q
+        output = _varlen_attention(query, key, value, starts, max_length_q, scaling=scaling, window=sliding_window)
+        return output, None
     outputs = []
     lengths = cu_seq_lens_q.diff().tolist()
     samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
@@ -62,7 +63,8 @@ def _check_window(module: nn.Module, window: int | None, max_length: int) -> Non
     Raises:
         ValueError: a sample is longer.
     """
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    config = getattr(module, "config", None)
+    layer = getattr(module, "layer_idx", None)
     layer_types = getattr(config, "layer_types", None)
     if window is not None or config is None or getattr(config, "use_sliding_window", None) is False:
         return
@@ -93,7 +95,8 @@ def _varlen_attention(
 
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, dim)
     sizes = starts, starts, max_length, max_length
-    left, enable_gqa = -1 if window is None else window - 1, q.shape[1] != k.shape[1]
+    left = -1 if window is None else window - 1
+    enable_gqa = q.shape[1] != k.shape[1]
     output = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(left, 0), enable_gqa=enable_gqa)
     assert isinstance(output, Tensor)
     return output[None]
@@ -114,7 +117,8 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 @contextmanager
 def use_packed_attention(config: PreTrainedConfig) -> Iterator[None]:
     """Let a language model that uses `sdpa` attend within samples, forward and backward: its layers read `config`."""
-    before, settable = config._attn_implementation, cast(Any, config)
+    before = config._attn_implementation
+    settable = cast(Any, config)
     if before == "sdpa":
         settable._attn_implementation = {"": PACKED_ATTENTION}  # a mapping: configurations nested in it keep theirs
     try:

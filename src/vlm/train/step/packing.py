@@ -78,9 +78,14 @@ def make_packed_loader(
 
 def loader_options(args: TrainingArguments) -> dict[str, Any]:
     """Return the options that `Trainer` gives its own loaders: data workers and pinned memory."""
-    names = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "in_order")
-    prefetch_factor = args.dataloader_prefetch_factor if args.dataloader_num_workers else None
-    return {name: getattr(args, f"dataloader_{name}") for name in names} | {"prefetch_factor": prefetch_factor}
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "in_order": args.dataloader_in_order,
+    }
 
 
 def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: int) -> int:
@@ -89,17 +94,25 @@ def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: in
     Raises:
         ValueError: a sample may be longer than `max_tokens`.
     """
-    encode, longest = stream.sources[0].encoder, max(source.encoder.longest for source in stream.sources)
-    if max_tokens is not None and max_tokens < longest:
+    longest = max(source.encoder.longest for source in stream.sources)
+    if max_tokens is None:
+        return resolve_pack_capacity(None, batch_size, _read_first_lengths(stream) or [longest], longest)
+    if max_tokens < longest:
         raise ValueError(
             f"trainer.max_tokens_per_batch={max_tokens}: a sample of the stream may have {longest:,} tokens; raise it, "
             "or lower dataset.max_length"
         )
+    return max_tokens
+
+
+def _read_first_lengths(stream: SampleStream) -> list[int]:
+    """Return the lengths of a stream's first samples; training reads unusable ones again, and reports them."""
+    encode = stream.sources[0].encoder
     lengths = []
-    for sample in stream.samples(NUM_PROBED_SAMPLES) if max_tokens is None else ():
-        with suppress(BadSample):  # training reads unusable samples again, and reports them
+    for sample in stream.samples(NUM_PROBED_SAMPLES):
+        with suppress(BadSample):
             lengths.append(len(encode(sample, read_media_sizes(sample, stream.processor)).input_ids))
-    return resolve_pack_capacity(max_tokens, batch_size, lengths or [longest], longest)
+    return lengths
 
 
 def check_packing_support(model_type: str) -> None:
@@ -157,7 +170,8 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
     finally:
         model.train(was_training)
     after_first, after_other = (logits[size:] for logits in packed)
-    tolerance = (1e-4 if alone.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    tolerance *= float(alone.abs().max())
     if float((after_first - after_other).abs().max()) > tolerance * 1e-2:
         problem = "a sample's logits depend on the sample before it"
     elif float((after_first - alone).abs().max()) > tolerance:
