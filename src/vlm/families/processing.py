@@ -174,11 +174,9 @@ class FamilyProcessor:
         for start, end in pairwise([0, *cuts, len(expanded)]):
             continues_text = start > 0
             lead = self.image_token if continues_text else ""  # tokenizers begin no new word behind a token
-            encoded = self.tokenizer(
-                lead + expanded[start:end],
-                return_offsets_mapping=True,
-                add_special_tokens=not continues_text and not has_bos,
-            )
+            piece = lead + expanded[start:end]
+            adds_bos = not continues_text and not has_bos
+            encoded = self.tokenizer(piece, return_offsets_mapping=True, add_special_tokens=adds_bos)
             origin = start - len(lead)
             ids += encoded["input_ids"][continues_text:]
             spans += [(origin + a, origin + b) if b else (0, 0) for a, b in encoded["offset_mapping"][continues_text:]]
@@ -208,8 +206,7 @@ class FamilyProcessor:
         """Return the expansion of each image and video, in the order of their tokens in the text."""
         expected = [self.video_token if isinstance(size, Clip) else self.image_token for size in sizes]
         for token, kind in zip(self.media_tokens, ("images", "videos"), strict=False):
-            given = expected.count(token)
-            written = tokens.count(token)
+            given, written = expected.count(token), tokens.count(token)
             if given != written:
                 raise ValueError(f"{given} {kind} given, but the text has {written} {token}")
         if self.family.joined and tokens != expected:

@@ -154,10 +154,7 @@ class ImageNewline(nn.Module):
         nn.init.normal_(self.weight, std=len(self.weight) ** -0.5)
 
     def forward(self, tokens: Tensor, sizes: Sequence[Size], views: Sequence[int]) -> Tensor:
-        """Return the tokens of all images in sequence: `(V, N, D) -> (tokens, D)`.
-
-        `sizes` are the height and width of each image (any for frames), `views` the number of its views.
-        """
+        """Return the tokens of all images in sequence, by each one's size and views: `(V, N, D) -> (tokens, D)`."""
         newline = self.weight.to(tokens.dtype)
         parts = [newline[None, :][:0]]  # empty, but with a gradient
         tokens_by_image = tokens.split([max(number, 1) for number in views])

@@ -115,10 +115,8 @@ def mlp_layers(
 ) -> nn.Sequential:
     """`num_layers` affine maps with an activation between: `(…, input_dim) -> (…, output_dim)`.
 
-    They are `hidden_dim` wide in between, by default `output_dim`; with `input_norm`, a LayerNorm comes first.
-
-    Raises:
-        ValueError: an option has an invalid value.
+    They are `hidden_dim` wide in between, by default `output_dim`; with `input_norm`, a LayerNorm comes first. An
+    invalid option raises ValueError.
     """
     require_positive(num_layers=num_layers)
     require_activation(activation)
@@ -170,10 +168,8 @@ class Convolution(nn.Sequential):
     ):
         padding = kernel // 2
         convolution = nn.Conv2d(input_dim, output_dim, kernel, stride, padding, groups=groups, bias=False)
-        layers: list[nn.Module] = [convolution, LayerNorm2d(output_dim)]
-        if activation is not None:
-            layers.append(activation)
-        super().__init__(*layers)
+        last = [] if activation is None else [activation]
+        super().__init__(convolution, LayerNorm2d(output_dim), *last)
 
 
 class SqueezeExcitation(nn.Module):

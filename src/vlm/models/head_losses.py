@@ -105,15 +105,9 @@ def head_loss(
 ) -> Tensor:  # fmt: skip
     """Compute the loss of a head: the mean over the rows that have a label, 0 where none has.
 
-    Args:
-        task: a name of `NUM_OUTPUTS_BY_TASK`.
-        loss: the name of a loss of the task.
-        outputs: `(B, K)`.
-        targets: `(B, C)` for `multilabel`, else `(B, 1)`; NaN where a row has no label.
-        groups: `(B,)` for `pairwise`, which compares rows of the same group; by default all rows.
-        weights: the weight of each label, in their order.
-        smoothing: the share of a target that is spread over all labels.
-        options: the loss's keyword parameters.
+    `outputs` are `(B, K)`, `targets` `(B, C)` for `multilabel`, else `(B, 1)`, with NaN where a row has no label.
+    `pairwise` compares rows of the same `groups` `(B,)`, by default all rows. `weights` has the weight of each label,
+    and `smoothing` is the share of a target that is spread over all labels.
     """
     outputs, targets = outputs.float(), targets.to(outputs.device).float().reshape(len(outputs), -1)
     options = options or {}

@@ -46,17 +46,10 @@ def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tenso
 
 
 def choose_labels(task: str, label_probabilities: Tensor, threshold: float | Sequence[float] | None = None) -> Tensor:
-    """Choose labels by their probabilities.
+    """Choose labels by their probabilities: `(N, C) -> (N,)`, the index of the most probable, for `ordinal` the median.
 
-    Args:
-        task: one of `CLASSIFICATION_TASKS`.
-        label_probabilities: `(N, C)`, the output of `probabilities`.
-        threshold: the least probability at which the positive label is chosen (`binary`), or each label (`multilabel`,
-            one number for each); defaults to 0.5. Other tasks have none.
-
-    Returns:
-        `(N,)`, the index of the label: the most probable one, for `ordinal` the median; for `multilabel` `(N, C)`,
-        whether each label is chosen.
+    For `multilabel`, return `(N, C)`: whether each label is chosen. `threshold` is the least probability at which the
+    positive label is chosen (`binary`), or each label (`multilabel`, one number for each); it defaults to 0.5.
     """
     least = label_probabilities.new_tensor(0.5 if threshold is None else threshold)
     if task == "multilabel":

@@ -99,7 +99,7 @@ class PredictionHead(nn.Module):
 
     Args:
         width: D.
-        settings: what it answers, and how.
+        settings: its task, labels, pooling, class and options, and the shift and scale of `regression`.
     """
 
     def __init__(self, width: int, settings: HeadSettings):

@@ -105,9 +105,7 @@ def make_views(image_processor: ImageProcessor, tiling: AnyRes, rgb_image: Tenso
     if num_views == 1:
         rgb_image = _pad_tensor_to_square(rgb_image, mean_color_value(image_processor))
     whole = resize(rgb_image, tiling.tile_size, tiling.tile_size)[None]
-    if num_views > 1:
-        return torch.cat([whole, tiling.cut_tiles(rgb_image, resize)])
-    return whole
+    return torch.cat([whole, tiling.cut_tiles(rgb_image, resize)]) if num_views > 1 else whole
 
 
 def is_plain(image_processor: ImageProcessor) -> bool:

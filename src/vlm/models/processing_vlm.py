@@ -125,11 +125,7 @@ class VLMProcessor(ProcessorMixin):
         return self.anyres is not None
 
     def image_token_ids(self, num_tokens: int | None = None) -> list[int]:
-        """Return the ids that one image takes in a conversation, its start and end token included.
-
-        Args:
-            num_tokens: the number of placeholders; defaults to that of one view.
-        """
+        """Return the ids of one image in a conversation: start, placeholders (by default those of one view), end."""
         start, end = (
             self.tokenizer.convert_tokens_to_ids([token] if token else [])
             for token in (self.image_start, self.image_end)
