@@ -31,7 +31,7 @@ def bootstrap(
 ) -> dict[str, Score]:
     """Return metrics of all units, with intervals from resampling units with replacement.
 
-    `compute_metrics` takes the indices of units, `(units,)`.
+    `compute_metrics` takes the indices of units, `(units,)`, and returns NaN where a metric is undefined.
     """
     random = np.random.RandomState(seed)
     with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
@@ -52,7 +52,10 @@ def make_score(value: float, resampled: Sequence[float] = ()) -> Score:
     if np.isnan(value):
         return Score(None)
     defined = [number for number in resampled if not np.isnan(number)]
-    return Score(float(value), *(np.percentile(defined, INTERVAL_PERCENTILES).tolist() if defined else ()))
+    if not defined:
+        return Score(float(value))
+    low, high = np.percentile(defined, INTERVAL_PERCENTILES)
+    return Score(float(value), float(low), float(high))
 
 
 def format_scores(scores: dict[str, Score], others: Mapping[str, dict[str, Score]] | None = None) -> str:

@@ -59,7 +59,7 @@ class Calibration:
 
 
 def calibrate(task: str, outputs: np.ndarray, targets: np.ndarray, criterion: str = "f1") -> Calibration:
-    """Fit the temperature and the thresholds on validation data, as `validate_outputs` takes it.
+    """Fit the temperature and the thresholds on validation data: outputs `(N, K)`, and targets.
 
     The temperature has the least mean negative log-likelihood (Guo et al. 2017, arXiv:1706.04599); it does not change
     decisions of `multiclass`. `binary` and each label of `multilabel` get a threshold of calibrated probabilities, by
@@ -74,7 +74,8 @@ def calibrate(task: str, outputs: np.ndarray, targets: np.ndarray, criterion: st
     if task not in CLASSIFICATION_TASKS:
         return Calibration()
     temperature = _fit_temperature(task, torch.tensor(outputs), torch.tensor(targets))
-    probs, threshold = Calibration(temperature).probabilities(task, outputs), None
+    probs = Calibration(temperature).probabilities(task, outputs)
+    threshold = None
     if task == "binary":
         threshold = _find_threshold(probs[:, 1], targets, criterion)
     elif task == "multilabel":
@@ -143,7 +144,8 @@ def validate_outputs(task: str, outputs: np.ndarray, targets: np.ndarray) -> tup
     if outputs.ndim != 2 or not outputs.size:
         raise ValueError(f"outputs of {task}: got shape {outputs.shape}, expected (samples, numbers), at least 1 each")
     num_labels = count_labels(task, outputs.shape[1])
-    if outputs.shape[1] != (expected := NUM_OUTPUTS_BY_TASK[task](num_labels)):
+    expected = NUM_OUTPUTS_BY_TASK[task](num_labels)
+    if outputs.shape[1] != expected:
         raise ValueError(f"outputs of {task}: got {outputs.shape[1]} numbers a sample, expected {expected}")
     if not np.isfinite(outputs).all():
         raise ValueError(f"outputs of {task}: {(~np.isfinite(outputs)).sum()} of {outputs.size} are not finite")

@@ -97,7 +97,8 @@ def baseline(
         constant = (train_targets.mean(axis=0) > 0.5).astype(np.int64)
     else:
         constant = np.bincount(train_targets).argmax()
-    decisions, metrics = np.full(targets.shape, constant), TASK_METRICS[task]
+    decisions = np.full(targets.shape, constant)
+    metrics = TASK_METRICS[task]
     return bootstrap(lambda rows: metrics(targets[rows], decisions[rows]), len(targets), num_resamples, seed)
 
 
@@ -160,11 +161,14 @@ def _ranking_metrics(targets: np.ndarray, probs: np.ndarray) -> Metrics:
     """
     areas = {"auroc": classification.binary_auroc, "average_precision": classification.binary_average_precision}
     labels = np.flatnonzero(_has_both_classes(targets))
+    if not len(labels):
+        return dict.fromkeys(areas, np.nan)
     columns = [(torch.tensor(probs[:, label]), torch.tensor(targets[:, label])) for label in labels]
-    return {
-        name: float(np.mean([area(*column, validate_args=False).item() for column in columns])) if columns else np.nan
-        for name, area in areas.items()
-    }
+    found = {}
+    for name, area in areas.items():
+        values = [area(preds, target, validate_args=False).item() for preds, target in columns]
+        found[name] = float(np.mean(values))
+    return found
 
 
 def _regression_metrics(targets: np.ndarray, decisions: np.ndarray, ranking: np.ndarray | None = None) -> Metrics:

@@ -59,7 +59,8 @@ def plot_head_scores(
             shape.
     """
     outputs, targets = validate_outputs(task, outputs, targets)
-    if len(labels) != (expected := count_labels(task, outputs.shape[1])):
+    expected = count_labels(task, outputs.shape[1])
+    if len(labels) != expected:
         raise ValueError(f"labels of {task}: got {len(labels)}, expected {expected}")
     figures: dict[str, Figure | None] = {}
     if task in ("binary", "multiclass", "multilabel"):
@@ -87,7 +88,7 @@ def _plot_curves(
     probs = calibration.probabilities(task, outputs)
     truth = targets if task == "multilabel" else np.eye(len(labels), dtype=np.int64)[targets]
     defined: list[int] = np.flatnonzero(truth.min(axis=0) < truth.max(axis=0)).tolist()
-    plotted = defined[1:] if task == "binary" else defined
+    plotted = [label for label in defined if task != "binary" or label == 1]  # of `binary`, the positive label
     if not plotted:
         return None
     curves = [_compute_curve(kind, truth[:, label], probs[:, label]) for label in plotted]
@@ -160,7 +161,10 @@ def _decorate_axes(axes: Axes, kind: str, share: float) -> None:
 
 
 def _plot_reliability(task: str, outputs: np.ndarray, targets: np.ndarray, calibration: Calibration) -> Figure:
-    """Plot how often predictions of some probability are right, before and after the temperature."""
+    """Plot how often predictions of some probability are right, before and after the temperature.
+
+    The probability is that of the positive label (`binary`) or of the likeliest one (`multiclass`).
+    """
     figure = Figure(figsize=(6, 7), layout="constrained")
     curves, histogram = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     curves.plot([0, 1], [0, 1], label="perfect", **DOTTED)

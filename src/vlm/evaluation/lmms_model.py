@@ -151,7 +151,8 @@ class LmmsModel(lmms):
         assert output.logits is not None
         sums, counts = row_losses(output.logits, labels)
         right = (output.logits.argmax(dim=-1) == targets).split(counts.long().tolist())
-        return list(zip((sums / counts).tolist(), [bool(row.all()) for row in right], strict=True))
+        all_right = [bool(row.all()) for row in right]
+        return list(zip((sums / counts).tolist(), all_right, strict=True))
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> list[str]:
         """Refuse tasks of several rounds."""
@@ -190,7 +191,7 @@ def parse_generation_kwargs(kwargs: dict[str, Any]) -> tuple[InferenceConfig, di
     top_p = float(kwargs.pop("top_p", 0.0))
     settings = InferenceConfig(
         temperature=0.0 if samples is False else temperature,
-        top_p=top_p if top_p > 0 else InferenceConfig.top_p,  # by 0, some tasks mean greedy decoding
+        top_p=top_p if top_p > 0 else InferenceConfig.top_p,  # some tasks write 0 and mean greedy decoding
         num_beams=int(kwargs.pop("num_beams", InferenceConfig.num_beams)),
         max_new_tokens=int(kwargs.pop("max_new_tokens", MAX_NEW_TOKENS)),
     )

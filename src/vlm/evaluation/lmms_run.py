@@ -51,12 +51,15 @@ def find_interpreter(requested: Path | None) -> str:
             "lmms-eval needs an environment of its own: make install-eval, in a clone, makes .venv-eval; "
             "--lmms-eval-python names the Python of another one"
         )
-    missing = "','.join(name for name in ('lmms_eval', 'vlm') if not find_spec(name))"
-    code = f"import sys; from importlib.util import find_spec; sys.exit({missing} or 0)"
+    code = (
+        "import importlib.util as u, sys; "
+        "sys.exit(','.join(name for name in ('lmms_eval', 'vlm') if not u.find_spec(name)) or 0)"
+    )
     process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     if process.returncode:
         hint = "make install-eval makes .venv-eval with both lmms-eval and vlm"
-        raise ValueError(f"{python}: {process.stderr.strip() or 'it'} is missing there; {hint}")
+        missing = process.stderr.strip() or "it"
+        raise ValueError(f"{python}: {missing} is missing there; {hint}")
     return python
 
 
@@ -76,10 +79,18 @@ def run_tasks(
     python: str, arguments: str, tasks: Sequence[str], *, batch_size: int, limit: float | None = None,
     include: Path | None = None,
 ) -> dict[str, dict[str, object]]:  # fmt: skip
-    """Run tasks, show their output as it comes, and return lmms-eval's results: task -> metric -> value.
+    """Run tasks; their output is shown as it comes.
 
-    The model's `arguments` come from `format_model_args`. `limit` is the number of documents of each task, or the share
-    of them, from the first on; `include` is a folder with further tasks.
+    Args:
+        python: the interpreter, see `find_interpreter`.
+        arguments: the model's arguments, see `format_model_args`.
+        tasks: the names of tasks.
+        batch_size: number of requests in a batch.
+        limit: the number of documents of each task, or the share of them; the first ones are taken.
+        include: a folder with further tasks.
+
+    Returns:
+        lmms-eval's results: task -> metric -> value.
 
     Raises:
         ValueError: lmms-eval wrote no results.
@@ -112,7 +123,8 @@ def parse_scores(results: dict[str, dict[str, object]]) -> list[TaskScore]:
             if not comma or "_stderr" in name:
                 continue
             metric = name if kind == "none" else f"{name} ({kind})"
-            scores.append(TaskScore(task, metric, *map(_to_float, (value, values.get(f"{name}_stderr,{kind}")))))
+            error = values.get(f"{name}_stderr,{kind}")
+            scores.append(TaskScore(task, metric, _to_float(value), _to_float(error)))
     return scores
 
 
@@ -128,7 +140,10 @@ def make_rows(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
         if score.value is None:
             continue
         published = PUBLISHED_RESULTS.get((score.task, score.metric.partition(" (")[0]))
-        others = ("", "") if published is None else (f"{published[0]:g}", f"{published[1]:g}")
+        others = ("", "")
+        if published is not None:
+            reproduced, original = published
+            others = (f"{reproduced:g}", f"{original:g}")
         error = "" if score.error is None else f"{score.error:.2g}"
         rows.append((score.task, score.metric, f"{score.value:.4g}", error, *others))
     return rows if any(row[-1] for row in rows[1:]) else [row[:-2] for row in rows]

@@ -85,8 +85,8 @@ def caption_retrieval(
 ) -> list[bool]:
     """Return for each sample whether its own last reply has a lower loss than replies of other samples.
 
-    Samples have one image. Each has `ways` candidates, its own included, so chance is 1 / ways; the others are drawn,
-    and never equal its own.
+    Samples have one image. Each has `ways` candidates, its own included, so chance is 1 / ways; `seed` draws the
+    others, of which none equals its own.
     """
     draw = random.Random(seed)
     collate = Collator.of(processor, deduplicate=processor.deduplicated_inputs)

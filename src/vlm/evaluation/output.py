@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm.config.schema import SourceConfig
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, Sample
 
 NUM_INSPECTED = 100
 """Number of records that are searched for references before a model loads."""
@@ -23,6 +23,11 @@ def resolve_output_folder(checkpoint: str, data: str, requested: Path | None) ->
 
     Beside a run's `final` that is in the run's directory. Beside a folder of another name, and for a Hub model (in the
     current folder), the checkpoint's name precedes the data's.
+
+    Args:
+        checkpoint: a folder, or a name on the Hub.
+        data: the name of the data.
+        requested: the folder that the user named.
 
     Raises:
         ValueError: the folder is within the checkpoint, or cannot be written to.
@@ -66,8 +71,11 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
         raise ValueError(f"--data {config.path}: it has no records")
     folder = Path(config.image_folder or Path(config.path).parent)
     read = get_reader(config.format)
-    numbers = range(min(len(records), NUM_INSPECTED))
-    first = [value_or_bad_sample(lambda n: read(records[n], folder, **config.options), number) for number in numbers]
+
+    def read_sample(number: int) -> Sample:
+        return read(records[number], folder, **config.options)
+
+    first = [value_or_bad_sample(read_sample, number) for number in range(min(len(records), NUM_INSPECTED))]
     samples = [sample for sample in first if not isinstance(sample, BadSample)]
     if not samples:
         raise ValueError(f"--data {config.path}: none of the first {len(first)} records can be read; {first[0]}")

@@ -23,7 +23,7 @@ from vlm.models.configuration_prediction import HeadSettings
 
 @dataclass(frozen=True)
 class Predicted:
-    """How many records a file has and could not be read, and metrics of those with labels, as tables."""
+    """How many records a file has, how many of them could not be read, and metrics of those with labels, as tables."""
 
     records: int
     bad: int
@@ -34,9 +34,21 @@ def predict_file(
     predictor: Predictor, config: SourceConfig, output: Path, *, cache: Path, fingerprint: str, batch_size: int = 16,
     num_workers: int = 2, max_frames: int, overwrite: bool = False,
 ) -> Predicted:  # fmt: skip
-    """Write the predictions for every record of a file, and compute metrics of those with labels.
+    """Predict every record of a file.
 
-    Arguments are those of `inference.generate_file.generate_file`.
+    Args:
+        predictor: the model.
+        config: where the records are and how to read them.
+        output: a `.csv` or `.jsonl` file.
+        cache: the folder of record indices.
+        fingerprint: of the checkpoint.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+        max_frames: the largest number of frames read from a video.
+        overwrite: whether to replace an output that exists or was begun.
+
+    Returns:
+        The number of records, and metrics of those with labels.
 
     Raises:
         ValueError: the output exists, or was begun with other records, options or another checkpoint.
@@ -49,10 +61,10 @@ def predict_file(
     names = ("label", "score", "prediction")
     columns = [f"{name}{end}" for _, end in heads_and_column_ends(predictor) for name in names]
     digest = json_digest(fingerprint, hash_heads(predictor), source.fingerprint)
+    table = ResumableTable(output, ["source", "image_path", *columns, "error"], digest)
     rows = fill_table(
-        ResumableTable(output, ["source", "image_path", *columns, "error"], digest), source, model.device,
-        predictor.of, partial(make_row, predictor), progress_label="predicting", batch_size=batch_size,
-        num_workers=num_workers, overwrite=overwrite,
+        table, source, model.device, predictor.of, partial(make_row, predictor), progress_label="predicting",
+        batch_size=batch_size, num_workers=num_workers, overwrite=overwrite,
     )  # fmt: skip
     return Predicted(len(rows), sum(bool(row["error"]) for row in rows), format_metrics(predictor, rows))
 
@@ -100,10 +112,12 @@ def format_metrics(predictor: Predictor, rows: Sequence[Row]) -> str:
         known, targets, unknown = [], [], []
         for row in labelled:
             try:
-                targets.append(labels.target(row[f"label{end}"]))
-                known.append(row[f"outputs{end}"])
+                target = labels.target(row[f"label{end}"])
             except ValueError as error:
                 unknown.append(f"{row['source']}: {error}")
+            else:
+                targets.append(target)
+                known.append(row[f"outputs{end}"])
         if unknown:
             left_out = f"{len(unknown)} of {len(labelled)} labels are left out of the measures"
             tables.append(f"{left_out}, the first is that of {unknown[0]}")

@@ -52,7 +52,21 @@ def evaluate(
     cache: Path, fingerprint: str, batch_size: int, num_workers: int, max_frames: int, seed: int | None = None,
     overwrite: bool = False,
 ) -> EvaluationResult:  # fmt: skip
-    """Evaluate a model on a file of records; `answers.jsonl` is written answer by answer, see `generate_file`.
+    """Evaluate a model on a file of records; `answers.jsonl` is written answer by answer.
+
+    Args:
+        model: the model.
+        config: where the records are and how to read them.
+        names: names of metrics, see `ALL_METRICS`.
+        folder: the folder of `answers.jsonl`.
+        settings: generation settings.
+        cache: the folder of record indices.
+        fingerprint: of the checkpoint, and of how it is loaded.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+        max_frames: the largest number of frames read from a video.
+        seed: makes sampling repeatable.
+        overwrite: whether to replace answers that exist or were begun.
 
     Raises:
         ValueError: answers exist already, or no answer can be evaluated.
@@ -87,10 +101,11 @@ def evaluate(
 
 def describe_exclusion(excluded: Sequence[tuple[object, object]], records: int, problem: str) -> list[str]:
     """Return a sentence about records that a metric leaves out, given by their ids and reasons; none without any."""
-    return [
-        f"{len(excluded):,} of {records:,} records {problem}; the first is {name!r}{f': {reason}' if reason else ''}"
-        for name, reason in excluded[:1]
-    ]
+    if not excluded:
+        return []
+    name, reason = excluded[0]
+    sentence = f"{len(excluded):,} of {records:,} records {problem}; the first is {name!r}"
+    return [f"{sentence}: {reason}" if reason else sentence]
 
 
 def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, max_frames: int) -> SampleDataset:
@@ -99,8 +114,9 @@ def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, ma
     Raises:
         ValueError: no record can be used.
     """
-    skip = {"on_bad_sample": "skip", "over_length": "skip", "max_skipped": 1.0}
-    data = DatasetConfig(**asdict(config), max_frames=max_frames, **skip)
+    data = DatasetConfig(
+        **asdict(config), max_frames=max_frames, on_bad_sample="skip", over_length="skip", max_skipped=1.0
+    )
     return load_dataset(data, SampleEncoder(model.processor, model.positions, truncate=False), evaluates=True)
 
 

@@ -157,11 +157,14 @@ class FamilyProcessor:
     def tokenize(
         self, text: str, user_spans: Sequence[tuple[int, int]] = (), sizes: Sequence[Size | Clip] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of a rendered conversation, and the character span that each id comes from, see `Processor`.
+        """Return the ids of a rendered conversation, and the character span that each id comes from.
 
         Tokens of images and videos are expanded as in the family's processor, and the whole text is tokenised at once.
-        Only special tokens that a user spelled are split. Images and videos in another order than `sizes` are refused
-        too, where the model reads both by the same inputs.
+        Only special tokens that a user spelled are split. Arguments are those of `Processor.tokenize`.
+
+        Raises:
+            ValueError: the text has more or fewer such tokens than there are images and videos, or in another order
+                where the model reads both by the same inputs.
         """
         expanded, replaced, cuts = self._expand_media_tokens(text, user_spans, sizes)
         bos = self.tokenizer.bos_token
@@ -171,7 +174,8 @@ class FamilyProcessor:
         for start, end in pairwise([0, *cuts, len(expanded)]):
             continues_text = start > 0
             lead = self.image_token if continues_text else ""  # tokenizers begin no new word behind a token
-            piece, adds_bos = lead + expanded[start:end], not (continues_text or has_bos)
+            piece = lead + expanded[start:end]
+            adds_bos = not continues_text and not has_bos
             encoded = self.tokenizer(piece, return_offsets_mapping=True, add_special_tokens=adds_bos)
             origin = start - len(lead)
             ids += encoded["input_ids"][continues_text:]
@@ -190,7 +194,8 @@ class FamilyProcessor:
                 places.append(match.span())
         expansions = self._get_expansions([text[start:end] for start, end in places], sizes)
         replaced = [(start, end, new) for (start, end), new in zip(places, expansions, strict=True)]
-        moved = [cut + sum(len(new) - (end - start) for start, end, new in replaced if end <= cut) for cut in cuts]
+        shifts = [(end, len(new) - (end - start)) for start, end, new in replaced]
+        moved = [cut + sum(shift for end, shift in shifts if end <= cut) for cut in cuts]
         pieces, last = [], 0
         for start, end, new in replaced:
             pieces += [text[last:start], new]
@@ -225,13 +230,18 @@ class FamilyProcessor:
             return_tensors="pt",
             return_text_replacement_offsets=True,
         )
-        expansions = (self.image_token,) * len(images)  # of a family that writes one token for any image
-        if (replacements := out.pop("text_replacement_offsets", None)) is not None:
+        replacements = out.pop("text_replacement_offsets", None)
+        if replacements is None:  # a family that writes one token for any image
+            expansions = (self.image_token,) * len(images)
+        else:
             expansions = tuple(replacement["replacement"] for replacement in replacements[0])
         return {name: value for name, value in out.items() if name not in TEXT_INPUTS}, expansions
 
     def image_inputs(self, images: Sequence[Medium], sizes: Sequence[MediaSize] = ()) -> dict[str, Tensor]:
-        """Return the inputs of a sample's images and videos, in their order where they share inputs."""
+        """Return the inputs of a sample's images and videos from the family's processor; empty without any.
+
+        Where images and videos share inputs, they are there in order.
+        """
         videos = [image for image in images if isinstance(image, DecodedVideo)]
         if videos and self.family.joined:
             return joined([self._process_one(image) for image in images], self.per_sample_inputs)
@@ -293,9 +303,10 @@ def load_family_processor(
 
 def _map_to_original(spans: list[tuple[int, int]], replaced: Replacements) -> list[tuple[int, int]]:
     """Map spans of the expanded text to the rendered one; those within an expansion become its token's span."""
-    mapped, shift = [], 0
+    mapped = []
     remaining = iter([*replaced, None])
     image = next(remaining)
+    shift = 0
     for a, b in spans:
         while image is not None and a - shift >= image[0] + len(image[2]):
             shift += len(image[2]) - (image[1] - image[0])

@@ -192,7 +192,8 @@ def get_part_names(config: "PreTrainedConfig") -> PartNames:
         prefixes = {f"body.{prefix}": part for prefix, part in body.prefixes.items()}
         return PartNames({**prefixes, "heads.": "head"}, tuple(f"body.{prefix}" for prefix in body.unused_prefixes))
     if config.model_type == "vlm":
-        family, unused = COMPOSED_FAMILY, [f"visual_encoder.{name}" for name in config.unread_parameters]
+        family = COMPOSED_FAMILY
+        unused = [f"visual_encoder.{name}" for name in config.unread_parameters]
     else:
         family = get_family(config.model_type)
         unused = _expand_prefixes(family.unused_prefixes, config)

@@ -76,8 +76,11 @@ def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str]) -> dict[s
 
     Those named in `rows` have one row for the sample, `(1, images, …)`; the others are `(images, …)`.
     """
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.cat([part[name] for part in parts if name in part], int(name in rows)) for name in names}
+    collected: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, value in part.items():
+            collected.setdefault(name, []).append(value)
+    return {name: torch.cat(values, dim=int(name in rows)) for name, values in collected.items()}
 
 
 def _without_memory(value: object) -> object:

@@ -54,7 +54,7 @@ class FullPromptEncoder(PromptEncoder):
     answer_tokens: int = 0
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Return the ids of a prompt."""
+        """Return the ids of a prompt; raise BadSample where the sample cannot be used, or is too long."""
         encoded = self.encode(sample, sizes)
         try:
             check_length(len(encoded.input_ids), self.longest, self.answer_tokens)
@@ -139,7 +139,8 @@ class PromptDataset(Dataset[ReadRecord]):
             item = encode_sample(self.source, sample)
         except BadSample as error:
             label = record.get("label") if isinstance(record, dict) else None
-            sample, item = sample or Sample(error.sample_id, (), label), error
+            sample = sample or Sample(error.sample_id, (), label)
+            item = error
         if sample.id == "?":
             sample = replace(sample, id=f"{self.source.name}:{number}")
         return sample, item
@@ -185,11 +186,13 @@ def batch_by_length(window: Sequence[Prompt], batch_size: int) -> list[list[Prom
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _as_arrays(rows: list[ReadRecord]) -> list[ReadRecord]:
-    for _, item in rows:
+def _as_arrays(rows: Sequence[ReadRecord]) -> list[ReadRecord]:
+    converted: list[ReadRecord] = []
+    for sample, item in rows:
         if not isinstance(item, BadSample):
-            item |= {name: value.numpy() for name, value in item.items() if isinstance(value, Tensor)}
-    return rows
+            item = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in item.items()}
+        converted.append((sample, item))
+    return converted
 
 
 def _make_prompt(number: int, sample: Sample, item: SampleInputs | BadSample) -> Prompt:

@@ -61,15 +61,15 @@ class ImageFeatureCache:
     def _replace_pixels(self, body: VLMForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = inputs["pixel_values"]
         keys = [_make_key(image, body.dtype) for image in pixels]
-        unique = list(dict.fromkeys(keys))
-        features = {key: self._features[key] for key in unique if key in self._features}
-        if new := [key for key in unique if key not in features]:
-            features |= zip(new, body.encode_images(pixels[[keys.index(key) for key in new]]), strict=True)
-        shown = {key: features[key] for key in unique}
-        self._store(shown)
+        positions = {key: index for index, key in enumerate(keys)}  # each image once
+        features = {key: self._features[key] for key in positions if key in self._features}
+        if new := [key for key in positions if key not in features]:
+            features |= zip(new, body.encode_images(pixels[[positions[key] for key in new]]), strict=True)
+        order = {key: row for row, key in enumerate(positions)}
+        self._store({key: features[key] for key in order})
         others = {name: value for name, value in inputs.items() if name != "pixel_values"}
-        index = torch.tensor([unique.index(key) for key in keys], device=pixels.device)
-        return {**others, "image_features": torch.stack([*shown.values()]), "image_index": index}
+        index = torch.tensor([order[key] for key in keys], device=pixels.device)
+        return {**others, "image_features": torch.stack([features[key] for key in order]), "image_index": index}
 
     def _store(self, shown: dict[Key, Tensor]) -> None:
         for key, features in shown.items():

@@ -113,24 +113,36 @@ class VisionLanguageModel:
     def conversations(
         self, prompt: str | Sequence[str], images: Sequence[object], videos: Sequence[object], max_frames: int
     ) -> tuple[list[list[Turn]], list[list[Medium]]]:
-        """Return each prompt as a conversation that waits for a reply, and its opened images and videos."""
+        """Return each prompt as a conversation that waits for a reply, and its opened images and videos.
+
+        Raises:
+            ValueError: as `generate`.
+        """
         if isinstance(prompt, str):
             prompt, images, videos = [prompt], [images], [videos]
-        images = _media_per_prompt(images, len(prompt), "images")
-        videos = _media_per_prompt(videos, len(prompt), "videos")
-        questions = [self.open_question(*given, max_frames) for given in zip(prompt, images, videos, strict=True)]
+        images_per_prompt = _media_per_prompt(images, len(prompt), "images")
+        videos_per_prompt = _media_per_prompt(videos, len(prompt), "videos")
+        questions = [
+            self.open_question(text, its_images, its_videos, max_frames)
+            for text, its_images, its_videos in zip(prompt, images_per_prompt, videos_per_prompt, strict=True)
+        ]
         return [[turn] for turn, _ in questions], [media for _, media in questions]
 
     def open_question(
         self, prompt: str, images: Sequence[ImageInput], videos: Sequence[VideoInput] = (),
         max_frames: int = DatasetConfig.max_frames,
     ) -> tuple[Turn, list[Medium]]:  # fmt: skip
-        """Return a question as a turn, and its opened images and videos in the order of their places in it."""
+        """Return a question as a turn, and its opened images and videos in the order of their places in it.
+
+        Raises:
+            ValueError: as `generate`.
+        """
         check_videos(videos, max_frames)
         with errors_without_record():
             video_parts = [parts_for_video(Path(path), max_frames, self.processor, str(path)) for path in videos]
             turn = user_turn(prompt, len(images), video_parts)
-            frames = iter(open_media(Sample("prompt", (Turn("user", tuple(chain(*video_parts))),))))
+            shown = Turn("user", tuple(chain.from_iterable(video_parts)))
+            frames = iter(open_media(Sample("prompt", (shown,))))
         opened_images = iter(load_images(images))
         media = [part for part in turn.content if not isinstance(part, str)]
         return turn, [next(opened_images if part == STAND_IN_IMAGE else frames) for part in media]
@@ -186,9 +198,13 @@ class VisionLanguageModel:
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
         suffix: Sequence[int] = (), left: bool = True,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Return the model's inputs for conversations that wait for a reply, and their images and videos, opened.
+        """Return the model's inputs for conversations that wait for a reply.
 
-        The ids of `suffix` are appended to each prompt; `left` pads on the left, as generation needs.
+        Args:
+            conversations: the turns of each conversation.
+            images: the images and videos of each as `open_media` returns them, in order.
+            suffix: ids to append to each prompt.
+            left: whether to pad on the left, as generation needs.
         """
         rows = []
         for turns, opened in zip(conversations, images, strict=True):
@@ -277,7 +293,9 @@ STAND_IN_IMAGE = ImageRef(Path())
 
 
 def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPart]] = ()) -> Turn:
-    """Return a question as a turn: its images, and the parts of its videos, stand at their marks, else before the text.
+    """Return a question as a turn: its images and videos stand at their marks, else before the text.
+
+    `videos` are the content parts of each video.
 
     Raises:
         ValueError: the prompt has marks, but not as many as there are images or videos.

@@ -22,10 +22,23 @@ def generate_file(
     fingerprint: str, batch_size: int = 16, num_workers: int = 2, max_frames: int, seed: int | None = None,
     overwrite: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Generate an answer for every record of a file, and return all rows of the table.
+    """Generate an answer for every record of a file.
 
-    `cache` is the folder of record indices; `fingerprint` is that of the checkpoint, and of how it is loaded. A `seed`
-    makes sampling repeatable, across interruptions too. `overwrite` replaces an output that exists or was begun.
+    Args:
+        model: the model that answers.
+        config: where the records are and how to read them.
+        output: a `.csv` or `.jsonl` file.
+        settings: generation settings.
+        cache: the folder of record indices.
+        fingerprint: of the checkpoint, and of how it is loaded.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+        max_frames: the largest number of frames read from a video.
+        seed: makes sampling repeatable, across interruptions too; None: not seeded.
+        overwrite: whether to replace an output that exists or was begun.
+
+    Returns:
+        All rows, with the keys `COLUMNS`.
 
     Raises:
         ValueError: the output exists, or was begun with other records, options or another checkpoint.

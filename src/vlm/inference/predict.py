@@ -117,7 +117,9 @@ def _make_predictions(head: HeadSettings, outputs: Tensor) -> list[Prediction]:
         probabilities = dict(zip(head.labels, by_label, strict=True))
         if head.task == "multilabel":
             score = max(by_label)
+        elif head.task == "binary":
+            score = probabilities[head.labels[1]]
         else:
-            score = probabilities[head.labels[1] if head.task == "binary" else label]
+            score = probabilities[label]
         made.append(Prediction(label, score, probabilities, row))
     return made

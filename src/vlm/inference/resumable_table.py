@@ -87,10 +87,14 @@ class ResumableTable:
             if self.path.suffix == ".csv":
                 writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
                 writer.writeheader()
-                for row in self.rows():
-                    writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
+                writer.writerows({name: _format_cell(value) for name, value in row.items()} for row in self.rows())
             else:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
         whole.replace(self.path)
         self.partial.unlink()
         self.metadata.unlink()
+
+
+def _format_cell(value: object) -> object:
+    """Return a value as a cell of a `.csv`; the items of a list are joined by `;`."""
+    return ";".join(map(str, value)) if isinstance(value, list) else value

@@ -47,7 +47,8 @@ class AnyRes:
     def num_views(self, sizes: Sequence[Size | None]) -> list[int]:
         """Return the number of views of each image of one sample: 1 and its tiles, 1, or `VIDEO_FRAME_VIEWS`.
 
-        Of frames of videos, `sizes` has None.
+        Args:
+            sizes: height and width of each image in pixels, in order; None for a frame of a video.
         """
         several = sum(size is not None for size in sizes) > 1 and not self.tile_several
         return [
@@ -62,7 +63,7 @@ class AnyRes:
 
     def image_tokens(self, sizes: Sequence[Size | None]) -> list[int]:
         """Return the number of tokens of each image of one sample; `sizes` as in `num_views`."""
-        return list(map(self.num_tokens, sizes, self.num_views(sizes)))
+        return [self.num_tokens(size, views) for size, views in zip(sizes, self.num_views(sizes), strict=True)]
 
     def num_tokens(self, size: Size | None, views: int) -> int:
         """Return the number of tokens of one image."""
@@ -100,9 +101,9 @@ class AnyRes:
         return unpadded_size if times <= 1.1 else (int(unpadded_size[0] // times), int(unpadded_size[1] // times))
 
     def cut_tiles(self, image: Tensor, resize: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-        """Cut an image, padded with black to its grid: `(3, height, width) -> (tiles, 3, side, side)`, row by row.
+        """Resize an image to fit its grid, in the middle of black, and cut it row by row: `(tiles, 3, side, side)`.
 
-        The image is not normalised yet; `resize` resizes it to a height and width.
+        The image is `(3, height, width)`, before normalisation; `resize` resizes an image to a height and width.
         """
         height, width = image.shape[1:]
         rows, columns = self.grid((height, width))
@@ -153,7 +154,7 @@ class ImageNewline(nn.Module):
         nn.init.normal_(self.weight, std=len(self.weight) ** -0.5)
 
     def forward(self, tokens: Tensor, sizes: Sequence[Size], views: Sequence[int]) -> Tensor:
-        """Return the tokens of all images in sequence, by the size and number of views of each: `-> (tokens, D)`."""
+        """Return the tokens of all images in sequence, by each one's size and views: `(V, N, D) -> (tokens, D)`."""
         newline = self.weight.to(tokens.dtype)
         parts = [newline[None, :][:0]]  # empty, but with a gradient
         tokens_by_image = tokens.split([max(number, 1) for number in views])

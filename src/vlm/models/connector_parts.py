@@ -32,7 +32,11 @@ class GridConnector(Connector):
 
     @classmethod
     def num_tokens(cls, num_features: int, **options: object) -> int:
-        """Return the number of tokens for an image; refuse features that are no grid, or do not fit the options."""
+        """Return the number of tokens for an image of `num_features` features.
+
+        Raises:
+            ValueError: the features are no square grid, or the options do not fit the grid.
+        """
         side = math.isqrt(num_features)
         if side**2 != num_features:
             raise ValueError(
@@ -50,7 +54,7 @@ class GridConnector(Connector):
 
 
 def require_positive(**options: object) -> None:
-    """Refuse the first option that is not a whole number of at least 1."""
+    """Raise ValueError for the first option that is not a whole number of at least 1."""
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"model.connector.options.{name}={value}: a whole number is needed")
@@ -59,7 +63,7 @@ def require_positive(**options: object) -> None:
 
 
 def require_divisor(name: str, value: int, side: int) -> None:
-    """Refuse an option that does not divide the side of the grid of features."""
+    """Raise ValueError where an option does not divide the side of the grid of features."""
     require_positive(**{name: value})
     if side % value:
         raise ValueError(
@@ -69,7 +73,7 @@ def require_divisor(name: str, value: int, side: int) -> None:
 
 
 def require_output_side(output_side: int, side: int) -> None:
-    """Refuse a grid of tokens that is larger than that of the features."""
+    """Raise ValueError where the grid of tokens is larger than that of the features."""
     require_positive(output_side=output_side)
     if output_side > side:
         raise ValueError(
@@ -79,7 +83,7 @@ def require_output_side(output_side: int, side: int) -> None:
 
 
 def require_heads(num_heads: int, hidden_dim: int) -> None:
-    """Refuse a number of attention heads that does not divide the width."""
+    """Raise ValueError where the number of attention heads does not divide the width."""
     require_positive(num_heads=num_heads, hidden_dim=hidden_dim)
     if hidden_dim % num_heads:
         raise ValueError(
@@ -90,11 +94,12 @@ def require_heads(num_heads: int, hidden_dim: int) -> None:
 
 def divisors(number: int, most: int | None = None) -> str:
     """List the divisors of a number, from 1 to `most` or itself."""
-    return ", ".join(str(divisor) for divisor in range(1, min(number, most or number) + 1) if number % divisor == 0)
+    largest = number if most is None else min(number, most)
+    return ", ".join(str(divisor) for divisor in range(1, largest + 1) if number % divisor == 0)
 
 
 def require_activation(activation: str) -> None:
-    """Refuse an activation that transformers does not know."""
+    """Raise ValueError where transformers does not know the activation."""
     if activation not in ACT2FN:
         raise ValueError(f"model.connector.options.activation={activation}: allowed are {', '.join(sorted(ACT2FN))}")
 
@@ -110,14 +115,16 @@ def mlp_layers(
 ) -> nn.Sequential:
     """`num_layers` affine maps with an activation between: `(…, input_dim) -> (…, output_dim)`.
 
-    They are `hidden_dim` wide in between, by default `output_dim`; with `input_norm`, a LayerNorm comes first.
+    They are `hidden_dim` wide in between, by default `output_dim`; with `input_norm`, a LayerNorm comes first. An
+    invalid option raises ValueError.
     """
     require_positive(num_layers=num_layers)
     require_activation(activation)
     layers: list[nn.Module] = [nn.LayerNorm(input_dim)] if input_norm else []
-    for wide, next_wide in pairwise([input_dim, *[hidden_dim or output_dim] * (num_layers - 1), output_dim]):
+    widths = [input_dim, *[hidden_dim or output_dim] * (num_layers - 1), output_dim]
+    for wide, next_wide in pairwise(widths):
         layers += [nn.Linear(wide, next_wide, bias=bias), ACT2FN[activation]]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers[:-1])  # no activation behind the last map
 
 
 def to_grid(features: Tensor) -> Tensor:
@@ -150,11 +157,19 @@ class Convolution(nn.Sequential):
     """
 
     def __init__(
-        self, input_dim: int, output_dim: int, *activation: nn.Module, kernel: int = 1, stride: int = 1, groups: int = 1
+        self,
+        input_dim: int,
+        output_dim: int,
+        activation: nn.Module | None = None,
+        *,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
     ):
         padding = kernel // 2
         convolution = nn.Conv2d(input_dim, output_dim, kernel, stride, padding, groups=groups, bias=False)
-        super().__init__(convolution, LayerNorm2d(output_dim), *activation)
+        last = [] if activation is None else [activation]
+        super().__init__(convolution, LayerNorm2d(output_dim), *last)
 
 
 class SqueezeExcitation(nn.Module):

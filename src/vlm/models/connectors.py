@@ -86,9 +86,14 @@ def connector_class(connector_type: str) -> type[Connector]:
 
 
 def connector_options(connector_type: str, options: Mapping[str, object]) -> dict[str, object]:
-    """Return `options` without nulls, completed with the class's own defaults; a ValueError where they do not fit."""
-    parameters = inspect.signature(connector_class(connector_type).__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    """Return `options` without nulls, completed with the class's own defaults.
+
+    Raises:
+        ValueError: the class does not take an option, or an option has neither a value nor a default.
+    """
+    parameters = inspect.signature(connector_class(connector_type).__init__).parameters
+    keywords = [each for each in parameters.values() if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    defaults = {parameter.name: parameter.default for parameter in keywords}
     values = {name: value for name, value in options.items() if value is not None}
     if unknown := [name for name in values if name not in defaults]:
         raise ValueError(

@@ -65,7 +65,7 @@ def read_features(
         requested_layers = sorted(set(layers))
         states = _hidden_states(encoder, pixel_values, requested_layers)
         requested = [state for state in states if state is not None]
-        if len(requested) == len(requested_layers):  # some encoders return all hidden states in any case
+        if len(requested) == len(requested_layers):  # otherwise the encoder returned all hidden states in any case
             states = dict(zip(requested_layers, requested, strict=True))
         features = torch.cat([flatten_feature_map(states[layer]) for layer in layers], dim=2)
     match feature_strategy:

@@ -34,7 +34,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoo
 def focal(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, *, gamma: float = 2.0) -> Tensor:
     """Cross-entropy that weighs confident right answers less (Lin et al. 2017, arXiv:1708.02002).
 
-    `(B, C), (B, 1) -> (B,)` for `multiclass`, else `(B, K), (B, K) -> (B,)`. A `gamma` of 0 is plain cross-entropy.
+    `(B, C), (B, 1) -> (B,)` for `multiclass`, else `(B, K), (B, K) -> (B,)`. `gamma` is the exponent of the weight; 0
+    is plain cross-entropy.
     """
     if targets.shape[1] == 1 and outputs.shape[1] > 1:
         others = outputs.log_softmax(dim=1).scatter(1, targets.long(), -torch.inf)
@@ -90,7 +91,7 @@ def margin_ranking(outputs: Tensor, targets: Tensor, groups: Tensor, *, margin: 
     """The mean over all pairs of a group of the better row's shortfall from a lead of `margin`: `(B, 1), (B, 1) -> ()`.
 
     Herbrich et al. 2000, "Large margin rank boundaries for ordinal regression". In a pair, the row with the higher
-    target is the better.
+    target is the better; rows of different `groups` `(B,)` are not compared.
     """
     scores, worth = outputs[:, 0], targets[:, 0]
     better = (worth[:, None] > worth[None]) & (groups[:, None] == groups[None])  # NaN is not better than anything
@@ -104,8 +105,9 @@ def head_loss(
 ) -> Tensor:  # fmt: skip
     """Compute the loss of a head: the mean over the rows that have a label, 0 where none has.
 
-    `targets` is `(B, C)` for `multilabel`, else `(B, 1)`. Of `pairwise`, rows of the same `groups` `(B,)` are compared,
-    by default all. `smoothing` is the share of a target that is spread over all labels.
+    `outputs` are `(B, K)`, `targets` `(B, C)` for `multilabel`, else `(B, 1)`, with NaN where a row has no label.
+    `pairwise` compares rows of the same `groups` `(B,)`, by default all rows. `weights` has the weight of each label,
+    and `smoothing` is the share of a target that is spread over all labels.
     """
     outputs, targets = outputs.float(), targets.to(outputs.device).float().reshape(len(outputs), -1)
     options = options or {}
@@ -113,7 +115,7 @@ def head_loss(
         groups = torch.zeros(len(outputs), device=outputs.device) if groups is None else groups.to(outputs.device)
         return margin_ranking(outputs, targets, groups, **options)
     known = ~targets.isnan().any(dim=1)
-    label_weights = None if weights is None else outputs.new_tensor(weights)
+    label_weights = None if weights is None else outputs.new_tensor(list(weights))
     losses = LOSSES[task][loss](outputs, targets.nan_to_num(), label_weights, smoothing, **options)
     return losses.where(known, 0).sum() / known.sum().clamp(min=1)
 

@@ -31,7 +31,7 @@ CLASSIFICATION_TASKS = ("binary", "multiclass", "multilabel", "ordinal")
 def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the probability of each label, in at least float32: `(N, K) -> (N, C)`.
 
-    Outputs are the logits of the positive label (`binary`), of each (`multiclass`, `multilabel`), or of being above
+    `outputs` are the logits of the positive label (`binary`), of each (`multiclass`, `multilabel`), or of being above
     each label but the last (`ordinal`); `temperature` divides them (Guo et al. 2017, arXiv:1706.04599). Rows add up to
     1, but for `multilabel`, whose labels do not exclude each other.
     """
@@ -46,10 +46,10 @@ def probabilities(task: str, outputs: Tensor, temperature: float = 1.0) -> Tenso
 
 
 def choose_labels(task: str, label_probabilities: Tensor, threshold: float | Sequence[float] | None = None) -> Tensor:
-    """Choose labels by their probabilities: `(N, C) -> (N,)`, the index of the most probable; of `ordinal` the median.
+    """Choose labels by their probabilities: `(N, C) -> (N,)`, the index of the most probable, for `ordinal` the median.
 
-    For `multilabel` it is `(N, C)`: whether each label is chosen. `threshold` is the least probability of the positive
-    label (`binary`), or of each label (`multilabel`, one for each); defaults to 0.5.
+    For `multilabel`, return `(N, C)`: whether each label is chosen. `threshold` is the least probability at which the
+    positive label is chosen (`binary`), or each label (`multilabel`, one number for each); it defaults to 0.5.
     """
     least = label_probabilities.new_tensor(0.5 if threshold is None else threshold)
     if task == "multilabel":

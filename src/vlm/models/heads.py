@@ -60,8 +60,9 @@ class MLPHead(nn.Module):
         if num_layers < 2:
             raise ValueError(f"model.head.options.num_layers={num_layers}: at least 2 are needed; `linear` has one")
         self.norm = nn.LayerNorm(width, elementwise_affine=False) if input_norm else nn.Identity()
+        widths = [width, *[hidden_dim or width] * (num_layers - 1), num_outputs]
         layers: list[nn.Module] = []
-        for before, after in pairwise([width, *[hidden_dim or width] * (num_layers - 1), num_outputs]):
+        for before, after in pairwise(widths):
             layers += [nn.Dropout(dropout), nn.Linear(before, after), nn.GELU()]
         self.layers = nn.Sequential(*layers[:-1])
 
@@ -98,16 +99,17 @@ class PredictionHead(nn.Module):
 
     Args:
         width: D.
-        settings: what it answers, and how.
+        settings: its task, labels, pooling, class and options, and the shift and scale of `regression`.
     """
 
     def __init__(self, width: int, settings: HeadSettings):
         super().__init__()
         self.settings = settings
-        task, num_labels = settings.task, len(settings.labels)
-        self.num_outputs = 1 if task == "ordinal" else NUM_OUTPUTS_BY_TASK[task](num_labels)
+        num_labels = len(settings.labels)
+        is_ordinal = settings.task == "ordinal"
+        self.num_outputs = 1 if is_ordinal else NUM_OUTPUTS_BY_TASK[settings.task](num_labels)
         self.layers = head_class(settings.type)(width, self.num_outputs, **settings.options)
-        self.cuts = OrdinalThresholds(num_labels - 1) if task == "ordinal" else None
+        self.cuts = OrdinalThresholds(num_labels - 1) if is_ordinal else None
         # without a bias, which a softmax would not see
         self.attention = nn.Linear(width, 1, bias=False) if settings.pooling == "attention" else None
 

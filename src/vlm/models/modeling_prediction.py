@@ -122,14 +122,16 @@ class VLMForPrediction(WrapperModel):
                 "give prompt_mask with text_labels: heads do not read the replies that stand behind prompts"
             )
         loss = None
-        prompt = None if attention_mask is None else attention_mask.bool()
         if features is None:
             if input_ids is None:
                 raise ValueError("give input_ids, or features")
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             states, reply_loss = self._hidden_states_by_layer(input_ids, real, text_labels, inputs)
             features, prompt = self._read_head_features(states, input_ids, real if prompt_mask is None else prompt_mask)
-            loss = None if reply_loss is None else self.config.generation_weight * reply_loss
+            if reply_loss is not None:
+                loss = self.config.generation_weight * reply_loss
+        else:
+            prompt = None if attention_mask is None else attention_mask.bool()
         outputs = {name: head(features[name], prompt) for name, head in self.heads.items()}
         if labels is not None:
             head_loss = self._weighted_head_loss(outputs, labels, groups)
@@ -162,7 +164,8 @@ class VLMForPrediction(WrapperModel):
         body: Any = self.body
         layers = {settings.layer for settings in self.config.settings}
         arguments = {**inputs, "input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if composed := is_composed(self.config.body_config):
+        composed = is_composed(self.config.body_config)
+        if composed:
             arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and has_trainable_parameters(body)):
             if text_labels is None:
@@ -214,8 +217,9 @@ class VLMForPrediction(WrapperModel):
             cast(VLMForConditionalGeneration, self.body).save_custom_code(save_directory)
         for number, settings in enumerate(self.config.settings):
             if ":" in settings.type:  # package.module:Class, not a name of the table
-                kind, file = type(self.heads[settings.name].layers), Path(save_directory, f"user_head_{number}.py")
-                self.config.auto_map[f"Head.{settings.name}"] = copy_class_file(kind, file)
+                kind = type(self.heads[settings.name].layers)
+                copy = Path(save_directory, f"user_head_{number}.py")
+                self.config.auto_map[f"Head.{settings.name}"] = copy_class_file(kind, copy)
 
 
 def make_body(config: PreTrainedConfig) -> Any:

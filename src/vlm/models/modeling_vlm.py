@@ -239,7 +239,7 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         sizes, numbers = [tuple(size) for size in image_sizes.tolist()], image_views.tolist()
         if (total := sum(max(number, 1) for number in numbers)) != len(views):
             raise ValueError(f"image_views={numbers} are {total} views, but pixel_values hold {len(views)}")
-        tokens = list(map(self.image_newline.anyres.num_tokens, sizes, numbers))
+        tokens = [self.image_newline.anyres.num_tokens(*image) for image in zip(sizes, numbers, strict=True)]
         rows = placeholders.sum(1).tolist()
         if (row := first_mismatched_row(rows, tokens)) is not None:
             raise ValueError(
@@ -376,8 +376,8 @@ def has_trainable_parameters(module: nn.Module) -> bool:
 
 def copy_class_file(kind: type, file: Path) -> str:
     """Copy the file that defines a class; return the name of the class in `auto_map`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     source = Path(inspect.getfile(kind))
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.resolve() != source.resolve():
         shutil.copyfile(source, file)
     return f"{file.stem}.{kind.__name__}"

@@ -61,7 +61,8 @@ def pool_hidden_states(pooling: str, hidden: Tensor, masks: TokenMasks) -> Tenso
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling}: allowed are {', '.join(POOLINGS)}")
     prompt, media, selected = masks.prompt_mask, masks.media_mask, masks.selected_mask
-    mask = {"image": media, "text": prompt & ~media, "token": selected, "query": selected}.get(pooling, prompt)
+    masks_by_pooling = {"image": media, "text": prompt & ~media, "token": selected, "query": selected}
+    mask = masks_by_pooling.get(pooling, prompt)
     if not torch.compiler.is_compiling() and not bool(mask.any(dim=1).all()):
         row = int((~mask.any(dim=1)).nonzero()[0])
         hint = NO_TOKEN_HINTS.get(pooling, "it is empty")

@@ -119,8 +119,10 @@ class VLMProcessor(ProcessorMixin):
         """Whether the number of tokens of an image depends on its size."""
         return self.anyres is not None
 
-    pools_video_frames = needs_image_sizes
-    """Whether frames of videos are encoded otherwise than images; their sizes are then None."""
+    @property
+    def pools_video_frames(self) -> bool:
+        """Whether frames of videos are encoded otherwise than images; their sizes are then None."""
+        return self.anyres is not None
 
     def image_token_ids(self, num_tokens: int | None = None) -> list[int]:
         """Return the ids of one image in a conversation: start, placeholders (by default those of one view), end."""
@@ -188,20 +190,22 @@ class VLMProcessor(ProcessorMixin):
     def image_inputs(self, images: Sequence[ImageOrTensor], sizes: Sequence[Size | None] = ()) -> dict[str, Tensor]:
         """Return the model's inputs for a sample's images, before `normalise`; empty without any.
 
-        Images are those of `raw_pixels`, and `sizes` has None for frames of videos, as in `tokenize`; without sizes, no
-        image is a frame.
+        Args:
+            images: Pillow images, or, where `accepts_tensors`, uint8 tensors `(3, height, width)`.
+            sizes: None for each image that is a frame of a video, as in `tokenize`; without sizes, none is a frame.
         """
         if not images:
             return {}
         if (tiling := self.tiling) is None:
             return {"pixel_values": self.raw_pixels(images)}
         rgb_images = [image if isinstance(image, Tensor) else as_tensor(as_rgb(image)) for image in images]
+        processors = self.image_processors
         image_sizes: list[Size] = [(rgb_image.shape[1], rgb_image.shape[2]) for rgb_image in rgb_images]
         frames = [size is None for size in sizes] or [False] * len(images)
         views = tiling.num_views([None if frame else size for frame, size in zip(frames, image_sizes, strict=True)])
         pixels = [
-            torch.cat([make_views(processor, tiling, *image) for processor in self.image_processors], dim=1)
-            for image in zip(rgb_images, views, strict=True)
+            torch.cat([make_views(processor, tiling, rgb_image, number) for processor in processors], dim=1)
+            for rgb_image, number in zip(rgb_images, views, strict=True)
         ]
         return {
             "pixel_values": torch.cat(pixels),
@@ -234,7 +238,9 @@ class VLMProcessor(ProcessorMixin):
         rgb_images = [image if isinstance(image, Tensor) else as_rgb(image) for image in images]
         processors = self.image_processors
         pixels = [make_raw_pixels(processor, rgb_images, self.image_mode) for processor in processors]
-        return torch.cat(pixels if self.accepts_tensors else list(map(normalise_pixels, processors, pixels)), dim=1)
+        if not self.accepts_tensors:
+            pixels = list(map(normalise_pixels, processors, pixels))
+        return torch.cat(pixels, dim=1)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return the pixels of `raw_pixels` as the visual encoders read them, on the device where they are."""
@@ -272,10 +278,10 @@ class VLMProcessor(ProcessorMixin):
         if inputs:
             data["pixel_values"] = self.normalise(data["pixel_values"])
         if texts is not None:
-            encoded = [
-                {"input_ids": self.tokenize(rendered, (), [(image.height, image.width) for image in sample])[0]}
-                for rendered, sample in zip(texts, samples, strict=True)
-            ]
+            encoded = []
+            for rendered, sample in zip(texts, samples, strict=True):
+                sizes = [(image.height, image.width) for image in sample]
+                encoded.append({"input_ids": self.tokenize(rendered, (), sizes)[0]})
             data |= self.tokenizer.pad(encoded, padding_side=padding_side, return_tensors=return_tensors)
         return BatchFeature(data)
 
