@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from transformers.utils import cached_file
@@ -93,9 +92,11 @@ def fingerprint(folder: Path) -> str:
     The hash is quick to compute, and another training run gives another one. Pieces are spread evenly; the first is at
     the beginning, where composed models keep their connector.
     """
-    found = (sorted(chain.from_iterable(map(folder.glob, patterns))) for patterns in WEIGHT_FILE_PATTERNS)
+    files: list[Path] = []
+    for patterns in WEIGHT_FILE_PATTERNS:
+        files = files or sorted(file for pattern in patterns for file in folder.glob(pattern))
     digest = hashlib.sha256()
-    for file in next(filter(None, found), []):
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
