@@ -107,9 +107,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
-    """Return the base of a checkpoint; refuses sources that are gone, or are no longer what they were.
+    """Return the base of a checkpoint, where it lies now.
 
-    `base_paths` say where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
+    Args:
+        folder: the checkpoint's folder.
+        base_paths: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
+
+    Raises:
+        ValueError: a source is no longer there or not what it was, or `base_paths` names none of them.
     """
     content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     sources = {

@@ -76,7 +76,7 @@ class Plan:
         """
         if self.run not in run_names():
             raise ConfigError(f"choose a run: {', '.join(run_names())}")
-        words = list(map(open_mapping_key, self.words()))
+        words = [open_mapping_key(word) for word in self.words()]
         with _compose_lock:
             ConfigStore.instance().store(name="schema", node=RunConfig)
             try:
