@@ -29,3 +29,19 @@ def test_public_names_load_when_asked_for():
         assert getattr(vlm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = vlm.nothing
+
+
+def raise_value_error(words: list[str]) -> None:
+    raise ValueError("torn file")
+
+
+def test_what_a_command_refuses_ends_it_with_a_message(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vlm.cli.export_checkpoint.main", raise_value_error)
+    with pytest.raises(SystemExit, match=r"^vlm export: torn file$"):
+        main(["export"])
+
+
+def test_errors_of_commands_with_messages_of_their_own_keep_their_traceback(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vlm.cli.data.main", raise_value_error)
+    with pytest.raises(ValueError, match="torn file"):
+        main(["data", "show"])

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from transformers.utils import cached_file
@@ -93,9 +92,11 @@ def fingerprint(folder: Path) -> str:
     The hash is quick to compute, and another training run gives another one. Pieces are spread evenly; the first is at
     the beginning, where composed models keep their connector.
     """
-    found = (sorted(chain.from_iterable(map(folder.glob, patterns))) for patterns in WEIGHT_FILE_PATTERNS)
+    files: list[Path] = []
+    for patterns in WEIGHT_FILE_PATTERNS:
+        files = files or sorted(file for pattern in patterns for file in folder.glob(pattern))
     digest = hashlib.sha256()
-    for file in next(filter(None, found), []):
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
@@ -106,9 +107,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
-    """Return the base of a checkpoint; refuses sources that are gone, or are no longer what they were.
+    """Return the base of a checkpoint, where it lies now.
 
-    `base_paths` say where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
+    Args:
+        folder: the checkpoint's folder.
+        base_paths: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
+
+    Raises:
+        ValueError: a source is no longer there or not what it was, or `base_paths` names none of them.
     """
     content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     sources = {

@@ -114,7 +114,8 @@ def _save_adapter(model: PreTrainedModel, state: dict[str, Tensor], folder: Path
     config = cast("LoraConfig", copy.copy(model.peft_config["default"]))
     config.target_modules = sorted(name for name, module in model.named_modules() if isinstance(module, LoraLayer))
     whole = base.sources.get(WHOLE_CHECKPOINT)
-    config.base_model_name_or_path, config.revision = (whole.name, whole.revision) if whole else (None, None)
+    config.base_model_name_or_path = None if whole is None else whole.name
+    config.revision = None if whole is None else whole.revision
     config.inference_mode = True
     config.save_pretrained(str(folder))
 
@@ -127,12 +128,15 @@ def _base_name(name: str) -> str:
 def _unquantised_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a model's configuration without any quantisation, however deep."""
     plain = copy.deepcopy(config)
-    vars(plain).pop("quantization_config", None)
-    if hasattr(plain, "recipe"):
-        plain.recipe = without_quantization(plain.recipe)
-    for name in plain.sub_configs:
-        if isinstance(nested := getattr(plain, name), PreTrainedConfig):
-            setattr(plain, name, _unquantised_config(nested))
+    waiting = [plain]
+    while waiting:
+        config = waiting.pop()
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        if hasattr(config, "recipe"):
+            config.recipe = without_quantization(config.recipe)
+        nested = [getattr(config, name) for name in config.sub_configs]
+        waiting += [config for config in nested if isinstance(config, PreTrainedConfig)]
     return plain
 
 

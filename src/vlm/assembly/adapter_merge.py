@@ -14,7 +14,16 @@ NOT_COPIED = (BASE_FILE, "adapter_*", "non_lora_trainables.*", "config.json", "*
 def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_remote_code: bool = False) -> str:
     """Write the complete checkpoint in the precision of the base, and return the name of that precision.
 
-    `out` is not there yet or is empty, and appears only once it is complete; `base_paths` are those of `read_base`.
+    The folder appears only once it is complete.
+
+    Args:
+        checkpoint: a folder that `vlm.assembly.adapter_folder.save` wrote, or a name on the Hub.
+        out: a folder that is not there yet, or is empty.
+        base_paths: where the base lies now, see `read_base`.
+        trust_remote_code: whether code out of repositories may run.
+
+    Raises:
+        ValueError: there is no adapter, its base is not found, or `out` holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; name a new folder")

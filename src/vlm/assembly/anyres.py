@@ -33,7 +33,8 @@ def _anyres_fields(
 ) -> dict[str, object]:
     """Return the fields of `AnyRes`; raises ValueError where the parts do not allow tiles."""
     kind, tokens = config.connector["type"], processor.tokens_per_image
-    side, patches = math.isqrt(tokens), math.isqrt(config.num_patches)
+    side = math.isqrt(tokens)
+    patches = math.isqrt(config.num_patches)
     if not keeps_grid(kind) or side**2 != tokens:
         raise ValueError(
             f"model.anyres: the tokens of tiles are put together row by row, and the {tokens} of a square that "

@@ -33,13 +33,16 @@ from vlm.models.heads import HEADS, head_class
 
 
 class CheckpointKind(StrEnum):
-    """What a checkpoint is: a model of parts or of a family, prediction heads on either, or an adapter on a base."""
+    """What a checkpoint is."""
 
     COMPOSED = "composed"
+    """A model composed of a visual encoder, a connector and a language model."""
     FAMILY = "family"
+    """A model of a family of the Hub."""
     PREDICTION = "prediction"
+    """Prediction heads on a model of either kind."""
     ADAPTER = "adapter"
-    """Trained parts count as one, too: they are complete together with the base they were trained on."""
+    """An adapter, or trained parts, that are complete together with the base they were trained on."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,14 @@ class Checkpoint:
             raise ValueError(f"{self.name} has no prediction heads: ask it with vlm generate")
 
     def load_processor(self, template: str | None = None, image_mode: str | None = None) -> Processor:
-        """Return the processor, with the template and image mode of `DatasetConfig`; None: the checkpoint's own.
+        """Return the processor.
 
-        A family's processor decides the image mode by itself: there, one that is given is an error.
+        Args:
+            template: see `DatasetConfig.template`; None: the checkpoint's own.
+            image_mode: see `DatasetConfig.image_mode`; None: the checkpoint's own.
+
+        Raises:
+            ValueError: there is no such template, or an image mode is given for a family, whose processor decides.
         """
         if is_composed_config(self.body_config):
             return self.load_composed_processor(template, image_mode)
@@ -120,6 +128,10 @@ class Checkpoint:
             quantization: part -> `8bit` or `4bit`; an adapter is then not merged.
             base_paths: where an adapter's base lies now, see `read_base`.
             merge: whether an adapter becomes part of the weights.
+
+        Raises:
+            ValueError: options that do not fit the checkpoint, weights that are missing, or a base that is not where it
+                was, is not what it was, or does not fit.
         """
         quantization = quantization or {}
         if self.trust_remote_code:
@@ -137,8 +149,9 @@ class Checkpoint:
                     f"quantization={next(iter(quantization.values()))}: {self.name} has prediction heads; such a "
                     "checkpoint is loaded as it is, not quantised"
                 )
-            chosen = attn_implementation not in (None, "auto")
-            options: Any = {"attn_implementation": attn_implementation} if chosen else {}
+            options: dict[str, Any] = {}
+            if attn_implementation not in (None, "auto"):
+                options["attn_implementation"] = attn_implementation
             return VLMForPrediction.from_pretrained(self.name, dtype=dtype, revision=self.revision or "main", **options)
         return self._load_text_model(dtype, attn_implementation, quantization)
 
@@ -190,6 +203,9 @@ class Checkpoint:
             dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
             quantization: `8bit` or `4bit` for the language model; it is then placed where bitsandbytes puts it.
             base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
+
+        Raises:
+            ValueError: options that do not fit the checkpoint.
         """
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(place)

@@ -7,7 +7,15 @@ from vlm.config.model_schema import HeadConfig, HeadsConfig
 from vlm.config.recorded import read_recipe
 from vlm.models.configuration_prediction import VLMPredictionConfig
 
-CHANGEABLE = ("loss", "loss_options", "class_weights", "label_smoothing", "weight", "threshold_by", "generation_weight")
+CHANGEABLE_HEAD_KEYS = (
+    "loss",
+    "loss_options",
+    "class_weights",
+    "label_smoothing",
+    "weight",
+    "threshold_by",
+    "generation_weight",
+)
 """Keys of a head that its weights do not depend on."""
 
 
@@ -46,7 +54,9 @@ def _check_same_heads(
         pairs.append((f"extra_heads.{name}.", name, head, recorded.extra_heads[name]))
     for prefix, name, head, recorded_head in pairs:
         for key, value in _requested_options(head, prefix, overridden_keys):
-            allowed = [getattr(recorded_head, key), *([labels[name]] if key == "labels" else [])]
+            allowed = [getattr(recorded_head, key)]
+            if key == "labels":
+                allowed.append(labels[name])
             if _without_nulls(value) not in map(_without_nulls, allowed):
                 raise _fixed_heads_error(checkpoint, f"{prefix}{key}", value, allowed[-1])
 
@@ -56,7 +66,7 @@ def _requested_options(head: HeadConfig, prefix: str, overridden_keys: Sequence[
     defaults = type(head)()
     for key, value in vars(head).items():
         is_set = f"{prefix}{key}" in overridden_keys or _without_nulls(value) != getattr(defaults, key)
-        if is_set and key not in (*CHANGEABLE, "extra_heads"):
+        if is_set and key not in (*CHANGEABLE_HEAD_KEYS, "extra_heads"):
             yield key, value
 
 
@@ -69,7 +79,7 @@ def _fixed_heads_error(checkpoint: str, key: str, requested: object, recorded: o
 
 def _changeable_options(requested: HeadConfig, recorded: HeadConfig) -> dict[str, object]:
     """Return the options of a recorded head that a run may choose anew, as the run has them."""
-    return {key: getattr(requested, key) for key in CHANGEABLE if hasattr(recorded, key)}
+    return {key: getattr(requested, key) for key in CHANGEABLE_HEAD_KEYS if hasattr(recorded, key)}
 
 
 def _without_nulls(value: object) -> object:

@@ -1,9 +1,11 @@
 """Opening a model of a family: its configuration, its auto class and its weights."""
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -53,12 +55,29 @@ def load_family_config(
 
 
 def load_family_model(
-    name: str, config: PreTrainedConfig, *, attention: str | None = None, **options: object
-) -> PreTrainedModel:
-    """Return a family's model with its weights; `options` are those of `from_pretrained`."""
-    if attention is not None:
-        options["attn_implementation"] = attention
-    return load_complete(get_auto_class(config), name, config=config, **options)
+    name: str, config: PreTrainedConfig, *, dtype: torch.dtype | str, attention: str | None = None,
+    revision: str | None = None, trust_remote_code: bool = False,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """Return a family's model with its weights.
+
+    Args:
+        name: Hub name or folder.
+        config: the model's configuration.
+        dtype: precision of the weights, or `auto` for that of the checkpoint.
+        attention: attention implementation; None: as transformers chooses.
+        revision: branch, tag or commit.
+        trust_remote_code: whether code out of the repository may run.
+        quantization_config: which matrices are stored in fewer bits; None: none.
+
+    Raises:
+        ValueError: the checkpoint holds less than the model needs.
+    """
+    options = {} if attention is None else {"attn_implementation": attention}
+    return load_complete(
+        get_auto_class(config), name, config=config, dtype=dtype, revision=revision,
+        trust_remote_code=trust_remote_code, quantization_config=quantization_config, **options,
+    )  # fmt: skip
 
 
 def load_complete(auto: type[_BaseAutoModelClass], name: str, **options: object) -> PreTrainedModel:

@@ -59,10 +59,10 @@ def resolve_heads(
     `targets` has for each head `(N, width)`, the training records' targets, NaN where a record has none.
     """
     text, tokenizer = body_config.get_text_config(), processor.tokenizer
-    heads = [
-        asdict(_make_head_settings(head_key(model.head, name), head, head_labels, targets[name], tokenizer, text))
-        for head_labels, (name, head) in zip(labels, model.head.by_name.items(), strict=True)
-    ]
+    heads = []
+    for head_labels, head in zip(labels, model.head.by_name.values(), strict=True):
+        key, head_targets = head_key(model.head, head_labels.name), targets[head_labels.name]
+        heads.append(asdict(_make_head_settings(key, head, head_labels, head_targets, tokenizer, text)))
     return VLMPredictionConfig(
         body_config=body_config, heads=heads, media_token_ids=get_media_token_ids(processor),
         suffix="".join(query_tokens(model.head)), suffix_ids=suffix_ids(model, tokenizer),
@@ -117,11 +117,12 @@ def _token_id(key: str, name: str, head: HeadConfig, tokenizer: PreTrainedTokeni
     token = query_token(name) if head.pooling == "query" else head.token
     if token is None:
         return None
-    if token not in (vocabulary := tokenizer.get_vocab()):
+    token_id = tokenizer.get_vocab().get(token)
+    if token_id is None:
         raise ValueError(
             f"{key}.token={token}: the vocabulary has no such token; add it: model.language_model.new_tokens=[{token}]"
         )
-    return vocabulary[token]
+    return token_id
 
 
 def _class_weights(key: str, head: HeadConfig, targets: np.ndarray, num_labels: int) -> list[float] | None:

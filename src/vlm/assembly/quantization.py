@@ -53,7 +53,8 @@ def make_checkpoint_quantization(config: PreTrainedConfig, kinds: Mapping[str, s
         return None
     with torch.device("meta"):
         model = get_auto_class(config).from_config(config)
-    part_of, head = get_part_names(config).part_of, model.get_output_embeddings()
+    part_of = get_part_names(config).part_of
+    head = model.get_output_embeddings()
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     skipped = [name for name, module in linear if module is head or part_of(f"{name}.weight") not in kinds]
     return make_quantization_config(next(iter(kinds.values())), skipped)

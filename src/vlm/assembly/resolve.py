@@ -34,8 +34,14 @@ def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Pre
     """Return configuration and processor of a run's model, from parts or from a checkpoint, without weights.
 
     With `trainer.from_pretrained`, `config.model` becomes what the checkpoint was built with; a head that the run asks
-    for stays, and where the checkpoint has heads the run continues with those. Keys that the command line sets, the
-    `overrides`, are refused where they contradict the checkpoint.
+    for stays, and where the checkpoint has heads the run continues with those.
+
+    Args:
+        config: the run's configuration.
+        overrides: the keys that the command line sets.
+
+    Raises:
+        ValueError: the parts do not fit, or the command line contradicts the checkpoint.
     """
     overridden_keys = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
     model, name = config.model, config.trainer.from_pretrained
@@ -119,9 +125,10 @@ def _resolve_composed(
 ) -> tuple[VLMConfig, Processor]:
     """Resolve a composed model; `config.model` becomes its recipe with what a run may choose anew."""
     name, requested = checkpoint.name, config.model
-    differences = recipe_differences(model_config, requested, overridden_keys)
-    asked = "; ".join(f"{key}={value!r}, but the checkpoint has {recorded!r}" for key, value, recorded in differences)
-    if asked:
+    if differences := recipe_differences(model_config, requested, overridden_keys):
+        asked = "; ".join(
+            f"{key}={value!r}, but the checkpoint has {recorded!r}" for key, value, recorded in differences
+        )
         raise ValueError(f"trainer.from_pretrained={name}: its architecture is fixed. You asked for {asked}")
     processor = checkpoint.load_composed_processor(config.dataset.template, config.dataset.image_mode)
     if checkpoint.kind is CheckpointKind.ADAPTER and requested.anyres.grids is not None:

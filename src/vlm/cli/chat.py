@@ -5,7 +5,6 @@ and to `Chat.run_command`.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -171,7 +170,8 @@ class Chat:
 
         if not path:
             raise ValueError("a file is needed")
-        file = str(Path(re.sub(r"""^(['"])(.*)\1$""", r"\2", path)).expanduser())
+        is_quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+        file = str(Path(path[1:-1] if is_quoted else path).expanduser())
         if kind == "image":
             load_images([file])
             self.images.append(file)

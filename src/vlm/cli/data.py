@@ -43,9 +43,9 @@ def show(words: Sequence[str]) -> None:
         from vlm.data.tools.show import as_text, load_shown_records, write_page
 
         encoder = _make_sample_encoder(config, overrides)
-        selection = {"number": args.number, "records": args.records, "seed": args.seed}
+        records = load_shown_records(config.dataset, encoder, number=args.number, records=args.records, seed=args.seed)
         shown = []
-        for record in load_shown_records(config.dataset, encoder, **selection):
+        for record in records:
             print(as_text(record, colours=sys.stdout.isatty()))
             shown.append(record)
         write_page(shown, args.output)

@@ -23,11 +23,15 @@ COMMANDS = {
 }
 """Subcommand -> its module in `vlm.cli`, whose `main` takes the words behind it."""
 
+SELF_REPORTING_COMMANDS = ("data", "models")
+"""Subcommands that print their own messages: any other error of theirs is a bug, and keeps its traceback."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the subcommand that the command line names; any other command line is a training run.
 
-    What a subcommand refuses by a `ValueError` or `OSError` ends the process with the error's message.
+    Where a subcommand raises `ValueError` or `OSError`, the process ends with the error's message. Training runs and
+    `SELF_REPORTING_COMMANDS` are excepted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words in (["--help"], ["-h"], ["help"]):
@@ -39,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run(words[1:])
         except (ValueError, OSError) as error:
+            if words[0] in SELF_REPORTING_COMMANDS:
+                raise
             sys.exit(f"vlm {words[0]}: {error}")
     else:
         import_module("vlm.cli.train").main(words)

@@ -18,7 +18,8 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--output-path", "--output_path", metavar="OUT", help="in place of OUT")
     add_base_options(parser, "let code in the repositories run")
     args = parser.parse_args(words)
-    given = [*filter(None, (args.lora_path, args.checkpoint, args.out, args.output_path))]
+    # `--lora-path CHECKPOINT OUT` reads OUT as the first positional word, so the place in this list decides.
+    given = [word for word in (args.lora_path, args.checkpoint, args.out, args.output_path) if word]
     if len(given) != 2:
         parser.error("give CHECKPOINT and OUT, each once")
     checkpoint, out = given[0], Path(given[1])

@@ -108,7 +108,8 @@ def _prepare_folder(args: argparse.Namespace, repo: str | None) -> Iterator["Pre
     from vlm.hub.run_facts import read_run
 
     disable_progress_bar()
-    checkpoint, run = args.checkpoint, read_run(args.checkpoint)
+    checkpoint = args.checkpoint
+    run = read_run(checkpoint)
     with TemporaryDirectory(prefix="push-to-hub-") as space:
         if is_adapter(checkpoint):
             merge(str(checkpoint), Path(space, "merged"), args.base, trust_remote_code=args.trust_remote_code)

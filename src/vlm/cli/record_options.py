@@ -89,4 +89,6 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
         if not equals or key not in known:
             raise ValueError(f"--option {word}: NAME=VALUE is needed; {name} takes {', '.join(known) or 'none'}")
     options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.option))
-    return SourceConfig(args.input, name, options, args.image_folder, system_prompt=args.system_prompt)
+    return SourceConfig(
+        path=args.input, format=name, options=options, image_folder=args.image_folder, system_prompt=args.system_prompt
+    )

@@ -17,11 +17,11 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank."""
-    import torch.distributed as dist
-
-    from vlm.train.run import run
+    from vlm.train.run import run  # torch comes with it
 
     run(config, name, overrides)
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.barrier()  # a rank that exits while another one works may make that one abort
         dist.destroy_process_group()

@@ -21,7 +21,7 @@ FAMILIES_SINCE = (5, 23)
 ENCODE_CHAT = """\
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-).to(model.device"""
+)"""
 
 CHAT = """\
 messages = [
@@ -48,7 +48,8 @@ def model_card(
         licence: its identifier on the Hub.
     """
     heads, body = cleaned.get("heads", []), cleaned.get("body_config", cleaned)
-    composed, name = body["model_type"] == "vlm", repo or "OWNER/NAME"
+    composed = body["model_type"] == "vlm"
+    name = repo or "OWNER/NAME"
     sources = _sources(config, run)
     data = ModelCardData(
         library_name="transformers",
@@ -104,7 +105,8 @@ def _parts(
     body: JsonObject, heads: Sequence[JsonObject], sources: Sequence[tuple[str, str, bool]], counts: dict[str, int]
 ) -> list[tuple[str, ...]]:
     """Return the rows of the table of parts."""
-    rows, origins = [], defaultdict[str, list[str]](list)
+    rows = []
+    origins = defaultdict[str, list[str]](list)
     for part, name, on_hub in sources:
         origins[part].append(f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{name}`")
     if body["model_type"] == "vlm":
@@ -188,7 +190,7 @@ def _usage_section(name: str, config: JsonObject, composed: bool) -> str:
     if heads:
         return "\n\n".join([*blocks, _python(opening + _heads_example(config))])
     answer = (
-        f"{ENCODE_CHAT}, model.dtype)\n"
+        f"{ENCODE_CHAT}.to(model.device, model.dtype)\n"
         "answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)\n"
         'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
     )
@@ -203,7 +205,7 @@ def _usage_section(name: str, config: JsonObject, composed: bool) -> str:
 def _heads_example(config: JsonObject) -> str:
     """Return code that asks a model with heads; tokens that heads read at follow the prompt."""
     if not config.get("suffix"):
-        return f"{ENCODE_CHAT})\nprint(model.predict(**inputs))\n"
+        return f"{ENCODE_CHAT}.to(model.device)\nprint(model.predict(**inputs))\n"
     return (
         "from PIL import Image\n\n"
         "text = processor.apply_chat_template(messages, add_generation_prompt=True) + model.config.suffix\n"
@@ -218,9 +220,11 @@ def _python(code: str) -> str:
 
 def _format_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table; an empty text where it has no rows."""
+    rows = list(rows)
+    if not rows:
+        return ""
     lines = [titles, ["---"] * len(titles), *rows]
-    table = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n".join(table) if len(lines) > 2 else ""
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _format_counts(row: Sequence[str | int | None]) -> list[str]:

@@ -24,14 +24,20 @@ from vlm.models import VLMProcessor
 def export_checkpoint(
     name: str, out: Path, format_name: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
 ) -> list[str]:
-    """Write a checkpoint of this framework in another format, and return what differs, as sentences.
+    """Write a checkpoint of this framework in another format.
 
     Args:
         name: a run's folder `final`, or a name on the Hub.
         out: a new folder.
-        format_name: a name of the table `EXPORT_FORMATS`; refused, with every reason, where parts do not fit it.
+        format_name: a name of the table `EXPORT_FORMATS`.
         vision_tower: the name of the encoder for `llava-original`, in place of the recorded name.
         largest_shard: most bytes of a written file.
+
+    Returns:
+        What differs from the checkpoint, as sentences; empty where nothing differs.
+
+    Raises:
+        ValueError: the format has no place for a part of the model; every reason is listed.
     """
     target = EXPORT_FORMATS[format_name]
     checkpoint = resolve_folder(name)
@@ -64,9 +70,10 @@ def export_checkpoint(
 
 
 def _write_weights(name: str, checkpoint: Path, folder: Path, weight_prefixes: PrefixPairs, largest_shard: int) -> None:
-    writer, files = ShardWriter(folder, largest_shard), weight_files(checkpoint)
+    files = weight_files(checkpoint)
     if not files:
         raise ValueError(f"{name} holds no weights; a run's complete model is its folder `final`")
+    writer = ShardWriter(folder, largest_shard)
     for ours, tensor in tqdm(chain.from_iterable(map(read_shard, files)), desc="weights", unit=""):
         theirs = rename_to_foreign(ours, weight_prefixes)
         if theirs is None:

@@ -49,6 +49,9 @@ def import_checkpoint(
         image_mode: as `dataset.image_mode`; None: the source's.
         dtype: precision of the weights; None: the language model's.
         largest_shard: most bytes of a written file.
+
+    Raises:
+        ValueError: the checkpoint cannot be imported; says why and what to do.
     """
     source = read_source(name, base_model, vision_tower)
     with create_folder(out) as folder:
@@ -89,7 +92,8 @@ def _compose_model(
     config, processor = compose(staged, template, image_mode or source.image_mode)
     config.recipe = asdict(recipe)
     config.vision_config.name_or_path = recipe.visual_encoder.hf_name
-    config.text_config.name_or_path = processor.tokenizer.name_or_path = recipe.language_model.hf_name
+    config.text_config.name_or_path = recipe.language_model.hf_name
+    processor.tokenizer.name_or_path = recipe.language_model.hf_name
     processor.tokenizer.init_kwargs["name_or_path"] = recipe.language_model.hf_name
     return config, processor
 
@@ -137,8 +141,8 @@ def _write_weights(
         del expected["language_model.lm_head.weight"]
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     with_vocabulary = {f"{name}.weight" for name, module in model.named_modules() if module in tables}
-    table, adapted = source.stores[-1].table, source.adapter.deltas
-    deltas = {rename_to_ours(name, table) or name: delta for name, delta in adapted.items()}
+    table = source.stores[-1].table
+    deltas = {rename_to_ours(name, table) or name: delta for name, delta in source.adapter.deltas.items()}
     writer, missing = ShardWriter(folder, largest_shard), set(expected)
     with tqdm(total=len(expected), desc="weights", unit="") as bar:
 

@@ -90,5 +90,5 @@ def _make_image_processor(processor: VLMProcessor, *, pads_to_square: bool) -> A
 def needs_space_after_special_token(tokenizer: PreTrainedTokenizerBase, image_token: str) -> bool:
     """Return whether a text has its own ids behind a special token only where a blank stands between them."""
     texts = [PROBE_WORD, image_token + PROBE_WORD, f"{image_token} {PROBE_WORD}"]
-    alone, (_, *behind), (_, *behind_space) = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return alone != behind and alone == behind_space
+    alone, directly_behind, after_blank = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return alone != directly_behind[1:] and alone == after_blank[1:]

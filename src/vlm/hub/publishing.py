@@ -64,7 +64,7 @@ def prepare_upload(
     checkpoint: Path, out: Path, run: RunSummary, *, repo: str | None = None, licence: str | None = None,
     allow_links: bool = False,
 ) -> PreparedFolder:  # fmt: skip
-    """Fill an empty folder with the files to upload; refuses texts that name a path of this machine.
+    """Fill an empty folder with the files to upload.
 
     Args:
         checkpoint: a complete checkpoint.
@@ -73,6 +73,9 @@ def prepare_upload(
         repo: the name on the Hub, for the example in the card.
         licence: its identifier on the Hub.
         allow_links: whether weights may be symbolic links, in a temporary folder.
+
+    Raises:
+        ValueError: the checkpoint is not complete, this version cannot read it, or a text names a path of this machine.
     """
     config = require_complete_checkpoint(checkpoint)
     _require_readable(checkpoint)
@@ -80,7 +83,7 @@ def prepare_upload(
         if name in CONFIG_FILES:
             write_json(out / name, without_paths(read_json(checkpoint / name), run.checkpoint))
         elif name.endswith(".safetensors"):
-            _link_or_copy((checkpoint / name).resolve(), out / name, allow_links=allow_links)
+            _link_or_copy(checkpoint / name, out / name, allow_links=allow_links)
         else:
             shutil.copyfile(checkpoint / name, out / name)
     for source in list_code_files(checkpoint, config):
@@ -194,8 +197,10 @@ def list_code_files(checkpoint: Path, config: JsonObject) -> Iterator[Path]:
 
     import vlm.models
 
-    body, package = get_body_config(config), Path(vlm.models.__file__).parent
-    composed, predicts = body["model_type"] == COMPOSED_MODEL_TYPE, config["model_type"] == PREDICTION_MODEL_TYPE
+    body = get_body_config(config)
+    package = Path(vlm.models.__file__).parent
+    composed = body["model_type"] == COMPOSED_MODEL_TYPE
+    predicts = config["model_type"] == PREDICTION_MODEL_TYPE
     roots = ["configuration_vlm", "modeling_vlm", "processing_vlm"] if composed else []
     roots += ["configuration_prediction", "modeling_prediction"] if predicts else []
     files = {package / f"{name}.py" for name in roots}
@@ -235,6 +240,7 @@ def _write_auto_maps(out: Path) -> None:
 
 def _link_or_copy(source: Path, target: Path, *, allow_links: bool) -> None:
     """Put a weight file into another folder: as the same file where the file system allows that, else as a copy."""
+    source = source.resolve()  # a hard link to a symbolic link would be one itself
     try:
         os.link(source, target)
     except OSError:  # another file system
@@ -252,5 +258,6 @@ def parameters(folder: Path, config: JsonObject) -> dict[str, int]:
             if dtype.startswith(("F", "BF")) and not name.endswith(STATISTICS_SUFFIXES):
                 part = name.removeprefix("body.").partition(".")[0]
                 counts[{"image_newline": "connector", "heads": "head"}.get(part, part)] += math.prod(shape)
-    composed = get_body_config(config)["model_type"] == COMPOSED_MODEL_TYPE
-    return {**(counts if composed else {}), "total": counts.total()}
+    if get_body_config(config)["model_type"] != COMPOSED_MODEL_TYPE:
+        return {"total": counts.total()}
+    return {**counts, "total": counts.total()}

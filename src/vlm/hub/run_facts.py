@@ -103,9 +103,11 @@ def read_run(checkpoint: Path) -> RunSummary:
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         return RunSummary(checkpoint)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    plot, evals = run / "loss.png", run / "eval"
-    files = {file.parent.relative_to(evals).as_posix(): file for file in sorted(evals.rglob("results.json"))}
-    evaluations = {"evaluation" if name == "." else name: read_json(file) for name, file in files.items()}
+    plot = run / "loss.png"
+    evaluations = {}
+    for file in sorted((run / "eval").rglob("results.json")):
+        name = file.parent.relative_to(run / "eval").as_posix()
+        evaluations["evaluation" if name == "." else name] = read_json(file)
     return RunSummary(
         checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _read_run_name(run),
         [json.loads(line) for line in lines if line.strip()], read_json(run / "data.json"),

@@ -5,8 +5,6 @@ and image items; ours hand it strings with an image token for each image. An exp
 make those strings, so that every server renders what `vlm generate` renders; importing takes the lines off again.
 """
 
-from itertools import product
-
 from transformers.utils.chat_template_utils import render_jinja_template
 
 TEMPLATE_HEADER = """\
@@ -82,8 +80,10 @@ def export_template(template: str, image_token: str, *, space_after_image: bool)
 
 def recover_template(template: str, image_token: str) -> str | None:
     """Return our template out of one that `export_template` made; None for others."""
-    ours = template.removeprefix(TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token)))
-    return None if ours == template else ours.removeprefix(CAPTURE_START).removesuffix(CAPTURE_END)
+    head = TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token))
+    if not template.startswith(head):
+        return None
+    return template.removeprefix(head).removeprefix(CAPTURE_START).removesuffix(CAPTURE_END)
 
 
 def accepts_string_contents(template: str) -> bool:
@@ -113,9 +113,10 @@ def default_template(text_type: str, texts: list[str]) -> str:
 
     It is the one that writes turns as one of the texts does, else the one for the language model's `model_type`.
     """
-    for text, (mark, name) in product(texts, TEMPLATE_MARKERS.items()):
-        if mark in text:
-            return name
+    for text in texts:
+        for mark, name in TEMPLATE_MARKERS.items():
+            if mark in text:
+                return name
     if text_type not in DEFAULT_TEMPLATES:
         raise ValueError(
             f"the source brings no chat template that works here, and there is none for model_type={text_type}: name "

@@ -60,7 +60,11 @@ class HubClient:
         self.endpoint = self.api.endpoint
 
     def get_target(self, repo: str, revision: str | None) -> UploadTarget:
-        """Ask who we are and what is there; nothing is written, but whatever would keep us from writing is an error."""
+        """Ask who we are and what is there; nothing is written.
+
+        Raises:
+            ValueError: no name of a repository, no token or a refused one, no right to write, no connection.
+        """
         with self._readable_errors(repo):
             who = self.api.whoami()
             name = full_name(repo, who["name"])
@@ -86,14 +90,15 @@ class HubClient:
     ) -> str:
         """Upload a folder's files in one commit, and return the address.
 
-        A repository made here for an upload that was refused is gone again.
-
         Args:
             folder: its files.
             target: what `get_target` found.
             private: whether a new repository is.
             revision: a branch, which is made where it is not there; None: `main`.
             obsolete: files of the repository that go with the same commit.
+
+        Raises:
+            ValueError: in words. A repository made here for an upload that was refused is gone again.
         """
         enable_progress_bars()  # transformers, told to be quiet while a model is read, silences the client too
         with self._readable_errors(target.name):
@@ -112,7 +117,8 @@ class HubClient:
                 if refused and not target.exists:
                     self._delete_new_repository(target.name)
                 raise
-        return f"{self.endpoint}/{target.name}{f'/tree/{revision}' if revision else ''}"
+        branch = f"/tree/{revision}" if revision else ""
+        return f"{self.endpoint}/{target.name}{branch}"
 
     def _delete_new_repository(self, name: str) -> None:
         """Remove a repository that was made for an upload that may not be."""

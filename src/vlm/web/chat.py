@@ -53,7 +53,8 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
         placeholder="Your question", max_plain_text_length=100_000,
     )  # fmt: skip
     clear = gr.Button("Clear", size="sm", elem_id="chat-clear")
-    defaults, number = InferenceConfig(), partial(gr.Number, min_width=140)
+    defaults = InferenceConfig()
+    number = partial(gr.Number, min_width=140)
     with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
         settings = [
             number(defaults.temperature, label="temperature", info="0 is greedy", minimum=0, step=0.1),
@@ -90,14 +91,15 @@ def ask(
 ) -> Iterator[tuple[object, object]]:
     """Yield the conversation to show and the state of the question's field, while a question is answered."""
     num_resets = state.num_resets
-    text, images = (message["text"] or "").strip(), message["files"] or []
+    text, images = (message["text"] or "").strip(), list(message["files"] or [])
     if not (text or images):
         yield gr.skip(), gr.skip()
         return
     turns = [*earlier, *({"role": "user", "content": {"path": image}} for image in images)]
     turns += [{"role": "user", "content": text}] if text else []
     yield turns, gr.update(value=None, submit_btn=False, stop_btn=True)
-    answer, state.stopped = "", False
+    answer = ""
+    state.stopped = False
     try:
         conversation = open_conversation(holder, checkpoint, settings)
         conversation.exchanges = state.exchanges
@@ -121,12 +123,10 @@ def open_conversation(holder: ModelHolder, checkpoint: str | None, settings: Seq
 
     `settings` are temperature, top_p, max_new_tokens and seed; only the seed may be None.
     """
-    *numbers, seed = settings
-    names = ("temperature", "top_p", "max_new_tokens")
-    values = {name: value for name, value in zip(names, numbers, strict=True) if value is not None}
-    if missing := [name for name in names if name not in values]:
-        raise ValueError(f"{missing[0]}: a number is needed")
-    config = InferenceConfig(values["temperature"], values["top_p"], max_new_tokens=int(values["max_new_tokens"]))
+    temperature, top_p, max_new_tokens, seed = settings
+    temperature, top_p = _require_number("temperature", temperature), _require_number("top_p", top_p)
+    max_new_tokens = int(_require_number("max_new_tokens", max_new_tokens))
+    config = InferenceConfig(temperature, top_p, max_new_tokens=max_new_tokens)
     check_fields(config)
     checkpoint = (checkpoint or "").strip()
     if not checkpoint:
@@ -140,3 +140,9 @@ def open_conversation(holder: ModelHolder, checkpoint: str | None, settings: Seq
     if seed is not None:
         set_seed(int(seed))
     return Conversation(model, config)
+
+
+def _require_number(name: str, value: float | None) -> float:
+    if value is None:
+        raise ValueError(f"{name}: a number is needed")
+    return value

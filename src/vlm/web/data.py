@@ -99,12 +99,19 @@ def build(checkpoints: list[str]) -> gr.Dropdown:
     return checkpoint
 
 
-def open_first(run: str, *values: str | None) -> tuple[object, ...]:
+def open_first(
+    run: str,
+    path: str | None,
+    images: str | None,
+    checkpoint: str | None,
+    template: str | None,
+    language_model: str | None,
+    lines: str | None,
+) -> tuple[object, ...]:
     """Return the opened records, the first record's view, and whether its number and the buttons can be used.
 
     The arguments are the values of the fields; None where the browser has not shown a field yet.
     """
-    path, images, checkpoint, template, language_model, lines = values
     keys = {"dataset.path": path, "dataset.image_folder": images, "dataset.template": template}
     plan = Plan(run, {"language_model": language_model}, {**keys, "trainer.from_pretrained": checkpoint}, lines)
     try:

@@ -27,15 +27,18 @@ SECURITY_HEADERS = [
 
 
 class RequestGuard:
-    """ASGI middleware of a page that listens at `host`.
+    """ASGI middleware: refuses requests for other hosts and from other sites, and adds `SECURITY_HEADERS` to answers.
 
-    It refuses requests for other hosts and from other sites, and adds `SECURITY_HEADERS` to answers.
+    Args:
+        app: the guarded application.
+        host: the address at which the page listens.
     """
 
     def __init__(self, app: "ASGIApp", host: str):
         self.app = app
         self.loopback_only = is_loopback(host)
-        self.names = {host} if self.loopback_only else {*map(str.lower, (host, socket.gethostname(), socket.getfqdn()))}
+        names = [host] if self.loopback_only else [host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()]
+        self.names = set(names)
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass a request on, or refuse it."""
@@ -43,7 +46,8 @@ class RequestGuard:
             return await self.app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host, origin, site = headers.get(b"host", ""), headers.get(b"origin"), headers.get(b"sec-fetch-site")
-        if reason := self.refusal_reason(host, origin, site, scope.get("method", "GET")):
+        reason = self.refusal_reason(host, origin, site, scope.get("method", "GET"))
+        if reason is not None:
             return await _refuse(scope, send, reason)
 
         async def send_with_headers(message: "Message") -> None:
@@ -56,17 +60,25 @@ class RequestGuard:
     def refusal_reason(self, host: str, origin: str | None, site: str | None, method: str) -> str | None:
         """Return why a request is refused; None where it is allowed.
 
-        `origin` is its header `Origin`, which browsers send with all requests that another page makes, and `site` its
-        `Sec-Fetch-Site`.
+        Args:
+            host: the request's `Host`.
+            origin: its `Origin`, which browsers send with all requests that another page makes.
+            site: its `Sec-Fetch-Site`.
+            method: its method.
         """
         name = urlsplit(f"//{host}").hostname or ""
-        is_ours = name in self.names or is_loopback(name) or (not self.loopback_only and _is_address(name))
-        if not is_ours:  # such as a site's own name that leads here (DNS rebinding)
+        if not self._is_allowed_name(name):
             return f"This page does not answer to the name {name!r}. Give it with vlm web --host."
         other_origin = origin is not None and urlsplit(origin).netloc != host
         if other_origin or (method not in ("GET", "HEAD") and site == "cross-site"):
             return "Requests from other sites are not answered."
         return None
+
+    def _is_allowed_name(self, name: str) -> bool:
+        """Return whether a name stands for this machine; a site's own name that leads here (DNS rebinding) does not."""
+        if name in self.names or is_loopback(name):
+            return True
+        return not self.loopback_only and _is_address(name)
 
 
 def is_loopback(host: str) -> bool:

@@ -30,10 +30,8 @@ class ModelHolder:
         """Return the model of a checkpoint; ValueError where it is no checkpoint, or one of another kind."""
         from vlm.assembly.adapter_folder import is_adapter_checkpoint
 
-        file = Path(checkpoint, "config.json")
         with self._lock:
-            # Another run may replace the folder.
-            key = (checkpoint, file.stat().st_mtime_ns if file.is_file() else None)
+            key = (checkpoint, _modified_at(checkpoint))
             if self._key == key and isinstance(self._loaded, kind):
                 return self._loaded
             self.release()  # before the other one is loaded: memory may not hold both
@@ -52,3 +50,9 @@ class ModelHolder:
 
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _modified_at(checkpoint: str) -> int | None:
+    """Return when a folder was written, as another run may replace it; None for a name on the Hub."""
+    file = Path(checkpoint, "config.json")
+    return file.stat().st_mtime_ns if file.is_file() else None

@@ -44,13 +44,13 @@ def predict(
 
         predictor = holder.load(Predictor, checkpoint)
         result = predictor.predict(prompt, [image for image, _ in gallery or []])
+        predictions = result if isinstance(result, dict) else {predictor.heads[0].name: result}
+        return "".join(
+            bars_html(name, _format_prediction(head.prediction), {str(k): p for k, p in head.probabilities.items()})
+            for name, head in predictions.items()
+        )
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
         return error_html(str(error))
-    predictions = result if isinstance(result, dict) else {predictor.heads[0].name: result}
-    return "".join(
-        bars_html(name, _format_prediction(head.prediction), {str(k): p for k, p in head.probabilities.items()})
-        for name, head in predictions.items()
-    )
 
 
 def _format_prediction(prediction: object) -> str:
