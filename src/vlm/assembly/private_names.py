@@ -77,7 +77,6 @@ PRIVATE_NAMES = {
     "deepspeed": (
         PrivateName(ZERO3_INIT, "ds_numel", "parameters that ZeRO-3 shards are counted"),
         PrivateName(ZERO3_INIT, "ds_shape", "parameters that ZeRO-3 shards are counted"),
-        PrivateName("deepspeed.ops", "__compatible_ops__", "runs on CPUs start without compiling an operation"),
     ),
 }
 """Library -> the private names of it that are used, whichever package uses them."""
