@@ -74,7 +74,7 @@ def pair(parts: Parts) -> Built:
 def by_hand(source: EncoderConfig, image: Image.Image, ours: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and features of one encoder as its own folder says, `(1, 3, h, w)` and `(1, features, width)`.
 
-    timm's image processor, which `test_build.py` looks at, is `ours`.
+    timm's image processor, which `test_compose.py` looks at, is `ours`.
     """
     processor = ours
     if not Path(source.hf_name).name.startswith("timm"):

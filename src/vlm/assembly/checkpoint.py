@@ -1,7 +1,8 @@
-"""Opening a checkpoint: what it is, its configuration, its processor and its weights. Nobody else asks for classes.
+"""Opening a checkpoint: what it is, its configuration, its processor and its weights.
 
 `open_checkpoint` reads the configuration alone; `Checkpoint.load_processor` and `Checkpoint.load_model` do the rest.
-The functions at the end tell kinds of configurations and models apart.
+The functions at the end tell kinds of configurations and models apart: only this file and `vlm.hub` ask which class a
+model has.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The heads of a checkpoint that a run trains on: which of their options the run may choose anew. Imports no torch."""
+"""The heads of a checkpoint that a run trains on: which of their options the run may choose anew."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""From a `ModelConfig` to a model and its processor: the only file that knows both the schema and the models.
+"""From a `ModelConfig` to a model composed of parts, and its processor.
 
 `compose` reads the parts' configurations and tokenizer and returns the model's configuration and processor, in seconds
 and without weights; `build_model` then loads the weights.

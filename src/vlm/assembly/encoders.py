@@ -79,42 +79,44 @@ def _check_equal(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> N
     """Raise ValueError where encoders give unequal outputs, whose features cannot be concatenated."""
     if len(set(outputs)) == 1:
         return
-    each = ", ".join(
+    listing = ", ".join(
         f"{source.hf_name} (model.{part}.image_size={source.image_size or 'null'}) {output}"
         for (part, source), output in zip(sources.items(), outputs, strict=True)
     )
     raise ValueError(
         "model.visual_encoder: encoders side by side need images of one size and give equally many features: "
-        f"{each}. Set the image_size of one that takes several sizes, such as DINOv2, and the same feature_strategy"
+        f"{listing}. Set the image_size of one that takes several sizes, such as DINOv2, and the same feature_strategy"
     )
 
 
 SQUASHED = "squashes the image to a square"
+"""What `_describe_crop` says of an image processor that keeps the whole image."""
 
 
 def check_views(processor: VLMProcessor) -> None:
     """Refuse encoders that read different parts of an image: features of different places would become one token."""
     if processor.anyres is not None:
         return  # tiles are the same for all
-    crops = [_describe_crop(steps, processor.image_mode) for steps in processor.image_processors]
+    crops = [_describe_crop(each, processor.image_mode) for each in processor.image_processors]
     if len(set(crops)) > 1:
         side = image_size(processor.image_processor)[0]
         extra = (f"model.visual_encoder.extra_encoders.{i}" for i in range(len(processor.beside)))
         views = list(zip(("model.visual_encoder", *extra), crops, strict=True))
-        each = ", ".join(f"{key} {crop}" for key, crop in views)
+        listing = ", ".join(f"{key} {crop}" for key, crop in views)
         fixes = ", ".join(f"{key}.image_size={side}" for key, crop in views if crop != SQUASHED)
         raise ValueError(
             f"the visual encoders would see different parts of an image (dataset.image_mode={processor.image_mode}): "
-            f"{each}. {fixes} squashes it there, too"
+            f"{listing}. {fixes} squashes it there, too"
         )
 
 
-def _describe_crop(steps: ImageProcessor, image_mode: str) -> str:
+def _describe_crop(image_processor: ImageProcessor, image_mode: str) -> str:
     """Describe which part of an image an image processor keeps."""
-    if not getattr(steps, "do_center_crop", None):
+    if not getattr(image_processor, "do_center_crop", None):
         return SQUASHED
-    share = min(image_size(steps)) / (steps.size.shortest_edge or min(steps.size.height, steps.size.width))
-    if share >= 1 and (image_mode == "pad" or not steps.size.shortest_edge):
+    size = image_processor.size
+    share = min(image_size(image_processor)) / (size.shortest_edge or min(size.height, size.width))
+    if share >= 1 and (image_mode == "pad" or not size.shortest_edge):
         return SQUASHED
     return f"keeps its middle, {share:.0%} of the shorter side"
 
@@ -166,7 +168,7 @@ def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcesso
 
 
 def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]) -> EncoderInfo:
-    """Find out what an encoder gives for one image by running it without weights; unread layers leave `config`."""
+    """Find out what an encoder gives for one image by running it without weights; layers not read leave `config`."""
     layers = None
     if source.feature_layer is not None and config.model_type in EARLY_EXIT_TYPES:
         layers = list(_resolve_layers(part, source, config.num_hidden_layers + 1))

@@ -1,7 +1,4 @@
-"""From the `head` section to the settings of prediction heads in a checkpoint, and the tokens that heads need.
-
-Imports the schema, the hub code and the labels of data.
-"""
+"""From the `head` section to the settings of prediction heads in a checkpoint, and the tokens that heads need."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Parts whose matrices are stored in 4 or 8 bits, by bitsandbytes through transformers. Imports the table of families.
+"""Parts whose matrices are stored in 4 or 8 bits, by bitsandbytes through transformers.
 
 They stay frozen; adapters train on them (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Norms, embeddings and
 `lm_head` keep the precision of the run.

@@ -1,6 +1,6 @@
 """Every field of a configuration against the rule in its metadata, see `vlm.config.rules`.
 
-Imports the schema's vocabulary only.
+Imports `vlm.config.rules` only.
 """
 
 import json

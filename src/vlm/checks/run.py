@@ -1,6 +1,6 @@
 """What a run is refused for before torch is imported: checks between fields and against the file system.
 
-A check that concerns one value where it is used sits there.
+A value that is needed in one place only is checked there instead.
 """
 
 from collections.abc import Iterator

@@ -31,7 +31,7 @@ def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = Tr
 
 
 def add_base_options(parser: argparse.ArgumentParser, trust: str) -> None:
-    """Add the option for the new place of an adapter's base, and that to trust code, with its purpose."""
+    """Add `--base` and `--trust-remote-code`; `trust` is the help of the latter."""
     spellings = ("--base", "--base-model", "--base_model", "--model-base")
     purpose = "the new place of an adapter's base, if it was moved; for a base of parts PART=PATH, once for each"
     parser.add_argument(*spellings, action="append", default=[], metavar="PATH", help=purpose)
@@ -39,7 +39,7 @@ def add_base_options(parser: argparse.ArgumentParser, trust: str) -> None:
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add generation settings and loading options; the parser has to be called by `parse_intermixed_args`."""
+    """Add generation settings and loading options; words have to be parsed by `parse_intermixed_args`."""
     group = parser.add_argument_group("generation settings", "defaults: those of the run that -cn names, if any")
     for name, kind, purpose in (
         ("temperature", float, "0 is greedy"),
@@ -78,8 +78,8 @@ def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
         raise ConfigError(f"{args.overrides[0] if args.overrides else '--config-dir'}: name a run with it, -cn RUN")
     settings = InferenceConfig()
     if args.config_name is not None:
-        folder = [] if args.config_dir is None else ["--config-dir", args.config_dir]
-        settings = compose_inference_config(["-cn", args.config_name, *folder, *args.overrides])
+        folder_words = [] if args.config_dir is None else ["--config-dir", args.config_dir]
+        settings = compose_inference_config(["-cn", args.config_name, *folder_words, *args.overrides])
     for name in list(vars(settings)):
         if (value := getattr(args, name)) is not None:
             setattr(settings, name, value)

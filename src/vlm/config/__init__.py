@@ -1,1 +1,1 @@
-"""The configuration: a typed schema, the YAML files that fill it, and the checks between its fields."""
+"""The configuration: a typed schema with the rule of each field, and the YAML files that fill it."""

@@ -1,6 +1,6 @@
 """Configurations that a checkpoint or a run directory recorded, read back, whatever keys were called at the time.
 
-Imports the schema only.
+Imports the schema and msgspec only.
 """
 
 from collections.abc import Mapping

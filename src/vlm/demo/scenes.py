@@ -4,8 +4,8 @@ A scene is an image of 4 x 4 cells; one of its corners holds one to four things,
 pairs of colour and shape (`HELD_OUT_PAIRS`) never occur in training, and every scene of `heldout.json` shows one of
 them: answering needs colours and shapes that were learned separately.
 
-For the same reason no training text names both of an image: a language model that reads "red" before it names the shape
-would learn from the text alone that red things are not squares.
+For the same reason no training text names both the colour and the shape of an image: a language model that reads "red"
+before it names the shape would learn from the text alone that red things are not squares.
 """
 
 import json

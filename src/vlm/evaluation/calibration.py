@@ -127,7 +127,7 @@ def validate_outputs(task: str, outputs: np.ndarray, targets: np.ndarray) -> tup
     """Check a head's outputs and targets, and return them in the types that all metrics expect.
 
     Args:
-        task: one of `TASKS`.
+        task: one of `NUM_OUTPUTS_BY_TASK`.
         outputs: `(N, K)`: logits, of `regression` values in the label's own unit, of `pairwise` scores.
         targets: `(N,)`: the label's index, the value (`regression`) or the relevance (`pairwise`); `multilabel`: 0 or 1
             for each label, `(N, C)`.

@@ -235,7 +235,7 @@ def _pairwise_scores(
     table = np.array([statistics(np.flatnonzero(groups == group)) for group in np.unique(groups)])
     if len(table) == 1:
         return bootstrap(lambda rows: _aggregate_groups(statistics(rows)[None]), len(predicted), num_resamples, seed)
-    return bootstrap(lambda some: _aggregate_groups(table[some]), len(table), num_resamples, seed)
+    return bootstrap(lambda rows: _aggregate_groups(table[rows]), len(table), num_resamples, seed)
 
 
 def _aggregate_groups(table: np.ndarray) -> Metrics:

@@ -17,11 +17,11 @@ from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
 from vlm.families.table import Family
 
 MAX_KEPT_VALUES = 1000
-"""Larger tensors are no grids of patches, nor anything else that a number of tokens is computed from."""
+"""Of larger tensors only the shape is kept: they are no grids of patches, nor else needed for a number of tokens."""
 
 
 class FamilyVideos:
-    """The part of a family's processor that reads videos."""
+    """The part of a family's processor that reads videos; `native` is transformers' processor of the family."""
 
     def __init__(self, native: Any, family: Family):
         self.native, self.family = native, family

@@ -1,1 +1,1 @@
-"""Checkpoints of other code bases in, checkpoints for other code bases out."""
+"""Publishing checkpoints, and their import from other code bases and export to them."""

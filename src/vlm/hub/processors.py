@@ -1,7 +1,4 @@
-"""Exported processors: transformers' own classes, set up to do what ours does.
-
-Imports `vlm.hub`, `vlm.models` and transformers.
-"""
+"""Exported processors: transformers' own classes, set up to do what ours does."""
 
 from typing import Any
 

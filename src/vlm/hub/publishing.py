@@ -96,14 +96,14 @@ def prepare_upload(
     if places := list(find_local_paths(out, checkpoint, run.checkpoint)):
         raise ValueError(f"{'; '.join(places)}: that is a place of this machine, which is not for others to read")
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
-    taken = files.keys() - {CARD_FILE}
-    return PreparedFolder(out, files, sorted(file.name for file in checkpoint.iterdir() if file.name not in taken))
+    copied = files.keys() - {CARD_FILE}
+    return PreparedFolder(out, files, sorted(file.name for file in checkpoint.iterdir() if file.name not in copied))
 
 
 def obsolete(there: Iterable[str], prepared: PreparedFolder) -> list[str]:
     """Return the files of a repository that belong to an earlier model or its code, and would mix with the new one."""
-    known = {PLOT_FILE, *(file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py"))}
-    ours = {name for name in there if is_model_file(name) or fnmatch(name, "user_*.py") or name in known}
+    code_and_plot = {PLOT_FILE, *(file.name for file in Path(__file__).parents[1].joinpath("models").glob("*.py"))}
+    ours = {name for name in there if is_model_file(name) or fnmatch(name, "user_*.py") or name in code_and_plot}
     return sorted(ours - prepared.files.keys())
 
 
@@ -206,10 +206,10 @@ def list_code_files(checkpoint: Path, config: JsonObject) -> Iterator[Path]:
     files = {package / f"{name}.py" for name in roots}
     files |= {Path(needed) for root in list(files) for needed in get_relative_import_files(root)}
     yield from sorted(files)
-    named = [body.get("connector", {}).get("type", ""), *(head["type"] for head in config.get("heads", []))]
+    type_names = [body.get("connector", {}).get("type", ""), *(head["type"] for head in config.get("heads", []))]
     custom = get_custom_classes(config)
-    if sum(":" in name for name in named) != len(custom):
-        raise ValueError(f"{checkpoint} is not complete: {', '.join(named)} is a class whose file is not there")
+    if sum(":" in name for name in type_names) != len(custom):
+        raise ValueError(f"{checkpoint} is not complete: {', '.join(type_names)} is a class whose file is not there")
     for reference in sorted(set(custom.values())):
         file = checkpoint / f"{reference.partition('.')[0]}.py"
         if not file.is_file():
@@ -219,17 +219,17 @@ def list_code_files(checkpoint: Path, config: JsonObject) -> Iterator[Path]:
 
 def _write_auto_maps(out: Path) -> None:
     """Write into the published files which class belongs to which auto class."""
-    from vlm.models.configuration_prediction import AUTO_MAP as PREDICTING
-    from vlm.models.configuration_vlm import AUTO_MAP as COMPOSING
+    from vlm.models.configuration_prediction import AUTO_MAP as PREDICTION_AUTO_MAP
+    from vlm.models.configuration_vlm import AUTO_MAP as COMPOSED_AUTO_MAP
 
     config = read_json(out / "config.json")
     body, custom = get_body_config(config), get_custom_classes(config)
     if body["model_type"] == COMPOSED_MODEL_TYPE:
-        body["auto_map"] = COMPOSING | {key: value for key, value in custom.items() if key == "Connector"}
-        auto_map = {"auto_map": {"AutoProcessor": COMPOSING["AutoProcessor"]}}
+        body["auto_map"] = COMPOSED_AUTO_MAP | {key: value for key, value in custom.items() if key == "Connector"}
+        auto_map = {"auto_map": {"AutoProcessor": COMPOSED_AUTO_MAP["AutoProcessor"]}}
         write_json(out / "processor_config.json", read_json(out / "processor_config.json") | auto_map)
     if config["model_type"] == PREDICTION_MODEL_TYPE:
-        config["auto_map"] = PREDICTING | custom
+        config["auto_map"] = PREDICTION_AUTO_MAP | custom
         if body["model_type"] != COMPOSED_MODEL_TYPE:
             del config["auto_map"]["AutoProcessor"]
     write_json(out / "config.json", config)

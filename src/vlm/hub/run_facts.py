@@ -1,7 +1,4 @@
-"""The facts of a run directory that the model card tells.
-
-Imports the schema's names and the cleaning of paths only.
-"""
+"""The facts of a run directory that the model card tells. Imports no torch."""
 
 import json
 import shlex

@@ -1,6 +1,6 @@
 """Images in tiles (anyres) as other code bases write them down, and as `model.anyres` has them.
 
-Imports the schema and `vlm.models.anyres`. The others name allowed sizes in pixels (`image_grid_pinpoints`) where we
+The others name allowed sizes in pixels (`image_grid_pinpoints`) where we
 name grids in tiles: transformers as `[height, width]`, the original as `[width, height]`, which decides between grids
 that are equally good for an image.
 """

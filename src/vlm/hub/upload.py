@@ -1,7 +1,7 @@
 """Uploading a folder to the Hub: what must be true is asked before anything is written there, then one commit.
 
 Weights go up first, each file apart; what has arrived is not sent again after a break. The commit comes last, so that a
-repository never holds half a model. Imports the published file names only.
+repository never holds half a model. Imports nothing of `vlm`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,1 +1,1 @@
-"""Using a trained model: loading it, generating with it, measuring it."""
+"""Using a trained model: generating, chatting, predicting, serving."""

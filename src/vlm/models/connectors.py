@@ -5,8 +5,8 @@ line to `CONNECTORS` and a YAML file in `config/model/connector/`. A class takes
 keyword options, maps `(images, features, vision_dim) -> (images, tokens, text_dim)`, and returns from `num_tokens` the
 number of tokens for a number of features, since the processor writes as many placeholders.
 
-Those here map every feature by itself; those of `grid_connectors.py` turn a square grid of patches into fewer tokens,
-those of `query_connectors.py` read the features with learned queries.
+The connectors here map every feature by itself, those of `grid_connectors.py` turn a square grid of patches into fewer
+tokens, and those of `query_connectors.py` read the features with learned queries.
 """
 
 import inspect
@@ -92,8 +92,8 @@ def connector_options(connector_type: str, options: Mapping[str, object]) -> dic
         ValueError: the class does not take an option, or an option has neither a value nor a default.
     """
     parameters = inspect.signature(connector_class(connector_type).__init__).parameters
-    keywords = [each for each in parameters.values() if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    defaults = {parameter.name: parameter.default for parameter in keywords}
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    defaults = {name: option.default for name, option in parameters.items() if option.kind is keyword_only}
     values = {name: value for name, value in options.items() if value is not None}
     if unknown := [name for name in values if name not in defaults]:
         raise ValueError(
@@ -130,3 +130,4 @@ CONNECTORS: dict[str, type[Connector]] = {
     "resampler": ResamplerConnector,
     "qformer": QFormerConnector,
 }
+"""`model.connector.type` -> its class; classes of the user's own are added by their names."""

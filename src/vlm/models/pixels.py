@@ -1,6 +1,6 @@
 """Images as a visual encoder reads them: upright, in RGB, padded, resized, normalised.
 
-Hub code: imports torch, numpy, Pillow and transformers only.
+Hub code: imports torch, numpy, Pillow, transformers and its siblings only.
 """
 
 from collections.abc import Mapping, Sequence

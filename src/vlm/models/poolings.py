@@ -1,6 +1,6 @@
 """Poolings: the hidden states of a prompt that a prediction head reads.
 
-Hub code: imports torch and its siblings only. To add a pooling, add a row to `POOLINGS` and its code to
+Hub code: imports torch only. To add a pooling, add a row to `POOLINGS` and its code to
 `pool_hidden_states`.
 
 Shapes: B rows, T tokens a row, D width of the language model.

@@ -1,7 +1,7 @@
 """The processor: the one place where conversations become tokens and images become pixels.
 
-Hub code: imports torch, Pillow and transformers only. It is saved with the checkpoint, so training, inference,
-evaluation and other people's programs all read the same ids.
+Hub code: imports torch, Pillow, transformers and its siblings only. It is saved with the checkpoint, so training,
+inference, evaluation and other people's programs all read the same ids.
 """
 
 import re

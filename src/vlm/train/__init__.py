@@ -1,1 +1,1 @@
-"""Training: one run told as a story (`run.py`), parts as parameter groups, the Trainer subclass, its callbacks."""
+"""Training: one run from start to end (`run.py`), its objectives, the trainer, the step, what is monitored."""

@@ -1,4 +1,4 @@
-"""One run, told as a story."""
+"""One run from start to end: the model, its data, training, and the finished checkpoint."""
 
 import logging
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ REFRESH_SECONDS = 2.0
 
 
 class RunView:
-    """The runs below the folder `outputs`, and the selected one."""
+    """The runs below the folder `outputs`, and the selected one; `shown` are the components that `refresh` updates."""
 
     def __init__(self, outputs: Path):
         self.outputs = outputs
@@ -109,7 +109,7 @@ def _render_details(run: Run | None) -> tuple[object, ...]:
         return "", hidden, hidden, hidden, None, "", "", ""
     rows = loss_rows(read_metrics(run.folder))
     job = jobs.read_job(run.folder)
-    elsewhere = "This run was not started from the page: its log is where it was started."
+    no_log = "This run was not started from the page: its log is where it was started."
     command = "\n".join(f"# {line}" for line in read_run_file(run.folder, "command.txt").splitlines())
     return (
         status_html(run) + _resume_advice(run),
@@ -117,7 +117,7 @@ def _render_details(run: Run | None) -> tuple[object, ...]:
         gr.update(visible=run.is_active and jobs.can_kill(job)),
         gr.update(visible=True),
         pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None,
-        log_html(log_tail(run.folder / jobs.LOG_FILE) or ("Nothing printed yet." if job else elsewhere)),
+        log_html(log_tail(run.folder / jobs.LOG_FILE) or ("Nothing printed yet." if job else no_log)),
         samples_html(*last_samples(run.folder)),
         f"{command}\n{read_run_file(run.folder, 'config.yaml')}",
     )

@@ -1,1 +1,1 @@
-"""Image features on disk: files, store, the data set that reads them."""
+"""Features of frozen parts on disk: the store, and the data sets that read images' and heads' features from it."""

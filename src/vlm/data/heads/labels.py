@@ -18,7 +18,7 @@ NUMERIC_TASKS = ("regression", "pairwise")
 KNOWN_BINARY_LABELS = (("0", "1"), ("false", "true"), ("no", "yes"), ("negative", "positive"))
 """Pairs of labels of `binary`, as lower-case text, of which the second is known to be the positive one."""
 MAX_TARGET = float(np.finfo(np.float32).max)
-"""Targets are float32."""
+"""The largest number that a target may be, since targets are float32."""
 MAX_STRATA = 10
 """The most strata that numbers, or sets of labels, are divided into."""
 MIN_STRATUM_SIZE = 20
@@ -26,7 +26,7 @@ MIN_STRATUM_SIZE = 20
 
 Label = str | bool | int | float
 LabelKey = tuple[str, Label]
-"""A label's kind and the label: Python takes True for 1, and 1.0."""
+"""A label's kind and the label; the kind tells True from 1, which Python takes for equal."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class HeadLabels:
     """What a head learns.
 
     Attributes:
-        task: a name of `models.head_tasks.TASKS`.
+        name: the head's name, for messages.
+        task: a name of `models.head_tasks.NUM_OUTPUTS_BY_TASK`.
         labels: the labels that it chooses among, in the order of its outputs; none for a task of `NUMERIC_TASKS`.
     """
 
@@ -281,7 +282,7 @@ def split(
     held_out = int(np.ceil(share * number))
     left = number - held_out
     if groups is not None:
-        if not left:  # also of one
+        if not left:  # a single group leaves none either
             raise ValueError(f"{key}: a group stays together, and {held_out} of {number} leave none for training")
         splitter = GroupShuffleSplit
     else:

@@ -1,6 +1,6 @@
 """Readers: functions that turn one record into a `Sample`, whatever kind of file it came from.
 
-Imports `sample` and the standard library only, since configurations are checked with it. To add a format, write a
+Imports siblings that need the standard library only, since configurations are checked with it. To add a format, write a
 function `(record, image_folder, **options) -> Sample` that raises `BadSample`, and add it to `FORMATS`; a user's own
 function needs no line there (`dataset.format=package.module:function`). `dataset.options` may set its keyword
 parameters.

@@ -3,8 +3,6 @@
 To add a conversion, write a generator `(source, context, **options)` of records that a reader of `formats.FORMATS`
 takes, and add it to `CONVERSIONS`; a record that cannot be used is yielded as a `BadSample` with the reason. Its
 keyword parameters are options of the command; a new one needs a line in `OPTIONS`.
-
-Imports tqdm, msgspec, the standard library and siblings only.
 """
 
 import argparse

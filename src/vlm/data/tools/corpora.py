@@ -1,7 +1,4 @@
-"""Conversions of published data sets: Conceptual Captions, COCO's captions, VQA. Generators, as `convert` takes them.
-
-Imports msgspec, the standard library and siblings only.
-"""
+"""Conversions of published data sets: Conceptual Captions, COCO's captions, VQA; generators as `convert` takes them."""
 
 import mmap
 import string

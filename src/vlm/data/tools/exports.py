@@ -1,7 +1,4 @@
-"""Exports of annotation tools, UBIAI and Label Studio: one document or task at a time becomes a record.
-
-Imports msgspec, the standard library and siblings only.
-"""
+"""Exports of annotation tools, UBIAI and Label Studio: one document or task at a time becomes a record."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator

@@ -2,8 +2,6 @@
 
 A file is written under a temporary name and renamed when it is complete. To add a kind of file, derive from
 `RecordWriter` and name it in `make_writer`.
-
-Imports the standard library, pyarrow, Pillow and siblings only.
 """
 
 import base64

@@ -1,1 +1,1 @@
-"""Filling and reading the cache of image features."""
+"""Computing the features of frozen parts once, of images and for prediction heads, and training on them."""

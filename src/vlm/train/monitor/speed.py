@@ -246,7 +246,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class SpeedCallback(TrainerCallback):
-    """Stops the clock while a run logs, evaluates or saves. It has to be the last callback, since others ask for that.
+    """Stops the clock while a run logs, evaluates or saves. It has to be the last callback: others may ask for that.
 
     `VLMTrainer` starts the clock where a step begins.
     """

@@ -1,4 +1,4 @@
-"""What is done between wrapping a model and its first step: its forward is unwrapped, and looked at."""
+"""What is done between wrapping a model and its first step: its forward is unwrapped, and packed rows are checked."""
 
 from typing import Protocol
 
