@@ -124,7 +124,12 @@ class Processor(Protocol):
         ...
 
     def apply_chat_template(self, conversation: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """Return a conversation as text, with a token for each image and video."""
+        """Return a conversation as text, with a token for each image and video.
+
+        Args:
+            conversation: messages with `role` and `content`, a string or a list of items.
+            add_generation_prompt: whether the text ends where a reply begins.
+        """
         ...
 
     def tokenize(
@@ -156,7 +161,7 @@ class Processor(Protocol):
         ...
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Return pixels as the visual encoder reads them, on the device where they are."""
+        """Return pixels of `image_inputs` as the visual encoder reads them, of the same shape and on their device."""
         ...
 
     def to_dict(self) -> dict[str, object]:

@@ -41,7 +41,13 @@ encodes all frames alike."""
 
 
 class BadSample(ValueError):
-    """A record that cannot be used; the message tells which record, and why."""
+    """A record that cannot be used; the message tells which record, and why.
+
+    Args:
+        sample_id: the name of the record.
+        reason: what is wrong.
+        file: the file at fault, if it is one.
+    """
 
     def __init__(self, sample_id: str, reason: str, file: str | None = None):
         super().__init__(f"record {sample_id!r}: {reason}")
@@ -98,7 +104,12 @@ ContentPart = str | ImageRef | VideoRef
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation: texts, images and videos in order."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: one of `ROLES`.
+        content: texts, images and videos in order.
+    """
 
     role: str
     content: tuple[ContentPart, ...]

@@ -59,11 +59,16 @@ class Calibration:
 
 
 def calibrate(task: str, outputs: np.ndarray, targets: np.ndarray, criterion: str = "f1") -> Calibration:
-    """Fit the temperature and the thresholds on validation data: outputs `(N, K)`, and targets.
+    """Fit the temperature and the thresholds on validation data.
 
     The temperature has the least mean negative log-likelihood (Guo et al. 2017, arXiv:1706.04599); it does not change
-    decisions of `multiclass`. `binary` and each label of `multilabel` get a threshold of calibrated probabilities, by
-    one of `THRESHOLD_CRITERIA`. `regression` and `pairwise` need no calibration.
+    decisions of `multiclass`. Thresholds apply to the calibrated probabilities.
+
+    Args:
+        task: a name of `NUM_OUTPUTS_BY_TASK`; `regression` and `pairwise` need no calibration.
+        outputs: `(N, K)`, the head's raw outputs.
+        targets: `(N,)`, or `(N, C)` for `multilabel`, see `validate_outputs`.
+        criterion: one of `THRESHOLD_CRITERIA`, for `binary` and each label of `multilabel`.
 
     Raises:
         ValueError: an unknown criterion, or data that `validate_outputs` refuses.
@@ -127,7 +132,7 @@ def validate_outputs(task: str, outputs: np.ndarray, targets: np.ndarray) -> tup
     """Check a head's outputs and targets, and return them in the types that all metrics expect.
 
     Args:
-        task: one of `NUM_OUTPUTS_BY_TASK`.
+        task: a name of `NUM_OUTPUTS_BY_TASK`.
         outputs: `(N, K)`: logits, of `regression` values in the label's own unit, of `pairwise` scores.
         targets: `(N,)`: the label's index, the value (`regression`) or the relevance (`pairwise`); `multilabel`: 0 or 1
             for each label, `(N, C)`.
@@ -162,7 +167,11 @@ def count_labels(task: str, num_outputs: int) -> int:
 
 
 def validate_targets(task: str, targets: np.ndarray, num_labels: int) -> np.ndarray:
-    """Check targets, and return them as `validate_outputs` does."""
+    """Check targets, `(N,)` or for `multilabel` `(N, C)`, and return them as `validate_outputs` does.
+
+    Raises:
+        ValueError: no data, a shape that does not fit the task, numbers that are not finite, or unknown labels.
+    """
     targets = np.asarray(targets)
     labels, shape = (f", {num_labels}", (num_labels,)) if task == "multilabel" else (",", ())
     if not targets.size or targets.ndim != 1 + len(shape) or targets.shape[1:] != shape:

@@ -41,15 +41,23 @@ def scores(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """Return the metrics of a task, from outputs and targets as `calibration.validate_outputs` takes them.
+    """Return the metrics of a task.
 
     Macro averages are over the labels that some samples have and some have not. `ece` is the expected calibration
     error: of the positive label, of the likeliest one (`multiclass`), of all labels together (`multilabel`).
-    `spearman` of `ordinal` ranks by the expected label. `pairwise` compares only samples of the same group, `(N,)`;
-    other tasks take no groups.
+    `spearman` of `ordinal` ranks by the expected label; `kappa` has quadratic weights (Cohen 1968).
 
     Samples are resampled one by one; `pairwise` resamples whole groups, unless there is only one. Resamples for which
-    a metric is undefined are left out of its interval; without resamples there are no intervals.
+    a metric is undefined are left out of its interval.
+
+    Args:
+        task: a name of `NUM_OUTPUTS_BY_TASK`.
+        outputs: `(N, K)`, the head's raw outputs.
+        targets: `(N,)`, or `(N, C)` for `multilabel`, see `calibration.validate_outputs`.
+        calibration: temperature and thresholds from validation data.
+        groups: `(N,)`, for `pairwise` alone: only samples of the same group are compared.
+        num_resamples: number of bootstrap resamples; 0: no intervals.
+        seed: seeds the resamples.
 
     Raises:
         ValueError: data that `calibration.validate_outputs` refuses, or groups that are missing or not taken.
@@ -81,6 +89,14 @@ def baseline(
     The constant is the most frequent training label, the first of several (`multilabel`: for each label whether most
     samples have it), the mean (`regression`), the median (`ordinal`, the lower of two), or one score for all
     (`pairwise`). Metrics of ranks and probabilities are left out.
+
+    Args:
+        task: a name of `NUM_OUTPUTS_BY_TASK`.
+        train_targets: `(M,)`, or `(M, C)` for `multilabel`, targets of the training data.
+        targets: `(N,)` or `(N, C)`, targets of the evaluation data.
+        num_labels: C; ignored by tasks without labels.
+        num_resamples: number of bootstrap resamples; 0: no intervals.
+        seed: seeds the resamples.
 
     Raises:
         ValueError: data that `calibration.validate_targets` refuses.
@@ -270,9 +286,14 @@ def _count_unequal_pairs(values: np.ndarray) -> float:
 def confusion(
     task: str, outputs: np.ndarray, targets: np.ndarray, calibration: Calibration, num_labels: int
 ) -> np.ndarray | None:
-    """Return the confusion matrix of a task's decisions: `(C, C)`, a row for each true label.
+    """Return the confusion matrix of a task's decisions; arguments as in `scores`, `num_labels` is C.
 
-    `multilabel`: `(C, 2, 2)`, one matrix for each label. None for tasks without labels.
+    Returns:
+        `(C, C)`, a row for each true label; `multilabel`: `(C, 2, 2)`, one matrix for each label; None for tasks
+        without labels.
+
+    Raises:
+        ValueError: data that `calibration.validate_outputs` refuses.
     """
     outputs, targets = validate_outputs(task, outputs, targets)
     if task not in CLASSIFICATION_TASKS:

@@ -49,7 +49,10 @@ def vqa_accuracy(answers: Sequence[str], references: References) -> np.ndarray:
 
 
 def anls(answers: Sequence[str], references: References) -> np.ndarray:
-    """Return normalised Levenshtein similarities to the nearest reference, ignoring case (arXiv:1907.00490)."""
+    """Return normalised Levenshtein similarities (Biten et al. 2019, arXiv:1907.00490): `(answers,)`, from 0 to 1.
+
+    `1 - d` where the distance d to the nearest reference, ignoring case, is below `ANLS_THRESHOLD`, else 0.
+    """
     distance = import_extra("rapidfuzz.distance").Levenshtein.normalized_distance
 
     def similarity(answer: str, known: Sequence[str]) -> float:
@@ -78,14 +81,17 @@ def cider(answers: Sequence[str], references: References) -> np.ndarray:
 
 
 def bleu(answers: Sequence[str], references: References) -> float:
-    """Return BLEU-4 of all answers together, 0 to 100, by sacrebleu with its own tokenisation (`13a`)."""
+    """Return BLEU-4 (Papineni et al. 2002) of all answers together, 0 to 100, by sacrebleu's tokenisation (`13a`).
+
+    NaN without answers.
+    """
     library = import_extra("sacrebleu")
     columns = [list(column) for column in zip_longest(*references)]
     return library.corpus_bleu(list(answers), columns).score if answers else float("nan")
 
 
 def rouge(answers: Sequence[str], references: References) -> np.ndarray:
-    """Return ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words with the best reference.
+    """Return ROUGE-L (Lin 2004), 0 to 1: F-measure of the longest common subsequence of words with the best reference.
 
     Computed by rouge-score without stemming; words are runs of the letters a to z and digits, so it is for English.
     """
@@ -113,7 +119,11 @@ METRIC_MODULES = {
 def compute_text_metrics(
     names: Sequence[str], answers: Sequence[str], references: References, *, intervals: bool = True
 ) -> dict[str, Score]:
-    """Return metrics by name; those that are means over answers have 95% intervals, unless `intervals` is False."""
+    """Return metrics by name; those that are means over answers have 95% intervals, unless `intervals` is False.
+
+    Raises:
+        ValueError: a metric is unknown, needs a library that is missing, or returns values of another shape.
+    """
     scores = {}
     for name in names:
         values = np.asarray(get_metric(name)(answers, references), np.float64)

@@ -174,7 +174,11 @@ class PartNames:
     unused_prefixes: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> str:
-        """Return the part of a parameter or buffer, by its full name; the longest matching prefix wins."""
+        """Return the part of a parameter or buffer, by its full name; the longest matching prefix wins.
+
+        Raises:
+            ValueError: no prefix matches.
+        """
         matching = [prefix for prefix in self.prefixes if name.startswith(prefix)]
         if not matching:
             raise ValueError(f"{name}: begins with no prefix of a part; the table of families lacks it")
@@ -186,7 +190,7 @@ class PartNames:
 
 
 def get_part_names(config: "PreTrainedConfig") -> PartNames:
-    """Return the parts of a model, by its configuration."""
+    """Return the parts of a model, by its configuration; raise ValueError where its family is not in the table."""
     if config.model_type == "vlm_prediction":
         body = get_part_names(config.body_config)
         prefixes = {f"body.{prefix}": part for prefix, part in body.prefixes.items()}
@@ -202,7 +206,7 @@ def get_part_names(config: "PreTrainedConfig") -> PartNames:
 
 
 def get_family(model_type: str) -> Family:
-    """Return the family of a model type."""
+    """Return the family of a model type; raise ValueError where the table has none."""
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type} is no family of this framework; there are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]

@@ -33,10 +33,16 @@ def prompt_source(
     model: PreTrainedModel, processor: Processor, config: SourceConfig, *, cache: Path, max_frames: int,
     suffix: Sequence[int] = (), answer_tokens: int = 0,
 ) -> Source:  # fmt: skip
-    """Return the records of a file, each as the prompt of training, up to its last reply, and the ids of `suffix`.
+    """Return the records of a file, each as the prompt of training, up to its last reply.
 
-    A prompt that leaves fewer of the model's positions than `answer_tokens` is refused. `cache` is the folder of record
-    indices.
+    Args:
+        model: the model; its number of positions bounds a prompt.
+        processor: the model's processor.
+        config: where the records are and how to read them.
+        cache: the folder of record indices.
+        max_frames: the largest number of frames read from a video.
+        suffix: ids to append to every prompt.
+        answer_tokens: the largest number of tokens in an answer; a prompt that leaves fewer positions is refused.
 
     Raises:
         ValueError: the model has fewer positions than `answer_tokens`.
@@ -76,10 +82,18 @@ def fill_table(
 ) -> list[Row]:  # fmt: skip
     """Run a model on every record, write a table, and return its rows in the order of the records.
 
-    `run_batch` takes the inputs of a batch, padded on the left where `left`, and returns a result for each row. `row`
-    makes a row of the table from a sample, and its result or the reason why it could not be read. A table that was
-    begun is resumed, or started over with `overwrite`. A `seed` is for sampling, and set anew for each batch, so that a
-    resumed table is the same.
+    Args:
+        table: the table to write; one that was begun is resumed.
+        source: the records.
+        device: the model's device.
+        run_batch: inputs of a batch -> the result for each of its rows.
+        row: makes a row of the table from a sample, and its result or the reason why it could not be read.
+        progress_label: the label of the progress bar.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+        left: whether to pad on the left, as generation needs.
+        seed: seeds sampling anew for each batch, so that a resumed table is the same; None: not seeded.
+        overwrite: whether to start over where a table was begun.
 
     Raises:
         ValueError: the table was begun with other records, options or another checkpoint.

@@ -205,6 +205,12 @@ class VisionLanguageModel:
             images: the images and videos of each as `open_media` returns them, in order.
             suffix: ids to append to each prompt.
             left: whether to pad on the left, as generation needs.
+
+        Returns:
+            `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images, on the model's device.
+
+        Raises:
+            ValueError: the model's template refuses a conversation, or leaves nothing of it.
         """
         rows = []
         for turns, opened in zip(conversations, images, strict=True):
@@ -226,7 +232,11 @@ class VisionLanguageModel:
         check_length(int(inputs["attention_mask"].sum(dim=1).max()), self.positions, settings.max_new_tokens, subject)
 
     def generation_options(self, settings: InferenceConfig) -> dict[str, Any]:
-        """Return transformers' generation options; generation ends where the chat template ends a reply."""
+        """Return transformers' generation options; generation ends where the chat template ends a reply.
+
+        Raises:
+            ValueError: the cache is to be offloaded, and the model is on no GPU.
+        """
         tokenizer = self.processor.tokenizer
         options = {
             **asdict(settings),

@@ -99,7 +99,11 @@ class Predictor:
 
     @torch.no_grad()
     def of(self, inputs: dict[str, Tensor]) -> list[dict[str, Prediction]]:
-        """Return, for each row of a batch of model inputs, the prediction of each head."""
+        """Return, for each row of a batch of model inputs, the prediction of each head.
+
+        Args:
+            inputs: as `VisionLanguageModel.inputs` returns them, `config.suffix_ids` behind each prompt.
+        """
         outputs = self.model(**self._vlm.use_cached_features(inputs)).outputs
         columns = {head.name: _make_predictions(head, outputs[head.name]) for head in self.heads}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -66,7 +66,12 @@ class AnyRes:
         return [self.num_tokens(size, views) for size, views in zip(sizes, self.num_views(sizes), strict=True)]
 
     def num_tokens(self, size: Size | None, views: int) -> int:
-        """Return the number of tokens of one image."""
+        """Return the number of tokens of one image.
+
+        Args:
+            size: height and width in pixels; None for a frame of a video.
+            views: the number of its views, see `num_views`.
+        """
         whole = self.tokens_side**2
         if size is None or views == VIDEO_FRAME_VIEWS:
             return self.pooled_side**2
@@ -154,7 +159,13 @@ class ImageNewline(nn.Module):
         nn.init.normal_(self.weight, std=len(self.weight) ** -0.5)
 
     def forward(self, tokens: Tensor, sizes: Sequence[Size], views: Sequence[int]) -> Tensor:
-        """Return the tokens of all images in sequence, by each one's size and views: `(V, N, D) -> (tokens, D)`."""
+        """Return the tokens of all images in sequence: `(V, N, D) -> (tokens, D)`.
+
+        Args:
+            tokens: the tokens of all views.
+            sizes: height and width of each image in pixels; any for frames.
+            views: number of views of each image.
+        """
         newline = self.weight.to(tokens.dtype)
         parts = [newline[None, :][:0]]  # empty, but with a gradient
         tokens_by_image = tokens.split([max(number, 1) for number in views])

@@ -13,7 +13,10 @@ from transformers.activations import ACT2FN
 
 
 class Connector(nn.Module):
-    """The base class of connectors: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
+    """The base class of connectors: `(images, features, vision_dim) -> (images, tokens, text_dim)`.
+
+    A subclass takes `vision_dim`, `text_dim` and keyword options of its own, which `num_tokens` gets too.
+    """
 
     keeps_grid: ClassVar[bool] = True
     """Whether tokens are in a grid, row by row, as the features are; tiles of images need that (`anyres.py`)."""
@@ -49,7 +52,11 @@ class GridConnector(Connector):
 
     @classmethod
     def output_side(cls, side: int, **options: object) -> int:
-        """Return the side of the grid of tokens for a grid of `side` x `side` features."""
+        """Return the side of the grid of tokens for a grid of `side` x `side` features.
+
+        Raises:
+            ValueError: the options do not fit the grid.
+        """
         raise NotImplementedError
 
 
@@ -115,8 +122,17 @@ def mlp_layers(
 ) -> nn.Sequential:
     """`num_layers` affine maps with an activation between: `(…, input_dim) -> (…, output_dim)`.
 
-    They are `hidden_dim` wide in between, by default `output_dim`; with `input_norm`, a LayerNorm comes first. An
-    invalid option raises ValueError.
+    Args:
+        input_dim: width of the input.
+        output_dim: width of the output.
+        num_layers: number of affine maps.
+        activation: a name of transformers' activations.
+        hidden_dim: width in between; None: `output_dim`.
+        bias: whether the maps have a bias.
+        input_norm: whether a LayerNorm comes first.
+
+    Raises:
+        ValueError: an option has an invalid value.
     """
     require_positive(num_layers=num_layers)
     require_activation(activation)
@@ -173,7 +189,10 @@ class Convolution(nn.Sequential):
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales every channel by what the whole grid holds (Hu et al. 2018, arXiv:1709.01507); shape kept."""
+    """Scales every channel by what the whole grid holds (Hu et al. 2018, arXiv:1709.01507); shape kept.
+
+    `grid * gate(expand(activation(reduce(mean))))`, where `mean` is each channel's: `(images, width, side, side)`.
+    """
 
     def __init__(self, width: int, squeezed_dim: int, activation: nn.Module, gate: nn.Module):
         super().__init__()

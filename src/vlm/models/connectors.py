@@ -20,7 +20,11 @@ from .query_connectors import QFormerConnector, ResamplerConnector
 
 
 class IdentityConnector(Connector):
-    """Returns features unchanged, for an encoder as wide as the language model."""
+    """Returns features unchanged, for an encoder as wide as the language model.
+
+    Raises:
+        ValueError: the widths differ.
+    """
 
     def __init__(self, vision_dim: int, text_dim: int):
         super().__init__()
@@ -31,12 +35,17 @@ class IdentityConnector(Connector):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         return features
 
 
 class LinearConnector(Connector):
-    """One affine map, as in LLaVA (Liu et al. 2023, arXiv:2304.08485, section 4.1)."""
+    """One affine map, as in LLaVA (Liu et al. 2023, arXiv:2304.08485, section 4.1).
+
+    Options:
+        bias: whether the map has a bias.
+        input_norm: LayerNorm over the features.
+    """
 
     def __init__(self, vision_dim: int, text_dim: int, *, bias: bool = True, input_norm: bool = False):
         super().__init__()
@@ -44,15 +53,21 @@ class LinearConnector(Connector):
         self.linear = nn.Linear(vision_dim, text_dim, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         return self.linear(self.norm(features))
 
 
 class MLPConnector(Connector):
     """`num_layers` affine maps with an activation between, as in LLaVA-1.5 (Liu et al. 2023, arXiv:2310.03744).
 
-    `num_layers=2, activation="gelu"` is its `mlp2x_gelu`. Between the maps, features are `hidden_dim` wide (null: as in
-    the language model). `input_norm` puts a LayerNorm first, for encoders whose features are badly scaled.
+    `num_layers=2, activation="gelu"` is its `mlp2x_gelu`: `W2 gelu(W1 x + b1) + b2`.
+
+    Options:
+        num_layers: number of affine maps.
+        activation: between them, a name of transformers' activations.
+        hidden_dim: width between them; null: the language model's.
+        bias: whether the maps have a bias.
+        input_norm: LayerNorm over the features, for encoders whose features are badly scaled.
     """
 
     def __init__(
@@ -70,12 +85,16 @@ class MLPConnector(Connector):
         self.layers = mlp_layers(vision_dim, text_dim, num_layers, activation, hidden_dim, bias, input_norm)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         return self.layers(features)
 
 
 def connector_class(connector_type: str) -> type[Connector]:
-    """Return the class of `model.connector.type`; a user's own class must have been added to the table."""
+    """Return the class of `model.connector.type`; a user's own class must have been added to the table.
+
+    Raises:
+        ValueError: there is no connector of this name.
+    """
     if connector_type not in CONNECTORS:
         raise ValueError(
             f"model.connector.type={connector_type}: allowed are {', '.join(CONNECTORS)}, or package.module:Class "
@@ -108,7 +127,11 @@ def connector_options(connector_type: str, options: Mapping[str, object]) -> dic
 
 
 def count_tokens(connector_type: str, num_features: int, options: Mapping[str, object]) -> int:
-    """Return the number of tokens for an image of `num_features` features; without `num_tokens`, as many."""
+    """Return the number of tokens for an image of `num_features` features; without `num_tokens`, as many.
+
+    Raises:
+        ValueError: the options are invalid, or do not fit the number of features.
+    """
     count = getattr(connector_class(connector_type), "num_tokens", None)
     return count(num_features, **options) if count else num_features
 

@@ -68,7 +68,7 @@ class PixelShuffleConnector(GridConnector):
         return squares.flatten(3).flatten(1, 2)  # (images, side, side, factor, factor, width) before
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         return self.layers(self.shuffle(features))
 
 
@@ -116,7 +116,7 @@ class PoolingConnector(GridConnector):
         return side // kernel
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         return self.layers(from_grid(self.pool(to_grid(features))))
 
 
@@ -185,7 +185,7 @@ class CAbstractorConnector(GridConnector):
         return tokens_side
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         grid = to_grid(self.positions(self.input_norm(features)))
         return self.layers(from_grid(self.after(self.pool(self.before(grid)))))
 
@@ -269,7 +269,7 @@ class LDPConnector(GridConnector):
         return (side + 1) // 2
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         return from_grid(self.blocks(to_grid(self.layers(features))))
 
 
@@ -318,6 +318,6 @@ class LDPv2Connector(GridConnector):
         return output_side
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         grid = self.pool(to_grid(self.layers(features)))
         return from_grid(self.positions(grid) + grid)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 
 def binary_cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-    """Binary cross-entropy of each output: `(B, K), (B, K) -> (B,)`.
+    """Binary cross-entropy, averaged over outputs: `(B, K), (B, K) -> (B,)`.
 
+    `-w (t log p + (1 - t) log(1 - p))` with `p = sigmoid(output)` and `t = (1 - smoothing) target + smoothing / 2`.
     `weights` is `(2,)`, for no and yes (`binary`), or `(K,)`, for the yes of each label.
     """
     soft = targets * (1 - smoothing) + smoothing / 2
@@ -25,17 +26,21 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | Non
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-    """Cross-entropy over labels that exclude each other: `(B, C), (B, 1) -> (B,)`."""
+    """Cross-entropy over labels that exclude each other: `(B, C), (B, 1) -> (B,)`.
+
+    `-w_y sum_c t_c log softmax(outputs)_c` for the label y, where `t_c = (1 - smoothing) [c = y] + smoothing / C`.
+    `weights` is `(C,)`.
+    """
     numbers = targets[:, 0].long()
     losses = F.cross_entropy(outputs, numbers, reduction="none", label_smoothing=smoothing)
     return losses if weights is None else losses * weights[numbers]
 
 
 def focal(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, *, gamma: float = 2.0) -> Tensor:
-    """Cross-entropy that weighs confident right answers less (Lin et al. 2017, arXiv:1708.02002).
+    """Cross-entropy that weighs confident right answers less (Lin et al. 2017, arXiv:1708.02002, equation 4).
 
-    `(B, C), (B, 1) -> (B,)` for `multiclass`, else `(B, K), (B, K) -> (B,)`. `gamma` is the exponent of the weight; 0
-    is plain cross-entropy.
+    `(B, C), (B, 1) -> (B,)` for `multiclass`, else `(B, K), (B, K) -> (B,)`: the cross-entropy times `(1 - p)^gamma`,
+    where p is the probability of the true label; `gamma=0` is plain cross-entropy.
     """
     if targets.shape[1] == 1 and outputs.shape[1] > 1:
         others = outputs.log_softmax(dim=1).scatter(1, targets.long(), -torch.inf)
@@ -48,19 +53,23 @@ def focal(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: f
 
 
 def squared_error(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-    """`(B, 1), (B, 1) -> (B,)`."""
+    """Squared error `(output - target)^2`: `(B, 1), (B, 1) -> (B,)`; ignores weights and smoothing."""
     return ((outputs - targets) ** 2)[:, 0]
 
 
 def huber(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, *, delta: float = 1.0) -> Tensor:
-    """Squared error up to `delta`, linear beyond: `(B, 1), (B, 1) -> (B,)`."""
+    """Huber's loss (1964): `(B, 1), (B, 1) -> (B,)`; ignores weights and smoothing.
+
+    For an error e it is `e^2 / 2` up to `delta`, and `delta (|e| - delta / 2)` beyond.
+    """
     return F.huber_loss(outputs, targets, reduction="none", delta=delta)[:, 0]
 
 
 def ordinal(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
     """Negative log-likelihood of a label among ordered ones: `(B, C - 1), (B, 1) -> (B,)`.
 
-    Each output is the logit of being above a label, in falling order, see `heads.OrdinalThresholds`.
+    Output k is the logit of being above label k, in falling order, see `heads.OrdinalThresholds` (McCullagh 1980):
+    `P(label = k) = sigmoid(output_(k-1)) - sigmoid(output_k)`, the first term 1 for k = 0, the second 0 for k = C - 1.
     """
     low, high = F.logsigmoid(-outputs), F.logsigmoid(outputs)
     first, last = low[:, :1], high[:, -1:]  # at most the first label; above the last but one
@@ -90,8 +99,8 @@ LOSSES: dict[str, dict[str, Loss]] = {
 def margin_ranking(outputs: Tensor, targets: Tensor, groups: Tensor, *, margin: float = 1.0) -> Tensor:
     """The mean over all pairs of a group of the better row's shortfall from a lead of `margin`: `(B, 1), (B, 1) -> ()`.
 
-    Herbrich et al. 2000, "Large margin rank boundaries for ordinal regression". In a pair, the row with the higher
-    target is the better; rows of different `groups` `(B,)` are not compared.
+    `max(0, margin - (output_i - output_j))`, where row i has the higher target; 0 without pairs (Herbrich et al. 2000,
+    "Large margin rank boundaries for ordinal regression"). Rows of different `groups` `(B,)` are not compared.
     """
     scores, worth = outputs[:, 0], targets[:, 0]
     better = (worth[:, None] > worth[None]) & (groups[:, None] == groups[None])  # NaN is not better than anything
@@ -103,11 +112,20 @@ def head_loss(
     task: str, loss: str, outputs: Tensor, targets: Tensor, *, groups: Tensor | None = None,
     weights: Sequence[float] | None = None, smoothing: float = 0.0, options: dict[str, float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Compute the loss of a head: the mean over the rows that have a label, 0 where none has.
+    """Compute the loss of a head: the mean over the rows that have a label, 0 where none has; `pairwise`: over pairs.
 
-    `outputs` are `(B, K)`, `targets` `(B, C)` for `multilabel`, else `(B, 1)`, with NaN where a row has no label.
-    `pairwise` compares rows of the same `groups` `(B,)`, by default all rows. `weights` has the weight of each label,
-    and `smoothing` is the share of a target that is spread over all labels.
+    Args:
+        task: a name of `NUM_OUTPUTS_BY_TASK`.
+        loss: the name of a loss of the task in `LOSSES`; not read for `pairwise`.
+        outputs: `(B, K)`; of `regression`, in standard deviations from the mean of the training labels.
+        targets: `(B, C)` for `multilabel`, else `(B, 1)` or `(B,)`, in the same unit; NaN where a row has no label.
+        groups: `(B,)`: `pairwise` compares rows of the same group; None: all rows.
+        weights: the weight of each label, in their order.
+        smoothing: the share of a target that is spread over all labels.
+        options: the loss's keyword parameters.
+
+    Raises:
+        KeyError: the task has no such loss.
     """
     outputs, targets = outputs.float(), targets.to(outputs.device).float().reshape(len(outputs), -1)
     options = options or {}

@@ -50,6 +50,9 @@ class MLPHead(nn.Module):
         num_layers: linear layers, at least 2.
         input_norm: see `LinearHead`.
         dropout: share of features left out before each linear layer in training.
+
+    Raises:
+        ValueError: there are fewer than 2 layers.
     """
 
     def __init__(
@@ -171,7 +174,11 @@ HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "mlp": MLPHead}
 
 
 def head_class(name: str) -> type[nn.Module]:
-    """Return the class of a head; a user's own class must have been added to the table."""
+    """Return the class of a head; a user's own class must have been added to the table.
+
+    Raises:
+        ValueError: there is no head of this name.
+    """
     if name not in HEADS:
         raise ValueError(
             f"model.head.type={name}: allowed are {', '.join(HEADS)}, or package.module:Class for a class of your own. "

@@ -139,7 +139,16 @@ class VLMForPrediction(WrapperModel):
         return VLMPredictionOutput(loss=loss, logits=next(iter(outputs.values())), outputs=outputs)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs) -> dict[str, Tensor]:
-        """Return the features of prompts for `forward`: head -> `(B, D)`, or `(B, T, D)` where it needs every token."""
+        """Return the features of prompts for `forward`: head -> `(B, D)`, or `(B, T, D)` where it needs every token.
+
+        Args:
+            input_ids: as in `forward`.
+            attention_mask: `(B, T)`, 0 at padding.
+            inputs: further inputs of the body, such as `pixel_values`.
+
+        Raises:
+            ValueError: a row has no token that a head reads.
+        """
         states, _ = self._hidden_states_by_layer(input_ids, attention_mask, None, inputs)
         return self._read_head_features(states, input_ids, attention_mask)[0]
 
@@ -207,6 +216,9 @@ class VLMForPrediction(WrapperModel):
         Returns:
             Head -> `scores` `(B, C)` (probabilities of labels) or `(B,)` (numbers), and `predictions`: for each row a
             label, the list of labels of `multilabel`, or the number.
+
+        Raises:
+            ValueError: as `forward`.
         """
         outputs = self(**inputs).outputs
         return {head.name: interpret_outputs(head, outputs[head.name]) for head in self.config.settings}

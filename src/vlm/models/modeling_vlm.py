@@ -267,7 +267,7 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         image_index: Tensor | None = None,
         **kwargs,
     ) -> VLMOutput:
-        """Run the model.
+        """Run the model; raise ValueError without one of `input_ids` and `inputs_embeds`, or as `merge_images` does.
 
         Args:
             input_ids: `(B, T)`, with `N` placeholders for each image, in the order of `pixel_values`.
@@ -339,8 +339,8 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
 def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
     """Compute the cross-entropy in float32 at the supervised positions: `(S, vocabulary), (S,) -> ()`.
 
-    The sum divided by `num_items`, or the mean; 0 where nothing is supervised. Logits in half precision are converted
-    in chunks.
+    `-sum_s log softmax(logits_s)[target_s] / num_items`, by default the mean; 0 where nothing is supervised. Logits in
+    half precision are converted in chunks.
     """
     num_chunks = 1 if logits.dtype == torch.float32 else max(-(-logits.numel() // MAX_LOGITS), 1)
     return chunked_loss(nn.Identity(), logits, targets, num_items, num_chunks)
@@ -353,6 +353,13 @@ def chunked_loss(
 
     The head is called `num_chunks` times whatever S is, and for several chunks as often again for the gradient, since
     ranks that shard its weights have to make the same calls.
+
+    Args:
+        head: `(…, D) -> (…, vocabulary)`.
+        hidden: `(S, D)`, the hidden states at the supervised positions.
+        targets: `(S,)`, the ids that they predict.
+        num_items: the divisor of the sum; None: S.
+        num_chunks: 1 or more.
     """
     targets = targets.to(hidden.device)
     with record_function("loss"):  # its name in profiles

@@ -56,7 +56,7 @@ class ImageProcessor(Protocol):
         self, images: Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool,
         image_mean: Sequence[float], image_std: Sequence[float],
     ) -> Tensor:  # fmt: skip
-        """Turn whole numbers into what the encoder reads; the shape stays."""
+        """Turn whole numbers into what the encoder reads, `(pixels * rescale_factor - mean) / std`; the shape stays."""
         ...
 
     def to_dict(self) -> Settings:
@@ -68,6 +68,11 @@ def make_raw_pixels(image_processor: ImageProcessor, rgb_images: Sequence[ImageO
     """Return RGB images as `(images, 3, height, width)`: uint8 from an image processor that `is_plain`.
 
     All other image processors do all of their work here and return what the encoder reads.
+
+    Args:
+        image_processor: one visual encoder's.
+        rgb_images: Pillow images; for one that `is_plain`, uint8 tensors `(3, height, width)` too.
+        image_mode: `pad` pads each to a square in the mean colour first; `square` does not.
     """
     if image_mode == "pad":
         rgb_images = [pad_to_square(rgb_image, mean_color_value(image_processor)) for rgb_image in rgb_images]
@@ -85,7 +90,10 @@ def _resize_and_crop(image_processor: ImageProcessor, pixels: Tensor) -> Tensor:
 
 
 def normalise_pixels(image_processor: ImageProcessor, pixels: Tensor) -> Tensor:
-    """Rescale and normalise uint8 pixels on the device where they are; other pixels are normalised already."""
+    """Rescale and normalise uint8 pixels, `(images, 3, height, width)`, on the device where they are; shape kept.
+
+    Other pixels are normalised already, and returned unchanged.
+    """
     if pixels.dtype != torch.uint8:
         return pixels
     mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)

@@ -54,6 +54,9 @@ class VLMProcessor(ProcessorMixin):
         own_template: the language model's own template, kept for a later stage that uses it again.
         anyres: the fields of `anyres.AnyRes`, where images are cut into tiles; None where each is one square.
         beside: the image processors of further visual encoders, or what their `to_dict` returned.
+
+    Raises:
+        ValueError: the image mode is unknown, or the tokenizer is missing or not a fast one.
     """
 
     _auto_class = "AutoProcessor"
@@ -193,6 +196,10 @@ class VLMProcessor(ProcessorMixin):
         Args:
             images: Pillow images, or, where `accepts_tensors`, uint8 tensors `(3, height, width)`.
             sizes: None for each image that is a frame of a video, as in `tokenize`; without sizes, none is a frame.
+
+        Returns:
+            `pixel_values` as `raw_pixels` returns them; where images are cut into tiles, those of all views, with
+            `image_sizes` `(images, 2)`, height and width in pixels, and `image_views` `(images,)`, how many each has.
         """
         if not images:
             return {}
@@ -257,6 +264,13 @@ class VLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Turn rendered conversations and their images into model inputs.
 
+        Args:
+            images: paths, URLs, base64 texts, arrays or Pillow images, in one or nested lists, in order.
+            text: one conversation or several, with an image token for each image.
+            padding_side: `left` or `right`.
+            return_tensors: as the tokenizer takes it.
+            kwargs: not used.
+
         Returns:
             `input_ids` and `attention_mask` of shape `(texts, tokens)`, padded on the left for generation, and
             `pixel_values` of shape `(images, 3 * encoders, height, width)`. Where images are cut into tiles,
@@ -286,7 +300,16 @@ class VLMProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """Render conversations; contents may be strings or lists of text and image items, for any template."""
+        """Render conversations; contents may be strings or lists of text and image items, for any template.
+
+        Args:
+            conversation: the messages of one conversation, or a list of conversations.
+            args: passed on to the tokenizer.
+            kwargs: `tokenize` (default False), `return_dict`, `chat_template`, and the template's own variables.
+
+        Returns:
+            The text, or texts; with `tokenize` the `input_ids`, with `return_dict` too all that `__call__` returns.
+        """
         is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if is_batch else [conversation]
         return_dict = kwargs.pop("return_dict", False)

@@ -19,7 +19,7 @@ class QueryConnector(Connector):
 
     @classmethod
     def num_tokens(cls, num_features: int, *, num_queries: int, **options: object) -> int:
-        """Return the number of queries."""
+        """Return the number of queries; raise ValueError where it is no whole number of at least 1."""
         require_positive(num_queries=num_queries)
         return num_queries
 
@@ -71,7 +71,7 @@ class ResamplerConnector(QueryConnector):
         nn.init.normal_(self.queries)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         features = self.input(self.input_norm(features))
         queries = self.queries.expand(features.shape[0], -1, -1)  # (images, queries, hidden_dim)
         for block in self.blocks:
@@ -174,7 +174,7 @@ class QFormerConnector(QueryConnector):
         nn.init.normal_(self.queries, std=self.qformer.config.initializer_range)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, see the class."""
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
         queries = self.queries.expand(features.shape[0], -1, -1)  # (images, queries, hidden_dim)
         features = self.input_norm(features)
         return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)

@@ -85,7 +85,11 @@ def _make_custom(name: str, groups: list[Group], args: TrainingArguments) -> Opt
 
 
 def parse_options(text: str | None) -> dict[str, object]:
-    """Return the options in `trainer.optim_args`, `key=value,key=value`; values are Python literals, else strings."""
+    """Return the options in `trainer.optim_args`, `key=value,key=value`; values are Python literals, else strings.
+
+    Raises:
+        ValueError: a word is no `key=value`.
+    """
     options: dict[str, object] = {}
     for word in (text or "").replace(" ", "").split(","):
         key, equals, value = word.partition("=")
@@ -101,9 +105,10 @@ def parse_options(text: str | None) -> dict[str, object]:
 class MuonWithAdamW(Optimizer):
     """Muon for the matrices of hidden layers, AdamW for everything else, as one optimiser.
 
-    Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one. Its update is scaled as
-    Liu et al. 2025 (arXiv:2502.16982, section 2.2) do, by 0.2 sqrt(max(rows, columns)), so that it moves a matrix as
-    far as AdamW would: learning rates and weight decays of AdamW's recipes hold.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum M of a matrix W by the
+    nearest orthogonal one, O: `W <- W - lr (0.2 sqrt(max(rows, columns)) O + weight_decay W)`. The factor is Liu et
+    al.'s (2025, arXiv:2502.16982, section 2.2), so that a step moves a matrix as far as AdamW would: learning rates
+    and weight decays of AdamW's recipes hold.
 
     Args:
         groups: the parameter groups; those with `is_muon` hold matrices `(rows, columns)`.
@@ -159,6 +164,9 @@ def make_muon(groups: list[Group], model: PreTrainedModel, parts: list[Part], ar
     """Return `MuonWithAdamW` over the parts' groups, each divided into matrices of hidden layers and the rest.
 
     `trainer.optim_args` sets `momentum` and `ns_steps`, `trainer.adam_…` AdamW's settings.
+
+    Raises:
+        ValueError: `trainer.optim_args` has other options.
     """
     names = hidden_matrix_names(model, parts)
     ids = {id(parameter) for name, parameter in model.named_parameters() if name in names}

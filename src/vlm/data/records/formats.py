@@ -25,6 +25,9 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
     """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
     `<image>` in the human's texts stands for the images in order. The only one of a turn is moved to its start.
+
+    Raises:
+        BadSample: the record has another form, or an image cannot be used.
     """
     sample_id = read_id(record)
     conversation = record.get("conversations")
@@ -150,6 +153,9 @@ def read_head(record: Record, image_folder: Path) -> Sample:
 
     Images replace `<image>` in the prompt, or come before a prompt without any. The label is the record's `label`;
     without one, it is 1 for an answer that begins with "yes" or is "1", else 0.
+
+    Raises:
+        BadSample: the record has another form, or an image cannot be used.
     """
     sample_id = read_id(record, "source")
     conversation = record.get("conversations")
@@ -185,6 +191,9 @@ def read_labelled(
         group_key: the key of the group within which a ranking compares records.
         prompt: the prompt of records without one.
         label_separator: splits a label that is a string into a list of labels; an empty string is an empty list.
+
+    Raises:
+        BadSample: the record has another form, or an image cannot be used.
     """
     sample_id = read_id(record)
     listing = record

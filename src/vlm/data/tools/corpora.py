@@ -130,6 +130,17 @@ def vqa(
     Questions `{"questions": [{"question_id", "image_id", "question"}]}` and annotations `{"annotations":
     [{"question_id", "multiple_choice_answer", "answers": [{"answer"}]}]}`, where the most common of `answers` counts if
     there is no `multiple_choice_answer`. All are in memory, about 400 bytes per question.
+
+    Args:
+        source: the file of questions.
+        context: of the conversion.
+        annotations: the file of answers.
+        image_pattern: name of an image, with `{image_id}`.
+        group: whether the questions about an image become one record.
+        instruction: a line after the first question of a record; empty: none.
+
+    Raises:
+        ValueError: a file has another form, or the pattern is invalid.
     """
     image_name = make_image_namer(image_pattern)
     answers = dict(_read_vqa_answers(Path(annotations)))

@@ -126,6 +126,9 @@ def ubiai(
     `end` in characters, `token_start` and `token_end`, and the label as `entityLabel`, `entity_label` or `label`. A
     relation links two of them as `head` and `child`, either way round, each given as in `ENTITY_ADDRESSES`; what the
     relation is called (`relationLabel`, `relation`) does not matter.
+
+    Raises:
+        ValueError: both labels are the same.
     """
     if question_label == answer_label:
         raise ValueError(f"--question-label and --answer-label are both {answer_label}; links could not be told")
@@ -241,6 +244,9 @@ def label_studio(
     first annotation counts that was not cancelled. JSON-MIN: data and controls side by side, `{"id", "image",
     "caption": …}`. An answer is what was written into a text area (several texts line by line), or chosen (several
     choices with commas), or a rating or number.
+
+    Raises:
+        ValueError: `prompt` and `question_field` are both given or both missing, or several controls have answers.
     """
     if (question_field is None) == (prompt is None):
         raise ValueError("label-studio needs the question: either --prompt or --question-field (a field of `data`)")

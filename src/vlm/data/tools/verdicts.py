@@ -49,9 +49,18 @@ HASHED_ROWS = 256
 
 @dataclass(frozen=True)
 class CleanTask:
-    """The records to clean, as `open_records` takes them, and the rules; the command's options have the same names.
+    """The records to clean, and the rules; the command's options have the same names.
 
-    `image_folder` is empty for the folder of `source`, and `options` are the reader's, each as `name=value`.
+    Attributes:
+        source: the records, as `records.open.open_records` takes them.
+        cache: the cache's folder.
+        image_folder: the folder that paths are relative to; empty for the folder of `source`.
+        format: a name of `FORMATS`, or `package.module:function`.
+        options: the reader's keyword parameters, each as `name=value`.
+        split: of a data set that has several.
+        subset: of a data set on the Hub that has several.
+        min_side: the fewest pixels of an image's side.
+        max_aspect: the largest ratio of an image's sides; None for any.
     """
 
     source: str

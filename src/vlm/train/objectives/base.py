@@ -101,7 +101,9 @@ class ObjectiveTrainer(Protocol):
 class Objective(ABC):
     """What a run learns. `train/run.py` calls the methods in the order in which they stand here.
 
-    An instance belongs to one run, and may keep what one method finds out for the next.
+    An instance belongs to one run, and may keep what one method finds out for the next. Arguments of several methods:
+    `model_config` is the configuration of the model, or of the body of one that `wrap_model` makes; `processor`, `args`
+    and `trainer` are the run's, `run` is the run with its model, and `batch` is what the collator made.
 
     Attributes:
         config: the run's configuration.
@@ -204,7 +206,9 @@ class Objective(ABC):
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the metrics of a data set by name, without the prefix `eval_`; every rank makes the same calls.
 
-        `trainer.evaluation_batches` gives the batches.
+        Args:
+            trainer: the run's trainer, whose `evaluation_batches` gives the batches.
+            dataset: `RunData.evaluation`.
         """
 
     # The end of the run.
