@@ -65,9 +65,10 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 LONGEST_FIRST = (
-    "tests/train/test_distributed_runs.py", "tests/train/test_lora_distributed.py", "tests/train/heads", "tests/train",
-    "tests/test_examples.py", "tests/families", "tests/web", "tests/hub", "tests/models", "tests/evaluation",
-    "tests/inference", "tests/cli",
+    "tests/train/test_distributed_runs.py", "tests/train/test_lora_distributed.py", "tests/test_benchmarks.py",
+    "tests/train/heads", "tests/train", "tests/web/test_page.py", "tests/test_examples.py", "tests/families",
+    "tests/data/tools/test_clean.py", "tests/config", "tests/checks", "tests/hub", "tests/models", "tests/assembly",
+    "tests/cli", "tests/evaluation", "tests/inference", "tests/web",
 )  # fmt: skip
 
 

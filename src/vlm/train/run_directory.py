@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -58,13 +59,19 @@ def versions() -> dict[str, object]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES},
+        "packages": package_versions(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "image_backend": "torchvision" if is_torchvision_available() else "pillow",
         "git": _git("rev-parse", "HEAD"),
         "git_changes": bool(_git("status", "--porcelain")),
     }
+
+
+@cache
+def package_versions() -> dict[str, str | None]:
+    """Return package -> its installed version, None where it is not installed."""
+    return {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES}
 
 
 def _git(*words: str) -> str | None:
