@@ -1,7 +1,7 @@
 # What there is to do with a clone. Needs Python 3.11+, git, make and a C++ compiler; uv is brought along if missing.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-WORKERS ?= 4
+WORKERS ?= 3
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
