@@ -282,7 +282,7 @@ def count_flops_once(model: Any, image: Mapping[str, Any]) -> StepFlops:
 
 
 inspect_encoder = encoders._inspect_encoder
-INSPECTED_ENCODERS: dict[tuple[object, ...], tuple[encoders.EncoderInfo, dict[str, int]]] = {}
+INSPECTED_ENCODERS: dict[tuple[object, ...], tuple[encoders.EncoderInfo, int | None]] = {}
 
 
 def inspect_encoder_once(part: str, source: Any, config: Any, size: tuple[int, int]) -> encoders.EncoderInfo:
@@ -290,11 +290,10 @@ def inspect_encoder_once(part: str, source: Any, config: Any, size: tuple[int, i
     key = (part, repr(source), type(config), config.to_json_string(), size)
     if key not in INSPECTED_ENCODERS:
         info = inspect_encoder(part, source, config, size)
-        layers = {name: getattr(config, name) for name in ("num_hidden_layers",) if hasattr(config, name)}
-        INSPECTED_ENCODERS[key] = (copy.deepcopy(info), layers)
-    info, layers = INSPECTED_ENCODERS[key]
-    for name, value in layers.items():
-        setattr(config, name, value)
+        INSPECTED_ENCODERS[key] = (info, getattr(config, "num_hidden_layers", None))
+    info, num_layers = INSPECTED_ENCODERS[key]
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
     return copy.deepcopy(info)
 
 

@@ -114,7 +114,7 @@ def _prepare_deepspeed() -> None:
     """Keep DeepSpeed from compiling what no run calls; without a launcher, make this process the only rank."""
     import deepspeed  # slow to import, and only some runs need it
 
-    # DeepSpeed would compile this operation for a minute on CPUs; only its tensor-parallel inference calls it.
+    # On CPUs DeepSpeed would compile this operation at the first start; only its tensor-parallel inference calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "WORLD_SIZE" in os.environ:
         return
