@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from tests.conftest import compose_config, losses
+from tests.fixtures import compose_config, losses
 from tests.tiny_parts import Parts
 from vlm.data.records.formats import get_reader
 from vlm.families.table import FAMILIES, get_part_names

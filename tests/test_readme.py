@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tests.checks.test_messages import elsewhere  # noqa: F401 - Hydra leaves files behind
-from tests.conftest import compose_config
+from tests.fixtures import compose_config
 from tests.tiny_parts import Parts, picture
 from vlm.checks.compose import open_mapping_key, strip_launcher_arguments
 from vlm.checks.fields import check_fields

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.image_utils import SizeDict
 
-from tests.conftest import losses
+from tests.fixtures import losses
 from tests.tiny_parts import ENCODERS, WIDTH, Parts, picture
 from vlm.assembly.adapter_base import base_recipe, make_base
 from vlm.assembly.checkpoint import open_checkpoint

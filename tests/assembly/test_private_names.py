@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import vlm
-from tests.conftest import compose_config
+from tests.fixtures import compose_config
 from vlm.assembly.private_names import PRIVATE_NAMES, PrivateName, check_private_names, find_problem
 from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 from vlm.train.hooks import PRIVATE_HOOKS

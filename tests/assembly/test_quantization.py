@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 
 import vlm
 from tests.command_line import refusal
-from tests.conftest import byte_tokenizer, losses
+from tests.fixtures import byte_tokenizer, losses
 from tests.tiny_parts import picture
 from tests.train.test_lora import adapted, logits
 from vlm.assembly import quantization

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import check_config, compose_config
+from tests.fixtures import check_config, compose_config
 from vlm.checks.feature_cache import cache_problems
 from vlm.checks.fields import ConfigError
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import check_config, compose_config
+from tests.fixtures import check_config, compose_config
 from vlm.checks.fields import ConfigError
 from vlm.config.choices import GROUP_BY_MODALITY_LENGTH, HEAD_TYPES, LOSS_OPTIONS, LOSSES
 from vlm.config.derived import caches_features, embedding_row_keys, extra_tokens

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import check_config, compose_config
+from tests.fixtures import check_config, compose_config
 from vlm.checks import lora as lora_problems
 from vlm.checks.fields import ConfigError
 from vlm.config.derived import BASE_FILE, get_value, training_keys, zero_stage

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import check_config, compose_config
+from tests.fixtures import check_config, compose_config
 from vlm.checks.fields import ConfigError, format_value
 from vlm.checks.run import UNSUPPORTED
 from vlm.config.packaged import group_names, packaged_names, run_names

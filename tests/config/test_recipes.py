@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from tests.conftest import check_config, compose_config
+from tests.fixtures import check_config, compose_config
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.assembly.compose import build_model, compose
 from vlm.config.derived import get_value

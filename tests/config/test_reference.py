@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.conftest import compose_config
+from tests.fixtures import compose_config
 from vlm.config.schema import OWN_TRAINER_FIELDS, TRAINING_ARGUMENT_FIELDS, DatasetConfig, TrainerConfig
 
 DOCS = Path(__file__).parent.parent.parent / "docs"

@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from tests.conftest import compose_config
+from tests.fixtures import compose_config
 from vlm.config.schema import OUR_DEFAULTS, OWN_TRAINER_FIELDS, TRAINING_ARGUMENT_FIELDS, TrainerConfig, key_names
 from vlm.config.training_fields import read_training_argument_choices, read_training_argument_fields
 

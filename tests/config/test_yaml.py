@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 import vlm.config
-from tests.conftest import compose_config
+from tests.fixtures import compose_config
 from vlm.checks.fields import check_fields
 from vlm.cli.overview import overview
 from vlm.config.choices import GROUP_BY_MODALITY_LENGTH

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import nn
 from transformers import AutoProcessor
 
-from tests.conftest import compose_config
 from tests.families.tiny_families import TINY, save_family
+from tests.fixtures import compose_config
 from tests.tiny_parts import picture, runs
 from vlm.assembly.family import get_auto_class, load_family_config, load_family_model
 from vlm.assembly.resolve import resolve_model

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
-from tests.conftest import losses
 from tests.data.vision.test_video import RATE, torn, write_video
 from tests.families.test_families import load
 from tests.families.tiny_families import TINY, save_family
+from tests.fixtures import losses
 from tests.tiny_parts import picture, runs
 from tests.train.test_distributed_runs import WHOLE, launch
 from vlm.config.schema import DatasetConfig

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.command_line import refusal
-from tests.conftest import compose_config
 from tests.families.tiny_families import save_family
+from tests.fixtures import compose_config
 from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.tiny_parts import Parts
 from vlm.cli.main import main

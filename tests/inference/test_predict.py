@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.command_line import refusal
-from tests.conftest import quick_report
+from tests.fixtures import quick_report
 from tests.tiny_parts import Parts
 from vlm import Predictor, VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.cli.main import main

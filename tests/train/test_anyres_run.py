@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from tests.conftest import losses
 from tests.data.vision.test_video import write_video
+from tests.fixtures import losses
 from tests.tiny_parts import Parts, picture
 from tests.train.test_distributed_runs import launch
 from vlm.assembly.compose import build_model, compose

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests import waiting
-from tests.conftest import losses
 from tests.families.tiny_families import save_family
+from tests.fixtures import losses
 from tests.forked import CPU_ONLY, find_free_port, run_ranks
 from vlm.train.checkpoints import newest_checkpoint
 

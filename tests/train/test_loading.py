@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from tests.conftest import compose_config
+from tests.fixtures import compose_config
 from vlm.train.arguments import training_arguments
 from vlm.train.trainer import VLMTrainer
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 import vlm
 from tests.command_line import refusal
-from tests.conftest import compose_config, losses
+from tests.fixtures import compose_config, losses
 from tests.tiny_parts import picture
 from vlm.assembly.adapter_base import BASE_FILE, fingerprint
 from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS

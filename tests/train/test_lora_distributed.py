@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import losses
+from tests.fixtures import losses
 from tests.train.test_distributed_runs import launch
 from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.checkpoint import open_checkpoint

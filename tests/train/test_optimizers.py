@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import Trainer
 
-from tests.conftest import compose_config, losses
+from tests.fixtures import compose_config, losses
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.train.arguments import training_arguments
 from vlm.train.optimizers import MuonWithAdamW, hidden_matrix_names, make_optimizer, parse_options

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tests.conftest import compose_config, losses
+from tests.fixtures import compose_config, losses
 from tests.forked import run_forked
 from tests.tiny_parts import Parts
 from vlm.train.checkpoints import newest_checkpoint

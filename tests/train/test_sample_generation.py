@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import check_config, compose_config
+from tests.fixtures import check_config, compose_config
 from tests.train.test_distributed_runs import launch
 from vlm import VisionLanguageModel
 from vlm.checks.fields import ConfigError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import compose_config, losses
+from tests.fixtures import compose_config, losses
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.data.batching.collator import Collator
 from vlm.train.arguments import deepspeed_config, training_arguments

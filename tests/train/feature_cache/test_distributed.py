@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import losses
+from tests.fixtures import losses
 from tests.train.test_distributed_runs import launch
 from vlm.data.feature_cache.store import FORMAT_FILE
 

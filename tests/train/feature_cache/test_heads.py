@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import losses
+from tests.fixtures import losses
 from tests.train.heads.head_runs import SHORT, logged
 from vlm.data.feature_cache import store as feature_store
 from vlm.data.feature_cache.heads import HeadFeatureDataset, collate_features

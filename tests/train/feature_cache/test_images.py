@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import losses
+from tests.fixtures import losses
 from tests.train.heads.head_runs import logged
 from vlm.data.feature_cache.store import FEATURES_FILE, FORMAT_FILE, PARTIAL_SUFFIX
 from vlm.models import VLMForConditionalGeneration

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoProcessor
 
-from tests.conftest import compose_config, head_words, losses, quick_report
 from tests.families.tiny_families import save_family
+from tests.fixtures import compose_config, head_words, losses, quick_report
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, rewritten, scores_of
 from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.adapter_merge import merge

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import head_words, losses
+from tests.fixtures import head_words, losses
 from tests.train.heads.head_runs import CONNECTOR, alone, scores_of
 from tests.train.test_distributed_runs import launch
 

@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from tests.conftest import check_config, compose_config, head_words, losses
+from tests.fixtures import check_config, compose_config, head_words, losses
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, logged, rewritten, scores_of
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.config.derived import embedding_row_keys

@@ -9,9 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import compose_config
 from tests.families.test_families import load, make_images, make_sample
 from tests.families.tiny_families import TINY, save_family
+from tests.fixtures import compose_config
 from tests.tiny_parts import LANGUAGE_MODELS, Parts
 from tests.train.test_distributed_runs import CONNECTORS
 from vlm.assembly.resolve import load_weights, resolve_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import vlm
-from tests.conftest import check_config, compose_config, losses
+from tests.fixtures import check_config, compose_config, losses
 from vlm.checks.fields import ConfigError
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import RunConfig

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import losses
+from tests.fixtures import losses
 from tests.train.heads.head_runs import SHORT, alone, ask, rewritten, scores_of
 from vlm.models.poolings import POOLINGS
 from vlm.train import run as train_run

@@ -8,8 +8,8 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tests.conftest import check_config, compose_config
 from tests.families.tiny_families import TINY
+from tests.fixtures import check_config, compose_config
 from tests.models.test_modeling_vlm import batch
 from vlm.assembly.family import get_auto_class
 from vlm.assembly.resolve import load_weights, resolve_model

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.compiler import reset
 
-from tests.conftest import losses
+from tests.fixtures import losses
 from tests.models.test_modeling_vlm import batch
 from tests.tiny_parts import Parts
 from vlm.data.batching.collator import Collator

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import check_config, compose_config, losses
+from tests.fixtures import check_config, compose_config, losses
 from tests.tiny_parts import LANGUAGE_MODELS, Parts, picture
 from vlm.checks.fields import ConfigError
 from vlm.data.batching.collator import Collator

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import losses
+from tests.fixtures import losses
 from tests.train.test_distributed_runs import launch
 from vlm.train.checkpoints import newest_checkpoint
 from vlm.train.step import chunked_loss as vocabulary

@@ -1,0 +1,365 @@
+"""Tiny parts and records on disk, and a way to run a shipped run on them in this process.
+
+The tests need no network, no GPU and no trained weights. `world` is one composition with its records, for runs;
+`parts` has every kind of part, for contract tests. Runs leave out what costs a tiny one more than its steps do:
+plots, unless a test asks for them, and counting equal models' operations again.
+"""
+
+import copy
+import gc
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ["HF_HOME"] = CACHES = tempfile.mkdtemp(prefix="small-vlm-tests-")  # indices and counts go there
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+with redirect_stderr(sys.__stderr__):  # its handler closes the stream it found when Hydra sets logging up: pytest's own
+    import absl.logging  # noqa: F401  (rouge-score imports it)
+
+import pytest
+import torch
+from accelerate.utils import memory
+from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from tests.tiny_parts import Parts
+from vlm.assembly import encoders
+from vlm.checks.compose import open_mapping_key
+from vlm.checks.run import check
+from vlm.config.packaged import group_names
+from vlm.config.schema import RunConfig
+from vlm.data.encoding.labels import read_template
+from vlm.evaluation import head_metrics as scores
+from vlm.train.heads import report as head_report
+from vlm.train.monitor import callbacks, peak_flops, speed
+from vlm.train.monitor.flops import StepFlops, count_flops
+from vlm.train.monitor.plots import draw_loss, draw_speed
+from vlm.train.objectives.table import make_objective
+from vlm.train.run import run
+
+COLOURS = ("red", "blue", "green")
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+LONGEST_FIRST = (
+    "tests/train/test_distributed_runs.py", "tests/train/test_lora_distributed.py", "tests/train/heads", "tests/train",
+    "tests/test_examples.py", "tests/families", "tests/web", "tests/hub", "tests/models", "tests/evaluation",
+    "tests/inference", "tests/cli",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that the workers of a parallel run end at about the same time."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.nodeid.partition("::")[0]
+        fitting = (number for number, start in enumerate(LONGEST_FIRST) if path.startswith(start))
+        return next(fitting, len(LONGEST_FIRST))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish(session: Any) -> None:
+    """Exempt what has been imported from garbage collection, which would walk it for half a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """Remove what the tests cached, and let the collector have back what was kept from it."""
+    gc.unfreeze()
+    shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same chance for each test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """Folders of tiny encoders and language models, each made when it is first asked for."""
+    return Parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `visual_encoder`, `language_model`, `records.json` (24 records, 6 of text only) and `images`."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=24, patch_size=8
+    )
+    CLIPVisionModel(vision).save_pretrained(root / "visual_encoder")
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(
+        root / "visual_encoder"
+    )
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(root / "language_model")
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(text).save_pretrained(root / "language_model")
+    (root / "images").mkdir()
+    records = [record(index, root / "images") for index in range(24)]
+    (root / "records.json").write_text(json.dumps(records))
+    return root
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that knows ChatML."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    model.train_from_iterator(["what is in this picture? a red circle, a blue square"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = read_template("chatml")
+    return tokenizer
+
+
+def record(index: int, images: Path) -> dict:
+    """A record of one plain colour; every fourth has no picture."""
+    colour = COLOURS[index % 3]
+    if index % 4 == 3:
+        turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a circle" + " blue" * (index % 5)}]
+        return {"id": str(index), "conversations": turns}
+    Image.new("RGB", (30, 20 + index), colour).save(images / f"{index}.png")
+    turns = [
+        {"from": "human", "value": "<image>\nwhat is in this picture?"},
+        {"from": "gpt", "value": f"a {colour} square" * (1 + index % 2)},
+    ]
+    return {"id": str(index), "image": f"{index}.png", "conversations": turns}
+
+
+@pytest.fixture(scope="session")
+def common(world: Path, brief: list[str]) -> list[str]:
+    """Overrides that put a shipped run on the tiny world."""
+    return [
+        f"model.visual_encoder.hf_name={world / 'visual_encoder'}",
+        f"model.language_model.hf_name={world / 'language_model'}",
+        *brief,
+    ]
+
+
+@pytest.fixture(scope="session")
+def brief(world: Path) -> list[str]:
+    """Overrides that give a shipped run the records of the tiny world, and little to do."""
+    return [
+        f"dataset.path={world / 'records.json'}",
+        f"dataset.image_folder={world / 'images'}",
+        "trainer.use_cpu=true",
+        "trainer.logging_steps=1",
+        "trainer.dataloader_num_workers=0",
+        "trainer.packing=false",
+        "trainer.per_device_train_batch_size=8",
+        "trainer.learning_rate.connector_learning_rate=1e-3",
+        "trainer.num_samples=2",
+        "inference.max_new_tokens=3",
+        "trainer.disable_tqdm=true",
+    ]
+
+
+@pytest.fixture(scope="session")
+def labelled(world: Path) -> Path:
+    """Records for prediction heads, `labelled.json` in the folder of `world`: 48 pictures, a label of each kind."""
+    (world / "labelled").mkdir()
+    records = [labelled_record(index, world / "labelled") for index in range(48)]
+    (world / "labelled.json").write_text(json.dumps(records))
+    return world / "labelled.json"
+
+
+def labelled_record(index: int, images: Path) -> dict:
+    """A record of one plain colour, light or dark, with what there is to tell of it."""
+    colour, level = index % 3, index % 4
+    light = 100 + 40 * level + index % 7
+    shade = tuple(light if channel == colour else light // 4 for channel in range(3))
+    Image.new("RGB", (30, 20 + index % 5), shade).save(images / f"{index}.png")
+    name = ("red", "green", "blue")[colour]
+    return {
+        "id": str(index), "image": f"labelled/{index}.png", "prompt": "what is in this picture?", "colour": name,
+        "light": light, "bright": ["no", "yes"][level > 1], "tags": [name, *["bright"] * (level > 1)], "level": level,
+        "set": str(index // 8),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def train_head(common: list[str], labelled: Path) -> Callable[..., Path]:
+    """As `train`, of a run with prediction heads on `labelled`: `train_head(name, column, output_dir, *overrides)`.
+
+    `column` is what the first head learns. Intervals are of few resamples; plots are drawn where `plots` is set.
+    """
+
+    def start(name: str, column: str, output_dir: Path, *overrides: str, plots: bool = False) -> Path:
+        words = [*common, *head_words(labelled, column), f"trainer.output_dir={output_dir}", *overrides]
+        config = compose_config(name, words)
+        check_config(config)
+        with quick_report(plots=plots):
+            return run_lightly(config, name, words, plots=plots)
+
+    return start
+
+
+@contextmanager
+def quick_report(*, plots: bool = False) -> Iterator[None]:
+    """Few resamples, and plots only where they are looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        for measure in (scores.scores, scores.baseline):
+            patch.setitem(measure.__kwdefaults__, "num_resamples", 5)
+        if not plots:
+            patch.setattr(head_report, "plot_head_scores", lambda *given, **named: None)
+        yield
+
+
+def run_lightly(config: RunConfig, name: str, overrides: list[str], *, plots: bool = False) -> Path:
+    """Run a configuration to its end, as the command line would; plots are drawn where `plots` is set."""
+    with plots_drawn() if plots else nullcontext():
+        return run(config, name, [word.split("=")[0].replace("/", ".") for word in overrides])
+
+
+@contextmanager
+def plots_drawn() -> Iterator[None]:
+    """Draw the plots of runs, which `light_runs` leaves out."""
+    with pytest.MonkeyPatch.context() as patch:
+        for draw in (draw_loss, draw_speed):
+            patch.setattr(callbacks, draw.__name__, draw)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def light_runs() -> Iterator[None]:
+    """Leave out of all runs what costs a tiny one more than its steps do: see the top of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "count_flops", count_flops_once)
+        patch.setattr(peak_flops, "measure_tflops", measure_tflops_once)
+        patch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: None)
+        patch.setattr(encoders, "_inspect_encoder", inspect_encoder_once)
+        for name in ("draw_loss", "draw_speed"):
+            patch.setattr(callbacks, name, lambda metrics, path: None)
+        yield
+
+
+measure_tflops_once = cache(peak_flops.measure_tflops)
+COUNTED_FLOPS: dict[tuple[object, ...], StepFlops] = {}
+
+
+def count_flops_once(model: Any, image: Mapping[str, Any]) -> StepFlops:
+    """Count the operations of a model, once for all models that are equal in configuration, shapes and what trains."""
+    parameters = tuple((name, value.shape, value.requires_grad) for name, value in model.named_parameters())
+    shapes = str(sorted((name, getattr(value, "shape", value)) for name, value in image.items()))
+    key = (type(model), model.config.to_json_string(), parameters, shapes)
+    if key not in COUNTED_FLOPS:
+        COUNTED_FLOPS[key] = count_flops(model, image)
+    return COUNTED_FLOPS[key]
+
+
+inspect_encoder = encoders._inspect_encoder
+INSPECTED_ENCODERS: dict[tuple[object, ...], tuple[encoders.EncoderInfo, int | None]] = {}
+
+
+def inspect_encoder_once(part: str, source: Any, config: Any, size: tuple[int, int]) -> encoders.EncoderInfo:
+    """Find out what an encoder gives, and which layers it needs, once for all that are equal."""
+    key = (part, repr(source), type(config), config.to_json_string(), size)
+    if key not in INSPECTED_ENCODERS:
+        info = inspect_encoder(part, source, config, size)
+        INSPECTED_ENCODERS[key] = (info, getattr(config, "num_hidden_layers", None))
+    info, num_layers = INSPECTED_ENCODERS[key]
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
+    return copy.deepcopy(info)
+
+
+def head_words(labelled: Path, column: str) -> list[str]:
+    """Overrides that put a head's run on the tiny world."""
+    return [
+        "model=composed", f"dataset.path={labelled}", f"dataset.image_folder={labelled.parent}",
+        "dataset.format=labelled", f"dataset.options.label_key={column}", "dataset.eval_split=0.25",
+        "trainer.learning_rate.head_learning_rate=2e-2", "trainer.learning_rate.language_model_learning_rate=1e-2",
+        "trainer.num_train_epochs=3", "trainer.eval_strategy=no", "trainer.lr_scheduler_type=constant",
+        "trainer.warmup_steps=0", "trainer.logging_steps=1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def train_whole(brief: list[str]) -> Callable[..., Path]:
+    """As `train`, on a whole model: `train_whole(name, model, output_dir, *overrides)`."""
+
+    def start(name: str, model: Path, output_dir: Path, *overrides: str) -> Path:
+        words = [*brief, f"model.hf_name={model}", f"trainer.output_dir={output_dir}", *overrides]
+        return run_lightly(compose_config(name, words), name, words)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def train(common: list[str]) -> Callable[..., Path]:
+    """`train(name, output_dir, *overrides)` runs a shipped run to its end and returns its directory.
+
+    Plots are drawn where `plots` is set.
+    """
+
+    def start(name: str, output_dir: Path, *overrides: str, plots: bool = False) -> Path:
+        words = [*common, f"trainer.output_dir={output_dir}", *overrides]
+        return run_lightly(compose_config(name, words), name, words, plots=plots)
+
+    return start
+
+
+def compose_config(name: str, overrides: list[str]) -> RunConfig:
+    """A shipped run's configuration under overrides; Hydra composes each choice of groups once."""
+    parsed = OverridesParser.create().parse_overrides([open_mapping_key(word) for word in overrides])
+    groups = [str(word.input_line) for word in parsed if word.key_or_group in GROUPS]
+    config = copy.deepcopy(compose_groups(name, *groups))
+    ConfigLoaderImpl._apply_overrides_to_config([word for word in parsed if word.key_or_group not in GROUPS], config)
+    composed = OmegaConf.to_object(config)
+    assert isinstance(composed, RunConfig)
+    return composed
+
+
+GROUPS = frozenset(group_names())
+
+
+@cache
+def compose_groups(name: str, *groups: str) -> DictConfig:
+    """A shipped run's configuration under choices of groups, before keys are given values."""
+    with initialize_config_module("vlm.config", version_base="1.3"):
+        return compose(name, list(groups))
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse what the command line refuses of a configuration, with the objective that it names."""
+    check(config, make_objective(config))
+
+
+def losses(run_directory: Path) -> list[float]:
+    """The training losses that a run logged."""
+    lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
