@@ -138,8 +138,19 @@ def choose(page: Any, field: str, value: str) -> None:
 
 
 def send(page: Any, text: str) -> None:
-    page.locator("#chat-question textarea").fill(text)
-    page.locator("#chat-question textarea").press("Enter")
+    """Ask a question. Gradio passes over Enter while the answer before is ending: it is pressed until it counts."""
+    box, shown = page.locator("#chat-question textarea"), page.locator("#chat-shown .user, .toast-body")
+    before = shown.count()
+    box.fill(text)
+
+    def is_asked() -> bool:
+        if shown.count() > before:
+            return True
+        if box.input_value() == text:
+            box.press("Enter")
+        return False
+
+    wait_until(is_asked, page)
 
 
 def read_answers(page: Any) -> list[str]:
