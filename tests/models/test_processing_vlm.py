@@ -310,7 +310,7 @@ CHUNKS = [
     "\u3000cat",
     " two </s> cats </s>  on</s>a",
     "</s> mat",
-    "<s>cat",
+    "</s>cat",
     " <unk> ",
 ]
 """Texts as they stand between two images; special tokens in them are a template's."""

@@ -26,6 +26,7 @@ HEAD_TYPES = {
 """Type of a prediction head -> its options."""
 POOLINGS = ("last", "mean", "image", "text", "attention", "query", "token", "first", "alltoken")
 FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
+SUPERVISIONS = ("replies", "llava-onevision")
 IMAGE_MODES = ("square", "pad")
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager")
 QUANTIZATIONS = ("8bit", "4bit")
