@@ -1,5 +1,6 @@
 """Recipes of papers as YAML: each composes, passes the checks, and computes at reduced width what it describes."""
 
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,47 @@ ALL = {"visual_encoder": 2e-6, "connector": 1e-5, "language_model": 1e-5}
 RECIPES: dict[str, tuple[int, int, dict[str, float], dict[str, Any]]] = {
     "pretrain-llava": (256, 8, CONNECTOR, {**CLIP, "dataset.template": "plain", "dataset.image_mode": "square"}),
     "finetune-llava": (128, 8, BOTH, {**CLIP, "dataset.template": "v1", "dataset.image_mode": "pad"}),
-    "finetune-llava-next": (128, 8, ALL, {**CLIP, "dataset.template": "v1", "dataset.image_mode": "square"}),
-    "pretrain-onevision-0.5b": (512, 8, CONNECTOR, {**SIGLIP, "dataset.template": "plain"}),
-    "finetune-onevision-0.5b": (256, 8, ALL, {**SIGLIP, "model.anyres.max_tiles": 9, "dataset.max_length": 32768}),
+    "finetune-llava-next": (
+        128, 8, ALL,
+        {**CLIP, "dataset.template": "v1", "dataset.image_mode": "square", "trainer.per_device_train_batch_size": 4,
+         "trainer.dataloader_drop_last": True, "dataset.supervise": "replies"},
+    ),
+    "pretrain-onevision-0.5b": (
+        512, 8, CONNECTOR, {**SIGLIP, "dataset.template": "plain", "trainer.per_device_train_batch_size": 16},
+    ),
+    "finetune-onevision-0.5b": (
+        256, 8, ALL,
+        {**SIGLIP, "model.anyres.max_tiles": 9, "dataset.max_length": 32768, "dataset.supervise": "llava-onevision",
+         "trainer.per_device_train_batch_size": 1, "trainer.dataloader_drop_last": True, "dataset.max_frames": 32},
+    ),
     "train-nanovlm": (
         256, 1, {"visual_encoder": 1e-4, "connector": 2e-3, "language_model": 1e-4},
-        {"model.visual_encoder.feature_layer": None, "trainer.num_train_epochs": 5, "trainer.max_grad_norm": 0},
+        {"model.visual_encoder.feature_layer": None, "trainer.num_train_epochs": 5, "trainer.max_grad_norm": 0,
+         "trainer.dataloader_drop_last": True, "dataset.eval_split": 0.01, "dataset.max_length": 128},
     ),
-    "pretrain-tinyllava": (256, 4, CONNECTOR, {**SIGLIP, "dataset.template": "plain", "dataset.image_mode": "square"}),
-    "finetune-tinyllava": (128, 4, BOTH, {**SIGLIP, "dataset.template": "v1", "dataset.image_mode": "square"}),
+    "pretrain-tinyllava": (
+        256, 4, CONNECTOR,
+        {**SIGLIP, "dataset.template": "plain", "dataset.image_mode": "square", "trainer.tf32": False,
+         "trainer.per_device_train_batch_size": 32},
+    ),
+    "finetune-tinyllava": (
+        128, 4, BOTH,
+        {**SIGLIP, "dataset.template": "v1", "dataset.image_mode": "square", "trainer.tf32": False,
+         "trainer.per_device_train_batch_size": 8},
+    ),
     "pretrain-mobilevlm": (256, 8, CONNECTOR, {**CLIP, "model.connector.type": "ldp"}),
     "finetune-mobilevlm": (128, 8, BOTH, {**CLIP, "dataset.template": "v1", "dataset.image_mode": "pad"}),
     "pretrain-honeybee": (
         256, 8, {"connector": 1e-4},
         {"trainer.max_steps": 50000, "trainer.warmup_steps": 2000, "trainer.adam_beta2": 0.98,
-         "trainer.weight_decay.connector_weight_decay": 0.01, "model.visual_encoder.feature_layer": -1},
+         "trainer.weight_decay.connector_weight_decay": 0.01, "model.visual_encoder.feature_layer": -1,
+         "dataset.max_length": 1025},
     ),
     "finetune-honeybee": (
         128, 8, BOTH,
         {"trainer.max_steps": 10000, "trainer.warmup_steps": 150, "trainer.adam_epsilon": 1e-6,
-         "trainer.weight_decay.language_model_weight_decay": 1e-4, "model.visual_encoder.feature_layer": -1},
+         "trainer.weight_decay.language_model_weight_decay": 1e-4, "model.visual_encoder.feature_layer": -1,
+         "dataset.max_length": 1024},
     ),
     "train-prismatic": (
         128, 8, BOTH,
@@ -73,6 +95,14 @@ RECIPES: dict[str, tuple[int, int, dict[str, float], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Run -> its global batch, the GPUs it is written for, the rate of each part that trains, and further keys."""
+
+
+PAPERS = sorted({*RECIPES, "finetune-llava-lora", "finetune-llava-qlora"})
+"""The runs that follow a paper."""
+
+GROUPED = ["finetune-llava", "finetune-llava-lora", "finetune-llava-next", "finetune-onevision-0.5b",
+           "finetune-tinyllava", "finetune-mobilevlm", "train-prismatic"]  # fmt: skip
+"""The runs whose published code has `group_by_modality_length`, or what Prismatic made of it."""
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +140,40 @@ def test_a_recipe_has_the_papers_figures(records: str, name: str):
     assert trained == set(rates)
     assert {part: getattr(trainer.learning_rate, f"{part}_learning_rate") for part in rates} == rates
     assert {key: get_value(config, key) for key in further} == further
+
+
+@pytest.mark.parametrize(
+    ("name", "rates", "r", "alpha"),
+    [("finetune-llava-lora", (2e-4, 2e-5), 128, 256), ("finetune-llava-qlora", (2e-5, 2e-5), 64, 16)],
+)
+def test_llavas_adapters(records: str, name: str, rates: tuple[float, float], r: int, alpha: int):
+    """The language model's rate is the script's `learning_rate`, and the connector's that or `mm_projector_lr`."""
+    config = compose_config(name, [records])
+    check_config(config)
+    trainer: Any = config.trainer
+    found = trainer.learning_rate.language_model_learning_rate, trainer.learning_rate.connector_learning_rate
+    assert found == rates
+    adapter = trainer.lora.language_model
+    assert (adapter.r, adapter.alpha, trainer.lora.dropout, trainer.lora.bias) == (r, alpha, 0.05, "none")
+    assert adapter.target_modules is None
+    assert trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps == 16
+    assert config.model.language_model.quantization == ("4bit" if name.endswith("qlora") else None)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_recipe_averages_and_orders_as_its_code_does(records: str, name: str):
+    trainer: Any = compose_config(name, [records]).trainer
+    assert trainer.loss_average == "micro_batch"
+    if name != "finetune-llava-qlora":  # on the data of LLaVA-1.5, in its order
+        assert trainer.train_sampling_strategy == ("group_by_modality_length" if name in GROUPED else "random")
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_recipe_says_in_its_head_what_differs(name: str):
+    text = resources.files("vlm.config").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    head = text[: text.index("defaults:")]
+    assert "\n# Differs: " in head
+    assert all(line.startswith("# ") for line in head.splitlines())
 
 
 def shrunk(config: RunConfig, parts: Parts, tiny: dict[str, Path]) -> RunConfig:
@@ -164,3 +228,6 @@ def test_every_recipe_is_described():
     text = Path(__file__).parents[2].joinpath("docs", "recipes.md").read_text(encoding="utf-8")
     for name in RECIPES:
         assert f"-cn {name} " in text, name
+    for name in PAPERS:
+        assert f"| `{name}` | " in text, name
+    assert "[M]" not in text

@@ -1,23 +1,36 @@
 """The processor: pixels, placeholders, and what travels with a checkpoint."""
 
 import base64
+import json
+import re
 import shutil
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
+from sentencepiece import sentencepiece_model_pb2
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import AutoProcessor, CLIPImageProcessor
+from transformers import AddedToken, AutoProcessor, AutoTokenizer, CLIPImageProcessor, LlamaConfig
 
-from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, PATCHES, PREFIX_TOKENS, Parts, byte_tokenizer, picture
+from tests.tiny_parts import (
+    ENCODERS,
+    LANGUAGE_MODELS,
+    PATCHES,
+    PREFIX_TOKENS,
+    Parts,
+    byte_tokenizer,
+    picture,
+    save_sentencepiece,
+)
 from vlm.assembly.compose import compose
 from vlm.models import VLMProcessor
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.pixels import pad_to_square
-from vlm.models.processing_vlm import FIXED_DATE, IMAGE_MODES, images_in_conversation
+from vlm.models.processing_vlm import FIXED_DATE, IMAGE_MODES, images_in_conversation, read_prepend_scheme
 
 POINTWISE = ("identity", "linear", "mlp")
 """Connectors that take features of any number and keep it; `test_connectors.py` composes models with all others."""
@@ -273,3 +286,109 @@ def test_tokens_that_the_tokenizer_knows_are_not_added_again(parts: Parts, tmp_p
     assert len(processor.tokenizer) == len(tokenizer) + 1
     assert {"<image>", "<other>", "<im_start>"} <= set(processor.tokenizer.all_special_tokens)
     assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
+
+
+# The starts of words, as SentencePiece itself has them
+
+CHUNKS = [
+    "two cats",
+    " two cats",
+    "  two cats",
+    "\n two",
+    " \n",
+    " ",
+    "   ",
+    "▁two",
+    " 3",
+    "3",
+    " ▁ é",
+    "\tcat",
+    "cat ",
+    " <",
+    " 猫",
+    "\u00a0cat",
+    "\u3000cat",
+    " two </s> cats </s>  on</s>a",
+    "</s> mat",
+    "</s>cat",
+    " <unk> ",
+]
+"""Texts as they stand between two images; special tokens in them are a template's."""
+
+
+def slow_ids(folder: Path, text: str, *, legacy: bool) -> list[int]:
+    """The ids that `LlamaTokenizer` of SentencePiece gives a text, without BOS.
+
+    `legacy: true`: the text behind each special token is encoded on its own, as SentencePiece does it. `legacy: false`:
+    only what stands in front begins with a word start, and blanks are word starts wherever they are: texts are encoded
+    behind `<unk>`, which is taken off.
+    """
+    model = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    model.normalizer_spec.add_dummy_prefix = legacy
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    mark = "" if legacy else "<unk>"
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    ids: list[int] = []
+    for number, part in enumerate(re.split(f"({'|'.join(special)})", text)):
+        if part in special:
+            ids.append(special[part])
+        elif part:
+            word_start = "" if legacy or number else "▁"
+            ids += pieces.encode(mark + word_start + part.replace("▁", " "))[len(pieces.encode(mark)) :]
+    return ids
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["legacy false", "legacy true"])
+def of_sentencepiece(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, VLMProcessor, bool]:
+    """A tokenizer's folder, its processor, and whether it is a legacy one."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    save_sentencepiece(folder)
+    LlamaConfig(vocab_size=480).save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "legacy": request.param}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    return folder, VLMProcessor(CLIPImageProcessor(), tokenizer, tokens_per_image=2), request.param
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_text_around_images_has_the_slow_tokenizers_ids(of_sentencepiece: tuple[Path, VLMProcessor, bool], chunk: str):
+    """In front, behind BOS, behind an image and between two; every id lies within the text that it comes from."""
+    folder, processor, legacy = of_sentencepiece
+    image = [processor.image_token_id] * 2
+    expected = slow_ids(folder, chunk, legacy=legacy)
+    for text, ids in (
+        (chunk, expected),
+        (f"<s>{chunk}", [1, *expected]),
+        (f"<s><image>{chunk}<image>{chunk}", [1, *image, *expected, *image, *expected]),
+    ):
+        found, spans = processor.tokenize(text)
+        assert found == ids, text
+        assert all(0 <= a < b <= len(text) for a, b in spans)
+        assert spans == sorted(spans)
+
+
+def test_saving_keeps_the_ids(of_sentencepiece: tuple[Path, VLMProcessor, bool], tmp_path: Path):
+    """`legacy` too, which transformers does not write into a tokenizer's files."""
+    _, processor, _ = of_sentencepiece
+    processor.save_pretrained(tmp_path)
+    again = VLMProcessor.from_pretrained(tmp_path)
+    again.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    alone = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for chunk in CHUNKS:
+        text = f"<s>a<image>{chunk}</s>{chunk}"
+        assert again.tokenize(text) == processor.tokenize(text)
+        assert alone.tokenize(text) == processor.tokenizer.tokenize(text)
+
+
+def test_a_blank_that_a_special_token_swallows_starts_no_word(of_sentencepiece: tuple[Path, VLMProcessor, bool]):
+    tokenizer = AutoTokenizer.from_pretrained(of_sentencepiece[0])
+    tokenizer.add_tokens([AddedToken("<image>", special=True)], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("<sep>", rstrip=True, special=True)], special_tokens=True)
+    swallowing = VLMProcessor(CLIPImageProcessor(), tokenizer)
+    assert swallowing.tokenize("<sep>  cat")[0] == tokenizer("<sep>  cat", add_special_tokens=False)["input_ids"]
+
+
+def test_where_words_start(parts: Parts):
+    assert read_prepend_scheme(parts.processor("clip", "vicuna", template="v1").tokenizer) == "first"
+    assert read_prepend_scheme(byte_tokenizer("chatml")) == "never"

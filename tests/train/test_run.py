@@ -117,7 +117,7 @@ def test_a_checkpoints_architecture_is_not_contradicted(
     assert "checkpoint has" in str(refused.value)
 
 
-@pytest.mark.parametrize("sampling", ["random", "group_by_modality_length"])
+@pytest.mark.parametrize("sampling", ["random", "group_by_modality_length", "group_by_modality_blocks"])
 def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], tmp_path: Path, sampling: str):
     options = [
         "trainer.num_train_epochs=3", "trainer.save_strategy=steps", "trainer.save_steps=4",

@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 
 from vlm.checks.fields import ConfigError
-from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
+from vlm.config.choices import GROUPED_STRATEGIES
 from vlm.config.named import is_custom_name
 from vlm.config.packaged import packaged_names
 from vlm.config.schema import DatasetConfig, RunConfig, SourceConfig
@@ -70,7 +70,7 @@ def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Ite
     if config.dataset.eval_split:
         yield "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path"
     sampling = config.trainer.train_sampling_strategy
-    if sampling == GROUP_BY_MODALITY_LENGTH and not config.trainer.packing:  # packing has an order of its own
+    if sampling in GROUPED_STRATEGIES and not config.trainer.packing:  # packing has an order of its own
         yield f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random"
     for key, source in sources.items():
         if source.max_samples is not None:

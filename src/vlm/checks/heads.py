@@ -126,7 +126,7 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
             if value := getattr(data, key):
                 yield f"dataset.folds={data.folds} and dataset.{key}={value}: choose one"
     strategy = config.trainer.train_sampling_strategy
-    if caches_features(config) and strategy == choices.GROUP_BY_MODALITY_LENGTH:
+    if caches_features(config) and strategy in choices.GROUPED_STRATEGIES:
         yield (
             f"trainer.train_sampling_strategy={strategy}: hidden states are computed once here, and there is nothing "
             "to group; choose random, or dataset.cache_features=false"

@@ -18,8 +18,6 @@ def packing_problems(config: RunConfig) -> Iterator[str]:
             "trainer.packing=true and trainer.train_sampling_strategy=sequential: packing settles which samples stand "
             "together, and in which order; leave one of them out"
         )
-    if trainer.dataloader_drop_last:
-        yield "trainer.dataloader_drop_last=true: packs are dealt evenly, there is no last batch to drop; leave it out"
     longest = config.dataset.max_length
     if config.dataset.streaming and most is not None and longest is not None and most < longest:
         yield (

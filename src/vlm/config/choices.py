@@ -26,11 +26,15 @@ HEAD_TYPES = {
 """Type of a prediction head -> its options."""
 POOLINGS = ("last", "mean", "image", "text", "attention", "query", "token", "first", "alltoken")
 FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
+SUPERVISIONS = ("replies", "llava-onevision")
 IMAGE_MODES = ("square", "pad")
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager")
 QUANTIZATIONS = ("8bit", "4bit")
 GROUP_BY_MODALITY_LENGTH = "group_by_modality_length"
-SAMPLING_STRATEGIES = ("random", "sequential", GROUP_BY_MODALITY_LENGTH)
+GROUP_BY_MODALITY_BLOCKS = "group_by_modality_blocks"
+GROUPED_STRATEGIES = (GROUP_BY_MODALITY_LENGTH, GROUP_BY_MODALITY_BLOCKS)
+"""Orders of samples that depend on their lengths: LLaVA's, and the one that pads least."""
+SAMPLING_STRATEGIES = ("random", "sequential", *GROUPED_STRATEGIES)
 MUON = "muon"
 """The optimiser that this framework has besides those of transformers."""
 EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")

@@ -12,7 +12,14 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm.config.choices import CACHE_IMPLEMENTATIONS, EVAL_METRICS, IMAGE_MODES, MUON, SAMPLING_STRATEGIES
+from vlm.config.choices import (
+    CACHE_IMPLEMENTATIONS,
+    EVAL_METRICS,
+    IMAGE_MODES,
+    MUON,
+    SAMPLING_STRATEGIES,
+    SUPERVISIONS,
+)
 from vlm.config.model_schema import ModelConfig, Options
 from vlm.config.rules import above, at_least, choices, share
 from vlm.config.training_fields import read_training_argument_choices, read_training_argument_fields
@@ -266,6 +273,9 @@ class DatasetConfig(SourceConfig):
     template: str | None = None
     """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file;
     null: the checkpoint's, else the tokenizer's own."""
+    supervise: str = field(default="replies", metadata=choices(SUPERVISIONS))
+    """What is supervised of a conversation: `replies` and their ends; `llava-onevision`: in ChatML, the assistant's
+    turns as a whole, and the marks of turns and line breaks in those of others, as LLaVA-OneVision was trained."""
     image_mode: str | None = field(default=None, metadata=choices(IMAGE_MODES))
     """`square`: as the encoder's image processor does it; `pad`: padded to a square first; null: the checkpoint's,
     else `square`."""

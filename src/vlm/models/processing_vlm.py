@@ -4,6 +4,7 @@ Hub code: imports torch, Pillow, transformers and its siblings only. It is saved
 inference, evaluation and other people's programs all read the same ids.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import islice, pairwise, repeat
@@ -33,6 +34,8 @@ Message = dict[str, Any]
 """A message of a conversation, or an item of its content list."""
 
 IMAGE_MODES = ("square", "pad")
+BLANKS = " ", "▁"
+"""What SentencePiece reads as the start of a word."""
 FIXED_DATE = "26 Jul 2024"
 """The date for templates that would write today's (Llama-3.2), so that a prompt is the same every day."""
 FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{FIXED_DATE}{{% endmacro +%}}"
@@ -102,6 +105,9 @@ class VLMProcessor(ProcessorMixin):
         self.beside = [make_image_processor(settings) for settings in beside]
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(image_token)
         self.special_tokens = special_token_pattern(tokenizer, image_token)
+        self.prepend_scheme = read_prepend_scheme(tokenizer)
+        if (legacy := getattr(tokenizer, "legacy", None)) is not None:
+            tokenizer.init_kwargs["legacy"] = legacy  # transformers would not save it, and give other ids from then on
 
     @property
     def image_processors(self) -> list[ImageProcessor]:
@@ -141,7 +147,8 @@ class VLMProcessor(ProcessorMixin):
         """Return the ids of a rendered conversation, and the character span that each id comes from.
 
         The text between two images is tokenised by itself, and so is the text after a leading BOS token, as in
-        LLaVA. A special token that a user spelled within one of `user_spans` is read as plain text.
+        LLaVA. A SentencePiece tokenizer puts the start of a word before such a text, also before one that begins with a
+        blank. A special token that a user spelled within one of `user_spans` is read as plain text.
 
         Args:
             text: a rendered conversation; each `image_token` outside `user_spans` stands for one image.
@@ -169,15 +176,29 @@ class VLMProcessor(ProcessorMixin):
                 ids += new
                 spans += [(start, end)] * len(new)
             else:
-                lead = self.image_token if continues_text else ""  # tokenizers begin no new word behind a token
+                lead = self._lead(piece, continues_text)
                 encoded = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
                 origin = start - len(lead)
                 ids += encoded["input_ids"][continues_text:]
-                spans += [(origin + a, origin + b) for a, b in encoded["offset_mapping"][continues_text:]]
+                offsets = encoded["offset_mapping"][continues_text:]
+                spans += [(max(origin + a, start), max(origin + b, start + 1)) for a, b in offsets]
         return ids, spans
 
+    def _lead(self, piece: str, continues_text: bool) -> str:
+        """Return what a piece of text is tokenised behind, so that a word starts before it or does not.
+
+        No word starts behind a token, which a piece that continues a text gets. Where the tokenizer starts one by
+        itself, it leaves that out before a blank, and SentencePiece does not: such a piece gets a blank more.
+        """
+        if continues_text:
+            return self.image_token
+        return " " if self.prepend_scheme != "never" and piece.startswith(BLANKS) else ""
+
     def _split_text(self, text: str, user_spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
-        """Split at images, after BOS and within spelled special tokens: (start, end, whether it continues a text)."""
+        """Split at images, after BOS and within spelled special tokens: (start, end, whether it continues a text).
+
+        Where a word starts behind every special token, also at blanks that follow one.
+        """
         starts = [(0, False)]
         for match in self.special_tokens.finditer(text):
             start, end = match.span()
@@ -185,10 +206,16 @@ class VLMProcessor(ProcessorMixin):
                 starts.append((start + 1, True))  # neither half is a special token
             elif match.group() == self.image_token:
                 starts += [(start, False), (end, False)]
-            elif start == 0 and match.group() == self.tokenizer.bos_token:
+            elif (start == 0 and match.group() == self.tokenizer.bos_token) or self._starts_word(text, match):
                 starts.append((end, False))
         pairs = pairwise([*starts, (len(text), False)])
         return [(start, end, continues_text) for (start, continues_text), (end, _) in pairs if start < end]
+
+    def _starts_word(self, text: str, token: re.Match[str]) -> bool:
+        """Return whether a word starts behind a special token, where the tokenizer would leave that out at a blank."""
+        if self.prepend_scheme != "always" or not text.startswith(BLANKS, token.end()):
+            return False
+        return not self.tokenizer.added_tokens_decoder[self.tokenizer.convert_tokens_to_ids(token.group())].rstrip
 
     def image_inputs(self, images: Sequence[ImageOrTensor], sizes: Sequence[Size | None] = ()) -> dict[str, Tensor]:
         """Return the model's inputs for a sample's images, before `normalise`; empty without any.
@@ -355,6 +382,18 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase, *media_tokens: str
     """Return a pattern that matches the special tokens of a tokenizer and those of images and videos."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return re.compile("|".join(map(re.escape, sorted(special.union(media_tokens), key=len, reverse=True))))
+
+
+def read_prepend_scheme(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return where a tokenizer starts a word by itself: `first` (in front of a text), `always`, or `never`.
+
+    `always` is also behind every special token, as in SentencePiece tokenizers with `legacy: true`. Those that do it in
+    their normalizer count as `never`: they do it before blanks too.
+    """
+    pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+    settings = json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer is not None else {"type": None}
+    parts = settings.get("pretokenizers", [settings])
+    return next((part["prepend_scheme"] for part in parts if part["type"] == "Metaspace"), "never")
 
 
 def images_in_conversation(conversation: Sequence[Message]) -> list[object]:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
-from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
+from vlm.config.choices import GROUPED_STRATEGIES
 from vlm.config.derived import training_keys
 from vlm.config.named import import_named, is_custom_name
 from vlm.config.schema import TRAINING_ARGUMENT_FIELDS, TrainerOptions
@@ -35,7 +35,7 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
         ValueError: a key cannot be used, a part that trains has no learning rate, or a process sees several GPUs.
     """
     values = {name: value for name in TRAINING_ARGUMENT_FIELDS if (value := getattr(trainer, name)) is not None}
-    if values["train_sampling_strategy"] == GROUP_BY_MODALITY_LENGTH:
+    if values["train_sampling_strategy"] in GROUPED_STRATEGIES:
         values["train_sampling_strategy"] = "random"  # our own sampler takes its place
     custom_optimizer = values.pop("optim", None) if values.get("optim") not in list(OptimizerNames) else None
     if custom_optimizer is not None and is_custom_name(custom_optimizer):

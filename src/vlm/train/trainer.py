@@ -20,9 +20,9 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
 from vlm.assembly.adapter_base import make_base
-from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
+from vlm.config.choices import GROUP_BY_MODALITY_LENGTH, GROUPED_STRATEGIES
 from vlm.data.batching.collator import SKIPPED_KEY
-from vlm.data.batching.samplers import ModalityLengthSampler
+from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.dataset import Skipped
 from vlm.data.stream import SampleStream
@@ -171,9 +171,13 @@ class VLMTrainer(CheckpointTrainer):
         """Return samples grouped by modality and length, or in the objective's order, or else as usual."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.options.train_sampling_strategy
-        if strategy == GROUP_BY_MODALITY_LENGTH:
-            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            self.sampler = ModalityLengthSampler(dataset.lengths, dataset.num_images, step, sampler_seed(self.args))
+        if strategy in GROUPED_STRATEGIES:
+            num_chunks = self.args.gradient_accumulation_steps * self.args.world_size
+            samples = dataset.lengths, dataset.num_images, self.args.train_batch_size * num_chunks
+            if strategy == GROUP_BY_MODALITY_LENGTH:
+                self.sampler = ModalityLengthSampler(*samples, sampler_seed(self.args), num_chunks)
+            else:
+                self.sampler = ModalityBlockSampler(*samples, sampler_seed(self.args))
         else:
             self.sampler = self.objective.make_train_sampler(self, dataset)
         return super()._get_train_sampler(dataset) if self.sampler is None else self.sampler

@@ -30,10 +30,24 @@ V1 = {
     "an empty answer": [("<image>\nwhat?", ""), ("and now?", "a cat")],
     "two images in a turn": [("<image>\n<image>\nwhat differs?", "the circle"), ("so?", "yes")],
     "an image in a later turn": [("hello", "what is it?"), ("<image>\nthis", "a mat")],
+    "blanks behind images": [("<image> and <image>  differ? <image>", " yes"), ("<image> so? <image>\n so", "3")],
     "words that roles use": [("USER: a ASSISTANT: b", "USER: c ASSISTANT: d")],
 }
 
-PLAIN = ["a red circle", "12 cats on 3 mats", "猫 😀", "a cat \n on the mat", "", "a cat\n"]
+PLAIN = [
+    " a red circle",
+    "  two cats ",
+    " 3",
+    " ",
+    "▁a cat",
+    "\n a",
+    "a red circle",
+    "12 cats on 3 mats",
+    "猫 😀",
+    "a cat \n on the mat",
+    "",
+    "a cat\n",
+]
 
 
 class Reference:

@@ -307,7 +307,6 @@ def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path:
             "64: the lengths of a stream are not known before; at least dataset.max_length=2048",
         ),
         ("trainer.max_tokens_per_batch=0", "at least 1, or null, is needed"),
-        ("trainer.dataloader_drop_last=true", "there is no last batch to drop"),
     ],
 )
 def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str, message: str):

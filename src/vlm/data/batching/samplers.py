@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -24,53 +25,150 @@ class EpochSampler(Sampler[Item_co]):
         self.epoch = epoch
 
 
-def group_by_modality_and_length(
-    lengths: Sequence[int], num_images: Sequence[int], batch: int, generator: torch.Generator
+def order_by_modality_and_length(
+    lengths: Sequence[int] | np.ndarray,
+    num_images: Sequence[int] | np.ndarray,
+    batch: int,
+    num_chunks: int,
+    generator: torch.Generator,
 ) -> list[int]:
-    """Return LLaVA's order: each global batch of one modality and of similar lengths, batches shuffled.
+    """Return LLaVA's order: each step of one modality, its micro-batches of similar lengths, the steps shuffled.
 
-    Within blocks of many batches, samples are sorted by length, so that the rows of a batch are similar; samples that
-    fill no whole batch come last, mixed.
+    The samples of each modality are permuted and cut into steps of `batch`. Within a step, samples are sorted by
+    length, longest first, and dealt to `num_chunks` micro-batches, each to the one with the smallest sum of lengths so
+    far; the step is these micro-batches, one after the other. The last step of each modality, whole or not, comes at
+    the very end: the samples of both, ordered by index. Where there is one modality only, steps stay where the
+    permutation put them, and the last one is divided like any other; where that is text, it is sorted and summed by
+    negative lengths, as there. So lengths decide which micro-batch of a step a sample is in, never which step.
+
+    Indices and draws are those of `LengthGroupedSampler` in LLaVA's public code (`llava/train/llava_trainer.py`) with
+    `group_by_modality`, whose lengths are negative for text only, if all its draws come from this generator.
 
     Args:
-        lengths: number of tokens of each sample.
-        num_images: number of images of each sample; 0 is text only.
-        batch: samples of a step, over all ranks and accumulation steps.
+        lengths: `(samples,)`: length of each sample, at least 0.
+        num_images: `(samples,)`: number of images of each sample; 0 is text only.
+        batch: samples of a step, over all ranks and accumulation steps; a multiple of `num_chunks`.
+        num_chunks: micro-batches of a step: ranks times accumulation steps.
         generator: the only source of randomness.
+
+    Raises:
+        ValueError: `batch` is no multiple of `num_chunks`.
     """
-    batches: list[list[int]] = []
-    rest: list[int] = []
-    for with_images in (True, False):
-        chosen = [i for i, number in enumerate(num_images) if (number > 0) == with_images]
-        grouped = [chosen[i] for i in _group_by_length([lengths[i] for i in chosen], batch, generator)]
-        whole = len(grouped) // batch * batch
-        batches += [grouped[i : i + batch] for i in range(0, whole, batch)]
-        rest += grouped[whole:]
-    order = torch.randperm(len(batches), generator=generator).tolist()
-    return [index for number in order for index in batches[number]] + rest
+    if batch % num_chunks:
+        raise ValueError(f"batch={batch}, num_chunks={num_chunks}: a step has equally many samples in each micro-batch")
+    length_array = np.asarray(lengths, dtype=np.int64)
+    is_multimodal = np.asarray(num_images) > 0
+    modalities = [group for group in (np.flatnonzero(is_multimodal), np.flatnonzero(~is_multimodal)) if len(group)]
+    if not is_multimodal.any():
+        length_array = -length_array
+    orders = [group[_order_by_length(length_array[group], batch, num_chunks, generator)] for group in modalities]
+    if len(orders) < 2:
+        return [index for order in orders for index in order.tolist()]
+    last = [(len(order) - 1) // batch * batch for order in orders]
+    steps = np.concatenate([order[:number].reshape(-1, batch) for order, number in zip(orders, last, strict=True)])
+    steps = steps[torch.randperm(len(steps), generator=generator).numpy()]
+    rest = np.concatenate([order[number:] for order, number in zip(orders, last, strict=True)])
+    return [*steps.ravel().tolist(), *np.sort(rest).tolist()]
 
 
-def _group_by_length(lengths: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
-    """Shuffle, then sort by length (longest first) within blocks of 50 batches."""
-    block = batch * 50
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    blocks = [order[i : i + block] for i in range(0, len(order), block)]
-    return [index for indices in blocks for index in sorted(indices, key=lambda i: lengths[i], reverse=True)]
+def _order_by_length(lengths: np.ndarray, batch: int, num_chunks: int, generator: torch.Generator) -> np.ndarray:
+    """Return a permutation in steps, each divided into micro-batches by length."""
+    order = torch.randperm(len(lengths), generator=generator).numpy()
+    whole = len(order) // batch * batch
+    steps, rest = order[:whole].reshape(-1, batch), order[None, whole:]
+    divided = [_divide_evenly(part, lengths, num_chunks).ravel() for part in (steps, rest) if part.size]
+    return np.concatenate(divided) if divided else order
+
+
+def _divide_evenly(steps: np.ndarray, lengths: np.ndarray, num_chunks: int) -> np.ndarray:
+    """Order the samples of each step by micro-batch: `(steps, samples) -> (steps, samples)`."""
+    number, size = steps.shape
+    by_length = np.argsort(-lengths[steps], axis=1, kind="stable")  # equal lengths stay in the order of the permutation
+    steps = np.take_along_axis(steps, by_length, axis=1)
+    if size % num_chunks:
+        return np.concatenate([steps[:, chunk::num_chunks] for chunk in range(num_chunks)], axis=1)
+    chunk_size, rows = size // num_chunks, np.arange(number)
+    divided = np.empty((number, num_chunks, chunk_size), dtype=steps.dtype)
+    filled = np.zeros((number, num_chunks), dtype=np.int64)
+    totals = np.zeros((number, num_chunks), dtype=np.int64)
+    for samples in steps.T:  # (steps,): the longest of each step, then the second longest
+        shortest = totals.argmin(axis=1)
+        divided[rows, shortest, filled[rows, shortest]] = samples
+        filled[rows, shortest] += 1
+        totals[rows, shortest] += lengths[samples]
+        is_full = filled[rows, shortest] == chunk_size
+        totals[rows[is_full], shortest[is_full]] = np.iinfo(np.int64).max
+    return divided.reshape(number, size)
 
 
 class ModalityLengthSampler(EpochSampler[int]):
-    """Iterates in the order of `group_by_modality_and_length`, which has the same arguments, save for the seed."""
+    """Iterates in the order of `order_by_modality_and_length`, which has the same arguments, save for the seed."""
 
-    def __init__(self, lengths: Sequence[int], num_images: Sequence[int], batch: int, seed: int):
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        num_images: Sequence[int] | np.ndarray,
+        batch: int,
+        seed: int,
+        num_chunks: int = 1,
+    ):
         super().__init__(seed)
-        self.lengths, self.num_images, self.batch = list(lengths), list(num_images), batch
+        self.lengths, self.num_images = np.asarray(lengths), np.asarray(num_images)
+        self.batch, self.num_chunks = batch, num_chunks
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(group_by_modality_and_length(self.lengths, self.num_images, self.batch, generator))
+        samples = self.lengths, self.num_images, self.batch
+        return iter(order_by_modality_and_length(*samples, self.num_chunks, generator))
+
+
+def order_by_modality_blocks(
+    lengths: Sequence[int] | np.ndarray, num_images: Sequence[int] | np.ndarray, batch: int, generator: torch.Generator
+) -> list[int]:
+    """Return an order in which each step is of one modality and of similar lengths, the steps shuffled.
+
+    Samples are sorted by length within blocks of 50 steps, so that those of a step are more alike, and padded less,
+    than in `order_by_modality_and_length`, where chance alone decides which samples a step has. Samples that fill no
+    whole step come last, mixed. Arguments are those of `order_by_modality_and_length`.
+    """
+    steps: list[list[int]] = []
+    rest: list[int] = []
+    is_multimodal = np.asarray(num_images) > 0
+    for chosen in (np.flatnonzero(is_multimodal), np.flatnonzero(~is_multimodal)):
+        grouped = chosen[_sort_within_blocks(np.asarray(lengths)[chosen], batch, generator)].tolist()
+        whole = len(grouped) // batch * batch
+        steps += [grouped[i : i + batch] for i in range(0, whole, batch)]
+        rest += grouped[whole:]
+    order = torch.randperm(len(steps), generator=generator).tolist()
+    return [index for number in order for index in steps[number]] + rest
+
+
+def _sort_within_blocks(lengths: np.ndarray, batch: int, generator: torch.Generator) -> np.ndarray:
+    """Shuffle, then sort by length (longest first) within blocks of 50 steps."""
+    block = batch * 50
+    order = torch.randperm(len(lengths), generator=generator).numpy()
+    blocks = [order[i : i + block] for i in range(0, len(order), block)]
+    return np.concatenate([order[:0], *(part[np.argsort(-lengths[part], kind="stable")] for part in blocks)])
+
+
+class ModalityBlockSampler(EpochSampler[int]):
+    """Iterates in the order of `order_by_modality_blocks`, which has the same arguments, save for the seed."""
+
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray, num_images: Sequence[int] | np.ndarray, batch: int, seed: int
+    ):
+        super().__init__(seed)
+        self.lengths, self.num_images, self.batch = np.asarray(lengths), np.asarray(num_images), batch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(order_by_modality_blocks(self.lengths, self.num_images, self.batch, generator))
 
 
 class GroupSampler(EpochSampler[int]):

@@ -7,7 +7,7 @@ tokenised once, and a label is the id where a token lies in the span of a reply 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import count, pairwise
@@ -185,8 +185,32 @@ def reply_end(processor: Processor, text: str, end: int) -> int:
     return behind_blanks
 
 
-def encode(processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-    """Return the ids of a whole conversation, and its labels: the id within replies and their ends, -100 elsewhere.
+Labeller = Callable[[Processor, Rendered, Sequence[int], Sequence[Span]], list[int]]
+"""Makes labels, `(tokens,)`, of a rendered conversation, its ids and the span of characters that each id comes from."""
+
+
+def label_replies(processor: Processor, rendered: Rendered, ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
+    """Return the id within replies and their ends, -100 elsewhere."""
+    text = rendered.text
+    # A reply begins at the blank before it, without which prompts end (`ASSISTANT:`).
+    supervised = [
+        (start - text.endswith(" ", 0, start), reply_end(processor, text, end)) for start, end in rendered.replies
+    ]
+    labels = [IGNORE_INDEX] * len(ids)
+    remaining = iter([*supervised, (len(text) + 1,) * 2])
+    start, stop = next(remaining)
+    for position, (a, b) in enumerate(spans):
+        while a >= stop:
+            start, stop = next(remaining)
+        if b > start and a < stop:
+            labels[position] = ids[position]
+    return labels
+
+
+def encode(
+    processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = (), label: Labeller = label_replies
+) -> Encoded:
+    """Return the ids of a whole conversation, and its labels, which `label` makes.
 
     Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
 
@@ -196,20 +220,8 @@ def encode(processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = ()
     if not any(turn.role == "assistant" for turn in sample.turns):
         raise BadSample(sample.id, "no reply to learn from")
     rendered = render(processor, sample.turns, sample.id)
-    text = rendered.text
-    # A reply begins at the blank before it, without which prompts end (`ASSISTANT:`).
-    supervised = [
-        (start - text.endswith(" ", 0, start), reply_end(processor, text, end)) for start, end in rendered.replies
-    ]
-    ids, spans = processor.tokenize(text, rendered.spoken, sizes)
-    labels = [IGNORE_INDEX] * len(ids)
-    remaining = iter([*supervised, (len(text) + 1,) * 2])
-    start, stop = next(remaining)
-    for position, (a, b) in enumerate(spans):
-        while a >= stop:
-            start, stop = next(remaining)
-        if b > start and a < stop:
-            labels[position] = ids[position]
+    ids, spans = processor.tokenize(rendered.text, rendered.spoken, sizes)
+    labels = label(processor, rendered, ids, spans)
     if labels.count(IGNORE_INDEX) == len(labels):
         raise BadSample(sample.id, "no supervised token")
     return Encoded(ids, labels)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from vlm.data.cache import json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, get_media_token_ids, limit_length
+from vlm.data.encoding.supervision import SUPERVISIONS
 from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
 
@@ -22,6 +23,7 @@ class SampleEncoder:
         processor: decides every token.
         longest: the largest number of tokens of a sample.
         truncate: whether a longer sample is cut at its end, instead of being refused.
+        supervise: which tokens are supervised, `dataset.supervise`.
     """
 
     encodes_labels: ClassVar[bool] = False
@@ -30,6 +32,7 @@ class SampleEncoder:
     processor: Processor
     longest: int
     truncate: bool
+    supervise: str = "replies"
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Return the ids and labels of a sample; `sizes` of its images, where the processor needs them.
@@ -46,7 +49,7 @@ class SampleEncoder:
         Raises:
             BadSample: it cannot be used.
         """
-        return encode(self.processor, sample, sizes)
+        return encode(self.processor, sample, sizes, SUPERVISIONS[self.supervise])
 
     def min_length(self, encoded: Encoded) -> int:
         """Return the fewest tokens that a sample may be cut to: up to its last image or video, and its first label."""
@@ -63,7 +66,7 @@ class SampleEncoder:
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
         """The settings that ids and labels depend on, besides the processor."""
-        return (type(self).__name__,)
+        return type(self).__name__, self.supervise
 
 
 DATA_FILES = ("*.py", "encoding/*.py", "records/*.py", "vision/*.py")

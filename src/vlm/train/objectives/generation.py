@@ -55,7 +55,8 @@ class Generation(Objective):
         from vlm.train.data import max_sample_length
 
         longest = max_sample_length(self.config.dataset, model_config)
-        return SampleEncoder(processor, longest, truncate=self.config.dataset.over_length == "truncate")
+        data = self.config.dataset
+        return SampleEncoder(processor, longest, truncate=data.over_length == "truncate", supervise=data.supervise)
 
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""

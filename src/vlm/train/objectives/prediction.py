@@ -50,6 +50,8 @@ class Prediction(Objective):
             yield "trainer.packing=true: prediction heads read one prompt a row; it is for runs that learn to write"
         if (limit := config.dataset.cache_limit_gb) is not None:
             yield f"dataset.cache_limit_gb={limit}: {UNUSED_LIMIT}"
+        if (supervise := config.dataset.supervise) != "replies":
+            yield f"dataset.supervise={supervise}: of a run with heads only replies are supervised; leave it out"
         if names := config.trainer.eval_metrics:
             yield f"trainer.eval_metrics={names}: heads have measures of their own; leave it out"
 

@@ -126,7 +126,7 @@ def check_packing_support(model_type: str) -> None:
         raise ValueError(
             f"trainer.packing=true: {FAMILIES[model_type].name} ({model_type}) cannot keep the samples of a row apart; "
             f"composed models can, and {can}. trainer.packing=false pads batches instead, and "
-            "trainer.train_sampling_strategy=group_by_modality_length pads them least"
+            "trainer.train_sampling_strategy=group_by_modality_blocks pads them least"
         )
 
 
