@@ -51,8 +51,6 @@ from vlm.checks.run import check
 from vlm.config.packaged import group_names
 from vlm.config.schema import RunConfig
 from vlm.data.encoding.labels import read_template
-from vlm.evaluation import head_metrics as scores
-from vlm.train.heads import report as head_report
 from vlm.train.monitor import callbacks, peak_flops, speed
 from vlm.train.monitor.flops import StepFlops, count_flops
 from vlm.train.monitor.plots import draw_loss, draw_speed
@@ -86,6 +84,7 @@ def pytest_collection_finish(session: Any) -> None:
     """Exempt what has been imported from garbage collection, which would walk it for half a second each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish(session: Any) -> None:
@@ -231,6 +230,9 @@ def train_head(common: list[str], labelled: Path) -> Callable[..., Path]:
 @contextmanager
 def quick_report(*, plots: bool = False) -> Iterator[None]:
     """Few resamples, and plots only where they are looked at."""
+    from vlm.evaluation import head_metrics as scores  # slow to import, and few files of tests need it
+    from vlm.train.heads import report as head_report
+
     with pytest.MonkeyPatch.context() as patch:
         for measure in (scores.scores, scores.baseline):
             patch.setitem(measure.__kwdefaults__, "num_resamples", 5)

@@ -119,10 +119,12 @@ _parent = cache(Parent)
 
 def serve() -> Callable[[], object] | None:
     """Fork for what is asked for until nothing more is; in a fork, return what it has to do."""
+    gc.disable()
     for module in PRELOADED:
         import_module(module)
     gc.collect()
     gc.freeze()  # what is shared with the forks stays shared
+    gc.enable()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         requests = json.loads(line)

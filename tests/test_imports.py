@@ -36,6 +36,17 @@ ALONE = ("config", "models")
 HUB_CODE = {"numpy", "torch", "transformers", "PIL", *sys.stdlib_module_names}
 """What the files that travel with checkpoints may import, besides their siblings."""
 
+SLOW = {
+    "bitsandbytes", "datasets", "deepspeed", "matplotlib", "pandas", "peft", "scipy", "sklearn", "tensorboard", "timm",
+}  # fmt: skip
+"""Packages that are imported within the functions that use them, since a plain command needs none of them."""
+
+PLAIN = (
+    "cli.train", "train.run", "train.objectives.generation", "cli.generate", "inference.generate_file",
+    "inference.conversation", "data.tools.show", "hub.importing", "hub.exporting",
+)  # fmt: skip
+"""What a plain run, a question, a look at records, and import and export of checkpoints import."""
+
 FILES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}
 
 
@@ -68,6 +79,27 @@ def targets(name: str) -> set[str]:
     return found - {name}
 
 
+def top_imports(name: str) -> Iterator[tuple[str, str]]:
+    """Module and name of every import that a file makes when it is imported itself; without a name, an empty one."""
+    for node in ast.parse(FILES[name].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = f"vlm.{name.rpartition('.')[0]}." if node.level else ""
+            yield from ((f"{package}{node.module}", alias.name) for alias in node.names)
+
+
+def imported_with(name: str, found: set[str]) -> set[str]:
+    """The files of `vlm` that are imported when one is, itself included; adds to `found`."""
+    if name not in found:
+        found.add(name)
+        for module, attribute in top_imports(name):
+            inner = module.removeprefix("vlm.") if module.startswith("vlm.") else ""
+            for file in {inner, f"{inner}.{attribute}", f"{inner}.__init__"} & FILES.keys():
+                imported_with(file, found)
+    return found
+
+
 def room(name: str) -> str:
     return name.split(".")[0]
 
@@ -80,6 +112,20 @@ def test_imports_run_downwards(name: str):
     place = ORDER.index(room(name))
     allowed = {room(name)} if room(name) in ALONE else set(ORDER[: place + 1])
     assert {one for one in targets(name) if room(one) not in allowed} == set()
+
+
+def test_plain_commands_import_nothing_slow_that_they_do_not_need():
+    files = set[str]()
+    for name in PLAIN:
+        imported_with(name, files)
+    assert {"train.trainer", "assembly.encoders", "train.lora", "train.monitor.plots"} <= files
+    slow = [
+        (name, module, attribute)
+        for name in sorted(files)
+        for module, attribute in top_imports(name)
+        if module.split(".")[0] in SLOW or attribute.startswith("Timm")  # transformers imports timm with those
+    ]
+    assert slow == []
 
 
 def test_no_file_imports_itself_through_others():

@@ -1,5 +1,6 @@
 """The entry: every way of starting reaches it, and what it refuses it refuses before torch is imported."""
 
+import gc
 import json
 import os
 import subprocess
@@ -13,6 +14,9 @@ from tests.checks import test_messages as test_explain
 from tests.checks import test_run as test_check
 from tests.command_line import refusal
 from vlm.checks.compose import is_user_error, strip_launcher_arguments
+from vlm.cli.collection import RARE, USUAL, collect_as_usual, rare_collection
+from vlm.cli.train import DYNAMO_SWITCH, uncompiled_bitsandbytes
+from vlm.config.schema import RunConfig
 from vlm.models.connectors import connector_class
 
 ASK_ALL = """
@@ -125,3 +129,28 @@ def test_errors_of_ours_are_told_from_those_of_others():
         with pytest.raises(ValueError) as error:  # noqa: PT011 - which one is what is asked
             cause()
         assert is_user_error(error.value) is ours
+
+
+def test_bitsandbytes_is_compiled_for_runs_that_use_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(DYNAMO_SWITCH, raising=False)
+    with uncompiled_bitsandbytes(RunConfig()):
+        assert os.environ[DYNAMO_SWITCH] == "1"
+    assert DYNAMO_SWITCH not in os.environ
+    quantized, paged = RunConfig(), RunConfig()
+    quantized.model.language_model.quantization = "4bit"
+    paged.trainer.optim = "paged_adamw_8bit"
+    for config in (quantized, paged):
+        with uncompiled_bitsandbytes(config):
+            assert DYNAMO_SWITCH not in os.environ
+
+
+def test_garbage_is_collected_rarely_while_a_command_starts_and_as_usual_in_a_run():
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    with rare_collection():
+        assert gc.get_threshold() == RARE
+        collect_as_usual()
+        assert gc.get_threshold() == USUAL
+        assert gc.get_freeze_count() > 0
+    assert gc.get_threshold() == before
+    if not frozen:
+        gc.unfreeze()

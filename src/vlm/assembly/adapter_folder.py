@@ -7,12 +7,10 @@ import copy
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer, LoraModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -21,6 +19,9 @@ from transformers.utils import cached_file
 from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, without_quantization
 from vlm.config.derived import BASE_FILE
 from vlm.families.table import get_part_names
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NON_LORA_WEIGHTS = "non_lora_trainables.safetensors"
@@ -108,6 +109,9 @@ def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> 
 
 def _save_adapter(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, base: Base) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, with the full names of the adapted layers."""
+    from peft import get_peft_model_state_dict  # slow to import, and only models with an adapter need it
+    from peft.tuners.lora import LoraLayer
+
     weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     prefixed = {PEFT_PREFIX + name: tensor for name, tensor in weights.items()}
     save_file(prefixed, folder / ADAPTER_WEIGHTS, {"format": "pt"})
@@ -181,6 +185,9 @@ def _overwrite_tensors(model: nn.Module, state: dict[str, Tensor], folder: Path)
 
 def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
     """Return the model with the folder's adapter, merged into its weights or beside them."""
+    from peft import LoraConfig, set_peft_model_state_dict  # slow to import, and only models with an adapter need it
+    from peft.tuners.lora import LoraModel
+
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
     config: Any = LoraConfig.from_pretrained(str(folder))
     layers = dict(model.named_modules())

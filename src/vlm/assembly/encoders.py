@@ -5,14 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    CLIPImageProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TimmWrapperImageProcessor,
-)
+from transformers import AutoImageProcessor, AutoModel, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from vlm.config.model_schema import EncoderConfig, VisualEncoderConfig
 from vlm.models.configuration_vlm import encoder_names
@@ -147,6 +140,8 @@ def _image_processor(part: str, source: EncoderConfig, model_type: str) -> Image
 
 def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcessor:
     """Return an image processor that prepares images as timm does; some of timm's crops have no counterpart."""
+    from transformers import TimmWrapperImageProcessor  # imports timm, which is slow, and only timm's encoders need it
+
     processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision or "main")
     data = processor.data_config
     height, width = data["input_size"][1:]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from vlm.cli.collection import rare_collection
 from vlm.cli.overview import overview
 
 COMMANDS = {
@@ -33,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Where a subcommand raises `ValueError` or `OSError`, the process ends with the error's message. Training runs and
     `SELF_REPORTING_COMMANDS` are excepted.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    with rare_collection():
+        _run_command(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run_command(words: list[str]) -> None:
     if words in (["--help"], ["-h"], ["help"]):
         print(overview())
     elif words == ["--version"]:

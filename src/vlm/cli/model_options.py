@@ -103,10 +103,10 @@ def load_model(args: argparse.Namespace) -> "VisionLanguageModel":
 def open_conversation(args: argparse.Namespace, settings: InferenceConfig) -> "Conversation":
     """Load a command's checkpoint, and begin a conversation with it."""
     model = load_model(args)
-    from transformers import set_seed
-
     from vlm.inference.conversation import Conversation
 
     if args.seed is not None:
+        from transformers import set_seed  # imports peft, which is slow
+
         set_seed(args.seed)
     return Conversation(model, settings, system_prompt=args.system_prompt, max_frames=args.max_frames)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from sklearn import config_context
 from tabulate import tabulate
 
 INTERVAL_PERCENTILES = (2.5, 97.5)
@@ -34,9 +33,8 @@ def bootstrap(
     `compute_metrics` takes the indices of units, `(units,)`, and returns NaN where a metric is undefined.
     """
     random = np.random.RandomState(seed)
-    with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
-        points = compute_metrics(np.arange(num_units))
-        resampled = [compute_metrics(random.randint(num_units, size=num_units)) for _ in range(num_resamples)]
+    points = compute_metrics(np.arange(num_units))
+    resampled = [compute_metrics(random.randint(num_units, size=num_units)) for _ in range(num_resamples)]
     return {name: make_score(value, [metrics[name] for metrics in resampled]) for name, value in points.items()}
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from vlm.hub.folders import read_json
@@ -99,6 +98,8 @@ def _make_delta(name: str, pair: dict[str, Tensor], settings: dict) -> LoraDelta
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         raise ValueError(f"the adapter's factors of {name} are {tuple(down.shape)} and {tuple(up.shape)}: no product")
     rank = down.shape[0]
+    from peft.utils.other import get_pattern_key  # slow to import
+
     patterns = settings.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), name), settings["lora_alpha"])
     return LoraDelta(down, up, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))

@@ -6,10 +6,9 @@ stay.
 
 import difflib
 import re
+from typing import TYPE_CHECKING
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
@@ -17,6 +16,9 @@ from transformers import PreTrainedModel
 from vlm.assembly.model_interface import TrainableModel
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
 from vlm.families.table import get_part_names
+
+if TYPE_CHECKING:
+    import peft
 
 PEFT_INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 """`trainer.lora.init` -> peft's name. Other choices of peft change the base, which is not saved."""
@@ -33,6 +35,8 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torc
     targets = {part: layers for part in PARTS if (layers := select_adapted_layers(model, part, getattr(lora, part)))}
     if not targets:
         return
+    from peft.tuners.lora import LoraLayer  # slow to import, and only runs with an adapter need it
+
     torch.manual_seed(seed)
     model.add_adapter(peft_config(lora, targets))
     adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -81,8 +85,10 @@ def linear_layers(model: TrainableModel, part: str) -> list[str]:
     ]
 
 
-def peft_config(lora: LoraConfig, targets: dict[str, list[str]]) -> peft.LoraConfig:
+def peft_config(lora: LoraConfig, targets: dict[str, list[str]]) -> "peft.LoraConfig":
     """Return peft's configuration: layers by their full names, ranks that differ by part as patterns of the names."""
+    import peft  # slow to import, and only runs with an adapter need it
+
     ranks, alphas = {}, {}
     for part, layers in targets.items():
         config: LoraPartConfig = getattr(lora, part)

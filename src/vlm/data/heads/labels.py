@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any, TypeGuard
 
 import numpy as np
-from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
 
 NUMERIC_TASKS = ("regression", "pairwise")
 """The tasks that learn numbers; the others choose among labels."""
@@ -275,6 +274,8 @@ def split(
     Raises:
         ValueError: there are too few records or groups, or too few that have one of the labels.
     """
+    from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit  # slow to import
+
     key = f"{key}={share}"
     if not 0 < share < 1:
         raise ValueError(f"{key}: a share between 0 and 1 is needed")
@@ -313,6 +314,8 @@ def make_folds(
     Raises:
         ValueError: there are fewer than two folds, or fewer groups, or records that have one of the labels, than folds.
     """
+    from sklearn.model_selection import GroupKFold, StratifiedKFold  # slow to import
+
     if number < 2:
         raise ValueError(f"at least 2 folds are needed, got {number}")
     if groups is not None:

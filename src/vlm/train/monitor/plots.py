@@ -3,11 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -19,6 +17,9 @@ from vlm.data.pages import render_page, thumbnail, tokens_as_html
 from vlm.data.processor import Processor
 from vlm.models.pixels import ImageProcessor
 from vlm.models.processing_vlm import VLMProcessor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Metrics = dict[str, float]
 """What was logged at a step: the metrics by name."""
@@ -35,6 +36,8 @@ SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data
 
 def draw_loss(metrics: Sequence[Metrics], path: Path) -> None:
     """Plot the losses over the steps, as a PNG."""
+    from matplotlib.figure import Figure  # slow to import, and not needed before a run ends
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     _draw_curves(axes, metrics, LOSS_CURVES)
@@ -44,6 +47,8 @@ def draw_loss(metrics: Sequence[Metrics], path: Path) -> None:
 
 def draw_speed(metrics: Sequence[Metrics], path: Path) -> None:
     """Plot tokens a second (for heads, samples) over the steps, and the shares of padding and waiting, as a PNG."""
+    from matplotlib.figure import Figure  # slow to import, and not needed before a run ends
+
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     _draw_curves(above, metrics, THROUGHPUT_CURVES)
@@ -53,7 +58,7 @@ def draw_speed(metrics: Sequence[Metrics], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw_curves(axes: Axes, metrics: Sequence[Metrics], curves: dict[str, str]) -> None:
+def _draw_curves(axes: "Axes", metrics: Sequence[Metrics], curves: dict[str, str]) -> None:
     """Draw metrics, by name -> label, over the steps; samples a second only where there are no tokens a second."""
     for key, label in curves.items():
         points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
