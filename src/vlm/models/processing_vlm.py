@@ -390,9 +390,11 @@ def read_prepend_scheme(tokenizer: PreTrainedTokenizerBase) -> str:
     `always` is also behind every special token, as in SentencePiece tokenizers with `legacy: true`. Those that do it in
     their normalizer count as `never`: they do it before blanks too.
     """
-    pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
-    settings = json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer is not None else {"type": None}
-    parts = settings.get("pretokenizers", [settings])
+    backend: Any = tokenizer.backend_tokenizer
+    if backend.pre_tokenizer is None:
+        return "never"
+    settings: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__())
+    parts: list[dict[str, str]] = settings.get("pretokenizers", [settings])
     return next((part["prepend_scheme"] for part in parts if part["type"] == "Metaspace"), "never")
 
 
