@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, without_quantization
@@ -57,8 +57,7 @@ def save(
         save_custom_code(folder)
     _unquantised_config(model.config).save_pretrained(folder)
     if model.can_generate():
-        settings = cast("GenerationConfig", model.generation_config)
-        settings.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
 
 
 def _non_adapter_names(model: PreTrainedModel, base: Base) -> set[str]:

@@ -49,7 +49,7 @@ def check_round_trip(model: PreTrainedModel) -> None:
         return
     kind = type(model).__name__
     joins_tensors = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
-    options = {"device_map": "meta"} if joins_tensors else {}
+    options: dict[str, Any] = {"device_map": "meta"} if joins_tensors else {}
     stand_ins = make_stand_ins(model, "meta" if joins_tensors else "cpu")
     try:
         saved = saved_tensors(model, stand_ins)
@@ -59,33 +59,41 @@ def check_round_trip(model: PreTrainedModel) -> None:
             "the tensor"
         ) from error
     try:
-        with _quietly(), _without_zero3():
-            loaded, info = type(model).from_pretrained(
+        with quiet_loading(), _without_zero3():
+            result: Any = type(model).from_pretrained(
                 None, config=model.config, state_dict=saved, dtype=model.dtype, output_loading_info=True,
                 ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
     except RuntimeError as error:
         raise ValueError(f"{kind} does not load what it saves: {str(error).splitlines()[0]}") from error
+    loaded, info = result
     problems = [*_loading_problems(info), *_changed_tensors(model, stand_ins, loaded)]
     if problems:
         raise ValueError(
             f"{kind} does not load what it saves, so the trained model would be lost: {'; '.join(problems[:3])}. A "
-            "connector or head of your own should register all that it keeps as parameters or persistent buffers, "
-            "under names without weight_g and weight_v (torch.nn.utils.parametrizations.weight_norm has others)"
+            "connector or head of your own should register all that it keeps as parameters or persistent buffers, and "
+            "draw nothing anew when it is loaded"
         )
 
 
 def make_stand_ins(model: PreTrainedModel, device: str = "cpu") -> dict[str, Tensor]:
-    """Return a state of a model with a stand-in of each saved tensor, whole where ZeRO-3 shards it."""
+    """Return a state of a model with a stand-in of each saved tensor, whole where ZeRO-3 shards it.
+
+    Each holds the number `mark_of` its place among the tensors, those that are tied the same.
+    """
     made: dict[int, Tensor] = {}
     stand_ins = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in made:
-            mark = len(made) % NUM_MARKS + 1 if tensor.dtype in MARKED else 1
-            whole = getattr(tensor, "ds_shape", tensor.shape)
-            made[id(tensor)] = torch.full((), mark, dtype=tensor.dtype, device=device).expand(whole)
+            mark = torch.full((), mark_of(len(made), tensor.dtype), dtype=tensor.dtype, device=device)
+            made[id(tensor)] = mark.expand(getattr(tensor, "ds_shape", tensor.shape))
         stand_ins[name] = made[id(tensor)]
     return stand_ins
+
+
+def mark_of(place: int, dtype: torch.dtype) -> int:
+    """Return the number of a stand-in, which its precision holds exactly."""
+    return place % NUM_MARKS + 1 if dtype in MARKED else 1
 
 
 def _loading_problems(info: Mapping[str, Any]) -> Iterator[str]:
@@ -101,9 +109,11 @@ def _loading_problems(info: Mapping[str, Any]) -> Iterator[str]:
 def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], loaded: PreTrainedModel) -> Iterator[str]:
     """Yield which tensors of a loaded model are not those that were saved, and which buffers are computed otherwise."""
     state = loaded.state_dict()
+    places: dict[int, int] = {}
     for name, stand_in in stand_ins.items():
+        mark = mark_of(places.setdefault(id(stand_in), len(places)), stand_in.dtype)
         tensor = state.get(name)
-        if tensor is None or tensor.shape != stand_in.shape or not _has_mark(tensor, stand_in):
+        if tensor is None or tensor.shape != stand_in.shape or not _has_mark(tensor, mark):
             yield f"{name} comes back as something else"
     buffers = dict(loaded.named_buffers())
     for name, buffer in model.named_buffers():
@@ -111,12 +121,12 @@ def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], lo
             yield f"the buffer {name}, which is not saved, is computed otherwise when the model is loaded"
 
 
-def _has_mark(tensor: Tensor, stand_in: Tensor) -> bool:
-    """Return whether a loaded tensor begins and ends with the number of its stand-in."""
+def _has_mark(tensor: Tensor, mark: int) -> bool:
+    """Return whether a loaded tensor begins and ends with a number: its stand-in's may have been overwritten too."""
     if tensor.numel() == 0 or tensor.is_meta:
         return True
-    ends = tensor.reshape(-1)[[0, -1]] if tensor.is_contiguous() else tensor[(0,) * tensor.ndim].reshape(1)
-    return bool((ends.to(stand_in.dtype) == stand_in[(0,) * stand_in.ndim]).all())
+    ends = (tensor[(0,) * tensor.ndim], tensor[(-1,) * tensor.ndim])
+    return all(float(end) == mark for end in ends)
 
 
 def is_equal(buffer: Tensor, loaded: Tensor | None) -> bool:
@@ -131,7 +141,7 @@ def _shorten(names: list[str]) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep transformers from reporting what is reported here."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
@@ -43,7 +43,7 @@ def use_canonical_names(model: PreTrainedModel) -> None:
     if is_composed_model(model) or is_prediction_model(model):
         described._weight_conversions = None  # as of a model that was just made
     elif (conversions := getattr(model, "_weight_conversions", None)) is not None:
-        outdated = {repr(conversion) for conversion in get_checkpoint_conversion_mapping("legacy")}
+        outdated = {repr(conversion) for conversion in get_checkpoint_conversion_mapping("legacy") or ()}
         described._weight_conversions = [
             conversion for conversion in conversions if conversion.was_used() and repr(conversion) not in outdated
         ]
@@ -65,9 +65,8 @@ def set_reply_ends(model: PreTrainedModel, processor: Processor) -> None:
         ValueError: see `reply_ending`.
     """
     if model.can_generate():
-        settings: GenerationConfig = model.generation_config  # pyright: ignore[reportAssignmentType] - or a module
-        for name, value in reply_end_settings(settings.eos_token_id, settings.pad_token_id, processor).items():
-            setattr(settings, name, value)
+        settings: Any = model.generation_config  # declared by a mixin, which PreTrainedModel does not name
+        settings.update(**reply_end_settings(settings.eos_token_id, settings.pad_token_id, processor))
 
 
 def reply_end_settings(
@@ -86,7 +85,7 @@ def reply_end_settings(
     Raises:
         ValueError: see `reply_ending`.
     """
-    tokenizer = processor.tokenizer
+    tokenizer: Any = processor.tokenizer  # declares ids as lists, and texts, too
     ends = {*(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]), tokenizer.eos_token_id}
     behind_reply = processor.special_tokens.findall(reply_ending(processor))
     ends.update(tokenizer.convert_tokens_to_ids(behind_reply))
