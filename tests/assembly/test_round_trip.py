@@ -1,4 +1,4 @@
-"""What a model saves it loads: proved for every kind before training; else the run is refused with what would be lost."""
+"""What a model saves it loads: proved for every kind before training, or refused with what would be lost."""
 
 from collections.abc import Callable
 from pathlib import Path
