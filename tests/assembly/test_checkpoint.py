@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vlm
 from tests.tiny_parts import Parts
@@ -101,6 +101,18 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(composed: Path, tmp_pa
         open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=f"base=elsewhere: {composed} is complete, it needs none"):
         open_checkpoint(composed).load_model(base_paths=["elsewhere"])
+
+
+@pytest.mark.parametrize("kind", ["composed", "heads"])
+def test_a_checkpoint_that_lacks_weights_is_refused(parts: Parts, tmp_path: Path, kind: str):
+    """They would be drawn at random."""
+    model = parts.model()[0] if kind == "composed" else heads_on(parts)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "connector" not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{tmp_path} lacks {len(weights) - len(kept)} of the weights that VLMFor"):
+        open_checkpoint(tmp_path).load_model()
 
 
 def test_another_model_is_refused(parts: Parts):

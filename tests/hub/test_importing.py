@@ -108,6 +108,8 @@ def test_transformers_llava(parts: Parts, tmp_path: Path, do_pad: bool):
     assert model.config.image_token_id == theirs.config.image_token_id
     theirs_pixels = processor(images=picture(), text="<image>", return_tensors="pt")["pixel_values"]
     assert torch.equal(ours.pixel_values([picture()]), theirs_pixels)
+    settings = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert ours.tokenizer.eos_token_id in settings["eos_token_id"]
 
 
 def test_start_and_end_tokens(parts: Parts, tmp_path: Path):

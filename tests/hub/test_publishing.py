@@ -16,9 +16,11 @@ from tests.fixtures import compose_config
 from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.tiny_parts import Parts
 from vlm.cli.main import main
+from vlm.data.encoding.labels import read_template
 from vlm.hub.cleaning import find_hub_name, without_paths
 from vlm.hub.publishing import list_code_files, prepare_upload
 from vlm.hub.run_facts import RunSummary, read_run
+from vlm.models import VLMProcessor
 from vlm.models.configuration_vlm import AUTO_MAP
 from vlm.train.run import run
 
@@ -59,6 +61,17 @@ def test_the_models_files_are_published_and_no_other(dry: Path, run_folder: Path
     assert config["auto_map"] == AUTO_MAP
     processor = json.loads((dry / "processor_config.json").read_text())
     assert processor["auto_map"] == {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+
+
+def test_what_ends_a_reply_is_published(run_folder: Path, tmp_path: Path):
+    """Also of a checkpoint that was saved without it."""
+    shutil.copytree(run_folder / "final", tmp_path / "final")
+    processor = VLMProcessor.from_pretrained(tmp_path / "final")
+    (tmp_path / "final" / "chat_template.jinja").write_text(read_template("chatml"))
+    (tmp_path / "final" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    main(["push-to-hub", str(tmp_path / "final"), "--dry-run", "--output", str(tmp_path / "out")])
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == sorted({0, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")})
 
 
 def test_the_code_is_the_installed_packages(dry: Path):

@@ -1,5 +1,9 @@
-"""Two ranks on the CPU: ZeRO-2 and ZeRO-3 reach the single process's losses, through DeepSpeed's own launcher too."""
+"""Two ranks on the CPU: ZeRO-2 and ZeRO-3 reach the single process's losses, through DeepSpeed's own launcher too.
 
+Their `final` is that of the single process: names and shapes of weights, and where replies end.
+"""
+
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -7,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from safetensors import safe_open
 
 from tests import waiting
 from tests.families.tiny_families import save_family
@@ -41,6 +46,13 @@ def start(pretrained: Path, world: Path) -> list[str]:
     return [f"trainer.from_pretrained={pretrained}", f"dataset.eval_path={world / 'records.json'}"]
 
 
+def describe_final(run: Path) -> tuple[dict[str, list[int]], dict[str, object]]:
+    """Return names and shapes of the weights in `final`, and its generation settings."""
+    with safe_open(run / "final" / "model.safetensors", "pt") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - no mapping
+    return shapes, json.loads((run / "final" / "generation_config.json").read_text())
+
+
 def launch(words: list[str], module: str = "vlm") -> None:
     """Run two ranks to their end: as DeepSpeed's launcher does, without its two new interpreters."""
     for done in run_ranks(module, words):
@@ -71,7 +83,7 @@ def test_two_ranks_reach_the_single_process(
     ]  # fmt: skip
     start_ranks(words)
     assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
-    assert (tmp_path / "final" / "model.safetensors").is_file()
+    assert describe_final(tmp_path) == describe_final(single)
     for late in tmp_path.glob("checkpoint-6/complete"):
         late.unlink()
     assert newest_checkpoint(tmp_path).name == "checkpoint-3"
@@ -101,7 +113,7 @@ def test_families_on_two_ranks_reach_the_single_process(
     words = ["-cn", name, *brief, *WHOLE, f"model.hf_name={model}", "trainer.deepspeed=zero3"]
     launch([*words, f"trainer.output_dir={tmp_path / 'two'}", "trainer.per_device_train_batch_size=4"])
     assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=5e-4)
-    assert (tmp_path / "two" / "final" / "model.safetensors").is_file()
+    assert describe_final(tmp_path / "two") == describe_final(alone)
 
 
 CONNECTORS = {

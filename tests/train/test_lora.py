@@ -292,6 +292,9 @@ def test_loaded_and_merged_models_say_what_the_trained_one_said(
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(whole, processor), wanted, rtol=0, atol=1e-5)
     assert {name for name, _ in whole.named_parameters()} == {name for name, _ in merged.named_parameters()}
+    for folder in (final, tmp_path / "merged"):
+        ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        assert processor.tokenizer.eos_token_id in ends
 
 
 def test_an_adapter_is_asked_like_a_complete_model(on_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -56,6 +56,8 @@ def save(
     if save_custom_code := getattr(model, "save_custom_code", None):  # models of this framework alone
         save_custom_code(folder)
     _unquantised_config(model.config).save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _non_adapter_names(model: PreTrainedModel, base: Base) -> set[str]:

@@ -33,6 +33,7 @@ def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_r
         raise ValueError(problem)
     from vlm.assembly.adapter_folder import local_folder  # torch comes with it
     from vlm.assembly.checkpoint import CheckpointKind, open_checkpoint
+    from vlm.assembly.saving import save_complete, set_reply_ends
 
     disable_progress_bar()
     opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
@@ -43,7 +44,8 @@ def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_r
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         shutil.copytree(local_folder(checkpoint), unfinished, ignore=shutil.ignore_patterns(*NOT_COPIED))
-        model.save_pretrained(unfinished)
+        set_reply_ends(model, opened.load_processor())
+        save_complete(model, unfinished)
         if out.exists():
             out.rmdir()
         unfinished.rename(out)

@@ -21,7 +21,7 @@ from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, base_recipe, read_
 from vlm.assembly.adapter_folder import add_trained_weights, is_adapter_checkpoint, local_folder
 from vlm.assembly.compose import build_model, choose_attention, choose_template, compose
 from vlm.assembly.encoders import check_views
-from vlm.assembly.family import check_is_family, get_auto_class, load_family_model, read_config
+from vlm.assembly.family import check_is_family, get_auto_class, load_complete, load_family_model, read_config
 from vlm.assembly.heads import get_num_embeddings
 from vlm.assembly.quantization import make_checkpoint_quantization
 from vlm.checks.checkpoint import checkpoint_problem
@@ -153,7 +153,7 @@ class Checkpoint:
             options: dict[str, Any] = {}
             if attn_implementation not in (None, "auto"):
                 options["attn_implementation"] = attn_implementation
-            return VLMForPrediction.from_pretrained(self.name, dtype=dtype, revision=self.revision or "main", **options)
+            return load_complete(VLMForPrediction, self.name, dtype=dtype, revision=self.revision or "main", **options)
         return self._load_text_model(dtype, attn_implementation, quantization)
 
     def _load_text_model(
@@ -176,9 +176,11 @@ class Checkpoint:
                 name: choose_attention(attn_implementation, dtype, getattr(self.config, name), auto)
                 for name, auto in parts.items()
             }
-        return VLMForConditionalGeneration.from_pretrained(
-            self.name, config=self.config, dtype=dtype, revision=self.revision or "main", quantization_config=bits,
-            **options,
+        recorded = read_config(self.name, self.name, self.revision)
+        has_new_tiles = self.config.anyres is not None and getattr(recorded, "anyres", None) is None
+        return load_complete(
+            VLMForConditionalGeneration, self.name, new=["image_newline.weight"] if has_new_tiles else [],
+            config=self.config, dtype=dtype, revision=self.revision or "main", quantization_config=bits, **options,
         )  # fmt: skip
 
     def _load_base(

@@ -1,5 +1,8 @@
 """Opening a model of a family: its configuration, its auto class and its weights."""
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
@@ -80,9 +83,15 @@ def load_family_model(
     )  # fmt: skip
 
 
-def load_complete(auto: type[_BaseAutoModelClass], name: str, **options: object) -> PreTrainedModel:
-    """Return a model with its weights; refuses checkpoints without some of them, which would be drawn at random."""
-    model, info = auto.from_pretrained(name, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
+def load_complete(
+    kind: type[_BaseAutoModelClass] | type[PreTrainedModel], name: str, *, new: Collection[str] = (), **options: Any
+) -> PreTrainedModel:
+    """Return a model with its weights; refuses checkpoints without some of them, which would be drawn at random.
+
+    `new` are names of weights that the checkpoint need not have.
+    """
+    loaded: Any = kind.from_pretrained(name, output_loading_info=True, **options)  # declared without this option
+    model, info = loaded
+    if missing := sorted(info["missing_keys"] - set(new)):
         raise ValueError(f"{name} lacks {len(missing)} of the weights that {type(model).__name__} needs: {missing[:5]}")
     return model

@@ -38,6 +38,8 @@ class PrivateName:
 
 MODEL, CONFIG = "transformers.modeling_utils:PreTrainedModel", "transformers.configuration_utils:PreTrainedConfig"
 AUTO = "transformers.models.auto.auto_factory:_BaseAutoModelClass"
+LOADER = "transformers.core_model_loading:convert_and_load_state_dict_in_model"
+ZERO3 = "transformers.integrations.deepspeed"
 HANDLER = "transformers.cli.serving.chat_completion:ChatCompletionHandler"
 ZERO3_INIT = "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param"
 
@@ -52,6 +54,9 @@ PRIVATE_NAMES = {
         PrivateName(MODEL, "_skip_keys_device_placement", "caches stay on the device of their layer"),
         PrivateName(MODEL, "_keep_in_fp32_modules_strict", "prediction heads stay in float32"),
         PrivateName(MODEL, "_no_split_modules", "each of several visual encoders is placed as it would be alone"),
+        PrivateName(ZERO3, "_hf_deepspeed_config_weak_ref", "a model is loaded whole while a run shards its own"),
+        PrivateName(LOADER, "_weight_conversions", "a model is saved under the same names whatever it was loaded from"),
+        PrivateName(MODEL, "_keys_to_ignore_on_save", "what a model saves is known before it trains"),
         PrivateName(MODEL, "_init_weights", "connectors and heads draw their first weights in it", ("module",)),
         PrivateName(
             HANDLER,

@@ -15,6 +15,7 @@ from transformers import AutoModel, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from vlm.assembly.compose import compose, make_generation_config
+from vlm.assembly.saving import reply_end_settings
 from vlm.hub.folders import create_folder, read_json, write_json
 from vlm.hub.layouts import COMPUTED_BUFFER_SUFFIXES, rename_to_ours
 from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard
@@ -69,7 +70,9 @@ def import_checkpoint(
         custom_object_save(model, folder, config)  # pyright: ignore[reportArgumentType] - or a configuration, it says
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        _make_generation_config(source).save_pretrained(folder)
+        settings = _make_generation_config(source)
+        settings.update(**reply_end_settings(settings.eos_token_id, settings.pad_token_id, processor))
+        settings.save_pretrained(folder)
     return config, processor
 
 
@@ -214,7 +217,7 @@ def extend_rows(table: Tensor, rows: int) -> Tensor:
 
 
 def _make_generation_config(source: ForeignCheckpoint) -> GenerationConfig:
-    """Return the ids that the source begins and ends answers with."""
+    """Return the ids that the source itself begins and ends answers with."""
     if (source.text_folder / "generation_config.json").is_file():
         return make_generation_config(GenerationConfig.from_pretrained(source.text_folder))
     return make_generation_config(GenerationConfig.from_model_config(source.text_config))

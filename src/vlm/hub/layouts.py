@@ -7,6 +7,9 @@ Imports nothing. Ours are the model's own: `visual_encoder.…`, `connector.…`
 PrefixPairs = tuple[tuple[str, str], ...]
 """Pairs of a foreign prefix and ours."""
 
+FORMER_PREFIXES: PrefixPairs = (("visual_encoder.vision_model.", "visual_encoder."),)
+"""Prefixes in checkpoints of ours that an earlier version saved after ZeRO-3."""
+
 ORIGINAL_LLAVA_PREFIXES: PrefixPairs = (
     ("model.vision_tower.vision_tower.vision_model.", "visual_encoder."),
     ("model.vision_tower.vision_tower.", "visual_encoder."),

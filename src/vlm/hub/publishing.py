@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,10 +23,14 @@ from vlm.hub.cleaning import find_local_paths, without_paths
 from vlm.hub.folders import JsonObject, read_json, write_json
 from vlm.hub.run_facts import RunSummary
 
+if TYPE_CHECKING:
+    from vlm.data.processor import Processor
+
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 CONFIG_FILES = (
-    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "config.json", GENERATION_FILE, "processor_config.json", "preprocessor_config.json",
     "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
 """Small JSON files, which are cleaned of paths."""
@@ -78,7 +83,7 @@ def prepare_upload(
         ValueError: the checkpoint is not complete, this version cannot read it, or a text names a path of this machine.
     """
     config = require_complete_checkpoint(checkpoint)
-    _require_readable(checkpoint)
+    processor = _require_readable(checkpoint)
     for name in sorted(file.name for file in checkpoint.iterdir() if is_model_file(file.name)):
         if name in CONFIG_FILES:
             write_json(out / name, without_paths(read_json(checkpoint / name), run.checkpoint))
@@ -95,6 +100,7 @@ def prepare_upload(
     (out / CARD_FILE).write_text(card, encoding="utf-8")
     if places := list(find_local_paths(out, checkpoint, run.checkpoint)):
         raise ValueError(f"{'; '.join(places)}: that is a place of this machine, which is not for others to read")
+    _write_reply_ends(out / GENERATION_FILE, processor)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     copied = files.keys() - {CARD_FILE}
     return PreparedFolder(out, files, sorted(file.name for file in checkpoint.iterdir() if file.name not in copied))
@@ -164,14 +170,24 @@ def read_shapes(file: Path) -> dict[str, tuple[str, list[int]]]:
         raise ValueError(f"{file} is incomplete, or no safetensors file: {error}") from error
 
 
-def _require_readable(checkpoint: Path) -> None:
-    """Open the configuration and the processor with the code that will be published."""
+def _require_readable(checkpoint: Path) -> "Processor":
+    """Open the configuration and the processor with the code that will be published; return the processor."""
     from vlm.assembly.checkpoint import open_checkpoint
 
     try:
-        open_checkpoint(checkpoint).load_processor()
+        return open_checkpoint(checkpoint).load_processor()
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise ValueError(f"{checkpoint} cannot be read by this version: {str(error).splitlines()[0]}") from error
+
+
+def _write_reply_ends(file: Path, processor: "Processor") -> None:
+    """Write into generation settings what ends a reply: runs did not always; a model that only predicts has none."""
+    from vlm.assembly.saving import reply_end_settings
+
+    if file.is_file():
+        settings = read_json(file)
+        ends = reply_end_settings(settings.get("eos_token_id"), settings.get("pad_token_id"), processor)
+        write_json(file, settings | ends)
 
 
 def get_body_config(config: JsonObject) -> JsonObject:

@@ -46,6 +46,18 @@ def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{file} is no whole safetensors file: {error}") from error
 
 
+def read_meta_tensors(file: Path) -> dict[str, Tensor]:
+    """Return names and shapes of a file as tensors of the meta device; refuses incomplete files."""
+    if file.suffix != ".safetensors":
+        return {name: tensor.to("meta") for name, tensor in read_pickle(file).items()}
+    try:
+        with safe_open(file, "pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: torch.empty(tensor.get_shape(), device="meta") for name, tensor in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+
+
 def read_pickle(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a `.bin` file; refuses pickles that ask for more than tensors, and incomplete ones."""
     try:

@@ -245,6 +245,11 @@ def _read_text_config(folder: Path) -> PreTrainedConfig:
     values = read_json(folder / "config.json")
     if "mm_vision_tower" not in values:
         return AutoConfig.from_pretrained(folder).get_text_config()
+    return make_original_text_config(values)
+
+
+def make_original_text_config(values: JsonObject) -> PreTrainedConfig:
+    """Return the configuration of the language model in an original LLaVA's `config.json`."""
     architecture = (values.get("architectures") or [""])[0]
     kind = ARCHITECTURES.get(architecture, ORIGINAL_TYPES[values["model_type"]])
     return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if not ORIGINAL_LLAVA_FIELDS.match(key)})

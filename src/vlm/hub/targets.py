@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from vlm.hub.folders import JsonObject
 from vlm.hub.layouts import TRANSFORMERS_LLAVA_PREFIXES, PrefixPairs, make_original_prefixes
+from vlm.hub.readback import NATIVE, ORIGINAL, Readback
 from vlm.hub.tiles import limits_tiles, make_aspect_ratio, make_grid_pinpoints, native_type
 from vlm.models import VLMConfig, VLMProcessor
 
@@ -47,6 +48,8 @@ class ExportFormat(NamedTuple):
     """The prefixes of names of weights, for a connector of one type."""
     make_config: Callable[[VLMConfig, VLMProcessor], JsonObject]
     """The content of `config.json`."""
+    readback: Readback
+    """How an export is read back, to compare it with the checkpoint."""
 
 
 # transformers' `LlavaForConditionalGeneration`; where images are seen in tiles, LLaVA-NeXT or -OneVision
@@ -166,8 +169,12 @@ def _make_original_config(config: VLMConfig, processor: VLMProcessor) -> JsonObj
 
 
 EXPORT_FORMATS = {
-    "llava": ExportFormat(_native_incompatibilities, lambda _: TRANSFORMERS_LLAVA_PREFIXES, _make_native_config),
-    "llava-original": ExportFormat(_original_incompatibilities, make_original_prefixes, _make_original_config),
+    "llava": ExportFormat(
+        _native_incompatibilities, lambda _: TRANSFORMERS_LLAVA_PREFIXES, _make_native_config, NATIVE
+    ),
+    "llava-original": ExportFormat(
+        _original_incompatibilities, make_original_prefixes, _make_original_config, ORIGINAL
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
-from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, render, reply_end
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, reply_ending
 from vlm.data.processor import Processor
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
 from vlm.data.sources import parts_for_video
@@ -260,9 +260,7 @@ class VisionLanguageModel:
 
     def reply_ending(self) -> str:
         """Return what the chat template writes after a reply: a special token or white space."""
-        rendered = render(self.processor, [Turn("user", ("?",)), Turn("assistant", ("!",))])
-        end = rendered.replies[-1][1]
-        return rendered.text[end : reply_end(self.processor, rendered.text, end)].lstrip(" ")
+        return reply_ending(self.processor)
 
     def _generate_ids(self, **options: object) -> torch.Tensor:
         """Return what the model's `generate` returns: `(rows, tokens)`, the prompt first."""

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from vlm.assembly.adapter_base import Base
 from vlm.assembly.adapter_folder import save as save_on_base
 from vlm.assembly.model_interface import TrainableModel
+from vlm.assembly.saving import save_complete
 from vlm.config.schema import RunConfig
 from vlm.data.processor import Processor
 from vlm.families.table import get_part_names
@@ -52,7 +53,7 @@ class CheckpointTrainer(Trainer):
         else:
             state = self.accelerator.get_state_dict(self.model_wrapped)  # on every rank: ZeRO-3 gathers
             if self.args.should_save:
-                self.model.save_pretrained(folder, state_dict=state)
+                save_complete(self.model, folder, state)
         if self.args.should_save:
             self.processor.save_pretrained(folder)
 

@@ -8,6 +8,8 @@ from transformers import set_seed
 
 from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import load_weights, resolve_model
+from vlm.assembly.round_trip import check_round_trip
+from vlm.assembly.saving import set_reply_ends
 from vlm.config.derived import embedding_row_keys
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
@@ -57,6 +59,8 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     set_seed(args.seed)  # no weight depends on what was drawn before
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
     model = objective.wrap_model(model, args)
+    check_round_trip(model)
+    set_reply_ends(model, processor)
     parts = prepare(model, config, args, processor)
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 

@@ -185,6 +185,17 @@ def reply_end(processor: Processor, text: str, end: int) -> int:
     return behind_blanks
 
 
+def reply_ending(processor: Processor) -> str:
+    """Return what the chat template writes behind a reply, without blanks before it: a special token or white space.
+
+    Raises:
+        ValueError: neither follows, see `reply_end`, or the template refuses a question with its answer.
+    """
+    rendered = render(processor, [Turn("user", ("?",)), Turn("assistant", ("!",))])
+    end = rendered.replies[-1][1]
+    return rendered.text[end : reply_end(processor, rendered.text, end)].lstrip(" ")
+
+
 Labeller = Callable[[Processor, Rendered, Sequence[int], Sequence[Span]], list[int]]
 """Makes labels, `(tokens,)`, of a rendered conversation, its ids and the span of characters that each id comes from."""
 

@@ -1,0 +1,165 @@
+"""The proof that what a model saves it loads: names, shapes and computed buffers, before hours are spent on training.
+
+The model is saved into memory and loaded from there, with stand-ins for its tensors that take no memory. Each stand-in
+holds one number in all its places, by which it is recognised after loading. Where transformers joins and splits tensors
+(experts), that would take as much memory as the model: there, stand-ins have shapes alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+from transformers.integrations import deepspeed as deepspeed_integration
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import logging as transformers_logging
+
+from vlm.assembly.saving import use_canonical_names
+
+NUM_MARKS = 251
+"""Stand-ins are told apart by so many numbers; bfloat16 holds each exactly."""
+
+MARKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def saved_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `save_complete` writes of a model with this state: name on disk -> tensor, tied ones once.
+
+    Raises:
+        RuntimeError: parameters are one tensor without being declared as tied.
+    """
+    use_canonical_names(model)
+    ignored = model._keys_to_ignore_on_save or ()
+    kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
+
+
+def check_round_trip(model: PreTrainedModel) -> None:
+    """Refuse a model that would not come back as it was saved; quantised ones are saved on top of their base.
+
+    Raises:
+        ValueError: its saving fails, or loading lacks a weight, gives it to another one, draws it anew, or computes a
+            buffer that no checkpoint holds otherwise.
+    """
+    if any(getattr(module, "is_quantized", False) for module in model.modules()):
+        return
+    kind = type(model).__name__
+    joins_tensors = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
+    options: dict[str, Any] = {"device_map": "meta"} if joins_tensors else {}
+    stand_ins = make_stand_ins(model, "meta" if joins_tensors else "cpu")
+    try:
+        saved = saved_tensors(model, stand_ins)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{kind} cannot be saved: {str(error).splitlines()[0]} Declare what is tied (_tied_weights_keys), or copy "
+            "the tensor"
+        ) from error
+    try:
+        with quiet_loading(), _without_zero3():
+            result: Any = type(model).from_pretrained(
+                None, config=model.config, state_dict=saved, dtype=model.dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"{kind} does not load what it saves: {str(error).splitlines()[0]}") from error
+    loaded, info = result
+    problems = [*_loading_problems(info), *_changed_tensors(model, stand_ins, loaded)]
+    if problems:
+        raise ValueError(
+            f"{kind} does not load what it saves, so the trained model would be lost: {'; '.join(problems[:3])}. A "
+            "connector or head of your own should register all that it keeps as parameters or persistent buffers, and "
+            "draw nothing anew when it is loaded"
+        )
+
+
+def make_stand_ins(model: PreTrainedModel, device: str = "cpu") -> dict[str, Tensor]:
+    """Return a state of a model with a stand-in of each saved tensor, whole where ZeRO-3 shards it.
+
+    Each holds the number `mark_of` its place among the tensors, those that are tied the same.
+    """
+    made: dict[int, Tensor] = {}
+    stand_ins = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            mark = torch.full((), mark_of(len(made), tensor.dtype), dtype=tensor.dtype, device=device)
+            made[id(tensor)] = mark.expand(getattr(tensor, "ds_shape", tensor.shape))
+        stand_ins[name] = made[id(tensor)]
+    return stand_ins
+
+
+def mark_of(place: int, dtype: torch.dtype) -> int:
+    """Return the number of a stand-in, which its precision holds exactly."""
+    return place % NUM_MARKS + 1 if dtype in MARKED else 1
+
+
+def _loading_problems(info: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what transformers says of loading."""
+    for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
+        if names := sorted(info[key]):
+            yield f"it {problem} {_shorten(names)}"
+    if mismatched := sorted(info["mismatched_keys"], key=str):
+        name, saved, needed = mismatched[0]
+        yield f"{name} was saved as {tuple(saved)} and is needed as {tuple(needed)}"
+
+
+def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], loaded: PreTrainedModel) -> Iterator[str]:
+    """Yield which tensors of a loaded model are not those that were saved, and which buffers are computed otherwise."""
+    state = loaded.state_dict()
+    places: dict[int, int] = {}
+    for name, stand_in in stand_ins.items():
+        mark = mark_of(places.setdefault(id(stand_in), len(places)), stand_in.dtype)
+        tensor = state.get(name)
+        if tensor is None or tensor.shape != stand_in.shape or not _has_mark(tensor, mark):
+            yield f"{name} comes back as something else"
+    buffers = dict(loaded.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in stand_ins and not is_equal(buffer, buffers.get(name)):
+            yield f"the buffer {name}, which is not saved, is computed otherwise when the model is loaded"
+
+
+def _has_mark(tensor: Tensor, mark: int) -> bool:
+    """Return whether a loaded tensor begins and ends with a number: its stand-in's may have been overwritten too."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    ends = (tensor[(0,) * tensor.ndim], tensor[(-1,) * tensor.ndim])
+    return all(float(end) == mark for end in ends)
+
+
+def is_equal(buffer: Tensor, loaded: Tensor | None) -> bool:
+    """Return whether a buffer was computed alike, in whatever precision; on the meta device, whether it is as large."""
+    if loaded is None or buffer.shape != loaded.shape:
+        return False
+    return loaded.is_meta or torch.equal(buffer.cpu(), loaded.to(buffer.dtype))
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from reporting what is reported here."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Load whole tensors, also where the run shards its own."""
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = reference
