@@ -153,6 +153,11 @@ def read_steps(run: Path) -> list[list[float]]:
     return [[line[name] for name in ("loss", "grad_norm", "step", "epoch")] for line in lines if "loss" in line]
 
 
+def read_speed(run: Path) -> dict[str, float]:
+    """What the steps of a run had, all but the first."""
+    return json.loads((run / "speed.json").read_text())["whole"]
+
+
 def assert_equal_runs(packed: Path, padded: Path, number: int) -> None:
     """The same steps and the same model."""
     found, expected = read_steps(packed), read_steps(padded)
@@ -191,14 +196,19 @@ MIXTURE = (
 )  # fmt: skip
 
 
-def test_mixtures_pack_too_and_every_token_is_counted(train: Callable[..., Path], tmp_path: Path, world: Path):
+def test_mixtures_pack_too(train: Callable[..., Path], tmp_path: Path, world: Path):
+    """Rows are made in data workers, and each token of them is counted."""
     mixture = [word.format(records=world / "records.json") for word in MIXTURE]
     words = (*RUN, *mixture, "trainer.loss_average=micro_batch", "trainer.train_sampling_strategy=random")
     padded = train("finetune-smol", tmp_path / "padded", *words)
     packed = train(
-        "finetune-smol", tmp_path / "packed", *words, "trainer.packing=true", "trainer.max_tokens_per_batch=120"
-    )
+        "finetune-smol", tmp_path / "packed", *words, "trainer.packing=true", "trainer.max_tokens_per_batch=120",
+        "trainer.dataloader_num_workers=2",
+    )  # fmt: skip
     assert_equal_runs(packed, padded, 4)
+    assert read_speed(packed)["tokens"] == read_speed(padded)["tokens"]
+    assert read_speed(packed)["batches"] > read_speed(padded)["batches"]  # more rows than micro-batches
+    assert read_speed(packed)["positions"] < read_speed(padded)["positions"]
 
 
 @pytest.mark.parametrize("most", ["null", "200"])

@@ -128,12 +128,13 @@ class Generation(Objective):
         from vlm.evaluation.loss import supervised_logits
         from vlm.models.modeling_vlm import IGNORE_INDEX, supervised_loss
         from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY
+        from vlm.train.step.step_packing import LOSS_WEIGHTS
 
         if NUM_CHUNKS_KEY in inputs:
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
             return outputs.loss, outputs
         inputs = dict(inputs)
-        weights = inputs.pop("loss_weights", None)
+        weights = inputs.pop(LOSS_WEIGHTS, None)
         if weights is not None:
             weights = weights[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
         outputs, targets = supervised_logits(model, inputs)
