@@ -105,8 +105,12 @@ def test_a_steps_samples_come_back_out_of_its_packs(folder: Path):
 
 
 def test_micro_batches_are_those_without_packing_or_sorted_by_length(folder: Path):
-    words = ("trainer.packing_strategy=step", "trainer.per_device_train_batch_size=4",
-             "trainer.gradient_accumulation_steps=3", "trainer.max_tokens_per_batch=2048")  # fmt: skip
+    words = (
+        "trainer.packing_strategy=step",
+        "trainer.per_device_train_batch_size=4",
+        "trainer.gradient_accumulation_steps=3",
+        "trainer.max_tokens_per_batch=2048",
+    )
     run = run_ours(folder / "parts", folder / "data" / "records.json", folder / "steps", *words, keeps=True)
     steps = read_micro_batches(run)
     assert [[len(batch) for batch in step] for step in steps] == [[4, 4, 4], [4, 4, 4], [4, 2]]
@@ -115,8 +119,10 @@ def test_micro_batches_are_those_without_packing_or_sorted_by_length(folder: Pat
         lengths = sorted(len(sample["input_ids"]) for batch in step for sample in batch)
         assert sorted(len(sample["input_ids"]) for sample in found) == lengths
         assert [len(sample["input_ids"]) for batch in group_by_length(step) for sample in batch] == lengths
-        images = [sum(len(sample.get("pixel_values", ())) for sample in samples)
-                  for samples in (found, [sample for batch in step for sample in batch])]  # fmt: skip
+        images = [
+            sum(len(sample.get("pixel_values", ())) for sample in samples)
+            for samples in (found, [sample for batch in step for sample in batch])
+        ]
         assert images[0] == images[1]
     padded = [sum(map(count_padded_positions, step)) for step in steps]
     assert sum(padded) > sum(sum(map(count_padded_positions, group_by_length(step))) for step in steps)

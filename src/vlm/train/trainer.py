@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from vlm.assembly.adapter_base import make_base
 from vlm.config.choices import BEST_FIT, GROUP_BY_MODALITY_LENGTH, GROUPED_STRATEGIES
+from vlm.data.batching.best_fit import PackSampler
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
@@ -40,7 +41,13 @@ from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.packing import add_grid_positions
-from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, sample_costs, without_gradient_exchange
+from vlm.train.step.step_packing import (
+    LOSS_WEIGHTS,
+    StepPacking,
+    StepSampler,
+    sample_costs,
+    without_gradient_exchange,
+)
 
 NumItems = Tensor | int | None
 """Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch, each of them a batch."""
@@ -86,7 +93,7 @@ class VLMTrainer(CheckpointTrainer):
         self.options = objective.config.trainer
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
-        self.sampler: Sampler[int] | Sampler[list[int]] | None = None
+        self.sampler: Sampler[int] | PackSampler | StepSampler | None = None
         # Without a number of items, `Trainer` averages the losses of micro-batches over accumulation steps and ranks.
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and objective.loss_average == "token"
         self.step_packing: StepPacking | None = None

@@ -25,9 +25,14 @@ def test_a_packed_run_trains_as_a_padded_one_of_the_same_samples(
     """All 24 records in one step, packed in several rows, or padded in several batches: the same losses."""
     whole = "trainer.num_train_epochs=3"
     padded = train(
-        "finetune-smol", tmp_path / "padded", *WORDS, whole, "trainer.per_device_train_batch_size=8",
-        "trainer.gradient_accumulation_steps=3", "trainer.packing=false",
-    )  # fmt: skip
+        "finetune-smol",
+        tmp_path / "padded",
+        *WORDS,
+        whole,
+        "trainer.per_device_train_batch_size=8",
+        "trainer.gradient_accumulation_steps=3",
+        "trainer.packing=false",
+    )
     order = PackSampler(read_lengths(common), 256, seed=42)
     found = train(
         "finetune-smol", tmp_path / "packed", *BEST_FIT, whole, f"trainer.gradient_accumulation_steps={len(order)}"
@@ -63,7 +68,12 @@ def test_a_streams_packs_are_full_and_leave_nothing_out():
 @pytest.mark.parametrize("most", ["256", "null"])
 def test_a_streaming_run_packs(train: Callable[..., Path], tmp_path: Path, most: str):
     folder = train(
-        "finetune-smol", tmp_path / "run", *BEST_FIT, "dataset.streaming=true", "dataset.max_length=200",
-        "trainer.max_steps=3", f"trainer.max_tokens_per_batch={most}",
-    )  # fmt: skip
+        "finetune-smol",
+        tmp_path / "run",
+        *BEST_FIT,
+        "dataset.streaming=true",
+        "dataset.max_length=200",
+        "trainer.max_steps=3",
+        f"trainer.max_tokens_per_batch={most}",
+    )
     assert len(losses(folder)) == 3

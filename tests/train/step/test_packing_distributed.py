@@ -12,14 +12,19 @@ from vlm.train.checkpoints import newest_checkpoint
 from vlm.train.step import chunked_loss as vocabulary
 
 WORDS = [
-    "trainer.learning_rate.language_model_learning_rate=1e-3", "trainer.num_train_epochs=2",
-    "trainer.save_strategy=steps", "trainer.save_steps=3", "trainer.num_samples=0",
-]  # fmt: skip
+    "trainer.learning_rate.language_model_learning_rate=1e-3",
+    "trainer.num_train_epochs=2",
+    "trainer.save_strategy=steps",
+    "trainer.save_steps=3",
+    "trainer.num_samples=0",
+]
 SINGLE = ["trainer.per_device_train_batch_size=3", "trainer.gradient_accumulation_steps=4"]
 TWO = [
-    "trainer.per_device_train_batch_size=3", "trainer.gradient_accumulation_steps=2", "trainer.packing=true",
+    "trainer.per_device_train_batch_size=3",
+    "trainer.gradient_accumulation_steps=2",
+    "trainer.packing=true",
     "trainer.max_tokens_per_batch=140",
-]  # fmt: skip
+]
 """Each step has four micro-batches, which one process accumulates; two ranks have rows of 140 tokens at most."""
 
 
@@ -55,10 +60,18 @@ def test_two_ranks_reach_the_single_process(
 def test_two_ranks_read_a_stream_in_equally_many_rows(common: list[str], train: Callable[..., Path], tmp_path: Path):
     """Where one rank's samples need more rows than the other's, that one has rows without samples."""
     words = [
-        "-cn", "finetune-smol", *common, *WORDS, *TWO, "dataset.streaming=true", "dataset.max_length=140",
-        "dataset.over_length=skip", "trainer.max_steps=3", "trainer.train_sampling_strategy=random",
+        "-cn",
+        "finetune-smol",
+        *common,
+        *WORDS,
+        *TWO,
+        "dataset.streaming=true",
+        "dataset.max_length=140",
+        "dataset.over_length=skip",
+        "trainer.max_steps=3",
+        "trainer.train_sampling_strategy=random",
         "trainer.loss_average=micro_batch",
-    ]  # fmt: skip
+    ]
     launch([*words, f"trainer.output_dir={tmp_path / 'packed'}"])
     padded = [word for word in words if not word.startswith("trainer.max_tokens")] + ["trainer.packing=false"]
     launch([*padded, f"trainer.output_dir={tmp_path / 'padded'}"])
@@ -75,9 +88,12 @@ def test_rows_out_of_all_samples_reach_the_single_process(
     """Each step has the packs that two accumulated batches of one process have; some are without images."""
     monkeypatch.setattr(vocabulary, "MAX_LOGITS", 2**26)
     best_fit = [
-        *WORDS, "trainer.packing=true", "trainer.packing_strategy=best_fit", "trainer.max_tokens_per_batch=180",
+        *WORDS,
+        "trainer.packing=true",
+        "trainer.packing_strategy=best_fit",
+        "trainer.max_tokens_per_batch=180",
         "trainer.train_sampling_strategy=random",
-    ]  # fmt: skip
+    ]
     single = train("finetune-smol", tmp_path / "single", *best_fit, "trainer.gradient_accumulation_steps=2")
     two = tmp_path / "two"
     words = ["-cn", "finetune-smol", *common, *best_fit, f"trainer.deepspeed={stage}", f"trainer.output_dir={two}"]

@@ -63,8 +63,12 @@ def test_steps_have_the_samples_that_they_have_without_packing(ranks: int, numbe
         assert [len(sampler) for sampler in packed] == [len(loader) for loader in padded]
         for start in range(0, len(expected[0]), accumulation):
             steps = [batches[start : start + accumulation] for batches in expected]
-            wanted = [(turn * ranks + rank, index) for rank, step in enumerate(steps)
-                      for turn, batch in enumerate(step) for index in batch]  # fmt: skip
+            wanted = [
+                (turn * ranks + rank, index)
+                for rank, step in enumerate(steps)
+                for turn, batch in enumerate(step)
+                for index in batch
+            ]
             items = [item for rank in laid_out for item in rank[start : start + accumulation]]
             found = [(micro_batch, index) for item in items for row in item for index, micro_batch in row]
             assert sorted(found) == sorted(wanted)
@@ -139,11 +143,17 @@ def test_costs_are_the_models_operations_or_those_of_its_width():
 # Runs
 
 RUN = (
-    "trainer.learning_rate.language_model_learning_rate=1e-2", "trainer.learning_rate.connector_learning_rate=1e-2",
-    "trainer.num_samples=0", "trainer.optim=sgd", "trainer.max_grad_norm=0", "trainer.lr_scheduler_type=constant",
-    "trainer.warmup_steps=0", "trainer.per_device_train_batch_size=5", "trainer.gradient_accumulation_steps=2",
+    "trainer.learning_rate.language_model_learning_rate=1e-2",
+    "trainer.learning_rate.connector_learning_rate=1e-2",
+    "trainer.num_samples=0",
+    "trainer.optim=sgd",
+    "trainer.max_grad_norm=0",
+    "trainer.lr_scheduler_type=constant",
+    "trainer.warmup_steps=0",
+    "trainer.per_device_train_batch_size=5",
+    "trainer.gradient_accumulation_steps=2",
     "trainer.save_strategy=no",
-)  # fmt: skip
+)
 """An epoch of three steps: of ten samples, of ten, of a micro-batch of four. Adam would magnify rounding."""
 
 
@@ -190,10 +200,15 @@ def test_a_packed_run_is_the_padded_run(
 
 
 MIXTURE = (
-    "dataset.path=null", "dataset.sources.some.path={records}", "dataset.sources.twice.path={records}",
-    "dataset.sources.twice.weight=2", "trainer.max_steps=4", "trainer.include_num_input_tokens_seen=non_padding",
-    "dataset.max_length=120", "dataset.over_length=skip",
-)  # fmt: skip
+    "dataset.path=null",
+    "dataset.sources.some.path={records}",
+    "dataset.sources.twice.path={records}",
+    "dataset.sources.twice.weight=2",
+    "trainer.max_steps=4",
+    "trainer.include_num_input_tokens_seen=non_padding",
+    "dataset.max_length=120",
+    "dataset.over_length=skip",
+)
 
 
 def test_mixtures_pack_too(train: Callable[..., Path], tmp_path: Path, world: Path):
@@ -202,9 +217,13 @@ def test_mixtures_pack_too(train: Callable[..., Path], tmp_path: Path, world: Pa
     words = (*RUN, *mixture, "trainer.loss_average=micro_batch", "trainer.train_sampling_strategy=random")
     padded = train("finetune-smol", tmp_path / "padded", *words)
     packed = train(
-        "finetune-smol", tmp_path / "packed", *words, "trainer.packing=true", "trainer.max_tokens_per_batch=120",
+        "finetune-smol",
+        tmp_path / "packed",
+        *words,
+        "trainer.packing=true",
+        "trainer.max_tokens_per_batch=120",
         "trainer.dataloader_num_workers=2",
-    )  # fmt: skip
+    )
     assert_equal_runs(packed, padded, 4)
     assert read_speed(packed)["tokens"] == read_speed(padded)["tokens"]
     assert read_speed(packed)["batches"] > read_speed(padded)["batches"]  # more rows than micro-batches
@@ -213,8 +232,14 @@ def test_mixtures_pack_too(train: Callable[..., Path], tmp_path: Path, world: Pa
 
 @pytest.mark.parametrize("most", ["null", "200"])
 def test_a_packed_stream_is_the_padded_stream(train: Callable[..., Path], tmp_path: Path, most: str):
-    words = (*RUN, "dataset.streaming=true", "dataset.max_length=200", "trainer.max_steps=3",
-             "trainer.loss_average=micro_batch", "trainer.train_sampling_strategy=random")  # fmt: skip
+    words = (
+        *RUN,
+        "dataset.streaming=true",
+        "dataset.max_length=200",
+        "trainer.max_steps=3",
+        "trainer.loss_average=micro_batch",
+        "trainer.train_sampling_strategy=random",
+    )
     padded = train("finetune-smol", tmp_path / "padded", *words)
     packed = train(
         "finetune-smol", tmp_path / "packed", *words, "trainer.packing=true", f"trainer.max_tokens_per_batch={most}"
@@ -234,8 +259,10 @@ def test_a_loss_in_pieces_is_weighed_too(train: Callable[..., Path], tmp_path: P
 
 FAMILY = (
     *("trainer.bf16=false", "trainer.tf32=null", "trainer.activation_checkpointing=false", "trainer.deepspeed=null"),
-    "trainer.learning_rate.visual_encoder_learning_rate=1e-2", "dataset.max_length=512", "trainer.max_steps=2",
-)  # fmt: skip
+    "trainer.learning_rate.visual_encoder_learning_rate=1e-2",
+    "dataset.max_length=512",
+    "trainer.max_steps=2",
+)
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "llava-onevision", "smolvlm"])

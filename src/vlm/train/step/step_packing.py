@@ -166,9 +166,12 @@ class StepPacking:
             )
         costs = self.costs.of(np.asarray(dataset.lengths), np.asarray(dataset.num_images))
         self.sampler = StepSampler(
-            batches, dataset.lengths, costs, accumulation=self.args.gradient_accumulation_steps,
+            batches,
+            dataset.lengths,
+            costs,
+            accumulation=self.args.gradient_accumulation_steps,
             max_tokens=self.max_tokens,
-        )  # fmt: skip
+        )
         rows = RowDataset(dataset)
         return DataLoader(rows, batch_sampler=self.sampler, collate_fn=self.collate, **loader_options(self.args))
 
