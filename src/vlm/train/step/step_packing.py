@@ -226,9 +226,9 @@ def weigh_losses(
     counts = gather(counts[None].to(args.device)).view(-1, num_micro_batches).sum(0)
     number = counts.sum()
     if loss_average == "micro_batch":
-        weights = (number / (counts.clamp(min=1) * num_micro_batches)).cpu()
-        for row, micro_batches in rows:
-            row[LOSS_WEIGHTS] = weights[micro_batches]
+        weights = number / (counts.clamp(min=1) * num_micro_batches)
+        for row, micro_batches in rows:  # on the device, which the host does not wait for
+            row[LOSS_WEIGHTS] = weights[micro_batches.to(weights.device, non_blocking=True)]
     return number
 
 
