@@ -9,6 +9,7 @@ encoder.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +17,8 @@ from transformers import AutoModel
 
 from benchmarks.lengths import Record
 from benchmarks.shapes import Shape
-from benchmarks.variants import Sample
+from benchmarks.variants import SEED, Sample
+from vlm.data.batching.best_fit import pack_lengths
 from vlm.data.batching.stats import BatchStats, compute_batch_stats
 from vlm.train.monitor.flops import StepFlops, count_flops
 
@@ -108,3 +110,12 @@ def operation_shares(flops: StepFlops, samples: Sequence[Sample]) -> dict[str, f
         "connector": flops.connected * stats.images,
     }
     return {name: cost / sum(parts.values()) for name, cost in parts.items()}
+
+
+def select_records(records: Sequence[Record], shape: Shape, capacity: int, packs: int) -> list[Record]:
+    """Return as many of the first records as fit into `packs` packs."""
+    lengths = [len(sample["input_ids"]) for sample in make_blank_samples(records, shape)]
+    number = int(np.searchsorted(np.cumsum(lengths), packs * capacity, side="right"))
+    while len(pack_lengths(lengths[:number], capacity, SEED)) > packs:
+        number -= 1
+    return list(records[:number])

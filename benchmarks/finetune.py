@@ -1,21 +1,23 @@
 """A finetune step, encoder frozen: ours against transformers' LLaVA and Trainer, padded, and grouped by length.
 
-    python -m benchmarks.finetune [--gpu] [--steps N] [--repeats N]
+    python -m benchmarks.finetune [--samples 5|8] [--gpu] [--steps N] [--repeats N]
 
-SmolLM2-135M's and ViT-B/16's shapes with random weights, and lengths of LLaVA-665k (`benchmarks.lengths`). Each
-optimiser step has the same samples in all variants: those of our run's packs. A padded micro-batch takes them as they
-were drawn, a grouped one takes samples of similar length. Initial weights, precision, attention kernel (sdpa), threads,
-optimiser and learning rate are the same, so the first gradients and the losses of every step have to agree: that is
-checked, and plotted. The first step of each variant is not measured.
+SmolLM2-135M's and ViT-B/16's shapes with random weights, and lengths of LLaVA-665k (`benchmarks.lengths`). Every
+variant has the same samples in each optimiser step: our run packs its steps, and the padded variant has the
+micro-batches that our run would have without packing. A grouped micro-batch takes samples of similar length of the
+step. Initial weights, precision, attention kernel (sdpa), threads, optimiser and learning rate are the same, so the
+first gradients and the losses of every step have to agree: that is checked, and plotted. The first step of each
+variant is not measured.
 
-On two CPU cores in float32, a padded micro-batch has at most six samples, nearly five on average. Larger ones would pad
-more, and smaller ones less: where a sample has 2,000 tokens of text and an image, 24 GB of memory hold three (a padded
-position takes about 2.6 MB); the longest of the default seed has 1,609. Few steps fit into the time, and some have only
-short samples: the default seed is one for which counting predicts about the same ratio as over the whole mixture, which
-is printed too. About twelve minutes, and 20 GB.
+Larger micro-batches pad more, and two CPU cores with 24 GB of memory allow few samples in float32: a padded position
+takes about 2.6 MB, so three samples fit where one of them has 2,000 tokens of text and an image. With five samples,
+the longest of the default seed has 1,498 tokens. With eight, every variant computes activations anew in the backward
+pass (activation checkpointing), or padded micro-batches would not fit: with the seed of that size they have 11,800
+positions at most, of which the logits alone take 2.3 GB, several times over. Few steps fit into the time, and some
+have only short samples: the seeds are ones for which counting predicts about the same ratio as over the whole
+mixture, which is printed too. About twelve minutes, and 20 GB.
 """
 
-import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -23,28 +25,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from benchmarks import counting
-from benchmarks.lengths import Record, draw_records, write_records
+from benchmarks.lengths import draw_records, write_records
 from benchmarks.report import RESULTS, Row, compared, report
-from benchmarks.shapes import SHAPES, Shape, compose_model, make_llava, write_parts
+from benchmarks.shapes import SHAPES, compose_model, make_llava, write_parts
 from benchmarks.sizes import make_parser, make_size
 from benchmarks.variants import (
     SEED,
     Sample,
     Steps,
     count_padded_positions,
-    make_micro_batches,
+    group_by_length,
+    read_micro_batches,
     release_memory,
     run_ours,
     silence_libraries,
-    split_packed_batch,
     train_padded,
 )
-from vlm.data.batching.packing import pack_lengths
 from vlm.train.monitor.flops import StepFlops
 
 
@@ -71,26 +71,31 @@ class Size:
 
     Attributes:
         shape: the model's shape, a name of `SHAPES`.
-        tokens: `trainer.max_tokens_per_batch`.
-        accumulation: number of packs in an optimiser step.
+        samples: number of samples in a micro-batch, `trainer.per_device_train_batch_size`.
+        accumulation: number of micro-batches in an optimiser step.
         steps: number of optimiser steps; the first is not measured.
-        samples: the largest number of samples in a padded micro-batch.
         repeats: how often each variant trains.
         bf16: whether matrix products run in bfloat16.
+        checkpointing: whether activations are computed anew in the backward pass, in every variant.
         seed: seeds the records.
+        target: the least ratio to padded batches.
     """
 
     shape: str = "smol"
-    tokens: int = 4096
-    accumulation: int = 2
+    samples: int = 5
+    accumulation: int = 6
     steps: int = 3
-    samples: int = 6
     repeats: int = 1
     bf16: bool = False
-    seed: int = 35
+    checkpointing: bool = False
+    seed: int = 184
+    target: float = 2.0
 
 
-GPU = Size(tokens=8192, accumulation=4, steps=10, samples=20, repeats=3, bf16=True)
+EIGHT_SAMPLES = Size(samples=8, accumulation=2, steps=4, checkpointing=True, seed=131, target=2.5)
+"""The size with eight samples in a micro-batch."""
+
+GPU = Size(samples=16, accumulation=4, steps=10, repeats=3, bf16=True)
 """The size for one large GPU."""
 
 
@@ -125,54 +130,43 @@ class Comparison:
 
     Attributes:
         tokens: number of real tokens of every step.
-        samples: mean number of samples in a padded micro-batch.
         variants: name -> measurements.
         flops: operations of our model.
         encoder: operations of all layers of the encoder for an image.
     """
 
     tokens: list[int]
-    samples: float
     variants: dict[str, VariantMeasurements]
     flops: StepFlops
     encoder: float
 
 
-def select_records(records: Sequence[Record], shape: Shape, capacity: int, packs: int) -> list[Record]:
-    """Return as many of the first records as fit into `packs` packs."""
-    lengths = [len(sample["input_ids"]) for sample in counting.make_blank_samples(records, shape)]
-    number = int(np.searchsorted(np.cumsum(lengths), packs * capacity, side="right"))
-    while len(pack_lengths(lengths[:number], capacity, SEED)) > packs:
-        number -= 1
-    return list(records[:number])
-
-
 def compare_variants(size: Size, folder: Path) -> Comparison:
-    """Train every variant in turns, ours first: its packs determine the samples of a step."""
+    """Train every variant in turns, ours first: its sampler determines the samples of a step."""
     shape = SHAPES[size.shape]
     write_parts(folder / "parts", shape)
-    packs = size.steps * size.accumulation
-    records = select_records(draw_records(packs * size.tokens // 50, size.seed), shape, size.tokens, packs)
+    records = draw_records(size.steps * size.accumulation * size.samples, size.seed)
     path = write_records(folder / "data", records, shape.side)
     words = [
-        f"trainer.max_tokens_per_batch={size.tokens}",
+        "trainer.packing_strategy=step",
+        f"trainer.per_device_train_batch_size={size.samples}",
         f"trainer.gradient_accumulation_steps={size.accumulation}",
+        f"trainer.activation_checkpointing={str(size.checkpointing).lower()}",
         f"trainer.bf16={str(size.bf16).lower()}",
     ]
     result: Comparison | None = None
     for turn in range(size.repeats):
-        run = run_ours(folder / "parts", path, folder / f"ours-{turn}", *words, keeps=True)
+        run = run_ours(folder / "parts", path, folder / f"ours-{turn}", *words)
         processor = run.trainer.processor
-        steps = [[sample for batch in step for sample in split_packed_batch(batch, processor)] for step in run.batches]
+        steps = read_micro_batches(run)
         if result is None:
             flops, encoder = counting.count_operations(run.trainer.model, shape)
-            tokens = [counting.sample_stats(step).tokens for step in steps]
+            samples = [[sample for batch in step for sample in batch] for step in steps]
+            tokens = [counting.sample_stats(step).tokens for step in samples]
             variants = {name: VariantMeasurements() for name in ("ours", "padded", "grouped")}
-            samples = len(records) / len(steps) / count_micro_batches(steps, size)
-            result = Comparison(tokens, samples, variants, flops, encoder)
-            result.variants["ours"].flops = [counting.ours(flops, step, size.accumulation) for step in steps[1:]]
-            print(f"{len(records)} samples, {sum(tokens):,} tokens in {packs} packs", end=", ")
-            print(f"{sum(tokens) / (packs * size.tokens):.1%} of their positions", flush=True)
+            result = Comparison(tokens, variants, flops, encoder)
+            result.variants["ours"].flops = [counting.ours(flops, step, size.accumulation) for step in samples[1:]]
+            print(f"{len(records)} samples, {sum(tokens):,} tokens in {len(steps)} steps", flush=True)
         release_memory(run)
         result.variants["ours"].add(run, result.tokens)
         for name in ("padded", "grouped"):
@@ -181,31 +175,24 @@ def compare_variants(size: Size, folder: Path) -> Comparison:
     return result
 
 
-def count_micro_batches(steps: Sequence[Sequence[Sample]], size: Size) -> int:
-    """Return the number of micro-batches of a step, so that none has more than `size.samples` samples."""
-    return math.ceil(max(map(len, steps)) / size.samples)
-
-
 def _train_transformers(
-    result: Comparison, name: str, steps: Sequence[Sequence[Sample]], size: Size, folder: Path, processor: object
+    result: Comparison, name: str, steps: list[list[list[Sample]]], size: Size, folder: Path, processor: object
 ) -> None:
     """Run one repetition of a variant of transformers."""
-    number = count_micro_batches(steps, size)
-    batches = [make_micro_batches(step, number, grouped=name == "grouped") for step in steps]
+    batches = [group_by_length(step) for step in steps] if name == "grouped" else steps
     measured = result.variants[name]
     if not measured.flops:
         positions = [count_padded_positions(batch) for step in batches for batch in step]
         measured.flops = [counting.padded(result.flops, result.encoder, step) for step in batches[1:]]
-        print(f"{name}: {number} micro-batches a step of {result.samples:.2f} samples on average and", end=" ")
-        largest = max(len(batch) for step in batches for batch in step)
-        print(f"{largest} at most, {max(positions):,} positions at most", end=", ")
+        print(f"{name}: micro-batches of {size.samples} samples, {max(positions):,} positions at most", end=", ")
         print(f"{sum(result.tokens) / sum(positions):.1%} real tokens", flush=True)
     ours, _ = compose_model(folder / "parts", SEED)
     model = make_llava(ours, folder / "parts")
     del ours
     if size.bf16:
         model.model.vision_tower.to(torch.bfloat16)  # as our runs cast frozen parts
-    run = train_padded(model, processor.tokenizer, batches, folder / name, bf16=size.bf16)  # pyright: ignore[reportAttributeAccessIssue]
+    settings = {"bf16": size.bf16, "gradient_checkpointing": size.checkpointing}
+    run = train_padded(model, processor.tokenizer, batches, folder / name, **settings)  # pyright: ignore[reportAttributeAccessIssue]
     measured.add(run, result.tokens)
 
 
@@ -232,12 +219,12 @@ def _relative_range(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / min(values)
 
 
-def make_rows(result: Comparison) -> list[Row]:
+def make_rows(result: Comparison, size: Size) -> list[Row]:
     """Return the claims: rates over all measured steps; spreads are those of single steps, whose samples differ."""
     ours, rows = result.variants["ours"], []
     for name, target, title in (
-        ("padded", 2.0, "real tokens/s over padded batches"),
-        ("grouped", 1.25, "real tokens/s over batches grouped by length"),
+        ("padded", size.target, f"real tokens/s over padded batches of {size.samples}"),
+        ("grouped", 1.25, f"real tokens/s over batches of {size.samples} grouped by length"),
     ):
         both = {"ours": ours, name: result.variants[name]}
         medians = {label: statistics.median(variant.rates) for label, variant in both.items()}
@@ -260,11 +247,10 @@ def make_notes(result: Comparison, size: Size) -> dict[str, Any]:
         counted = [other / mine for mine, other in zip(ours.flops, theirs.flops, strict=True)] * size.repeats
         notes[f"{name}, step by step, measured and counted"] = list(zip(measured, counted, strict=True))
     samples = counting.make_blank_samples(draw_records(4000, 1), SHAPES[size.shape])
-    for number in (math.floor(result.samples), math.ceil(result.samples)):
-        notes[f"counted over the whole mixture, padded to {number} samples"] = counting.predict_ratio(
-            result.flops, result.encoder, samples, number
-        )
-    return {"samples of a padded micro-batch, on average": result.samples, **notes, "size": asdict(size)}
+    notes["counted over the whole mixture"] = counting.predict_ratio(
+        result.flops, result.encoder, samples, size.samples
+    )
+    return {**notes, "size": asdict(size)}
 
 
 def draw_losses(variants: dict[str, VariantMeasurements], path: Path) -> None:
@@ -301,8 +287,9 @@ def print_predictions(result: Comparison, size: Size) -> None:
 
 def main() -> None:
     """Measure and report."""
-    args = make_parser(__doc__, ("tokens", "accumulation", "steps", "samples", "repeats", "seed")).parse_args()
-    size = make_size(args, Size(), GPU)
+    args = make_parser(__doc__, ("samples", "accumulation", "steps", "repeats", "seed")).parse_args()
+    eight = args.samples == EIGHT_SAMPLES.samples and not args.gpu
+    size = make_size(args, EIGHT_SAMPLES if eight else Size(), GPU)
     silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
         result = compare_variants(size, Path(folder))
@@ -311,8 +298,9 @@ def main() -> None:
         print(f"losses, {name}: {losses}; norm of the first gradient {variant.norm:.5f}")
     differences = check_agreement(result.variants, TOLERANCES["bfloat16" if size.bf16 else "float32"])
     notes = {**differences, **make_notes(result, size)}
-    report("finetune-gpu" if args.gpu else "finetune", make_rows(result), notes)
-    draw_losses(result.variants, RESULTS / ("finetune-gpu_loss.png" if args.gpu else "finetune_loss.png"))
+    name = "finetune-gpu" if args.gpu else "finetune-8" if eight else "finetune"
+    report(name, make_rows(result, size), notes)
+    draw_losses(result.variants, RESULTS / f"{name}_loss.png")
     print_predictions(result, size)
 
 

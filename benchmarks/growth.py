@@ -23,7 +23,6 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import counting, isolated
-from benchmarks.finetune import select_records
 from benchmarks.lengths import Record, Source, conversation, draw_records, write_records
 from benchmarks.memory import peak_gigabytes
 from benchmarks.report import RESULTS, Row, compared, report
@@ -89,7 +88,7 @@ def short_records(size: Size, tokens: int) -> list[Record]:
     drawn = draw_records(size.steps * tokens // 50)
     lengths = [len(sample["input_ids"]) for sample in counting.make_blank_samples(drawn, shape)]
     records = [record for record, length in zip(drawn, lengths, strict=True) if length <= shortest]
-    return select_records(records, shape, tokens, size.steps)
+    return counting.select_records(records, shape, tokens, size.steps)
 
 
 def measure_steps(size: Size, tokens: int, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from benchmarks import counting, isolated
-from benchmarks.finetune import select_records
 from benchmarks.lengths import Record, draw_records, write_records
 from benchmarks.opening import read_kilobytes
 from benchmarks.report import compared, report
@@ -57,7 +56,7 @@ def draw_average_records(size: Size) -> tuple[list[Record], int]:
     shape = SHAPES[size.shape]
     sets = []
     for seed in range(NUM_DRAWN_SETS):
-        records = select_records(draw_records(size.tokens // 50, seed), shape, size.tokens, 1)
+        records = counting.select_records(draw_records(size.tokens // 50, seed), shape, size.tokens, 1)
         sets.append((count_padded_positions(counting.make_blank_samples(records, shape)), seed, records))
     mean = statistics.mean(positions for positions, _, _ in sets)
     positions, _, records = min(sets, key=lambda drawn: (abs(drawn[0] - mean), drawn[1]))

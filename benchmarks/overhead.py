@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.finetune import select_records
+from benchmarks import counting
 from benchmarks.lengths import draw_records, write_records
 from benchmarks.report import compared, report
 from benchmarks.shapes import SHAPES, write_parts
@@ -126,7 +126,7 @@ def measure(size: Size, folder: Path) -> tuple[list[float], list[float], float]:
     """Return seconds of steps of the run and of the bare loop, in turns, and the share of matrix products."""
     shape = SHAPES[size.shape]
     write_parts(folder / "parts", shape)
-    records = select_records(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
+    records = counting.select_records(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
     path = write_records(folder / "data", records, shape.side)
     words = [f"trainer.max_tokens_per_batch={size.tokens}", f"trainer.bf16={str(size.bf16).lower()}"]
     whole: list[float] = []

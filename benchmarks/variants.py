@@ -7,11 +7,10 @@ with labels of -100, and `Trainer`. Its samples are encoded and its images decod
 
 import gc
 import logging
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +29,7 @@ from vlm.checks.compose import open_mapping_key
 from vlm.checks.run import check
 from vlm.config.schema import RunConfig
 from vlm.data.batching.packing import SEQUENCE_STARTS
+from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.train import make_trainer as making
 from vlm.train.objectives.table import make_objective
@@ -131,7 +131,10 @@ def run_ours(
 
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
             batches, number = super().get_batch_samples(*args, **kwargs)
-            steps.batches.append([dict(batch) for batch in batches] if keeps else [])
+            rows = [row for batch in batches for row in get_rows(batch)]
+            steps.batches.append(
+                [{name: row[name] for name in row if name != MORE_ROWS} for row in rows] if keeps else []
+            )
             return batches, number
 
         def save_model(self, *args: Any, **kwargs: Any) -> None:
@@ -170,6 +173,7 @@ TRAINING = (
     "trainer.disable_tqdm=true",
     "trainer.train_sampling_strategy=random",
     "trainer.packing=true",
+    "trainer.packing_strategy=best_fit",
     f"trainer.use_cpu={str(not torch.cuda.is_available()).lower()}",
     f"trainer.dataloader_num_workers={4 if torch.cuda.is_available() else 0}",
 )
@@ -188,7 +192,7 @@ def compose_config(name: str, words: Sequence[str]) -> RunConfig:
 
 
 def split_packed_batch(batch: dict[str, Any], processor: Any) -> list[Sample]:
-    """Return the samples of a packed batch, without dummies, which have no supervised tokens."""
+    """Return the samples of a packed row, without dummies, which have no supervised tokens."""
     pixels = batch.get("pixel_values")
     if pixels is not None:
         pixels = processor.normalise(pixels)
@@ -207,12 +211,30 @@ def split_packed_batch(batch: dict[str, Any], processor: Any) -> list[Sample]:
     return samples
 
 
-def make_micro_batches(samples: Sequence[Sample], number: int, *, grouped: bool, seed: int = 0) -> list[list[Sample]]:
-    """Split a step's samples into micro-batches of about equal size: as drawn, or sorted by length."""
-    order = list(samples)
-    random.Random(seed).shuffle(order)
-    if grouped:
-        order.sort(key=lambda sample: len(sample["input_ids"]))
+def read_micro_batches(run: Steps) -> list[list[list[Sample]]]:
+    """Return the micro-batches of each step of a run's first epoch, as its loader has them without packing.
+
+    The run packs its steps, see `vlm.train.step.step_packing`; pixels are normalised.
+    """
+    trainer = run.trainer
+    trainer.sampler.set_epoch(0)
+    batches = [[read_sample(trainer, index) for index in batch] for batch in trainer.sampler.batches]
+    accumulation = trainer.args.gradient_accumulation_steps
+    return [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
+
+
+def read_sample(trainer: Any, index: int) -> Sample:
+    """Return a training sample of a run, with normalised pixels."""
+    sample = {name: value for name, value in trainer.train_dataset[index].items() if value is not None}
+    if "pixel_values" in sample:
+        sample["pixel_values"] = trainer.processor.normalise(sample["pixel_values"])
+    return sample
+
+
+def group_by_length(micro_batches: Sequence[Sequence[Sample]]) -> list[list[Sample]]:
+    """Return micro-batches of the same samples, sorted by length, of about equal size."""
+    order = sorted(chain.from_iterable(micro_batches), key=lambda sample: len(sample["input_ids"]))
+    number = len(micro_batches)
     bounds = [round(len(order) * index / number) for index in range(number + 1)]
     return [order[start:end] for start, end in pairwise(bounds)]
 

@@ -20,7 +20,8 @@ from benchmarks.variants import (
     PaddingCollator,
     Steps,
     count_padded_positions,
-    make_micro_batches,
+    group_by_length,
+    read_micro_batches,
     run_ours,
     split_packed_batch,
 )
@@ -103,15 +104,28 @@ def test_a_steps_samples_come_back_out_of_its_packs(folder: Path):
     assert 0 < run.seconds[0] < run.seconds_to_first_step
 
 
-def test_micro_batches_hold_a_steps_samples_as_drawn_or_by_length():
-    samples = counting.make_blank_samples(draw_records(20), TINY)
-    drawn, grouped = (make_micro_batches(samples, 3, grouped=one) for one in (False, True))
-    lengths = sorted(len(sample["input_ids"]) for sample in samples)
-    for laid in (drawn, grouped):
-        assert [len(one) for one in laid] == [7, 6, 7]
-        assert sorted(len(sample["input_ids"]) for one in laid for sample in one) == lengths
-    assert [len(sample["input_ids"]) for one in grouped for sample in one] == lengths
-    assert sum(map(count_padded_positions, grouped)) < sum(map(count_padded_positions, drawn))
+def test_micro_batches_are_those_without_packing_or_sorted_by_length(folder: Path):
+    words = (
+        "trainer.packing_strategy=step",
+        "trainer.per_device_train_batch_size=4",
+        "trainer.gradient_accumulation_steps=3",
+        "trainer.max_tokens_per_batch=2048",
+    )
+    run = run_ours(folder / "parts", folder / "data" / "records.json", folder / "steps", *words, keeps=True)
+    steps = read_micro_batches(run)
+    assert [[len(batch) for batch in step] for step in steps] == [[4, 4, 4], [4, 4, 4], [4, 2]]
+    for step, rows in zip(steps, run.batches, strict=True):
+        found = [sample for row in rows for sample in split_packed_batch(row, run.trainer.processor)]
+        lengths = sorted(len(sample["input_ids"]) for batch in step for sample in batch)
+        assert sorted(len(sample["input_ids"]) for sample in found) == lengths
+        assert [len(sample["input_ids"]) for batch in group_by_length(step) for sample in batch] == lengths
+        images = [
+            sum(len(sample.get("pixel_values", ())) for sample in samples)
+            for samples in (found, [sample for batch in step for sample in batch])
+        ]
+        assert images[0] == images[1]
+    padded = [sum(map(count_padded_positions, step)) for step in steps]
+    assert sum(padded) > sum(sum(map(count_padded_positions, group_by_length(step))) for step in steps)
 
 
 def test_a_padded_steps_operations_are_those_that_pytorch_counts(folder: Path):
@@ -139,12 +153,10 @@ def test_counting_predicts_more_for_larger_padded_batches(folder: Path):
 
 
 def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
-    size = finetune.Size("tiny", tokens=2048, accumulation=2, steps=3, samples=5)
+    size = finetune.Size("tiny", samples=5, accumulation=2, checkpointing=True)
     found = finetune.compare_variants(size, tmp_path)
     differences = finetune.check_agreement(found.variants, finetune.TOLERANCES["float32"])
     assert max(differences.values()) < 1e-4
-    assert found.samples <= 5
-    assert finetune.count_micro_batches([[{}] * 7, [{}] * 11], size) == 3
     found.variants["grouped"].norm *= 1.01
     with pytest.raises(SystemExit, match="do not compute the same"):
         finetune.check_agreement(found.variants, finetune.TOLERANCES["float32"])
@@ -157,7 +169,7 @@ def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
     for variant in found.variants.values():
         assert len(variant.losses) == size.steps == len(variant.speeds) + 1 == len(variant.flops) + 1
     assert found.variants["padded"].flops > found.variants["ours"].flops
-    rows = finetune.make_rows(found)
+    rows = finetune.make_rows(found, size)
     assert [row.target for row in rows] == [2.0, 0.9, 1.25, 0.9]
     padded = found.variants["padded"]
     assert rows[0].ratio == pytest.approx(found.variants["ours"].rates[0] / padded.rates[0])
@@ -169,7 +181,7 @@ def test_all_variants_of_a_finetune_step_have_the_same_losses(tmp_path: Path):
 
 
 def test_the_first_records_that_fill_the_packs():
-    records = finetune.select_records(draw_records(400), SHAPES["smol"], 4096, 4)
+    records = counting.select_records(draw_records(400), SHAPES["smol"], 4096, 4)
     tokens = counting.sample_stats(counting.make_blank_samples(records, SHAPES["smol"])).tokens
     assert 0.9 * 4 * 4096 < tokens <= 4 * 4096
 

@@ -70,7 +70,7 @@ def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Ite
     if config.dataset.eval_split:
         yield "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path"
     sampling = config.trainer.train_sampling_strategy
-    if sampling in GROUPED_STRATEGIES and not config.trainer.packing:  # packing has an order of its own
+    if sampling in GROUPED_STRATEGIES:
         yield f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random"
     for key, source in sources.items():
         if source.max_samples is not None:

@@ -2,21 +2,30 @@
 
 from collections.abc import Iterator
 
+from vlm.config.choices import BEST_FIT
 from vlm.config.schema import RunConfig
 
 
-def packing_problems(config: RunConfig) -> Iterator[str]:
-    """Yield why a run cannot pack its batches as it says; each with the key and what to do."""
+def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> Iterator[str]:
+    """Yield why a run cannot pack its batches as it says; each with the key and what to do.
+
+    `takes_loss_weights` is the objective's, see `vlm.train.objectives.base.Objective`.
+    """
     trainer = config.trainer
-    most = trainer.max_tokens_per_batch
+    most, strategy = trainer.max_tokens_per_batch, trainer.packing_strategy
     if not trainer.packing:
         if most is not None:
             yield f"trainer.max_tokens_per_batch={most}: only trainer.packing=true fills batches by tokens"
+        if strategy == BEST_FIT:
+            yield f"trainer.packing_strategy={strategy}: without trainer.packing=true it has no effect; leave it out"
         return
-    if trainer.train_sampling_strategy == "sequential":
+    if strategy == BEST_FIT:
+        yield from _best_fit_problems(config)
+    elif trainer.loss_average == "micro_batch" and not takes_loss_weights:
         yield (
-            "trainer.packing=true and trainer.train_sampling_strategy=sequential: packing settles which samples stand "
-            "together, and in which order; leave one of them out"
+            f"trainer.loss_average=micro_batch: trainer.objective={trainer.objective} does not weigh the losses of "
+            "packed rows, in which micro-batches share rows (Objective.takes_loss_weights). Choose token, or "
+            "trainer.packing=false"
         )
     longest = config.dataset.max_length
     if config.dataset.streaming and most is not None and longest is not None and most < longest:
@@ -24,3 +33,16 @@ def packing_problems(config: RunConfig) -> Iterator[str]:
             f"trainer.max_tokens_per_batch={most}: the lengths of a stream are not known before; at least "
             f"dataset.max_length={longest} is needed"
         )
+
+
+def _best_fit_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what asks for an order or a last batch, where rows are filled out of all samples."""
+    trainer = config.trainer
+    if trainer.train_sampling_strategy != "random":
+        yield (
+            f"trainer.packing_strategy={BEST_FIT} and trainer.train_sampling_strategy="
+            f"{trainer.train_sampling_strategy}: it settles which samples stand together, and in which order; choose "
+            "random, or trainer.packing_strategy=step"
+        )
+    if trainer.dataloader_drop_last:
+        yield "trainer.dataloader_drop_last=true: packs are dealt evenly, there is no last batch to drop; leave it out"

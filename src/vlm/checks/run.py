@@ -23,6 +23,11 @@ from vlm.config.schema import TRAIN_FLAGS, RunConfig
 class ObjectiveChecks(Protocol):
     """What the checks ask of a run's objective; `vlm.train.objectives.base.Objective` is one."""
 
+    @property
+    def takes_loss_weights(self) -> bool:
+        """Whether the loss at each position is multiplied with its weight, where there are weights."""
+        ...
+
     def refusals(self) -> Iterator[str]:
         """Yield what contradicts the objective in the configuration: the key, its value, what to do."""
         ...
@@ -50,7 +55,7 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         encoder_problems(config),
         lora_problems(config),
         quantization_problems(config),
-        packing_problems(config),
+        packing_problems(config, takes_loss_weights=objective.takes_loss_weights),
         step_problems(config),
         optimizer_problems(config),
     ):

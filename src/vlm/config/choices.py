@@ -35,6 +35,8 @@ GROUP_BY_MODALITY_BLOCKS = "group_by_modality_blocks"
 GROUPED_STRATEGIES = (GROUP_BY_MODALITY_LENGTH, GROUP_BY_MODALITY_BLOCKS)
 """Orders of samples that depend on their lengths: LLaVA's, and the one that pads least."""
 SAMPLING_STRATEGIES = ("random", "sequential", *GROUPED_STRATEGIES)
+BEST_FIT = "best_fit"
+PACKING_STRATEGIES = ("step", BEST_FIT)
 MUON = "muon"
 """The optimiser that this framework has besides those of transformers."""
 EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")

@@ -17,6 +17,7 @@ from vlm.config.choices import (
     EVAL_METRICS,
     IMAGE_MODES,
     MUON,
+    PACKING_STRATEGIES,
     SAMPLING_STRATEGIES,
     SUPERVISIONS,
 )
@@ -134,11 +135,15 @@ class TrainerOptions:
     deepspeed: Any = None
     """A DeepSpeed configuration: `zero0` to `zero3`, the path of a JSON file, a mapping, or null for none."""
     packing: bool = False
-    """Fill batches by tokens: samples follow each other without padding, and each attends to itself alone.
-    `train_sampling_strategy` is for padded batches."""
+    """Lay the samples of a step in rows without padding, one behind the other; each attends to itself alone."""
+    packing_strategy: str = field(default="step", metadata=choices(PACKING_STRATEGIES))
+    """With `packing`: `step` lays out the samples that each optimiser step has without packing, so that its loss and
+    gradient are the same; `best_fit` fills rows of about equal length out of all samples, in an order of its own, and
+    counts each row as a micro-batch."""
     max_tokens_per_batch: int | None = field(default=None, metadata=at_least(1))
-    """With `packing`, the most tokens of a batch, image tokens included; null: as many as `per_device_train_batch_size`
-    samples have on average."""
+    """With `packing`, the most tokens of a row, image tokens included. With `step`, samples that do not fit go into
+    further rows; null: as many rows as padded micro-batches. With `best_fit`, rows are filled up to it; null: as many
+    tokens as `per_device_train_batch_size` samples have on average."""
     checkpointed_parts: list[str] | None = field(default=None, metadata=choices(PARTS))
     """Parts whose layers `activation_checkpointing` recomputes in the backward pass; null: all that gradients reach."""
     loss_average: str = field(default="token", metadata=choices(("token", "micro_batch")))

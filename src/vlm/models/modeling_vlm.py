@@ -32,6 +32,9 @@ IGNORE_INDEX = -100
 MAX_LOGITS = 2**26
 """The most logits of one chunk: 256 MiB in float32."""
 
+Divisor = Tensor | int | None
+"""The divisor of a summed loss; None: the number of supervised positions."""
+
 IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_views", "image_features", "image_index")
 """The inputs of images, see `VLMForConditionalGeneration.forward`."""
 
@@ -259,8 +262,9 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Divisor = None,
         num_chunks: int = 1,
+        loss_weights: Tensor | None = None,
         image_sizes: Tensor | None = None,
         image_views: Tensor | None = None,
         image_features: Tensor | None = None,
@@ -281,6 +285,7 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
             num_items_in_batch: the divisor of the summed loss; defaults to the supervised positions of this batch.
             num_chunks: with `labels`, the chunks of `chunked_loss`; with several, no logits are returned. Only for
                 language models whose logits are the unchanged output of their head.
+            loss_weights: with `labels`, `(B, T)`: the factor of each label's loss, by default 1.
             image_sizes: with `config.anyres`, `(images, 2)`: height and width of each image in pixels.
             image_views: with `config.anyres`, `(images,)`: number of views of each image, see `AnyRes.num_views`.
             image_features: `(I, P, V)` in place of `pixel_values`: the output of `encode_images`.
@@ -293,20 +298,21 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
             images = (pixel_values, image_sizes, image_views, image_features, image_index)
             inputs_embeds = self.merge_images(input_ids, *images)
         text = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids} | kwargs
-        targets = None
+        targets = weights = None
         if labels is not None:
+            weights = None if loss_weights is None else loss_weights[:, 1:][labels[:, 1:] != IGNORE_INDEX]  # (S,)
             targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
             logits_to_keep = targets != IGNORE_INDEX
             if num_chunks > 1:
                 hidden = self.get_decoder()(**text).last_hidden_state[logits_to_keep]
                 head, targets = self.get_output_embeddings(), targets[logits_to_keep]
                 assert head is not None
-                return VLMOutput(loss=chunked_loss(head, hidden, targets, num_items_in_batch, num_chunks))
+                return VLMOutput(chunked_loss(head, hidden, targets, num_items_in_batch, num_chunks, weights))
         text |= {"past_key_values": past_key_values, "logits_to_keep": logits_to_keep, "return_dict": True}
         outputs = self.language_model(**text)
         loss = None
         if targets is not None:
-            loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch)
+            loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch, weights)
         return VLMOutput(loss, outputs.logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     def decode(self, input_ids: Tensor, **kwargs) -> ModelOutput:
@@ -336,18 +342,18 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
             self.config.auto_map["Connector"] = copy_class_file(type(self.connector), file)
 
 
-def supervised_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+def supervised_loss(logits: Tensor, targets: Tensor, num_items: Divisor, weights: Tensor | None = None) -> Tensor:
     """Compute the cross-entropy in float32 at the supervised positions: `(S, vocabulary), (S,) -> ()`.
 
-    `-sum_s log softmax(logits_s)[target_s] / num_items`, by default the mean; 0 where nothing is supervised. Logits in
-    half precision are converted in chunks.
+    `-sum_s weight_s log softmax(logits_s)[target_s] / num_items`; by default weights are 1, and `num_items` is S. 0
+    where nothing is supervised. Logits in half precision are converted in chunks.
     """
     num_chunks = 1 if logits.dtype == torch.float32 else max(-(-logits.numel() // MAX_LOGITS), 1)
-    return chunked_loss(nn.Identity(), logits, targets, num_items, num_chunks)
+    return chunked_loss(nn.Identity(), logits, targets, num_items, num_chunks, weights)
 
 
 def chunked_loss(
-    head: nn.Module, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, num_chunks: int
+    head: nn.Module, hidden: Tensor, targets: Tensor, num_items: Divisor, num_chunks: int, weights: Tensor | None = None
 ) -> Tensor:
     """Compute `supervised_loss` of a vocabulary head's logits, in chunks: `(S, D), (S,) -> ()`.
 
@@ -360,20 +366,23 @@ def chunked_loss(
         targets: `(S,)`, the ids that they predict.
         num_items: the divisor of the sum; None: S.
         num_chunks: 1 or more.
+        weights: `(S,)`, factors of the losses; None: all are 1.
     """
-    targets = targets.to(hidden.device)
+    inputs = [hidden, *(tensor.to(hidden.device) for tensor in (targets, weights) if tensor is not None)]
     with record_function("loss"):  # its name in profiles
         if num_chunks == 1:
-            total = _chunk_loss(head, hidden, targets)
+            total = _chunk_loss(head, *inputs)
         else:
-            chunks = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+            chunks = zip(*(tensor.tensor_split(num_chunks) for tensor in inputs), strict=True)
             losses: list[Any] = [checkpoint(_chunk_loss, head, *chunk, use_reentrant=False) for chunk in chunks]
             total = torch.stack(losses).sum()
         return total / (max(targets.numel(), 1) if num_items is None else num_items)
 
 
-def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    if weights is None:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    return (F.cross_entropy(head(hidden).float(), targets, reduction="none") * weights).sum()
 
 
 def has_trainable_parameters(module: nn.Module) -> bool:

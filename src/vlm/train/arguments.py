@@ -128,3 +128,15 @@ def _prepare_deepspeed() -> None:
 def sampler_seed(args: TrainingArguments) -> int:
     """Return the seed of the order of samples: `trainer.data_seed`, else `trainer.seed`."""
     return args.seed if args.data_seed is None else args.data_seed
+
+
+def loader_options(args: TrainingArguments) -> dict[str, Any]:
+    """Return the options that `Trainer` gives its own loaders: data workers and pinned memory."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "in_order": args.dataloader_in_order,
+    }

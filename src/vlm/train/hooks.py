@@ -21,6 +21,8 @@ def _hook(name: str, reason: str, *parameters: str) -> PrivateName:
 PRIVATE_HOOKS = (
     _hook("_get_train_sampler", "samples are grouped by modality and length, or by the objective", "train_dataset"),
     _hook("_prepare_inputs", "pixels are normalised on the device, and copies do not wait for it", "inputs"),
+    _hook("_track_num_input_tokens", "the tokens of all packed rows are counted", "inputs"),
+    PrivateName(TRAINER, "loss_is_scaled_for_ga", "losses of packed rows are parts of their step's (set)"),
     _hook("_save_checkpoint", "a checkpoint is marked complete before older ones are removed", "model", "trial"),
     _hook("_save_optimizer_and_scheduler", "DeepSpeed leaves frozen parameters out of checkpoints", "output_dir"),
     _hook("_load_from_checkpoint", "a checkpoint has only the weights that train", "resume_from_checkpoint", "model"),
@@ -31,7 +33,7 @@ PRIVATE_HOOKS = (
     ),
     _hook("_load_optimizer_and_scheduler", "DeepSpeed resumes the scheduler (called, not overridden)", "checkpoint"),
 )
-"""The private methods. Whoever can do without one should."""
+"""The private methods, and an attribute. Whoever can do without one should."""
 
 PUBLIC_HOOKS = (
     _hook("train", "signals end a run with a checkpoint", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
@@ -39,10 +41,16 @@ PUBLIC_HOOKS = (
     _hook("get_decay_parameter_names", "biases and norms have no weight decay (called)", "model"),
     _hook("autocast_smart_context_manager", "the run's precision", "cache_enabled"),
     _hook("compute_loss_context_manager", "the run's precision (called)"),
-    _hook("training_step", "packed rows have an attention of their own", "model", "inputs", "num_items_in_batch"),
+    _hook(
+        "training_step",
+        "packed rows have an attention of their own, and come one by one",
+        "model",
+        "inputs",
+        "num_items_in_batch",
+    ),
     _hook("compute_loss", "the objective's loss", "model", "inputs", "return_outputs", "num_items_in_batch"),
     _hook("get_batch_samples", "batches are timed and counted", "epoch_iterator", "num_batches", "device"),
-    _hook("get_train_dataloader", "packs and streams are shared out to ranks beforehand"),
+    _hook("get_train_dataloader", "batches are packed, and streams are shared out to ranks beforehand"),
     _hook("get_eval_dataloader", "each evaluation has a loader of its own", "eval_dataset"),
     _hook("get_test_dataloader", "the loader that is not kept (called)", "test_dataset"),
     _hook("evaluate", "the objective's metrics", "eval_dataset", "ignore_keys", "metric_key_prefix"),

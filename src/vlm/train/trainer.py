@@ -8,6 +8,7 @@ the speed of the run; checkpoints that hold what trains (`checkpoints.py`). `hoo
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -20,25 +21,36 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
 from vlm.assembly.adapter_base import make_base
-from vlm.config.choices import GROUP_BY_MODALITY_LENGTH, GROUPED_STRATEGIES
-from vlm.data.batching.collator import SKIPPED_KEY
+from vlm.config.choices import BEST_FIT, GROUP_BY_MODALITY_LENGTH, GROUPED_STRATEGIES
+from vlm.data.batching.best_fit import PackSampler
+from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
+from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.data.stream import SampleStream
-from vlm.train.arguments import sampler_seed
+from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.checkpoints import CheckpointTrainer
+from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer
 from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
+from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packed_attention import use_packed_attention
-from vlm.train.step.packing import add_grid_positions, loader_options, make_packed_loader
+from vlm.train.step.packing import add_grid_positions
+from vlm.train.step.step_packing import (
+    LOSS_WEIGHTS,
+    StepPacking,
+    StepSampler,
+    sample_costs,
+    without_gradient_exchange,
+)
 
 NumItems = Tensor | int | None
-"""Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch."""
+"""Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch, each of them a batch."""
 
 DROPPED_METRICS = ("train_samples_per_second", "train_steps_per_second", "total_flos")
 """What `Trainer` logs at the end: evaluation and saving in the time, and operations guessed from the parameters."""
@@ -81,9 +93,21 @@ class VLMTrainer(CheckpointTrainer):
         self.options = objective.config.trainer
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
-        self.sampler: Sampler[int] | Sampler[list[int]] | None = None
+        self.sampler: Sampler[int] | PackSampler | StepSampler | None = None
         # Without a number of items, `Trainer` averages the losses of micro-batches over accumulation steps and ranks.
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and objective.loss_average == "token"
+        self.step_packing: StepPacking | None = None
+        if self.packing and self.options.packing_strategy != BEST_FIT:
+            self.step_packing = self._make_step_packing(run)
+            self.model_accepts_loss_kwargs = False  # `StepPacking` counts supervised tokens in place of `Trainer`
+            self.loss_is_scaled_for_ga = True
+
+    def _make_step_packing(self, run: PreparedRun) -> StepPacking:
+        costs = sample_costs(broadcast_from_rank0(self.meter.flops), run.model.config, run.data.train)
+        average, collate = self.objective.loss_average, cast(Collator, run.collate)
+        return StepPacking(
+            collate, costs, self.options.max_tokens_per_batch, average, self.args, self.accelerator.gather
+        )
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -113,13 +137,18 @@ class VLMTrainer(CheckpointTrainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: NumItems = None) -> Tensor:
-        """As usual; the first batch is shown to `on_first_batch`."""
+        """As usual, row by row where they are several; the first batch is shown to `on_first_batch`."""
+        *rows, last = [{name: value for name, value in row.items() if name != MORE_ROWS} for row in get_rows(inputs)]
         if self.on_first_batch is not None:
-            self.on_first_batch(inputs)
+            self.on_first_batch(rows[0] if rows else last)
             self.on_first_batch = None
         attention = use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext()
         with attention:
-            return super().training_step(model, inputs, num_items_in_batch)
+            losses = []
+            for row in rows:
+                with without_gradient_exchange(self.accelerator, model):
+                    losses.append(super().training_step(model, row, num_items_in_batch))
+            return sum(losses, super().training_step(model, last, num_items_in_batch))
 
     def compute_loss(
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: NumItems = None
@@ -152,14 +181,17 @@ class VLMTrainer(CheckpointTrainer):
     # --- data ---------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As usual; packs and streams are shared out to ranks, and records of a stream to workers, beforehand."""
+        """As usual, or packed; streams are shared out to ranks, and their records to workers, beforehand."""
         args, dataset, collate = self.args, self.train_dataset, self.data_collator
-        if self.packing:
-            loader, self.sampler = make_packed_loader(dataset, collate, self.options.max_tokens_per_batch, args)
+        if self.packing and self.step_packing is None:
+            loader, self.sampler = make_best_fit_loader(dataset, collate, self.options.max_tokens_per_batch, args)
         elif isinstance(dataset, SampleStream):
             loader = DataLoader(dataset, args.train_batch_size, collate_fn=collate, **loader_options(args))
         else:
             loader = super().get_train_dataloader()
+        if self.step_packing is not None:
+            loader = self.step_packing.make_loader(loader, dataset)
+            self.sampler = self.step_packing.sampler
         return ignore_sigterm_in_workers(loader)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
@@ -188,8 +220,10 @@ class VLMTrainer(CheckpointTrainer):
         """As usual, timed; what a batch says of itself is taken out of it, and the objective's inputs are put in."""
         self.meter.begin_step()
         batches, number = super().get_batch_samples(self.meter.time_waits(epoch_iterator), num_batches, device)
+        if self.step_packing is not None:
+            number = self.step_packing.finish_batches(batches)
         counts = []
-        for batch in batches:
+        for batch in chain.from_iterable(map(get_rows, batches)):
             stats = batch.pop(BATCH_STATS, None) or BatchStats(samples=len(batch[self.objective.row_key]))
             counts.append((stats, *count_images(self.model, batch, stats)))
             self.on_skipped(batch.pop(SKIPPED_KEY, []), stats.samples)
@@ -203,10 +237,16 @@ class VLMTrainer(CheckpointTrainer):
     def _prepare_inputs(self, inputs: Inputs) -> Inputs:
         """As usual, copied while the device computes; pixels are normalised there, if workers left that to it."""
         copied: Any = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
-        inputs = super()._prepare_inputs(copied)
+        weights = {name: copied.pop(name) for name in (LOSS_WEIGHTS,) if name in copied}  # DeepSpeed would round them
+        inputs = {**super()._prepare_inputs(copied), **weights}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = self.processor.normalise(inputs["pixel_values"])
         return inputs
+
+    def _track_num_input_tokens(self, inputs: Inputs) -> None:
+        """As usual, row by row."""
+        for row in get_rows(inputs):
+            super()._track_num_input_tokens(row)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 

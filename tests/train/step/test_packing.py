@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from tests.fixtures import check_config, compose_config, losses
 from tests.tiny_parts import LANGUAGE_MODELS, Parts, picture
 from vlm.checks.fields import ConfigError
 from vlm.data.batching.collator import Collator
-from vlm.data.batching.packing import PackingCollator, PackSampler
+from vlm.data.batching.packing import PackingCollator
 from vlm.data.dataset import dummy_image
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.evaluation.loss import row_losses, supervised_logits
@@ -25,7 +25,7 @@ from vlm.train.step import chunked_loss as vocabulary
 from vlm.train.step import packed_attention as attention
 from vlm.train.step.chunked_loss import num_chunks, supports_chunked_loss
 from vlm.train.step.packed_attention import use_packed_attention
-from vlm.train.step.packing import PackedStream, check_packing, check_packing_support
+from vlm.train.step.packing import check_packing, check_packing_support
 
 TEXTS = ("<image>a red circle and a blue square", "no picture here", "two: <image> and <image>, both red", "a")
 
@@ -240,40 +240,12 @@ BRIEF = ("trainer.learning_rate.language_model_learning_rate=1e-3", "trainer.num
 PACKED = (*BRIEF, "trainer.packing=true", "trainer.max_tokens_per_batch=256")
 
 
-def test_a_packed_run_trains_as_a_padded_one_of_the_same_samples(
-    train: Callable[..., Path], common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """All 24 records in one step, packed in several rows, or padded in several batches: the same losses."""
-    whole = "trainer.num_train_epochs=3"
-    padded = train(
-        "finetune-smol", tmp_path / "padded", *BRIEF, whole, "trainer.per_device_train_batch_size=8",
-        "trainer.gradient_accumulation_steps=3", "trainer.packing=false",
-    )  # fmt: skip
-    order = PackSampler(read_lengths(common), 256, seed=42)
-    found = train(
-        "finetune-smol", tmp_path / "packed", *PACKED, whole, f"trainer.gradient_accumulation_steps={len(order)}"
-    )
-    assert len(order) > 2
-    assert losses(found) == pytest.approx(losses(padded), abs=1e-4)
-    assert losses(found)[0] > losses(found)[-1]
-    assert (found / "first_batch.html").read_text().count(" tokens, ") > 1
-
-
-def read_lengths(common: list[str]) -> Any:
-    """The lengths of the tiny world's samples."""
-    from vlm.assembly.resolve import resolve_model
-    from vlm.train.arguments import training_arguments
-    from vlm.train.objectives.table import make_objective
-
-    config = compose_config("finetune-smol", [*common, *BRIEF])
-    model_config, processor = resolve_model(config)
-    data: Any = make_objective(config).load_data(model_config, processor, training_arguments(config.trainer)).train
-    return data.lengths
-
-
-def test_a_resumed_packed_run_goes_on_where_it_was(train: Callable[..., Path], tmp_path: Path):
+@pytest.mark.parametrize("strategy", ["step", "best_fit"])
+def test_a_resumed_packed_run_goes_on_where_it_was(train: Callable[..., Path], tmp_path: Path, strategy: str):
     words = (
-        *PACKED, "trainer.num_train_epochs=2", "trainer.save_strategy=steps", "trainer.save_steps=3",
+        *PACKED, f"trainer.packing_strategy={strategy}", "trainer.per_device_train_batch_size=4",
+        "trainer.train_sampling_strategy=random", "trainer.num_train_epochs=2", "trainer.save_strategy=steps",
+        "trainer.save_steps=3",
         "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0",
     )  # fmt: skip
     whole = train("finetune-smol", tmp_path / "whole", *words)
@@ -301,38 +273,51 @@ def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("trainer.train_sampling_strategy=sequential", "packing settles which samples stand together"),
         (
-            "dataset.streaming=true",
+            "trainer.packing_strategy=best_fit",  # the run groups samples
+            "best_fit and trainer.train_sampling_strategy=group_by_modality_length: it settles which samples stand",
+        ),
+        (
+            ["dataset.streaming=true", "trainer.train_sampling_strategy=random"],
             "64: the lengths of a stream are not known before; at least dataset.max_length=2048",
         ),
         ("trainer.max_tokens_per_batch=0", "at least 1, or null, is needed"),
+        (
+            [
+                "trainer.packing_strategy=best_fit",
+                "trainer.train_sampling_strategy=random",
+                "trainer.dataloader_drop_last=true",
+            ],
+            "there is no last batch to drop",
+        ),
+        ("dataset.streaming=true", "a stream cannot be grouped; choose random"),
+        ("trainer.packing_strategy=tight", "allowed are step, best_fit"),
     ],
 )
-def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str, message: str):
-    words = [*common, *BRIEF, "trainer.packing=true", "trainer.max_tokens_per_batch=64", "trainer.max_steps=2", word]
+def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str | list[str], message: str):
+    further = [word] if isinstance(word, str) else word
+    words = [*common, *BRIEF, "trainer.packing=true", "trainer.max_tokens_per_batch=64", "trainer.max_steps=2"]
+    words += further
     with pytest.raises(ConfigError, match=message):
         check_config(compose_config("finetune-smol", words))
 
 
-def test_a_number_of_tokens_without_packing_is_refused(common: list[str]):
-    with pytest.raises(ConfigError, match=r"only trainer\.packing=true fills batches by tokens"):
-        check_config(
-            compose_config("finetune-smol", [*common, "trainer.packing=false", "trainer.max_tokens_per_batch=64"])
-        )
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("trainer.max_tokens_per_batch=64", r"only trainer\.packing=true fills batches by tokens"),
+        ("trainer.packing_strategy=best_fit", r"without trainer\.packing=true it has no effect"),
+    ],
+)
+def test_settings_of_packing_are_refused_without_it(common: list[str], word: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_config(compose_config("finetune-smol", [*common, "trainer.packing=false", word]))
 
 
-def test_a_streams_packs_are_full_and_leave_nothing_out():
-    samples = [{"input_ids": [1] * (3 + number * 7 % 20), "number": number} for number in range(2000)]
-    packs = list(islice(PackedStream(iter(samples), 64), 200))  # pyright: ignore[reportArgumentType]
-    tokens = [sum(len(one["input_ids"]) for one in pack_lengths) for pack_lengths in packs]
-    assert max(tokens) <= 64
-    assert sum(tokens) / len(tokens) >= 0.98 * 64
-    numbers = [one["number"] for pack_lengths in packs for one in pack_lengths]
-    assert len(set(numbers)) == len(numbers)
-
-
-def test_a_stream_is_packed_without_what_cannot_be_used(train: Callable[..., Path], tmp_path: Path, world: Path):
+@pytest.mark.parametrize("strategy", ["step", "best_fit"])
+def test_a_stream_is_packed_without_what_cannot_be_used(
+    train: Callable[..., Path], tmp_path: Path, world: Path, strategy: str
+):
     """Records that are too long, or whose picture is missing, among the first ones."""
     records = json.loads((world / "records.json").read_text())
     records[1]["conversations"][1]["value"] = "blue " * 300
@@ -340,12 +325,17 @@ def test_a_stream_is_packed_without_what_cannot_be_used(train: Callable[..., Pat
     path = tmp_path / "records.json"
     path.write_text(json.dumps(records))
     words = ["dataset.streaming=true", f"dataset.path={path}", "dataset.max_length=128", "dataset.over_length=skip",
-             "dataset.on_bad_sample=skip", "trainer.max_tokens_per_batch=null", "trainer.max_steps=2"]  # fmt: skip
+             "dataset.on_bad_sample=skip", "trainer.max_tokens_per_batch=null", "trainer.max_steps=2",
+             "trainer.train_sampling_strategy=random", f"trainer.packing_strategy={strategy}"]  # fmt: skip
     assert len(losses(train("finetune-smol", tmp_path / "run", *PACKED, *words))) == 2
 
 
-def test_a_stream_whose_samples_may_be_longer_than_a_row_is_refused(train: Callable[..., Path], tmp_path: Path):
+@pytest.mark.parametrize("strategy", ["step", "best_fit"])
+def test_a_stream_whose_samples_may_be_longer_than_a_row_is_refused(
+    train: Callable[..., Path], tmp_path: Path, strategy: str
+):
     words = [
+        f"trainer.packing_strategy={strategy}",
         "dataset.streaming=true",
         "dataset.max_length=null",
         "trainer.max_steps=2",
@@ -422,15 +412,6 @@ def test_a_window_that_only_masks_know_is_refused(settings: dict[str, Any], hand
     refusal = pytest.raises(ValueError, match="only its masks say, and a sample has 6")
     with refusal if refused else nullcontext():
         attention.packed_attention(layer, *row, None, **packed)
-
-
-@pytest.mark.parametrize("most", ["256", "null"])
-def test_a_streaming_run_packs(train: Callable[..., Path], tmp_path: Path, most: str):
-    folder = train(
-        "finetune-smol", tmp_path / "run", *PACKED, "dataset.streaming=true", "dataset.max_length=200",
-        "trainer.max_steps=3", f"trainer.max_tokens_per_batch={most}",
-    )  # fmt: skip
-    assert len(losses(folder)) == 3
 
 
 def test_row_losses_are_those_of_all_logits(parts: Parts):

@@ -49,6 +49,10 @@ class Batch(BatchInputs, total=False):
         cu_seq_lens_k: the same tensor.
         max_length_q: of packed rows: the tokens of the longest sample.
         max_length_k: the same number.
+        micro_batch: `(1, tokens)`, of packed steps: the micro-batch of each token's sample; the training loop takes
+            it out.
+        more_rows: further packed rows of the same accumulation step; the training loop takes them out.
+        loss_weights: `(1, tokens)`, of packed steps whose micro-batches are averaged: the factor of each label's loss.
     """
 
     labels: Required[Tensor]
@@ -57,6 +61,9 @@ class Batch(BatchInputs, total=False):
     cu_seq_lens_k: Tensor
     max_length_q: int
     max_length_k: int
+    micro_batch: Tensor
+    more_rows: list["Batch"]
+    loss_weights: Tensor
 
 
 class HeadBatch(BatchInputs, total=False):

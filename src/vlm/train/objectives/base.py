@@ -109,10 +109,13 @@ class Objective(ABC):
         config: the run's configuration.
         row_key: the input of a batch that has one row for each sample.
         flops_note: why the operations of a step are not counted, for `speed.json`; None: they are counted.
+        takes_loss_weights: whether `compute_loss` multiplies the loss at each position with the input `loss_weights`,
+            where there is one; packed steps need that for `trainer.loss_average=micro_batch`.
     """
 
     row_key: ClassVar[str] = "input_ids"
     flops_note: ClassVar[str | None] = None
+    takes_loss_weights: ClassVar[bool] = False
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -194,8 +197,11 @@ class Objective(ABC):
         Args:
             trainer: the run's trainer.
             model: the model as it is trained: wrapped by DeepSpeed or DDP where they are used.
-            inputs: a batch on the device, as the objective's collator made it.
-            num_items_in_batch: supervised tokens of the whole step on all ranks; None: the loss is a mean of the batch.
+            inputs: a batch on the device, as the objective's collator made it. Where a packed row holds samples of
+                several micro-batches whose means are averaged, `loss_weights` `(rows, tokens)` has the factor of the
+                loss of each label; see `takes_loss_weights`.
+            num_items_in_batch: supervised tokens of the whole step on all ranks, by which the sum of (weighted) losses
+                is divided; None: the loss is a mean of the batch.
         """
 
     def training_metrics(self, trainer: ObjectiveTrainer) -> dict[str, float]:

@@ -34,6 +34,7 @@ class Generation(Objective):
         supports_chunked_loss: whether the model's loss can be computed in pieces, from `on_train_begin` on.
     """
 
+    takes_loss_weights = True
     answer_metrics: Callable[[PreTrainedModel], dict[str, float]] | None = None
 
     def refusals(self) -> Iterator[str]:
@@ -125,15 +126,20 @@ class Generation(Objective):
     ) -> tuple[Tensor, ModelOutput]:
         """Return the loss of the supervised positions; vocabulary logits are computed there alone."""
         from vlm.evaluation.loss import supervised_logits
-        from vlm.models.modeling_vlm import supervised_loss
+        from vlm.models.modeling_vlm import IGNORE_INDEX, supervised_loss
         from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY
+        from vlm.train.step.step_packing import LOSS_WEIGHTS
 
         if NUM_CHUNKS_KEY in inputs:
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
             return outputs.loss, outputs
+        inputs = dict(inputs)
+        weights = inputs.pop(LOSS_WEIGHTS, None)
+        if weights is not None:
+            weights = weights[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
         outputs, targets = supervised_logits(model, inputs)
         assert outputs.logits is not None
-        return supervised_loss(outputs.logits, targets, num_items_in_batch), outputs
+        return supervised_loss(outputs.logits, targets, num_items_in_batch, weights), outputs
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics` of answers."""

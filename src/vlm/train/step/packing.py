@@ -1,118 +1,20 @@
-"""Packed rows in a run: their loader, and the check of the model before it trains on them."""
+"""Packed rows and the model: the positions that it uses, and the check of it before it trains on them."""
 
-from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainingArguments
 
 from vlm.assembly.model_interface import TrainableModel
 from vlm.data.batching.collator import Collator
-from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator, PackSampler, pack_lengths, resolve_pack_capacity
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
+from vlm.data.dataset import Skipped
 from vlm.data.processor import Processor, SampleInputs
-from vlm.data.sample import BadSample
-from vlm.data.stream import SampleStream
-from vlm.data.vision.images import read_media_sizes
 from vlm.families.table import FAMILIES
-from vlm.train.arguments import sampler_seed
 from vlm.train.objectives.base import Inputs
 from vlm.train.step.packed_attention import use_packed_attention
-
-LOOKAHEAD_PACKS = 8
-"""Samples of a stream are chosen from as many as fill this number of packs."""
-
-NUM_PROBED_SAMPLES = 64
-"""Samples of a stream that are read to find how many tokens a batch has, where no key says so."""
-
-
-class PackedStream(IterableDataset[list[SampleInputs | Skipped]]):
-    """Packs of at most `capacity` tokens of a stream: each time, the fullest pack that the pending samples make."""
-
-    def __init__(self, stream: SampleStream, capacity: int):
-        self.stream, self.capacity = stream, capacity
-
-    def __iter__(self) -> Iterator[list[SampleInputs | Skipped]]:
-        """Yield one pack after the other, without end."""
-        pending: list[SampleInputs] = []
-        left_out: list[Skipped] = []
-        total = 0
-        for item in self.stream:
-            if isinstance(item, Skipped):
-                left_out.append(item)
-                continue
-            pending.append(item)
-            total += len(item["input_ids"])
-            if total < LOOKAHEAD_PACKS * self.capacity:
-                continue
-            lengths = [len(sample["input_ids"]) for sample in pending]
-            packs = pack_lengths(lengths, self.capacity)
-            sizes = [sum(lengths[index] for index in pack) for pack in packs]
-            fullest = packs[sizes.index(max(sizes))]
-            total -= max(sizes)
-            yield [*(pending[index] for index in fullest), *left_out]
-            pending = [sample for index, sample in enumerate(pending) if index not in set(fullest)]
-            left_out = []
-
-
-def make_packed_loader(
-    dataset: SampleDataset | SampleStream, collate: Collator, max_tokens: int | None, args: TrainingArguments
-) -> tuple[DataLoader, PackSampler | None]:
-    """Return the loader of this rank's packs, and the sampler that orders them; packs of a stream have none.
-
-    A pack has at most `max_tokens` tokens, `trainer.max_tokens_per_batch`; `collate` makes padded batches.
-    """
-    size, collate_packs = args.per_device_train_batch_size, PackingCollator(collate)
-    if isinstance(dataset, SampleStream):
-        packs = PackedStream(dataset, stream_capacity(dataset, max_tokens, size))
-        return DataLoader(packs, batch_size=None, collate_fn=collate_packs, **loader_options(args)), None
-    capacity = resolve_pack_capacity(max_tokens, size, dataset.lengths)
-    sampler = PackSampler(dataset.lengths, capacity, sampler_seed(args), args.process_index, args.world_size)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_packs, **loader_options(args)), sampler
-
-
-def loader_options(args: TrainingArguments) -> dict[str, Any]:
-    """Return the options that `Trainer` gives its own loaders: data workers and pinned memory."""
-    return {
-        "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-        "in_order": args.dataloader_in_order,
-    }
-
-
-def stream_capacity(stream: SampleStream, max_tokens: int | None, batch_size: int) -> int:
-    """Return the tokens of a stream's packs: as given, or as many as padded batches of its first samples really have.
-
-    Raises:
-        ValueError: a sample may be longer than `max_tokens`.
-    """
-    longest = max(source.encoder.longest for source in stream.sources)
-    if max_tokens is None:
-        return resolve_pack_capacity(None, batch_size, _read_first_lengths(stream) or [longest], longest)
-    if max_tokens < longest:
-        raise ValueError(
-            f"trainer.max_tokens_per_batch={max_tokens}: a sample of the stream may have {longest:,} tokens; raise it, "
-            "or lower dataset.max_length"
-        )
-    return max_tokens
-
-
-def _read_first_lengths(stream: SampleStream) -> list[int]:
-    """Return the lengths of a stream's first samples; training reads unusable ones again, and reports them."""
-    encode = stream.sources[0].encoder
-    lengths = []
-    for sample in stream.samples(NUM_PROBED_SAMPLES):
-        with suppress(BadSample):
-            lengths.append(len(encode(sample, read_media_sizes(sample, stream.processor)).input_ids))
-    return lengths
 
 
 def check_packing_support(model_type: str) -> None:

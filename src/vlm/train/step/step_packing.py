@@ -1,0 +1,270 @@
+"""Packed rows that hold exactly the samples of each optimiser step: `trainer.packing_strategy=step`.
+
+A run without packing says which samples a step has, and which of them form a micro-batch: its own loader is asked. Rows
+are laid out from them, and weights at supervised positions give the average that `trainer.loss_average` names, so that
+loss and gradient of a step are those of padded micro-batches.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from itertools import islice, tee
+from typing import Any, Final, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.data_loader import BatchSamplerShard
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+from transformers import PreTrainedConfig, TrainingArguments
+
+from vlm.data.batching.collator import Collator
+from vlm.data.batching.packing import check_row_capacity
+from vlm.data.batching.step_layout import (
+    MICRO_BATCH,
+    MORE_ROWS,
+    MicroBatchCollator,
+    Row,
+    RowCollator,
+    RowDataset,
+    SampleCosts,
+    get_rows,
+    lay_out_step,
+)
+from vlm.data.dataset import SampleDataset
+from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.feature_cache.images import CachedFeatureDataset
+from vlm.data.stream import SampleStream
+from vlm.train.arguments import loader_options
+from vlm.train.monitor.flops import StepFlops
+from vlm.train.objectives.base import Inputs
+
+LOSS_WEIGHTS: Final = "loss_weights"
+"""The input that says how much the loss at each position counts: `(1, tokens)`, float32, 1 on average."""
+
+
+class StepSampler(Sampler[list[Row]]):
+    """Iterates over this rank's rows of an epoch, accumulation step by accumulation step.
+
+    Each optimiser step has the samples that it has without packing, on all ranks together.
+
+    Args:
+        batches: the batches of all ranks in the order of a run without packing; or, where there are several ranks, the
+            wrapper with which accelerate deals them to one of them.
+        lengths: number of tokens of each sample.
+        costs: cost of each sample.
+        accumulation: number of accumulation steps of an optimiser step.
+        max_tokens: the most tokens of a row; None: any number.
+
+    Raises:
+        ValueError: a sample is longer than a row.
+    """
+
+    def __init__(
+        self,
+        batches: BatchSampler | BatchSamplerShard,
+        lengths: np.ndarray,
+        costs: np.ndarray,
+        *,
+        accumulation: int,
+        max_tokens: int | None = None,
+    ):
+        self.batches, self.lengths, self.costs = batches, np.asarray(lengths), costs
+        self.accumulation, self.max_tokens = accumulation, max_tokens
+        if max_tokens is not None:
+            check_row_capacity(self.lengths, max_tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that begins, for the order of samples."""
+        batches: Any = self.batches
+        sampler = (batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches).sampler
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        shard = self.batches if isinstance(self.batches, BatchSamplerShard) else None
+        rank, num_ranks = (shard.process_index, shard.num_processes) if shard else (0, 1)
+        turns = _deal(shard) if shard else ((batch,) for batch in self.batches)
+        while step := list(islice(turns, self.accumulation)):
+            micro_batches = [batch for turn in step for batch in turn]
+            ranks = lay_out_step(
+                micro_batches, self.lengths, self.costs, num_ranks=num_ranks, max_tokens=self.max_tokens
+            )
+            yield from ranks[rank]
+
+
+@dataclass
+class _Batches:
+    """Batches as `BatchSamplerShard` takes them; it appends to a last one that is short."""
+
+    batches: Iterator[list[int]]
+    batch_size: int | None
+    drop_last: bool
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(list, self.batches)
+
+
+def _deal(shard: BatchSamplerShard) -> Iterator[tuple[list[int], ...]]:
+    """Yield the batches of all ranks, accumulation step by accumulation step, as accelerate deals them."""
+    shards = []
+    for rank, batches in enumerate(tee(shard.batch_sampler, shard.num_processes)):
+        shards.append(copy(shard))
+        shards[rank].process_index = rank
+        shards[rank].batch_sampler = cast(BatchSampler, _Batches(batches, shard.batch_size, shard.drop_last))
+    return zip(*shards, strict=True)
+
+
+class StepPacking:
+    """What a run with packed steps does beside one without: its loader, and the weights of its losses.
+
+    Args:
+        collate: makes padded batches.
+        costs: balances the rows.
+        max_tokens: `trainer.max_tokens_per_batch`.
+        loss_average: `token` or `micro_batch`.
+        args: the run's.
+        gather: returns `(ranks, N)` of all ranks for `(1, N)` of this one.
+    """
+
+    def __init__(
+        self,
+        collate: Collator,
+        costs: SampleCosts,
+        max_tokens: int | None,
+        loss_average: str,
+        args: TrainingArguments,
+        gather: Callable[[Tensor], Tensor],
+    ):
+        self.collate, self.costs, self.max_tokens = RowCollator(collate), costs, max_tokens
+        self.loss_average, self.args, self.gather = loss_average, args, gather
+        self.sampler: StepSampler | None = None
+
+    def make_loader(self, padded: DataLoader, dataset: SampleDataset | SampleStream) -> DataLoader:
+        """Return the loader of this rank's rows, in as many accumulation steps as `padded` has batches.
+
+        Rows of a stream hold the samples of a micro-batch, since no lengths are known beforehand.
+
+        Raises:
+            ValueError: a sample does not fit into a row, or accelerate's settings share batches out in another way.
+        """
+        if isinstance(dataset, SampleStream):
+            if self.max_tokens is not None:
+                check_stream_capacity(dataset, self.max_tokens)
+            collate = MicroBatchCollator(self.collate, self.costs, self.max_tokens)
+            return DataLoader(dataset, padded.batch_size, collate_fn=collate, **loader_options(self.args))
+        batches: Any = padded.batch_sampler
+        if self.args.world_size > 1 and not (isinstance(batches, BatchSamplerShard) and batches.even_batches):
+            raise ValueError(
+                f"trainer.accelerator_config={self.args.accelerator_config}: packed steps need dispatch_batches=false "
+                "and even_batches=true; leave them out, or choose trainer.packing_strategy=best_fit"
+            )
+        costs = self.costs.of(np.asarray(dataset.lengths), np.asarray(dataset.num_images))
+        self.sampler = StepSampler(
+            batches,
+            dataset.lengths,
+            costs,
+            accumulation=self.args.gradient_accumulation_steps,
+            max_tokens=self.max_tokens,
+        )
+        rows = RowDataset(dataset)
+        return DataLoader(rows, batch_sampler=self.sampler, collate_fn=self.collate, **loader_options(self.args))
+
+    def finish_batches(self, batches: Sequence[Inputs]) -> Tensor:
+        """Give the batches of a step equally many rows on every rank, and the weights of their losses.
+
+        Returns:
+            The number of supervised tokens of the step on all ranks, by which the weighted sum of losses is divided.
+        """
+        if self.sampler is None and self.max_tokens is not None:
+            self._add_empty_rows(batches)
+        return weigh_losses(batches, self.loss_average, self.args, self.gather)
+
+    def _add_empty_rows(self, batches: Sequence[Inputs]) -> None:
+        """Add rows without samples to those of a stream, whose number depends on the samples of each rank."""
+        numbers = [len(get_rows(batch)) for batch in batches]
+        most = self.gather(torch.tensor([numbers], device=self.args.device)).amax(0).tolist()
+        for batch, number, wanted in zip(batches, numbers, most, strict=True):
+            if wanted > number:
+                empty = [self.collate([[]]) for _ in range(wanted - number)]
+                batch[MORE_ROWS] = [*batch.get(MORE_ROWS, ()), *empty]
+
+
+def weigh_losses(
+    batches: Sequence[Inputs], loss_average: str, args: TrainingArguments, gather: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the number of supervised tokens of a step on all ranks; for `micro_batch`, put weights into its rows.
+
+    With n the tokens of the step, n_m those of the micro-batch m of M, the weight of each of its tokens is
+    n / (n_m M): the weighted sum over the step, divided by n, is the mean of the means. A micro-batch without
+    supervised tokens contributes 0, as it does padded.
+
+    Args:
+        batches: the batches of the step on this rank. `MICRO_BATCH` is taken out of their rows; a row without it
+            belongs to the micro-batch of this rank in its accumulation step.
+        loss_average: `token` or `micro_batch`.
+        args: the run's.
+        gather: returns `(ranks, M)` of all ranks for `(1, M)` of this one.
+    """
+    num_micro_batches = len(batches) * args.world_size
+    counts = torch.zeros(num_micro_batches, dtype=torch.int64)
+    rows: list[tuple[Inputs, Tensor]] = []
+    for step, batch in enumerate(batches):
+        for row in get_rows(batch):
+            labels = row["labels"]
+            micro_batches = row.pop(MICRO_BATCH, None)
+            if micro_batches is None:
+                micro_batches = torch.full_like(labels, step * args.world_size + args.process_index)
+            supervised = micro_batches[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+            counts += torch.bincount(supervised, minlength=num_micro_batches)
+            rows.append((row, micro_batches))
+    counts = gather(counts[None].to(args.device)).view(-1, num_micro_batches).sum(0)
+    number = counts.sum()
+    if loss_average == "micro_batch":
+        weights = number / (counts.clamp(min=1) * num_micro_batches)
+        for row, micro_batches in rows:  # on the device, which the host does not wait for
+            row[LOSS_WEIGHTS] = weights[micro_batches.to(weights.device, non_blocking=True)]
+    return number
+
+
+@contextmanager
+def without_gradient_exchange(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Let gradients add up on this rank alone, as between two accumulation steps."""
+    before = accelerator.sync_gradients
+    accelerator.sync_gradients = False  # what DeepSpeed's engine is told
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    try:
+        with nullcontext() if is_deepspeed else accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.sync_gradients = before
+
+
+def check_stream_capacity(stream: SampleStream, max_tokens: int) -> None:
+    """Check that every sample of a stream fits into a row.
+
+    Raises:
+        ValueError: a sample may be longer than `max_tokens`.
+    """
+    longest = max(source.encoder.longest for source in stream.sources)
+    if max_tokens < longest:
+        raise ValueError(
+            f"trainer.max_tokens_per_batch={max_tokens}: a sample of the stream may have {longest:,} tokens; raise it, "
+            "or lower dataset.max_length"
+        )
+
+
+def sample_costs(flops: StepFlops | None, config: PreTrainedConfig, dataset: object) -> SampleCosts:
+    """Return what samples cost: the operations of the model where they are counted, else those of its text by width.
+
+    A layer of a transformer of width D has about 24 D² operations a token in its matrices, and 4 D for each pair.
+    """
+    if flops is None:
+        return SampleCosts(token=6.0 * config.get_text_config().hidden_size, pair=1.0)
+    encoded = 0.0 if isinstance(dataset, CachedFeatureDataset) else flops.encoded
+    return SampleCosts(flops.token, flops.pair, encoded + flops.connected)
