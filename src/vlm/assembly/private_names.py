@@ -52,6 +52,11 @@ PRIVATE_NAMES = {
         PrivateName(MODEL, "_skip_keys_device_placement", "caches stay on the device of their layer"),
         PrivateName(MODEL, "_keep_in_fp32_modules_strict", "prediction heads stay in float32"),
         PrivateName(MODEL, "_no_split_modules", "each of several visual encoders is placed as it would be alone"),
+        PrivateName(
+            "transformers:GenerationMixin",
+            "_supports_default_dynamic_cache",
+            "state space models make the cache of their states themselves",
+        ),
         PrivateName(MODEL, "_init_weights", "connectors and heads draw their first weights in it", ("module",)),
         PrivateName(
             HANDLER,

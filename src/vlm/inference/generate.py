@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import PreTrainedModel, StoppingCriteria, TextIteratorStreamer
 
 from vlm.assembly.checkpoint import open_checkpoint
+from vlm.assembly.language_models import max_positions
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
@@ -225,7 +226,7 @@ class VisionLanguageModel:
     @property
     def positions(self) -> int:
         """The largest number of tokens that a prompt and its answer may have together."""
-        return self.model.config.get_text_config().max_position_embeddings
+        return max_positions(self.model.config)
 
     def check_length(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, subject: str = "prompt") -> None:
         """Raise ValueError where a prompt of a batch and its answer may exceed the model's positions."""
