@@ -19,6 +19,9 @@ POSITION_KEYS = ("max_position_embeddings", "max_seq_len")
 NEEDED_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Keys that each configuration of a language model has, by these names or by aliases of them."""
 
+EMBEDDING_WIDTH_KEYS = ("word_embed_proj_dim", "input_embedding_size", "embedding_size")
+"""Keys of configurations, such as OPT-350m's, that give embeddings another width than hidden states."""
+
 COMPOSING_ARGUMENTS: dict[tuple[str, ...], str] = {
     ("inputs_embeds",): "it reads ids of tokens only, and features of images have none",
     ("attention_mask",): "the padding of a batch would be read as text",
@@ -74,6 +77,12 @@ def _composing_problems(config: PreTrainedConfig) -> Iterator[str]:
     for key in NEEDED_KEYS:
         if not isinstance(getattr(config, key, None), int):
             yield f"the configuration of model_type={kind} has no {key}"
+    for key in EMBEDDING_WIDTH_KEYS:
+        if (width := getattr(config, key, config.hidden_size)) != config.hidden_size:
+            yield (
+                f"its embeddings ({key}={width}) are not as wide as its hidden states (hidden_size="
+                f"{config.hidden_size}), for which connectors are made"
+            )
     if getattr(config, "hidden_size_per_layer_input", None):
         yield (
             f"model_type={kind} looks tokens up again in each layer by their ids (hidden_size_per_layer_input), which "

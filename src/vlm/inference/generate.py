@@ -19,7 +19,7 @@ from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, render, reply_end
-from vlm.data.processor import Processor
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
 from vlm.data.sources import parts_for_video
 from vlm.data.vision.images import Medium, media_sizes_from_opened, open_image, open_media
@@ -211,16 +211,11 @@ class VisionLanguageModel:
             `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images, on the model's device.
 
         Raises:
-            ValueError: the model's template refuses a conversation, or leaves nothing of it.
+            ValueError: the model's template or processor refuses a conversation, or leaves nothing of it.
         """
-        rows = []
-        for turns, opened in zip(conversations, images, strict=True):
-            sizes = media_sizes_from_opened(Sample("prompt", tuple(turns)).media, opened, self.processor)
-            ids = encode_prompt(self.processor, turns, sizes)
-            if not ids:
-                raise ValueError("the model's template leaves nothing of this prompt (plain keeps images only)")
-            ids = [*ids, *suffix]
-            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORE_INDEX] * len(ids)), opened, sizes))
+        prompts = zip(conversations, images, strict=True)
+        with errors_without_record():
+            rows = [prompt_inputs(self.processor, turns, opened, suffix) for turns, opened in prompts]
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
 
     @property
@@ -271,6 +266,23 @@ class VisionLanguageModel:
 
     def _decode(self, ids: torch.Tensor) -> str:
         return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def prompt_inputs(
+    processor: Processor, turns: Sequence[Turn], opened: Sequence[Medium], suffix: Sequence[int] = ()
+) -> SampleInputs:
+    """Return the inputs of one conversation that waits for a reply, see `VisionLanguageModel.inputs`.
+
+    Raises:
+        BadSample: the processor's template or the processor refuses it, or the template leaves nothing of it.
+    """
+    sample = Sample("prompt", tuple(turns))
+    sizes = media_sizes_from_opened(sample.media, opened, processor)
+    ids = encode_prompt(processor, turns, sizes)
+    if not ids:
+        raise BadSample(sample.id, "the model's template leaves nothing of this prompt (plain keeps images only)")
+    ids = [*ids, *suffix]
+    return model_inputs(processor, Encoded(ids, [IGNORE_INDEX] * len(ids)), opened, sizes, sample)
 
 
 class CancelCriteria(StoppingCriteria):

@@ -328,8 +328,8 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         return "cache_params" in names and "past_key_values" not in names
 
     def _supports_default_dynamic_cache(self) -> bool:
-        """Return whether `generate` makes the cache: a state space model makes its own in its first pass."""
-        return not self.has_state_cache()
+        """Return whether `generate` makes the cache; Mamba, MiniMax and their kin make their own in the first pass."""
+        return not self.has_state_cache() and self.language_model._supports_default_dynamic_cache()
 
     def decode(self, input_ids: Tensor, **kwargs) -> ModelOutput:
         """Run the language model without its vocabulary head; arguments as in `forward`.

@@ -6,18 +6,16 @@ is put around each call of a processor that gets a sample's data, and nothing el
 by mistake passes, so that it is not taken for bad data.
 """
 
-import sysconfig
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import jinja2
 
 from vlm.data.sample import BadSample, ImageRef, VideoRef
 
-PACKAGE = Path(__file__).resolve().parents[2]
-STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
+PACKAGE = __name__.partition(".")[0]
 MAX_REASON_LENGTH = 300
 
 
@@ -60,13 +58,10 @@ def is_refusal(error: Exception) -> bool:
 
     if isinstance(error, (MediaMismatchError, ImportError)):
         return isinstance(error, MediaMismatchError)
-    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    innermost = next((file for file in reversed(files) if not _is_standard_library(file)), None)
-    return innermost is not None and not innermost.is_relative_to(PACKAGE)
-
-
-def _is_standard_library(file: Path) -> bool:
-    return file.is_relative_to(STANDARD_LIBRARY) and not {"site-packages", "dist-packages"}.intersection(file.parts)
+    modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = (module.partition(".")[0] for module in reversed(modules))
+    innermost = next((package for package in packages if package not in sys.stdlib_module_names), PACKAGE)
+    return innermost != PACKAGE
 
 
 def describe_error(error: Exception) -> str:
