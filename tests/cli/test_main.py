@@ -4,6 +4,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
 
 import pytest
 
@@ -34,14 +36,13 @@ def test_public_names_load_when_asked_for():
         _ = vlm.nothing
 
 
-@pytest.fixture
-def closed_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextmanager
+def closed_pipe() -> Iterator[TextIO]:
     """Standard output is a pipe that nobody reads any more, as behind `| head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        yield
+    with os.fdopen(writer, "w") as stream, redirect_stdout(stream):
+        yield stream
 
 
 def print_and_mend_errors(words: list[str]) -> None:
@@ -52,26 +53,24 @@ def print_and_mend_errors(words: list[str]) -> None:
         sys.exit(f"vlm {words}: {error}")
 
 
-@pytest.mark.usefixtures("closed_pipe")
 @pytest.mark.parametrize(
     "words", [["--help"], ["--version"], ["data", "--help"], ["models", "--help"], ["data", "show"]]
 )
 def test_output_that_nobody_reads_ends_a_command_in_silence(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     if words[-1] == "show":
         monkeypatch.setattr("vlm.cli.data.main", print_and_mend_errors)
-    with pytest.raises(SystemExit) as stopped:
+    with closed_pipe() as stream, pytest.raises(SystemExit) as stopped:
         main(words)
-    assert stopped.value.code in (141, 0)  # 0: argparse's own exit, what is still buffered goes to nobody
-    sys.stdout.flush()
-    assert capfd.readouterr().err == ""
+    assert stream.closed  # what was still buffered went to nobody
+    assert stopped.value.code in (141, 0)  # 0: argparse's own exit
+    assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.usefixtures("closed_pipe")
 def test_an_error_is_told_though_nobody_reads_the_output(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("vlm.cli.export_checkpoint.main", raise_value_error)
-    with pytest.raises(SystemExit, match=r"^vlm export: torn file$"):
+    with closed_pipe(), pytest.raises(SystemExit, match=r"^vlm export: torn file$"):
         main(["export"])
 
 

@@ -107,7 +107,7 @@ def test_it_ends_at_what_a_request_names(client: TestClient):
     ({"temperature": -1}, "temperature=-1: a number from 0 to 2"),
     ({"max_tokens": 0}, "max_tokens=0"),
     ({"messages": []}, "at least one message"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "role must be one of system, user, assistant"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role must be one of system, developer, user, assistant"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0]: content must be a text"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "content[0]: type must be"),
     ({"messages": [{"role": "user", "content": "a " * 4000}]}, "tokens; the model takes fewer than"),

@@ -6,6 +6,7 @@ shows is found before the first step, see `train/step/proofs.py`.
 
 import inspect
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
@@ -94,8 +95,12 @@ def _composing_problems(config: PreTrainedConfig) -> Iterator[str]:
 def _writing_problems(config: PreTrainedConfig) -> Iterator[str]:
     """Yield why a language model cannot learn to write, or could not answer afterwards."""
     kind = config.model_type
-    is_encoder = not (config.is_encoder_decoder or getattr(config, "is_decoder", False))
-    if is_encoder and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+    if config.is_encoder_decoder:
+        yield (
+            f"model_type={kind} is the decoder of an encoder-decoder model, which counts positions from the start of a "
+            "padded row, so that answers in batches would be wrong"
+        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         yield (
             f"model_type={kind} with is_decoder=false is an encoder, whose tokens see later tokens; a causal language "
             "model is needed"
@@ -114,4 +119,4 @@ def _missing_arguments(config: PreTrainedConfig, needed: Mapping[tuple[str, ...]
 def _find_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     mapping = AutoModelForCausalLM._model_mapping
     assert mapping is not None
-    return mapping.get(type(config), None)
+    return cast("type[PreTrainedModel] | None", mapping.get(type(config), None))

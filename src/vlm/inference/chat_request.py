@@ -24,8 +24,8 @@ LEAST_TEMPERATURE = 1e-3
 
 
 def is_number(value: object, least: float, most: float, kinds: tuple[type, ...] = (int, float)) -> bool:
-    """Return whether a value is a number in a range; `true` and `false` are none."""
-    return isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most  # pyright: ignore
+    """Return whether a value is a number of these types in a range; `true` and `false` are none."""
+    return isinstance(value, int | float) and type(value) in kinds and least <= value <= most
 
 
 def is_neutral(value: object) -> bool:

@@ -317,10 +317,8 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         loss = None
         if targets is not None:
             loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch)
-        caches = {
-            name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions", "cache_params")
-        }
-        return VLMOutput(loss, outputs.logits, **caches)
+        others = ("past_key_values", "hidden_states", "attentions", "cache_params")
+        return VLMOutput(loss, outputs.logits, **{name: outputs.get(name) for name in others})
 
     def has_state_cache(self) -> bool:
         """Return whether the language model has a state in place of keys and values, as Mamba and its kin do."""
@@ -329,7 +327,8 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
 
     def _supports_default_dynamic_cache(self) -> bool:
         """Return whether `generate` makes the cache; Mamba, MiniMax and their kin make their own in the first pass."""
-        return not self.has_state_cache() and self.language_model._supports_default_dynamic_cache()
+        language_model: Any = self.language_model  # nn.Module declares its methods as tensors
+        return not self.has_state_cache() and language_model._supports_default_dynamic_cache()
 
     def decode(self, input_ids: Tensor, **kwargs) -> ModelOutput:
         """Run the language model without its vocabulary head; arguments as in `forward`.
