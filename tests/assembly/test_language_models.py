@@ -26,12 +26,12 @@ from transformers import (
     MptForCausalLM,
     OPTConfig,
     PreTrainedConfig,
-    ProphetNetConfig,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     RobertaConfig,
     RwkvConfig,
     T5Config,
+    TrOCRConfig,
 )
 
 from tests.fixtures import compose_config
@@ -152,7 +152,7 @@ def test_what_cannot_read_images_is_refused_before_weights_load(config: PreTrain
     [
         (BertConfig(), "model_type=bert with is_decoder=false is an encoder"),
         (RobertaConfig(), "is an encoder, whose tokens see later tokens; a causal language model is needed"),
-        (ProphetNetConfig(), "takes no logits_to_keep"),
+        (TrOCRConfig(), "takes no logits_to_keep"),
         (RwkvConfig(), "takes no past_key_values"),
         (BartConfig(), "is the decoder of an encoder-decoder model"),
     ],

@@ -140,7 +140,7 @@ WHOLE_REQUEST: dict[str, Any] = {
         {"role": "user", "content": [{"type": "image_url", "image_url": to_data_url(picture(1))["image_url"]["url"]}]},
     ],
 }
-WRONG_VALUES = (None, True, 7, -1, 1.5, 1e-300, 2**70, "", "text", "\ud83d", [], [None], [[]], {}, {"type": None})
+WRONG_VALUES = (None, True, -1, 1e-300, 2**70, "", "\ud83d", [None], {"type": None})
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -163,7 +163,8 @@ def test_whatever_is_missing_or_of_another_type_is_no_internal_error(client: Tes
                 del owner[path[-1]]
             else:
                 owner[path[-1]] = wrong
-            answer = client.post("/v1/chat/completions", content=json.dumps(body))
+            header = {"content-type": "application/json"}  # `json=` refuses half of a surrogate pair
+            answer = client.post("/v1/chat/completions", content=json.dumps(body), headers=header)
             assert answer.status_code in (200, 400), (path, wrong, answer.text)
             if answer.status_code == 400:
                 assert answer.json()["error"]["message"], (path, wrong)
@@ -176,8 +177,9 @@ def test_the_place_of_a_malformed_item_is_named(client: TestClient):
         found = post_chat(client, messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, item]}])
         assert found["status"] == 400
         assert "messages[0].content[1]" in found["error"]["message"]
-    assert client.post("/v1/chat/completions", content="[1]").status_code == 400
-    assert client.post("/v1/chat/completions", content="no JSON").status_code == 400
+    for content in ("[1]", "no JSON"):
+        header = {"content-type": "application/json"}
+        assert client.post("/v1/chat/completions", content=content, headers=header).status_code == 400
 
 
 def test_the_developer_is_the_system(client: TestClient):

@@ -45,7 +45,8 @@ class PromptProcessor:
 
     def apply_chat_template(self, conversation: Sequence[Message], **options: object) -> BatchFeature:
         """Return the inputs of a conversation that waits for a reply; the handler's `options` do not change them."""
-        turns, images = parse_messages(conversation)
+        (parsed,) = conversation
+        turns, images = parsed["turns"], parsed["images"]
         try:
             inputs = self.vlm.inputs([turns], [images])
         except ValueError as error:  # the template refuses the conversation, or renders nothing
@@ -100,8 +101,9 @@ class ChatHandler(ChatCompletionHandler):
     model_manager: SingleModelManager
 
     def get_processor_inputs_from_messages(self, messages: list[Message], modality: Modality) -> list[Message]:
-        """Return the messages unchanged: `PromptProcessor` reads them."""
-        return messages
+        """Return the checked conversation, as `PromptProcessor` reads it; the handler looks for videos in it."""
+        turns, images = parse_messages(messages)
+        return [{"turns": turns, "images": images}]
 
     def _build_generation_config(
         self, body: Message, model_generation_config: GenerationConfig, use_cb: bool = False

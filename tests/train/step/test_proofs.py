@@ -119,6 +119,18 @@ def test_experts_that_round_otherwise_in_other_groups_are_no_fault(parts: Parts)
     prove(faulty(model, noise), processor)
 
 
+def test_a_model_whose_code_fails_is_named(parts: Parts):
+    model, processor = parts.model("clip", "llama")
+
+    def fail(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("'NoneType' object has no attribute 'reshape'")
+
+    with pytest.raises(
+        ValueError, match=r"^model.language_model.hf_name=x: its code fails .* AttributeError: 'NoneType'"
+    ):
+        check_causal(faulty(model, fail), processor, LABEL)
+
+
 def test_dropout_is_off_and_modes_are_as_before(parts: Parts):
     model, processor = parts.model("clip", "llama")
     model.train()

@@ -17,6 +17,7 @@ from vlm.config.schema import RunConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
+from vlm.data.encoding.processor_errors import is_refusal
 from vlm.data.processor import Processor
 
 PREFIX, SUFFIX = 5, 4
@@ -60,8 +61,8 @@ def check_causal(model: TrainableModel, processor: Processor, label: str) -> Non
     ids = choose_tokens(processor, PREFIX + 2 * SUFFIX)
     prefix, suffix, other = ids[:PREFIX], ids[PREFIX : PREFIX + SUFFIX], ids[PREFIX + SUFFIX :]
     with dropout_off(model):
-        before = compute_logits(model, processor, [prefix + suffix, prefix + suffix])
-        after = compute_logits(model, processor, [prefix + other, prefix + suffix])
+        before = compute_logits(model, processor, [prefix + suffix, prefix + suffix], label)
+        after = compute_logits(model, processor, [prefix + other, prefix + suffix], label)
     change = (after.float() - before.float()).abs()
     early, later, unchanged = (float(part.max()) for part in (change[0, :PREFIX], change[0, PREFIX:], change[1]))
     if early <= CAUSAL_TOLERANCE[is_half(model)] * later + NOISE_FACTOR * unchanged:
@@ -85,8 +86,8 @@ def check_padding(model: TrainableModel, processor: Processor, label: str) -> No
     ids = choose_tokens(processor, PREFIX + 2 * SUFFIX)
     short, long = ids[:SUFFIX], ids[SUFFIX:]
     with dropout_off(model):
-        padded = compute_logits(model, processor, [long, short])[1, :SUFFIX].float()
-        alone = compute_logits(model, processor, [short])[0].float()
+        padded = compute_logits(model, processor, [long, short], label)[1, :SUFFIX].float()
+        alone = compute_logits(model, processor, [short], label)[0].float()
     difference = float((padded - alone).norm() / alone.norm())
     if difference <= PADDING_TOLERANCE[is_half(model)]:
         return
@@ -104,15 +105,24 @@ def is_half(model: TrainableModel) -> bool:
     return autocast or any(parameter.dtype != torch.float32 for parameter in model.parameters())
 
 
-def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[list[int]]) -> Tensor:
+def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[list[int]], label: str) -> Tensor:
     """Return the logits of rows without images in a batch as training makes it: `(B, T, vocabulary)`.
 
     All but the first token of a row are supervised, which some processors read.
+
+    Raises:
+        ValueError: the library's code of the model fails on them, as where it needs the ids behind embeddings.
     """
     items = [model_inputs(processor, Encoded(ids, [IGNORE_INDEX, *ids[1:]]), []) for ids in rows]
     batch = Collator.of(processor)(items)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return model(**send_to_device(inputs, model.device), use_cache=False).logits
+    try:
+        return model(**send_to_device(inputs, model.device), use_cache=False).logits
+    except (AttributeError, TypeError, LookupError, ValueError, NotImplementedError) as error:
+        if not is_refusal(error):
+            raise
+        problem = f"its code fails on a batch of a few tokens, {type(error).__name__}: {error}"
+        raise ValueError(f"{label}: {problem}. Choose another model, or another model.attn_implementation") from error
 
 
 def choose_tokens(processor: Processor, number: int) -> list[int]:
