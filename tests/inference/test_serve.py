@@ -1,8 +1,12 @@
 """The OpenAI-compatible endpoint: answers as those of `vlm generate`, streamed or whole, and what it refuses."""
 
 import base64
+import copy
+import functools
 import io
 import json
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -103,7 +107,7 @@ def test_it_ends_at_what_a_request_names(client: TestClient):
     ({"temperature": -1}, "temperature=-1: a number from 0 to 2"),
     ({"max_tokens": 0}, "max_tokens=0"),
     ({"messages": []}, "at least one message"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "role must be one of system, user, assistant"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role must be one of system, developer, user, assistant"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0]: content must be a text"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "content[0]: type must be"),
     ({"messages": [{"role": "user", "content": "a " * 4000}]}, "tokens; the model takes fewer than"),
@@ -112,6 +116,85 @@ def test_what_cannot_be_answered_is_refused_in_words(client: TestClient, fields:
     found = post_chat(client, **fields)
     assert found["status"] == 400
     assert words in found["error"]["message"]
+
+
+WHOLE_REQUEST: dict[str, Any] = {
+    "model": "tiny",
+    "max_tokens": 1,
+    "max_completion_tokens": 1,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "seed": 1,
+    "stop": ["x"],
+    "stream": False,
+    "frequency_penalty": 0.5,
+    "n": 1,
+    "tools": [],
+    "user": "me",
+    "chat_template_kwargs": {},
+    "logprobs": False,
+    "messages": [
+        {"role": "developer", "content": "be brief", "name": "x"},
+        {"role": "user", "content": [to_data_url(picture(0)), {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a thing", "tool_calls": []},
+        {"role": "user", "content": [{"type": "image_url", "image_url": to_data_url(picture(1))["image_url"]["url"]}]},
+    ],
+}
+WRONG_VALUES = (None, True, -1, 1e-300, 2**70, "", "\ud83d", [None], {"type": None})
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to each value of a request, at any depth."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def test_whatever_is_missing_or_of_another_type_is_no_internal_error(client: TestClient):
+    """Each value of a request at each depth, left out or replaced; the client raises what the server raises."""
+    assert client.post("/v1/chat/completions", json=WHOLE_REQUEST).status_code == 200
+    refused = 0
+    for path in places(WHOLE_REQUEST):
+        for wrong in ("left out", *WRONG_VALUES):
+            body = copy.deepcopy(WHOLE_REQUEST)
+            owner = functools.reduce(operator.getitem, path[:-1], body)
+            if wrong == "left out":
+                del owner[path[-1]]
+            else:
+                owner[path[-1]] = wrong
+            header = {"content-type": "application/json"}  # `json=` refuses half of a surrogate pair
+            answer = client.post("/v1/chat/completions", content=json.dumps(body), headers=header)
+            assert answer.status_code in (200, 400), (path, wrong, answer.text)
+            if answer.status_code == 400:
+                assert answer.json()["error"]["message"], (path, wrong)
+                refused += 1
+    assert refused > 200
+
+
+def test_the_place_of_a_malformed_item_is_named(client: TestClient):
+    for item in ({"type": "image_url"}, {"type": "image_url", "url": "data:image/png;base64,AA"}, "what?", None):
+        found = post_chat(client, messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, item]}])
+        assert found["status"] == 400
+        assert "messages[0].content[1]" in found["error"]["message"]
+    for content in ("[1]", "no JSON"):
+        header = {"content-type": "application/json"}
+        assert client.post("/v1/chat/completions", content=content, headers=header).status_code == 400
+
+
+def test_the_developer_is_the_system(client: TestClient):
+    asked = {"role": "user", "content": "what?"}
+    answers = [
+        post_chat(client, messages=[{"role": role, "content": "be brief"}, asked])["choices"][0]["message"]["content"]
+        for role in ("system", "developer")
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_text_of_a_megabyte_is_refused_at_once(client: TestClient):
+    found = post_chat(client, messages=[{"role": "user", "content": "word " * 200_000}])
+    assert found["status"] == 400
+    assert "tokens; the model takes fewer than" in found["error"]["message"]
 
 
 @pytest.mark.parametrize(("url", "words"), [

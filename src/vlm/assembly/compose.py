@@ -25,6 +25,7 @@ from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.encoders import check_views, encoder_sources, resolve_encoders
 from vlm.assembly.family import load_complete, read_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
+from vlm.assembly.language_models import check_language_model
 from vlm.assembly.quantization import make_quantization_config
 from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
 from vlm.config.named import import_named
@@ -47,6 +48,7 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
     options = connector_options(model.connector.type, model.connector.options)
     vision_configs = [_part_config(part, source) for part, source in encoder_sources(model.visual_encoder).items()]
     text_config = _part_config("language_model", model.language_model).get_text_config()
+    check_language_model(text_config, f"model.language_model.hf_name={model.language_model.hf_name}")
     tokenizer = _load_tokenizer(model)
     features, image_processors, size = resolve_encoders(model.visual_encoder, vision_configs)
     config = VLMConfig(

@@ -57,6 +57,11 @@ PRIVATE_NAMES = {
         PrivateName(ZERO3, "_hf_deepspeed_config_weak_ref", "a model is loaded whole while a run shards its own"),
         PrivateName(LOADER, "_weight_conversions", "a model is saved under the same names whatever it was loaded from"),
         PrivateName(MODEL, "_keys_to_ignore_on_save", "what a model saves is known before it trains"),
+        PrivateName(
+            "transformers:GenerationMixin",
+            "_supports_default_dynamic_cache",
+            "state space models make the cache of their states themselves",
+        ),
         PrivateName(MODEL, "_init_weights", "connectors and heads draw their first weights in it", ("module",)),
         PrivateName(
             HANDLER,

@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from vlm.cli.collection import rare_collection
 from vlm.cli.overview import overview
+from vlm.cli.pipes import end_with_pipes
 
 COMMANDS = {
     "generate": "generate",
@@ -32,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the subcommand that the command line names; any other command line is a training run.
 
     Where a subcommand raises `ValueError` or `OSError`, the process ends with the error's message. Training runs and
-    `SELF_REPORTING_COMMANDS` are excepted.
+    `SELF_REPORTING_COMMANDS` are excepted. A command whose output nobody reads any more ends in silence.
     """
-    with rare_collection():
+    with end_with_pipes(), rare_collection():
         _run_command(list(sys.argv[1:] if argv is None else argv))
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
+from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample
@@ -187,7 +188,7 @@ class BlankImageDataset(Dataset[SampleInputs]):
         sample = source.sample(record)
         sizes = read_media_sizes(sample, processor)
         blanks = [make_blank_medium(processor, size) for size in sizes or [None] * len(sample.media)]
-        return model_inputs(processor, source.encoder(sample, sizes), blanks, sizes)
+        return model_inputs(processor, source.encoder(sample, sizes), blanks, sizes, sample)
 
 
 def encode_sample(source: Source, sample: Sample) -> SampleInputs:
@@ -198,18 +199,35 @@ def encode_sample(source: Source, sample: Sample) -> SampleInputs:
     """
     processor = source.encoder.processor
     if not processor.needs_image_sizes:  # texts that are too long are refused before images are decoded
-        return model_inputs(processor, source.encoder(sample), decode_sample_images(sample, processor))
+        encoded = source.encoder(sample)
+        return model_inputs(processor, encoded, decode_sample_images(sample, processor), (), sample)
     images = decode_sample_images(sample, processor)
     sizes = media_sizes_from_opened(sample.media, images, processor)
-    return model_inputs(processor, source.encoder(sample, sizes), images, sizes)
+    return model_inputs(processor, source.encoder(sample, sizes), images, sizes, sample)
 
 
 def model_inputs(
-    processor: Processor, encoded: Encoded, media: Sequence[Medium], sizes: Sequence[MediaSize] = ()
+    processor: Processor,
+    encoded: Encoded,
+    media: Sequence[Medium],
+    sizes: Sequence[MediaSize] = (),
+    sample: Sample | None = None,
 ) -> SampleInputs:
-    """Return the ids, labels and inputs of images and videos of a sample, as the collator takes them."""
-    image_inputs = processor.image_inputs(media, sizes)
-    text_inputs = processor.text_inputs(encoded.input_ids, encoded.labels, image_inputs)
+    """Return the ids, labels and inputs of images and videos of a sample, as the collator takes them.
+
+    `sample` is the one that they are of, for the message of an error.
+
+    Raises:
+        BadSample: the processor refuses an image or video.
+    """
+
+    def process_one(index: int) -> object:
+        return processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
+
+    name, refs = ("?", []) if sample is None else (sample.id, sample.media)
+    with processor_errors("the processor", name, refs, process_one):
+        image_inputs = processor.image_inputs(media, sizes)
+        text_inputs = processor.text_inputs(encoded.input_ids, encoded.labels, image_inputs)
     return {"input_ids": encoded.input_ids, "labels": encoded.labels, **image_inputs, **text_inputs}
 
 

@@ -83,16 +83,19 @@ def open_stream(
     """Open the stream of a run's sources and check the first record of each.
 
     Raises:
-        ValueError: a source does not open or is empty, or its first record cannot be used.
+        ValueError: a source does not open or is empty, or its first record cannot be used and the policy is `error`.
     """
     stream = SampleStream(make_sources(config, encoder), config.shuffle_buffer, seed, rank, world_size)
     for source in stream.sources:
         record = next(source.stream(), None)
         if record is None:
             raise ValueError(f"{source.path}: there is no record in it")
-        sample = value_or_bad_sample(source.read, record)
-        if not isinstance(sample, BadSample):
+        try:
+            sample = source.read(record)
             encode(source.encoder.processor, sample, read_media_sizes(sample, source.encoder.processor))
+        except BadSample as error:
+            if config.on_bad_sample == "error":
+                raise Skipped.from_error(error, source).as_error() from error
     return stream
 
 

@@ -5,14 +5,14 @@ be supervised.
 """
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,7 +29,14 @@ from vlm.data.vision.video import DecodedVideo
 from vlm.families.table import Family
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb
-from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, Message, special_token_pattern
+from vlm.models.processing_vlm import (
+    FIXED_CLOCK,
+    FIXED_DATE,
+    MediaMismatchError,
+    Message,
+    span_finder,
+    special_token_pattern,
+)
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor for its text."""
@@ -133,7 +140,7 @@ class FamilyProcessor:
         question = [{"type": "image"}, {"type": "text", "text": "a question"}]
         try:
             rendered = self._render([{"role": "user", "content": question}], str(self.own_template), False)
-        except (jinja2.TemplateError, TypeError):
+        except Exception:  # a template may do anything with a list that it does not expect
             return False
         return self.image_token in rendered and "'type'" not in rendered
 
@@ -163,8 +170,8 @@ class FamilyProcessor:
         Only special tokens that a user spelled are split. Arguments are those of `Processor.tokenize`.
 
         Raises:
-            ValueError: the text has more or fewer such tokens than there are images and videos, or in another order
-                where the model reads both by the same inputs.
+            MediaMismatchError: the text has more or fewer such tokens than there are images and videos, or in another
+                order where the model reads both by the same inputs.
         """
         expanded, replaced, cuts = self._expand_media_tokens(text, user_spans, sizes)
         bos = self.tokenizer.bos_token
@@ -187,15 +194,17 @@ class FamilyProcessor:
     ) -> tuple[str, Replacements, list[int]]:
         """Return the text with expanded media tokens, the replacements, and where spelled special tokens are split."""
         places, cuts = [], []
+        is_spelled = span_finder(user_spans)
         for match in self.special_tokens.finditer(text):
-            if any(a <= match.start() and match.end() <= b for a, b in user_spans):
+            if is_spelled(*match.span()):
                 cuts.append(match.start() + 1)  # neither half is a special token
             elif match.group() in self.media_tokens:
                 places.append(match.span())
         expansions = self._get_expansions([text[start:end] for start, end in places], sizes)
         replaced = [(start, end, new) for (start, end), new in zip(places, expansions, strict=True)]
-        shifts = [(end, len(new) - (end - start)) for start, end, new in replaced]
-        moved = [cut + sum(shift for end, shift in shifts if end <= cut) for cut in cuts]
+        ends = [end for _, end, _ in replaced]
+        shifts = [0, *accumulate(len(new) - (end - start) for start, end, new in replaced)]
+        moved = [cut + shifts[bisect_right(ends, cut)] for cut in cuts]
         pieces, last = [], 0
         for start, end, new in replaced:
             pieces += [text[last:start], new]
@@ -208,9 +217,9 @@ class FamilyProcessor:
         for token, kind in zip(self.media_tokens, ("images", "videos"), strict=False):
             given, written = expected.count(token), tokens.count(token)
             if given != written:
-                raise ValueError(f"{given} {kind} given, but the text has {written} {token}")
+                raise MediaMismatchError(f"{given} {kind} given, but the text has {written} {token}")
         if self.family.joined and tokens != expected:
-            raise ValueError("the template moves videos behind images, which this model cannot tell apart then")
+            raise MediaMismatchError("the template moves videos behind images, which this model cannot tell apart then")
         images = tuple(size for size in sizes if not isinstance(size, Clip))
         of_images = iter(self._cached_expansions(images) if images else ())
         of_videos = iter([self.videos.expansion(size) for size in sizes if self.videos and isinstance(size, Clip)])

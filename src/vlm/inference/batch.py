@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from vlm.assembly.language_models import max_positions
 from vlm.config.schema import SourceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.cache import json_digest
@@ -47,7 +48,7 @@ def prompt_source(
     Raises:
         ValueError: the model has fewer positions than `answer_tokens`.
     """
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = max_positions(model.config)
     check_length(1, longest, answer_tokens)
     encoder = FullPromptEncoder(processor, longest, truncate=False, suffix=tuple(suffix), answer_tokens=answer_tokens)
     return Source(Path(str(config.path)).name, config, cache, encoder, max_frames)

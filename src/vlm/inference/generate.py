@@ -14,11 +14,12 @@ from PIL import Image
 from transformers import PreTrainedModel, StoppingCriteria, TextIteratorStreamer
 
 from vlm.assembly.checkpoint import open_checkpoint
+from vlm.assembly.language_models import max_positions
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, reply_ending
-from vlm.data.processor import Processor
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
 from vlm.data.sources import parts_for_video
 from vlm.data.vision.images import Medium, media_sizes_from_opened, open_image, open_media
@@ -210,22 +211,17 @@ class VisionLanguageModel:
             `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images, on the model's device.
 
         Raises:
-            ValueError: the model's template refuses a conversation, or leaves nothing of it.
+            ValueError: the model's template or processor refuses a conversation, or leaves nothing of it.
         """
-        rows = []
-        for turns, opened in zip(conversations, images, strict=True):
-            sizes = media_sizes_from_opened(Sample("prompt", tuple(turns)).media, opened, self.processor)
-            ids = encode_prompt(self.processor, turns, sizes)
-            if not ids:
-                raise ValueError("the model's template leaves nothing of this prompt (plain keeps images only)")
-            ids = [*ids, *suffix]
-            rows.append(model_inputs(self.processor, Encoded(ids, [IGNORE_INDEX] * len(ids)), opened, sizes))
+        prompts = zip(conversations, images, strict=True)
+        with errors_without_record():
+            rows = [prompt_inputs(self.processor, turns, opened, suffix) for turns, opened in prompts]
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
 
     @property
     def positions(self) -> int:
         """The largest number of tokens that a prompt and its answer may have together."""
-        return self.model.config.get_text_config().max_position_embeddings
+        return max_positions(self.model.config)
 
     def check_length(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, subject: str = "prompt") -> None:
         """Raise ValueError where a prompt of a batch and its answer may exceed the model's positions."""
@@ -268,6 +264,23 @@ class VisionLanguageModel:
 
     def _decode(self, ids: torch.Tensor) -> str:
         return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def prompt_inputs(
+    processor: Processor, turns: Sequence[Turn], opened: Sequence[Medium], suffix: Sequence[int] = ()
+) -> SampleInputs:
+    """Return the inputs of one conversation that waits for a reply, see `VisionLanguageModel.inputs`.
+
+    Raises:
+        BadSample: the processor's template or the processor refuses it, or the template leaves nothing of it.
+    """
+    sample = Sample("prompt", tuple(turns))
+    sizes = media_sizes_from_opened(sample.media, opened, processor)
+    ids = encode_prompt(processor, turns, sizes)
+    if not ids:
+        raise BadSample(sample.id, "the model's template leaves nothing of this prompt (plain keeps images only)")
+    ids = [*ids, *suffix]
+    return model_inputs(processor, Encoded(ids, [IGNORE_INDEX] * len(ids)), opened, sizes, sample)
 
 
 class CancelCriteria(StoppingCriteria):

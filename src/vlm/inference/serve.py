@@ -4,16 +4,14 @@ The handler of transformers serves only model classes that it knows, and lets re
 Here one checkpoint is served, prompts become tokens as in `vlm generate`, and requests carry their images (`data:`).
 """
 
-import base64
-import binascii
 import copy
 import uuid
 from collections.abc import Sequence
 from typing import Any, cast
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from torch import Tensor
 from transformers import BatchEncoding, BatchFeature, GenerationConfig
@@ -23,20 +21,13 @@ from transformers.cli.serving.utils import GenerationState, Modality
 
 from vlm.assembly.private_names import check_private_names
 from vlm.config.schema import InferenceConfig
-from vlm.data.sample import BadSample, ContentPart, ImageRef, Turn
-from vlm.data.vision.images import open_image
+from vlm.inference.chat_request import Message, check_fields, parse_messages
 from vlm.inference.generate import VisionLanguageModel
 
-Message = dict[str, Any]
-"""A JSON object of a request, before its form is checked."""
-
-ROLES = ("system", "user", "assistant")
-FIELD_BOUNDS = {"temperature": (0, 2), "top_p": (0, 1), "max_tokens": (1, 2**20), "max_completion_tokens": (1, 2**20)}
-"""Field of a request -> its least and its greatest value."""
 IGNORED_FIELDS = {"user", "metadata", "store", "stream_options", "service_tier", "parallel_tool_calls"}
 """Fields that do not change the answer."""
-NEUTRAL_VALUES = (None, 1, 0, False, [], {}, "", "none", "auto", {"type": "text"})
-"""Values that leave an unsupported field unused: one answer, no tools, no log probabilities …"""
+UNSERVED_FIELDS = {"tools", "generation_config", "logit_bias", "chat_template_kwargs"}
+"""Fields that are not served, besides those that the handler leaves unused."""
 
 
 class PromptProcessor:
@@ -54,7 +45,8 @@ class PromptProcessor:
 
     def apply_chat_template(self, conversation: Sequence[Message], **options: object) -> BatchFeature:
         """Return the inputs of a conversation that waits for a reply; the handler's `options` do not change them."""
-        turns, images = parse_messages(conversation)
+        (parsed,) = conversation
+        turns, images = parsed["turns"], parsed["images"]
         try:
             inputs = self.vlm.inputs([turns], [images])
         except ValueError as error:  # the template refuses the conversation, or renders nothing
@@ -109,8 +101,9 @@ class ChatHandler(ChatCompletionHandler):
     model_manager: SingleModelManager
 
     def get_processor_inputs_from_messages(self, messages: list[Message], modality: Modality) -> list[Message]:
-        """Return the messages unchanged: `PromptProcessor` reads them."""
-        return messages
+        """Return the checked conversation, as `PromptProcessor` reads it; the handler looks for videos in it."""
+        turns, images = parse_messages(messages)
+        return [{"turns": turns, "images": images}]
 
     def _build_generation_config(
         self, body: Message, model_generation_config: GenerationConfig, use_cb: bool = False
@@ -129,62 +122,7 @@ class ChatHandler(ChatCompletionHandler):
     def _validate_request(self, body: Message) -> None:
         """Refuse a request that is malformed, or that has fields which would be ignored."""
         super()._validate_request(body)
-        refused = {*self._unused_fields, "tools", "generation_config", "logit_bias"} - IGNORED_FIELDS
-        used = [name for name in sorted(refused & {*body}) if body[name] not in NEUTRAL_VALUES]
-        if unsupported := [f"{name}={body[name]!r:.40}" for name in used]:
-            raise HTTPException(400, f"not served here: {', '.join(unsupported)}")
-        if not isinstance(body.get("messages"), list) or not body["messages"]:
-            raise HTTPException(400, "messages: a list of at least one message is needed")
-        for field, (least, most) in FIELD_BOUNDS.items():
-            value = body.get(field)
-            if value is not None and not (isinstance(value, int | float) and least <= value <= most):
-                raise HTTPException(400, f"{field}={value}: a number from {least} to {most} is needed")
-
-
-def parse_messages(messages: Sequence[Message]) -> tuple[list[Turn], list[Image.Image]]:
-    """Return a request's messages as a conversation, and its opened images.
-
-    Raises:
-        HTTPException: a message is malformed, or an image is a web address or does not open.
-    """
-    turns, images = [], []
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise HTTPException(400, f"{where}: role must be one of {', '.join(ROLES)}")
-        content = message.get("content")
-        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(items, list) or not items:
-            raise HTTPException(400, f"{where}: content must be a text, or a list of texts and images")
-        parts: list[ContentPart] = []
-        for place, item in enumerate(items):
-            kind = item.get("type") if isinstance(item, dict) else None
-            if kind == "text" and isinstance(item.get("text"), str):
-                follows_image = bool(parts) and not any(isinstance(part, str) for part in parts)
-                needs_line = follows_image and not item["text"].startswith("\n")  # as in `vlm generate`
-                parts.append(f"\n{item['text']}" if needs_line else item["text"])
-            elif kind == "image_url":
-                images.append(_decode_image(item["image_url"], f"{where}.content[{place}]"))
-                parts.append(ImageRef())
-            else:
-                raise HTTPException(400, f"{where}.content[{place}]: type must be text or image_url")
-        turns.append(Turn(message["role"], tuple(parts)))
-    return turns, images
-
-
-def _decode_image(item: object, where: str) -> Image.Image:
-    """Return the image of a `data:` address; `where` is its place in the request."""
-    address = item.get("url") if isinstance(item, dict) else item
-    head, comma, content = address.partition(",") if isinstance(address, str) else ("", "", "")
-    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
-        hint = "the image itself is needed, as data:image/png;base64,…; addresses are not fetched"
-        raise HTTPException(400, f"{where}: {hint}")
-    try:
-        return open_image(ImageRef(content=base64.b64decode(content, validate=True)), where)
-    except binascii.Error as error:
-        raise HTTPException(400, f"{where}: its base64 does not decode: {error}") from error
-    except BadSample as error:
-        raise HTTPException(400, f"{where}: {error.reason}") from error
+        check_fields(body, (self._unused_fields | UNSERVED_FIELDS) - IGNORED_FIELDS)
 
 
 def make_app(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> FastAPI:
@@ -197,9 +135,17 @@ def make_app(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> Fas
     app = FastAPI(title=f"vlm serve {name}")
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
+    def refuse(message: str, status: int) -> JSONResponse:
+        text = message.encode(errors="backslashreplace").decode()  # half of a surrogate pair, from the request
+        return JSONResponse({"error": {"message": text, "type": "invalid_request_error"}}, status)
+
     @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": {"message": error.detail, "type": "invalid_request_error"}}, error.status_code)
+    async def refuse_request(request: Request, error: HTTPException) -> JSONResponse:
+        return refuse(error.detail, 400 if error.status_code == 422 else error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        return refuse(f"the body must be a JSON object: {error.errors()[0]['msg']}", 400)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: Message) -> Response:

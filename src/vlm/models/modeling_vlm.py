@@ -49,6 +49,7 @@ class VLMOutput(ModelOutput):
         past_key_values: the language model's cache.
         hidden_states: the language model's, where requested.
         attentions: the language model's, where requested.
+        cache_params: the language model's cache where it is a state space model, in place of `past_key_values`.
     """
 
     loss: Tensor | None = None
@@ -56,6 +57,7 @@ class VLMOutput(ModelOutput):
     past_key_values: object | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    cache_params: object | None = None
 
 
 class WrapperModel(PreTrainedModel):
@@ -93,7 +95,11 @@ class WrapperModel(PreTrainedModel):
 
     def get_decoder(self) -> nn.Module:
         """Return the language model without its vocabulary head."""
-        return getattr(self, self.wrapped).get_decoder()
+        wrapped = getattr(self, self.wrapped)
+        decoder = wrapped.get_decoder()
+        if decoder is wrapped or not isinstance(decoder, PreTrainedModel):  # as of Llama 4, and of ModernBERT's decoder
+            return wrapped.model
+        return decoder
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save the model, with the files of a user's own connector and head classes beside the hub code."""
@@ -297,7 +303,8 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         if input_ids is not None:
             images = (pixel_values, image_sizes, image_views, image_features, image_index)
             inputs_embeds = self.merge_images(input_ids, *images)
-        text = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids} | kwargs
+        text = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        text |= kwargs | {"return_dict": True}
         targets = weights = None
         if labels is not None:
             weights = None if loss_weights is None else loss_weights[:, 1:][labels[:, 1:] != IGNORE_INDEX]  # (S,)
@@ -308,12 +315,26 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
                 head, targets = self.get_output_embeddings(), targets[logits_to_keep]
                 assert head is not None
                 return VLMOutput(chunked_loss(head, hidden, targets, num_items_in_batch, num_chunks, weights))
-        text |= {"past_key_values": past_key_values, "logits_to_keep": logits_to_keep, "return_dict": True}
-        outputs = self.language_model(**text)
+        if not self.has_state_cache():
+            text["past_key_values"] = past_key_values
+        elif kwargs.get("cache_params") is not None:
+            text["attention_mask"] = None  # the state of a prompt does not contain its padding
+        outputs = self.language_model(**text, logits_to_keep=logits_to_keep)
         loss = None
         if targets is not None:
             loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch, weights)
-        return VLMOutput(loss, outputs.logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+        others = ("past_key_values", "hidden_states", "attentions", "cache_params")
+        return VLMOutput(loss, outputs.logits, **{name: outputs.get(name) for name in others})
+
+    def has_state_cache(self) -> bool:
+        """Return whether the language model has a state in place of keys and values, as Mamba and its kin do."""
+        names = inspect.signature(type(self.language_model).forward).parameters
+        return "cache_params" in names and "past_key_values" not in names
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Return whether `generate` makes the cache; Mamba, MiniMax and their kin make their own in the first pass."""
+        language_model: Any = self.language_model  # nn.Module declares its methods as tensors
+        return not self.has_state_cache() and language_model._supports_default_dynamic_cache()
 
     def decode(self, input_ids: Tensor, **kwargs) -> ModelOutput:
         """Run the language model without its vocabulary head; arguments as in `forward`.

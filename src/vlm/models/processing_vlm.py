@@ -6,8 +6,9 @@ inference, evaluation and other people's programs all read the same ids.
 
 import json
 import re
-from collections.abc import Sequence
-from itertools import islice, pairwise, repeat
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate, islice, pairwise, repeat
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ FIXED_DATE = "26 Jul 2024"
 """The date for templates that would write today's (Llama-3.2), so that a prompt is the same every day."""
 FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{FIXED_DATE}{{% endmacro +%}}"
 """Put before templates that call `strftime_now`, since transformers gives them its own clock and accepts no other."""
+
+
+class MediaMismatchError(ValueError):
+    """A rendered text has more or fewer places for images and videos than there are, or has them in another order."""
 
 
 class VLMProcessor(ProcessorMixin):
@@ -157,7 +162,7 @@ class VLMProcessor(ProcessorMixin):
                 `needs_image_sizes`.
 
         Raises:
-            ValueError: the text has more or fewer image tokens than there are sizes, where `needs_image_sizes`.
+            MediaMismatchError: the text has more or fewer image tokens than there are sizes, where `needs_image_sizes`.
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -165,7 +170,8 @@ class VLMProcessor(ProcessorMixin):
         if (tiling := self.tiling) is not None:
             number = sum(text[start:end] == self.image_token for start, end, _ in pieces)
             if number != len(sizes):
-                raise ValueError(f"{len(sizes)} sizes of images given, but the text has {number} {self.image_token}")
+                given = f"{len(sizes)} sizes of images given"
+                raise MediaMismatchError(f"{given}, but the text has {number} {self.image_token}")
             counts = iter(tiling.image_tokens(sizes))
         else:
             counts = repeat(self.tokens_per_image)
@@ -200,9 +206,10 @@ class VLMProcessor(ProcessorMixin):
         Where a word starts behind every special token, also at blanks that follow one.
         """
         starts = [(0, False)]
+        is_spelled = span_finder(user_spans)
         for match in self.special_tokens.finditer(text):
             start, end = match.span()
-            if any(a <= start and end <= b for a, b in user_spans):
+            if is_spelled(start, end):
                 starts.append((start + 1, True))  # neither half is a special token
             elif match.group() == self.image_token:
                 starts += [(start, False), (end, False)]
@@ -376,6 +383,22 @@ class VLMProcessor(ProcessorMixin):
         """The names of the inputs that `__call__` returns."""
         names = ["input_ids", "attention_mask", "pixel_values"]
         return names if self.anyres is None else [*names, "image_sizes", "image_views"]
+
+
+def span_finder(spans: Sequence[tuple[int, int]]) -> Callable[[int, int], bool]:
+    """Return what tells whether a piece of a text, by its start and end, lies in one of some spans.
+
+    A question takes a time that hardly depends on the number of spans.
+    """
+    ordered = sorted(spans)
+    begins = [begin for begin, _ in ordered]
+    furthest_ends = list(accumulate((end for _, end in ordered), max))  # of all spans up to each
+
+    def lies_within(start: int, end: int) -> bool:
+        place = bisect_right(begins, start) - 1
+        return place >= 0 and end <= furthest_ends[place]
+
+    return lies_within
 
 
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase, *media_tokens: str) -> re.Pattern[str]:

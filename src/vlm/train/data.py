@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig, TrainingArguments
 
+from vlm.assembly.language_models import max_positions
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset, dummy_image, dummy_video, load_dataset, split_off_eval
-from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 from vlm.data.stream import SampleStream, open_stream
@@ -41,8 +42,17 @@ def load_other_file(
 
 
 def max_sample_length(config: DatasetConfig, model_config: PreTrainedConfig) -> int:
-    """Return the most tokens of a sample: `dataset.max_length`, but no more than the language model has positions."""
-    positions = model_config.get_text_config().max_position_embeddings
+    """Return the most tokens of a sample: `dataset.max_length`, but no more than the language model has positions.
+
+    Raises:
+        ValueError: neither bounds the samples of a stream.
+    """
+    positions = max_positions(model_config)
+    if config.streaming and config.max_length is None and positions == NO_LIMIT:
+        raise ValueError(
+            "dataset.max_length=null with dataset.streaming=true: this language model reads rows of any length, and "
+            "the lengths of a stream are not known before; set dataset.max_length"
+        )
     return min(config.max_length or positions, positions)
 
 

@@ -6,11 +6,13 @@ All ranks answer the same records in the same batches, since under ZeRO-3 every 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -25,7 +27,7 @@ from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo
 from vlm.evaluation.loss import last_reply_text
 from vlm.evaluation.text_metrics import compute_text_metrics
-from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.generate import VisionLanguageModel, prompt_inputs
 from vlm.train.monitor.plots import append_sample_generations
 from vlm.train.objectives.base import ObjectiveTrainer
 from vlm.train.step.compile import force_eager
@@ -93,19 +95,16 @@ def make_sample_generator(
     """Return what answers a few samples at a step, and adds the answers to `samples.md`.
 
     All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
-    text only), or whose images do not open, are passed over.
+    text only), whose images do not open, or which the processor refuses, are passed over.
     """
     prompts, prompt_media, references = [], [], []
     for sample in samples:
         replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
         turns = list(sample.turns[: replies[-1] if replies else 0])
-        if not replies or not render(processor, turns, prompt=True).text:
-            continue
-        media = value_or_bad_sample(open_media, sample)
-        if not isinstance(media, BadSample):
+        media = value_or_bad_sample(partial(_open_prompt, processor, turns), sample) if turns else None
+        if media is not None and not isinstance(media, BadSample):
             prompts.append(turns)
-            num_shown = sum(not isinstance(part, str) for turn in turns for part in turn.content)
-            prompt_media.append(media[:num_shown])  # the last images may come after the prompt
+            prompt_media.append(media)
             references.append(_join_text([sample.turns[replies[-1]]]))
 
     def generate(step: int) -> None:
@@ -123,6 +122,21 @@ def make_sample_generator(
             append_sample_generations(step, rows, folder)
 
     return generate
+
+
+def _open_prompt(
+    processor: Processor, turns: Sequence[Turn], sample: Sample
+) -> Sequence[Image.Image | DecodedVideo] | None:
+    """Return the opened images and videos of a prompt, the first ones of a sample; None where nothing is left of it.
+
+    Raises:
+        BadSample: one does not open, or the template or the processor refuses the prompt.
+    """
+    if not render(processor, turns, sample.id, prompt=True).text:
+        return None
+    media = open_media(sample)[: len(Sample(sample.id, tuple(turns)).media)]
+    prompt_inputs(processor, turns, media)
+    return media
 
 
 def _preview(opened: Sequence[object]) -> Any:

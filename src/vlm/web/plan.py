@@ -121,7 +121,7 @@ def _quote(value: str) -> str:
     if all(character.isalnum() or character in "/-_.:%+@?|" for character in value):
         return value
     # Backslashes are literal, except before a quotation mark.
-    return '"' + re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + (r"\"" if match[2] else ""), value) + '"'
+    return '"' + re.sub(r'(?<!\\)(\\*)("|$)', lambda match: 2 * match[1] + (r"\"" if match[2] else ""), value) + '"'
 
 
 def choose_run_folder(run: str, outputs: Path, shown: str | None = None) -> Path:

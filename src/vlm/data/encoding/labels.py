@@ -14,17 +14,17 @@ from itertools import count, pairwise
 from operator import itemgetter
 from pathlib import Path
 
-import jinja2
-
+from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.processor import Processor
-from vlm.data.sample import BadSample, MediaSize, OverLong, Sample, Turn
+from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample, Turn
 
 IGNORE_INDEX = -100
 """The label of a token that is not supervised."""
 MARKERS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 """Unicode noncharacters that are put around the texts of turns while a template renders them."""
 MARKER_PATTERN = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
-THINKING_PATTERN = re.compile(r".*</think>\s*", re.DOTALL)
+THINKING_END = "</think>"
+WHITE_SPACE = re.compile(r"\s*")
 
 Span = tuple[int, int]
 """Where a text begins and ends, in characters."""
@@ -101,10 +101,9 @@ def _render_with_markers(processor: Processor, turns: Sequence[Turn], sample_id:
     for turn in turns:
         parts = tuple(_add_markers(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content)
         messages.append(Turn(turn.role, parts).as_message(*tokens))
-    try:
-        return _strip_markers(processor.apply_chat_template(messages, add_generation_prompt=prompt))
-    except jinja2.TemplateError as error:
-        raise BadSample(sample_id, f"its template refuses it: {error}") from error
+    with processor_errors("its template", sample_id):
+        marked = processor.apply_chat_template(messages, add_generation_prompt=prompt)
+    return _strip_markers(marked)
 
 
 def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
@@ -113,10 +112,12 @@ def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
     White space at the ends stays outside, where a template may trim it. A token of an image or video that a user
     spelled is broken up by a marker, so that a template does not take it for an image or video.
     """
-    core = part.strip()
-    start = part.index(core) if core else len(part)
+    core, start = part.strip(), len(part) - len(part.lstrip())
     opened, closed = f"{OPEN}{number}{NUMBERED}", f"{CLOSE}{number}{NUMBERED}"
-    text = THINKING_PATTERN.sub(lambda thinking: thinking[0] + opened, core, count=1)
+    text = core
+    if (end := core.rfind(THINKING_END)) >= 0:
+        behind = end_of_blanks(core, end + len(THINKING_END))
+        text = f"{core[:behind]}{opened}{core[behind:]}"
     for token in tokens:
         if token is not None:
             text = text.replace(token, f"{token[0]}{NUMBERED}{token[1:]}")
@@ -125,18 +126,20 @@ def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
 
 def _strip_markers(marked: str) -> MarkedText:
     """Return the text without markers, and the span that each numbered pair of markers encloses."""
-    text, position = "", 0
+    pieces: list[str] = []
+    length = position = 0
     opened: dict[int, int] = {}
     spans: dict[int, Span] = {}
     for match in MARKER_PATTERN.finditer(marked):
-        text += marked[position : match.start()]
+        pieces.append(marked[position : match.start()])
+        length += match.start() - position
         position = match.end()
         number = int(match[2] or -1)
         if match[1] == OPEN:
-            opened.setdefault(number, len(text))
+            opened.setdefault(number, length)
         elif number in opened:
-            spans[number] = (opened[number], len(text))
-    return text + marked[position:], spans
+            spans[number] = (opened[number], length)
+    return "".join([*pieces, marked[position:]]), spans
 
 
 def _strip_reply(turn: Turn) -> Turn:
@@ -173,14 +176,14 @@ def reply_end(processor: Processor, text: str, end: int) -> int:
     Raises:
         ValueError: neither follows; the template needs a token that the tokenizer does not know.
     """
-    behind_blanks = len(text) - len(text[end:].lstrip())
+    behind_blanks = end_of_blanks(text, end)
     for start in (end, behind_blanks):
         if match := processor.special_tokens.match(text, start):
             return match.end()
     if behind_blanks == end:
         raise ValueError(
-            f"the template ends a reply with {text[end:][:20]!r}, which is no special token of the tokenizer. Choose "
-            "the template that the language model was trained with (dataset.template=tokenizer)."
+            f"the template ends a reply with {text[end : end + 20]!r}, which is no special token of the tokenizer. "
+            "Choose the template that the language model was trained with (dataset.template=tokenizer)."
         )
     return behind_blanks
 
@@ -194,6 +197,13 @@ def reply_ending(processor: Processor) -> str:
     rendered = render(processor, [Turn("user", ("?",)), Turn("assistant", ("!",))])
     end = rendered.replies[-1][1]
     return rendered.text[end : reply_end(processor, rendered.text, end)].lstrip(" ")
+
+
+def end_of_blanks(text: str, start: int) -> int:
+    """Return where the white space ends that begins at a place of a text."""
+    match = WHITE_SPACE.match(text, start)
+    assert match is not None
+    return match.end()
 
 
 Labeller = Callable[[Processor, Rendered, Sequence[int], Sequence[Span]], list[int]]
@@ -231,7 +241,7 @@ def encode(
     if not any(turn.role == "assistant" for turn in sample.turns):
         raise BadSample(sample.id, "no reply to learn from")
     rendered = render(processor, sample.turns, sample.id)
-    ids, spans = processor.tokenize(rendered.text, rendered.spoken, sizes)
+    ids, spans = tokenize(processor, rendered, sample, sizes)
     labels = label(processor, rendered, ids, spans)
     if labels.count(IGNORE_INDEX) == len(labels):
         raise BadSample(sample.id, "no supervised token")
@@ -243,7 +253,24 @@ def encode_prompt(
 ) -> list[int]:
     """Return the ids of a conversation that waits for an answer."""
     rendered = render(processor, turns, sample_id, prompt=True)
-    return processor.tokenize(rendered.text, rendered.spoken, sizes)[0]
+    return tokenize(processor, rendered, Sample(sample_id, tuple(turns)), sizes)[0]
+
+
+def tokenize(
+    processor: Processor, rendered: Rendered, sample: Sample, sizes: Sequence[MediaSize] = ()
+) -> tuple[list[int], list[Span]]:
+    """Return the ids of a rendered sample, and the characters that each comes from; arguments as of `encode`.
+
+    Raises:
+        BadSample: the processor refuses the text, or the size of an image or video.
+    """
+
+    def tokenize_one(index: int) -> object:
+        token = processor.video_token if isinstance(sizes[index], Clip) else processor.image_token
+        return processor.tokenize(str(token), (), sizes[index : index + 1])
+
+    with processor_errors("the processor", sample.id, sample.media, tokenize_one if sizes else None):
+        return processor.tokenize(rendered.text, rendered.spoken, sizes)
 
 
 def limit_length(encoded: Encoded, longest: int, media: Sequence[int], sample_id: str, *, truncate: bool) -> Encoded:

@@ -14,6 +14,9 @@ from vlm.data.encoding.supervision import SUPERVISIONS
 from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
 
+NO_LIMIT = 2**31 - 1
+"""The most tokens of a sample where nothing bounds them: the largest number that counts of tokens hold."""
+
 
 @dataclass(frozen=True)
 class SampleEncoder:
@@ -21,7 +24,7 @@ class SampleEncoder:
 
     Attributes:
         processor: decides every token.
-        longest: the largest number of tokens of a sample.
+        longest: the largest number of tokens of a sample; `NO_LIMIT` for any.
         truncate: whether a longer sample is cut at its end, instead of being refused.
         supervise: which tokens are supervised, `dataset.supervise`.
     """

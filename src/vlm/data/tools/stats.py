@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import draw_records
-from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.sources import make_sources
 from vlm.data.token_counts import Counts, count
 
@@ -41,6 +41,10 @@ class SourceStats:
         quantiles = np.quantile(length, (0.5, 0.9, 0.99)).tolist() if good.any() else [0, 0, 0]
         labels = Counter(label for label in counts.labels.to_pylist() if label is not None)
         reasons = Counter(_reason_without_file(error.reason, error.file) for error in counts.problems.values())
+        too_long = {
+            f"longer than {self.longest} tokens": int(over.sum()),
+            "of them left out": int(fixed.sum()) if self.truncate else int(over.sum()),
+        }
         return {
             "records": len(good),
             "usable": int(good.sum()),
@@ -50,8 +54,7 @@ class SourceStats:
             "tokens": int(length.sum()),
             "supervised tokens": int(counts.supervised[good].sum()),
             "tokens a record (median, 90%, 99%, most)": [*map(round, quantiles), int(length.max(initial=0))],
-            f"longer than {self.longest} tokens": int(over.sum()),
-            "of them left out": int(fixed.sum()) if self.truncate else int(over.sum()),
+            **(too_long if self.longest < NO_LIMIT else {}),
             "commonest labels of a head": dict(labels.most_common(20)),
             "cannot be used, by reason": dict(reasons.most_common(10)),
         }

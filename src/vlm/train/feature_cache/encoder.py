@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -13,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlm.data.cache import json_digest
 from vlm.data.dataset import make_blank_image
+from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.feature_cache.images import FRAME_VIEW, SQUARE_VIEW
 from vlm.data.feature_cache.store import FeatureFormat
 from vlm.data.sample import BadSample, ImageRef, Sample, Turn
@@ -117,3 +119,18 @@ def make_image_views(processor: VLMProcessor, image: ImageOrTensor, kind: str) -
     if processor.tiling is not None and kind == SQUARE_VIEW:  # as one of several it has no tiles
         return processor.image_inputs([image, image])["pixel_values"][:1]
     return processor.image_inputs([image])["pixel_values"]
+
+
+def make_record_views(
+    processor: VLMProcessor, image: ImageOrTensor | BadSample, kind: str, image_ref: ImageRef, sample_id: str
+) -> Tensor:
+    """Return `make_image_views` of an image of a record.
+
+    Raises:
+        BadSample: it did not open, or the processor refuses it.
+    """
+    if isinstance(image, BadSample):
+        raise image
+    make = partial(make_image_views, processor, image, kind)
+    with processor_errors("the processor", sample_id, [image_ref], lambda _: make()):
+        return make()

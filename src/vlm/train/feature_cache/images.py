@@ -32,7 +32,7 @@ from vlm.data.feature_cache.images import (
     require_image,
 )
 from vlm.data.feature_cache.store import FeatureStore, Pack, PackPlan
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, ImageRef
 from vlm.data.sources import Source
 from vlm.data.vision.images import read_image_size
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
@@ -42,7 +42,7 @@ from vlm.train.feature_cache.encoder import (
     FeatureRequest,
     FrozenVisualEncoder,
     frozen_visual_encoder,
-    make_image_views,
+    make_record_views,
     open_images,
 )
 from vlm.train.feature_cache.writer import FeatureCacheWriter, ItemFeatures, PacksAndPlans
@@ -225,17 +225,18 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
         views: Views = {}
         for (number, record), group in groupby(indices, lambda index: plan.items[index].record):
             numbered = [(index, plan.items[index]) for index in group]
+            name, image_refs = "?", [ImageRef()]
             if (size := numbered[0][1].size) is not None:
                 images = [make_blank_image(self.processor, size)]
             else:
                 sample = self.sources[number].sample(record)
-                image_refs = [sample.images[request.place] for _, request in numbered]
-                images = open_images(image_refs, sample.id, self.processor)
-            for (index, request), image in zip(numbered, images, strict=True):
-                if isinstance(image, BadSample):
-                    skipped[index] = Skipped.from_error(image, self.sources[number], record)
-                else:
-                    views[index] = make_image_views(self.processor, image, request.kind)
+                name, image_refs = sample.id, [sample.images[request.place] for _, request in numbered]
+                images = open_images(image_refs, name, self.processor)
+            for (index, request), image_ref, image in zip(numbered, image_refs, images, strict=True):
+                try:
+                    views[index] = make_record_views(self.processor, image, request.kind, image_ref, name)
+                except BadSample as error:
+                    skipped[index] = Skipped.from_error(error, self.sources[number], record)
         return skipped, views
 
     def compute(self, plans: list[PackPlan[FeatureRequest]], batch: Views) -> Iterable[tuple[int, ItemFeatures]]:

@@ -81,11 +81,13 @@ class ObjectiveTrainer(Protocol):
 
     Attributes:
         model: the model, not wrapped by DeepSpeed or DDP.
+        processor: the run's processor.
         args: the run's arguments.
         accelerator: gathers tensors of all ranks.
     """
 
     model: PreTrainedModel
+    processor: Processor
     args: TrainingArguments
     accelerator: Any  # accelerate declares what it gathers as a union of everything
 
@@ -178,7 +180,13 @@ class Objective(ABC):
         write_first_batch(batch, run.processor, run.folder)
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:  # noqa: B027 - optional
-        """Do what needs the model as it is trained, such as a pass of it; called before the first step."""
+        """Do what needs the model as it is trained, such as a pass of it; called before the first step.
+
+        Here an objective proves what it takes for granted of a model, see `train/step/proofs.py`.
+
+        Raises:
+            ValueError: the model is not what the objective needs.
+        """
 
     def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> Sampler[int] | None:
         """Return the order of the training samples; None: as `trainer.train_sampling_strategy` says."""

@@ -61,9 +61,11 @@ class Generation(Objective):
 
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
+        from vlm.assembly.language_models import check_writes
         from vlm.train.data import load_data
         from vlm.train.feature_cache.images import require_composed_model
 
+        check_writes(model_config)
         if self.config.dataset.cache_features:
             require_composed_model(model_config)
         train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
@@ -106,9 +108,13 @@ class Generation(Objective):
         return [SampleGenerationCallback(generate)]
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
-        """Find out whether the loss of this model can be computed in pieces."""
+        """Prove that the model is causal and reads padded batches; find out whether its loss is computed in pieces."""
         from vlm.train.step.chunked_loss import supports_chunked_loss
+        from vlm.train.step.proofs import check_causal, check_padding, model_label
 
+        label = model_label(self.config)
+        check_causal(trainer.model, trainer.processor, label)
+        check_padding(trainer.model, trainer.processor, label)
         self.supports_chunked_loss = supports_chunked_loss(trainer.model)
 
     def extra_inputs(self, trainer: ObjectiveTrainer, batch: Inputs) -> Inputs:

@@ -68,8 +68,11 @@ class Prediction(Objective):
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the records, divided; labels and heads are known to fit before a weight is loaded."""
         from vlm.assembly.heads import resolve_heads
+        from vlm.assembly.language_models import check_writes
         from vlm.train.heads.data import load_head_data, targets_by_head
 
+        if self.config.model.head.generation_weight > 0:
+            check_writes(model_config)
         self.data = data = load_head_data(self.config, self.make_encoder(model_config, processor), args.seed)
         targets = targets_by_head(data.train)
         self.model_config = resolve_heads(self.config.model, model_config, processor, data.heads, targets)
@@ -117,6 +120,21 @@ class Prediction(Objective):
         from vlm.train.heads.data import write_first_prompts
 
         write_first_prompts(self.data.train, self.collate, run.processor, run.folder, run.args.train_batch_size)
+
+    def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
+        """Prove that the body reads padded batches, and is causal where it learns to write; not where it only was read.
+
+        A body whose hidden states are cached takes no part in training.
+        """
+        from vlm.assembly.checkpoint import get_body
+        from vlm.train.step.proofs import check_causal, check_padding, model_label
+
+        if caches_features(self.config):
+            return
+        body, label = get_body(trainer.model), model_label(self.config)
+        check_padding(body, trainer.processor, label)
+        if self.model_config.generation_weight:
+            check_causal(body, trainer.processor, label)
 
     def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> Sampler[int] | None:
         """Return an order in which samples that a ranking compares stand together, so that batches have pairs."""

@@ -1,4 +1,4 @@
-"""What is done between wrapping a model and its first step: its forward is unwrapped, and packed rows are checked."""
+"""What is done between wrapping a model and its first step: its forward is unwrapped, and it is checked."""
 
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class StartingTrainer(ObjectiveTrainer, Protocol):
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Checks packed rows, and lets the objective do what needs the model as it is trained."""
+    """Lets the objective do what needs the model as it is trained, such as proofs, and checks packed rows."""
 
     def __init__(self, trainer: StartingTrainer, model: PreTrainedModel):
         self.trainer = trainer
@@ -34,6 +34,6 @@ class BeforeFirstStep(TrainerCallback):
             if self.own_forward is not None:
                 trainer.model.forward = self.own_forward
         with trainer.compute_loss_context_manager(), force_eager():
+            trainer.objective.on_train_begin(trainer)
             if trainer.packing:
                 check_packing(trainer.model, trainer.processor)
-            trainer.objective.on_train_begin(trainer)

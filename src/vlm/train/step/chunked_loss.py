@@ -38,7 +38,7 @@ def supports_chunked_loss(model: TrainableModel) -> bool:
         torch.manual_seed(0)
         logits = text(**inputs).logits
         torch.manual_seed(0)
-        same = torch.equal(head(text.get_decoder()(**inputs).last_hidden_state), logits)
+        same = torch.equal(head(model.get_decoder()(**inputs).last_hidden_state), logits)
     text.train(was_training)
     if not same:
         log.info("%s does more to its logits than its head does: they are computed at once", type(text).__name__)

@@ -1,0 +1,122 @@
+"""What a language model of transformers must have to be part of a composed model; and how many positions it has.
+
+Looked up in its configuration and in the signature of its class, before weights are loaded. What only the loaded model
+shows is found before the first step, see `train/step/proofs.py`.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from vlm.data.encoding.sample_encoder import NO_LIMIT
+from vlm.models.configuration_vlm import VLMConfig
+
+POSITION_KEYS = ("max_position_embeddings", "max_seq_len")
+"""Keys of configurations that bound the positions of a row; MPT's is the second."""
+
+NEEDED_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
+"""Keys that each configuration of a language model has, by these names or by aliases of them."""
+
+EMBEDDING_WIDTH_KEYS = ("word_embed_proj_dim", "input_embedding_size", "embedding_size")
+"""Keys of configurations, such as OPT-350m's, that give embeddings another width than hidden states."""
+
+COMPOSING_ARGUMENTS: dict[tuple[str, ...], str] = {
+    ("inputs_embeds",): "it reads ids of tokens only, and features of images have none",
+    ("attention_mask",): "the padding of a batch would be read as text",
+}
+WRITING_ARGUMENTS: dict[tuple[str, ...], str] = {
+    ("logits_to_keep",): "it computes logits at all positions, not at the supervised ones alone",
+    ("past_key_values", "cache_params"): "it keeps no cache with which `generate` could go on",
+}
+"""Arguments of a language model's `forward`, of which one is needed -> what a language model without them lacks."""
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """Return the most tokens of a row that a model reads, by its configuration.
+
+    It is `NO_LIMIT` where nothing bounds them, as for Bloom (ALiBi) and Mamba.
+    """
+    text = config.get_text_config()
+    bounds = (getattr(text, key, None) for key in POSITION_KEYS)
+    return next((bound for bound in bounds if isinstance(bound, int) and bound > 0), NO_LIMIT)
+
+
+def check_language_model(config: PreTrainedConfig, label: str) -> None:
+    """Raise ValueError where a language model cannot be part of a composed model.
+
+    Args:
+        config: the language model's configuration.
+        label: its key and name, such as `model.language_model.hf_name=NAME`.
+    """
+    _raise_first(_composing_problems(config), label)
+
+
+def check_writes(model_config: PreTrainedConfig) -> None:
+    """Raise ValueError where the language model of a composed model cannot learn to write, by its configuration.
+
+    `model_config` is that of a composed model, or of a family, whose language models all can.
+    """
+    if isinstance(model_config, VLMConfig):
+        name = model_config.recipe["language_model"]["hf_name"]
+        _raise_first(_writing_problems(model_config.text_config), f"model.language_model.hf_name={name}")
+
+
+def _raise_first(problems: Iterator[str], label: str) -> None:
+    if (problem := next(problems, None)) is not None:
+        raise ValueError(f"{label}: {problem}. Choose another, such as model/language_model=qwen3-0.6b")
+
+
+def _composing_problems(config: PreTrainedConfig) -> Iterator[str]:
+    """Yield why image features cannot stand among a language model's embeddings."""
+    kind = config.model_type
+    if _find_class(config) is None:
+        yield f"transformers has no causal language model (AutoModelForCausalLM) for model_type={kind}"
+        return
+    for key in NEEDED_KEYS:
+        if not isinstance(getattr(config, key, None), int):
+            yield f"the configuration of model_type={kind} has no {key}"
+    for key in EMBEDDING_WIDTH_KEYS:
+        if (width := getattr(config, key, config.hidden_size)) != config.hidden_size:
+            yield (
+                f"its embeddings ({key}={width}) are not as wide as its hidden states (hidden_size="
+                f"{config.hidden_size}), for which connectors are made"
+            )
+    if getattr(config, "hidden_size_per_layer_input", None):
+        yield (
+            f"model_type={kind} looks tokens up again in each layer by their ids (hidden_size_per_layer_input), which "
+            "features of images do not have"
+        )
+    yield from _missing_arguments(config, COMPOSING_ARGUMENTS)
+
+
+def _writing_problems(config: PreTrainedConfig) -> Iterator[str]:
+    """Yield why a language model cannot learn to write, or could not answer afterwards."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        yield (
+            f"model_type={kind} is the decoder of an encoder-decoder model, which counts positions from the start of a "
+            "padded row, so that answers in batches would be wrong"
+        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        yield (
+            f"model_type={kind} with is_decoder=false is an encoder, whose tokens see later tokens; a causal language "
+            "model is needed"
+        )
+    yield from _missing_arguments(config, WRITING_ARGUMENTS)
+
+
+def _missing_arguments(config: PreTrainedConfig, needed: Mapping[tuple[str, ...], str]) -> Iterator[str]:
+    model_class = _find_class(config)
+    arguments = set() if model_class is None else set(inspect.signature(model_class.forward).parameters)
+    for names, lack in needed.items():
+        if arguments.isdisjoint(names):
+            yield f"model_type={config.model_type} takes no {names[0]}: {lack}"
+
+
+def _find_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    mapping = AutoModelForCausalLM._model_mapping
+    assert mapping is not None
+    return cast("type[PreTrainedModel] | None", mapping.get(type(config), None))

@@ -1,0 +1,150 @@
+"""What training takes for granted of a model, proved on a few tokens before the first step.
+
+That a token sees earlier tokens only, without which a model learns to copy the token that it should predict; and that a
+sample of a padded batch gets what it gets alone. Weights must be loaded for that; `assembly/language_models.py` refuses
+before what a configuration shows. Every rank makes the same calls, as ZeRO-3 needs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from vlm.assembly.model_interface import TrainableModel
+from vlm.config.schema import RunConfig
+from vlm.data.batching.collator import Collator
+from vlm.data.dataset import model_inputs
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
+from vlm.data.encoding.processor_errors import is_refusal
+from vlm.data.processor import Processor
+
+PREFIX, SUFFIX = 5, 4
+"""Number of tokens of a row that stay the same, and of those behind them that change."""
+
+WORDS = "one red dog runs over the green hill while two small birds sing in a tall blue tree"
+
+CAUSAL_TOLERANCE = 1e-5, 2e-3
+"""In float32 and in half precision: the largest change of logits before changed tokens, over the change at these."""
+NOISE_FACTOR = 10
+"""How many times the change of a row in which nothing changed may come on top of that: experts that compute tokens in
+groups round otherwise when the groups change."""
+PADDING_TOLERANCE = 1e-2, 0.15
+"""The largest difference of a padded row's logits from those of the row alone, over the norm of these."""
+
+
+def model_label(config: RunConfig) -> str:
+    """Return the key and the name of what a run's language model comes from."""
+    if config.trainer.from_pretrained:
+        return f"trainer.from_pretrained={config.trainer.from_pretrained}"
+    if config.model.hf_name is not None:
+        return f"model.hf_name={config.model.hf_name}"
+    return f"model.language_model.hf_name={config.model.language_model.hf_name}"
+
+
+@torch.no_grad()
+def check_causal(model: TrainableModel, processor: Processor, label: str) -> None:
+    """Check that changed tokens change no logits before them.
+
+    Text of a prefix, which models such as PaliGemma see whole by design, is no part of it: all but the first token are
+    tokens to learn.
+
+    Args:
+        model: the model as it is trained; of one with prediction heads, its body.
+        processor: the run's processor.
+        label: the key and the name of the model, for the message.
+
+    Raises:
+        ValueError: they change them.
+    """
+    ids = choose_tokens(processor, PREFIX + 2 * SUFFIX)
+    prefix, suffix, other = ids[:PREFIX], ids[PREFIX : PREFIX + SUFFIX], ids[PREFIX + SUFFIX :]
+    with dropout_off(model):
+        before = compute_logits(model, processor, [prefix + suffix, prefix + suffix], label)
+        after = compute_logits(model, processor, [prefix + other, prefix + suffix], label)
+    change = (after.float() - before.float()).abs()
+    early, later, unchanged = (float(part.max()) for part in (change[0, :PREFIX], change[0, PREFIX:], change[1]))
+    if early <= CAUSAL_TOLERANCE[is_half(model)] * later + NOISE_FACTOR * unchanged:
+        return
+    text = model.config.get_text_config()
+    raise ValueError(
+        f"{label}: its tokens see later tokens (model_type={text.model_type}, attention {text._attn_implementation}): "
+        f"changing the last {SUFFIX} of {PREFIX + SUFFIX} tokens changes logits before them by {early:.2g}, where it "
+        f"changes their own by {later:.2g}. Such a model, an encoder for example, would be shown each token that it "
+        "learns to predict. Choose a causal language model, or another model.attn_implementation"
+    )
+
+
+@torch.no_grad()
+def check_padding(model: TrainableModel, processor: Processor, label: str) -> None:
+    """Check that a row has the same logits in a padded batch as alone; arguments as of `check_causal`.
+
+    Raises:
+        ValueError: it has others.
+    """
+    ids = choose_tokens(processor, PREFIX + 2 * SUFFIX)
+    short, long = ids[:SUFFIX], ids[SUFFIX:]
+    with dropout_off(model):
+        padded = compute_logits(model, processor, [long, short], label)[1, :SUFFIX].float()
+        alone = compute_logits(model, processor, [short], label)[0].float()
+    difference = float((padded - alone).norm() / alone.norm())
+    if difference <= PADDING_TOLERANCE[is_half(model)]:
+        return
+    text = model.config.get_text_config()
+    raise ValueError(
+        f"{label}: a sample's logits in a padded batch differ by {difference:.2g} of their norm from those that it has "
+        f"alone (model_type={text.model_type}, attention {text._attn_implementation}). Try another "
+        "model.attn_implementation, or train with trainer.per_device_train_batch_size=1"
+    )
+
+
+def is_half(model: TrainableModel) -> bool:
+    """Return whether matrix products of a model are in half precision, whatever precision its logits are in."""
+    autocast = torch.is_autocast_enabled(model.device.type)
+    return autocast or any(parameter.dtype != torch.float32 for parameter in model.parameters())
+
+
+def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[list[int]], label: str) -> Tensor:
+    """Return the logits of rows without images in a batch as training makes it: `(B, T, vocabulary)`.
+
+    All but the first token of a row are supervised, which some processors read.
+
+    Raises:
+        ValueError: the library's code of the model fails on them, as where it needs the ids behind embeddings.
+    """
+    items = [model_inputs(processor, Encoded(ids, [IGNORE_INDEX, *ids[1:]]), []) for ids in rows]
+    batch = Collator.of(processor)(items)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    try:
+        return model(**send_to_device(inputs, model.device), use_cache=False).logits
+    except (AttributeError, TypeError, LookupError, ValueError, NotImplementedError) as error:
+        if not is_refusal(error):
+            raise
+        problem = f"its code fails on a batch of a few tokens, {type(error).__name__}: {error}"
+        raise ValueError(f"{label}: {problem}. Choose another model, or another model.attn_implementation") from error
+
+
+def choose_tokens(processor: Processor, number: int) -> list[int]:
+    """Return some ids of words that all differ; of other tokens where a tokenizer does not know enough of the words."""
+    tokenizer = processor.tokenizer
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    words = tokenizer(WORDS, add_special_tokens=False).input_ids
+    ids = [token_id for token_id in dict.fromkeys([*words, *range(len(tokenizer))]) if token_id not in special]
+    return ids[:number]
+
+
+@contextmanager
+def dropout_off(model: TrainableModel) -> Iterator[None]:
+    """Set a model to evaluation mode within; modes of modules are as before afterwards.
+
+    Matrices in fewer bits stay in training mode: evaluation would change their layout on a CPU.
+    """
+    modes: list[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
+    for module, training in modes:
+        module.training = training and type(module).__module__.startswith("bitsandbytes.")
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
