@@ -1,7 +1,7 @@
 """A model's answers to a file of records, as a table: each prompt is a record up to its last reply."""
 
-import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import dropwhile
 from pathlib import Path
 
 from vlm.config.schema import InferenceConfig, SourceConfig
@@ -74,11 +74,9 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> R
 
 def question_text(turn: Turn) -> str:
     """Return the text of a question without leading media; media within it are `<image>` and `<video>`."""
-    return LEADING_PLACEHOLDERS.sub("", _turn_text(turn)).strip()
+    parts = tuple(dropwhile(lambda part: not isinstance(part, str) or not part.strip(), turn.content))
+    return _turn_text(replace(turn, content=parts)).strip()
 
 
 def _turn_text(turn: Turn) -> str:
     return turn.as_message(PLACEHOLDER, VIDEO_PLACEHOLDER)["content"]
-
-
-LEADING_PLACEHOLDERS = re.compile(rf"^(?:\s|{PLACEHOLDER}|{VIDEO_PLACEHOLDER})+")
