@@ -60,7 +60,8 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> R
     """Return a record's row; JSON lines also have its `references`."""
     prompt = prompt_turns(sample) if sample.turns else ()
     question = next((turn for turn in reversed(prompt) if turn.role == "user"), None)
-    reply = _turn_text(sample.turns[-1]) if len(prompt) < len(sample.turns) else None
+    last = sample.turns[-1] if len(prompt) < len(sample.turns) else None
+    reply = None if last is None or not (last.supervised or last.is_blank) else _turn_text(last)
     return {
         "source": sample.id,
         "image_path": format_media_paths(sample, problem),

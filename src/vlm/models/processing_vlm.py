@@ -7,7 +7,7 @@ inference, evaluation and other people's programs all read the same ids.
 import json
 import re
 from collections.abc import Sequence
-from itertools import islice, pairwise, repeat
+from itertools import accumulate, islice, pairwise, repeat
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ Message = dict[str, Any]
 IMAGE_MODES = ("square", "pad")
 BLANKS = " ", "▁"
 """What SentencePiece reads as the start of a word."""
+SPELLED = "\ufdd3"
+"""A Unicode noncharacter that breaks up an image token which a text item spells, until its text is tokenised."""
 FIXED_DATE = "26 Jul 2024"
 """The date for templates that would write today's (Llama-3.2), so that a prompt is the same every day."""
 FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{FIXED_DATE}{{% endmacro +%}}"
@@ -322,7 +324,7 @@ class VLMProcessor(ProcessorMixin):
             encoded = []
             for rendered, sample in zip(texts, samples, strict=True):
                 sizes = [(image.height, image.width) for image in sample]
-                encoded.append({"input_ids": self.tokenize(rendered, (), sizes)[0]})
+                encoded.append({"input_ids": self.tokenize(*self._join_spelled(rendered), sizes)[0]})
             data |= self.tokenizer.pad(encoded, padding_side=padding_side, return_tensors=return_tensors)
         return BatchFeature(data)
 
@@ -332,7 +334,8 @@ class VLMProcessor(ProcessorMixin):
         Args:
             conversation: the messages of one conversation, or a list of conversations.
             args: passed on to the tokenizer.
-            kwargs: `tokenize` (default False), `return_dict`, `chat_template`, and the template's own variables.
+            kwargs: `tokenize` (default False), `return_dict`, `chat_template`, and the template's own variables. With
+                `tokenize`, an image token that a text item spells is plain text.
 
         Returns:
             The text, or texts; with `tokenize` the `input_ids`, with `return_dict` too all that `__call__` returns.
@@ -343,7 +346,8 @@ class VLMProcessor(ProcessorMixin):
         kwargs.pop("return_tensors", None)
         if kwargs.pop("tokenize", False):
             images = [image for turns in conversations for image in images_in_conversation(turns)]
-            text = self.apply_chat_template(conversation, *args, **kwargs)
+            broken = [[self._break_spelled(turn) for turn in turns] for turns in conversations]
+            text = self.apply_chat_template(broken if is_batch else broken[0], *args, **kwargs)
             inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
             return inputs if return_dict else inputs["input_ids"]
         flat = [[{**turn, "content": self._flatten(turn["content"])} for turn in turns] for turns in conversations]
@@ -353,6 +357,23 @@ class VLMProcessor(ProcessorMixin):
         settings = {"date_string": FIXED_DATE, "enable_thinking": False, "image_token": self.image_token, **kwargs}
         rendered = self.tokenizer.apply_chat_template(flat, *args, tokenize=False, chat_template=template, **settings)
         return rendered if is_batch else rendered[0]
+
+    def _break_spelled(self, turn: Message) -> Message:
+        """Return a turn in whose text items `SPELLED` breaks up the image token."""
+        if isinstance(turn["content"], str):
+            return turn
+        broken = f"{self.image_token[0]}{SPELLED}{self.image_token[1:]}"
+        items = [
+            {**item, "text": item["text"].replace(self.image_token, broken)} if item["type"] == "text" else item
+            for item in turn["content"]
+        ]
+        return {**turn, "content": items}
+
+    def _join_spelled(self, text: str) -> tuple[str, list[tuple[int, int]]]:
+        """Return a rendered text without `SPELLED`, and the spans of the tokens that it broke up."""
+        pieces = text.split(SPELLED)
+        starts = [end - 1 for end in accumulate(map(len, pieces[:-1]))]
+        return "".join(pieces), [(start, start + len(self.image_token)) for start in starts]
 
     def _flatten(self, content: str | list[Message]) -> str:
         """Return a content list as one string, with an image token for each image.

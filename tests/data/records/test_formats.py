@@ -143,9 +143,15 @@ BAD = {
         made("<image>", "b", image=["a.png", 3]),
         "`image` must be a path, a list of paths, or hold the bytes of",
     ),
-    "too many images": (made("<image>", "b", image=["a.png", "b.png"]), "its text has 1 <image>, but the record has 2 images: "),
+    "too many images": (
+        made("<image>", "b", image=["a.png", "b.png"]),
+        "its text has 1 <image>, but the record has 2 images: ",
+    ),
     "unused image": (made("a", "<image>", image="a.png"), "its text has no <image>, but the record has 1 image: "),
-    "too few images": (made("<image><image>", "b", image="a.png"), "its text has 2 <image>, but the record has 1 image: "),
+    "too few images": (
+        made("<image><image>", "b", image="a.png"),
+        "its text has 2 <image>, but the record has 1 image: ",
+    ),
     "no image": (made("<image>\nwhat?", "b"), "its text has 1 <image>, but the record has no images: name the image"),
 }
 
@@ -272,7 +278,11 @@ def test_frames_take_the_place_of_videos(folder: Path):
 
 COUNTS = {
     "too few videos": ("<video><video>", {"video": "v.mp4"}, "its text has 2 <video>, but the record has 1 video: "),
-    "too many videos": ("<video>", {"videos": ["v.mp4", "w.mp4"]}, "its text has 1 <video>, but the record has 2 videos: "),
+    "too many videos": (
+        "<video>",
+        {"videos": ["v.mp4", "w.mp4"]},
+        "its text has 1 <video>, but the record has 2 videos: ",
+    ),
     "an image for a video": ("<video>", {"image": "a.png"}, "its text has no <image>, but the record has 1 image: "),
     "no path": ("<video>", {"video": 3}, "`video` must be a path or a list of paths, got 3"),
     "leaves": ("<video>", {"video": "../outside.png"}, "leaves the image folder"),
@@ -535,7 +545,10 @@ BAD_QUESTIONS = {
     "another letter": ({"choices": ["cat", "dog"], "answer": "C"}, "answer='C'; it must be one of the choices"),
     "two letters": ({"choices": ["cat", "dog"], "answer": "AB"}, "answer='AB'; it must be one of the choices"),
     "nothing": ({"choices": ["cat", "dog"], "answer": ""}, "answer=''; it must be one of the choices"),
-    "too many images": ({"question": "<image>?", "answer": "a", "images": ["a.png", "b.png"]}, "but the record has 2 images"),
+    "too many images": (
+        {"question": "<image>?", "answer": "a", "images": ["a.png", "b.png"]},
+        "but the record has 2 images",
+    ),
     "too few images": ({"question": "<image><image>?", "answer": "a", "image": "a.png"}, "its text has 2 <image>"),
 }
 

@@ -85,7 +85,9 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
             role = message.get("role") if isinstance(message, dict) else message
             raise BadSample(sample_id, f"message {number}: role={role!r:.40}; allowed are {', '.join(ROLES)}")
     asked = [message["content"] for message in messages if _is_text_of_user(message)]
-    pieces = iter(media.split(asked, reserved=_unnamed_items(messages)))
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    items = [item for content in contents for item in content if isinstance(item, dict)]
+    pieces = iter(media.split(asked, items))
     turns = []
     for number, message in enumerate(messages, start=1):
         role, where = message["role"], f"message {number}"
@@ -269,18 +271,6 @@ def _rename_image(record: Record, image_key: str) -> Record:
 
 def _is_text_of_user(message: Record) -> bool:
     return message["role"] == "user" and isinstance(message.get("content"), str)
-
-
-def _unnamed_items(messages: Sequence[Record]) -> list[str]:
-    """Return the kinds of the items that take the next image or video of the record."""
-    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-    items = [item for content in contents for item in content if isinstance(item, dict)]
-    named = ("source", "index", *FILE_KEYS)
-    return [
-        ITEM_KINDS[item["type"]]
-        for item in items
-        if item.get("type") in ("image", "video") and first_present(item, *named) is None
-    ]
 
 
 def _parse_message_content(content: object, role: str, media: MediaPlacer, where: str) -> tuple[ContentPart, ...]:

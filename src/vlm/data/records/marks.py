@@ -191,8 +191,9 @@ def join_texts(parts: Sequence[Part]) -> list[Part]:
 
 BOX_MARKS = re.compile(r"<bbox>|<ref-object>")
 """Marks of ms-swift, in the place of boxes and the names of what is in them."""
+FILE_MARK = r"<img>[^<>\s]*[./][^<>\s]*</img>"
 OTHER_MARKS = re.compile(
-    r"<img>\s*[^<>\s]+\s*</img>|<\|(?:image|video|audio|vision|img)\w*\|>|<ImageHere>|<IMG_CONTEXT>|<audio>"
+    rf"{FILE_MARK}|<\|(?:image|video|audio|vision|img)\w*\|>|<ImageHere>|<IMG_CONTEXT>|<audio>"
     r"|<image[-_]placeholder>|<image[ _]\d+>"
 )
 """Marks of images, videos and sounds in records for other tools."""
@@ -203,10 +204,10 @@ def find_other_mark(text: str, *, has_media: bool) -> str | None:
 
     Beside media every one counts; without media one counts that names a file, begins the text or fills a line.
     """
-    first = len(text) - len(text.lstrip())
-    for match in OTHER_MARKS.finditer(text):
-        start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
-        around = text[start : match.start()] + text[match.end() : end if end >= 0 else None]
-        if has_media or match[0].startswith("<img>") or match.start() == first or not around.strip():
-            return match[0]
-    return None
+    if has_media:
+        match = OTHER_MARKS.search(text)
+    else:
+        lines = (line for line in text.splitlines() if not OTHER_MARKS.sub("", line).strip())
+        alone = next(filter(None, map(OTHER_MARKS.search, lines)), None)
+        match = re.search(FILE_MARK, text) or OTHER_MARKS.match(text.lstrip()) or alone
+    return None if match is None else match[0]

@@ -178,18 +178,22 @@ class MediaPlacer:
     def _take_all(self, kind: str) -> list[ImageRef | VideoRef]:
         return [self.next(kind) for _ in range(len(self.media[kind]) - self._placed[kind])]
 
-    def split(self, texts: Sequence[str], *, reserved: Sequence[str] = ()) -> list[list[str | Slot]]:
+    def split(self, texts: Sequence[str], items: Sequence[Record] = ()) -> list[list[str | Slot]]:
         """Split the texts that users wrote at the marks that stand for media.
 
         Args:
             texts: all such texts of the record, in order.
-            reserved: the kinds of the media that stand elsewhere, one entry for each.
+            items: the items of its messages, some of which take media too.
 
         Raises:
             BadSample: marks and media do not fit.
         """
-        numbers = {kind: max(0, len(media) - reserved.count(kind)) for kind, media in self.media.items()}
-        return self._split(texts, numbers)[0]
+        numbers = {}
+        for kind, media in self.media.items():
+            own = [item for item in items if ITEM_KINDS.get(str(item.get("type"))) == kind and not _names_file(item)]
+            indexed = any(item.get("index") is not None for item in own)
+            numbers[kind] = 0 if indexed else max(0, len(media) - len(own))
+        return self._split(texts, numbers)[0] if texts else []
 
     def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
         """Return a question with its media in place of their marks; without marks, they come first."""
@@ -248,6 +252,11 @@ ITEM_KINDS = {
     "video_url": VIDEO_PLACEHOLDER,
 }
 """Types of items that show an image or a video."""
+
+
+def _names_file(item: Record) -> bool:
+    """Return whether an item of a message names its image or video by itself."""
+    return first_present(item, "source", *FILE_KEYS, *ITEM_KINDS) is not None
 
 
 def _listed(record: Record, key: str, sample_id: str) -> object:
