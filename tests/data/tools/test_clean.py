@@ -152,7 +152,8 @@ def test_what_is_not_learned_is_left_out_as_in_training(folder: Path):
     rows = [record(asked, bad), record(good, asked, good), record(asked), record(asked, good, tools=[{"name": "f"}])]
     assert cleaned(folder, rows, format="llava").dropped == {"refused": 2, "silent": 2}
     kept = [record(asked, bad, asked, good), record(asked, ("gpt", "no", {}), asked, good), record(asked, label=1)]
-    assert cleaned(folder, kept, format="llava").kept == 3
+    write(folder, kept)
+    assert clean(task(folder, format="llava"), folder / "kept.jsonl", workers=1).kept == 3
 
 
 REFUSED = {

@@ -65,7 +65,8 @@ def test_what_is_not_learned_of_a_record_is_told(words, tmp_path: Path, capsys):
     assert said.count("【good reply") == 2
     assert said.count("replies that are not learned: 1") == 2
     assert "keys that are not read: dataset, conversations[].name" in said
-    assert said.count("keys that are not read: conversations[].name") == 3
+    assert said.count("keys that are not read: conversations[].name") == 2
+    assert "keys that are not read: tools, conversations[].name" in said
     reasons = ["its replies are blank", "it begins with the assistant", "weight 0 or loss false", "`tools` is not read"]
     for reason in reasons:
         assert reason in said
@@ -76,10 +77,7 @@ def test_what_is_not_learned_of_a_record_is_told(words, tmp_path: Path, capsys):
     assert "replies 2 " in said
     assert "replies that are not learned (blank, weight 0, loss false) 4 " in said
     assert "keys that are not read: 4 conversations[].name 1 dataset 1 tools" in said
-    for reason in reasons:
-        assert (
-            f"1 {'no reply to learn from: ' * ('rep' in reason and 'its' in reason)}{reason}" in said or reason in said
-        )
+    assert all(reason in said for reason in reasons)
 
 
 def test_a_seed_draws_others(words, capsys):

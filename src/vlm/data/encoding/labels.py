@@ -90,7 +90,8 @@ def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *,
         if role == "assistant":
             if number not in spans:
                 raise BadSample(sample_id, f"its template drops the reply {part[:60]!r}")
-            before, after = whitespace.get(number, (0, 0))
+            own = len(part) - len(part.lstrip()), len(part) - len(part.rstrip())  # not that of the reply beside it
+            before, after = map(min, own, whitespace.get(number, (0, 0)))
             if learned[number]:
                 replies.append((spans[number][0] - before, spans[number][1] + after))
     return Rendered(text, sorted(spans.values()), replies)
