@@ -7,7 +7,7 @@ inference, evaluation and other people's programs all read the same ids.
 import json
 import re
 from collections.abc import Sequence
-from itertools import accumulate, islice, pairwise, repeat
+from itertools import islice, pairwise, repeat
 from typing import Any
 
 import torch
@@ -29,15 +29,11 @@ from .pixels import (
     make_views,
     normalise_pixels,
 )
-
-Message = dict[str, Any]
-"""A message of a conversation, or an item of its content list."""
+from .processing_messages import Message, break_spelled, images_in_conversation, join_spelled
 
 IMAGE_MODES = ("square", "pad")
 BLANKS = " ", "▁"
 """What SentencePiece reads as the start of a word."""
-SPELLED = "\ufdd3"
-"""A Unicode noncharacter that breaks up an image token which a text item spells, until its text is tokenised."""
 FIXED_DATE = "26 Jul 2024"
 """The date for templates that would write today's (Llama-3.2), so that a prompt is the same every day."""
 FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{FIXED_DATE}{{% endmacro +%}}"
@@ -324,7 +320,7 @@ class VLMProcessor(ProcessorMixin):
             encoded = []
             for rendered, sample in zip(texts, samples, strict=True):
                 sizes = [(image.height, image.width) for image in sample]
-                encoded.append({"input_ids": self.tokenize(*self._join_spelled(rendered), sizes)[0]})
+                encoded.append({"input_ids": self.tokenize(*join_spelled(rendered, self.image_token), sizes)[0]})
             data |= self.tokenizer.pad(encoded, padding_side=padding_side, return_tensors=return_tensors)
         return BatchFeature(data)
 
@@ -346,7 +342,7 @@ class VLMProcessor(ProcessorMixin):
         kwargs.pop("return_tensors", None)
         if kwargs.pop("tokenize", False):
             images = [image for turns in conversations for image in images_in_conversation(turns)]
-            broken = [[self._break_spelled(turn) for turn in turns] for turns in conversations]
+            broken = [[break_spelled(turn, self.image_token) for turn in turns] for turns in conversations]
             text = self.apply_chat_template(broken if is_batch else broken[0], *args, **kwargs)
             inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
             return inputs if return_dict else inputs["input_ids"]
@@ -357,23 +353,6 @@ class VLMProcessor(ProcessorMixin):
         settings = {"date_string": FIXED_DATE, "enable_thinking": False, "image_token": self.image_token, **kwargs}
         rendered = self.tokenizer.apply_chat_template(flat, *args, tokenize=False, chat_template=template, **settings)
         return rendered if is_batch else rendered[0]
-
-    def _break_spelled(self, turn: Message) -> Message:
-        """Return a turn in whose text items `SPELLED` breaks up the image token."""
-        if isinstance(turn["content"], str):
-            return turn
-        broken = f"{self.image_token[0]}{SPELLED}{self.image_token[1:]}"
-        items = [
-            {**item, "text": item["text"].replace(self.image_token, broken)} if item["type"] == "text" else item
-            for item in turn["content"]
-        ]
-        return {**turn, "content": items}
-
-    def _join_spelled(self, text: str) -> tuple[str, list[tuple[int, int]]]:
-        """Return a rendered text without `SPELLED`, and the spans of the tokens that it broke up."""
-        pieces = text.split(SPELLED)
-        starts = [end - 1 for end in accumulate(map(len, pieces[:-1]))]
-        return "".join(pieces), [(start, start + len(self.image_token)) for start in starts]
 
     def _flatten(self, content: str | list[Message]) -> str:
         """Return a content list as one string, with an image token for each image.
@@ -415,20 +394,3 @@ def read_prepend_scheme(tokenizer: PreTrainedTokenizerBase) -> str:
     settings = json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer is not None else {"type": None}
     parts = settings.get("pretokenizers", [settings])
     return next((part["prepend_scheme"] for part in parts if part["type"] == "Metaspace"), "never")
-
-
-def images_in_conversation(conversation: Sequence[Message]) -> list[object]:
-    """Return the images (objects, paths, URLs) that a conversation's content lists name, in order.
-
-    Items are `{"type": "image", "image": …}` (or `path`, `url`, `base64`), or OpenAI's `{"type": "image_url",
-    "image_url": {"url": …}}`.
-    """
-    images = []
-    items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
-    for item in items:
-        if item["type"] == "image_url":
-            named = item["image_url"]
-            images.append(named["url"] if isinstance(named, dict) else named)
-        elif item["type"] == "image":
-            images.append(next(item[key] for key in ("image", "path", "url", "base64") if key in item))
-    return images
