@@ -138,7 +138,7 @@ def test_a_question_may_begin_with_a_slash(ours: Any, chat: Any):
 def test_it_goes_on_after_what_is_wrong(ours: Any, chat: Any, images: list[Path], tmp_path: Path):
     (tmp_path / "c.png").write_text("no image")
     lines = ["/image", "/image no.png", f"/image {tmp_path / 'c.png'}", "/video no.mp4", "/foo", "/reset now",
-             "<image>?", "word " * 600, f"/image {images[0]}", "what?"]  # fmt: skip
+             "<image>", "word " * 600, f"/image {images[0]}", "what?"]  # fmt: skip
     said, notes = chat(*lines)
     assert said == get_expected_answers(ours, ("what?", images[:1]))
     for expected in ("a file is needed", "no.png does not open", "c.png does not open", "video no.mp4 does not open",

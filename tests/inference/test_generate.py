@@ -250,7 +250,7 @@ def test_a_conversation_goes_on(ours: VisionLanguageModel):
     talk = [user_turn("what?", 1), Turn("assistant", ("a cat",)), user_turn("and <image>?", 1)]
     inputs = ours.inputs([talk], [[picture(0), picture(1)]])
     text = ours.processor.tokenizer.decode(inputs["input_ids"][0])
-    assert text.index("a cat") < text.index("and <image>")
+    assert text.index("a cat") < text.index("and <image>?")
     assert inputs["pixel_values"].shape[0] == 2
     assert isinstance(ours.answer([talk], [[picture(0), picture(1)]], GREEDY)[0], str)
 
@@ -261,6 +261,21 @@ def test_images_stand_where_the_prompt_says():
     assert user_turn("a <image> b <image>", 2) == Turn("user", ("a ", one, " b ", one))
     assert user_turn("<image>", 1) == Turn("user", (one,))
     assert user_turn("what?", 0) == Turn("user", ("what?",))
+
+
+def test_a_mark_within_a_sentence_is_a_word_without_images_and_beside_one(ours: VisionLanguageModel):
+    """The image then comes first, and the words are read as they are written."""
+    asked, one = "What does the HTML tag <image> do?", ImageRef(Path())
+    assert user_turn(asked, 0) == Turn("user", (asked,))
+    assert user_turn(asked, 1) == Turn("user", (one, f"\n{asked}"))
+    assert user_turn("which <image>?", 1, every_mark=True) == Turn("user", ("which ", one, "?"))
+    assert user_turn("Which tag is <video>?", 0, [("frame",)]) == Turn("user", ("frame\nWhich tag is <video>?",))
+    for images in ([], [picture()]):
+        turn, media = ours.open_question(asked, images)
+        ids = ours.inputs([[turn]], [media])["input_ids"][0]
+        assert int((ids == ours.processor.image_token_id).sum()) == 9 * len(images)
+        assert asked in ours.processor.tokenizer.decode(ids)
+        assert isinstance(ours.generate(asked, images, max_new_tokens=2), str)
 
 
 # Errors

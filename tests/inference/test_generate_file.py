@@ -141,7 +141,7 @@ def test_records_that_cannot_be_asked_are_rows(ours: VisionLanguageModel, record
     assert [Path(row["image_path"]).name for row in (rows[0], rows[3])] == ["0-0.png", "missing.png"]
     assert "tokens and its answer may have 6 (max_new_tokens), but the model reads at most 512" in rows[4]["error"]
     assert "`conversations` must be a list" in rows[5]["error"]
-    assert "1 more image(s) than <image>" in rows[6]["error"]
+    assert "its text has no <image>, but the record has 1 image" in rows[6]["error"]
     kept = [number for number in range(NUMBER) if number not in (0, 3, 4, 5, 6)]
     assert [rows[number] for number in kept] == [before[number] for number in kept]
 

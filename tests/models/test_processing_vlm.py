@@ -174,6 +174,21 @@ def test_chat_template_to_model_inputs(processor: VLMProcessor, tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_an_image_token_that_a_text_item_spells_is_plain_text(processor: VLMProcessor, images: int):
+    asked = "What does the tag <image> do, <image>?"
+    shown = [{"type": "image", "image": picture(number)} for number in range(images)]
+    talk = [{"role": "user", "content": [*shown, {"type": "text", "text": asked}]}]
+    inputs = processor.apply_chat_template([talk, talk], tokenize=True, return_dict=True)
+    for ids in inputs["input_ids"]:
+        assert int((ids == processor.image_token_id).sum()) == images * processor.tokens_per_image
+        assert asked in processor.tokenizer.decode(ids)
+    rendered = processor.apply_chat_template(talk)
+    assert asked in rendered
+    start = rendered.index(asked)
+    assert inputs["input_ids"][0].tolist() == processor.tokenize(rendered, [(start, start + len(asked))])[0]
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [

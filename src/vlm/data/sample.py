@@ -109,10 +109,17 @@ class Turn:
     Attributes:
         role: one of `ROLES`.
         content: texts, images and videos in order.
+        supervised: whether a reply is learned; one that is not is only read. Without meaning for other roles.
     """
 
     role: str
     content: tuple[ContentPart, ...]
+    supervised: bool = True
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it is a reply with nothing but blanks."""
+        return self.role == "assistant" and not any(isinstance(part, str) and part.strip() for part in self.content)
 
     def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, str]:
         """Return the turn as chat templates read it, with a token for each image and video."""
@@ -154,6 +161,30 @@ class Sample:
     def media(self) -> list[ImageRef | VideoRef]:
         """All images and videos, in the order of the text."""
         return [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
+
+    @property
+    def replies(self) -> list[Turn]:
+        """The replies that are learned, in order."""
+        return [turn for turn in self.turns if turn.role == "assistant" and turn.supervised]
+
+    @property
+    def reply_problem(self) -> str | None:
+        """Why there is no reply to learn from; None where there is one."""
+        given = [turn for turn in self.turns if turn.role == "assistant"]
+        if not given:
+            return "no reply to learn from"
+        if self.replies:
+            return None
+        if all(turn.is_blank for turn in given):
+            return "no reply to learn from: its replies are blank"
+        return "no reply to learn from: those that are not blank have weight 0 or loss false"
+
+    def without_blank_replies(self) -> "Sample":
+        """Return the sample with blank replies that are not learned, only read."""
+        if not any(turn.is_blank and turn.supervised for turn in self.turns):
+            return self
+        turns = (replace(turn, supervised=turn.supervised and not turn.is_blank) for turn in self.turns)
+        return replace(self, turns=tuple(turns))
 
     def with_videos(self, replace_video: Callable[[VideoRef], tuple[ContentPart, ...]]) -> "Sample":
         """Return the sample with each video replaced by other parts."""

@@ -15,6 +15,7 @@ from vlm.data.encoding.labels import read_template
 from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
 from vlm.data.processor import Processor
 from vlm.data.records.formats import get_reader
+from vlm.data.records.keys import unread_keys
 from vlm.data.records.open import Records, open_records, stream_records
 from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
 from vlm.data.vision.video import sample_clip, sample_frame_refs
@@ -43,6 +44,10 @@ class Source:
         options = {name: value for name, value in self.config.options.items() if value is not None}
         self._reader = partial(get_reader(self.config.format), **options)
 
+    def unread_keys(self, record: object) -> list[str]:
+        """Return the keys of a record that its reader does not read, see `records.keys`."""
+        return unread_keys(self._reader.func, record, self._reader.keywords)
+
     @cached_property
     def records(self) -> Records:
         """The records, by index."""
@@ -70,10 +75,22 @@ class Source:
         Raises:
             BadSample: it cannot be used.
         """
+        sample = self.parse(record)
+        prompt, processor = self.config.system_prompt, self.encoder.processor
+        if prompt and sample.turns[0].role != "system":
+            sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
+        return sample.with_videos(lambda video: parts_for_video(video.path, self.max_frames, processor, sample.id))
+
+    def parse(self, record: object) -> Sample:
+        """Read a record as a sample; its blank replies are not learned.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
         if isinstance(record, BadSample):
             raise record
         try:
-            sample = self._reader(record, self.folder)
+            return self._reader(record, self.folder).without_blank_replies()
         except BadSample:
             raise
         except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
@@ -81,10 +98,6 @@ class Source:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
             raise BadSample(name, f"its reader raised {type(error).__name__}: {error} ({place})") from error
-        prompt, processor = self.config.system_prompt, self.encoder.processor
-        if prompt and sample.turns[0].role != "system":
-            sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
-        return sample.with_videos(lambda video: parts_for_video(video.path, self.max_frames, processor, sample.id))
 
     @cached_property
     def fingerprint(self) -> str:

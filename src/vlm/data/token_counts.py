@@ -49,7 +49,7 @@ class Counts:
         length: number of tokens, image tokens included; 0 for a record that cannot be used.
         needed: the fewest tokens that it may be cut to: up to its last image or video, and its first supervised token.
         supervised: number of supervised tokens.
-        replies: number of assistant turns.
+        replies: number of replies that are learned.
         images: number of images and videos; every frame of a video that is read as images.
         videos: number of those that the model reads as videos.
         width, height: of the first image in pixels; 0 where it has none, or a frame of a video.
@@ -212,6 +212,6 @@ def count_record(source: Source, number: int, *, decode: bool) -> CountedRow:
         return number, *[0] * 8, None, None, error.sample_id, error.reason, error.file
     needed = source.encoder.min_length(encoded)
     supervised = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
-    replies = sum(turn.role == "assistant" for turn in sample.turns)
+    replies = len(sample.replies)
     media = len(sample.media), len(sample.videos), *(sizes[0] if sizes else (0, 0))
     return number, len(encoded.input_ids), needed, supervised, replies, *media, *label_and_group, sample.id, None, None

@@ -21,6 +21,7 @@ from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import encode
+from vlm.data.records.marks import find_marks
 from vlm.data.sample import PLACEHOLDER, BadSample, Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened
 from vlm.evaluation.loss import row_losses, supervised_logits
@@ -168,9 +169,10 @@ class LmmsModel(lmms):
             if kinds := sorted({type(part).__name__ for part in parts if not isinstance(part, Image.Image | str)}):
                 raise ValueError(f"task {task}: it shows {', '.join(kinds)}; only images and videos can be shown")
             try:
-                if context.count(PLACEHOLDER) not in (0, len(images)):  # then images come first
-                    context = context.replace(PLACEHOLDER, "").strip()
-                turn, opened = self.vlm.open_question(context, images, videos, self.max_frames)
+                marks = [mark for mark in find_marks([context]) if mark.spelling == PLACEHOLDER]
+                if len(marks) not in (0, len(images)) if images else any(mark.outer for mark in marks):
+                    context = context.replace(PLACEHOLDER, "").strip()  # then images come first
+                turn, opened = self.vlm.open_question(context, images, videos, self.max_frames, every_mark=True)
             except (ValueError, BadSample) as error:
                 raise ValueError(f"task {task}, document {number}: {error}") from error
             system = [Turn("system", (self.system_prompt,))] if self.system_prompt else []

@@ -55,13 +55,22 @@ class Conversation:
         """The images and videos of all questions, opened, in order."""
         return [media for exchange in self.exchanges for media in exchange.media]
 
-    def ask(self, text: str, images: Sequence[ImageInput] = (), videos: Sequence[VideoInput] = ()) -> Generator[str]:
+    def ask(
+        self,
+        text: str,
+        images: Sequence[ImageInput] = (),
+        videos: Sequence[VideoInput] = (),
+        *,
+        every_mark: bool = False,
+    ) -> Generator[str]:
         """Ask the next question; a bad question is refused here, before anything is generated.
 
         Args:
-            text: the question; `<image>` and `<video>` mark the places of media, which come first without marks.
+            text: the question; `<image>` and `<video>` mark the places of media, which come first without marks, and
+                where the only one's mark stands within a sentence and so is a word.
             images: its images, as paths or Pillow images.
             videos: its videos, as paths.
+            every_mark: whether such a mark stands for the image all the same.
 
         Returns:
             The answer piece by piece, or in one piece with beam search. The exchange joins the conversation once the
@@ -74,7 +83,7 @@ class Conversation:
         """
         if not text.strip() and not images and not videos:
             raise ValueError("there is no question")
-        question, media = self.model.open_question(text, images, videos, self.max_frames)
+        question, media = self.model.open_question(text, images, videos, self.max_frames, every_mark=every_mark)
         with errors_without_record():
             inputs = self.model.inputs([[*self.turns, question]], [[*self.media, *media]])
         self.model.check_length(inputs, self.settings, "conversation")

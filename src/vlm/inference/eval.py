@@ -51,14 +51,15 @@ def eval_model(args: object) -> str:
     check_template(values["conv_mode"], "args.conv_mode")
     images = load_images(split_image_paths(values["image_file"] or "", values["sep"] or ","))
     query = values["query"].replace(LLAVA_PLACEHOLDER, PLACEHOLDER)
-    user_turn(query, len(images))  # refuse a bad question before the model loads
+    every_mark = LLAVA_PLACEHOLDER in values["query"]  # no word, whatever stands around it
+    user_turn(query, len(images), every_mark=every_mark)  # refuse a bad question before the model loads
     model = _load_model(values["model_path"], values["model_base"], values["load_8bit"], values["load_4bit"])
     if (template := values["conv_mode"]) is not None:
         own_template = model.processor.own_template
         if template == "tokenizer" and own_template is None:
             raise ValueError("args.conv_mode=tokenizer: the language model's tokenizer has no template")
         model.processor.chat_template = own_template if template == "tokenizer" else read_template(template)
-    answer = "".join(Conversation(model, settings).ask(query, images)).strip()
+    answer = "".join(Conversation(model, settings).ask(query, images, every_mark=every_mark)).strip()
     print(answer)
     return answer
 

@@ -1,6 +1,5 @@
 """Asking a model about images: `VisionLanguageModel.load(checkpoint).generate("What is this?", ["cat.png"])`."""
 
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, reply_ending
 from vlm.data.processor import Processor, SampleInputs
+from vlm.data.records.marks import MarkError, Slot, join_texts, split_at_marks
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
 from vlm.data.sources import parts_for_video
 from vlm.data.vision.images import Medium, media_sizes_from_opened, open_image, open_media
@@ -86,8 +86,8 @@ class VisionLanguageModel:
         """Generate the answer to one prompt, or to several at once.
 
         Args:
-            prompt: the question, or a list of questions. `<image>` marks the place of an image; without a mark,
-                images come first.
+            prompt: the question, or a list of questions. `<image>` marks the place of an image; without a mark, or
+                where the only image's mark stands within a sentence and so is a word, images come first.
             images: the images (paths or Pillow images) of the prompt; for several prompts, a list for each.
             videos: the videos (paths), likewise; `<video>` marks the place of a video.
             max_frames: the largest number of frames read from a video, evenly spread.
@@ -131,9 +131,11 @@ class VisionLanguageModel:
 
     def open_question(
         self, prompt: str, images: Sequence[ImageInput], videos: Sequence[VideoInput] = (),
-        max_frames: int = DatasetConfig.max_frames,
+        max_frames: int = DatasetConfig.max_frames, *, every_mark: bool = False,
     ) -> tuple[Turn, list[Medium]]:  # fmt: skip
         """Return a question as a turn, and its opened images and videos in the order of their places in it.
+
+        `every_mark` is that of `user_turn`.
 
         Raises:
             ValueError: as `generate`.
@@ -141,7 +143,7 @@ class VisionLanguageModel:
         check_videos(videos, max_frames)
         with errors_without_record():
             video_parts = [parts_for_video(Path(path), max_frames, self.processor, str(path)) for path in videos]
-            turn = user_turn(prompt, len(images), video_parts)
+            turn = user_turn(prompt, len(images), video_parts, every_mark=every_mark)
             shown = Turn("user", tuple(chain.from_iterable(video_parts)))
             frames = iter(open_media(Sample("prompt", (shown,))))
         opened_images = iter(load_images(images))
@@ -313,32 +315,40 @@ STAND_IN_IMAGE = ImageRef(Path())
 """Stands for an image that the caller passes beside the prompt."""
 
 
-def user_turn(prompt: str, num_images: int, videos: Sequence[Sequence[ContentPart]] = ()) -> Turn:
+def user_turn(
+    prompt: str, num_images: int, videos: Sequence[Sequence[ContentPart]] = (), *, every_mark: bool = False
+) -> Turn:
     """Return a question as a turn: its images and videos stand at their marks, else before the text.
 
-    `videos` are the content parts of each video.
+    Which `<image>` and `<video>` are marks, and which are words, is as in records, see `records.marks`.
+
+    Args:
+        prompt: the question.
+        num_images: the number of its images.
+        videos: the content parts of each video.
+        every_mark: whether the mark of a single image stands for it within a sentence too, where a program wrote it.
 
     Raises:
         ValueError: the prompt has marks, but not as many as there are images or videos.
     """
-    leading = ""
-    for placeholder, kind, number in ((PLACEHOLDER, "images", num_images), (VIDEO_PLACEHOLDER, "videos", len(videos))):
-        slots = prompt.count(placeholder) if number or placeholder == PLACEHOLDER else 0
-        if slots == 0 and number:
-            leading += placeholder * number
-        elif slots != number:
-            raise ValueError(f"the prompt has {slots} {placeholder}, but {number} {kind} were given")
-    if leading:
-        prompt = f"{leading}\n{prompt}"
+    numbers = {PLACEHOLDER: num_images, VIDEO_PLACEHOLDER: len(videos)}
+    try:
+        (pieces,), leading = split_at_marks([prompt], numbers, lead=True, every_mark=every_mark)
+    except MarkError as error:
+        raise ValueError(
+            f"the prompt has {error.found} {error.mark}, but {error.number} {error.name}s were given"
+        ) from None
+    first = [Slot(kind, kind) for kind in leading for _ in range(numbers[kind])]
+    if first:
+        pieces = [*first, "\n", *pieces]
     remaining_videos = iter(videos)
     content: list[ContentPart] = []
-    marks = f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})" if videos else f"({PLACEHOLDER})"
-    for piece in filter(None, re.split(marks, prompt)):
-        if videos and piece == VIDEO_PLACEHOLDER:
-            content += next(remaining_videos)
+    for piece in pieces:
+        if isinstance(piece, str):
+            content.append(piece)
         else:
-            content.append(STAND_IN_IMAGE if piece == PLACEHOLDER else piece)
-    return Turn("user", tuple(content))
+            content += [STAND_IN_IMAGE] if piece.kind == PLACEHOLDER else next(remaining_videos)
+    return Turn("user", tuple(join_texts(content)))
 
 
 def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Sequence[Any]]:

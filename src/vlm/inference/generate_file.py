@@ -1,7 +1,7 @@
 """A model's answers to a file of records, as a table: each prompt is a record up to its last reply."""
 
-import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import dropwhile
 from pathlib import Path
 
 from vlm.config.schema import InferenceConfig, SourceConfig
@@ -60,7 +60,8 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> R
     """Return a record's row; JSON lines also have its `references`."""
     prompt = prompt_turns(sample) if sample.turns else ()
     question = next((turn for turn in reversed(prompt) if turn.role == "user"), None)
-    reply = _turn_text(sample.turns[-1]) if len(prompt) < len(sample.turns) else None
+    last = sample.turns[-1] if len(prompt) < len(sample.turns) else None
+    reply = None if last is None or not (last.supervised or last.is_blank) else _turn_text(last)
     return {
         "source": sample.id,
         "image_path": format_media_paths(sample, problem),
@@ -74,11 +75,9 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> R
 
 def question_text(turn: Turn) -> str:
     """Return the text of a question without leading media; media within it are `<image>` and `<video>`."""
-    return LEADING_PLACEHOLDERS.sub("", _turn_text(turn)).strip()
+    parts = tuple(dropwhile(lambda part: not isinstance(part, str) or not part.strip(), turn.content))
+    return _turn_text(replace(turn, content=parts)).strip()
 
 
 def _turn_text(turn: Turn) -> str:
     return turn.as_message(PLACEHOLDER, VIDEO_PLACEHOLDER)["content"]
-
-
-LEADING_PLACEHOLDERS = re.compile(rf"^(?:\s|{PLACEHOLDER}|{VIDEO_PLACEHOLDER})+")

@@ -30,9 +30,7 @@ from .pixels import (
     make_views,
     normalise_pixels,
 )
-
-Message = dict[str, Any]
-"""A message of a conversation, or an item of its content list."""
+from .processing_messages import Message, break_spelled, images_in_conversation, join_spelled
 
 IMAGE_MODES = ("square", "pad")
 BLANKS = " ", "▁"
@@ -329,7 +327,7 @@ class VLMProcessor(ProcessorMixin):
             encoded = []
             for rendered, sample in zip(texts, samples, strict=True):
                 sizes = [(image.height, image.width) for image in sample]
-                encoded.append({"input_ids": self.tokenize(rendered, (), sizes)[0]})
+                encoded.append({"input_ids": self.tokenize(*join_spelled(rendered, self.image_token), sizes)[0]})
             data |= self.tokenizer.pad(encoded, padding_side=padding_side, return_tensors=return_tensors)
         return BatchFeature(data)
 
@@ -339,7 +337,8 @@ class VLMProcessor(ProcessorMixin):
         Args:
             conversation: the messages of one conversation, or a list of conversations.
             args: passed on to the tokenizer.
-            kwargs: `tokenize` (default False), `return_dict`, `chat_template`, and the template's own variables.
+            kwargs: `tokenize` (default False), `return_dict`, `chat_template`, and the template's own variables. With
+                `tokenize`, an image token that a text item spells is plain text.
 
         Returns:
             The text, or texts; with `tokenize` the `input_ids`, with `return_dict` too all that `__call__` returns.
@@ -350,7 +349,8 @@ class VLMProcessor(ProcessorMixin):
         kwargs.pop("return_tensors", None)
         if kwargs.pop("tokenize", False):
             images = [image for turns in conversations for image in images_in_conversation(turns)]
-            text = self.apply_chat_template(conversation, *args, **kwargs)
+            broken = [[break_spelled(turn, self.image_token) for turn in turns] for turns in conversations]
+            text = self.apply_chat_template(broken if is_batch else broken[0], *args, **kwargs)
             inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
             return inputs if return_dict else inputs["input_ids"]
         flat = [[{**turn, "content": self._flatten(turn["content"])} for turn in turns] for turns in conversations]
@@ -419,20 +419,3 @@ def read_prepend_scheme(tokenizer: PreTrainedTokenizerBase) -> str:
     settings: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__())
     parts: list[dict[str, str]] = settings.get("pretokenizers", [settings])
     return next((part["prepend_scheme"] for part in parts if part["type"] == "Metaspace"), "never")
-
-
-def images_in_conversation(conversation: Sequence[Message]) -> list[object]:
-    """Return the images (objects, paths, URLs) that a conversation's content lists name, in order.
-
-    Items are `{"type": "image", "image": …}` (or `path`, `url`, `base64`), or OpenAI's `{"type": "image_url",
-    "image_url": {"url": …}}`.
-    """
-    images = []
-    items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
-    for item in items:
-        if item["type"] == "image_url":
-            named = item["image_url"]
-            images.append(named["url"] if isinstance(named, dict) else named)
-        elif item["type"] == "image":
-            images.append(next(item[key] for key in ("image", "path", "url", "base64") if key in item))
-    return images

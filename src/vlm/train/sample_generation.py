@@ -73,6 +73,8 @@ def _answerable_samples(
         prompt = replace(sample, turns=prompt_turns(sample))
         if sample.turns[-1].role != "assistant" or not prompt.turns:
             return False
+        if not (sample.turns[-1].supervised or sample.references):  # no reply to hold an answer against
+            return False
         needs_sizes = processor.needs_image_sizes
         sizes = media_sizes_from_opened(prompt.media, open_media(prompt), processor) if needs_sizes else []
         ids = encode_prompt(processor, prompt.turns, sizes)

@@ -1,6 +1,7 @@
 """Over every template: exactly the replies are supervised, each with the token that ends it."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.tiny_parts import (
     runs,
 )
 from vlm.data.encoding.labels import Encoded, encode, encode_prompt, limit_length, read_template, render, reply_end
-from vlm.data.sample import BadSample, ImageRef, OverLong, Sample, Turn
+from vlm.data.sample import BadSample, ContentPart, ImageRef, OverLong, Sample, Turn
 from vlm.models import VLMProcessor
 
 TEMPLATES = sorted(file.stem for file in Path(vlm.__file__).parent.glob("data/templates/*.jinja"))
@@ -103,6 +104,45 @@ def test_replies_put_together_by_chance_are_supervised_and_nothing_else(processo
         encoded = encode(processor, conversation([*replies, "end"], asked=f"{asked}?"))
         expected = expected_runs(name, [*replies, "end"])
         assert [decoded(processor, run) for run in runs(encoded.labels)] == expected, (replies, asked)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@pytest.mark.parametrize("unlearned", [(0,), (1,), (2,), (0, 2), (0, 1)])
+def test_a_reply_that_is_not_learned_is_read_but_not_supervised(processors, name: str, unlearned: tuple[int, ...]):
+    """Its ids and those around it stay as they are."""
+    processor, replies = processors[name], [" a red circle", "blue \n", "yes"]
+    whole = conversation(replies)
+    turns = list(whole.turns)
+    for number in unlearned:
+        turns[2 * number + 1] = replace(turns[2 * number + 1], supervised=False)
+    encoded = encode(processor, replace(whole, turns=tuple(turns)))
+    assert encoded.input_ids == encode(processor, whole).input_ids
+    kept = [reply for number, reply in enumerate(replies) if number not in unlearned]
+    supervised = "".join(decoded(processor, run) for run in runs(encoded.labels))
+    assert supervised == "".join(expected_runs(name, kept))
+
+
+def test_without_a_reply_to_learn_the_reason_is_said(processors):
+    whole = conversation(["a cat", ""])
+    asked = Sample("x", whole.turns[:1])
+    left_out = replace(whole, turns=tuple(replace(turn, supervised=False) for turn in whole.turns))
+    for sample, said in (
+        (asked, "no reply to learn from$"),
+        (left_out, "those that are not blank have weight 0 or loss false"),
+        (conversation(["", " \n"]).without_blank_replies(), "no reply to learn from: its replies are blank"),
+    ):
+        with pytest.raises(BadSample, match=said):
+            encode(processors["chatml"], sample)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@pytest.mark.parametrize("shown", [(), (PICTURE, "\n")])
+def test_a_mark_that_is_a_word_is_read_as_plain_text(processors, name: str, shown: tuple[ContentPart, ...]):
+    processor, asked = processors[name], "What does the tag <image> do, <image>?"
+    sample = Sample("x", (Turn("user", (*shown, asked)), Turn("assistant", ("It is <image>.",))))
+    ids = encode(processor, sample).input_ids
+    assert ids.count(processor.image_token_id) == 3 * bool(shown)
+    assert decoded(processor, ids).count(asked) == (name != "plain")
 
 
 @pytest.mark.parametrize("name", [name for name, template in CHAT_TEMPLATES.items() if template.system])

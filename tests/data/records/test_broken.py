@@ -51,8 +51,11 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "missing": (talk("none.jpg"), "image file .*none.jpg does not exist"),
     "outside": (talk("../outside.png"), "../outside.png leaves the image folder"),
     "address": (talk("https://example.com/a.jpg"), "addresses are not fetched in training"),
-    "more placeholders": (talk("good.png", "<image><image>", "b"), "more <image> in its text than images"),
-    "fewer placeholders": (talk(["good.png"] * 2), r"1 more image\(s\) than <image> in its text"),
+    "more placeholders": (
+        talk("good.png", "<image><image>", "b"),
+        "its text has 2 <image>, but the record has 1 image",
+    ),
+    "fewer placeholders": (talk(["good.png"] * 2), "its text has 1 <image>, but the record has 2 images"),
     "no turns": (talk("good.png") | {"conversations": []}, "`conversations` must be a list of at least one turn"),
     "no reply": (talk(None, "what?"), "no reply to learn from"),
     "wrong type": (talk(None, "what?", 3), "turn 2: `from` and `value` must be strings"),

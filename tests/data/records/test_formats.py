@@ -143,10 +143,16 @@ BAD = {
         made("<image>", "b", image=["a.png", 3]),
         "`image` must be a path, a list of paths, or hold the bytes of",
     ),
-    "too many images": (made("<image>", "b", image=["a.png", "b.png"]), "1 more image(s) than <image>"),
-    "unused image": (made("a", "<image>", image="a.png"), "1 more image(s) than <image>"),
-    "too few images": (made("<image><image>", "b", image="a.png"), "more <image> in its text than images"),
-    "no image": (made("<image>\nwhat?", "b"), "more <image> in its text than images"),
+    "too many images": (
+        made("<image>", "b", image=["a.png", "b.png"]),
+        "its text has 1 <image>, but the record has 2 images: ",
+    ),
+    "unused image": (made("a", "<image>", image="a.png"), "its text has no <image>, but the record has 1 image: "),
+    "too few images": (
+        made("<image><image>", "b", image="a.png"),
+        "its text has 2 <image>, but the record has 1 image: ",
+    ),
+    "no image": (made("<image>\nwhat?", "b"), "its text has 1 <image>, but the record has no images: name the image"),
 }
 
 
@@ -271,9 +277,13 @@ def test_frames_take_the_place_of_videos(folder: Path):
 
 
 COUNTS = {
-    "too few videos": ("<video><video>", {"video": "v.mp4"}, "more <video> in its text than videos"),
-    "too many videos": ("<video>", {"videos": ["v.mp4", "w.mp4"]}, "1 more image(s) than"),
-    "a video for an image": ("<image>", {"video": "v.mp4"}, "more <image> in its text than images"),
+    "too few videos": ("<video><video>", {"video": "v.mp4"}, "its text has 2 <video>, but the record has 1 video: "),
+    "too many videos": (
+        "<video>",
+        {"videos": ["v.mp4", "w.mp4"]},
+        "its text has 1 <video>, but the record has 2 videos: ",
+    ),
+    "an image for a video": ("<video>", {"image": "a.png"}, "its text has no <image>, but the record has 1 image: "),
     "no path": ("<video>", {"video": 3}, "`video` must be a path or a list of paths, got 3"),
     "leaves": ("<video>", {"video": "../outside.png"}, "leaves the image folder"),
 }
@@ -384,10 +394,11 @@ BAD_MESSAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
         [message("user", "a"), message("assistant", [{"type": "image", "image": "a.png"}])], {},
         "message 2: only the user shows images, here it is the assistant",
     ),
-    "none left": ([message("user", [{"type": "image"}])], {}, "more <image> in its text than images"),
-    "no video left": ([message("user", [{"type": "video"}])], {}, "more <video> in its text than videos"),
+    "none left": ([message("user", [{"type": "image"}])], {}, "it shows more images than the 0 that it lists"),
+    "no video left": ([message("user", [{"type": "video"}])], {}, "it shows more videos than the 0 that it lists"),
     "one too many": (
-        [message("user", "a"), message("assistant", "b <image>")], {"images": ["a.png"]}, "1 more image(s) than <image>"
+        [message("user", "a"), message("assistant", "b <image>")], {"images": ["a.png"]},
+        "its text has no <image>, but the record has 1 image: ",
     ),
 }  # fmt: skip
 
@@ -516,7 +527,7 @@ def test_images_stand_before_a_question_or_within_it(folder: Path):
     both = {"images": ["a.png", "b.png"], "answer": "x"}
     assert asked(folder, **both, video="v.mp4")[0] == (v, a, b, "\nwhich?")
     assert asked(folder, **both, question="is <image> or <image>?")[0] == ("is ", a, " or ", b, "?")
-    assert asked(folder, image="a.png", answer="x", question="is it <image>?")[0] == (a, "\nis it ?")
+    assert asked(folder, image="a.png", answer="x", question="is it this?\n<image>")[0] == (a, "\nis it this?")
 
 
 BAD_QUESTIONS = {
@@ -534,8 +545,11 @@ BAD_QUESTIONS = {
     "another letter": ({"choices": ["cat", "dog"], "answer": "C"}, "answer='C'; it must be one of the choices"),
     "two letters": ({"choices": ["cat", "dog"], "answer": "AB"}, "answer='AB'; it must be one of the choices"),
     "nothing": ({"choices": ["cat", "dog"], "answer": ""}, "answer=''; it must be one of the choices"),
-    "too many images": ({"question": "<image>?", "answer": "a", "images": ["a.png", "b.png"]}, "1 more image(s)"),
-    "too few images": ({"question": "<image><image>?", "answer": "a", "image": "a.png"}, "more <image> in its text"),
+    "too many images": (
+        {"question": "<image>?", "answer": "a", "images": ["a.png", "b.png"]},
+        "but the record has 2 images",
+    ),
+    "too few images": ({"question": "<image><image>?", "answer": "a", "image": "a.png"}, "its text has 2 <image>"),
 }
 
 
@@ -676,8 +690,8 @@ BAD_LABELLED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a prompt of another kind": ({"prompt": 3}, {"prompt": "x"}, "`prompt` must be a string, got 3"),
     "nothing": ({"prompt": ""}, {}, "it has neither an image nor a prompt"),
     "no column": ({"image": "a.png", "prompt": "x"}, {"image_key": "photo"}, "`photo` is not there; it has id, image,"),
-    "too many images": ({"image": ["a.png", "b.png"], "prompt": "<image>?"}, {}, "1 more image(s) than <image>"),
-    "too few images": ({"image": "a.png", "prompt": "<image><image>"}, {}, "more <image> in its text than images"),
+    "too many images": ({"image": ["a.png", "b.png"], "prompt": "<image>?"}, {}, "but the record has 2 images"),
+    "too few images": ({"image": "a.png", "prompt": "<image><image>"}, {}, "its text has 2 <image>"),
 }
 
 

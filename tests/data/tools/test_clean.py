@@ -144,6 +144,18 @@ def test_one_reply_that_says_something_is_enough(folder: Path):
     assert cleaned(folder, [record], format="llava").kept == 1
 
 
+def test_what_is_not_learned_is_left_out_as_in_training(folder: Path):
+    def record(*turns: tuple[str, str, dict[str, Any]], **keys: Any) -> dict[str, Any]:
+        return {"id": "1", "conversations": [{"from": who, "value": text, **more} for who, text, more in turns], **keys}
+
+    asked, bad, good = ("human", "a?", {}), ("gpt", "no", {"weight": 0}), ("gpt", "yes", {})
+    rows = [record(asked, bad), record(good, asked, good), record(asked), record(asked, good, tools=[{"name": "f"}])]
+    assert cleaned(folder, rows, format="llava").dropped == {"refused": 2, "silent": 2}
+    kept = [record(asked, bad, asked, good), record(asked, ("gpt", "no", {}), asked, good), record(asked, label=1)]
+    write(folder, kept)
+    assert clean(task(folder, format="llava"), folder / "kept.jsonl", workers=1).kept == 3
+
+
 REFUSED = {
     "no caption": ({"id": "7", "image": "0.png"}, "`caption` must be a string", None),
     "no such file": (caption(7, "z.png"), "z.png does not exist", "z.png"),

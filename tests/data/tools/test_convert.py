@@ -575,7 +575,10 @@ def test_nothing_but_bad_records(folder: Path, capsys: pytest.CaptureFixture[str
         (("in.jsonl", "there.json"), "there.json exists; name another output, or give --force to replace it"),
         (("in.jsonl", "out.txt"), "out.txt: its name must say what to write"),
         (("no.jsonl", "out.jsonl"), "no.jsonl"),
-        (("in.jsonl", "out.jsonl", "--prompt", "x"), "--from llava has no option prompt; it has split, subset"),
+        (
+            ("in.jsonl", "out.jsonl", "--prompt", "x"),
+            "--from llava has no option prompt; it has ignore_keys, split, subset",
+        ),
         (("in.jsonl", "out.jsonl", "--from", "vqa"), "--from vqa needs --annotations, --image-pattern"),
         (("in.jsonl", "out.jsonl", "--option", "kye=chat"), "has no option kye"),
         (("in.jsonl", "out.jsonl", "--embed-images"), "--embed-images: only .parquet"),

@@ -102,10 +102,30 @@ def test_an_image_after_text_is_one_that_llava_moves(folder: Path):
     assert not any(is_image_moved_by_llava(turn) for sample in samples(folder) for turn in sample.turns)
 
 
-def test_text_that_llava_would_take_for_an_image_is_refused(folder: Path):
-    sample = Sample("9", (Turn("user", ("what does <image> mean?",)), Turn("assistant", ("a picture",))))
+@pytest.mark.parametrize("asked", ["what does <image> mean?", "<image> or <video>?"])
+def test_a_word_that_is_no_mark_is_written_and_read_back(asked: str, folder: Path):
+    shown = (ImageRef(folder / "a.png"), f"\n{asked}")
+    for content in ((asked,), shown):
+        sample = Sample("9", (Turn("user", content), Turn("assistant", ("an image",))))
+        assert read_llava(to_llava(sample, folder), folder) == sample
+        assert read_messages(to_messages(sample, folder), folder) == sample
+
+
+@pytest.mark.parametrize("lead", [(), (ImageRef(Path("a.png")), ImageRef(Path("a.png")), "\nsee ")])
+def test_text_that_llava_would_take_for_an_image_is_refused(lead: tuple[str | ImageRef, ...], folder: Path):
+    media = tuple(part if isinstance(part, str) else ImageRef(folder / "a.png") for part in lead)
+    text = "what?\n<image>" if not lead else "\nwhat does\n<image>\nmean?"
+    sample = Sample("9", (Turn("user", (*media, text)), Turn("assistant", ("an image",))))
     with pytest.raises(BadSample, match="'9': its text holds <image>"):
         to_llava(sample, folder)
+    assert read_messages(to_messages(sample, folder), folder).turns[0].content[-1].endswith(text)
+
+
+def test_a_reply_that_is_not_learned_is_written_and_read_back(folder: Path):
+    turns = (Turn("user", ("a",)), Turn("assistant", ("b",), supervised=False), Turn("user", ("c",)))
+    sample = Sample("9", (*turns, Turn("assistant", ("d",))))
+    assert to_llava(sample, folder)["conversations"][1] == {"from": "gpt", "value": "b", "weight": 0}
+    assert read_llava(to_llava(sample, folder), folder) == sample
     assert read_messages(to_messages(sample, folder), folder) == sample
 
 

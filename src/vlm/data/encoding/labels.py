@@ -39,7 +39,7 @@ class Rendered:
     Attributes:
         text: the conversation as the template writes it.
         spoken: the spans of the texts of all turns, in order.
-        replies: the spans of the assistant's texts, in order.
+        replies: the spans of the assistant's texts that are learned, in order.
     """
 
     text: str
@@ -77,6 +77,7 @@ def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *,
         BadSample: the template refuses the turns, or drops a reply.
     """
     texts = [(turn.role, part) for turn in turns for part in turn.content if isinstance(part, str)]
+    learned = [turn.supervised for turn in turns for part in turn.content if isinstance(part, str)]
     if any(marker in part for _, part in texts for marker in MARKERS):
         raise BadSample(sample_id, "contains one of the Unicode noncharacters U+FDD0 to U+FDD2")
     text, spans = _render_with_markers(processor, turns, sample_id, prompt)
@@ -89,8 +90,10 @@ def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *,
         if role == "assistant":
             if number not in spans:
                 raise BadSample(sample_id, f"its template drops the reply {part[:60]!r}")
-            before, after = whitespace.get(number, (0, 0))
-            replies.append((spans[number][0] - before, spans[number][1] + after))
+            own = len(part) - len(part.lstrip()), len(part) - len(part.rstrip())  # not that of the reply beside it
+            before, after = map(min, own, whitespace.get(number, (0, 0)))
+            if learned[number]:
+                replies.append((spans[number][0] - before, spans[number][1] + after))
     return Rendered(text, sorted(spans.values()), replies)
 
 
@@ -233,13 +236,15 @@ def encode(
 ) -> Encoded:
     """Return the ids of a whole conversation, and its labels, which `label` makes.
 
+    A reply that is not `supervised` has no labels.
+
     Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
 
     Raises:
         BadSample: there is no reply, the template refuses the turns or drops one, or nothing would be supervised.
     """
-    if not any(turn.role == "assistant" for turn in sample.turns):
-        raise BadSample(sample.id, "no reply to learn from")
+    if problem := sample.reply_problem:
+        raise BadSample(sample.id, problem)
     rendered = render(processor, sample.turns, sample.id)
     ids, spans = tokenize(processor, rendered, sample, sizes)
     labels = label(processor, rendered, ids, spans)

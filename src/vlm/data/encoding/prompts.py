@@ -51,7 +51,8 @@ class PromptEncoder(SampleEncoder):
         prompt = encode_prompt(self.processor, turns, sizes, sample.id)
         if not prompt:
             raise BadSample(sample.id, "its template leaves nothing of its prompt")
-        if not self.answers or sample.turns[-1].role != "assistant":
+        last = sample.turns[-1]
+        if not self.answers or last.role != "assistant" or not last.supervised:
             return Encoded([*prompt, *self.suffix], [IGNORE_INDEX] * (len(prompt) + len(self.suffix)))
         whole = encode(self.processor, sample, sizes)
         length = len(prompt)

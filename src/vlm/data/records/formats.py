@@ -1,30 +1,34 @@
 """Readers: functions that turn one record into a `Sample`, whatever kind of file it came from.
 
 Imports siblings that need the standard library only, since configurations are checked with it. To add a format, write a
-function `(record, image_folder, **options) -> Sample` that raises `BadSample`, and add it to `FORMATS`; a user's own
-function needs no line there (`dataset.format=package.module:function`). `dataset.options` may set its keyword
-parameters.
+function `(record, image_folder, **options) -> Sample` that raises `BadSample`, declare the keys that it reads with
+`keys.reads`, and add it to `FORMATS`; a user's own function needs neither (`dataset.format=package.module:function`).
+`dataset.options` may set its keyword parameters.
 """
 
 import string
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vlm.config.named import import_named
-from vlm.data.records.media import MediaPlacer, first_present, image_refs_from_value, move_image_first
+from vlm.data.records.keys import Reader, add_system_turn, first_present, is_empty, read_id, read_supervision, reads
+from vlm.data.records.marks import join_texts, move_image_first
+from vlm.data.records.media import FILE_KEYS, ITEM_KINDS, MediaPlacer
 from vlm.data.sample import ROLES, BadSample, ContentPart, Record, Sample, Turn
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
+@reads(turns="conversations", turn=("from", "value"))
 def read_llava(record: Record, image_folder: Path) -> Sample:
     """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
-    `<image>` in the human's texts stands for the images in order. The only one of a turn is moved to its start.
+    `<image>` in the human's texts stands for the images in order (see `marks`). The only one of a turn is moved to its
+    start. A turn with `weight` 0 or `loss` false is not learned.
 
     Raises:
         BadSample: the record has another form, or an image cannot be used.
@@ -34,24 +38,34 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
     if not isinstance(conversation, list) or not conversation:
         raise BadSample(sample_id, "`conversations` must be a list of at least one turn")
     media = MediaPlacer(record, image_folder, sample_id)
-    turns = []
+    roles, supervised = [], []
     for number, turn in enumerate(conversation, start=1):
         if not (isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
             raise BadSample(sample_id, f"turn {number}: `from` and `value` must be strings")
         if turn["from"] not in LLAVA_ROLES:
             raise BadSample(sample_id, f"turn {number}: from={turn['from']!r}; allowed are {', '.join(LLAVA_ROLES)}")
-        role = LLAVA_ROLES[turn["from"]]
-        content = media.within(move_image_first(turn["value"])) if role == "user" else (turn["value"],)
-        turns.append(Turn(role, content))
+        roles.append(LLAVA_ROLES[turn["from"]])
+        supervised.append(read_supervision(turn, roles[-1], f"turn {number}", sample_id))
+    questions = media.split([turn["value"] for turn, role in zip(conversation, roles, strict=True) if role == "user"])
+    pieces = map(move_image_first, questions)
+    contents = [
+        media.fill(next(pieces)) if role == "user" else (turn["value"],)
+        for turn, role in zip(conversation, roles, strict=True)
+    ]
+    turns = list(map(Turn, roles, contents, supervised))
+    check_question_first(turns, sample_id)
     return make_sample(record, turns, media)
 
 
+@reads(turns="messages", turn=("role", "content"), item=("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS))
 def read_messages(record: Record, image_folder: Path, *, key: str = "messages") -> Sample:
     """Read chat messages: `{"messages": [{"role", "content"}, …], "images": […]}`, in their order.
 
-    `content` is a string, in which `<image>` stands for the images of `images` in order, or a list of
-    `{"type": "text", "text"}`, `{"type": "image"}` (naming its image as `image`, `path` or `url`, else the next of
-    `images`), `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`.
+    `content` is a string, in which `<image>` stands for the images of `images` in order (see `marks`), or a list of
+    `{"type": "text", "text"}`, whose text has no marks, `{"type": "image"}` (naming its image as `image`, `path`, `url`
+    or Anthropic's `source`, or with the `index` of one of `images`, else the next of these),
+    `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`. A message with `weight` 0 or `loss` false is
+    not learned.
 
     Args:
         record: the record.
@@ -66,16 +80,27 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
     if not isinstance(messages, list) or not messages:
         raise BadSample(sample_id, f"`{key}` must be a list of at least one message")
     media = MediaPlacer(record, image_folder, sample_id)
-    turns = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
             raise BadSample(sample_id, f"message {number}: role={role!r:.40}; allowed are {', '.join(ROLES)}")
-        content = _parse_message_content(message.get("content"), message["role"], media, f"message {number}")
-        turns.append(Turn(message["role"], content))
+    asked = [message["content"] for message in messages if _is_text_of_user(message)]
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    items = [item for content in contents for item in content if isinstance(item, dict)]
+    pieces = iter(media.split(asked, items))
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        role, where = message["role"], f"message {number}"
+        if _is_text_of_user(message):
+            content = media.fill(next(pieces))
+        else:
+            content = _parse_message_content(message.get("content"), role, media, where)
+        turns.append(Turn(role, content, read_supervision(message, role, where, sample_id)))
+    check_question_first(turns, sample_id)
     return make_sample(record, turns, media)
 
 
+@reads(key_options=("image_key", "caption_key"))
 def read_caption(
     record: Record, image_folder: Path, *, image_key: str = "image", caption_key: str = "caption",
     prompt: str | list[str] | None = None,
@@ -94,18 +119,17 @@ def read_caption(
         BadSample: the record has another form, or its image cannot be used.
     """
     sample_id = read_id(record)
-    images = image_refs_from_value(record.get(image_key), image_folder, sample_id, image_key)
-    if not images:
+    media = MediaPlacer(_rename_image(record, image_key), image_folder, sample_id)
+    if not media.has_media:
         raise BadSample(sample_id, f"`{image_key}` must name an image")
     caption = _require_string(record, caption_key, sample_id)
     if isinstance(prompt, list):
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
-    asked: tuple[ContentPart, ...] = (*images, f"\n{prompt}") if prompt else tuple(images)
-    turns = Turn("user", asked), Turn("assistant", (caption,))
-    references = read_references(record, sample_id)
-    return Sample(sample_id, turns, record.get("label"), read_group(record), references)
+    asked = (*media.rest(), f"\n{prompt}") if prompt else media.rest()
+    return make_sample(record, [Turn("user", asked), Turn("assistant", (caption,))], media)
 
 
+@reads("question", "choices")
 def read_question(
     record: Record, image_folder: Path, *, instruction: str | None = None, choice_instruction: str = CHOICE_INSTRUCTION
 ) -> Sample:
@@ -148,6 +172,7 @@ def read_question(
     return replace(sample, references=()) if choices else sample  # an answer is compared with the letter only
 
 
+@reads("source", "conversations")
 def read_head(record: Record, image_folder: Path) -> Sample:
     """Read a prompt and answer: `{"source", "images", "videos", "system_prompt", "conversations": [prompt, answer]}`.
 
@@ -164,14 +189,13 @@ def read_head(record: Record, image_folder: Path) -> Sample:
         raise BadSample(sample_id, "`conversations` must be a prompt and an answer, both strings")
     media = MediaPlacer(record, image_folder, sample_id)
     prompt, answer = texts
-    system = record.get("system_prompt")
-    turns = [Turn("system", (system,))] if isinstance(system, str) and system else []
-    turns += [Turn("user", media.place_or_prepend(prompt)), Turn("assistant", (answer,))]
+    turns = [Turn("user", media.place_or_prepend(prompt)), Turn("assistant", (answer,))]
     sample = make_sample(record, turns, media)
     text = answer.strip().lower()
     return sample if sample.label is not None else replace(sample, label=int(text.startswith("yes") or text == "1"))
 
 
+@reads(key_options=("image_key", "prompt_key", "label_key", "group_key"))
 def read_labelled(
     record: Record, image_folder: Path, *, image_key: str = "image", prompt_key: str = "prompt",
     label_key: str | list[str] = "label", group_key: str = "group", prompt: str | None = None,
@@ -196,29 +220,35 @@ def read_labelled(
         BadSample: the record has another form, or an image cannot be used.
     """
     sample_id = read_id(record)
-    listing = record
-    if image_key != "image":
-        if image_key not in record:
-            raise BadSample(sample_id, f"`{image_key}` is not there; it has {', '.join(record)}")
-        listing = {**record, "image": record[image_key], "images": None}
-    media = MediaPlacer(listing, image_folder, sample_id)
+    if image_key != "image" and image_key not in record:
+        raise BadSample(sample_id, f"`{image_key}` is not there; it has {', '.join(record)}")
+    media = MediaPlacer(_rename_image(record, image_key), image_folder, sample_id)
     uses_default = prompt is not None and record.get(prompt_key) is None
     question = prompt if uses_default else _require_string(record, prompt_key, sample_id)
     content = media.place_or_prepend(question) if question else media.rest()
     if not content:
         raise BadSample(sample_id, "it has neither an image nor a prompt")
-    media.check_all_placed()
+    turns = add_system_turn(record, [Turn("user", content)], sample_id)
+    media.check_all_placed(turns)
     keys = [label_key] if isinstance(label_key, str) else label_key
     labels = {key: _split_label(record[key], label_separator) for key in keys if record.get(key) is not None}
     label = labels.get(label_key) if isinstance(label_key, str) else labels or None
-    return Sample(sample_id, (Turn("user", content),), label, read_group(record, group_key))
+    return Sample(sample_id, tuple(turns), label, read_group(record, group_key))
 
 
 def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample:
-    """Make a sample with the record's label, group and references; all of its images must be placed."""
-    media.check_all_placed()
+    """Make a sample with the record's system turn, label, group and references; all of its images must be placed."""
+    media.check_all_placed(turns)
+    turns = add_system_turn(record, turns, media.sample_id)
     references = read_references(record, media.sample_id)
     return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references)
+
+
+def check_question_first(turns: Sequence[Turn], sample_id: str) -> None:
+    """Raise BadSample where a conversation begins with the assistant."""
+    first = next((turn for turn in turns if turn.role != "system"), None)
+    if first is not None and first.role == "assistant":
+        raise BadSample(sample_id, "it begins with the assistant; a question must come before the first reply")
 
 
 def read_group(record: Record, key: str = "group") -> str | None:
@@ -234,18 +264,19 @@ def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
     return () if answers is None else tuple(_read_answers(answers, sample_id))
 
 
-def read_id(record: object, *names: str) -> str:
-    """Read the name of a record, which must be a mapping: its `id`, or the value of another key; else `?`."""
-    if not isinstance(record, dict):
-        raise BadSample("?", f"a mapping is needed, got {type(record).__name__}")
-    name = first_present(record, "id", "question_id", "image_id", *names)
-    return "?" if name is None else str(name)
+def _rename_image(record: Record, image_key: str) -> Record:
+    """Return a record with the images of another key as `image`."""
+    return record if image_key == "image" else {**record, "image": record.get(image_key), "images": None}
+
+
+def _is_text_of_user(message: Record) -> bool:
+    return message["role"] == "user" and isinstance(message.get("content"), str)
 
 
 def _parse_message_content(content: object, role: str, media: MediaPlacer, where: str) -> tuple[ContentPart, ...]:
     """Parse the content of a message, whose adjoining texts are joined."""
     if isinstance(content, str):
-        return media.within(content) if role == "user" else (content,)
+        return (content,)
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise BadSample(media.sample_id, f"{where}: `content` must be a string or a list of items")
     parts: list[ContentPart] = []
@@ -253,15 +284,17 @@ def _parse_message_content(content: object, role: str, media: MediaPlacer, where
         is_text = item.get("type") == "text" and isinstance(item.get("text"), str)
         part = item["text"] if is_text else media.read_item(item)
         if part is None:
-            allowed = "text (with a string), image, image_url and video"
+            allowed = "text (with a string), image, image_url, video and video_url"
             raise BadSample(media.sample_id, f"{where}: type={item.get('type')!r}; allowed are {allowed}")
+        others = (*FILE_KEYS, "source", *ITEM_KINDS) if is_text else ("text",)
+        if unread := [key for key in others if not is_empty(item.get(key))]:
+            problem = f"an item of type {item['type']} has `{unread[0]}` too; make it an item of its own"
+            raise BadSample(media.sample_id, f"{where}: {problem}")
         if not isinstance(part, str) and role != "user":
             raise BadSample(media.sample_id, f"{where}: only the user shows images, here it is the {role}")
-        if isinstance(part, str) and parts and isinstance(parts[-1], str):
-            parts[-1] += part
-        else:
-            parts.append(part)
-    return tuple(parts) if role == "user" else tuple(parts) or ("",)
+        parts.append(part)
+    joined = tuple(join_texts(parts))
+    return joined if role == "user" else joined or ("",)
 
 
 def _require_string(record: Record, key: str, sample_id: str) -> str:
@@ -299,7 +332,6 @@ def _read_answers(value: object, sample_id: str) -> list[str]:
     return texts
 
 
-Reader = Callable[..., Sample]
 FORMATS: dict[str, Reader] = {
     "llava": read_llava,
     "messages": read_messages,

@@ -6,13 +6,23 @@ Imports the in-memory form and the standard library only, since configurations a
 import base64
 import binascii
 import os
-import re
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Record, VideoRef
+from vlm.data.records.keys import first_present, is_empty
+from vlm.data.records.marks import (
+    BOX_MARKS,
+    MEDIA_NAMES,
+    MarkError,
+    Slot,
+    find_other_mark,
+    join_texts,
+    move_image_first,
+    split_at_marks,
+)
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Record, Turn, VideoRef
 
-PLACEHOLDER_PATTERN = re.compile(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
 FILE_KEYS = ("path", "url", "image", "video", "file")
 """Keys under which an item of a message names its file, besides its own type."""
 
@@ -92,78 +102,177 @@ def _decode_data_url(address: str, sample_id: str) -> bytes:
 
 
 class MediaPlacer:
-    """Puts a record's images and videos in the places of the placeholders in its text, in order.
+    """Puts a record's images and videos in the places of the marks in its texts, in order.
 
     They are listed as `image` or `images`, `video` or `videos`.
     """
 
     def __init__(self, record: Record, folder: Path, sample_id: str):
         self.folder, self.sample_id = folder, sample_id
-        images = image_refs_from_value(first_present(record, "image", "images"), folder, sample_id)
-        listed = _as_list(first_present(record, "video", "videos"), sample_id, "video")
+        images = image_refs_from_value(_listed(record, "image", sample_id), folder, sample_id)
+        listed = _as_list(_listed(record, "video", sample_id), sample_id, "video")
         videos = [video_ref_from_value(item, folder, sample_id) for item in listed]
+        self.media: dict[str, list[ImageRef] | list[VideoRef]] = {PLACEHOLDER: images, VIDEO_PLACEHOLDER: videos}
         self.has_media = bool(images or videos)
-        self.unplaced = {PLACEHOLDER: iter(images), VIDEO_PLACEHOLDER: iter(videos)}
+        self._placed = {PLACEHOLDER: 0, VIDEO_PLACEHOLDER: 0}
+        self._indexed: dict[str, set[int]] = {PLACEHOLDER: set(), VIDEO_PLACEHOLDER: set()}
 
-    def next(self, placeholder: str) -> ImageRef | VideoRef:
-        """Return the next image or video.
+    def next(self, kind: str) -> ImageRef | VideoRef:
+        """Return the next image (`<image>`) or video.
 
         Raises:
-            BadSample: none is left.
+            BadSample: none is left, or others are named by their index.
         """
-        ref = next(self.unplaced[placeholder], None)
-        if ref is None:
-            kind = "images" if placeholder == PLACEHOLDER else "videos"
-            raise BadSample(self.sample_id, f"more {placeholder} in its text than {kind}")
-        return ref
+        media, number, name = self.media[kind], self._placed[kind], MEDIA_NAMES[kind]
+        if self._indexed[kind]:
+            raise BadSample(self.sample_id, f"some of its {name}s have an `index` and some have none; give each one")
+        if number == len(media):
+            raise BadSample(self.sample_id, f"it shows more {name}s than the {number} that it lists; list each of them")
+        self._placed[kind] += 1
+        return media[number]
+
+    def at(self, index: object, kind: str) -> ImageRef | VideoRef:
+        """Return the image or video of an index, from 0, as often as it is asked for.
+
+        Raises:
+            BadSample: there is none of this index, or some were taken without an index.
+        """
+        media, name = self.media[kind], MEDIA_NAMES[kind]
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(media):
+            allowed = f"the record lists {len(media)}, counted from 0"
+            raise BadSample(self.sample_id, f"index={index!r:.20} of an {name} item: {allowed}")
+        if self._placed[kind]:
+            raise BadSample(self.sample_id, f"some of its {name}s have an `index` and some have none; give each one")
+        self._indexed[kind].add(index)
+        return media[index]
 
     def read_item(self, item: Record) -> ImageRef | VideoRef | None:
-        """Return the image or video that an item of a message names, else the next one; None for items of other types.
+        """Return the image or video of a message's item; None for items of other types.
 
-        A value of None means absent, since rows of a table hold None for missing keys.
+        The item names its file, or has the `index` of one that the record lists, or takes the next of these. A value
+        of None means absent, since rows of a table hold None for missing keys.
         """
-        kind = item.get("type")
-        if kind == "image_url":
-            file = item.get(kind)
+        item_type = item.get("type")
+        if not isinstance(item_type, str) or item_type not in ITEM_KINDS:
+            return None
+        kind = ITEM_KINDS[item_type]
+        if item_type in ("image_url", "video_url"):
+            file = item.get(item_type)
             file = file.get("url") if isinstance(file, dict) else file
-        elif kind in ("image", "video"):
+        elif item.get("source") is not None:
+            file = _read_source(item["source"], self.sample_id)
+        else:
             file = first_present(item, *FILE_KEYS)
             if file is None:
-                return self.next(PLACEHOLDER if kind == "image" else VIDEO_PLACEHOLDER)
-        else:
-            return None
-        read = video_ref_from_value if kind == "video" else image_ref_from_value
-        return read(file, self.folder, self.sample_id, kind)
+                index = item.get("index")
+                return self.next(kind) if index is None else self.at(index, kind)
+        if item.get("index") is not None and self.media[kind]:
+            raise BadSample(self.sample_id, "an item has both an `index` and a file; leave one of them out")
+        read = video_ref_from_value if kind == VIDEO_PLACEHOLDER else image_ref_from_value
+        return read(file, self.folder, self.sample_id, item_type)
 
     def rest(self) -> tuple[ImageRef | VideoRef, ...]:
-        """Return all that are not placed yet: videos first, as they are longer."""
-        return (*self.unplaced[VIDEO_PLACEHOLDER], *self.unplaced[PLACEHOLDER])
+        """Return all that are not placed yet, and place them: videos first, as they are longer."""
+        return (*self._take_all(VIDEO_PLACEHOLDER), *self._take_all(PLACEHOLDER))
 
-    def within(self, text: str) -> tuple[ContentPart, ...]:
-        """Return a text with its placeholders replaced by images and videos."""
-        pieces = filter(None, PLACEHOLDER_PATTERN.split(text))
-        return tuple(self.next(piece) if piece in self.unplaced else piece for piece in pieces)
+    def _take_all(self, kind: str) -> list[ImageRef | VideoRef]:
+        return [self.next(kind) for _ in range(len(self.media[kind]) - self._placed[kind])]
+
+    def split(self, texts: Sequence[str], items: Sequence[Record] = ()) -> list[list[str | Slot]]:
+        """Split the texts that users wrote at the marks that stand for media.
+
+        Args:
+            texts: all such texts of the record, in order.
+            items: the items of its messages, some of which take media too.
+
+        Raises:
+            BadSample: marks and media do not fit.
+        """
+        numbers = {}
+        for kind, media in self.media.items():
+            own = [item for item in items if ITEM_KINDS.get(str(item.get("type"))) == kind and not _names_file(item)]
+            indexed = any(item.get("index") is not None for item in own)
+            numbers[kind] = 0 if indexed else max(0, len(media) - len(own))
+        return self._split(texts, numbers)[0] if texts else []
 
     def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
-        """Return a question with its placeholders replaced; without any, all images and videos come first."""
-        if PLACEHOLDER_PATTERN.search(text):
-            return self.within(move_image_first(text))
-        return (*self.rest(), f"\n{text}" if self.has_media else text)
+        """Return a question with its media in place of their marks; without marks, they come first."""
+        numbers = {kind: len(media) for kind, media in self.media.items()}
+        (pieces,), leading = self._split([text], numbers, lead=True)
+        first = [
+            medium for kind in (VIDEO_PLACEHOLDER, PLACEHOLDER) if kind in leading for medium in self._take_all(kind)
+        ]
+        if not first:
+            return self.fill(move_image_first(pieces))
+        return (*first, *join_texts(["\n", *self.fill(pieces)]))
 
-    def check_all_placed(self) -> None:
-        """Raise BadSample where an image or video has no place in the text."""
-        if number := len(self.rest()):
-            raise BadSample(self.sample_id, f"{number} more image(s) than {PLACEHOLDER} in its text")
+    def _split(
+        self, texts: Sequence[str], numbers: dict[str, int], *, lead: bool = False
+    ) -> tuple[list[list[str | Slot]], list[str]]:
+        try:
+            pieces, leading = split_at_marks(texts, numbers, lead=lead)
+        except MarkError as error:
+            other = next(filter(None, (find_other_mark(text, has_media=self.has_media) for text in texts)), None)
+            hint = f" ({other} is a mark of another tool)" if other and not error.found else ""
+            raise BadSample(self.sample_id, f"{error}{hint}") from None
+        if not any(isinstance(piece, Slot) for piece in chain(*pieces)):
+            for text in texts:
+                if mark := find_other_mark(text, has_media=self.has_media):
+                    advice = f"name the file in the record, and write {PLACEHOLDER} or {VIDEO_PLACEHOLDER} in its place"
+                    raise BadSample(self.sample_id, f"its text has {mark}, a mark of another tool; {advice}")
+        return pieces, leading
+
+    def fill(self, pieces: Sequence[str | Slot]) -> tuple[ContentPart, ...]:
+        """Return the pieces of a text with the next images and videos in their slots."""
+        return tuple(join_texts([self.next(piece.kind) if isinstance(piece, Slot) else piece for piece in pieces]))
+
+    def check_all_placed(self, turns: Sequence[Turn]) -> None:
+        """Check that every image and video is placed, and that no text has marks of boxes beside them.
+
+        Raises:
+            BadSample: it is not so.
+        """
+        for kind, name in MEDIA_NAMES.items():
+            number, indexed = len(self.media[kind]), self._indexed[kind]
+            if unused := number - len(indexed) if indexed else number - self._placed[kind]:
+                raise BadSample(self.sample_id, f"{unused} of the {number} {name}s that it lists stand nowhere in it")
+        parts = [part for turn in turns for part in turn.content]
+        if any(not isinstance(part, str) for part in parts):
+            for text in parts:
+                if isinstance(text, str) and (match := BOX_MARKS.search(text)):
+                    raise BadSample(
+                        self.sample_id, f"its text has {match[0]}, for which no box is read; write boxes as text"
+                    )
 
 
-def move_image_first(text: str) -> str:
-    """Move the only image placeholder of a turn to its start, as LLaVA does."""
-    if text.count(PLACEHOLDER) != 1:
-        return text
-    question = text.replace(PLACEHOLDER, "").strip()
-    return f"{PLACEHOLDER}\n{question}" if question else PLACEHOLDER
+ITEM_KINDS = {
+    "image": PLACEHOLDER,
+    "image_url": PLACEHOLDER,
+    "video": VIDEO_PLACEHOLDER,
+    "video_url": VIDEO_PLACEHOLDER,
+}
+"""Types of items that show an image or a video."""
 
 
-def first_present(record: Record, *keys: str) -> Any:
-    """Return the first value of a record's keys that is not None; None where there is none."""
-    return next((record[key] for key in keys if record.get(key) is not None), None)
+def _names_file(item: Record) -> bool:
+    """Return whether an item of a message names its image or video by itself."""
+    return first_present(item, "source", *FILE_KEYS, *ITEM_KINDS) is not None
+
+
+def _listed(record: Record, key: str, sample_id: str) -> object:
+    """Return what a record lists as `key` or its plural; raise BadSample where both are there and differ."""
+    value, values = record.get(key), record.get(f"{key}s")
+    if is_empty(values) or values in (value, [value]):
+        return values if value is None else value
+    if is_empty(value):
+        return values
+    raise BadSample(sample_id, f"it has both `{key}` and `{key}s`, which differ; leave one of them out")
+
+
+def _read_source(source: object, sample_id: str) -> object:
+    """Return the image of an Anthropic item's `source` as a `data:` address."""
+    if isinstance(source, dict) and source.get("type") == "base64":
+        return f"data:{source.get('media_type')};base64,{source.get('data')}"
+    if isinstance(source, dict) and source.get("type") == "url":
+        return source.get("url")
+    raise BadSample(sample_id, f"`source` of an item must have type base64 and data, got {source!r:.60}")

@@ -30,7 +30,7 @@ from vlm.data.tools.forms import FORMS, is_image_moved_by_llava
 from vlm.data.tools.verdicts import parse_option
 from vlm.data.tools.write import OUTPUT_NAMES, SHARD_SIZE, RecordWriter, make_writer
 
-STRUCTURE_KEYS = ("id", "image", "images", "video", "videos", "conversations", "messages")
+STRUCTURE_KEYS = ("id", "image", "images", "video", "videos", "conversations", "messages", "system", "system_prompt")
 """Keys that a form defines; other keys of records in LLaVA's form or of chat messages are kept unchanged."""
 URL_COLUMN = "a table's header that is a URL"
 STRING_CONVERSATIONS = "conversations of strings"

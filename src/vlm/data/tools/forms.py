@@ -3,14 +3,14 @@
 To add a form, write a function `(sample, image_folder) -> dict` that raises `BadSample`, and add it to `FORMS` under
 the name that its reader has in `formats.FORMATS`.
 
-Imports `sample` and the standard library only.
+Imports `sample`, `records.marks` and the standard library only.
 """
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
+from vlm.data.records.marks import MARK_PATTERN, MarkError, Slot, split_at_marks
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ImageRef, Record, Sample, Turn, VideoRef
 
 LLAVA_ROLE_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -23,11 +23,16 @@ def to_llava(sample: Sample, image_folder: Path) -> Record:
     `is_image_moved_by_llava`), the sample is read back as it was.
 
     Raises:
-        BadSample: a text contains `<image>` or `<video>`, or an image has no file.
+        BadSample: a text has `<image>` or `<video>` as words that LLaVA's form takes for marks; an image has no file.
     """
     media = _media_values(sample, image_folder)
     media_or_only = {key: names[0] if len(names) == 1 else names for key, names in media.items()}
-    turns = [{"from": LLAVA_ROLE_NAMES[turn.role], "value": _llava_value(turn, sample.id)} for turn in sample.turns]
+    turns = [
+        {"from": LLAVA_ROLE_NAMES[turn.role], "value": turn.as_message(PLACEHOLDER, VIDEO_PLACEHOLDER)["content"]}
+        | _weight(turn)
+        for turn in sample.turns
+    ]
+    _check_marks(sample)
     return {"id": sample.id, **media_or_only, "conversations": turns, **_labels_and_groups(sample)}
 
 
@@ -45,7 +50,7 @@ def to_messages(sample: Sample, image_folder: Path) -> Record:
             {"type": "text", "text": part} if isinstance(part, str) else {"type": kinds[type(part)]}
             for part in turn.content
         ]
-        messages.append({"role": turn.role, "content": items})
+        messages.append({"role": turn.role, "content": items} | _weight(turn))
     return {"id": sample.id, **media, "messages": messages, **_labels_and_groups(sample)}
 
 
@@ -89,8 +94,31 @@ def _relative_path(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def _llava_value(turn: Turn, sample_id: str) -> str:
-    texts = [part for part in turn.content if isinstance(part, str)]
-    if turn.role == "user" and (mark := re.search(f"{PLACEHOLDER}|{VIDEO_PLACEHOLDER}", "\n".join(texts))):
-        raise BadSample(sample_id, f"its text holds {mark[0]}, which LLaVA's form takes for an image or video")
-    return turn.as_message(PLACEHOLDER, VIDEO_PLACEHOLDER)["content"]
+def _weight(turn: Turn) -> Record:
+    """Return the key of a reply that is not learned."""
+    return {} if turn.supervised or turn.is_blank else {"weight": 0}
+
+
+def _check_marks(sample: Sample) -> None:
+    """Raise BadSample where the texts of a sample would not be split again at the same marks."""
+    contents = [turn.content for turn in sample.turns if turn.role == "user"]
+    kinds = {ImageRef: PLACEHOLDER, VideoRef: VIDEO_PLACEHOLDER}
+    marked = [
+        [part if isinstance(part, str) else Slot(kinds[type(part)], kinds[type(part)]) for part in content]
+        for content in contents
+    ]
+    texts = ["".join(part if isinstance(part, str) else part.spelling for part in parts) for parts in marked]
+    if not (
+        word := MARK_PATTERN.search("\n".join(part for parts in marked for part in parts if isinstance(part, str)))
+    ):
+        return
+    numbers = {PLACEHOLDER: len(sample.images), VIDEO_PLACEHOLDER: len(sample.videos)}
+    try:
+        is_same = split_at_marks(texts, numbers)[0] == marked
+    except MarkError:
+        is_same = False
+    if not is_same:
+        raise BadSample(
+            sample.id,
+            f"its text holds {word[0]}, which LLaVA's form takes for an image or video; write messages (--to messages)",
+        )

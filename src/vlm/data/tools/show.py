@@ -15,7 +15,7 @@ from vlm.data.dataset import draw_records
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_text
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source, make_sources
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo
@@ -23,7 +23,10 @@ from vlm.data.vision.video import DecodedVideo
 
 @dataclass(frozen=True)
 class ShownRecord:
-    """A record with its ids, labels, images and videos, or the reason why it cannot be used."""
+    """A record with its ids, labels, images and videos, or the reason why it cannot be used.
+
+    `notes` tell what of the record is not learned: replies, and keys that are not read.
+    """
 
     source: Source
     record: int | None
@@ -32,6 +35,7 @@ class ShownRecord:
     images: Sequence[Image.Image | DecodedVideo]
     problem: str | None = None
     label: object = None
+    notes: Sequence[str] = ()
 
     def title(self) -> str:
         """Return the record's source, name and counts."""
@@ -79,26 +83,43 @@ def _describe_size(shown: Image.Image | DecodedVideo) -> str:
 
 def _load_shown_record(source: Source, number: int | None, record: object) -> ShownRecord:
     images: list[Image.Image | DecodedVideo] = []
+    notes = describe_unread(source.unread_keys(record))
     try:
         sample = source.read(record)
         images = open_media(sample)
         sizes = media_sizes_from_opened(sample.media, images, source.encoder.processor)
-        return ShownRecord(source, number, sample.id, source.encoder(sample, sizes), images, label=sample.label)
+        encoded = source.encoder(sample, sizes)
+        if number_unlearned := count_unlearned_replies(sample):
+            notes.append(f"replies that are not learned: {number_unlearned}")
+        return ShownRecord(source, number, sample.id, encoded, images, label=sample.label, notes=notes)
     except BadSample as error:
-        return ShownRecord(source, number, error.sample_id, None, images, error.reason)
+        return ShownRecord(source, number, error.sample_id, None, images, error.reason, notes=notes)
+
+
+def describe_unread(keys: Sequence[str]) -> list[str]:
+    """Return a note on keys that are not read; none without any."""
+    return [f"keys that are not read: {', '.join(keys)}"] if keys else []
+
+
+def count_unlearned_replies(sample: Sample) -> int:
+    """Return the number of replies that are blank, or that `weight` or `loss` leaves out."""
+    return sum(turn.role == "assistant" and not turn.supervised for turn in sample.turns)
 
 
 def as_text(shown: ShownRecord, *, colours: bool) -> str:
     """Format a record for the terminal."""
+    notes = "".join(f"   {note}\n" for note in shown.notes)
     if shown.encoded is None:
-        return f"── {shown.title()}\n   cannot be used: {shown.problem}\n"
+        return f"── {shown.title()}\n{notes}   cannot be used: {shown.problem}\n"
     ids, labels = shown.encoded.input_ids, shown.encoded.labels
-    return f"── {shown.title()}\n{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
+    return (
+        f"── {shown.title()}\n{notes}{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
+    )
 
 
 def as_html(shown: ShownRecord) -> str:
     """Format a record as a section of a page, with its images."""
-    head = f"<h2>{escape(shown.title())}</h2>"
+    head = f"<h2>{escape(shown.title())}</h2>" + "".join(f"<p>{escape(note)}</p>" for note in shown.notes)
     for image in shown.images:
         for frame in image.frames if isinstance(image, DecodedVideo) else [image]:
             buffer = BytesIO()

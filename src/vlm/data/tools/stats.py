@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
+from typing import Self
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,18 +16,24 @@ from tabulate import tabulate
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
-from vlm.data.sources import make_sources
+from vlm.data.sample import BadSample
+from vlm.data.sources import Source, make_sources
 from vlm.data.token_counts import Counts, count
+from vlm.data.tools.show import count_unlearned_replies
 
 
 @dataclass(frozen=True)
 class SourceStats:
-    """The counts of a source's records, the most tokens that a sample may have, and whether longer ones are cut."""
+    """The counts of a source's records, the most tokens that a sample may have, and whether longer ones are cut.
+
+    `reading` counts what is passed over in reading.
+    """
 
     name: str
     counts: Counts
     longest: int
     truncate: bool
+    reading: "ReadingStats"
 
     @property
     def usable_mask(self) -> np.ndarray:
@@ -56,8 +63,48 @@ class SourceStats:
             "tokens a record (median, 90%, 99%, most)": [*map(round, quantiles), int(length.max(initial=0))],
             **(too_long if self.longest < NO_LIMIT else {}),
             "commonest labels of a head": dict(labels.most_common(20)),
+            **self.reading.summary(len(good)),
             "cannot be used, by reason": dict(reasons.most_common(10)),
         }
+
+
+@dataclass(frozen=True)
+class ReadingStats:
+    """What is passed over in reading: keys that are not read, with the number of their records, and replies.
+
+    `records` is the number of records that were looked at.
+    """
+
+    records: int
+    keys: Counter[str]
+    replies: int
+
+    @classmethod
+    def of(cls, source: Source, records: np.ndarray) -> Self:
+        """Look at records of a source, evenly spread over it where there are many."""
+        places = np.unique(np.linspace(0, len(records) - 1, min(len(records), READ_RECORDS)).astype(int))
+        keys: Counter[str] = Counter()
+        replies = 0
+        for number in records[places].tolist():
+            try:
+                record = source.records[number]
+                keys.update(source.unread_keys(record))
+                replies += count_unlearned_replies(source.parse(record))
+            except BadSample:  # counted already, with its reason
+                continue
+        return cls(len(places), keys, replies)
+
+    def summary(self, total: int) -> dict[str, int | list[int] | dict[str, int]]:
+        """Return the figures of `SourceStats.summary`, of `total` records."""
+        of = f", of {self.records:,} records" if self.records < total else ""
+        return {
+            f"replies that are not learned (blank, weight 0, loss false){of}": self.replies,
+            f"keys that are not read{of}": dict(self.keys.most_common(20)),
+        }
+
+
+READ_RECORDS = 10_000
+"""The largest number of records whose keys are looked at."""
 
 
 def compute_stats(config: DatasetConfig, encoder: SampleEncoder, seed: int = 0) -> list[SourceStats]:
@@ -66,7 +113,8 @@ def compute_stats(config: DatasetConfig, encoder: SampleEncoder, seed: int = 0) 
     for source in make_sources(config, encoder):
         records = draw_records(len(source), source.config.max_samples, seed)
         counts = count(source, records, config.check_samples, config.num_workers)
-        sources.append(SourceStats(source.name, counts, encoder.longest, encoder.truncate))
+        reading = ReadingStats.of(source, records)
+        sources.append(SourceStats(source.name, counts, encoder.longest, encoder.truncate, reading))
     return sources
 
 

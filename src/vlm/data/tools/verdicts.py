@@ -30,7 +30,7 @@ from vlm.data.vision.video import num_frames
 
 REASONS = {
     "refused": "no record of this format, or a file that it names is not there",
-    "silent": "no reply with anything but blanks",
+    "silent": "no reply to learn from: none, or none with anything but blanks",
     "broken": "an image or video that does not decode",
     "small": "an image with a side below --min-side",
     "narrow": "an image of a shape beyond --max-aspect",
@@ -128,9 +128,9 @@ class RecordChecker:
             sample = self._sample(number)
         except BadSample as error:
             return RecordVerdict(error.sample_id, "refused", error.reason, error.file)
-        replies = [part for turn in sample.turns if turn.role == "assistant" for part in turn.content]
-        if not any(isinstance(part, str) and part.strip() for part in replies):
-            return RecordVerdict(sample.id, "silent", "its replies are blank")
+        needs_reply = sample.label is None or any(turn.role == "assistant" for turn in sample.turns)
+        if needs_reply and (problem := sample.reply_problem):
+            return RecordVerdict(sample.id, "silent", problem)
         digests: list[str] = []
         try:
             for image_ref in sample.images:
@@ -152,7 +152,7 @@ class RecordChecker:
     def _sample(self, number: int) -> Sample:
         record = self.records[number]
         try:
-            return self._read(record, self.task.folder)
+            return self._read(record, self.task.folder).without_blank_replies()
         except BadSample:
             raise
         except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
@@ -192,6 +192,7 @@ def sample_digest(sample: Sample, images: Sequence[str]) -> str:
     kinds = {ImageRef: "Picture", VideoRef: "Video"}  # as in journals that exist
     turns = [
         (turn.role, [part if isinstance(part, str) else [kinds[type(part)]] for part in turn.content])
+        + (() if turn.supervised or turn.is_blank else ("not learned",))
         for turn in sample.turns
     ]
     return hashlib.blake2b(json.dumps([turns, list(images)]).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,274 @@
+"""Keys of records: each reader declares those that it reads; keys that change what is learned are never passed over.
+
+A key that a reader does not read refuses the record where it stands in one of the tables below with a value that says
+something; the option `ignore_keys` of every reader allows it. Other keys are passed, and `vlm data stats` and
+`vlm data show` name them. Imports the standard library and `sample` only.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from vlm.data.sample import BadSample, Record, Sample, Turn
+
+Reader = Callable[..., Sample]
+
+TOOLS = "calls of tools are not learned"
+SOUND = "sound is not learned"
+BOXES = "boxes are not learned; write them into the texts"
+THINKING = "it is part of a reply; write it into the reply's text"
+FRAMES = "sizes and frames follow from the model and dataset.max_frames"
+PLACED = "images and videos of a turn are listed by the record, or are items of its content"
+WEIGHTS = "records have no weights; a turn has `weight` or `loss`, a source `dataset.sources.….weight`"
+
+RECORD_KEYS = {
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), TOOLS),
+    **dict.fromkeys(("audio", "audios"), SOUND),
+    **dict.fromkeys(("objects", "bbox", "bboxes", "boxes"), BOXES),
+    **dict.fromkeys(("weight", "loss", "loss_scale", "sample_weight"), WEIGHTS),
+    **dict.fromkeys(("image", "images", "video", "videos"), "this form has no such images or videos"),
+    "history": "earlier turns are not read in this form",
+}
+"""Keys of a record that change what is learned -> why they are not read."""
+TURN_KEYS = {
+    **dict.fromkeys(("tools", "tool_calls", "function_call", "tool_call_id"), TOOLS),
+    **dict.fromkeys(("audio", "audios"), SOUND),
+    **dict.fromkeys(("objects", "bbox", "bboxes", "boxes"), BOXES),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "refusal"), THINKING),
+    **dict.fromkeys(("image", "images", "video", "videos"), PLACED),
+    **dict.fromkeys(("train_detail", "training_detail"), "parts of a reply are not learned by themselves"),
+}
+"""Keys of a turn of a conversation, likewise."""
+ITEM_KEYS = {
+    **dict.fromkeys(("resized_height", "resized_width", "min_pixels", "max_pixels", "total_pixels"), FRAMES),
+    **dict.fromkeys(("video_start", "video_end", "fps", "nframes", "sample_fps"), FRAMES),
+    **dict.fromkeys(("min_frames", "max_frames"), FRAMES),
+    **dict.fromkeys(("objects", "bbox", "bboxes", "boxes"), BOXES),
+    **dict.fromkeys(("audio", "input_audio"), SOUND),
+}
+"""Keys of an item of a message's content, likewise."""
+LOST_MEDIA_KEYS = (
+    "image_path",
+    "image_paths",
+    "image_file",
+    "image_url",
+    "img",
+    "img_path",
+    "picture",
+    "photo",
+    "video_path",
+    "video_file",
+    "video_url",
+)
+"""Keys that name an image or a video in records of other forms."""
+NEUTRAL_TEXTS = ("", "[]", "{}")
+SUPERVISION_KEYS = ("weight", "loss", "loss_scale", "train", "training")
+"""Keys of a turn that say whether its reply is learned: of OpenAI's files, ms-swift's and axolotl's."""
+SYSTEM_KEYS = ("system", "system_prompt")
+COMMON_KEYS = (
+    "id",
+    "question_id",
+    "image_id",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "label",
+    "group",
+    "answer",
+    "answers",
+    *SYSTEM_KEYS,
+)
+"""Keys that all readers read."""
+
+
+@dataclass(frozen=True)
+class DeclaredKeys:
+    """The keys that a reader reads.
+
+    Attributes:
+        record: keys of a record.
+        key_options: options of the reader whose values are keys of a record.
+        turns: the key of its turns, unless the option `key` names another; None without turns that have keys.
+        turn: keys of a turn.
+        item: keys of an item of a turn's content.
+    """
+
+    record: frozenset[str]
+    key_options: tuple[str, ...] = ()
+    turns: str | None = None
+    turn: frozenset[str] = frozenset()
+    item: frozenset[str] = frozenset()
+
+
+def reads(
+    *keys: str,
+    key_options: Sequence[str] = (),
+    turns: str | None = None,
+    turn: Sequence[str] = (),
+    item: Sequence[str] = (),
+) -> Callable[[Reader], Reader]:
+    """Declare the keys that a reader reads, see `DeclaredKeys`; it gets the option `ignore_keys`.
+
+    The reader then refuses records with other keys that change what is learned.
+    """
+    declared = DeclaredKeys(
+        frozenset((*COMMON_KEYS, *keys)),
+        tuple(key_options),
+        turns,
+        frozenset((*turn, *SUPERVISION_KEYS)),
+        frozenset(item),
+    )
+
+    def declare(reader: Reader) -> Reader:
+        signature = inspect.signature(reader)
+
+        @wraps(reader)
+        def checked(record: Any, image_folder: Any, *, ignore_keys: Sequence[str] = (), **options: Any) -> Sample:
+            sample_id = read_id(record)
+            ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
+            levels = list(_levels(record, declared, signature, options))
+            for level in levels:
+                level.check(ignored, sample_id)
+            sample = reader(record, image_folder, **options)
+            if not sample.media:
+                levels[0].check_lost_media(ignored, sample_id)
+            return sample
+
+        option = inspect.Parameter("ignore_keys", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=Sequence[str])
+        parameters = [*signature.parameters.values(), option]
+        vars(checked).update(__signature__=signature.replace(parameters=parameters), declared_keys=declared)
+        return checked
+
+    return declare
+
+
+@dataclass(frozen=True)
+class _Level:
+    """The keys of a record, a turn or an item: where it is, what it holds, what is read, what refuses it."""
+
+    prefix: str
+    values: Record
+    read: frozenset[str]
+    refused: dict[str, str]
+
+    def unread(self) -> Iterator[str]:
+        """Yield the keys that are not read, though their value says something."""
+        yield from (key for key, value in self.values.items() if key not in self.read and not is_empty(value))
+
+    def check(self, ignored: set[str], sample_id: str) -> None:
+        """Raise BadSample for a key that is not read and changes what is learned."""
+        for key in self.unread():
+            is_neutral = self.refused.get(key) is WEIGHTS and self.values[key] in (1, [1])
+            if key in self.refused and key not in ignored and not is_neutral:
+                raise BadSample(sample_id, f"`{self.prefix}{key}` is not read: {self.refused[key]}. {_advice(key)}")
+
+    def check_lost_media(self, ignored: set[str], sample_id: str) -> None:
+        """Raise BadSample for a key that names an image which the record would be learned without."""
+        for key in self.unread():
+            if key in LOST_MEDIA_KEYS and key not in ignored:
+                kind = "video" if key.startswith("video") else "image"
+                problem = f"it shows nothing, and `{key}` is not read; name that key `{kind}`"
+                raise BadSample(sample_id, f"{problem}. {_advice(key)}")
+
+
+def _advice(key: str) -> str:
+    return f"Leave the key out, or allow it with the option ignore_keys=[{key}]"
+
+
+def _levels(
+    record: Record, declared: DeclaredKeys, signature: inspect.Signature, options: dict[str, Any]
+) -> Iterator[_Level]:
+    """Yield the record, its turns and their items."""
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    named = [options.get(name, defaults.get(name)) for name in declared.key_options]
+    keys = {key for value in named for key in (value if isinstance(value, list) else [value])}
+    refused = RECORD_KEYS
+    if "image_key" in declared.key_options and options.get("image_key", "image") != "image":
+        refused = {key: why for key, why in refused.items() if key not in ("image", "images")}
+    turns_key = None if declared.turns is None else str(options.get("key", declared.turns))
+    yield _Level("", record, declared.record.union(map(str, keys), [str(turns_key)]), refused)
+    turns = record.get(turns_key) if turns_key is not None else None
+    for turn in turns if isinstance(turns, list) else ():
+        if not isinstance(turn, dict):
+            continue
+        yield _Level(f"{turns_key}[].", turn, declared.turn, TURN_KEYS)
+        content = turn.get("content")
+        for item in content if isinstance(content, list) and declared.item else ():
+            if isinstance(item, dict):
+                yield _Level(f"{turns_key}[].content[].", item, declared.item, ITEM_KEYS)
+
+
+def unread_keys(reader: Reader, record: object, options: dict[str, Any]) -> list[str]:
+    """Return the keys of a record that its reader does not read, with those of its turns and items; each once.
+
+    Of a reader that declares no keys, such as a user's own, nothing is known: there are none.
+    """
+    declared = getattr(reader, "declared_keys", None)
+    if declared is None or not isinstance(record, dict):
+        return []
+    options = {name: value for name, value in options.items() if name != "ignore_keys"}
+    levels = _levels(record, declared, inspect.signature(reader), options)
+    return list(dict.fromkeys(f"{level.prefix}{key}" for level in levels for key in level.unread()))
+
+
+def is_empty(value: object) -> bool:
+    """Return whether a value says nothing: None, false, an empty text, or a list or mapping of such values."""
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    if isinstance(value, list):
+        return all(map(is_empty, value))
+    return value is None or value is False or (isinstance(value, str) and value.strip() in NEUTRAL_TEXTS)
+
+
+def first_present(record: Record, *keys: str) -> Any:
+    """Return the first value of a record's keys that is not None; None where there is none."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def read_id(record: object, *names: str) -> str:
+    """Read the name of a record, which must be a mapping: its `id`, or the value of another key; else `?`."""
+    if not isinstance(record, dict):
+        raise BadSample("?", f"a mapping is needed, got {type(record).__name__}")
+    name = first_present(record, "id", "question_id", "image_id", *names)
+    return "?" if name is None else str(name)
+
+
+def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> bool:
+    """Read whether a turn is learned: a reply is, unless one of `SUPERVISION_KEYS` is 0 or false.
+
+    Raises:
+        BadSample: a value is neither 0, 1, false nor true, the values contradict each other, or a turn that is no
+            reply is to be learned.
+    """
+    given = {key: turn[key] for key in SUPERVISION_KEYS if turn.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise BadSample(sample_id, f"{where}: {key}={value!r:.20}; a reply is learned (1, true) or not (0, false)")
+        if value and role != "assistant":
+            raise BadSample(sample_id, f"{where}: {key}={value!r} of the {role}'s turn; only replies are learned")
+    if len({*map(bool, given.values())}) > 1:
+        listing = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise BadSample(sample_id, f"{where}: {listing} contradict each other; leave one of them out")
+    return all(given.values())
+
+
+def add_system_turn(record: Record, turns: Sequence[Turn], sample_id: str) -> list[Turn]:
+    """Return turns behind the system turn that a record has beside them, as `system` or `system_prompt`.
+
+    Raises:
+        BadSample: it is no text, or there is another system turn.
+    """
+    value = first_present(record, *SYSTEM_KEYS)
+    if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in value):
+        value = "\n".join(item["text"] for item in value)  # as in Anthropic's messages
+    if is_empty(value):
+        return list(turns)
+    if not isinstance(value, str):
+        raise BadSample(sample_id, f"`system` must be a string, got {value!r:.60}")
+    first = turns[0] if turns else None
+    if first is not None and first.role == "system" and first.content != (value,):
+        raise BadSample(sample_id, "it has `system` and a system turn, which differ; leave one of them out")
+    return list(turns) if first is not None and first.role == "system" else [Turn("system", (value,)), *turns]

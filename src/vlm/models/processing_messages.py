@@ -1,0 +1,50 @@
+"""Messages of conversations as transformers' programs write them: their images, and image tokens that are only words.
+
+Hub code: imports the standard library only.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+Message = dict[str, Any]
+"""A message of a conversation, or an item of its content list."""
+
+SPELLED = "\ufdd3"
+"""A Unicode noncharacter that breaks up an image token which a text item spells, until its text is tokenised."""
+
+
+def break_spelled(turn: Message, image_token: str) -> Message:
+    """Return a turn in whose text items `SPELLED` breaks up the image token."""
+    if isinstance(turn["content"], str):
+        return turn
+    broken = f"{image_token[0]}{SPELLED}{image_token[1:]}"
+    items = [
+        {**item, "text": item["text"].replace(image_token, broken)} if item["type"] == "text" else item
+        for item in turn["content"]
+    ]
+    return {**turn, "content": items}
+
+
+def join_spelled(text: str, image_token: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return a rendered text without `SPELLED`, and the character spans of the tokens that it broke up."""
+    pieces = text.split(SPELLED)
+    starts = [end - 1 for end in accumulate(map(len, pieces[:-1]))]
+    return "".join(pieces), [(start, start + len(image_token)) for start in starts]
+
+
+def images_in_conversation(conversation: Sequence[Message]) -> list[object]:
+    """Return the images (objects, paths, URLs) that a conversation's content lists name, in order.
+
+    Items are `{"type": "image", "image": …}` (or `path`, `url`, `base64`), or OpenAI's `{"type": "image_url",
+    "image_url": {"url": …}}`.
+    """
+    images = []
+    items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
+    for item in items:
+        if item["type"] == "image_url":
+            named = item["image_url"]
+            images.append(named["url"] if isinstance(named, dict) else named)
+        elif item["type"] == "image":
+            images.append(next(item[key] for key in ("image", "path", "url", "base64") if key in item))
+    return images
