@@ -20,6 +20,7 @@ CHOICES = {
     "trainer.train_sampling_strategy": "random, sequential, group_by_modality_length, group_by_modality_blocks",
     "dataset.supervise": "replies, llava-onevision",
     "dataset.image_mode": "null, square, pad",
+    "dataset.alpha_background": "null, white, black, grey, drop",
     "dataset.over_length": "error, skip, truncate",
     "dataset.on_bad_sample": "error, skip",
 }

@@ -74,8 +74,8 @@ def check_is_records(path: Path) -> None:
     if suffix in TABLE_BUILDERS:
         is_as_named = kind is None or kind.startswith(BINARY_TABLES)
     else:
-        is_markup = head.lstrip()[:1] == b"<" and suffix in JSON_SUFFIXES
-        is_text = kind is None or (kind.startswith("it is text") and not is_markup)
+        is_markup = head.lstrip()[:1] == b"<" and (suffix in JSON_SUFFIXES or "a web page" in str(kind))
+        is_text = kind is None or (kind.startswith(("it is text", "it has nothing")) and not is_markup)
         is_as_named = is_text or (suffix in TEXT_TABLE_SUFFIXES and kind.startswith("text in"))  # `tables` reads those
     if not is_as_named:
         raise ValueError(f"{path}: {kind}" if kind.startswith(("it ", "the ", "nothing")) else f"{path}: it is {kind}")

@@ -316,8 +316,8 @@ def _choice_letter(answer: object, choices: list[str], sample_id: str) -> str:
     letters = string.ascii_uppercase[: len(choices)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
         return letters[answer]
-    if isinstance(answer, str) and answer in choices:
-        return letters[choices.index(answer)]
+    if not isinstance(answer, int) and (text := text_from_value(answer)) in choices:
+        return letters[choices.index(text)]
     if isinstance(answer, str) and len(answer) == 1 and answer in letters:
         return answer
     raise BadSample(sample_id, f"answer={answer!r:.60}; it must be one of the choices, its number from 0 or its letter")

@@ -94,7 +94,7 @@ def _with_media_first(record: Record, messages: list[Record], rewritten: Sequenc
         number = len(media) if isinstance(media, list) else 1
         if not any(mark in message["content"] for message in messages if message.get("role") == "user"):
             marks += [mark] * number
-    if marks:
-        first = next(message for message in messages if message.get("role") == "user")
+    first = next((message for message in messages if message.get("role") == "user"), None)
+    if marks and first is not None:
         first["content"] = "".join(marks) + f"\n{first['content']}"
     return {**{key: value for key, value in record.items() if key not in rewritten}, "messages": messages}

@@ -223,6 +223,10 @@ def _iter_rows(path: Path, dialect: Dialect, *, refuses_joined_rows: bool = Fals
                     place = f"line {reader.line_num + dialect.num_skipped}"
                     if len(row) != len(names):
                         raise TableError(f"{place}: {_describe_ragged_row(row, names, dialect)}")
+                    if not dialect.is_quoted and dialect.separator != "\t" and any(map(_is_enclosed, row)):
+                        raise TableError(
+                            f"{place}: a cell stands in quotation marks, where those of others are not closed"
+                        )
                     if refuses_joined_rows and len(pending) > 1 and _are_rows(pending, dialect.separator, len(names)):
                         raise TableError(f"{place}: a quotation mark joins lines that are rows by themselves")
                     yield row
@@ -237,6 +241,10 @@ def _iter_rows(path: Path, dialect: Dialect, *, refuses_joined_rows: bool = Fals
             raise ValueError(describe_encoding(path, error)) from None
     if not names:
         raise ValueError(f"{path}: there is no row in it")
+
+
+def _is_enclosed(cell: str) -> bool:
+    return len(cell) > 1 and cell[0] == cell[-1] == '"'
 
 
 def _are_rows(lines: Sequence[str], separator: str, width: int) -> bool:
