@@ -32,7 +32,7 @@ NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
 REFUSALS = {
     "format": (
         ["dataset.format=lava"],
-        "dataset.format=lava: allowed are llava, messages, caption, question, head, labelled, or package.module:",
+        "dataset.format=lava: allowed are llava, messages, caption, question, head, labelled, alpaca, cauldron, min",
     ),
     "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),
@@ -116,7 +116,7 @@ REFUSALS = {
     ),
     "no kind of records": (
         ["dataset.path=pyproject.toml"],
-        "dataset.path=pyproject.toml: a file named *.json, *.jsonl, *.parquet, *.csv, *.tsv, *.arrow, *.tar, a folder",
+        "dataset.path=pyproject.toml: a file named *.json, *.jsonl, *.ndjson, *.csv, *.tsv, *.parquet, *.arrow, *.tar",
     ),
     "an address": (
         ["dataset.path=https://example.com/a.json"],

@@ -85,18 +85,26 @@ class Reasoned(Protocol):
 
 
 def group_reasons(problems: Iterable[Reasoned]) -> list[tuple[str, int]]:
-    """Count problems by what is wrong, the commonest first: (the reason, without its file, and how many there are).
+    """Count problems by what is wrong, the commonest first: (the reason, and how many there are).
 
-    Reasons that differ in the file and in numbers only are one, and the first of them stands for all.
+    Reasons that differ in the file and in numbers only are one; the first of them stands for all, without its file
+    where that is not the same for all.
     """
-    first: dict[str, str] = {}
     counts: Counter[str] = Counter()
+    whole: dict[str, set[str]] = {}
+    without_file: dict[str, str] = {}
     for problem in problems:
         file = problem.file
         reason = re.sub(rf"\S*{re.escape(file)}", "…", problem.reason) if file else problem.reason
         key = re.sub(r"\d+", "0", reason)
-        counts[first.setdefault(key, reason)] += 1
-    return counts.most_common()
+        counts[key] += 1
+        without_file.setdefault(key, reason)
+        if len(seen := whole.setdefault(key, set())) < 2:
+            seen.add(problem.reason)
+    return [
+        (next(iter(whole[key])) if len(whole[key]) == 1 else without_file[key], number)
+        for key, number in counts.most_common()
+    ]
 
 
 class OverLong(BadSample):

@@ -101,7 +101,7 @@ SETTLED: dict[str, tuple[str, list[Any] | None, list[Any], tuple[Any, ...]]] = {
     "zero and one": ("binary", None, [1, 0, None, 1], (0, 1)),
     "zero and one of a table": ("binary", None, [1.0, 0.0], (0, 1)),
     "classes that look missing": ("multiclass", None, ["NA", "None", "null", None], ("NA", "None", "null")),
-    "classes as written": ("multiclass", None, ["7", "007", "10", "7"], ("7", "007", "10")),
+    "classes as written": ("multiclass", None, ["7", "007", "10", "7"], ("007", "7", "10")),
     "steps of a table": ("ordinal", None, ["10", "2", "1.0"], (1, 2, 10)),
     "steps of a table and of JSON": ("ordinal", None, ["10", 2], (2, 10)),
     "numbers of a table and of JSON": ("multiclass", None, ["1", 1, 2.0], (1, 2)),
@@ -173,8 +173,8 @@ UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
     "labels of numbers": ("regression", [1, 2], [1, 2],
                           "head h: model.head.labels=[1, 2]: regression learns numbers and has no labels"),
     "no number": ("regression", None, [1, "two"],
-                  "training records: head h: regression needs a finite number, got 'two'; in a table, only an empty cell "
-                  "is a missing label (1 of 2 records)"),
+                  "training records: head h: regression needs a finite number, got 'two'; in a table, only an empty "
+                  "cell is a missing label (1 of 2 records)"),
     "truth for a number": ("pairwise", None, [True], "head h: pairwise needs a finite number, got True"),
 }  # fmt: skip
 

@@ -99,13 +99,13 @@ def detect_conversion(source: str, cache: Path) -> str:
     """Return the conversion that fits a file, by the keys of its first record; ValueError unless there is one."""
     keys, is_list, guess = _first_keys(source, cache)
     fits = [name for name, kind in CONVERSIONS.items() if kind.is_list == is_list and kind.identifying_keys <= keys]
-    if len(fits) != 1 and guess is not None and guess.format in CONVERSIONS and not guess.options:
+    if not fits and guess is not None and guess.format in CONVERSIONS and not guess.options:
         return guess.format
     if len(fits) != 1:
-        if guess is not None:
-            raise ValueError(f"{source}: {guess.hint('convert')}")
         reason = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
-        raise ValueError(f"{source}: its records {reason}; say with --from what they are: {', '.join(CONVERSIONS)}")
+        hint = f"; {guess.hint('convert')}" if guess is not None and not fits else ""
+        kinds = ", ".join(CONVERSIONS)
+        raise ValueError(f"{source}: its records {reason}{hint}; say with --from what they are: {kinds}")
     return fits[0]
 
 
