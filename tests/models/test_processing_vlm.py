@@ -208,7 +208,7 @@ TRANSPARENT: dict[str, Callable[[], Image.Image]] = {
     "a colour": lambda: saved(
         Image.fromarray(np.stack([np.asarray(ink())[..., 3] // 255 * 9] * 3, axis=-1)), "PNG", transparency=(0, 0, 0)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TRANSPARENT)

@@ -52,11 +52,19 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 """Where a signature stands, the signature, and what a file with it is; the first that fits counts."""
 
 BRANDS = {
-    "heic": HEIC, "heix": HEIC, "hevc": HEIC, "heim": HEIC, "heis": HEIC, "hevx": HEIC, "mif1": HEIC, "msf1": HEIC,
+    "heic": HEIC,
+    "heix": HEIC,
+    "hevc": HEIC,
+    "heim": HEIC,
+    "heis": HEIC,
+    "hevx": HEIC,
+    "mif1": HEIC,
+    "msf1": HEIC,
     "avif": f"AVIF, which this Pillow does not read, or is torn: {CONVERT_IMAGE}",
     "avis": f"AVIF, which this Pillow does not read, or is torn: {CONVERT_IMAGE}",
-    "crx ": f"a camera's raw file: {CONVERT_IMAGE}", "M4A ": "sound (AAC)",
-}  # fmt: skip
+    "crx ": f"a camera's raw file: {CONVERT_IMAGE}",
+    "M4A ": "sound (AAC)",
+}
 """The brand of a file of ISO's base format, at its fourth byte behind `ftyp` -> what it is; others are videos."""
 RIFF_KINDS = {b"WAVE": "sound (WAV)", b"AVI ": "a video (AVI)", b"WEBP": "a WebP image"}
 

@@ -21,8 +21,11 @@ ImageOrTensor = Image.Image | Tensor
 """An image of Pillow, or a uint8 tensor `(3, height, width)`."""
 
 ALPHA_BACKGROUNDS: dict[str, tuple[int, int, int] | None] = {
-    "white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "drop": None,
-}  # fmt: skip
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+    "drop": None,
+}
 """Name of a background -> its colour; None: transparency is ignored, whatever colour lies below it is seen."""
 LEVEL_BITS = (8, 10, 12, 14, 16)
 """Bits a level that sensors and files have."""

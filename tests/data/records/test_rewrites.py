@@ -30,9 +30,12 @@ def test_alpaca(folder: Path):
     asked = {"instruction": "Look.", "input": "What is it?", "output": "A cat."}
     record = {**asked, "system": "Be brief.", "images": ["a.png", "b.png"], "history": [["Hello", "Yes?"]]}
     assert contents(FORMATS["alpaca"](record, folder)) == [
-        ("system", ["Be brief."]), ("user", ["[a.png]", "[b.png]", "\nHello"]), ("assistant", ["Yes?"]),
-        ("user", ["Look.\nWhat is it?"]), ("assistant", ["A cat."]),
-    ]  # fmt: skip
+        ("system", ["Be brief."]),
+        ("user", ["[a.png]", "[b.png]", "\nHello"]),
+        ("assistant", ["Yes?"]),
+        ("user", ["Look.\nWhat is it?"]),
+        ("assistant", ["A cat."]),
+    ]
     placed = {"instruction": "Is <image> like <image>?", "output": "No", "images": ["a.png", "b.png"]}
     assert contents(FORMATS["alpaca"](placed, folder))[0] == ("user", ["Is ", "[a.png]", " like ", "[b.png]", "?"])
 
@@ -40,8 +43,11 @@ def test_alpaca(folder: Path):
 def test_the_cauldron(folder: Path):
     texts = [{"user": "One?", "assistant": "1"}, {"user": "Two?", "assistant": "2"}]
     assert contents(FORMATS["cauldron"]({"images": ["a.png", "b.png"], "texts": texts}, folder)) == [
-        ("user", ["[a.png]", "[b.png]", "\nOne?"]), ("assistant", ["1"]), ("user", ["Two?"]), ("assistant", ["2"]),
-    ]  # fmt: skip
+        ("user", ["[a.png]", "[b.png]", "\nOne?"]),
+        ("assistant", ["1"]),
+        ("user", ["Two?"]),
+        ("assistant", ["2"]),
+    ]
 
 
 def test_minicpm_names_its_images(folder: Path):
@@ -50,8 +56,9 @@ def test_minicpm_names_its_images(folder: Path):
     assert contents(FORMATS["minicpm"](record, folder))[0] == ("user", ["Is ", "[b.png]", " like ", "[a.png]", "?"])
     single = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That"}]
     assert contents(FORMATS["minicpm"]({"image": "a.png", "conversations": single}, folder))[0] == (
-        "user", ["[a.png]", "\nWhat?"],
-    )  # fmt: skip
+        "user",
+        ["[a.png]", "\nWhat?"],
+    )
     assert turns[0]["content"] == "Is <image_01> like <image_00>?"
 
 
@@ -64,10 +71,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no conversation": ("minicpm", {"conversations": "a"}, "`conversations` must be a list of mappings"),
     "another image": ("minicpm", {"image": {"<image_01>": "a.png"}, "conversations": PAIR}, "<image_00> in its text"),
     "an image without a place": (
-        "minicpm", {"image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": PAIR},
+        "minicpm",
+        {"image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": PAIR},
         "<image_01> of its images is nowhere",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -130,7 +130,7 @@ def write_timed_video(path: Path, milliseconds: Sequence[int], rate: int = 1000)
         stream.width, stream.height, stream.pix_fmt, stream.options = 64, 48, "yuv420p", {"qmax": "2"}
         stream.codec_context.time_base = Fraction(1, 1000)
         for index, time in enumerate(milliseconds):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), index * STEP, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), index * STEP % 256, np.uint8), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -5,9 +5,16 @@ import base64
 MIN_CHARACTERS = 64
 """Shorter texts are names of files: no image is so small."""
 IMAGE_SIGNATURES = (
-    b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0",
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"RIFF",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"\0\0\1\0",
     b"\0\0\0\x0cjP  ",
-)  # fmt: skip
+)
 """What image files begin with."""
 
 

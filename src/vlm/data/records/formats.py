@@ -109,9 +109,14 @@ def read_caption(
 
 
 def read_question(
-    record: Record, image_folder: Path, *, instruction: str | None = None, choice_instruction: str = CHOICE_INSTRUCTION,
-    question_key: str = "question", answer_key: str | None = None,
-) -> Sample:  # fmt: skip
+    record: Record,
+    image_folder: Path,
+    *,
+    instruction: str | None = None,
+    choice_instruction: str = CHOICE_INSTRUCTION,
+    question_key: str = "question",
+    answer_key: str | None = None,
+) -> Sample:
     """Read a question with its answer: `{"image", "question", "answer", "choices": […] or absent}`.
 
     Choices are listed as `A. …`, and the answer is the letter of the choice that the record gives as its index (from

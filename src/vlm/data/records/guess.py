@@ -24,10 +24,19 @@ IMAGE_KEYS = (
 CAPTION_KEYS = ("caption", "captions", "text", "description", "alt_text", "alt", "title", "sentence")
 LABEL_KEYS = ("label", "labels", "class", "target", "score")
 QUESTION_AND_ANSWER_KEYS = (
-    ("question", "answer"), ("question", "answers"), ("question", "multiple_choice_answer"), ("question", "response"),
-    ("query", "response"), ("query", "answer"), ("prompt", "response"), ("prompt", "completion"), ("prompt", "answer"),
-    ("problem", "solution"), ("problem", "answer"), ("input", "output"),
-)  # fmt: skip
+    ("question", "answer"),
+    ("question", "answers"),
+    ("question", "multiple_choice_answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("prompt", "answer"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("input", "output"),
+)
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "objects", "segmentation", "annotations")
 NEEDS_READER = "no format reads it: write a reader, dataset.format=my_reader:read (docs/data.md)"
 
@@ -53,9 +62,10 @@ class Guess:
         if self.format is None:
             return f"it looks like {self.what}: {self.advice}"
         flag, option = {
-            "run": ("dataset.format=", "dataset.options."), "clean": ("--format ", "--option "),
+            "run": ("dataset.format=", "dataset.options."),
+            "clean": ("--format ", "--option "),
             "convert": ("--from ", "--option "),
-        }[tool]  # fmt: skip
+        }[tool]
         words = [f"{flag}{self.format}", *(f"{option}{name}={value}" for name, value in self.options.items())]
         return f"it looks like {self.what}: {' '.join(words)}"
 
@@ -104,9 +114,10 @@ def _question(record: Mapping[str, object]) -> Guess | None:
         if isinstance(record.get(question), str) and record.get(answer) is not None:
             options = {} if question == "question" else {"question_key": question}
             return Guess(
-                "questions with answers", "question",
+                "questions with answers",
+                "question",
                 options if answer in ("answer", "answers") else {**options, "answer_key": answer},
-            )  # fmt: skip
+            )
     return None
 
 
@@ -141,8 +152,15 @@ def _labelled(record: Mapping[str, object]) -> Guess | None:
 
 
 FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
-    _conversation, _cauldron, _alpaca, _preference, _question, _boxes, _caption, _labelled,
-)  # fmt: skip
+    _conversation,
+    _cauldron,
+    _alpaca,
+    _preference,
+    _question,
+    _boxes,
+    _caption,
+    _labelled,
+)
 """Functions that recognise a form; the first that does counts."""
 
 
