@@ -9,9 +9,10 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,17 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 SEPARATOR_NAMES = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a vertical bar"}
 SAMPLED_LINES = 50
 """Number of lines that a separator has to fit before the whole file is checked with it."""
+ROWS_PER_CHUNK = 64
+"""Number of rows that are parsed at a time."""
 ROWS_PER_BATCH = 4096
 CHARACTERS_PER_BATCH = 32 << 20
 """The most rows, and about the most characters, of a batch of the Arrow file."""
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 FORMAT_VERSION = 1
 """Is raised when the same table is written as another Arrow file, or read in another dialect."""
+
+
+Rows = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,7 @@ class TableRecords:
     """
 
     def __init__(self, path: Path, cache: Path):
-        def write(partial: Path) -> None:
-            write_table(path, read_dialect(path, cache), partial)
-
-        self._open(create_once(_cache_file(path, cache, "arrow"), write))
+        self._open(create_once(_cache_file(path, cache, "arrow"), lambda partial: write_table(path, partial)))
 
     def _open(self, file: Path) -> None:
         self._file, self.fingerprint = file, file.name.partition(".")[0]
@@ -96,9 +99,9 @@ def stream_table(path: Path, cache: Path) -> Iterator[Record]:
     Raises:
         ValueError: as `TableRecords`; before the first row.
     """
-    rows = _iter_rows(path, read_dialect(path, cache))
-    names = next(rows)
-    for row in rows:
+    chunks = _iter_chunks(path, read_dialect(path, cache))
+    names = next(chunks)[0]
+    for row in chain.from_iterable(chunks):
         yield {name: cell or None for name, cell in zip(names, row, strict=True)}
 
 
@@ -113,27 +116,34 @@ def read_dialect(path: Path, cache: Path) -> Dialect:
     Raises:
         ValueError: there is none; tells the line, and what to do.
     """
-    file = create_once(
-        _cache_file(path, cache, "json"), lambda partial: partial.write_text(json.dumps(asdict(find_dialect(path))))
-    )
-    return Dialect(**json.loads(file.read_text()))
+
+    def write(partial: Path) -> None:
+        dialect = try_dialects(path, lambda chunks: deque(chunks, maxlen=0))
+        partial.write_text(json.dumps(asdict(dialect)), encoding="ascii")
+
+    file = create_once(_cache_file(path, cache, "json"), write)
+    return Dialect(**json.loads(file.read_text(encoding="ascii")))
 
 
-def find_dialect(path: Path) -> Dialect:
-    """Return the dialect that every row of a table agrees with; errors as in `read_dialect`."""
-    dialect = guess_dialect(path)
-    try:
-        _check_rows(path, dialect, refuses_joined_rows=dialect.separator == "\t")
-    except TableError as error:
-        unquoted = replace(dialect, is_quoted=False)
-        for other, refuses in ((unquoted, True), (dialect, False)):
-            try:
-                _check_rows(path, other, refuses_joined_rows=refuses)
-            except TableError:
-                continue
-            return other
-        raise ValueError(f"{path}, {error}") from None
-    return dialect
+def try_dialects(path: Path, use: Callable[[Iterator[Rows]], object]) -> Dialect:
+    """Call a function with the chunks of a table, see `_iter_chunks`; return the dialect that every row agrees with.
+
+    It is called again, from the start, where a row does not agree with the dialect that it was called with.
+
+    Raises:
+        ValueError: as `read_dialect`.
+    """
+    guessed = guess_dialect(path)
+    attempts = [(guessed, guessed.separator == "\t"), (replace(guessed, is_quoted=False), True), (guessed, False)]
+    problem = None
+    for dialect, refuses_joined_rows in attempts:
+        try:
+            use(_iter_chunks(path, dialect, refuses_joined_rows=refuses_joined_rows))
+        except TableError as error:
+            problem = problem or error
+        else:
+            return dialect
+    raise ValueError(f"{path}, {problem}")
 
 
 def guess_dialect(path: Path) -> Dialect:
@@ -183,14 +193,8 @@ def _fits(lines: Sequence[str], separator: str) -> bool:
     return False
 
 
-def _check_rows(path: Path, dialect: Dialect, *, refuses_joined_rows: bool) -> None:
-    """Read a whole table; errors as in `_iter_rows`."""
-    for _ in _iter_rows(path, dialect, refuses_joined_rows=refuses_joined_rows):
-        pass
-
-
-def _iter_rows(path: Path, dialect: Dialect, *, refuses_joined_rows: bool = False) -> Iterator[list[str]]:
-    """Iterate over the names of a table's columns, then its rows, each with a cell for each column.
+def _iter_chunks(path: Path, dialect: Dialect, *, refuses_joined_rows: bool = False) -> Iterator[Rows]:
+    """Iterate over the names of a table's columns, as a row of its own, then its rows, some at a time.
 
     Args:
         path: the file.
@@ -205,50 +209,57 @@ def _iter_rows(path: Path, dialect: Dialect, *, refuses_joined_rows: bool = Fals
     csv.field_size_limit(sys.maxsize)  # a cell may hold an image
     quoting = csv.QUOTE_MINIMAL if dialect.is_quoted else csv.QUOTE_NONE
     with open_text(path, dialect.encoding) as file:
-        pending: list[str] = []
-
-        def read_lines() -> Iterator[str]:
-            for line in islice(file, dialect.num_skipped, None):
-                pending.append(line)
-                yield line
-
-        reader = csv.reader(read_lines(), delimiter=dialect.separator, quoting=quoting, strict=True)
-        names: list[str] = []
+        lines = islice(file, dialect.num_skipped, None)
+        reader = csv.reader(lines, delimiter=dialect.separator, quoting=quoting, strict=True)
         try:
-            for row in reader:
-                if row and not names:
-                    names = _name_columns(path, row)
-                    yield names
-                elif row:
-                    place = f"line {reader.line_num + dialect.num_skipped}"
-                    if len(row) != len(names):
-                        raise TableError(f"{place}: {_describe_ragged_row(row, names, dialect)}")
-                    if not dialect.is_quoted and dialect.separator != "\t" and any(map(_is_enclosed, row)):
-                        raise TableError(
-                            f"{place}: a cell stands in quotation marks, where those of others are not closed"
-                        )
-                    if refuses_joined_rows and len(pending) > 1 and _are_rows(pending, dialect.separator, len(names)):
-                        raise TableError(f"{place}: a quotation mark joins lines that are rows by themselves")
-                    yield row
-                pending.clear()
+            header = next(filter(None, reader), None)
+            if header is None:
+                raise ValueError(f"{path}: there is no row in it")
+            names = _name_columns(path, header)
+            yield [names]
+            line = reader.line_num
+            while chunk := list(islice(reader, ROWS_PER_CHUNK)):
+                first, has_long_rows = line + dialect.num_skipped + 1, reader.line_num - line > len(chunk)
+                rows = _check_rows(chunk, names, dialect, first, has_long_rows=has_long_rows)
+                if refuses_joined_rows and has_long_rows:
+                    _check_not_joined(rows, dialect, first)
+                line = reader.line_num
+                yield rows
         except csv.Error as error:
-            line = reader.line_num + dialect.num_skipped
             raise TableError(
-                f"line {line}: {error}. A text that begins with a quotation mark has to stand in quotation marks, with "
-                "its own doubled"
+                f"line {reader.line_num + dialect.num_skipped}: {error}. A text that begins with a quotation mark has "
+                "to stand in quotation marks, with its own doubled"
             ) from None
         except UnicodeError as error:
             raise ValueError(describe_encoding(path, error)) from None
-    if not names:
-        raise ValueError(f"{path}: there is no row in it")
+
+
+def _check_rows(chunk: Rows, names: Sequence[str], dialect: Dialect, first: int, *, has_long_rows: bool) -> Rows:
+    """Return the rows that are not empty of those from a line on, some of which may have several lines.
+
+    Raises:
+        TableError: one has more or fewer cells than there are columns, or a quotation mark in a strange place.
+    """
+    rows = list(filter(None, chunk))
+    if set(map(len, rows)) - {len(names)}:
+        number, row = next((number, row) for number, row in enumerate(chunk) if row and len(row) != len(names))
+        place = f"line {first} or later" if has_long_rows else f"line {first + number}"
+        raise TableError(f"{place}: {_describe_ragged_row(row, names, dialect)}")
+    if not dialect.is_quoted and dialect.separator != "\t" and any(map(_is_enclosed, chain.from_iterable(rows))):
+        raise TableError(f"line {first} or later: only some quotation marks around cells are closed")
+    return rows
+
+
+def _check_not_joined(rows: Rows, dialect: Dialect, first: int) -> None:
+    """Raise TableError where a row of several lines could as well be several rows."""
+    for row in rows:
+        lines = dialect.separator.join(row).splitlines()
+        if len(lines) > 1 < len(row) and all(text.count(dialect.separator) == len(row) - 1 for text in lines):
+            raise TableError(f"line {first} or later: a quotation mark joins lines that are rows by themselves")
 
 
 def _is_enclosed(cell: str) -> bool:
     return len(cell) > 1 and cell[0] == cell[-1] == '"'
-
-
-def _are_rows(lines: Sequence[str], separator: str, width: int) -> bool:
-    return width > 1 and all(line.count(separator) == width - 1 for line in lines)
 
 
 def _name_columns(path: Path, header: Sequence[str]) -> list[str]:
@@ -267,31 +278,38 @@ def _describe_ragged_row(row: Sequence[str], names: Sequence[str], dialect: Dial
     )
 
 
-def write_table(source: Path, dialect: Dialect, target: Path) -> None:
-    """Write a table as an Arrow file with a column of texts for each of its columns."""
-    rows = _iter_rows(source, dialect)
-    schema = pa.schema([(name, pa.large_string()) for name in next(rows)])
-    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        batch: list[list[str]] = []
-        num_characters = 0
-        for row in rows:
-            batch.append(row)
-            num_characters += sum(map(len, row))
-            if len(batch) == ROWS_PER_BATCH or num_characters > CHARACTERS_PER_BATCH:
+def write_table(source: Path, target: Path) -> None:
+    """Write a CSV or TSV file as an Arrow file with a column of texts for each of its columns.
+
+    Raises:
+        ValueError: as `TableRecords`.
+    """
+
+    def write(chunks: Iterator[Rows]) -> None:
+        schema = pa.schema([(name, pa.large_string()) for name in next(chunks)[0]])
+        with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            batch: Rows = []
+            num_characters = 0
+            for rows in chunks:
+                batch += rows
+                num_characters += sum(map(len, chain.from_iterable(rows)))
+                if len(batch) >= ROWS_PER_BATCH or num_characters > CHARACTERS_PER_BATCH:
+                    writer.write_batch(_make_batch(batch, schema))
+                    batch, num_characters = [], 0
+            if batch:
                 writer.write_batch(_make_batch(batch, schema))
-                batch, num_characters = [], 0
-        if batch:
-            writer.write_batch(_make_batch(batch, schema))
+
+    try_dialects(source, write)
 
 
-def _make_batch(rows: Sequence[Sequence[str]], schema: pa.Schema) -> pa.RecordBatch:
+def _make_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
     """Make a batch, with nulls for empty cells; `pa.array` would import pandas."""
-    columns = [_to_text_column([cell.encode() for cell in column]) for column in zip(*rows, strict=True)]
+    columns = [_to_text_column(list(map(str.encode, column))) for column in zip(*rows, strict=True)]
     return pa.record_batch(columns, schema=schema)
 
 
 def _to_text_column(cells: Sequence[bytes]) -> pa.Array:
-    lengths = np.array([len(cell) for cell in cells], dtype=np.int64)
+    lengths = np.fromiter(map(len, cells), np.int64, len(cells))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     present = np.packbits(lengths > 0, bitorder="little")
     buffers = [pa.py_buffer(present), pa.py_buffer(offsets), pa.py_buffer(b"".join(cells))]
