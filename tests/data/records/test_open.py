@@ -348,3 +348,14 @@ def test_a_shard_that_does_not_exist_is_refused_before_any_is_read(tmp_path: Pat
 def test_shards_are_not_asked_for_by_number(tmp_path: Path, way: str):
     with pytest.raises(ValueError, match=r"that needs dataset.streaming=true"):
         open_records(WAYS[way](write_shards(tmp_path, 1)), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("train.csv", ","), ("train.tsv", "\t")])
+def test_cells_of_tables_in_a_folder_are_texts_too(tmp_path: Path, name: str, separator: str):
+    (tmp_path / "tables").mkdir()
+    rows = [("a", "b"), ("None", "007"), ("", "2.50"), ("True", "NA")]
+    (tmp_path / "tables" / name).write_text("\n".join(map(separator.join, rows)))
+    records = open_records(str(tmp_path / "tables"), tmp_path / "cache")
+    expected = [{"a": "None", "b": "007"}, {"a": None, "b": "2.50"}, {"a": "True", "b": "NA"}]
+    assert [records[index] for index in range(len(records))] == expected
+    assert list(stream_records(str(tmp_path / "tables"), tmp_path / "cache")) == expected
