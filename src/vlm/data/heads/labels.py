@@ -155,8 +155,9 @@ def _labels_from_records(name: str, task: str, present: Sequence[object]) -> tup
     values = _merge_kinds(_flatten_labels(name, task, present), as_numbers=task == "ordinal")
     distinct = {_checked_label_key(name, label): label for label in values}
     labels: list[Any] = sorted(_check_same_type(name, distinct.values()))
-    if all(isinstance(label, str) and _number_from_text(label) is not None for label in labels):
-        labels.sort(key=lambda label: _number_from_text(label))
+    numbers = {label: _number_from_text(label) or 0.0 for label in labels if _writes_number(label)}
+    if len(numbers) == len(labels):
+        labels.sort(key=numbers.__getitem__)
     if task == "ordinal" and isinstance(labels[0], str):
         raise ValueError(
             f"head {name}: nobody can tell the order of {', '.join(map(repr, labels[:10]))}; "
@@ -233,6 +234,10 @@ def _merge_kinds(labels: Sequence[object], *, as_numbers: bool) -> list[object]:
     ):
         return [TRUTH_TEXTS[label.lower()] if isinstance(label, str) else label for label in labels]
     return list(labels)
+
+
+def _writes_number(label: object) -> bool:
+    return isinstance(label, str) and NUMBER_TEXT.fullmatch(label) is not None
 
 
 def _number_from_text(text: str) -> float | None:

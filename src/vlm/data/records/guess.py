@@ -82,7 +82,7 @@ def _image_key(record: Mapping[str, object]) -> str | None:
 def _conversation(record: Mapping[str, object]) -> Guess | None:
     for key, value in record.items():
         if _has_items(value, "role", "content"):
-            if isinstance(record.get("image"), dict) and not {"bytes", "path"} & set(record["image"]):  # pyright: ignore[reportArgumentType, reportUnknownArgumentType] - checked
+            if isinstance(record.get("image"), dict) and not {"bytes", "path"} & set(record["image"]):  # pyright: ignore[reportArgumentType] - checked
                 return Guess("MiniCPM-V's records", "minicpm")
             return Guess("chat messages", "messages", {} if key == "messages" else {"key": key})
         if _has_items(value, "from", "value"):
