@@ -20,6 +20,7 @@ CHOICES = {
     "trainer.train_sampling_strategy": "random, sequential, group_by_modality_length, group_by_modality_blocks",
     "dataset.supervise": "replies, llava-onevision",
     "dataset.image_mode": "null, square, pad",
+    "dataset.alpha_background": "null, white, black, grey, drop",
     "dataset.over_length": "error, skip, truncate",
     "dataset.on_bad_sample": "error, skip",
 }
@@ -31,7 +32,7 @@ NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
 REFUSALS = {
     "format": (
         ["dataset.format=lava"],
-        "dataset.format=lava: allowed are llava, messages, caption, question, head, labelled, or package.module:",
+        "dataset.format=lava: allowed are llava, messages, caption, question, head, labelled, alpaca, cauldron, min",
     ),
     "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),
@@ -115,7 +116,7 @@ REFUSALS = {
     ),
     "no kind of records": (
         ["dataset.path=pyproject.toml"],
-        "dataset.path=pyproject.toml: a file named *.json, *.jsonl, *.parquet, *.csv, *.tsv, *.arrow, *.tar, a folder",
+        "dataset.path=pyproject.toml: a file named *.json, *.jsonl, *.ndjson, *.csv, *.tsv, *.parquet, *.arrow, *.tar",
     ),
     "an address": (
         ["dataset.path=https://example.com/a.json"],

@@ -10,6 +10,7 @@ from vlm.models import head_losses
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK
 from vlm.models.heads import HEADS
+from vlm.models.pixels import ALPHA_BACKGROUNDS
 from vlm.models.poolings import POOLINGS
 from vlm.models.processing_vlm import IMAGE_MODES
 
@@ -42,5 +43,6 @@ def test_the_other_lists_are_those_of_the_code():
     assert choices.CLASSIFICATION_TASKS == CLASSIFICATION_TASKS
     assert choices.FEATURE_STRATEGIES == FEATURE_STRATEGIES
     assert choices.IMAGE_MODES == IMAGE_MODES
+    assert tuple(ALPHA_BACKGROUNDS) == choices.ALPHA_BACKGROUNDS
     assert tuple(METRICS) == choices.EVAL_METRICS
     assert set(choices.CACHE_IMPLEMENTATIONS) <= set(ALL_CACHE_IMPLEMENTATIONS)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -17,6 +19,7 @@ from vlm.data import token_counts as counts
 from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped, load_dataset, split_off_eval
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.vision.images import open_media
 from vlm.models import VLMProcessor
 
 LONGEST = 60
@@ -224,6 +227,29 @@ def test_more_bad_records_than_allowed_stop_the_run(load):
     )
     with pytest.raises(ValueError, match=said):
         load(bad, on_bad_sample="skip", max_skipped=0.4)
+
+
+def test_bad_records_of_one_kind_are_one_reason_and_name_their_form(load):
+    """With what reads them; and in the same words each time."""
+    chats = [{"id": str(number), "conversations": [{"role": "user", "content": "?"}]} for number in range(12)]
+    said = (
+        r"Reasons: turn 1: `from` and `value` must be strings; it looks like chat messages: dataset.format=messages "
+        r"dataset.options.key=conversations \(12\)$"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said):
+            load([*GOOD, *chats], on_bad_sample="skip", max_skipped=0.4)
+
+
+def test_binary_columns_of_parquet_are_images(load, tmp_path: Path):
+    """As pandas writes them, and several in a list."""
+    picture(size=(12, 10)).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    rows = [{"image": content, "caption": 3}, {"image": content, "caption": 4}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    data = load([], path=str(tmp_path / "a.parquet"), format="caption")
+    assert [data.sample(index).turns[-1].content for index in range(2)] == [("3",), ("4",)]
+    assert open_media(data.sample(0))[0].size == (12, 10)
 
 
 # Counting

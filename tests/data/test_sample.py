@@ -3,7 +3,7 @@
 import pickle
 from pathlib import Path
 
-from vlm.data.sample import BadSample, Clip, ImageRef, OverLong, Picture, Sample, Turn, Video, VideoRef
+from vlm.data.sample import BadSample, Clip, ImageRef, OverLong, Picture, Sample, Turn, Video, VideoRef, group_reasons
 
 IMAGE, VIDEO = ImageRef(Path("a.png")), VideoRef(Path("b.mp4"))
 SAMPLE = Sample("7", (Turn("user", (IMAGE, "what?", VIDEO)), Turn("assistant", ("a cat",))))
@@ -46,3 +46,26 @@ def test_errors_come_out_of_a_data_worker_whole():
         error = pickle.loads(pickle.dumps(kind("7", "too long", "a.png")))
         assert (type(error), error.sample_id, error.reason, error.file) == (kind, "7", "too long", "a.png")
         assert str(error) == "record '7': too long"
+
+
+def test_a_reason_has_no_address_in_memory():
+    error = BadSample("7", f"its reader raised ValueError: {object()} and <f at 0x7f00deadbeef>")
+    assert error.reason == "its reader raised ValueError: <object object> and <f>"
+    assert str(error) == f"record '7': {error.reason}"
+    assert BadSample("7", "the text says at 0x41").reason == "the text says at 0x41"
+
+
+def test_reasons_are_counted_without_their_files_and_numbers():
+    problems = [
+        BadSample("1", "image /a folder/1.png does not open: the file is empty", "/a folder/1.png"),
+        BadSample("2", "image file /images/z.png does not exist", "z.png"),
+        BadSample("3", "image /a folder/3.png does not open: the file is empty", "/a folder/3.png"),
+        BadSample("4", "2 more image(s) than <image> in its text"),
+        BadSample("5", "11 more image(s) than <image> in its text"),
+        BadSample("6", "12 more image(s) than <image> in its text"),
+    ]
+    assert group_reasons(problems) == [
+        ("2 more image(s) than <image> in its text", 3),
+        ("image … does not open: the file is empty", 2),
+        ("image file /images/z.png does not exist", 1),
+    ]

@@ -29,6 +29,7 @@ from vlm.data.vision.video import open_video, sample_clip
 from vlm.evaluation.loss import row_losses
 from vlm.families.processing import FamilyProcessor, load_family_processor
 from vlm.families.table import FAMILIES
+from vlm.families.videos import make_metadata
 from vlm.inference.generate import VisionLanguageModel
 
 MAX_FRAMES = 4
@@ -338,3 +339,14 @@ def test_two_ranks_reach_the_single_process(
     words = ["-cn", run, *brief, *words, f"model.hf_name={folder / name}", "trainer.deepspeed=zero3"]
     launch([*words, f"trainer.output_dir={tmp_path / 'two'}", f"{size}1"])
     assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=5e-4)
+
+
+def test_frames_of_a_variable_rate_have_their_own_times():
+    """Transformers takes a frame's index over the rate for its time."""
+    clip = Clip((6, 10, 13, 18), 20, 48, 64, 2.0, (0.6, 1.0, 4.0, 9.033))
+    metadata = make_metadata(clip)
+    assert metadata.timestamps == list(clip.times or ())
+    assert metadata.duration == 10
+    assert metadata.sampled_fps == 0.4
+    constant = make_metadata(Clip((2, 7), 20, 48, 64, 29.97))
+    assert (constant.frames_indices, constant.fps, constant.total_num_frames) == ([2, 7], 29.97, 20)

@@ -1,11 +1,15 @@
 """The processor: pixels, placeholders, and what travels with a checkpoint."""
 
 import base64
+import copy
 import json
 import re
 import shutil
+from collections.abc import Callable
+from io import BytesIO
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +33,7 @@ from tests.tiny_parts import (
 from vlm.assembly.compose import compose
 from vlm.models import VLMProcessor
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
-from vlm.models.pixels import pad_to_square
+from vlm.models.pixels import as_rgb, pad_to_square
 from vlm.models.processing_vlm import FIXED_DATE, IMAGE_MODES, images_in_conversation, read_prepend_scheme
 
 POINTWISE = ("identity", "linear", "mlp")
@@ -125,6 +129,123 @@ def test_a_rotated_photograph_is_turned_upright(processor: VLMProcessor, tmp_pat
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_images_of_any_colour_mode_are_read(processor: VLMProcessor, mode: str):
     assert processor.pixel_values([picture().convert(mode)]).shape == (1, 3, 24, 24)
+
+
+RAMP = np.linspace(0, 1, 64)[None].repeat(8, axis=0)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> Image.Image:
+    """The image, as it comes back from a file."""
+    file = BytesIO()
+    image.save(file, kind, **options)
+    opened = Image.open(file)
+    opened.load()
+    return opened
+
+
+DEEP: dict[str, Callable[[], Image.Image]] = {
+    "floats to 1": lambda: saved(Image.fromarray(RAMP.astype("float32")), "TIFF"),
+    "floats to 3000": lambda: Image.fromarray((RAMP * 3000).astype("float32")),
+    "floats around 0": lambda: Image.fromarray((RAMP - 0.5).astype("float32")),
+    "32 bits to 255": lambda: saved(Image.fromarray((RAMP * 255).astype("int32")), "TIFF"),
+    "32 bits to 65535": lambda: Image.fromarray((RAMP * 65535).astype("int32")),
+    "32 bits to a million": lambda: Image.fromarray((RAMP * 1e6).astype("int32")),
+    "32 bits below zero": lambda: Image.fromarray((RAMP * 4000 - 1000).astype("int32")),
+    "12 of 16 bits": lambda: saved(Image.fromarray((RAMP * 4095).astype("uint16")), "PNG"),
+    "12 of 16 bits, TIFF": lambda: saved(Image.fromarray((RAMP * 4095).astype("uint16")), "TIFF"),
+    "12 of 16 bits, PGM": lambda: saved(Image.fromarray((RAMP * 4095).astype("uint16")), "PPM"),
+    "12 of 16 bits, big-endian": lambda: Image.frombytes("I;16B", (64, 8), (RAMP * 4095).astype(">u2").tobytes()),
+    "16 bits": lambda: saved(Image.fromarray((RAMP * 65535).astype("uint16")), "PNG"),
+    "12 bits, PGM": lambda: Image.open(BytesIO(b"P5 64 8 4095\n" + (RAMP * 4095).astype(">u2").tobytes())),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_levels_are_scaled_by_their_range(kind: str):
+    """A ramp from black to white stays one, to a level."""
+    grey = np.asarray(as_rgb(DEEP[kind]())).astype(int)
+    assert np.abs(grey - np.rint(RAMP * 255)[..., None]).max() <= 1
+    assert (grey.min(), grey.max()) == (0, 255)
+
+
+def test_levels_below_the_range_stay_dark():
+    """The scale is that of the bits, not of the lightest pixel: of one camera, a darker image is darker."""
+    half = np.asarray(as_rgb(Image.fromarray((RAMP * 30_000).astype("uint16")))).max()
+    assert half == round(30_000 / 65535 * 255)
+    assert np.asarray(as_rgb(Image.fromarray((RAMP * 0.5).astype("float32")))).max() == 128
+    assert np.asarray(as_rgb(Image.fromarray((RAMP * 100).astype("int32")))).max() == 100
+    assert np.asarray(as_rgb(Image.fromarray(np.full((8, 8), 77, "int32")))).max() == 77
+
+
+def test_what_is_no_number_is_black():
+    levels = RAMP.astype("float32")
+    levels[0, -1] = np.nan
+    assert np.asarray(as_rgb(Image.fromarray(levels)))[0, -1].tolist() == [0, 0, 0]
+
+
+def test_a_tiff_in_which_zero_is_white_is_seen_so():
+    inverted = saved(Image.fromarray((RAMP * 65535).astype("uint16")), "TIFF", tiffinfo={262: 0})
+    assert np.asarray(as_rgb(inverted))[0, 0].tolist() == [255, 255, 255]
+
+
+def ink() -> Image.Image:
+    """A black stroke on nothing, as formulas and logos are saved."""
+    pixels = np.zeros((20, 30, 4), "uint8")
+    pixels[5:10, 5:25, 3] = 255
+    return Image.fromarray(pixels)
+
+
+TRANSPARENT: dict[str, Callable[[], Image.Image]] = {
+    "RGBA": lambda: saved(ink(), "PNG"),
+    "WebP": lambda: saved(ink(), "WEBP", lossless=True),
+    "LA": lambda: saved(ink().convert("LA"), "PNG"),
+    "palette": lambda: saved(ink().quantize(4), "PNG"),
+    "GIF": lambda: saved(ink(), "GIF"),
+    "a grey level": lambda: saved(Image.fromarray(np.asarray(ink())[..., 3] // 255 * 9), "PNG", transparency=0),
+    "a deep grey level": lambda: saved(
+        Image.fromarray(np.asarray(ink())[..., 3].astype("uint16")), "PNG", transparency=0
+    ),
+    "a colour": lambda: saved(
+        Image.fromarray(np.stack([np.asarray(ink())[..., 3] // 255 * 9] * 3, axis=-1)), "PNG", transparency=(0, 0, 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_transparent_parts_show_the_background(kind: str):
+    image = TRANSPARENT[kind]()
+    corners = {name: np.asarray(as_rgb(image, name))[0, 0].tolist() for name in ("white", "black", "grey")}
+    assert corners == {"white": [255] * 3, "black": [0] * 3, "grey": [128] * 3}
+    assert np.asarray(as_rgb(image)).min() < 128 or "deep" in kind
+    assert np.asarray(as_rgb(image, "drop"))[0, 0].tolist() == [0, 0, 0] or kind == "palette"
+
+
+def test_half_transparent_parts_are_mixed_and_opaque_ones_stay():
+    pixels = np.zeros((1, 2, 4), "uint8")
+    pixels[0, :, 3] = (255, 51)
+    assert np.asarray(as_rgb(Image.fromarray(pixels)))[0, :, 0].tolist() == [0, 204]
+    opaque = picture().convert("RGBA")
+    assert as_rgb(opaque).tobytes() == as_rgb(opaque, "drop").tobytes() == picture().tobytes()
+
+
+def test_the_background_is_saved_and_reloaded(processor: VLMProcessor, tmp_path: Path):
+    """Training, inference and serving see the same; a file that is given by its path too."""
+    ink().save(tmp_path / "ink.png")
+    with Image.open(tmp_path / "ink.png") as image:
+        white = processor.pixel_values([image])
+        assert torch.equal(processor(images=str(tmp_path / "ink.png"))["pixel_values"], white)
+        other = copy.copy(processor)
+        other.alpha_background = "black"
+        other.save_pretrained(tmp_path)
+        again = VLMProcessor.from_pretrained(tmp_path)
+        assert again.alpha_background == "black"
+        assert torch.equal(again.pixel_values([image]), other.pixel_values([image]))
+        assert not torch.equal(again.pixel_values([image]), white)
+
+
+def test_an_unknown_background_names_the_choices(processor: VLMProcessor):
+    with pytest.raises(ValueError, match=r"dataset\.alpha_background=pink: allowed are white, black, grey, drop"):
+        VLMProcessor(processor.image_processor, processor.tokenizer, alpha_background="pink")
 
 
 # Calling it

@@ -43,6 +43,14 @@ def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Pre
     Raises:
         ValueError: the parts do not fit, or the command line contradicts the checkpoint.
     """
+    model_config, processor = _resolve_model(config, overrides)
+    if config.dataset.alpha_background is not None:
+        processor.alpha_background = config.dataset.alpha_background
+    return model_config, processor
+
+
+def _resolve_model(config: RunConfig, overrides: Sequence[str]) -> tuple[PreTrainedConfig, Processor]:
+    """Resolve a model, see `resolve_model`; how transparent images are seen is the checkpoint's, or the default."""
     overridden_keys = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
     model, name = config.model, config.trainer.from_pretrained
     if name and model.hf_name is not None and {"model", "model.hf_name", "model.revision"} & set(overrides):

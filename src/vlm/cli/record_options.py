@@ -79,8 +79,9 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
     from omegaconf import OmegaConf
 
     from vlm.data.records.formats import FORMATS, get_reader
+    from vlm.data.records.paths import JSON_SUFFIXES, split_suffix
 
-    name = args.format or ("llava" if Path(args.input).suffix in (".json", ".jsonl") else "labelled")
+    name = args.format or ("llava" if split_suffix(args.input)[0] in JSON_SUFFIXES else "labelled")
     if name not in FORMATS and ":" not in name:
         raise ValueError(f"--format {name}: allowed are {', '.join(FORMATS)}, or package.module:function for your own")
     known = [p.name for p in signature(get_reader(name)).parameters.values() if p.kind is p.KEYWORD_ONLY]

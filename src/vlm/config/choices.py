@@ -28,6 +28,8 @@ POOLINGS = ("last", "mean", "image", "text", "attention", "query", "token", "fir
 FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
 SUPERVISIONS = ("replies", "llava-onevision")
 IMAGE_MODES = ("square", "pad")
+ALPHA_BACKGROUNDS = ("white", "black", "grey", "drop")
+"""What shows through transparent images; `drop` ignores transparency."""
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager")
 QUANTIZATIONS = ("8bit", "4bit")
 GROUP_BY_MODALITY_LENGTH = "group_by_modality_length"

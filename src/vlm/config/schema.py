@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm.config.choices import (
+    ALPHA_BACKGROUNDS,
     CACHE_IMPLEMENTATIONS,
     EVAL_METRICS,
     IMAGE_MODES,
@@ -284,6 +285,9 @@ class DatasetConfig(SourceConfig):
     image_mode: str | None = field(default=None, metadata=choices(IMAGE_MODES))
     """`square`: as the encoder's image processor does it; `pad`: padded to a square first; null: the checkpoint's,
     else `square`."""
+    alpha_background: str | None = field(default=None, metadata=choices(ALPHA_BACKGROUNDS))
+    """What shows through transparent images: `white`, `black` or `grey`; `drop`: transparency is ignored, as in LLaVA,
+    so that black ink on a transparent ground is all black; null: the checkpoint's, else `white`."""
     max_length: int | None = 2048
     """Longest sample in tokens, image tokens included; null: as long as the language model's positions."""
     over_length: str = field(default="error", metadata=choices(("error", "skip", "truncate")))

@@ -1,7 +1,6 @@
 """Records as training samples: counted before anything trains, read and encoded when they are needed."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor, SampleInputs
-from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample
+from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample, group_reasons
 from vlm.data.sources import Source, make_sources
 from vlm.data.token_counts import Counts, count
 from vlm.data.vision.images import Medium, media_sizes_from_opened, read_media_sizes, upright_size
@@ -307,7 +306,7 @@ def load_dataset(
         ))  # fmt: skip
     if not sum(map(len, places)):
         names = ", ".join(source.path for source in sources)
-        reasons = Counter(record.reason for record in skipped).most_common(1)
+        reasons = group_reasons(skipped)
         reason = f"the commonest reason is: {reasons[0][0]}" if reasons else "there are none"
         raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {reason}")
     rows = np.concatenate(places), np.concatenate(lengths), np.concatenate(images)
@@ -345,7 +344,7 @@ def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict
 def check_skipped_share(path: str, bad: Sequence[BadSample | Skipped], total: int, share: float) -> None:
     """Raise ValueError where more records cannot be used than `dataset.max_skipped` allows."""
     if len(bad) > share * total:
-        reasons = Counter(record.reason for record in bad).most_common(3)
+        reasons = group_reasons(bad)[:3]
         listing = "; ".join(f"{reason} ({number})" if number > 1 else reason for reason, number in reasons)
         raise ValueError(
             f"{path}: {len(bad)} of {total} records cannot be used, more than dataset.max_skipped={share} allows. "

@@ -9,6 +9,7 @@ from PIL import Image
 
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor
+from vlm.models.pixels import as_rgb
 
 STYLE = (
     "body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -71,6 +72,6 @@ def render_page(title: str, intro: str, sections: Sequence[str]) -> str:
 
 def thumbnail(image: Image.Image, side: int = 192) -> Image.Image:
     """Return a small copy of an image in RGB."""
-    small = image.convert("RGB")
+    small = as_rgb(image).copy()
     small.thumbnail((side, side))
     return small

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +51,7 @@ class Processor(Protocol):
         special_tokens: matches every special token of the tokenizer.
         chat_template: the Jinja template in use.
         own_template: the template that came with the language model or the family.
+        alpha_background: what shows through transparent images.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -58,6 +60,11 @@ class Processor(Protocol):
     special_tokens: re.Pattern[str]
     chat_template: str | None
     own_template: str | None
+    alpha_background: str
+
+    def as_rgb(self, image: Image.Image) -> Image.Image:
+        """Return an image upright, in RGB, without transparency: what is seen of it before it is resized."""
+        ...
 
     @property
     def image_token_id(self) -> int:

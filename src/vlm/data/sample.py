@@ -1,10 +1,12 @@
 """The one in-memory form of a record: a `Sample` of `Turn`s, whatever file it came from. Imports nothing of `vlm`."""
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 Record = dict[str, Any]
 """A record as its file holds it: values of JSON, and bytes of images."""
@@ -25,7 +27,9 @@ class Clip:
         total_frames: the number of frames of the video.
         height: of each frame, in pixels.
         width: of each frame, in pixels.
-        fps: frames of the video per second.
+        fps: frames of the video per second, on average where their times are known.
+        times: seconds of each frame that is read, from the first frame of the video; None where the rate is constant,
+            so that frame `n` is shown at `n / fps`.
     """
 
     frames: tuple[int, ...]
@@ -33,11 +37,16 @@ class Clip:
     height: int
     width: int
     fps: float
+    times: tuple[float, ...] | None = None
 
 
 MediaSize = tuple[int, int] | Clip | None
 """Height and width of an image, or the clip that is read of a video; None for a frame of a video, where the processor
 encodes all frames alike."""
+
+
+MEMORY_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")
+"""The end of the text that Python shows for an object."""
 
 
 class BadSample(ValueError):
@@ -50,6 +59,7 @@ class BadSample(ValueError):
     """
 
     def __init__(self, sample_id: str, reason: str, file: str | None = None):
+        reason = MEMORY_ADDRESS.sub(">", reason)  # of an object in a library's message: another one in every run
         super().__init__(f"record {sample_id!r}: {reason}")
         self.sample_id = sample_id
         self.reason = reason
@@ -58,6 +68,43 @@ class BadSample(ValueError):
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str | None]]:
         """Pickle the arguments, so that the error comes out of a data worker whole."""
         return type(self), (self.sample_id, self.reason, self.file)
+
+
+class Reasoned(Protocol):
+    """What has a reason, and the file at fault or None."""
+
+    @property
+    def reason(self) -> str:
+        """What is wrong."""
+        ...
+
+    @property
+    def file(self) -> str | None:
+        """The file at fault."""
+        ...
+
+
+def group_reasons(problems: Iterable[Reasoned]) -> list[tuple[str, int]]:
+    """Count problems by what is wrong, the commonest first: (the reason, and how many there are).
+
+    Reasons that differ in the file and in numbers only are one; the first of them stands for all, without its file
+    where that is not the same for all.
+    """
+    counts: Counter[str] = Counter()
+    whole: dict[str, set[str]] = {}
+    without_file: dict[str, str] = {}
+    for problem in problems:
+        file = problem.file
+        reason = re.sub(rf"\S*{re.escape(file)}", "…", problem.reason) if file else problem.reason
+        key = re.sub(r"\d+", "0", reason)
+        counts[key] += 1
+        without_file.setdefault(key, reason)
+        if len(seen := whole.setdefault(key, set())) < 2:
+            seen.add(problem.reason)
+    return [
+        (next(iter(whole[key])) if len(whole[key]) == 1 else without_file[key], number)
+        for key, number in counts.most_common()
+    ]
 
 
 class OverLong(BadSample):

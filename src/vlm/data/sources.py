@@ -15,6 +15,7 @@ from vlm.data.encoding.labels import read_template
 from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
 from vlm.data.processor import Processor
 from vlm.data.records.formats import get_reader
+from vlm.data.records.guess import with_hint
 from vlm.data.records.keys import unread_keys
 from vlm.data.records.open import Records, open_records, stream_records
 from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
@@ -91,8 +92,8 @@ class Source:
             raise record
         try:
             return self._reader(record, self.folder).without_blank_replies()
-        except BadSample:
-            raise
+        except BadSample as error:
+            raise with_hint(error, record, self.config.format, self.config.options) from None
         except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
             name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
             frame = traceback.extract_tb(error.__traceback__)[-1]

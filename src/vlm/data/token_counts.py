@@ -21,17 +21,18 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processes import num_cores
 from vlm.data.sample import BadSample
 from vlm.data.sources import Source
-from vlm.data.vision.images import open_media, read_image_size, read_media_sizes
+from vlm.data.vision.images import is_uniform, open_media, read_image_size, read_media_sizes
+from vlm.data.vision.video import DecodedVideo
 
 SCHEMA = pa.schema(
     [
         ("record", pa.int64()), ("length", pa.int32()), ("needed", pa.int32()), ("supervised", pa.int32()),
         ("replies", pa.int32()), ("images", pa.int32()), ("videos", pa.int32()), ("width", pa.int32()),
-        ("height", pa.int32()), ("label", pa.string()), ("group", pa.string()), ("id", pa.string()),
-        ("problem", pa.string()), ("file", pa.string()),
+        ("height", pa.int32()), ("uniform", pa.int32()), ("label", pa.string()), ("group", pa.string()),
+        ("id", pa.string()), ("problem", pa.string()), ("file", pa.string()),
     ]
 )  # fmt: skip
-INTEGER_COLUMNS = SCHEMA.names[:9]
+INTEGER_COLUMNS = SCHEMA.names[:10]
 CHUNK = 256
 FEW = 4 * CHUNK
 """Up to this many records are counted faster in this process than in workers that have to start."""
@@ -53,6 +54,7 @@ class Counts:
         images: number of images and videos; every frame of a video that is read as images.
         videos: number of those that the model reads as videos.
         width, height: of the first image in pixels; 0 where it has none, or a frame of a video.
+        uniform: number of its images, of those that were decoded, that are of one colour throughout.
         labels: its label for prediction heads as JSON; null without one, or where labels are not read.
         groups: the group within which a ranking compares it; null as labels.
         problems: place in these arrays -> why the record cannot be used.
@@ -68,6 +70,7 @@ class Counts:
     videos: np.ndarray
     width: np.ndarray
     height: np.ndarray
+    uniform: np.ndarray
     labels: pa.ChunkedArray
     groups: pa.ChunkedArray
     problems: dict[int, BadSample]
@@ -203,15 +206,16 @@ def count_record(source: Source, number: int, *, decode: bool) -> CountedRow:
     """
     try:
         sample = source.sample(number)
-        if decode:
-            open_media(sample)
+        opened = open_media(sample) if decode else []
+        stills = [image for image in opened if not isinstance(image, DecodedVideo)]
+        uniform = sum(is_uniform(source.encoder.processor.as_rgb(image)) for image in stills)
         sizes = [read_image_size(image_ref, sample.id) for image_ref in sample.images if image_ref.frame is None]
         encoded = source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
         label_and_group = source.encoder.label_and_group(sample)
     except BadSample as error:
-        return number, *[0] * 8, None, None, error.sample_id, error.reason, error.file
+        return number, *[0] * 9, None, None, error.sample_id, error.reason, error.file
     needed = source.encoder.min_length(encoded)
     supervised = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
     replies = len(sample.replies)
-    media = len(sample.media), len(sample.videos), *(sizes[0] if sizes else (0, 0))
+    media = len(sample.media), len(sample.videos), *(sizes[0] if sizes else (0, 0)), uniform
     return number, len(encoded.input_ids), needed, supervised, replies, *media, *label_and_group, sample.id, None, None

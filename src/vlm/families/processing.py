@@ -231,6 +231,19 @@ class FamilyProcessor:
 
     # --- images -----------------------------------------------------------------------------------------------------
 
+    @property
+    def alpha_background(self) -> str:
+        """What shows through transparent images: kept and saved among the settings of the native image processor."""
+        return getattr(self.image_processor, "alpha_background", "white")
+
+    @alpha_background.setter
+    def alpha_background(self, name: str) -> None:
+        self.image_processor.alpha_background = name
+
+    def as_rgb(self, image: Image.Image) -> Image.Image:
+        """Return an image as the family's processor gets it: upright, in RGB, without transparency."""
+        return as_rgb(image, self.alpha_background)
+
     def _process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return the inputs of a sample's images, and the expansion of each in its text."""
         out = self.native(
@@ -254,14 +267,14 @@ class FamilyProcessor:
         videos = [image for image in images if isinstance(image, DecodedVideo)]
         if videos and self.family.joined:
             return joined([self._process_one(image) for image in images], self.per_sample_inputs)
-        stills = [as_rgb(cast(Image.Image, image)) for image in images if not isinstance(image, DecodedVideo)]
+        stills = [self.as_rgb(cast(Image.Image, image)) for image in images if not isinstance(image, DecodedVideo)]
         inputs = self._process_images(stills)[0] if stills else {}
         return inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
 
     def _process_one(self, image: Medium) -> dict[str, Tensor]:
         """Return the inputs of a single image or video."""
         if self.videos is None or not isinstance(image, DecodedVideo):
-            return self._process_images([as_rgb(cast(Image.Image, image))])[0]
+            return self._process_images([self.as_rgb(cast(Image.Image, image))])[0]
         return {name: value for name, value in self.videos.inputs(image).items() if name not in TEXT_INPUTS}
 
     def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:

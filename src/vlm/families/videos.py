@@ -16,6 +16,8 @@ from vlm.data.sample import Clip
 from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
 from vlm.families.table import Family
 
+CLOCK = 1000
+"""Frames per second of the video that stands for one of a variable rate: its times are told to the millisecond."""
 MAX_KEPT_VALUES = 1000
 """Of larger tensors only the shape is kept: they are no grids of patches, nor else needed for a number of tokens."""
 
@@ -64,10 +66,17 @@ class FamilyVideos:
 
 
 def make_metadata(clip: Clip) -> VideoMetadata:
-    """Make the metadata of a clip for transformers; a new object each time, since processors write into it."""
+    """Make the metadata of a clip for transformers; a new object each time, since processors write into it.
+
+    Transformers takes the index of a frame over the frames per second for its time. Where the rate varies, indices and
+    rate are therefore those of a video of `CLOCK` frames per second that shows the same frames at the same times.
+    """
+    fps, frames, total = clip.fps, list(clip.frames), clip.total_frames
+    if clip.times is not None:
+        frames, total, fps = [round(time * CLOCK) for time in clip.times], round(total / fps * CLOCK), float(CLOCK)
     return VideoMetadata(
-        total_num_frames=clip.total_frames, fps=clip.fps, width=clip.width, height=clip.height,
-        duration=clip.total_frames / clip.fps, frames_indices=list(clip.frames),
+        total_num_frames=total, fps=fps, width=clip.width, height=clip.height, duration=total / fps,
+        frames_indices=frames,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Hub code: imports torch, numpy, Pillow, transformers and its siblings only.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,18 @@ from .anyres import AnyRes
 
 ImageOrTensor = Image.Image | Tensor
 """An image of Pillow, or a uint8 tensor `(3, height, width)`."""
+
+ALPHA_BACKGROUNDS: dict[str, tuple[int, int, int] | None] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+    "drop": None,
+}
+"""Name of a background -> its colour; None: transparency is ignored, whatever colour lies below it is seen."""
+LEVEL_BITS = (8, 10, 12, 14, 16)
+"""Bits a level that sensors and files have."""
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+"""Tags of TIFF: bits of each channel; 0 where 0 is white; 1 for whole numbers without a sign."""
 
 Settings = dict[str, Any]
 """Settings by name, as JSON holds them."""
@@ -138,15 +151,59 @@ def mean_color_value(image_processor: ImageProcessor) -> tuple[int, ...]:
     return tuple(int(mean * 255) for mean in image_processor.image_mean)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image upright and in RGB. Of 16 bits a channel, the upper 8 are kept; Pillow would clip at 255."""
+def as_rgb(image: Image.Image, alpha_background: str = "white") -> Image.Image:
+    """Return an image upright and in RGB, transparent parts on a background, deep levels scaled to 8 bits.
+
+    Args:
+        image: any image that Pillow opens, see `scale_levels` for those of more than 8 bits a channel.
+        alpha_background: a name of `ALPHA_BACKGROUNDS`.
+    """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    return image.convert("RGB")
+    colour = ALPHA_BACKGROUNDS[alpha_background]
+    if image.mode[0] in "IF":
+        rgb_image = scale_levels(image).convert("RGB")
+        if colour is not None and isinstance(level := image.info.get("transparency"), int):
+            rgb_image.paste(colour, mask=Image.fromarray(np.asarray(image) == level))
+        return rgb_image
+    if colour is None or not image.has_transparency_data:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, colour)
+    ground.alpha_composite(image.convert("RGBA"))
+    return ground.convert("RGB")
+
+
+def scale_levels(image: Image.Image) -> Image.Image:
+    """Return a grey image of 16 bits, 32 bits or floats with levels from 0 to 255, by a rule that the image decides.
+
+    - Floats from 0 to 1: 1 is white.
+    - Whole numbers from 0 to 65535: white is the highest level of as many bits as the file declares for a pixel, where
+      those are not all of its bytes (a TIFF of 12 bits); else of the fewest of `LEVEL_BITS` that hold the lightest
+      pixel, since files of 16 bits often hold levels of 12, and those of 32 bits levels of 8.
+    - Others (below zero, above 65535, other floats): from the darkest pixel to the lightest.
+
+    What is no number is black. A TIFF that declares 0 as white is inverted, which Pillow does for 8 bits only.
+    """
+    levels = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "I" and tags.get(TIFF_BITS) == (32,) and tags.get(TIFF_SAMPLE_FORMAT, (1,)) == (1,):
+        levels = levels.view(np.uint32)  # Pillow reads them as numbers with a sign
+    levels = levels.astype(np.float64)
+    finite = levels[np.isfinite(levels)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    is_float = image.mode.startswith("F")
+    black, white = low, high
+    if is_float and low >= 0 and high <= 1:
+        black, white = 0.0, 1.0
+    elif not is_float and low >= 0 and high < 2 ** LEVEL_BITS[-1]:
+        declared = [bits for bits in tags.get(TIFF_BITS, ()) if bits % 8]
+        bits = next(bits for bits in (*declared, *LEVEL_BITS) if high < 2**bits)
+        black, white = 0.0, float(2**bits - 1)
+    scaled = (np.nan_to_num(levels, nan=black, posinf=white, neginf=black) - black) * (255 / ((white - black) or 1))
+    grey = np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(TIFF_PHOTOMETRIC) == 0 else grey)
 
 
 def as_tensor(image: ImageOrTensor) -> Tensor:
@@ -179,4 +236,6 @@ def load_images(images: Any) -> list[Image.Image]:
     """Load images into Pillow, from one or nested lists of paths, URLs, base64 texts, arrays and Pillow images."""
     if isinstance(images, (list, tuple)):
         return [rgb_image for image in images for rgb_image in load_images(image)]
+    if isinstance(images, str) and os.path.isfile(images):
+        return [Image.open(images)]  # `load_image` would ignore transparency and clip deep levels
     return [load_image(images) if isinstance(images, str) else to_pil_image(images)]

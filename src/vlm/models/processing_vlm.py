@@ -18,6 +18,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .anyres import AnyRes, Size
 from .pixels import (
+    ALPHA_BACKGROUNDS,
     ImageOrTensor,
     ImageProcessor,
     Settings,
@@ -60,9 +61,10 @@ class VLMProcessor(ProcessorMixin):
         own_template: the language model's own template, kept for a later stage that uses it again.
         anyres: the fields of `anyres.AnyRes`, where images are cut into tiles; None where each is one square.
         beside: the image processors of further visual encoders, or what their `to_dict` returned.
+        alpha_background: what shows through transparent images, a name of `pixels.ALPHA_BACKGROUNDS`.
 
     Raises:
-        ValueError: the image mode is unknown, or the tokenizer is missing or not a fast one.
+        ValueError: the image mode or the background is unknown, or the tokenizer is missing or not a fast one.
     """
 
     _auto_class = "AutoProcessor"
@@ -91,10 +93,14 @@ class VLMProcessor(ProcessorMixin):
         own_template: str | None = None,
         anyres: Settings | None = None,
         beside: Sequence[ImageProcessor | Settings] = (),
+        alpha_background: str = "white",
         **kwargs: object,
     ):
         if image_mode not in IMAGE_MODES:
             raise ValueError(f"dataset.image_mode={image_mode}: allowed are {', '.join(IMAGE_MODES)}")
+        if alpha_background not in ALPHA_BACKGROUNDS:
+            allowed = ", ".join(ALPHA_BACKGROUNDS)
+            raise ValueError(f"dataset.alpha_background={alpha_background}: allowed are {allowed}")
         if tokenizer is None or not tokenizer.is_fast:
             raise ValueError("VLMProcessor needs a fast tokenizer: supervision is found by character offsets")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -103,6 +109,7 @@ class VLMProcessor(ProcessorMixin):
         self.image_end = image_end
         self.tokens_per_image = tokens_per_image
         self.image_mode = image_mode
+        self.alpha_background = alpha_background
         self.own_template = own_template
         self.anyres = anyres
         self.beside = [make_image_processor(settings) for settings in beside]
@@ -120,6 +127,10 @@ class VLMProcessor(ProcessorMixin):
     def to_dict(self) -> Settings:
         """Return the settings, with those of the image processors of further encoders."""
         return {**super().to_dict(), "beside": [image_processor.to_dict() for image_processor in self.beside]}
+
+    def as_rgb(self, image: Image.Image) -> Image.Image:
+        """Return an image as the visual encoders see it before it is resized: upright, in RGB, without transparency."""
+        return as_rgb(image, self.alpha_background)
 
     @property
     def tiling(self) -> AnyRes | None:
@@ -237,7 +248,7 @@ class VLMProcessor(ProcessorMixin):
             return {}
         if (tiling := self.tiling) is None:
             return {"pixel_values": self.raw_pixels(images)}
-        rgb_images = [image if isinstance(image, Tensor) else as_tensor(as_rgb(image)) for image in images]
+        rgb_images = [image if isinstance(image, Tensor) else as_tensor(self.as_rgb(image)) for image in images]
         processors = self.image_processors
         image_sizes: list[Size] = [(rgb_image.shape[1], rgb_image.shape[2]) for rgb_image in rgb_images]
         frames = [size is None for size in sizes] or [False] * len(images)
@@ -274,7 +285,7 @@ class VLMProcessor(ProcessorMixin):
         Args:
             images: Pillow images, or, where `accepts_tensors`, uint8 tensors `(3, height, width)`.
         """
-        rgb_images = [image if isinstance(image, Tensor) else as_rgb(image) for image in images]
+        rgb_images = [image if isinstance(image, Tensor) else self.as_rgb(image) for image in images]
         processors = self.image_processors
         pixels = [make_raw_pixels(processor, rgb_images, self.image_mode) for processor in processors]
         if not self.accepts_tensors:
@@ -312,7 +323,7 @@ class VLMProcessor(ProcessorMixin):
         Raises:
             ValueError: the texts have more or fewer image tokens than there are images.
         """
-        rgb_images = [as_rgb(rgb_image) for rgb_image in ([] if images is None else load_images(images))]
+        rgb_images = [self.as_rgb(rgb_image) for rgb_image in ([] if images is None else load_images(images))]
         texts = None if text is None else [text] if isinstance(text, str) else list(text)
         num_images = [1] * len(rgb_images) if texts is None else [text.count(self.image_token) for text in texts]
         if sum(num_images) != len(rgb_images):

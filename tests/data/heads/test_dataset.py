@@ -26,7 +26,7 @@ from vlm.data.heads.dataset import (
     split_by_label,
     values_per_head,
 )
-from vlm.data.heads.labels import HeadLabels, strata
+from vlm.data.heads.labels import HeadLabels, resolve_labels, strata
 from vlm.models import VLMProcessor
 
 KIND = HeadLabels("kind", "multiclass", ("cat", "dog"))
@@ -157,7 +157,7 @@ def test_an_item_has_targets_and_a_group(load):
 
 
 def test_it_is_otherwise_its_samples(load):
-    data = load([*RECORDS, {"prompt": 3}], on_bad_sample="skip", max_skipped=1.0)
+    data = load([*RECORDS, {"prompt": [3]}], on_bad_sample="skip", max_skipped=1.0)
     heads = HeadDataset(data, [KIND])
     assert len(heads) == 4
     assert heads.lengths is data.lengths
@@ -336,3 +336,20 @@ def test_a_label_of_one_record_cannot_be_divided(load):
         split_by_label(data, of, 0.5, 0, KIND.labels)
     with pytest.raises(ValueError, match=r"3 folds: one for each, so at least 3 records of each .*; 'dog' has 1"):
         fold_by_label(data, of, 3, 0, KIND.labels)
+
+
+def test_labels_of_a_table_are_classes_as_written(tmp_path: Path, load):
+    """Several heads: what looks missing is a class, only an empty cell is no label."""
+    rows = [("None", "good", "1.50"), ("NA", "None", "2"), ("", "good", ""), ("007", "n/a", "-3"), ("7", "", "0")]
+    lines = ["image,prompt,defect,quality,size", *(",".join(("a.png", "what?", *row)) for row in rows)]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    keys = ["defect", "quality", "size"]
+    data = load([], path=str(tmp_path / "a.csv"), options={"label_key": keys})
+    values = values_per_head(data.labels, keys)
+    assert values["defect"] == ["None", "NA", None, "007", "7"]
+    assert resolve_labels("defect", "multiclass", None, values["defect"]).labels == ("007", "7", "NA", "None")
+    assert resolve_labels("quality", "multiclass", None, values["quality"]).labels == ("None", "good", "n/a")
+    size = resolve_labels("size", "regression", None, values["size"])
+    heads = HeadDataset(data, [size])
+    assert heads.targets("size")[[0, 1, 3, 4], 0].tolist() == [1.5, 2, -3, 0]
+    assert np.isnan(heads.targets("size")[2, 0])

@@ -39,6 +39,11 @@ TARGETS: dict[str, tuple[HeadLabels, Any, list[float]]] = {
     "multilabel": (head("multilabel", "a", "b", "c"), ["c", "a", "a"], [1, 0, 1]),
     "multilabel of none": (head("multilabel", "a", "b"), [], [0, 0]),
     "regression": (head("regression"), 2.5, [2.5]),
+    "regression from a table": (head("regression"), " -2.50", [-2.5]),
+    "a number from a table": (head("ordinal", 1, 2, 10), "10", [2]),
+    "a number for a text": (head("multiclass", "007", "7"), 7, [1]),
+    "truth from a table": (head("binary", False, True), "TRUE", [1]),
+    "truth for a text": (head("binary", "False", "True"), True, [1]),
     "pairwise": (head("pairwise"), -3, [-3]),
 }
 
@@ -55,7 +60,8 @@ def test_a_value_becomes_numbers(name: str):
 
 WRONG: dict[str, tuple[HeadLabels, Any, str]] = {
     "unknown": (head("multiclass", "a", "b"), "c", "head h: 'c' is none of its labels, which are 'a', 'b'"),
-    "text for a number": (head("binary", 0, 1), "1", "head h: '1' is none of its labels, which are 0, 1"),
+    "text for a number": (head("binary", 0, 1), "one", "head h: 'one' is none of its labels, which are 0, 1"),
+    "another number": (head("binary", 0, 1), "01.5", "head h: '01.5' is none of its labels, which are 0, 1"),
     "truth for a number": (head("binary", 0, 1), True, "head h: True is none of its labels, which are 0, 1"),
     "number for truth": (head("binary", False, True), 1, "head h: 1 is none of its labels, which are False, True"),
     "a list for one": (head("multiclass", "a", "b"), ["a"], "head h: ['a'] is none of its labels"),
@@ -73,7 +79,9 @@ WRONG: dict[str, tuple[HeadLabels, Any, str]] = {
     "inf": (head("pairwise"), float("-inf"), "head h: pairwise needs a finite number, got -inf"),
     "too large": (head("regression"), 10**400, "head h: regression needs a finite number, got 1000"),
     "truth for regression": (head("regression"), True, "head h: regression needs a finite number, got True"),
-    "text for regression": (head("regression"), "3", "head h: regression needs a finite number, got '3'"),
+    "text for regression": (head("regression"), "NA", "got 'NA'; in a table, only an empty cell is a missing label"),
+    "text nan": (head("regression"), "nan", "head h: regression needs a finite number, got 'nan'"),
+    "underscores": (head("regression"), "1_000", "head h: regression needs a finite number, got '1_000'"),
     "a list for regression": (head("regression"), [3], "head h: regression needs a finite number, got [3]"),
 }
 
@@ -92,6 +100,13 @@ def test_a_value_that_is_no_label_is_refused(name: str):
 SETTLED: dict[str, tuple[str, list[Any] | None, list[Any], tuple[Any, ...]]] = {
     "zero and one": ("binary", None, [1, 0, None, 1], (0, 1)),
     "zero and one of a table": ("binary", None, [1.0, 0.0], (0, 1)),
+    "classes that look missing": ("multiclass", None, ["NA", "None", "null", None], ("NA", "None", "null")),
+    "classes as written": ("multiclass", None, ["7", "007", "10", "7"], ("007", "7", "10")),
+    "steps of a table": ("ordinal", None, ["10", "2", "1.0"], (1, 2, 10)),
+    "steps of a table and of JSON": ("ordinal", None, ["10", 2], (2, 10)),
+    "numbers of a table and of JSON": ("multiclass", None, ["1", 1, 2.0], (1, 2)),
+    "truth of a table and of JSON": ("binary", None, ["True", False], (False, True)),
+    "listed numbers of a table": ("ordinal", [1, 2, 3], ["3", "2", "1"], (1, 2, 3)),
     "zero and one as text": ("binary", None, ["1", "0"], ("0", "1")),
     "truth": ("binary", None, [True, False], (False, True)),
     "truth as text": ("binary", None, ["True", "false"], ("false", "True")),
@@ -157,8 +172,9 @@ UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
     "twice as a number": ("multiclass", [1, 1.0], [1], "head h: the label 1 is there twice"),
     "labels of numbers": ("regression", [1, 2], [1, 2],
                           "head h: model.head.labels=[1, 2]: regression learns numbers and has no labels"),
-    "no number": ("regression", None, [1, "2"],
-                  "training records: head h: regression needs a finite number, got '2' (1 of 2 records)"),
+    "no number": ("regression", None, [1, "two"],
+                  "training records: head h: regression needs a finite number, got 'two'; in a table, only an empty "
+                  "cell is a missing label (1 of 2 records)"),
     "truth for a number": ("pairwise", None, [True], "head h: pairwise needs a finite number, got True"),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Readers: records of every format as samples, and errors that name the record."""
 
 import base64
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ PATHS = {
     "absolute": ("{parent}/outside.png", "leaves the image folder"),
     "address": ("https://example.com/a.png", "addresses are not fetched in training; download the image first"),
     "other address": ("file:///etc/passwd", "addresses are not fetched"),
-    "no path at all": ("iVBORw0KGgo" * 30, "does not exist"),
+    "no path at all": ("QUJD" * 30, "does not exist"),
     "null": ("a\0.png", "does not exist"),
 }
 
@@ -218,6 +219,9 @@ WHOLE: dict[str, dict[str, Any]] = {
     "question": {"question": "what?", "answer": "that"},
     "head": {"conversations": ["what?", "that"]},
     "labelled": {"prompt": "what?", "label": "that"},
+    "alpaca": {"instruction": "what?", "input": "", "output": "that"},
+    "cauldron": {"texts": [{"user": "what?", "assistant": "that", "source": "x"}]},
+    "minicpm": {"conversations": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]},
 }
 
 
@@ -231,6 +235,13 @@ def test_images_come_in_every_form_to_every_reader(name: str, folder: Path):
         ({"bytes": content, "path": None}, ImageRef(None, content)),
         ({"bytes": content, "path": "x.png"}, ImageRef(Path("x.png"), content)),
         ({"bytes": None, "path": "a.png"}, ImageRef(folder / "a.png")),
+        (content, ImageRef(None, content)),
+        ([content], ImageRef(None, content)),
+        (base64.b64encode(content).decode(), ImageRef(None, content)),
+        (base64.encodebytes(content).decode(), ImageRef(None, content)),
+        (base64.urlsafe_b64encode(content).decode().rstrip("="), ImageRef(None, content)),
+        ({"bytes": base64.b64encode(content).decode()}, ImageRef(None, content)),
+        (f"data:;base64,{base64.b64encode(content).decode()}", ImageRef(None, content)),
     ]
     for value, found in given:
         sample = FORMATS[name]({**WHOLE[name], "image": value}, folder)
@@ -519,7 +530,50 @@ def test_what_people_answered_are_references_beside_the_reply(folder: Path):
     choice = {"question": "which?", "answer": 0, "answers": ["two"], "choices": ["two", "three"]}
     assert FORMATS["question"](choice, folder).references == ()
     with pytest.raises(BadSample, match="must be a string or a list of strings"):
-        FORMATS["llava"]({**turns, "answers": [1]}, folder)
+        FORMATS["llava"]({**turns, "answers": [None]}, folder)
+
+
+NUMBERS: list[tuple[Any, str]] = [
+    (3, "3"),
+    (2.5, "2.5"),
+    (-0.1, "-0.1"),
+    (1e-7, "1e-07"),
+    (10**25, "1" + "0" * 25),
+    (Decimal("2.50"), "2.50"),
+    ("2.50", "2.50"),
+]
+
+
+@pytest.mark.parametrize(("number", "text"), NUMBERS)
+def test_a_number_is_the_text_that_writes_it(folder: Path, number: Any, text: str):
+    """Where a string is needed: as Parquet and JSON hold captions, answers and choices that are numbers."""
+    caption = FORMATS["caption"]({"image": "a.png", "caption": number}, folder)
+    answer = FORMATS["question"]({"question": number, "answer": number}, folder)
+    of_many = FORMATS["question"]({"question": "how many?", "answers": [{"answer": number}, number]}, folder)
+    chosen = FORMATS["question"]({"question": "how many?", "choices": [number, "x"], "answer": text}, folder)
+    assert caption.turns[-1].content == answer.turns[-1].content == answer.turns[0].content == (text,)
+    assert of_many.references == (text, text)
+    assert chosen.turns[-1].content == ("A",)
+
+
+def test_a_number_of_32_bits_has_the_digits_that_tell_it(folder: Path):
+    column = pa.array([0.1, 2.5, 1e10, 123456.789, 3.4e38], pa.float32()).to_pylist()
+    captions = [
+        FORMATS["caption"]({"image": "a.png", "caption": number}, folder).turns[-1].content for number in column
+    ]
+    assert captions == [("0.1",), ("2.5",), ("10000000000.0",), ("123456.79",), ("3.4e+38",)]
+
+
+@pytest.mark.parametrize("value", [True, None, float("nan"), [1], {"a": 1}, b"x"])
+def test_what_is_neither_text_nor_number_is_no_caption(folder: Path, value: Any):
+    with pytest.raises(BadSample, match="`caption` must be a string, got"):
+        FORMATS["caption"]({"image": "a.png", "caption": value}, folder)
+
+
+def test_question_and_answer_may_stand_under_other_keys(folder: Path):
+    record = {"query": "what?", "response": "that", "answer": "another"}
+    sample = FORMATS["question"](record, folder, question_key="query", answer_key="response")
+    assert [turn.content for turn in sample.turns] == [("what?",), ("that",)]
 
 
 def test_images_stand_before_a_question_or_within_it(folder: Path):
@@ -534,10 +588,14 @@ BAD_QUESTIONS = {
     "no question": ({"question": None, "answer": "a"}, "`question` must be a string, got None"),
     "no answer": ({}, "`answer` must be a string or a list of strings, got None"),
     "empty list": ({"answer": []}, "`answer` must be a string or a list of strings, got []"),
-    "numbers": ({"answer": [1, 2]}, "`answer` must be a string or a list of strings, got [1, 2]"),
+    "truth values": ({"answer": [True]}, "`answer` must be a string or a list of strings, got [True]"),
     "answers without text": ({"answers": [{"text": "a"}]}, "`answer` must be a string or a list of strings"),
     "choices of no list": ({"choices": "cat", "answer": 0}, "`choices` must be a list of strings"),
-    "choices of numbers": ({"choices": [1, 2], "answer": 0}, "`choices` must be a list of strings"),
+    "choices of lists": ({"choices": [[1], [2]], "answer": 0}, "`choices` must be a list of strings"),
+    "a choice or its number": (
+        {"choices": [1, 2], "answer": 1},
+        "answer=1 is one of the choices and the number of another",
+    ),
     "too many choices": ({"choices": ["x"] * 27, "answer": 0}, "27 choices, but there are letters for 26"),
     "beyond": ({"choices": ["cat", "dog"], "answer": 2}, "answer=2; it must be one of the choices, its number from 0"),
     "before": ({"choices": ["cat", "dog"], "answer": -1}, "answer=-1; it must be one of the choices"),
@@ -687,7 +745,7 @@ def test_label_and_group_are_written_and_read_back(folder: Path, form: str):
 
 BAD_LABELLED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no prompt": ({"image": "a.png"}, {}, "`prompt` must be a string, got None; it has id, image"),
-    "a prompt of another kind": ({"prompt": 3}, {"prompt": "x"}, "`prompt` must be a string, got 3"),
+    "a prompt of another kind": ({"prompt": [3]}, {"prompt": "x"}, "`prompt` must be a string, got [3]"),
     "nothing": ({"prompt": ""}, {}, "it has neither an image nor a prompt"),
     "no column": ({"image": "a.png", "prompt": "x"}, {"image_key": "photo"}, "`photo` is not there; it has id, image,"),
     "too many images": ({"image": ["a.png", "b.png"], "prompt": "<image>?"}, {}, "but the record has 2 images"),

@@ -66,7 +66,7 @@ def test_videos_are_named_by_paths(folder: Path):
 
 BAD: dict[str, tuple[Any, str]] = {
     "a number": (3, "`photo` must be a path or a list of paths, got 3"),
-    "raw bytes": (b"x", "`photo` must be a path or a list of paths, got b'x'"),
+    "torn base64 without an address": ("iVBORw0KGgo" * 30 + "!", "an image in base64 does not decode"),
     "a number in a list": (
         ["a.png", 3],
         "`photo` must be a path, a list of paths, or hold the bytes of an image, got 3",
@@ -78,7 +78,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "no base64": ("data:image/png;base64,a#c=", "an image in a data: address does not decode: "),
     "torn base64": (ADDRESS[:-1], "an image in a data: address does not decode: "),
     "letters beyond ASCII": ("data:image/png;base64,äöü=", "an image in a data: address does not decode: "),
-    "no picture": ("data:text/plain;base64,YQ==", "does not exist"),
+    "a text, percent-encoded": (
+        "data:text/plain,YQ",
+        "an image in a data: address does not decode: only base64 is read",
+    ),
     "missing": ("z.png", "z.png does not exist"),
     "nothing": ("", "images does not exist"),
     "a folder": ("deep", "deep does not exist"),

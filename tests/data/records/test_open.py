@@ -88,14 +88,19 @@ KINDS: dict[str, Callable[[Path], str]] = {
 }
 
 
+def expected(kind: str) -> list[dict[str, Any]]:
+    """The rows, of which text files hold the numbers as texts."""
+    return [{**row, "id": str(row["id"])} for row in ROWS] if kind in ("csv", "tsv") else ROWS
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_are_asked_for_by_number_and_streamed(tmp_path: Path, kind: str):
     path = KINDS[kind](tmp_path)
     records = open_records(path, tmp_path / "cache")
     assert len(records) == len(ROWS)
-    assert [records[index] for index in range(len(records))] == ROWS
-    assert records[-1] == ROWS[-1]
-    assert list(stream_records(path, tmp_path / "cache")) == ROWS
+    assert [records[index] for index in range(len(records))] == expected(kind)
+    assert records[-1] == expected(kind)[-1]
+    assert list(stream_records(path, tmp_path / "cache")) == expected(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +111,7 @@ def test_shares_of_a_stream_cover_it_once(tmp_path: Path, kind: str, num_shards:
         list(stream_records(path, tmp_path / "cache", shard=shard, num_shards=num_shards))
         for shard in range(num_shards)
     ]
-    assert sorted(row["id"] for share in shares for row in share) == [row["id"] for row in ROWS]
+    assert sorted(row["id"] for share in shares for row in share) == [row["id"] for row in expected(kind)]
     assert sum(not share for share in shares) == max(num_shards - len(ROWS), 0)
 
 
@@ -120,7 +125,7 @@ class Share(IterableDataset[int]):
         worker = get_worker_info()
         assert worker is not None
         shares = {"shard": worker.id, "num_shards": worker.num_workers}
-        return (row["id"] for row in stream_records(self.path, self.cache, **shares, seed=0))
+        return (int(row["id"]) for row in stream_records(self.path, self.cache, **shares, seed=0))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved", "folder", "tar"])
@@ -135,7 +140,7 @@ def test_workers_of_a_loader_cover_a_stream_once(tmp_path: Path, kind: str):
 def test_pickled_records_are_the_same(tmp_path: Path, kind: str):
     records = open_records(KINDS[kind](tmp_path), tmp_path / "cache")
     again = pickle.loads(pickle.dumps(records))
-    assert [again[index] for index in range(len(again))] == ROWS
+    assert [again[index] for index in range(len(again))] == expected(kind)
     assert again.fingerprint == records.fingerprint
 
 
@@ -343,3 +348,14 @@ def test_a_shard_that_does_not_exist_is_refused_before_any_is_read(tmp_path: Pat
 def test_shards_are_not_asked_for_by_number(tmp_path: Path, way: str):
     with pytest.raises(ValueError, match=r"that needs dataset.streaming=true"):
         open_records(WAYS[way](write_shards(tmp_path, 1)), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("train.csv", ","), ("train.tsv", "\t")])
+def test_cells_of_tables_in_a_folder_are_texts_too(tmp_path: Path, name: str, separator: str):
+    (tmp_path / "tables").mkdir()
+    rows = [("a", "b"), ("None", "007"), ("", "2.50"), ("True", "NA")]
+    (tmp_path / "tables" / name).write_text("\n".join(map(separator.join, rows)))
+    records = open_records(str(tmp_path / "tables"), tmp_path / "cache")
+    expected = [{"a": "None", "b": "007"}, {"a": None, "b": "2.50"}, {"a": "True", "b": "NA"}]
+    assert [records[index] for index in range(len(records))] == expected
+    assert list(stream_records(str(tmp_path / "tables"), tmp_path / "cache")) == expected

@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -93,9 +94,21 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated.jpg": (lambda: encoded("JPEG")[:-600], "does not open"),
     "truncated.png": (lambda: encoded("PNG")[:-600], "does not open"),
     "empty.png": (lambda: b"", "the file is empty"),
-    "page.jpg": (lambda: b"<html><body>404</body></html>", "'<html><body>40', not an image"),
+    "page.jpg": (lambda: b"<html><body>404</body></html>", "'<html><body>40' (a web page"),
     "bomb.png": (bomb, "decompression bomb"),
 }
+
+
+def test_images_of_one_colour_are_counted_and_stay(folder: Path):
+    """Among them those whose levels were lost: they may be meant, and may be a fault of whatever wrote them."""
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(folder / "red.png")
+    Image.new("I;16", (64, 48), 7).save(folder / "flat.png")
+    Image.fromarray(np.linspace(0, 1, 64, dtype="float32")[None].repeat(64, axis=0)).save(folder / "ramp.tiff")
+    found = cleaned(
+        folder, [caption(0, "0.png"), caption(1, "flat.png"), caption(2, "ramp.tiff"), caption(3, "red.png")]
+    )
+    assert (found.kept, found.uniform, found.first_uniform) == (4, 2, "record 1 ('r1')")
+    assert "2 images that are kept are of one colour throughout, such as in record 1 ('r1')" in str(found)
 
 
 @pytest.mark.parametrize("name", FILES)

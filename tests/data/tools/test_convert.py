@@ -533,17 +533,44 @@ def test_what_an_input_is(content: Any, found: str, folder: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"picture": "a.png", "text": "a cat"}], "its records are none known (picture, text); say with --from"),
+        (
+            [{"picture": "a.png", "text": "a cat"}],
+            "none known (picture, text); it looks like images with captions: --from caption --option image_key=picture",
+        ),
         (
             [{"image": "a.png", "caption": "a", "question": "b", "answer": "c"}],
             "its records may be caption or question",
         ),
-        ({"records": []}, "none known (records); say with --from what they are: llava, messages, caption"),
+        (
+            {"records": []},
+            "a list of records is needed, or one record on each line, got an object with the keys records",
+        ),
         ([7], "none known"),
     ],
 )
 def test_inputs_that_cannot_be_told(content: Any, message: str, folder: Path, capsys: pytest.CaptureFixture[str]):
     assert message in fails(capsys, put("in.json", content), "out.jsonl")
+
+
+LINES = "\n".join(map(json.dumps, LLAVA[:2])) + "\n"
+WRAPPED = json.dumps({"version": 1, "data": LLAVA[:2]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("in.json", LINES), ("in.json", WRAPPED), ("in.jsonl", json.dumps(LLAVA[:2]))]
+)
+def test_an_input_is_what_it_holds_whatever_its_name_says(folder: Path, name: str, content: str):
+    assert run(put(name, content), "out.json") == run(put("whole.json", LLAVA[:2]), "whole_out.json")
+
+
+def test_an_input_of_another_kind_names_that_and_no_other_command(folder: Path, capsys: pytest.CaptureFixture[str]):
+    coco = {"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    told = fails(capsys, put("in.json", coco), "out.json", "--from", "question")
+    assert told.endswith("in.json: COCO's captions: vlm data convert in.json OUT.jsonl --from coco-captions")
+    chats = [{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    told = fails(capsys, put("in.json", chats), "out.json")
+    assert "it looks like chat messages: --from messages --option key=conversations" in told
+    assert len(run("in.json", "out.json", "--from", "messages", "--option", "key=conversations")) == 1
 
 
 def test_bad_records_stop_or_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]):

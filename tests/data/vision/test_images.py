@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from tests.tiny_parts import picture
-from vlm.data.sample import BadSample, ImageRef, Sample, Turn
-from vlm.data.vision.images import open_image, open_media, read_image_size
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn, group_reasons
+from vlm.data.vision.images import is_uniform, open_image, open_media, read_image_size
 
 
 def encoded(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
@@ -66,8 +66,8 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "a.webp": (lambda: encoded("WEBP", lossless=True)[:-500], ""),
     "a.gif": (lambda: encoded("GIF", picture().convert("P"))[:-500], "image file is truncated"),
     "empty.png": (lambda: b"", "the file is empty"),
-    "page.jpg": (lambda: b"\n <!DOCTYPE html><html>", "it is text that begins with '<!DOCTYPE html', not an image"),
-    "noise.jpg": (lambda: bytes(range(200)), "cannot identify image file"),
+    "page.jpg": (lambda: b"\n <!DOCTYPE html><html>", "it is text that begins with '<!DOCTYPE html' (a web page"),
+    "noise.jpg": (lambda: bytes(range(200)), "begins with the bytes 00 01 02 03 04 05 06 07, not an image that"),
     "bomb.png": (lambda: png_of(20_000, 20_000), "decompression bomb"),
     "folder": (lambda: b"", "Is a directory"),
     "missing.png": (lambda: b"", "No such file"),
@@ -93,6 +93,46 @@ def test_what_does_not_decode_says_why(tmp_path: Path, name: str, how: str):
     if name not in WHOLE_HEADERS:
         with pytest.raises(BadSample):
             read_image_size(found, "7")
+
+
+OTHER_FILES = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300), "HEIC.*save it as PNG or JPEG"),
+    "dicom": (bytes(128) + b"DICM" + bytes(200), "DICOM"),
+    "pdf": (b"%PDF-1.7\n" + bytes(200), "a PDF"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+    "zip": (b"PK\x03\x04" + bytes(200), "a ZIP archive"),
+    "text": (b'{"error": "not found"}', "it is text that begins with .*, not an image"),
+    "header": (b"\x89PNG\r\n\x1a\n", "a PNG image that is broken or truncated"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_what_is_no_image_is_named_in_the_same_words_each_time(tmp_path: Path, kind: str):
+    """Pillow names the object that it read instead, with an address in memory."""
+    content, said = OTHER_FILES[kind]
+    problems = []
+    for found in (ImageRef(None, content), ImageRef(None, content), given(tmp_path, "a", content, "file")):
+        with pytest.raises(BadSample, match=said) as caught:
+            open_image(found, "7")
+        problems.append(caught.value)
+    assert problems[0].reason == problems[1].reason
+    assert " at 0x" not in problems[0].reason
+    assert problems[2].reason.replace(str(tmp_path / "a"), "in the record itself") == problems[0].reason
+
+
+def test_images_that_are_cut_at_different_places_have_one_reason(tmp_path: Path):
+    problems = []
+    for number, left in enumerate((500, 900, 1300)):
+        with pytest.raises(BadSample, match="image file is truncated") as caught:
+            open_image(given(tmp_path, f"{number}.jpg", encoded("JPEG")[:-left], "file"), "7")
+        problems.append(caught.value)
+    assert group_reasons(problems) == [("image … does not open: image file is truncated", 3)]
+
+
+def test_an_image_of_one_colour_is_told_from_others():
+    assert is_uniform(Image.new("RGB", (8, 8), (200, 30, 30)))
+    assert not is_uniform(picture(size=(8, 8)))
 
 
 def test_bytes_without_a_name_are_told_as_such():

@@ -1,7 +1,8 @@
 """Videos as frames: how many there are, which are taken, and files that are none."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,7 +13,14 @@ from PIL import Image
 from vlm.data.sample import BadSample, ImageRef, Sample, Turn, VideoRef
 from vlm.data.vision import images as pictures
 from vlm.data.vision.images import open_image, open_media
-from vlm.data.vision.video import num_frames, read_frames, sample_frame_refs
+from vlm.data.vision.video import (
+    make_timeline,
+    num_frames,
+    read_frames,
+    sample_clip,
+    sample_frame_refs,
+    spread_frames,
+)
 
 RATE = 10
 STEP = 12
@@ -110,6 +118,65 @@ def test_frames_before_the_start_of_a_cut_video_do_not_count(folder: Path):
     ]
 
 
+VARIABLE = [*range(0, 1000, 100), *range(1000, 11000, 1000)]
+"""Milliseconds: ten frames in the first second, then one a second."""
+
+
+def write_timed_video(path: Path, milliseconds: Sequence[int], rate: int = 1000) -> Path:
+    """A video of grey frames that are shown at these times; the file states another rate."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 48, "yuv420p", {"qmax": "2"}
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index, time in enumerate(milliseconds):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), index * STEP % 256, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_frames_of_a_variable_rate_are_spread_in_time_and_have_their_own_times(tmp_path: Path, name: str):
+    path = write_timed_video(tmp_path / name, VARIABLE)
+    clip = sample_clip(path, 8, "7")
+    assert clip.times == tuple(VARIABLE[frame] / 1000 for frame in clip.frames)
+    assert len(set(clip.frames)) == 8
+    gaps = np.diff(clip.times or ())
+    assert 0.4 <= gaps.min() <= gaps.max() <= 2.0
+    assert tuple(ref.frame for ref in sample_frame_refs(path, 8, "7")) == clip.frames
+    assert numbers(read_frames(path, clip.frames, "7")) == list(clip.frames)
+    assert clip.total_frames / clip.fps == pytest.approx(10, abs=1)
+
+
+@pytest.mark.parametrize("milliseconds", [range(0, 990, 33), [round(n * 1001 / 30) for n in range(40)]])
+def test_a_constant_rate_is_that_of_the_stamps_whatever_the_file_states(tmp_path: Path, milliseconds: Sequence[int]):
+    """As recorders write Matroska: a rate of 1000, and stamps that are rounded to milliseconds."""
+    clip = sample_clip(write_timed_video(tmp_path / "a.mkv", milliseconds), 4, "7")
+    number = len(milliseconds)
+    assert (clip.times, clip.frames) == (None, spread_frames(number, 4))
+    assert clip.fps == pytest.approx(1000 * (number - 1) / milliseconds[-1])
+
+
+TIMELINES: dict[str, tuple[list[float] | None, float, int, tuple[int, ...]]] = {
+    "constant": ([0.0, 0.1, 0.2, 0.3], 10, 2, (1, 3)),
+    "without stamps": (None, 10, 2, (1, 3)),
+    "a late start": ([5.0, 5.1, 5.2, 5.3], 10, 2, (1, 3)),
+    "a still at the end": ([0.0, 0.1, 0.2, 9.0], 10, 2, (2, 3)),
+    "a still in the middle": ([0.0, 0.1, 8.9, 9.0], 10, 3, (1, 2, 3)),
+    "as many as there are": ([0.0, 0.1, 0.2, 9.0], 10, 4, (0, 1, 2, 3)),
+    "more than there are": ([0.0, 0.5, 9.0], 10, 4, (1, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", TIMELINES)
+def test_a_frame_is_the_one_that_is_shown_in_the_middle_of_a_section(kind: str):
+    stamps, fps, kept, frames = TIMELINES[kind]
+    timeline = make_timeline(stamps, 4 if stamps is None else len(stamps), fps, 0.1)
+    assert timeline.spread(kept) == frames
+
+
 def test_a_title_may_be_in_any_encoding(tmp_path: Path):
     path = write_video(tmp_path / "a.avi", 3, title="gréy")
     assert "gréy".encode("latin-1") in path.read_bytes()
@@ -125,7 +192,8 @@ BAD: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "torn.mp4": (lambda folder: torn(folder, "a.mp4", 0.9), "does not open"),
     "torn.avi": (lambda folder: torn(folder, "a.avi", 0.3), "does not open"),
     "empty.mp4": (lambda folder: b"", "does not open"),
-    "page.mp4": (lambda folder: b"<html></html>", "does not open"),
+    "page.mp4": (lambda folder: b"<html></html>", "does not open: it is text that begins with '<html></html>'"),
+    "pointer.mp4": (lambda folder: b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     "missing.mp4": (lambda folder: b"", "No such file"),
     "sound.wav": (lambda folder: sound(), "holds no video"),
 }

@@ -1,8 +1,10 @@
 """Labels of prediction heads: which there are, their targets, and how records are split by them.
 
-Imports numpy and scikit-learn only.
+A table of texts (CSV) has its numbers as texts: they are numbers to tasks that learn numbers, and equal those of other
+files. Imports numpy and scikit-learn only.
 """
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +24,11 @@ MAX_STRATA = 10
 """The most strata that numbers, or sets of labels, are divided into."""
 MIN_STRATUM_SIZE = 20
 """The fewest records of such a stratum."""
+
+NUMBER_TEXT = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+"""A number as tables write it; not what Python takes for one besides, such as `nan` and `1_000`."""
+TRUTH_TEXTS = {"true": True, "false": False}
+"""Truth values as tables write them, in lower case."""
 
 Label = str | bool | int | float
 LabelKey = tuple[str, Label]
@@ -51,7 +58,8 @@ class HeadLabels:
         """Return what the loss compares the head's outputs for a record with: `width` numbers.
 
         They are the index of the record's label; for `multilabel`, 0 or 1 for each label; for `regression` and
-        `pairwise` the value; all NaN where the value is None, as the head does not learn from the record then.
+        `pairwise` the value; all NaN where the value is None, as the head does not learn from the record then. A number
+        or truth value may be given as the text that it has in a table.
 
         Raises:
             ValueError: the value is none of the labels, or not of the kind that the task needs.
@@ -59,19 +67,23 @@ class HeadLabels:
         if value is None:
             return [float("nan")] * self.width
         if self.task in NUMERIC_TASKS:
-            if not _is_finite(value):
-                raise ValueError(f"head {self.name}: {self.task} needs a finite number, got {value!r:.60}")
-            return [float(value)]
+            number = _number_from_text(value) if isinstance(value, str) else value
+            if not _is_finite(number):
+                hint = "; in a table, only an empty cell is a missing label" if isinstance(value, str) else ""
+                raise ValueError(f"head {self.name}: {self.task} needs a finite number, got {value!r:.60}{hint}")
+            return [float(number)]
         if self.task != "multilabel":
-            return [float(self._class_index(value))]
-        present = {self._class_index(label) for label in _label_list(self.name, value)}
+            return [float(self.class_index(value))]
+        present = {self.class_index(label) for label in _label_list(self.name, value)}
         return [float(index in present) for index in range(self.width)]
 
-    def _class_index(self, label: object) -> int:
-        if (index := self._class_indices.get(_label_key(label))) is None:
-            allowed = ", ".join(map(repr, self.labels[:20])) + ", …" * (len(self.labels) > 20)
-            raise ValueError(f"head {self.name}: {label!r:.60} is none of its labels, which are {allowed}")
-        return index
+    def class_index(self, label: object) -> int:
+        """Return the index of a label; ValueError where it is none of them."""
+        for key in (_label_key(label), *_other_label_keys(label)):
+            if (index := self._class_indices.get(key)) is not None:
+                return index
+        allowed = ", ".join(map(repr, self.labels[:20])) + ", …" * (len(self.labels) > 20)
+        raise ValueError(f"head {self.name}: {label!r:.60} is none of its labels, which are {allowed}")
 
     @cached_property
     def _class_indices(self) -> dict[LabelKey | None, int]:
@@ -103,8 +115,8 @@ def resolve_labels(name: str, task: str, given: Sequence[object] | None, values:
         _check_num_labels(head, from_config=given is not None)
     check_values(head, values, "training records")
     if given is not None:
-        occurring = {_checked_label_key(name, label) for label in _flatten_labels(name, task, present)}
-        if absent := [label for label in head.labels if _label_key(label) not in occurring]:
+        occurring = {head.class_index(label) for label in _flatten_labels(name, task, present)}
+        if absent := [label for index, label in enumerate(head.labels) if index not in occurring]:
             raise ValueError(
                 f"head {name}: model.head.labels has {', '.join(map(repr, absent))}, a class absent from training: no "
                 "training record has it"
@@ -140,8 +152,12 @@ def label_mean_and_std(values: Iterable[float | None]) -> tuple[float, float]:
 
 def _labels_from_records(name: str, task: str, present: Sequence[object]) -> tuple[Label, ...]:
     """Return the labels of records, sorted; for `binary` the positive one last."""
-    distinct = {_checked_label_key(name, label): label for label in _flatten_labels(name, task, present)}
+    values = _merge_kinds(_flatten_labels(name, task, present), as_numbers=task == "ordinal")
+    distinct = {_checked_label_key(name, label): label for label in values}
     labels: list[Any] = sorted(_check_same_type(name, distinct.values()))
+    numbers = {label: _number_from_text(label) or 0.0 for label in labels if _writes_number(label)}
+    if len(numbers) == len(labels):
+        labels.sort(key=numbers.__getitem__)
     if task == "ordinal" and isinstance(labels[0], str):
         raise ValueError(
             f"head {name}: nobody can tell the order of {', '.join(map(repr, labels[:10]))}; "
@@ -196,6 +212,50 @@ def _check_same_type(name: str, labels: Iterable[object]) -> tuple[Label, ...]:
         return tuple(values)
     whole = all(value == int(value) for value in values)
     return tuple(map(int if whole else float, values))
+
+
+def _merge_kinds(labels: Sequence[object], *, as_numbers: bool) -> list[object]:
+    """Return labels of one kind where texts among numbers or truth values are such themselves, as from a table.
+
+    With `as_numbers`, texts that are all numbers become numbers.
+    """
+    texts = {label for label in labels if isinstance(label, str)}
+    others = [label for label in labels if not isinstance(label, str)]
+    if not texts:
+        return list(labels)
+    if (as_numbers or (others and all(map(_is_finite, others)))) and all(
+        _number_from_text(text) is not None for text in texts
+    ):
+        return [_number_from_text(label) if isinstance(label, str) else label for label in labels]
+    if (
+        others
+        and all(isinstance(label, bool) for label in others)
+        and all(text.lower() in TRUTH_TEXTS for text in texts)
+    ):
+        return [TRUTH_TEXTS[label.lower()] if isinstance(label, str) else label for label in labels]
+    return list(labels)
+
+
+def _writes_number(label: object) -> bool:
+    return isinstance(label, str) and NUMBER_TEXT.fullmatch(label) is not None
+
+
+def _number_from_text(text: str) -> float | None:
+    """Return the number that a text writes; None where it writes none."""
+    return float(text) if NUMBER_TEXT.fullmatch(text) else None
+
+
+def _other_label_keys(label: object) -> list[LabelKey]:
+    """Return the keys of labels of another kind that a table writes in the same way."""
+    if isinstance(label, bool):
+        return [("texts", str(label)), ("texts", str(label).lower()), ("texts", str(label).upper())]
+    if isinstance(label, str):
+        number, truth = _number_from_text(label), TRUTH_TEXTS.get(label.lower())
+        return [
+            *([("numbers", number)] if number is not None else []),
+            *([("truth values", truth)] if truth is not None else []),
+        ]
+    return [("texts", str(label))] if _is_finite(label) else []
 
 
 def _checked_label_key(name: str, label: object) -> LabelKey:

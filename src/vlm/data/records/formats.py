@@ -17,6 +17,8 @@ from vlm.config.named import import_named
 from vlm.data.records.keys import Reader, add_system_turn, first_present, is_empty, read_id, read_supervision, reads
 from vlm.data.records.marks import join_texts, move_image_first
 from vlm.data.records.media import FILE_KEYS, ITEM_KINDS, MediaPlacer
+from vlm.data.records.rewrites import rewrite_alpaca, rewrite_cauldron, rewrite_minicpm
+from vlm.data.records.text import text_from_value
 from vlm.data.sample import ROLES, BadSample, ContentPart, Record, Sample, Turn
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -75,6 +77,10 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
     Raises:
         BadSample: the record has another form, or an image cannot be used.
     """
+    return _read_chat(record, image_folder, key)
+
+
+def _read_chat(record: Record, image_folder: Path, key: str = "messages") -> Sample:
     sample_id = read_id(record)
     messages = record.get(key)
     if not isinstance(messages, list) or not messages:
@@ -129,9 +135,15 @@ def read_caption(
     return make_sample(record, [Turn("user", asked), Turn("assistant", (caption,))], media)
 
 
-@reads("question", "choices")
+@reads("question", "choices", key_options=("question_key", "answer_key"))
 def read_question(
-    record: Record, image_folder: Path, *, instruction: str | None = None, choice_instruction: str = CHOICE_INSTRUCTION
+    record: Record,
+    image_folder: Path,
+    *,
+    instruction: str | None = None,
+    choice_instruction: str = CHOICE_INSTRUCTION,
+    question_key: str = "question",
+    answer_key: str | None = None,
 ) -> Sample:
     """Read a question with its answer: `{"image", "question", "answer", "choices": […] or absent}`.
 
@@ -144,16 +156,19 @@ def read_question(
         image_folder: what paths are relative to.
         instruction: the last line of questions without choices.
         choice_instruction: the last line of questions with choices.
+        question_key: the key of the question.
+        answer_key: the key of the answer; defaults to `answer`, else `answers`.
 
     Raises:
         BadSample: the record has another form, or an image cannot be used.
     """
     sample_id = read_id(record)
     media = MediaPlacer(record, image_folder, sample_id)
-    lines = [_require_string(record, "question", sample_id)]
+    if answer_key is not None:
+        record = {**record, "answer": record.get(answer_key)}
+    lines = [_require_string(record, question_key, sample_id)]
     if choices := record.get("choices"):
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise BadSample(sample_id, "`choices` must be a list of strings")
+        choices = _read_choices(choices, record.get("answer"), sample_id)
         if len(choices) > len(string.ascii_uppercase):
             raise BadSample(sample_id, f"{len(choices)} choices, but there are letters for 26")
         lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
@@ -236,6 +251,24 @@ def read_labelled(
     return Sample(sample_id, tuple(turns), label, read_group(record, group_key))
 
 
+@reads("instruction", "input", "output", "history")
+def read_alpaca(record: Record, image_folder: Path) -> Sample:
+    """Read `{"instruction", "input", "output"}` and images, see `rewrites.rewrite_alpaca`."""
+    return _read_chat(rewrite_alpaca(record, read_id(record)), image_folder)
+
+
+@reads(turns="texts", turn=("user", "assistant"))
+def read_cauldron(record: Record, image_folder: Path) -> Sample:
+    """Read `{"images", "texts": [{"user", "assistant"}]}`, see `rewrites.rewrite_cauldron`."""
+    return _read_chat(rewrite_cauldron(record, read_id(record)), image_folder)
+
+
+@reads(turns="conversations", turn=("role", "content"))
+def read_minicpm(record: Record, image_folder: Path) -> Sample:
+    """Read MiniCPM-V's `{"image", "conversations": [{"role", "content"}]}`, see `rewrites.rewrite_minicpm`."""
+    return _read_chat(rewrite_minicpm(record, read_id(record)), image_folder)
+
+
 def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample:
     """Make a sample with the record's system turn, label, group and references; all of its images must be placed."""
     media.check_all_placed(turns)
@@ -298,9 +331,9 @@ def _parse_message_content(content: object, role: str, media: MediaPlacer, where
 
 
 def _require_string(record: Record, key: str, sample_id: str) -> str:
-    if not isinstance(value := record.get(key), str):
-        raise BadSample(sample_id, f"`{key}` must be a string, got {value!r:.60}; it has {', '.join(record)}")
-    return value
+    if (text := text_from_value(record.get(key))) is None:
+        raise BadSample(sample_id, f"`{key}` must be a string, got {record.get(key)!r:.60}; it has {', '.join(record)}")
+    return text
 
 
 def _split_label(label: object, separator: str | None) -> object:
@@ -310,13 +343,26 @@ def _split_label(label: object, separator: str | None) -> object:
     return [part.strip() for part in label.split(separator) if part.strip()]
 
 
+def _read_choices(choices: object, answer: object, sample_id: str) -> list[str]:
+    """Read choices as texts; an answer that is a number must not be one of them and the index of another."""
+    texts = [text_from_value(choice) for choice in choices] if isinstance(choices, list) else []
+    if not texts or None in texts:
+        raise BadSample(sample_id, "`choices` must be a list of strings")
+    known = [text for text in texts if text is not None]
+    index = answer if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(known) else None
+    are_texts = known == choices
+    if index is not None and not are_texts and str(answer) in known and known[index] != str(answer):
+        raise BadSample(sample_id, f"answer={answer} is one of the choices and the number of another; write it as text")
+    return known
+
+
 def _choice_letter(answer: object, choices: list[str], sample_id: str) -> str:
     """Return the letter of a choice that is given by index, letter or text."""
     letters = string.ascii_uppercase[: len(choices)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
         return letters[answer]
-    if isinstance(answer, str) and answer in choices:
-        return letters[choices.index(answer)]
+    if not isinstance(answer, int) and (text := text_from_value(answer)) in choices:
+        return letters[choices.index(text)]
     if isinstance(answer, str) and len(answer) == 1 and answer in letters:
         return answer
     raise BadSample(sample_id, f"answer={answer!r:.60}; it must be one of the choices, its number from 0 or its letter")
@@ -326,7 +372,7 @@ def _read_answers(value: object, sample_id: str) -> list[str]:
     """Read one answer or several, as strings or in VQA's form (`{"answer": "a cat"}`)."""
     items = value if isinstance(value, list) else [value]
     answers = [item.get("answer") if isinstance(item, dict) else item for item in items]
-    texts = [answer for answer in answers if isinstance(answer, str)]
+    texts = [text for answer in answers if (text := text_from_value(answer)) is not None]
     if not texts or len(texts) < len(answers):
         raise BadSample(sample_id, f"`answer` must be a string or a list of strings, got {value!r:.60}")
     return texts
@@ -339,6 +385,9 @@ FORMATS: dict[str, Reader] = {
     "question": read_question,
     "head": read_head,
     "labelled": read_labelled,
+    "alpaca": read_alpaca,
+    "cauldron": read_cauldron,
+    "minicpm": read_minicpm,
 }
 
 

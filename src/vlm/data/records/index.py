@@ -1,4 +1,4 @@
-"""JSON and JSONL files as Arrow files: indexed once, then opened by memory map, whatever their size.
+"""JSON files, of lists or of lines, as Arrow files: indexed once, then opened by memory map, whatever their size.
 
 A record is kept as the bytes of the file and parsed when it is needed, so that a broken record affects no other, and
 records of one file may differ in their keys.
@@ -7,6 +7,7 @@ records of one file may differ in their keys.
 import json
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,15 +17,19 @@ import numpy as np
 import pyarrow as pa
 
 from vlm.data.cache import content_hash, create_once
+from vlm.data.records.files import open_bytes, uncompressed_file
+from vlm.data.records.layout import BYTE_ORDER_MARK, decode_members, find_layout
+from vlm.data.records.paths import LINE_SUFFIXES, split_suffix
 from vlm.data.sample import BadSample
 
 SCHEMA = pa.schema([("record", pa.large_binary())])
 RECORDS_PER_BATCH = 4096
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FORMAT_VERSION = 2
+"""Is raised when the same file is indexed as other records."""
 
 
 class IndexedRecords:
-    """The records of a file named `.json` (one list) or `.jsonl` (one record per line), parsed one by one.
+    """The records of a JSON file (a list, or one record per line, see `layout`), parsed one by one.
 
     Attributes:
         fingerprint: of the file's content.
@@ -34,7 +39,8 @@ class IndexedRecords:
     """
 
     def __init__(self, path: Path, cache: Path):
-        name = f"{content_hash(path, cache)}.{'lines' if path.suffix == '.jsonl' else 'list'}.arrow"
+        kind = "lines" if split_suffix(str(path))[0] in LINE_SUFFIXES else "list"
+        name = f"{content_hash(path, cache)}.{kind}.{FORMAT_VERSION}.arrow"
         self._open(create_once(cache / "records" / name, lambda partial: write_index(path, partial)))
 
     def _open(self, file: Path) -> None:
@@ -61,15 +67,18 @@ class IndexedRecords:
 
 
 def write_index(source: Path, target: Path) -> None:
-    """Write the records of a JSON or JSONL file as an Arrow file with one column of bytes.
+    """Write the records of a JSON file as an Arrow file with one column of bytes.
 
     Raises:
-        ValueError: the JSON file is no list of records.
+        ValueError: the file holds no list of records.
     """
-    if source.stat().st_size == 0:
-        raise ValueError(f"{source}: the file is empty")
-    with source.open("rb") as file, pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        records = _iter_jsonl_lines(file) if source.suffix == ".jsonl" else _iter_list_items(file, source)
+    layout = find_layout(source)
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer, ExitStack() as stack:
+        if layout.lines:
+            records = iter_lines(stack.enter_context(open_bytes(source)))
+        else:
+            plain = stack.enter_context(uncompressed_file(source))
+            records = _iter_list_items(plain, source, layout.key)
         while batch := list(islice(records, RECORDS_PER_BATCH)):
             writer.write_batch(pa.record_batch([_to_binary_column(batch)], schema=SCHEMA))
 
@@ -82,22 +91,30 @@ def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(records), buffers)
 
 
-def _iter_jsonl_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Iterate over the lines of a JSONL file that are not empty."""
+def iter_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Iterate over the lines of a file that are not empty."""
     if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
         file.seek(0)
     return filter(None, map(bytes.strip, file))
 
 
-def _iter_list_items(file: BinaryIO, source: Path) -> Iterator[memoryview | bytes]:
-    """Iterate over the items of a JSON list as bytes of the file, which is mapped and not read."""
-    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _iter_list_items(file: Path, source: Path, key: str | None) -> Iterator[memoryview | bytes]:
+    """Iterate over the items of a JSON list as bytes of a file, which is mapped and not read; messages name `source`.
+
+    The list is the member `key` of the file's object, or the file itself where that is None.
+    """
+    if key is not None:
+        for item in msgspec.json.decode(memoryview(decode_members(file)[key]), type=list[msgspec.Raw]):
+            yield memoryview(item)
+        return
+    with file.open("rb") as opened:
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     start = len(BYTE_ORDER_MARK) if content[:3] == BYTE_ORDER_MARK else 0
     try:
         items = msgspec.json.decode(memoryview(content)[start:], type=list[msgspec.Raw])
     except msgspec.ValidationError as error:
         kind = str(error).rpartition("got ")[2]
-        raise ValueError(f"{source}: a list of records is needed, got {kind}; vlm data convert knows some") from None
+        raise ValueError(f"{source}: a list of records is needed, or one record on each line, got {kind}") from None
     except msgspec.DecodeError:
         yield from _iter_lenient_list_items(content[start:], source)
         return

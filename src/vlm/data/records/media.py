@@ -1,6 +1,6 @@
 """Where a record's images and videos are: paths that stay within the image folder, or bytes in the record itself.
 
-Imports the in-memory form and the standard library only, since configurations are checked with it.
+Imports the in-memory form, its siblings and the standard library only, since configurations are checked with it.
 """
 
 import base64
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+from vlm.data.records.embedded import decode_base64, is_base64_image
 from vlm.data.records.keys import first_present, is_empty
 from vlm.data.records.marks import (
     BOX_MARKS,
@@ -30,7 +31,8 @@ FILE_KEYS = ("path", "url", "image", "video", "file")
 def image_refs_from_value(value: object, folder: Path, sample_id: str, key: str = "image") -> list[ImageRef]:
     """Read the images that a record names: none, one or a list.
 
-    Each is a path within `folder`, a `data:` URL, or a mapping with `bytes` or `path`, as in Hugging Face data sets.
+    Each is a path within `folder`, a `data:` URL, the bytes of an image or their base64, or a mapping with `bytes` or
+    `path`, as in Hugging Face data sets.
 
     Raises:
         BadSample: a value is none of these, or its file does not exist or is outside the folder.
@@ -42,13 +44,19 @@ def image_ref_from_value(value: object, folder: Path, sample_id: str, key: str =
     """Read one image, see `image_refs_from_value`."""
     if isinstance(value, dict):
         content, value = value.get("bytes"), value.get("path")
+        if isinstance(content, str):
+            content = _decode_image_text(content, sample_id)
         if isinstance(content, bytes):
             return ImageRef(Path(value) if isinstance(value, str) else None, content)
+    if isinstance(value, bytes):
+        return ImageRef(None, value)
     if not isinstance(value, str):
         needed = f"`{key}` must be a path, a list of paths, or hold the bytes of an image"
         raise BadSample(sample_id, f"{needed}, got {value!r:.60}")
-    if value.startswith("data:image/"):
+    if value.startswith("data:"):
         return ImageRef(None, _decode_data_url(value, sample_id))
+    if is_base64_image(value) and not os.path.isfile(folder / value):
+        return ImageRef(None, _decode_image_text(value, sample_id))
     return ImageRef(resolve_media_file(value, folder, sample_id))
 
 
@@ -85,13 +93,21 @@ def _as_list(value: object, sample_id: str, key: str) -> list[object]:
     """Return a record's value as a list: a list itself, a string or mapping as its only item, None as empty."""
     if value is None or isinstance(value, list):
         return value or []
-    if isinstance(value, (str, dict)):
+    if isinstance(value, (str, dict, bytes)):
         return [value]
     raise BadSample(sample_id, f"`{key}` must be a path or a list of paths, got {value!r:.60}")
 
 
+def _decode_image_text(text: str, sample_id: str) -> bytes:
+    """Decode an image that a text holds in base64."""
+    try:
+        return decode_base64(text)
+    except ValueError as error:
+        raise BadSample(sample_id, f"an image in base64 does not decode: {error}") from None
+
+
 def _decode_data_url(address: str, sample_id: str) -> bytes:
-    """Decode a `data:image/…;base64,…` URL."""
+    """Decode a `data:…;base64,…` URL, whatever kind of file it says it holds."""
     head, _, body = address.partition(",")
     try:
         if not head.endswith(";base64"):

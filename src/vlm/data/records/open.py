@@ -1,7 +1,8 @@
 """Opening files of records: `open_records` for access by index, `stream_records` for access in sequence.
 
 The kind of a file follows from its name; its format says what a record looks like (`records.formats`). JSON and
-JSONL are indexed here; tables and data sets are opened by Hugging Face's `datasets`, tar shards read by `webdataset`.
+JSONL are indexed (`index`), CSV and TSV written as tables of texts (`tables`); other tables and data sets are opened by
+Hugging Face's `datasets`, tar shards read by `webdataset`.
 """
 
 import os
@@ -14,8 +15,21 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from vlm.data.records.index import IndexedRecords, parse_record
-from vlm.data.records.paths import HUB_PATTERN, PIPE_PREFIX, TABLE_BUILDERS, is_tar_path, path_problem
+from vlm.data.records.files import check_is_records, open_bytes
+from vlm.data.records.index import IndexedRecords, iter_lines, parse_record
+from vlm.data.records.layout import find_layout
+from vlm.data.records.paths import (
+    HUB_PATTERN,
+    JSON_SUFFIXES,
+    PIPE_PREFIX,
+    TABLE_BUILDERS,
+    TEXT_TABLE_SUFFIXES,
+    is_tar_path,
+    names_records,
+    path_problem,
+    split_suffix,
+)
+from vlm.data.records.tables import TableRecords, stream_table
 from vlm.data.sample import BadSample, Record
 
 if TYPE_CHECKING:
@@ -57,18 +71,22 @@ class HubTableRecords:
 def open_records(path: str, cache: Path, *, split: str = "train", subset: str | None = None) -> Records:
     """Open the records of a file, a folder or a data set on the Hub, by its split and subset where it has several.
 
-    The path ends in `.json`, `.jsonl`, `.parquet`, `.csv`, `.tsv` or `.arrow`; is a folder that `datasets` wrote, or
-    one of Parquet files and the like; or `hf://owner/name[@revision]`.
+    The path ends in `.json`, `.jsonl`, `.ndjson`, `.csv` or `.tsv` (all of these also with `.gz`), `.parquet` or
+    `.arrow`; is a folder that `datasets` wrote, or one of Parquet files and the like; or `hf://owner/name[@revision]`.
 
     Raises:
         ValueError: the path is none of these, or does not open.
     """
     if is_tar_path(path):
         raise ValueError(f"{path}: tar shards are read one after the other; that needs dataset.streaming=true")
-    if (suffix := Path(path).suffix) in (".json", ".jsonl"):
-        return IndexedRecords(Path(path), cache)
-    if suffix in TABLE_BUILDERS and Path(path).is_file():
-        check_not_empty(Path(path))
+    file = Path(path)
+    if names_records(path) and file.is_file():
+        check_is_records(file)
+        suffix, _ = split_suffix(path)
+        if suffix in JSON_SUFFIXES:
+            return IndexedRecords(file, cache)
+        if suffix in TEXT_TABLE_SUFFIXES:
+            return TableRecords(file, cache)
     return HubTableRecords(_load_hf_dataset(path, cache, split, subset, streaming=False))
 
 
@@ -85,18 +103,21 @@ def stream_records(
     Raises:
         ValueError: the path is none of these, or does not open.
     """
-    suffix = Path(path).suffix
-    if suffix != ".tar" and Path(path).is_file():
-        check_not_empty(Path(path))
+    file, suffix = Path(path), split_suffix(path)[0]
+    is_file = names_records(path) and file.is_file()
+    if is_file:
+        check_is_records(file)
     if is_tar_path(path):
         yield from _read_shard(expand_shard_urls(path), read_tar_records, shard, num_shards, seed)
-    elif suffix == ".jsonl":
-        with Path(path).open("rb") as file:
-            lines = (line for line in islice(file, shard, None, num_shards) if line.strip())
+    elif is_file and suffix in JSON_SUFFIXES and find_layout(file).lines:
+        with open_bytes(file) as opened:
+            lines = islice(iter_lines(opened), shard, None, num_shards)
             yield from (value_or_bad_sample(parse_record, line) for line in lines)
-    elif suffix == ".json":
-        records = IndexedRecords(Path(path), cache)
+    elif is_file and suffix in JSON_SUFFIXES:
+        records = IndexedRecords(file, cache)
         yield from (value_or_bad_sample(records.__getitem__, index) for index in range(shard, len(records), num_shards))
+    elif is_file and suffix in TEXT_TABLE_SUFFIXES:
+        yield from islice(stream_table(file, cache), shard, None, num_shards)
     else:
         dataset = _load_hf_dataset(path, cache, split, subset, streaming=True)
         files = range(dataset.num_shards)
@@ -188,12 +209,6 @@ def value_or_bad_sample(read: Callable[[Item], T], item: Item) -> T | BadSample:
         return error
 
 
-def check_not_empty(path: Path) -> None:
-    """Raise ValueError where a file is empty."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-
-
 def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, streaming: bool) -> Any:
     """Load a Hugging Face data set: a `Dataset`, or an `IterableDataset` where it is streamed."""
     import datasets
@@ -204,10 +219,10 @@ def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, 
         options["cache_dir"] = str(cache / "datasets")
     try:
         if hub := HUB_PATTERN.fullmatch(path):
-            return datasets.load_dataset(hub[1], subset, revision=hub[2], **options)
-        if (kind := TABLE_BUILDERS.get(Path(path).suffix)) is not None:
-            separator = {"sep": "\t"} if path.endswith(".tsv") else {}
-            return datasets.load_dataset(kind, data_files={split: path}, **separator, **options)
+            cells = _text_cells(hub[1], subset, split, revision=hub[2])
+            return datasets.load_dataset(hub[1], subset, revision=hub[2], **cells, **options)
+        if (kind := TABLE_BUILDERS.get(split_suffix(path)[0])) is not None:
+            return datasets.load_dataset(kind, data_files={split: path}, **options)
         if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
             dataset = datasets.load_from_disk(path)
             if isinstance(dataset, datasets.DatasetDict):
@@ -216,7 +231,22 @@ def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, 
                 dataset = dataset[split]
             return dataset.to_iterable_dataset() if streaming else dataset
         if Path(path).is_dir():
-            return datasets.load_dataset(path, subset, **options)
+            return datasets.load_dataset(path, subset, **_text_cells(path, subset, split), **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path}: does not open (split {split}, subset {subset}): {error}") from error
     raise ValueError(f"{path}: {path_problem(path)}")
+
+
+def _text_cells(name: str, subset: str | None, split: str, *, revision: str | None = None) -> dict[str, Any]:
+    """Return the options with which `datasets` reads the CSV files of a data set as texts; none for other files."""
+    import datasets
+    from datasets.packaged_modules.csv.csv import CsvConfig
+
+    config = datasets.load_dataset_builder(name, subset, revision=revision).config
+    if not isinstance(config, CsvConfig) or not isinstance(config.data_files, dict) or split not in config.data_files:
+        return {}
+    import pandas as pd
+
+    columns = pd.read_csv(config.data_files[split][0], sep=config.sep, nrows=0, encoding=config.encoding).columns
+    texts = datasets.Features({column: datasets.Value("string") for column in columns})
+    return {"features": config.features or texts, "keep_default_na": False, "na_values": [""]}

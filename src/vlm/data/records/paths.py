@@ -7,9 +7,28 @@ HUB_PATTERN = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?"
 """A data set on the Hub: `hf://owner/name` or `hf://owner/name@revision`."""
 PIPE_PREFIX = "pipe:"
 """The prefix of a command whose output is a tar shard."""
-TABLE_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+"""Suffixes of files with one record a line."""
+JSON_SUFFIXES = (".json", *LINE_SUFFIXES)
+TEXT_TABLE_SUFFIXES = (".csv", ".tsv")
+TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 """Suffix of a table -> the builder of `datasets` that opens it."""
-RECORD_SUFFIXES = (".json", ".jsonl", *TABLE_BUILDERS, ".tar")
+RECORD_SUFFIXES = (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES, *TABLE_BUILDERS, ".tar")
+COMPRESSED_SUFFIXES = (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES)
+"""Suffixes of files that may be compressed, with `.gz` behind."""
+
+
+def split_suffix(path: str) -> tuple[str, bool]:
+    """Return the suffix of a file's name in lower case, and whether it is compressed (`.gz` behind the suffix)."""
+    name = Path(path).name.lower()
+    is_compressed = name.endswith(".gz")
+    return Path(name.removesuffix(".gz")).suffix, is_compressed
+
+
+def names_records(path: str) -> bool:
+    """Return whether a file's name is that of a file of records."""
+    suffix, is_compressed = split_suffix(path)
+    return suffix in (COMPRESSED_SUFFIXES if is_compressed else RECORD_SUFFIXES)
 
 
 def is_tar_path(path: str) -> bool:
@@ -23,7 +42,7 @@ def path_problem(path: str) -> str | None:
         return None
     if "://" in path:
         return "addresses are not fetched; hf://owner/name is a data set on the Hub"
-    if Path(path).is_dir() or path.endswith(RECORD_SUFFIXES):
+    if Path(path).is_dir() or names_records(path):
         return None
     names = ", *".join(RECORD_SUFFIXES)
     return f"a file named *{names}, a folder of a Hugging Face data set, or hf://owner/name is needed"

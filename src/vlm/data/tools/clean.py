@@ -29,17 +29,26 @@ DUPLICATES = ("record", "picture", "keep")
 
 @dataclass(frozen=True)
 class CleanSummary:
-    """How many records were kept and, by reason, how many were dropped, with a description of the first of each."""
+    """How many records were kept and, by reason, how many were dropped, with a description of the first of each.
+
+    `uniform` images of kept records are of one colour throughout, the first of them in the record `first_uniform`.
+    """
 
     records: int
     kept: int
     dropped: dict[str, int]
     examples: dict[str, str]
+    uniform: int = 0
+    first_uniform: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.records} records: {self.kept} kept, {sum(self.dropped.values())} dropped"]
         for reason, number in self.dropped.items():
             lines += [f"  {reason:<9} {number:>9}  {REASONS[reason]}", f"    such as {self.examples[reason]}"]
+        if self.uniform:
+            lines.append(
+                f"  {self.uniform} images that are kept are of one colour throughout, such as in {self.first_uniform}"
+            )
         return "\n".join(lines)
 
 
@@ -118,18 +127,23 @@ def write_verdicts(
     """Write kept records to one file and the other verdicts to another, in order."""
     duplicate_finder = DuplicateFinder(duplicates)
     counts, examples = dict.fromkeys(REASONS, 0), {}
+    uniform, first_uniform = 0, ""
     with kept.open("wb") as output, dropped.open("w", encoding="ascii") as others:
         for number, verdict in enumerate(tqdm(verdicts, "records", len(records), unit="record")):
             verdict = duplicate_finder.mark_duplicate(number, verdict)
             if verdict.reason is None:
                 output.write(record_to_json_line(records[number]))
+                uniform += verdict.uniform
+                if verdict.uniform and not first_uniform:
+                    first_uniform = f"record {number} ({verdict.id!r})"
                 continue
             counts[verdict.reason] += 1
             examples.setdefault(verdict.reason, f"record {number} ({verdict.id!r}): {verdict.detail}")
             line = {key: getattr(verdict, key) for key in ("id", "reason", "detail", "file")}
             others.write(json.dumps({"record": number, **line}) + "\n")
     counts = {reason: count for reason, count in counts.items() if count}
-    return CleanSummary(len(records), len(records) - sum(counts.values()), counts, examples)
+    kept_records = len(records) - sum(counts.values())
+    return CleanSummary(len(records), kept_records, counts, examples, uniform, first_uniform)
 
 
 class DuplicateFinder:

@@ -22,7 +22,10 @@ from tqdm import tqdm
 from vlm.config.model_schema import Options
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
+from vlm.data.records.guess import Guess, guess_form, with_hint
+from vlm.data.records.layout import find_layout
 from vlm.data.records.open import stream_records
+from vlm.data.records.paths import JSON_SUFFIXES, split_suffix
 from vlm.data.sample import BadSample, Record, Sample
 from vlm.data.tools.corpora import SHORT_ANSWER, coco_captions, conceptual_captions, decode_json_file, vqa
 from vlm.data.tools.exports import ConversionContext, label_studio, ubiai
@@ -34,6 +37,7 @@ STRUCTURE_KEYS = ("id", "image", "images", "video", "videos", "conversations", "
 """Keys that a form defines; other keys of records in LLaVA's form or of chat messages are kept unchanged."""
 URL_COLUMN = "a table's header that is a URL"
 STRING_CONVERSATIONS = "conversations of strings"
+MINICPM_IMAGES = "conversations of roles, and several images by name"
 """In place of keys, where these do not tell the kind of a record."""
 
 
@@ -74,6 +78,9 @@ CONVERSIONS = {
     "question": Conversion(read_plain_records, "question", frozenset({"question", "answer"})),
     "head": Conversion(read_plain_records, "head", frozenset({STRING_CONVERSATIONS})),
     "labelled": Conversion(read_plain_records, "labelled", frozenset({"prompt", "label"})),
+    "alpaca": Conversion(read_plain_records, "alpaca", frozenset({"instruction", "output"})),
+    "cauldron": Conversion(read_plain_records, "cauldron", frozenset({"texts"})),
+    "minicpm": Conversion(read_plain_records, "minicpm", frozenset({MINICPM_IMAGES})),
     "conceptual-captions": Conversion(conceptual_captions, "caption", frozenset({URL_COLUMN})),
     "coco-captions": Conversion(coco_captions, "caption", frozenset({"images", "annotations"}), is_list=False),
     "vqa": Conversion(vqa, "llava", frozenset({"questions"}), is_list=False),
@@ -90,29 +97,45 @@ def keyword_parameters(function: Callable[..., object]) -> dict[str, inspect.Par
 
 def detect_conversion(source: str, cache: Path) -> str:
     """Return the conversion that fits a file, by the keys of its first record; ValueError unless there is one."""
-    keys, is_list = _first_keys(source, cache)
+    keys, is_list, guess = _first_keys(source, cache)
     fits = [name for name, kind in CONVERSIONS.items() if kind.is_list == is_list and kind.identifying_keys <= keys]
+    if not fits and guess is not None and guess.format in CONVERSIONS and not guess.options:
+        return guess.format
     if len(fits) != 1:
         reason = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
-        raise ValueError(f"{source}: its records {reason}; say with --from what they are: {', '.join(CONVERSIONS)}")
+        hint = f"; {guess.hint('convert')}" if guess is not None and not fits else ""
+        kinds = ", ".join(CONVERSIONS)
+        raise ValueError(f"{source}: its records {reason}{hint}; say with --from what they are: {kinds}")
     return fits[0]
 
 
-def _first_keys(source: str, cache: Path) -> tuple[set[str], bool]:
-    """Return the keys of the first record, or of the file where it is no list; and whether it is a list."""
-    if source.endswith(".json") and Path(source).is_file():
-        with open(source, "rb") as file:
-            if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
-                return set(decode_json_file(Path(source), dict[str, msgspec.Raw])), False
+def _first_keys(source: str, cache: Path) -> tuple[set[str], bool, Guess | None]:
+    """Return the keys of the first record, or of a file that is no list; whether it is one; and a guess of its form."""
+    if split_suffix(source)[0] in JSON_SUFFIXES and Path(source).is_file():
+        try:
+            find_layout(Path(source))
+        except ValueError:
+            keys = _object_keys(Path(source))
+            if not any(kind.identifying_keys <= keys for kind in CONVERSIONS.values() if not kind.is_list):
+                raise
+            return keys, False, None
     first = next(iter(stream_records(source, cache)), None)
     if not isinstance(first, dict):
-        return set(), True
+        return set(), True, None
     turns = first.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], str):
-        return {STRING_CONVERSATIONS}, True
+        return {STRING_CONVERSATIONS}, True, None
     if source.endswith(".tsv") and len(first) == 2 and any(key.startswith(("http://", "https://")) for key in first):
-        return {URL_COLUMN}, True
-    return {key for key, value in first.items() if value is not None}, True
+        return {URL_COLUMN}, True, None
+    return {key for key, value in first.items() if value is not None}, True, guess_form(first)
+
+
+def _object_keys(path: Path) -> set[str]:
+    """Return the keys of a file that is one JSON object; none of any other file."""
+    try:
+        return set(decode_json_file(path, dict[str, msgspec.Raw]))
+    except ValueError:
+        return set()
 
 
 @dataclass(frozen=True)
@@ -123,12 +146,17 @@ class RecordConverter:
     write: Callable[[Sample, Path], Record]
     folder: Path
     dropped_keys: frozenset[str] | None
+    format: str
+    options: Mapping[str, object]
 
     def convert_record(self, item: Any, number: int) -> tuple[Sample, Record]:
         """Return a record as a sample and in the other form; a record without an id gets its index."""
         if isinstance(item, BadSample):
             raise item
-        sample = self.read(item, self.folder)
+        try:
+            sample = self.read(item, self.folder)
+        except BadSample as error:
+            raise with_hint(error, item, self.format, self.options, "convert") from None
         if sample.id == "?":
             sample = replace(sample, id=str(number))
         record = self.write(sample, self.folder)
@@ -166,7 +194,9 @@ def convert(
     kind = CONVERSIONS[conversion]
     kind_options, reader_options = split_options(conversion, options or {})
     dropped_keys = frozenset((*STRUCTURE_KEYS, str(reader_options.get("key")))) if kind.form in FORMS else None
-    form = RecordConverter(partial(FORMATS[kind.form], **reader_options), FORMS[to], folder, dropped_keys)
+    form = RecordConverter(
+        partial(FORMATS[kind.form], **reader_options), FORMS[to], folder, dropped_keys, kind.form, reader_options
+    )
     writer = make_writer(output, folder, embed_images=embed_images, shard_size=shard_size, force=force)
     tally = ConversionTally()
     records = kind.records(source, ConversionContext(folder, cache, tally.left_out), **kind_options)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from vlm.data.records.files import check_is_records, uncompressed_file
 from vlm.data.records.open import IMAGE_EXTENSIONS, value_or_bad_sample
 from vlm.data.sample import BadSample, Record
 from vlm.data.tools.exports import ConversionContext, Kind, convert_record, make_llava_record
@@ -199,9 +200,8 @@ def make_image_namer(pattern: str) -> Callable[[int | str], str]:
 
 def decode_json_file(file: Path, kind: type[Kind]) -> Kind:
     """Decode a JSON file into a structure; its raw parts are views of the file, which stays mapped."""
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file}: the file is empty")
-    with file.open("rb") as opened:
+    check_is_records(file)
+    with uncompressed_file(file) as plain, plain.open("rb") as opened:
         content = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
     try:
         return msgspec.json.decode(content[3 if content[:3] == b"\xef\xbb\xbf" else 0 :], type=kind)

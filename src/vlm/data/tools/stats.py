@@ -1,6 +1,5 @@
 """`vlm data stats`: statistics of a run's records, as a table and as a plot. Counted once, see `token_counts`."""
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from tabulate import tabulate
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, group_reasons
 from vlm.data.sources import Source, make_sources
 from vlm.data.token_counts import Counts, count
 from vlm.data.tools.show import count_unlearned_replies
@@ -47,7 +46,7 @@ class SourceStats:
         over, fixed = length > self.longest, counts.needed[good] > self.longest
         quantiles = np.quantile(length, (0.5, 0.9, 0.99)).tolist() if good.any() else [0, 0, 0]
         labels = Counter(label for label in counts.labels.to_pylist() if label is not None)
-        reasons = Counter(_reason_without_file(error.reason, error.file) for error in counts.problems.values())
+        reasons = group_reasons(counts.problems.values())[:10]
         too_long = {
             f"longer than {self.longest} tokens": int(over.sum()),
             "of them left out": int(fixed.sum()) if self.truncate else int(over.sum()),
@@ -57,6 +56,7 @@ class SourceStats:
             "usable": int(good.sum()),
             "with images": int((counts.images[good] > 0).sum()),
             "images": int(counts.images[good].sum()),
+            "images of one colour, of those decoded": int(counts.uniform[good].sum()),
             "replies": int(counts.replies[good].sum()),
             "tokens": int(length.sum()),
             "supervised tokens": int(counts.supervised[good].sum()),
@@ -64,7 +64,7 @@ class SourceStats:
             **(too_long if self.longest < NO_LIMIT else {}),
             "commonest labels of a head": dict(labels.most_common(20)),
             **self.reading.summary(len(good)),
-            "cannot be used, by reason": dict(reasons.most_common(10)),
+            "cannot be used, by reason": dict(reasons),
         }
 
 
@@ -181,8 +181,3 @@ def _plot_image_sizes(sources: list[SourceStats], axes: Axes) -> None:
         axes.scatter(stats.counts.width[places], stats.counts.height[places], s=8, alpha=0.3, label=stats.name)
     axes.margins(0.1)
     axes.set(xlabel="width of the first image, pixels", ylabel="height, pixels", xlim=(0, None), ylim=(0, None))
-
-
-def _reason_without_file(reason: str, file: str | None) -> str:
-    """Return a reason without the name of the file, so that equal reasons are counted together."""
-    return re.sub(rf"\S*{re.escape(file)}\S*", "…", reason) if file else reason

@@ -23,6 +23,8 @@ TABLE_KINDS: dict[str, dict[str, Any]] = {
     ".parquet": {},
 }
 """Suffix of a table -> options of the csv module."""
+MAX_CELL = 131_072
+"""The most characters of a cell: a quotation mark that is never closed makes one of all that follows."""
 FOLDER_SIZE = 10_000
 """Number of images in a subfolder."""
 IDENTITY_BYTES = 2**20
@@ -102,6 +104,7 @@ class Table:
 
     def _iter_cells(self) -> Iterator[list[str]]:
         """Iterate over the rows of a text file, header included; bytes that are no UTF-8 spoil only their own row."""
+        csv.field_size_limit(MAX_CELL)  # other tables, which hold images, may have raised it
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, **TABLE_KINDS[self._suffix])
             try:

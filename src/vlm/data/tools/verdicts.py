@@ -23,10 +23,12 @@ from PIL import Image, ImageOps
 
 from vlm.data.processes import num_cores
 from vlm.data.records.formats import get_reader
+from vlm.data.records.guess import with_hint
 from vlm.data.records.open import Records, open_records
 from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
-from vlm.data.vision.images import open_image
+from vlm.data.vision.images import is_uniform, open_image
 from vlm.data.vision.video import num_frames
+from vlm.models.pixels import as_rgb
 
 REASONS = {
     "refused": "no record of this format, or a file that it names is not there",
@@ -105,6 +107,7 @@ class RecordVerdict:
         file: the file at fault.
         digest: of text and images, 32 hexadecimal digits.
         pictures: the digest of each image and video.
+        uniform: number of images of one colour throughout.
     """
 
     id: str
@@ -113,6 +116,7 @@ class RecordVerdict:
     file: str | None = None
     digest: str = ""
     pictures: Sequence[str] = ()
+    uniform: int = 0
 
 
 class RecordChecker:
@@ -132,6 +136,7 @@ class RecordChecker:
         if needs_reply and (problem := sample.reply_problem):
             return RecordVerdict(sample.id, "silent", problem)
         digests: list[str] = []
+        uniform = 0
         try:
             for image_ref in sample.images:
                 image = open_image(image_ref, sample.id)
@@ -141,20 +146,22 @@ class RecordChecker:
                     return RecordVerdict(sample.id, reason, f"image {image_ref} is {size} pixels", file)
                 try:
                     digests.append(image_pixel_digest(image))
+                    uniform += is_uniform(as_rgb(image))
                 except Exception as error:  # Pillow reads the orientation only now, and may raise anything
                     detail = f"image {image_ref} does not turn upright: {error}"
                     return RecordVerdict(sample.id, "broken", detail, file)
             digests += [video_file_digest(video, sample.id) for video in sample.videos]
         except BadSample as error:
             return RecordVerdict(sample.id, "broken", error.reason, error.file)
-        return RecordVerdict(sample.id, digest=sample_digest(sample, digests), pictures=digests)
+        return RecordVerdict(sample.id, digest=sample_digest(sample, digests), pictures=digests, uniform=uniform)
 
     def _sample(self, number: int) -> Sample:
         record = self.records[number]
         try:
             return self._read(record, self.task.folder).without_blank_replies()
-        except BadSample:
-            raise
+        except BadSample as error:
+            options = dict(map(parse_option, self.task.options))
+            raise with_hint(error, record, self.task.format, options, "clean") from None
         except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
             name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
             raise BadSample(name, f"its reader raised {type(error).__name__}: {error}") from error

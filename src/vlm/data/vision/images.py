@@ -1,5 +1,6 @@
 """Opening images: files, bytes and frames of videos. One that does not open is a `BadSample`, which names the file."""
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,18 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import DecompressionBombError, DecompressionBombWarning
 from torch import Tensor
 
+from vlm.data.file_kinds import NUM_HEAD_BYTES, describe_bytes, read_head, show_start
 from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.data.vision.video import DecodedVideo, open_video, read_frames
 
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, RuntimeError, DecompressionBombError)
 """What Pillow raises for files that are no images, or are truncated."""
+
+TRUNCATION = re.compile("truncated|unexpected end|broken data stream|premature end", re.IGNORECASE)
+"""What Pillow says of images that end early."""
+TRUNCATION_DETAIL = re.compile(r" *\([^)]*\)| when .*")
+"""What it says beside that, which differs from image to image."""
 
 ROTATED = (5, 6, 7, 8)
 """EXIF orientations that are rotated by 90 degrees."""
@@ -85,6 +92,11 @@ def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
         return image
 
 
+def is_uniform(rgb_image: Image.Image) -> bool:
+    """Return whether an image in RGB is of one colour throughout, as those are that lost levels or transparency."""
+    return all(low == high for low, high in rgb_image.getextrema())  # pyright: ignore[reportGeneralTypeIssues] - of RGB
+
+
 def read_image_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
     """Read the upright width and height of an image from its header."""
     height, width = _read_upright_size(image_ref, sample_id)
@@ -117,20 +129,29 @@ def wrap_image_errors(image_ref: ImageRef, sample_id: str) -> Iterator[None]:
             warnings.simplefilter("ignore", DecompressionBombWarning)
             yield
     except IMAGE_ERRORS as error:
-        reason = _describe_non_image(image_ref) if isinstance(error, UnidentifiedImageError) else None
         name = None if image_ref.path is None else str(image_ref.path)
-        raise BadSample(sample_id, f"image {image_ref} does not open: {reason or error}", name) from error
+        reason = _describe_error(error, image_ref)
+        raise BadSample(sample_id, f"image {image_ref} does not open: {reason}", name) from error
 
 
-def _describe_non_image(image_ref: ImageRef) -> str | None:
-    """Describe a file that is no image, where it is empty or text."""
+def _describe_error(error: Exception, image_ref: ImageRef) -> str:
+    """Describe why an image does not open, in the same words for the same fault."""
+    if isinstance(error, UnidentifiedImageError):
+        return _describe_non_image(image_ref)
+    text = str(error) or type(error).__name__
+    return TRUNCATION_DETAIL.sub("", text) if TRUNCATION.search(text) else text
+
+
+def _describe_non_image(image_ref: ImageRef) -> str:
+    """Describe what is no image that Pillow reads."""
     if image_ref.content is not None:
-        head = image_ref.content[:64]
+        head = image_ref.content[:NUM_HEAD_BYTES]
     else:
-        with open(str(image_ref.path), "rb") as file:
-            head = file.read(64)
-    if not head:
-        return "the file is empty"
-    if head.lstrip().startswith(b"<"):
-        return f"it is text that begins with {head.lstrip()[:14].decode(errors='replace')!r}, not an image"
-    return None
+        assert image_ref.path is not None
+        head = read_head(image_ref.path)
+    kind = describe_bytes(head)
+    if kind is None:
+        return f"{show_start(head)}, not an image that Pillow reads"
+    if kind.startswith(("a PNG", "a JPEG", "a GIF", "a WebP", "a TIFF")):
+        return f"{kind} that is broken or truncated"
+    return f"{kind}, not an image" if kind.startswith("it is text") else kind

@@ -1,16 +1,19 @@
-"""Frames of videos, evenly spread over the file and decoded in one pass: as images, or as clips.
+"""Frames of videos, evenly spread in time and decoded in one pass: as images, or as clips.
 
 Reads files with PyAV, which the extra `video` installs. A file that is no video or does not decode is a `BadSample`.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from vlm.data.file_kinds import describe_bytes, read_head
 from vlm.data.sample import BadSample, Clip, ImageRef, VideoRef
 
 DEFAULT_FPS = 24.0
@@ -25,10 +28,70 @@ class DecodedVideo:
     clip: Clip
 
 
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a video are shown.
+
+    Attributes:
+        total_frames: the number of frames.
+        fps: frames per second, on average where the rate varies.
+        times: seconds of each frame from the first one, ascending; None where the rate is constant.
+        duration: seconds from the first frame to the end of the last one.
+    """
+
+    total_frames: int
+    fps: float
+    times: tuple[float, ...] | None
+    duration: float
+
+    def spread(self, num_kept: int) -> tuple[int, ...]:
+        """Return the frame that is shown in the middle of each of `num_kept` equal sections of the time.
+
+        Where a frame is shown in several sections, others near it take its place as long as there are enough, so that
+        none is there twice.
+        """
+        if self.times is None:
+            return spread_frames(self.total_frames, num_kept)
+        middles = ((2 * section + 1) * self.duration / (2 * num_kept) for section in range(num_kept))
+        shown = [bisect_right(self.times, middle) - 1 for middle in middles]
+        if num_kept > self.total_frames:
+            return tuple(shown)
+        frames: list[int] = []
+        for section, frame in enumerate(shown):
+            first = frames[-1] + 1 if frames else 0
+            frames.append(min(max(frame, first), self.total_frames - (num_kept - section)))
+        return tuple(frames)
+
+
+def make_timeline(stamps: Sequence[float] | None, number: int, fps: float, last_duration: float = 0.0) -> Timeline:
+    """Return the timeline of a video of `number` frames.
+
+    The rate is constant where every frame is shown within half a frame of its time at that rate: the one that the file
+    states, or the one that the stamps have on average.
+
+    Args:
+        stamps: seconds of each frame, in any order; None where the file has none.
+        number: of frames.
+        fps: frames per second that the file states.
+        last_duration: seconds that the last frame is shown; 0 where the file does not tell.
+    """
+    if stamps is None or number < 2:
+        return Timeline(number, fps, None, number / fps)
+    ordered = np.sort(np.asarray(stamps, dtype=np.float64))
+    times = ordered - ordered[0]
+    mean_rate = (number - 1) / times[-1] if times[-1] > 0 else fps
+    for rate in (fps, float(mean_rate)):
+        if np.abs(times - np.arange(number) / rate).max() <= 0.5 / rate:
+            return Timeline(number, rate, None, number / rate)
+    duration = float(times[-1]) + (last_duration or float(np.median(np.diff(times))))
+    return Timeline(number, number / duration, tuple(times.tolist()), duration)
+
+
 def sample_frame_refs(path: Path, max_frames: int, sample_id: str) -> tuple[ImageRef, ...]:
-    """Choose up to `max_frames` frames of a video, evenly spread: the middle of each of as many equal sections."""
-    number = num_frames(path, sample_id)
-    return tuple(ImageRef(path, frame=frame) for frame in spread_frames(number, min(max_frames, number)))
+    """Choose up to `max_frames` frames of a video, evenly spread in time, see `Timeline.spread`."""
+    timeline, _ = _probe_video(path, sample_id)
+    frames = timeline.spread(min(max_frames, timeline.total_frames))
+    return tuple(ImageRef(path, frame=frame) for frame in frames)
 
 
 def sample_clip(path: Path, max_frames: int, sample_id: str, *, min_frames: int = 1) -> Clip:
@@ -36,10 +99,12 @@ def sample_clip(path: Path, max_frames: int, sample_id: str, *, min_frames: int 
 
     None is decoded; frames of a video that has fewer than `min_frames` are repeated.
     """
-    number, size, fps = _probe_video(path, sample_id)
+    timeline, size = _probe_video(path, sample_id)
     if not all(size):
         raise BadSample(sample_id, f"video {path} does not say how large its frames are", str(path))
-    return Clip(spread_frames(number, max(min_frames, min(max_frames, number))), number, *size, fps)
+    frames = timeline.spread(max(min_frames, min(max_frames, timeline.total_frames)))
+    times = None if timeline.times is None else tuple(timeline.times[frame] for frame in frames)
+    return Clip(frames, timeline.total_frames, *size, timeline.fps, times)
 
 
 def spread_frames(number: int, num_kept: int) -> tuple[int, ...]:
@@ -61,18 +126,28 @@ def num_frames(path: Path, sample_id: str) -> int:
 
     Packets before the start of a video that was cut without encoding it again are not counted.
     """
-    return _probe_video(path, sample_id)[0]
+    return _probe_video(path, sample_id)[0].total_frames
 
 
-def _probe_video(path: Path, sample_id: str) -> tuple[int, tuple[int, int], float]:
-    """Return the number of frames of a video file, their height and width, and the frames per second."""
+def _probe_video(path: Path, sample_id: str) -> tuple[Timeline, tuple[int, int]]:
+    """Return the times of a video's frames, from its packets, and their height and width."""
     with _open_container(path, sample_id, "read on") as container:
         stream = container.streams.video[0]
         size, fps = (stream.codec_context.height, stream.codec_context.width), float(stream.average_rate or DEFAULT_FPS)
-        number = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-    if not number:
+        packets = [
+            (packet.pts, packet.duration)
+            for packet in container.demux(stream)
+            if packet.size > 0 and not packet.is_discard
+        ]
+        unit = stream.time_base
+    if not packets:
         raise BadSample(sample_id, f"video {path} has no frame", str(path))
-    return number, size, fps
+    stamps = [stamp for stamp, _ in packets]
+    if unit is None or None in stamps or len(set(stamps)) < len(stamps):  # no times, or not those of frames
+        return make_timeline(None, len(packets), fps), size
+    _, last_duration = max(packets, key=lambda packet: packet[0])
+    seconds = [float(stamp * unit) for stamp in stamps]
+    return make_timeline(seconds, len(packets), fps, float((last_duration or 0) * unit)), size
 
 
 def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image.Image]:
@@ -108,4 +183,11 @@ def _open_container(path: Path, sample_id: str, step: str) -> Iterator[Any]:  # 
             action = step
             yield container
     except (av.FFmpegError, OSError) as error:
-        raise BadSample(sample_id, f"video {path} does not {action}: {error}", str(path)) from error
+        reason = _describe_error(error, path) if action == "open" else error
+        raise BadSample(sample_id, f"video {path} does not {action}: {reason}", str(path)) from error
+
+
+def _describe_error(error: Exception, path: Path) -> str:
+    """Describe why a file does not open: what it is instead of a video, or what the library says."""
+    kind = describe_bytes(read_head(path)) if path.is_file() else None
+    return str(error) if kind is None or kind.startswith("a video") else f"it is {kind.removeprefix('it is ')}"

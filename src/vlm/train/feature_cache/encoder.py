@@ -76,6 +76,7 @@ class FrozenVisualEncoder:
         model, processor, args = self.model, self.processor, self.args
         configs = [getattr(model.config, name).to_diff_dict() for name in model.config.encoder_names]
         steps = [step.to_dict() for step in processor.image_processors], processor.image_mode, processor.anyres
+        steps = *steps, processor.alpha_background
         precision = str(model.visual_encoder.dtype), args.bf16, args.fp16, args.deepspeed is None
         weights, selections = weights_digests(model.visual_encoder), model.config.feature_selections
         code = code_digest(type(self)), inspect.getsource(make_blank_image)

@@ -1,0 +1,81 @@
+"""Files of records as bytes or text, decompressed where their names end in `.gz`; what is no such file is refused.
+
+Imports the standard library and siblings of its kind only.
+"""
+
+import gzip
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from vlm.data.file_kinds import NUM_HEAD_BYTES, describe_bytes
+from vlm.data.records.paths import JSON_SUFFIXES, TABLE_BUILDERS, TEXT_TABLE_SUFFIXES, split_suffix
+
+BINARY_TABLES = ("Parquet", "an Arrow file")
+"""What `describe_bytes` says of tables that are not text."""
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed where its name ends in `.gz`.
+
+    Raises:
+        ValueError: within the statement, where it does not decompress.
+    """
+    if not split_suffix(str(path))[1]:
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with gzip.open(path) as compressed:
+            yield cast(BinaryIO, compressed)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: does not decompress: {error}") from None
+
+
+@contextmanager
+def open_text(path: Path, encoding: str) -> Iterator[TextIOWrapper]:
+    """Open a file for reading as text, with its line breaks as they are; errors as in `open_bytes`."""
+    with open_bytes(path) as file, TextIOWrapper(file, encoding=encoding, newline="") as text:
+        yield text
+
+
+@contextmanager
+def uncompressed_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file, or, where that is compressed, of a copy that is not, which is removed at the end."""
+    if not split_suffix(str(path))[1]:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile() as target:
+        with open_bytes(path) as source:
+            shutil.copyfileobj(source, target, 1 << 20)
+        target.flush()
+        yield Path(target.name)
+
+
+def check_is_records(path: Path) -> None:
+    """Raise ValueError where a file of records is empty, or by its first bytes something else: say an LFS pointer."""
+    suffix, is_compressed = split_suffix(str(path))
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    if suffix not in (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES, *TABLE_BUILDERS):
+        return
+    with path.open("rb") as file:
+        head = file.read(NUM_HEAD_BYTES)
+    if is_compressed and head.startswith(b"\x1f\x8b"):
+        with open_bytes(path) as file:
+            head = file.read(NUM_HEAD_BYTES)
+    kind = describe_bytes(head)
+    if suffix in TABLE_BUILDERS:
+        is_as_named = kind is None or kind.startswith(BINARY_TABLES)
+    else:
+        is_markup = head.lstrip()[:1] == b"<" and (suffix in JSON_SUFFIXES or "a web page" in str(kind))
+        is_text = kind is None or (kind.startswith(("it is text", "it has nothing")) and not is_markup)
+        is_as_named = is_text or (suffix in TEXT_TABLE_SUFFIXES and kind.startswith("text in"))  # `tables` reads those
+    if not is_as_named:
+        raise ValueError(f"{path}: {kind}" if kind.startswith(("it ", "the ", "nothing")) else f"{path}: it is {kind}")

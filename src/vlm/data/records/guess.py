@@ -1,0 +1,207 @@
+"""What form records seem to have, by their keys, and what reads it: for messages about records that do not fit.
+
+Imports `sample` and the standard library only. To recognise another form, add a function to `FORMS`, before those that
+are less particular.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from vlm.data.sample import BadSample
+
+IMAGE_KEYS = (
+    "image",
+    "images",
+    "image_path",
+    "img",
+    "img_path",
+    "image_file",
+    "file_name",
+    "filename",
+    "photo",
+    "picture",
+)
+CAPTION_KEYS = ("caption", "captions", "text", "description", "alt_text", "alt", "title", "sentence")
+LABEL_KEYS = ("label", "labels", "class", "target", "score")
+QUESTION_AND_ANSWER_KEYS = (
+    ("question", "answer"),
+    ("question", "answers"),
+    ("question", "multiple_choice_answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("prompt", "answer"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("input", "output"),
+)
+BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "objects", "segmentation", "annotations")
+NEEDS_READER = "no format reads it: write a reader, dataset.format=my_reader:read (docs/data.md)"
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What a record seems to be.
+
+    Attributes:
+        what: the form, in words.
+        format: the name of `formats.FORMATS` that reads it; None where none does.
+        options: of that format.
+        advice: what to do where no format reads it.
+    """
+
+    what: str
+    format: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    advice: str = NEEDS_READER
+
+    def hint(self, tool: str = "run") -> str:
+        """Return a sentence with what reads such records: as a `run` has it, or `vlm data clean` or `convert`."""
+        if self.format is None:
+            return f"it looks like {self.what}: {self.advice}"
+        flag, option = {
+            "run": ("dataset.format=", "dataset.options."),
+            "clean": ("--format ", "--option "),
+            "convert": ("--from ", "--option "),
+        }[tool]
+        words = [f"{flag}{self.format}", *(f"{option}{name}={value}" for name, value in self.options.items())]
+        return f"it looks like {self.what}: {' '.join(words)}"
+
+
+def _has_items(value: object, *keys: str) -> bool:
+    """Return whether a value is a list whose first item is a mapping with some keys."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and set(keys) <= value[0].keys()
+
+
+def _image_key(record: Mapping[str, object]) -> str | None:
+    return next((key for key in IMAGE_KEYS if record.get(key) is not None), None)
+
+
+def _conversation(record: Mapping[str, object]) -> Guess | None:
+    for key, value in record.items():
+        if _has_items(value, "role", "content"):
+            if isinstance(record.get("image"), dict) and not {"bytes", "path"} & set(record["image"]):  # pyright: ignore[reportArgumentType] - checked
+                return Guess("MiniCPM-V's records", "minicpm")
+            return Guess("chat messages", "messages", {} if key == "messages" else {"key": key})
+        if _has_items(value, "from", "value"):
+            if key == "conversations":
+                return Guess("LLaVA's form (ShareGPT's roles)", "llava")
+            return Guess(f"LLaVA's form under `{key}`", advice=f"its key has to be `conversations`, not `{key}`")
+    texts = record.get("conversations")
+    if isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts):
+        return Guess("a prompt and an answer", "head")
+    return None
+
+
+def _cauldron(record: Mapping[str, object]) -> Guess | None:
+    return (
+        Guess("the Cauldron's questions", "cauldron") if _has_items(record.get("texts"), "user", "assistant") else None
+    )
+
+
+def _alpaca(record: Mapping[str, object]) -> Guess | None:
+    return Guess("Alpaca's instructions", "alpaca") if {"instruction", "output"} <= record.keys() else None
+
+
+def _preference(record: Mapping[str, object]) -> Guess | None:
+    return Guess("pairs of a chosen and a rejected reply") if {"chosen", "rejected"} <= record.keys() else None
+
+
+def _question(record: Mapping[str, object]) -> Guess | None:
+    for question, answer in QUESTION_AND_ANSWER_KEYS:
+        if isinstance(record.get(question), str) and record.get(answer) is not None:
+            options = {} if question == "question" else {"question_key": question}
+            return Guess(
+                "questions with answers",
+                "question",
+                options if answer in ("answer", "answers") else {**options, "answer_key": answer},
+            )
+    return None
+
+
+def _boxes(record: Mapping[str, object]) -> Guess | None:
+    boxes = [key for key in BOX_KEYS if isinstance(record.get(key), (list, dict))]
+    has_text = any(isinstance(record.get(key), str) for key in CAPTION_KEYS)
+    return Guess(f"a detection export (`{boxes[0]}`)") if boxes and not has_text else None
+
+
+def _caption(record: Mapping[str, object]) -> Guess | None:
+    caption = next((key for key in CAPTION_KEYS if record.get(key) is not None), None)
+    image = _image_key(record)
+    if caption is None:
+        return None
+    if image is None:
+        address = next((key for key in ("url", "image_url", "URL") if record.get(key) is not None), None)
+        advice = "vlm data download fetches the images and writes records of the format caption"
+        return None if address is None else Guess("addresses of images with captions", advice=advice)
+    options = {"image_key": image} if image != "image" else {}
+    return Guess(
+        "images with captions", "caption", options if caption == "caption" else {**options, "caption_key": caption}
+    )
+
+
+def _labelled(record: Mapping[str, object]) -> Guess | None:
+    label = next((key for key in LABEL_KEYS if record.get(key) is not None), None)
+    image = _image_key(record)
+    if label is None or image is None:
+        return None
+    options = {} if image in ("image", "images") else {"image_key": image}
+    return Guess("images with labels", "labelled", options if label == "label" else {**options, "label_key": label})
+
+
+FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
+    _conversation,
+    _cauldron,
+    _alpaca,
+    _preference,
+    _question,
+    _boxes,
+    _caption,
+    _labelled,
+)
+"""Functions that recognise a form; the first that does counts."""
+
+
+def guess_form(record: object) -> Guess | None:
+    """Return what a record seems to be; None where nothing is recognised."""
+    if not isinstance(record, dict):
+        return None
+    return next((guess for recognise in FORMS if (guess := recognise(record)) is not None), None)
+
+
+def with_hint(
+    error: BadSample, record: object, format_name: str, options: Mapping[str, object], tool: str = "run"
+) -> BadSample:
+    """Return the error of a reader with the form that the record seems to have, where that is another one.
+
+    Errors about files, and those of a reader of the user's own, are returned as they are.
+    """
+    guess = guess_form(record)
+    if guess is None or error.file is not None or ":" in format_name:
+        return error
+    if guess.format == format_name and {name: options.get(name) for name in guess.options} == guess.options:
+        return error
+    return BadSample(error.sample_id, f"{error.reason}; {guess.hint(tool)}")
+
+
+def describe_collection(first_items: Mapping[str, Mapping[str, object]]) -> str | None:
+    """Describe a file that is a mapping with lists, by the first item of each list; None where it is not known.
+
+    `{path}` in the description stands for the file.
+    """
+    images, annotations = first_items.get("images"), first_items.get("annotations")
+    if annotations is not None and images is not None:
+        if "caption" in annotations:
+            return "COCO's captions: vlm data convert {path} OUT.jsonl --from coco-captions"
+        if set(BOX_KEYS) & annotations.keys():
+            return f"a detection export in COCO's form, which {NEEDS_READER}"
+    if "question_id" in first_items.get("questions", {}):
+        return "VQAv2's questions: vlm data convert {path} OUT.jsonl --from vqa --annotations … --image-pattern …"
+    if annotations is not None and "question_id" in annotations and "question" not in annotations:
+        return (
+            "VQAv2's answers, which go with a file of questions: vlm data convert QUESTIONS.json OUT.jsonl --from vqa "
+            "--annotations {path} --image-pattern …"
+        )
+    return None

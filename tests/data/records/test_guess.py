@@ -1,0 +1,116 @@
+"""What records of another form seem to be: every form names what reads it, and that reads it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlm.data.records.formats import FORMATS
+from vlm.data.records.guess import guess_form, with_hint
+from vlm.data.records.open import value_or_bad_sample
+from vlm.data.sample import BadSample
+
+ROLES = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]
+TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]
+READ: dict[str, tuple[dict[str, Any], str]] = {
+    "captions": ({"image": "a.png", "caption": "that"}, "dataset.format=caption"),
+    "an image folder's metadata": (
+        {"file_name": "a.png", "text": "that"},
+        "dataset.format=caption dataset.options.image_key=file_name dataset.options.caption_key=text",
+    ),
+    "messages": ({"messages": ROLES}, "dataset.format=messages"),
+    "messages elsewhere": ({"conversations": ROLES}, "dataset.format=messages dataset.options.key=conversations"),
+    "LLaVA's": ({"conversations": TURNS}, "dataset.format=llava"),
+    "ShareGPT's": ({"system": "", "conversations": TURNS, "tools": ""}, "dataset.format=llava"),
+    "a prompt and an answer": ({"conversations": ["what?", "that"]}, "dataset.format=head"),
+    "alpaca's": ({"instruction": "what?", "input": "", "output": "that"}, "dataset.format=alpaca"),
+    "the Cauldron's": (
+        {"images": ["a.png"], "texts": [{"user": "what?", "assistant": "that"}]},
+        "dataset.format=cauldron",
+    ),
+    "MiniCPM's": ({"image": {"<image_00>": "a.png"}, "conversations": ROLES}, "dataset.format=minicpm"),
+    "VQAv2's": (
+        {"image": "a.png", "question": "what?", "question_type": "what", "answers": [{"answer": "that"}]},
+        "dataset.format=question",
+    ),
+    "queries": (
+        {"query": "what?", "response": "that"},
+        "dataset.format=question dataset.options.question_key=query dataset.options.answer_key=response",
+    ),
+    "labels": (
+        {"image": "a.png", "prompt": "what?", "class": "that"},
+        "dataset.format=labelled dataset.options.label_key=class",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", READ)
+def test_what_is_named_reads_the_record(folder: Path, form: str):
+    record, words = READ[form]
+    guess = guess_form(record)
+    assert guess is not None
+    assert guess.hint().endswith(f": {words}")
+    assert guess.format is not None
+    sample = FORMATS[guess.format](record, folder, **guess.options)
+    told = sample.label if form == "labels" else sample.turns[-1].content
+    assert told in ("that", ("that",))
+
+
+def test_a_reader_that_refuses_a_record_is_told_its_form(folder: Path):
+    """By every reader that needs something which the record has not."""
+    told = 0
+    for record, words in READ.values():
+        for name, read in FORMATS.items():
+            sample = value_or_bad_sample(lambda item, read=read: read(item, folder), record)
+            if isinstance(sample, BadSample) and sample.file is None:
+                hinted = with_hint(sample, record, name, {})
+                assert hinted.reason.startswith(sample.reason)
+                assert hinted.reason.endswith(words)
+                told += 1
+    assert told > 5 * len(READ)
+
+
+UNREAD = {
+    "boxes": (
+        {"image": "a.png", "boxes": [[1, 2, 3, 4]], "labels": [1]},
+        "a detection export (`boxes`): no format reads",
+    ),
+    "preferences": (
+        {"prompt": "what?", "chosen": "a", "rejected": "b"},
+        "a chosen and a rejected reply: no format reads",
+    ),
+    "addresses": ({"url": "https://example.com/a.png", "caption": "a"}, "vlm data download fetches"),
+    "turns elsewhere": ({"dialog": TURNS}, "its key has to be `conversations`, not `dialog`"),
+}
+
+
+@pytest.mark.parametrize("form", UNREAD)
+def test_what_no_format_reads_is_named_too(form: str):
+    record, said = UNREAD[form]
+    guess = guess_form(record)
+    assert guess is not None
+    assert said in guess.hint()
+
+
+def test_each_tool_is_told_in_its_own_words():
+    guess = guess_form({"conversations": ROLES})
+    assert guess is not None
+    assert guess.hint("clean").endswith("--format messages --option key=conversations")
+    assert guess.hint("convert").endswith("--from messages --option key=conversations")
+
+
+def test_no_other_form_is_named_where_the_record_has_the_chosen_one():
+    error = BadSample("7", "turn 1: from='robot'")
+    assert with_hint(error, {"conversations": TURNS}, "llava", {}) is error
+    assert with_hint(error, {"conversations": ROLES}, "messages", {"key": "conversations"}) is error
+    assert with_hint(error, {"messages": ROLES}, "my_reader:read", {}) is error
+    missing = BadSample("7", "image file a.png does not exist", "a.png")
+    assert with_hint(missing, {"messages": ROLES}, "llava", {}) is missing
+    assert with_hint(error, ["no mapping"], "llava", {}) is error
