@@ -37,7 +37,11 @@ GROUPED_STRATEGIES = (GROUP_BY_MODALITY_LENGTH, GROUP_BY_MODALITY_BLOCKS)
 SAMPLING_STRATEGIES = ("random", "sequential", *GROUPED_STRATEGIES)
 MUON = "muon"
 """The optimiser that this framework has besides those of transformers."""
-EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
+ANSWER_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
 """Metrics of answers."""
+LOSS_METRICS = ("loss", "retrieval")
+"""Metrics of losses."""
+EVAL_METRICS = (*ANSWER_METRICS, "retrieval")
+"""What a run measures on request; every evaluation measures the loss."""
 CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded")
 """Caches of keys and values, as transformers calls them."""
