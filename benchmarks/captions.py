@@ -26,7 +26,7 @@ def report(args: argparse.Namespace) -> dict:
     data = load_supervised_dataset(model, config, max_frames=8)
     losses, scores = InferenceLosses(model, args.batch, 0), {}
     for metric in prepare_loss_metrics(data, ["loss", "retrieval"], args.ways).values():
-        scores |= metric.compute(data, losses)
+        scores |= metric.compute(data, losses).scores
     answers = []
     for index in range(0, len(data), max(len(data) // args.answers, 1))[: args.answers]:
         sample = data.sample(index)

@@ -114,10 +114,14 @@ def test_retrieval_stands_beside_chance(
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert list(results["metrics"]) == ["retrieval", "retrieval_chance"]
     assert results["metrics"]["retrieval_chance"]["value"] == 0.25
+    rows = [json.loads(line) for line in (tmp_path / "out/retrieval.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == [f"r{number}" for number in range(5)]
+    assert sum(row["found"] for row in rows) / 5 == results["metrics"]["retrieval"]["value"]
+    assert all(len(row["texts"]) == 4 for row in rows)
     found = results["metrics"]["retrieval"]
     assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
     assert (results["records"], results["answered"], "inference" in results) == (6, 0, False)
-    assert "1 records are not in retrieval, since" in "".join(results["left_out"])
+    assert "1 of 6 records are not in retrieval: they show no image" in "".join(results["left_out"])
     assert "retrieval_chance  0.250" in capsys.readouterr().out
     said = refusal("eval", str(checkpoint), *map(str, words), "--overwrite", "--num-workers", "0", "--device", "cpu")
     assert "10 different texts are needed, and for record 'r0' there are 5" in said

@@ -91,11 +91,11 @@ def test_two_ranks_find_what_one_finds(parts: Parts, data: SampleDataset, name: 
     model, processor = parts.model()
     ready = VisionLanguageModel(model.eval(), processor)
     metric = LOSS_METRICS[name](data, SETTINGS)
-    single = metric.compute(data, InferenceLosses(ready, 4, 0))
+    single = metric.compute(data, InferenceLosses(ready, 4, 0)).scores
     ranks = Ranks()
     sources = [RankLosses(ready.model, processor, rank, ranks) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda source: metric.compute(data, source), sources))
+        both = list(pool.map(lambda source: metric.compute(data, source).scores, sources))
     assert both[0] == both[1]
     assert sources[0].num_batches == sources[1].num_batches
     assert flatten_scores(both[0]) == pytest.approx(flatten_scores(single), abs=1e-5)
@@ -110,7 +110,7 @@ def test_retrieval_has_the_interval_of_a_mean_and_chance(parts: Parts, data: Sam
     model, processor = parts.model()
     metric = LOSS_METRICS["retrieval"](data, SETTINGS)
     assert metric.num_samples == 5
-    scores = metric.compute(data, InferenceLosses(VisionLanguageModel(model.eval(), processor), 4, 0))
+    scores = metric.compute(data, InferenceLosses(VisionLanguageModel(model.eval(), processor), 4, 0)).scores
     assert scores["retrieval"] == mean_score(found[0], 1000)
     assert scores["retrieval"].value == found[0].mean()
     assert scores["retrieval_chance"].value == pytest.approx(1 / 3)

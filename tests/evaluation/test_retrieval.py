@@ -32,6 +32,7 @@ from vlm.evaluation.retrieval import (
     _read_reply,
     choose_trials,
     make_candidate_collator,
+    make_rows,
     score_own,
 )
 from vlm.inference.generate import VisionLanguageModel
@@ -152,6 +153,16 @@ def test_ties_are_chances():
         [float("nan"), 1.0, 2.0],
     ], dtype=torch.float64)  # fmt: skip
     assert score_own(losses).tolist() == [1, 1 / 2, pytest.approx(1 / 3), 0, 1 / 2, 0]
+
+
+def test_rows_tell_what_was_preferred(captioned: SampleDataset):
+    """All texts, the likeliest first; files have them as lines."""
+    trial = Trial(1, ("own", "b", "c"))
+    losses = torch.tensor([[1.0, 0.5, 2.0]], dtype=torch.float64)
+    (row,) = make_rows(captioned, [trial], losses, score_own(losses))
+    assert (row["source"], row["text"], row["found"]) == ("1", "own", 0.0)
+    assert row["texts"] == [{"loss": loss, "text": text} for loss, text in ((0.5, "b"), (1.0, "own"), (2.0, "c"))]
+    assert json.loads(json.dumps(row)) == row
 
 
 def test_candidates_are_different_and_none_is_right_too(captioned: SampleDataset):

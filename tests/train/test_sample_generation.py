@@ -83,7 +83,7 @@ def test_retrieval_stands_beside_the_gain(train: Callable[..., Path], world: Pat
     dataset = load_supervised_dataset(ready, config, 8)
     (metric,) = prepare_loss_metrics(dataset, ["retrieval"], 3).values()
     assert metric.num_samples == 18
-    scores = metric.compute(dataset, InferenceLosses(ready, 4, 0))
+    scores = metric.compute(dataset, InferenceLosses(ready, 4, 0)).scores
     assert scores["retrieval"].value == pixels["eval_retrieval"]
 
 

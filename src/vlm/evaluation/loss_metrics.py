@@ -18,8 +18,10 @@ from vlm.evaluation.loss import loss_scores, sample_losses
 from vlm.evaluation.retrieval import (
     CandidateDataset,
     CandidateLosses,
+    Row,
     choose_trials,
     make_candidate_collator,
+    make_rows,
     score_own,
 )
 
@@ -72,25 +74,37 @@ class LossMetricSettings:
 
 
 @dataclass(frozen=True)
+class LossResult:
+    """What a metric found.
+
+    Attributes:
+        scores: its values by name.
+        rows: what it found in each sample, for a file of the metric's name; empty: there is no more to tell.
+    """
+
+    scores: dict[str, Score]
+    rows: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
 class LossMetric:
     """A metric that is ready to be computed, any number of times.
 
     Attributes:
         num_samples: the number of samples that it is of.
-        compute: returns its scores, from the data set that it was prepared for (or the same with cached features) and
-            a model.
+        compute: computes it, from the data set that it was prepared for (or the same with cached features) and a model.
     """
 
     num_samples: int
-    compute: Callable[[SampleDataset, LossSource], dict[str, Score]]
+    compute: Callable[[SampleDataset, LossSource], LossResult]
 
 
 def prepare_loss(dataset: SampleDataset, settings: LossMetricSettings) -> LossMetric:
     """Prepare `loss`, and where there are images `blank_loss` and `image_gain`, see `loss_scores`."""
-    return LossMetric(len(dataset), compute_loss_scores)
+    return LossMetric(len(dataset), compute_loss)
 
 
-def compute_loss_scores(dataset: SampleDataset, losses: LossSource) -> dict[str, Score]:
+def compute_loss(dataset: SampleDataset, losses: LossSource) -> LossResult:
     """Return the loss of a data set, exact to the token, and the same on blank images."""
     with_images = torch.as_tensor(dataset.num_images) > 0
     sums, counts = sample_losses(losses.model, losses.batches(dataset, "loss"), losses.gather)
@@ -98,7 +112,7 @@ def compute_loss_scores(dataset: SampleDataset, losses: LossSource) -> dict[str,
     if with_images.any():
         blank = losses.batches(dataset.blank(), "loss on blank images")
         blank_sums, _ = sample_losses(losses.model, blank, losses.gather)
-    return loss_scores(sums, counts, blank_sums, with_images)
+    return LossResult(loss_scores(sums, counts, blank_sums, with_images))
 
 
 def prepare_retrieval(dataset: SampleDataset, settings: LossMetricSettings) -> LossMetric:
@@ -109,16 +123,15 @@ def prepare_retrieval(dataset: SampleDataset, settings: LossMetricSettings) -> L
     """
     trials = choose_trials(dataset, settings.retrieval_candidates, settings.max_samples, settings.advice)
 
-    def compute(dataset: SampleDataset, losses: LossSource) -> dict[str, Score]:
+    def compute(dataset: SampleDataset, losses: LossSource) -> LossResult:
         compute_losses = CandidateLosses(losses.model, losses.batch_size)
         collate = make_candidate_collator(dataset.processor)
         batches = losses.batches(CandidateDataset(dataset, trials), "retrieval", collate)
-        rows = [losses.gather(compute_losses(**batch)[None]).cpu() for batch in batches]
-        scores = score_own(torch.cat(rows))
-        return {
-            "retrieval": mean_score(scores, NUM_RESAMPLES),
-            "retrieval_chance": Score(1 / settings.retrieval_candidates),
-        }
+        rows = torch.cat([losses.gather(compute_losses(**batch)[None]).cpu() for batch in batches])
+        found = score_own(rows)
+        chance = Score(1 / settings.retrieval_candidates)
+        scores = {"retrieval": mean_score(found, NUM_RESAMPLES), "retrieval_chance": chance}
+        return LossResult(scores, make_rows(dataset, trials, rows, found))
 
     return LossMetric(len(trials), compute)
 

@@ -99,3 +99,10 @@ def write_json(folder: Path, content: Mapping[str, object]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows as JSON lines; no file where there are none."""
+    if rows:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")

@@ -20,7 +20,7 @@ from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
-from vlm.evaluation.output import write_json
+from vlm.evaluation.output import write_json, write_rows
 from vlm.evaluation.text_metrics import compute_text_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
@@ -83,9 +83,12 @@ def evaluate(
         metrics = prepare_loss_metrics(dataset, loss_names, retrieval_candidates)
         for name, metric in metrics.items():
             if others := len(dataset) - metric.num_samples:
-                exclusions.append(f"{others:,} records are not in {name}, since they show no image or end without text")
-        for metric in metrics.values():
-            scores |= metric.compute(dataset, losses)
+                reason = "they show no image, or do not end with a reply of text"
+                exclusions.append(f"{others:,} of {records:,} records are not in {name}: {reason}")
+        for name, metric in metrics.items():
+            result = metric.compute(dataset, losses)
+            scores |= result.scores
+            write_rows(folder / f"{name}.jsonl", result.rows)
     if text_metrics := [name for name in names if name not in LOSS_METRICS]:
         rows = generate_file(
             model, config, folder / "answers.jsonl", settings, cache=cache, fingerprint=fingerprint,

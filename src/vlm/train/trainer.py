@@ -238,7 +238,8 @@ class VLMTrainer(CheckpointTrainer):
         if collate is None:
             loader = self.get_eval_dataloader(dataset)
         else:
-            single = DataLoader(dataset, batch_size=1, collate_fn=collate, **loader_options(self.args))
+            size = self.accelerator.num_processes if self.accelerator.split_batches else 1  # one item for each rank
+            single = DataLoader(dataset, size, collate_fn=collate, **loader_options(self.args))
             loader = ignore_sigterm_in_workers(self.accelerator.prepare(single))
         for batch in tqdm(loader, title, leave=False, disable=silent):
             batch.pop(BATCH_STATS, None)

@@ -146,16 +146,16 @@ class Generation(Objective):
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics`."""
         from vlm.evaluation.bootstrap import flatten_scores
-        from vlm.evaluation.loss_metrics import compute_loss_scores
+        from vlm.evaluation.loss_metrics import compute_loss
         from vlm.train.evaluation_losses import TrainerLosses
         from vlm.train.step.compile import force_eager
 
         samples, losses = cast("SampleDataset", dataset), TrainerLosses(trainer)
         with trainer.compute_loss_context_manager():
-            scores = compute_loss_scores(samples, losses)
+            scores = compute_loss(samples, losses).scores
             with force_eager():
                 for metric in self.loss_metrics:
-                    scores |= metric.compute(samples, losses)
+                    scores |= metric.compute(samples, losses).scores
                 answers = {} if self.answer_metrics is None else self.answer_metrics(trainer.model)
         return flatten_scores(scores) | answers
 
