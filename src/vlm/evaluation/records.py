@@ -3,7 +3,7 @@
 Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -77,14 +77,9 @@ def evaluate(
     if loss_names := [name for name in names if name in LOSS_METRICS]:
         dataset = load_supervised_dataset(model, config, max_frames)
         records = dataset.contributions[0].records
-        skipped = [(record.id, record.reason) for record in dataset.skipped]
-        exclusions += describe_exclusion(skipped, records, "are not in the losses")
-        losses = InferenceLosses(model, batch_size, num_workers)
         metrics = prepare_loss_metrics(dataset, loss_names, retrieval_candidates)
-        for name, metric in metrics.items():
-            if others := len(dataset) - metric.num_samples:
-                reason = "they show no image, or do not end with a reply of text"
-                exclusions.append(f"{others:,} of {records:,} records are not in {name}: {reason}")
+        exclusions += describe_loss_exclusions(dataset, metrics)
+        losses = InferenceLosses(model, batch_size, num_workers)
         for name, metric in metrics.items():
             result = metric.compute(dataset, losses)
             scores |= result.scores
@@ -119,6 +114,18 @@ def prepare_loss_metrics(
     advice = f"leave it out of --metrics, or lower --retrieval-candidates (now {retrieval_candidates})"
     settings = LossMetricSettings(retrieval_candidates, None, advice)
     return {name: LOSS_METRICS[name](dataset, settings) for name in names}
+
+
+def describe_loss_exclusions(dataset: SampleDataset, metrics: Mapping[str, LossMetric]) -> list[str]:
+    """Return sentences about the records of a file that metrics of losses leave out."""
+    records = dataset.contributions[0].records
+    skipped = [(record.id, record.reason) for record in dataset.skipped]
+    sentences = describe_exclusion(skipped, records, "are not in the losses")
+    reason = "they show no image, or do not end with a reply of text"
+    for name, metric in metrics.items():
+        if others := len(dataset) - metric.num_samples:
+            sentences.append(f"{others:,} of {records:,} records are not in {name}: {reason}")
+    return sentences
 
 
 def describe_exclusion(excluded: Sequence[tuple[object, object]], records: int, problem: str) -> list[str]:
