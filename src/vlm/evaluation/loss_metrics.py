@@ -33,15 +33,17 @@ Collate = Callable[[Sequence[Any]], dict[str, Any]]
 
 
 class LossSource(Protocol):
-    """A model and its way through data, on one process or on several ranks that share the items.
+    """A model and its way through data, on one process or on several ranks that share the items."""
 
-    Attributes:
-        model: the model, in evaluation mode once `batches` has begun.
-        batch_size: the number of rows of a batch.
-    """
+    @property
+    def model(self) -> Any:
+        """Return the model, in evaluation mode once `batches` has begun."""
+        ...
 
-    model: Any
-    batch_size: int
+    @property
+    def batch_size(self) -> int:
+        """Return the number of rows of a batch."""
+        ...
 
     def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[dict[str, Any]]:
         """Yield this rank's batches on the device, with a progress bar.
