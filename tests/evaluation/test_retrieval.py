@@ -266,17 +266,17 @@ def test_an_image_that_is_gone_is_told(captioned: SampleDataset, parts: Parts):
 
 
 class BrokenCache:
-    """A model that forgets what stands in the cache, or has none."""
+    """A model that misreads what stands in the cache, or returns none."""
 
-    def __init__(self, model: Any, forgets: bool):
-        self.model, self.forgets, self.config = model, forgets, model.config
+    def __init__(self, model: Any, *, has_cache: bool):
+        self.model, self.has_cache, self.config = model, has_cache, model.config
 
     def __call__(self, past_key_values: Any = None, **inputs: Any):
         if past_key_values is not None:
             for layer in past_key_values.layers:
-                layer.keys, layer.values = layer.keys * 0, layer.values * 0
+                layer.values = layer.values * 100
         output = self.model(past_key_values=past_key_values, **inputs)
-        return output if self.forgets else SimpleNamespace(logits=output.logits, past_key_values=None)
+        return output if self.has_cache else SimpleNamespace(logits=output.logits, past_key_values=None)
 
 
 def test_a_model_that_does_not_continue_from_a_prompt_is_refused(parts: Parts, captioned: SampleDataset):
@@ -287,9 +287,9 @@ def test_a_model_that_does_not_continue_from_a_prompt_is_refused(parts: Parts, c
     )
     batch = next(batches)
     with pytest.raises(ValueError, match=r"behind a cached prompt llama gives a text the loss .*, in one pass"):
-        CandidateLosses(BrokenCache(ready.model, forgets=True), 3)(**batch)
+        CandidateLosses(BrokenCache(ready.model, has_cache=True), 3)(**batch)
     with pytest.raises(ValueError, match="llama returns no cache of keys and values"):
-        CandidateLosses(BrokenCache(ready.model, forgets=False), 3)(**batch)
+        CandidateLosses(BrokenCache(ready.model, has_cache=False), 3)(**batch)
 
 
 def test_images_within_a_table_are_compared_by_their_content():
