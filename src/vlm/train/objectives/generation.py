@@ -170,10 +170,13 @@ def _prepare_loss_metrics(options: TrainerOptions, dataset: SampleDataset) -> li
     Raises:
         ValueError: a metric cannot be computed on them.
     """
+    names = [name for name in options.eval_metrics if name in LOSS_METRICS]
+    if not names:
+        return []
+
     from vlm.evaluation import loss_metrics
 
     candidates = options.eval_retrieval_candidates
     advice = f"leave it out of trainer.eval_metrics, or lower trainer.eval_retrieval_candidates (now {candidates})"
     settings = loss_metrics.LossMetricSettings(candidates, options.eval_metrics_samples, advice)
-    names = [name for name in options.eval_metrics if name in LOSS_METRICS]
     return [loss_metrics.LOSS_METRICS[name](dataset, settings) for name in names]
