@@ -98,6 +98,36 @@ def test_the_losses_are_those_of_the_model(checkpoint: Path, records: Path, tmp_
         assert metrics[name]["value"] == pytest.approx(total / tokens, rel=1e-4)
 
 
+def test_retrieval_stands_beside_chance(
+    checkpoint: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Records without an image are told and left out; too few texts are refused with what to change."""
+    captioned = json.loads(records.read_text())[:6]
+    for number, record in enumerate(captioned):
+        record["conversations"][1]["value"] = f"thing {number}"
+    captioned[5]["conversations"][0]["value"] = "what?"
+    del captioned[5]["image"]
+    path = records.with_name("captioned.json")
+    path.write_text(json.dumps(captioned))
+    words = ["--data", path, "--metrics", "retrieval", "--output", tmp_path / "out"]
+    evaluate(checkpoint, *words, "--retrieval-candidates", "4")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(results["metrics"]) == ["retrieval", "retrieval_chance"]
+    assert results["metrics"]["retrieval_chance"]["value"] == 0.25
+    rows = [json.loads(line) for line in (tmp_path / "out/retrieval.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == [f"r{number}" for number in range(5)]
+    assert sum(row["found"] for row in rows) / 5 == results["metrics"]["retrieval"]["value"]
+    assert all(len(row["texts"]) == 4 for row in rows)
+    found = results["metrics"]["retrieval"]
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+    assert (results["records"], results["answered"], "inference" in results) == (6, 0, False)
+    assert "1 of 6 records are not in retrieval: they show no image" in "".join(results["left_out"])
+    assert "retrieval_chance  0.250" in capsys.readouterr().out
+    said = refusal("eval", str(checkpoint), *map(str, words), "--overwrite", "--num-workers", "0", "--device", "cpu")
+    assert "10 different texts are needed, and for record 'r0' there are 5" in said
+    assert "lower --retrieval-candidates (now 10)" in said
+
+
 def test_an_evaluation_goes_on_where_it_was_stopped(
     checkpoint: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -143,6 +173,10 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Pat
     assert "give --data for a file of records, or --tasks" in get_refusal()
     assert "--metrics meteor: allowed are exact_match" in get_refusal("--data", records, "--metrics", "meteor")
     assert "--data nowhere.json: no such file" in get_refusal("--data", "nowhere.json")
+    assert "--retrieval-candidates 1: at least 2" in get_refusal("--data", records, "--retrieval-candidates", "1")
+    assert "--retrieval-candidates does not go with --tasks" in get_refusal(
+        "--tasks", "mme", "--retrieval-candidates", "3"
+    )
     assert "--limit does not go with --data" in get_refusal("--data", records, "--limit", "3")
     assert "--temperature does not go with --tasks" in get_refusal("--tasks", "mme", "--temperature", "1")
     assert "--limit 0: a number above 0" in get_refusal("--tasks", "mme", "--limit", "0")

@@ -5,6 +5,7 @@ import inspect
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from vlm.config import choices
+from vlm.evaluation.loss_metrics import LOSS_METRICS
 from vlm.evaluation.text_metrics import METRICS
 from vlm.models import head_losses
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
@@ -44,5 +45,7 @@ def test_the_other_lists_are_those_of_the_code():
     assert choices.FEATURE_STRATEGIES == FEATURE_STRATEGIES
     assert choices.IMAGE_MODES == IMAGE_MODES
     assert tuple(ALPHA_BACKGROUNDS) == choices.ALPHA_BACKGROUNDS
-    assert tuple(METRICS) == choices.EVAL_METRICS
+    assert tuple(METRICS) == choices.ANSWER_METRICS
+    assert tuple(LOSS_METRICS) == choices.LOSS_METRICS
+    assert set(choices.EVAL_METRICS) == {*METRICS, *LOSS_METRICS} - {"loss"}, "the loss is always measured"
     assert set(choices.CACHE_IMPLEMENTATIONS) <= set(ALL_CACHE_IMPLEMENTATIONS)

@@ -1,4 +1,4 @@
-"""Measures out of the loss: per row, and whether an image's own caption is the likeliest."""
+"""Measures out of the loss, per row."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,9 @@ from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset, load_dataset
-from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import Sample
-from vlm.evaluation.loss import caption_retrieval, last_reply_text, replace_reply, row_losses
+from vlm.evaluation.loss import last_reply_text, loss_scores, replace_reply, row_losses
 
 CAPTIONS = ("red", "a blue square", "two cats on a mat", "12", "a blue square")
 
@@ -63,46 +62,18 @@ def test_a_row_without_supervision_counts_nothing():
     assert torch.allclose(sums, torch.tensor([2 * torch.log(torch.tensor(4.0)), 0.0]))
 
 
-class FakeModel:
-    """A model whose loss is low where the pixels' mean is the caption's place in `known`."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, known: dict[float, list[int]]):
-        self.known = known
-
-    def __call__(self, pixel_values: torch.Tensor, labels: torch.Tensor, image_index: torch.Tensor, **_: torch.Tensor):
-        assert len(pixel_values) == 1  # the image is encoded once, whatever it is asked about
-        targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-        logits = []
-        for row, pixels in enumerate(pixel_values[image_index]):
-            wanted = [target for target in targets[row].tolist() if target != IGNORE_INDEX]
-            own = self.known[round(pixels.mean().item(), 4)] == wanted
-            logits += [torch.nn.functional.one_hot(torch.tensor(t), 512) * (9.0 if own else 1.0) for t in wanted]
-        return type("Output", (), {"logits": torch.stack(logits)})
-
-
-def test_captions_are_found_by_a_model_that_knows_them(parts: Parts, samples: list[Sample]):
-    """Never set against one that reads the same; one that knows another image's is wrong."""
-    processor = parts.processor()
-    known = {}
-    for sample in samples:
-        pixels = processor.pixel_values([picture(int(sample.id))])
-        ids = [label for label in encode(processor, sample).labels if label != IGNORE_INDEX]
-        known[round(pixels.mean().item(), 4)] = ids
-    assert caption_retrieval(FakeModel(known), processor, samples, ways=4) == [True] * 5
-    keys = list(known)
-    known[keys[0]] = known[keys[2]]
-    assert caption_retrieval(FakeModel(known), processor, samples, ways=4) == [False, *[True] * 4]
-
-
-def test_retrieval_is_the_same_for_a_seed(parts: Parts, samples: list[Sample]):
-    model, processor = parts.model()
-    first = caption_retrieval(model.eval(), processor, samples, ways=3, seed=1)
-    assert first == caption_retrieval(model, processor, samples, ways=3, seed=1)
-
-
 def test_a_reply_is_replaced(samples: list[Sample]):
     changed = replace_reply(samples[0], "green")
     assert (last_reply_text(samples[0]), last_reply_text(changed)) == ("red", "green")
     assert changed.images == samples[0].images
+
+
+def test_a_gain_has_the_interval_of_a_mean():
+    """Of the samples with images alone; without any there is the loss only."""
+    sums, counts, blank = torch.tensor([2.0, 4.0, 9.0]), torch.tensor([2.0, 2.0, 3.0]), torch.tensor([4.0, 10.0, 9.0])
+    scores = loss_scores(sums, counts, blank, torch.tensor([True, True, False]))
+    assert (scores["loss"].value, scores["blank_loss"].value) == pytest.approx((15 / 7, 23 / 7))
+    gain = scores["image_gain"]
+    half = 1.96 * 2**0.5 / 2**0.5  # gains of 1 and 3
+    assert (gain.value, gain.low, gain.high) == pytest.approx((2, 2 - half, 2 + half))
+    assert set(loss_scores(sums, counts, None, torch.zeros(3, dtype=torch.bool))) == {"loss"}

@@ -12,11 +12,13 @@ from tabulate import tabulate
 
 from vlm.cli.model_options import add_generation_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
+from vlm.config.choices import ANSWER_METRICS, LOSS_METRICS
+from vlm.config.schema import TrainerOptions
 from vlm.evaluation.output import check_no_results, check_references, resolve_output_folder, write_json
 
 RECORD_OPTIONS = (
     "format", "option", "image_folder", "temperature", "top_p", "num_beams", "max_new_tokens", "cache_implementation",
-    "seed", "config_name", "config_dir", "overrides",
+    "seed", "config_name", "config_dir", "overrides", "retrieval_candidates",
 )  # fmt: skip
 """Options that lmms-eval's tasks do not take: a task defines its questions and its generation settings."""
 TASK_OPTIONS = ("limit", "include_path", "lmms_eval_python")
@@ -31,8 +33,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=output)
     records = parser.add_argument_group("a file of records")
     records.add_argument("--data", dest="input", metavar="FILE", help="records with replies, as training reads them")
-    metrics = "exact_match, vqa_accuracy, anls, cider, bleu, rouge, loss, or module:function (%(default)s)"
+    metrics = f"{', '.join((*ANSWER_METRICS, *LOSS_METRICS))}, or module:function (%(default)s)"
     records.add_argument("--metrics", default="exact_match,loss", metavar="NAME,NAME", help=metrics)
+    candidates = (
+        f"retrieval: number of texts for each image, its own included ({TrainerOptions.eval_retrieval_candidates})"
+    )
+    records.add_argument("--retrieval-candidates", type=int, metavar="N", help=candidates)
     add_reading_options(records)
     add_max_frames_option(parser)
     tasks = parser.add_argument_group("tasks of lmms-eval", "in its own environment, which `make install-eval` makes")
@@ -63,12 +69,17 @@ def main(argv: Sequence[str]) -> None:
 
 def _evaluate_records(args: argparse.Namespace) -> None:
     """Evaluate the model on a file of records."""
-    from vlm.evaluation.text_metrics import ALL_METRICS, LOSS, check_metrics
+    from vlm.evaluation.text_metrics import ALL_METRICS, check_metrics
 
     names = list(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip()))
     if not names:
         raise ValueError(f"--metrics {args.metrics!r}: allowed are {', '.join(ALL_METRICS)}")
     check_metrics(names, ALL_METRICS, "--metrics ")
+    candidates = args.retrieval_candidates
+    if candidates is None:
+        candidates = TrainerOptions.eval_retrieval_candidates
+    elif candidates < 2:
+        raise ValueError(f"--retrieval-candidates {candidates}: at least 2 are needed, an image's own text and another")
     folder = resolve_output_folder(args.checkpoint, Path(args.input).stem, args.output)
     check_no_results(folder, overwrite=args.overwrite)
     config, settings = source_config(args), read_inference_settings(args)
@@ -85,9 +96,9 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     evaluation = evaluate(
         model, config, names, folder, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(loaded_as),
         batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
-        overwrite=args.overwrite,
+        overwrite=args.overwrite, retrieval_candidates=candidates,
     )  # fmt: skip
-    generation = {} if names == [LOSS] else {"inference": vars(settings), "seed": args.seed}
+    generation = {} if set(names) <= set(LOSS_METRICS) else {"inference": vars(settings), "seed": args.seed}
     write_results(folder, evaluation, {**_describe_run(args), "data": args.input, **generation})
     print(f"\n{evaluation.records:,} records\n\n{evaluation}\n\n{folder / 'results.json'}")
 

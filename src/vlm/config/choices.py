@@ -41,7 +41,11 @@ BEST_FIT = "best_fit"
 PACKING_STRATEGIES = ("step", BEST_FIT)
 MUON = "muon"
 """The optimiser that this framework has besides those of transformers."""
-EVAL_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
+ANSWER_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
 """Metrics of answers."""
+LOSS_METRICS = ("loss", "retrieval")
+"""Metrics of losses."""
+EVAL_METRICS = (*ANSWER_METRICS, "retrieval")
+"""What a run measures on request; every evaluation measures the loss."""
 CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded")
 """Caches of keys and values, as transformers calls them."""

@@ -152,9 +152,13 @@ class TrainerOptions:
     num_samples: int = 4
     """Number of evaluation (else training) samples answered into `samples.md`, at each evaluation and at the end."""
     eval_metrics: list[str] = field(default_factory=list, metadata=choices(EVAL_METRICS, "package.module:function"))
-    """Metrics of answers to evaluation records, logged as `eval_<metric>`; `inference` has the generation settings."""
+    """Metrics of evaluation records, logged as `eval_<metric>`: of answers (`inference` has the generation settings),
+    and `retrieval`, how often the loss finds an image's own text."""
     eval_metrics_samples: int = field(default=64, metadata=at_least(1))
-    """Number of evaluation records that are answered for them, from the first on; every rank answers all of them."""
+    """Number of evaluation records that these are measured on, from the first on. Every rank answers all of them; of
+    `retrieval` each computes a share."""
+    eval_retrieval_candidates: int = field(default=10, metadata=at_least(2))
+    """Number of texts among which `retrieval` looks for an image's own, that one included."""
     peak_tflops: float | None = field(default=None, metadata=above(0))
     """Peak of a device in 10^12 operations a second, which `mfu` is a share of; null: dense bfloat16 of the GPU's data
     sheet, or measured in the run's precision where that is not known."""

@@ -136,6 +136,20 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         """Return the same samples with blank images."""
         return BlankImageDataset(self)
 
+    def media_inputs(self, sample: Sample) -> tuple[Sequence[MediaSize], dict[str, torch.Tensor]]:
+        """Return the sizes of a sample's images and videos, where the processor needs them, and the model's inputs.
+
+        Raises:
+            BadSample: an image does not open.
+        """
+        media = decode_sample_images(sample, self.processor)
+        sizes = media_sizes_from_opened(sample.media, media, self.processor)
+        return sizes, self.processor.image_inputs(media, sizes)
+
+    def encoder_of(self, index: int) -> SampleEncoder:
+        """Return what encodes a sample."""
+        return self.sources[int(self.places[index, 0])].encoder
+
     def encoded(self, index: int, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Return the ids and labels of a sample; `sizes` of its images where the processor needs them."""
         source, record = self.places[index].tolist()

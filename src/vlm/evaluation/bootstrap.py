@@ -80,3 +80,14 @@ def _format_number(value: float) -> str:
 def scores_to_json(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
     """Return metrics for a JSON file."""
     return {name: asdict(score) for name, score in scores.items()}
+
+
+def flatten_scores(scores: Mapping[str, Score]) -> dict[str, float]:
+    """Return defined metrics as numbers for a log; `NAME_ci95` is half the width of the interval of `NAME`."""
+    numbers = {}
+    for name, score in scores.items():
+        if score.value is not None:
+            numbers[name] = score.value
+        if score.low is not None and score.high is not None:
+            numbers[f"{name}_ci95"] = (score.high - score.low) / 2
+    return numbers

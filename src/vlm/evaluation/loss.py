@@ -1,24 +1,17 @@
 """Losses of samples, and what they say about a model's use of images."""
 
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from vlm.data.batching.collator import Collator
-from vlm.data.dataset import model_inputs
-from vlm.data.encoding.labels import IGNORE_INDEX, encode
-from vlm.data.processor import Processor
+from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.sample import Sample, Turn
-from vlm.data.vision.images import media_sizes_from_opened, open_media
-from vlm.inference.generate import on_device
+from vlm.evaluation.bootstrap import Score
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +52,7 @@ def sample_losses(
     return torch.cat(sums), torch.cat(counts)
 
 
-def loss_metrics(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor) -> dict[str, float]:
+def loss_scores(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor) -> dict[str, Score]:
     """Return the loss per supervised token, and the same on blank images: does the model use the image at all?
 
     All tensors are `(samples,)`: summed losses, numbers of supervised tokens, summed losses with blank images (None
@@ -67,42 +60,18 @@ def loss_metrics(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_i
 
     Returns:
         `loss`, `blank_loss`, and over the samples with images `image_gain`: the mean of blank minus real loss, each
-        the mean over its sample's tokens, with half the width of its 95% interval as `image_gain_ci95`.
+        the mean over its sample's tokens, with its 95% interval, as the mean of a normal distribution has it.
     """
-    metrics = {"loss": (sums.sum() / counts.sum()).item()}
+    scores = {"loss": Score((sums.sum() / counts.sum()).item())}
     if blank_sums is None:
-        return metrics
+        return scores
     gains = ((blank_sums - sums) / counts)[with_images]
-    metrics |= {"blank_loss": (blank_sums.sum() / counts.sum()).item(), "image_gain": gains.mean().item()}
+    gain = gains.mean().item()
+    scores |= {"blank_loss": Score((blank_sums.sum() / counts.sum()).item()), "image_gain": Score(gain)}
     if len(gains) > 1:
-        metrics["image_gain_ci95"] = 1.96 * gains.std().item() / math.sqrt(len(gains))
-    return metrics
-
-
-@torch.no_grad()
-def caption_retrieval(
-    model: PreTrainedModel, processor: Processor, samples: Sequence[Sample], *, ways: int = 10, seed: int = 0
-) -> list[bool]:
-    """Return for each sample whether its own last reply has a lower loss than replies of other samples.
-
-    Samples have one image. Each has `ways` candidates, its own included, so chance is 1 / ways; `seed` draws the
-    others, of which none equals its own.
-    """
-    draw = random.Random(seed)
-    collate = Collator.of(processor, deduplicate=processor.deduplicated_inputs)
-    texts = [last_reply_text(sample) for sample in samples]
-    correct = []
-    for sample, own_text in zip(tqdm(samples, "caption retrieval"), texts, strict=True):
-        others = draw.sample(sorted({text for text in texts if text != own_text}), ways - 1)
-        images = open_media(sample)
-        sizes = media_sizes_from_opened(sample.media, images, processor)
-        encoded = [encode(processor, replace_reply(sample, text), sizes) for text in [own_text, *others]]
-        batch = collate([model_inputs(processor, candidate, images, sizes) for candidate in encoded])
-        labels = batch["labels"].to(model.device)
-        inputs = {**on_device(batch, processor, model.device), "labels": labels}
-        sums, counts = row_losses(model(**inputs).logits, labels)
-        correct.append(int((sums / counts).argmin()) == 0)
-    return correct
+        half_width = 1.96 * gains.std().item() / math.sqrt(len(gains))
+        scores["image_gain"] = Score(gain, gain - half_width, gain + half_width)
+    return scores
 
 
 def last_reply_text(sample: Sample) -> str:

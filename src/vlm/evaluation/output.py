@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlm.config.choices import LOSS_METRICS
 from vlm.config.schema import SourceConfig
 from vlm.data.sample import BadSample, Sample
 
@@ -63,7 +64,6 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     from vlm.data.cache import resolve_cache_folder
     from vlm.data.records.formats import get_reader
     from vlm.data.records.open import open_records, value_or_bad_sample
-    from vlm.evaluation.text_metrics import LOSS
 
     assert config.path is not None
     records = open_records(config.path, resolve_cache_folder(None), split=config.split, subset=config.subset)
@@ -81,9 +81,13 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
         raise ValueError(f"--data {config.path}: none of the first {len(first)} records can be read; {first[0]}")
     have_replies = any(turn.role == "assistant" for sample in samples for turn in sample.turns)
     have_references = any(sample.references or sample.turns[-1].role == "assistant" for sample in samples)
-    if LOSS in names and not have_replies:
-        raise ValueError(f"--data {config.path}: loss needs records with replies; the first {len(first)} have none")
-    if set(names) != {LOSS} and not have_references:
+    loss_names = [name for name in names if name in LOSS_METRICS]
+    if loss_names and not have_replies:
+        needing = ", ".join(loss_names)
+        raise ValueError(
+            f"--data {config.path}: {needing} needs records with replies; the first {len(first)} have none"
+        )
+    if len(loss_names) < len(names) and not have_references:
         raise ValueError(
             f"--data {config.path}: the first {len(first)} records end with no reply and list no `answers`, which "
             "answers could be held against; vlm generate --input writes answers without measuring them"
@@ -95,3 +99,10 @@ def write_json(folder: Path, content: Mapping[str, object]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows as JSON lines; no file where there are none."""
+    if rows:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")

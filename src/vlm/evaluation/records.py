@@ -1,28 +1,27 @@
-"""Evaluation on a file of records: losses and metrics of answers, as a table and as files.
+"""Evaluation on a file of records: metrics of losses and of answers, as a table and as files.
 
-Metrics of answers are in `text_metrics.py`.
+Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-import torch
 from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
+from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig, TrainerOptions
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
-from vlm.data.dataset import SampleDataset, Skipped, load_dataset
+from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.processor import SampleInputs
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
-from vlm.evaluation.loss import loss_metrics, sample_losses
-from vlm.evaluation.output import write_json
-from vlm.evaluation.text_metrics import LOSS, compute_text_metrics
+from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
+from vlm.evaluation.output import write_json, write_rows
+from vlm.evaluation.text_metrics import compute_text_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
 
@@ -50,7 +49,7 @@ class EvaluationResult:
 def evaluate(
     model: VisionLanguageModel, config: SourceConfig, names: Sequence[str], folder: Path, settings: InferenceConfig, *,
     cache: Path, fingerprint: str, batch_size: int, num_workers: int, max_frames: int, seed: int | None = None,
-    overwrite: bool = False,
+    overwrite: bool = False, retrieval_candidates: int = TrainerOptions.eval_retrieval_candidates,
 ) -> EvaluationResult:  # fmt: skip
     """Evaluate a model on a file of records; `answers.jsonl` is written answer by answer.
 
@@ -67,20 +66,25 @@ def evaluate(
         max_frames: the largest number of frames read from a video.
         seed: makes sampling repeatable.
         overwrite: whether to replace answers that exist or were begun.
+        retrieval_candidates: number of texts among which `retrieval` looks for an image's own.
 
     Raises:
-        ValueError: answers exist already, or no answer can be evaluated.
+        ValueError: answers exist already, no answer can be evaluated, or a metric cannot be computed on these records.
     """
     scores: dict[str, Score] = {}
     exclusions: list[str] = []
     records = num_answered = 0
-    if LOSS in names:
+    if loss_names := [name for name in names if name in LOSS_METRICS]:
         dataset = load_supervised_dataset(model, config, max_frames)
-        scores |= compute_losses(model, dataset, batch_size=batch_size, num_workers=num_workers)
         records = dataset.contributions[0].records
-        skipped = [(record.id, record.reason) for record in dataset.skipped]
-        exclusions += describe_exclusion(skipped, records, "are not in the losses")
-    if text_metrics := [name for name in names if name != LOSS]:
+        metrics = prepare_loss_metrics(dataset, loss_names, retrieval_candidates)
+        exclusions += describe_loss_exclusions(dataset, metrics)
+        losses = InferenceLosses(model, batch_size, num_workers)
+        for name, metric in metrics.items():
+            result = metric.compute(dataset, losses)
+            scores |= result.scores
+            write_rows(folder / f"{name}.jsonl", result.rows)
+    if text_metrics := [name for name in names if name not in LOSS_METRICS]:
         rows = generate_file(
             model, config, folder / "answers.jsonl", settings, cache=cache, fingerprint=fingerprint,
             batch_size=batch_size, num_workers=num_workers, max_frames=max_frames, seed=seed, overwrite=overwrite,
@@ -97,6 +101,31 @@ def evaluate(
         references = [cast("list[str]", row["references"]) for row in answered]
         scores |= compute_text_metrics(text_metrics, [str(row["answer"]) for row in answered], references)
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
+
+
+def prepare_loss_metrics(
+    dataset: SampleDataset, names: Sequence[str], retrieval_candidates: int
+) -> dict[str, LossMetric]:
+    """Return metrics of losses by their names, of all samples.
+
+    Raises:
+        ValueError: a metric cannot be computed on them.
+    """
+    advice = f"leave it out of --metrics, or lower --retrieval-candidates (now {retrieval_candidates})"
+    settings = LossMetricSettings(retrieval_candidates, None, advice)
+    return {name: LOSS_METRICS[name](dataset, settings) for name in names}
+
+
+def describe_loss_exclusions(dataset: SampleDataset, metrics: Mapping[str, LossMetric]) -> list[str]:
+    """Return sentences about the records of a file that metrics of losses leave out."""
+    records = dataset.contributions[0].records
+    skipped = [(record.id, record.reason) for record in dataset.skipped]
+    sentences = describe_exclusion(skipped, records, "are not in the losses")
+    reason = "they show no image, or do not end with a reply of text"
+    for name, metric in metrics.items():
+        if others := len(dataset) - metric.num_samples:
+            sentences.append(f"{others:,} of {records:,} records are not in {name}: {reason}")
+    return sentences
 
 
 def describe_exclusion(excluded: Sequence[tuple[object, object]], records: int, problem: str) -> list[str]:
@@ -120,35 +149,45 @@ def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, ma
     return load_dataset(data, SampleEncoder(model.processor, model.positions, truncate=False), evaluates=True)
 
 
-def compute_losses(
-    model: VisionLanguageModel, dataset: SampleDataset, *, batch_size: int, num_workers: int
-) -> dict[str, Score]:
-    """Return the metrics of `loss_metrics` as scores; `image_gain` has its interval."""
-    with_images = torch.as_tensor(dataset.num_images) > 0
-    sums, counts = sample_losses(model.model, _make_batches(model, dataset, "loss", batch_size, num_workers))
-    blank_sums = None
-    if with_images.any():
-        batches = _make_batches(model, dataset.blank(), "loss on blank images", batch_size, num_workers)
-        blank_sums, _ = sample_losses(model.model, batches)
-    metrics = loss_metrics(sums, counts, blank_sums, with_images)
-    half_width = metrics.pop("image_gain_ci95", None)
-    scores = {name: Score(value) for name, value in metrics.items()}
-    if half_width is not None:
-        gain = metrics["image_gain"]
-        scores["image_gain"] = Score(gain, gain - half_width, gain + half_width)
-    return scores
+@dataclass(frozen=True)
+class InferenceLosses:
+    """A `LossSource`: a model ready for inference, on this process alone.
 
+    Attributes:
+        ready: the model with its processor; it keeps features of recent images.
+        batch_size: number of records in a batch.
+        num_workers: number of processes that read and decode images.
+    """
 
-def _make_batches(
-    model: VisionLanguageModel, dataset: Dataset[SampleInputs | Skipped], label: str, batch_size: int, num_workers: int
-) -> Iterator[dict[str, Tensor]]:
-    loader = DataLoader(dataset, batch_size, collate_fn=Collator.of(model.processor), num_workers=num_workers)
-    for batch in tqdm(loader, label, unit="batch"):
-        for skipped in batch.pop(SKIPPED_KEY, []):
-            raise skipped.as_error()
-        labels = batch["labels"].to(model.model.device)
-        inputs = model.use_cached_features(on_device(batch, model.processor, model.model.device))
-        yield {**inputs, "labels": labels}
+    ready: VisionLanguageModel
+    batch_size: int
+    num_workers: int
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        return self.ready.model
+
+    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[dict[str, Any]]:
+        """Yield batches on the model's device; see `LossSource`."""
+        size, collate_fn = (self.batch_size, Collator.of(self.ready.processor)) if collate is None else (1, collate)
+        loader = DataLoader(dataset, size, collate_fn=collate_fn, num_workers=self.num_workers)
+        for batch in tqdm(loader, title, unit="batch" if collate is None else "record"):
+            for skipped in batch.pop(SKIPPED_KEY, []):
+                raise skipped.as_error()
+            yield (
+                self._prepare(batch) if collate is None else {name: self._prepare(part) for name, part in batch.items()}
+            )
+
+    def _prepare(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return a batch on the device, with features of images that are known in place of their pixels."""
+        labels = batch["labels"].to(self.model.device)
+        inputs = self.ready.use_cached_features(on_device(batch, self.ready.processor, self.model.device))
+        return {**inputs, "labels": labels}
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensor: there are no other ranks."""
+        return tensor
 
 
 def write_results(folder: Path, result: EvaluationResult, run_info: dict[str, object]) -> None:

@@ -1,5 +1,5 @@
 """Metrics of answers against references. To add one, write a function and add it to `METRICS` and its name to
-`vlm.config.choices.EVAL_METRICS`; one of the user's own is named `package.module:function` instead.
+`vlm.config.choices.ANSWER_METRICS`; one of the user's own is named `package.module:function` instead.
 
 A metric takes the answers and, for each answer, at least one reference. It returns a value for each answer,
 `(answers,)`, which are averaged; or a single number for all answers together. It imports the libraries of the extra
@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
+from vlm.config.choices import LOSS_METRICS
 from vlm.config.named import import_named, is_custom_name
 from vlm.evaluation.bootstrap import Score, make_score, mean_score
 
@@ -103,9 +104,8 @@ METRICS: dict[str, Metric] = {
     metric.__name__: metric for metric in (exact_match, vqa_accuracy, anls, cider, bleu, rouge)
 }
 
-LOSS = "loss"
-"""The name of the losses among metrics; they are computed in `vlm.evaluation.records`."""
-ALL_METRICS = (*METRICS, LOSS)
+ALL_METRICS = (*METRICS, *LOSS_METRICS)
+"""The names of all metrics; those of losses are in `loss_metrics.py`."""
 
 METRIC_MODULES = {
     "anls": "rapidfuzz.distance",

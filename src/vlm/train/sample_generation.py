@@ -36,14 +36,14 @@ log = logging.getLogger(__name__)
 
 
 def make_answer_metrics(
-    config: RunConfig, data: SampleDataset, processor: Processor, args: TrainingArguments
+    names: Sequence[str], config: RunConfig, data: SampleDataset, processor: Processor, args: TrainingArguments
 ) -> Callable[[PreTrainedModel], dict[str, float]]:
-    """Return what computes `trainer.eval_metrics` of a model's answers to evaluation records.
+    """Return what computes these of `trainer.eval_metrics` of a model's answers to evaluation records.
 
     Raises:
         ValueError: no evaluation record can be answered.
     """
-    names, settings = config.trainer.eval_metrics, config.inference
+    settings = config.inference
     samples = _answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
     prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples]
     references = [list(sample.references) or [last_reply_text(sample)] for sample in samples]

@@ -263,16 +263,29 @@ class VLMTrainer(CheckpointTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def evaluation_batches(self, dataset: Dataset[object], title: str) -> Iterator[Inputs]:
+    def evaluation_batches(
+        self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
+    ) -> Iterator[Inputs]:
         """Yield the batches of a data set as the model takes them, with a progress bar; the model is set to evaluate.
+
+        With `collate`, a batch holds what it makes of one item: inputs of the model under several names.
 
         Raises:
             ValueError: a record cannot be used.
         """
         self.model.eval()
         silent = self.args.disable_tqdm or not self.args.should_save
-        for batch in tqdm(self.get_eval_dataloader(dataset), title, leave=False, disable=silent):
+        if collate is None:
+            loader = self.get_eval_dataloader(dataset)
+        else:
+            size = self.accelerator.num_processes if self.accelerator.split_batches else 1  # one item for each rank
+            single = DataLoader(dataset, size, collate_fn=collate, **loader_options(self.args))
+            loader = ignore_sigterm_in_workers(self.accelerator.prepare(single))
+        for batch in tqdm(loader, title, leave=False, disable=silent):
             batch.pop(BATCH_STATS, None)
             for record in batch.pop(SKIPPED_KEY, []):
                 raise record.as_error()
-            yield self._prepare_inputs(batch)
+            if collate is None:
+                yield self._prepare_inputs(batch)
+            else:
+                yield {name: self._prepare_inputs(part) for name, part in batch.items()}

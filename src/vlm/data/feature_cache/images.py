@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.feature_cache.store import Pack
 from vlm.data.processor import Processor, SampleInputs
-from vlm.data.sample import BadSample, Sample
+from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.vision.images import wrap_image_errors
 
 BLANK_SIZE = (64, 64)
@@ -119,17 +119,26 @@ class CachedFeatureDataset(SampleDataset):
 
     def __getitem__(self, index: int) -> SampleInputs | Skipped:
         number, record = self.places[index].tolist()
-        source, processor = self.sources[number], self.processor
+        source = self.sources[number]
         try:
             sample = source.sample(record)
-            images = find_cached_images(sample, processor, self.packs)
-            encoded = source.encoder(sample, [image.size for image in images] if processor.needs_image_sizes else [])
+            sizes, features = self.media_inputs(sample)
+            encoded = source.encoder(sample, sizes)
         except BadSample as error:
             return Skipped.from_error(error, source, record)
+        return {"input_ids": encoded.input_ids, "labels": encoded.labels, **features}
+
+    def media_inputs(self, sample: Sample) -> tuple[Sequence[MediaSize], dict[str, Tensor]]:
+        """Return the sizes of a sample's images, where the processor needs them, and their features.
+
+        Raises:
+            BadSample: see `find_cached_images`.
+        """
+        images = find_cached_images(sample, self.processor, self.packs)
+        sizes = [image.size for image in images] if self.processor.needs_image_sizes else []
         if self.is_blank:
             images = [require_image(self.packs, blank_image_cache_key(*image.blank)) for image in images]
-        inputs = {"input_ids": encoded.input_ids, "labels": encoded.labels}
-        return inputs | make_feature_inputs(images, processor)
+        return sizes, make_feature_inputs(images, self.processor)
 
     def blank(self) -> "CachedFeatureDataset":
         """Return the same samples with blank images."""

@@ -91,8 +91,13 @@ class ObjectiveTrainer(Protocol):
     args: TrainingArguments
     accelerator: Any  # accelerate declares what it gathers as a union of everything
 
-    def evaluation_batches(self, dataset: Dataset[object], title: str) -> Iterator[Inputs]:
-        """Yield this rank's batches of a data set on the device; the model is in evaluation mode then."""
+    def evaluation_batches(
+        self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
+    ) -> Iterator[Inputs]:
+        """Yield this rank's batches of a data set on the device; the model is in evaluation mode then.
+
+        With `collate`, a batch holds what it makes of one item: inputs of the model under several names.
+        """
         ...
 
     def compute_loss_context_manager(self) -> AbstractContextManager[object]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vlm.checks.feature_cache import cache_problems
 from vlm.checks.heads import unused_head_problems
 from vlm.checks.run import evaluation_problems
-from vlm.evaluation.text_metrics import METRICS, check_metrics
+from vlm.config.choices import EVAL_METRICS, LOSS_METRICS
+from vlm.evaluation.text_metrics import check_metrics
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
 if TYPE_CHECKING:
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
     from transformers.utils import ModelOutput
 
+    from vlm.config.schema import TrainerOptions
     from vlm.data.batching.collator import Collator
     from vlm.data.dataset import SampleDataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
     from vlm.data.processor import Processor
+    from vlm.evaluation.loss_metrics import LossMetric
     from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 
@@ -30,12 +33,14 @@ class Generation(Objective):
     """Text generation: cross-entropy of the supervised tokens.
 
     Attributes:
-        answer_metrics: computes `trainer.eval_metrics` of a model; None: none are asked for.
+        answer_metrics: computes those of `trainer.eval_metrics` that are of a model's answers; None: there are none.
+        loss_metrics: those that are of losses.
         supports_chunked_loss: whether the model's loss can be computed in pieces, from `on_train_begin` on.
     """
 
     takes_loss_weights = True
     answer_metrics: Callable[[PreTrainedModel], dict[str, float]] | None = None
+    loss_metrics: Sequence[LossMetric] = ()
 
     def refusals(self) -> Iterator[str]:
         """Yield keys of prediction heads, and what is wrong with evaluation data and cached image features."""
@@ -46,7 +51,7 @@ class Generation(Objective):
         yield from cache_problems(self.config)
         yield from evaluation_problems(self.config)
         try:
-            check_metrics(self.config.trainer.eval_metrics, tuple(METRICS), "trainer.eval_metrics=")
+            check_metrics(self.config.trainer.eval_metrics, EVAL_METRICS, "trainer.eval_metrics=")
         except ValueError as error:
             yield str(error)
 
@@ -69,6 +74,8 @@ class Generation(Objective):
         if self.config.dataset.cache_features:
             require_composed_model(model_config)
         train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
+        if evaluation is not None:
+            self.loss_metrics = _prepare_loss_metrics(self.config.trainer, evaluation)
         records = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
         return RunData(train, evaluation, records)
 
@@ -84,8 +91,9 @@ class Generation(Objective):
         from vlm.train.sample_generation import make_answer_metrics
 
         config, data, evaluation = self.config, run.data, cast("SampleDataset | None", run.data.evaluation)
-        if config.trainer.eval_metrics and evaluation is not None:
-            self.answer_metrics = make_answer_metrics(config, evaluation, run.processor, run.args)
+        names = [name for name in config.trainer.eval_metrics if name not in LOSS_METRICS]
+        if names and evaluation is not None:
+            self.answer_metrics = make_answer_metrics(names, config, evaluation, run.processor, run.args)
         if config.dataset.cache_features:
             model, processor = cast("VLMForConditionalGeneration", run.model), cast("VLMProcessor", run.processor)
             datasets = cast("list[SampleDataset | None]", [data.train, data.evaluation])
@@ -148,33 +156,39 @@ class Generation(Objective):
         return supervised_loss(outputs.logits, targets, num_items_in_batch, weights), outputs
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
-        """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics` of answers."""
-        import torch
-
-        from vlm.evaluation.loss import loss_metrics
+        """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics`."""
+        from vlm.evaluation.bootstrap import flatten_scores
+        from vlm.evaluation.loss_metrics import compute_loss
+        from vlm.train.evaluation_losses import TrainerLosses
         from vlm.train.step.compile import force_eager
 
-        samples = cast("SampleDataset", dataset)
-        sums, counts = _sample_losses(trainer, samples, "evaluating")
-        with_images = torch.as_tensor(samples.num_images) > 0
-        blank = None
-        if with_images.any():
-            blank, _ = _sample_losses(trainer, samples.blank(), "evaluating on blank images")
-        metrics = loss_metrics(sums, counts, blank, with_images)
-        if self.answer_metrics is not None:
-            with trainer.compute_loss_context_manager(), force_eager():
-                metrics |= self.answer_metrics(trainer.model)
-        return metrics
+        samples, losses = cast("SampleDataset", dataset), TrainerLosses(trainer)
+        with trainer.compute_loss_context_manager():
+            scores = compute_loss(samples, losses).scores
+            with force_eager():
+                for metric in self.loss_metrics:
+                    scores |= metric.compute(samples, losses).scores
+                answers = {} if self.answer_metrics is None else self.answer_metrics(trainer.model)
+        return flatten_scores(scores) | answers
 
     def next_command(self, final: Path) -> str:
         """Return a question about an image."""
         return f"vlm generate {final} --image FILE --prompt 'What is in this picture?'"
 
 
-def _sample_losses(trainer: ObjectiveTrainer, dataset: Dataset[object], title: str) -> tuple[Tensor, Tensor]:
-    """Return summed loss and supervised tokens of every sample, in order: two `(samples,)` tensors on the CPU."""
-    from vlm.evaluation.loss import sample_losses
+def _prepare_loss_metrics(options: TrainerOptions, dataset: SampleDataset) -> list[LossMetric]:
+    """Return the metrics of losses among `trainer.eval_metrics`, prepared for the evaluation records.
 
-    batches = trainer.evaluation_batches(dataset, title)
-    with trainer.compute_loss_context_manager():
-        return sample_losses(trainer.model, batches, trainer.accelerator.gather_for_metrics)
+    Raises:
+        ValueError: a metric cannot be computed on them.
+    """
+    names = [name for name in options.eval_metrics if name in LOSS_METRICS]
+    if not names:
+        return []
+
+    from vlm.evaluation import loss_metrics
+
+    candidates = options.eval_retrieval_candidates
+    advice = f"leave it out of trainer.eval_metrics, or lower trainer.eval_retrieval_candidates (now {candidates})"
+    settings = loss_metrics.LossMetricSettings(candidates, options.eval_metrics_samples, advice)
+    return [loss_metrics.LOSS_METRICS[name](dataset, settings) for name in names]

@@ -1,0 +1,145 @@
+"""Metrics of losses, as `text_metrics.py` has those of answers: of a data set, without a word being generated.
+
+To add one, write a function that prepares it for a data set, and add it to `LOSS_METRICS` and its name to
+`vlm.config.choices.LOSS_METRICS` (to `EVAL_METRICS` too, for use while a model trains).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vlm.data.dataset import SampleDataset
+from vlm.evaluation.bootstrap import Score, mean_score
+from vlm.evaluation.loss import loss_scores, sample_losses
+from vlm.evaluation.retrieval import (
+    CandidateDataset,
+    CandidateLosses,
+    Row,
+    choose_trials,
+    make_candidate_collator,
+    make_rows,
+    score_own,
+)
+
+NUM_RESAMPLES = 1000
+"""Number of resamples of an interval."""
+
+Collate = Callable[[Sequence[Any]], dict[str, Any]]
+"""Makes a batch of a list with one item."""
+
+
+class LossSource(Protocol):
+    """A model and its way through data, on one process or on several ranks that share the items."""
+
+    @property
+    def model(self) -> Any:
+        """Return the model, in evaluation mode once `batches` has begun."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Return the number of rows of a batch."""
+        ...
+
+    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[dict[str, Any]]:
+        """Yield this rank's batches on the device, with a progress bar.
+
+        With `collate`, each batch is what it makes of one item: model inputs by name, or groups of them.
+
+        Raises:
+            ValueError: a record cannot be used.
+        """
+        ...
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the rows of a tensor of all ranks, in the order of the data set, none of them twice."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossMetricSettings:
+    """What metrics of losses are told.
+
+    Attributes:
+        retrieval_candidates: number of texts among which retrieval looks for an image's own.
+        max_samples: the largest number of samples for metrics that cost more than the loss; None: all.
+        advice: for each metric that may be refused, what the user should change.
+    """
+
+    retrieval_candidates: int
+    max_samples: int | None
+    advice: str
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """What a metric found.
+
+    Attributes:
+        scores: its values by name.
+        rows: what it found in each sample, for a file of the metric's name; empty: there is no more to tell.
+    """
+
+    scores: dict[str, Score]
+    rows: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
+class LossMetric:
+    """A metric that is ready to be computed, any number of times.
+
+    Attributes:
+        num_samples: the number of samples that it is of.
+        compute: computes it, from the data set that it was prepared for (or the same with cached features) and a model.
+    """
+
+    num_samples: int
+    compute: Callable[[SampleDataset, LossSource], LossResult]
+
+
+def prepare_loss(dataset: SampleDataset, settings: LossMetricSettings) -> LossMetric:
+    """Prepare `loss`, and where there are images `blank_loss` and `image_gain`, see `loss_scores`."""
+    return LossMetric(len(dataset), compute_loss)
+
+
+def compute_loss(dataset: SampleDataset, losses: LossSource) -> LossResult:
+    """Return the loss of a data set, exact to the token, and the same on blank images."""
+    with_images = torch.as_tensor(dataset.num_images) > 0
+    sums, counts = sample_losses(losses.model, losses.batches(dataset, "loss"), losses.gather)
+    blank_sums = None
+    if with_images.any():
+        blank = losses.batches(dataset.blank(), "loss on blank images")
+        blank_sums, _ = sample_losses(losses.model, blank, losses.gather)
+    return LossResult(loss_scores(sums, counts, blank_sums, with_images))
+
+
+def prepare_retrieval(dataset: SampleDataset, settings: LossMetricSettings) -> LossMetric:
+    """Prepare `retrieval`, the share of images whose own text has the lowest loss, and `retrieval_chance`.
+
+    Raises:
+        ValueError: there are no images, or too few different texts.
+    """
+    trials = choose_trials(dataset, settings.retrieval_candidates, settings.max_samples, settings.advice)
+
+    def compute(dataset: SampleDataset, losses: LossSource) -> LossResult:
+        compute_losses = CandidateLosses(losses.model, losses.batch_size)
+        collate = make_candidate_collator(dataset.processor)
+        batches = losses.batches(CandidateDataset(dataset, trials), "retrieval", collate)
+        rows = torch.cat([losses.gather(compute_losses(**batch)[None]).cpu() for batch in batches])
+        found = score_own(rows)
+        chance = Score(1 / settings.retrieval_candidates)
+        scores = {"retrieval": mean_score(found, NUM_RESAMPLES), "retrieval_chance": chance}
+        return LossResult(scores, make_rows(dataset, trials, rows, found))
+
+    return LossMetric(len(trials), compute)
+
+
+LOSS_METRICS: dict[str, Callable[[SampleDataset, LossMetricSettings], LossMetric]] = {
+    "loss": prepare_loss,
+    "retrieval": prepare_retrieval,
+}
+"""The name of a metric -> what prepares it."""
