@@ -3,6 +3,7 @@
 Records that cannot be used are found here too, as far as possible without decoding every image.
 """
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -173,6 +174,11 @@ def _write_counts(
             sink.flush()
 
 
+def _freeze(worker: int) -> None:
+    """Exempt from collection what a worker has from its parent: walking it would copy it, and takes long."""
+    gc.freeze()
+
+
 class TokenCounter:
     """Counts the tokens of samples; short conversations without images that equal an earlier one are encoded once."""
 
@@ -234,7 +240,8 @@ def _iter_counted_batches(
     """Count records from the index `done` on; iterate over chunks of rows, in order."""
     few = len(records) <= FEW
     number = 0 if few else num_cores() if workers is None else workers
-    loader = DataLoader(_RecordChunks(source, records, done, decode), batch_size=None, num_workers=number)
+    chunks = _RecordChunks(source, records, done, decode)
+    loader = DataLoader(chunks, batch_size=None, num_workers=number, worker_init_fn=_freeze)
     title = f"counting {source.name}"
     with tqdm(total=len(records), initial=done, desc=title, unit="record", disable=few) as bar:
         for batch in loader:
