@@ -1,6 +1,6 @@
 """Growth of costs: time and memory of a step by its tokens, and the time to the first step by the number of records.
 
-    python -m benchmarks.growth [--gpu] [--part steps|start] [--tokens N …] [--records N …]
+    python -m benchmarks.growth [--gpu] [--part steps|start] [--tokens N …] [--records N …] [--different N]
 
 Steps: SmolLM2-135M's and ViT-B/16's shapes, packed rows, lengths of LLaVA-665k up to 1,024 tokens, each number of
 tokens in a separate process. A number that would need more memory than there is, by extrapolation, is left out and
@@ -35,9 +35,7 @@ MAX_GIGABYTES = 20.0
 LINEAR = 1.1
 """Largest allowed growth of the cost of each token or record, as a factor."""
 CACHED = 0.1
-"""Largest allowed time of a start with a cache, as a share of the first start."""
-POOL = 1000
-"""Number of different records in the start's data; further records repeat them under other ids."""
+"""Largest allowed time of each further record at a start with a cache, as a share of its time at the first start."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,8 @@ class Size:
         shape: the shape of the model whose steps are measured, a name of `SHAPES`.
         tokens: `trainer.max_tokens_per_batch`, ascending.
         records: numbers of records of the start, ascending.
+        different: number of different texts in the start's data; further records repeat them under other ids, and the
+            tokens of short texts that a process has just seen are not counted again.
         steps: number of steps for each number of tokens; the first is not measured.
         bf16: whether matrix products run in bfloat16.
     """
@@ -55,6 +55,7 @@ class Size:
     shape: str = "smol"
     tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     records: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    different: int = 1_000
     steps: int = 4
     bf16: bool = False
 
@@ -137,19 +138,19 @@ def memory_limit() -> float:
 # --- the start -------------------------------------------------------------------------------------------------------
 
 
-def write_text_records(folder: Path, number: int) -> Path:
-    """Write records without images, of a short question and answer, one a line."""
+def write_text_records(folder: Path, number: int, different: int) -> Path:
+    """Write records without images, of a short question and answer, one a line; so many have different texts."""
     (folder / "images").mkdir(parents=True)  # a run expects the folder
     source = Source("short", 1, (1, 1), (10, 0.3), (8, 0.5), has_image=False)
     draw = random.Random(0)
     pool = [
         json.dumps(conversation(draw, Record(source, ((draw.randint(5, 15), draw.randint(3, 15)),))))
-        for _ in range(POOL)
+        for _ in range(min(number, different))
     ]
     path = folder / "records.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for index in range(number):
-            file.write(f'{{"id": "{index}", "conversations": {pool[index % POOL]}}}\n')
+            file.write(f'{{"id": "{index}", "conversations": {pool[index % len(pool)]}}}\n')
     return path
 
 
@@ -159,7 +160,7 @@ def grow_start(size: Size, folder: Path) -> dict[int, tuple[float, float]]:
     seconds = {}
     for number in (size.records[0], *size.records):  # the first round is a warm-up
         data = folder / f"{number} records"
-        path = write_text_records(data, number)
+        path = write_text_records(data, number, size.different)
         words = ["trainer.max_tokens_per_batch=1024", "trainer.max_steps=1"]
         times = []
         for turn in ("first", "second"):
@@ -203,11 +204,11 @@ def start_rows(seconds: dict[int, tuple[float, float]]) -> list[Row]:
     few, some, many = list(seconds)[-3:]
     slopes = [1e6 * (seconds[b][0] - seconds[a][0]) / (b - a) for a, b in ((some, many), (few, some))]
     labels = (f"from {some:,}", f"from {few:,}")
-    first, second = seconds[many]
+    cached = 1e6 * (seconds[many][1] - seconds[some][1]) / (many - some)
     return [
         compared(f"start, each further record to {many:,}", slopes[:1], slopes[1:], labels, "µs", LINEAR, "lower"),
-        compared(f"start with {many:,} records, again over at first", [second], [first], ("again", "at first"), "s",
-                 CACHED, "lower"),
+        compared(f"start, each further record to {many:,}, again over at first", [cached], slopes[:1],
+                 ("again", "at first"), "µs", CACHED, "lower"),
     ]  # fmt: skip
 
 
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("steps", "start"), default=None, help="one of the two; both")
     for name in ("tokens", "records"):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=None)
+    parser.add_argument("--different", type=int, default=None, help="different texts among the records of the start")
     isolated.add_arguments(parser)
     args = parser.parse_args()
     silence_libraries()

@@ -250,7 +250,7 @@ def test_the_start_is_measured_twice(tmp_path: Path):
     found = growth.grow_start(growth.Size(records=(60,)), tmp_path)
     assert list(found) == [60]
     assert all(first > 0 and second > 0 for first, second in found.values())
-    cost, again = growth.start_rows({100: (1.0, 0.5), 200: (2.0, 0.5), 400: (6.0, 0.6)})
+    cost, again = growth.start_rows({100: (1.0, 0.5), 200: (2.0, 0.5), 400: (6.0, 0.9)})
     assert cost.ratio == pytest.approx(2)
     assert again.ratio == pytest.approx(0.1)
     growth.draw_lines(growth.GrowthMeasurements({1: [1.0], 2: [1.5]}, {1: 2.0, 2: 3.0}), found, tmp_path / "lines.png")

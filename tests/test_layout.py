@@ -37,7 +37,6 @@ TESTED_ELSEWHERE = {
     "data/feature_cache/images.py": "train/feature_cache/test_images.py",
     "data/pages.py": "data/tools/test_show.py",
     "data/sources.py": "data/test_dataset.py",
-    "data/token_counts.py": "data/test_dataset.py",
     "data/tools/corpora.py": "data/tools/test_convert.py",
     "data/tools/exports.py": "data/tools/test_convert.py",
     "data/tools/forms.py": "data/tools/test_write.py",

@@ -26,7 +26,8 @@ from vlm.train.run import run
 
 HUB_FILES = {
     "anyres.py", "configuration_vlm.py", "connector_parts.py", "connectors.py", "encoders.py", "grid_connectors.py",
-    "modeling_vlm.py", "pixels.py", "processing_vlm.py", "query_connectors.py",
+    "modeling_vlm.py", "pixels.py", "processing_messages.py", "processing_vlm.py",
+    "query_connectors.py", "text_processing.py",
 }  # fmt: skip
 
 

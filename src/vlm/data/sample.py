@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -204,7 +205,7 @@ class Sample:
         """All videos, in the order of the text."""
         return [medium for medium in self.media if isinstance(medium, VideoRef)]
 
-    @property
+    @cached_property
     def media(self) -> list[ImageRef | VideoRef]:
         """All images and videos, in the order of the text."""
         return [part for turn in self.turns for part in turn.content if not isinstance(part, str)]

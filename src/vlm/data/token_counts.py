@@ -3,9 +3,10 @@
 Records that cannot be used are found here too, as far as possible without decoding every image.
 """
 
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from tqdm import tqdm
 
 from vlm.data.cache import create_once, json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processes import num_cores
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, MediaSize, Sample, Turn
 from vlm.data.sources import Source
 from vlm.data.vision.images import is_uniform, open_media, read_image_size, read_media_sizes
 from vlm.data.vision.video import DecodedVideo
@@ -37,8 +39,15 @@ CHUNK = 256
 FEW = 4 * CHUNK
 """Up to this many records are counted faster in this process than in workers that have to start."""
 
+REMEMBERED = 8192
+"""Number of conversations whose counts a process remembers."""
+LONGEST_REMEMBERED = 2048
+"""Most characters of such a conversation."""
+
 CountedRow = tuple[Any, ...]
 """A row of `SCHEMA`."""
+TokenCounts = tuple[int, int, int]
+"""`length`, `needed` and `supervised` of `SCHEMA`."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ def _recount_unusable(source: Source, table: pa.Table, decode: int, workers: int
         return table
     records = _integer_column(table["record"])[places]
     num_decoded = int(np.searchsorted(places, decode))
-    batches = [_make_batch(rows) for rows in _iter_counted_rows(source, records, 0, num_decoded, workers)]
+    batches = list(_iter_counted_batches(source, records, 0, num_decoded, workers))
     order = np.arange(len(table))
     order[places] = len(table) + np.arange(len(places))
     return pa.concat_tables([table, pa.Table.from_batches(batches)]).take(pa.array(order))
@@ -156,53 +165,96 @@ def _write_counts(
         for batch in before:
             writer.write_batch(batch)
         done = sum(map(len, before))
-        for rows in _iter_counted_rows(source, records, done, decode, workers):
-            for row in rows:
-                if row[-2]:
-                    on_problem(row[0], BadSample(*row[-3:]))
-            writer.write_batch(_make_batch(rows))
+        for batch in _iter_counted_batches(source, records, done, decode, workers):
+            if batch["problem"].null_count < len(batch):
+                for row in batch.to_pylist():
+                    if row["problem"]:
+                        on_problem(row["record"], BadSample(row["id"], row["problem"], row["file"]))
+            writer.write_batch(batch)
             sink.flush()
 
 
-class _RecordChunks(Dataset[list[CountedRow] | Exception]):
+def _freeze(worker: int) -> None:
+    """Exempt from collection what a worker has from its parent: walking it would copy it, and takes long."""
+    gc.freeze()
+
+
+class TokenCounter:
+    """Counts the tokens of samples; short conversations without images that equal an earlier one are encoded once."""
+
+    def __init__(self, encoder: SampleEncoder):
+        self.encoder = encoder
+        self._known: dict[tuple[Turn, ...], TokenCounts] = {}
+
+    def count(self, sample: Sample, sizes: Sequence[MediaSize]) -> TokenCounts:
+        """Return the counts of a sample; `sizes` of its images, where the processor needs them.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+        if sample.media or sum(len(str(part)) for turn in sample.turns for part in turn.content) > LONGEST_REMEMBERED:
+            return self._count(sample, sizes)
+        try:
+            known = self._known.get(sample.turns)
+        except TypeError:  # a user's own reader put something into a turn that has no hash
+            return self._count(sample, sizes)
+        if known is None:
+            known = self._count(sample, sizes)
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            self._known[sample.turns] = known
+        return known
+
+    def _count(self, sample: Sample, sizes: Sequence[MediaSize]) -> TokenCounts:
+        encoded = self.encoder.encode(sample, sizes)
+        supervised = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
+        return len(encoded.input_ids), self.encoder.min_length(encoded), supervised
+
+
+class _RecordChunks(Dataset[pa.RecordBatch | Exception]):
     """Chunks of records, counted as they are read; errors are returned, since they cross processes."""
 
     def __init__(self, source: Source, records: np.ndarray, done: int, decode: int):
         self.source, self.records, self.decode = source, records, decode
         self.starts = range(done, len(records), CHUNK)
+        self.counter = TokenCounter(source.encoder)
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, chunk: int) -> list[CountedRow] | Exception:
+    def __getitem__(self, chunk: int) -> pa.RecordBatch | Exception:
         start = self.starts[chunk]
-        places = range(start, min(start + CHUNK, len(self.records)))
+        numbers = self.records[start : start + CHUNK].tolist()
         try:
-            return [count_record(self.source, int(self.records[place]), decode=place < self.decode) for place in places]
+            return _make_batch([
+                count_record(self.source, number, decode=place < self.decode, counter=self.counter)
+                for place, number in enumerate(numbers, start)
+            ])  # fmt: skip
         except Exception as error:
             return error
 
 
-def _iter_counted_rows(
+def _iter_counted_batches(
     source: Source, records: np.ndarray, done: int, decode: int, workers: int | None
-) -> Iterator[list[CountedRow]]:
+) -> Iterator[pa.RecordBatch]:
     """Count records from the index `done` on; iterate over chunks of rows, in order."""
     few = len(records) <= FEW
     number = 0 if few else num_cores() if workers is None else workers
-    loader = DataLoader(_RecordChunks(source, records, done, decode), batch_size=None, num_workers=number)
+    chunks = _RecordChunks(source, records, done, decode)
+    loader = DataLoader(chunks, batch_size=None, num_workers=number, worker_init_fn=_freeze)
     title = f"counting {source.name}"
     with tqdm(total=len(records), initial=done, desc=title, unit="record", disable=few) as bar:
-        for rows in loader:
-            if isinstance(rows, Exception):
-                raise rows
-            bar.update(len(rows))
-            yield rows
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            bar.update(len(batch))
+            yield batch
 
 
-def count_record(source: Source, number: int, *, decode: bool) -> CountedRow:
+def count_record(source: Source, number: int, *, decode: bool, counter: TokenCounter) -> CountedRow:
     """Return the row of a record, as in `SCHEMA`; all counts are 0 for a record that cannot be used.
 
-    Of images, headers are read at least; `decode` opens them whole.
+    Of images, headers are read at least; `decode` opens them whole. `counter` is of the source's encoder.
     """
     try:
         sample = source.sample(number)
@@ -210,12 +262,10 @@ def count_record(source: Source, number: int, *, decode: bool) -> CountedRow:
         stills = [image for image in opened if not isinstance(image, DecodedVideo)]
         uniform = sum(is_uniform(source.encoder.processor.as_rgb(image)) for image in stills)
         sizes = [read_image_size(image_ref, sample.id) for image_ref in sample.images if image_ref.frame is None]
-        encoded = source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
+        tokens = counter.count(sample, read_media_sizes(sample, source.encoder.processor))
         label_and_group = source.encoder.label_and_group(sample)
     except BadSample as error:
         return number, *[0] * 9, None, None, error.sample_id, error.reason, error.file
-    needed = source.encoder.min_length(encoded)
-    supervised = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
     replies = len(sample.replies)
     media = len(sample.media), len(sample.videos), *(sizes[0] if sizes else (0, 0)), uniform
-    return number, len(encoded.input_ids), needed, supervised, replies, *media, *label_and_group, sample.id, None, None
+    return number, *tokens, replies, *media, *label_and_group, sample.id, None, None

@@ -37,6 +37,7 @@ from vlm.models.processing_vlm import (
     span_finder,
     special_token_pattern,
 )
+from vlm.models.text_processing import encode_text
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor for its text."""
@@ -183,10 +184,10 @@ class FamilyProcessor:
             lead = self.image_token if continues_text else ""  # tokenizers begin no new word behind a token
             piece = lead + expanded[start:end]
             adds_bos = not continues_text and not has_bos
-            encoded = self.tokenizer(piece, return_offsets_mapping=True, add_special_tokens=adds_bos)
+            new, offsets = encode_text(self.tokenizer, piece, add_special_tokens=adds_bos)
             origin = start - len(lead)
-            ids += encoded["input_ids"][continues_text:]
-            spans += [(origin + a, origin + b) if b else (0, 0) for a, b in encoded["offset_mapping"][continues_text:]]
+            ids += new[continues_text:]
+            spans += [(origin + a, origin + b) if b else (0, 0) for a, b in offsets[continues_text:]]
         return ids, _map_to_original(spans, replaced)
 
     def _expand_media_tokens(

@@ -32,6 +32,7 @@ from .pixels import (
     normalise_pixels,
 )
 from .processing_messages import Message, break_spelled, images_in_conversation, join_spelled
+from .text_processing import encode_text
 
 IMAGE_MODES = ("square", "pad")
 BLANKS = " ", "▁"
@@ -192,11 +193,10 @@ class VLMProcessor(ProcessorMixin):
                 spans += [(start, end)] * len(new)
             else:
                 lead = self._lead(piece, continues_text)
-                encoded = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
+                new, offsets = encode_text(self.tokenizer, lead + piece)
                 origin = start - len(lead)
-                ids += encoded["input_ids"][continues_text:]
-                offsets = encoded["offset_mapping"][continues_text:]
-                spans += [(max(origin + a, start), max(origin + b, start + 1)) for a, b in offsets]
+                ids += new[continues_text:]
+                spans += [(max(origin + a, start), max(origin + b, start + 1)) for a, b in offsets[continues_text:]]
         return ids, spans
 
     def _lead(self, piece: str, continues_text: bool) -> str:
