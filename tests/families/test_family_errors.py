@@ -17,7 +17,7 @@ from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.records.open import value_or_bad_sample
 from vlm.data.sample import BadSample, Clip, ImageRef, MediaSize, Sample, Turn, VideoRef
 from vlm.data.sources import make_sources
-from vlm.data.token_counts import count_record
+from vlm.data.token_counts import TokenCounter, count_record
 from vlm.data.tools.show import load_shown_records
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
@@ -109,7 +109,7 @@ def test_counting_training_and_showing_leave_out_the_record(records: Path, folde
     assert (skipped.record, skipped.id, skipped.file) == (0, "line", str(records.parent / "line.png"))
     assert not any(isinstance(data[index], Skipped) for index in range(2))
     (source,) = make_sources(config, encoder)
-    assert count_record(source, 0, decode=True)[-2] == skipped.reason
+    assert count_record(source, 0, decode=True, counter=TokenCounter(encoder))[-2] == skipped.reason
     problems = [shown.problem for shown in load_shown_records(config, encoder, number=3)]
     assert problems == [skipped.reason, None, None]
 

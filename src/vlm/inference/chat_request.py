@@ -39,9 +39,9 @@ def is_temperature(value: object) -> bool:
 
 
 def is_stop(value: object) -> bool:
-    """Return whether a value is a text that ends an answer, or a list of such texts."""
+    """Return whether a value is a text that ends an answer, or a list of such texts; half a surrogate pair is none."""
     texts = value if isinstance(value, list) else [value]
-    return all(isinstance(text, str) and text for text in texts)
+    return all(isinstance(text, str) and text.encode(errors="ignore").decode() == text != "" for text in texts)
 
 
 FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {

@@ -1,5 +1,6 @@
 """Tokenising one text. Hub code: imports transformers only."""
 
+from contextlib import suppress
 from functools import cache
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -26,8 +27,9 @@ def encode_text(
         and backend.padding is None
         and backend.encode_special_tokens == tokenizer.split_special_tokens
     ):
-        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
-        return encoding.ids, encoding.offsets
+        with suppress(TypeError):  # half of a surrogate pair, which the call below refuses as transformers does
+            encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+            return encoding.ids, encoding.offsets
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     return encoded["input_ids"], encoded["offset_mapping"]
 
