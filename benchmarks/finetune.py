@@ -191,7 +191,7 @@ def _train_transformers(
     del ours
     if size.bf16:
         model.model.vision_tower.to(torch.bfloat16)  # as our runs cast frozen parts
-    settings = {"bf16": size.bf16, "gradient_checkpointing": size.checkpointing}
+    settings = {"bf16": size.bf16, "activation_checkpointing": size.checkpointing}
     run = train_padded(model, processor.tokenizer, batches, folder / name, **settings)  # pyright: ignore[reportAttributeAccessIssue]
     measured.add(run, result.tokens)
 
