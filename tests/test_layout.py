@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "data/feature_cache/heads.py": "train/feature_cache/test_heads.py",
     "data/feature_cache/images.py": "train/feature_cache/test_images.py",
     "data/pages.py": "data/tools/test_show.py",
+    "data/records/files.py": "data/records/test_layout.py",
     "data/sources.py": "data/test_dataset.py",
     "data/tools/corpora.py": "data/tools/test_convert.py",
     "data/tools/exports.py": "data/tools/test_convert.py",

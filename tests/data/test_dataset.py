@@ -50,7 +50,7 @@ def load(tmp_path: Path, processor: VLMProcessor) -> Callable[..., SampleDataset
     def make(records: list[Any], first: int | None = None, **policies: Any) -> SampleDataset:
         path = tmp_path / "records.json"
         path.write_text(json.dumps(records))
-        config = DatasetConfig(path=str(path), **{"max_skipped": 1.0, **policies})
+        config = DatasetConfig(**{"path": str(path), "max_skipped": 1.0, **policies})
         encoder = SampleEncoder(processor, LONGEST, truncate=config.over_length == "truncate")
         return load_dataset(config, encoder, first=first)
 
