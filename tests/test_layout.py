@@ -55,6 +55,7 @@ TESTED_ELSEWHERE = {
     "hub/adapters.py": "hub/test_importing.py",
     "hub/card.py": "hub/test_publishing.py",
     "hub/folders.py": "hub/test_importing.py",
+    "hub/layouts.py": "hub/test_exporting.py",
     "hub/processors.py": "hub/test_exporting.py",
     "hub/run_facts.py": "hub/test_publishing.py",
     "hub/sources.py": "hub/test_importing.py",

@@ -180,6 +180,9 @@ RECIPES = {
 }
 RECIPES["finetune-llava-qlora"] = {
     **RECIPES["finetune-llava-lora"],
+    "trainer.lora.language_model.r": 64,
+    "trainer.lora.language_model.alpha": 16,
+    "trainer.learning_rate.language_model_learning_rate": 2e-5,
     "model.language_model.quantization": "4bit",
     "model.visual_encoder.quantization": None,
 }

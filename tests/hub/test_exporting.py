@@ -97,12 +97,17 @@ CASES = {
 }
 
 
+WITHIN_SENTENCES = "with images within sentences become other token ids: this tokenizer joins texts across images"
+DIFFERENCES = {"vicuna-pad": [f"conversations {WITHIN_SENTENCES}"]}
+"""Case -> what is said of the export: Vicuna's slow tokenizer reads each text behind an image from its blank on."""
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_answers_the_same(parts: Parts, tmp_path: Path, case: str):
     """Ids and pixels of its own processor, logits, and greedy tokens."""
     names, options = CASES[case]
     model, processor = saved(parts, tmp_path / "ours", *names, **options)
-    assert export_checkpoint(str(tmp_path / "ours"), tmp_path / "theirs", "llava") == []
+    assert export_checkpoint(str(tmp_path / "ours"), tmp_path / "theirs", "llava") == DIFFERENCES.get(case, [])
     theirs, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert type(theirs) is LlavaForConditionalGeneration
     assert not any(info.values()), info
@@ -130,7 +135,7 @@ def test_several_turns_and_a_system_turn_become_the_same_ids(parts: Parts, tmp_p
     reader = AutoProcessor.from_pretrained(tmp_path / "theirs")
     talk = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Is <image> like <image>?\nSay so."},
+        {"role": "user", "content": "<image>\nIs it like this?<image>\nSay so."},
         {"role": "assistant", "content": "No."},
         {"role": "user", "content": "<image><image>\nAnd these?"},
     ]

@@ -266,7 +266,6 @@ REFUSED = {
     "no output": (["--input", "a.json"], "--input and --output belong together"),
     "no file": (["--input", "none.json", "--output", "x.csv"], "--input none.json: no such file"),
     "image of none": (["--prompt", "x", "--image", "none.png"], "image none.png does not open"),
-    "too few images": (["--prompt", "<image> x"], "the prompt has 1 <image>, but 0 images were given"),
     "batch": (["--prompt", "x", "--batch-size", "0"], "--batch-size 0: at least 1 is needed"),
 }
 

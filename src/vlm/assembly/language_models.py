@@ -59,7 +59,7 @@ def check_writes(model_config: PreTrainedConfig) -> None:
 
     `model_config` is that of a composed model, or of a family, whose language models all can.
     """
-    if isinstance(model_config, VLMConfig):
+    if model_config.model_type == VLMConfig.model_type:
         name = model_config.recipe["language_model"]["hf_name"]
         _raise_first(_writing_problems(model_config.text_config), f"model.language_model.hf_name={name}")
 

@@ -6,7 +6,7 @@ A value that is needed in one place only is checked there instead.
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.checks.dataset import dataset_problems
@@ -21,12 +21,13 @@ from vlm.config.schema import TRAIN_FLAGS, RunConfig
 
 
 class ObjectiveChecks(Protocol):
-    """What the checks ask of a run's objective; `vlm.train.objectives.base.Objective` is one."""
+    """What the checks ask of a run's objective; `vlm.train.objectives.base.Objective` is one.
 
-    @property
-    def takes_loss_weights(self) -> bool:
-        """Whether the loss at each position is multiplied with its weight, where there are weights."""
-        ...
+    Attributes:
+        takes_loss_weights: whether the loss at each position is multiplied with its weight, where there are weights.
+    """
+
+    takes_loss_weights: ClassVar[bool]
 
     def refusals(self) -> Iterator[str]:
         """Yield what contradicts the objective in the configuration: the key, its value, what to do."""

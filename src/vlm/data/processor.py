@@ -51,7 +51,6 @@ class Processor(Protocol):
         special_tokens: matches every special token of the tokenizer.
         chat_template: the Jinja template in use.
         own_template: the template that came with the language model or the family.
-        alpha_background: what shows through transparent images.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -60,7 +59,14 @@ class Processor(Protocol):
     special_tokens: re.Pattern[str]
     chat_template: str | None
     own_template: str | None
-    alpha_background: str
+
+    @property
+    def alpha_background(self) -> str:
+        """Return what shows through transparent images, see `vlm.models.pixels`; it can be set."""
+        ...
+
+    @alpha_background.setter
+    def alpha_background(self, name: str) -> None: ...
 
     def as_rgb(self, image: Image.Image) -> Image.Image:
         """Return an image upright, in RGB, without transparency: what is seen of it before it is resized."""

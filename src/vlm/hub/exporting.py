@@ -159,16 +159,18 @@ def _differences(theirs: Any, ours: VLMProcessor) -> list[str]:
     """Return where the exported processor gives other ids than ours, by calling both."""
     differences = []
     first = {"role": "user", "content": f"{ours.image_token}\n{PROBE_WORD}?"}
-    second = {"role": "user", "content": f"Is {ours.image_token} like {ours.image_token}?"}
-    for talk in ([first], [first, {"role": "assistant", "content": "A cat."}, second]):
+    within = {"role": "user", "content": f"Is {ours.image_token} like {ours.image_token}?"}
+    talks = {
+        "of one turn": [first],
+        "of several turns": [first, {"role": "assistant", "content": "A cat."}, first],
+        "with images within sentences": [within],
+    }
+    for kind, talk in talks.items():
         text = theirs.apply_chat_template(talk, add_generation_prompt=True)
         rendered = ours.apply_chat_template(talk, add_generation_prompt=True)
         sizes = [(1, 1)] * rendered.count(ours.image_token)
         expected = [token for token in ours.tokenize(rendered, (), sizes)[0] if token != ours.image_token_id]
         exported = theirs.tokenizer(text, add_special_tokens=False)["input_ids"]
         if [token for token in exported if token != ours.image_token_id] != expected:
-            turns = "one turn" if len(talk) == 1 else "several turns"
-            differences.append(
-                f"conversations of {turns} become other token ids: this tokenizer joins texts across images"
-            )
+            differences.append(f"conversations {kind} become other token ids: this tokenizer joins texts across images")
     return differences

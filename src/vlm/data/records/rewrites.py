@@ -7,6 +7,7 @@ record of another form.
 import re
 from collections.abc import Sequence
 
+from vlm.data.records.marks import find_marks
 from vlm.data.records.text import text_from_value
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Record
 
@@ -15,19 +16,16 @@ MINICPM_MARK = re.compile(r"<image_\d+>")
 
 
 def rewrite_alpaca(record: Record, sample_id: str) -> Record:
-    """Rewrite `{"instruction", "input", "output", "system", "history": [[question, answer], …]}`; images come first.
+    """Rewrite `{"instruction", "input", "output", "history": [[question, answer], …]}`; images come first.
 
-    `input` follows the instruction on a line of its own; `input`, `system` and `history` may be absent or empty.
+    `input` follows the instruction on a line of its own; `input` and `history` may be absent or empty.
     """
     question = "\n".join(filter(None, (_text(record, "instruction", sample_id), _optional(record, "input", sample_id))))
     turns = [(question, _text(record, "output", sample_id))]
     history = record.get("history") or []
     if not isinstance(history, list) or not all(_is_pair(pair) for pair in history):
         raise BadSample(sample_id, "`history` must be a list of pairs of a question and an answer")
-    messages = _messages([*history, *turns])
-    if system := _optional(record, "system", sample_id):
-        messages.insert(0, {"role": "system", "content": system})
-    return _with_media_first(record, messages, ("instruction", "input", "output", "system", "history"))
+    return _with_media_first(record, _messages([*history, *turns]), ("instruction", "input", "output", "history"))
 
 
 def rewrite_cauldron(record: Record, sample_id: str) -> Record:
@@ -87,13 +85,18 @@ def _messages(pairs: Sequence[Sequence[str]]) -> list[Record]:
 
 
 def _with_media_first(record: Record, messages: list[Record], rewritten: Sequence[str]) -> Record:
-    """Return the record with messages, in which images and videos that no text has a place for come first."""
-    marks = []
+    """Return the record with messages, in which images and videos that no text has a place for come first.
+
+    The mark of a single image or video is a word where it stands within a sentence, see `marks`.
+    """
+    numbers = {}
     for mark, names in ((VIDEO_PLACEHOLDER, ("video", "videos")), (PLACEHOLDER, ("image", "images"))):
         media = next((record[name] for name in names if record.get(name) is not None), [])
-        number = len(media) if isinstance(media, list) else 1
-        if not any(mark in message["content"] for message in messages if message.get("role") == "user"):
-            marks += [mark] * number
+        numbers[mark] = len(media) if isinstance(media, list) else 1
+    may_be_words = sum(numbers.values()) == 1
+    written = find_marks([message["content"] for message in messages if message.get("role") == "user"])
+    placed = {mark.spelling for mark in written if mark.alone or not may_be_words}
+    marks = [mark for mark, number in numbers.items() for _ in range(number) if mark not in placed]
     first = next((message for message in messages if message.get("role") == "user"), None)
     if marks and first is not None:
         first["content"] = "".join(marks) + f"\n{first['content']}"

@@ -138,11 +138,11 @@ def choose_tokens(processor: Processor, number: int) -> list[int]:
 def dropout_off(model: TrainableModel) -> Iterator[None]:
     """Set a model to evaluation mode within; modes of modules are as before afterwards.
 
-    Matrices in fewer bits stay in training mode: evaluation would change their layout on a CPU.
+    Matrices in fewer bits are in training mode: evaluation would change their layout on a CPU.
     """
     modes: list[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
-    for module, training in modes:
-        module.training = training and type(module).__module__.startswith("bitsandbytes.")
+    for module, _ in modes:
+        module.training = type(module).__module__.startswith("bitsandbytes.")
     try:
         yield
     finally:

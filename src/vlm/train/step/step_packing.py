@@ -79,7 +79,7 @@ class StepSampler(Sampler[list[Row]]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that begins, for the order of samples."""
         batches: Any = self.batches
-        sampler = (batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches).sampler
+        sampler: Any = (batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches).sampler
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
 
@@ -89,7 +89,8 @@ class StepSampler(Sampler[list[Row]]):
     def __iter__(self) -> Iterator[list[Row]]:
         shard = self.batches if isinstance(self.batches, BatchSamplerShard) else None
         rank, num_ranks = (shard.process_index, shard.num_processes) if shard else (0, 1)
-        turns = _deal(shard) if shard else ((batch,) for batch in self.batches)
+        turns: Iterator[tuple[list[int], ...]]
+        turns = _deal(shard) if shard else ((list(batch),) for batch in cast(BatchSampler, self.batches))
         while step := list(islice(turns, self.accumulation)):
             micro_batches = [batch for turn in step for batch in turn]
             ranks = lay_out_step(
