@@ -4,10 +4,10 @@
 
 Every command trains the same checkpoint, a LLaVA of transformers with SmolLM2-135M's and ViT-B/16's shapes and random
 weights, on the same records (lengths of LLaVA-665k, `benchmarks.lengths`), as many in each micro-batch, in float32 with
-sdpa, AdamW at a constant rate, the encoder frozen. Programs draw the order of records themselves, so that their steps
-hold other ones; each sees every record once, and their mean losses over the epoch agree but for the templates. The
-padded objective is the same: a mean over the supervised tokens of a step. TRL supervises questions too, since it masks
-them in text-only conversations alone.
+sdpa, AdamW at a constant rate, the encoder frozen, activations of the language model computed anew in the backward pass,
+which is the default of all three. Programs draw the order of records themselves, so that their steps hold other ones; each
+sees every record once, and their mean losses over the epoch agree but for the templates. The objective is the same: a mean
+over the supervised tokens of a step. TRL supervises questions too, since it masks them in text-only conversations alone.
 
 Each peer runs in an environment of its own with the version below, which the first call makes below `--folder`: that
 needs a network. About 25 minutes on two cores for the default, and 20 GB.
@@ -151,7 +151,7 @@ def ours_command(job: Job, python: Path) -> list[str]:
         *("trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0", "trainer.train_sampling_strategy=random"),
         f"trainer.per_device_train_batch_size={job.samples}",
         f"trainer.gradient_accumulation_steps={job.accumulation}",
-        *("trainer.bf16=false", "trainer.tf32=false", "trainer.activation_checkpointing=false"),
+        *("trainer.bf16=false", "trainer.tf32=false", "trainer.activation_checkpointing=true"),
         *("trainer.save_strategy=no", "trainer.logging_steps=1", "trainer.num_samples=0", "trainer.report_to=none"),
         *("trainer.dataloader_num_workers=0", "trainer.use_cpu=true", f"trainer.output_dir={job.output}"),
     ]
@@ -164,7 +164,6 @@ def swift_command(job: Job, python: Path) -> list[str]:
         "freeze_vit": True, "freeze_aligner": False, "freeze_llm": False, "torch_dtype": "float32",
         "dataset": job.records.parent / "messages.jsonl", "max_length": MAX_TOKENS, "dataset_num_proc": 1,
         "split_dataset_ratio": 0, "attn_impl": "sdpa",
-        "gradient_checkpointing": False,
         "vit_gradient_checkpointing": False, "lazy_tokenize": True,
     }  # fmt: skip
     return [str(python.parent / "swift"), "sft", *as_options(options)]
@@ -176,7 +175,7 @@ def factory_command(job: Job, python: Path) -> list[str]:
         "model_name_or_path": str(job.model), "stage": "sft", "do_train": True, "finetuning_type": "full",
         "freeze_vision_tower": True, "freeze_multi_modal_projector": False, "template": "llava",
         "dataset": "records", "dataset_dir": str(job.records.parent), "cutoff_len": MAX_TOKENS, "flash_attn": "sdpa",
-        "preprocessing_num_workers": 1, "disable_gradient_checkpointing": True, "trust_remote_code": False,
+        "preprocessing_num_workers": 1, "trust_remote_code": False,
     }  # fmt: skip
     job.output.mkdir(parents=True, exist_ok=True)
     path = job.output / "options.yaml"  # JSON is YAML too
@@ -205,7 +204,7 @@ for record in records:
         parts = [{"type": "image"}] * text.count("<image>")
         message["content"] = [*parts, {"type": "text", "text": text.replace("<image>", "").lstrip()}]
 processor = AutoProcessor.from_pretrained(job["model"])
-config = SFTConfig(**options, max_length=None, gradient_checkpointing=False, bf16=False, packing=False)
+config = SFTConfig(**options, max_length=None, bf16=False, packing=False)
 trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(records), processing_class=processor)
 trainer.train()
 """
