@@ -18,7 +18,8 @@ from vlm.cli.main import main
 from vlm.config.packaged import packaged_names
 from vlm.config.schema import PARTS
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import dummy_image, model_inputs
+from vlm.data.blank_images import dummy_image
+from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import encode, encode_prompt
 from vlm.data.sample import ImageRef, Sample, Turn
 from vlm.evaluation.loss import row_losses

@@ -11,12 +11,13 @@ from tests.families.tiny_families import TINY, save_family
 from vlm.assembly.family import load_family_config, load_family_model
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
-from vlm.data.dataset import dummy_image, model_inputs
+from vlm.data.blank_images import dummy_image
+from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import encode
 from vlm.evaluation.loss import supervised_logits
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
-from vlm.models.modeling_vlm import supervised_loss
+from vlm.models.text_loss import supervised_loss
 from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.packing import add_grid_positions, check_packing
 

@@ -18,7 +18,8 @@ from tests.tiny_parts import picture, runs
 from tests.train.test_distributed_runs import WHOLE, launch
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankImageDataset, dummy_image, dummy_video, encode_sample, load_dataset, model_inputs
+from vlm.data.blank_images import dummy_image, dummy_video
+from vlm.data.dataset import BlankImageDataset, encode_sample, load_dataset, model_inputs
 from vlm.data.encoding.labels import encode, encode_prompt
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, Clip, ImageRef, Sample, Turn, VideoRef

@@ -27,7 +27,7 @@ from vlm.train.run import run
 HUB_FILES = {
     "anyres.py", "configuration_vlm.py", "connector_parts.py", "connectors.py", "encoders.py", "grid_connectors.py",
     "modeling_vlm.py", "pixels.py", "processing_messages.py", "processing_vlm.py",
-    "query_connectors.py", "text_processing.py",
+    "query_connectors.py", "text_loss.py", "text_processing.py",
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.family import load_family_config, load_family_model
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import dummy_image, model_inputs
+from vlm.data.blank_images import dummy_image
+from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import Encoded, encode, encode_prompt, get_media_token_ids
 from vlm.data.heads.dataset import prompt_mask
 from vlm.data.sample import ImageRef, Sample, Turn

@@ -19,7 +19,8 @@ from vlm.assembly.compose import build_model, compose
 from vlm.config.model_schema import AnyResConfig
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankImageDataset, SampleDataset, dummy_image, load_dataset
+from vlm.data.blank_images import dummy_image
+from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.inference.generate import VisionLanguageModel
 from vlm.train.checkpoints import newest_checkpoint

@@ -7,20 +7,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
+from vlm.data.blank_images import make_blank_medium
+from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor, SampleInputs
-from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample, group_reasons
+from vlm.data.sample import BadSample, MediaSize, OverLong, Sample, group_reasons
 from vlm.data.sources import Source, make_sources
 from vlm.data.token_counts import Counts, count
-from vlm.data.vision.images import Medium, media_sizes_from_opened, read_media_sizes, upright_size
+from vlm.data.vision.images import Medium, media_sizes_from_opened, read_media_sizes
 from vlm.data.vision.jpeg import decode_sample_images
-from vlm.data.vision.video import DecodedVideo
 
 log = logging.getLogger(__name__)
 
@@ -242,38 +241,6 @@ def model_inputs(
         image_inputs = processor.image_inputs(media, sizes)
         text_inputs = processor.text_inputs(encoded.input_ids, encoded.labels, image_inputs)
     return {"input_ids": encoded.input_ids, "labels": encoded.labels, **image_inputs, **text_inputs}
-
-
-def make_blank_image(processor: Processor, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """Return an image of the image processor's mean colour; `size` is height and width."""
-    means = processor.image_processor.image_mean or [0.5]
-    return Image.new("RGB", (size[1], size[0]), tuple(int(mean * 255) for mean in (*means, *means, *means)[:3]))
-
-
-def make_blank_medium(processor: Processor, size: MediaSize) -> Image.Image | DecodedVideo:
-    """Return a blank image or video of this size."""
-    if isinstance(size, Clip):
-        return DecodedVideo([make_blank_image(processor, (size.height, size.width))] * len(size.frames), size)
-    return make_blank_image(processor) if size is None else make_blank_image(processor, size)
-
-
-def dummy_image(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """Return the ids and inputs of a blank image, or of a blank frame where frames of videos take fewer tokens."""
-    blank = make_blank_image(processor)
-    sizes: list[MediaSize] = [None if processor.pools_video_frames else upright_size(blank)]
-    ids, _ = processor.tokenize(processor.image_token, (), sizes)
-    images = processor.image_inputs([blank], sizes)
-    return ids, images | processor.text_inputs(ids, [IGNORE_INDEX] * len(ids), images)
-
-
-def dummy_video(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """Return the ids and inputs of the shortest blank video; only where the processor has `videos`."""
-    assert processor.videos is not None
-    assert processor.video_token is not None
-    clip = processor.videos.minimal_clip
-    ids, _ = processor.tokenize(processor.video_token, (), [clip])
-    inputs = processor.image_inputs([make_blank_medium(processor, clip)], [clip])
-    return ids, inputs | processor.text_inputs(ids, [IGNORE_INDEX] * len(ids), inputs)
 
 
 def load_dataset(

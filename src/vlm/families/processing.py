@@ -34,10 +34,8 @@ from vlm.models.processing_vlm import (
     FIXED_DATE,
     MediaMismatchError,
     Message,
-    span_finder,
-    special_token_pattern,
 )
-from vlm.models.text_processing import encode_text
+from vlm.models.text_processing import encode_text, span_finder, special_token_pattern
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor for its text."""

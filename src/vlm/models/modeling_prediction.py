@@ -22,15 +22,9 @@ from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_comp
 from .head_losses import head_loss
 from .head_tasks import CLASSIFICATION_TASKS, choose_labels, probabilities
 from .heads import HEADS, PredictionHead
-from .modeling_vlm import (
-    IGNORE_INDEX,
-    VLMForConditionalGeneration,
-    WrapperModel,
-    copy_class_file,
-    has_trainable_parameters,
-    supervised_loss,
-)
+from .modeling_vlm import VLMForConditionalGeneration, WrapperModel, copy_class_file, has_trainable_parameters
 from .poolings import TokenMasks, pool_hidden_states
+from .text_loss import IGNORE_INDEX, supervised_loss
 
 
 @dataclass

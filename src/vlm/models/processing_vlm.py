@@ -4,11 +4,9 @@ Hub code: imports torch, Pillow, transformers and its siblings only. It is saved
 inference, evaluation and other people's programs all read the same ids.
 """
 
-import json
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from itertools import accumulate, islice, pairwise, repeat
+from collections.abc import Sequence
+from itertools import islice, pairwise, repeat
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from .pixels import (
     normalise_pixels,
 )
 from .processing_messages import Message, break_spelled, images_in_conversation, join_spelled
-from .text_processing import encode_text
+from .text_processing import encode_text, read_prepend_scheme, span_finder, special_token_pattern
 
 IMAGE_MODES = ("square", "pad")
 BLANKS = " ", "▁"
@@ -394,39 +392,3 @@ class VLMProcessor(ProcessorMixin):
         """The names of the inputs that `__call__` returns."""
         names = ["input_ids", "attention_mask", "pixel_values"]
         return names if self.anyres is None else [*names, "image_sizes", "image_views"]
-
-
-def span_finder(spans: Sequence[tuple[int, int]]) -> Callable[[int, int], bool]:
-    """Return what tells whether a piece of a text, by its start and end, lies in one of some spans.
-
-    A question takes a time that hardly depends on the number of spans.
-    """
-    ordered = sorted(spans)
-    begins = [begin for begin, _ in ordered]
-    furthest_ends = list(accumulate((end for _, end in ordered), max))  # of all spans up to each
-
-    def lies_within(start: int, end: int) -> bool:
-        place = bisect_right(begins, start) - 1
-        return place >= 0 and end <= furthest_ends[place]
-
-    return lies_within
-
-
-def special_token_pattern(tokenizer: PreTrainedTokenizerBase, *media_tokens: str) -> re.Pattern[str]:
-    """Return a pattern that matches the special tokens of a tokenizer and those of images and videos."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(map(re.escape, sorted(special.union(media_tokens), key=len, reverse=True))))
-
-
-def read_prepend_scheme(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return where a tokenizer starts a word by itself: `first` (in front of a text), `always`, or `never`.
-
-    `always` is also behind every special token, as in SentencePiece tokenizers with `legacy: true`. Those that do it in
-    their normalizer count as `never`: they do it before blanks too.
-    """
-    backend: Any = tokenizer.backend_tokenizer
-    if backend.pre_tokenizer is None:
-        return "never"
-    settings: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__())
-    parts: list[dict[str, str]] = settings.get("pretokenizers", [settings])
-    return next((part["prepend_scheme"] for part in parts if part["type"] == "Metaspace"), "never")

@@ -1,7 +1,13 @@
-"""Tokenising one text. Hub code: imports transformers only."""
+"""Tokenising text, and what a tokenizer does with it. Hub code: imports transformers only."""
 
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
+from itertools import accumulate
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -41,3 +47,39 @@ def calls_backend(kind: type) -> bool:
         return False
     own = kind.__mro__[: kind.__mro__.index(PreTrainedTokenizerFast)]
     return not any({"__call__", "_encode_plus", "_batch_encode_plus"} & vars(parent).keys() for parent in own)
+
+
+def span_finder(spans: Sequence[tuple[int, int]]) -> Callable[[int, int], bool]:
+    """Return what tells whether a piece of a text, by its start and end, lies in one of some spans.
+
+    A question takes a time that hardly depends on the number of spans.
+    """
+    ordered = sorted(spans)
+    begins = [begin for begin, _ in ordered]
+    furthest_ends = list(accumulate((end for _, end in ordered), max))  # of all spans up to each
+
+    def lies_within(start: int, end: int) -> bool:
+        place = bisect_right(begins, start) - 1
+        return place >= 0 and end <= furthest_ends[place]
+
+    return lies_within
+
+
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase, *media_tokens: str) -> re.Pattern[str]:
+    """Return a pattern that matches the special tokens of a tokenizer and those of images and videos."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(special.union(media_tokens), key=len, reverse=True))))
+
+
+def read_prepend_scheme(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return where a tokenizer starts a word by itself: `first` (in front of a text), `always`, or `never`.
+
+    `always` is also behind every special token, as in SentencePiece tokenizers with `legacy: true`. Those that do it in
+    their normalizer count as `never`: they do it before blanks too.
+    """
+    backend: Any = tokenizer.backend_tokenizer
+    if backend.pre_tokenizer is None:
+        return "never"
+    settings: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__())
+    parts: list[dict[str, str]] = settings.get("pretokenizers", [settings])
+    return next((part["prepend_scheme"] for part in parts if part["type"] == "Metaspace"), "never")

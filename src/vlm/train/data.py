@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig, TrainingArguments
 from vlm.assembly.language_models import max_positions
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import SampleDataset, dummy_image, dummy_video, load_dataset, split_off_eval
+from vlm.data.blank_images import dummy_image, dummy_video
+from vlm.data.dataset import SampleDataset, load_dataset, split_off_eval
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample

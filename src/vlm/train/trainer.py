@@ -95,7 +95,8 @@ class VLMTrainer(CheckpointTrainer):
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
         self.sampler: Sampler[int] | PackSampler | StepSampler | None = None
         # Without a number of items, `Trainer` averages the losses of micro-batches over accumulation steps and ranks.
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and objective.loss_average == "token"
+        # What a family's own `forward` accepts says nothing: its loss is not used.
+        self.model_accepts_loss_kwargs = objective.loss_average == "token"
         self.step_packing: StepPacking | None = None
         if self.packing and self.options.packing_strategy != BEST_FIT:
             self.step_packing = self._make_step_packing(run)

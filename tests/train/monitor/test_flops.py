@@ -17,7 +17,8 @@ from tests.train.test_distributed_runs import CONNECTORS
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.stats import BatchStats, compute_batch_stats
-from vlm.data.dataset import dummy_image, model_inputs
+from vlm.data.blank_images import dummy_image
+from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, encode
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES

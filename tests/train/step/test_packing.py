@@ -16,11 +16,11 @@ from tests.tiny_parts import LANGUAGE_MODELS, Parts, picture
 from vlm.checks.fields import ConfigError
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
-from vlm.data.dataset import dummy_image
+from vlm.data.blank_images import dummy_image
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.evaluation.loss import row_losses, supervised_logits
 from vlm.families.table import FAMILIES
-from vlm.models import VLMForConditionalGeneration, modeling_vlm
+from vlm.models import VLMForConditionalGeneration, text_loss
 from vlm.train.step import chunked_loss as vocabulary
 from vlm.train.step import packed_attention as attention
 from vlm.train.step.chunked_loss import num_chunks, supports_chunked_loss
@@ -214,10 +214,10 @@ def test_no_tensor_of_all_positions_and_the_vocabulary_exists(parts: Parts, monk
 
 
 def test_logits_of_less_precision_are_widened_piece_by_piece(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(modeling_vlm, "MAX_LOGITS", 64)
+    monkeypatch.setattr(text_loss, "MAX_LOGITS", 64)
     logits = torch.randn(10, 32, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.arange(10)
-    loss = modeling_vlm.supervised_loss(logits, targets, None)
+    loss = text_loss.supervised_loss(logits, targets, None)
     loss.backward()
     wide = logits.detach().float().requires_grad_()
     expected = torch.nn.functional.cross_entropy(wide, targets)
@@ -385,8 +385,8 @@ def test_logits_stay_in_half_precision_until_their_piece(
         seen.append(logits.dtype)
         return supervised_loss(logits, *args)
 
-    supervised_loss = modeling_vlm.supervised_loss
-    monkeypatch.setattr(modeling_vlm, "supervised_loss", watched)
+    supervised_loss = text_loss.supervised_loss
+    monkeypatch.setattr(text_loss, "supervised_loss", watched)
     found = train("finetune-smol", tmp_path / "run", *PACKED, *HALF)
     assert set(seen) == {torch.bfloat16}
     assert losses(found) == pytest.approx(losses(plain), abs=2e-2)

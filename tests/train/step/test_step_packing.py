@@ -265,10 +265,15 @@ FAMILY = (
 )
 
 
-@pytest.mark.parametrize("family", ["qwen2.5-vl", "llava-onevision", "smolvlm"])
-def test_a_packed_family_is_the_padded_family(train_whole: Callable[..., Path], tmp_path: Path, family: str):
+@pytest.mark.parametrize(
+    ("family", "average"),
+    [("qwen2.5-vl", "micro_batch"), ("qwen2.5-vl", "token"), ("llava-onevision", "micro_batch"), ("smolvlm", "token")],
+)
+def test_a_packed_family_is_the_padded_family(
+    train_whole: Callable[..., Path], tmp_path: Path, family: str, average: str
+):
     save_family(family, tmp_path / family)
-    words = (*RUN, *FAMILY, "trainer.loss_average=micro_batch")
+    words = (*RUN, *FAMILY, f"trainer.loss_average={average}")
     name, model = "finetune-llava-onevision", tmp_path / family
     padded = train_whole(name, model, tmp_path / "padded", *words)
     packed = train_whole(name, model, tmp_path / "packed", *words, "trainer.packing=true")

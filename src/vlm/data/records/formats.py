@@ -9,12 +9,21 @@ function `(record, image_folder, **options) -> Sample` that raises `BadSample`, 
 import string
 import zlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vlm.config.named import import_named
-from vlm.data.records.keys import Reader, add_system_turn, first_present, is_empty, read_id, read_supervision, reads
+from vlm.data.records.keys import (
+    Reader,
+    add_system_turn,
+    check_question_first,
+    first_present,
+    is_empty,
+    read_group,
+    read_id,
+    read_supervision,
+    reads,
+)
 from vlm.data.records.marks import join_texts, move_image_first
 from vlm.data.records.media import FILE_KEYS, ITEM_KINDS, MediaPlacer
 from vlm.data.records.rewrites import rewrite_alpaca, rewrite_cauldron, rewrite_minicpm
@@ -275,18 +284,6 @@ def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample
     turns = add_system_turn(record, turns, media.sample_id)
     references = read_references(record, media.sample_id)
     return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references)
-
-
-def check_question_first(turns: Sequence[Turn], sample_id: str) -> None:
-    """Raise BadSample where a conversation begins with the assistant."""
-    first = next((turn for turn in turns if turn.role != "system"), None)
-    if first is not None and first.role == "assistant":
-        raise BadSample(sample_id, "it begins with the assistant; a question must come before the first reply")
-
-
-def read_group(record: Record, key: str = "group") -> str | None:
-    """Read the group within which a ranking compares a record."""
-    return None if record.get(key) is None else str(record[key])
 
 
 def read_references(record: Record, sample_id: str) -> tuple[str, ...]:

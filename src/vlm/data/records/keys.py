@@ -272,3 +272,15 @@ def add_system_turn(record: Record, turns: Sequence[Turn], sample_id: str) -> li
     if first is not None and first.role == "system" and first.content != (value,):
         raise BadSample(sample_id, "it has `system` and a system turn, which differ; leave one of them out")
     return list(turns) if first is not None and first.role == "system" else [Turn("system", (value,)), *turns]
+
+
+def check_question_first(turns: Sequence[Turn], sample_id: str) -> None:
+    """Raise BadSample where a conversation begins with the assistant."""
+    first = next((turn for turn in turns if turn.role != "system"), None)
+    if first is not None and first.role == "assistant":
+        raise BadSample(sample_id, "it begins with the assistant; a question must come before the first reply")
+
+
+def read_group(record: Record, key: str = "group") -> str | None:
+    """Read the group within which a ranking compares a record."""
+    return None if record.get(key) is None else str(record[key])

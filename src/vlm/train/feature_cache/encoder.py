@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from vlm.data.blank_images import make_blank_image
 from vlm.data.cache import json_digest
-from vlm.data.dataset import make_blank_image
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.feature_cache.images import FRAME_VIEW, SQUARE_VIEW
 from vlm.data.feature_cache.store import FeatureFormat

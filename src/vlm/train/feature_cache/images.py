@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig, TrainingArguments
 from vlm.assembly.checkpoint import is_composed_config
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
+from vlm.data.blank_images import dummy_image, make_blank_image
 from vlm.data.cache import json_digest, resolve_cache_folder
-from vlm.data.dataset import SampleDataset, Skipped, dummy_image, make_blank_image
+from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.feature_cache.images import (
     BLANK_SIZE,
     FRAME_VIEW,

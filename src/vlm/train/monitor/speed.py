@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from vlm.assembly.checkpoint import is_composed_model
 from vlm.data.batching.stats import BatchStats, num_encoded_and_connected
-from vlm.data.dataset import dummy_image
+from vlm.data.blank_images import dummy_image
 from vlm.train.model import compute_dtype
 from vlm.train.monitor.flops import FlopsNotCountable, StepFlops, count_flops
 from vlm.train.monitor.peak_flops import Peak, get_peak_tflops, synchronize

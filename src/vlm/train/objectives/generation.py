@@ -140,7 +140,7 @@ class Generation(Objective):
     ) -> tuple[Tensor, ModelOutput]:
         """Return the loss of the supervised positions; vocabulary logits are computed there alone."""
         from vlm.evaluation.loss import supervised_logits
-        from vlm.models.modeling_vlm import IGNORE_INDEX, supervised_loss
+        from vlm.models.text_loss import IGNORE_INDEX, supervised_loss
         from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY
         from vlm.train.step.step_packing import LOSS_WEIGHTS
 

@@ -10,7 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlm.assembly.checkpoint import is_composed_model
 from vlm.assembly.model_interface import TrainableModel
-from vlm.models.modeling_vlm import IGNORE_INDEX, MAX_LOGITS
+from vlm.models.text_loss import IGNORE_INDEX, MAX_LOGITS
 
 log = logging.getLogger(__name__)
 
