@@ -55,7 +55,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Reply:
-    """A reply: the index of its sample, its text, all texts that are right there (normalised), and what it is about."""
+    """A reply.
+
+    Attributes:
+        index: the sample's in its data set.
+        text: the reply.
+        right: all texts that are correct for the sample, normalised.
+        media: keys of the images and videos that it is about.
+    """
 
     index: int
     text: str
@@ -66,7 +73,7 @@ class _Reply:
 def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int | None, advice: str) -> list[Trial]:
     """Return the first samples that end with a supervised text about images or videos, each with its candidates.
 
-    Candidates are drawn from the different texts of all such samples. None is a text that is right for the sample's
+    Candidates are drawn from the distinct texts of all such samples. None is a text that is correct for the sample's
     image: its own reply or one of its references, or the reply of another sample with the same image. Texts that
     differ only in case, white space at their ends or a full stop are the same.
 
