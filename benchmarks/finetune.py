@@ -11,7 +11,7 @@ variant is not measured.
 
 Larger micro-batches pad more, and two CPU cores with 24 GB of memory allow few samples in float32: a padded position
 takes about 2.6 MB, so three samples fit where one of them has 2,000 tokens of text and an image. With five samples,
-the longest of the default seed has 1,498 tokens. With eight, every variant computes activations anew in the backward
+the longest of the default seed has 1,498 tokens. With eight, every variant recomputes activations in the backward
 pass (activation checkpointing), or padded micro-batches would not fit: with the seed of that size they have 11,800
 positions at most, of which the logits alone take 2.3 GB, several times over. Few steps fit into the time, and some
 have only short samples: the seeds are ones for which counting predicts about the same ratio as over the whole
@@ -76,7 +76,7 @@ class Size:
         steps: number of optimiser steps; the first is not measured.
         repeats: how often each variant trains.
         bf16: whether matrix products run in bfloat16.
-        checkpointing: whether activations are computed anew in the backward pass, in every variant.
+        checkpointing: whether activations are recomputed in the backward pass, in every variant.
         seed: seeds the records.
         target: the least ratio to padded batches.
     """

@@ -5,10 +5,10 @@
 Every command trains the same checkpoint, a LLaVA of transformers with SmolLM2-135M's and ViT-B/16's shapes and random
 weights, on the same records (lengths of LLaVA-665k, `benchmarks.lengths`), as many in each micro-batch, in float32 with
 sdpa, AdamW at a constant rate, the encoder frozen, activations of the language model computed anew in the backward
-pass, which is the default of all three. Programs draw the order of records themselves, so that their steps hold other
-ones; each sees every record once, and their mean losses over the epoch agree but for the templates. The objective is
-the same: a mean over the supervised tokens of a step. TRL supervises questions too: it masks them in conversations
-without images alone.
+pass, which is the default of all three. Each program draws the order of records itself, so that their steps hold
+different ones; each sees every record once, and their mean losses over the epoch agree but for the templates. The
+objective is a mean over the supervised tokens of a step. TRL supervises questions too: it masks them only in
+conversations without images.
 
 Each peer runs in an environment of its own with the version below, which the first call makes below `--folder`: that
 needs a network. About 25 minutes on two cores for the default, and 20 GB.

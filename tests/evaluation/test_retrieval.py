@@ -307,3 +307,10 @@ def test_images_within_a_table_are_compared_by_their_content():
         return reply.media
 
     assert read("red") == read("red") != read("blue")
+
+
+def test_a_reply_that_is_not_supervised_is_left_out():
+    """It may be a wrong one."""
+    question = Turn("user", (ImageRef(Path("a.png")), "what?"))
+    assert _read_reply(0, Sample("x", (question, Turn("assistant", ("a cat",)))))
+    assert _read_reply(0, Sample("x", (question, Turn("assistant", ("a cat",), supervised=False)))) is None

@@ -36,13 +36,13 @@ def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> I
 
 
 def _best_fit_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what asks for an order or a last batch, where rows are filled out of all samples."""
+    """Yield settings of order and of the last batch, which have no effect where rows are filled from all samples."""
     trainer = config.trainer
     if trainer.train_sampling_strategy != "random":
         yield (
             f"trainer.packing_strategy={BEST_FIT} and trainer.train_sampling_strategy="
-            f"{trainer.train_sampling_strategy}: it settles which samples stand together, and in which order; choose "
-            "random, or trainer.packing_strategy=step"
+            f"{trainer.train_sampling_strategy}: {BEST_FIT} decides itself which samples share a row, and the order of "
+            "rows; choose random, or trainer.packing_strategy=step"
         )
     if trainer.dataloader_drop_last:
         yield "trainer.dataloader_drop_last=true: packs are dealt evenly, there is no last batch to drop; leave it out"

@@ -152,11 +152,11 @@ class TrainerOptions:
     num_samples: int = 4
     """Number of evaluation (else training) samples answered into `samples.md`, at each evaluation and at the end."""
     eval_metrics: list[str] = field(default_factory=list, metadata=choices(EVAL_METRICS, "package.module:function"))
-    """Metrics of evaluation records, logged as `eval_<metric>`: of answers (`inference` has the generation settings),
-    and `retrieval`, how often the loss finds an image's own text."""
+    """Metrics of evaluation records, logged as `eval_<metric>`: those of answers (`inference` has the generation
+    settings), and `retrieval`, how often an image's own text has the lowest loss among several."""
     eval_metrics_samples: int = field(default=64, metadata=at_least(1))
-    """Number of evaluation records that these are measured on, from the first on. Every rank answers all of them; of
-    `retrieval` each computes a share."""
+    """Number of evaluation records that these are measured on, from the first on; `retrieval` takes the first with
+    images. Every rank answers all of them; for `retrieval`, ranks share them."""
     eval_retrieval_candidates: int = field(default=10, metadata=at_least(2))
     """Number of texts among which `retrieval` looks for an image's own, that one included."""
     peak_tflops: float | None = field(default=None, metadata=above(0))

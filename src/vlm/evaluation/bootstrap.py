@@ -16,7 +16,7 @@ class Score:
 
     Attributes:
         value: the metric on all data; None where it is undefined.
-        low: lower end of its 95% interval, by the percentile bootstrap; None without a value or without resamples.
+        low: lower end of its 95% interval; None where there is none.
         high: upper end.
     """
 

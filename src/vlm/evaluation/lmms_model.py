@@ -170,8 +170,9 @@ class LmmsModel(lmms):
                 raise ValueError(f"task {task}: it shows {', '.join(kinds)}; only images and videos can be shown")
             try:
                 marks = [mark for mark in find_marks([context]) if mark.spelling == PLACEHOLDER]
-                if len(marks) not in (0, len(images)) if images else any(mark.outer for mark in marks):
-                    context = context.replace(PLACEHOLDER, "").strip()  # then images come first
+                misplaced = len(marks) not in (0, len(images)) if images else any(mark.outer for mark in marks)
+                if misplaced:
+                    context = context.replace(PLACEHOLDER, "").strip()  # images then come first
                 turn, opened = self.vlm.open_question(context, images, videos, self.max_frames, every_mark=True)
             except (ValueError, BadSample) as error:
                 raise ValueError(f"task {task}, document {number}: {error}") from error

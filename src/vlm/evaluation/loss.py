@@ -60,7 +60,7 @@ def loss_scores(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_im
 
     Returns:
         `loss`, `blank_loss`, and over the samples with images `image_gain`: the mean of blank minus real loss, each
-        the mean over its sample's tokens, with its 95% interval, as the mean of a normal distribution has it.
+        the mean over its sample's tokens. Its 95% interval is the normal approximation.
     """
     scores = {"loss": Score((sums.sum() / counts.sum()).item())}
     if blank_sums is None:

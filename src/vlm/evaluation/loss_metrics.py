@@ -1,4 +1,4 @@
-"""Metrics of losses, as `text_metrics.py` has those of answers: of a data set, without a word being generated.
+"""Metrics that are computed from the losses of a data set, without generating text; see `text_metrics.py` for answers.
 
 To add one, write a function that prepares it for a data set, and add it to `LOSS_METRICS` and its name to
 `vlm.config.choices.LOSS_METRICS` (to `EVAL_METRICS` too, for use while a model trains).
@@ -62,10 +62,10 @@ class LossSource(Protocol):
 
 @dataclass(frozen=True)
 class LossMetricSettings:
-    """What metrics of losses are told.
+    """Settings of metrics of losses.
 
     Attributes:
-        retrieval_candidates: number of texts among which retrieval looks for an image's own.
+        retrieval_candidates: number of texts among which retrieval looks for an image's own, that one included.
         max_samples: the largest number of samples for metrics that cost more than the loss; None: all.
         advice: for each metric that may be refused, what the user should change.
     """
@@ -77,11 +77,11 @@ class LossMetricSettings:
 
 @dataclass(frozen=True)
 class LossResult:
-    """What a metric found.
+    """The result of a metric.
 
     Attributes:
         scores: its values by name.
-        rows: what it found in each sample, for a file of the metric's name; empty: there is no more to tell.
+        rows: the results of single samples, for a file with the metric's name; empty: no such file is written.
     """
 
     scores: dict[str, Score]
@@ -93,7 +93,7 @@ class LossMetric:
     """A metric that is ready to be computed, any number of times.
 
     Attributes:
-        num_samples: the number of samples that it is of.
+        num_samples: the number of samples that it is computed on.
         compute: computes it, from the data set that it was prepared for (or the same with cached features) and a model.
     """
 
@@ -121,7 +121,7 @@ def prepare_retrieval(dataset: SampleDataset, settings: LossMetricSettings) -> L
     """Prepare `retrieval`, the share of images whose own text has the lowest loss, and `retrieval_chance`.
 
     Raises:
-        ValueError: there are no images, or too few different texts.
+        ValueError: no sample has an image and ends with a supervised text, or there are too few different texts.
     """
     trials = choose_trials(dataset, settings.retrieval_candidates, settings.max_samples, settings.advice)
 

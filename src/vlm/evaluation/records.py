@@ -57,7 +57,7 @@ def evaluate(
         model: the model.
         config: where the records are and how to read them.
         names: names of metrics, see `ALL_METRICS`.
-        folder: the folder of `answers.jsonl`.
+        folder: the folder of `answers.jsonl`, and of `<metric>.jsonl` for metrics of losses that have rows.
         settings: generation settings.
         cache: the folder of record indices.
         fingerprint: of the checkpoint, and of how it is loaded.
@@ -66,7 +66,7 @@ def evaluate(
         max_frames: the largest number of frames read from a video.
         seed: makes sampling repeatable.
         overwrite: whether to replace answers that exist or were begun.
-        retrieval_candidates: number of texts among which `retrieval` looks for an image's own.
+        retrieval_candidates: number of texts among which `retrieval` looks for an image's own, that one included.
 
     Raises:
         ValueError: answers exist already, no answer can be evaluated, or a metric cannot be computed on these records.
@@ -106,7 +106,7 @@ def evaluate(
 def prepare_loss_metrics(
     dataset: SampleDataset, names: Sequence[str], retrieval_candidates: int
 ) -> dict[str, LossMetric]:
-    """Return metrics of losses by their names, of all samples.
+    """Return metrics of losses by their names, prepared for all samples.
 
     Raises:
         ValueError: a metric cannot be computed on them.
@@ -121,7 +121,7 @@ def describe_loss_exclusions(dataset: SampleDataset, metrics: Mapping[str, LossM
     records = dataset.contributions[0].records
     skipped = [(record.id, record.reason) for record in dataset.skipped]
     sentences = describe_exclusion(skipped, records, "are not in the losses")
-    reason = "they show no image, or do not end with a reply of text"
+    reason = "they show no image or video, or do not end with a supervised reply of text"
     for name, metric in metrics.items():
         if others := len(dataset) - metric.num_samples:
             sentences.append(f"{others:,} of {records:,} records are not in {name}: {reason}")

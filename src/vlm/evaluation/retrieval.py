@@ -55,7 +55,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Reply:
-    """A reply: the index of its sample, its text, all texts that are right there (normalised), and what it is about."""
+    """A reply.
+
+    Attributes:
+        index: the sample's in its data set.
+        text: the reply.
+        right: all texts that are correct for the sample, normalised.
+        media: keys of the images and videos that it is about.
+    """
 
     index: int
     text: str
@@ -64,9 +71,9 @@ class _Reply:
 
 
 def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int | None, advice: str) -> list[Trial]:
-    """Return the first samples whose last reply is a text about images or videos, each with its candidates.
+    """Return the first samples that end with a supervised text about images or videos, each with its candidates.
 
-    Candidates are drawn from the different texts of all such samples. None is a text that is right for the sample's
+    Candidates are drawn from the distinct texts of all such samples. None is a text that is correct for the sample's
     image: its own reply or one of its references, or the reply of another sample with the same image. Texts that
     differ only in case, white space at their ends or a full stop are the same.
 
@@ -82,8 +89,8 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
     replies = [reply for index in range(len(dataset)) if (reply := _read_reply(index, dataset.sample(index)))]
     if not replies:
         raise ValueError(
-            f"retrieval: none of the {len(dataset):,} records shows an image or a video and ends with a reply of text, "
-            f"which is what this metric compares; {advice}"
+            f"retrieval: none of the {len(dataset):,} records shows an image or a video and ends with a supervised "
+            f"reply of text, which is what this metric compares; {advice}"
         )
     pool = {normalize_answer(reply.text): reply.text for reply in reversed(replies)}  # the first of equal texts
     right_by_medium: dict[object, set[str]] = {}
@@ -105,10 +112,12 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
 
 
 def _read_reply(index: int, sample: Sample) -> _Reply | None:
-    """Return the last reply of a sample; None where it is no text, or is about no image or video."""
+    """Return the last reply of a sample; None where it is not supervised, is no text, or is about no image or video."""
     text, last = last_reply_text(sample), sample.turns[-1]
     shown = [part for turn in sample.turns[:-1] for part in turn.content if not isinstance(part, str)]
-    if last.role != "assistant" or not normalize_answer(text) or not shown or len(shown) < len(sample.media):
+    if last.role != "assistant" or not last.supervised or not normalize_answer(text):
+        return None
+    if not shown or len(shown) < len(sample.media):
         return None
     right = frozenset(map(normalize_answer, (text, *sample.references)))
     return _Reply(index, text, right, frozenset(map(_medium_key, shown)))

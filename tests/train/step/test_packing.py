@@ -275,7 +275,7 @@ def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path:
     [
         (
             "trainer.packing_strategy=best_fit",  # the run groups samples
-            "best_fit and trainer.train_sampling_strategy=group_by_modality_length: it settles which samples stand",
+            "best_fit and trainer.train_sampling_strategy=group_by_modality_length: best_fit decides itself which",
         ),
         (
             ["dataset.streaming=true", "trainer.train_sampling_strategy=random"],
