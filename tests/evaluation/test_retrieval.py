@@ -195,7 +195,7 @@ def test_drawing_depends_on_the_records_alone(captioned: SampleDataset):
 
 def test_candidates_are_drawn_evenly():
     """Each text that may be one, as often as the others; those that are right never."""
-    pool = {f"t{number}": f"T{number}" for number in range(10)}
+    pool = [(f"t{number}", f"T{number}") for number in range(10)]
     counts = Counter(text for index in range(2000) for text in _draw_others(index, pool, frozenset(["t0", "t9"]), 3))
     assert set(counts) == {f"T{number}" for number in range(1, 9)}
     assert all(counts[text] == pytest.approx(2000 * 3 / 8, rel=0.15) for text in counts)

@@ -92,7 +92,8 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
             f"retrieval: none of the {len(dataset):,} records shows an image or a video and ends with a supervised "
             f"reply of text, which is what this metric compares; {advice}"
         )
-    pool = {normalize_answer(reply.text): reply.text for reply in reversed(replies)}  # the first of equal texts
+    first_texts = {normalize_answer(reply.text): reply.text for reply in reversed(replies)}
+    pool = list(first_texts.items())
     right_by_medium: dict[object, set[str]] = {}
     for reply in replies:
         for medium in reply.media:
@@ -129,12 +130,14 @@ def _medium_key(medium: ImageRef | VideoRef) -> object:
     return medium if content is None else blake2b(content, digest_size=16).digest()
 
 
-def _draw_others(index: int, pool: dict[str, str], right: frozenset[str], number: int) -> list[str]:
-    """Return texts of the pool at random, none of them right; fewer than `number` only where there are no more."""
-    keys = list(pool)
-    size = min(number + len(right), len(keys))
-    drawn = np.random.default_rng((SEED, index)).choice(len(keys), size, replace=False)
-    return [pool[keys[place]] for place in drawn.tolist() if keys[place] not in right][:number]
+def _draw_others(index: int, pool: Sequence[tuple[str, str]], right: frozenset[str], number: int) -> list[str]:
+    """Return texts at random, none of them right; fewer than `number` only where there are no more.
+
+    `pool` has different texts, each behind its normalised form, by which `right` names those that are right.
+    """
+    size = min(number + len(right), len(pool))
+    drawn = np.random.default_rng((SEED, index)).choice(len(pool), size, replace=False)
+    return [text for key, text in (pool[place] for place in drawn.tolist()) if key not in right][:number]
 
 
 class CandidateDataset(Dataset[list[SampleInputs] | Skipped]):
