@@ -234,7 +234,7 @@ def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, 
             return datasets.load_dataset(path, subset, **_text_cells(path, subset, split), **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path}: does not open (split {split}, subset {subset}): {error}") from error
-    raise ValueError(f"{path}: {path_problem(path)}")
+    raise ValueError(f"{path}: {path_problem(path) or 'there is no such file'}")
 
 
 def _text_cells(name: str, subset: str | None, split: str, *, revision: str | None = None) -> dict[str, Any]:
