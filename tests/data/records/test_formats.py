@@ -342,6 +342,7 @@ ITEMS = {
     "url": {"type": "image", "url": "a.png"},
     "image_url": {"type": "image_url", "image_url": {"url": "a.png"}},
     "image_url as text": {"type": "image_url", "image_url": "a.png"},
+    "image_url of type image": {"type": "image", "image_url": "a.png"},
     "next": {"type": "image"},
     "next of a table": {"type": "image", "text": None, "image": None, "path": None, "url": None},
     "first that is there": {"type": "image", "image": "a.png", "path": None, "text": None},

@@ -173,12 +173,13 @@ class MediaPlacer:
             return None
         kind = ITEM_KINDS[item_type]
         if item_type in ("image_url", "video_url"):
-            file = item.get(item_type)
-            file = file.get("url") if isinstance(file, dict) else file
+            file = _read_address(item.get(item_type))
         elif item.get("source") is not None:
             file = _read_source(item["source"], self.sample_id)
         else:
             file = first_present(item, *FILE_KEYS)
+            if file is None:  # Qwen's programs name the image of an item of type image as `image_url` too
+                file = _read_address(item.get(f"{item_type}_url"))
             if file is None:
                 index = item.get("index")
                 return self.next(kind) if index is None else self.at(index, kind)
@@ -283,6 +284,11 @@ def _listed(record: Record, key: str, sample_id: str) -> object:
     if is_empty(value):
         return values
     raise BadSample(sample_id, f"it has both `{key}` and `{key}s`, which differ; leave one of them out")
+
+
+def _read_address(value: object) -> object:
+    """Return the address of an item's `image_url` or `video_url`, which may stand under `url`."""
+    return value.get("url") if isinstance(value, dict) else value
 
 
 def _read_source(source: object, sample_id: str) -> object:
