@@ -28,7 +28,6 @@ RECORD_KEYS = {
     **dict.fromkeys(("audio", "audios"), SOUND),
     **dict.fromkeys(("objects", "bbox", "bboxes", "boxes"), BOXES),
     **dict.fromkeys(("weight", "loss", "loss_scale", "sample_weight"), WEIGHTS),
-    **dict.fromkeys(("image", "images", "video", "videos"), "this form has no such images or videos"),
     "history": "earlier turns are not read in this form",
 }
 """Keys of a record that change what is learned -> why they are not read."""
@@ -185,11 +184,8 @@ def _levels(
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     named = [options.get(name, defaults.get(name)) for name in declared.key_options]
     keys = {key for value in named for key in (value if isinstance(value, list) else [value])}
-    refused = RECORD_KEYS
-    if "image_key" in declared.key_options and options.get("image_key", "image") != "image":
-        refused = {key: why for key, why in refused.items() if key not in ("image", "images")}
     turns_key = None if declared.turns is None else str(options.get("key", declared.turns))
-    yield _Level("", record, declared.record.union(map(str, keys), [str(turns_key)]), refused)
+    yield _Level("", record, declared.record.union(map(str, keys), [str(turns_key)]), RECORD_KEYS)
     turns = record.get(turns_key) if turns_key is not None else None
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):

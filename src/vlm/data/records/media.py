@@ -70,20 +70,20 @@ def video_ref_from_value(value: object, folder: Path, sample_id: str, key: str =
         value = value.get("path")
     if not isinstance(value, str):
         raise BadSample(sample_id, f"`{key}` must be a path or a list of paths, got {value!r:.60}")
-    return VideoRef(resolve_media_file(value, folder, sample_id))
+    return VideoRef(resolve_media_file(value, folder, sample_id, "video"))
 
 
-def resolve_media_file(name: str, folder: Path, sample_id: str) -> Path:
-    """Return the path of a file within a folder.
+def resolve_media_file(name: str, folder: Path, sample_id: str, kind: str = "image") -> Path:
+    """Return the path of a file within a folder; `kind` is what messages call it, `image` or `video`.
 
     Raises:
         BadSample: the name is a URL, or the file does not exist or is outside the folder.
     """
     if "://" in name:
-        raise BadSample(sample_id, f"{name}: addresses are not fetched in training; download the image first", name)
+        raise BadSample(sample_id, f"{name}: addresses are not fetched in training; download the {kind} first", name)
     path = folder / name
     if not os.path.isfile(path):  # unlike pathlib's, false for names that no file can have, such as base64
-        raise BadSample(sample_id, f"image file {path} does not exist", name)
+        raise BadSample(sample_id, f"{kind} file {path} does not exist", name)
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
         raise BadSample(sample_id, f"{name} leaves the image folder {folder}", name)
     return path
