@@ -25,7 +25,7 @@ from vlm.data.tools.show import count_unlearned_replies
 class SourceStats:
     """The counts of a source's records, the most tokens that a sample may have, and whether longer ones are cut.
 
-    `reading` counts what is read and not learned.
+    `reading` counts what the records hold that is not learned.
     """
 
     name: str
