@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlm.data import token_counts
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
@@ -96,3 +99,11 @@ def test_few_conversations_are_remembered(encoder: WordEncoder, monkeypatch: pyt
     samples = [sample(str(number), "what " * number, "a cat") for number in range(1, 4)]
     assert count_all(encoder, *samples, *samples) == [(number + 2, number + 1, 2) for number in (1, 2, 3)] * 2
     assert encoder.encoded == ["1", "2", "3"] * 2
+
+
+def test_an_image_that_cannot_be_converted_is_a_bad_sample(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    processor: Any = SimpleNamespace(as_rgb=lambda image: image.convert("no mode"))
+    with pytest.raises(BadSample, match=r"the processor refuses image .*a\.png") as caught:
+        token_counts._count_uniform(sample("1", "a", "b", ImageRef(tmp_path / "a.png")), processor)
+    assert caught.value.file == str(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""The garbage collector while a command starts. Imports the standard library alone."""
+"""How often a command collects garbage. Imports the standard library only."""
 
 import gc
 from collections.abc import Iterator
@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 USUAL = gc.get_threshold()
 RARE = (10_000, 10, 10)
-"""At Python's 700 new objects a collection takes a quarter of the time of the imports: they bring a million objects and
-no garbage."""
+"""Thresholds for commands. With Python's own, 700 new objects, collections take a quarter of the time of the imports,
+which bring a million objects and no garbage."""
 
 
 @contextmanager
 def rare_collection() -> Iterator[None]:
-    """Collect garbage less often; afterwards, as often as before."""
+    """Collect garbage less often within; afterwards, as often as before."""
     before = gc.get_threshold()
     gc.set_threshold(*RARE)
     try:
@@ -22,9 +22,9 @@ def rare_collection() -> Iterator[None]:
 
 
 def collect_as_usual() -> None:
-    """Collect garbage as often as Python does, since steps leave some that holds tensors; never walk what is there now.
+    """Collect garbage as often as Python does, since training steps leave garbage that holds tensors.
 
-    What is there already stays, and is not frozen twice: a process may train more than once.
+    The objects that exist now are exempt from collection. They are frozen once: a process may train more than once.
     """
     if not gc.get_freeze_count():
         gc.freeze()

@@ -1,4 +1,4 @@
-"""Output into a pipe whose reader has gone, as of `vlm data show | head -1`, ends the process in silence."""
+"""A process ends without a message when the reader of its output has gone, as in `vlm data show | head -1`."""
 
 import os
 import sys
@@ -7,11 +7,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, TextIO, cast
 
 CLOSED_PIPE_STATUS = 141
-"""The status that shells report of other tools then: 128, and the number of SIGPIPE."""
+"""The exit status that shells report of other tools then: 128 plus the number of SIGPIPE."""
 
 
 class PipeOutput:
-    """A text stream that raises SystemExit where its pipe is closed, which no handler of errors takes for one.
+    """A text stream that raises SystemExit where its pipe is closed, which `except Exception` does not catch.
 
     SIGPIPE itself is left alone: it would also end a process over a connection that some client has closed.
     """
@@ -45,13 +45,13 @@ class PipeOutput:
 
 @contextmanager
 def end_with_pipes() -> Iterator[None]:
-    """Within, a process ends in silence once nobody reads what it prints."""
+    """Within, the process ends without a message when the reader of its output has gone."""
     output, errors = (cast(TextIO, PipeOutput(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(output), redirect_stderr(errors):
         try:
             yield
         except BaseException:
-            with suppress(SystemExit):  # what went wrong says more than that nobody reads the output
+            with suppress(SystemExit):  # the first error says more than a closed pipe
                 output.flush()
             raise
         output.flush()

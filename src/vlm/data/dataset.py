@@ -141,14 +141,15 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         Raises:
             BadSample: an image does not open, or the processor refuses one.
         """
-        media = decode_sample_images(sample, self.processor)
-        sizes = media_sizes_from_opened(sample.media, media, self.processor)
+        processor = self.processor
+        media = decode_sample_images(sample, processor)
+        sizes = media_sizes_from_opened(sample.media, media, processor)
 
         def process_one(index: int) -> object:
-            return self.processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
+            return processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
 
         with processor_errors("the processor", sample.id, sample.media, process_one):
-            return sizes, self.processor.image_inputs(media, sizes)
+            return sizes, processor.image_inputs(media, sizes)
 
     def encoder_of(self, index: int) -> SampleEncoder:
         """Return what encodes a sample."""

@@ -12,7 +12,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import Skipped, encode_sample
-from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.records.open import value_or_bad_sample
@@ -92,7 +91,7 @@ def open_stream(
             raise ValueError(f"{source.path}: there is no record in it")
         try:
             sample = source.read(record)
-            encode(source.encoder.processor, sample, read_media_sizes(sample, source.encoder.processor))
+            source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
         except BadSample as error:
             if config.on_bad_sample == "error":
                 raise Skipped.from_error(error, source).as_error() from error

@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from vlm.data.cache import create_once, json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processes import num_cores
+from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, MediaSize, Sample, Turn
 from vlm.data.sources import Source
 from vlm.data.vision.images import is_uniform, open_media, read_image_size, read_media_sizes
@@ -258,9 +260,7 @@ def count_record(source: Source, number: int, *, decode: bool, counter: TokenCou
     """
     try:
         sample = source.sample(number)
-        opened = open_media(sample) if decode else []
-        stills = [image for image in opened if not isinstance(image, DecodedVideo)]
-        uniform = sum(is_uniform(source.encoder.processor.as_rgb(image)) for image in stills)
+        uniform = _count_uniform(sample, source.encoder.processor) if decode else 0
         sizes = [read_image_size(image_ref, sample.id) for image_ref in sample.images if image_ref.frame is None]
         tokens = counter.count(sample, read_media_sizes(sample, source.encoder.processor))
         label_and_group = source.encoder.label_and_group(sample)
@@ -269,3 +269,19 @@ def count_record(source: Source, number: int, *, decode: bool, counter: TokenCou
     replies = len(sample.replies)
     media = len(sample.media), len(sample.videos), *(sizes[0] if sizes else (0, 0)), uniform
     return number, *tokens, replies, *media, *label_and_group, sample.id, None, None
+
+
+def _count_uniform(sample: Sample, processor: Processor) -> int:
+    """Decode the images and videos of a sample, and return how many images are of one colour throughout.
+
+    Raises:
+        BadSample: an image or video does not decode, or an image cannot be converted to RGB.
+    """
+    opened = open_media(sample)
+
+    def is_uniform_at(index: int) -> bool:
+        medium = opened[index]
+        return not isinstance(medium, DecodedVideo) and is_uniform(processor.as_rgb(medium))
+
+    with processor_errors("the processor", sample.id, sample.media, is_uniform_at):
+        return sum(map(is_uniform_at, range(len(opened))))

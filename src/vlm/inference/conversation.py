@@ -66,11 +66,11 @@ class Conversation:
         """Ask the next question; a bad question is refused here, before anything is generated.
 
         Args:
-            text: the question; `<image>` and `<video>` mark the places of media, which come first without marks, and
-                where the only one's mark stands within a sentence and so is a word.
+            text: the question; `<image>` and `<video>` mark the places of its images and videos, which come first
+                where there is no mark. The mark of a single image or video is a word if it stands within a sentence.
             images: its images, as paths or Pillow images.
             videos: its videos, as paths.
-            every_mark: whether such a mark stands for the image all the same.
+            every_mark: whether a mark within a sentence stands for the single image or video too.
 
         Returns:
             The answer piece by piece, or in one piece with beam search. The exchange joins the conversation once the

@@ -51,7 +51,7 @@ def eval_model(args: object) -> str:
     check_template(values["conv_mode"], "args.conv_mode")
     images = load_images(split_image_paths(values["image_file"] or "", values["sep"] or ","))
     query = values["query"].replace(LLAVA_PLACEHOLDER, PLACEHOLDER)
-    every_mark = LLAVA_PLACEHOLDER in values["query"]  # no word, whatever stands around it
+    every_mark = LLAVA_PLACEHOLDER in values["query"]  # LLaVA's own mark is never a word
     user_turn(query, len(images), every_mark=every_mark)  # refuse a bad question before the model loads
     model = _load_model(values["model_path"], values["model_base"], values["load_8bit"], values["load_4bit"])
     if (template := values["conv_mode"]) is not None:

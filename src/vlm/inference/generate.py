@@ -86,8 +86,8 @@ class VisionLanguageModel:
         """Generate the answer to one prompt, or to several at once.
 
         Args:
-            prompt: the question, or a list of questions. `<image>` marks the place of an image; without a mark, or
-                where the only image's mark stands within a sentence and so is a word, images come first.
+            prompt: the question, or a list of questions. `<image>` marks the place of an image; without a mark, images
+                come first. The mark of a single image is a word if it stands within a sentence.
             images: the images (paths or Pillow images) of the prompt; for several prompts, a list for each.
             videos: the videos (paths), likewise; `<video>` marks the place of a video.
             max_frames: the largest number of frames read from a video, evenly spread.
@@ -326,7 +326,7 @@ def user_turn(
         prompt: the question.
         num_images: the number of its images.
         videos: the content parts of each video.
-        every_mark: whether the mark of a single image stands for it within a sentence too, where a program wrote it.
+        every_mark: whether the mark of a single image or video stands for it within a sentence too.
 
     Raises:
         ValueError: the prompt has marks, but not as many as there are images or videos.

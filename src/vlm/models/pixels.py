@@ -158,6 +158,7 @@ def as_rgb(image: Image.Image, alpha_background: str = "white") -> Image.Image:
         image: any image that Pillow opens, see `scale_levels` for those of more than 8 bits a channel.
         alpha_background: a name of `ALPHA_BACKGROUNDS`.
     """
+    image.load()  # a TIFF is turned upright as it loads, and keeps its tags only then
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -237,5 +238,7 @@ def load_images(images: Any) -> list[Image.Image]:
     if isinstance(images, (list, tuple)):
         return [rgb_image for image in images for rgb_image in load_images(image)]
     if isinstance(images, str) and os.path.isfile(images):
-        return [Image.open(images)]  # `load_image` would ignore transparency and clip deep levels
+        with Image.open(images) as image:  # `load_image` would ignore transparency and clip deep levels
+            image.load()  # so that the file is not kept open
+            return [image]
     return [load_image(images) if isinstance(images, str) else to_pil_image(images)]

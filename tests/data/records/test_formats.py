@@ -342,6 +342,7 @@ ITEMS = {
     "url": {"type": "image", "url": "a.png"},
     "image_url": {"type": "image_url", "image_url": {"url": "a.png"}},
     "image_url as text": {"type": "image_url", "image_url": "a.png"},
+    "image_url of type image": {"type": "image", "image_url": "a.png"},
     "next": {"type": "image"},
     "next of a table": {"type": "image", "text": None, "image": None, "path": None, "url": None},
     "first that is there": {"type": "image", "image": "a.png", "path": None, "text": None},
@@ -557,11 +558,11 @@ def test_a_number_is_the_text_that_writes_it(folder: Path, number: Any, text: st
 
 
 def test_a_number_of_32_bits_has_the_digits_that_tell_it(folder: Path):
-    column = pa.array([0.1, 2.5, 1e10, 123456.789, 3.4e38], pa.float32()).to_pylist()
+    column = pa.array([0.1, 2.5, 1e10, 2.0**32, 123456.789, 3.4e38], pa.float32()).to_pylist()
     captions = [
         FORMATS["caption"]({"image": "a.png", "caption": number}, folder).turns[-1].content for number in column
     ]
-    assert captions == [("0.1",), ("2.5",), ("10000000000.0",), ("123456.79",), ("3.4e+38",)]
+    assert captions == [("0.1",), ("2.5",), ("10000000000.0",), ("4294967296.0",), ("123456.79",), ("3.4e+38",)]
 
 
 @pytest.mark.parametrize("value", [True, None, float("nan"), [1], {"a": 1}, b"x"])

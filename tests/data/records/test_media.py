@@ -105,7 +105,7 @@ def test_what_is_no_image_is_refused_with_the_record_and_the_reason(folder: Path
 BAD_VIDEOS: dict[str, tuple[Any, str]] = {
     "a number": ([3], "`video` must be a path or a list of paths, got 3"),
     "bytes": ({"bytes": CONTENT}, "`video` must be a path or a list of paths, got None"),
-    "missing": ("v.mp4", "v.mp4 does not exist"),
+    "missing": ("v.mp4", "video file "),
     "upwards": ("../outside.png", "leaves the image folder"),
     "an address": ("https://example.com/v.mp4", "addresses are not fetched"),
 }

@@ -62,6 +62,14 @@ def test_minicpm_names_its_images(folder: Path):
     assert turns[0]["content"] == "Is <image_01> like <image_00>?"
 
 
+def test_minicpm_names_its_only_image_within_a_sentence(folder: Path):
+    turns = [{"role": "user", "content": "Is <image_00> a cat?"}, {"role": "assistant", "content": "No"}]
+    record = {"image": {"<image_00>": "a.png"}, "conversations": turns}
+    assert contents(FORMATS["minicpm"](record, folder))[0] == ("user", ["Is ", "[a.png]", " a cat?"])
+    of_a_table = {"image": {"<image_00>": "a.png", "<image_01>": None}, "conversations": turns}
+    assert FORMATS["minicpm"](of_a_table, folder) == FORMATS["minicpm"](record, folder)
+
+
 PAIR = [{"role": "user", "content": "<image_00>?"}, {"role": "assistant", "content": "a"}]
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no output": ("alpaca", {"instruction": "a"}, "`output` must be a string, got None; it has instruction"),

@@ -213,7 +213,7 @@ def test_an_image_that_cannot_be_turned_upright_goes(folder: Path, monkeypatch: 
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)
     found = cleaned(folder, [caption(0, "0.png")])
-    assert "0.png does not turn upright: odd tag" in found.examples["broken"]
+    assert "0.png cannot be turned upright and converted to RGB: odd tag" in found.examples["broken"]
 
 
 def test_videos_are_opened_and_compared_by_their_files(folder: Path):

@@ -51,8 +51,8 @@ def processor_errors(
 def is_refusal(error: Exception) -> bool:
     """Return whether an error is about the data: a library raised it, or our processors as `MediaMismatchError`.
 
-    A library raised it where the innermost frame, those of the standard library aside, is not in this package. A
-    library that is missing is no matter of the data.
+    A library raised it if the innermost frame outside the standard library is not in this package. A missing library
+    says nothing about the data.
     """
     from vlm.models.processing_vlm import MediaMismatchError  # torch comes with it, and is there with any processor
 

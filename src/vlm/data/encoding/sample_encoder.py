@@ -72,15 +72,18 @@ class SampleEncoder:
         return type(self).__name__, self.supervise
 
 
+DATA_FOLDER = Path(__file__).parent.parent
 DATA_FILES = ("*.py", "encoding/*.py", "records/*.py", "vision/*.py")
-PROCESSOR_FILES = ("*process*.py", "anyres.py", "table.py", "videos.py")
-"""The files that ids depend on, of this package and beside a processor's own file."""
+PROCESSOR_FILES = ("*process*.py", "anyres.py", "pixels.py", "table.py", "videos.py")
+"""The files that ids and counts depend on: those of this package, and those of processors, in the folder of the
+processor's class and in `vlm/models`, whose functions all processors call."""
 
 
 def processor_digest(processor: Processor) -> str:
     """Return a digest of all that ids depend on: tokenizer, template, settings, and the code from records to ids."""
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
-    folders = {Path(__file__).parent.parent: DATA_FILES, Path(inspect.getfile(type(processor))).parent: PROCESSOR_FILES}
+    processor_folders = dict.fromkeys((Path(inspect.getfile(type(processor))).parent, DATA_FOLDER.parent / "models"))
+    folders = {DATA_FOLDER: DATA_FILES, **dict.fromkeys(processor_folders, PROCESSOR_FILES)}
     files = [file for folder, names in folders.items() for name in names for file in sorted(folder.glob(name))]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     text = (processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template)

@@ -25,7 +25,7 @@ from vlm.data.sample import BadSample
 SCHEMA = pa.schema([("record", pa.large_binary())])
 RECORDS_PER_BATCH = 4096
 FORMAT_VERSION = 2
-"""Is raised when the same file is indexed as other records."""
+"""Increase it whenever the same file would be indexed as other records."""
 
 
 class IndexedRecords:
@@ -153,7 +153,8 @@ def _iter_lenient_list_items(content: bytes, source: Path) -> Iterator[bytes]:
         if (place := skip_whitespace(place + 1)) < len(text):
             raise json.JSONDecodeError("Extra data", text, place)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not JSON ({error}); one record a line is read from a file named .jsonl") from None
+        needed = "a list of records is needed, or one record on each line"
+        raise ValueError(f"{source}: not JSON ({error}); {needed}") from None
 
 
 def parse_record(line: bytes, sample_id: str = "?") -> Any:  # any value of JSON

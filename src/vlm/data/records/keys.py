@@ -1,8 +1,8 @@
-"""Keys of records: each reader declares those that it reads; keys that change what is learned are never passed over.
+"""Keys of records: each reader declares those that it reads; keys that change what is learned are never ignored.
 
-A key that a reader does not read refuses the record where it stands in one of the tables below with a value that says
-something; the option `ignore_keys` of every reader allows it. Other keys are passed, and `vlm data stats` and
-`vlm data show` name them. Imports the standard library and `sample` only.
+A record is refused if it has a key that its reader does not read, that is in one of the tables below, and whose value
+is not empty; the option `ignore_keys` of every reader allows such a key. Other keys are ignored, and `vlm data stats`
+and `vlm data show` name them. Imports the standard library and `sample` only.
 """
 
 import inspect
@@ -28,7 +28,6 @@ RECORD_KEYS = {
     **dict.fromkeys(("audio", "audios"), SOUND),
     **dict.fromkeys(("objects", "bbox", "bboxes", "boxes"), BOXES),
     **dict.fromkeys(("weight", "loss", "loss_scale", "sample_weight"), WEIGHTS),
-    **dict.fromkeys(("image", "images", "video", "videos"), "this form has no such images or videos"),
     "history": "earlier turns are not read in this form",
 }
 """Keys of a record that change what is learned -> why they are not read."""
@@ -147,7 +146,7 @@ def reads(
 
 @dataclass(frozen=True)
 class _Level:
-    """The keys of a record, a turn or an item: where it is, what it holds, what is read, what refuses it."""
+    """A record, a turn or an item: where it is, its values, the keys that are read, and those that refuse it."""
 
     prefix: str
     values: Record
@@ -155,7 +154,7 @@ class _Level:
     refused: dict[str, str]
 
     def unread(self) -> Iterator[str]:
-        """Yield the keys that are not read, though their value says something."""
+        """Yield the keys that are not read and whose value is not empty."""
         yield from (key for key, value in self.values.items() if key not in self.read and not is_empty(value))
 
     def check(self, ignored: set[str], sample_id: str) -> None:
@@ -185,11 +184,8 @@ def _levels(
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     named = [options.get(name, defaults.get(name)) for name in declared.key_options]
     keys = {key for value in named for key in (value if isinstance(value, list) else [value])}
-    refused = RECORD_KEYS
-    if "image_key" in declared.key_options and options.get("image_key", "image") != "image":
-        refused = {key: why for key, why in refused.items() if key not in ("image", "images")}
     turns_key = None if declared.turns is None else str(options.get("key", declared.turns))
-    yield _Level("", record, declared.record.union(map(str, keys), [str(turns_key)]), refused)
+    yield _Level("", record, declared.record.union(map(str, keys), [str(turns_key)]), RECORD_KEYS)
     turns = record.get(turns_key) if turns_key is not None else None
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):
@@ -204,7 +200,7 @@ def _levels(
 def unread_keys(reader: Reader, record: object, options: dict[str, Any]) -> list[str]:
     """Return the keys of a record that its reader does not read, with those of its turns and items; each once.
 
-    Of a reader that declares no keys, such as a user's own, nothing is known: there are none.
+    There are none for a reader that declares no keys, such as a user's own.
     """
     declared = getattr(reader, "declared_keys", None)
     if declared is None or not isinstance(record, dict):
@@ -215,7 +211,7 @@ def unread_keys(reader: Reader, record: object, options: dict[str, Any]) -> list
 
 
 def is_empty(value: object) -> bool:
-    """Return whether a value says nothing: None, false, an empty text, or a list or mapping of such values."""
+    """Return whether a value is empty: None, false, a blank text, or a list or mapping of such values."""
     if isinstance(value, dict):
         return all(map(is_empty, value.values()))
     if isinstance(value, list):

@@ -109,9 +109,9 @@ def split_at_marks(
     Args:
         texts: the texts, in order; a single one with `lead`.
         numbers: how many images (`<image>`) and videos (`<video>`) stand in the texts.
-        lead: whether media may go without marks, since they then come before the text. The mark of a single image or
-            video is then a word where it stands within a sentence.
-        every_mark: whether such a mark stands for the image or video all the same.
+        lead: whether media without marks come before the text. The mark of a single image or video is then a word if
+            it stands within a sentence.
+        every_mark: whether the mark of a single image or video stands for it within a sentence too.
 
     Returns:
         The pieces of each text, and the kinds of media that come before the text.

@@ -70,20 +70,20 @@ def video_ref_from_value(value: object, folder: Path, sample_id: str, key: str =
         value = value.get("path")
     if not isinstance(value, str):
         raise BadSample(sample_id, f"`{key}` must be a path or a list of paths, got {value!r:.60}")
-    return VideoRef(resolve_media_file(value, folder, sample_id))
+    return VideoRef(resolve_media_file(value, folder, sample_id, "video"))
 
 
-def resolve_media_file(name: str, folder: Path, sample_id: str) -> Path:
-    """Return the path of a file within a folder.
+def resolve_media_file(name: str, folder: Path, sample_id: str, kind: str = "image") -> Path:
+    """Return the path of a file within a folder; `kind` is what messages call it, `image` or `video`.
 
     Raises:
         BadSample: the name is a URL, or the file does not exist or is outside the folder.
     """
     if "://" in name:
-        raise BadSample(sample_id, f"{name}: addresses are not fetched in training; download the image first", name)
+        raise BadSample(sample_id, f"{name}: addresses are not fetched in training; download the {kind} first", name)
     path = folder / name
     if not os.path.isfile(path):  # unlike pathlib's, false for names that no file can have, such as base64
-        raise BadSample(sample_id, f"image file {path} does not exist", name)
+        raise BadSample(sample_id, f"{kind} file {path} does not exist", name)
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
         raise BadSample(sample_id, f"{name} leaves the image folder {folder}", name)
     return path
@@ -173,12 +173,13 @@ class MediaPlacer:
             return None
         kind = ITEM_KINDS[item_type]
         if item_type in ("image_url", "video_url"):
-            file = item.get(item_type)
-            file = file.get("url") if isinstance(file, dict) else file
+            file = _read_address(item.get(item_type))
         elif item.get("source") is not None:
             file = _read_source(item["source"], self.sample_id)
         else:
             file = first_present(item, *FILE_KEYS)
+            if file is None:  # Qwen's programs name the image of an item of type image as `image_url` too
+                file = _read_address(item.get(f"{item_type}_url"))
             if file is None:
                 index = item.get("index")
                 return self.next(kind) if index is None else self.at(index, kind)
@@ -283,6 +284,11 @@ def _listed(record: Record, key: str, sample_id: str) -> object:
     if is_empty(value):
         return values
     raise BadSample(sample_id, f"it has both `{key}` and `{key}s`, which differ; leave one of them out")
+
+
+def _read_address(value: object) -> object:
+    """Return the address of an item's `image_url` or `video_url`, which may stand under `url`."""
+    return value.get("url") if isinstance(value, dict) else value
 
 
 def _read_source(source: object, sample_id: str) -> object:

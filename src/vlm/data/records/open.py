@@ -234,7 +234,7 @@ def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, 
             return datasets.load_dataset(path, subset, **_text_cells(path, subset, split), **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path}: does not open (split {split}, subset {subset}): {error}") from error
-    raise ValueError(f"{path}: {path_problem(path)}")
+    raise ValueError(f"{path}: {path_problem(path) or 'there is no such file'}")
 
 
 def _text_cells(name: str, subset: str | None, split: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -243,10 +243,13 @@ def _text_cells(name: str, subset: str | None, split: str, *, revision: str | No
     from datasets.packaged_modules.csv.csv import CsvConfig
 
     config = datasets.load_dataset_builder(name, subset, revision=revision).config
+    split = re.split(r"[\[+]", split)[0]  # of `train[:100]` and `train+test`
     if not isinstance(config, CsvConfig) or not isinstance(config.data_files, dict) or split not in config.data_files:
         return {}
     import pandas as pd
 
-    columns = pd.read_csv(config.data_files[split][0], sep=config.sep, nrows=0, encoding=config.encoding).columns
+    header: dict[str, Any] = {"header": config.header, "names": config.names, "skiprows": config.skiprows}
+    file = config.data_files[split][0]
+    columns = pd.read_csv(file, sep=config.sep, nrows=0, encoding=config.encoding, **header).columns
     texts = datasets.Features({column: datasets.Value("string") for column in columns})
     return {"features": config.features or texts, "keep_default_na": False, "na_values": [""]}

@@ -51,6 +51,7 @@ def rewrite_minicpm(record: Record, sample_id: str) -> Record:
     messages = [dict(turn) for turn in conversation]
     if not isinstance(image, dict) or {"bytes", "path"} & image.keys():
         return _with_media_first(record, messages, ("conversations",))
+    image = {name: value for name, value in image.items() if value is not None}  # rows of a table name all images
     names = [name for message in messages for name in MINICPM_MARK.findall(message["content"])]
     if unknown := [name for name in names if name not in image]:
         raise BadSample(sample_id, f"{unknown[0]} in its text is none of its images, which are {', '.join(image):.80}")
@@ -59,7 +60,8 @@ def rewrite_minicpm(record: Record, sample_id: str) -> Record:
     images = [image[name] for name in names] or list(image.values())
     if unused := [name for name in image if names and name not in names]:
         raise BadSample(sample_id, f"{unused[0]} of its images is nowhere in its text")
-    return _with_media_first({**record, "image": None, "images": images}, messages, ("conversations",))
+    record = {**record, "image": None, "images": images}
+    return _with_media_first(record, messages, ("conversations",), every_mark=bool(names))
 
 
 def _text(record: Record, key: str, sample_id: str) -> str:
@@ -84,16 +86,19 @@ def _messages(pairs: Sequence[Sequence[str]]) -> list[Record]:
     ]
 
 
-def _with_media_first(record: Record, messages: list[Record], rewritten: Sequence[str]) -> Record:
+def _with_media_first(
+    record: Record, messages: list[Record], rewritten: Sequence[str], *, every_mark: bool = False
+) -> Record:
     """Return the record with messages, in which images and videos that no text has a place for come first.
 
-    The mark of a single image or video is a word where it stands within a sentence, see `marks`.
+    The mark of a single image or video is a word where it stands within a sentence, see `marks`; with `every_mark` it
+    stands for the image or video there too.
     """
     numbers = {}
     for mark, names in ((VIDEO_PLACEHOLDER, ("video", "videos")), (PLACEHOLDER, ("image", "images"))):
         media = next((record[name] for name in names if record.get(name) is not None), [])
         numbers[mark] = len(media) if isinstance(media, list) else 1
-    may_be_words = sum(numbers.values()) == 1
+    may_be_words = sum(numbers.values()) == 1 and not every_mark
     written = find_marks([message["content"] for message in messages if message.get("role") == "user"])
     placed = {mark.spelling for mark in written if mark.alone or not may_be_words}
     marks = [mark for mark, number in numbers.items() for _ in range(number) if mark not in placed]

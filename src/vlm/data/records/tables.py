@@ -35,7 +35,7 @@ CHARACTERS_PER_BATCH = 32 << 20
 """The most rows, and about the most characters, of a batch of the Arrow file."""
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 FORMAT_VERSION = 1
-"""Is raised when the same table is written as another Arrow file, or read in another dialect."""
+"""Increase it whenever the same table would be written as another Arrow file, or read in another dialect."""
 
 
 Rows = list[list[str]]

@@ -8,9 +8,9 @@ from decimal import Decimal
 def text_from_value(value: object) -> str | None:
     """Return a string, or a number in its exact text form (3, 2.5, 1e-07); None for any other value.
 
-    A float that is one of 32 bits is written with the fewest digits that tell it from others of 32 bits, since columns
-    of such numbers hold 0.1 as 0.10000000149011612. Truth values are none: whether they should read yes, true or True
-    is not for us to say.
+    A float of 32 bits with a fraction is written with the fewest digits that tell it from others of 32 bits, since
+    columns of such numbers hold 0.1 as 0.10000000149011612. Truth values have no text: they could read yes, true or
+    True.
     """
     if isinstance(value, str):
         return value
@@ -20,6 +20,8 @@ def text_from_value(value: object) -> str | None:
         return str(value)
     if not math.isfinite(value):
         return None
+    if value.is_integer() and abs(value) < MAX_EXACT_INTEGER:
+        return repr(value)
     if abs(value) < MAX_FLOAT32 and len(repr(value)) > MIN_DIGITS and _as_float32(value) == value:
         return next(
             text for digits in range(1, 18) if _as_float32(float(text := repr(float(f"{value:.{digits}g}")))) == value
@@ -28,6 +30,8 @@ def text_from_value(value: object) -> str | None:
 
 
 MAX_FLOAT32 = 3.4028234663852886e38
+MAX_EXACT_INTEGER = 2**53
+"""Up to this number, floats hold every integer exactly."""
 MIN_DIGITS = 11
 """Numbers written in fewer characters are exact as they stand."""
 

@@ -25,7 +25,7 @@ from vlm.data.tools.show import count_unlearned_replies
 class SourceStats:
     """The counts of a source's records, the most tokens that a sample may have, and whether longer ones are cut.
 
-    `reading` counts what is passed over in reading.
+    `reading` counts what the records hold that is not learned.
     """
 
     name: str
@@ -70,7 +70,7 @@ class SourceStats:
 
 @dataclass(frozen=True)
 class ReadingStats:
-    """What is passed over in reading: keys that are not read, with the number of their records, and replies.
+    """What records hold that is not learned: keys that are not read -> number of records; number of replies.
 
     `records` is the number of records that were looked at.
     """

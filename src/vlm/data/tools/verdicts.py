@@ -148,7 +148,7 @@ class RecordChecker:
                     digests.append(image_pixel_digest(image))
                     uniform += is_uniform(as_rgb(image))
                 except Exception as error:  # Pillow reads the orientation only now, and may raise anything
-                    detail = f"image {image_ref} does not turn upright: {error}"
+                    detail = f"image {image_ref} cannot be turned upright and converted to RGB: {error}"
                     return RecordVerdict(sample.id, "broken", detail, file)
             digests += [video_file_digest(video, sample.id) for video in sample.videos]
         except BadSample as error:

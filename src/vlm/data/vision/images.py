@@ -1,6 +1,7 @@
 """Opening images: files, bytes and frames of videos. One that does not open is a `BadSample`, which names the file."""
 
 import re
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,18 @@ from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.data.vision.video import DecodedVideo, open_video, read_frames
 
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, MemoryError, RuntimeError, DecompressionBombError)
-"""What Pillow raises for files that are no images, or are truncated."""
+IMAGE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    DecompressionBombError,
+)
+"""What Pillow raises for files that are no images, or are truncated, or have broken EXIF data."""
 
 TRUNCATION = re.compile("truncated|unexpected end|broken data stream|premature end", re.IGNORECASE)
 """What Pillow says of images that end early."""
@@ -89,6 +100,7 @@ def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
         return read_frames(image_ref.path, [image_ref.frame], sample_id)[0]
     with wrap_image_errors(image_ref, sample_id), Image.open(_image_source(image_ref)) as image:
         image.load()
+        image.getexif()  # parsed here, where an error names the image
         return image
 
 
