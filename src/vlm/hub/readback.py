@@ -1,8 +1,8 @@
-"""Exports, read back by the classes that others read them with: are the names all there, and are the outputs ours?
+"""Exports, read back by the classes that others read them with: are all names there, and are the outputs ours?
 
 Names and shapes are checked on the meta device, before a weight is written. Outputs are those of one question, in the
-precision of the checkpoint, ours and the export's one after the other, so that memory holds one model at a time.
-transformers has the class of `llava`. Of `llava-original` it has the parts: those are put together as in LLaVA's code.
+precision of the checkpoint, first of our model, then of the export, so that memory holds one model at a time. `llava`
+is read by transformers' own class; `llava-original` by transformers' classes of its parts, joined as in LLaVA's code.
 """
 
 import re
@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 PROBE_QUESTION = "What is this?"
 
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Precision -> the largest `|ours - theirs| / |ours|` (Euclidean norms) that rounding makes of equal computations."""
+"""Precision -> the largest `|ours - theirs| / |ours|` (Euclidean norms) that counts as rounding."""
 
 TOWER, PROJECTOR, NEWLINE = "model.vision_tower.vision_tower.", "model.mm_projector.", "model.image_newline"
 """Where LLaVA's own code has what is not its language model's."""
@@ -109,7 +109,7 @@ def find_memory_shortage(folder: Path) -> str | None:
 
 
 def read_available_memory() -> int | None:
-    """Return the bytes that new programs may use, as Linux estimates them; None where it is not said."""
+    """Return the bytes that new programs may use, as Linux estimates them; None where they are not known."""
     if not (file := Path("/proc/meminfo")).is_file():
         return None
     match = re.search(r"MemAvailable:\s+(\d+) kB", file.read_text(encoding="ascii"))
