@@ -51,7 +51,7 @@ class Probe(NamedTuple):
         image: the image, `PIL.Image`.
         ids: `(1, T)`: the question with placeholders for the image.
         inputs: our model's inputs of the image.
-        text_ids: `(1, T)`: the question alone.
+        text_ids: `(1, T)`: the question alone, without a template.
     """
 
     image: Image.Image
@@ -75,13 +75,10 @@ def make_probe(processor: VLMProcessor) -> Probe:
     """Return one small image of noise and a question, as our processor prepares them."""
     pixels = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(pixels.numpy())
-
-    def encode(content: str, images: list[Image.Image]) -> State:
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return dict(processor(images=images or None, text=text))
-
-    inputs = encode(f"{processor.image_token}\n{PROBE_QUESTION}", [image])
-    text_ids = encode(PROBE_QUESTION, [])["input_ids"]
+    question = {"role": "user", "content": f"{processor.image_token}\n{PROBE_QUESTION}"}
+    text = processor.apply_chat_template([question], add_generation_prompt=True)
+    inputs: State = dict(processor(images=[image], text=text))
+    text_ids = torch.tensor([processor.tokenizer(PROBE_QUESTION).input_ids])  # templates like `plain` drop the question
     ids = inputs.pop("input_ids")
     del inputs["attention_mask"]
     return Probe(image, ids, inputs, text_ids)
