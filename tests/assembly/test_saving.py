@@ -153,6 +153,21 @@ def test_a_family_says_where_it_ends(tmp_path: Path):
     assert model.generation_config.eos_token_id == sorted({3, *ends})
 
 
+def test_sampling_flags_without_effect_are_not_saved(parts: Parts, tmp_path: Path):
+    """transformers refuses to save them once settings have changed, which would lose a trained model."""
+    model, processor = parts.model("clip", "llama", layer=-2)
+    settings: Any = model.generation_config
+    settings.temperature, settings.length_penalty = 0.9, 2.0
+    set_reply_ends(model, processor)
+    save_complete(model, tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert "temperature" not in saved
+    assert "length_penalty" not in saved
+    settings.do_sample, settings.temperature = True, 0.9
+    set_reply_ends(model, processor)
+    assert settings.temperature == 0.9
+
+
 def test_heads_have_no_reply_to_end(parts: Parts, tmp_path: Path):
     model, processor = parts.model("clip", "llama", layer=-2)
     predicting = with_heads(model)

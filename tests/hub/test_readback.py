@@ -61,7 +61,7 @@ def test_a_copy_of_tied_embeddings_is_left_out(parts: Parts, tmp_path: Path, for
             lambda state: {name: value for name, value in state.items() if "layer_norm1" not in name},
             "it lacks 4 weights",
         ),
-        (lambda state: {**state, "connector.extra": torch.ones(1)}, "besides, 1 weights, such as connector.extra"),
+        (lambda state: {**state, "connector.extra": torch.ones(1)}, "no place for 1 weights, such as connector.extra"),
         (lambda state: {**state, "connector.layers.0.bias": torch.ones(5)}, r"not \(5,\)|\(5,\)"),
     ],
     ids=["lacking", "surplus", "shape"],

@@ -1,4 +1,4 @@
-"""The proof that what a model saves it loads: names, shapes and computed buffers, before hours are spent on training.
+"""The proof that a model loads what it saves: names, shapes and computed buffers, before hours are spent on training.
 
 The model is saved into memory and loaded from there, with stand-ins for its tensors that take no memory. Each stand-in
 holds one number in all its places, by which it is recognised after loading. Where transformers joins and splits tensors
@@ -42,11 +42,11 @@ def saved_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[s
 
 
 def check_round_trip(model: PreTrainedModel) -> None:
-    """Refuse a model that would not come back as it was saved; quantised ones are saved on top of their base.
+    """Refuse a model that would not be loaded as it was saved; quantised ones, saved on top of their base, pass.
 
     Raises:
-        ValueError: its saving fails, or loading lacks a weight, gives it to another one, draws it anew, or computes a
-            buffer that no checkpoint holds otherwise.
+        ValueError: the model cannot be saved, or loading it misses a weight, mixes weights up, draws one anew, or
+            computes an unsaved buffer differently.
     """
     if any(getattr(module, "is_quantized", False) for module in model.modules()):
         return
@@ -62,7 +62,7 @@ def check_round_trip(model: PreTrainedModel) -> None:
             "the tensor"
         ) from error
     try:
-        with quiet_loading(), _without_zero3(), torch.random.fork_rng(devices=[]):  # a run's chance stays as it was
+        with quiet_loading(), _without_zero3(), torch.random.fork_rng(devices=[]):  # leaves the run's random state
             result: Any = type(model).from_pretrained(
                 None, config=model.config, state_dict=saved, dtype=model.dtype, output_loading_info=True,
                 ignore_mismatched_sizes=True, **options,
@@ -110,7 +110,7 @@ def _loading_problems(info: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], loaded: PreTrainedModel) -> Iterator[str]:
-    """Yield which tensors of a loaded model are not those that were saved, and which buffers are computed otherwise."""
+    """Yield which tensors after loading are not those that were saved, and which buffers were computed differently."""
     state = loaded.state_dict()
     places: dict[int, int] = {}
     for name, stand_in in stand_ins.items():
@@ -121,7 +121,7 @@ def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], lo
     buffers = dict(loaded.named_buffers())
     for name, buffer in model.named_buffers():
         if name not in stand_ins and not is_equal(buffer, buffers.get(name)):
-            yield f"the buffer {name}, which is not saved, is computed otherwise when the model is loaded"
+            yield f"the buffer {name}, which is not saved, is computed differently when the model is loaded"
 
 
 def _has_mark(tensor: Tensor, mark: int) -> bool:
@@ -133,7 +133,7 @@ def _has_mark(tensor: Tensor, mark: int) -> bool:
 
 
 def is_equal(buffer: Tensor, loaded: Tensor | None) -> bool:
-    """Return whether a buffer was computed alike; on the meta device, whether it is as large.
+    """Return whether a buffer was computed with the same result; on the meta device, whether shapes are the same.
 
     Under ZeRO-3 buffers may be computed in half precision and on another device, so numbers may differ by rounding.
     """
@@ -152,7 +152,7 @@ def _shorten(names: list[str]) -> str:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers from reporting what is reported here."""
+    """Keep transformers from logging what callers report themselves."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,8 +1,9 @@
 """Saving a complete model: its weights under one set of names, and the ids at which its replies end.
 
-transformers names weights on disk otherwise than in memory, and saves a model under the names that it was loaded from.
-Under ZeRO-3 it takes every renaming that it knows for one that was used. `save_complete` decides anew: a model of this
-framework has its own names, a family's those of the checkpoint that it began with, however either was trained.
+transformers may name weights differently on disk and in memory, and saves a model under the names that it was loaded
+from. Under ZeRO-3 it reverts every renaming that it knows, whether it was used or not. `save_complete` decides itself:
+a model of this framework has its own names, a family's those of the checkpoint that it began with, however it was
+trained.
 """
 
 from collections import defaultdict
@@ -17,6 +18,14 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
 from vlm.data.encoding.labels import reply_ending
 from vlm.data.processor import Processor
+
+SAMPLING_FLAGS = (
+    "temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+"""Generation settings that have an effect only with `do_sample=true`."""
+
+BEAM_FLAGS = ("early_stopping", "length_penalty")
+"""Generation settings that have an effect only with several beams."""
 
 
 def save_complete(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -59,7 +68,7 @@ def share_tied_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> d
 
 
 def set_reply_ends(model: PreTrainedModel, processor: Processor) -> None:
-    """Note in a model's generation settings what ends a reply; a model that does not generate has none.
+    """Set in a model's generation settings what ends a reply; a model that does not generate has none.
 
     Raises:
         ValueError: see `reply_ending`.
@@ -67,6 +76,23 @@ def set_reply_ends(model: PreTrainedModel, processor: Processor) -> None:
     if model.can_generate():
         settings: Any = model.generation_config  # declared by a mixin, which PreTrainedModel does not name
         settings.update(**reply_end_settings(settings.eos_token_id, settings.pad_token_id, processor))
+        _unset_flags_without_effect(settings)
+
+
+def _unset_flags_without_effect(settings: Any) -> None:
+    """Unset flags without effect where there are any that transformers refuses to save.
+
+    Some published settings have them, such as a temperature without `do_sample`. transformers saves settings like that
+    only if nothing in them has changed since they were loaded.
+    """
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        flags = () if settings.do_sample is True else SAMPLING_FLAGS
+        if settings.num_beams in (None, 1):
+            flags = *flags, *BEAM_FLAGS
+        for name in flags:
+            setattr(settings, name, None)
 
 
 def reply_end_settings(

@@ -3,6 +3,7 @@
 Weights go from file to file, one at a time. What was written is then read back, and compared with the checkpoint.
 """
 
+import gc
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -102,7 +103,7 @@ def _name_weights(name: str, checkpoint: Path, config: VLMConfig, weight_prefixe
         raise ValueError(f"{name} holds no weights; a run's complete model is its folder `final`")
     for problem, weights in (
         ("lacks", needed.keys() - found),
-        ("has, besides,", found.keys() - needed - complete.keys()),
+        ("has no place for", found.keys() - needed - complete.keys()),
     ):
         if weights:
             raise ValueError(
@@ -136,6 +137,7 @@ def _compare(
     assert is_composed_model(model)
     expected = readback.own_outputs(model.eval(), probe)
     del model
+    gc.collect()  # before the export is loaded: memory holds one model at a time
     if problems := list(find_differences(expected, readback.read_outputs(folder, config, probe))):
         raise ValueError(f"{name} was not exported: what was written has {'; '.join(problems)}")
 

@@ -1,8 +1,8 @@
-"""Exports, read back by the classes that others read them with: are the names all there, and are the outputs ours?
+"""Exports, read back by the classes that others read them with: are all names there, and are the outputs ours?
 
 Names and shapes are checked on the meta device, before a weight is written. Outputs are those of one question, in the
-precision of the checkpoint, ours and the export's one after the other, so that memory holds one model at a time.
-transformers has the class of `llava`. Of `llava-original` it has the parts: those are put together as in LLaVA's code.
+precision of the checkpoint, first of our model, then of the export, so that memory holds one model at a time. `llava`
+is read by transformers' own class; `llava-original` by transformers' classes of its parts, joined as in LLaVA's code.
 """
 
 import re
@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 PROBE_QUESTION = "What is this?"
 
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Precision -> the largest `|ours - theirs| / |ours|` (Euclidean norms) that rounding makes of equal computations."""
+"""Precision -> the largest `|ours - theirs| / |ours|` (Euclidean norms) that counts as rounding."""
 
 TOWER, PROJECTOR, NEWLINE = "model.vision_tower.vision_tower.", "model.mm_projector.", "model.image_newline"
 """Where LLaVA's own code has what is not its language model's."""
@@ -51,7 +51,7 @@ class Probe(NamedTuple):
         image: the image, `PIL.Image`.
         ids: `(1, T)`: the question with placeholders for the image.
         inputs: our model's inputs of the image.
-        text_ids: `(1, T)`: the question alone.
+        text_ids: `(1, T)`: the question alone, without a template.
     """
 
     image: Image.Image
@@ -75,13 +75,10 @@ def make_probe(processor: VLMProcessor) -> Probe:
     """Return one small image of noise and a question, as our processor prepares them."""
     pixels = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(pixels.numpy())
-
-    def encode(content: str, images: list[Image.Image]) -> State:
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return dict(processor(images=images or None, text=text))
-
-    inputs = encode(f"{processor.image_token}\n{PROBE_QUESTION}", [image])
-    text_ids = encode(PROBE_QUESTION, [])["input_ids"]
+    question = {"role": "user", "content": f"{processor.image_token}\n{PROBE_QUESTION}"}
+    text = processor.apply_chat_template([question], add_generation_prompt=True)
+    inputs: State = dict(processor(images=[image], text=text))
+    text_ids = torch.tensor([processor.tokenizer(PROBE_QUESTION).input_ids])  # templates like `plain` drop the question
     ids = inputs.pop("input_ids")
     del inputs["attention_mask"]
     return Probe(image, ids, inputs, text_ids)
@@ -109,7 +106,7 @@ def find_memory_shortage(folder: Path) -> str | None:
 
 
 def read_available_memory() -> int | None:
-    """Return the bytes that new programs may use, as Linux estimates them; None where it is not said."""
+    """Return the bytes that new programs may use, as Linux estimates them; None where they are not known."""
     if not (file := Path("/proc/meminfo")).is_file():
         return None
     match = re.search(r"MemAvailable:\s+(\d+) kB", file.read_text(encoding="ascii"))

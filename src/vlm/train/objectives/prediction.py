@@ -122,9 +122,9 @@ class Prediction(Objective):
         write_first_prompts(self.data.train, self.collate, run.processor, run.folder, run.args.train_batch_size)
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
-        """Prove that the body reads padded batches, and is causal where it learns to write; not where it only was read.
+        """Prove that the body reads padded batches and, where it learns to write, that it is causal.
 
-        A body whose hidden states are cached takes no part in training.
+        Where its hidden states are cached, the body takes no part in training, and nothing is proved.
         """
         from vlm.assembly.checkpoint import get_body
         from vlm.train.step.proofs import check_causal, check_padding, model_label

@@ -1,8 +1,8 @@
 """What training takes for granted of a model, proved on a few tokens before the first step.
 
-That a token sees earlier tokens only, without which a model learns to copy the token that it should predict; and that a
-sample of a padded batch gets what it gets alone. Weights must be loaded for that; `assembly/language_models.py` refuses
-before what a configuration shows. Every rank makes the same calls, as ZeRO-3 needs.
+A token must see earlier tokens only: otherwise a model learns to copy the token that it should predict. And a sample of
+a padded batch must have the logits that it has alone. Both need loaded weights; what a configuration shows,
+`assembly/language_models.py` refuses earlier. Every rank makes the same calls, as ZeRO-3 needs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ WORDS = "one red dog runs over the green hill while two small birds sing in a ta
 CAUSAL_TOLERANCE = 1e-5, 2e-3
 """In float32 and in half precision: the largest change of logits before changed tokens, over the change at these."""
 NOISE_FACTOR = 10
-"""How many times the change of a row in which nothing changed may come on top of that: experts that compute tokens in
-groups round otherwise when the groups change."""
+"""How many times the change of logits in an unchanged row is allowed on top of that: experts compute tokens in groups,
+and rounding differs when the groups change."""
 PADDING_TOLERANCE = 1e-2, 0.15
 """The largest difference of a padded row's logits from those of the row alone, over the norm of these."""
 
@@ -47,8 +47,8 @@ def model_label(config: RunConfig) -> str:
 def check_causal(model: TrainableModel, processor: Processor, label: str) -> None:
     """Check that changed tokens change no logits before them.
 
-    Text of a prefix, which models such as PaliGemma see whole by design, is no part of it: all but the first token are
-    tokens to learn.
+    A prefix, which models such as PaliGemma see as a whole by design, is left out: all tokens but the first are
+    supervised.
 
     Args:
         model: the model as it is trained; of one with prediction heads, its body.
@@ -56,7 +56,7 @@ def check_causal(model: TrainableModel, processor: Processor, label: str) -> Non
         label: the key and the name of the model, for the message.
 
     Raises:
-        ValueError: they change them.
+        ValueError: changed tokens change logits before them.
     """
     ids = choose_tokens(processor, PREFIX + 2 * SUFFIX)
     prefix, suffix, other = ids[:PREFIX], ids[PREFIX : PREFIX + SUFFIX], ids[PREFIX + SUFFIX :]
@@ -81,7 +81,7 @@ def check_padding(model: TrainableModel, processor: Processor, label: str) -> No
     """Check that a row has the same logits in a padded batch as alone; arguments as of `check_causal`.
 
     Raises:
-        ValueError: it has others.
+        ValueError: its logits differ.
     """
     ids = choose_tokens(processor, PREFIX + 2 * SUFFIX)
     short, long = ids[:SUFFIX], ids[SUFFIX:]
@@ -111,7 +111,7 @@ def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[l
     All but the first token of a row are supervised, which some processors read.
 
     Raises:
-        ValueError: the library's code of the model fails on them, as where it needs the ids behind embeddings.
+        ValueError: the library's code of the model fails on them, for example because it needs the ids of embeddings.
     """
     items = [model_inputs(processor, Encoded(ids, [IGNORE_INDEX, *ids[1:]]), []) for ids in rows]
     batch = Collator.of(processor)(items)
@@ -126,7 +126,7 @@ def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[l
 
 
 def choose_tokens(processor: Processor, number: int) -> list[int]:
-    """Return some ids of words that all differ; of other tokens where a tokenizer does not know enough of the words."""
+    """Return distinct ids of words, and of other tokens where a tokenizer knows too few of the words."""
     tokenizer = processor.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     words = tokenizer(WORDS, add_special_tokens=False).input_ids

@@ -1,8 +1,8 @@
 """Packed rows that hold exactly the samples of each optimiser step: `trainer.packing_strategy=step`.
 
-A run without packing says which samples a step has, and which of them form a micro-batch: its own loader is asked. Rows
-are laid out from them, and weights at supervised positions give the average that `trainer.loss_average` names, so that
-loss and gradient of a step are those of padded micro-batches.
+The loader of the same run without packing decides which samples a step has and which of them form a micro-batch. These
+samples are laid out in rows, and weights at supervised positions give the average that `trainer.loss_average` names, so
+that loss and gradient of a step are those of padded micro-batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -122,7 +122,7 @@ def _deal(shard: BatchSamplerShard) -> Iterator[tuple[list[int], ...]]:
 
 
 class StepPacking:
-    """What a run with packed steps does beside one without: its loader, and the weights of its losses.
+    """What packed steps add to a run: a loader of their own, and the weights of the losses.
 
     Args:
         collate: makes padded batches.
@@ -149,10 +149,10 @@ class StepPacking:
     def make_loader(self, padded: DataLoader, dataset: SampleDataset | SampleStream) -> DataLoader:
         """Return the loader of this rank's rows, in as many accumulation steps as `padded` has batches.
 
-        Rows of a stream hold the samples of a micro-batch, since no lengths are known beforehand.
+        A row of a stream holds samples of a single micro-batch, since lengths are not known beforehand.
 
         Raises:
-            ValueError: a sample does not fit into a row, or accelerate's settings share batches out in another way.
+            ValueError: a sample does not fit into a row, or accelerate's settings deal batches to ranks in another way.
         """
         if isinstance(dataset, SampleStream):
             if self.max_tokens is not None:
@@ -261,9 +261,9 @@ def check_stream_capacity(stream: SampleStream, max_tokens: int) -> None:
 
 
 def sample_costs(flops: StepFlops | None, config: PreTrainedConfig, dataset: object) -> SampleCosts:
-    """Return what samples cost: the operations of the model where they are counted, else those of its text by width.
+    """Return what samples cost: the operations of the model where they are counted, else an estimate for its text.
 
-    A layer of a transformer of width D has about 24 D² operations a token in its matrices, and 4 D for each pair.
+    A layer of a transformer of width D needs about 24 D² operations a token in its matrices, and 4 D for each pair.
     """
     if flops is None:
         return SampleCosts(token=6.0 * config.get_text_config().hidden_size, pair=1.0)
