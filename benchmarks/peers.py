@@ -313,9 +313,9 @@ def report_speeds(measured: dict[str, Measured], job: Job) -> None:
     for name, values in measured.items():
         if name != "ours":
             target = TARGETS.get(job.samples, 1.0) if PROGRAMS[name].is_aim else 1.0
-            label, speeds = f"records a second over {name}'s, whole commands", (1 / ours.seconds, 1 / values.seconds)
-            pair = ([job.num_records * speed] for speed in speeds)
-            rows.append(compared(label, *pair, ("ours", name), "records/s", target))
+            label = f"records a second over {name}'s, whole commands"
+            speeds, others = [job.num_records / ours.seconds], [job.num_records / values.seconds]
+            rows.append(compared(label, speeds, others, ("ours", name), "records/s", target))
     notes: dict[str, Any] = {"samples in a micro-batch": job.samples, "micro-batches in a step": job.accumulation}
     for name, values in measured.items():
         notes[f"{name}, training loop alone, s"] = values.training
@@ -343,12 +343,12 @@ def main() -> None:
         write_checkpoint(Path(work, "model"), shape)
         number = args.samples * args.accumulation * args.steps
         records = write_all_forms(Path(work, "data"), number, shape)
+        output = Path(work, "out")
+        job = Job(Path(work, "model"), records, output, args.samples, args.accumulation, args.steps)
         measured = {}
         for name in names:
-            output = Path(work, "out", name)
-            job = Job(Path(work, "model"), records, output, args.samples, args.accumulation, args.steps)
             measured[name] = run_program(name, job, pythons[name])
-            shutil.rmtree(output, ignore_errors=True)
+            shutil.rmtree(output)
     report_speeds(measured, job)
 
 

@@ -1,6 +1,9 @@
 """The benchmarks' pieces on a model of almost no size: they do the same work, and count what they say they count."""
 
+import json
+import re
 import statistics
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaModel
 
-from benchmarks import counting, features, finetune, generation, gpu, growth, memory, overhead, pretrain
+from benchmarks import counting, features, finetune, generation, gpu, growth, memory, overhead, peers, pretrain
 from benchmarks.lengths import PUBLISHED_FIGURES, SOURCES, draw_records, summarize_lengths, write_records
 from benchmarks.shapes import SHAPES, compose_model, make_llava, write_parts
 from benchmarks.variants import (
@@ -357,3 +360,31 @@ def test_without_a_gpu_the_gpu_benchmark_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu", "--gpu"])
     with pytest.raises(SystemExit, match="--gpu: PyTorch sees none here"):
         gpu.main()
+
+
+def test_every_program_gets_the_same_job(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Peers read the same records in their own forms; each command has the sizes of the job; losses are read of it."""
+    peers.write_checkpoint(tmp_path / "model", TINY)
+    records = peers.write_all_forms(tmp_path / "data", 4, TINY)
+    written = [json.loads((records.parent / name).read_text()) for name in ("records.json", "factory.json")]
+    messages = [json.loads(line) for line in (records.parent / "messages.jsonl").read_text().splitlines()]
+    for llava, factory, record in zip(*written, messages, strict=True):
+        assert factory["conversations"] == llava["conversations"]
+        assert [turn["content"] for turn in record["messages"]] == [turn["value"] for turn in llava["conversations"]]
+        assert record["images"] == factory["images"]
+        assert len(record["images"]) == ("image" in llava)
+    job = peers.Job(tmp_path / "model", records, tmp_path / "out", samples=3, accumulation=5, steps=2)
+    assert job.num_records == 30
+    for name, program in peers.PROGRAMS.items():
+        command = " ".join(program.command(job, Path("bin/python")))
+        command += (tmp_path / "out" / "options.yaml").read_text() if name == "LLaMA-Factory" else ""
+        sizes = re.findall(r"(per_device_train_batch_size|gradient_accumulation_steps)\D+(\d+)", command)
+        assert sizes == [("per_device_train_batch_size", "3"), ("gradient_accumulation_steps", "5")], name
+    said = "{'loss': '2.5', 'epoch': '0.5'}\n{'loss': 1.5}\n{'train_runtime': '7.25', 'train_loss': '2'}"
+    monkeypatch.setitem(
+        peers.PROGRAMS, "ours", peers.Program(None, lambda *_: [sys.executable, "-c", f"print({said!r})"])
+    )
+    measured = peers.run_program("ours", job, Path(sys.executable))
+    assert (measured.losses, measured.training) == ([2.5, 1.5], 7.25)
+    with pytest.raises(RuntimeError, match="ours failed after 2 of 3 steps"):
+        peers.run_program("ours", replace(job, steps=3), Path(sys.executable))

@@ -280,7 +280,8 @@ class VLMTrainer(CheckpointTrainer):
             loader = self.get_eval_dataloader(dataset)
         else:
             size = self.accelerator.num_processes if self.accelerator.split_batches else 1  # one item for each rank
-            options = loader_options(self.args) | {"persistent_workers": False}  # accelerate keeps loaders
+            options: dict[str, Any] = loader_options(self.args)
+            options["persistent_workers"] = False  # accelerate keeps loaders
             single = DataLoader(dataset, size, collate_fn=collate, **options)
             loader = ignore_sigterm_in_workers(self.accelerator.prepare(single))
         for batch in tqdm(loader, title, leave=False, disable=silent):
