@@ -103,7 +103,7 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlavaConfig(
         vision_config=shape.vision_config(), text_config=shape.text_config(**ids), vision_feature_layer=FEATURE_LAYER,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=shape.tokens_per_image,
+        image_token_index=tokenizer.get_vocab()["<image>"], image_seq_length=shape.tokens_per_image,
         tie_word_embeddings=shape.tied,
     )  # fmt: skip
     torch.manual_seed(SEED)
