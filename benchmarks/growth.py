@@ -247,6 +247,8 @@ def main() -> None:
     parser.add_argument("--different", type=int, default=None, help="different texts among the records of the start")
     isolated.add_arguments(parser)
     args = parser.parse_args()
+    if args.records is not None and len(args.records) < 3:
+        parser.error(f"--records {' '.join(map(str, args.records))}: at least three numbers are needed")
     silence_libraries()
     if args.measure:
         size = Size(**{**args.size, "tokens": tuple(args.size["tokens"]), "records": tuple(args.size["records"])})

@@ -269,6 +269,7 @@ def test_a_mark_within_a_sentence_is_a_word_without_images_and_beside_one(ours: 
     assert user_turn(asked, 0) == Turn("user", (asked,))
     assert user_turn(asked, 1) == Turn("user", (one, f"\n{asked}"))
     assert user_turn("which <image>?", 1, every_mark=True) == Turn("user", ("which ", one, "?"))
+    assert user_turn("what?", 1, [("frame",)]) == Turn("user", ("frame", ImageRef(Path()), "\nwhat?"))
     assert user_turn("Which tag is <video>?", 0, [("frame",)]) == Turn("user", ("frame\nWhich tag is <video>?",))
     for images in ([], [picture()]):
         turn, media = ours.open_question(asked, images)

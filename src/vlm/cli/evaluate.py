@@ -80,6 +80,8 @@ def _evaluate_records(args: argparse.Namespace) -> None:
         candidates = TrainerOptions.eval_retrieval_candidates
     elif candidates < 2:
         raise ValueError(f"--retrieval-candidates {candidates}: at least 2 are needed, an image's own text and another")
+    elif "retrieval" not in names:
+        raise ValueError(f"--retrieval-candidates {candidates}: it goes with --metrics retrieval only; leave it out")
     folder = resolve_output_folder(args.checkpoint, Path(args.input).stem, args.output)
     check_no_results(folder, overwrite=args.overwrite)
     config, settings = source_config(args), read_inference_settings(args)

@@ -331,7 +331,7 @@ def user_turn(
     Raises:
         ValueError: the prompt has marks, but not as many as there are images or videos.
     """
-    numbers = {PLACEHOLDER: num_images, VIDEO_PLACEHOLDER: len(videos)}
+    numbers = {VIDEO_PLACEHOLDER: len(videos), PLACEHOLDER: num_images}  # without marks in this order, as in records
     try:
         (pieces,), leading = split_at_marks([prompt], numbers, lead=True, every_mark=every_mark)
     except MarkError as error:

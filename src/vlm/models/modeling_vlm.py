@@ -295,26 +295,31 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
             inputs_embeds = self.merge_images(input_ids, *images)
         text = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         text |= kwargs | {"return_dict": True}
-        targets = weights = None
-        if labels is not None:
-            weights = None if loss_weights is None else loss_weights[:, 1:][labels[:, 1:] != IGNORE_INDEX]  # (S,)
-            targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
-            logits_to_keep = targets != IGNORE_INDEX
-            if num_chunks > 1:
-                hidden = self.get_decoder()(**text).last_hidden_state[logits_to_keep]
-                head, targets = self.get_output_embeddings(), targets[logits_to_keep]
-                assert head is not None
-                return VLMOutput(chunked_loss(head, hidden, targets, num_items_in_batch, num_chunks, weights))
+        if labels is None:
+            return self._run_language_model(text, past_key_values, logits_to_keep)
+        weights = None if loss_weights is None else loss_weights[:, 1:][labels[:, 1:] != IGNORE_INDEX]  # (S,)
+        targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
+        supervised = targets != IGNORE_INDEX
+        targets = targets[supervised]  # (S,)
+        if num_chunks > 1:
+            hidden, head = self.get_decoder()(**text).last_hidden_state[supervised], self.get_output_embeddings()
+            assert head is not None
+            return VLMOutput(chunked_loss(head, hidden, targets, num_items_in_batch, num_chunks, weights))
+        outputs = self._run_language_model(text, past_key_values, supervised)
+        assert outputs.logits is not None
+        return VLMOutput(supervised_loss(outputs.logits, targets, num_items_in_batch, weights), **outputs)
+
+    def _run_language_model(
+        self, inputs: dict[str, Any], past_key_values: object | None, logits_to_keep: int | Tensor
+    ) -> VLMOutput:
+        """Run the language model on embeddings, with its cache under the name that it takes; no loss is computed."""
         if not self.has_state_cache():
-            text["past_key_values"] = past_key_values
-        elif kwargs.get("cache_params") is not None:
-            text["attention_mask"] = None  # the state of a prompt does not contain its padding
-        outputs = self.language_model(**text, logits_to_keep=logits_to_keep)
-        loss = None
-        if targets is not None:
-            loss = supervised_loss(outputs.logits, targets[logits_to_keep], num_items_in_batch, weights)
-        others = ("past_key_values", "hidden_states", "attentions", "cache_params")
-        return VLMOutput(loss, outputs.logits, **{name: outputs.get(name) for name in others})
+            inputs = inputs | {"past_key_values": past_key_values}
+        elif inputs.get("cache_params") is not None:
+            inputs = inputs | {"attention_mask": None}  # the state of a prompt does not contain its padding
+        outputs = self.language_model(**inputs, logits_to_keep=logits_to_keep)
+        names = ("logits", "past_key_values", "hidden_states", "attentions", "cache_params")
+        return VLMOutput(**{name: outputs.get(name) for name in names})
 
     def has_state_cache(self) -> bool:
         """Return whether the language model has a state in place of keys and values, as Mamba and its kin do."""

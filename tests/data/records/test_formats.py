@@ -486,6 +486,11 @@ def test_a_choice_is_given_by_number_letter_or_text(folder: Path, name: str):
     assert reply == "B"
 
 
+def test_a_number_that_counts_no_choice_is_the_text_of_one(folder: Path):
+    assert asked(folder, choices=["10", "20"], answer=20)[1] == "B"
+    assert asked(folder, choices=["1", "0"], answer=1)[1] == "B", "its number counts first"
+
+
 def test_a_choice_whose_text_is_a_letter_is_meant_by_its_text(folder: Path):
     assert asked(folder, choices=["B", "A"], answer="B")[1] == "A"
 

@@ -358,7 +358,7 @@ def _choice_letter(answer: object, choices: list[str], sample_id: str) -> str:
     letters = string.ascii_uppercase[: len(choices)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
         return letters[answer]
-    if not isinstance(answer, int) and (text := text_from_value(answer)) in choices:
+    if (text := text_from_value(answer)) in choices:
         return letters[choices.index(text)]
     if isinstance(answer, str) and len(answer) == 1 and answer in letters:
         return answer
