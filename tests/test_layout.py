@@ -69,7 +69,7 @@ TESTED_ELSEWHERE = {
     "models/pixels.py": "models/test_processing_vlm.py",
     "models/text_loss.py": "train/step/test_packing.py",
     "train/arguments.py": "train/test_trainer.py",
-    "train/checkpoints.py": "train/test_run.py",
+    "train/checkpoints/trainer.py": "train/test_run.py",
     "train/feature_cache/encoder.py": "train/feature_cache/test_images.py",
     "train/feature_cache/fingerprints.py": "train/feature_cache/test_images.py",
     "train/heads/data.py": "train/heads/test_training.py",

@@ -23,7 +23,7 @@ from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.inference.generate import VisionLanguageModel
-from vlm.train.checkpoints import newest_checkpoint
+from vlm.train.checkpoints.find import newest_checkpoint
 
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 SHAPES = [(40, 30), (20, 90), (24, 24), (70, 10)]

@@ -17,7 +17,7 @@ from tests import waiting
 from tests.families.tiny_families import save_family
 from tests.fixtures import losses
 from tests.forked import CPU_ONLY, find_free_port, run_ranks
-from vlm.train.checkpoints import newest_checkpoint
+from vlm.train.checkpoints.find import newest_checkpoint
 
 FINETUNE = [
     "trainer.learning_rate.language_model_learning_rate=1e-3",

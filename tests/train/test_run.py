@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from tests.fixtures import compose_config, losses
 from tests.forked import run_forked
 from tests.tiny_parts import Parts
-from vlm.train.checkpoints import newest_checkpoint
+from vlm.train.checkpoints.find import newest_checkpoint
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
 

@@ -14,7 +14,7 @@ from vlm.config.derived import embedding_row_keys
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.train.arguments import training_arguments
-from vlm.train.checkpoints import checkpoint_to_resume
+from vlm.train.checkpoints.find import checkpoint_to_resume
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.objectives.base import PreparedRun

@@ -2,7 +2,7 @@
 
 It adds, and nothing else: one optimiser group for each part and decay class; LLaVA's mean of micro-batch means beside
 the mean over tokens; grouping by modality and length; packed rows; the loss and the evaluation of the run's objective;
-the speed of the run; checkpoints that hold what trains (`checkpoints.py`). `hooks.py` lists the methods it overrides.
+the speed of the run; checkpoints that hold what trains (`checkpoints/`). `hooks.py` lists the methods it overrides.
 """
 
 import time
@@ -30,7 +30,7 @@ from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.data.stream import SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
-from vlm.train.checkpoints import CheckpointTrainer
+from vlm.train.checkpoints.trainer import CheckpointTrainer
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
@@ -90,6 +90,7 @@ class VLMTrainer(CheckpointTrainer):
         )
         self.objective, self.meter = objective, meter
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
+        self.saved_with_checkpoint = []
         self.options = objective.config.trainer
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped

@@ -19,7 +19,7 @@ from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.inference.predict import Predictor
 from vlm.models import VLMForPrediction
-from vlm.train.checkpoints import newest_checkpoint
+from vlm.train.checkpoints.find import newest_checkpoint
 from vlm.train.run import run
 
 LORA = ["trainer.lora.language_model.r=4", "trainer.max_steps=4"]

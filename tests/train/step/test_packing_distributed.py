@@ -8,7 +8,7 @@ import pytest
 from tests.fixtures import losses
 from tests.train.step.test_step_packing import read_steps
 from tests.train.test_distributed_runs import launch
-from vlm.train.checkpoints import newest_checkpoint
+from vlm.train.checkpoints.find import newest_checkpoint
 from vlm.train.step import chunked_loss as vocabulary
 
 WORDS = [

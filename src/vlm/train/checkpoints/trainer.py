@@ -1,4 +1,4 @@
-"""The checkpoints of a run, which hold what trains, and the finished model.
+"""Writes the checkpoints of a run, which hold what trains, and the finished model.
 
 A checkpoint has the weights that train (`trained.safetensors`; under DeepSpeed its own files), the states of optimiser,
 scheduler and random numbers, and, once every rank is done with it, the file `complete`.
@@ -18,14 +18,14 @@ from vlm.assembly.adapter_base import Base
 from vlm.assembly.adapter_folder import save as save_on_base
 from vlm.assembly.model_interface import TrainableModel
 from vlm.assembly.saving import save_complete
-from vlm.config.schema import RunConfig
 from vlm.data.processor import Processor
 from vlm.families.table import get_part_names
+from vlm.train.checkpoints.find import COMPLETE_MARK
+from vlm.train.checkpoints.saved_state import SavedWithCheckpoint
 from vlm.train.distributed import barrier
 from vlm.train.parts import Part
 
 TRAINED_WEIGHTS = "trained.safetensors"
-COMPLETE_MARK = "complete"
 
 
 class CheckpointTrainer(Trainer):
@@ -33,6 +33,7 @@ class CheckpointTrainer(Trainer):
 
     processor: Processor
     parts: list[Part]
+    saved_with_checkpoint: list[SavedWithCheckpoint]  # what a run needs to go on besides what `Trainer` saves
     base: Base | None  # what the result is written on top of (adapters, quantised parts); None: the result is whole
 
     # `Trainer` declares these as unions; here each is what a run makes it.
@@ -78,11 +79,13 @@ class CheckpointTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = limit
+        checkpoint = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        for state in self.saved_with_checkpoint:
+            state.save_to(checkpoint)
         barrier()
         if self.args.should_save:
-            folder = str(self.args.output_dir)
-            Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", COMPLETE_MARK).touch()
-            rotate_checkpoints(output_dir=folder, save_total_limit=limit)
+            checkpoint.joinpath(COMPLETE_MARK).touch()
+            rotate_checkpoints(output_dir=str(checkpoint.parent), save_total_limit=limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: None = None) -> None:
         """Put a checkpoint's trained weights over those that the run began with; both must train the same."""
@@ -105,6 +108,15 @@ class CheckpointTrainer(Trainer):
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, DataLoader]:
         """As usual; DeepSpeed checkpoints are read although they lack the frozen parameters."""
+        prepared = self._prepare_as_usual(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            for state in self.saved_with_checkpoint:
+                state.load_from(Path(resume_from_checkpoint))
+        return prepared
+
+    def _prepare_as_usual(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[torch.nn.Module, DataLoader]:
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -125,23 +137,3 @@ def trained_tensors(model: TrainableModel, parts: list[Part]) -> dict[str, Tenso
     training = {part.name for part in parts if part.is_trainable}
     buffers = {name: b for name, b in model.named_buffers() if name in saved and names.part_of(name) in training}
     return {**parameters, **buffers}
-
-
-def newest_checkpoint(run_directory: Path) -> Path:
-    """Return the newest complete checkpoint of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARK}")]
-    if not complete:
-        raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")
-    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
-
-
-def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
-    """Return the checkpoint that `trainer.resume_from_checkpoint` stands for; None: the run starts anew."""
-    requested = config.trainer.resume_from_checkpoint
-    if requested is None or requested.lower() == "false":
-        return None
-    return str(newest_checkpoint(folder)) if requested.lower() == "true" else requested

@@ -1,0 +1,1 @@
+"""The checkpoints of a run: how they are written, found and read."""
