@@ -51,6 +51,7 @@ from vlm.checks.run import check
 from vlm.config.packaged import group_names
 from vlm.config.schema import RunConfig
 from vlm.data.encoding.labels import read_template
+from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.monitor import callbacks, peak_flops, speed
 from vlm.train.monitor.flops import StepFlops, count_flops
 from vlm.train.monitor.plots import draw_loss, draw_speed
@@ -128,6 +129,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [record(index, root / "images") for index in range(24)]
     (root / "records.json").write_text(json.dumps(records))
     return root
+
+
+def newest_checkpoint(run_directory: Path) -> Path:
+    """The newest whole checkpoint of a run, which has one; later ones that are not whole are set aside."""
+    checkpoint = find_whole_checkpoint(run_directory)
+    assert checkpoint is not None
+    return checkpoint
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,9 +2,12 @@
 
 import inspect
 
+import numpy as np
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from vlm.config import choices
+from vlm.evaluation.calibration import Calibration
+from vlm.evaluation.head_metrics import scores
 from vlm.evaluation.loss_metrics import LOSS_METRICS
 from vlm.evaluation.text_metrics import METRICS
 from vlm.models import head_losses
@@ -37,6 +40,16 @@ def test_loss_options_are_keyword_parameters():
 def test_head_options_are_keyword_parameters():
     ours = {name: kind for name, kind in HEADS.items() if ":" not in name}  # other tests may have added their own
     assert {name: keywords(kind.__init__) for name, kind in ours.items()} == choices.HEAD_TYPES
+
+
+def test_head_metrics_are_those_that_are_measured():
+    targets = {"multilabel": np.array([[0, 1], [1, 0], [1, 1], [0, 0]]), "regression": np.arange(4.0)}
+    for task, names in choices.HEAD_METRICS.items():
+        known = targets.get(task, np.array([0, 1, 1, 0]))
+        outputs = np.random.RandomState(0).randn(4, 1 if task in ("binary", "regression", "pairwise") else 2)
+        groups = np.zeros(4) if task == "pairwise" else None
+        measured = scores(task, outputs, known, Calibration(), groups=groups, num_resamples=0)
+        assert set(measured) == set(names), task
 
 
 def test_the_other_lists_are_those_of_the_code():

@@ -46,7 +46,7 @@ def test_two_ranks_reach_the_single_process(
     saved = {name: load_file(sharded / "final" / name) for name in (ADAPTER_WEIGHTS, NON_LORA_WEIGHTS)}
     for name, tensors in saved.items():
         torch.testing.assert_close(tensors, load_file(single / "final" / name), rtol=0, atol=5e-3)
-    for late in sharded.glob("checkpoint-4/complete"):
+    for late in sharded.glob("checkpoint-4/manifest.json"):
         late.unlink()
     launch([*words, "trainer.resume_from_checkpoint=true"])
     assert losses(sharded) == pytest.approx(losses(single), abs=2e-4)

@@ -15,10 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tests.fixtures import compose_config, losses
+from tests.fixtures import compose_config, losses, newest_checkpoint
 from tests.forked import run_forked
 from tests.tiny_parts import Parts
-from vlm.train.checkpoints.find import newest_checkpoint
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
 
@@ -125,8 +124,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], t
     ]  # fmt: skip
     whole = train("pretrain-smol", tmp_path / "run", *options)
     expected, weights = losses(whole), load_file(whole / "final" / "model.safetensors")
-    (whole / "checkpoint-8" / "complete").unlink()  # a torn checkpoint is not resumed from
-    (whole / "checkpoint-9" / "complete").unlink()
+    (whole / "checkpoint-8" / "manifest.json").unlink()  # a torn checkpoint is not resumed from
+    (whole / "checkpoint-9" / "manifest.json").unlink()
     assert newest_checkpoint(whole).name == "checkpoint-4"
     resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
     assert losses(resumed) == pytest.approx(expected, abs=1e-6)
@@ -240,7 +239,7 @@ def test_batch_statistics_of_an_encoder_that_trains_are_kept(train: Callable[...
     expected = load_file(whole / "final" / "model.safetensors")
     for checkpoint in whole.glob("checkpoint-*"):
         if checkpoint.name != "checkpoint-3":
-            (checkpoint / "complete").unlink()
+            (checkpoint / "manifest.json").unlink()
     resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
     again = load_file(resumed / "final" / "model.safetensors")
     statistics = [name for name in expected if name.endswith("running_mean")]

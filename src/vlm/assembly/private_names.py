@@ -41,6 +41,8 @@ AUTO = "transformers.models.auto.auto_factory:_BaseAutoModelClass"
 LOADER = "transformers.core_model_loading:convert_and_load_state_dict_in_model"
 ZERO3 = "transformers.integrations.deepspeed"
 HANDLER = "transformers.cli.serving.chat_completion:ChatCompletionHandler"
+ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint"
+TORCH_ENGINE = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine.save"
 ZERO3_INIT = "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param"
 
 PRIVATE_NAMES = {
@@ -87,6 +89,8 @@ PRIVATE_NAMES = {
     "deepspeed": (
         PrivateName(ZERO3_INIT, "ds_numel", "parameters that ZeRO-3 shards are counted"),
         PrivateName(ZERO3_INIT, "ds_shape", "parameters that ZeRO-3 shards are counted"),
+        PrivateName(ENGINE, "checkpoint_engine", "checkpoints of DeepSpeed are hashed while they are written"),
+        PrivateName(TORCH_ENGINE, "zipfile_serialization", "checkpoints of DeepSpeed keep the format it has chosen"),
     ),
 }
 """Library -> the private names of it that are used, whichever package uses them."""

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from traceback import walk_tb
 from typing import cast
 
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vlm.checks.disk import describe_disk_error
 from vlm.checks.fields import ConfigError, check_fields
 from vlm.checks.messages import NO_BASE_MESSAGE, describe_unknown_key, explain
 from vlm.checks.run import ObjectiveChecks, check
@@ -61,6 +63,12 @@ def with_config(
             if is_user_error(error):
                 raise RunError(str(error)) from error
             raise
+        except OSError as error:
+            folders = [] if config.trainer.output_dir is None else [Path(config.trainer.output_dir)]
+            message = describe_disk_error(error, folders) if error.errno is not None else str(error)
+            if message is None or (error.errno is None and not is_user_error(error)):
+                raise
+            raise RunError(message) from error
 
     _compose_and_act(argv, check_and_act)
 

@@ -14,6 +14,7 @@ from vlm.checks.fields import ConfigError, check_fields, format_value
 from vlm.checks.lora import lora_problems, quantization_problems
 from vlm.checks.model import anyres_problems, connector_problems, encoder_problems
 from vlm.checks.packing import packing_problems
+from vlm.checks.saving import saving_problems
 from vlm.checks.step import optimizer_problems, step_problems
 from vlm.config.derived import embedding_row_keys, get_value, training_keys
 from vlm.config.packaged import packaged_names
@@ -37,6 +38,10 @@ class ObjectiveChecks(Protocol):
         """Return what trains besides the parts: part -> the `key=value` that says so."""
         ...
 
+    def metric_names(self) -> frozenset[str] | None:
+        """Return the names of the metrics of evaluations; None: they are not known before."""
+        ...
+
 
 def check(config: RunConfig, objective: ObjectiveChecks) -> None:
     """Refuse a run that cannot work.
@@ -50,6 +55,7 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         connector_problems(config),
         anyres_problems(config),
         _path_problems(config),
+        saving_problems(config, objective.metric_names()),
         _evaluation_setting_problems(config),
         objective.refusals(),
         _training_problems(config, objective),
@@ -76,16 +82,28 @@ def _path_problems(config: RunConfig) -> Iterator[str]:
     output_dir = trainer.output_dir
     folder = Path(output_dir or "")
     if resume is None or resume.lower() == "false":  # the checkpoints of another run would be rotated away
-        if output_dir is not None and (any(folder.glob("checkpoint-*")) or folder.joinpath("final").exists()):
+        if output_dir is not None and (any(_saved_checkpoints(folder)) or folder.joinpath("final").exists()):
             remedy = f"Choose another folder, or resume it with {key}=true"
             yield f"trainer.output_dir={output_dir}: holds another run. {remedy}"
     elif resume.lower() != "true":
-        if not Path(resume, "complete").is_file():
+        if not _is_saved(Path(resume)):
             yield f"{key}={resume}: `true` or the folder of a complete checkpoint is needed"
     elif output_dir is None:
         yield f"{key}=true: name the run with trainer.output_dir"
-    elif not any(folder.glob("checkpoint-*/complete")):
+    elif not any(_saved_checkpoints(folder)):
         yield f"{key}=true: no complete checkpoint in trainer.output_dir={output_dir}"
+
+
+def _saved_checkpoints(folder: Path) -> Iterator[Path]:
+    """Yield the checkpoints of a run that were written to their end; whether they are damaged is seen later."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint.name.removeprefix("checkpoint-").isdigit() and _is_saved(checkpoint):
+            yield checkpoint
+
+
+def _is_saved(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a manifest, or the mark by which earlier versions said that it is complete."""
+    return any(checkpoint.joinpath(name).is_file() for name in ("manifest.json", "complete"))
 
 
 def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
@@ -122,7 +140,7 @@ UNSUPPORTED = {
     "auto_find_batch_size": "it restarts the loop with another batch, which the recipes' step counts do not survive",
     "use_liger_kernel": "it does not know composed models; logits are computed at supervised positions only anyway",
     "label_smoothing_factor": "it needs logits at every position, which are not computed",
-    "load_best_model_at_end": "checkpoints hold what a run resumes from; compare eval_loss in metrics.jsonl instead",
+    "load_best_model_at_end": "checkpoints hold what a run resumes from; trainer.keep_best keeps the best model",
     "save_only_model": "a checkpoint is there to resume from; the complete model is the run's folder final",
 }
 """Keys of `TrainingArguments` that would do something else here than they promise, and what to do."""

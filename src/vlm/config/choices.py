@@ -47,5 +47,16 @@ LOSS_METRICS = ("loss", "retrieval")
 """Metrics of losses."""
 EVAL_METRICS = (*ANSWER_METRICS, "retrieval")
 """What a run measures on request; every evaluation measures the loss."""
+EVALUATION_LOSSES = ("loss", "blank_loss", "image_gain")
+"""Metrics of every evaluation of a run that learns to write."""
+HEAD_METRICS = {
+    "binary": ("accuracy", "f1", "precision", "recall", "auroc", "average_precision", "ece"),
+    "multiclass": ("accuracy", "f1", "auroc", "average_precision", "ece"),
+    "multilabel": ("f1", "accuracy", "exact_match", "auroc", "average_precision", "ece"),
+    "regression": ("mae", "rmse", "r2", "spearman"),
+    "ordinal": ("accuracy", "mae", "kappa", "spearman"),
+    "pairwise": ("pair_accuracy", "spearman"),
+}
+"""Task of a prediction head -> metrics of its outputs, besides the loss."""
 CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded")
 """Caches of keys and values, as transformers calls them."""

@@ -15,6 +15,9 @@ from vlm.config.schema import PARTS, TRAIN_FLAGS, LoraPartConfig, RunConfig, Tra
 BASE_FILE = "base.json"
 """The file of a checkpoint that is complete only together with the base that it names; see `vlm.assembly`."""
 
+LOWER_IS_BETTER = ("loss", "mae", "mse", "rmse", "ece", "perplexity", "error")
+"""Last words of the names of metrics of which lower values are better."""
+
 
 def training_keys(trainer: TrainerOptions) -> dict[str, str]:
     """Return part -> the `key=value` that makes it train, as a whole or through an adapter; others are left out."""
@@ -34,6 +37,11 @@ def zero_stage(deepspeed: str | Mapping[str, Any] | None) -> int:
         return int(deepspeed[-1]) if deepspeed.startswith("zero") and deepspeed[-1].isdigit() else 0
     settings = json.loads(Path(deepspeed).read_text(encoding="utf-8")) if isinstance(deepspeed, str) else deepspeed
     return (settings or {}).get("zero_optimization", {}).get("stage", 0)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether lower values of an evaluation's metric are better, by its name."""
+    return metric.rpartition("_")[2] in LOWER_IS_BETTER
 
 
 def get_value(config: RunConfig, key: str) -> Any:

@@ -129,6 +129,13 @@ class TrainerOptions:
     """A checkpoint of this framework to start from; its architecture wins over `model`."""
     resume_from_checkpoint: str | None = None
     """`true` for the newest complete checkpoint in `output_dir`, or the path of one."""
+    on_save_error: str = field(default="stop", metadata=choices(("stop", "continue")))
+    """What a run does where a checkpoint cannot be saved, such as on a full disk: `stop`, or `continue` and try again
+    at the next save. Either way what was saved before is kept; a model that cannot be saved at the end is an error."""
+    keep_best: str | None = None
+    """A metric of evaluations, such as `eval_loss`: the best one's complete model is in `best` of the run directory,
+    and its checkpoint stays whatever `save_total_limit` says; null: none. Lower is better for losses and errors
+    (`greater_is_better` overrides that)."""
     unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     weight_decay: WeightDecayConfig = field(default_factory=WeightDecayConfig)

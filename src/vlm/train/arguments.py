@@ -101,6 +101,13 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
                 f"trainer.deepspeed.{block}: DeepSpeed would use it instead of each part's learning rate and weight "
                 f"decay. Remove it; trainer.optim and trainer.lr_scheduler_type choose them."
             )
+    writer, datastates = value.get("checkpoint", {}).get("writer"), value.get("datastates_ckpt")
+    for key, settings in (("checkpoint.writer", writer), ("datastates_ckpt", datastates)):
+        if settings:
+            raise ValueError(
+                f"trainer.deepspeed.{key}={settings}: DeepSpeed would not be done with a checkpoint when it gets its "
+                "manifest. Remove it: checkpoints are written before the next step"
+            )
     zero = value.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(

@@ -21,6 +21,7 @@ from transformers.utils import is_torchvision_available
 from vlm.config.schema import DatasetConfig, RunConfig
 from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped_share
 from vlm.data.stream import SampleStream
+from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.objectives.base import PreparedRun
 
@@ -108,7 +109,8 @@ def write_data_summary(
     write_json(folder / "data.json", summary)
     file = folder / SKIPPED_FILE
     before = file.read_text(encoding="utf-8").splitlines(keepends=True) if resumed and file.exists() else []
-    file.write_text("".join(dict.fromkeys([*before, *map(_skipped_as_json_line, skipped)])), encoding="utf-8")
+    whole = [line for line in before if line.endswith("}\n")]  # the run may have been killed in the middle of one
+    write_text_whole(file, "".join(dict.fromkeys([*whole, *map(_skipped_as_json_line, skipped)])))
 
 
 def contribution_table(contributions: Sequence[Contribution]) -> str:

@@ -30,6 +30,7 @@ from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.data.stream import SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
+from vlm.train.checkpoints.best import BestModel
 from vlm.train.checkpoints.trainer import CheckpointTrainer
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.hooks import check_hooks
@@ -90,8 +91,9 @@ class VLMTrainer(CheckpointTrainer):
         )
         self.objective, self.meter = objective, meter
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
-        self.saved_with_checkpoint = []
         self.options = objective.config.trainer
+        self.best_model = BestModel.of_run(self.options, objective.metric_names(), is_writer=self.args.should_save)
+        self.saved_with_checkpoint = [] if self.best_model is None else [self.best_model]
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
         self.sampler: Sampler[int] | PackSampler | StepSampler | None = None
@@ -263,6 +265,7 @@ class VLMTrainer(CheckpointTrainer):
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.note_evaluation(metrics)
         return metrics
 
     def evaluation_batches(

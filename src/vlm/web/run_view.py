@@ -11,7 +11,17 @@ from gradio.blocks import Block
 from vlm.web import jobs
 from vlm.web.components import QUIET
 from vlm.web.html import error_html, log_html, note_html, run_table_html, samples_html, status_html
-from vlm.web.runs import Run, find_run, find_runs, last_samples, log_tail, loss_rows, read_metrics, read_run_file
+from vlm.web.runs import (
+    Run,
+    find_run,
+    find_runs,
+    last_samples,
+    log_tail,
+    loss_rows,
+    read_metrics,
+    read_run_file,
+    saved_steps,
+)
 
 ROW_SELECT_JS = """
 element.addEventListener('click', event => {
@@ -129,12 +139,11 @@ def _resume_advice(run: Run) -> str:
         return note_html("Asked to end; it is still busy.")
     if run.state not in ("stopped", "failed", "not finished"):
         return ""
-    saved = [file.parent for file in run.folder.glob("checkpoint-*/complete")]
-    if not saved:
+    steps = saved_steps(run.folder)
+    if not steps:
         return note_html("It saved no checkpoint." + (" The log says why it ended." if run.state == "failed" else ""))
-    newest = max(saved, key=lambda folder: int(folder.name.rpartition("-")[2]))
     keys = f"trainer.output_dir={run.folder} and trainer.resume_from_checkpoint=true"
-    return note_html(f"Saved up to {newest.name}. To resume: {keys} among the overrides.")
+    return note_html(f"Saved up to checkpoint-{max(steps)}. To resume: {keys} among the overrides.")
 
 
 def _get_signature(run: Run | None) -> list[object] | None:

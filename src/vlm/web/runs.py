@@ -161,6 +161,13 @@ def checkpoints(outputs: Path, extra_checkpoints: Sequence[str] = (), *, heads: 
     return [name for name in names if heads is None or has_heads(name) in (heads, None)]
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of a run's checkpoints: those with a manifest, or with the mark of earlier versions."""
+    marks = [mark for name in ("manifest.json", "complete") for mark in folder.glob(f"checkpoint-*/{name}")]
+    numbers = {mark.parent.name.removeprefix("checkpoint-") for mark in marks}
+    return [int(number) for number in numbers if number.isdigit()]
+
+
 def read_metrics(folder: Path) -> list[LoggedMetrics]:
     """Return the lines of `metrics.jsonl`, without a line that is still being written."""
     return _parse_metrics(read_run_file(folder, "metrics.jsonl"))
@@ -172,7 +179,8 @@ def last_metrics(folder: Path) -> list[LoggedMetrics]:
 
 
 def _parse_metrics(text: str) -> list[LoggedMetrics]:
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def loss_rows(lines: Sequence[LoggedMetrics]) -> list[tuple[int, float, str]]:

@@ -12,14 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoProcessor
 
 from tests.families.tiny_families import save_family
-from tests.fixtures import compose_config, head_words, losses, quick_report
+from tests.fixtures import compose_config, head_words, losses, newest_checkpoint, quick_report
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, rewritten, scores_of
 from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.inference.predict import Predictor
 from vlm.models import VLMForPrediction
-from vlm.train.checkpoints.find import newest_checkpoint
 from vlm.train.run import run
 
 LORA = ["trainer.lora.language_model.r=4", "trainer.max_steps=4"]
@@ -215,7 +214,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train_head: Callable[..., Pat
     whole = train_head("head-classification", "colour", tmp_path / "run", *words, "model.head.options.dropout=0.2")
     expected, weights = losses(whole), load_file(whole / "final" / "model.safetensors")
     scores = (whole / "scores.json").read_text()
-    (whole / "checkpoint-10" / "complete").unlink()
+    (whole / "checkpoint-10" / "manifest.json").unlink()
     held = load_file(newest_checkpoint(whole) / "trained.safetensors")
     assert {name.split(".")[0] for name in held} == ({"heads"} if not trained else {"heads", "body"})
     words += ["model.head.options.dropout=0.2", "trainer.resume_from_checkpoint=true"]

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures import losses
+from tests.fixtures import losses, newest_checkpoint
 from tests.train.step.test_step_packing import read_steps
 from tests.train.test_distributed_runs import launch
-from vlm.train.checkpoints.find import newest_checkpoint
 from vlm.train.step import chunked_loss as vocabulary
 
 WORDS = [
@@ -50,7 +49,7 @@ def test_two_ranks_reach_the_single_process(
     launch(words, "tests.train.step.small_pieces")
     assert len(losses(single)) == 6
     assert losses(two) == pytest.approx(losses(single), abs=2e-4)
-    (newest_checkpoint(two) / "complete").unlink()
+    (newest_checkpoint(two) / "manifest.json").unlink()
     assert newest_checkpoint(two).name == "checkpoint-3"
     launch([*words, "trainer.resume_from_checkpoint=true"], "tests.train.step.small_pieces")
     assert losses(two) == pytest.approx(losses(single), abs=2e-4)
@@ -102,7 +101,7 @@ def test_rows_out_of_all_samples_reach_the_single_process(
     assert losses(two) == pytest.approx(losses(single), abs=2e-4)
     last = newest_checkpoint(two)
     if last.name != "checkpoint-3":
-        (last / "complete").unlink()
+        (last / "manifest.json").unlink()
     assert newest_checkpoint(two).name == "checkpoint-3"
     launch([*words, "trainer.resume_from_checkpoint=true"], "tests.train.step.small_pieces")
     assert losses(two) == pytest.approx(losses(single), abs=2e-4)

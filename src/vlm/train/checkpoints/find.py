@@ -1,29 +1,155 @@
-"""Finds the checkpoint that a run goes on from."""
+"""Finds the checkpoint that a run goes on from: the newest that holds what was written. Called on every rank."""
 
+import logging
+import re
+from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm.config.schema import RunConfig
+from vlm.train.checkpoints.files import remove_folder, restore_replaced
+from vlm.train.checkpoints.groups import group_by_value, rank_and_world_size
+from vlm.train.checkpoints.manifest import (
+    MANIFEST,
+    FileRecord,
+    find_file_problems,
+    is_unverified,
+    looks_whole,
+    read_manifest,
+)
+from vlm.train.distributed import all_gather_objects, barrier
 
-COMPLETE_MARK = "complete"
+log = logging.getLogger(__name__)
+
+CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+DAMAGED, SUPERSEDED = "damaged", "superseded"
+"""What is appended to the name of a checkpoint that fails its check, and of one later than that a run resumes from."""
+
+MAX_PROBLEMS = 3
+"""Number of damaged files that a message names."""
 
 
-def newest_checkpoint(run_directory: Path) -> Path:
-    """Return the newest complete checkpoint of a run.
+def list_checkpoints(run_directory: Path) -> dict[int, Path]:
+    """Return step -> folder of each checkpoint of a run by its name alone, the newest first."""
+    named = [(CHECKPOINT_NAME.fullmatch(folder.name), folder) for folder in run_directory.glob("*") if folder.is_dir()]
+    steps = {int(match[1]): folder for match, folder in named if match}
+    return dict(sorted(steps.items(), reverse=True))
+
+
+def find_whole_checkpoint(run_directory: Path) -> Path | None:
+    """Return the newest checkpoint of a run that holds what was written; the same on every rank, which all call this.
+
+    Files are hashed, each rank its share. A checkpoint that fails is renamed (`checkpoint-8.damaged`), and said so. One
+    of an earlier version of this software, without a manifest, is taken as it is.
+    """
+    restore_replaced(run_directory)
+    barrier()
+    for step in sorted(set(chain(*all_gather_objects(list(list_checkpoints(run_directory))))), reverse=True):
+        checkpoint = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        problems = find_problems_together(checkpoint)
+        if not problems:
+            return checkpoint
+        set_aside(checkpoint, DAMAGED, f"is damaged: {'; '.join(problems)}")
+    return None
+
+
+def require_whole_checkpoint(checkpoint: Path) -> Path:
+    """Return a checkpoint that the user named; every rank calls this.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it does not hold what was written.
     """
-    complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARK}")]
-    if not complete:
-        raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")
-    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+    if problems := find_problems_together(checkpoint):
+        raise ValueError(
+            f"trainer.resume_from_checkpoint={checkpoint}: {'; '.join(problems)}. Resume from another one; "
+            "`true` takes the newest of trainer.output_dir that is whole"
+        )
+    return checkpoint
+
+
+def find_problems_together(checkpoint: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, the same on every rank; each reads its share of the files it can see."""
+    problems: list[str] = []
+    files: dict[str, FileRecord] = {}
+    identity, legacy = None, is_unverified(checkpoint)
+    try:
+        if not legacy:
+            manifest = read_manifest(checkpoint)
+            stat = (checkpoint / MANIFEST).stat()
+            files, identity = manifest.files, (stat.st_ino, stat.st_mtime_ns)
+            named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+            if named and manifest.step != int(named[1]):
+                problems = [f"{MANIFEST} is of step {manifest.step}"]
+    except (ValueError, OSError) as error:
+        problems = [str(error)]
+    group = group_by_value(identity)  # ranks that see the same file share the disk that it is on
+    share = group.take_share(sorted(files, key=lambda name: (-files[name].size, name)))  # of about equal size
+    problems += find_file_problems(checkpoint, {name: files[name] for name in share})
+    gathered = list(dict.fromkeys(chain(*all_gather_objects(problems))))
+    if legacy and not gathered and rank_and_world_size()[0] == 0:
+        log.warning("%s has no manifest, as an earlier version wrote it: nothing in it was checked", checkpoint)
+    more = [f"and {len(gathered) - MAX_PROBLEMS} more files"] if len(gathered) > MAX_PROBLEMS else []
+    return gathered[:MAX_PROBLEMS] + more
+
+
+def set_aside(checkpoint: Path, ending: str, reason: str) -> None:
+    """Rename a checkpoint so that nothing takes it for one; every rank calls this."""
+    names = (f"{checkpoint.name}.{ending}{'' if number == 1 else f'-{number}'}" for number in count(1))
+    target = next(folder for folder in map(checkpoint.with_name, names) if not folder.exists())
+    failure = None
+    try:
+        checkpoint.rename(target)
+    except FileNotFoundError:
+        pass  # another rank was faster
+    except OSError as error:
+        failure = error
+    if rank_and_world_size()[0] == 0:
+        outcome = f"it is {target.name} now" if failure is None else f"it could not be renamed ({failure})"
+        log.warning("%s %s; %s", checkpoint, reason, outcome)
+    barrier()
+
+
+def set_aside_later(checkpoint: Path, run_directory: Path) -> None:
+    """Rename the checkpoints of a run that are later than the one it goes on from: another history wrote them."""
+    if checkpoint.resolve().parent != run_directory.resolve():
+        return
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    later = list(list_checkpoints(run_directory).items()) if match else []
+    for step in sorted({step for steps in all_gather_objects([step for step, _ in later]) for step in steps}):
+        if match and step > int(match[1]):
+            folder = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            set_aside(folder, SUPERSEDED, f"is later than {checkpoint.name}, from which the run goes on")
+
+
+def remove_old_checkpoints(run_directory: Path, limit: int | None, best_step: int | None = None) -> None:
+    """Remove all but the newest `limit` whole checkpoints, and the best one; those that are damaged do not count."""
+    if limit is None or limit <= 0:
+        return
+    whole = _whole_checkpoints(run_directory, best_step)
+    for checkpoint in list(whole)[limit:]:
+        remove_folder(checkpoint)
+
+
+def _whole_checkpoints(run_directory: Path, best_step: int | None) -> Iterator[Path]:
+    for step, folder in list_checkpoints(run_directory).items():
+        if step != best_step and looks_whole(folder):
+            yield folder
 
 
 def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
-    """Return the checkpoint that `trainer.resume_from_checkpoint` stands for; None: the run starts anew."""
+    """Return the checkpoint that `trainer.resume_from_checkpoint` stands for; None: the run starts anew.
+
+    Raises:
+        ValueError: there is none, or it does not hold what was written.
+    """
     requested = config.trainer.resume_from_checkpoint
     if requested is None or requested.lower() == "false":
         return None
-    return str(newest_checkpoint(folder)) if requested.lower() == "true" else requested
+    if requested.lower() != "true":
+        return str(require_whole_checkpoint(Path(requested)))
+    if (checkpoint := find_whole_checkpoint(folder)) is None:
+        raise ValueError(f"trainer.resume_from_checkpoint=true: no whole checkpoint in {folder}")
+    return str(checkpoint)

@@ -1,9 +1,10 @@
 """Writes the checkpoints of a run, which hold what trains, and the finished model.
 
 A checkpoint has the weights that train (`trained.safetensors`; under DeepSpeed its own files), the states of optimiser,
-scheduler and random numbers, and, once every rank is done with it, the file `complete`.
+scheduler and random numbers, and the manifest of all of these. `writer.py` says how each is there whole or not at all.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm.assembly.adapter_base import Base
 from vlm.assembly.adapter_folder import save as save_on_base
 from vlm.assembly.model_interface import TrainableModel
 from vlm.assembly.saving import save_complete
+from vlm.config.schema import TrainerOptions
 from vlm.data.processor import Processor
 from vlm.families.table import get_part_names
-from vlm.train.checkpoints.find import COMPLETE_MARK
+from vlm.train.checkpoints import sizes
+from vlm.train.checkpoints.best import BestModel
+from vlm.train.checkpoints.find import remove_old_checkpoints, set_aside_later
 from vlm.train.checkpoints.saved_state import SavedWithCheckpoint
-from vlm.train.distributed import barrier
+from vlm.train.checkpoints.writer import FolderWriter, OutOfStepError, SaveError
+from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.parts import Part
 
+log = logging.getLogger(__name__)
+
 TRAINED_WEIGHTS = "trained.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+"""Files of a checkpoint, named as `Trainer` reads them."""
+
+BEST = "best"
+"""The folder of a run with the complete model of its best evaluation, see `trainer.keep_best`."""
 
 
 class CheckpointTrainer(Trainer):
@@ -33,8 +45,11 @@ class CheckpointTrainer(Trainer):
 
     processor: Processor
     parts: list[Part]
+    options: TrainerOptions
     saved_with_checkpoint: list[SavedWithCheckpoint]  # what a run needs to go on besides what `Trainer` saves
+    best_model: BestModel | None  # which evaluation was the best; None: it is not kept
     base: Base | None  # what the result is written on top of (adapters, quantised parts); None: the result is whole
+    writer: FolderWriter | None = None  # of the checkpoint that is being written
 
     # `Trainer` declares these as unions; here each is what a run makes it.
     model: Any
@@ -42,50 +57,135 @@ class CheckpointTrainer(Trainer):
     lr_scheduler: Any
     accelerator: Any
 
+    # --- the whole model ----------------------------------------------------------------------------------------
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model with its processor, whole or on top of its base; within a checkpoint, only what trains."""
-        folder = Path(output_dir or str(self.args.output_dir))
+        """Save the model with its processor, whole or on top of its base; within a checkpoint, only what trains.
+
+        Raises:
+            SaveError: it could not be written; a model that was there before is as it was.
+        """
         if _internal_call:
-            self._save_trained_weights(folder)
+            self._save_trained_weights(Path(str(output_dir)))
             return
+        if output_dir is None:
+            raise ValueError("save_model needs a folder: the run directory itself holds no model")
+        writer = self._make_writer(Path(output_dir))
+        if self.base is None:
+            num_bytes = sizes.model_bytes(self.model)
+        else:
+            num_bytes = sizes.tensor_bytes(trained_tensors(self.model, self.parts).values())
+        writer.begin(num_bytes + sizes.OTHER_BYTES if writer.is_leader else 0)
+        self._write_model(writer)
+        writer.finish()
+
+    def _write_model(self, writer: FolderWriter) -> None:
+        folder, is_writer = writer.folder, self.args.should_save
         if self.base is not None:
             new_rows = {name: min(part.new_tokens) for part in self.parts for name in part.rows}
-            save_on_base(self.model, folder, self.base, new_rows=new_rows, is_writer=self.args.should_save)
+            with writer.recording():
+                save_on_base(self.model, folder, self.base, new_rows=new_rows, is_writer=is_writer)
         else:
             state = self.accelerator.get_state_dict(self.model_wrapped)  # on every rank: ZeRO-3 gathers
-            if self.args.should_save:
-                save_complete(self.model, folder, state)
-        if self.args.should_save:
-            self.processor.save_pretrained(folder)
+            with writer.recording():
+                if is_writer:
+                    save_complete(self.model, folder, state)
+        with writer.recording():
+            if is_writer:
+                self.processor.save_pretrained(folder)
 
-    def _save_trained_weights(self, folder: Path) -> None:
-        if not self.args.should_save:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self.is_deepspeed_enabled:  # DeepSpeed writes weights beside its optimiser states
-            state = {name: t.detach().contiguous() for name, t in trained_tensors(self.model, self.parts).items()}
-            save_file(state, folder / TRAINED_WEIGHTS)
+    def _make_writer(self, target: Path) -> FolderWriter:
+        is_first_of_node = self.args.local_process_index == 0
+        return FolderWriter(target, is_leader=self.args.should_save, is_first_of_node=is_first_of_node)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+    # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
-        """Save a checkpoint, mark it once every rank is done with it, and only then remove older ones."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
-        checkpoint = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        for state in self.saved_with_checkpoint:
-            state.save_to(checkpoint)
-        barrier()
+        """Save a checkpoint, and only then remove older ones; before it, the model of the best evaluation.
+
+        Raises:
+            SaveError: it could not be written, and `trainer.on_save_error` is `stop`.
+        """
+        run_directory, step, best = Path(str(self.args.output_dir)), self.state.global_step, self.best_model
+        try:
+            if best is not None and best.is_new(step):
+                self._export_best(best, run_directory / BEST)
+            self._write_checkpoint(run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}", model, trial)
+        except SaveError as error:
+            if self.options.on_save_error == "stop":
+                raise
+            if self.args.process_index == 0:
+                log.error("%s. The run goes on, as trainer.on_save_error=continue says", error)
+            return
         if self.args.should_save:
-            checkpoint.joinpath(COMPLETE_MARK).touch()
-            rotate_checkpoints(output_dir=str(checkpoint.parent), save_total_limit=limit)
+            best_step = best.best.step if best is not None and best.best is not None else None
+            remove_old_checkpoints(run_directory, self.args.save_total_limit, best_step)
+
+    def _export_best(self, best: BestModel, folder: Path) -> None:
+        try:
+            self.save_model(str(folder))
+        except SaveError:
+            best.revert()  # the folder has the best model before this one
+            raise
+        log.info("%s holds the model of %s", folder, best.describe())
+
+    def _write_checkpoint(self, checkpoint: Path, model: torch.nn.Module, trial: None) -> None:
+        self.writer = writer = self._make_writer(checkpoint)
+        try:
+            writer.begin(self._checkpoint_bytes(checkpoint.parent))
+            with writer.recording():  # behind the first file that cannot be written, ranks wait for each other no more
+                super()._save_checkpoint(model, trial)
+            for state in self.saved_with_checkpoint:
+                with writer.recording():
+                    state.save_to(writer.folder)
+            writer.finish(self.state.global_step)
+        finally:
+            self.writer = None
+
+    def _get_output_dir(self, trial: None) -> str:
+        """Return the folder in which `Trainer` makes the folders of checkpoints."""
+        return super()._get_output_dir(trial) if self.writer is None else str(self.writer.folder.parent)
+
+    def _checkpoint_bytes(self, run_directory: Path) -> int:
+        """Return how many bytes this rank will write, about."""
+        leads, is_sharded = self.args.should_save, self.is_deepspeed_enabled
+        previous = sizes.previous_checkpoint_bytes(run_directory)
+        if previous is None:
+            trained = trained_tensors(self.model, self.parts).values()
+            return sizes.new_checkpoint_bytes(trained, self.optimizer, leads=leads, is_sharded=is_sharded)
+        return previous if leads else 0
+
+    def _save_trained_weights(self, folder: Path) -> None:
+        if self.args.should_save and not self.is_deepspeed_enabled:  # DeepSpeed writes weights beside its states
+            state = {name: t.detach().contiguous() for name, t in trained_tensors(self.model, self.parts).items()}
+            with self._current_writer().recording():
+                save_file(state, folder / TRAINED_WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        writer, folder = self._current_writer(), Path(output_dir)
+        if self.is_deepspeed_enabled:
+            from vlm.train.checkpoints.deepspeed_engine import save_deepspeed_checkpoint  # only its runs need it
+
+            try:
+                save_deepspeed_checkpoint(self.model_wrapped, writer)
+            except OSError as error:
+                raise OutOfStepError(f"{writer.target} could not be saved: {error}") from error
+        elif self.args.should_save:
+            writer.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+        if self.args.should_save:
+            writer.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+
+    def _current_writer(self) -> FolderWriter:
+        assert self.writer is not None, "parts of a checkpoint are written while one is saved"
+        return self.writer
+
+    def note_evaluation(self, metrics: dict[str, float]) -> None:
+        """Ask for a checkpoint where an evaluation is the best so far, and that is kept; every rank calls this."""
+        step = self.state.global_step
+        if self.best_model is not None and self.is_in_train and step > 0:  # before the first step nothing has trained
+            self.control.should_save |= self.best_model.update(broadcast_from_rank0(metrics), step)
+
+    # --- resuming -----------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: None = None) -> None:
         """Put a checkpoint's trained weights over those that the run began with; both must train the same."""
@@ -112,6 +212,7 @@ class CheckpointTrainer(Trainer):
         if resume_from_checkpoint is not None:
             for state in self.saved_with_checkpoint:
                 state.load_from(Path(resume_from_checkpoint))
+            set_aside_later(Path(resume_from_checkpoint), Path(str(self.args.output_dir)))
         return prepared
 
     def _prepare_as_usual(
@@ -119,6 +220,7 @@ class CheckpointTrainer(Trainer):
     ) -> tuple[torch.nn.Module, DataLoader]:
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._require_own_checkpoint(Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         if loaded is None:
@@ -128,6 +230,16 @@ class CheckpointTrainer(Trainer):
             )
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
+
+    def _require_own_checkpoint(self, checkpoint: Path) -> None:
+        """Refuse pickles of others, which run code when they are read: DeepSpeed's files are such."""
+        run_directory = Path(str(self.args.output_dir))
+        if checkpoint.resolve().parent != run_directory.resolve():
+            raise ValueError(
+                f"trainer.resume_from_checkpoint={checkpoint}: files of DeepSpeed can run code when they are read, so "
+                f"they are read from the run's own directory alone, trainer.output_dir={run_directory}. If you trust "
+                "this checkpoint, copy its folder there"
+            )
 
 
 def trained_tensors(model: TrainableModel, parts: list[Part]) -> dict[str, Tensor]:

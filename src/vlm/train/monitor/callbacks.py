@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.monitor.plots import Metrics, draw_loss, draw_speed
 
 
@@ -22,7 +23,7 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             step = state.global_step
             lines = [line for line in read_metrics(self.path) if line["step"] <= step and step]
-            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+            write_text_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
@@ -45,8 +46,20 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """Return the lines of a `metrics.jsonl`; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Return the lines of a `metrics.jsonl`; none where there is no such file.
+
+    Lines that are not whole are left out: a run may be killed, or find the disk full, in the middle of one.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [metrics for line in lines if (metrics := _parse_line(line)) is not None]
+
+
+def _parse_line(line: str) -> Metrics | None:
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics, dict) and "step" in metrics else None
 
 
 class StopAtNaN(TrainerCallback):

@@ -137,6 +137,10 @@ class Objective(ABC):
         """Return what trains besides the parts that the configuration names: part -> the `key=value` that says so."""
         return {}
 
+    def metric_names(self) -> frozenset[str] | None:
+        """Return the names of the metrics that `evaluate` may give; None: they are not known before."""
+        return None
+
     # The data and the model.
 
     @abstractmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from vlm.checks.feature_cache import cache_problems
 from vlm.checks.heads import unused_head_problems
 from vlm.checks.run import evaluation_problems
-from vlm.config.choices import EVAL_METRICS, LOSS_METRICS
+from vlm.config.choices import EVAL_METRICS, EVALUATION_LOSSES, LOSS_METRICS
 from vlm.evaluation.text_metrics import check_metrics
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
@@ -54,6 +54,11 @@ class Generation(Objective):
             check_metrics(self.config.trainer.eval_metrics, EVAL_METRICS, "trainer.eval_metrics=")
         except ValueError as error:
             yield str(error)
+
+    def metric_names(self) -> frozenset[str]:
+        """Return those of losses, and `trainer.eval_metrics`."""
+        names = self.config.trainer.eval_metrics
+        return frozenset({*EVALUATION_LOSSES, *names, *(["retrieval_chance"] if "retrieval" in names else [])})
 
     def make_encoder(self, model_config: PreTrainedConfig, processor: Processor) -> SampleEncoder:
         """Return what encodes whole conversations, their replies supervised."""

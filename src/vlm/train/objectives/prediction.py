@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from vlm.checks.feature_cache import UNUSED_LIMIT
 from vlm.checks.heads import head_problems
+from vlm.config.choices import HEAD_METRICS
 from vlm.config.derived import caches_features
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
@@ -55,6 +56,17 @@ class Prediction(Objective):
         if names := config.trainer.eval_metrics:
             yield f"trainer.eval_metrics={names}: heads have measures of their own; leave it out"
 
+    def metric_names(self) -> frozenset[str] | None:
+        """Return the loss and the metrics of each head; None where a checkpoint has further heads."""
+        if self.config.trainer.from_pretrained is not None:
+            return None
+        heads = self.config.model.head.by_name
+        return frozenset(
+            f"{'' if len(heads) == 1 else f'{head}_'}{name}"
+            for head, settings in heads.items()
+            for name in ("loss", *HEAD_METRICS.get(settings.task or "", ()))
+        )
+
     def training_keys(self) -> dict[str, str]:
         """Return the head, which always trains."""
         return {"head": f"model.head.task={self.config.model.head.task}"}
@@ -77,6 +89,8 @@ class Prediction(Objective):
         targets = targets_by_head(data.train)
         self.model_config = resolve_heads(self.config.model, model_config, processor, data.heads, targets)
         if data.evaluation is None:
+            if (metric := self.config.trainer.keep_best) is not None:
+                raise ValueError(f"trainer.keep_best={metric}: there are no evaluation records; leave it out")
             args.eval_strategy = "no"
         return RunData(data.train, data.evaluation, data.datasets_by_role(), data.summary())
 

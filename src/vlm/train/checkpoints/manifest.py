@@ -1,0 +1,140 @@
+"""The manifest of a checkpoint: size and hash of each of its files. A checkpoint that has one was written to its end.
+
+Hashes are XXH3 (128 bits), which reads faster than disks do: they find damage, and are no protection against people.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+CHUNK = 1 << 22
+"""Bytes that are read at once."""
+
+UNVERIFIED_MARK = "complete"
+"""The empty file by which earlier versions marked a checkpoint; those have no manifest."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file of a checkpoint holds: its size in bytes, and its hash as hexadecimal digits."""
+
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: the optimiser step after which it was written.
+        world_size: the number of ranks that wrote it.
+        files: path within the checkpoint -> what the file holds.
+    """
+
+    step: int
+    world_size: int
+    files: dict[str, FileRecord]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the manifest, with a hash of its own."""
+        content = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        whole = {"xxh3_128": hash_text(content), "content": json.loads(content)}
+        (checkpoint / MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Return the manifest of a checkpoint.
+
+    Raises:
+        ValueError: it is missing, damaged, or of a later version.
+    """
+    try:
+        whole = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        content, expected = whole["content"], whole["xxh3_128"]
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing: it was not written to its end") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+    if hash_text(json.dumps(content, sort_keys=True)) != expected:
+        raise ValueError(f"{MANIFEST} is damaged: its hash differs")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{MANIFEST} has format {content['format']}; this version of vlm reads {FORMAT}")
+    files = {name: FileRecord(**record) for name, record in content["files"].items()}
+    return Manifest(content["step"], content["world_size"], files)
+
+
+def verify_checkpoint(checkpoint: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, a sentence for each file; empty: it holds what was written.
+
+    Reads all of it. A checkpoint of an earlier version, which has no manifest, has nothing to be held against.
+    """
+    if is_unverified(checkpoint):
+        return []
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError as error:
+        return [str(error)]
+    return find_file_problems(checkpoint, manifest.files)
+
+
+def is_unverified(checkpoint: Path) -> bool:
+    """Return whether an earlier version wrote a checkpoint to its end, without a manifest."""
+    return (checkpoint / UNVERIFIED_MARK).is_file() and not (checkpoint / MANIFEST).exists()
+
+
+def looks_whole(checkpoint: Path) -> bool:
+    """Return whether every file of a checkpoint is there with its size; nothing but the manifest is read."""
+    if is_unverified(checkpoint):
+        return True
+    try:
+        files = read_manifest(checkpoint).files
+    except ValueError:
+        return False
+    return not find_file_problems(checkpoint, files, hashes=False)
+
+
+def find_file_problems(checkpoint: Path, files: dict[str, FileRecord], *, hashes: bool = True) -> list[str]:
+    """Return what is wrong with these files of a checkpoint; without `hashes`, only sizes are compared."""
+    problems = []
+    for name, expected in files.items():
+        try:
+            size = (checkpoint / name).stat().st_size
+            if size != expected.size:
+                problems.append(f"{name} has {size:,} bytes in place of {expected.size:,}")
+            elif hashes and hash_file(checkpoint / name) != expected:
+                problems.append(f"{name} does not hold what was written: its hash differs")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+    return problems
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Return what a file holds."""
+    digest, buffer, size = xxhash.xxh3_128(), memoryview(bytearray(CHUNK)), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def hash_text(text: str) -> str:
+    """Return the hash of a text."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the files of a folder and those below it, as paths within it, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

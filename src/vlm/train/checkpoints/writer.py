@@ -1,0 +1,207 @@
+"""Writes folders of a run so that each is there whole or not at all: checkpoints, `best` and `final`.
+
+A folder is written in `unfinished/` of the run directory, flushed to the disk, and renamed when every rank is done with
+it. Where a rank cannot write, all of them hear of it and leave what was there before as it was.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from vlm.checks.disk import FULL_ERRORS, format_bytes, free_bytes, is_write_error, mount_point
+from vlm.train.checkpoints.files import UNFINISHED, flush, flush_folder, publish, remove_if_empty, restore_replaced
+from vlm.train.checkpoints.groups import group_by_leaders, rank_and_world_size
+from vlm.train.checkpoints.manifest import MANIFEST, FileRecord, Manifest, hash_file, list_files
+from vlm.train.distributed import all_gather_objects, barrier
+
+
+class SaveError(OSError):
+    """A folder of a run could not be written; every rank raises it, with the same message."""
+
+
+class OutOfStepError(ValueError):
+    """A rank failed within a library's own exchange with the others, who wait there: the run cannot go on."""
+
+
+class HashedFile:
+    """A file that is hashed while it is written. `write` never raises: libraries that call it from C++ would abort."""
+
+    def __init__(self, path: Path):
+        self.path, self.size, self.digest = path, 0, xxhash.xxh3_128()
+        self.error: OSError | None = None
+        self.file = path.open("wb")
+
+    def write(self, data: Any) -> int:
+        """Write bytes; after an error, which `close` raises, do nothing."""
+        count = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+            self.digest.update(data)
+            self.size += count
+        return count
+
+    def flush(self) -> None:
+        """Do nothing: `close` hands over what is left."""
+
+    def close(self) -> FileRecord:
+        """Return what was written.
+
+        Raises:
+            OSError: the file could not be written; what there is of it is removed, so that others have its space.
+        """
+        try:
+            self.file.close()
+        except OSError as error:
+            self.error = self.error or error
+        if self.error is not None:
+            self.path.unlink(missing_ok=True)
+            raise self.error
+        return FileRecord(self.size, self.digest.hexdigest())
+
+
+class FolderWriter:
+    """Writes one folder. It is made, begun and finished on every rank.
+
+    Args:
+        target: the folder, directly in the run directory.
+        is_leader: whether this rank makes, renames and removes folders: the first rank, or where each node has a disk
+            of its own (`trainer.save_on_each_node`) the first of each node.
+        is_first_of_node: whether this rank flushes what its node has written.
+
+    Attributes:
+        folder: where to write in the meantime.
+    """
+
+    def __init__(self, target: Path, *, is_leader: bool, is_first_of_node: bool):
+        self.target, self.is_leader, self.is_first_of_node = target, is_leader, is_first_of_node
+        self.folder = target.parent / UNFINISHED / target.name
+        self.records: dict[str, FileRecord] = {}
+        self.error: BaseException | None = None
+        self.num_bytes = 0
+        self.group = group_by_leaders(is_leader=is_leader)
+
+    def begin(self, num_bytes: int) -> None:
+        """Make the folder, and remove what a run that was killed has left of one.
+
+        Args:
+            num_bytes: how much this rank will write, about.
+
+        Raises:
+            SaveError: there is too little space, or nothing can be written.
+        """
+        self.num_bytes = sum(self.group.gather(num_bytes))
+        with self.recording():
+            if self.is_leader:
+                self._remove_waste()
+                if self.num_bytes > free_bytes(self.target.parent):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.folder.mkdir(parents=True)
+        self._agree()
+
+    def _remove_waste(self) -> None:
+        restore_replaced(self.target.parent)
+        kind = self.target.name.partition("-")[0]
+        for waste in self.folder.parent.glob(f"{kind}*"):
+            shutil.rmtree(waste)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep an error of writing instead of raising it, so that all ranks go on to make the same calls."""
+        try:
+            yield
+        except BaseException as error:  # torch's distributed checkpoint derives its error from nothing narrower
+            if isinstance(error, OutOfStepError) or not is_write_error(error):
+                raise
+            self.error = self.error or error
+
+    def save(self, state: object, path: Path, *, zipped: bool = True) -> None:
+        """Write an object as `torch.save` does; after an error, do nothing. `path` is within `folder`."""
+        if self.error is not None:
+            return
+        with self.recording():
+            file = HashedFile(path)
+            try:
+                torch.save(state, file, _use_new_zipfile_serialization=zipped)
+            finally:
+                record = file.close()
+            self.records[path.relative_to(self.folder).as_posix()] = record
+
+    def finish(self, step: int | None = None) -> None:
+        """Flush what was written, and give the folder its name; a checkpoint, which has a `step`, gets its manifest.
+
+        Raises:
+            SaveError: a rank could not write. What was there before is as it was.
+        """
+        with self.recording():
+            if self.is_first_of_node and self.error is None:
+                flush_folder(self.folder)
+        self._agree()
+        if step is not None:
+            self._write_manifest(step)
+        self._agree()
+        with self.recording():
+            if self.is_leader:
+                publish(self.folder, self.target)
+        self._agree()
+
+    def _write_manifest(self, step: int) -> None:
+        """Hash what is not hashed yet, each rank its share, and write the manifest."""
+        files: dict[str, FileRecord] = {}
+        for records in self.group.gather(self.records):
+            files |= records
+        with self.recording():
+            rest = [name for name in list_files(self.folder) if name not in files]
+            self.records = {name: hash_file(self.folder / name) for name in self.group.take_share(rest)}
+        for records in self.group.gather(self.records):
+            files |= records
+        with self.recording():
+            if self.is_leader and self.error is None:
+                _, world_size = rank_and_world_size()
+                Manifest(step, world_size, self._check_visible(files)).write(self.folder)
+                flush(self.folder / MANIFEST)
+                flush(self.folder)
+
+    def _check_visible(self, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        """Return the records of all files that this rank sees; it has to see those that others wrote."""
+        names = list_files(self.folder)
+        if unseen := sorted(files.keys() - set(names)):
+            raise SaveError(
+                f"{self.folder / unseen[0]} was written by another rank, and this one does not see it: each node has "
+                "a disk of its own. Choose a trainer.output_dir that all share, or set trainer.save_on_each_node=true"
+            )
+        return {name: files.get(name) or hash_file(self.folder / name) for name in names}
+
+    def _agree(self) -> None:
+        """Raise SaveError on all ranks where one of them has an error; what is unfinished is removed."""
+        errors = [error for error in all_gather_objects(self._describe_error()) if error is not None]
+        if not errors:
+            return
+        if self.is_leader:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_if_empty(self.folder.parent)
+        barrier()
+        raise SaveError(errors[0])
+
+    def _describe_error(self) -> str | None:
+        error = self.error
+        if error is None or isinstance(error, SaveError):
+            return error and str(error)
+        folder = self.target.parent
+        free = free_bytes(folder)
+        if getattr(error, "errno", None) not in FULL_ERRORS and free >= self.num_bytes:
+            return f"{self.target} could not be saved: {error}. What was saved before is as it was"
+        quota = ", or a quota is used up" if free >= self.num_bytes else ""
+        return (
+            f"{self.target} could not be saved: the disk {mount_point(folder)} is full. {format_bytes(self.num_bytes)} "
+            f"are needed and {format_bytes(free)} are free{quota}. What was saved before is as it was"
+        )
