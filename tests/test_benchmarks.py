@@ -15,7 +15,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaModel
 
-from benchmarks import counting, features, finetune, generation, gpu, growth, memory, overhead, peers, pretrain
+from benchmarks import (
+    counting,
+    features,
+    finetune,
+    generation,
+    gpu,
+    growth,
+    memory,
+    overhead,
+    peers,
+    pretrain,
+    survival,
+)
 from benchmarks.lengths import PUBLISHED_FIGURES, SOURCES, draw_records, summarize_lengths, write_records
 from benchmarks.shapes import SHAPES, compose_model, make_llava, write_parts
 from benchmarks.variants import (
@@ -388,3 +400,13 @@ def test_every_program_gets_the_same_job(folder: Path, tmp_path: Path, monkeypat
     assert (measured.losses, measured.training) == ([2.5, 1.5], 7.25)
     with pytest.raises(RuntimeError, match="ours failed after 2 of 3 steps"):
         peers.run_program("ours", replace(job, steps=3), Path(sys.executable))
+
+
+def test_manifests_are_measured_beside_plain_saves(tmp_path: Path):
+    steps, saves = survival.measure(survival.Size("tiny", tokens=2048, steps=3, repeats=2), tmp_path)
+    assert len(saves.whole) == len(saves.plain) == len(saves.checks) == 2
+    assert saves.num_bytes > 10_000
+    row = survival.manifest_row(steps, saves, 500)
+    assert row.target == 1.0
+    cost = [(whole - plain) / 500 for whole, plain in zip(saves.whole, saves.plain, strict=True)]
+    assert row.ratio == pytest.approx(statistics.median(cost) / statistics.median(steps.seconds[1:]) / 0.02)

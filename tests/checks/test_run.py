@@ -225,6 +225,30 @@ REFUSALS = {
     ),
     "a peak of nothing": (["trainer.peak_tflops=0"], "trainer.peak_tflops=0.0: a number above 0, or null, is needed"),
     "metrics": (["trainer.eval_metrics=[anls,meteor]"], "trainer.eval_metrics=meteor: allowed are exact_match, vqa_"),
+    "what to do on a full disk": (
+        ["trainer.on_save_error=pray"],
+        "trainer.on_save_error=pray: allowed are stop, continue",
+    ),
+    "the best of nothing": (
+        ["trainer.keep_best=eval_loss"],
+        "trainer.keep_best=eval_loss: this run evaluates nothing; set trainer.eval_strategy to epoch or steps",
+    ),
+    "the best by what is not measured": (
+        ["trainer.keep_best=anls", "trainer.eval_strategy=epoch", "dataset.eval_split=0.5"],
+        "trainer.keep_best=anls: no evaluation measures it; allowed are eval_blank_loss, eval_image_gain, eval_loss",
+    ),
+    "a direction of nothing": (
+        ["trainer.greater_is_better=true"],
+        "trainer.greater_is_better=true: trainer.keep_best names no metric",
+    ),
+    "the best under transformers' names": (
+        ["trainer.save_strategy=best"],
+        "trainer.save_strategy=best: name a metric in trainer.keep_best, which saves at each new best evaluation",
+    ),
+    "a run directory below a file": (
+        ["trainer.output_dir=pyproject.toml/run"],
+        f"trainer.output_dir=pyproject.toml/run: {Path.cwd() / 'pyproject.toml'} is a file, and a folder is needed",
+    ),
 }
 """Overrides -> how the message begins."""
 
@@ -290,7 +314,9 @@ def test_evaluation_records_and_a_share_contradict(records: Path):
         ["dataset.template=null", "dataset.image_mode=pad"],
         ["trainer.from_pretrained=somebody/some-model"],
         ["trainer.resume_from_checkpoint=false"],
-        ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1"],
+        ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1", "trainer.keep_best=eval_loss"],
+        ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1", "trainer.keep_best=retrieval",
+         "trainer.eval_metrics=[retrieval]", "trainer.greater_is_better=true"],
         ["trainer.deepspeed=zero3"],
         ["trainer.optim=muon"],
         ["trainer.optim=my_package.my_module:Optimizer", "trainer.deepspeed=zero2"],
@@ -315,7 +341,10 @@ def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
     output = f"trainer.output_dir={tmp_path / 'run'}"
     assert "no complete checkpoint" in refused(records, output, "trainer.resume_from_checkpoint=true")
     assert "complete checkpoint is needed" in refused(records, output, f"trainer.resume_from_checkpoint={torn}")
-    (whole / "complete").touch()
+    (tmp_path / "run" / "checkpoint-best").mkdir()
+    (tmp_path / "run" / "checkpoint-best" / "manifest.json").touch()
+    assert "no complete checkpoint" in refused(records, output, "trainer.resume_from_checkpoint=true")
+    (whole / "manifest.json").touch()
     for value in ("true", whole):
         check_config(
             compose_config(
@@ -327,6 +356,7 @@ def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
 @pytest.mark.parametrize("name", ["checkpoint-3", "final"])
 def test_another_runs_directory_is_not_written_into(records: Path, tmp_path: Path, name: str):
     (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "complete").touch()
     said = refused(records, f"trainer.output_dir={tmp_path / 'run'}")
     assert said.startswith(f"trainer.output_dir={tmp_path / 'run'}: holds another run.")
 
@@ -341,3 +371,21 @@ def test_packaged_names():
 @pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), (1, "1"), (0.0, "0.0"), ("x", "x")])
 def test_values_are_shown_as_yaml_writes_them(value: object, text: str):
     assert format_value(value) == text
+
+
+def test_what_a_run_that_was_killed_left_behind_blocks_nothing(records: Path, tmp_path: Path):
+    """A folder of a first save that was not ended, a damaged one, one of another name."""
+    for name in ("unfinished/checkpoint-1", "checkpoint-1", "checkpoint-2.damaged", "checkpoint-best"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-2.damaged" / "manifest.json").touch()
+    config = compose_config("pretrain-smol", [f"dataset.path={records}", f"trainer.output_dir={tmp_path / 'run'}"])
+    check_config(config)
+
+
+@pytest.mark.parametrize("word", ["eval_accuracy", "f1", "eval_loss"])
+def test_the_best_of_a_head_is_by_one_of_its_metrics(records: Path, word: str):
+    words = ["model.hf_name=null", f"dataset.path={records}", "dataset.options.label_key=a", "dataset.eval_split=0.5",
+             "trainer.eval_strategy=epoch"]  # fmt: skip
+    check_config(compose_config("head-binary", [*words, f"trainer.keep_best={word}"]))
+    with pytest.raises(ConfigError, match=r"trainer\.keep_best=mae: no evaluation measures it; allowed are eval_acc"):
+        check_config(compose_config("head-binary", [*words, "trainer.keep_best=mae"]))

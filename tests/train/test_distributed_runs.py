@@ -15,8 +15,10 @@ from safetensors import safe_open
 
 from tests import waiting
 from tests.families.tiny_families import save_family
-from tests.fixtures import losses, newest_checkpoint
+from tests.fixtures import losses
 from tests.forked import CPU_ONLY, find_free_port, run_ranks
+from tests.train.checkpoints.test_manifest import DAMAGES, flip_a_bit
+from vlm.train.checkpoints.manifest import MANIFEST, list_files, read_manifest, verify_checkpoint
 
 FINETUNE = [
     "trainer.learning_rate.language_model_learning_rate=1e-3",
@@ -83,11 +85,28 @@ def test_two_ranks_reach_the_single_process(
     start_ranks(words)
     assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
     assert describe_final(tmp_path) == describe_final(single)
-    for late in tmp_path.glob("checkpoint-6/manifest.json"):
-        late.unlink()
-    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
+    find_every_damage(tmp_path / "checkpoint-6")
+    flip_a_bit(max(tmp_path.glob("checkpoint-6/*/*_optim_states.pt")))  # the last rank's; both take the one before
     launch([*words, "trainer.resume_from_checkpoint=true"])
     assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+        *("checkpoint-3", "checkpoint-6", "checkpoint-6.damaged")
+    }
+
+
+def find_every_damage(checkpoint: Path) -> None:
+    """Damage a checkpoint's files one after the other, in every way; each is found, and mended again."""
+    files = read_manifest(checkpoint).files
+    assert len({name for name in files if name.endswith("_optim_states.pt")}) == 2  # each rank's
+    assert {"rng_state_0.pth", "rng_state_1.pth", "scheduler.pt", "latest"} < set(files)
+    assert {*files, MANIFEST} == set(list_files(checkpoint))
+    for name in files:
+        content = (checkpoint / name).read_bytes()
+        for damage in DAMAGES.values():
+            damage(checkpoint / name)
+            assert [problem.split()[0] for problem in verify_checkpoint(checkpoint)] == [name]
+            (checkpoint / name).write_bytes(content)
+    assert verify_checkpoint(checkpoint) == []
 
 
 WHOLE = [

@@ -6,6 +6,7 @@ Hashes are XXH3 (128 bits), which reads faster than disks do: they find damage, 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -47,9 +48,7 @@ class Manifest:
 
     def write(self, checkpoint: Path) -> None:
         """Write the manifest, with a hash of its own."""
-        content = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
-        whole = {"xxh3_128": hash_text(content), "content": json.loads(content)}
-        (checkpoint / MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (checkpoint / MANIFEST).write_text(_with_hash({"format": FORMAT, **asdict(self)}), encoding="utf-8")
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -59,18 +58,24 @@ def read_manifest(checkpoint: Path) -> Manifest:
         ValueError: it is missing, damaged, or of a later version.
     """
     try:
-        whole = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        content, expected = whole["content"], whole["xxh3_128"]
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        content = json.loads(text)["content"]
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing: it was not written to its end") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
-    if hash_text(json.dumps(content, sort_keys=True)) != expected:
-        raise ValueError(f"{MANIFEST} is damaged: its hash differs")
+    if text != _with_hash(content):
+        raise ValueError(f"{MANIFEST} does not hold what was written: its hash differs")
     if content["format"] != FORMAT:
         raise ValueError(f"{MANIFEST} has format {content['format']}; this version of vlm reads {FORMAT}")
     files = {name: FileRecord(**record) for name, record in content["files"].items()}
     return Manifest(content["step"], content["world_size"], files)
+
+
+def _with_hash(content: dict[str, Any]) -> str:
+    """Return the text of a manifest: one text for each content, so that every byte of it counts."""
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return json.dumps({"content": content, "xxh3_128": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def verify_checkpoint(checkpoint: Path) -> list[str]:
@@ -128,11 +133,6 @@ def hash_file(path: Path) -> FileRecord:
             digest.update(buffer[:count])
             size += count
     return FileRecord(size, digest.hexdigest())
-
-
-def hash_text(text: str) -> str:
-    """Return the hash of a text."""
-    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def list_files(folder: Path) -> list[str]:

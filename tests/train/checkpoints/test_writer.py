@@ -1,0 +1,148 @@
+"""Folders that are there whole or not at all, also where the disk is full or nothing can be written."""
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vlm.train.checkpoints import writer as writing
+from vlm.train.checkpoints.files import UNFINISHED
+from vlm.train.checkpoints.manifest import hash_file, read_manifest, verify_checkpoint
+from vlm.train.checkpoints.writer import FolderWriter, HashedFile, OutOfStepError, SaveError
+
+STATE = {"weight": torch.arange(5000.0), "step": 3}
+
+
+def make_writer(run: Path, name: str = "checkpoint-3") -> FolderWriter:
+    return FolderWriter(run / name, is_leader=True, is_first_of_node=True)
+
+
+def write_checkpoint(run: Path, state: object = STATE) -> FolderWriter:
+    writer = make_writer(run)
+    writer.begin(1000)
+    writer.save(state, writer.folder / "optimizer.pt")
+    with writer.recording():
+        (writer.folder / "trainer_state.json").write_text("{}")
+    return writer
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """No file may become longer than `limit` bytes: writing fails as it does on a full disk, without an exception."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_hash_of_what_is_written_is_that_of_the_file(tmp_path: Path, zipped: bool):
+    file = HashedFile(tmp_path / "state.pt")
+    torch.save(STATE, file, _use_new_zipfile_serialization=zipped)
+    assert file.close() == hash_file(tmp_path / "state.pt")
+    assert torch.equal(torch.load(tmp_path / "state.pt")["weight"], STATE["weight"])
+
+
+def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path: Path):
+    writer = write_checkpoint(tmp_path)
+    assert not (tmp_path / "checkpoint-3").exists()
+    writer.finish(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert verify_checkpoint(tmp_path / "checkpoint-3") == []
+    manifest = read_manifest(tmp_path / "checkpoint-3")
+    assert set(manifest.files) == {"optimizer.pt", "trainer_state.json"}
+
+
+def test_one_of_the_same_name_is_replaced_as_a_whole(tmp_path: Path):
+    write_checkpoint(tmp_path).finish(3)
+    (tmp_path / "checkpoint-3" / "of the first").touch()
+    write_checkpoint(tmp_path, {"another": 1}).finish(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert not (tmp_path / "checkpoint-3" / "of the first").exists()
+    assert torch.load(tmp_path / "checkpoint-3" / "optimizer.pt") == {"another": 1}
+
+
+def test_what_a_killed_run_left_goes_with_the_next_save(tmp_path: Path):
+    waste = tmp_path / UNFINISHED / "checkpoint-2"
+    waste.mkdir(parents=True)
+    (waste / "optimizer.pt").write_bytes(b"half")
+    (tmp_path / UNFINISHED / "final").mkdir()
+    write_checkpoint(tmp_path).finish(3)
+    assert not waste.exists()
+    writer = make_writer(tmp_path, "final")
+    writer.begin(0)
+    writer.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "final"]
+    assert not any((tmp_path / "final").iterdir())  # a manifest is of checkpoints
+
+
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writing, "free_bytes", lambda path: 2_500_000)
+    with pytest.raises(SaveError, match=r"the disk / is full|the disk /\S+ is full") as refused:
+        make_writer(tmp_path).begin(7_300_000_000)
+    assert "7.3 GB are needed and 2.5 MB are free" in str(refused.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path):
+    write_checkpoint(tmp_path).finish(3)
+    before = (tmp_path / "checkpoint-3" / "optimizer.pt").read_bytes()
+    with small_files(10_000):
+        writer = write_checkpoint(tmp_path, {"weight": torch.ones(5000)})
+        writer.save(STATE, writer.folder / "scheduler.pt")  # does nothing now
+        assert not (writer.folder / "optimizer.pt").exists()
+        with pytest.raises(SaveError, match=r"checkpoint-3 could not be saved: .*File too large"):
+            writer.finish(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert (tmp_path / "checkpoint-3" / "optimizer.pt").read_bytes() == before
+
+
+def test_a_full_disk_is_an_error_of_the_file_and_not_of_torch(tmp_path: Path):
+    (tmp_path / "full").symlink_to("/dev/full")
+    file = HashedFile(tmp_path / "full")
+    torch.save(STATE, file)
+    with pytest.raises(OSError, match="No space left") as full:
+        file.close()
+    assert full.value.errno == errno.ENOSPC
+
+
+def test_errors_of_libraries_that_write_are_recorded(tmp_path: Path):
+    writer = make_writer(tmp_path)
+    writer.begin(0)
+    with small_files(10_000):
+        with writer.recording():
+            save_file({"weight": torch.ones(50_000)}, writer.folder / "trained.safetensors")
+        first = writer.error
+        with writer.recording():
+            torch.save(torch.ones(50_000), writer.folder / "rng_state.pth")
+    assert first is not None
+    assert writer.error is first
+    with pytest.raises(SaveError, match="os error 27"):
+        writer.finish(3)
+
+
+def test_other_errors_are_not(tmp_path: Path):
+    writer = make_writer(tmp_path)
+    writer.begin(0)
+    for error in (KeyboardInterrupt(), RuntimeError("no memory left"), OutOfStepError("No space left on device")):
+        with pytest.raises(type(error)), writer.recording():
+            raise error
+    assert writer.error is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(SaveError, match=r"checkpoint-3 could not be saved: .*Permission denied"):
+            make_writer(tmp_path).begin(0)
+    finally:
+        tmp_path.chmod(0o700)
