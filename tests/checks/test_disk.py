@@ -11,8 +11,9 @@ from vlm.checks import disk
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (12_345_678_901, "12.3 GB"), (4e15, "4000.0 TB")]
-)  # fmt: skip
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (12_345_678_901, "12.3 GB"), (4e15, "4000.0 TB")],
+)
 def test_sizes_as_people_read_them(count: float, text: str):
     assert disk.format_bytes(count) == text
 
