@@ -47,11 +47,11 @@ def start(pretrained: Path, world: Path) -> list[str]:
     return [f"trainer.from_pretrained={pretrained}", f"dataset.eval_path={world / 'records.json'}"]
 
 
-def describe_final(run: Path) -> tuple[dict[str, list[int]], dict[str, object]]:
+def describe_final(run: Path, folder: str = "final") -> tuple[dict[str, list[int]], dict[str, object]]:
     """Return names and shapes of the weights in `final`, and its generation settings."""
-    with safe_open(run / "final" / "model.safetensors", "pt") as weights:
+    with safe_open(run / folder / "model.safetensors", "pt") as weights:
         shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - no mapping
-    return shapes, json.loads((run / "final" / "generation_config.json").read_text())
+    return shapes, json.loads((run / folder / "generation_config.json").read_text())
 
 
 def launch(words: list[str], module: str = "vlm") -> None:
@@ -80,9 +80,10 @@ def test_two_ranks_reach_the_single_process(
     """Image and text-only rows mixed; losses, evaluation and the resumed second half are the same."""
     words = [
         "-cn", "finetune-smol", *common, *FINETUNE, *start(pretrained, world), f"trainer.deepspeed={stage}",
-        f"trainer.output_dir={tmp_path}", "trainer.per_device_train_batch_size=4",
+        f"trainer.output_dir={tmp_path}", "trainer.per_device_train_batch_size=4", "trainer.keep_best=eval_loss",
     ]  # fmt: skip
     start_ranks(words)
+    assert describe_final(tmp_path, "best") == describe_final(single)
     assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
     assert describe_final(tmp_path) == describe_final(single)
     find_every_damage(tmp_path / "checkpoint-6")

@@ -10,6 +10,7 @@ from vlm.train.checkpoints.find import (
     find_whole_checkpoint,
     list_checkpoints,
     remove_old_checkpoints,
+    require_own_checkpoint,
     require_whole_checkpoint,
     set_aside_later,
 )
@@ -115,3 +116,14 @@ def test_later_ones_are_of_another_history(run: Path, tmp_path: Path, caplog: py
         set_aside_later(run / "checkpoint-4", run)
     assert names(run) == ["checkpoint-10.superseded", "checkpoint-2", "checkpoint-4"]
     assert "checkpoint-10 is later than checkpoint-4, from which the run goes on" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["elsewhere/checkpoint-1", "run/link"])
+def test_pickles_of_others_are_not_read(tmp_path: Path, place: str):
+    """Those of DeepSpeed run code when they are read."""
+    (tmp_path / "elsewhere" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
+    require_own_checkpoint(tmp_path / "run" / "checkpoint-1", tmp_path / "run")
+    with pytest.raises(ValueError, match="the run's own directory alone"):
+        require_own_checkpoint(tmp_path / place, tmp_path / "run")

@@ -5,8 +5,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from vlm.train.checkpoints import writer as writing
 from vlm.train.checkpoints.files import UNFINISHED
 from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.checkpoints.manifest import MANIFEST, list_files, read_manifest
-from vlm.train.checkpoints.trainer import CheckpointTrainer
 from vlm.train.checkpoints.writer import SaveError
 from vlm.train.objectives.generation import Generation
 from vlm.train.trainer import VLMTrainer
@@ -142,7 +139,7 @@ def test_a_full_disk_ends_the_run_with_what_there_is(
     full_at(monkeypatch, "checkpoint-2")
     with pytest.raises(SaveError, match=r"run/checkpoint-2 could not be saved: the disk /\S* is full\.") as full:
         train("pretrain-smol", tmp_path / "run", *STEPS)
-    assert "kB are needed and 1.0 kB are free. What was saved before is as it was" in str(full.value)
+    assert "kB are needed and 1.0 kB are free. Free some space; what was saved before is as it was" in str(full.value)
     assert folders(tmp_path / "run") == ["checkpoint-1"]
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-1"
 
@@ -209,15 +206,3 @@ def test_a_best_model_that_cannot_be_saved_is_not_the_best(
     run = train("pretrain-smol", tmp_path / "run", *EVALUATED, "trainer.on_save_error=continue")
     assert folders(run) == ["best", "checkpoint-3", "checkpoint-4", "final"]
     assert json.loads((run / "checkpoint-4" / "best.json").read_text())["value"] == 2.0
-
-
-@pytest.mark.parametrize("place", ["elsewhere/checkpoint-1", "run/link"])
-def test_pickles_of_others_are_not_read(tmp_path: Path, place: str):
-    """Those of DeepSpeed run code when they are read."""
-    (tmp_path / "elsewhere" / "checkpoint-1").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
-    (tmp_path / "run" / "link").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
-    trainer: Any = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path / "run")))
-    CheckpointTrainer._require_own_checkpoint(trainer, tmp_path / "run" / "checkpoint-1")
-    with pytest.raises(ValueError, match="the run's own directory alone"):
-        CheckpointTrainer._require_own_checkpoint(trainer, tmp_path / place)

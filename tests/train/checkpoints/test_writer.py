@@ -1,6 +1,7 @@
 """Folders that are there whole or not at all, also where the disk is full or nothing can be written."""
 
 import errno
+import json
 import os
 import resource
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.forked import run_forked
 from vlm.train.checkpoints import writer as writing
 from vlm.train.checkpoints.files import UNFINISHED
 from vlm.train.checkpoints.manifest import hash_file, read_manifest, verify_checkpoint
@@ -146,3 +148,68 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path):
             make_writer(tmp_path).begin(0)
     finally:
         tmp_path.chmod(0o700)
+
+
+RANK = """
+import json, os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from tests.train.checkpoints.test_writer import small_files
+from tests.forked import run_forked
+from vlm.train.checkpoints import writer as writing
+from vlm.train.checkpoints.find import find_whole_checkpoint
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+writing.VISIBLE_WITHIN = 0.5
+
+def write(run, *, leads, fails=False):
+    try:
+        writer = writing.FolderWriter(run / "checkpoint-3", is_leader=leads, is_first_of_node=leads)
+        writer.begin(100)
+        with small_files(2000 if fails else 10**9):
+            writer.save({"weight": torch.ones(1000) * rank}, writer.folder / f"states_{rank}.pt")
+        (writer.folder / f"rng_state_{rank}.pth").write_bytes(bytes(10))
+        writer.finish(3)
+        manifest = json.loads((run / "checkpoint-3" / "manifest.json").read_text())["content"]
+        return [manifest["world_size"], *manifest["files"]]
+    except writing.SaveError as error:
+        return str(error)
+
+shared, own = folder / "shared", folder / f"node{rank}"
+said = {
+    "failed": write(shared, leads=rank == 0, fails=rank == 1),
+    "nothing": sorted(path.name for path in shared.glob("*")),
+    "shared": write(shared, leads=rank == 0),
+    "unseen": write(own, leads=rank == 0),
+    "own": write(own, leads=True),
+    "own found": str(find_whole_checkpoint(own)),
+}
+dist.barrier()
+if rank == 1:
+    (own / "checkpoint-3" / "states_1.pt").write_bytes(b"")
+    (shared / "checkpoint-3" / "states_0.pt").write_bytes(b"")
+dist.barrier()
+said |= {"own lost": find_whole_checkpoint(own), "shared lost": find_whole_checkpoint(shared)}
+print(json.dumps(said))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_write_and_find_the_same(tmp_path: Path):
+    """In a folder that they share, and with a disk for each; where one cannot write or is damaged, both know."""
+    first, second = run_forked(*(["-c", RANK, str(tmp_path), str(rank)] for rank in (0, 1)), environments=[{}, {}])
+    assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
+    said = [json.loads(done.stdout.splitlines()[-1]) for done in (first, second)]
+    both = ["rng_state_0.pth", "rng_state_1.pth", "states_0.pt", "states_1.pt"]
+    for rank, words in enumerate(said):
+        assert "checkpoint-3 could not be saved: [Errno 27] File too large" in words["failed"]
+        assert words["nothing"] == []
+        assert words["shared"] == [2, *both]
+        assert "trainer.save_on_each_node=true" in words["unseen"]
+        assert words["own"] == [2, f"rng_state_{rank}.pth", f"states_{rank}.pt"]
+        assert words["own found"] == str(tmp_path / f"node{rank}" / "checkpoint-3")
+        assert words["own lost"] is words["shared lost"] is None
+        assert [path.name for path in (tmp_path / f"node{rank}").iterdir()] == ["checkpoint-3.damaged"]
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["checkpoint-3.damaged"]

@@ -70,6 +70,20 @@ def require_whole_checkpoint(checkpoint: Path) -> Path:
     return checkpoint
 
 
+def require_own_checkpoint(checkpoint: Path, run_directory: Path) -> None:
+    """Refuse pickles of others, which run code when they are read; files of DeepSpeed are pickles.
+
+    Raises:
+        ValueError: the checkpoint does not lie in the run directory.
+    """
+    if checkpoint.resolve().parent != run_directory.resolve():
+        raise ValueError(
+            f"trainer.resume_from_checkpoint={checkpoint}: files of DeepSpeed can run code when they are read, so they "
+            f"are read from the run's own directory alone, trainer.output_dir={run_directory}. If you trust this "
+            "checkpoint, copy its folder there"
+        )
+
+
 def find_problems_together(checkpoint: Path) -> list[str]:
     """Return what is wrong with a checkpoint, the same on every rank; each reads its share of the files it can see."""
     problems: list[str] = []

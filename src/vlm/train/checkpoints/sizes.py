@@ -10,7 +10,7 @@ from vlm.train.checkpoints.find import list_checkpoints
 from vlm.train.checkpoints.groups import rank_and_world_size
 from vlm.train.checkpoints.manifest import read_manifest
 
-OTHER_BYTES = 1 << 18
+OTHER_BYTES = 1 << 16
 """Bytes of what a rank writes besides tensors: states of random numbers and of the run, settings."""
 
 

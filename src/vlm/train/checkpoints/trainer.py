@@ -24,7 +24,7 @@ from vlm.data.processor import Processor
 from vlm.families.table import get_part_names
 from vlm.train.checkpoints import sizes
 from vlm.train.checkpoints.best import BestModel
-from vlm.train.checkpoints.find import remove_old_checkpoints, set_aside_later
+from vlm.train.checkpoints.find import remove_old_checkpoints, require_own_checkpoint, set_aside_later
 from vlm.train.checkpoints.saved_state import SavedWithCheckpoint
 from vlm.train.checkpoints.writer import FolderWriter, OutOfStepError, SaveError
 from vlm.train.distributed import broadcast_from_rank0
@@ -220,7 +220,7 @@ class CheckpointTrainer(Trainer):
     ) -> tuple[torch.nn.Module, DataLoader]:
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._require_own_checkpoint(Path(resume_from_checkpoint))
+        require_own_checkpoint(Path(resume_from_checkpoint), Path(str(self.args.output_dir)))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         if loaded is None:
@@ -230,16 +230,6 @@ class CheckpointTrainer(Trainer):
             )
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
-
-    def _require_own_checkpoint(self, checkpoint: Path) -> None:
-        """Refuse pickles of others, which run code when they are read: DeepSpeed's files are such."""
-        run_directory = Path(str(self.args.output_dir))
-        if checkpoint.resolve().parent != run_directory.resolve():
-            raise ValueError(
-                f"trainer.resume_from_checkpoint={checkpoint}: files of DeepSpeed can run code when they are read, so "
-                f"they are read from the run's own directory alone, trainer.output_dir={run_directory}. If you trust "
-                "this checkpoint, copy its folder there"
-            )
 
 
 def trained_tensors(model: TrainableModel, parts: list[Part]) -> dict[str, Tensor]:

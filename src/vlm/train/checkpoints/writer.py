@@ -7,8 +7,11 @@ it. Where a rank cannot write, all of them hear of it and leave what was there b
 import errno
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from vlm.train.checkpoints.files import UNFINISHED, flush, flush_folder, publish
 from vlm.train.checkpoints.groups import group_by_leaders, rank_and_world_size
 from vlm.train.checkpoints.manifest import MANIFEST, FileRecord, Manifest, hash_file, list_files
 from vlm.train.distributed import all_gather_objects, barrier
+
+VISIBLE_WITHIN = 60.0
+"""Seconds within which a rank has to see what another one wrote; NFS keeps names of a folder for 30 to 60."""
 
 
 class SaveError(OSError):
@@ -107,6 +113,9 @@ class FolderWriter:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self.folder.mkdir(parents=True)
         self._agree()
+        with self.recording():
+            self._require_visible()
+        self._agree()
 
     def _remove_waste(self) -> None:
         restore_replaced(self.target.parent)
@@ -159,27 +168,35 @@ class FolderWriter:
         files: dict[str, FileRecord] = {}
         for records in self.group.gather(self.records):
             files |= records
+        names = sorted(set(chain(*self.group.gather(list_files(self.folder)))))  # each rank sees its own at once
         with self.recording():
-            rest = [name for name in list_files(self.folder) if name not in files]
-            self.records = {name: hash_file(self.folder / name) for name in self.group.take_share(rest)}
+            self._require_visible(*names)
+            share = self.group.take_share([name for name in names if name not in files])
+            self.records = {name: hash_file(self.folder / name) for name in share}
         for records in self.group.gather(self.records):
             files |= records
         with self.recording():
             if self.is_leader and self.error is None:
                 _, world_size = rank_and_world_size()
-                Manifest(step, world_size, self._check_visible(files)).write(self.folder)
+                Manifest(step, world_size, files).write(self.folder)
                 flush(self.folder / MANIFEST)
                 flush(self.folder)
 
-    def _check_visible(self, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
-        """Return the records of all files that this rank sees; it has to see those that others wrote."""
-        names = list_files(self.folder)
-        if unseen := sorted(files.keys() - set(names)):
-            raise SaveError(
-                f"{self.folder / unseen[0]} was written by another rank, and this one does not see it: each node has "
-                "a disk of its own. Choose a trainer.output_dir that all share, or set trainer.save_on_each_node=true"
-            )
-        return {name: files.get(name) or hash_file(self.folder / name) for name in names}
+    def _require_visible(self, *names: str) -> None:
+        """Wait until this rank sees these files of the folder; file systems of a network show new names late.
+
+        Raises:
+            SaveError: it does not.
+        """
+        deadline = time.monotonic() + VISIBLE_WITHIN
+        for path in (self.folder, *(self.folder / name for name in names)):
+            while not path.exists():
+                if time.monotonic() > deadline:
+                    raise SaveError(
+                        f"{path} was written by another rank, and {socket.gethostname()} does not see it. Choose a "
+                        "trainer.output_dir that all nodes share, or set trainer.save_on_each_node=true"
+                    )
+                time.sleep(0.1)
 
     def _agree(self) -> None:
         """Raise SaveError on all ranks where one of them has an error; what is unfinished is removed."""
@@ -203,5 +220,5 @@ class FolderWriter:
         quota = ", or a quota is used up" if free >= self.num_bytes else ""
         return (
             f"{self.target} could not be saved: the disk {mount_point(folder)} is full. {format_bytes(self.num_bytes)} "
-            f"are needed and {format_bytes(free)} are free{quota}. What was saved before is as it was"
+            f"are needed and {format_bytes(free)} are free{quota}. Free some space; what was saved before is as it was"
         )
