@@ -27,7 +27,7 @@ from benchmarks.sizes import make_parser, make_size
 from benchmarks.variants import Steps, run_ours, silence_libraries
 from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.files import publish
-from vlm.train.checkpoints.manifest import verify_checkpoint
+from vlm.train.checkpoints.find import verify_checkpoint
 from vlm.train.checkpoints.trainer import CheckpointTrainer
 from vlm.train.checkpoints.writer import FolderWriter
 

@@ -384,8 +384,8 @@ def test_what_a_run_that_was_killed_left_behind_blocks_nothing(records: Path, tm
 
 @pytest.mark.parametrize("word", ["eval_accuracy", "f1", "eval_loss"])
 def test_the_best_of_a_head_is_by_one_of_its_metrics(records: Path, word: str):
-    words = ["model.hf_name=null", f"dataset.path={records}", "dataset.format=labelled", "dataset.eval_split=0.5", "dataset.options.label_key=a",
-             "trainer.eval_strategy=epoch"]  # fmt: skip
+    words = ["model.hf_name=null", f"dataset.path={records}", "dataset.format=labelled", "dataset.eval_split=0.5",
+             "dataset.options.label_key=a", "trainer.eval_strategy=epoch"]  # fmt: skip
     check_config(compose_config("head-binary", [*words, f"trainer.keep_best={word}"]))
     with pytest.raises(ConfigError, match=r"trainer\.keep_best=mae: no evaluation measures it; allowed are eval_acc"):
         check_config(compose_config("head-binary", [*words, "trainer.keep_best=mae"]))

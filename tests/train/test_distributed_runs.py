@@ -18,7 +18,8 @@ from tests.families.tiny_families import save_family
 from tests.fixtures import losses
 from tests.forked import CPU_ONLY, find_free_port, run_ranks
 from tests.train.checkpoints.test_manifest import DAMAGES, flip_a_bit
-from vlm.train.checkpoints.manifest import MANIFEST, list_files, read_manifest, verify_checkpoint
+from vlm.train.checkpoints.find import verify_checkpoint
+from vlm.train.checkpoints.manifest import MANIFEST, list_files, read_manifest
 
 FINETUNE = [
     "trainer.learning_rate.language_model_learning_rate=1e-3",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm.train.checkpoints.find import verify_checkpoint
 from vlm.train.checkpoints.manifest import (
     MANIFEST,
     Manifest,
@@ -13,7 +14,6 @@ from vlm.train.checkpoints.manifest import (
     list_files,
     looks_whole,
     read_manifest,
-    verify_checkpoint,
 )
 
 

@@ -188,7 +188,9 @@ def test_the_best_model_is_kept_and_exported(train: Callable[..., Path], tmp_pat
     final = load_file(run / "final" / "model.safetensors")
     assert any(not torch.equal(best[name], weight) for name, weight in final.items())
     AutoModelForImageTextToText.from_pretrained(run / "best")
-    assert json.loads((run / "checkpoint-4" / "best.json").read_text())["step"] == 3
+    for folder in ("best", "checkpoint-4"):
+        told = json.loads((run / folder / "best.json").read_text())
+        assert told == {"metric": "eval_loss", "value": 1.0, "step": 3}
 
     measured += [1.5]
     words = ("trainer.max_steps=5", "trainer.resume_from_checkpoint=true")

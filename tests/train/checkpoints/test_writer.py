@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tests.forked import run_forked
 from vlm.train.checkpoints import writer as writing
 from vlm.train.checkpoints.files import UNFINISHED
-from vlm.train.checkpoints.manifest import hash_file, read_manifest, verify_checkpoint
+from vlm.train.checkpoints.find import verify_checkpoint
+from vlm.train.checkpoints.manifest import hash_file, read_manifest
 from vlm.train.checkpoints.writer import FolderWriter, HashedFile, OutOfStepError, SaveError
 
 STATE = {"weight": torch.arange(5000.0), "step": 3}

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 BEST_FILE = "best.json"
 """The file of a checkpoint that says which evaluation was the best so far."""
 
+BEST_FOLDER = "best"
+"""The folder of a run with the complete model of its best evaluation."""
+
 PREFIX = "eval_"
 
 
@@ -88,7 +91,7 @@ class BestModel:
         return f"{self.name}={self.best.value:.4g} at step {self.best.step}" if self.best else f"no {self.name} yet"
 
     def save_to(self, checkpoint: Path) -> None:
-        """Write which evaluation was the best."""
+        """Write which evaluation was the best, into a checkpoint or beside its model."""
         if self.is_writer and self.best is not None:
             content = {"metric": self.name, **asdict(self.best)}
             (checkpoint / BEST_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -34,9 +34,29 @@ MAX_PROBLEMS = 3
 
 def list_checkpoints(run_directory: Path) -> dict[int, Path]:
     """Return step -> folder of each checkpoint of a run by its name alone, the newest first."""
-    named = [(CHECKPOINT_NAME.fullmatch(folder.name), folder) for folder in run_directory.glob("*") if folder.is_dir()]
-    steps = {int(match[1]): folder for match, folder in named if match}
-    return dict(sorted(steps.items(), reverse=True))
+    named = [(checkpoint_step(folder), folder) for folder in run_directory.glob("*") if folder.is_dir()]
+    return dict(sorted(((step, folder) for step, folder in named if step is not None), reverse=True))
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the step of a checkpoint by its name, `checkpoint-STEP`; None for a folder of another name."""
+    match = CHECKPOINT_NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def verify_checkpoint(checkpoint: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, a sentence for each file; empty: it holds what was written.
+
+    Reads all of it, on this rank alone. A checkpoint of an earlier version, which has no manifest, has nothing to be
+    held against.
+    """
+    if is_unverified(checkpoint):
+        return []
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError as error:
+        return [str(error)]
+    return find_file_problems(checkpoint, manifest.files)
 
 
 def find_whole_checkpoint(run_directory: Path) -> Path | None:
@@ -94,8 +114,7 @@ def find_problems_together(checkpoint: Path) -> list[str]:
             manifest = read_manifest(checkpoint)
             stat = (checkpoint / MANIFEST).stat()
             files, identity = manifest.files, (stat.st_ino, stat.st_mtime_ns)
-            named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
-            if named and manifest.step != int(named[1]):
+            if checkpoint_step(checkpoint) not in (None, manifest.step):
                 problems = [f"{MANIFEST} is of step {manifest.step}"]
     except (ValueError, OSError) as error:
         problems = [str(error)]
@@ -130,10 +149,9 @@ def set_aside_later(checkpoint: Path, run_directory: Path) -> None:
     """Rename the checkpoints of a run that are later than the one it goes on from: another history wrote them."""
     if checkpoint.resolve().parent != run_directory.resolve():
         return
-    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
-    later = list(list_checkpoints(run_directory).items()) if match else []
-    for step in sorted({step for steps in all_gather_objects([step for step, _ in later]) for step in steps}):
-        if match and step > int(match[1]):
+    first = checkpoint_step(checkpoint)
+    for step in sorted(set(chain(*all_gather_objects(list(list_checkpoints(run_directory)))))):
+        if first is not None and step > first:
             folder = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             set_aside(folder, SUPERSEDED, f"is later than {checkpoint.name}, from which the run goes on")
 

@@ -78,20 +78,6 @@ def _with_hash(content: dict[str, Any]) -> str:
     return json.dumps({"content": content, "xxh3_128": digest}, indent=1, sort_keys=True) + "\n"
 
 
-def verify_checkpoint(checkpoint: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, a sentence for each file; empty: it holds what was written.
-
-    Reads all of it. A checkpoint of an earlier version, which has no manifest, has nothing to be held against.
-    """
-    if is_unverified(checkpoint):
-        return []
-    try:
-        manifest = read_manifest(checkpoint)
-    except ValueError as error:
-        return [str(error)]
-    return find_file_problems(checkpoint, manifest.files)
-
-
 def is_unverified(checkpoint: Path) -> bool:
     """Return whether an earlier version wrote a checkpoint to its end, without a manifest."""
     return (checkpoint / UNVERIFIED_MARK).is_file() and not (checkpoint / MANIFEST).exists()

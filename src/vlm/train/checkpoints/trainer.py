@@ -5,6 +5,7 @@ scheduler and random numbers, and the manifest of all of these. `writer.py` says
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vlm.config.schema import TrainerOptions
 from vlm.data.processor import Processor
 from vlm.families.table import get_part_names
 from vlm.train.checkpoints import sizes
-from vlm.train.checkpoints.best import BestModel
+from vlm.train.checkpoints.best import BEST_FOLDER, BestModel
 from vlm.train.checkpoints.find import remove_old_checkpoints, require_own_checkpoint, set_aside_later
 from vlm.train.checkpoints.saved_state import SavedWithCheckpoint
 from vlm.train.checkpoints.writer import FolderWriter, OutOfStepError, SaveError
@@ -35,9 +36,6 @@ log = logging.getLogger(__name__)
 TRAINED_WEIGHTS = "trained.safetensors"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 """Files of a checkpoint, named as `Trainer` reads them."""
-
-BEST = "best"
-"""The folder of a run with the complete model of its best evaluation, see `trainer.keep_best`."""
 
 
 class CheckpointTrainer(Trainer):
@@ -60,23 +58,34 @@ class CheckpointTrainer(Trainer):
     # --- the whole model ----------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model with its processor, whole or on top of its base; within a checkpoint, only what trains.
+        """Save the model, see `save_whole_model`; within a checkpoint, only what trains."""
+        if output_dir is None:
+            raise ValueError("save_model needs a folder: the run directory itself holds no model")
+        if _internal_call:
+            self._save_trained_weights(Path(output_dir))
+        else:
+            self.save_whole_model(Path(output_dir))
+
+    def save_whole_model(self, folder: Path, write_more: Callable[[Path], object] | None = None) -> None:
+        """Save the model with its processor, whole or on top of its base; every rank calls this.
+
+        Args:
+            folder: its folder in the run directory, which is there when all of it is.
+            write_more: called on every rank with the folder before it gets its name, to write files of its own there.
 
         Raises:
             SaveError: it could not be written; a model that was there before is as it was.
         """
-        if _internal_call:
-            self._save_trained_weights(Path(str(output_dir)))
-            return
-        if output_dir is None:
-            raise ValueError("save_model needs a folder: the run directory itself holds no model")
-        writer = self._make_writer(Path(output_dir))
+        writer = self._make_writer(folder)
         if self.base is None:
             num_bytes = sizes.model_bytes(self.model)
         else:
             num_bytes = sizes.tensor_bytes(trained_tensors(self.model, self.parts).values())
         writer.begin(num_bytes + sizes.OTHER_BYTES if writer.is_leader else 0)
         self._write_model(writer)
+        if write_more is not None:
+            with writer.recording():
+                write_more(writer.folder)
         writer.finish()
 
     def _write_model(self, writer: FolderWriter) -> None:
@@ -109,7 +118,7 @@ class CheckpointTrainer(Trainer):
         run_directory, step, best = Path(str(self.args.output_dir)), self.state.global_step, self.best_model
         try:
             if best is not None and best.is_new(step):
-                self._export_best(best, run_directory / BEST)
+                self._export_best(best, run_directory / BEST_FOLDER)
             self._write_checkpoint(run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}", model, trial)
         except SaveError as error:
             if self.options.on_save_error == "stop":
@@ -123,7 +132,7 @@ class CheckpointTrainer(Trainer):
 
     def _export_best(self, best: BestModel, folder: Path) -> None:
         try:
-            self.save_model(str(folder))
+            self.save_whole_model(folder, best.save_to)
         except SaveError:
             best.revert()  # the folder has the best model before this one
             raise
