@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.fixtures import losses, newest_checkpoint
+from tests.forked import run_forked
 from tests.train.checkpoints.test_manifest import DAMAGES, flip_a_bit
 from vlm.train.checkpoints import writer as writing
 from vlm.train.checkpoints.files import UNFINISHED
-from vlm.train.checkpoints.find import find_whole_checkpoint
+from vlm.train.checkpoints.find import find_whole_checkpoint, verify_checkpoint
 from vlm.train.checkpoints.manifest import MANIFEST, list_files, read_manifest
 from vlm.train.checkpoints.writer import SaveError
 from vlm.train.objectives.generation import Generation
@@ -208,3 +210,44 @@ def test_a_best_model_that_cannot_be_saved_is_not_the_best(
     run = train("pretrain-smol", tmp_path / "run", *EVALUATED, "trainer.on_save_error=continue")
     assert folders(run) == ["best", "checkpoint-3", "checkpoint-4", "final"]
     assert json.loads((run / "checkpoint-4" / "best.json").read_text())["value"] == 2.0
+
+
+KILLED = """
+import os, signal, sys
+run, number, count = sys.argv[1], int(sys.argv[2]), 0
+
+def count_changes(event, given):
+    global count
+    if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove") and str(given[0]).startswith(run):
+        count += any(name in str(given[0]) for name in ("checkpoint-", "final", "unfinished"))
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count_changes)
+from vlm.cli.train import main
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_change_of_a_save_tears_nothing(common: list[str], tmp_path: Path):
+    """Killed before its n-th change in the folders that it saves; what it has, it has whole, and goes on from."""
+    kills = 0
+    for number in range(1, 1000, 7):
+        run = tmp_path / str(number)
+        words = ["-cn", "pretrain-smol", *common, *STEPS, "trainer.save_total_limit=1", f"trainer.output_dir={run}"]
+        (done,) = run_forked(["-c", KILLED, str(run), str(number), *words])
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        kills += 1
+        whole = [path for path in run.glob("checkpoint-*") if verify_checkpoint(path) == []]
+        found = find_whole_checkpoint(run)
+        assert found == max(whole, default=None)
+        assert not list(run.glob("*.damaged"))
+        if number % 5 == 0 and found != run / "checkpoint-3":
+            resume = [f"trainer.resume_from_checkpoint={str(found is not None).lower()}"]
+            (done,) = run_forked(["-c", KILLED, str(run), "0", *words, *resume])
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert folders(run) == ["checkpoint-3", "final"]
+    assert kills > 20
