@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,9 +11,8 @@ from vlm.train.checkpoints.best import BestModel
 
 
 def make(metric: str, **settings: object) -> BestModel:
-    options = RunConfig().trainer
-    options.keep_best = metric
-    options.greater_is_better = settings.get("greater")
+    options: Any = RunConfig().trainer
+    options.keep_best, options.greater_is_better = metric, settings.get("greater")
     best = BestModel.of_run(options, settings.get("known"), is_writer=True)  # pyright: ignore[reportArgumentType]
     assert best is not None
     return best

@@ -17,7 +17,7 @@ from vlm.train.checkpoints import writer as writing
 from vlm.train.checkpoints.files import UNFINISHED
 from vlm.train.checkpoints.find import verify_checkpoint
 from vlm.train.checkpoints.manifest import hash_file, read_manifest
-from vlm.train.checkpoints.writer import FolderWriter, HashedFile, OutOfStepError, SaveError
+from vlm.train.checkpoints.writer import FolderWriter, OutOfStepError, SaveError, save_hashed
 
 STATE = {"weight": torch.arange(5000.0), "step": 3}
 
@@ -48,9 +48,8 @@ def small_files(limit: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_hash_of_what_is_written_is_that_of_the_file(tmp_path: Path, zipped: bool):
-    file = HashedFile(tmp_path / "state.pt")
-    torch.save(STATE, file, _use_new_zipfile_serialization=zipped)
-    assert file.close() == hash_file(tmp_path / "state.pt")
+    record = save_hashed(STATE, tmp_path / "state.pt", zipped=zipped)
+    assert record == hash_file(tmp_path / "state.pt")
     assert torch.equal(torch.load(tmp_path / "state.pt")["weight"], STATE["weight"])
 
 
@@ -110,10 +109,8 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path):
 
 def test_a_full_disk_is_an_error_of_the_file_and_not_of_torch(tmp_path: Path):
     (tmp_path / "full").symlink_to("/dev/full")
-    file = HashedFile(tmp_path / "full")
-    torch.save(STATE, file)
     with pytest.raises(OSError, match="No space left") as full:
-        file.close()
+        save_hashed(STATE, tmp_path / "full")
     assert full.value.errno == errno.ENOSPC
 
 

@@ -60,9 +60,14 @@ class BestModel:
         is_known = known_metrics is not None
         return cls(options.keep_best, options.greater_is_better, is_writer=is_writer, is_defined_at_times=is_known)
 
+    @property
+    def step(self) -> int | None:
+        """The step of the best evaluation; None: there is none yet."""
+        return None if self.best is None else self.best.step
+
     def is_new(self, step: int) -> bool:
         """Return whether the best evaluation is the one after this step."""
-        return self.best is not None and self.best.step == step
+        return self.step == step
 
     def update(self, metrics: Mapping[str, float], step: int) -> bool:
         """Return whether an evaluation is the best so far, and remember it.

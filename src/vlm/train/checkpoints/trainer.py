@@ -52,6 +52,7 @@ class CheckpointTrainer(Trainer):
     # `Trainer` declares these as unions; here each is what a run makes it.
     model: Any
     model_wrapped: Any
+    optimizer: Any
     lr_scheduler: Any
     accelerator: Any
 
@@ -127,8 +128,7 @@ class CheckpointTrainer(Trainer):
                 log.error("%s. The run goes on, as trainer.on_save_error=continue says", error)
             return
         if self.args.should_save:
-            best_step = best.best.step if best is not None and best.best is not None else None
-            remove_old_checkpoints(run_directory, self.args.save_total_limit, best_step)
+            remove_old_checkpoints(run_directory, self.args.save_total_limit, None if best is None else best.step)
 
     def _export_best(self, best: BestModel, folder: Path) -> None:
         try:

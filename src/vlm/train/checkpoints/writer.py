@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import xxhash
@@ -73,6 +73,20 @@ class HashedFile:
             self.path.unlink(missing_ok=True)
             raise self.error
         return FileRecord(self.size, self.digest.hexdigest())
+
+
+def save_hashed(state: object, path: Path, *, zipped: bool = True) -> FileRecord:
+    """Write an object as `torch.save` does, and return what the file holds.
+
+    Raises:
+        OSError: the file could not be written, and is removed.
+    """
+    file = HashedFile(path)
+    try:
+        torch.save(state, cast(IO[bytes], file), _use_new_zipfile_serialization=zipped)
+    finally:
+        record = file.close()
+    return record
 
 
 class FolderWriter:
@@ -138,12 +152,7 @@ class FolderWriter:
         if self.error is not None:
             return
         with self.recording():
-            file = HashedFile(path)
-            try:
-                torch.save(state, file, _use_new_zipfile_serialization=zipped)
-            finally:
-                record = file.close()
-            self.records[path.relative_to(self.folder).as_posix()] = record
+            self.records[path.relative_to(self.folder).as_posix()] = save_hashed(state, path, zipped=zipped)
 
     def finish(self, step: int | None = None) -> None:
         """Flush what was written, and give the folder its name; a checkpoint, which has a `step`, gets its manifest.
