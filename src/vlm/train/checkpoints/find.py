@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vlm.checks.disk import format_bytes
 from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.files import remove_folder, restore_replaced
 from vlm.train.checkpoints.groups import group_by_value, rank_and_world_size
@@ -114,6 +115,7 @@ def find_problems_together(checkpoint: Path) -> list[str]:
             manifest = read_manifest(checkpoint)
             stat = (checkpoint / MANIFEST).stat()
             files, identity = manifest.files, (stat.st_ino, stat.st_mtime_ns)
+            log.info("Checking %s (%s)", checkpoint, format_bytes(manifest.num_bytes))
             if checkpoint_step(checkpoint) not in (None, manifest.step):
                 problems = [f"{MANIFEST} is of step {manifest.step}"]
     except (ValueError, OSError) as error:
