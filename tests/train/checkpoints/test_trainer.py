@@ -248,7 +248,7 @@ def test_a_kill_at_any_change_of_a_save_tears_nothing(common: list[str], tmp_pat
         assert not list(run.glob("*.damaged"))
         if number % 5 == 0 and found != run / "checkpoint-3":
             resume = [f"trainer.resume_from_checkpoint={str(found is not None).lower()}"]
-            (done,) = run_forked(["-c", KILLED, str(run), "0", *words, *resume])
+            (done,) = run_forked(["-c", KILLED, str(run), "-1", *words, *resume])
             assert done.returncode == 0, done.stderr[-3000:]
             assert folders(run) == ["checkpoint-3", "final"]
     assert kills > 20
