@@ -410,3 +410,4 @@ def test_manifests_are_measured_beside_plain_saves(tmp_path: Path):
     assert row.target == 1.0
     cost = [(whole - plain) / 500 for whole, plain in zip(saves.whole, saves.plain, strict=True)]
     assert row.ratio == pytest.approx(statistics.median(cost) / statistics.median(steps.seconds[1:]) / 0.02)
+    assert survival.shortest_step(saves, 500) == pytest.approx(statistics.median(cost) / 0.02)

@@ -251,4 +251,4 @@ def test_a_kill_at_any_change_of_a_save_tears_nothing(common: list[str], tmp_pat
             (done,) = run_forked(["-c", KILLED, str(run), "-1", *words, *resume])
             assert done.returncode == 0, done.stderr[-3000:]
             assert folders(run) == ["checkpoint-3", "final"]
-    assert kills > 20
+    assert kills >= 15
