@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,7 +166,9 @@ class Turn:
     @property
     def is_blank(self) -> bool:
         """Whether it is a reply with nothing but blanks."""
-        return self.role == "assistant" and not any(isinstance(part, str) and part.strip() for part in self.content)
+        if self.role != "assistant":
+            return False
+        return not any(isinstance(part, str) and part and not part.isspace() for part in self.content)
 
     def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, str]:
         """Return the turn as chat templates read it, with a token for each image and video."""
@@ -195,6 +196,10 @@ class Sample:
     group: str | None = None
     references: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        media = [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
+        object.__setattr__(self, "_media", media)
+
     @property
     def images(self) -> list[ImageRef]:
         """All images, in the order of the text."""
@@ -205,10 +210,10 @@ class Sample:
         """All videos, in the order of the text."""
         return [medium for medium in self.media if isinstance(medium, VideoRef)]
 
-    @cached_property
+    @property
     def media(self) -> list[ImageRef | VideoRef]:
         """All images and videos, in the order of the text."""
-        return [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
+        return vars(self)["_media"]
 
     @property
     def replies(self) -> list[Turn]:
@@ -229,14 +234,14 @@ class Sample:
 
     def without_blank_replies(self) -> "Sample":
         """Return the sample with blank replies that are not learned, only read."""
-        if not any(turn.is_blank and turn.supervised for turn in self.turns):
+        if not any(turn.supervised and turn.is_blank for turn in self.turns):
             return self
         turns = (replace(turn, supervised=turn.supervised and not turn.is_blank) for turn in self.turns)
         return replace(self, turns=tuple(turns))
 
     def with_videos(self, replace_video: Callable[[VideoRef], tuple[ContentPart, ...]]) -> "Sample":
         """Return the sample with each video replaced by other parts."""
-        if not self.videos:
+        if not self.media or not self.videos:
             return self
         turns = []
         for turn in self.turns:

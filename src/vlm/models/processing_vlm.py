@@ -192,9 +192,12 @@ class VLMProcessor(ProcessorMixin):
             else:
                 lead = self._lead(piece, continues_text)
                 new, offsets = encode_text(self.tokenizer, lead + piece)
-                origin = start - len(lead)
                 ids += new[continues_text:]
-                spans += [(max(origin + a, start), max(origin + b, start + 1)) for a, b in offsets[continues_text:]]
+                if lead or (0, 0) in offsets:
+                    origin = start - len(lead)
+                    spans += [(max(origin + a, start), max(origin + b, start + 1)) for a, b in offsets[continues_text:]]
+                else:
+                    spans += [(start + a, start + b) for a, b in offsets] if start else offsets
         return ids, spans
 
     def _lead(self, piece: str, continues_text: bool) -> str:

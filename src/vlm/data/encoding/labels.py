@@ -99,14 +99,22 @@ def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *,
 
 def _render_with_markers(processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool) -> MarkedText:
     """Render with markers around each text, and take them out."""
+    return _strip_markers(render_marked(processor, turns, sample_id, prompt=prompt))
+
+
+def render_marked(processor: Processor, turns: Sequence[Turn], sample_id: str, *, prompt: bool = False) -> str:
+    """Render with markers around each text.
+
+    Raises:
+        BadSample: the template refuses the turns.
+    """
     numbers, tokens = count(), (processor.image_token, processor.video_token)
     messages = []
     for turn in turns:
         parts = tuple(_add_markers(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content)
         messages.append(Turn(turn.role, parts).as_message(*tokens))
     with processor_errors("its template", sample_id):
-        marked = processor.apply_chat_template(messages, add_generation_prompt=prompt)
-    return _strip_markers(marked)
+        return processor.apply_chat_template(messages, add_generation_prompt=prompt)
 
 
 def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
@@ -232,9 +240,13 @@ def label_replies(processor: Processor, rendered: Rendered, ids: Sequence[int], 
 
 
 def encode(
-    processor: Processor, sample: Sample, sizes: Sequence[MediaSize] = (), label: Labeller = label_replies
+    processor: Processor,
+    sample: Sample,
+    sizes: Sequence[MediaSize] = (),
+    label: Labeller = label_replies,
+    render: Callable[[Processor, Sequence[Turn], str], Rendered] = render,
 ) -> Encoded:
-    """Return the ids of a whole conversation, and its labels, which `label` makes.
+    """Return the ids of a whole conversation, and its labels, which `label` makes; `render` renders it.
 
     A reply that is not `supervised` has no labels.
 

@@ -5,11 +5,13 @@ import importlib.metadata
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from vlm.data.cache import json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, get_media_token_ids, limit_length
+from vlm.data.encoding.renderer import Renderer
 from vlm.data.encoding.supervision import SUPERVISIONS
 from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
@@ -52,7 +54,11 @@ class SampleEncoder:
         Raises:
             BadSample: it cannot be used.
         """
-        return encode(self.processor, sample, sizes, SUPERVISIONS[self.supervise])
+        return encode(self.processor, sample, sizes, SUPERVISIONS[self.supervise], self._renderer)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.processor)
 
     def min_length(self, encoded: Encoded) -> int:
         """Return the fewest tokens that a sample may be cut to: up to its last image or video, and its first label."""

@@ -7,7 +7,7 @@ records of one file may differ in their keys.
 import json
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -163,6 +163,8 @@ def parse_record(line: bytes, sample_id: str = "?") -> Any:  # any value of JSON
     Raises:
         BadSample: its bytes are no JSON.
     """
+    with suppress(ValueError, RecursionError):  # three times as fast as Python's, and refuses more, such as NaN
+        return msgspec.json.decode(line)
     try:
         return json.loads(line)
     except UnicodeDecodeError as error:

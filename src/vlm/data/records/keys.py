@@ -8,7 +8,7 @@ and `vlm data show` name them. Imports the standard library and `sample` only.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 from vlm.data.sample import BadSample, Record, Sample, Turn
@@ -65,6 +65,7 @@ LOST_MEDIA_KEYS = (
 NEUTRAL_TEXTS = ("", "[]", "{}")
 SUPERVISION_KEYS = ("weight", "loss", "loss_scale", "train", "training")
 """Keys of a turn that say whether its reply is learned: of OpenAI's files, ms-swift's and axolotl's."""
+SUPERVISION_KEY_SET = frozenset(SUPERVISION_KEYS)
 SYSTEM_KEYS = ("system", "system_prompt")
 COMMON_KEYS = (
     "id",
@@ -101,6 +102,11 @@ class DeclaredKeys:
     turn: frozenset[str] = frozenset()
     item: frozenset[str] = frozenset()
 
+    @cached_property
+    def record_and_turns(self) -> frozenset[str]:
+        """The keys of a record, with that of its turns where no option names another."""
+        return self.record if self.turns is None else self.record.union([self.turns])
+
 
 def reads(
     *keys: str,
@@ -123,16 +129,19 @@ def reads(
 
     def declare(reader: Reader) -> Reader:
         signature = inspect.signature(reader)
+        defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
 
         @wraps(reader)
         def checked(record: Any, image_folder: Any, *, ignore_keys: Sequence[str] = (), **options: Any) -> Sample:
             sample_id = read_id(record)
+            levels = list(_levels_with_unread(record, declared, defaults, options))
+            if not levels:
+                return reader(record, image_folder, **options)
             ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
-            levels = list(_levels(record, declared, signature, options))
             for level in levels:
                 level.check(ignored, sample_id)
             sample = reader(record, image_folder, **options)
-            if not sample.media:
+            if levels[0].values is record and not sample.media:
                 levels[0].check_lost_media(ignored, sample_id)
             return sample
 
@@ -177,23 +186,31 @@ def _advice(key: str) -> str:
     return f"Leave the key out, or allow it with the option ignore_keys=[{key}]"
 
 
-def _levels(
-    record: Record, declared: DeclaredKeys, signature: inspect.Signature, options: dict[str, Any]
+def _levels_with_unread(
+    record: Record, declared: DeclaredKeys, defaults: dict[str, Any], options: dict[str, Any]
 ) -> Iterator[_Level]:
-    """Yield the record, its turns and their items."""
-    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    named = [options.get(name, defaults.get(name)) for name in declared.key_options]
-    keys = {key for value in named for key in (value if isinstance(value, list) else [value])}
-    turns_key = None if declared.turns is None else str(options.get("key", declared.turns))
-    yield _Level("", record, declared.record.union(map(str, keys), [str(turns_key)]), RECORD_KEYS)
+    """Yield the record, its turns and their items, of those that have a key that is not read.
+
+    `defaults` are those of the reader's parameters.
+    """
+    turns_key, read = declared.turns, declared.record_and_turns
+    if turns_key is not None and "key" in options:
+        turns_key = str(options["key"])
+        read = declared.record.union([turns_key])
+    if declared.key_options:
+        named = [options.get(name, defaults.get(name)) for name in declared.key_options]
+        read = read.union(str(key) for value in named for key in (value if isinstance(value, list) else [value]))
+    if not record.keys() <= read:
+        yield _Level("", record, read, RECORD_KEYS)
     turns = record.get(turns_key) if turns_key is not None else None
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):
             continue
-        yield _Level(f"{turns_key}[].", turn, declared.turn, TURN_KEYS)
+        if not turn.keys() <= declared.turn:
+            yield _Level(f"{turns_key}[].", turn, declared.turn, TURN_KEYS)
         content = turn.get("content")
         for item in content if isinstance(content, list) and declared.item else ():
-            if isinstance(item, dict):
+            if isinstance(item, dict) and not item.keys() <= declared.item:
                 yield _Level(f"{turns_key}[].content[].", item, declared.item, ITEM_KEYS)
 
 
@@ -206,7 +223,8 @@ def unread_keys(reader: Reader, record: object, options: dict[str, Any]) -> list
     if declared is None or not isinstance(record, dict):
         return []
     options = {name: value for name, value in options.items() if name != "ignore_keys"}
-    levels = _levels(record, declared, inspect.signature(reader), options)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(reader).parameters.items()}
+    levels = _levels_with_unread(record, declared, defaults, options)
     return list(dict.fromkeys(f"{level.prefix}{key}" for level in levels for key in level.unread()))
 
 
@@ -221,7 +239,10 @@ def is_empty(value: object) -> bool:
 
 def first_present(record: Record, *keys: str) -> Any:
     """Return the first value of a record's keys that is not None; None where there is none."""
-    return next((record[key] for key in keys if record.get(key) is not None), None)
+    for key in keys:
+        if (value := record.get(key)) is not None:
+            return value
+    return None
 
 
 def read_id(record: object, *names: str) -> str:
@@ -239,6 +260,8 @@ def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> boo
         BadSample: a value is neither 0, 1, false nor true, the values contradict each other, or a turn that is no
             reply is to be learned.
     """
+    if SUPERVISION_KEY_SET.isdisjoint(turn):
+        return True
     given = {key: turn[key] for key in SUPERVISION_KEYS if turn.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):

@@ -71,7 +71,8 @@ class Slot:
 
 def find_marks(texts: Sequence[str]) -> list[Mark]:
     """Return the marks of texts, in order."""
-    return [mark for number, text in enumerate(texts) for mark in _find_text_marks(number, text)]
+    marked = [(number, text) for number, text in enumerate(texts) if "<" in text]
+    return [mark for number, text in marked for mark in _find_text_marks(number, text)]
 
 
 def _find_text_marks(number: int, text: str) -> list[Mark]:
@@ -204,6 +205,8 @@ def find_other_mark(text: str, *, has_media: bool) -> str | None:
 
     Beside media every one counts; without media one counts that names a file, begins the text or fills a line.
     """
+    if "<" not in text:  # each of them begins with it
+        return None
     if has_media:
         match = OTHER_MARKS.search(text)
     else:

@@ -205,8 +205,8 @@ class MediaPlacer:
         Raises:
             BadSample: marks and media do not fit.
         """
-        numbers = {}
-        for kind, media in self.media.items():
+        numbers = {kind: len(media) for kind, media in self.media.items()}
+        for kind, media in self.media.items() if items else ():
             own = [item for item in items if ITEM_KINDS.get(str(item.get("type"))) == kind and not _names_file(item)]
             indexed = any(item.get("index") is not None for item in own)
             numbers[kind] = 0 if indexed else max(0, len(media) - len(own))
@@ -226,6 +226,8 @@ class MediaPlacer:
     def _split(
         self, texts: Sequence[str], numbers: dict[str, int], *, lead: bool = False
     ) -> tuple[list[list[str | Slot]], list[str]]:
+        if not self.has_media and not any("<" in text for text in texts):  # no mark of any tool
+            return [[text] if text else [] for text in texts], []
         try:
             pieces, leading = split_at_marks(texts, numbers, lead=lead)
         except MarkError as error:
@@ -249,14 +251,15 @@ class MediaPlacer:
         Raises:
             BadSample: it is not so.
         """
-        for kind, name in MEDIA_NAMES.items():
+        for kind, name in MEDIA_NAMES.items() if self.has_media else ():
             number, indexed = len(self.media[kind]), self._indexed[kind]
             if unused := number - len(indexed) if indexed else number - self._placed[kind]:
                 raise BadSample(self.sample_id, f"{unused} of the {number} {name}s that it lists stand nowhere in it")
         parts = [part for turn in turns for part in turn.content]
-        if any(not isinstance(part, str) for part in parts):
-            for text in parts:
-                if isinstance(text, str) and (match := BOX_MARKS.search(text)):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
+            for text in texts:
+                if (match := BOX_MARKS.search(text)):
                     raise BadSample(
                         self.sample_id, f"its text has {match[0]}, for which no box is read; write boxes as text"
                     )
@@ -279,7 +282,7 @@ def _names_file(item: Record) -> bool:
 def _listed(record: Record, key: str, sample_id: str) -> object:
     """Return what a record lists as `key` or its plural; raise BadSample where both are there and differ."""
     value, values = record.get(key), record.get(f"{key}s")
-    if is_empty(values) or values in (value, [value]):
+    if values is None or is_empty(values) or values in (value, [value]):
         return values if value is None else value
     if is_empty(value):
         return values
