@@ -32,6 +32,16 @@ PRIVATE_HOOKS = (
         *("max_steps", "train_dataloader", "resume_from_checkpoint"),
     ),
     _hook("_load_optimizer_and_scheduler", "DeepSpeed resumes the scheduler (called, not overridden)", "checkpoint"),
+    PrivateName(TRAINER, "_run_epoch", "a run that is resumed at its last step trains no further one"),
+    _hook(
+        "_maybe_log_save_evaluate",
+        "an epoch that was saved before its evaluation is ended when it is resumed (called)",
+        *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+    ),
+    *(
+        PrivateName(f"{TRAINER}._inner_training_loop", name, "a resumed run logs the losses of whole intervals (set)")
+        for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
+    ),
 )
 """The private methods, and an attribute. Whoever can do without one should."""
 

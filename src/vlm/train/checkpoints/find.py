@@ -4,26 +4,22 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlm.config.schema import RunConfig
-
 COMPLETE_MARK = "complete"
 
 
-def newest_checkpoint(run_directory: Path) -> Path:
-    """Return the newest complete checkpoint of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    complete = [mark.parent for mark in run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARK}")]
-    if not complete:
-        raise ValueError(f"trainer.resume_from_checkpoint=true: no complete checkpoint in {run_directory}")
-    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+def find_whole_checkpoint(run_directory: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run; None where there is none. Every rank calls this, and all agree."""
+    marks = run_directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARK}")
+    whole = [mark.parent for mark in marks if checkpoint_step(mark.parent) is not None]
+    return max(whole, key=lambda folder: checkpoint_step(folder) or 0, default=None)
 
 
-def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
-    """Return the checkpoint that `trainer.resume_from_checkpoint` stands for; None: the run starts anew."""
-    requested = config.trainer.resume_from_checkpoint
-    if requested is None or requested.lower() == "false":
-        return None
-    return str(newest_checkpoint(folder)) if requested.lower() == "true" else requested
+def verify_checkpoint(folder: Path) -> list[str]:
+    """Return what is wrong with a checkpoint; nothing where it is whole."""
+    return [] if (folder / COMPLETE_MARK).is_file() else [f"{folder}: it was not written to its end"]
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the step of a checkpoint's folder, `checkpoint-STEP`; None for a folder of another name."""
+    prefix, _, number = folder.name.rpartition("-")
+    return int(number) if prefix == PREFIX_CHECKPOINT_DIR and number.isdecimal() else None

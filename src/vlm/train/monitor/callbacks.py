@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vlm.train.monitor.plots import Metrics, draw_loss, draw_speed
+from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.monitor.plots import STEP_HEADING, Metrics, draw_loss, draw_speed
+from vlm.train.random_state import keep_random_state
 
 
 class MetricsFile(TrainerCallback):
@@ -22,7 +24,9 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             step = state.global_step
             lines = [line for line in read_metrics(self.path) if line["step"] <= step and step]
-            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+            partial = self.path.with_name(f"{self.path.name}.partial")
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+            partial.replace(self.path)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
@@ -45,8 +49,20 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """Return the lines of a `metrics.jsonl`; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Return the lines of a `metrics.jsonl`; none where there is no such file.
+
+    A line that a full disk or a killed run left torn is passed over.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return list(filter(None, map(_parse_line, text.splitlines())))
+
+
+def _parse_line(line: str) -> Metrics | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "step" in values else None
 
 
 class StopAtNaN(TrainerCallback):
@@ -64,16 +80,26 @@ class StopAtNaN(TrainerCallback):
 
 
 class SampleGenerationCallback(TrainerCallback):
-    """Lets the model answer some samples at each evaluation and at the end; every rank takes part."""
+    """Lets the model answer some samples at each evaluation and at the end; every rank takes part.
 
-    def __init__(self, generate: Callable[[int], None]):
-        self.generate = generate
+    `generate` adds the answers at a step to `file`, `samples.md`.
+    """
+
+    def __init__(self, generate: Callable[[int], None], file: Path):
+        self.generate, self.file = generate, file
         self.last_generated_step = -1
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Find out at which step a run that is resumed answered last; rank 0 knows."""
+        text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
+        steps = [int(step) for step in STEP_HEADING.findall(text)]
+        self.last_generated_step = broadcast_from_rank0(steps[-1] if steps and state.global_step else -1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Answer, at most once a step: the end of a run often follows an evaluation."""
         if state.global_step != self.last_generated_step:
-            self.generate(state.global_step)
+            with keep_random_state():
+                self.generate(state.global_step)
             self.last_generated_step = state.global_step
 
     on_train_end = on_evaluate
