@@ -129,12 +129,13 @@ def _resume_advice(run: Run) -> str:
         return note_html("Asked to end; it is still busy.")
     if run.state not in ("stopped", "failed", "not finished"):
         return ""
-    saved = [file.parent for file in run.folder.glob("checkpoint-*/complete")]
-    if not saved:
-        return note_html("It saved no checkpoint." + (" The log says why it ended." if run.state == "failed" else ""))
-    newest = max(saved, key=lambda folder: int(folder.name.rpartition("-")[2]))
-    keys = f"trainer.output_dir={run.folder} and trainer.resume_from_checkpoint=true"
-    return note_html(f"Saved up to {newest.name}. To resume: {keys} among the overrides.")
+    again = f"the same command, or here the same fields with trainer.output_dir={run.folder} among the overrides"
+    numbers = [folder.name.rpartition("-")[2] for folder in run.folder.glob("checkpoint-*")]
+    steps = [int(number) for number in numbers if number.isdecimal()]
+    if not steps:
+        why = " The log says why it ended." if run.state == "failed" else ""
+        return note_html(f"It saved no checkpoint.{why} To begin again: {again}.")
+    return note_html(f"Saved up to checkpoint-{max(steps)}. To go on: {again}.")
 
 
 def _get_signature(run: Run | None) -> list[object] | None:
