@@ -23,7 +23,7 @@ from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.inference.generate import VisionLanguageModel
-from vlm.train.checkpoints.find import newest_checkpoint
+from vlm.train.checkpoints.find import find_whole_checkpoint
 
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 SHAPES = [(40, 30), (20, 90), (24, 24), (70, 10)]
@@ -203,7 +203,7 @@ def trained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_run_trains_the_newline_with_the_connector(trained: Path):
-    state = load_file(newest_checkpoint(trained) / "trained.safetensors")
+    state = load_file(Path(find_whole_checkpoint(trained) or "") / "trained.safetensors")
     assert "image_newline.weight" in state
     assert all(name.startswith(("connector.", "image_newline.")) for name in state)
     final = load_file(trained / "final" / "model.safetensors")
