@@ -80,11 +80,11 @@ def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
     key, requested = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint
     word = requested.lower()
     if word == "true" and trainer.output_dir is None:
-        yield f"{key}={requested}: name the run with trainer.output_dir"
+        yield f"{key}=true: name the run with trainer.output_dir"
     elif word not in ("auto", "never", "true", "false") and not Path(requested).is_dir():
         yield f"{key}={requested}: allowed are auto, never, or the folder of a checkpoint (seen from {Path.cwd()})"
     if word in ("never", "false") and trainer.resume_changes == "accept":
-        yield f"{key}={requested} and trainer.resume_changes=accept: a run that begins changes nothing; choose one"
+        yield f"{key}={word} and trainer.resume_changes=accept: a run that begins changes nothing; choose one"
 
 
 def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:

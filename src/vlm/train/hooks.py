@@ -38,10 +38,6 @@ PRIVATE_HOOKS = (
         "an epoch that was saved before its evaluation is ended when it is resumed (called)",
         *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
     ),
-    *(
-        PrivateName(f"{TRAINER}._inner_training_loop", name, "a resumed run logs the losses of whole intervals (set)")
-        for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
-    ),
 )
 """The private methods, and an attribute. Whoever can do without one should."""
 

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_changes_of_a_run_are_shown_and_refused(stopped: Path, train: Train):
 
 
 def test_what_does_not_fit_is_refused_whatever_is_accepted(stopped: Path, train: Train):
-    with pytest.raises(ValueError, match=r"trainer\.optim: adamw_torch_fused -> sgd"):
+    with pytest.raises(ValueError, match=r"trainer\.optim: null -> sgd"):
         train("pretrain-smol", stopped, *SHORT, "trainer.optim=sgd", "trainer.resume_changes=accept")
 
 
@@ -268,7 +269,7 @@ def test_other_code_and_versions_are_said(stopped: Path, train: Train, caplog: p
     with caplog.at_level(logging.INFO, logger="vlm.train.resume.directory"):
         train("pretrain-smol", stopped, *SHORT)
     assert "  code.vlm: 00000000000000000000000000000000 -> " in caplog.text
-    assert f"  versions.packages.torch: 1.0 -> {torch.__version__}" in caplog.text
+    assert f"  versions.packages.torch: 1.0 -> {version('torch')}\n" in caplog.text
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(stopped: Path, whole: Path, train: Train):

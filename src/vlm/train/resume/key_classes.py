@@ -31,7 +31,7 @@ def _keys(section: str, names: str) -> frozenset[str]:
     return frozenset(f"{section}.{name}" for name in names.split())
 
 
-START = _keys("trainer", "output_dir resume_from_checkpoint resume_changes")
+START = _keys("trainer", "output_dir resume_from_checkpoint resume_changes hub_token")
 
 SAFE = (
     _keys("trainer", "num_train_epochs max_steps num_samples eval_metrics eval_metrics_samples "
@@ -44,7 +44,7 @@ SAFE = (
             "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval metric_for_best_model "
             "greater_is_better load_best_model_at_end")
     | _keys("trainer", "save_strategy save_steps save_total_limit save_only_model save_on_each_node "
-            "enable_jit_checkpoint restore_callback_states_from_checkpoint push_to_hub hub_token hub_private_repo "
+            "enable_jit_checkpoint restore_callback_states_from_checkpoint push_to_hub hub_private_repo "
             "hub_model_id hub_strategy hub_always_push hub_revision")
     | _keys("trainer", "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
             "dataloader_prefetch_factor dataloader_multiprocessing_context remove_unused_columns label_names "

@@ -5,17 +5,18 @@ the disk without sharing such locks, so the holder, whom `run.lock.json` names, 
 start on another machine waits for a sign of life before it takes a directory over.
 """
 
+import errno
+import fcntl
 import json
 import logging
 import os
 import socket
 import threading
 import time
+import weakref
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,13 @@ HEARTBEAT_SECONDS = 10.0
 
 PATIENCE = 90.0
 """Seconds without a sign of life after which a run on another machine counts as dead."""
+
+
+HELD = (errno.EAGAIN, errno.EACCES)
+"""Errors of a lock that another process holds."""
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""Errors of a file system without locks: signs of life are all that there is then."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +56,57 @@ class RunLock:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._lock = FileLock(folder / LOCK_FILE, thread_local=False)
+        self._descriptor: int | None = None
         self._released = threading.Event()
+        close = weakref.WeakMethod(self._close)
+        # A data worker would hold the lock of a run that was killed for as long as it lives itself.
+        os.register_at_fork(after_in_child=lambda: method() if (method := close()) is not None else None)
 
     def __enter__(self) -> "RunLock":
         self.acquire()
         return self
 
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
     def acquire(self) -> None:
         """Take the lock; it stays with this process until `release` or the process's end."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+            is_exclusive = self._lock_file()
+            holder = read_holder(self.folder)
+            if holder is not None and not (is_exclusive and holder.host == socket.gethostname()):
+                self._wait_for_silence(holder)
+            self._write_holder(Holder(socket.gethostname(), os.getpid(), time.time()))
         except OSError as error:
+            self._close()
             raise ValueError(
                 f"trainer.output_dir={self.folder}: cannot be written to ({error.strerror or error}); choose another"
             ) from error
-        threading.Thread(target=self._touch, name="run-lock", daemon=True).start()
-
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(self._refusal()) from None
-        holder = read_holder(self.folder)
-        if holder is not None and holder.host != socket.gethostname() and self._shows_life(holder):
-            self._lock.release()
-            raise ValueError(self._refusal())
         if holder is not None:
             log.info("%s: the run of %s ended without releasing it", self.folder, holder)
-        text = json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), time.time())))
+        threading.Thread(target=self._touch, name="run-lock", daemon=True).start()
+
+    def _lock_file(self) -> bool:
+        """Lock `run.lock`; return whether that keeps others of this machine out: some file systems have no locks."""
+        while True:
+            self._descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return False
+                self._close()
+                if error.errno in HELD:
+                    raise ValueError(self._refusal()) from None
+                raise
+            if os.fstat(self._descriptor).st_nlink:  # else the run before removed it in between
+                return True
+            self._close()
+
+    def _write_holder(self, holder: Holder) -> None:
         partial = self.folder / f"{HOLDER_FILE}.partial"
-        partial.write_text(f"{text}\n", encoding="utf-8")
+        partial.write_text(f"{json.dumps(asdict(holder))}\n", encoding="utf-8")
         partial.replace(self.folder / HOLDER_FILE)
 
     def _refusal(self) -> str:
@@ -89,23 +116,34 @@ class RunLock:
             "choose another directory; several ranks of one run need a launcher (torchrun, deepspeed)"
         )
 
-    def _shows_life(self, holder: Holder) -> bool:
-        """Return whether a holder on another machine touches its file within `PATIENCE` seconds."""
+    def _wait_for_silence(self, holder: Holder) -> None:
+        """Return when a holder that may live has shown no sign of life for `PATIENCE` seconds.
+
+        Raises:
+            ValueError: it has.
+        """
         file = self.folder / HOLDER_FILE
-        last = _touched(file)
-        probe = self.folder / f"{HOLDER_FILE}.probe"
-        probe.touch()  # the clock of the file system, not of this machine
-        now = probe.stat().st_mtime
-        probe.unlink()
+        last, now = _touched(file), self._now()
         if last is None or now - last > PATIENCE:
-            return False
+            return
         log.info("%s: waiting up to %.0f s for a sign of life of %s", self.folder, PATIENCE, holder)
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(HEARTBEAT_SECONDS / 10)
-            if (touched := _touched(file)) != last:
-                return touched is not None
-        return False
+            touched = _touched(file)
+            if touched is None:
+                return
+            if touched != last:
+                self._close()
+                raise ValueError(self._refusal())
+
+    def _now(self) -> float:
+        """Return the time by the clock of the file system, which may be that of another machine."""
+        probe = self.folder / f"{HOLDER_FILE}.probe"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now
 
     def _touch(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
@@ -123,15 +161,17 @@ class RunLock:
         self.folder = target
         self.release()
 
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
     def release(self) -> None:
         """Give the lock back, and remove its files."""
         self._released.set()
         for name in (HOLDER_FILE, LOCK_FILE):
             (self.folder / name).unlink(missing_ok=True)
-        self._lock.release()
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
 
 
 def _touched(file: Path) -> float | None:

@@ -83,7 +83,9 @@ def make_record(config: RunConfig, world_size: int) -> RunRecord:
     code |= {name: known.pop(name) for name in ("git", "git_changes")}
     known.pop("world_size")
     known["threads"] = torch.get_num_threads()
-    return RunRecord(_as_json(asdict(config)), {}, _as_json(code), _as_json(known), world_size)
+    settings = _as_json(asdict(config))
+    settings["trainer"].pop("hub_token")  # `final` is for others to have
+    return RunRecord(settings, {}, _as_json(code), _as_json(known), world_size)
 
 
 def with_data(record: RunRecord, records: Mapping[str, SampleDataset | SampleStream]) -> RunRecord:
