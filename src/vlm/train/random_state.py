@@ -24,11 +24,15 @@ def seed_everything(args: TrainingArguments) -> None:
 
 
 @contextmanager
-def keep_random_state() -> Iterator[None]:
-    """Leave the generators of Python, NumPy, the CPU and this process's GPU as they were, whatever is drawn within."""
+def separate_random_state(seed: int) -> Iterator[None]:
+    """Draw from `seed` within, and leave the generators of Python, NumPy, the CPU and this process's GPU as they were.
+
+    What is drawn within then depends on the seed alone, not on when a run was resumed.
+    """
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
+        set_seed(seed)
         try:
             yield
         finally:

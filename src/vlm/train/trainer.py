@@ -36,7 +36,7 @@ from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer
-from vlm.train.random_state import keep_random_state, with_own_generator
+from vlm.train.random_state import separate_random_state, with_own_generator
 from vlm.train.resume.optimizer_settings import apply_settings
 from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
@@ -287,7 +287,7 @@ class VLMTrainer(CheckpointTrainer):
         """Return the objective's metrics, each name with `eval_` before it, and log them."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
-        with keep_random_state():
+        with separate_random_state(self.args.seed + self.state.global_step):
             values = self.objective.evaluate(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))

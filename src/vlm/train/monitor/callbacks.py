@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.monitor.plots import STEP_HEADING, Metrics, draw_loss, draw_speed
-from vlm.train.random_state import keep_random_state
+from vlm.train.random_state import separate_random_state
 
 
 class MetricsFile(TrainerCallback):
@@ -98,7 +98,7 @@ class SampleGenerationCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Answer, at most once a step: the end of a run often follows an evaluation."""
         if state.global_step != self.last_generated_step:
-            with keep_random_state():
+            with separate_random_state(args.seed + state.global_step):
                 self.generate(state.global_step)
             self.last_generated_step = state.global_step
 
