@@ -217,9 +217,8 @@ def test_never_sets_the_earlier_run_aside(done: Path, whole: Path, train: Train)
 def test_a_run_goes_back_to_an_earlier_checkpoint(done: Path, whole: Path, train: Train):
     """What came after it stays, under other names."""
     train("pretrain-smol", done, *SHORT, f"trainer.resume_from_checkpoint={done / 'checkpoint-2'}")
-    assert sorted(folder.name for folder in done.glob("checkpoint-*")) == [
-        "checkpoint-2", "checkpoint-4", "checkpoint-4.aside",
-    ]  # fmt: skip
+    names = [folder.name for folder in done.glob("*checkpoint-*")]
+    assert sorted(names) == ["aside-checkpoint-4", "checkpoint-2", "checkpoint-4"]
     assert_same_weights(done, whole)
     assert losses(done) == losses(whole)
 
@@ -284,3 +283,12 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(stopped: Path, whole: Path, 
     before = snapshot(stopped)
     train("pretrain-smol", stopped, *SHORT)
     assert snapshot(stopped) == before
+
+
+def test_other_settings_of_a_run_that_is_done_are_refused(done: Path, train: Train):
+    """They would have no effect."""
+    before = snapshot(done)
+    for word in ("refuse", "accept"):
+        with pytest.raises(ValueError, match=r"is of a run that is done, and had other settings:\n  trainer\.seed: 42"):
+            train("pretrain-smol", done, *SHORT, "trainer.seed=1", f"trainer.resume_changes={word}")
+    assert snapshot(done) == before

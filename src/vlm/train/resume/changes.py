@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from vlm.checks.fields import format_value
@@ -105,30 +106,46 @@ def list_changes(changes: Sequence[Change]) -> str:
     return "\n".join([*lines, *([f"  … and {len(changes) - MAX_LISTED} more"] if len(changes) > MAX_LISTED else [])])
 
 
-def refuse_changes(changes: Sequence[Change], place: str, *, accepts: bool) -> None:
+ANEW = (
+    "choose another trainer.output_dir, or begin anew in this one with trainer.resume_from_checkpoint=never, which sets "
+    "the earlier run aside"
+)
+"""What to do where a run cannot go on."""
+
+
+def refuse_changes(changes: Sequence[Change], checkpoint: Path, *, accepts: bool) -> None:
     """Refuse changes that a run cannot go on with, or that nobody has accepted.
 
     Args:
         changes: what changed.
-        place: the checkpoint or run that the message is about.
+        checkpoint: what the run would go on from.
         accepts: whether changes that make another run of it are accepted.
 
     Raises:
         ValueError: with the changed keys and what to do.
     """
-    anew = (
-        "choose another trainer.output_dir, or begin anew in this one with trainer.resume_from_checkpoint=never, which "
-        "sets the earlier run aside"
-    )
     if impossible := [change for change in changes if change.kind is KeyClass.IMPOSSIBLE]:
         raise ValueError(
-            f"{place} cannot go on with other values of these keys:\n{list_changes(impossible)}\n"
-            f"Give them their earlier values, {anew}; a new stage begins with trainer.from_pretrained=…/final"
+            f"{checkpoint} cannot go on with other values of these keys:\n{list_changes(impossible)}\n"
+            f"Give them their earlier values, {ANEW}; a new stage begins with trainer.from_pretrained=…/final"
         )
     changing = [change for change in changes if change.kind is KeyClass.CHANGES_RUN]
     if changing and not accepts:
         raise ValueError(
-            f"{place} is of a run with other settings:\n{list_changes(changing)}\n"
+            f"{checkpoint} is of a run with other settings:\n{list_changes(changing)}\n"
             f"Give them their earlier values, or take the new ones from here on with trainer.resume_changes=accept, or "
-            f"{anew}"
+            f"{ANEW}"
+        )
+
+
+def refuse_changes_of_done(changes: Sequence[Change], final: Path) -> None:
+    """Refuse changes that would have an effect, of a run that is done.
+
+    Raises:
+        ValueError: with the changed keys and what to do.
+    """
+    if changing := [change for change in changes if change.kind is not KeyClass.SAFE]:
+        raise ValueError(
+            f"{final} is of a run that is done, and had other settings:\n{list_changes(changing)}\n"
+            f"Nothing is left to train with the new ones: {ANEW}"
         )

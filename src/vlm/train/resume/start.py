@@ -13,7 +13,14 @@ from pathlib import Path
 from vlm.config.schema import RunConfig, TrainerOptions
 from vlm.train.checkpoints.find import checkpoint_step, find_whole_checkpoint, verify_checkpoint
 from vlm.train.distributed import on_rank0
-from vlm.train.resume.changes import Change, compare_data, compare_settings, list_changes, refuse_changes
+from vlm.train.resume.changes import (
+    Change,
+    compare_data,
+    compare_settings,
+    list_changes,
+    refuse_changes,
+    refuse_changes_of_done,
+)
 from vlm.train.resume.lock import RunLock
 from vlm.train.resume.record import Progress, RunRecord, read_record
 
@@ -108,7 +115,7 @@ def _resume(config: RunConfig, checkpoint: Path, now: RunRecord) -> Start:
     """Return the start from a checkpoint, where its run is this one or its changes are accepted."""
     before, progress = read_record(checkpoint)
     changes = compare_settings(before, now, config)
-    refuse_changes(changes, str(checkpoint), accepts=config.trainer.resume_changes == "accept")
+    refuse_changes(changes, checkpoint, accepts=config.trainer.resume_changes == "accept")
     if progress is not None and (problem := _exceeds(config.trainer, before, progress)):
         raise ValueError(f"{problem}, and {checkpoint} is beyond it. Raise it, or choose another trainer.output_dir")
     return Start(checkpoint, before=before, progress=progress, changes=changes)
@@ -119,7 +126,7 @@ def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, no
     before, progress = read_record(folder / FINAL)
     changes = compare_settings(before, now, config)
     if not _asks_for_more(config.trainer, before, progress):
-        refuse_changes(changes, str(folder / FINAL), accepts=False)
+        refuse_changes_of_done(changes, folder / FINAL)
         return Start(is_done=True, before=before, progress=progress)
     if newest is None or (progress is not None and checkpoint_step(newest) != progress.step):
         raise ValueError(
@@ -154,9 +161,9 @@ def _set_later_checkpoints_aside(folder: Path, checkpoint: Path) -> None:
     for later in folder.glob("checkpoint-*"):
         number = checkpoint_step(later)
         if step is not None and number is not None and number > step:
-            target = later.with_name(f"{later.name}.aside")
+            target = later.with_name(f"aside-{later.name}")
             while target.exists():
-                target = target.with_name(f"{target.name}.aside")
+                target = target.with_name(f"aside-{target.name}")
             later.rename(target)
             log.info("%s: the run goes back to %s; renamed to %s", later, checkpoint.name, target.name)
 
@@ -170,7 +177,7 @@ def check_data(config: RunConfig, start: Start, now: RunRecord) -> list[Change]:
     if start.checkpoint is None or start.before is None:
         return []
     changes = compare_data(start.before, now)
-    refuse_changes(changes, str(start.checkpoint), accepts=config.trainer.resume_changes == "accept")
+    refuse_changes(changes, start.checkpoint, accepts=config.trainer.resume_changes == "accept")
     return changes
 
 
