@@ -107,8 +107,8 @@ def list_changes(changes: Sequence[Change]) -> str:
 
 
 ANEW = (
-    "choose another trainer.output_dir, or begin anew in this one with trainer.resume_from_checkpoint=never, which sets "
-    "the earlier run aside"
+    "choose another trainer.output_dir, or begin anew in this one with trainer.resume_from_checkpoint=never, which "
+    "sets the earlier run aside"
 )
 """What to do where a run cannot go on."""
 
