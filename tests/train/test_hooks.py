@@ -10,7 +10,8 @@ import pytest
 from transformers import Trainer
 
 from vlm.assembly.private_names import PrivateName
-from vlm.train import checkpoints, trainer
+from vlm.train import trainer
+from vlm.train.checkpoints import trainer as checkpoints
 from vlm.train.hooks import PRIVATE_HOOKS, PUBLIC_HOOKS, check_hooks
 from vlm.train.trainer import VLMTrainer
 

@@ -28,10 +28,10 @@ DROPOUT = [
 
 TWO_EPOCHS = [
     "trainer.num_train_epochs=2", "trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2",
-    "trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.logging_steps=2", "trainer.num_samples=1",
+    "trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.logging_steps=3", "trainer.num_samples=1",
     "inference.temperature=0.7", "trainer.save_total_limit=2",
 ]  # fmt: skip
-"""Two epochs of three steps, a log after every second one, and sample answers that draw random numbers."""
+"""Two epochs of three steps, a log after every third one, and sample answers that draw random numbers."""
 
 EVALUATED = ["dataset.eval_split=0.25", "trainer.eval_strategy=epoch"]
 PACKED = ["trainer.packing=true", "trainer.max_tokens_per_batch=256"]
@@ -51,7 +51,7 @@ CASES: dict[str, Callable[[Path, Parts], list[str]]] = {
     ],
     "groups, new tokens, workers": lambda world, parts: [
         *DROPOUT, *EVALUATED, "trainer.train_sampling_strategy=group_by_modality_length",
-        "model.language_model.new_tokens=[<point>]", "trainer.dataloader_num_workers=2",
+        'model.language_model.new_tokens=["<point>"]', "trainer.dataloader_num_workers=2",
     ],
     "cached features": lambda world, parts: [*DROPOUT, *EVALUATED, "dataset.cache_features=true"],
     "stream": lambda world, parts: [
@@ -95,7 +95,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def die_between_batches(self: VLMTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         begun.append(self.state.global_step)
-        if begun.count(5) == 2:
+        if begun.count(4) == 2 or begun.count(5) == 1:  # the fifth step of some cases has a single batch
             raise Killed
         return step(self, *args, **kwargs)
 

@@ -115,5 +115,5 @@ def test_two_copies_of_one_run_at_once(common: list[str], tmp_path: Path):
         assert "need a launcher (torchrun, deepspeed)" in file.read_text()
     assert not all(map(Path.exists, told))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [2]
+    assert [line["step"] for line in lines if "loss" in line] == [3]
     assert (tmp_path / "run" / "final" / "run.json").is_file()
