@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from vlm.config.schema import RunConfig, TrainerOptions
-from vlm.train.checkpoints.find import checkpoint_step, find_whole_checkpoint, verify_checkpoint
+from vlm.train.checkpoints.find import find_whole_checkpoint, require_whole_checkpoint, set_aside_later
 from vlm.train.distributed import on_rank0
 from vlm.train.resume.changes import (
     Change,
@@ -82,33 +84,17 @@ def decide_start(config: RunConfig, folder: Path, now: RunRecord) -> Start:
     if requested.lower() in ANEW_WORDS:
         return Start()
     is_path = requested.lower() not in AUTO_WORDS
-    goes_back = is_path and Path(requested).resolve().parent == folder.resolve()
-    newest = None if goes_back else find_whole_checkpoint(folder)
-
-    def decide() -> Start:
-        if is_path and newest is None and not (folder / FINAL).is_dir():
-            return _resume(config, _require_whole(Path(requested)), now)
-        if goes_back:
-            checkpoint = _require_whole(Path(requested))
-            start = _resume(config, checkpoint, now)
-            _set_later_checkpoints_aside(folder, checkpoint)
-            return start
-        if (folder / FINAL).is_dir():
-            return _start_beside_final(config, folder, newest, now)
-        if newest is not None:
-            return _resume(config, newest, now)
-        return Start()
-
-    return on_rank0(decide)
-
-
-def _require_whole(checkpoint: Path) -> Path:
-    key = f"trainer.resume_from_checkpoint={checkpoint}"
-    if not checkpoint.is_dir():
-        raise ValueError(f"{key}: no such folder (seen from {Path.cwd()})")
-    if problems := verify_checkpoint(checkpoint):
-        raise ValueError(f"{key}: {'; '.join(problems[:3])}. Choose another, or auto for the newest whole one")
-    return checkpoint
+    if is_path and Path(requested).resolve().parent == folder.resolve():
+        checkpoint = require_whole_checkpoint(Path(requested))
+        start = on_rank0(lambda: _resume(config, checkpoint, now))
+        set_aside_later(checkpoint, folder)
+        return start
+    newest = find_whole_checkpoint(folder)
+    if on_rank0(lambda: (folder / FINAL).is_dir()):
+        return on_rank0(lambda: _start_beside_final(config, folder, newest, now))
+    if newest is None and is_path:
+        newest = require_whole_checkpoint(Path(requested))
+    return Start() if newest is None else on_rank0(lambda: _resume(config, newest, now))
 
 
 def _resume(config: RunConfig, checkpoint: Path, now: RunRecord) -> Start:
@@ -128,7 +114,7 @@ def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, no
     if not _asks_for_more(config.trainer, before, progress):
         refuse_changes_of_done(changes, folder / FINAL)
         return Start(is_done=True, before=before, progress=progress)
-    if newest is None or (progress is not None and checkpoint_step(newest) != progress.step):
+    if newest is None or (progress is not None and newest.name != f"{PREFIX_CHECKPOINT_DIR}-{progress.step}"):
         raise ValueError(
             f"trainer.output_dir={folder}: its run is done, and it has no checkpoint of its last step to go on from. "
             f"Choose another directory, and trainer.from_pretrained={folder / FINAL} to begin with its model"
@@ -153,19 +139,6 @@ def _asks_for_more(trainer: TrainerOptions, before: RunRecord, progress: Progres
     if was.get("max_steps", -1) > 0:  # ended by its number of steps; how many its epochs have is not known yet
         return progress is None or trainer.num_train_epochs > progress.epoch
     return trainer.num_train_epochs > was.get("num_train_epochs", trainer.num_train_epochs)
-
-
-def _set_later_checkpoints_aside(folder: Path, checkpoint: Path) -> None:
-    """Rename the checkpoints after one that a run goes back to: the newest is then the one that it has come to."""
-    step = checkpoint_step(checkpoint)
-    for later in folder.glob("checkpoint-*"):
-        number = checkpoint_step(later)
-        if step is not None and number is not None and number > step:
-            target = later.with_name(f"aside-{later.name}")
-            while target.exists():
-                target = target.with_name(f"aside-{target.name}")
-            later.rename(target)
-            log.info("%s: the run goes back to %s; renamed to %s", later, checkpoint.name, target.name)
 
 
 def check_data(config: RunConfig, start: Start, now: RunRecord) -> list[Change]:
