@@ -175,6 +175,10 @@ REFUSALS = {
         ["trainer.resume_from_checkpoint=never", "trainer.resume_changes=accept"],
         "trainer.resume_from_checkpoint=never and trainer.resume_changes=accept: a run that begins changes nothing",
     ),
+    "an order that is not repeated": (
+        ["trainer.accelerator_config={use_seedable_sampler: false}"],
+        "trainer.accelerator_config.use_seedable_sampler=false: a run that goes on within an epoch would read its ",
+    ),
     "what becomes of changes": (
         ["trainer.resume_changes=ignore"],
         "trainer.resume_changes=ignore: allowed are refuse, accept",

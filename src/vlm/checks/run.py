@@ -3,7 +3,7 @@
 A value that is needed in one place only is checked there instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -83,6 +83,10 @@ def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
         yield f"{key}=true: name the run with trainer.output_dir"
     elif word not in ("auto", "never", "true", "false") and not Path(requested).is_dir():
         yield f"{key}={requested}: allowed are auto, never, or the folder of a checkpoint (seen from {Path.cwd()})"
+    accelerator = trainer.accelerator_config
+    if isinstance(accelerator, Mapping) and accelerator.get("use_seedable_sampler") is False:
+        reason = "a run that goes on within an epoch would read its samples in another order; leave it out"
+        yield f"trainer.accelerator_config.use_seedable_sampler=false: {reason}"
     if word in ("never", "false") and trainer.resume_changes == "accept":
         yield f"{key}={word} and trainer.resume_changes=accept: a run that begins changes nothing; choose one"
 
