@@ -51,7 +51,7 @@ def test_the_same_command_twice_gives_the_same_bits(common: list[str], tmp_path:
         ("none", [*PACKED]),
         ("zero0", []),
         ("zero2", [*PACKED]),
-        ("zero3", ["trainer.packing=true", "trainer.packing_strategy=best_fit", "trainer.max_tokens_per_batch=128"]),
+        ("zero3", [*PACKED, "trainer.packing_strategy=best_fit", "trainer.num_train_epochs=9"]),
     ],
 )
 def test_ranks_that_are_killed_are_started_again_by_the_same_command(
