@@ -23,12 +23,12 @@ def arrange(point: str, number: int) -> None:
     def training_step(self: VLMTrainer, *args: Any, **kwargs: Any) -> Any:
         return kill() if self.state.global_step == number else step(self, *args, **kwargs)
 
-    def save_rng_state(self: VLMTrainer, folder: str) -> None:
-        return kill() if self.state.global_step == number else save(self, folder)
+    def save_rng_state(self: VLMTrainer, output_dir: str) -> None:
+        return kill() if self.state.global_step == number else save(self, output_dir)
 
     VLMTrainer.training_step = training_step if point == "step" else step
     VLMTrainer._save_rng_state = save_rng_state if point == "save" else save
-    run.write_final = kill if point == "final" else write  # pyright: ignore[reportAttributeAccessIssue]
+    run.write_final = kill if point == "final" else write
 
 
 if __name__ == "__main__":

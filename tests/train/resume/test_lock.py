@@ -64,7 +64,8 @@ def test_the_lock_ends_with_its_process_though_a_worker_lives_on(tmp_path: Path,
 def leave_lock(folder: Path, age: float) -> None:
     """Leave the files of a run on another machine that gave its last sign of life `age` seconds ago."""
     (folder / HOLDER_FILE).write_text(json.dumps({"host": "another", "pid": 1, "since": 0.0}))
-    os.utime(folder / HOLDER_FILE, (time.time() - age,) * 2)
+    then = time.time() - age
+    os.utime(folder / HOLDER_FILE, (then, then))
 
 
 def test_a_run_on_another_machine_without_a_sign_of_life_is_dead(tmp_path: Path):
