@@ -224,4 +224,4 @@ class SkippedRecords:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON for people to read: indented, letters not escaped."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import OmegaConf
 
 import vlm
 from vlm.config.named import is_custom_name
@@ -125,14 +124,15 @@ def _read_run_directory(folder: Path) -> RunRecord:
     file = folder / CONFIG_FILE
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     try:
-        config = OmegaConf.to_container(OmegaConf.create(text)) if text else {}
+        config: Facts = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: it is damaged ({error}); remove it, and nothing is compared with it") from error
     known: Facts = {}
     if (folder / VERSIONS_FILE).is_file():
         known = json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8"))
     code = {name: known.pop(name) for name in ("git", "git_changes") if name in known}
-    return RunRecord(dict(config or {}), {}, code, known, known.pop("world_size", 1))  # pyright: ignore[reportArgumentType]
+    world_size = known.pop("world_size", 1)
+    return RunRecord(config, {}, code, known, world_size)
 
 
 def _read_trainer_state(checkpoint: Path) -> Progress | None:
