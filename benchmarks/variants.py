@@ -9,6 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -137,14 +138,11 @@ def run_ours(
             )
             return batches, number
 
-        def save_model(self, *args: Any, **kwargs: Any) -> None:
-            if saves:
-                super().save_model(*args, **kwargs)
-
     keys = [*model_keys(parts), *data_keys(records), *TRAINING, f"trainer.output_dir={folder}", *words]
     config = compose_config(name, keys)
     check(config, make_objective(config))
-    with patch.object(making, "VLMTrainer", WatchedTrainer):
+    unsaved = nullcontext() if saves else patch("vlm.train.run.write_final")
+    with patch.object(making, "VLMTrainer", WatchedTrainer), unsaved:
         steps.begun = time.perf_counter()
         run(config, name, [key.split("=")[0] for key in keys])
     return steps

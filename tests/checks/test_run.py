@@ -165,15 +165,23 @@ REFUSALS = {
     "checkpoint": (["trainer.from_pretrained=./no"], "trainer.from_pretrained=./no: no such folder (seen from "),
     "what to resume": (
         ["trainer.resume_from_checkpoint=no"],
-        "trainer.resume_from_checkpoint=no: `true` or the folder of a complete checkpoint is needed",
+        "trainer.resume_from_checkpoint=no: allowed are auto, never, or the folder of a checkpoint (seen from ",
     ),
     "resuming a run without a name": (
         ["trainer.resume_from_checkpoint=true"],
         "trainer.resume_from_checkpoint=true: name the run with trainer.output_dir",
     ),
-    "resuming what did not begin": (
-        ["trainer.resume_from_checkpoint=true", "trainer.output_dir=no"],
-        "trainer.resume_from_checkpoint=true: no complete checkpoint in trainer.output_dir=no",
+    "beginning with accepted changes": (
+        ["trainer.resume_from_checkpoint=never", "trainer.resume_changes=accept"],
+        "trainer.resume_from_checkpoint=never and trainer.resume_changes=accept: a run that begins changes nothing",
+    ),
+    "an order that is not repeated": (
+        ["trainer.accelerator_config={use_seedable_sampler: false}"],
+        "trainer.accelerator_config.use_seedable_sampler=false: a run that goes on within an epoch would read its ",
+    ),
+    "what becomes of changes": (
+        ["trainer.resume_changes=ignore"],
+        "trainer.resume_changes=ignore: allowed are refuse, accept",
     ),
     "nothing trains": (
         ["trainer.unfreeze.train_connector=false"],
@@ -317,6 +325,10 @@ def test_evaluation_records_and_a_share_contradict(records: Path):
         ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1", "trainer.keep_best=eval_loss"],
         ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1", "trainer.keep_best=retrieval",
          "trainer.eval_metrics=[retrieval]", "trainer.greater_is_better=true"],
+        ["trainer.resume_from_checkpoint=never"],
+        ["trainer.resume_from_checkpoint=true", "trainer.output_dir=new"],
+        ["trainer.resume_changes=accept"],
+        ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1"],
         ["trainer.deepspeed=zero3"],
         ["trainer.optim=muon"],
         ["trainer.optim=my_package.my_module:Optimizer", "trainer.deepspeed=zero2"],
@@ -332,33 +344,6 @@ def test_what_can_be_run_passes(records: Path, overrides: list[str]):
 def test_options_of_an_optimiser_need_no_quotes(word: str):
     config = compose_config("pretrain-smol", ["dataset.path=a.json", f"trainer.optim_args={word}"])
     assert config.trainer.optim_args == "momentum=0.9,ns_steps=4"
-
-
-def test_only_complete_checkpoints_are_resumed(records: Path, tmp_path: Path):
-    torn, whole = tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "checkpoint-2"
-    for folder in (torn, whole):
-        folder.mkdir(parents=True)
-    output = f"trainer.output_dir={tmp_path / 'run'}"
-    assert "no complete checkpoint" in refused(records, output, "trainer.resume_from_checkpoint=true")
-    assert "complete checkpoint is needed" in refused(records, output, f"trainer.resume_from_checkpoint={torn}")
-    (tmp_path / "run" / "checkpoint-best").mkdir()
-    (tmp_path / "run" / "checkpoint-best" / "manifest.json").touch()
-    assert "no complete checkpoint" in refused(records, output, "trainer.resume_from_checkpoint=true")
-    (whole / "manifest.json").touch()
-    for value in ("true", whole):
-        check_config(
-            compose_config(
-                "pretrain-smol", [f"dataset.path={records}", output, f"trainer.resume_from_checkpoint={value}"]
-            )
-        )
-
-
-@pytest.mark.parametrize("name", ["checkpoint-3", "final"])
-def test_another_runs_directory_is_not_written_into(records: Path, tmp_path: Path, name: str):
-    (tmp_path / "run" / name).mkdir(parents=True)
-    (tmp_path / "run" / name / "complete").touch()
-    said = refused(records, f"trainer.output_dir={tmp_path / 'run'}")
-    assert said.startswith(f"trainer.output_dir={tmp_path / 'run'}: holds another run.")
 
 
 def test_packaged_names():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from tests.data.vision.test_video import write_video
-from tests.fixtures import losses, newest_checkpoint
+from tests.fixtures import losses
 from tests.tiny_parts import Parts, picture
 from tests.train.test_distributed_runs import launch
 from vlm.assembly.compose import build_model, compose
@@ -23,6 +23,7 @@ from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.inference.generate import VisionLanguageModel
+from vlm.train.checkpoints.find import find_whole_checkpoint
 
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 SHAPES = [(40, 30), (20, 90), (24, 24), (70, 10)]
@@ -202,7 +203,7 @@ def trained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_run_trains_the_newline_with_the_connector(trained: Path):
-    state = load_file(newest_checkpoint(trained) / "trained.safetensors")
+    state = load_file(Path(find_whole_checkpoint(trained) or "") / "trained.safetensors")
     assert "image_newline.weight" in state
     assert all(name.startswith(("connector.", "image_newline.")) for name in state)
     final = load_file(trained / "final" / "model.safetensors")

@@ -60,10 +60,10 @@ def test_the_class_is_not_made_without_a_hook(monkeypatch: pytest.MonkeyPatch):
 
 def test_an_override_that_is_not_listed_is_found():
     class Careless(VLMTrainer):
-        def _run_epoch(self, *args: object, **kwargs: object) -> None:
+        def _finalize_training(self, *args: object, **kwargs: object) -> None:
             """Overridden without a word."""
 
-    with pytest.raises(AssertionError, match="_run_epoch"):
+    with pytest.raises(AssertionError, match="_finalize_training"):
         check_hooks(Careless)
 
 

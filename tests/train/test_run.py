@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tests.fixtures import compose_config, losses, newest_checkpoint
+from tests.fixtures import compose_config, losses
 from tests.forked import run_forked
 from tests.tiny_parts import Parts
+from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
 
@@ -57,7 +59,7 @@ def test_evaluation_logs_the_loss_on_blank_pictures(pretrained: Path):
 
 
 def test_connector_checkpoints_hold_the_connector_alone(pretrained: Path):
-    state = load_file(newest_checkpoint(pretrained) / "trained.safetensors")
+    state = load_file(Path(find_whole_checkpoint(pretrained) or "") / "trained.safetensors")
     assert state
     assert all(name.startswith("connector.") for name in state)
 
@@ -126,8 +128,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], t
     expected, weights = losses(whole), load_file(whole / "final" / "model.safetensors")
     (whole / "checkpoint-8" / "manifest.json").unlink()  # a torn checkpoint is not resumed from
     (whole / "checkpoint-9" / "manifest.json").unlink()
-    assert newest_checkpoint(whole).name == "checkpoint-4"
-    resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    shutil.rmtree(whole / "final")
+    assert find_whole_checkpoint(whole) == whole / "checkpoint-4"
+    resumed = train("pretrain-smol", tmp_path / "run", *options)
     assert losses(resumed) == pytest.approx(expected, abs=1e-6)
     again = load_file(resumed / "final" / "model.safetensors")
     for name, weight in weights.items():
@@ -160,11 +163,11 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
         train("pretrain-smol", tmp_path / "run", *options)
     assert ended.value.code == 143
     assert "saved checkpoint-4" in caplog.text
-    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert find_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
     assert not (tmp_path / "run" / "final").exists()
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.setattr(VLMTrainer, "training_step", step)
-    resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    resumed = train("pretrain-smol", tmp_path / "run", *options)
     assert losses(resumed) == pytest.approx(expected, abs=1e-6)
 
 
@@ -221,9 +224,9 @@ def test_a_checkpoint_that_is_torn_costs_no_older_one(
     monkeypatch.setattr(VLMTrainer, "_save_rng_state", dies)
     with pytest.raises(KeyboardInterrupt):
         train("pretrain-smol", tmp_path / "run", *options)
-    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert find_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
     monkeypatch.undo()
-    train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    train("pretrain-smol", tmp_path / "run", *options)
     assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-9"]
     assert len((tmp_path / "run" / "command.txt").read_text().splitlines()) == 2
 
@@ -240,7 +243,8 @@ def test_batch_statistics_of_an_encoder_that_trains_are_kept(train: Callable[...
     for checkpoint in whole.glob("checkpoint-*"):
         if checkpoint.name != "checkpoint-3":
             (checkpoint / "manifest.json").unlink()
-    resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    shutil.rmtree(whole / "final")
+    resumed = train("pretrain-smol", tmp_path / "run", *options)
     again = load_file(resumed / "final" / "model.safetensors")
     statistics = [name for name in expected if name.endswith("running_mean")]
     assert statistics
@@ -249,7 +253,7 @@ def test_batch_statistics_of_an_encoder_that_trains_are_kept(train: Callable[...
 
 
 def test_resuming_with_other_parts_is_refused(pretrained: Path, train: Callable[..., Path], tmp_path: Path):
-    checkpoint = newest_checkpoint(pretrained)
+    checkpoint = find_whole_checkpoint(pretrained)
     with pytest.raises(ValueError, match=r"trainer\.unfreeze"):
         train(
             "finetune-smol", tmp_path / "other", f"trainer.resume_from_checkpoint={checkpoint}",

@@ -43,6 +43,7 @@ ZERO3 = "transformers.integrations.deepspeed"
 HANDLER = "transformers.cli.serving.chat_completion:ChatCompletionHandler"
 ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint"
 TORCH_ENGINE = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine.save"
+LOOP = "transformers.trainer:Trainer._inner_training_loop"
 ZERO3_INIT = "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param"
 
 PRIVATE_NAMES = {
@@ -73,11 +74,20 @@ PRIVATE_NAMES = {
         ),
         PrivateName(HANDLER, "_validate_request", "requests for what is not served are refused", ("body",)),
         PrivateName(HANDLER, "_unused_fields", "requests for what is not served are refused"),
+        PrivateName(LOOP, "_tr_loss", "a resumed run logs the mean loss of whole intervals"),
+        PrivateName(LOOP, "_total_loss_scalar", "a resumed run logs the mean loss of all its steps"),
+        PrivateName(LOOP, "_globalstep_last_logged", "a resumed run logs the mean loss of whole intervals"),
+        PrivateName(LOOP, "_initial_global_step", "a resumed run logs the mean loss of all its steps"),
     ),
     "datasets": (
         PrivateName("datasets.arrow_dataset:Dataset.__init__", "_fingerprint", "a run records which data it read"),
     ),
     "torch": (
+        PrivateName(
+            "torch.optim.lr_scheduler:LRScheduler.get_last_lr",
+            "_last_lr",
+            "an accepted learning rate is logged",
+        ),
         PrivateName(
             "torch.storage:UntypedStorage", "_new_shared", "data workers share the memory of batches", ("size",)
         ),

@@ -3,7 +3,7 @@
 A value that is needed in one place only is checked there instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -18,7 +18,7 @@ from vlm.checks.saving import saving_problems
 from vlm.checks.step import optimizer_problems, step_problems
 from vlm.config.derived import embedding_row_keys, get_value, training_keys
 from vlm.config.packaged import packaged_names
-from vlm.config.schema import TRAIN_FLAGS, RunConfig
+from vlm.config.schema import TRAIN_FLAGS, RunConfig, TrainerOptions
 
 
 class ObjectiveChecks(Protocol):
@@ -78,20 +78,23 @@ def _path_problems(config: RunConfig) -> Iterator[str]:
             yield f"model.{part}.hf_name={name}: no such folder (seen from {Path.cwd()})"
     if trainer.from_pretrained and (problem := checkpoint_problem(trainer.from_pretrained, "trainer.from_pretrained")):
         yield problem
-    key, resume = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint
-    output_dir = trainer.output_dir
-    folder = Path(output_dir or "")
-    if resume is None or resume.lower() == "false":  # the checkpoints of another run would be rotated away
-        if output_dir is not None and (any(_saved_checkpoints(folder)) or folder.joinpath("final").exists()):
-            remedy = f"Choose another folder, or resume it with {key}=true"
-            yield f"trainer.output_dir={output_dir}: holds another run. {remedy}"
-    elif resume.lower() != "true":
-        if not _is_saved(Path(resume)):
-            yield f"{key}={resume}: `true` or the folder of a complete checkpoint is needed"
-    elif output_dir is None:
+    yield from _resume_problems(trainer)
+
+
+def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
+    """Yield what is wrong with where a run shall go on; what the directory holds, `vlm.train.resume` looks at."""
+    key, requested = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint
+    word = requested.lower()
+    if word == "true" and trainer.output_dir is None:
         yield f"{key}=true: name the run with trainer.output_dir"
-    elif not any(_saved_checkpoints(folder)):
-        yield f"{key}=true: no complete checkpoint in trainer.output_dir={output_dir}"
+    elif word not in ("auto", "never", "true", "false") and not Path(requested).is_dir():
+        yield f"{key}={requested}: allowed are auto, never, or the folder of a checkpoint (seen from {Path.cwd()})"
+    accelerator = trainer.accelerator_config
+    if isinstance(accelerator, Mapping) and accelerator.get("use_seedable_sampler") is False:
+        reason = "a run that goes on within an epoch would read its samples in another order; leave it out"
+        yield f"trainer.accelerator_config.use_seedable_sampler=false: {reason}"
+    if word in ("never", "false") and trainer.resume_changes == "accept":
+        yield f"{key}={word} and trainer.resume_changes=accept: a run that begins changes nothing; choose one"
 
 
 def _saved_checkpoints(folder: Path) -> Iterator[Path]:

@@ -127,8 +127,12 @@ class TrainerOptions:
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
     """A checkpoint of this framework to start from; its architecture wins over `model`."""
-    resume_from_checkpoint: str | None = None
-    """`true` for the newest complete checkpoint in `output_dir`, or the path of one."""
+    resume_from_checkpoint: str = "auto"
+    """`auto`: go on from the newest whole checkpoint in `output_dir`, begin where there is none, and leave a run that
+    is done as it is; `never`: begin anew, and rename the directory of a run that is there; or a checkpoint's path."""
+    resume_changes: str = field(default="refuse", metadata=choices(("refuse", "accept")))
+    """What becomes of settings, data and ranks that changed since a run was saved, and would change what it trains:
+    `refuse` them, or `accept` them from there on. Changes that do no such thing are always taken."""
     on_save_error: str = field(default="stop", metadata=choices(("stop", "continue")))
     """What a run does where a checkpoint cannot be saved, such as on a full disk: `stop`, or `continue` and try again
     at the next save. Either way what was saved before is kept; a model that cannot be saved at the end is an error."""

@@ -133,7 +133,7 @@ def require_checkpoint(folder: Path) -> None:
     if (folder / "trainer_state.json").is_file():
         raise ValueError(
             f"{folder} is a state on the way of a run, for resuming it. Let the run come to its end "
-            f"(trainer.resume_from_checkpoint={folder}), then publish its folder final"
+            f"(the same command with trainer.output_dir={folder.parent}), then publish its folder final"
         )
     if problem := checkpoint_problem(str(folder)):
         raise ValueError(problem)

@@ -13,6 +13,15 @@ from vlm.config.schema import PARTS, TRAIN_FLAGS
 from vlm.hub.cleaning import find_hub_name, last_path_component
 from vlm.hub.folders import JsonObject, read_json
 
+CHANGED_KEYS = frozenset(
+    f"trainer.{name}"
+    for name in (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps",
+        "loss_average", "seed", "bf16", "fp16",
+    )
+)  # fmt: skip
+"""Settings besides learning rates that a card tells where they changed on the way."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -30,6 +39,8 @@ class RunSummary:
     evaluations: dict[str, JsonObject] = field(default_factory=dict)
     """Name of an evaluation -> its `results.json`."""
     plot: Path | None = None
+    changes: list[JsonObject] = field(default_factory=list)
+    """What was other at later starts: `step`, and `changes` of keys with two values each."""
 
     def recipe(self) -> list[tuple[str, str]]:
         """Return the settings of the training with their values, in the order of the card."""
@@ -46,8 +57,16 @@ class RunSummary:
         rows.append(("precision", next((key for key in ("bf16", "fp16") if trainer.get(key)), "float32")))
         if stage := (trainer.get("deepspeed") or {}).get("zero_optimization", {}).get("stage"):
             rows.append(("DeepSpeed", f"ZeRO-{stage}"))
+        rows += self._changed_settings()
         template = self.config.get("dataset", {}).get("template")
         return rows + ([("chat template", last_path_component(str(template)))] if template else [])
+
+    def _changed_settings(self) -> Iterator[tuple[str, str]]:
+        """Yield the settings that were accepted on the way."""
+        for line in self.changes:
+            for key, (_, now) in line["changes"].items():
+                if key.startswith("trainer.learning_rate.") or key in CHANGED_KEYS:
+                    yield f"{key.rpartition('.')[2]} from step {line['step']:,}", str(now)
 
     def _training_amounts(self, trainer: JsonObject) -> Iterator[tuple[str, str]]:
         batch = trainer.get("per_device_train_batch_size", 0) * trainer.get("gradient_accumulation_steps", 1)
@@ -99,7 +118,6 @@ def read_run(checkpoint: Path) -> RunSummary:
     run = checkpoint.resolve().parent
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         return RunSummary(checkpoint)
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plot = run / "loss.png"
     evaluations = {}
     for file in sorted((run / "eval").rglob("results.json")):
@@ -107,10 +125,15 @@ def read_run(checkpoint: Path) -> RunSummary:
         evaluations["evaluation" if name == "." else name] = read_json(file)
     return RunSummary(
         checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _read_run_name(run),
-        [json.loads(line) for line in lines if line.strip()], read_json(run / "data.json"),
+        _read_lines(run / "metrics.jsonl"), read_json(run / "data.json"),
         read_json(run / "versions.json"), read_json(run / "scores.json"), evaluations,
-        plot if plot.is_file() else None,
+        plot if plot.is_file() else None, _read_lines(run / "changes.jsonl"),
     )  # fmt: skip
+
+
+def _read_lines(file: Path) -> list[JsonObject]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def _read_run_name(run: Path) -> str | None:

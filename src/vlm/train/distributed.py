@@ -1,10 +1,10 @@
 """What ranks exchange: broadcasts, gathers, barriers and a lock. A run with one rank passes through all of them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from filelock import FileLock, Timeout
@@ -23,6 +23,27 @@ def broadcast_from_rank0(value: T) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def on_rank0(action: Callable[[], T]) -> T:
+    """Return on every rank what a call on rank 0 returned.
+
+    Raises:
+        Exception: what the call raised, on rank 0; the others end with SystemExit, without a message of their own.
+    """
+    value: T | None = None
+    error: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            value = action()
+        except Exception as raised:  # whatever it is: the other ranks wait for this one
+            error = raised
+    failed, result = broadcast_from_rank0((error is not None, value))
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(1)
+    return cast("T", result)
 
 
 def all_gather_objects(value: T) -> list[T]:

@@ -33,6 +33,12 @@ PRIVATE_HOOKS = (
         *("max_steps", "train_dataloader", "resume_from_checkpoint"),
     ),
     _hook("_load_optimizer_and_scheduler", "DeepSpeed resumes the scheduler (called, not overridden)", "checkpoint"),
+    PrivateName(TRAINER, "_run_epoch", "a run that is resumed at its last step trains no further one"),
+    _hook(
+        "_maybe_log_save_evaluate",
+        "an epoch that was saved before its evaluation is ended when it is resumed (called)",
+        *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+    ),
 )
 """The private methods, and an attribute. Whoever can do without one should."""
 

@@ -6,6 +6,7 @@ from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch, StopAtNaN
 from vlm.train.monitor.profiler import ProfilerCallback
 from vlm.train.monitor.speed import make_speed_meter
 from vlm.train.objectives.base import Objective, PreparedRun
+from vlm.train.resume.progress import AppendedFiles
 from vlm.train.run_directory import SkippedRecords
 from vlm.train.signals import SigtermCheckpoint
 from vlm.train.trainer import VLMTrainer
@@ -15,14 +16,17 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
     """Return what trains a run's model; `run.args.output_dir` is the run directory, or below it a fold's."""
     config, args, output_dir = objective.config, run.args, Path(run.args.output_dir or run.folder)
     is_whole_run, is_writer = output_dir == run.folder, args.process_index == 0
+    shows_batch = is_writer and is_whole_run and not (run.folder / "first_batch.html").exists()
+    skipped = SkippedRecords(run, config.dataset, args.world_size)
     trainer = VLMTrainer(
         objective=objective,
         run=run,
-        on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if is_writer and is_whole_run else None,
-        on_skipped=SkippedRecords(run, config.dataset, args.world_size),
+        on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if shows_batch else None,
+        on_skipped=skipped,
         callbacks=[MetricsFile(output_dir), StopAtNaN(), SigtermCheckpoint(can_save=is_whole_run)],
         meter=make_speed_meter(run, output_dir, config.trainer.peak_tflops, objective.flops_note),
     )
+    trainer.saved_with_checkpoint += [skipped, AppendedFiles(output_dir, is_writer=is_writer)]
     trainer.add_callback(SetSamplerEpoch(lambda: trainer.sampler))
     if config.trainer.profile and is_writer:  # the profile ends before the callbacks of the objective
         trainer.add_callback(ProfilerCallback(run.folder / "profile", run.model))

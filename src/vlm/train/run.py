@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import load_weights, resolve_model
@@ -13,21 +13,25 @@ from vlm.assembly.saving import set_reply_ends
 from vlm.config.derived import embedding_row_keys
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
+from vlm.data.processor import Processor
 from vlm.train.arguments import training_arguments
-from vlm.train.checkpoints.find import checkpoint_to_resume
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
-from vlm.train.objectives.base import PreparedRun
+from vlm.train.objectives.base import Objective, PreparedRun, RunData
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
-from vlm.train.run_directory import choose_directory, contribution_table, write_data_summary, write_run_files
+from vlm.train.random_state import seed_everything
+from vlm.train.resume.directory import RunStart, open_run_directory
+from vlm.train.resume.final import write_final
+from vlm.train.resume.progress import RunProgress
+from vlm.train.run_directory import choose_directory, contribution_table
 from vlm.train.step.packing import check_packing_support
 
 log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
-    """Build or load the model, train it, leave a run directory behind.
+    """Build or load the model, train it, leave a run directory behind; go on with a run that the directory holds.
 
     Args:
         config: the resolved configuration.
@@ -36,6 +40,9 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
 
     Returns:
         The run directory; its `final` holds the model: complete, or on top of its base.
+
+    Raises:
+        ValueError: something has to be fixed by the user, see `resume/start.py` for the run directory.
     """
     check_private_names()
     objective = make_objective(config)
@@ -44,19 +51,21 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         check_packing_support(model_config.model_type)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
     args.output_dir = str(folder := choose_directory(config, name))
-    if is_writer := args.process_index == 0:
-        write_run_files(folder, config)
+    with open_run_directory(config, folder, args) as start:
+        if not start.is_done:
+            _train(objective, model_config, processor, args, start)
+    return folder
 
+
+def _train(
+    objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments, start: RunStart
+) -> None:
+    config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
-    checkpoint = checkpoint_to_resume(config, folder)
-    if is_writer:
-        write_data_summary(folder, data.records, resumed=checkpoint is not None)
-    if isinstance(data.records["train"], SampleDataset):
-        log.info("Training data:\n\n%s\n", contribution_table(data.records["train"].contributions))
-    if data.summary:
-        log.info("Records:\n\n%s\n", data.summary)
+    start.begin(data.records)
+    _log_data(data)
 
-    set_seed(args.seed)  # no weight depends on what was drawn before
+    seed_everything(args)  # no weight depends on what was drawn before
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
     model = objective.wrap_model(model, args)
     check_round_trip(model)
@@ -67,9 +76,21 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     collate = objective.make_collator(processor, data, args)
     prepared = PreparedRun(folder, args, processor, model, parts, data, collate)
     objective.before_training(prepared)
+    if start.checkpoint is not None:
+        args.eval_on_start = False  # that was at the first start
     trainer = make_trainer(objective, prepared)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    progress = RunProgress(trainer, start.record)
+    trainer.changed_keys = start.changed_keys
+    trainer.saved_with_checkpoint.append(progress)
+    trainer.add_callback(progress)
+    trainer.train(resume_from_checkpoint=start.checkpoint)
     objective.after_training(prepared, trainer)
-    trainer.save_model(str(folder / "final"))
-    log.info("Done. Ask it:  %s", objective.next_command(folder / "final"))
-    return folder
+    final = write_final(trainer, folder, start.record, progress.progress)
+    log.info("Done. Ask it:  %s", objective.next_command(final))
+
+
+def _log_data(data: RunData) -> None:
+    if isinstance(data.records["train"], SampleDataset):
+        log.info("Training data:\n\n%s\n", contribution_table(data.records["train"].contributions))
+    if data.summary:
+        log.info("Records:\n\n%s\n", data.summary)

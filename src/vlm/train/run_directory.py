@@ -25,6 +25,10 @@ from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.objectives.base import PreparedRun
 
+CONFIG_FILE, COMMAND_FILE, VERSIONS_FILE = "config.yaml", "command.txt", "versions.json"
+CHANGES_FILE = "changes.jsonl"
+"""What was other at later starts of a run than at the one before: a line a start."""
+
 SKIPPED_FILE = "skipped.jsonl"
 MIN_STREAM_RECORDS = 1000
 """Records of a stream that must have been read before the share of those left out can stop the run."""
@@ -43,16 +47,36 @@ def choose_directory(config: RunConfig, name: str) -> Path:
 
 
 def write_run_files(folder: Path, config: RunConfig) -> None:
-    """Write the resolved configuration, the command and the versions; called on one rank.
+    """Write the resolved configuration, the command and the versions of a run that begins; called on one rank."""
+    for name in (CHANGES_FILE, SKIPPED_FILE, "metrics.jsonl", "samples.md", "first_batch.html"):
+        (folder / name).unlink(missing_ok=True)  # of a start that saved nothing
+    write_text_whole(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_text_whole(folder / COMMAND_FILE, _command())
+    write_json(folder / VERSIONS_FILE, versions())
 
-    A resumed run adds its command to those before it.
+
+def add_command(folder: Path) -> None:
+    """Add the command of a run that goes on to those before it."""
+    with (folder / COMMAND_FILE).open("a", encoding="utf-8") as file:
+        file.write(_command())
+
+
+def add_changes(folder: Path, step: int, changes: Mapping[str, Sequence[object]]) -> None:
+    """Record what is other from a step on; the files of a run's first start stay as they are.
+
+    Args:
+        folder: the run directory.
+        step: the step that the run goes on from.
+        changes: key -> its value before, and now.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
-    resumed = config.trainer.resume_from_checkpoint
-    with (folder / "command.txt").open("a" if resumed else "w", encoding="utf-8") as file:
-        file.write(f"{shlex.join([sys.executable, *sys.orig_argv[1:]])}\n")
-    write_json(folder / "versions.json", versions())
+    if changes:
+        line = {"step": step, "time": f"{datetime.now():%Y-%m-%dT%H:%M:%S}", "changes": changes}
+        with (folder / CHANGES_FILE).open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
+
+
+def _command() -> str:
+    return f"{shlex.join([sys.executable, *sys.orig_argv[1:]])}\n"
 
 
 def versions() -> dict[str, object]:
@@ -84,15 +108,9 @@ def _git(*words: str) -> str | None:
         return None
 
 
-def write_data_summary(
-    folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None], *, resumed: bool = False
-) -> None:
-    """Write what each role's sources gave (`data.json`) and which records were left out (`skipped.jsonl`).
-
-    Where a run is `resumed`, the records that it left out before stay listed.
-    """
+def write_data_summary(folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None]) -> None:
+    """Write what each role's sources gave: `data.json`."""
     summary: dict[str, dict[str, object]] = {}
-    skipped = []
     for role, dataset in datasets.items():
         if isinstance(dataset, SampleStream):
             summary[role] = {"streamed": [{"source": source.name, "path": source.path} for source in dataset.sources]}
@@ -105,12 +123,26 @@ def write_data_summary(
                 "longest": int(dataset.lengths.max()),
                 "sources": [asdict(source) for source in dataset.contributions],
             }
-            skipped += dataset.skipped
     write_json(folder / "data.json", summary)
+
+
+def list_skipped(folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None]) -> None:
+    """Add the records that were left out while data sets were read to `skipped.jsonl`, those that it lacks.
+
+    What a run left out before it was resumed stays listed.
+    """
+    read = [dataset for dataset in datasets.values() if isinstance(dataset, SampleDataset)]
+    lines = [_skipped_as_json_line(record) for dataset in read for record in dataset.skipped]
     file = folder / SKIPPED_FILE
-    before = file.read_text(encoding="utf-8").splitlines(keepends=True) if resumed and file.exists() else []
-    whole = [line for line in before if line.endswith("}\n")]  # the run may have been killed in the middle of one
-    write_text_whole(file, "".join(dict.fromkeys([*whole, *map(_skipped_as_json_line, skipped)])))
+    write_text_whole(file, "".join(dict.fromkeys([*_read_lines(file), *lines])))
+
+
+def _read_lines(file: Path) -> list[str]:
+    """Return the whole lines of a file, with their ends; the last one may be torn, and is left out then."""
+    if not file.exists():
+        return []
+    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [f"{line}\n" for line in lines]
 
 
 def contribution_table(contributions: Sequence[Contribution]) -> str:
@@ -133,12 +165,14 @@ class SkippedRecords:
     """Adds the records that a run leaves out on the way to `skipped.jsonl`, and stops it where that is not allowed.
 
     `world_size` is the number of ranks that have records of their own. Without `is_writer`, another rank, which is told
-    of the same records, adds them.
+    of the same records, adds them. It is saved with checkpoints, see `SavedWithCheckpoint`.
     """
 
     def __init__(self, run: PreparedRun, config: DatasetConfig, world_size: int, *, is_writer: bool = True):
         self.path, self.is_writer = run.folder / SKIPPED_FILE, is_writer
         self.dataset, self.config, self.world_size = run.data.records["train"], config, world_size
+        self.rank = run.args.process_index
+        self.listed = set(_read_lines(self.path))
         self.known_skipped: set[Skipped] = set()
         self.num_seen = 0
 
@@ -157,8 +191,10 @@ class SkippedRecords:
             return
         self.known_skipped.update(new)
         if self.is_writer:
+            lines = [line for line in map(_skipped_as_json_line, new) if line not in self.listed]
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(_skipped_as_json_line, new)))
+                file.write("".join(lines))
+            self.listed.update(lines)
         if isinstance(self.dataset, SampleDataset):
             total = (len(self.dataset) + len(self.dataset.skipped)) / self.world_size
         else:
@@ -166,7 +202,20 @@ class SkippedRecords:
         bad = [record for record in self.known_skipped if record.policy == "on_bad_sample"]
         check_skipped_share(new[0].source, bad, round(total), self.config.max_skipped)
 
+    def save_to(self, checkpoint: Path) -> None:
+        """Write what this rank has seen and left out."""
+        content = {"seen": self.num_seen, "skipped": [asdict(record) for record in sorted(self.known_skipped, key=str)]}
+        write_json(checkpoint / f"skipped-{self.rank}.json", content)
+
+    def load_from(self, checkpoint: Path) -> None:
+        """Read it; checkpoints of earlier versions, and of fewer ranks, have none."""
+        file = checkpoint / f"skipped-{self.rank}.json"
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            self.num_seen = content["seen"]
+            self.known_skipped = {Skipped(**record) for record in content["skipped"]}
+
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON for people to read: indented, letters not escaped."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -61,7 +61,7 @@ class SigtermCheckpoint(TrainerCallback):
         if self.any_rank_received:
             self._end(
                 f"was asked to end and saved checkpoint-{state.global_step}; the same command with "
-                f"trainer.output_dir={args.output_dir} trainer.resume_from_checkpoint=true goes on"
+                f"trainer.output_dir={args.output_dir} goes on"
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):

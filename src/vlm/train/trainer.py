@@ -37,6 +37,8 @@ from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer
+from vlm.train.random_state import separate_random_state, with_own_generator
+from vlm.train.resume.optimizer_settings import apply_settings
 from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.best_fit_loader import make_best_fit_loader
@@ -91,6 +93,8 @@ class VLMTrainer(CheckpointTrainer):
         )
         self.objective, self.meter = objective, meter
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
+        self.changed_keys: frozenset[str] = frozenset()  # those with another value than at the checkpoint
+        self.new_groups: list[Inputs] = []  # the optimiser's groups as the configuration makes them
         self.options = objective.config.trainer
         self.best_model = BestModel.of_run(self.options, objective.metric_names(), is_writer=self.args.should_save)
         self.saved_with_checkpoint = [] if self.best_model is None else [self.best_model]
@@ -138,7 +142,32 @@ class VLMTrainer(CheckpointTrainer):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             self.optimizer = make_optimizer(self.args, self.model, self.parts, decayed)
+            groups = self.optimizer.param_groups
+            self.new_groups = [{name: group[name] for name in group if name != "params"} for group in groups]
         return self.optimizer
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """As usual; what was changed since the checkpoint wins over what it brings."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None and self.changed_keys:
+            apply_settings(self.lr_scheduler.optimizer, self.lr_scheduler, self.new_groups, self.changed_keys)
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As usual; `Trainer` would train one step more where a run is resumed that has come to its last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def end_epoch(self) -> None:
+        """Evaluate, log and save as after the last step of an epoch."""
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, self.model_wrapped, None, float(self.state.epoch or 0), None, time.time()
+        )
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: NumItems = None) -> Tensor:
         """As usual, row by row where they are several; the first batch is shown to `on_first_batch`."""
@@ -196,7 +225,7 @@ class VLMTrainer(CheckpointTrainer):
         if self.step_packing is not None:
             loader = self.step_packing.make_loader(loader, dataset)
             self.sampler = self.step_packing.sampler
-        return ignore_sigterm_in_workers(loader)
+        return with_own_generator(ignore_sigterm_in_workers(loader), sampler_seed(args))
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """As usual, but anew: `Trainer` keeps persistent workers of the first data set for their blank images too."""
@@ -260,7 +289,8 @@ class VLMTrainer(CheckpointTrainer):
         """Return the objective's metrics, each name with `eval_` before it, and log them."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
-        values = self.objective.evaluate(self, dataset)
+        with separate_random_state(self.args.seed + self.state.global_step):
+            values = self.objective.evaluate(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log(metrics)

@@ -139,11 +139,12 @@ def _resume_advice(run: Run) -> str:
         return note_html("Asked to end; it is still busy.")
     if run.state not in ("stopped", "failed", "not finished"):
         return ""
+    again = f"the same command, or here the same fields with trainer.output_dir={run.folder} among the overrides"
     steps = saved_steps(run.folder)
     if not steps:
-        return note_html("It saved no checkpoint." + (" The log says why it ended." if run.state == "failed" else ""))
-    keys = f"trainer.output_dir={run.folder} and trainer.resume_from_checkpoint=true"
-    return note_html(f"Saved up to checkpoint-{max(steps)}. To resume: {keys} among the overrides.")
+        why = " The log says why it ended." if run.state == "failed" else ""
+        return note_html(f"It saved no checkpoint.{why} To begin again: {again}.")
+    return note_html(f"Saved up to checkpoint-{max(steps)}. To go on: {again}.")
 
 
 def _get_signature(run: Run | None) -> list[object] | None:

@@ -74,6 +74,7 @@ class Run:
         if not lines or not file.is_file():
             return None
         trainer = OmegaConf.load(file).trainer
+        trainer.update(_changed_settings(self.folder))
         if trainer.max_steps is not None and trainer.max_steps > 0:
             return min(lines[-1]["step"] / trainer.max_steps, 1.0)
         if trainer.num_train_epochs and "epoch" in lines[-1]:
@@ -171,6 +172,14 @@ def saved_steps(folder: Path) -> list[int]:
 def read_metrics(folder: Path) -> list[LoggedMetrics]:
     """Return the lines of `metrics.jsonl`, without a line that is still being written."""
     return _parse_metrics(read_run_file(folder, "metrics.jsonl"))
+
+
+def _changed_settings(folder: Path) -> dict[str, object]:
+    """Return the settings of `trainer` that tell how long a run is, where they were changed when it went on."""
+    lines = read_run_file(folder, "changes.jsonl").splitlines()
+    changes = {key: now for line in lines for key, (_, now) in json.loads(line)["changes"].items()}
+    names = ("max_steps", "num_train_epochs")
+    return {name: changes[f"trainer.{name}"] for name in names if f"trainer.{name}" in changes}
 
 
 def last_metrics(folder: Path) -> list[LoggedMetrics]:

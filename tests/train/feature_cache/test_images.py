@@ -189,7 +189,7 @@ def test_a_run_goes_on_with_what_is_kept(start: Callable[..., Path], tmp_path: P
     for late in first.glob("checkpoint-*"):
         if late.name != "checkpoint-3":
             shutil.rmtree(late)
-    start(tmp_path, SPLIT, *words, f"trainer.output_dir={first}", "trainer.resume_from_checkpoint=true")
+    start(tmp_path, SPLIT, *words, f"trainer.output_dir={first}")
     assert losses(first)[-1] == pytest.approx(before[-1], abs=1e-6)
     assert sum(encoded) == 1
 

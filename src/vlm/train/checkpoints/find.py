@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm.checks.disk import format_bytes
-from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.files import remove_folder, restore_replaced
 from vlm.train.checkpoints.groups import group_by_value, rank_and_world_size
 from vlm.train.checkpoints.manifest import (
@@ -31,6 +30,8 @@ DAMAGED, SUPERSEDED = "damaged", "superseded"
 
 MAX_PROBLEMS = 3
 """Number of damaged files that a message names."""
+
+CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def list_checkpoints(run_directory: Path) -> dict[int, Path]:
@@ -85,8 +86,8 @@ def require_whole_checkpoint(checkpoint: Path) -> Path:
     """
     if problems := find_problems_together(checkpoint):
         raise ValueError(
-            f"trainer.resume_from_checkpoint={checkpoint}: {'; '.join(problems)}. Resume from another one; "
-            "`true` takes the newest of trainer.output_dir that is whole"
+            f"trainer.resume_from_checkpoint={checkpoint}: {'; '.join(problems)}. Name another one, or `auto` "
+            "for the newest of trainer.output_dir that is whole"
         )
     return checkpoint
 
@@ -171,19 +172,3 @@ def _whole_checkpoints(run_directory: Path, best_step: int | None) -> Iterator[P
     for step, folder in list_checkpoints(run_directory).items():
         if step != best_step and looks_whole(folder):
             yield folder
-
-
-def checkpoint_to_resume(config: RunConfig, folder: Path) -> str | None:
-    """Return the checkpoint that `trainer.resume_from_checkpoint` stands for; None: the run starts anew.
-
-    Raises:
-        ValueError: there is none, or it does not hold what was written.
-    """
-    requested = config.trainer.resume_from_checkpoint
-    if requested is None or requested.lower() == "false":
-        return None
-    if requested.lower() != "true":
-        return str(require_whole_checkpoint(Path(requested)))
-    if (checkpoint := find_whole_checkpoint(folder)) is None:
-        raise ValueError(f"trainer.resume_from_checkpoint=true: no whole checkpoint in {folder}")
-    return str(checkpoint)

@@ -205,8 +205,9 @@ class CheckpointTrainer(Trainer):
                 "written under DeepSpeed is resumed with the same trainer.deepspeed."
             )
         state = load_file(path)
-        trained = trained_tensors(self.model, self.parts).keys()
-        if different := sorted(trained ^ state.keys()):
+        trained = {name: tensor.shape for name, tensor in trained_tensors(self.model, self.parts).items()}
+        saved = {name: tensor.shape for name, tensor in state.items()}
+        if different := sorted({name for name, _ in trained.items() ^ saved.items()}):
             raise ValueError(
                 f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it does not train what this run does, for "
                 f"example {different[:3]}. Resume with the trainer.unfreeze and trainer.lora that it was made with."

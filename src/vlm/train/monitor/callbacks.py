@@ -9,7 +9,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.train.checkpoints.files import write_text_whole
-from vlm.train.monitor.plots import Metrics, draw_loss, draw_speed
+from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.monitor.plots import STEP_HEADING, Metrics, draw_loss, draw_speed
+from vlm.train.random_state import separate_random_state
 
 
 class MetricsFile(TrainerCallback):
@@ -77,16 +79,26 @@ class StopAtNaN(TrainerCallback):
 
 
 class SampleGenerationCallback(TrainerCallback):
-    """Lets the model answer some samples at each evaluation and at the end; every rank takes part."""
+    """Lets the model answer some samples at each evaluation and at the end; every rank takes part.
 
-    def __init__(self, generate: Callable[[int], None]):
-        self.generate = generate
+    `generate` adds the answers at a step to `file`, `samples.md`.
+    """
+
+    def __init__(self, generate: Callable[[int], None], file: Path):
+        self.generate, self.file = generate, file
         self.last_generated_step = -1
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Find out at which step a run that is resumed answered last; rank 0 knows."""
+        text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
+        steps = [int(step) for step in STEP_HEADING.findall(text)]
+        self.last_generated_step = broadcast_from_rank0(steps[-1] if steps and state.global_step else -1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Answer, at most once a step: the end of a run often follows an evaluation."""
         if state.global_step != self.last_generated_step:
-            self.generate(state.global_step)
+            with separate_random_state(args.seed + state.global_step):
+                self.generate(state.global_step)
             self.last_generated_step = state.global_step
 
     on_train_end = on_evaluate

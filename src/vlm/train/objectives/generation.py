@@ -118,7 +118,7 @@ class Generation(Objective):
         records = run.data.records.get("eval", run.data.records["train"])
         samples = first_samples(records, self.config.trainer.num_samples)
         generate = make_sample_generator(self.config.inference, trainer, run.processor, samples, run.folder)
-        return [SampleGenerationCallback(generate)]
+        return [SampleGenerationCallback(generate, run.folder / "samples.md")]
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
         """Prove that the model is causal and reads padded batches; find out whether its loss is computed in pieces."""

@@ -1,0 +1,151 @@
+"""What changed between the run that was saved and the run that goes on: a difference of keys, and what it means."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from vlm.checks.fields import format_value
+from vlm.config.recorded import current_key
+from vlm.config.schema import RunConfig
+from vlm.train.resume.key_classes import KeyClass, class_of
+from vlm.train.resume.record import RunRecord
+
+
+class Missing(Enum):
+    """The value of a key that one of two runs does not have; it stays the same from rank to rank."""
+
+    MISSING = "(none)"
+
+
+MISSING = Missing.MISSING
+
+MAX_LISTED = 20
+"""Most changes that a message lists."""
+
+MAX_VALUE_LENGTH = 120
+"""Most characters of a value in a message."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key with two values: before, and now; `MISSING` where there was or is none."""
+
+    key: str
+    before: object
+    now: object
+    kind: KeyClass
+
+    def values(self) -> list[object]:
+        """Return both values as JSON can hold them: null where there is none."""
+        return [None if value is MISSING else value for value in (self.before, self.now)]
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_format(self.before)} -> {_format(self.now)}"
+
+
+def compare_settings(before: RunRecord, now: RunRecord, config: RunConfig) -> list[Change]:
+    """Return the changed keys of the configuration, code, versions and number of ranks.
+
+    What the earlier record does not know is passed over.
+    """
+    found = []
+    was, is_now = ({current_key(key): value for key, value in _flatten(record.config)} for record in (before, now))
+    defaults = dict(_flatten(asdict(RunConfig())))
+    for key in dict.fromkeys([*was, *is_now]):
+        old, new = was.get(key, MISSING), is_now.get(key, MISSING)
+        if old is MISSING and (not was or new == defaults.get(key, MISSING)):
+            continue  # a key that is newer than the record
+        kind = class_of(key, config)
+        if kind is not KeyClass.START and _differ(old, new):
+            found.append(Change(key, old, new, kind))
+    for name in ("code", "versions"):
+        found += _compare_facts(name, getattr(before, name), getattr(now, name), KeyClass.SAFE)
+    if before.world_size != now.world_size:
+        found.append(Change("world_size", before.world_size, now.world_size, KeyClass.CHANGES_RUN))
+    return found
+
+
+def compare_data(before: RunRecord, now: RunRecord) -> list[Change]:
+    """Return what is other in the records; they must be known of both, else nothing is compared."""
+    return _compare_facts("data", before.data, now.data, KeyClass.CHANGES_RUN) if before.data else []
+
+
+def _differ(old: object, new: object) -> bool:
+    """Return whether two values of a key differ; one that is not there counts as null."""
+    return (None if old is MISSING else old) != (None if new is MISSING else new)
+
+
+def _compare_facts(section: str, before: Mapping[str, Any], now: Mapping[str, Any], kind: KeyClass) -> list[Change]:
+    was, is_now = dict(_flatten(before)), dict(_flatten(now))
+    keys = [key for key in dict.fromkeys([*was, *is_now]) if section == "data" or (key in was and key in is_now)]
+    values = [(key, was.get(key, MISSING), is_now.get(key, MISSING)) for key in keys]
+    return [Change(f"{section}.{key}", old, new, kind) for key, old, new in values if old != new]
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted keys of nested mappings with their values; an empty mapping has none."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _format(value: object) -> str:
+    if value is MISSING:
+        return MISSING.value
+    text = format_value(value)
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}…"
+
+
+def list_changes(changes: Sequence[Change]) -> str:
+    """Return changes as lines of a message."""
+    lines = [f"  {change}" for change in changes[:MAX_LISTED]]
+    return "\n".join([*lines, *([f"  … and {len(changes) - MAX_LISTED} more"] if len(changes) > MAX_LISTED else [])])
+
+
+ANEW = (
+    "choose another trainer.output_dir, or begin anew in this one with trainer.resume_from_checkpoint=never, which "
+    "sets the earlier run aside"
+)
+"""What to do where a run cannot go on."""
+
+
+def refuse_changes(changes: Sequence[Change], checkpoint: Path, *, accepts: bool) -> None:
+    """Refuse changes that a run cannot go on with, or that nobody has accepted.
+
+    Args:
+        changes: what changed.
+        checkpoint: what the run would go on from.
+        accepts: whether changes that make another run of it are accepted.
+
+    Raises:
+        ValueError: with the changed keys and what to do.
+    """
+    if impossible := [change for change in changes if change.kind is KeyClass.IMPOSSIBLE]:
+        raise ValueError(
+            f"{checkpoint} cannot go on with other values of these keys:\n{list_changes(impossible)}\n"
+            f"Give them their earlier values, {ANEW}; a new stage begins with trainer.from_pretrained=…/final"
+        )
+    changing = [change for change in changes if change.kind is KeyClass.CHANGES_RUN]
+    if changing and not accepts:
+        raise ValueError(
+            f"{checkpoint} is of a run with other settings:\n{list_changes(changing)}\n"
+            f"Give them their earlier values, or take the new ones from here on with trainer.resume_changes=accept, or "
+            f"{ANEW}"
+        )
+
+
+def refuse_changes_of_done(changes: Sequence[Change], final: Path) -> None:
+    """Refuse changes that would have an effect, of a run that is done.
+
+    Raises:
+        ValueError: with the changed keys and what to do.
+    """
+    if changing := [change for change in changes if change.kind is not KeyClass.SAFE]:
+        raise ValueError(
+            f"{final} is of a run that is done, and had other settings:\n{list_changes(changing)}\n"
+            f"Nothing is left to train with the new ones: {ANEW}"
+        )

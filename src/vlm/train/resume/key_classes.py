@@ -1,0 +1,126 @@
+"""What a change of each key means to a run that goes on: it is safe, it changes the run, or it is impossible.
+
+Every key of the schema is named here, and a test walks the schema; a key that the installed transformers has besides
+counts as one that changes the run. Imports the schema only.
+"""
+
+import re
+from enum import Enum
+
+from vlm.config.schema import RunConfig
+
+PLATEAU_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules whose learning rate depends on what was measured, not on the step alone."""
+
+
+class KeyClass(Enum):
+    """What a change of a key means to a run that goes on."""
+
+    START = "start"
+    """The key is about one start of the run; it is not compared."""
+    SAFE = "safe"
+    """The weights stay what they would have been, or training only ends later; the change is taken."""
+    CHANGES_RUN = "changes_run"
+    """The weights become others; the change is taken with `trainer.resume_changes=accept`, and else refused."""
+    IMPOSSIBLE = "impossible"
+    """What was saved does not fit, or the key has an effect at the beginning only; the change is refused."""
+
+
+def _keys(section: str, names: str) -> frozenset[str]:
+    """Return the keys of a section with these names."""
+    return frozenset(f"{section}.{name}" for name in names.split())
+
+
+START = _keys("trainer", "output_dir resume_from_checkpoint resume_changes hub_token")
+
+SAFE = (
+    _keys("trainer", "num_train_epochs max_steps num_samples eval_metrics eval_metrics_samples "
+          "eval_retrieval_candidates peak_tflops profile")
+    | _keys("trainer", "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter "
+            "include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project "
+            "trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug")
+    | _keys("trainer", "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size "
+            "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
+            "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval metric_for_best_model "
+            "greater_is_better load_best_model_at_end")
+    | _keys("trainer", "save_strategy save_steps save_total_limit save_only_model save_on_each_node "
+            "enable_jit_checkpoint restore_callback_states_from_checkpoint push_to_hub hub_private_repo "
+            "hub_model_id hub_strategy hub_always_push hub_revision")
+    | _keys("trainer", "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+            "dataloader_prefetch_factor dataloader_multiprocessing_context remove_unused_columns label_names "
+            "length_column_name torch_empty_cache_steps use_cache ddp_timeout do_train do_eval do_predict local_rank")
+    | _keys("dataset", "path sources.*.path allow_pipe cache_dir num_workers cache_limit_gb on_bad_sample max_skipped "
+            "check_samples")
+    | _keys("inference", "temperature top_p num_beams max_new_tokens cache_implementation")
+    | _keys("model", "trust_remote_code visual_encoder.trust_remote_code language_model.trust_remote_code "
+            "connector.name head.threshold_by")
+)  # fmt: skip
+"""Records may be moved: what is in them is compared apart, as `data.…`."""
+
+CHANGES_RUN = (
+    _keys("trainer", "from_pretrained deepspeed packing packing_strategy max_tokens_per_batch checkpointed_parts "
+          "loss_average")
+    | _keys("trainer.learning_rate", "visual_encoder_learning_rate connector_learning_rate "
+            "language_model_learning_rate head_learning_rate")
+    | _keys("trainer.weight_decay", "visual_encoder_weight_decay connector_weight_decay language_model_weight_decay "
+            "head_weight_decay")
+    | _keys("trainer.lora", "dropout use_rslora visual_encoder.alpha connector.alpha language_model.alpha")
+    | _keys("trainer", "per_device_train_batch_size gradient_accumulation_steps average_tokens_across_devices "
+            "auto_find_batch_size lr_scheduler_type lr_scheduler_kwargs warmup_steps adam_beta1 adam_beta2 "
+            "adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed full_determinism "
+            "train_sampling_strategy dataloader_drop_last dataloader_in_order ignore_data_skip")
+    | _keys("trainer", "bf16 fp16 tf32 use_cpu activation_checkpointing activation_checkpointing_kwargs "
+            "gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend "
+            "torch_compile_mode use_liger_kernel liger_kernel_config accelerator_config parallelism_config "
+            "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend fsdp "
+            "fsdp_config")
+    | _keys("dataset", "format options image_folder split subset max_samples system_prompt streaming shuffle_buffer "
+            "max_frames eval_path eval_image_folder eval_split max_eval_samples test_path test_image_folder "
+            "test_split folds cache_features template supervise image_mode alpha_background max_length over_length")
+    | _keys("dataset.sources.*", "format options image_folder split subset max_samples system_prompt weight template")
+    | _keys("model", "hf_name revision visual_encoder.hf_name visual_encoder.revision language_model.hf_name "
+            "language_model.revision attn_implementation")
+    | _keys("model.head", "layer token loss loss_options class_weights label_smoothing weight generation_weight")
+)  # fmt: skip
+
+IMPOSSIBLE = (
+    _keys("trainer", "objective optim optim_args optim_target_modules")
+    | _keys("trainer.unfreeze", "train_vision_model train_connector train_language_model")
+    | _keys("trainer.lora", "use_dora bias init visual_encoder.r visual_encoder.target_modules connector.r "
+            "connector.target_modules language_model.r language_model.target_modules")
+    | _keys("model", "image_token image_start_token image_end_token language_model.quantization "
+            "language_model.new_tokens connector.type connector.options anyres.grids anyres.max_tiles "
+            "anyres.tile_several")
+    | _keys("model.visual_encoder", "feature_layer feature_strategy image_size extra_encoders quantization")
+    | _keys("model.head", "task labels type options pooling name")
+)  # fmt: skip
+"""A checkpoint holds what trains and the state of its optimiser: neither may become something else."""
+
+CLASSES = {
+    **dict.fromkeys(START, KeyClass.START),
+    **dict.fromkeys(SAFE, KeyClass.SAFE),
+    **dict.fromkeys(CHANGES_RUN, KeyClass.CHANGES_RUN),
+    **dict.fromkeys(IMPOSSIBLE, KeyClass.IMPOSSIBLE),
+}
+"""Key -> what its change means; `*` stands for a name of the user's."""
+
+OF_EVALUATION = frozenset(key for key in SAFE if re.match(r"trainer\.(eval_|metric_|greater_)", key))
+
+
+def class_of(key: str, config: RunConfig) -> KeyClass:
+    """Return what a change of a key, or of a value in its mapping, means to a run of this configuration."""
+    known = general_key(key)
+    while known not in CLASSES and "." in known:
+        known = known.rpartition(".")[0]
+    kind = CLASSES.get(known, KeyClass.CHANGES_RUN)
+    if known == "trainer.dataloader_num_workers" and config.dataset.streaming:
+        return KeyClass.CHANGES_RUN  # each worker reads a shard of its own
+    if known in OF_EVALUATION and config.trainer.lr_scheduler_type in PLATEAU_SCHEDULES:
+        return KeyClass.CHANGES_RUN
+    return kind
+
+
+def general_key(key: str) -> str:
+    """Return the key of the table for one below a name of the user's: of a source, or of a further head."""
+    key = re.sub(r"^dataset\.sources\.[^.]+", "dataset.sources.*", key)
+    return re.sub(r"^model\.head\.extra_heads\.[^.]+", "model.head", key)

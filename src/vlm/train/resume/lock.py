@@ -1,0 +1,192 @@
+"""The lock on a run directory: one run trains in it at a time, and it is held for as long as that run lives.
+
+The file system's lock on `run.lock` ends with the process that holds it, however that ends. Other machines may share
+the disk without sharing such locks, so the holder, whom `run.lock.json` names, touches that file every few seconds: a
+start on another machine waits for a sign of life before it takes a directory over.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE, HOLDER_FILE = "run.lock", "run.lock.json"
+HEARTBEAT_SECONDS = 10.0
+"""Seconds between two signs of life of a run."""
+
+PATIENCE = 90.0
+"""Seconds without a sign of life after which a run on another machine counts as dead."""
+
+
+HELD = (errno.EAGAIN, errno.EACCES)
+"""Errors of a lock that another process holds."""
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""Errors of a file system without locks: signs of life are all that there is then."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that trains in a run directory: rank 0 of the run. `since` is in seconds since 1970."""
+
+    host: str
+    pid: int
+    since: float
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {datetime.fromtimestamp(self.since):%Y-%m-%d %H:%M:%S}"
+
+
+class RunLock:
+    """The lock of a run directory, which is made where it is missing; a context manager.
+
+    Raises:
+        ValueError: another run has it, or nothing can be written there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._descriptor: int | None = None
+        self._released = threading.Event()
+        close = weakref.WeakMethod(self._close)
+        # A data worker would hold the lock of a run that was killed for as long as it lives itself.
+        os.register_at_fork(after_in_child=lambda: method() if (method := close()) is not None else None)
+
+    def __enter__(self) -> "RunLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock; it stays with this process until `release` or the process's end."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            is_exclusive = self._lock_file()
+            holder = read_holder(self.folder)
+            if holder is not None and not (is_exclusive and holder.host == socket.gethostname()):
+                self._wait_for_silence(holder)
+            self._write_holder(Holder(socket.gethostname(), os.getpid(), time.time()))
+        except OSError as error:
+            self._close()
+            raise ValueError(
+                f"trainer.output_dir={self.folder}: cannot be written to ({error.strerror or error}); choose another"
+            ) from error
+        if holder is not None:
+            log.info("%s: the run of %s ended without releasing it", self.folder, holder)
+        threading.Thread(target=self._touch, name="run-lock", daemon=True).start()
+
+    def _lock_file(self) -> bool:
+        """Lock `run.lock`; return whether that keeps others of this machine out: some file systems have no locks."""
+        while True:
+            self._descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return False
+                self._close()
+                if error.errno in HELD:
+                    raise ValueError(self._refusal()) from None
+                raise
+            if os.fstat(self._descriptor).st_nlink:  # else the run before removed it in between
+                return True
+            self._close()
+
+    def _write_holder(self, holder: Holder) -> None:
+        partial = self.folder / f"{HOLDER_FILE}.partial"
+        partial.write_text(f"{json.dumps(asdict(holder))}\n", encoding="utf-8")
+        partial.replace(self.folder / HOLDER_FILE)
+
+    def _refusal(self) -> str:
+        holder = read_holder(self.folder) or "another process"
+        return (
+            f"trainer.output_dir={self.folder}: another run trains in it ({holder}). Wait for its end, stop it, or "
+            "choose another directory; several ranks of one run need a launcher (torchrun, deepspeed)"
+        )
+
+    def _wait_for_silence(self, holder: Holder) -> None:
+        """Return when a holder that may live has shown no sign of life for `PATIENCE` seconds.
+
+        Raises:
+            ValueError: it has.
+        """
+        file = self.folder / HOLDER_FILE
+        last, now = _touched(file), self._now()
+        if last is None or now - last > PATIENCE:
+            return
+        log.info("%s: waiting up to %.0f s for a sign of life of %s", self.folder, PATIENCE, holder)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            time.sleep(HEARTBEAT_SECONDS / 10)
+            touched = _touched(file)
+            if touched is None:
+                return
+            if touched != last:
+                self._close()
+                raise ValueError(self._refusal())
+
+    def _now(self) -> float:
+        """Return the time by the clock of the file system, which may be that of another machine."""
+        probe = self.folder / f"{HOLDER_FILE}.probe"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now
+
+    def _touch(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                os.utime(self.folder / HOLDER_FILE)
+            except FileNotFoundError:
+                return  # released, or removed by hand
+            except OSError as error:  # the lock itself is held all the same
+                log.warning("%s: no sign of life could be written: %s", self.folder, error)
+
+    def move(self, target: Path) -> None:
+        """Rename the run directory, and release it: the lock of a directory of the old name is another one."""
+        self._released.set()
+        self.folder.rename(target)
+        self.folder = target
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back, and remove its files."""
+        self._released.set()
+        for name in (HOLDER_FILE, LOCK_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
+
+
+def _touched(file: Path) -> float | None:
+    """Return when a file was last touched; None where it is gone. It is opened: network file systems look then."""
+    try:
+        with file.open("rb") as opened:
+            return os.fstat(opened.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def read_holder(folder: Path) -> Holder | None:
+    """Return the process that holds, or last held, a run directory; None where none is recorded."""
+    file = folder / HOLDER_FILE
+    try:
+        return Holder(**json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None

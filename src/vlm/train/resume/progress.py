@@ -1,0 +1,125 @@
+"""What a run needs to go on as if it had not been stopped, besides weights, optimiser, schedule and random numbers."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vlm.train.resume.record import Progress, RunRecord, read_record, write_record
+from vlm.train.run_directory import write_json
+
+LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
+"""What `Trainer` keeps between two logs: the sum of losses since the last one, that of all logs, and two steps."""
+
+APPENDED_FILES = ("metrics.jsonl", "samples.md")
+"""Files of a run directory that a run adds to."""
+
+
+class ResumableTrainer(Protocol):
+    """What is asked of the run's `VLMTrainer`; the attributes of `LOSS_SUMS` besides."""
+
+    args: TrainingArguments
+    state: TrainerState
+    changed_keys: frozenset[str]
+
+    def end_epoch(self) -> None:
+        """Evaluate, log and save as after the last step of an epoch."""
+        ...
+
+
+class RunProgress(TrainerCallback):
+    """Saves the run's record and its sums of losses with each checkpoint, and takes them up again.
+
+    It is saved with checkpoints, see `SavedWithCheckpoint`. It has to be the last callback but those that measure time:
+    an epoch whose last step was saved before its evaluation is ended here.
+    """
+
+    def __init__(self, trainer: ResumableTrainer, record: RunRecord):
+        self.trainer, self.record = trainer, record
+        self.epoch_ended = False
+        self.saved: dict[str, Any] = {}
+        self.needs_epoch_end = False
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        state = self.trainer.state
+        return Progress(state.global_step, state.max_steps, float(state.epoch or 0), self.epoch_ended)
+
+    def save_to(self, checkpoint: Path) -> None:
+        """Write the record on rank 0, and the sums of each rank."""
+        args = self.trainer.args
+        if args.process_index == 0:
+            write_record(checkpoint, self.record, self.progress)
+        sums = {name: getattr(self.trainer, name) for name in LOSS_SUMS}
+        sums = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in sums.items()}
+        write_json(checkpoint / f"loss_sums-{args.process_index}.json", {"ranks": args.world_size, **sums})
+
+    def load_from(self, checkpoint: Path) -> None:
+        """Read the sums, which `on_train_begin` takes up: `Trainer` sets them to 0 after this."""
+        args = self.trainer.args
+        file = checkpoint / f"loss_sums-{args.process_index}.json"
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.saved = saved if saved.get("ranks") == args.world_size else {}  # of another number of ranks, none fits
+        _, progress = read_record(checkpoint)
+        self.needs_epoch_end = progress is not None and not progress.epoch_ended
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Take up the sums and this start's intervals; end an epoch that was not ended before it was saved."""
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings its own `logging_steps`, `save_steps` …
+        for name in LOSS_SUMS if self.saved else ():
+            value = self.saved[name]
+            setattr(self.trainer, name, torch.tensor(value, device=args.device) if name == "_tr_loss" else value)
+        loader = kwargs.get("train_dataloader")
+        per_epoch = _steps_per_epoch(loader, args) if self.trainer.changed_keys else None
+        if per_epoch is not None and state.global_step // per_epoch != int(state.epoch):
+            state.epoch = state.global_step / per_epoch  # an epoch has another number of steps now
+        is_at_end = state.global_step > 0 and (state.global_step >= state.max_steps or float(state.epoch).is_integer())
+        if self.needs_epoch_end and is_at_end:
+            self.epoch_ended = True
+            self.trainer.end_epoch()
+        self.needs_epoch_end = False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Take note that an epoch goes on."""
+        self.epoch_ended = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Take note that what follows an epoch, such as its evaluation, comes before the next checkpoint."""
+        self.epoch_ended = True
+
+
+def _steps_per_epoch(loader: object, args: TrainingArguments) -> int | None:
+    """Return the number of steps of an epoch; None for a stream, which has no epochs."""
+    try:
+        return -(-len(loader) // args.gradient_accumulation_steps) if isinstance(loader, DataLoader) else None
+    except TypeError:
+        return None
+
+
+class AppendedFiles:
+    """Cuts what was added to files of the run directory after a checkpoint; see `SavedWithCheckpoint`."""
+
+    def __init__(self, folder: Path, *, is_writer: bool):
+        self.folder, self.is_writer = folder, is_writer
+
+    def save_to(self, checkpoint: Path) -> None:
+        """Write the sizes of the files."""
+        if self.is_writer:
+            files = [self.folder / name for name in APPENDED_FILES]
+            sizes = {file.name: file.stat().st_size if file.exists() else 0 for file in files}
+            write_json(checkpoint / "file_sizes.json", sizes)
+
+    def load_from(self, checkpoint: Path) -> None:
+        """Cut the files to these sizes, where the checkpoint is one of this run directory."""
+        file = checkpoint / "file_sizes.json"
+        if not self.is_writer or checkpoint.parent.resolve() != self.folder.resolve() or not file.is_file():
+            return
+        for name, size in json.loads(file.read_text(encoding="utf-8")).items():
+            path = self.folder / name
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)

@@ -1,0 +1,167 @@
+"""How a run starts: anew, from a checkpoint of it, or not at all, because it is done.
+
+`trainer.resume_from_checkpoint=auto` goes on from the newest whole checkpoint of the run directory and begins where
+there is none, so that one command starts a run, goes on with it after whatever ended it, and leaves it alone once it
+is done. Rank 0 decides.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from vlm.config.schema import RunConfig, TrainerOptions
+from vlm.train.checkpoints.find import find_whole_checkpoint, require_whole_checkpoint
+from vlm.train.distributed import on_rank0
+from vlm.train.resume.changes import (
+    Change,
+    compare_data,
+    compare_settings,
+    list_changes,
+    refuse_changes,
+    refuse_changes_of_done,
+)
+from vlm.train.resume.lock import RunLock
+from vlm.train.resume.record import Progress, RunRecord, read_record
+
+log = logging.getLogger(__name__)
+
+FINAL = "final"
+"""The folder of a run directory that holds the finished model."""
+
+AUTO_WORDS, ANEW_WORDS = ("auto", "true"), ("never", "false")
+"""Values of `trainer.resume_from_checkpoint`, besides the folder of a checkpoint; the second ones are older names."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts.
+
+    Attributes:
+        checkpoint: what it goes on from; None: it begins, or it is done.
+        is_done: whether nothing is left to do.
+        before: what the run of the checkpoint was, and how far it had come.
+        changes: the changed settings that are taken.
+    """
+
+    checkpoint: Path | None = None
+    is_done: bool = False
+    before: RunRecord | None = None
+    progress: Progress | None = None
+    changes: Sequence[Change] = field(default_factory=list)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a run directory that holds a run, where it is there; a run that trains in it is left alone.
+
+    Raises:
+        ValueError: another run trains in it.
+    """
+    if not any(folder.glob("checkpoint-*")) and not any((folder / name).exists() for name in (FINAL, "metrics.jsonl")):
+        return
+    lock = RunLock(folder)
+    lock.acquire()
+    number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+    target = folder.with_name(f"{folder.name}.{number}")
+    lock.move(target)
+    log.info("trainer.resume_from_checkpoint=never: the run that was in %s is now in %s", folder, target)
+
+
+def decide_start(config: RunConfig, folder: Path, now: RunRecord) -> Start:
+    """Return how the run of a directory starts; every rank calls this.
+
+    Args:
+        config: the run's configuration.
+        folder: its directory, which this run has locked.
+        now: what the run is, without its data.
+
+    Raises:
+        ValueError: the directory holds another run, or the checkpoint that was asked for is not whole.
+    """
+    requested = config.trainer.resume_from_checkpoint
+    if requested.lower() in ANEW_WORDS:
+        return Start()
+    is_path = requested.lower() not in AUTO_WORDS
+    if is_path and Path(requested).resolve().parent == folder.resolve():
+        checkpoint = require_whole_checkpoint(Path(requested))
+        return on_rank0(lambda: _resume(config, checkpoint, now))
+    newest = find_whole_checkpoint(folder)
+    if on_rank0(lambda: (folder / FINAL).is_dir()):
+        return on_rank0(lambda: _start_beside_final(config, folder, newest, now))
+    if newest is None and is_path:
+        newest = require_whole_checkpoint(Path(requested))
+    return Start() if newest is None else on_rank0(lambda: _resume(config, newest, now))
+
+
+def _resume(config: RunConfig, checkpoint: Path, now: RunRecord) -> Start:
+    """Return the start from a checkpoint, where its run is this one or its changes are accepted."""
+    before, progress = read_record(checkpoint)
+    changes = compare_settings(before, now, config)
+    refuse_changes(changes, checkpoint, accepts=config.trainer.resume_changes == "accept")
+    if progress is not None and (problem := _exceeds(config.trainer, before, progress)):
+        raise ValueError(f"{problem}, and {checkpoint} is beyond it. Raise it, or choose another trainer.output_dir")
+    return Start(checkpoint, before=before, progress=progress, changes=changes)
+
+
+def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, now: RunRecord) -> Start:
+    """Return the start of a run that has its finished model: it is done, unless more steps or epochs are asked for."""
+    before, progress = read_record(folder / FINAL)
+    changes = compare_settings(before, now, config)
+    if not _asks_for_more(config.trainer, before, progress):
+        refuse_changes_of_done(changes, folder / FINAL)
+        return Start(is_done=True, before=before, progress=progress)
+    if newest is None or (progress is not None and newest.name != f"{PREFIX_CHECKPOINT_DIR}-{progress.step}"):
+        raise ValueError(
+            f"trainer.output_dir={folder}: its run is done, and it has no checkpoint of its last step to go on from. "
+            f"Choose another directory, and trainer.from_pretrained={folder / FINAL} to begin with its model"
+        )
+    return _resume(config, newest, now)
+
+
+def _exceeds(trainer: TrainerOptions, before: RunRecord, progress: Progress) -> str | None:
+    """Return the key that asks for fewer steps or epochs than were trained; None where none does."""
+    if trainer.max_steps > 0:
+        return f"trainer.max_steps={trainer.max_steps}" if progress.step > trainer.max_steps else None
+    was = before.config.get("trainer", {}).get("num_train_epochs", trainer.num_train_epochs)
+    fewer = trainer.num_train_epochs < min(was, progress.epoch)
+    return f"trainer.num_train_epochs={trainer.num_train_epochs}" if fewer else None
+
+
+def _asks_for_more(trainer: TrainerOptions, before: RunRecord, progress: Progress | None) -> bool:
+    """Return whether a run that is done shall train longer."""
+    was = before.config.get("trainer", {})
+    if trainer.max_steps > 0:
+        return trainer.max_steps > (progress.step if progress is not None else was.get("max_steps", 0))
+    if was.get("max_steps", -1) > 0:  # ended by its number of steps; how many its epochs have is not known yet
+        return progress is None or trainer.num_train_epochs > progress.epoch
+    return trainer.num_train_epochs > was.get("num_train_epochs", trainer.num_train_epochs)
+
+
+def check_data(config: RunConfig, start: Start, now: RunRecord) -> list[Change]:
+    """Return what is other in the data than at the checkpoint, where that is accepted; every rank calls this.
+
+    Raises:
+        ValueError: something is, and `trainer.resume_changes` does not accept it.
+    """
+    if start.checkpoint is None or start.before is None:
+        return []
+    changes = compare_data(start.before, now)
+    refuse_changes(changes, start.checkpoint, accepts=config.trainer.resume_changes == "accept")
+    return changes
+
+
+def describe_start(start: Start, folder: Path) -> str:
+    """Return in words how a run starts, for the log."""
+    if start.is_done:
+        steps = f" after {start.progress.step:,} steps" if start.progress is not None else ""
+        return (
+            f"The run in {folder} is done{steps}: nothing is left to do. Its model is {folder / FINAL}. A higher "
+            "trainer.num_train_epochs or trainer.max_steps trains it longer; "
+            "trainer.resume_from_checkpoint=never sets it aside and begins anew"
+        )
+    if start.checkpoint is None:
+        return f"The run begins in {folder}"
+    changed = f". Changed since:\n{list_changes(start.changes)}" if start.changes else ""
+    return f"The run in {folder} goes on from {start.checkpoint}{changed}"
