@@ -149,6 +149,22 @@ class TrainerOptions:
     """Parts whose layers `activation_checkpointing` recomputes in the backward pass; null: all that gradients reach."""
     loss_average: str = field(default="token", metadata=choices(("token", "micro_batch")))
     """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
+    on_nonfinite: str = field(default="stop", metadata=choices(("stop", "skip")))
+    """What is done about a step whose loss or gradient is NaN or infinite, before its update is applied: `stop` ends
+    the run (exit code 76); `skip` leaves the update out and counts it (`skipped_steps`). Either lists the step's samples
+    in `guard.jsonl`."""
+    max_skipped_steps: int = field(default=10, metadata=at_least(1))
+    """The run stops where more updates in a row are left out."""
+    spike_action: str | None = field(default="warn", metadata=choices(("warn", "skip")))
+    """What is done about a step whose loss or gradient norm is far above those of the steps before it: `warn`, or
+    `skip` its update. Either lists the step's samples in `guard.jsonl`. null: spikes are not looked for."""
+    spike_window: int = field(default=100, metadata=at_least(2))
+    """Number of steps that a step is compared with."""
+    spike_threshold: float = field(default=10.0, metadata=above(0))
+    """Number of deviations (median absolute deviations, scaled to standard ones) above the median that is a spike."""
+    stuck_after: float | None = field(default=1200.0, metadata=above(0))
+    """Seconds without progress on any rank, in training, evaluation or saving, after which every rank writes the stacks
+    of its threads into `stuck/` and the run ends (exit code 76); null: it waits for ever."""
     num_samples: int = 4
     """Number of evaluation (else training) samples answered into `samples.md`, at each evaluation and at the end."""
     eval_metrics: list[str] = field(default_factory=list, metadata=choices(EVAL_METRICS, "package.module:function"))

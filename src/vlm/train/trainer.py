@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,15 +24,19 @@ from transformers.utils import ModelOutput
 from vlm.assembly.adapter_base import make_base
 from vlm.config.choices import BEST_FIT, GROUP_BY_MODALITY_LENGTH, GROUPED_STRATEGIES
 from vlm.data.batching.best_fit import PackSampler
-from vlm.data.batching.collator import SKIPPED_KEY, Collator
+from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY, Collator
 from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.data.stream import SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
-from vlm.train.checkpoints.trainer import CheckpointTrainer
+from vlm.train.checkpoints.trainer import CheckpointTrainer, trained_tensors
 from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.guards.logged_loss import LoggedLoss
+from vlm.train.guards.step_guard import StepGuard
+from vlm.train.guards.update import GuardedUpdate
+from vlm.train.guards.weights import describe_nonfinite, find_nonfinite
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
@@ -90,8 +95,11 @@ class VLMTrainer(CheckpointTrainer):
         )
         self.objective, self.meter = objective, meter
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
-        self.saved_with_checkpoint = []
         self.options = objective.config.trainer
+        self.guard = StepGuard(self.options, Path(str(run.args.output_dir)), is_writer=run.args.process_index == 0)
+        self.guarded_update = GuardedUpdate(self.guard, self.accelerator)
+        self.logged_loss = LoggedLoss()
+        self.saved_with_checkpoint = [self.guard]
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
         self.sampler: Sampler[int] | PackSampler | StepSampler | None = None
@@ -138,6 +146,14 @@ class VLMTrainer(CheckpointTrainer):
             self.optimizer = make_optimizer(self.args, self.model, self.parts, decayed)
         return self.optimizer
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """As usual; from now on the guard judges updates."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.guarded_update.prepare()
+        return prepared
+
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: NumItems = None) -> Tensor:
         """As usual, row by row where they are several; the first batch is shown to `on_first_batch`."""
         *rows, last = [{name: value for name, value in row.items() if name != MORE_ROWS} for row in get_rows(inputs)]
@@ -159,11 +175,26 @@ class VLMTrainer(CheckpointTrainer):
         loss, outputs = self.objective.compute_loss(self, model, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the number is that of all ranks, which average gradients
+        loss = self.guard.watch_loss(loss, is_share=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """As usual; the guard says by it whether the update is applied."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        skipped = self.guard.skipped
+        self.guarded_update.finish(model, norm)
+        is_skipped = self.guard.skipped > skipped
+        self.logged_loss.end_step(self._tr_loss, skipped=is_skipped)
+        if is_skipped and self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()  # the rate depends on the step's number alone
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As usual, with each part's learning rate and the speed since the last log; at the end, the whole speed."""
         if "loss" in logs:
+            self.logged_loss.correct(logs)
+            if self.guard.may_skip:
+                logs["skipped_steps"] = self.guard.skipped
             if self.lr_scheduler is not None:
                 logs.pop("learning_rate", None)
                 names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
@@ -171,10 +202,28 @@ class VLMTrainer(CheckpointTrainer):
                 logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, rates, strict=True)}
             logs |= self.meter.gather_metrics(self.accelerator.gather) | self.objective.training_metrics(self)
         elif "train_runtime" in logs:
+            self.logged_loss.correct_total(logs)
             self.meter.finish(self.accelerator.gather, self.state.global_step)
             for name in DROPPED_METRICS:
                 logs.pop(name, None)
         super().log(logs)  # without the start, from which `Trainer` would log a second number of tokens a second
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        """As usual, of finite weights."""
+        self._check_finite_weights(f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As usual, of finite weights."""
+        if not _internal_call:
+            self._check_finite_weights(str(output_dir))
+        super().save_model(output_dir, _internal_call)
+
+    def _check_finite_weights(self, what: str) -> None:
+        if names := find_nonfinite(trained_tensors(self.model, self.parts).items()):
+            self.guard.stop(describe_nonfinite(names, what))
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Return 0: `SpeedMeter` counts them, and by more than the number of parameters."""
@@ -224,8 +273,9 @@ class VLMTrainer(CheckpointTrainer):
         batches, number = super().get_batch_samples(self.meter.time_waits(epoch_iterator), num_batches, device)
         if self.step_packing is not None:
             number = self.step_packing.finish_batches(batches)
-        counts = []
+        counts, refs = [], []
         for batch in chain.from_iterable(map(get_rows, batches)):
+            refs.append(batch.pop(SAMPLE_REFS, []))
             stats = batch.pop(BATCH_STATS, None) or BatchStats(samples=len(batch[self.objective.row_key]))
             counts.append((stats, *count_images(self.model, batch, stats)))
             self.on_skipped(batch.pop(SKIPPED_KEY, []), stats.samples)
@@ -233,6 +283,8 @@ class VLMTrainer(CheckpointTrainer):
                 batch |= add_grid_positions(self.model, batch)
             batch |= self.objective.extra_inputs(self, batch)
         self.meter.add(counts)
+        self.guard.begin_step(self.state.global_step + 1, refs)
+        self.logged_loss.begin_step(self._tr_loss)
         # All records of a step may have been left out.
         return batches, number.clamp(min=1) if isinstance(number, Tensor) else number
 
@@ -286,7 +338,8 @@ class VLMTrainer(CheckpointTrainer):
             single = DataLoader(dataset, size, collate_fn=collate, **options)
             loader = ignore_sigterm_in_workers(self.accelerator.prepare(single))
         for batch in tqdm(loader, title, leave=False, disable=silent):
-            batch.pop(BATCH_STATS, None)
+            for name in (BATCH_STATS, SAMPLE_REFS):
+                batch.pop(name, None)
             for record in batch.pop(SKIPPED_KEY, []):
                 raise record.as_error()
             if collate is None:

@@ -1,4 +1,4 @@
-"""Callbacks of every run: metrics, plots, sample answers, the sampler's epoch, and an end where the loss is NaN."""
+"""Callbacks of every run: metrics, plots, sample answers, and the sampler's epoch."""
 
 import json
 import math
@@ -47,20 +47,6 @@ class MetricsFile(TrainerCallback):
 def read_metrics(path: Path) -> list[Metrics]:
     """Return the lines of a `metrics.jsonl`; none where there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-class StopAtNaN(TrainerCallback):
-    """Ends a run whose loss is NaN or infinite, before it spends another hour."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
-    ):
-        """Raise FloatingPointError where the training loss is NaN or infinite."""
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate, "
-                "or train in bf16 or fp32 instead of fp16. Checkpoints in the run directory, if any, are from before."
-            )
 
 
 class SampleGenerationCallback(TrainerCallback):

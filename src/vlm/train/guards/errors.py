@@ -1,0 +1,77 @@
+"""How a guard ends a run, and what it says where data workers die."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vlm.config.schema import DatasetConfig, RunConfig
+
+log = logging.getLogger(__name__)
+
+GUARD_EXIT_CODE = 76
+"""The exit code of a run that a guard stopped: going on with the same command would most likely end the same way."""
+
+WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
+"""How PyTorch's message about data workers that died begins."""
+
+
+class GuardStop(SystemExit):
+    """Ends the run on this rank with `GUARD_EXIT_CODE`; every rank raises it at the same step."""
+
+    def __init__(self, message: str):
+        super().__init__(GUARD_EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DataWorkerDied(RuntimeError):
+    """A data worker ended without being asked to."""
+
+
+@contextmanager
+def explain_worker_death(config: RunConfig) -> Iterator[None]:
+    """Within, a data worker that dies ends the run with a sentence that says what to do.
+
+    Raises:
+        DataWorkerDied: a data worker died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        death = WORKER_DIED.search(str(error))
+        if death is None or isinstance(error, DataWorkerDied):
+            raise
+        raise DataWorkerDied(describe_worker_death(death[1].strip(), str(error), config)) from error
+
+
+def describe_worker_death(pids: str, reason: str, config: RunConfig) -> str:
+    """Return which data workers died, most likely of what, and which keys help.
+
+    Args:
+        pids: their process ids, as PyTorch lists them.
+        reason: PyTorch's message.
+        config: the run's.
+    """
+    trainer = config.trainer
+    workers = f"trainer.dataloader_num_workers (now {trainer.dataloader_num_workers})"
+    if "Bus error" in reason or "shared memory" in reason:
+        cause = "there was no room left in shared memory (/dev/shm)"
+        advice = f"Make it larger (docker run --shm-size=16g), or lower {workers}."
+    elif "signal: Killed" in reason or "exited unexpectedly" in reason:
+        cause = "most likely the system killed it because memory ran out (dmesg says so)"
+        advice = f"Lower {workers}{_smaller_buffers(config.dataset, trainer.dataloader_prefetch_factor)}."
+    else:
+        cause = reason.split("\n")[0].rstrip(".")
+        advice = "trainer.dataloader_num_workers=0 reads records in the run's own process, where the error shows."
+    again = "The same command goes on from the newest checkpoint."
+    return f"A data worker died (process {pids}): {cause}. {advice} {again}"
+
+
+def _smaller_buffers(data: DatasetConfig, prefetch: int | None) -> str:
+    """Return what else holds memory in data workers."""
+    keys = f", or trainer.dataloader_prefetch_factor (now {prefetch or 2} batches a worker)"
+    buffer = f", or dataset.shuffle_buffer (now {data.shuffle_buffer:,} records a worker)"
+    return f"{keys}{buffer}" if data.streaming else keys
