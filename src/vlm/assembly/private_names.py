@@ -74,6 +74,11 @@ PRIVATE_NAMES = {
     ),
     "datasets": (
         PrivateName("datasets.arrow_dataset:Dataset.__init__", "_fingerprint", "a run records which data it read"),
+        PrivateName(
+            "datasets.iterable_dataset:IterableDataset.__init__",
+            "_ex_iterable",
+            "a resumed stream passes over row groups of Parquet",
+        ),
     ),
     "torch": (
         PrivateName(

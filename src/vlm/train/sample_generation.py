@@ -21,7 +21,7 @@ from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import encode_prompt, render
 from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.processor import Processor
-from vlm.data.records.open import value_or_bad_sample
+from vlm.data.records.positions import value_or_bad_sample
 from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo

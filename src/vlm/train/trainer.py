@@ -29,13 +29,16 @@ from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampl
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
-from vlm.data.stream import SampleStream
+from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.checkpoints.trainer import CheckpointTrainer, trained_tensors
 from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.guards.errors import explain_worker_death
 from vlm.train.guards.logged_loss import LoggedLoss
+from vlm.train.guards.memory import explain_out_of_memory
 from vlm.train.guards.step_guard import StepGuard
 from vlm.train.guards.update import GuardedUpdate
+from vlm.train.guards.watchdog import Watchdog, WatchdogCallback
 from vlm.train.guards.weights import describe_nonfinite, find_nonfinite
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
@@ -53,6 +56,7 @@ from vlm.train.step.step_packing import (
     sample_costs,
     without_gradient_exchange,
 )
+from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
 NumItems = Tensor | int | None
 """Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch, each of them a batch."""
@@ -99,7 +103,17 @@ class VLMTrainer(CheckpointTrainer):
         self.guard = StepGuard(self.options, Path(str(run.args.output_dir)), is_writer=run.args.process_index == 0)
         self.guarded_update = GuardedUpdate(self.guard, self.accelerator)
         self.logged_loss = LoggedLoss()
+        self.watchdog: Watchdog | None = None
+        if self.options.stuck_after is not None:
+            ranks = run.args.process_index, run.args.world_size
+            self.watchdog = Watchdog(Path(str(run.args.output_dir)), self.options.stuck_after, *ranks)
+            self.add_callback(WatchdogCallback(self.watchdog))
         self.saved_with_checkpoint = [self.guard]
+        self.stream_positions: StreamPositions | None = None
+        if isinstance(run.data.train, SampleStream):
+            self.stream_positions = StreamPositions(run.data.train, self.args)
+            self.saved_with_checkpoint.append(self.stream_positions)
+            self.add_callback(StreamEpoch())
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
         self.sampler: Sampler[int] | PackSampler | StepSampler | None = None
@@ -126,12 +140,21 @@ class VLMTrainer(CheckpointTrainer):
     ) -> TrainOutput:
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
+        config = self.objective.config
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with explain_worker_death(config), explain_out_of_memory(self, config):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
+            if self.watchdog is not None:
+                self.watchdog.stop()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, SigtermCheckpoint):
                     callback.restore()
+
+    def mark_progress(self) -> None:
+        """Tell the watchdog that a piece of work is done."""
+        if self.watchdog is not None:
+            self.watchdog.mark()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:
         """Return the run's precision; `Trainer` has it around calls of the whole model alone."""
@@ -237,7 +260,10 @@ class VLMTrainer(CheckpointTrainer):
         if self.packing and self.step_packing is None:
             loader, self.sampler = make_best_fit_loader(dataset, collate, self.options.max_tokens_per_batch, args)
         elif isinstance(dataset, SampleStream):
-            loader = DataLoader(dataset, args.train_batch_size, collate_fn=collate, **loader_options(args))
+            collate = PositionedCollator(collate)
+            loader = DataLoader(
+                PositionedStream(dataset), args.train_batch_size, collate_fn=collate, **loader_options(args)
+            )
         else:
             loader = super().get_train_dataloader()
         if self.step_packing is not None:
@@ -271,6 +297,8 @@ class VLMTrainer(CheckpointTrainer):
         """As usual, timed; what a batch says of itself is taken out of it, and the objective's inputs are put in."""
         self.meter.begin_step()
         batches, number = super().get_batch_samples(self.meter.time_waits(epoch_iterator), num_batches, device)
+        if self.stream_positions is not None:
+            self.stream_positions.take(batches)
         if self.step_packing is not None:
             number = self.step_packing.finish_batches(batches)
         counts, refs = [], []
@@ -290,6 +318,7 @@ class VLMTrainer(CheckpointTrainer):
 
     def _prepare_inputs(self, inputs: Inputs) -> Inputs:
         """As usual, copied while the device computes; pixels are normalised there, if workers left that to it."""
+        self.mark_progress()
         copied: Any = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
         weights = {name: copied.pop(name) for name in (LOSS_WEIGHTS,) if name in copied}  # DeepSpeed would round them
         inputs = {**super()._prepare_inputs(copied), **weights}
