@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.checks.fields import ConfigError, check_fields
+from vlm.checks.fields import ConfigError, RunFailed, check_fields
 from vlm.checks.messages import NO_BASE_MESSAGE, describe_unknown_key, explain
 from vlm.checks.run import ObjectiveChecks, check
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
@@ -57,7 +57,7 @@ def with_config(
         logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
         try:
             action(config, name, overrides)
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, RunFailed) as error:
             if is_user_error(error):
                 raise RunError(str(error)) from error
             raise

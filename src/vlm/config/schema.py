@@ -151,13 +151,13 @@ class TrainerOptions:
     """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
     on_nonfinite: str = field(default="stop", metadata=choices(("stop", "skip")))
     """What is done about a step whose loss or gradient is NaN or infinite, before its update is applied: `stop` ends
-    the run (exit code 76); `skip` leaves the update out and counts it (`skipped_steps`). Either way, `guard.jsonl` lists
-    the step's samples."""
+    the run (exit code 76); `skip` leaves the update out and counts it (`skipped_steps`). `guard.jsonl` lists the step's
+    samples."""
     max_skipped_steps: int = field(default=10, metadata=at_least(1))
     """The run stops where more updates in a row are left out."""
     spike_action: str | None = field(default="warn", metadata=choices(("warn", "skip")))
     """What is done about a step whose loss or gradient norm is far above those of the steps before it: `warn`, or
-    `skip` its update. Either way, `guard.jsonl` lists its samples. null: spikes are not looked for."""
+    `skip` its update. `guard.jsonl` lists its samples. null: spikes are not looked for."""
     spike_window: int = field(default=100, metadata=at_least(2))
     """Number of steps that a step is compared with."""
     spike_threshold: float = field(default=10.0, metadata=above(0))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vlm.checks.fields import RunFailed
 from vlm.config.schema import DatasetConfig, RunConfig
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class GuardStop(SystemExit):
         return self.message
 
 
-class DataWorkerDied(RuntimeError):
+class DataWorkerDied(RunFailed):
     """A data worker ended without being asked to."""
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlm.checks.fields import RunFailed
 from vlm.config.schema import RunConfig
 from vlm.train.monitor.speed import peak_memory
 
@@ -15,7 +16,7 @@ CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate m
 """Parts of what PyTorch says where the memory of the machine ran out."""
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(RunFailed):
     """Memory ran out; the message says what held it, and what to do."""
 
 

@@ -1,8 +1,8 @@
 """Ends a run that is stuck, on all ranks, with the stacks of all threads.
 
-Each rank has a thread that counts what the rank gets done (`Watchdog.mark`) and writes the count into the run directory;
-those of the other ranks are read there. Where no count of any rank changes for `trainer.stuck_after` seconds, every rank
-writes its stacks and ends. A rank that is stopped (SIGSTOP) cannot: the others of its machine kill it.
+Each rank has a thread that counts what the rank gets done (`Watchdog.mark`), writes the count into the run directory,
+and reads those of the other ranks there. Where no count of any rank changes for `trainer.stuck_after` seconds, every
+rank writes its stacks and ends. A rank that is stopped (SIGSTOP) cannot: the others of its machine kill it.
 """
 
 import faulthandler
@@ -146,7 +146,7 @@ class Watchdog:
         os._exit(GUARD_EXIT_CODE)
 
     def _kill_frozen(self, rank: int) -> None:
-        """Kill a rank of this machine whose watchdog does not answer: the process is stopped, or hangs in the system."""
+        """Kill a rank of this machine whose watchdog does not answer, as that of a stopped process."""
         try:
             beat = json.loads(self._file(rank).read_text(encoding="utf-8"))
         except (OSError, ValueError):
