@@ -41,6 +41,7 @@ AUTO = "transformers.models.auto.auto_factory:_BaseAutoModelClass"
 LOADER = "transformers.core_model_loading:convert_and_load_state_dict_in_model"
 ZERO3 = "transformers.integrations.deepspeed"
 HANDLER = "transformers.cli.serving.chat_completion:ChatCompletionHandler"
+ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 ZERO3_INIT = "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param"
 
 PRIVATE_NAMES = {
@@ -92,6 +93,21 @@ PRIVATE_NAMES = {
     "deepspeed": (
         PrivateName(ZERO3_INIT, "ds_numel", "parameters that ZeRO-3 shards are counted"),
         PrivateName(ZERO3_INIT, "ds_shape", "parameters that ZeRO-3 shards are counted"),
+        PrivateName(ZERO3_INIT, "ds_tensor", "each rank looks at its shard before weights are saved"),
+        PrivateName(f"{ENGINE}._take_model_step", "_global_grad_norm", "stage 0 tells its gradient norm (set)"),
+        PrivateName(ENGINE, "clip_fp32_gradients", "updates in stage 0 are judged by their norm", ()),
+        PrivateName(ENGINE, "was_step_applied", "updates that DeepSpeed leaves out are counted", ()),
+        PrivateName(
+            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer",
+            "scaled_global_norm",
+            "updates of spikes are left out",
+        ),
+        PrivateName(
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+            "_get_norm_groups",
+            "updates of spikes are left out",
+            (),
+        ),
     ),
 }
 """Library -> the private names of it that are used, whichever package uses them."""

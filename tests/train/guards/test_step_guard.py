@@ -144,7 +144,8 @@ def test_weights_that_an_update_made_infinite_are_not_saved(
 def test_ranks_leave_the_same_update_out(common: list[str], tmp_path: Path, stage: str):
     """One rank's loss is NaN at the second of three steps; each rank's samples are listed."""
     words = [
-        "-cn", "pretrain-smol", *common, *SHORT, "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.bf16=false",
+        "--poison=2,nan", "-cn", "pretrain-smol", *common, *SHORT,
+        "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.bf16=false",
         "trainer.per_device_train_batch_size=4", "trainer.on_nonfinite=skip", f"trainer.deepspeed={stage}",
         f"trainer.output_dir={tmp_path}",
     ]  # fmt: skip
@@ -164,10 +165,63 @@ def test_ranks_leave_the_same_update_out(common: list[str], tmp_path: Path, stag
 def test_ranks_stop_together(common: list[str], tmp_path: Path):
     """In bfloat16 too, and with several batches a step; no rank waits for another."""
     words = [
-        "-cn", "pretrain-smol", *common, *SHORT, "trainer.max_steps=3", "trainer.bf16=true", "trainer.deepspeed=zero2",
+        "--poison=2,nan", "-cn", "pretrain-smol", *common, *SHORT,
+        "trainer.max_steps=3", "trainer.bf16=true", "trainer.deepspeed=zero2",
         "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2",
         f"trainer.output_dir={tmp_path}",
     ]  # fmt: skip
     assert {done.returncode for done in run_ranks("tests.train.guards.poisoned", words)} <= {76, -9}
     assert "the loss is not finite" in guarded(tmp_path)[0]["found"]
     assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize("stage", ["null", "zero0", "zero2", "zero3"])
+def test_ranks_leave_a_spike_out(common: list[str], tmp_path: Path, stage: str):
+    """One rank's loss is a thousand times too high at the fourth step; what two steps had is usual."""
+    words = [
+        "--poison=4,1000", "-cn", "pretrain-smol", *common, *SHORT, "trainer.max_steps=5", "trainer.logging_steps=1",
+        "trainer.bf16=false", "trainer.per_device_train_batch_size=4", "trainer.spike_action=skip",
+        "trainer.spike_window=2", "trainer.spike_threshold=100", f"trainer.deepspeed={stage}", "trainer.save_steps=1",
+        f"trainer.output_dir={tmp_path}",
+    ]  # fmt: skip
+    for done in run_ranks("tests.train.guards.poisoned", words):
+        assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [0, 0, 0, 1, 1]
+    (line,) = guarded(tmp_path)
+    assert (line["step"], line["action"]) == (4, "skip")
+    assert "deviations above the usual" in line["found"]
+    before, after = (load_checkpoint(tmp_path, step) for step in (3, 4))
+    assert before == after
+    assert before != load_checkpoint(tmp_path, 5)
+
+
+def load_checkpoint(run: Path, step: int) -> dict[str, list[float]]:
+    """The weights of the connector in a checkpoint, of DeepSpeed or not."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow to import
+
+    folder = run / f"checkpoint-{step}"
+    if (folder / "trained.safetensors").exists():
+        state = load_file(folder / "trained.safetensors")
+    elif list(folder.glob("global_step*/*optim_states.pt")):
+        state = get_fp32_state_dict_from_zero_checkpoint(folder, exclude_frozen_parameters=True)
+    else:
+        (file,) = folder.glob("global_step*/*model_states.pt")
+        state = torch.load(file, weights_only=False)["module"]
+    weights = {name: tensor.tolist() for name, tensor in state.items() if name.startswith("connector")}
+    assert weights
+    return weights
+
+
+def test_a_spike_is_told_and_a_resumed_run_tells_the_same(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The numbers of earlier steps are in the checkpoint."""
+    poison(monkeypatch, {5}, lambda loss: loss * 1000)
+    words = [*SHORT, "trainer.spike_window=4", "trainer.spike_threshold=100"]
+    run = train("pretrain-smol", tmp_path, *words)
+    (line,) = guarded(run)
+    assert (line["step"], line["action"]) == (5, "warn")
+    (run / "guard.jsonl").unlink()
+    train("pretrain-smol", tmp_path, *words, f"trainer.resume_from_checkpoint={run / 'checkpoint-4'}")
+    assert guarded(run) == [line]

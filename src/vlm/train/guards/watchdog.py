@@ -8,7 +8,6 @@ rank writes its stacks and ends. A rank that is stopped (SIGSTOP) cannot: the ot
 import faulthandler
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -55,9 +54,8 @@ class Watchdog:
         self.heartbeats, self.stacks = folder / "heartbeats", folder / "stuck"
         self._count = 0
         self._seen: dict[int, str] = {}
-        self._work_seen = (0, 0.0)
         self._progress_at = time.monotonic()
-        self._ended = threading.Event()
+        self._ended, self._arming = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -75,8 +73,9 @@ class Watchdog:
 
     def stop(self) -> None:
         """Watch no more."""
-        self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
+        with self._arming:
+            self._ended.set()
+            faulthandler.cancel_dump_traceback_later()
         self._file(self.rank).unlink(missing_ok=True)
         with suppress(OSError):  # other ranks' files may be in it
             self.heartbeats.rmdir()
@@ -85,8 +84,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval):
-            # Its own thread needs no Python: it ends a process in which no Python code runs any more.
-            faulthandler.dump_traceback_later(2 * self.stuck_after, exit=True, file=STDERR)
+            with self._arming:
+                if self._ended.is_set():
+                    return
+                # Its own thread needs no Python: it ends a process in which no Python code runs any more.
+                faulthandler.dump_traceback_later(2 * self.stuck_after, exit=True, file=STDERR)
             try:
                 if any(self.stacks.glob("rank-*.txt")):
                     self._end("another rank is stuck")
@@ -106,14 +108,12 @@ class Watchdog:
         partial.replace(self._file(self.rank))
 
     def _measure_work(self) -> tuple[int, int]:
-        """Return how much of the run directory is written, on rank 0, and for how long data workers have computed."""
+        """Return how much of the run directory is written, on rank 0, and how long child processes have computed."""
         seconds = 0.0
-        for worker in multiprocessing.active_children():
-            try:
-                times = psutil.Process(worker.pid).cpu_times()
-            except psutil.Error:
-                continue
-            seconds += times.user + times.system
+        for child in _children():
+            with suppress(psutil.Error):
+                times = child.cpu_times()
+                seconds += times.user + times.system
         return _folder_size(self.folder) if self.rank == 0 else 0, int(seconds)
 
     def _has_progress(self) -> bool:
@@ -140,8 +140,9 @@ class Watchdog:
         for rank in ranks:
             if not self._stack_file(rank).exists():
                 self._kill_frozen(rank)
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        for child in _children():
+            with suppress(psutil.Error):
+                child.kill()
         logging.shutdown()
         os._exit(GUARD_EXIT_CODE)
 
@@ -160,6 +161,11 @@ class Watchdog:
 
     def _stack_file(self, rank: int) -> Path:
         return self.stacks / f"rank-{rank}.txt"
+
+
+def _children() -> list[psutil.Process]:
+    """Return the processes that this one has started, and theirs; unlike `multiprocessing`, without ending any."""
+    return psutil.Process().children(recursive=True)
 
 
 def _folder_size(folder: Path) -> int:
