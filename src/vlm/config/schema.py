@@ -224,7 +224,8 @@ class SourceConfig:
 
     path: str | None = None
     """A `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file, a folder of a Hugging Face data set, `hf://owner/name`
-    for one on the Hub; where `dataset.streaming` is on, tar shards too (`shards/{000..127}.tar`, a folder of them)."""
+    for one on the Hub; where `dataset.streaming` is on, tar shards too (`shards/{000..127}.tar`, a folder of them,
+    `https://host/{000..127}.tar`)."""
     format: str = "llava"
     """Format of a record: a name of the table `FORMATS`, or `package.module:function` for a reader of your own."""
     options: Options = field(default_factory=dict)
@@ -262,7 +263,7 @@ class DatasetConfig(SourceConfig):
     """Read records one after the other, never by their index: for tar shards, and for data sets that are not stored on
     this machine. Needs `trainer.max_steps`."""
     shuffle_buffer: int = field(default=1000, metadata=at_least(0))
-    """Number of records in the buffer that a stream is shuffled with."""
+    """Number of records of a block within which a stream is shuffled; a reader holds up to two blocks of each source."""
     allow_pipe: bool = False
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
     max_frames: int = field(default=8, metadata=at_least(1))

@@ -20,6 +20,9 @@ from vlm.train.step.step_packing import check_stream_capacity
 LOOKAHEAD_PACKS = 8
 """Samples of a stream are chosen from as many as fill this number of packs."""
 
+LONGEST_WAIT = 1000
+"""Number of samples after which one that fits badly gets a pack; a resumed run reads again from the oldest on."""
+
 NUM_PROBED_SAMPLES = 64
 """Samples of a stream that are read to find how many tokens a batch has, where no key says so."""
 
@@ -51,13 +54,18 @@ class PackedStream(IterableDataset[Positioned[Pack]]):
             lengths = [len(sample["input_ids"]) for _, sample in pending]
             if draw.is_repeated or sum(lengths) < LOOKAHEAD_PACKS * self.capacity:
                 continue
-            packs = pack_lengths(lengths, self.capacity)
-            sizes = [sum(lengths[index] for index in pack) for pack in packs]
-            fullest = packs[sizes.index(max(sizes))]
-            pack = [*(pending[index][1] for index in fullest), *(skipped for _, skipped in left_out)]
-            pending = [sample for index, sample in enumerate(pending) if index not in set(fullest)]
+            chosen = self._choose(lengths, waits_long=draw.number - pending[0][0].number > LONGEST_WAIT)
+            pack = [*(pending[index][1] for index in chosen), *(skipped for _, skipped in left_out)]
+            pending = [sample for index, sample in enumerate(pending) if index not in set(chosen)]
             left_out = []
             yield Positioned(pack, position_of([sample_draw for sample_draw, _ in pending], draw))
+
+    def _choose(self, lengths: list[int], *, waits_long: bool) -> list[int]:
+        """Return the fullest pack of samples of these lengths, or the first one's where it has waited for long."""
+        packs = pack_lengths(lengths, self.capacity)
+        if waits_long:
+            return next(pack for pack in packs if 0 in pack)
+        return max(packs, key=lambda pack: sum(lengths[index] for index in pack))
 
 
 def position_of(pending: Sequence[Draw], last: Draw) -> ReaderPosition:
