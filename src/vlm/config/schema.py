@@ -263,7 +263,7 @@ class DatasetConfig(SourceConfig):
     """Read records one after the other, never by their index: for tar shards, and for data sets that are not stored on
     this machine. Needs `trainer.max_steps`."""
     shuffle_buffer: int = field(default=1000, metadata=at_least(0))
-    """Number of records of a block within which a stream is shuffled; a reader holds up to two blocks of each source."""
+    """Number of records of a block within which a stream is shuffled; readers hold two blocks of each source."""
     allow_pipe: bool = False
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
     max_frames: int = field(default=8, metadata=at_least(1))

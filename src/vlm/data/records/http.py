@@ -47,7 +47,7 @@ class HttpFile(io.RawIOBase):
         """Return that it can be read."""
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride] - as io calls it
+    def readinto(self, buffer: memoryview) -> int:
         """Read some bytes; 0 at the end."""
         while True:
             try:

@@ -32,7 +32,7 @@ class GuardedUpdate:
     def engine(self) -> Any:
         """DeepSpeed's engine; None where training is without it."""
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        return self.accelerator.deepspeed_engine_wrapped.engine if is_deepspeed else None  # pyright: ignore[reportOptionalMemberAccess]
+        return self.accelerator.deepspeed_engine_wrapped.engine if is_deepspeed else None
 
     def prepare(self) -> None:
         """Let DeepSpeed's optimiser ask the guard where it would not leave an update out by itself.
