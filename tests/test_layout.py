@@ -70,6 +70,7 @@ TESTED_ELSEWHERE = {
     "models/connector_parts.py": "models/test_connectors.py",
     "models/pixels.py": "models/test_processing_vlm.py",
     "models/text_loss.py": "train/step/test_packing.py",
+    "train/guards/trainer.py": "train/guards/test_step_guard.py",
     "train/guards/update.py": "train/guards/test_step_guard.py",
     "train/guards/weights.py": "train/guards/test_step_guard.py",
     "train/arguments.py": "train/test_trainer.py",

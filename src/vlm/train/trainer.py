@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,15 +30,8 @@ from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
-from vlm.train.checkpoints.trainer import CheckpointTrainer, trained_tensors
 from vlm.train.distributed import broadcast_from_rank0
-from vlm.train.guards.errors import explain_worker_death
-from vlm.train.guards.logged_loss import LoggedLoss
-from vlm.train.guards.memory import explain_out_of_memory
-from vlm.train.guards.step_guard import StepGuard
-from vlm.train.guards.update import GuardedUpdate
-from vlm.train.guards.watchdog import Watchdog, WatchdogCallback
-from vlm.train.guards.weights import describe_nonfinite, find_nonfinite
+from vlm.train.guards.trainer import GuardedTrainer
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
@@ -66,14 +58,14 @@ DROPPED_METRICS = ("train_samples_per_second", "train_steps_per_second", "total_
 
 
 @check_hooks
-class VLMTrainer(CheckpointTrainer):
+class VLMTrainer(GuardedTrainer):
     """Trains a model whose parts have learning rates of their own.
 
     `on_first_batch` is called with the first batch of this rank, before its forward pass; `on_skipped` with the records
     that a batch leaves out, and the number of its samples.
     """
 
-    # `Trainer` declares these as unions, as those of `CheckpointTrainer`.
+    # `Trainer` declares these as unions, as those of `GuardedTrainer`.
     train_dataset: Any
     eval_dataset: Any
     data_collator: Any
@@ -100,14 +92,7 @@ class VLMTrainer(CheckpointTrainer):
         self.objective, self.meter = objective, meter
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
         self.options = objective.config.trainer
-        self.guard = StepGuard(self.options, Path(str(run.args.output_dir)), is_writer=run.args.process_index == 0)
-        self.guarded_update = GuardedUpdate(self.guard, self.accelerator)
-        self.logged_loss = LoggedLoss()
-        self.watchdog: Watchdog | None = None
-        if self.options.stuck_after is not None:
-            ranks = run.args.process_index, run.args.world_size
-            self.watchdog = Watchdog(Path(str(run.args.output_dir)), self.options.stuck_after, *ranks)
-            self.add_callback(WatchdogCallback(self.watchdog))
+        self.set_up_guards(objective.config)
         self.saved_with_checkpoint = [self.guard]
         self.stream_positions: StreamPositions | None = None
         if isinstance(run.data.train, SampleStream):
@@ -140,21 +125,13 @@ class VLMTrainer(CheckpointTrainer):
     ) -> TrainOutput:
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
-        config = self.objective.config
         try:
-            with explain_worker_death(config), explain_out_of_memory(self, config):
+            with self.within_guards():
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            if self.watchdog is not None:
-                self.watchdog.stop()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, SigtermCheckpoint):
                     callback.restore()
-
-    def mark_progress(self) -> None:
-        """Tell the watchdog that a piece of work is done."""
-        if self.watchdog is not None:
-            self.watchdog.mark()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:
         """Return the run's precision; `Trainer` has it around calls of the whole model alone."""
@@ -168,14 +145,6 @@ class VLMTrainer(CheckpointTrainer):
             decayed = set(self.get_decay_parameter_names(self.model))
             self.optimizer = make_optimizer(self.args, self.model, self.parts, decayed)
         return self.optimizer
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, DataLoader]:
-        """As usual; from now on the guard judges updates."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.guarded_update.prepare()
-        return prepared
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: NumItems = None) -> Tensor:
         """As usual, row by row where they are several; the first batch is shown to `on_first_batch`."""
@@ -201,23 +170,10 @@ class VLMTrainer(CheckpointTrainer):
         loss = self.guard.watch_loss(loss, is_share=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        """As usual; the guard says by it whether the update is applied."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        skipped = self.guard.skipped
-        self.guarded_update.finish(model, norm)
-        is_skipped = self.guard.skipped > skipped
-        self.logged_loss.end_step(self._tr_loss, skipped=is_skipped)
-        if is_skipped and self.accelerator.optimizer_step_was_skipped:
-            self.lr_scheduler.step()  # the rate depends on the step's number alone
-        return norm
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As usual, with each part's learning rate and the speed since the last log; at the end, the whole speed."""
-        if "loss" in logs:
-            self.logged_loss.correct(logs)
-            if self.guard.may_skip:
-                logs["skipped_steps"] = self.guard.skipped
+        self.correct_logs(logs)
+        if "loss" in logs or "learning_rate" in logs:
             if self.lr_scheduler is not None:
                 logs.pop("learning_rate", None)
                 names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
@@ -225,28 +181,10 @@ class VLMTrainer(CheckpointTrainer):
                 logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, rates, strict=True)}
             logs |= self.meter.gather_metrics(self.accelerator.gather) | self.objective.training_metrics(self)
         elif "train_runtime" in logs:
-            self.logged_loss.correct_total(logs)
             self.meter.finish(self.accelerator.gather, self.state.global_step)
             for name in DROPPED_METRICS:
                 logs.pop(name, None)
         super().log(logs)  # without the start, from which `Trainer` would log a second number of tokens a second
-
-    # --- checkpoints --------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        """As usual, of finite weights."""
-        self._check_finite_weights(f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As usual, of finite weights."""
-        if not _internal_call:
-            self._check_finite_weights(str(output_dir))
-        super().save_model(output_dir, _internal_call)
-
-    def _check_finite_weights(self, what: str) -> None:
-        if names := find_nonfinite(trained_tensors(self.model, self.parts).items()):
-            self.guard.stop(describe_nonfinite(names, what))
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Return 0: `SpeedMeter` counts them, and by more than the number of parameters."""
