@@ -57,6 +57,11 @@ PRIVATE_NAMES = {
         PrivateName(MODEL, "_no_split_modules", "each of several visual encoders is placed as it would be alone"),
         PrivateName(ZERO3, "_hf_deepspeed_config_weak_ref", "a model is loaded whole while a run shards its own"),
         PrivateName(LOADER, "_weight_conversions", "a model is saved under the same names whatever it was loaded from"),
+        PrivateName(
+            "transformers.trainer:Trainer._inner_training_loop",
+            "_tr_loss",
+            "the losses of updates that were left out are not logged (set)",
+        ),
         PrivateName(MODEL, "_keys_to_ignore_on_save", "what a model saves is known before it trains"),
         PrivateName(
             "transformers:GenerationMixin",

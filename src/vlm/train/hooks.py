@@ -24,7 +24,6 @@ PRIVATE_HOOKS = (
     _hook("_track_num_input_tokens", "the tokens of all packed rows are counted", "inputs"),
     PrivateName(TRAINER, "loss_is_scaled_for_ga", "losses of packed rows are parts of their step's (set)"),
     _hook("_get_grad_norm", "the gradient norm says whether an update is applied", "model", "grad_norm"),
-    PrivateName(f"{TRAINER}._inner_training_loop", "_tr_loss", "losses of updates that were left out are not logged"),
     _hook("_save_checkpoint", "a checkpoint is marked complete before older ones are removed", "model", "trial"),
     _hook("_save_optimizer_and_scheduler", "DeepSpeed leaves frozen parameters out of checkpoints", "output_dir"),
     _hook("_load_from_checkpoint", "a checkpoint has only the weights that train", "resume_from_checkpoint", "model"),

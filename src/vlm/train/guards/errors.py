@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,10 @@ GUARD_EXIT_CODE = 76
 
 WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
 """How PyTorch's message about data workers that died begins."""
+
+
+DEATH_SECONDS = 2.0
+"""How long a worker whose connection broke may take to be known to be dead."""
 
 
 class GuardStop(SystemExit):
@@ -41,21 +46,28 @@ def explain_worker_death(config: RunConfig) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        death = WORKER_DIED.search(str(error))
-        if death is None or isinstance(error, DataWorkerDied):
+    except (RuntimeError, OSError, EOFError) as error:
+        reason = str(error) if WORKER_DIED.search(str(error)) else _wait_for_death(error)
+        if reason is None or isinstance(error, RunFailed):
             raise
-        raise DataWorkerDied(describe_worker_death(death[1].strip(), str(error), config)) from error
+        raise DataWorkerDied(describe_worker_death(reason, config)) from error
 
 
-def describe_worker_death(pids: str, reason: str, config: RunConfig) -> str:
-    """Return which data workers died, most likely of what, and which keys help.
+def _wait_for_death(error: BaseException) -> str | None:
+    """Return what PyTorch says of a worker whose connection broke before it was known to be dead; None: of none."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        return None
+    try:
+        time.sleep(DEATH_SECONDS)  # PyTorch's handler of the signal raises within it
+    except RuntimeError as death:
+        return str(death) if WORKER_DIED.search(str(death)) else None
+    return None
 
-    Args:
-        pids: their process ids, as PyTorch lists them.
-        reason: PyTorch's message.
-        config: the run's.
-    """
+
+def describe_worker_death(reason: str, config: RunConfig) -> str:
+    """Return which data workers died, most likely of what, and which keys help; `reason` is PyTorch's message."""
+    death = WORKER_DIED.search(reason)
+    pids = death[1].strip() if death is not None else "?"
     trainer = config.trainer
     workers = f"trainer.dataloader_num_workers (now {trainer.dataloader_num_workers})"
     if "Bus error" in reason or "shared memory" in reason:

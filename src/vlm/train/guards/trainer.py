@@ -49,12 +49,12 @@ class GuardedTrainer(CheckpointTrainer):
     @contextmanager
     def within_guards(self) -> Iterator[None]:
         """Within, memory that runs out and data workers that die are explained; the watchdog ends with it."""
-        try:
-            with explain_worker_death(self.guarded_config), explain_out_of_memory(self, self.guarded_config):
+        with explain_worker_death(self.guarded_config), explain_out_of_memory(self, self.guarded_config):
+            try:
                 yield
-        finally:
-            if self.watchdog is not None:
-                self.watchdog.stop()
+            finally:
+                if self.watchdog is not None:
+                    self.watchdog.stop()
 
     def mark_progress(self) -> None:
         """Tell the watchdog that a piece of work is done."""

@@ -61,7 +61,7 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self.heartbeats.mkdir(parents=True, exist_ok=True)
-        self._file(self.rank).unlink(missing_ok=True)
+        self._write_heartbeat()
         if self.rank == 0:
             shutil.rmtree(self.stacks, ignore_errors=True)
         barrier()  # no rank sees what an earlier run left
