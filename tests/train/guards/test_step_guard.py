@@ -140,7 +140,11 @@ def test_weights_that_an_update_made_infinite_are_not_saved(
     assert not (tmp_path / "final").exists()
 
 
-@pytest.mark.parametrize("stage", ["null", "zero0", "zero2", "zero3"])
+def slow(*stages: str) -> list[Any]:
+    return [pytest.param(stage, marks=pytest.mark.slow) for stage in stages]
+
+
+@pytest.mark.parametrize("stage", ["null", "zero3", *slow("zero0", "zero2")])
 def test_ranks_leave_the_same_update_out(common: list[str], tmp_path: Path, stage: str):
     """One rank's loss is NaN at the second of three steps; each rank's samples are listed."""
     words = [
@@ -175,7 +179,7 @@ def test_ranks_stop_together(common: list[str], tmp_path: Path):
     assert not (tmp_path / "final").exists()
 
 
-@pytest.mark.parametrize("stage", ["null", "zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["zero2", *slow("null", "zero0", "zero3")])
 def test_ranks_leave_a_spike_out(common: list[str], tmp_path: Path, stage: str):
     """One rank's loss is a thousand times too high at the fourth step; what two steps had is usual."""
     words = [
