@@ -124,3 +124,37 @@ def test_heartbeats_say_who_a_rank_is(tmp_path: Path):
     assert beat["count"] > 0
     watchdog.stop()
     assert not file.exists()
+
+
+STOPPING = """
+import os, signal, sys
+from vlm.cli.train import main
+from vlm.train.trainer import VLMTrainer
+
+step = VLMTrainer.training_step
+
+
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 2 and self.args.process_index == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return step(self, *args, **kwargs)
+
+
+VLMTrainer.training_step = training_step
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_with_a_stopped_rank_ends(common: list[str], tmp_path: Path):
+    """In the middle of training, with data workers, which end too."""
+    words = [
+        "-cn", "pretrain-smol", *common, "trainer.stuck_after=6", "trainer.dataloader_num_workers=1",
+        "trainer.per_device_train_batch_size=2", f"trainer.output_dir={tmp_path}", "trainer.num_samples=0",
+    ]  # fmt: skip
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+    environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    first, second = run_forked(*[["-c", STOPPING, *words]] * 2, environments=environments)
+    assert (first.returncode, second.returncode) == (76, -signal.SIGKILL), first.stderr
+    assert "backward" in (tmp_path / "stuck" / "rank-0.txt").read_text()
+    assert not (tmp_path / "final").exists()
