@@ -1,6 +1,8 @@
 """A resumed stream begins with the next record: the same losses and weights, and nothing is decoded twice."""
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.data.records.test_tar import address, serve
 from tests.fixtures import losses
 from vlm.data import dataset as encoded
 from vlm.data import stream
+from vlm.data.records import http
 from vlm.train.checkpoints.find import newest_checkpoint
 
 KINDS: dict[str, list[str]] = {
@@ -118,3 +122,32 @@ def test_other_readers_are_refused(train: Callable[..., Path], sources: list[str
     (newest_checkpoint(run) / "stream-0.json").unlink()
     with pytest.raises(ValueError, match="does not say where the stream was"):
         train("pretrain-smol", tmp_path, *again)
+
+
+def test_shards_of_a_server_that_fails_are_those_of_the_disk(
+    train: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also resumed in the middle of a shard, of which the bytes before are not asked for."""
+    records = [record for record in json.loads((world / "records.json").read_text()) if "image" in record]
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for record in records[number::2]:
+                image = (world / "images" / record["image"]).read_bytes()
+                turns = json.dumps({"conversations": record["conversations"]}).encode()
+                for suffix, content in (("json", turns), ("png", image)):
+                    member = tarfile.TarInfo(f"{record['id']}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
+    words = [*options("plain", 0), "dataset.shuffle_buffer=2"]
+    local = train("pretrain-smol", tmp_path / "local", f'dataset.path="{tmp_path}/{{0..1}}.tar"', *words)
+    with serve(tmp_path, [503, 3000, 503, 0, 2000, 502]) as server:
+        path = f'dataset.path="{address(server, "{0..1}.tar")}"'
+        run = train("pretrain-smol", tmp_path / "run", path, *words)
+        assert losses(run) == losses(local)
+        assert not server.failures
+        server.requests.clear()
+        checkpoint = f"trainer.resume_from_checkpoint={run / f'checkpoint-{SAVED}'}"
+        train("pretrain-smol", tmp_path / "run", path, *words, checkpoint)
+        assert losses(run) == losses(local)
+        assert any(asked and asked != "bytes=0-" for asked in server.requests)
