@@ -19,7 +19,7 @@ from vlm.train.run import run
 NAMES = [name for library in PRIVATE_NAMES.values() for name in library]
 LISTED = {name.name for name in (*NAMES, *PRIVATE_HOOKS)}
 
-NOT_PRIVATE = {"_exit"}
+NOT_PRIVATE = {"_exit", "_replace", "_asdict"}
 """Names with an underscore that their library documents."""
 
 SOURCE = Path(vlm.__file__).parent

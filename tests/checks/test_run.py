@@ -120,7 +120,7 @@ REFUSALS = {
     ),
     "an address": (
         ["dataset.path=https://example.com/a.json"],
-        "dataset.path=https://example.com/a.json: addresses are not fetched; hf://owner/name is a data set on the Hub",
+        "dataset.path=https://example.com/a.json: of addresses only http(s)://….tar is read",
     ),
     "a shell": (
         ['dataset.path="pipe:cat a.tar"'],

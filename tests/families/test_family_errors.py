@@ -14,7 +14,7 @@ from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
 from vlm.data.dataset import Skipped, load_dataset, model_inputs
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.records.open import value_or_bad_sample
+from vlm.data.records.positions import value_or_bad_sample
 from vlm.data.sample import BadSample, Clip, ImageRef, MediaSize, Sample, Turn, VideoRef
 from vlm.data.sources import make_sources
 from vlm.data.token_counts import TokenCounter, count_record

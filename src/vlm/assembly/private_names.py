@@ -41,7 +41,7 @@ AUTO = "transformers.models.auto.auto_factory:_BaseAutoModelClass"
 LOADER = "transformers.core_model_loading:convert_and_load_state_dict_in_model"
 ZERO3 = "transformers.integrations.deepspeed"
 HANDLER = "transformers.cli.serving.chat_completion:ChatCompletionHandler"
-ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint"
+ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 TORCH_ENGINE = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine.save"
 LOOP = "transformers.trainer:Trainer._inner_training_loop"
 ZERO3_INIT = "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param"
@@ -59,6 +59,11 @@ PRIVATE_NAMES = {
         PrivateName(MODEL, "_no_split_modules", "each of several visual encoders is placed as it would be alone"),
         PrivateName(ZERO3, "_hf_deepspeed_config_weak_ref", "a model is loaded whole while a run shards its own"),
         PrivateName(LOADER, "_weight_conversions", "a model is saved under the same names whatever it was loaded from"),
+        PrivateName(
+            "transformers.trainer:Trainer._inner_training_loop",
+            "_tr_loss",
+            "the losses of updates that were left out are not logged (set)",
+        ),
         PrivateName(MODEL, "_keys_to_ignore_on_save", "what a model saves is known before it trains"),
         PrivateName(
             "transformers:GenerationMixin",
@@ -81,6 +86,11 @@ PRIVATE_NAMES = {
     ),
     "datasets": (
         PrivateName("datasets.arrow_dataset:Dataset.__init__", "_fingerprint", "a run records which data it read"),
+        PrivateName(
+            "datasets.iterable_dataset:IterableDataset.__init__",
+            "_ex_iterable",
+            "a resumed stream passes over row groups of Parquet",
+        ),
     ),
     "torch": (
         PrivateName(
@@ -99,8 +109,23 @@ PRIVATE_NAMES = {
     "deepspeed": (
         PrivateName(ZERO3_INIT, "ds_numel", "parameters that ZeRO-3 shards are counted"),
         PrivateName(ZERO3_INIT, "ds_shape", "parameters that ZeRO-3 shards are counted"),
-        PrivateName(ENGINE, "checkpoint_engine", "checkpoints of DeepSpeed are hashed while they are written"),
+        PrivateName(f"{ENGINE}.save_checkpoint", "checkpoint_engine", "checkpoints are hashed while they are written"),
         PrivateName(TORCH_ENGINE, "zipfile_serialization", "checkpoints of DeepSpeed keep the format it has chosen"),
+        PrivateName(ZERO3_INIT, "ds_tensor", "each rank looks at its shard before weights are saved"),
+        PrivateName(f"{ENGINE}._take_model_step", "_global_grad_norm", "stage 0 tells its gradient norm (set)"),
+        PrivateName(ENGINE, "clip_fp32_gradients", "updates in stage 0 are judged by their norm", ()),
+        PrivateName(ENGINE, "was_step_applied", "updates that DeepSpeed leaves out are counted", ()),
+        PrivateName(
+            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer",
+            "scaled_global_norm",
+            "updates of spikes are left out",
+        ),
+        PrivateName(
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+            "_get_norm_groups",
+            "updates of spikes are left out",
+            (),
+        ),
     ),
 }
 """Library -> the private names of it that are used, whichever package uses them."""

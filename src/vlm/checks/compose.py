@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vlm.checks.disk import describe_disk_error
-from vlm.checks.fields import ConfigError, check_fields
+from vlm.checks.fields import ConfigError, RunFailed, check_fields
 from vlm.checks.messages import NO_BASE_MESSAGE, describe_unknown_key, explain
 from vlm.checks.run import ObjectiveChecks, check
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
@@ -59,7 +59,7 @@ def with_config(
         logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
         try:
             action(config, name, overrides)
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, RunFailed) as error:
             if is_user_error(error):
                 raise RunError(str(error)) from error
             raise

@@ -15,6 +15,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run: the key, its value, what is allowed."""
 
 
+class RunFailed(RuntimeError):
+    """A run that failed for a reason that its message explains, with what to do."""
+
+
 def check_fields(node: object, prefix: str = "") -> None:
     """Refuse a dataclass of the schema that has a value which its field does not allow.
 

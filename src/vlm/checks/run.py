@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.checks.dataset import dataset_problems
 from vlm.checks.fields import ConfigError, check_fields, format_value
+from vlm.checks.guards import guard_problems
 from vlm.checks.lora import lora_problems, quantization_problems
 from vlm.checks.model import anyres_problems, connector_problems, encoder_problems
 from vlm.checks.packing import packing_problems
@@ -65,6 +66,7 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         packing_problems(config, takes_loss_weights=objective.takes_loss_weights),
         step_problems(config),
         optimizer_problems(config),
+        guard_problems(config),
     ):
         raise ConfigError(problem)
 

@@ -160,6 +160,22 @@ class TrainerOptions:
     """Parts whose layers `activation_checkpointing` recomputes in the backward pass; null: all that gradients reach."""
     loss_average: str = field(default="token", metadata=choices(("token", "micro_batch")))
     """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
+    on_nonfinite: str = field(default="stop", metadata=choices(("stop", "skip")))
+    """What is done about a step whose loss or gradient is NaN or infinite, before its update is applied: `stop` ends
+    the run (exit code 76); `skip` leaves the update out and counts it (`skipped_steps`). `guard.jsonl` lists the step's
+    samples."""
+    max_skipped_steps: int = field(default=10, metadata=at_least(1))
+    """The run stops where more updates in a row are left out."""
+    spike_action: str | None = field(default="warn", metadata=choices(("warn", "skip")))
+    """What is done about a step whose loss or gradient norm is far above those of the steps before it: `warn`, or
+    `skip` its update. `guard.jsonl` lists its samples. null: spikes are not looked for."""
+    spike_window: int = field(default=100, metadata=at_least(2))
+    """Number of steps that a step is compared with."""
+    spike_threshold: float = field(default=10.0, metadata=above(0))
+    """Number of deviations (median absolute deviations, scaled to standard ones) above the median that is a spike."""
+    stuck_after: float | None = field(default=1200.0, metadata=above(0))
+    """Seconds without progress on any rank, in training, evaluation or saving, after which every rank writes the stacks
+    of its threads into `stuck/` and the run ends (exit code 76); null: it waits for ever."""
     num_samples: int = 4
     """Number of evaluation (else training) samples answered into `samples.md`, at each evaluation and at the end."""
     eval_metrics: list[str] = field(default_factory=list, metadata=choices(EVAL_METRICS, "package.module:function"))
@@ -219,7 +235,8 @@ class SourceConfig:
 
     path: str | None = None
     """A `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file, a folder of a Hugging Face data set, `hf://owner/name`
-    for one on the Hub; where `dataset.streaming` is on, tar shards too (`shards/{000..127}.tar`, a folder of them)."""
+    for one on the Hub; where `dataset.streaming` is on, tar shards too (`shards/{000..127}.tar`, a folder of them,
+    `https://host/{000..127}.tar`)."""
     format: str = "llava"
     """Format of a record: a name of the table `FORMATS`, or `package.module:function` for a reader of your own."""
     options: Options = field(default_factory=dict)
@@ -257,7 +274,7 @@ class DatasetConfig(SourceConfig):
     """Read records one after the other, never by their index: for tar shards, and for data sets that are not stored on
     this machine. Needs `trainer.max_steps`."""
     shuffle_buffer: int = field(default=1000, metadata=at_least(0))
-    """Number of records in the buffer that a stream is shuffled with."""
+    """Number of records of a block within which a stream is shuffled; readers hold two blocks of each source."""
     allow_pipe: bool = False
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
     max_frames: int = field(default=8, metadata=at_least(1))

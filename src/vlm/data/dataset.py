@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,17 @@ from vlm.data.vision.images import Medium, media_sizes_from_opened, read_media_s
 from vlm.data.vision.jpeg import decode_sample_images
 
 log = logging.getLogger(__name__)
+
+SAMPLE_REF: Final = "sample_ref"
+"""The key of a sample's `SampleRef`; the collator takes it out."""
+
+
+class SampleRef(NamedTuple):
+    """Names a sample for people: `record` is its index in the source, from 0, None in a stream; `id` its own name."""
+
+    source: str
+    record: int | None
+    id: str
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,8 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         number, record = self.places[index].tolist()
         source = self.sources[number]
         try:
-            return encode_sample(source, source.sample(record))
+            sample = source.sample(record)
+            return {**encode_sample(source, sample), SAMPLE_REF: SampleRef(source.path, record, sample.id)}
         except BadSample as error:
             return Skipped.from_error(error, source, record)
 

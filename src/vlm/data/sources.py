@@ -17,7 +17,8 @@ from vlm.data.processor import Processor
 from vlm.data.records.formats import get_reader
 from vlm.data.records.guess import with_hint
 from vlm.data.records.keys import unread_keys
-from vlm.data.records.open import Records, open_records, stream_records
+from vlm.data.records.open import Records, open_records, stream_with_positions
+from vlm.data.records.positions import START, Position
 from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
 from vlm.data.vision.video import sample_clip, sample_frame_refs
 
@@ -67,8 +68,16 @@ class Source:
 
     def stream(self, shard: int = 0, num_shards: int = 1, seed: int | None = None) -> Iterator[object]:
         """Iterate over a shard of the records, read anew each time; a record that cannot be read is a `BadSample`."""
-        stream = partial(stream_records, self.path, self.cache, split=self.config.split, subset=self.config.subset)
-        return stream(shard=shard, num_shards=num_shards, seed=seed)
+        return (record for record, _ in self.stream_from(START, shard, num_shards, seed))
+
+    def stream_from(
+        self, start: Position, shard: int = 0, num_shards: int = 1, seed: int | None = None
+    ) -> Iterator[tuple[object, Position]]:
+        """Iterate over a shard of the records from a position on, each with the position behind it."""
+        return stream_with_positions(
+            self.path, self.cache, split=self.config.split, subset=self.config.subset, shard=shard,
+            num_shards=num_shards, seed=seed, start=start,
+        )  # fmt: skip
 
     def read(self, record: object) -> Sample:
         """Read a record as a sample, add the source's system prompt, and choose the frames of its videos.

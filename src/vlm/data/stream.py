@@ -1,35 +1,110 @@
-"""Streams of records: read in sequence, shuffled in a buffer, mixed by weight, without end.
+"""Streams of records: read in sequence, shuffled in blocks, mixed by weight, without end.
 
-Each data worker of each rank reads a shard of its own. The order depends on the seed alone, so that a resumed run,
-which skips the records that it has trained on, continues as if it had not been stopped.
+Each data worker of each rank is a reader with a shard of its own. The order depends on the seed alone. A batch says
+where its reader is behind it (`ReaderPosition`), so that a resumed run begins with the next record.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm.config.schema import DatasetConfig
-from vlm.data.dataset import Skipped, encode_sample
+from vlm.data.block_shuffle import BlockPosition, BlockShuffle
+from vlm.data.dataset import SAMPLE_REF, SampleRef, Skipped, encode_sample
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor, SampleInputs
-from vlm.data.records.open import value_or_bad_sample
+from vlm.data.records.positions import Position, value_or_bad_sample
 from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source, make_sources
 from vlm.data.vision.images import read_media_sizes
 
+T = TypeVar("T")
 
+READER_POSITION: Final = "reader_position"
+"""The key of a batch's `ReaderPosition`; the training loop takes it out."""
+
+
+class ReaderPosition(NamedTuple):
+    """Where a reader goes on.
+
+    Attributes:
+        reader: the reader's number on its rank: that of its data worker.
+        drawn: number of records that it had drawn where `sources` are.
+        sources: where it is in each source.
+        until: number of records that it has drawn.
+        pending: numbers, from `drawn` on, of the records before `until` that are in no batch yet.
+    """
+
+    reader: int
+    drawn: int
+    sources: tuple[BlockPosition, ...]
+    until: int
+    pending: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A record that a reader has drawn.
+
+    Attributes:
+        source: where it is from.
+        record: the record.
+        before: where the reader was before it.
+        behind: where the reader is behind it.
+        is_repeated: whether it was drawn before the run was resumed, and is in no batch yet.
+    """
+
+    source: Source
+    record: object
+    before: ReaderPosition
+    behind: ReaderPosition
+    is_repeated: bool = False
+
+    @property
+    def number(self) -> int:
+        """The number of the draw, from 0."""
+        return self.before.drawn
+
+    def encode(self) -> SampleInputs | Skipped:
+        """Return the encoded sample, or `Skipped` for a record that cannot be used."""
+        try:
+            sample = self.source.read(self.record)
+            return {**encode_sample(self.source, sample), SAMPLE_REF: SampleRef(self.source.path, None, sample.id)}
+        except BadSample as error:
+            return Skipped.from_error(error, self.source)
+
+
+@dataclass(frozen=True)
+class Positioned(Generic[T]):
+    """A value, and where its reader goes on behind it."""
+
+    value: T
+    position: ReaderPosition
+
+
+@dataclass(eq=False)
 class SampleStream(IterableDataset[SampleInputs | Skipped]):
     """Encoded samples of one or several sources, read anew for every epoch, without end.
 
-    They come from the sources in proportion to their weights; `buffer` records of each are shuffled.
+    They come from the sources in proportion to their weights, and are shuffled in blocks of `buffer` records of each.
+
+    Attributes:
+        positions: where the readers of this rank go on, by their numbers; one that is not there begins.
+        first_reader: the reader whose batch comes first.
     """
 
-    def __init__(self, sources: Sequence[Source], buffer: int, seed: int, rank: int, world_size: int):
-        self.sources = list(sources)
-        self.buffer = buffer
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+    sources: Sequence[Source]
+    buffer: int
+    seed: int
+    rank: int
+    world_size: int
+    positions: Mapping[int, ReaderPosition] = field(default_factory=dict)
+    first_reader: int = 0
 
     @property
     def has_videos(self) -> bool:
@@ -43,37 +118,87 @@ class SampleStream(IterableDataset[SampleInputs | Skipped]):
 
     def __iter__(self) -> Iterator[SampleInputs | Skipped]:
         """Iterate over encoded samples, with `Skipped` for a record that cannot be used."""
+        return (draw.encode() for draw in self.draws())
+
+    def draws(self) -> Iterator[Draw]:
+        """Iterate over this reader's records, from where it goes on; those that have been in a batch do not come.
+
+        Raises:
+            ValueError: a source has no record for this reader.
+        """
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        number = (number + self.first_reader) % workers
         shard, num_shards = self.rank * workers + number, self.world_size * workers
-        generator = random.Random(f"{self.seed} {shard}")
-        streams = [(source, self._shuffle(source, shard, num_shards, generator)) for source in self.sources]
-        weights = [source.weight for source in self.sources]
+        resumed = self.positions.get(number)
+        if resumed is None:
+            resumed = ReaderPosition(number, 0, (BlockPosition(),) * len(self.sources), 0)
+        sources = zip(self.sources, resumed.sources, strict=True)
+        records = [
+            BlockShuffle(partial(self._open_epoch, source, shard, num_shards), self.buffer, seed, position)
+            for seed, (source, position) in zip(self._block_seeds(shard), sources, strict=True)
+        ]
+        position = resumed._replace(until=resumed.drawn, pending=())
         while True:
-            source, records = generator.choices(streams, weights)[0]
-            yield _encode_or_skip(source, next(records))
+            chosen = self._choose_source(shard, position.drawn)
+            record = next(records[chosen], None)
+            if record is None:
+                raise ValueError(
+                    f"{self.sources[chosen].path}: no record for reader {shard + 1} of {num_shards} (ranks times "
+                    "trainer.dataloader_num_workers); use fewer"
+                )
+            before, drawn = position, position.drawn + 1
+            position = ReaderPosition(number, drawn, tuple(shuffle.position for shuffle in records), drawn)
+            is_new = before.drawn >= resumed.until
+            if is_new or before.drawn in resumed.pending:
+                yield Draw(self.sources[chosen], record, before, position, is_repeated=not is_new)
+
+    def _block_seeds(self, shard: int) -> list[str]:
+        return [f"{self.seed} {index} {shard}" for index in range(len(self.sources))]
+
+    def _open_epoch(
+        self, source: Source, shard: int, num_shards: int, epoch: int, start: Position
+    ) -> Iterator[tuple[object, Position]]:
+        return source.stream_from(start, shard, num_shards, self.seed + epoch)
+
+    def _choose_source(self, shard: int, number: int) -> int:
+        """Return which source a draw is from; it depends on the number of the draw alone."""
+        if len(self.sources) == 1:
+            return 0
+        weights = [source.weight for source in self.sources]
+        return random.Random(f"{self.seed} {shard} {number}").choices(range(len(weights)), weights)[0]
 
     def samples(self, max_samples: int) -> list[Sample]:
         """Return the first samples that can be used, in order."""
         read = (value_or_bad_sample(source.read, record) for source in self.sources for record in source.stream())
         return list(islice((sample for sample in read if isinstance(sample, Sample)), max_samples))
 
-    def _shuffle(self, source: Source, shard: int, num_shards: int, generator: random.Random) -> Iterator[object]:
-        """Iterate over a source's records, epoch after epoch, each drawn at random from a buffer."""
-        for epoch in count():
-            buffer: list[object] = []
-            number = 0
-            for number, record in enumerate(source.stream(shard, num_shards, self.seed + epoch), start=1):
-                buffer.append(record)
-                if number > self.buffer:
-                    yield _pop_random(buffer, generator)
-            while buffer:
-                yield _pop_random(buffer, generator)
-            if not number:
-                raise ValueError(
-                    f"{source.path}: no record for reader {shard + 1} of {num_shards} (ranks times "
-                    "trainer.dataloader_num_workers); use fewer"
-                )
+
+@dataclass(eq=False)
+class PositionedStream(IterableDataset[Positioned[SampleInputs | Skipped]]):
+    """The samples of a stream, each with the position of its reader."""
+
+    stream: SampleStream
+
+    def __iter__(self) -> Iterator[Positioned[SampleInputs | Skipped]]:
+        return (Positioned(draw.encode(), draw.behind) for draw in self.stream.draws())
+
+
+@dataclass(eq=False)
+class PositionedCollator:
+    """Makes batches that say under `READER_POSITION` where their reader is behind them.
+
+    Attributes:
+        collate: makes a batch of values.
+    """
+
+    collate: Callable[[Any], Mapping[str, Any]]
+
+    def __call__(self, items: Sequence[Positioned[Any]] | Positioned[Any]) -> dict[str, Any]:
+        """Collate values, or what a single item holds."""
+        if isinstance(items, Positioned):
+            return {**self.collate(items.value), READER_POSITION: items.position}
+        return {**self.collate([item.value for item in items]), READER_POSITION: items[-1].position}
 
 
 def open_stream(
@@ -96,17 +221,3 @@ def open_stream(
             if config.on_bad_sample == "error":
                 raise Skipped.from_error(error, source).as_error() from error
     return stream
-
-
-def _encode_or_skip(source: Source, record: object) -> SampleInputs | Skipped:
-    try:
-        return encode_sample(source, source.read(record))
-    except BadSample as error:
-        return Skipped.from_error(error, source)
-
-
-def _pop_random(buffer: list[object], generator: random.Random) -> object:
-    """Remove a random item, and put the last one in its place."""
-    place = generator.randrange(len(buffer))
-    buffer[place], buffer[-1] = buffer[-1], buffer[place]
-    return buffer.pop()

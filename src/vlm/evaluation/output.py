@@ -63,7 +63,8 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     """
     from vlm.data.cache import resolve_cache_folder
     from vlm.data.records.formats import get_reader
-    from vlm.data.records.open import open_records, value_or_bad_sample
+    from vlm.data.records.open import open_records
+    from vlm.data.records.positions import value_or_bad_sample
 
     assert config.path is not None
     records = open_records(config.path, resolve_cache_folder(None), split=config.split, subset=config.subset)

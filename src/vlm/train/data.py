@@ -71,6 +71,7 @@ def make_collator(
         dummy_image(processor),
         video_dummy=video,
         with_stats=with_stats,
+        with_refs=True,
         deduplicate=processor.deduplicated_inputs,
     )
 

@@ -23,6 +23,7 @@ PRIVATE_HOOKS = (
     _hook("_prepare_inputs", "pixels are normalised on the device, and copies do not wait for it", "inputs"),
     _hook("_track_num_input_tokens", "the tokens of all packed rows are counted", "inputs"),
     PrivateName(TRAINER, "loss_is_scaled_for_ga", "losses of packed rows are parts of their step's (set)"),
+    _hook("_get_grad_norm", "the gradient norm says whether an update is applied", "model", "grad_norm"),
     _hook("_save_checkpoint", "a checkpoint is whole before older ones are removed", "model", "trial"),
     _hook("_get_output_dir", "checkpoints are written aside", "trial"),
     _hook("_save_optimizer_and_scheduler", "states are hashed, and DeepSpeed leaves frozen weights out", "output_dir"),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch, StopAtNaN
+from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch
 from vlm.train.monitor.profiler import ProfilerCallback
 from vlm.train.monitor.speed import make_speed_meter
 from vlm.train.objectives.base import Objective, PreparedRun
@@ -23,7 +23,7 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         run=run,
         on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if shows_batch else None,
         on_skipped=skipped,
-        callbacks=[MetricsFile(output_dir), StopAtNaN(), SigtermCheckpoint(can_save=is_whole_run)],
+        callbacks=[MetricsFile(output_dir), SigtermCheckpoint(can_save=is_whole_run)],
         meter=make_speed_meter(run, output_dir, config.trainer.peak_tflops, objective.flops_note),
     )
     trainer.saved_with_checkpoint += [skipped, AppendedFiles(output_dir, is_writer=is_writer)]

@@ -21,7 +21,7 @@ from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import encode_prompt, render
 from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.processor import Processor
-from vlm.data.records.open import value_or_bad_sample
+from vlm.data.records.positions import value_or_bad_sample
 from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo
@@ -37,8 +37,10 @@ log = logging.getLogger(__name__)
 
 def make_answer_metrics(
     names: Sequence[str], config: RunConfig, data: SampleDataset, processor: Processor, args: TrainingArguments
-) -> Callable[[PreTrainedModel], dict[str, float]]:
+) -> Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]]:
     """Return what computes these of `trainer.eval_metrics` of a model's answers to evaluation records.
+
+    It is called with the model, and with what is to be called after each batch of answers.
 
     Raises:
         ValueError: no evaluation record can be answered.
@@ -49,7 +51,7 @@ def make_answer_metrics(
     references = [list(sample.references) or [last_reply_text(sample)] for sample in samples]
     size = args.per_device_eval_batch_size
 
-    def compute(model: PreTrainedModel) -> dict[str, float]:
+    def compute(model: PreTrainedModel, on_batch: Callable[[], None]) -> dict[str, float]:
         generator = VisionLanguageModel(model, processor)
         answers: list[str] = []
         silent = args.disable_tqdm or not args.should_save
@@ -57,6 +59,7 @@ def make_answer_metrics(
             batch = prompts[start : start + size]
             turns, media = [prompt.turns for prompt in batch], [open_media(prompt) for prompt in batch]
             answers += generator.answer(turns, media, settings, synced_gpus=dist.is_initialized())
+            on_batch()
         scores = compute_text_metrics(names, answers, references, intervals=False)
         return {name: score.value for name, score in scores.items() if score.value is not None}
 

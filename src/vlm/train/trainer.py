@@ -23,16 +23,16 @@ from transformers.utils import ModelOutput
 from vlm.assembly.adapter_base import make_base
 from vlm.config.choices import BEST_FIT, GROUP_BY_MODALITY_LENGTH, GROUPED_STRATEGIES
 from vlm.data.batching.best_fit import PackSampler
-from vlm.data.batching.collator import SKIPPED_KEY, Collator
+from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY, Collator
 from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
-from vlm.data.stream import SampleStream
+from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.checkpoints.best import BestModel
-from vlm.train.checkpoints.trainer import CheckpointTrainer
 from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.guards.trainer import GuardedTrainer
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
@@ -51,6 +51,7 @@ from vlm.train.step.step_packing import (
     sample_costs,
     without_gradient_exchange,
 )
+from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
 NumItems = Tensor | int | None
 """Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch, each of them a batch."""
@@ -60,14 +61,14 @@ DROPPED_METRICS = ("train_samples_per_second", "train_steps_per_second", "total_
 
 
 @check_hooks
-class VLMTrainer(CheckpointTrainer):
+class VLMTrainer(GuardedTrainer):
     """Trains a model whose parts have learning rates of their own.
 
     `on_first_batch` is called with the first batch of this rank, before its forward pass; `on_skipped` with the records
     that a batch leaves out, and the number of its samples.
     """
 
-    # `Trainer` declares these as unions, as those of `CheckpointTrainer`.
+    # `Trainer` declares these as unions, as those of `GuardedTrainer`.
     train_dataset: Any
     eval_dataset: Any
     data_collator: Any
@@ -96,8 +97,16 @@ class VLMTrainer(CheckpointTrainer):
         self.changed_keys: frozenset[str] = frozenset()  # those with another value than at the checkpoint
         self.new_groups: list[Inputs] = []  # the optimiser's groups as the configuration makes them
         self.options = objective.config.trainer
+        self.set_up_guards(objective.config)
+        self.saved_with_checkpoint = [self.guard]
         self.best_model = BestModel.of_run(self.options, objective.metric_names(), is_writer=self.args.should_save)
-        self.saved_with_checkpoint = [] if self.best_model is None else [self.best_model]
+        if self.best_model is not None:
+            self.saved_with_checkpoint.append(self.best_model)
+        self.stream_positions: StreamPositions | None = None
+        if isinstance(run.data.train, SampleStream):
+            self.stream_positions = StreamPositions(run.data.train, self.args)
+            self.saved_with_checkpoint.append(self.stream_positions)
+            self.add_callback(StreamEpoch())
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
         self.sampler: Sampler[int] | PackSampler | StepSampler | None = None
@@ -125,7 +134,8 @@ class VLMTrainer(CheckpointTrainer):
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with self.within_guards():
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, SigtermCheckpoint):
@@ -190,11 +200,13 @@ class VLMTrainer(CheckpointTrainer):
         loss, outputs = self.objective.compute_loss(self, model, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the number is that of all ranks, which average gradients
+        loss = self.guard.watch_loss(loss, is_share=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As usual, with each part's learning rate and the speed since the last log; at the end, the whole speed."""
-        if "loss" in logs:
+        self.correct_logs(logs)
+        if "loss" in logs or "learning_rate" in logs:
             if self.lr_scheduler is not None:
                 logs.pop("learning_rate", None)
                 names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
@@ -219,7 +231,10 @@ class VLMTrainer(CheckpointTrainer):
         if self.packing and self.step_packing is None:
             loader, self.sampler = make_best_fit_loader(dataset, collate, self.options.max_tokens_per_batch, args)
         elif isinstance(dataset, SampleStream):
-            loader = DataLoader(dataset, args.train_batch_size, collate_fn=collate, **loader_options(args))
+            collate = PositionedCollator(collate)
+            loader = DataLoader(
+                PositionedStream(dataset), args.train_batch_size, collate_fn=collate, **loader_options(args)
+            )
         else:
             loader = super().get_train_dataloader()
         if self.step_packing is not None:
@@ -253,10 +268,13 @@ class VLMTrainer(CheckpointTrainer):
         """As usual, timed; what a batch says of itself is taken out of it, and the objective's inputs are put in."""
         self.meter.begin_step()
         batches, number = super().get_batch_samples(self.meter.time_waits(epoch_iterator), num_batches, device)
+        if self.stream_positions is not None:
+            self.stream_positions.take(batches)
         if self.step_packing is not None:
             number = self.step_packing.finish_batches(batches)
-        counts = []
+        counts, refs = [], []
         for batch in chain.from_iterable(map(get_rows, batches)):
+            refs.append(batch.pop(SAMPLE_REFS, []))
             stats = batch.pop(BATCH_STATS, None) or BatchStats(samples=len(batch[self.objective.row_key]))
             counts.append((stats, *count_images(self.model, batch, stats)))
             self.on_skipped(batch.pop(SKIPPED_KEY, []), stats.samples)
@@ -264,11 +282,14 @@ class VLMTrainer(CheckpointTrainer):
                 batch |= add_grid_positions(self.model, batch)
             batch |= self.objective.extra_inputs(self, batch)
         self.meter.add(counts)
+        self.guard.begin_step(self.state.global_step + 1, refs)
+        self.logged_loss.begin_step(self._tr_loss)
         # All records of a step may have been left out.
         return batches, number.clamp(min=1) if isinstance(number, Tensor) else number
 
     def _prepare_inputs(self, inputs: Inputs) -> Inputs:
         """As usual, copied while the device computes; pixels are normalised there, if workers left that to it."""
+        self.mark_progress()
         copied: Any = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
         weights = {name: copied.pop(name) for name in (LOSS_WEIGHTS,) if name in copied}  # DeepSpeed would round them
         inputs = {**super()._prepare_inputs(copied), **weights}
@@ -319,7 +340,8 @@ class VLMTrainer(CheckpointTrainer):
             single = DataLoader(dataset, size, collate_fn=collate, **options)
             loader = ignore_sigterm_in_workers(self.accelerator.prepare(single))
         for batch in tqdm(loader, title, leave=False, disable=silent):
-            batch.pop(BATCH_STATS, None)
+            for name in (BATCH_STATS, SAMPLE_REFS):
+                batch.pop(name, None)
             for record in batch.pop(SKIPPED_KEY, []):
                 raise record.as_error()
             if collate is None:

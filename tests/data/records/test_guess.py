@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.guess import guess_form, with_hint
-from vlm.data.records.open import value_or_bad_sample
+from vlm.data.records.positions import value_or_bad_sample
 from vlm.data.sample import BadSample
 
 ROLES = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]

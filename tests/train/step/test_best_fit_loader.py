@@ -1,14 +1,18 @@
 """Rows of about equal length out of all samples, in a run and in a stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.fixtures import compose_config, losses
 from vlm.data.batching.best_fit import PackSampler
+from vlm.data.stream import ReaderPosition
 from vlm.train.step.best_fit_loader import PackedStream
 
 WORDS = (
@@ -55,9 +59,44 @@ def read_lengths(common: list[str]) -> Any:
     return data.lengths
 
 
+@dataclass
+class Samples:
+    """Stands for a stream of samples of these lengths, from a position on."""
+
+    lengths: list[int]
+    position: ReaderPosition = field(default_factory=lambda: ReaderPosition(0, 0, (), 0))
+
+    def draws(self) -> Iterator[Any]:
+        for number in range(self.position.drawn, len(self.lengths)):
+            is_new = number >= self.position.until
+            if is_new or number in self.position.pending:
+                sample = {"input_ids": [1] * self.lengths[number], "number": number}
+                before, behind = (ReaderPosition(0, end, (), end) for end in (number, number + 1))
+                yield SimpleNamespace(
+                    number=number, encode=lambda sample=sample: sample, before=before, behind=behind,
+                    is_repeated=not is_new,
+                )  # fmt: skip
+
+
+def take_packs(samples: Samples, capacity: int, number: int) -> list[Any]:
+    return list(islice(PackedStream(samples, capacity), number))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_streams_packs_are_the_same_from_any_of_them_on():
+    """What waits for a pack does not wait for ever, so a resumed run reads little again."""
+    random = Random(0)
+    lengths = [max(1, min(2000, int(random.lognormvariate(5, 0.8)))) for _ in range(8000)]
+    packs = take_packs(Samples(lengths), 2048, 300)
+    for taken in (1, 100, 250):
+        position = packs[taken - 1].position
+        rest = take_packs(Samples(lengths, position), 2048, 300 - taken)
+        assert [pack.value for pack in rest] == [pack.value for pack in packs[taken:]]
+    assert 500 < max(pack.position.until - pack.position.drawn for pack in packs) < 1200
+
+
 def test_a_streams_packs_are_full_and_leave_nothing_out():
-    samples = [{"input_ids": [1] * (3 + number * 7 % 20), "number": number} for number in range(2000)]
-    packs = list(islice(PackedStream(iter(samples), 64), 200))  # pyright: ignore[reportArgumentType]
+    found = take_packs(Samples([3 + number * 7 % 20 for number in range(2000)]), 64, 200)
+    packs = [pack.value for pack in found]
     tokens = [sum(len(one["input_ids"]) for one in pack_lengths) for pack_lengths in packs]
     assert max(tokens) <= 64
     assert sum(tokens) / len(tokens) >= 0.98 * 64

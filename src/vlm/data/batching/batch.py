@@ -5,7 +5,7 @@ from typing import Required, TypedDict
 from torch import Tensor
 
 from vlm.data.batching.stats import BatchStats
-from vlm.data.dataset import Skipped
+from vlm.data.dataset import SampleRef, Skipped
 
 
 class BatchInputs(TypedDict, total=False):
@@ -25,6 +25,7 @@ class BatchInputs(TypedDict, total=False):
         image_views: `(images,)`, the number of views of each image.
         skipped: the records that were left out; the training loop takes them out.
         batch_stats: what throughput is computed from; the training loop takes it out.
+        sample_refs: which samples these are; the training loop takes them out.
     """
 
     input_ids: Required[Tensor]
@@ -37,6 +38,7 @@ class BatchInputs(TypedDict, total=False):
     image_views: Tensor
     skipped: list[Skipped]
     batch_stats: BatchStats
+    sample_refs: list[SampleRef]
 
 
 class Batch(BatchInputs, total=False):

@@ -14,12 +14,15 @@ from torch.utils.data import get_worker_info
 
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.stats import BATCH_STATS, compute_batch_stats
-from vlm.data.dataset import Skipped
+from vlm.data.dataset import SAMPLE_REF, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor, SampleInputs
 
 SKIPPED_KEY: Final = "skipped"
 """The key of the records that were left out of a batch; the training loop takes them out."""
+
+SAMPLE_REFS: Final = "sample_refs"
+"""The key of the `SampleRef`s of a batch; the training loop takes them out."""
 
 TEXT_KEYS = ("input_ids", "labels")
 """The keys of every sample; its other keys are inputs of its images."""
@@ -49,6 +52,7 @@ class Collator:
         tokens: inputs with one value for each token.
         left: whether rows are padded on the left, as generation needs them.
         with_stats: whether batches have `BatchStats` under `BATCH_STATS`, for the training loop to take out.
+        with_refs: whether they say under `SAMPLE_REFS` which samples they hold, for the training loop to take out.
         deduplicate: inputs in which equal images are there once, see `Processor.deduplicated_inputs`.
     """
 
@@ -60,18 +64,19 @@ class Collator:
     tokens: Sequence[str] = ()
     left: bool = False
     with_stats: bool = False
+    with_refs: bool = False
     deduplicate: Sequence[str] = ()
 
     @classmethod
     def of(
         cls, processor: Processor, dummy: DummyInputs | None = None, *, video_dummy: DummyInputs | None = None,
-        left: bool = False, with_stats: bool = False, deduplicate: Sequence[str] = (),
+        left: bool = False, with_stats: bool = False, with_refs: bool = False, deduplicate: Sequence[str] = (),
     ) -> "Collator":  # fmt: skip
         """Make a collator for the inputs of a processor."""
         return cls(
             cast(int, processor.tokenizer.pad_token_id), dummy, video_dummy=video_dummy,
             rows=processor.per_sample_inputs, tokens=processor.per_token_inputs, left=left, with_stats=with_stats,
-            deduplicate=deduplicate,
+            with_refs=with_refs, deduplicate=deduplicate,
         )  # fmt: skip
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
@@ -82,6 +87,7 @@ class Collator:
         """
         skipped = [sample for sample in samples if isinstance(sample, Skipped)]
         items: list[SampleInputs] = [dict(sample) for sample in samples if not isinstance(sample, Skipped)]
+        refs = [item.pop(SAMPLE_REF) for item in items if SAMPLE_REF in item]
         originals = [dict(item) for item in items] if self.with_stats else []
         items = items or [{"input_ids": [self.pad_token_id], "labels": [IGNORE_INDEX]}]
         for item in items:
@@ -102,6 +108,8 @@ class Collator:
             batch[IMAGE_INDEX] = index
         if skipped:
             batch[SKIPPED_KEY] = skipped
+        if self.with_refs:
+            batch[SAMPLE_REFS] = refs
         if self.with_stats:
             batch[BATCH_STATS] = compute_batch_stats(originals, len(items) * longest)
         return cast(Batch, batch)

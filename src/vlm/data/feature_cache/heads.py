@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
+from vlm.data.batching.collator import SAMPLE_REFS
 from vlm.data.cache import json_digest
+from vlm.data.dataset import SampleRef
 from vlm.data.feature_cache.store import Pack
 from vlm.data.heads.dataset import HeadDataset
 from vlm.models.configuration_prediction import HeadSettings
@@ -27,11 +29,12 @@ def pack_name(head: HeadSettings) -> str:
 
 
 class HeadFeatureItem(TypedDict):
-    """A sample: features `(D,)` or `(T, D)` and targets `(width,)` by head, and its `HeadDataset.group_indices`."""
+    """A sample: features `(D,)` or `(T, D)` and targets `(width,)` by head, its group (`HeadDataset`), its name."""
 
     features: dict[str, Tensor]
     targets: dict[str, np.ndarray]
     group: int
+    sample_ref: SampleRef
 
 
 class HeadFeatureBatch(TypedDict, total=False):
@@ -42,12 +45,14 @@ class HeadFeatureBatch(TypedDict, total=False):
         labels: head -> `(samples, width)`, the targets.
         groups: `(samples,)`.
         attention_mask: `(samples, T)`: 1 at real tokens, where every token is read.
+        sample_refs: which samples these are; the training loop takes them out.
     """
 
     features: dict[str, Tensor]
     labels: dict[str, Tensor]
     groups: Tensor
     attention_mask: Tensor
+    sample_refs: list[SampleRef]
 
 
 class HeadFeatureDataset(Dataset[HeadFeatureItem]):
@@ -70,6 +75,10 @@ class HeadFeatureDataset(Dataset[HeadFeatureItem]):
         samples = dataset if len(usable) == len(items) else dataset.subset(usable)
         self.items, self.packs, self.group_indices = items[usable], packs, samples.group_indices
         self.token_heads = {head.name for head in heads if head.pooling in EVERY_TOKEN_POOLINGS}
+        self.refs = [
+            SampleRef(samples.dataset.sources[source].path, record, "?")
+            for source, record in samples.dataset.places.tolist()
+        ]
         self.targets = {head.name: samples.targets(head.name).astype(np.float32) for head in heads}
 
     def __len__(self) -> int:
@@ -81,6 +90,7 @@ class HeadFeatureDataset(Dataset[HeadFeatureItem]):
             "features": {name: states if name in self.token_heads else states[0] for name, states in rows.items()},
             "targets": {name: values[index] for name, values in self.targets.items()},
             "group": int(self.group_indices[index]),
+            "sample_ref": self.refs[index],
         }
 
 
@@ -95,4 +105,5 @@ def collate_features(items: Sequence[HeadFeatureItem]) -> HeadFeatureBatch:
         batch["features"][name] = pad_sequence(features, batch_first=True)
     batch["labels"] = default_collate([item["targets"] for item in items])
     batch["groups"] = torch.tensor([item["group"] for item in items])
+    batch[SAMPLE_REFS] = [item["sample_ref"] for item in items]
     return batch

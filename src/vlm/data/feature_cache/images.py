@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import SAMPLE_REF, SampleDataset, SampleRef, Skipped
 from vlm.data.feature_cache.store import Pack
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, MediaSize, Sample
@@ -126,7 +126,8 @@ class CachedFeatureDataset(SampleDataset):
             encoded = source.encoder(sample, sizes)
         except BadSample as error:
             return Skipped.from_error(error, source, record)
-        return {"input_ids": encoded.input_ids, "labels": encoded.labels, **features}
+        named = {SAMPLE_REF: SampleRef(source.path, record, sample.id)}
+        return {"input_ids": encoded.input_ids, "labels": encoded.labels, **features, **named}
 
     def media_inputs(self, sample: Sample) -> tuple[Sequence[MediaSize], dict[str, Tensor]]:
         """Return the sizes of a sample's images, where the processor needs them, and their features.

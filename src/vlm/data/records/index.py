@@ -91,6 +91,26 @@ def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(records), buffers)
 
 
+def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
+    """Iterate over the lines of a file that are not empty, each with the byte behind it.
+
+    Args:
+        file: the file; of one that is compressed, bytes are those of its content, which is decompressed from the start.
+        start: the byte to begin at.
+    """
+    with open_bytes(file) as opened:
+        if start:
+            opened.seek(start)
+        elif opened.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
+            start = len(BYTE_ORDER_MARK)
+        else:
+            opened.seek(0)
+        for line in opened:
+            start += len(line)
+            if stripped := line.strip():
+                yield stripped, start
+
+
 def iter_lines(file: BinaryIO) -> Iterator[bytes]:
     """Iterate over the lines of a file that are not empty."""
     if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:

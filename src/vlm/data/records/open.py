@@ -5,23 +5,19 @@ JSONL are indexed (`index`), CSV and TSV written as tables of texts (`tables`); 
 Hugging Face's `datasets`, tar shards read by `webdataset`.
 """
 
-import os
-import random
 import re
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
-from vlm.data.records.files import check_is_records, open_bytes
-from vlm.data.records.index import IndexedRecords, iter_lines, parse_record
+from vlm.data.records.files import check_is_records
+from vlm.data.records.index import IndexedRecords, parse_record, read_lines
 from vlm.data.records.layout import find_layout
 from vlm.data.records.paths import (
     HUB_PATTERN,
     JSON_SUFFIXES,
-    PIPE_PREFIX,
     TABLE_BUILDERS,
     TEXT_TABLE_SUFFIXES,
     is_tar_path,
@@ -29,19 +25,14 @@ from vlm.data.records.paths import (
     path_problem,
     split_suffix,
 )
+from vlm.data.records.positions import START, Position, read_shard
+from vlm.data.records.rows import read_table_rows
 from vlm.data.records.tables import TableRecords, stream_table
-from vlm.data.sample import BadSample, Record
+from vlm.data.records.tar import expand_shard_urls, make_tar_record, read_tar
+from vlm.data.sample import Record
 
 if TYPE_CHECKING:
     import datasets
-
-T = TypeVar("T")
-Item = TypeVar("Item")
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-"""Extensions of image files in a tar shard."""
-STREAM_BATCH_ROWS = 16
-"""Rows of a table that a stream reads at a time."""
 
 
 class Records(Protocol):
@@ -94,123 +85,63 @@ def stream_records(
     path: str, cache: Path, *, split: str = "train", subset: str | None = None, shard: int = 0, num_shards: int = 1,
     seed: int | None = None,
 ) -> Iterator[object]:  # fmt: skip
-    """Iterate over the records of a file, a folder or a data set, or over one shard of them.
+    """Iterate over the records that `stream_with_positions` yields from the start."""
+    options: dict[str, Any] = {"split": split, "subset": subset, "shard": shard, "num_shards": num_shards, "seed": seed}
+    for record, _ in stream_with_positions(path, cache, **options):
+        yield record
+
+
+def stream_with_positions(
+    path: str, cache: Path, *, split: str = "train", subset: str | None = None, shard: int = 0, num_shards: int = 1,
+    seed: int | None = None, start: Position = START,
+) -> Iterator[tuple[object, Position]]:  # fmt: skip
+    """Iterate over the records of a file, a folder or a data set, or over one shard of them, from a position on.
 
     A record that cannot be read is yielded as a `BadSample` with the reason. The path is as `open_records` takes it, or
-    names tar shards: `shards/{000..127}.tar`, a folder of them, or a command `pipe:…` that writes one. Shards of the
-    records consist of whole files where there are enough files, whose order a seed shuffles.
+    names tar shards: `shards/{000..127}.tar`, a folder of them, addresses of them, or a command `pipe:…` that writes
+    one. Shards of the records consist of whole files where there are enough files, whose order a seed shuffles.
+
+    Yields:
+        Each record with the position behind it, from which the same shard of the same path and seed can be read on.
 
     Raises:
         ValueError: the path is none of these, or does not open.
     """
-    file, suffix = Path(path), split_suffix(path)[0]
-    is_file = names_records(path) and file.is_file()
+    read: Any
+    files, read, parse = [Path(path)], None, lambda record: record
+    suffix, is_file = split_suffix(path)[0], names_records(path) and files[0].is_file()
     if is_file:
-        check_is_records(file)
+        check_is_records(files[0])
     if is_tar_path(path):
-        yield from _read_shard(expand_shard_urls(path), read_tar_records, shard, num_shards, seed)
-    elif is_file and suffix in JSON_SUFFIXES and find_layout(file).lines:
-        with open_bytes(file) as opened:
-            lines = islice(iter_lines(opened), shard, None, num_shards)
-            yield from (value_or_bad_sample(parse_record, line) for line in lines)
+        files, read, parse = expand_shard_urls(path), read_tar, make_tar_record
+    elif is_file and suffix in JSON_SUFFIXES and find_layout(files[0]).lines:
+        read, parse = read_lines, parse_record
     elif is_file and suffix in JSON_SUFFIXES:
-        records = IndexedRecords(file, cache)
-        yield from (value_or_bad_sample(records.__getitem__, index) for index in range(shard, len(records), num_shards))
+        records = IndexedRecords(files[0], cache)
+        read, parse = _read_indices(records), records.__getitem__
     elif is_file and suffix in TEXT_TABLE_SUFFIXES:
-        yield from islice(stream_table(file, cache), shard, None, num_shards)
+        read = partial(_read_text_table, cache)
     else:
         dataset = _load_hf_dataset(path, cache, split, subset, streaming=True)
-        files = range(dataset.num_shards)
-        yield from _read_shard(files, partial(stream_table_rows, dataset), shard, num_shards, seed)
-
-
-def _read_shard(
-    files: Sequence[T], read: Callable[[Sequence[T]], Iterator[object]], shard: int, num_shards: int, seed: int | None
-) -> Iterator[object]:
-    """Read the records of a shard: of some of the files where there are enough of them, else some records of all."""
-    if seed is not None:
-        files = random.Random(seed).sample(files, len(files))
-    if len(files) >= num_shards:
-        return read(files[shard::num_shards])
-    return islice(read(files), shard, None, num_shards)
-
-
-def stream_table_rows(dataset: "datasets.IterableDataset", files: Sequence[int]) -> Iterator[Record]:
-    """Iterate over the rows of some files of a streamed Hugging Face data set, with images as they are stored.
-
-    Rows are read in batches, since the plain iterator of a data set shards its rows once more in a worker of a
-    `DataLoader`; and file by file, since its `shuffle` waits for five seconds at the end.
-    """
-    for file in files:
-        tables: Any = dataset.with_format("arrow").shard(dataset.num_shards, file).iter(STREAM_BATCH_ROWS)
-        for table in tables:
-            yield from table.to_pylist()
-
-
-def expand_shard_urls(path: str) -> list[str]:
-    """Return the shards that a path with braces, a folder or a command stands for.
-
-    Raises:
-        ValueError: a shard does not exist.
-    """
-    from webdataset.shardlists import expand_urls
-
-    if path.startswith(PIPE_PREFIX):
-        return expand_urls(path)
-    urls = sorted(map(str, Path(path).glob("*.tar"))) if Path(path).is_dir() else expand_urls(path)
-    if missing := [url for url in urls if not os.path.isfile(url)]:
-        raise ValueError(f"{path}: there is no file {missing[0]}")
-    return urls
-
-
-def read_tar_records(urls: Sequence[str]) -> Iterator[object]:
-    """Iterate over the samples of tar shards as records: files of one name are one sample.
-
-    The `.json` is the record, the `.txt` its `caption`; images are bytes under `image` (several under `images`). The
-    name is the `id` of a record without one.
-    """
-    from webdataset.tariterators import tarfile_samples
-
-    for url in urls:
-        try:
-            yield from (value_or_bad_sample(_tar_record, sample) for sample in tarfile_samples([{"url": url}]))
-        except (tarfile.TarError, OSError, ValueError) as error:  # a torn shard, a command that fails
-            yield BadSample("?", f"{url} does not read on: {error.args[0] if error.args else error}", url)
-
-
-def _tar_record(sample: Record) -> Record:
-    name = sample["__key__"]
-    record = parse_record(sample["json"], name) if "json" in sample else {}
-    if not isinstance(record, dict):
-        raise BadSample(name, f"its .json must hold a mapping, got {type(record).__name__}")
-    if "txt" in sample:
-        record["caption"] = sample["txt"].decode(errors="replace")
-    files = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in IMAGE_EXTENSIONS}
-    images = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_natural_sort_key)]
-    if images:
-        record = {key: value for key, value in record.items() if key not in ("image", "images")}
-        if len(images) > 1:
-            record["images"] = images
+        if isinstance(dataset, HubTableRecords):
+            read, parse = _read_indices(dataset), dataset.__getitem__
         else:
-            record["image"] = images[0]
-    return {"id": name, **record}
+            files, read = range(dataset.num_shards), partial(read_table_rows, dataset)
+    yield from read_shard(files, read, parse, shard=shard, num_shards=num_shards, seed=seed, start=start)
 
 
-def _natural_sort_key(key: str) -> list[tuple[int, str]]:
-    """Return a key that sorts `10.png` after `9.png`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]
+def _read_indices(records: Records) -> Callable[[object, int], Iterator[tuple[int, int]]]:
+    """Return what iterates over the indices of records, and where each ends."""
+    return lambda file, start: ((index, index + 1) for index in range(start, len(records)))
 
 
-def value_or_bad_sample(read: Callable[[Item], T], item: Item) -> T | BadSample:
-    """Return the result of a function for an item, or the `BadSample` that it raises."""
-    try:
-        return read(item)
-    except BadSample as error:
-        return error
+def _read_text_table(cache: Path, file: Path, start: int) -> Iterator[tuple[Record, int]]:
+    """Iterate over the rows of a CSV or TSV file; those before are parsed, since only that tells where rows end."""
+    return zip(islice(stream_table(file, cache), start, None), count(start + 1), strict=False)
 
 
 def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, streaming: bool) -> Any:
-    """Load a Hugging Face data set: a `Dataset`, or an `IterableDataset` where it is streamed."""
+    """Load a Hugging Face data set: a `Dataset`; streamed an `IterableDataset`, or records that are on the disk."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -229,7 +160,7 @@ def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, 
                 if split not in dataset:
                     raise ValueError(f"it has the splits {', '.join(map(str, dataset))}")
                 dataset = dataset[split]
-            return dataset.to_iterable_dataset() if streaming else dataset
+            return HubTableRecords(dataset) if streaming else dataset
         if Path(path).is_dir():
             return datasets.load_dataset(path, subset, **_text_cells(path, subset, split), **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:

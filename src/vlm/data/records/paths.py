@@ -33,15 +33,26 @@ def names_records(path: str) -> bool:
 
 def is_tar_path(path: str) -> bool:
     """Return whether a path names tar shards, which are read in sequence."""
-    return path.startswith(PIPE_PREFIX) or path.endswith(".tar") or any(Path(path).glob("*.tar"))
+    return path.startswith(PIPE_PREFIX) or _is_tar_address(path) or path.endswith(".tar") or _has_tar_files(path)
+
+
+def _is_tar_address(path: str) -> bool:
+    """Return whether a path is the address of a tar file, behind which parameters may stand."""
+    return path.startswith(("http://", "https://")) and path.partition("?")[0].endswith(".tar")
+
+
+def _has_tar_files(path: str) -> bool:
+    return "://" not in path and any(Path(path).glob("*.tar"))
 
 
 def path_problem(path: str) -> str | None:
     """Return why a path can name no records, or None where it can."""
     if path.startswith(PIPE_PREFIX) or HUB_PATTERN.fullmatch(path):
         return None
+    if _is_tar_address(path):
+        return None
     if "://" in path:
-        return "addresses are not fetched; hf://owner/name is a data set on the Hub"
+        return "of addresses only http(s)://….tar is read; hf://owner/name is a data set on the Hub"
     if Path(path).is_dir() or names_records(path):
         return None
     names = ", *".join(RECORD_SUFFIXES)

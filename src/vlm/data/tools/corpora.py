@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from vlm.data.records.files import check_is_records, uncompressed_file
-from vlm.data.records.open import IMAGE_EXTENSIONS, value_or_bad_sample
+from vlm.data.records.positions import value_or_bad_sample
+from vlm.data.records.tar import IMAGE_EXTENSIONS
 from vlm.data.sample import BadSample, Record
 from vlm.data.tools.exports import ConversionContext, Kind, convert_record, make_llava_record
 from vlm.data.tools.table import FOLDER_SIZE, Table

@@ -14,7 +14,9 @@ import msgspec
 from msgspec import Struct, field
 
 from vlm.data.records.media import first_present
-from vlm.data.records.open import IMAGE_EXTENSIONS, stream_records, value_or_bad_sample
+from vlm.data.records.open import stream_records
+from vlm.data.records.positions import value_or_bad_sample
+from vlm.data.records.tar import IMAGE_EXTENSIONS
 from vlm.data.sample import PLACEHOLDER, BadSample, Record
 
 Kind = TypeVar("Kind")

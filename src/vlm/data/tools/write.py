@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vlm.data.records.media import first_present, image_refs_from_value
-from vlm.data.records.open import IMAGE_EXTENSIONS
+from vlm.data.records.tar import IMAGE_EXTENSIONS
 from vlm.data.sample import BadSample, ImageRef, Record
 from vlm.data.tools.forms import image_cell_value
 from vlm.data.vision.images import IMAGE_ERRORS

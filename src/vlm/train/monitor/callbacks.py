@@ -1,4 +1,4 @@
-"""Callbacks of every run: metrics, plots, sample answers, the sampler's epoch, and an end where the loss is NaN."""
+"""Callbacks of every run: metrics, plots, sample answers, and the sampler's epoch."""
 
 import json
 import math
@@ -62,20 +62,6 @@ def _parse_line(line: str) -> Metrics | None:
     except ValueError:
         return None
     return metrics if isinstance(metrics, dict) and "step" in metrics else None
-
-
-class StopAtNaN(TrainerCallback):
-    """Ends a run whose loss is NaN or infinite, before it spends another hour."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
-    ):
-        """Raise FloatingPointError where the training loss is NaN or infinite."""
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate, "
-                "or train in bf16 or fp32 instead of fp16. Checkpoints in the run directory, if any, are from before."
-            )
 
 
 class SampleGenerationCallback(TrainerCallback):

@@ -100,6 +100,10 @@ class ObjectiveTrainer(Protocol):
         """
         ...
 
+    def mark_progress(self) -> None:
+        """Tell the watchdog that a piece of work is done, where it takes long and is no batch."""
+        ...
+
     def compute_loss_context_manager(self) -> AbstractContextManager[object]:
         """Return the context of the run's precision."""
         ...

@@ -39,7 +39,7 @@ class Generation(Objective):
     """
 
     takes_loss_weights = True
-    answer_metrics: Callable[[PreTrainedModel], dict[str, float]] | None = None
+    answer_metrics: Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]] | None = None
     loss_metrics: Sequence[LossMetric] = ()
 
     def refusals(self) -> Iterator[str]:
@@ -173,7 +173,9 @@ class Generation(Objective):
             with force_eager():
                 for metric in self.loss_metrics:
                     scores |= metric.compute(samples, losses).scores
-                answers = {} if self.answer_metrics is None else self.answer_metrics(trainer.model)
+                answers = {}
+                if self.answer_metrics is not None:
+                    answers = self.answer_metrics(trainer.model, trainer.mark_progress)
         return flatten_scores(scores) | answers
 
     def next_command(self, final: Path) -> str:

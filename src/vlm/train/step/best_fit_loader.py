@@ -1,6 +1,6 @@
 """Loaders of rows of about equal length, filled out of all samples: `trainer.packing_strategy=best_fit`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -12,7 +12,7 @@ from vlm.data.batching.packing import PackingCollator
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.processor import SampleInputs
 from vlm.data.sample import BadSample
-from vlm.data.stream import SampleStream
+from vlm.data.stream import Draw, Positioned, PositionedCollator, ReaderPosition, SampleStream
 from vlm.data.vision.images import read_media_sizes
 from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.step.step_packing import check_stream_capacity
@@ -20,37 +20,60 @@ from vlm.train.step.step_packing import check_stream_capacity
 LOOKAHEAD_PACKS = 8
 """Samples of a stream are chosen from as many as fill this number of packs."""
 
+LONGEST_WAIT = 1000
+"""Number of samples after which one that fits badly gets a pack; a resumed run reads again from the oldest on."""
+
 NUM_PROBED_SAMPLES = 64
 """Samples of a stream that are read to find how many tokens a batch has, where no key says so."""
 
 
-class PackedStream(IterableDataset[list[SampleInputs | Skipped]]):
-    """Packs of at most `capacity` tokens of a stream: each time, the fullest pack that the pending samples make."""
+Pack = list[SampleInputs | Skipped]
+"""The samples of a row."""
+
+
+class PackedStream(IterableDataset[Positioned[Pack]]):
+    """Packs of at most `capacity` tokens of a stream: each time, the fullest pack that the pending samples make.
+
+    Its position is before the oldest pending sample: what came in between and is not pending is read again where a run
+    is resumed, but not decoded.
+    """
 
     def __init__(self, stream: SampleStream, capacity: int):
         self.stream, self.capacity = stream, capacity
 
-    def __iter__(self) -> Iterator[list[SampleInputs | Skipped]]:
+    def __iter__(self) -> Iterator[Positioned[Pack]]:
         """Yield one pack after the other, without end."""
-        pending: list[SampleInputs] = []
-        left_out: list[Skipped] = []
-        total = 0
-        for item in self.stream:
+        pending: list[tuple[Draw, SampleInputs]] = []
+        left_out: list[tuple[Draw, Skipped]] = []
+        for draw in self.stream.draws():
+            item = draw.encode()
             if isinstance(item, Skipped):
-                left_out.append(item)
+                left_out.append((draw, item))
                 continue
-            pending.append(item)
-            total += len(item["input_ids"])
-            if total < LOOKAHEAD_PACKS * self.capacity:
+            pending.append((draw, item))
+            lengths = [len(sample["input_ids"]) for _, sample in pending]
+            if draw.is_repeated or sum(lengths) < LOOKAHEAD_PACKS * self.capacity:
                 continue
-            lengths = [len(sample["input_ids"]) for sample in pending]
-            packs = pack_lengths(lengths, self.capacity)
-            sizes = [sum(lengths[index] for index in pack) for pack in packs]
-            fullest = packs[sizes.index(max(sizes))]
-            total -= max(sizes)
-            yield [*(pending[index] for index in fullest), *left_out]
-            pending = [sample for index, sample in enumerate(pending) if index not in set(fullest)]
+            chosen = self._choose(lengths, waits_long=draw.number - pending[0][0].number > LONGEST_WAIT)
+            pack = [*(pending[index][1] for index in chosen), *(skipped for _, skipped in left_out)]
+            pending = [sample for index, sample in enumerate(pending) if index not in set(chosen)]
             left_out = []
+            yield Positioned(pack, position_of([sample_draw for sample_draw, _ in pending], draw))
+
+    def _choose(self, lengths: list[int], *, waits_long: bool) -> list[int]:
+        """Return the fullest pack of samples of these lengths, or the first one's where it has waited for long."""
+        packs = pack_lengths(lengths, self.capacity)
+        if waits_long:
+            return next(pack for pack in packs if 0 in pack)
+        return max(packs, key=lambda pack: sum(lengths[index] for index in pack))
+
+
+def position_of(pending: Sequence[Draw], last: Draw) -> ReaderPosition:
+    """Return where a reader goes on that has drawn up to `last`, and of whose draws some are in no batch yet."""
+    if not pending:
+        return last.behind
+    numbers = tuple(draw.number for draw in pending)
+    return pending[0].before._replace(until=last.behind.drawn, pending=numbers)
 
 
 def make_best_fit_loader(
@@ -63,7 +86,8 @@ def make_best_fit_loader(
     size, collate_packs = args.per_device_train_batch_size, PackingCollator(collate)
     if isinstance(dataset, SampleStream):
         packs = PackedStream(dataset, stream_capacity(dataset, max_tokens, size))
-        return DataLoader(packs, batch_size=None, collate_fn=collate_packs, **loader_options(args)), None
+        collate_positioned = PositionedCollator(collate_packs)
+        return DataLoader(packs, batch_size=None, collate_fn=collate_positioned, **loader_options(args)), None
     capacity = resolve_pack_capacity(max_tokens, size, dataset.lengths)
     sampler = PackSampler(dataset.lengths, capacity, sampler_seed(args), args.process_index, args.world_size)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_packs, **loader_options(args)), sampler

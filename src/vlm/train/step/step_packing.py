@@ -36,7 +36,7 @@ from vlm.data.batching.step_layout import (
 from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.feature_cache.images import CachedFeatureDataset
-from vlm.data.stream import SampleStream
+from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options
 from vlm.train.monitor.flops import StepFlops
 from vlm.train.objectives.base import Inputs
@@ -158,7 +158,10 @@ class StepPacking:
             if self.max_tokens is not None:
                 check_stream_capacity(dataset, self.max_tokens)
             collate = MicroBatchCollator(self.collate, self.costs, self.max_tokens)
-            return DataLoader(dataset, padded.batch_size, collate_fn=collate, **loader_options(self.args))
+            return DataLoader(
+                PositionedStream(dataset), padded.batch_size, collate_fn=PositionedCollator(collate),
+                **loader_options(self.args),
+            )  # fmt: skip
         batches: Any = padded.batch_sampler
         if self.args.world_size > 1 and not (isinstance(batches, BatchSamplerShard) and batches.even_batches):
             raise ValueError(

@@ -1,0 +1,127 @@
+"""Tar shards, read in sequence from any sample on: files of one name are one sample.
+
+The `.json` is the record, the `.txt` its `caption`; images are bytes under `image` (several under `images`). The name
+is the `id` of a record without one.
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from vlm.data.records.http import HTTP_PREFIXES, open_http
+from vlm.data.records.index import parse_record
+from vlm.data.records.paths import PIPE_PREFIX
+from vlm.data.records.positions import END
+from vlm.data.sample import BadSample, Record
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Extensions of image files in a tar shard."""
+META_NAMES = re.compile(r"__[^/]*__($|/)")
+"""Names of members that webdataset passes over."""
+COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+"""How compressed files begin."""
+
+
+def expand_shard_urls(path: str) -> list[str]:
+    """Return the shards that a path with braces, a folder, an address or a command stands for.
+
+    Raises:
+        ValueError: a shard does not exist; addresses are not asked.
+    """
+    from webdataset.shardlists import expand_urls
+
+    if path.startswith((PIPE_PREFIX, *HTTP_PREFIXES)):
+        return expand_urls(path)
+    urls = sorted(map(str, Path(path).glob("*.tar"))) if Path(path).is_dir() else expand_urls(path)
+    if missing := [url for url in urls if not os.path.isfile(url)]:
+        raise ValueError(f"{path}: there is no file {missing[0]}")
+    return urls
+
+
+def read_tar(url: str, start: int = 0) -> Iterator[tuple[Record | BadSample, int]]:
+    """Iterate over the samples of a shard, as files by suffix, each with the byte behind it.
+
+    What cannot be read any more is a `BadSample` with the place `END`.
+
+    Args:
+        url: a file, an address (`http:`, `https:`) or a command (`pipe:`).
+        start: the byte behind the last sample that was read. Files and addresses are read from there on; the output of
+            a command, or of a compressed file, is read from its beginning and passed over.
+    """
+    from webdataset.tariterators import group_by_keys
+
+    try:
+        stream, base = open_shard(url, start)
+        with closing(stream):
+            for sample in group_by_keys(_iter_files(stream, base, url)):
+                files = {name: value for name, value in sample.items() if isinstance(value, tuple)}
+                end = max(end for _, end in files.values())
+                if end > start:
+                    yield {"__key__": sample["__key__"], **{name: content for name, (content, _) in files.items()}}, end
+    except (tarfile.TarError, OSError, ValueError) as error:  # a torn shard, a command that fails
+        yield BadSample("?", f"{url} does not read on: {error.args[0] if error.args else error}", url), END
+
+
+def open_shard(url: str, start: int) -> tuple[Any, int]:
+    """Open a shard; return it with its first byte, which is `start` or, where nothing can be passed over, 0."""
+    from webdataset.gopen import gopen
+
+    if url.startswith(HTTP_PREFIXES):
+        return open_http(url, start), start
+    if url.startswith(PIPE_PREFIX):
+        return gopen(url), 0
+    file = open(url, "rb")  # noqa: SIM115 - `read_tar` closes it
+    is_compressed = file.read(6).startswith(COMPRESSIONS)
+    base = 0 if is_compressed else start
+    file.seek(base)
+    return file, base
+
+
+def _iter_files(stream: Any, base: int, url: str) -> Iterator[dict[str, Any]]:
+    """Iterate over the files of a tar stream, as `group_by_keys` takes them: each content with the byte behind it."""
+    if base and not stream.peek(1):  # nothing is left, which would be no tar file
+        return
+    with tarfile.open(fileobj=stream, mode="r|" if base else "r|*") as tar:
+        for member in tar:
+            name = member.name
+            is_meta = ("/" not in name and name.startswith("__") and name.endswith("__")) or META_NAMES.match(name)
+            if member.isreg() and not is_meta:
+                opened = tar.extractfile(member)
+                assert opened is not None
+                content = opened.read()
+                blocks = -(-member.size // tarfile.BLOCKSIZE)
+                end = base + member.offset_data + blocks * tarfile.BLOCKSIZE
+                yield {"fname": name, "data": (content, end), "__url__": url}
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue] - it would keep all of them
+
+
+def make_tar_record(sample: Record) -> Record:
+    """Return the record that the files of a sample are.
+
+    Raises:
+        BadSample: its `.json` holds none.
+    """
+    name = sample["__key__"]
+    record = parse_record(sample["json"], name) if "json" in sample else {}
+    if not isinstance(record, dict):
+        raise BadSample(name, f"its .json must hold a mapping, got {type(record).__name__}")
+    if "txt" in sample:
+        record["caption"] = sample["txt"].decode(errors="replace")
+    files = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in IMAGE_EXTENSIONS}
+    images = [{"bytes": files[key], "path": f"{name}.{key}"} for key in sorted(files, key=_natural_sort_key)]
+    if images:
+        record = {key: value for key, value in record.items() if key not in ("image", "images")}
+        if len(images) > 1:
+            record["images"] = images
+        else:
+            record["image"] = images[0]
+    return {"id": name, **record}
+
+
+def _natural_sort_key(key: str) -> list[tuple[int, str]]:
+    """Return a key that sorts `10.png` after `9.png`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]

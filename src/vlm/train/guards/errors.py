@@ -1,0 +1,90 @@
+"""How a guard ends a run, and what it says where data workers die."""
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vlm.checks.fields import RunFailed
+from vlm.config.schema import DatasetConfig, RunConfig
+
+log = logging.getLogger(__name__)
+
+GUARD_EXIT_CODE = 76
+"""The exit code of a run that a guard stopped: going on with the same command would most likely end the same way."""
+
+WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
+"""How PyTorch's message about data workers that died begins."""
+
+
+DEATH_SECONDS = 2.0
+"""How long a worker whose connection broke may take to be known to be dead."""
+
+
+class GuardStop(SystemExit):
+    """Ends the run on this rank with `GUARD_EXIT_CODE`; every rank raises it at the same step."""
+
+    def __init__(self, message: str):
+        super().__init__(GUARD_EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DataWorkerDied(RunFailed):
+    """A data worker ended without being asked to."""
+
+
+@contextmanager
+def explain_worker_death(config: RunConfig) -> Iterator[None]:
+    """Within, a data worker that dies ends the run with a sentence that says what to do.
+
+    Raises:
+        DataWorkerDied: a data worker died.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        reason = str(error) if WORKER_DIED.search(str(error)) else _wait_for_death(error)
+        if reason is None or isinstance(error, RunFailed):
+            raise
+        raise DataWorkerDied(describe_worker_death(reason, config)) from error
+
+
+def _wait_for_death(error: BaseException) -> str | None:
+    """Return what PyTorch says of a worker whose connection broke before it was known to be dead; None: of none."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        return None
+    try:
+        time.sleep(DEATH_SECONDS)  # PyTorch's handler of the signal raises within it
+    except RuntimeError as death:
+        return str(death) if WORKER_DIED.search(str(death)) else None
+    return None
+
+
+def describe_worker_death(reason: str, config: RunConfig) -> str:
+    """Return which data workers died, most likely of what, and which keys help; `reason` is PyTorch's message."""
+    death = WORKER_DIED.search(reason)
+    pids = death[1].strip() if death is not None else "?"
+    trainer = config.trainer
+    workers = f"trainer.dataloader_num_workers (now {trainer.dataloader_num_workers})"
+    if "Bus error" in reason or "shared memory" in reason:
+        cause = "there was no room left in shared memory (/dev/shm)"
+        advice = f"Make it larger (docker run --shm-size=16g), or lower {workers}."
+    elif "signal: Killed" in reason or "exited unexpectedly" in reason:
+        cause = "most likely the system killed it because memory ran out (dmesg says so)"
+        advice = f"Lower {workers}{_smaller_buffers(config.dataset, trainer.dataloader_prefetch_factor)}."
+    else:
+        cause = reason.split("\n")[0].rstrip(".")
+        advice = "trainer.dataloader_num_workers=0 reads records in the run's own process, where the error shows."
+    again = "The same command goes on from the newest checkpoint."
+    return f"A data worker died (process {pids}): {cause}. {advice} {again}"
+
+
+def _smaller_buffers(data: DatasetConfig, prefetch: int | None) -> str:
+    """Return what else holds memory in data workers."""
+    keys = f", or trainer.dataloader_prefetch_factor (now {prefetch or 2} batches a worker)"
+    buffer = f", or dataset.shuffle_buffer (now {data.shuffle_buffer:,} records a worker)"
+    return f"{keys}{buffer}" if data.streaming else keys

@@ -1,0 +1,126 @@
+"""What held the memory where it ran out, and which keys lower it, in the order in which they cost least."""
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlm.checks.fields import RunFailed
+from vlm.config.schema import RunConfig
+from vlm.train.monitor.speed import peak_memory
+
+CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""Parts of what PyTorch says where the memory of the machine ran out."""
+
+
+class OutOfMemory(RunFailed):
+    """Memory ran out; the message says what held it, and what to do."""
+
+
+class MemoryHolder(Protocol):
+    """What is asked of the run's `VLMTrainer`."""
+
+    model: Any
+    optimizer: Any
+    args: Any
+
+
+@contextmanager
+def explain_out_of_memory(trainer: MemoryHolder, config: RunConfig) -> Iterator[None]:
+    """Within, memory that runs out ends the run with what held it, and which keys lower it.
+
+    Raises:
+        OutOfMemory: memory ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        held = describe_held(measure_held(trainer), trainer.args.device)
+        keys = "; ".join(list_remedies(config))
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OutOfMemory(f"Memory ran out: {reason}\n{held}\nWhat lowers it, in order: {keys}.") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, of a device or of the machine."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return getattr(error, "errno", None) == errno.ENOMEM or any(text in str(error) for text in CPU_MESSAGES)
+
+
+def measure_held(trainer: MemoryHolder) -> dict[str, int]:
+    """Return the bytes that parameters, gradients and optimiser states hold on this rank."""
+    model: nn.Module = trainer.model
+    parameters = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    inner = trainer.optimizer
+    while hasattr(inner, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+        inner = inner.optimizer
+    states = [] if inner is None else list(_tensors(inner.state.values()))
+    own = {tensor.data_ptr() for tensor in parameters}
+    groups = [] if inner is None else inner.param_groups
+    copies = [p for group in groups for p in group["params"] if p.data_ptr() not in own]  # in float32, of DeepSpeed
+    return {
+        "parameters": _num_bytes([*parameters, *model.buffers()]),
+        "gradients": _num_bytes(gradients),
+        "optimiser states": _num_bytes([*states, *copies]),
+    }
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Iterate over the tensors of nested mappings and lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def describe_held(held: dict[str, int], device: torch.device) -> str:
+    """Return what held memory, in words; what else was used at most is counted to the activations."""
+    gib = {name: number / 2**30 for name, number in held.items()}
+    total = peak_memory(device)
+    rest = max(total - sum(gib.values()), 0.0)
+    parts = ", ".join(f"{name} {size:.2f} GiB" for name, size in gib.items())
+    where = "the device" if device.type != "cpu" else "this process"
+    others = f"activations of the batch and the rest {rest:.2f} GiB ({total:.2f} GiB in all at most)"
+    return f"What held it on {where}: {parts}, {others}."
+
+
+def list_remedies(config: RunConfig) -> list[str]:
+    """Return the keys that lower the memory of a run, those that change least first; only those that have an effect."""
+    trainer, data = config.trainer, config.dataset
+    size, accumulation = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
+    remedies = []
+    if size > 1:
+        more = f"trainer.gradient_accumulation_steps={accumulation * 2}"
+        remedies.append(f"trainer.per_device_train_batch_size={size // 2} with {more}")
+    if trainer.packing:
+        most = trainer.max_tokens_per_batch
+        remedies.append(f"trainer.max_tokens_per_batch (now {'null' if most is None else most})")
+    if not trainer.activation_checkpointing:
+        remedies.append("trainer.activation_checkpointing=true")
+    if not (trainer.bf16 or trainer.fp16):
+        remedies.append("trainer.bf16=true")
+    if trainer.deepspeed in (None, "zero0", "zero1", "zero2"):
+        stages = "zero3" if trainer.deepspeed == "zero2" else "zero2, then zero3,"
+        remedies.append(f"trainer.deepspeed={stages} on several GPUs")
+    if data.max_length is None or data.max_length > 512:
+        remedies.append(f"dataset.max_length (now {data.max_length})")
+    if trainer.unfreeze.train_language_model or trainer.unfreeze.train_vision_model:
+        remedies.append("adapters in place of whole parts (trainer.lora)")
+    if data.streaming or trainer.dataloader_num_workers:
+        workers = f"trainer.dataloader_num_workers (now {trainer.dataloader_num_workers})"
+        remedies.append(f"for the memory of the machine, {workers}")
+    return remedies

@@ -1,0 +1,199 @@
+"""Ends a run that is stuck, on all ranks, with the stacks of all threads.
+
+Each rank has a thread that counts what the rank gets done (`Watchdog.mark`), writes the count into the run directory,
+and reads those of the other ranks there. Where no count of any rank changes for `trainer.stuck_after` seconds, every
+rank writes its stacks and ends. A rank that is stopped (SIGSTOP) cannot: the others of its machine kill it.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vlm.train.distributed import barrier
+from vlm.train.guards.errors import GUARD_EXIT_CODE
+
+log = logging.getLogger(__name__)
+
+LONGEST_INTERVAL = 10.0
+"""The most seconds between two looks."""
+STDERR = 2
+"""Its file descriptor: `sys.stderr` may be no file."""
+LOOKS = 10
+"""Number of looks within `trainer.stuck_after`."""
+
+
+class Watchdog:
+    """Watches over one rank.
+
+    Progress is what the rank marks: a batch that is fetched, prepared or trained on, a log, an answer. While a
+    checkpoint is written, the bytes that the run directory grows by are progress; while data workers read the first
+    records, the time that they compute.
+
+    Args:
+        folder: the run directory, which all ranks see.
+        stuck_after: seconds without progress on any rank.
+        rank: this rank.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, folder: Path, stuck_after: float, rank: int, world_size: int):
+        self.folder, self.stuck_after = folder, stuck_after
+        self.rank, self.world_size = rank, world_size
+        self.interval = min(LONGEST_INTERVAL, stuck_after / LOOKS)
+        self.heartbeats, self.stacks = folder / "heartbeats", folder / "stuck"
+        self._count = 0
+        self._seen: dict[int, str] = {}
+        self._progress_at = time.monotonic()
+        self._ended, self._arming = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self.heartbeats.mkdir(parents=True, exist_ok=True)
+        self._write_heartbeat()
+        if self.rank == 0:
+            shutil.rmtree(self.stacks, ignore_errors=True)
+        barrier()  # no rank sees what an earlier run left
+        self._thread.start()
+
+    def mark(self) -> None:
+        """Count a piece of work that is done."""
+        self._count += 1
+
+    def stop(self) -> None:
+        """Watch no more."""
+        with self._arming:
+            self._ended.set()
+            faulthandler.cancel_dump_traceback_later()
+        self._file(self.rank).unlink(missing_ok=True)
+        with suppress(OSError):  # other ranks' files may be in it
+            self.heartbeats.rmdir()
+
+    # --- in the thread --------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.interval):
+            with self._arming:
+                if self._ended.is_set():
+                    return
+                # Its own thread needs no Python: it ends a process in which no Python code runs any more.
+                faulthandler.dump_traceback_later(2 * self.stuck_after, exit=True, file=STDERR)
+            try:
+                if any(self.stacks.glob("rank-*.txt")):
+                    self._end("another rank is stuck")
+                self._write_heartbeat()
+                if self._has_progress():
+                    self._progress_at = time.monotonic()
+                elif time.monotonic() - self._progress_at > self.stuck_after:
+                    self._end(f"no rank got anything done for trainer.stuck_after={self.stuck_after:g} seconds")
+            except OSError as error:  # a disk that is full or away for a while
+                log.warning("The watchdog could not read or write %s: %s", self.heartbeats, error)
+
+    def _write_heartbeat(self) -> None:
+        work = self._measure_work()
+        content = {"count": self._count, "work": work, "host": socket.gethostname(), "pid": os.getpid()}
+        partial = self._file(self.rank).with_suffix(".partial")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(self._file(self.rank))
+
+    def _measure_work(self) -> tuple[int, int]:
+        """Return how much of the run directory is written, on rank 0, and how long child processes have computed."""
+        seconds = 0.0
+        for child in _children():
+            with suppress(psutil.Error):
+                times = child.cpu_times()
+                seconds += times.user + times.system
+        return _folder_size(self.folder) if self.rank == 0 else 0, int(seconds)
+
+    def _has_progress(self) -> bool:
+        """Return whether the count of any rank has changed since the last look."""
+        changed = False
+        for rank in range(self.world_size):
+            file = self._file(rank)
+            content = file.read_text(encoding="utf-8") if file.exists() else ""
+            changed |= content != self._seen.get(rank)
+            self._seen[rank] = content
+        return changed
+
+    def _end(self, reason: str) -> None:
+        """Write the stacks of this rank, wait for those of the others, and end this process."""
+        self.stacks.mkdir(exist_ok=True)
+        with self._stack_file(self.rank).open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        faulthandler.dump_traceback(STDERR, all_threads=True)
+        log.error("Rank %d is stuck and ends: %s. The stacks of each rank are in %s.", self.rank, reason, self.stacks)
+        ranks = range(self.world_size)
+        deadline = time.monotonic() + 2 * self.interval + 1
+        while time.monotonic() < deadline and not all(self._stack_file(rank).exists() for rank in ranks):
+            time.sleep(self.interval / 10)
+        for rank in ranks:
+            if not self._stack_file(rank).exists():
+                self._kill_frozen(rank)
+        for child in _children():
+            with suppress(psutil.Error):
+                child.kill()
+        logging.shutdown()
+        os._exit(GUARD_EXIT_CODE)
+
+    def _kill_frozen(self, rank: int) -> None:
+        """Kill a rank of this machine whose watchdog does not answer, as that of a stopped process."""
+        try:
+            beat = json.loads(self._file(rank).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if beat["host"] == socket.gethostname() and beat["pid"] != os.getpid() and psutil.pid_exists(beat["pid"]):
+            log.error("Rank %d (process %d) does not answer, as a stopped process, and is killed", rank, beat["pid"])
+            os.kill(beat["pid"], signal.SIGKILL)
+
+    def _file(self, rank: int) -> Path:
+        return self.heartbeats / f"rank-{rank}.json"
+
+    def _stack_file(self, rank: int) -> Path:
+        return self.stacks / f"rank-{rank}.txt"
+
+
+def _children() -> list[psutil.Process]:
+    """Return the processes that this one has started, and theirs; unlike `multiprocessing`, without ending any."""
+    return psutil.Process().children(recursive=True)
+
+
+def _folder_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder, as far as they stay there while they are looked at."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        if os.path.basename(path) == "heartbeats":
+            continue
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(path, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+class WatchdogCallback(TrainerCallback):
+    """Marks the progress of training, from its first step to its end."""
+
+    def __init__(self, watchdog: Watchdog):
+        self.watchdog = watchdog
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Begin to watch."""
+        self.watchdog.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Count a step, a part of one, a log, an evaluation or a checkpoint."""
+        self.watchdog.mark()
+
+    on_substep_end = on_log = on_evaluate = on_save = on_prediction_step = on_step_end

@@ -1,0 +1,39 @@
+"""Refuses to save weights that are not finite; every rank looks at what it holds."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlm.train.distributed import all_gather_objects
+
+
+def find_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of tensors with a NaN or an infinite value on any rank; every rank has to ask.
+
+    Of parameters that are sharded each rank looks at its own shard. The device is waited for once.
+    """
+    named = [(name, held) for name, tensor in tensors if (held := _held_here(tensor)).is_floating_point()]
+    finite = torch.stack([held.isfinite().all() for _, held in named]) if named else torch.ones(0, dtype=torch.bool)
+    names = [name for (name, _), is_finite in zip(named, finite.tolist(), strict=True) if not is_finite]
+    if not dist.is_initialized():
+        return names
+    return sorted({name for found in all_gather_objects(names) for name in found})
+
+
+def _held_here(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: the whole, or its shard under ZeRO-3 or FSDP2."""
+    shard = getattr(tensor, "ds_tensor", None)  # of DeepSpeed's ZeRO-3
+    if shard is not None:
+        return shard.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def describe_nonfinite(names: list[str], what: str) -> str:
+    """Return the message for weights that are not saved; `what` is what they would have been saved as."""
+    others = f" and {len(names) - 3} others" if len(names) > 3 else ""
+    return (
+        f"{what} is not written: weights are NaN or infinite ({', '.join(names[:3])}{others}), although the gradients "
+        "were finite, so an update made them so. Lower the learning rate; go on from an earlier checkpoint."
+    )
