@@ -35,7 +35,8 @@ START = _keys("trainer", "output_dir resume_from_checkpoint resume_changes hub_t
 
 SAFE = (
     _keys("trainer", "num_train_epochs max_steps num_samples eval_metrics eval_metrics_samples "
-          "eval_retrieval_candidates peak_tflops profile")
+          "eval_retrieval_candidates peak_tflops profile keep_best on_save_error on_nonfinite max_skipped_steps "
+          "stuck_after")
     | _keys("trainer", "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter "
             "include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project "
             "trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug")
@@ -59,7 +60,7 @@ SAFE = (
 
 CHANGES_RUN = (
     _keys("trainer", "from_pretrained deepspeed packing packing_strategy max_tokens_per_batch checkpointed_parts "
-          "loss_average")
+          "loss_average spike_action spike_threshold spike_window")
     | _keys("trainer.learning_rate", "visual_encoder_learning_rate connector_learning_rate "
             "language_model_learning_rate head_learning_rate")
     | _keys("trainer.weight_decay", "visual_encoder_weight_decay connector_weight_decay language_model_weight_decay "
