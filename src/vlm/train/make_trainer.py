@@ -7,7 +7,7 @@ from vlm.train.monitor.profiler import ProfilerCallback
 from vlm.train.monitor.speed import make_speed_meter
 from vlm.train.objectives.base import Objective, PreparedRun
 from vlm.train.run_directory import SkippedRecords
-from vlm.train.signals import SigtermCheckpoint
+from vlm.train.stop_on_signal import StopOnSignal
 from vlm.train.trainer import VLMTrainer
 
 
@@ -20,7 +20,8 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         run=run,
         on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if is_writer and is_whole_run else None,
         on_skipped=SkippedRecords(run, config.dataset, args.world_size),
-        callbacks=[MetricsFile(output_dir), StopAtNaN(), SigtermCheckpoint(can_save=is_whole_run)],
+        callbacks=[MetricsFile(output_dir), StopAtNaN()],
+        stop_on_signal=StopOnSignal(can_save=is_whole_run),
         meter=make_speed_meter(run, output_dir, config.trainer.peak_tflops, objective.flops_note),
     )
     trainer.add_callback(SetSamplerEpoch(lambda: trainer.sampler))

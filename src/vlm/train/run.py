@@ -70,6 +70,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     trainer = make_trainer(objective, prepared)
     trainer.train(resume_from_checkpoint=checkpoint)
     objective.after_training(prepared, trainer)
-    trainer.save_model(str(folder / "final"))
+    with trainer.stop_on_signal.saving():
+        trainer.save_model(str(folder / "final"))
     log.info("Done. Ask it:  %s", objective.next_command(folder / "final"))
     return folder

@@ -36,7 +36,7 @@ from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer
-from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
+from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packed_attention import use_packed_attention
@@ -48,6 +48,7 @@ from vlm.train.step.step_packing import (
     sample_costs,
     without_gradient_exchange,
 )
+from vlm.train.stop_on_signal import StopOnSignal
 
 NumItems = Tensor | int | None
 """Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch, each of them a batch."""
@@ -78,6 +79,7 @@ class VLMTrainer(CheckpointTrainer):
         on_first_batch: Callable[[Inputs], None] | None,
         on_skipped: Callable[[list[Skipped], int], None],
         callbacks: Sequence[TrainerCallback],
+        stop_on_signal: StopOnSignal,
     ):
         super().__init__(
             model=run.model,
@@ -86,9 +88,9 @@ class VLMTrainer(CheckpointTrainer):
             train_dataset=run.data.train,
             eval_dataset=run.data.evaluation,
             processing_class=run.processor.tokenizer,
-            callbacks=[BeforeFirstStep(self, run.model), *callbacks],
+            callbacks=[BeforeFirstStep(self, run.model), *callbacks, stop_on_signal],
         )
-        self.objective, self.meter = objective, meter
+        self.objective, self.meter, self.stop_on_signal = objective, meter, stop_on_signal
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
         self.saved_with_checkpoint = []
         self.options = objective.config.trainer
@@ -121,9 +123,12 @@ class VLMTrainer(CheckpointTrainer):
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, SigtermCheckpoint):
-                    callback.restore()
+            self.stop_on_signal.close()
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        """As usual; no signal ends the process within."""
+        with self.stop_on_signal.saving():
+            super()._save_checkpoint(model, trial)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:
         """Return the run's precision; `Trainer` has it around calls of the whole model alone."""
@@ -194,12 +199,12 @@ class VLMTrainer(CheckpointTrainer):
         if self.step_packing is not None:
             loader = self.step_packing.make_loader(loader, dataset)
             self.sampler = self.step_packing.sampler
-        return ignore_sigterm_in_workers(loader)
+        return ignore_signals_in_workers(loader)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """As usual, but anew: `Trainer` keeps persistent workers of the first data set for their blank images too."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return ignore_sigterm_in_workers(self.get_test_dataloader(dataset))
+        return ignore_signals_in_workers(self.get_test_dataloader(dataset))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Return samples grouped by modality and length, or in the objective's order, or else as usual."""
@@ -284,7 +289,7 @@ class VLMTrainer(CheckpointTrainer):
             options: dict[str, Any] = loader_options(self.args)
             options["persistent_workers"] = False  # accelerate keeps loaders
             single = DataLoader(dataset, size, collate_fn=collate, **options)
-            loader = ignore_sigterm_in_workers(self.accelerator.prepare(single))
+            loader = ignore_signals_in_workers(self.accelerator.prepare(single))
         for batch in tqdm(loader, title, leave=False, disable=silent):
             batch.pop(BATCH_STATS, None)
             for record in batch.pop(SKIPPED_KEY, []):
