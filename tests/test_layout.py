@@ -81,7 +81,7 @@ TESTED_ELSEWHERE = {
     "train/objectives/generation.py": "train/objectives/test_objectives.py",
     "train/parts.py": "train/test_trainer.py",
     "train/run_directory.py": "train/test_run.py",
-    "train/signals.py": "train/test_run.py",
+    "train/stop_on_signal.py": "train/test_run.py",
     "train/step/packed_attention.py": "train/step/test_packing.py",
     "web/chat.py": "web/test_page.py",
     "web/data.py": "web/test_page.py",

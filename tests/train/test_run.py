@@ -157,9 +157,9 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(VLMTrainer, "training_step", asked)
-    with caplog.at_level("INFO", logger="vlm.train.signals"), pytest.raises(SystemExit) as ended:
+    with caplog.at_level("INFO", logger="vlm.train"), pytest.raises(SystemExit) as ended:
         train("pretrain-smol", tmp_path / "run", *options)
-    assert ended.value.code == 143
+    assert ended.value.code == 75
     assert "saved checkpoint-4" in caplog.text
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-4"
     assert not (tmp_path / "run" / "final").exists()

@@ -15,6 +15,7 @@ from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.find import checkpoint_to_resume
+from vlm.train.extension_locks import extensions_folder, release_stale_locks
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.objectives.base import PreparedRun
@@ -22,6 +23,7 @@ from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
 from vlm.train.run_directory import choose_directory, contribution_table, write_data_summary, write_run_files
 from vlm.train.step.packing import check_packing_support
+from vlm.train.world_check import check_same_data, check_same_setup
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +45,15 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if config.trainer.packing:
         check_packing_support(model_config.model_type)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
+    check_same_setup(config)
+    if args.local_process_index == 0 and config.trainer.deepspeed:
+        release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))
     if is_writer := args.process_index == 0:
         write_run_files(folder, config)
 
     data = objective.load_data(model_config, processor, args)
+    check_same_data(data.records)
     checkpoint = checkpoint_to_resume(config, folder)
     if is_writer:
         write_data_summary(folder, data.records, resumed=checkpoint is not None)
