@@ -47,5 +47,5 @@ def test_ranks_with_other_commands_and_data_do_not_train(common: list[str], tmp_
 def test_data_of_another_content_is_named():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vlm.train.world_check.all_gather_objects", lambda facts: [facts, {"train data: samples": 3}])
-        with pytest.raises(ValueError, match="samples is 3 on rank 1 and 4 on rank 0. Give every machine the same"):
+        with pytest.raises(ValueError, match=r"samples is 3 on rank 1 and 4 on rank 0\. Give every machine the same"):
             check_equal({"train data: samples": 4}, "Give every machine the same files")
