@@ -1,12 +1,16 @@
 """What a trainer does on a signal: all ranks agree, save a checkpoint, and end."""
 
 import logging
+import random
 import threading
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from signal import Signals
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,16 +23,28 @@ from vlm.train.signals import Phase, SignalListener, current_listener
 log = logging.getLogger(__name__)
 
 
+EVALUATION_DUE = "evaluation_due"
+"""The file that says of a checkpoint that a signal interrupted the evaluation after its step."""
+
+
+class EvaluationInterrupted(Exception):
+    """A signal came during an evaluation; every rank raises it at the same batch."""
+
+
 class StopOnSignal(TrainerCallback):
     """Ends a run after the current step, with a checkpoint, where any rank got a signal.
 
     Ranks get a signal at different steps, or only one of them does, so they agree after each step and each checkpoint.
     Without `can_save`, the run ends without a checkpoint. A process without a listener has one while it trains.
+
+    An evaluation is not waited for: it is interrupted, and made when the run is resumed; it is saved with the
+    checkpoint (`SavedWithCheckpoint`) that it is due.
     """
 
     def __init__(self, *, can_save: bool = True):
         self.can_save = can_save
         self.agreed: Signals | None = None
+        self.is_evaluation_due = False
         self.listener = current_listener()
         self.own_listener = ExitStack()
 
@@ -54,6 +70,21 @@ class StopOnSignal(TrainerCallback):
             number = int(flag.item())
         self.agreed = Signals(number) if number else None
         return self.agreed is not None
+
+    def interrupt_evaluation(self, device: torch.device) -> None:
+        """Raise EvaluationInterrupted where any rank got a signal while the run trains; every rank calls it."""
+        listener = self.listener
+        if self.can_save and listener is not None and listener.phase is Phase.TRAINING and self.agree(device):
+            raise EvaluationInterrupted
+
+    def save_to(self, checkpoint: Path) -> None:
+        """Save that an evaluation is due."""
+        if self.is_evaluation_due and (not dist.is_initialized() or dist.get_rank() == 0):
+            checkpoint.joinpath(EVALUATION_DUE).touch()
+
+    def load_from(self, checkpoint: Path) -> None:
+        """Read whether an evaluation is due."""
+        self.is_evaluation_due = broadcast_from_rank0(checkpoint.joinpath(EVALUATION_DUE).exists())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Ask for a checkpoint where any rank got a signal."""
@@ -86,3 +117,44 @@ class StopOnSignal(TrainerCallback):
     def close(self) -> None:
         """Stop listening where this trainer began it, whether the run has ended or failed."""
         self.own_listener.close()
+
+
+class EvaluatingTrainer(Protocol):
+    """What is asked of the run's `VLMTrainer`."""
+
+    stop_on_signal: StopOnSignal
+    model_wrapped: Any
+    control: TrainerControl
+
+    _maybe_log_save_evaluate: Callable[..., None]
+
+
+class EvaluateWhenDue(TrainerCallback):
+    """Makes the evaluation that a signal interrupted, before the first step of the resumed run."""
+
+    def __init__(self, trainer: EvaluatingTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Evaluate, as the interrupted run would have after the step of the checkpoint."""
+        trainer = self.trainer
+        if trainer.stop_on_signal.is_evaluation_due:
+            trainer.stop_on_signal.is_evaluation_due = False
+            asked = trainer.control  # as it was when the checkpoint was saved
+            asked.should_log, asked.should_save, asked.should_evaluate = False, False, True
+            no_loss, epoch = torch.tensor(0.0), state.epoch or 0.0
+            trainer._maybe_log_save_evaluate(no_loss, None, trainer.model_wrapped, None, epoch, None, time.time())
+            trainer.control.should_evaluate = False
+
+
+@contextmanager
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Let what is drawn within change nothing afterwards, so that a run is the same however often it evaluates."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -48,7 +48,7 @@ from vlm.train.step.step_packing import (
     sample_costs,
     without_gradient_exchange,
 )
-from vlm.train.stop_on_signal import StopOnSignal
+from vlm.train.stop_on_signal import EvaluateWhenDue, EvaluationInterrupted, StopOnSignal, preserved_random_state
 
 NumItems = Tensor | int | None
 """Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch, each of them a batch."""
@@ -92,7 +92,7 @@ class VLMTrainer(CheckpointTrainer):
         )
         self.objective, self.meter, self.stop_on_signal = objective, meter, stop_on_signal
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
-        self.saved_with_checkpoint = []
+        self.saved_with_checkpoint = [stop_on_signal]
         self.options = objective.config.trainer
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
@@ -120,8 +120,14 @@ class VLMTrainer(CheckpointTrainer):
     ) -> TrainOutput:
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
+        self.add_callback(EvaluateWhenDue(self))
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except EvaluationInterrupted:
+            self.stop_on_signal.is_evaluation_due = True
+            self._save_checkpoint(self.model_wrapped, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
         finally:
             self.stop_on_signal.close()
 
@@ -263,7 +269,8 @@ class VLMTrainer(CheckpointTrainer):
         """Return the objective's metrics, each name with `eval_` before it, and log them."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
-        values = self.objective.evaluate(self, dataset)
+        with preserved_random_state(self.args.device):
+            values = self.objective.evaluate(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log(metrics)
@@ -291,6 +298,7 @@ class VLMTrainer(CheckpointTrainer):
             single = DataLoader(dataset, size, collate_fn=collate, **options)
             loader = ignore_signals_in_workers(self.accelerator.prepare(single))
         for batch in tqdm(loader, title, leave=False, disable=silent):
+            self.stop_on_signal.interrupt_evaluation(self.args.device)
             batch.pop(BATCH_STATS, None)
             for record in batch.pop(SKIPPED_KEY, []):
                 raise record.as_error()
