@@ -135,7 +135,9 @@ class SignalListener:
                 self._asked_to_stop = now
             self.received = self.received or number
             if self.phase is Phase.START:
-                log.info("%s: the run ends %s. The same command begins there again.", event, self.phase.value)
+                if os.environ.get("RANK", "0") == "0":  # logging may not be set up yet
+                    said = f"vlm: {event}: the run ends {self.phase.value}. The same command begins there again."
+                    print(said, file=sys.stderr)
                 self._end_process(SAVED_EXIT_CODE)
             elif is_second and self._is_saving:
                 log.warning("%s again: the run ends as soon as what is being written is complete.", event)
