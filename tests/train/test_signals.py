@@ -166,3 +166,20 @@ def test_handlers_are_restored(tmp_path: Path):
     code = "before = signal.getsignal(signal.SIGINT)\nlistener.__exit__()\nbegun()\n"
     code += "sys.exit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)\n"
     assert end(start(tmp_path, code))[0] == 0
+
+
+def test_a_second_signal_interrupts_a_notebook_and_leaves_it_alive(tmp_path: Path):
+    code = """
+listener.owns_process = False
+try:
+    begun()
+    while True:
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+    process = start(tmp_path, code)
+    process.send_signal(signal.SIGINT)
+    wait_for_another_request()
+    process.send_signal(signal.SIGINT)
+    assert end(process)[0] == 7

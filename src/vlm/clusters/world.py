@@ -34,7 +34,7 @@ def take_world_from_scheduler(environment: MutableMapping[str, str] = os.environ
             f"vlm: this job has {number} tasks (SLURM_NTASKS), and its script runs once; start one process a task with "
             "srun python -m vlm …, or one a node with srun --ntasks-per-node=1 vlm launch --nproc GPUS -- -cn RUN …"
         )
-    environment |= slurm_world(environment, number)
+    environment.update(slurm_world(environment, number))
 
 
 def slurm_world(environment: Mapping[str, str], number: int) -> dict[str, str]:

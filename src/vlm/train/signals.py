@@ -10,6 +10,7 @@ before torch is imported. `stop_on_signal.py` is what a trainer does on a signal
 """
 
 import atexit
+import ctypes
 import logging
 import multiprocessing
 import multiprocessing.util  # registers its own exit function first, which then runs after ours
@@ -129,10 +130,9 @@ class SignalListener:
     def _receive(self, number: Signals, event: str) -> None:
         with self._lock:
             is_first, is_stop, now = self.received is None, number in STOP_SIGNALS, time.monotonic()
-            is_second = is_stop and self._asked_to_stop is not None
-            is_second = is_second and now - self._asked_to_stop > SAME_REQUEST_SECONDS
             if is_stop and self._asked_to_stop is None:
                 self._asked_to_stop = now
+            is_second = is_stop and now - (self._asked_to_stop or now) > SAME_REQUEST_SECONDS
             self.received = self.received or number
             if self.phase is Phase.START:
                 if os.environ.get("RANK", "0") == "0":  # logging may not be set up yet
@@ -152,9 +152,8 @@ class SignalListener:
         """End the process from the listener's thread, whatever the main thread waits for."""
         if self.owns_process:
             end_process(code)
-        for number, handler in self._previous.items():  # a notebook: its own handlers raise in its main thread
-            signal.signal(number, handler)
-        os.kill(os.getpid(), code - 128 if code > 128 else signal.SIGINT)
+        main = ctypes.c_ulong(threading.main_thread().ident or 0)  # of a notebook, which goes on
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
 
 
 def current_listener() -> SignalListener | None:
