@@ -26,7 +26,7 @@ def test_a_job_has_one_run_directory_however_often_it_is_queued(records: str, ca
 
 def test_what_the_run_would_refuse_is_refused_now(records: str):
     assert "trainer.max_step" in refusal("submit", "-cn", "pretrain-smol", records, "trainer.max_step=3")
-    assert "not exist" in refusal("submit", "-cn", "pretrain-smol", "dataset.path=/cluster/records.json")
+    assert "no such file" in refusal("submit", "-cn", "pretrain-smol", "dataset.path=/cluster/records.json")
     assert not Path("pretrain-smol.sbatch").exists()
     main(["submit", "--no-check", "-cn", "pretrain-smol", "dataset.path=/cluster/records.json"])
     assert Path("pretrain-smol.sbatch").exists()

@@ -19,6 +19,13 @@ def test_a_task_of_srun_is_a_rank():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("visible", "local"), [("3", "0"), ("0,1,2,3", "1")])
+def test_a_task_that_sees_one_device_takes_it(visible: str, local: str):
+    environment = {**TASK, "CUDA_VISIBLE_DEVICES": visible}
+    take_world_from_scheduler(environment)
+    assert environment["LOCAL_RANK"] == local
+
+
 @pytest.mark.parametrize(
     "environment",
     [

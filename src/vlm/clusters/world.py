@@ -39,10 +39,11 @@ def take_world_from_scheduler(environment: MutableMapping[str, str] = os.environ
 
 def slurm_world(environment: Mapping[str, str], number: int) -> dict[str, str]:
     """Return the variables of torch's process groups for a task of a Slurm step with so many tasks."""
+    has_own_device = environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()  # by --gpus-per-task, which hides the others
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(number),
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_RANK": "0" if has_own_device else environment.get("SLURM_LOCALID", "0"),
         **slurm_rendezvous(environment),
     }
 
