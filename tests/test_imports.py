@@ -13,6 +13,7 @@ import vlm
 SOURCE = Path(vlm.__file__).parent
 ORDER = (
     "config",
+    "clusters",
     "models",
     "data",
     "families",
@@ -30,7 +31,7 @@ ORDER = (
 )
 """The packages from the lowest to the highest: each imports itself and what stands before it."""
 
-ALONE = ("config", "models")
+ALONE = ("clusters", "config", "models")
 """Packages that import no other one."""
 
 HUB_CODE = {"numpy", "torch", "transformers", "PIL", *sys.stdlib_module_names}

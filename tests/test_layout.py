@@ -90,7 +90,7 @@ TESTED_ELSEWHERE = {
     "train/resume/progress.py": "train/resume/test_exactness.py",
     "train/resume/record.py": "train/resume/test_start.py",
     "train/run_directory.py": "train/test_run.py",
-    "train/signals.py": "train/test_run.py",
+    "train/stop_on_signal.py": "train/test_run.py",
     "train/step/packed_attention.py": "train/step/test_packing.py",
     "web/chat.py": "web/test_page.py",
     "web/data.py": "web/test_page.py",

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tests.fixtures import compose_config, losses
-from tests.forked import run_forked
+from tests.fixtures import compose_config, losses, newest_checkpoint
+from tests.forked import find_free_port, run_forked
 from tests.tiny_parts import Parts
 from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.run import run
@@ -159,9 +159,9 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(VLMTrainer, "training_step", asked)
-    with caplog.at_level("INFO", logger="vlm.train.signals"), pytest.raises(SystemExit) as ended:
+    with caplog.at_level("INFO", logger="vlm.train"), pytest.raises(SystemExit) as ended:
         train("pretrain-smol", tmp_path / "run", *options)
-    assert ended.value.code == 143
+    assert ended.value.code == 75
     assert "saved checkpoint-4" in caplog.text
     assert find_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
     assert not (tmp_path / "run" / "final").exists()
@@ -305,3 +305,76 @@ def test_samples_of_which_the_template_leaves_no_prompt_are_passed_over(
         "pretrain-smol", tmp_path / "run", f"dataset.path={tmp_path / 'records.json'}", "trainer.max_steps=1"
     )
     assert (folder / "final" / "model.safetensors").is_file()
+
+
+def test_an_interrupted_evaluation_is_made_when_the_run_is_resumed(
+    train: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The weights and the metrics are those of the run that nothing interrupted."""
+    options = [
+        "trainer.num_train_epochs=2", "trainer.save_strategy=no", "trainer.eval_strategy=steps", "trainer.eval_steps=2",
+        f"dataset.eval_path={world / 'records.json'}",
+    ]  # fmt: skip
+    whole = train("pretrain-smol", tmp_path / "whole", *options)
+    batches = VLMTrainer._prepare_inputs
+
+    def asked(self: VLMTrainer, inputs: Any) -> Any:
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return batches(self, inputs)
+
+    monkeypatch.setattr(VLMTrainer, "_prepare_inputs", asked)
+    with pytest.raises(SystemExit) as ended:
+        train("pretrain-smol", tmp_path / "run", *options)
+    assert ended.value.code == 75
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    monkeypatch.setattr(VLMTrainer, "_prepare_inputs", batches)
+    resumed = train("pretrain-smol", tmp_path / "run", *options, "trainer.resume_from_checkpoint=true")
+    assert evaluation_losses(resumed) == pytest.approx(evaluation_losses(whole), abs=1e-6)
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def evaluation_losses(run_directory: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["eval_loss"] for line in lines if "eval_loss" in line]
+
+
+ASKED_ON_ONE_RANK = """
+import atexit, os, signal, sys
+from vlm.cli.train import main
+from vlm.train.trainer import VLMTrainer
+
+step = VLMTrainer.training_step
+
+
+def asked(self, *args, **kwargs):
+    if self.args.process_index == 1 and self.state.global_step == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return step(self, *args, **kwargs)
+
+
+def end(code):
+    print("the interpreter's own end is left out", flush=True)
+    leave(code)
+
+
+leave, os._exit = os._exit, end
+VLMTrainer.training_step = asked
+main(sys.argv[1:])
+"""
+
+
+def test_ranks_agree_on_a_signal_to_one_of_them_and_end_cleanly(common: list[str], tmp_path: Path):
+    """Under ZeRO-3 threads of gloo are left, which could make a rank abort while the interpreter ends."""
+    words = ["-cn", "pretrain-smol", *common, f"trainer.output_dir={tmp_path}", "trainer.deepspeed=zero3"]
+    port = find_free_port()
+    environments = [
+        {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for rank in ("0", "1")
+    ]
+    command = ["-c", ASKED_ON_ONE_RANK, *words, "trainer.per_device_train_batch_size=4"]
+    ended = run_forked(command, command, environments=environments)
+    assert {one.returncode for one in ended} <= {75, -signal.SIGKILL}, ended[0].stderr + ended[1].stderr
+    assert 75 in {one.returncode for one in ended}
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert all("own end is left out" in one.stdout for one in ended if one.returncode == 75)

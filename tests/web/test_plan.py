@@ -82,9 +82,9 @@ def test_a_path_stays_a_path(tmp_path: Path, name: str):
 
 def test_the_command_is_this_python_and_a_process_for_each_gpu(records: str):
     plan = Plan("pretrain-smol", {}, {"dataset.path": records})
-    ending = ["-m", "vlm", "-cn", "pretrain-smol", f"dataset.path={records}", f"trainer.output_dir={FOLDER}"]
-    assert make_command(plan, FOLDER) == [sys.executable, *ending]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ending = ["-cn", "pretrain-smol", f"dataset.path={records}", f"trainer.output_dir={FOLDER}"]
+    assert make_command(plan, FOLDER) == [sys.executable, "-m", "vlm", *ending]
+    launcher = ["-m", "vlm", "launch", "--nproc", "2", "--"]
     assert make_command(plan, FOLDER, 2) == [sys.executable, *launcher, *ending]
     with pytest.raises(ConfigError, match="at least 1"):
         make_command(plan, FOLDER, 0)

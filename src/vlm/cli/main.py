@@ -17,6 +17,8 @@ COMMANDS = {
     "serve": "serve",
     "web": "web",
     "data": "data",
+    "launch": "launch",
+    "submit": "submit",
     "models": "models",
     "import": "import_checkpoint",
     "export": "export_checkpoint",

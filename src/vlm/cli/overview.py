@@ -8,6 +8,8 @@ USAGE = """\
 vlm composes, trains and asks vision-language models.
 
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train
+  vlm launch --nproc 8 -- -cn RUN …                         train on several GPUs; vlm launch --help
+  vlm submit --target slurm -cn RUN nodes=4 …               a job of it for a cluster; vlm submit --help
   vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; of a file: --input, --output
   vlm chat CHECKPOINT --image FILE                          talk with a trained model
   vlm predict CHECKPOINT --image FILE --prompt TEXT         ask a trained head; of a file: --input, --output
@@ -21,7 +23,7 @@ vlm composes, trains and asks vision-language models.
   vlm serve CHECKPOINT                                      a model as OpenAI's chat completions
   vlm push-to-hub CHECKPOINT --repo OWNER/NAME              a checkpoint on the Hub, for plain transformers
 
-On several GPUs: torchrun --nproc-per-node 8 -m vlm -cn RUN …, or deepspeed --module vlm -cn RUN …"""
+On several GPUs: vlm launch, or torchrun --nproc-per-node 8 -m vlm -cn RUN …, or deepspeed --module vlm -cn RUN …"""
 
 HINTS = """\
 Any key can be set (trainer.num_train_epochs=2), any group exchanged (model/language_model=qwen2.5-0.5b).

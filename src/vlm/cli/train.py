@@ -5,14 +5,18 @@ Refuses what it can before importing torch; then hands a plain `RunConfig` to `v
 
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from vlm.checks.compose import with_config
 from vlm.checks.lora import QUANTIZABLE_PARTS
 from vlm.cli.collection import collect_as_usual
+from vlm.clusters.world import take_world_from_scheduler
 from vlm.config.schema import RunConfig
+from vlm.train.backend_threads import end_with_backend_threads
 from vlm.train.objectives.table import make_objective
+from vlm.train.signals import SignalListener
 
 BITSANDBYTES_OPTIMIZERS = re.compile("8bit|bnb|paged|lion|ademamix")
 DYNAMO_SWITCH = "TORCHDYNAMO_DISABLE"
@@ -21,21 +25,34 @@ DYNAMO_SWITCH = "TORCHDYNAMO_DISABLE"
 
 def main(words: Sequence[str] | None = None) -> None:
     """Compose the configuration that the command line asks for, check it, and run it."""
-    with_config(words, train, make_objective)
+    with listen_to_signals():
+        take_world_from_scheduler()
+        try:
+            with_config(words, train, make_objective)
+        except BaseException as error:
+            end_with_backend_threads(error)
+            raise
+        end_with_backend_threads()
 
 
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank."""
     with uncompiled_bitsandbytes(config):
+        from vlm.train.distributed import close_process_group
         from vlm.train.run import run  # torch comes with it
 
     collect_as_usual()
-    run(config, name, overrides)
-    import torch.distributed as dist
+    try:
+        run(config, name, overrides)
+    except SystemExit:  # on a signal, on every rank after the same step
+        close_process_group()
+        raise
+    close_process_group()
 
-    if dist.is_initialized():
-        dist.barrier()  # a rank that exits while another one works may make that one abort
-        dist.destroy_process_group()
+
+def listen_to_signals() -> AbstractContextManager[object]:
+    """Return a context in which signals end a run as `vlm.train.signals` says; only a main thread can hear them."""
+    return SignalListener() if threading.current_thread() is threading.main_thread() else nullcontext()
 
 
 @contextmanager

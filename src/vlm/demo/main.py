@@ -7,8 +7,8 @@ predicts the shape.
 
 import argparse
 import json
+import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+from vlm.clusters.processes import ProcessGroup
 from vlm.config.schema import InferenceConfig
 from vlm.demo.scenes import Record, write_scenes
 from vlm.demo.tiny_models import build_tiny_parts
@@ -78,7 +79,9 @@ def train(stage: str, folder: Path, records: str, overrides: Iterable[str]) -> P
         "trainer.output_dir": output,
     }
     settings = [f"{key}={value}" for key, value in keys.items()]
-    subprocess.run([sys.executable, "-m", "vlm", "-cn", stage, *settings, *overrides], check=True)
+    code = ProcessGroup().run([sys.executable, "-m", "vlm", "-cn", stage, *settings, *overrides], [os.environ])
+    if code:
+        sys.exit(code)  # the run has said why
     return output / "final"
 
 

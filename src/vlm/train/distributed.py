@@ -1,6 +1,7 @@
 """What ranks exchange: broadcasts, gathers, barriers and a lock. A run with one rank passes through all of them."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,3 +95,15 @@ def _acquire(lock: FileLock) -> bool:
     except Timeout:
         return False
     return True
+
+
+def close_process_group() -> None:
+    """End the process group once every rank is here: one that exits while another works may make that one abort."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    deepspeed_comm = sys.modules.get("deepspeed.comm")
+    if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+        deepspeed_comm.destroy_process_group()  # DeepSpeed keeps groups in modules, and lets go of them here
+    else:
+        dist.destroy_process_group()

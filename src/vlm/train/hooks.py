@@ -33,6 +33,11 @@ PRIVATE_HOOKS = (
         "DeepSpeed resumes from checkpoints without frozen parameters",
         *("max_steps", "train_dataloader", "resume_from_checkpoint"),
     ),
+    _hook(
+        "_maybe_log_save_evaluate",
+        "an evaluation that a signal interrupted is made when the run is resumed (called)",
+        *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+    ),
     _hook("_load_optimizer_and_scheduler", "DeepSpeed resumes the scheduler (called, not overridden)", "checkpoint"),
     PrivateName(TRAINER, "_run_epoch", "a run that is resumed at its last step trains no further one"),
     _hook(

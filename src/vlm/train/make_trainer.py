@@ -8,7 +8,7 @@ from vlm.train.monitor.speed import make_speed_meter
 from vlm.train.objectives.base import Objective, PreparedRun
 from vlm.train.resume.progress import AppendedFiles
 from vlm.train.run_directory import SkippedRecords
-from vlm.train.signals import SigtermCheckpoint
+from vlm.train.stop_on_signal import StopOnSignal
 from vlm.train.trainer import VLMTrainer
 
 
@@ -23,7 +23,8 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         run=run,
         on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if shows_batch else None,
         on_skipped=skipped,
-        callbacks=[MetricsFile(output_dir), SigtermCheckpoint(can_save=is_whole_run)],
+        callbacks=[MetricsFile(output_dir)],
+        stop_on_signal=StopOnSignal(can_save=is_whole_run),
         meter=make_speed_meter(run, output_dir, config.trainer.peak_tflops, objective.flops_note),
     )
     trainer.saved_with_checkpoint += [skipped, AppendedFiles(output_dir, is_writer=is_writer)]

@@ -15,6 +15,7 @@ from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
 from vlm.train.arguments import training_arguments
+from vlm.train.extension_locks import extensions_folder, release_stale_locks
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
@@ -26,6 +27,7 @@ from vlm.train.resume.final import write_final
 from vlm.train.resume.progress import RunProgress
 from vlm.train.run_directory import choose_directory, contribution_table
 from vlm.train.step.packing import check_packing_support
+from vlm.train.world_check import check_same_data, check_same_setup
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,9 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if config.trainer.packing:
         check_packing_support(model_config.model_type)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
+    check_same_setup(config)
+    if args.local_process_index == 0 and config.trainer.deepspeed:
+        release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))
     with open_run_directory(config, folder, args) as start:
         if not start.is_done:
@@ -62,6 +67,7 @@ def _train(
 ) -> None:
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
+    check_same_data(data.records)
     start.begin(data.records)
     _log_data(data)
 
@@ -85,7 +91,8 @@ def _train(
     trainer.add_callback(progress)
     trainer.train(resume_from_checkpoint=start.checkpoint)
     objective.after_training(prepared, trainer)
-    final = write_final(trainer, folder, start.record, progress.progress)
+    with trainer.stop_on_signal.saving():
+        final = write_final(trainer, folder, start.record, progress.progress)
     log.info("Done. Ask it:  %s", objective.next_command(final))
 
 

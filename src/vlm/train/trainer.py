@@ -39,7 +39,7 @@ from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer
 from vlm.train.random_state import separate_random_state, with_own_generator
 from vlm.train.resume.optimizer_settings import apply_settings
-from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
+from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packed_attention import use_packed_attention
@@ -51,6 +51,7 @@ from vlm.train.step.step_packing import (
     sample_costs,
     without_gradient_exchange,
 )
+from vlm.train.stop_on_signal import EvaluateWhenDue, EvaluationInterrupted, StopOnSignal
 from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
 NumItems = Tensor | int | None
@@ -82,6 +83,7 @@ class VLMTrainer(GuardedTrainer):
         on_first_batch: Callable[[Inputs], None] | None,
         on_skipped: Callable[[list[Skipped], int], None],
         callbacks: Sequence[TrainerCallback],
+        stop_on_signal: StopOnSignal,
     ):
         super().__init__(
             model=run.model,
@@ -90,15 +92,15 @@ class VLMTrainer(GuardedTrainer):
             train_dataset=run.data.train,
             eval_dataset=run.data.evaluation,
             processing_class=run.processor.tokenizer,
-            callbacks=[BeforeFirstStep(self, run.model), *callbacks],
+            callbacks=[BeforeFirstStep(self, run.model), *callbacks, stop_on_signal],
         )
-        self.objective, self.meter = objective, meter
+        self.objective, self.meter, self.stop_on_signal = objective, meter, stop_on_signal
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
         self.changed_keys: frozenset[str] = frozenset()  # those with another value than at the checkpoint
         self.new_groups: list[Inputs] = []  # the optimiser's groups as the configuration makes them
         self.options = objective.config.trainer
         self.set_up_guards(objective.config)
-        self.saved_with_checkpoint = [self.guard]
+        self.saved_with_checkpoint = [self.guard, stop_on_signal]
         self.best_model = BestModel.of_run(self.options, objective.metric_names(), is_writer=self.args.should_save)
         if self.best_model is not None:
             self.saved_with_checkpoint.append(self.best_model)
@@ -133,13 +135,22 @@ class VLMTrainer(GuardedTrainer):
     ) -> TrainOutput:
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
+        self.add_callback(EvaluateWhenDue(self))
         try:
             with self.within_guards():
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except EvaluationInterrupted:
+            self.stop_on_signal.is_evaluation_due = True
+            self._save_checkpoint(self.model_wrapped, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
         finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, SigtermCheckpoint):
-                    callback.restore()
+            self.stop_on_signal.close()
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        """As usual; no signal ends the process within."""
+        with self.stop_on_signal.saving():
+            super()._save_checkpoint(model, trial)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:
         """Return the run's precision; `Trainer` has it around calls of the whole model alone."""
@@ -240,12 +251,12 @@ class VLMTrainer(GuardedTrainer):
         if self.step_packing is not None:
             loader = self.step_packing.make_loader(loader, dataset)
             self.sampler = self.step_packing.sampler
-        return with_own_generator(ignore_sigterm_in_workers(loader), sampler_seed(args))
+        return with_own_generator(ignore_signals_in_workers(loader), sampler_seed(args))
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """As usual, but anew: `Trainer` keeps persistent workers of the first data set for their blank images too."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return ignore_sigterm_in_workers(self.get_test_dataloader(dataset))
+        return ignore_signals_in_workers(self.get_test_dataloader(dataset))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Return samples grouped by modality and length, or in the objective's order, or else as usual."""
@@ -338,8 +349,9 @@ class VLMTrainer(GuardedTrainer):
             options: dict[str, Any] = loader_options(self.args)
             options["persistent_workers"] = False  # accelerate keeps loaders
             single = DataLoader(dataset, size, collate_fn=collate, **options)
-            loader = ignore_sigterm_in_workers(self.accelerator.prepare(single))
+            loader = ignore_signals_in_workers(self.accelerator.prepare(single))
         for batch in tqdm(loader, title, leave=False, disable=silent):
+            self.stop_on_signal.interrupt_evaluation(self.args.device)
             for name in (BATCH_STATS, SAMPLE_REFS):
                 batch.pop(name, None)
             for record in batch.pop(SKIPPED_KEY, []):

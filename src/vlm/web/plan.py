@@ -139,7 +139,7 @@ def make_command(plan: Plan, folder: Path | None = None, processes: int = 1) -> 
         raise ConfigError(f"processes: got {processes}, at least 1 is needed")
     launcher = ["-m", "vlm"]
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "vlm"]
+        launcher += ["launch", "--nproc", str(processes), "--"]
     words = plan.words()
     if folder is not None:
         words.append(f"trainer.output_dir={_quote(str(folder))}")
