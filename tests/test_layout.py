@@ -67,7 +67,6 @@ TESTED_ELSEWHERE = {
     "models/configuration_prediction.py": "models/test_prediction_checkpoints.py",
     "models/connector_parts.py": "models/test_connectors.py",
     "models/pixels.py": "models/test_processing_vlm.py",
-    "models/text_loss.py": "train/step/test_packing.py",
     "train/arguments.py": "train/test_trainer.py",
     "train/checkpoints/trainer.py": "train/test_run.py",
     "train/feature_cache/encoder.py": "train/feature_cache/test_images.py",

@@ -5,6 +5,7 @@ Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,6 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig, TrainerOptions
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
@@ -24,6 +24,7 @@ from vlm.evaluation.output import write_json, write_rows
 from vlm.evaluation.text_metrics import compute_text_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
+from vlm.models.text_loss import SupervisedScores
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,10 @@ class InferenceLosses:
     batch_size: int
     num_workers: int
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model itself."""
-        return self.ready.model
+    @cached_property
+    def compute_losses(self) -> SupervisedScores:
+        """What computes the losses of the model."""
+        return SupervisedScores(self.ready.model)
 
     def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[dict[str, Any]]:
         """Yield batches on the model's device; see `LossSource`."""
@@ -181,8 +182,9 @@ class InferenceLosses:
 
     def _prepare(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return a batch on the device, with features of images that are known in place of their pixels."""
-        labels = batch["labels"].to(self.model.device)
-        inputs = self.ready.use_cached_features(on_device(batch, self.ready.processor, self.model.device))
+        device = self.ready.model.device
+        labels = batch["labels"].to(device)
+        inputs = self.ready.use_cached_features(on_device(batch, self.ready.processor, device))
         return {**inputs, "labels": labels}
 
     def gather(self, tensor: Tensor) -> Tensor:

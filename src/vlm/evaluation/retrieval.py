@@ -23,9 +23,10 @@ from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, get_media_token_ids, limit_length
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
-from vlm.evaluation.loss import last_reply_text, replace_reply, row_losses, supervised_logits
+from vlm.evaluation.loss import last_reply_text, replace_reply, row_losses
 from vlm.evaluation.text_metrics import normalize_answer
 from vlm.families.table import FAMILIES
+from vlm.models.text_loss import SupervisedScores
 
 SEED = 0
 """Seeds the drawing of candidates, which are the same in every run, on every number of ranks."""
@@ -212,17 +213,20 @@ def make_candidate_collator(processor: Processor) -> Callable[[Sequence[Any]], d
 
 
 class CandidateLosses:
-    """Computes losses of candidates: `CandidateLosses(model, rows)(prompt, replies)`, `(N,)`.
+    """Computes losses of candidates: `CandidateLosses(compute_losses, rows, gather)(prompt, replies)`, `(N,)`.
 
     The first call also reads the own text without the cache, to find out whether the model continues from it rightly.
+    All ranks decide that together.
 
     Args:
-        model: the model, in evaluation mode.
+        compute_losses: computes losses of the model, which is in evaluation mode.
         max_rows: the largest number of candidates that the model reads at once.
+        gather: gathers the rows of a tensor from all ranks.
     """
 
-    def __init__(self, model: Any, max_rows: int):
-        self.model, self.max_rows, self.is_checked = model, max_rows, False
+    def __init__(self, compute_losses: SupervisedScores, max_rows: int, gather: Callable[[Tensor], Tensor]):
+        self.compute_losses, self.max_rows, self.gather = compute_losses, max_rows, gather
+        self.model, self.is_checked = compute_losses.model, False
 
     @torch.no_grad()
     def __call__(self, prompt: Batch, replies: Batch) -> Tensor:
@@ -238,6 +242,8 @@ class CandidateLosses:
                 f"retrieval: {self._model_name} returns no cache of keys and values, which candidates are read "
                 "behind; leave this metric out"
             )
+        if self.compute_losses.in_head is None:
+            self.compute_losses.prove(prompt)  # with the cache, it would be changed
         losses = []
         for rows in torch.arange(len(replies["labels"])).split(self.max_rows):
             cache = copy.deepcopy(output.past_key_values)
@@ -246,19 +252,17 @@ class CandidateLosses:
             losses.append(self._continue(cache, output.logits[:, -1], prompt["attention_mask"], part))
         means = torch.cat(losses)
         if not self.is_checked:
-            self._check(prompt, replies, float(means[0]))
+            self._check(prompt, replies, float(means[0]), is_float32=output.logits.dtype == torch.float32)
             self.is_checked = True
         return means
 
     def _continue(self, cache: Any, logits: Tensor, prompt_mask: Tensor, replies: Batch) -> Tensor:
         """Return the mean losses of some candidates, `(N,)`; `logits`, `(1, vocabulary)`, are the prompt's last."""
         labels, mask = replies["labels"], replies["attention_mask"]
-        inputs = {name: value for name, value in replies.items() if name != "labels"}
-        inputs["attention_mask"] = torch.cat([prompt_mask.expand(len(mask), -1), mask], dim=1)
-        keep = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:] != IGNORE_INDEX  # (N, T)
+        inputs = replies | {"attention_mask": torch.cat([prompt_mask.expand(len(mask), -1), mask], dim=1)}
         positions = self._positions(prompt_mask.shape[1], *labels.shape)
-        output = self.model(**inputs, **positions, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        sums, counts = row_losses(output.logits, labels)
+        losses = self.compute_losses({**inputs, **positions, "past_key_values": cache, "use_cache": True})[0]
+        sums, counts = row_losses(losses, labels)
         first = labels[:, 0]
         sums = sums.double() + F.cross_entropy(
             logits.float().expand(len(first), -1), first, reduction="none", ignore_index=IGNORE_INDEX
@@ -274,16 +278,16 @@ class CandidateLosses:
         positions = torch.arange(start, start + length, device=offset.device) + offset
         return {"position_ids": positions.expand(3, rows, length)}
 
-    def _check(self, prompt: Batch, replies: Batch, loss: float) -> None:
-        """Refuse a model that gives a text another loss behind a cached prompt than in one pass."""
+    def _check(self, prompt: Batch, replies: Batch, loss: float, *, is_float32: bool) -> None:
+        """Refuse a model that gives a text of any rank another loss behind a cached prompt than in one pass."""
         own = {name: value[:1] for name, value in replies.items()}
         whole = prompt | {name: torch.cat([prompt[name], value], dim=1) for name, value in own.items()}
-        logits = supervised_logits(self.model, whole)[0].logits
-        assert logits is not None
-        sums, counts = row_losses(logits, whole["labels"])
-        expected = float(sums / counts)
-        tolerance = 1e-2 if logits.dtype == torch.float32 else 5e-2  # TF32 rounds as well
-        if abs(loss - expected) > tolerance * max(expected, 1):
+        sums, counts = row_losses(self.compute_losses(whole)[0], whole["labels"])
+        pairs = self.gather(torch.stack([sums.new_tensor([loss]), sums / counts], dim=1)).tolist()  # one row a rank
+        tolerance = 1e-2 if is_float32 else 5e-2  # TF32 rounds as well
+        wrong = [pair for pair in pairs if not abs(pair[0] - pair[1]) <= tolerance * max(pair[1], 1)]
+        if wrong:
+            loss, expected = wrong[0]
             raise ValueError(
                 f"retrieval: behind a cached prompt {self._model_name} gives a text the loss {loss:.5g}, in one pass "
                 f"{expected:.5g}; another model.attn_implementation may be right, else leave this metric out"

@@ -219,7 +219,7 @@ class VLMTrainer(CheckpointTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
     ) -> tuple[list[Inputs], NumItems]:
-        """As usual, timed; what a batch says of itself is taken out of it, and the objective's inputs are put in."""
+        """As usual, timed; what a batch says of itself is taken out of it."""
         self.meter.begin_step()
         batches, number = super().get_batch_samples(self.meter.time_waits(epoch_iterator), num_batches, device)
         if self.step_packing is not None:
@@ -231,7 +231,6 @@ class VLMTrainer(CheckpointTrainer):
             self.on_skipped(batch.pop(SKIPPED_KEY, []), stats.samples)
             if self.packing:
                 batch |= add_grid_positions(self.model, batch)
-            batch |= self.objective.extra_inputs(self, batch)
         self.meter.add(counts)
         # All records of a step may have been left out.
         return batches, number.clamp(min=1) if isinstance(number, Tensor) else number

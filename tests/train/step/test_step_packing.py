@@ -248,11 +248,11 @@ def test_a_packed_stream_is_the_padded_stream(train: Callable[..., Path], tmp_pa
 
 
 def test_a_loss_in_pieces_is_weighed_too(train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from vlm.train.step import chunked_loss
+    from vlm.models import text_loss
 
     words = (*RUN, "trainer.loss_average=micro_batch", "trainer.max_steps=2")
     padded = train("finetune-smol", tmp_path / "padded", *words)
-    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 5000)
+    monkeypatch.setattr(text_loss, "MAX_LOGITS", 5000)
     packed = train("finetune-smol", tmp_path / "packed", *words, "trainer.packing=true")
     assert_equal_runs(packed, padded, 2)
 

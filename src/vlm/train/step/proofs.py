@@ -2,9 +2,12 @@
 
 A token must see earlier tokens only: otherwise a model learns to copy the token that it should predict. And a sample of
 a padded batch must have the logits that it has alone. Both need loaded weights; what a configuration shows,
-`assembly/language_models.py` refuses earlier. Every rank makes the same calls, as ZeRO-3 needs.
+`assembly/language_models.py` refuses earlier. A loss that is computed in chunks, in the call of the vocabulary head,
+must be that of the model's logits; other models compute it from all of them. Every rank makes the same calls, as ZeRO-3
+needs.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +22,9 @@ from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.processor_errors import is_refusal
 from vlm.data.processor import Processor
+from vlm.models.text_loss import SupervisedScores
+
+log = logging.getLogger(__name__)
 
 PREFIX, SUFFIX = 5, 4
 """Number of tokens of a row that stay the same, and of those behind them that change."""
@@ -32,6 +38,8 @@ NOISE_FACTOR = 10
 and rounding differs when the groups change."""
 PADDING_TOLERANCE = 1e-2, 0.15
 """The largest difference of a padded row's logits from those of the row alone, over the norm of these."""
+LOSS_TOLERANCE = 1e-4, 2e-2
+"""The largest difference of losses computed in the head's call from those of whole logits, over the norm of these."""
 
 
 def model_label(config: RunConfig) -> str:
@@ -99,6 +107,32 @@ def check_padding(model: TrainableModel, processor: Processor, label: str) -> No
     )
 
 
+@torch.no_grad()
+def prove_scores(scores: SupervisedScores, processor: Processor, label: str) -> None:
+    """Find out whether losses can be computed in chunks, in the head's call; where they cannot, log it.
+
+    Args:
+        scores: computes the losses; `scores.in_head` is set.
+        processor: the run's processor.
+        label: the key and the name of the model, for the message.
+    """
+    model, ids = scores.model, choose_tokens(processor, PREFIX + 2 * SUFFIX)
+    batch = make_batch(model, processor, [ids[:PREFIX], ids[PREFIX:]])
+    supervised = batch["labels"][:, 1:] != IGNORE_INDEX
+    with dropout_off(model):
+        if scores.prove(batch):
+            losses, targets, _ = scores(batch)
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            whole = scores.score(model(**inputs, use_cache=False).logits[:, :-1][supervised], targets)
+            scores.in_head = float((losses - whole).norm()) <= LOSS_TOLERANCE[is_half(model)] * float(whole.norm())
+    if not scores.in_head:
+        log.info(
+            "%s (model_type=%s) changes its logits behind its vocabulary head: those at all supervised positions of a "
+            "batch are in memory at once",
+            *(label, model.config.get_text_config().model_type),
+        )
+
+
 def is_half(model: TrainableModel) -> bool:
     """Return whether matrix products of a model are in half precision, whatever precision its logits are in."""
     autocast = torch.is_autocast_enabled(model.device.type)
@@ -113,16 +147,21 @@ def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[l
     Raises:
         ValueError: the library's code of the model fails on them, for example because it needs the ids of embeddings.
     """
-    items = [model_inputs(processor, Encoded(ids, [IGNORE_INDEX, *ids[1:]]), []) for ids in rows]
-    batch = Collator.of(processor)(items)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = make_batch(model, processor, rows)
+    del inputs["labels"]
     try:
-        return model(**send_to_device(inputs, model.device), use_cache=False).logits
+        return model(**inputs, use_cache=False).logits
     except (AttributeError, TypeError, LookupError, ValueError, NotImplementedError) as error:
         if not is_refusal(error):
             raise
         problem = f"its code fails on a batch of a few tokens, {type(error).__name__}: {error}"
         raise ValueError(f"{label}: {problem}. Choose another model, or another model.attn_implementation") from error
+
+
+def make_batch(model: TrainableModel, processor: Processor, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Return rows without images as a batch of training; all but the first token of a row are supervised."""
+    items = [model_inputs(processor, Encoded(ids, [IGNORE_INDEX, *ids[1:]]), []) for ids in rows]
+    return dict(send_to_device(Collator.of(processor)(items), model.device))
 
 
 def choose_tokens(processor: Processor, number: int) -> list[int]:
