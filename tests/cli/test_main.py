@@ -4,14 +4,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
 import pytest
 
 import vlm
 from vlm.cli.main import COMMANDS, main
+from vlm.cli.train import train
 from vlm.config.packaged import group_names, packaged_names, run_names
+from vlm.config.schema import RunConfig
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"]])
@@ -65,6 +67,23 @@ def test_output_that_nobody_reads_ends_a_command_in_silence(
         main(words)
     assert stream.closed  # what was still buffered went to nobody
     assert stopped.value.code in (141, 0)  # 0: argparse's own exit
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_goes_on_though_nobody_reads_its_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    steps: list[int] = []
+
+    def run(*_: object) -> None:
+        for step in range(3):
+            print("loss\n" * 100_000)
+            print("loss\n" * 100_000, file=sys.stderr, flush=True)
+            steps.append(step)
+
+    monkeypatch.setattr("vlm.train.run.run", run)
+    monkeypatch.setattr("vlm.cli.train.main", lambda words: train(RunConfig(), "name", words))
+    with closed_pipe() as stream, redirect_stderr(stream):
+        main(["-cn", "name"])
+    assert steps == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
 
 

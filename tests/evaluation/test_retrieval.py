@@ -121,7 +121,7 @@ def test_losses_are_those_of_whole_rows(parts: Parts, captioned: SampleDataset, 
 
 
 def test_each_image_is_encoded_once(parts: Parts, captioned: SampleDataset, monkeypatch: pytest.MonkeyPatch):
-    """And for the first one, whose text is read in one pass too, its features serve again."""
+    """And for the first one, whose text is read in one pass and with which the head is proved, its features serve."""
     ready = make_ready(parts)
     encoded: list[int] = []
     encode = VLMForConditionalGeneration.encode_images
@@ -133,7 +133,7 @@ def test_each_image_is_encoded_once(parts: Parts, captioned: SampleDataset, monk
         ready.feature_cache = feature_cache
         encoded.clear()
         compute(ready, captioned, choose_trials(captioned, 4, None, ""))
-        assert sum(encoded) == len(CAPTIONS) + 1
+        assert sum(encoded) == len(CAPTIONS) + 2
 
 
 def test_a_model_that_sees_nothing_finds_by_chance(parts: Parts, captioned: SampleDataset):
@@ -256,6 +256,23 @@ def test_a_candidate_that_does_not_fit_is_cut(parts: Parts, make_data: MakeData)
     for prompt, *rows in items:
         assert max(len(prompt["input_ids"]) + len(row["input_ids"]) for row in rows) == longest
     assert compute(ready, data, trials).isfinite().all()
+
+
+def test_a_reply_that_is_cut_off_whole_is_left_out(parts: Parts, make_data: MakeData, caplog: pytest.LogCaptureFixture):
+    """Its candidates would all be the same earlier reply, each found with a chance of 1 / N."""
+    data = make_data([make_record(0, "a" * 60, "not seen"), make_record(1, "a cat"), make_record(2, "a dog")])
+    longest = int(data.lengths[1:].max()) + 4
+    data.sources[0].encoder = replace(data.sources[0].encoder, longest=longest, truncate=True)
+    with caplog.at_level("INFO", logger="vlm"):
+        trials = choose_trials(data, 3, None, "")
+    assert [trial.index for trial in trials] == [1, 2]
+    assert "retrieval: 1 records are left out, whose last reply is cut off whole" in caplog.text
+    assert [trial.index for trial in choose_trials(data, 3, 1, "")] == [1]
+    data.sources[0].encoder = replace(data.sources[0].encoder, longest=8)
+    with pytest.raises(
+        ValueError, match=r"of all 3 records with images are cut off whole .*; raise dataset.max_length"
+    ):
+        choose_trials(data, 3, None, "lower it")
 
 
 def test_an_image_that_is_gone_is_told(captioned: SampleDataset, parts: Parts):

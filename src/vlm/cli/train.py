@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from vlm.checks.compose import with_config
 from vlm.checks.lora import QUANTIZABLE_PARTS
 from vlm.cli.collection import collect_as_usual
+from vlm.cli.pipes import outlive_pipes
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.table import make_objective
 
@@ -25,7 +26,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
-    """Train on this rank, together with every other rank."""
+    """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
+    outlive_pipes()
     with uncompiled_bitsandbytes(config):
         from vlm.train.run import run  # torch comes with it
 

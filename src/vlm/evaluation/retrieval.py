@@ -7,6 +7,7 @@ Shapes: N candidates of a prompt, the own text first; T tokens.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,10 +24,13 @@ from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, get_media_token_ids, limit_length
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
+from vlm.data.vision.images import read_media_sizes
 from vlm.evaluation.loss import last_reply_text, replace_reply, row_losses
 from vlm.evaluation.text_metrics import normalize_answer
 from vlm.families.table import FAMILIES
 from vlm.models.text_loss import SupervisedScores
+
+log = logging.getLogger(__name__)
 
 SEED = 0
 """Seeds the drawing of candidates, which are the same in every run, on every number of ranks."""
@@ -74,9 +78,10 @@ class _Reply:
 def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int | None, advice: str) -> list[Trial]:
     """Return the first samples that end with a supervised text about images or videos, each with its candidates.
 
-    Candidates are drawn from the distinct texts of all such samples. None is a text that is correct for the sample's
-    image: its own reply or one of its references, or the reply of another sample with the same image. Texts that
-    differ only in case, white space at their ends or a full stop are the same.
+    Samples whose last reply is cut off whole are left out. Candidates are drawn from the distinct texts of all such
+    samples. None is a text that is correct for the sample's image: its own reply or one of its references, or the reply
+    of another sample with the same image. Texts that differ only in case, white space at their ends or a full stop are
+    the same.
 
     Args:
         dataset: the samples.
@@ -85,7 +90,7 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
         advice: what a user who cannot have this metric should change.
 
     Raises:
-        ValueError: no sample has such a reply, or there are too few different texts.
+        ValueError: no sample has such a reply, all are cut off, or there are too few different texts.
     """
     replies = [reply for index in range(len(dataset)) if (reply := _read_reply(index, dataset.sample(index)))]
     if not replies:
@@ -99,8 +104,14 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
     for reply in replies:
         for medium in reply.media:
             right_by_medium.setdefault(medium, set()).update(reply.right)
-    trials = []
-    for reply in replies[:max_samples]:
+    trials: list[Trial] = []
+    num_cut = 0
+    for reply in replies:
+        if len(trials) == max_samples:
+            break
+        if _is_cut_off(dataset, reply.index):
+            num_cut += 1
+            continue
         right = reply.right.union(*(right_by_medium[medium] for medium in reply.media))
         others = _draw_others(reply.index, pool, right, num_candidates - 1)
         if len(others) < num_candidates - 1:
@@ -110,7 +121,26 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
                 f"images of the {len(replies):,} records with images); {advice}"
             )
         trials.append(Trial(reply.index, (reply.text, *others)))
+    if num_cut and not trials:
+        raise ValueError(
+            f"retrieval: the last replies of all {num_cut:,} records with images are cut off whole "
+            f"(dataset.over_length=truncate), so there is no text to compare; raise dataset.max_length, or {advice}"
+        )
+    if num_cut:
+        log.info("retrieval: %d records are left out, whose last reply is cut off whole (dataset.max_length)", num_cut)
     return trials
+
+
+def _is_cut_off(dataset: SampleDataset, index: int) -> bool:
+    """Return whether nothing of a sample's last reply is left of it, since it is too long."""
+    encoder = dataset.encoder_of(index)
+    if not encoder.truncate:
+        return False
+    sample = dataset.sample(index)
+    return (
+        _last_supervised_run(encoder.encode(sample, read_media_sizes(sample, dataset.processor)).labels)
+        >= encoder.longest
+    )
 
 
 def _read_reply(index: int, sample: Sample) -> _Reply | None:

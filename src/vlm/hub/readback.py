@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from vlm.assembly.numbers import bound_infinite
 from vlm.assembly.round_trip import quiet_loading
 from vlm.hub.folders import JsonObject, read_json
 from vlm.hub.shards import read_shard, weight_files
@@ -91,7 +92,12 @@ def find_differences(expected: State, actual: State) -> Iterator[str]:
         if ours.shape != theirs.shape:
             yield f"{name} of shape {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
             continue
-        difference = float((ours.float() - theirs.float()).norm() / ours.float().norm().clamp(min=1e-12))
+        if ours.isnan().any():
+            yield f"{name} that are not numbers (NaN) already in the checkpoint"
+            continue
+        expected_values, found = (bound_infinite(tensor, ours.dtype) for tensor in (ours, theirs))
+        norm = bound_infinite(ours[ours.isfinite()], ours.dtype).norm().clamp(min=1e-12)
+        difference = float((expected_values - found).norm() / norm)
         if not difference <= LARGEST_DIFFERENCE.get(ours.dtype, 1e-4):
             yield f"{name} that differ by {difference:.2g} of their norm"
 

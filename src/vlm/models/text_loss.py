@@ -64,7 +64,7 @@ def chunked_scores(
     def score_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
         return score(head(hidden), targets)
 
-    num_chunks = max(-(-targets.numel() * vocabulary // MAX_LOGITS), 1)
+    num_chunks = max(-(-targets.numel() // max(MAX_LOGITS // vocabulary, 1)), 1)
     targets = targets.to(hidden.device)
     with record_function("loss"):  # its name in profiles
         if num_chunks == 1:

@@ -17,6 +17,7 @@ from tests.families.tiny_families import save_family
 from tests.fixtures import check_config, compose_config
 from vlm.checks.fields import ConfigError
 from vlm.checks.packing import packing_problems
+from vlm.data.batching.collator import Collator
 from vlm.data.batching.samplers import ModalityLengthSampler
 from vlm.data.batching.step_layout import MICRO_BATCH, MORE_ROWS
 from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, StepSampler, sample_costs, weigh_losses
@@ -295,3 +296,15 @@ def test_an_objective_that_takes_no_weights_packs_token_averages_only(common: li
     assert not list(packing_problems(config, takes_loss_weights=False))
     with pytest.raises(ConfigError, match="allowed are step, best_fit"):
         check_config(compose_config("finetune-smol", [*common, "trainer.packing_strategy=full"]))
+
+
+def test_ranks_that_would_draw_orders_of_their_own_are_refused():
+    """accelerate keeps the order of other samplers equal as the padded loader begins, which packed steps do not use."""
+    samples: Any = SimpleNamespace(lengths=[5] * 8, num_images=[0] * 8)
+    costs: Any = SimpleNamespace(of=lambda lengths, images: lengths.astype(float))
+    args: Any = SimpleNamespace(world_size=2, gradient_accumulation_steps=1)
+    packing = StepPacking(Collator(0), costs, None, "token", args, lambda tensor: tensor)
+    loader = DataLoader(range(8), 2, shuffle=True)  # type: ignore[arg-type]
+    options = {"num_processes": 2, "process_index": 0}
+    with pytest.raises(ValueError, match="use_seedable_sampler=false: each rank would draw an order of its own"):
+        packing.make_loader(prepare_data_loader(loader, use_seedable_sampler=False, **options), samples)

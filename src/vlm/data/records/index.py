@@ -20,6 +20,7 @@ from vlm.data.cache import content_hash, create_once
 from vlm.data.records.files import open_bytes, uncompressed_file
 from vlm.data.records.layout import BYTE_ORDER_MARK, decode_members, find_layout
 from vlm.data.records.paths import LINE_SUFFIXES, split_suffix
+from vlm.data.records.text import WrittenFloat
 from vlm.data.sample import BadSample
 
 SCHEMA = pa.schema([("record", pa.large_binary())])
@@ -157,6 +158,10 @@ def _iter_lenient_list_items(content: bytes, source: Path) -> Iterator[bytes]:
         raise ValueError(f"{source}: not JSON ({error}); {needed}") from None
 
 
+RECORD_DECODER = json.JSONDecoder(parse_float=WrittenFloat)
+"""Reads records; numbers as texts of turns stay as they are written."""
+
+
 def parse_record(line: bytes, sample_id: str = "?") -> Any:  # any value of JSON
     """Parse a record.
 
@@ -164,7 +169,7 @@ def parse_record(line: bytes, sample_id: str = "?") -> Any:  # any value of JSON
         BadSample: its bytes are no JSON.
     """
     try:
-        return json.loads(line)
+        return RECORD_DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
     except UnicodeDecodeError as error:
         raise BadSample(sample_id, f"not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits and thousands of brackets too

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm.assembly.model_interface import TrainableModel
+from vlm.assembly.numbers import bound_infinite
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
 from vlm.data.dataset import Skipped
@@ -71,12 +72,12 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
         alone = model(input_ids=torch.tensor([last], device=model.device), use_cache=False).logits[0]
     finally:
         model.train(was_training)
-    after_first, after_other = (logits[size:] for logits in packed)
     tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    after_first, after_other, alone = map(bound_infinite, (*(logits[size:] for logits in packed), alone))
     tolerance *= float(alone.abs().max())
-    if float((after_first - after_other).abs().max()) > tolerance * 1e-2:
+    if not float((after_first - after_other).abs().max()) <= tolerance * 1e-2:
         problem = "a sample's logits depend on the sample before it"
-    elif float((after_first - alone).abs().max()) > tolerance:
+    elif not float((after_first - alone).abs().max()) <= tolerance:
         problem = "a sample's logits are not those that it has alone"
     else:
         return

@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from vlm.assembly.model_interface import TrainableModel
+from vlm.assembly.numbers import bound_infinite
 from vlm.config.schema import RunConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
@@ -71,7 +72,7 @@ def check_causal(model: TrainableModel, processor: Processor, label: str) -> Non
     with dropout_off(model):
         before = compute_logits(model, processor, [prefix + suffix, prefix + suffix], label)
         after = compute_logits(model, processor, [prefix + other, prefix + suffix], label)
-    change = (after.float() - before.float()).abs()
+    change = (after - before).abs()
     early, later, unchanged = (float(part.max()) for part in (change[0, :PREFIX], change[0, PREFIX:], change[1]))
     if early <= CAUSAL_TOLERANCE[is_half(model)] * later + NOISE_FACTOR * unchanged:
         return
@@ -94,8 +95,8 @@ def check_padding(model: TrainableModel, processor: Processor, label: str) -> No
     ids = choose_tokens(processor, PREFIX + 2 * SUFFIX)
     short, long = ids[:SUFFIX], ids[SUFFIX:]
     with dropout_off(model):
-        padded = compute_logits(model, processor, [long, short], label)[1, :SUFFIX].float()
-        alone = compute_logits(model, processor, [short], label)[0].float()
+        padded = compute_logits(model, processor, [long, short], label)[1, :SUFFIX]
+        alone = compute_logits(model, processor, [short], label)[0]
     difference = float((padded - alone).norm() / alone.norm())
     if difference <= PADDING_TOLERANCE[is_half(model)]:
         return
@@ -140,22 +141,32 @@ def is_half(model: TrainableModel) -> bool:
 
 
 def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[list[int]], label: str) -> Tensor:
-    """Return the logits of rows without images in a batch as training makes it: `(B, T, vocabulary)`.
+    """Return the logits of rows without images in a batch as training makes it: `(B, T, vocabulary)`, float64.
 
-    All but the first token of a row are supervised, which some processors read.
+    All but the first token of a row are supervised, which some processors read. Infinite logits, such as those that are
+    too large for half precision, are the largest number of their precision, so that they can be compared.
 
     Raises:
-        ValueError: the library's code of the model fails on them, for example because it needs the ids of embeddings.
+        ValueError: the library's code of the model fails on them, for example because it needs the ids of embeddings,
+            or logits are not numbers.
     """
     inputs = make_batch(model, processor, rows)
     del inputs["labels"]
     try:
-        return model(**inputs, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     except (AttributeError, TypeError, LookupError, ValueError, NotImplementedError) as error:
         if not is_refusal(error):
             raise
         problem = f"its code fails on a batch of a few tokens, {type(error).__name__}: {error}"
         raise ValueError(f"{label}: {problem}. Choose another model, or another model.attn_implementation") from error
+    if logits[inputs["attention_mask"].bool()].isnan().any():
+        precision = str(logits.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{label}: logits of a few tokens are not numbers (NaN) in {precision}: its weights are damaged, or too "
+            "large for this precision. Choose another checkpoint, or a precision with a wider range (trainer.bf16=true "
+            "or float32)"
+        )
+    return bound_infinite(logits)
 
 
 def make_batch(model: TrainableModel, processor: Processor, rows: Sequence[list[int]]) -> dict[str, Tensor]:
