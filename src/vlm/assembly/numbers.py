@@ -10,4 +10,4 @@ def bound_infinite(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Logits that are too large for half precision are infinite in each of two passes, and their difference is no number.
     """
     limit = torch.finfo(dtype or tensor.dtype).max
-    return tensor.cpu().double().clamp(-limit, limit)
+    return tensor.detach().cpu().double().clamp(-limit, limit)

@@ -178,7 +178,8 @@ class OriginalParts(NamedTuple):
     newline: Tensor | None
 
 
-def _split_original(state: Mapping[str, Tensor]) -> OriginalParts:
+def split_original(state: Mapping[str, Tensor]) -> OriginalParts:
+    """Return the weights of an original LLaVA, by name on disk, divided by the module that reads them."""
     parts = OriginalParts({}, {}, {}, state.get(NEWLINE))
     for name, tensor in state.items():
         if name.startswith(TOWER):
@@ -205,7 +206,7 @@ def make_projector(values: JsonObject, text_dim: int) -> nn.Module:
 
 
 def _find_original_problems(values: JsonObject, config: VLMConfig, state: State) -> list[str]:
-    parts, text = _split_original(state), make_original_text_config(deepcopy(values))
+    parts, text = split_original(state), make_original_text_config(deepcopy(values))
     problems = [*_loading_problems(AutoModelForCausalLM._model_mapping[type(text)], text, parts.text)]
     vision = config.vision_config
     problems += _loading_problems(AutoModel._model_mapping[type(vision)], vision, parts.tower)
@@ -225,7 +226,7 @@ def _find_original_problems(values: JsonObject, config: VLMConfig, state: State)
 def _read_original_outputs(folder: Path, config: VLMConfig, probe: Probe) -> State:
     """Return the logits of the question alone, the image's features before rows are joined, and what joins them."""
     values = read_json(folder / "config.json")
-    parts = _split_original({name: tensor for file in weight_files(folder) for name, tensor in read_shard(file)})
+    parts = split_original({name: tensor for file in weight_files(folder) for name, tensor in read_shard(file)})
     text, vision = make_original_text_config(values), config.vision_config
     dtype = next(iter(parts.text.values())).dtype
     model, _ = load_state(AutoModelForCausalLM._model_mapping[type(text)], text, parts.text, dtype=dtype)
