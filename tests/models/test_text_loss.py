@@ -86,7 +86,7 @@ def test_a_model_that_uses_its_head_in_another_way_is_found(parts: Parts, fault:
     def changed(self: Any, **inputs: Any) -> Any:
         if fault == "twice":
             forward(self, **inputs)
-        outputs = forward(self, **inputs)
+        outputs: Any = forward(self, **inputs)
         if fault == "scaled":
             outputs.logits = outputs.logits * 1.001
         elif fault == "cut":

@@ -4,8 +4,7 @@ Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +43,7 @@ class EvaluationResult:
     scores: dict[str, Score]
 
     def __str__(self) -> str:
+        """Return the metrics and which records they leave out."""
         return "\n".join([format_scores(self.scores), *(f"\n{sentence}" for sentence in self.exclusions)])
 
 
@@ -150,7 +150,7 @@ def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, ma
     return load_dataset(data, SampleEncoder(model.processor, model.positions, truncate=False), evaluates=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class InferenceLosses:
     """A `LossSource`: a model ready for inference, on this process alone.
 
@@ -158,16 +158,17 @@ class InferenceLosses:
         ready: the model with its processor; it keeps features of recent images.
         batch_size: number of records in a batch.
         num_workers: number of processes that read and decode images.
+        compute_losses: computes losses of the model.
     """
 
     ready: VisionLanguageModel
     batch_size: int
     num_workers: int
+    compute_losses: SupervisedScores = field(init=False)
 
-    @cached_property
-    def compute_losses(self) -> SupervisedScores:
-        """What computes the losses of the model."""
-        return SupervisedScores(self.ready.model)
+    def __post_init__(self):
+        """Make what computes the losses."""
+        self.compute_losses = SupervisedScores(self.ready.model)
 
     def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[dict[str, Any]]:
         """Yield batches on the model's device; see `LossSource`."""

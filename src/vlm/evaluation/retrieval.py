@@ -181,9 +181,11 @@ class CandidateDataset(Dataset[list[SampleInputs] | Skipped]):
         self.dataset, self.trials = dataset, trials
 
     def __len__(self) -> int:
+        """Return the number of trials."""
         return len(self.trials)
 
     def __getitem__(self, number: int) -> list[SampleInputs] | Skipped:
+        """Return the prompt of a trial and its candidates, encoded, or why its record cannot be used."""
         trial = self.trials[number]
         source, record = self.dataset.places[trial.index].tolist()
         try:

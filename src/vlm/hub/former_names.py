@@ -29,11 +29,13 @@ def find_former_names(checkpoint: Path) -> dict[str, str]:
     from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 
     config = read_config(str(checkpoint), str(checkpoint))
-    if not is_composed_config(config) and not is_prediction_config(config):
-        return {}
     with torch.device("meta"):
-        model = VLMForConditionalGeneration(config) if is_composed_config(config) else VLMForPrediction(config)
-    needed = model.state_dict().keys()
+        if is_composed_config(config):
+            needed = VLMForConditionalGeneration(config).state_dict().keys()
+        elif is_prediction_config(config):
+            needed = VLMForPrediction(config).state_dict().keys()
+        else:
+            return {}
     return {name: own for name, own in former.items() if name not in needed and own in needed}
 
 

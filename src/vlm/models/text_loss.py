@@ -100,7 +100,8 @@ class SupervisedScores:
             inputs: those of the model, with labels `(B, T)`.
             call: the model as it is called, such as DDP around it; None: `model`.
         """
-        call, targets = call or self.model, F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
+        forward: Any = self.model if call is None else call
+        targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
         keep = targets != IGNORE_INDEX
         targets = targets[keep]
         arguments = {"use_cache": False, **inputs, "logits_to_keep": keep}
@@ -110,10 +111,10 @@ class SupervisedScores:
             self.prove(inputs)
         if self.in_head:
             with _replace_head(self.model, lambda head, x: chunked_scores(head, x, targets, vocabulary, self.score)):
-                outputs = call(**arguments)
+                outputs = forward(**arguments)
             scores = outputs.logits
         else:
-            outputs = call(**arguments)
+            outputs = forward(**arguments)
             scores = chunked_scores(nn.Identity(), outputs.logits, targets, vocabulary, self.score)
         return scores, targets, replace(outputs, logits=None)
 

@@ -15,39 +15,33 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 from transformers import DataCollator, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
 from vlm.assembly.adapter_base import make_base
-from vlm.config.choices import BEST_FIT, GROUP_BY_MODALITY_LENGTH, GROUPED_STRATEGIES
+from vlm.config.choices import BEST_FIT, GROUPED_STRATEGIES
 from vlm.data.batching.best_fit import PackSampler
-from vlm.data.batching.collator import SKIPPED_KEY, Collator
-from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
+from vlm.data.batching.collator import SKIPPED_KEY
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.data.stream import SampleStream
-from vlm.train.arguments import loader_options, sampler_seed
+from vlm.train.arguments import loader_options
 from vlm.train.checkpoints.trainer import CheckpointTrainer
+from vlm.train.data import make_grouped_sampler
 from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.evaluation_batches import iterate_batches
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
-from vlm.train.optimizers import make_optimizer
+from vlm.train.optimizers import make_optimizer, read_learning_rates
 from vlm.train.signals import SigtermCheckpoint, ignore_sigterm_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packed_attention import use_packed_attention
-from vlm.train.step.packing import add_grid_positions
-from vlm.train.step.step_packing import (
-    LOSS_WEIGHTS,
-    StepPacking,
-    StepSampler,
-    sample_costs,
-    without_gradient_exchange,
-)
+from vlm.train.step.packing import add_grid_positions, make_step_packing
+from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, StepSampler, without_gradient_exchange
 
 NumItems = Tensor | int | None
 """Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch, each of them a batch."""
@@ -100,16 +94,10 @@ class VLMTrainer(CheckpointTrainer):
         self.model_accepts_loss_kwargs = objective.loss_average == "token"
         self.step_packing: StepPacking | None = None
         if self.packing and self.options.packing_strategy != BEST_FIT:
-            self.step_packing = self._make_step_packing(run)
+            flops = broadcast_from_rank0(self.meter.flops)
+            self.step_packing = make_step_packing(run, objective, flops, self.accelerator.gather)
             self.model_accepts_loss_kwargs = False  # `StepPacking` counts supervised tokens in place of `Trainer`
             self.loss_is_scaled_for_ga = True
-
-    def _make_step_packing(self, run: PreparedRun) -> StepPacking:
-        costs = sample_costs(broadcast_from_rank0(self.meter.flops), run.model.config, run.data.train)
-        average, collate = self.objective.loss_average, cast(Collator, run.collate)
-        return StepPacking(
-            collate, costs, self.options.max_tokens_per_batch, average, self.args, self.accelerator.gather
-        )
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -166,9 +154,7 @@ class VLMTrainer(CheckpointTrainer):
         if "loss" in logs:
             if self.lr_scheduler is not None:
                 logs.pop("learning_rate", None)
-                names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
-                rates = map(float, self.lr_scheduler.get_last_lr())
-                logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, rates, strict=True)}
+                logs |= read_learning_rates(self.optimizer, self.lr_scheduler.get_last_lr())
             logs |= self.meter.gather_metrics(self.accelerator.gather) | self.objective.training_metrics(self)
         elif "train_runtime" in logs:
             self.meter.finish(self.accelerator.gather, self.state.global_step)
@@ -196,22 +182,11 @@ class VLMTrainer(CheckpointTrainer):
             self.sampler = self.step_packing.sampler
         return ignore_sigterm_in_workers(loader)
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """As usual, but anew: `Trainer` keeps persistent workers of the first data set for their blank images too."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return ignore_sigterm_in_workers(self.get_test_dataloader(dataset))
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Return samples grouped by modality and length, or in the objective's order, or else as usual."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        strategy = self.options.train_sampling_strategy
-        if strategy in GROUPED_STRATEGIES:
-            num_chunks = self.args.gradient_accumulation_steps * self.args.world_size
-            samples = dataset.lengths, dataset.num_images, self.args.train_batch_size * num_chunks
-            if strategy == GROUP_BY_MODALITY_LENGTH:
-                self.sampler = ModalityLengthSampler(*samples, sampler_seed(self.args), num_chunks)
-            else:
-                self.sampler = ModalityBlockSampler(*samples, sampler_seed(self.args))
+        if (strategy := self.options.train_sampling_strategy) in GROUPED_STRATEGIES:
+            self.sampler = make_grouped_sampler(strategy, dataset, self.args)
         else:
             self.sampler = self.objective.make_train_sampler(self, dataset)
         return super()._get_train_sampler(dataset) if self.sampler is None else self.sampler
@@ -267,28 +242,6 @@ class VLMTrainer(CheckpointTrainer):
     def evaluation_batches(
         self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
     ) -> Iterator[Inputs]:
-        """Yield the batches of a data set as the model takes them, with a progress bar; the model is set to evaluate.
-
-        With `collate`, a batch holds what it makes of one item: inputs of the model under several names.
-
-        Raises:
-            ValueError: a record cannot be used.
-        """
+        """Yield the batches of a data set as the model takes them; the model is set to evaluate."""
         self.model.eval()
-        silent = self.args.disable_tqdm or not self.args.should_save
-        if collate is None:
-            loader = self.get_eval_dataloader(dataset)
-        else:
-            size = self.accelerator.num_processes if self.accelerator.split_batches else 1  # one item for each rank
-            options: dict[str, Any] = loader_options(self.args)
-            options["persistent_workers"] = False  # accelerate keeps loaders
-            single = DataLoader(dataset, size, collate_fn=collate, **options)
-            loader = ignore_sigterm_in_workers(self.accelerator.prepare(single))
-        for batch in tqdm(loader, title, leave=False, disable=silent):
-            batch.pop(BATCH_STATS, None)
-            for record in batch.pop(SKIPPED_KEY, []):
-                raise record.as_error()
-            if collate is None:
-                yield self._prepare_inputs(batch)
-            else:
-                yield {name: self._prepare_inputs(part) for name, part in batch.items()}
+        yield from iterate_batches(self, dataset, title, collate)

@@ -49,6 +49,7 @@ class IndexedRecords:
         self._column: pa.ChunkedArray = pa.ipc.open_file(pa.memory_map(str(file))).read_all().column("record")
 
     def __len__(self) -> int:
+        """Return the number of records."""
         return len(self._column)
 
     def __getitem__(self, index: int) -> object:  # any value of JSON
@@ -60,6 +61,7 @@ class IndexedRecords:
         return parse_record(self._column[index].as_buffer().to_pybytes())
 
     def __getstate__(self) -> Path:
+        """Return the path of the index, which another process maps itself."""
         return self._file
 
     def __setstate__(self, file: Path) -> None:

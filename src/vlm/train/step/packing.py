@@ -1,6 +1,7 @@
 """Packed rows and the model: the positions that it uses, and the check of it before it trains on them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -14,8 +15,10 @@ from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
 from vlm.data.dataset import Skipped
 from vlm.data.processor import Processor, SampleInputs
 from vlm.families.table import FAMILIES
-from vlm.train.objectives.base import Inputs
+from vlm.train.monitor.flops import StepFlops
+from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.step.packed_attention import use_packed_attention
+from vlm.train.step.step_packing import StepPacking, sample_costs
 
 
 def check_packing_support(model_type: str) -> None:
@@ -52,6 +55,15 @@ def add_grid_positions(model: Any, batch: Inputs) -> Inputs:
     positions, _ = model.model.get_rope_index(**rows, **grids, attention_mask=mask)
     text = batch["position_ids"]
     return batch | {"position_ids": torch.cat([text, positions[:, mask.bool()]])[:, None]}
+
+
+def make_step_packing(
+    run: PreparedRun, objective: Objective, flops: StepFlops | None, gather: Callable[[Tensor], Tensor]
+) -> StepPacking:
+    """Return what lays out the steps of a run; `flops` are the same on all ranks, of which `gather` gathers rows."""
+    costs = sample_costs(flops, run.model.config, run.data.train)
+    average, most = objective.loss_average, objective.config.trainer.max_tokens_per_batch
+    return StepPacking(cast(Collator, run.collate), costs, most, average, run.args, gather)
 
 
 @torch.no_grad()

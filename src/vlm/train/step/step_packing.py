@@ -83,9 +83,11 @@ class StepSampler(Sampler[list[Row]]):
             sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
+        """Return the number of accumulation steps of this rank."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Row]]:
+        """Yield the rows of each accumulation step of this rank."""
         shard = self.batches if isinstance(self.batches, BatchSamplerShard) else None
         rank, num_ranks = (shard.process_index, shard.num_processes) if shard else (0, 1)
         turns: Iterator[tuple[list[int], ...]]
