@@ -21,11 +21,8 @@ from vlm.families.table import FAMILIES
 from vlm.models import text_loss
 from vlm.models.text_loss import SupervisedScores, mean_loss, supervised_loss, token_losses
 
-CHANGED_LOGITS = ("gemma2",)
-"""Language models that do more to their logits than their head."""
 
-
-def check_chunks(model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, in_head: bool) -> None:
+def check_chunks(model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> SupervisedScores:
     """Compare loss and gradients with those of whole logits."""
     model.train()
     plain = supervised_loss(*supervised_logits(model, batch), None)
@@ -34,7 +31,7 @@ def check_chunks(model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(text_loss, "MAX_LOGITS", 3 * model.config.get_text_config().vocab_size)
     compute = SupervisedScores(model)
     losses, targets, outputs = compute(batch)
-    assert compute.in_head == in_head
+    assert compute.in_head
     assert "forward" not in vars(model.get_output_embeddings())
     assert outputs.logits is None
     assert losses.shape == targets.shape
@@ -45,12 +42,14 @@ def check_chunks(model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPa
     assert found.keys() == wanted.keys()
     for key, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[key], atol=1e-6, rtol=1e-4, msg=key)
+    return compute
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_a_composed_models_loss_in_chunks_is_the_loss(parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch):
     model, processor = parts.model("clip", name)
-    check_chunks(model, Ready(processor)(items(processor)), monkeypatch, in_head=name not in CHANGED_LOGITS)
+    compute = check_chunks(model, Ready(processor)(items(processor)), monkeypatch)
+    assert (compute.softcap is not None) == (name == "gemma2")
 
 
 def load_tiny_family(name: str, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
@@ -67,14 +66,21 @@ def load_tiny_family(name: str, folder: Path, **settings: Any) -> tuple[Any, dic
 @pytest.mark.parametrize("name", TINY)
 def test_a_familys_loss_in_chunks_is_the_loss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, batch = load_tiny_family(name, tmp_path)
-    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
-    assert not (capped and name != "paligemma2")
-    check_chunks(model, batch, monkeypatch, in_head=not capped)
+    check_chunks(model, batch, monkeypatch)
 
 
-def test_capped_logits_of_a_family_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_logits_of_a_family_are_capped_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As those of PaliGemma 2; the model caps them itself afterwards."""
     model, batch = load_tiny_family("paligemma", tmp_path, final_logit_softcapping=0.5)
-    check_chunks(model, batch, monkeypatch, in_head=False)
+    assert check_chunks(model, batch, monkeypatch).softcap == 0.5
+    assert model.config.get_text_config().final_logit_softcapping == 0.5
+    with torch.no_grad():
+        assert supervised_logits(model, batch)[0].abs().max() < 0.5
+
+
+def test_a_cap_that_the_model_does_not_use_is_not_used_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, batch = load_tiny_family("gemma3", tmp_path, final_logit_softcapping=0.5)
+    assert check_chunks(model, batch, monkeypatch).softcap is None
 
 
 @pytest.mark.parametrize("fault", ["scaled", "cut", "without its head", "twice"])

@@ -27,6 +27,23 @@ Score = Callable[[Tensor, Tensor], Tensor]
 """Computes one or several numbers for each position: `(S, vocabulary), (S,) -> (S, ...)`, float32."""
 
 
+Head = Callable[[Tensor], Tensor]
+"""A vocabulary head: `(S, D) -> (S, vocabulary)`."""
+
+SOFTCAP_KEY = "final_logit_softcapping"
+"""The key of configurations of language models that cap logits (Gemma Team 2024, arXiv:2408.00118, section 2)."""
+
+
+def cap_logits(logits: Tensor, softcap: float) -> Tensor:
+    """Cap logits as Gemma 2 does: `softcap * tanh(logits / softcap)`."""
+    return torch.tanh(logits / softcap) * softcap
+
+
+def is_close(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same shape, and numbers that differ by rounding at most."""
+    return tensor.shape == other.shape and torch.allclose(tensor, other, rtol=1e-6, atol=1e-6)
+
+
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the cross-entropy of each position in float32: `(S, vocabulary), (S,) -> (S,)`."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
@@ -46,9 +63,7 @@ def supervised_loss(logits: Tensor, targets: Tensor, num_items: Divisor) -> Tens
     return mean_loss(chunked_scores(nn.Identity(), logits, targets, logits.shape[-1]), num_items)
 
 
-def chunked_scores(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int, score: Score = token_losses
-) -> Tensor:
+def chunked_scores(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int, score: Score = token_losses) -> Tensor:
     """Compute a score of a vocabulary head's logits, in chunks of at most `MAX_LOGITS` logits: `(S, D) -> (S, ...)`.
 
     The logits of several chunks are computed again for the gradient, one chunk after the other.
@@ -78,20 +93,29 @@ class SupervisedScores:
     """Computes a score of a model's logits at supervised positions, by default the loss, in chunks.
 
     The scores are computed in the call of the model's vocabulary head, and take the place of the logits in its output.
-    So ZeRO-3 gathers the weights of the head once, and each rank has as many chunks as its own positions need. A model
-    that changes its logits behind its head (Gemma 2 caps them) would change the scores too. `prove` finds that out, and
-    the logits of such a model at all supervised positions are computed at once, as the model does it.
+    So ZeRO-3 gathers the weights of the head once, and each rank has as many chunks as its own positions need. Where
+    the model caps its logits behind its head (Gemma 2, PaliGemma 2), that is done in the head's call too. A model that
+    does anything else to its logits would do so to the scores: `prove` finds that out, and the logits of such a model
+    at all supervised positions are computed at once, as the model does it.
 
     Attributes:
         model: the model, not wrapped by DeepSpeed or DDP. Called with a mask `logits_to_keep`, `(B, T)`, it returns
             logits at these positions, `(S, vocabulary)`.
         score: what is computed of the logits.
         in_head: whether the scores are computed in the head's call; None: the first call finds out.
+        softcap: the largest logit that the model allows; None: it does not cap its logits, or `in_head` is not true.
     """
 
     def __init__(self, model: Any, score: Score = token_losses):
         self.model, self.score = model, score
         self.in_head: bool | None = None
+        self.softcap: float | None = None
+
+    def with_score(self, score: Score) -> "SupervisedScores":
+        """Return what computes another score of the same model, with what is known of it."""
+        other = SupervisedScores(self.model, score)
+        other.in_head, other.softcap = self.in_head, self.softcap
+        return other
 
     def __call__(self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None) -> tuple[Tensor, Tensor, Any]:
         """Return the scores `(S, ...)`, the targets `(S,)` that they are of, and the model's output without logits.
@@ -110,7 +134,7 @@ class SupervisedScores:
         if self.in_head is None:
             self.prove(inputs)
         if self.in_head:
-            with _replace_head(self.model, lambda head, x: chunked_scores(head, x, targets, vocabulary, self.score)):
+            with self._computing_in_head(lambda head, x: chunked_scores(head, x, targets, vocabulary, self.score)):
                 outputs = forward(**arguments)
             scores = outputs.logits
         else:
@@ -120,41 +144,56 @@ class SupervisedScores:
 
     @torch.no_grad()
     def prove(self, inputs: Mapping[str, Any]) -> bool:
-        """Find out whether a model's logits are what its head returns, all of it and unchanged; set `in_head`.
+        """Find out whether a model's logits are all that its head returns, unchanged or capped; set `in_head`.
 
         The head returns known numbers instead. `inputs` are those of the model, without a cache; every rank decides the
         same, whatever its inputs are.
         """
+        self.in_head, self.softcap = False, None
+        if self.model.get_output_embeddings() is None:
+            return False
+        softcap = getattr(self.model.config.get_text_config(), SOFTCAP_KEY, None)
+        known, logits = self._replace_logits(inputs)
+        self.in_head = torch.equal(logits, known.float())
+        if not self.in_head and softcap and is_close(logits, cap_logits(known, softcap).float()):
+            self.softcap = softcap
+            known, logits = self._replace_logits(inputs)
+            self.in_head = torch.equal(logits, known.float())
+        return self.in_head
+
+    def _replace_logits(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return numbers that the head returned, `(1, vocabulary)`, and the logits that the model made of them."""
         known: list[Tensor] = []
 
-        def return_known(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        def return_known(head: Head, hidden: Tensor) -> Tensor:
             logits = head(hidden.new_zeros(1, hidden.shape[-1]))
             known.append(torch.linspace(-50, 50, logits.numel(), device=logits.device).to(logits.dtype)[None])
             return known[-1]
 
         arguments = {name: value for name, value in inputs.items() if name != "labels"}
         keep = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        if self.model.get_output_embeddings() is None:
-            self.in_head = False
-            return False
-        with _replace_head(self.model, return_known):
+        with self._computing_in_head(return_known):
             logits = self.model(**{"use_cache": False, **arguments, "logits_to_keep": keep}).logits
-        self.in_head = len(known) == 1 and torch.equal(logits.float(), known[0].float().to(logits.device))
-        return self.in_head
+        numbers = known[0] if len(known) == 1 else logits.new_zeros(0)  # the head was called more than once, or never
+        return numbers, logits.to(numbers.device).float()
 
+    @contextmanager
+    def _computing_in_head(self, compute: Callable[[Head, Tensor], Tensor]) -> Iterator[None]:
+        """Let the model's vocabulary head return `compute(head, hidden)`, where `head` is its own function.
 
-@contextmanager
-def _replace_head(model: Any, compute: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> Iterator[None]:
-    """Let the vocabulary head of a model return `compute(forward, hidden)`, where `forward` is its own function.
-
-    Its hooks run around that as around its own function.
-    """
-    head = model.get_output_embeddings()
-    own, forward = vars(head).get("forward"), head.forward
-    head.forward = lambda hidden: compute(forward, hidden)
-    try:
-        yield
-    finally:
-        del head.forward
-        if own is not None:  # such as that of a hook of accelerate
-            head.forward = own
+        Its hooks run around that as around its own function. Where the model caps logits, `head` does so in its place.
+        """
+        module, config, softcap = self.model.get_output_embeddings(), self.model.config.get_text_config(), self.softcap
+        own, forward = vars(module).get("forward"), module.forward
+        head = forward if softcap is None else lambda hidden: cap_logits(forward(hidden), softcap)
+        module.forward = lambda hidden: compute(head, hidden)
+        if softcap is not None:
+            setattr(config, SOFTCAP_KEY, None)
+        try:
+            yield
+        finally:
+            del module.forward
+            if own is not None:  # such as that of a hook of accelerate
+                module.forward = own
+            if softcap is not None:
+                setattr(config, SOFTCAP_KEY, softcap)

@@ -164,12 +164,11 @@ class Generation(Objective):
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics`."""
         from vlm.evaluation.bootstrap import flatten_scores
         from vlm.evaluation.loss_metrics import compute_loss
-        from vlm.models.text_loss import SupervisedScores
+        from vlm.models.text_loss import token_losses
         from vlm.train.evaluation_losses import TrainerLosses
         from vlm.train.step.compile import force_eager
 
-        compute_losses = SupervisedScores(trainer.model)
-        compute_losses.in_head = self._get_scores(trainer).in_head
+        compute_losses = self._get_scores(trainer).with_score(token_losses)
         samples, losses = cast("SampleDataset", dataset), TrainerLosses(trainer, compute_losses)
         with trainer.compute_loss_context_manager():
             scores = compute_loss(samples, losses).scores
