@@ -181,3 +181,15 @@ def test_logits_of_less_precision_are_widened_chunk_by_chunk(monkeypatch: pytest
     assert wide.grad is not None
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(logits.grad, wide.grad.bfloat16())
+
+
+def test_another_score_needs_no_further_proof(parts: Parts):
+    """An evaluation uses what was found out before training, caps included."""
+    model, processor = parts.model("clip", "gemma2")
+    batch = Ready(processor)(items(processor))
+    compute = SupervisedScores(model, lambda logits, targets: logits[:, 0].float())
+    with torch.no_grad():
+        compute.prove(batch)
+        other = compute.with_score(token_losses)
+        assert (other.in_head, other.softcap) == (True, model.config.get_text_config().final_logit_softcapping)
+        torch.testing.assert_close(other(batch)[0], token_losses(*supervised_logits(model, batch)))
