@@ -3,7 +3,7 @@
 Imports torch where it is needed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from vlm.hub.folders import read_json, write_json
@@ -17,8 +17,7 @@ def find_former_names(checkpoint: Path) -> dict[str, str]:
     """Return name on disk -> name in the model, for each weight that has a former name; empty where none has."""
     from vlm.hub.shards import read_meta_tensors, weight_files
 
-    names = [name for file in weight_files(checkpoint) for name in read_meta_tensors(file)]
-    former = dict(_rename_all(names))
+    former = dict(_rename_all(name for file in weight_files(checkpoint) for name in read_meta_tensors(file)))
     if not former:
         return {}
 
@@ -39,7 +38,7 @@ def find_former_names(checkpoint: Path) -> dict[str, str]:
     return {name: own for name, own in former.items() if name not in needed and own in needed}
 
 
-def _rename_all(names: list[str]) -> Iterator[tuple[str, str]]:
+def _rename_all(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield each name with a former prefix, and the name that it would have now."""
     for name in names:
         body = BODY_PREFIX if name.startswith(BODY_PREFIX) else ""
