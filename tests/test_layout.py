@@ -69,7 +69,6 @@ TESTED_ELSEWHERE = {
     "models/configuration_prediction.py": "models/test_prediction_checkpoints.py",
     "models/connector_parts.py": "models/test_connectors.py",
     "models/pixels.py": "models/test_processing_vlm.py",
-    "models/text_loss.py": "train/step/test_packing.py",
     "train/guards/trainer.py": "train/guards/test_step_guard.py",
     "train/guards/update.py": "train/guards/test_step_guard.py",
     "train/arguments.py": "train/test_trainer.py",

@@ -1,11 +1,6 @@
 """The console script: the overview, the version and the names of the package."""
 
-import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from typing import TextIO
 
 import pytest
 
@@ -34,44 +29,6 @@ def test_public_names_load_when_asked_for():
         assert getattr(vlm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = vlm.nothing
-
-
-@contextmanager
-def closed_pipe() -> Iterator[TextIO]:
-    """Standard output is a pipe that nobody reads any more, as behind `| head -1`."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stream, redirect_stdout(stream):
-        yield stream
-
-
-def print_and_mend_errors(words: list[str]) -> None:
-    """A command that says what the system refuses it in words of its own."""
-    try:
-        print("line\n" * 100_000)
-    except OSError as error:
-        sys.exit(f"vlm {words}: {error}")
-
-
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["data", "--help"], ["models", "--help"], ["data", "show"]]
-)
-def test_output_that_nobody_reads_ends_a_command_in_silence(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    if words[-1] == "show":
-        monkeypatch.setattr("vlm.cli.data.main", print_and_mend_errors)
-    with closed_pipe() as stream, pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stream.closed  # what was still buffered went to nobody
-    assert stopped.value.code in (141, 0)  # 0: argparse's own exit
-    assert capsys.readouterr() == ("", "")
-
-
-def test_an_error_is_told_though_nobody_reads_the_output(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vlm.cli.export_checkpoint.main", raise_value_error)
-    with closed_pipe(), pytest.raises(SystemExit, match=r"^vlm export: torn file$"):
-        main(["export"])
 
 
 def raise_value_error(words: list[str]) -> None:

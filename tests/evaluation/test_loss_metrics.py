@@ -1,5 +1,6 @@
 """Metrics of losses: each of the table is computed on one rank and on two, which share the samples."""
 
+import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetricSetting
 from vlm.evaluation.records import InferenceLosses
 from vlm.evaluation.retrieval import score_own
 from vlm.inference.generate import VisionLanguageModel, on_device
+from vlm.models.text_loss import SupervisedScores
 
 SETTINGS = LossMetricSettings(retrieval_candidates=3, max_samples=None, advice="")
 
@@ -58,7 +60,7 @@ class Ranks:
 class RankLosses:
     """A `LossSource` of one of two ranks: batches by turns, the last ones filled up from the beginning."""
 
-    model: Any
+    compute_losses: SupervisedScores
     processor: Processor
     rank: int
     ranks: Ranks
@@ -93,7 +95,8 @@ def test_two_ranks_find_what_one_finds(parts: Parts, data: SampleDataset, name: 
     metric = LOSS_METRICS[name](data, SETTINGS)
     single = metric.compute(data, InferenceLosses(ready, 4, 0)).scores
     ranks = Ranks()
-    sources = [RankLosses(ready.model, processor, rank, ranks) for rank in range(2)]
+    models = [copy.deepcopy(ready.model) for _ in range(2)]
+    sources = [RankLosses(SupervisedScores(own), processor, rank, ranks) for rank, own in enumerate(models)]
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda source: metric.compute(data, source).scores, sources))
     assert both[0] == both[1]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.logits import supervised_losses
 from tests.tiny_parts import Parts, picture
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
@@ -22,7 +22,7 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor
 from vlm.data.sample import ImageRef, Sample, Turn
-from vlm.evaluation.loss import replace_reply, row_losses, supervised_logits
+from vlm.evaluation.loss import replace_reply, row_losses
 from vlm.evaluation.records import InferenceLosses
 from vlm.evaluation.retrieval import (
     CandidateDataset,
@@ -37,6 +37,8 @@ from vlm.evaluation.retrieval import (
 )
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMForConditionalGeneration
+from vlm.models.modeling_vlm import VLMOutput
+from vlm.models.text_loss import SupervisedScores
 
 CAPTIONS = ("red", "a blue square", "two cats on a mat", "12", "Red.", "a dog", "red stone")
 """Two that are the same text but for case and a full stop, and one that goes on where another ends."""
@@ -86,7 +88,7 @@ def make_ready(parts: Parts, seed: int = 0) -> VisionLanguageModel:
 
 def compute(ready: VisionLanguageModel, dataset: SampleDataset, trials: list[Trial], max_rows: int = 3) -> torch.Tensor:
     """The losses of all candidates: `(trials, N)`."""
-    losses = CandidateLosses(ready.model, max_rows)
+    losses = CandidateLosses(SupervisedScores(ready.model), max_rows, lambda rows: rows)
     collate = make_candidate_collator(ready.processor)
     batches = InferenceLosses(ready, 1, 0).batches(CandidateDataset(dataset, trials), "retrieval", collate)
     return torch.stack([losses(**batch) for batch in batches])
@@ -102,7 +104,7 @@ def compute_literally(ready: VisionLanguageModel, dataset: SampleDataset, trials
         for text in trial.texts:
             batch: Any = Collator.of(ready.processor)([encode_sample(source, replace_reply(sample, text))])
             batch["pixel_values"] = ready.processor.normalise(batch["pixel_values"])
-            sums, counts = row_losses(supervised_logits(ready.model, batch)[0].logits, batch["labels"])
+            sums, counts = row_losses(supervised_losses(ready.model, batch), batch["labels"])
             row.append(float(sums / counts))
         rows.append(row)
     return torch.tensor(rows, dtype=torch.float64)
@@ -119,7 +121,7 @@ def test_losses_are_those_of_whole_rows(parts: Parts, captioned: SampleDataset, 
 
 
 def test_each_image_is_encoded_once(parts: Parts, captioned: SampleDataset, monkeypatch: pytest.MonkeyPatch):
-    """And for the first one, whose text is read in one pass too, its features serve again."""
+    """And for the first one, whose text is read in one pass and with which the head is proved, its features serve."""
     ready = make_ready(parts)
     encoded: list[int] = []
     encode = VLMForConditionalGeneration.encode_images
@@ -131,7 +133,7 @@ def test_each_image_is_encoded_once(parts: Parts, captioned: SampleDataset, monk
         ready.feature_cache = feature_cache
         encoded.clear()
         compute(ready, captioned, choose_trials(captioned, 4, None, ""))
-        assert sum(encoded) == len(CAPTIONS) + 1
+        assert sum(encoded) == len(CAPTIONS) + 2
 
 
 def test_a_model_that_sees_nothing_finds_by_chance(parts: Parts, captioned: SampleDataset):
@@ -239,7 +241,7 @@ def test_only_the_last_reply_counts(parts: Parts, make_data: MakeData):
             first = int(supervised[(supervised.diff() > 1).nonzero().max() + 1])
             row[:first] = IGNORE_INDEX
             with torch.no_grad():
-                sums, counts = row_losses(supervised_logits(ready.model, batch)[0].logits, batch["labels"])
+                sums, counts = row_losses(supervised_losses(ready.model, batch), batch["labels"])
             assert loss == pytest.approx(float(sums / counts), abs=2e-6)
 
 
@@ -256,6 +258,23 @@ def test_a_candidate_that_does_not_fit_is_cut(parts: Parts, make_data: MakeData)
     assert compute(ready, data, trials).isfinite().all()
 
 
+def test_a_reply_that_is_cut_off_whole_is_left_out(parts: Parts, make_data: MakeData, caplog: pytest.LogCaptureFixture):
+    """Its candidates would all be the same earlier reply, each found with a chance of 1 / N."""
+    data = make_data([make_record(0, "a" * 60, "not seen"), make_record(1, "a cat"), make_record(2, "a dog")])
+    longest = int(data.lengths[1:].max()) + 4
+    data.sources[0].encoder = replace(data.sources[0].encoder, longest=longest, truncate=True)
+    with caplog.at_level("INFO", logger="vlm"):
+        trials = choose_trials(data, 3, None, "")
+    assert [trial.index for trial in trials] == [1, 2]
+    assert "retrieval: 1 records are left out, whose last reply is cut off whole" in caplog.text
+    assert [trial.index for trial in choose_trials(data, 3, 1, "")] == [1]
+    data.sources[0].encoder = replace(data.sources[0].encoder, longest=8)
+    with pytest.raises(
+        ValueError, match=r"of all 3 records with images are cut off whole .*; raise dataset.max_length"
+    ):
+        choose_trials(data, 3, None, "lower it")
+
+
 def test_an_image_that_is_gone_is_told(captioned: SampleDataset, parts: Parts):
     trials = choose_trials(captioned, 3, None, "")
     path = captioned.sample(1).images[0].path
@@ -270,13 +289,14 @@ class BrokenCache:
 
     def __init__(self, model: Any, *, has_cache: bool):
         self.model, self.has_cache, self.config = model, has_cache, model.config
+        self.get_output_embeddings = model.get_output_embeddings
 
     def __call__(self, past_key_values: Any = None, **inputs: Any):
         if past_key_values is not None:
             for layer in past_key_values.layers:
                 layer.values = layer.values * -1000
         output = self.model(past_key_values=past_key_values, **inputs)
-        return output if self.has_cache else SimpleNamespace(logits=output.logits, past_key_values=None)
+        return output if self.has_cache else VLMOutput(logits=output.logits)
 
 
 def test_a_model_that_does_not_continue_from_a_prompt_is_refused(parts: Parts, captioned: SampleDataset):
@@ -286,10 +306,14 @@ def test_a_model_that_does_not_continue_from_a_prompt_is_refused(parts: Parts, c
         CandidateDataset(captioned, trials), "retrieval", make_candidate_collator(ready.processor)
     )
     batch = next(batches)
+
+    def make_losses(model: Any) -> CandidateLosses:
+        return CandidateLosses(SupervisedScores(model), 3, lambda rows: rows)
+
     with pytest.raises(ValueError, match=r"behind a cached prompt llama gives a text the loss .*, in one pass"):
-        CandidateLosses(BrokenCache(ready.model, has_cache=True), 3)(**batch)
+        make_losses(BrokenCache(ready.model, has_cache=True))(**batch)
     with pytest.raises(ValueError, match="llama returns no cache of keys and values"):
-        CandidateLosses(BrokenCache(ready.model, has_cache=False), 3)(**batch)
+        make_losses(BrokenCache(ready.model, has_cache=False))(**batch)
 
 
 def test_images_within_a_table_are_compared_by_their_content():

@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 
 from tests.families.tiny_families import TINY, save_family
 from tests.fixtures import compose_config
+from tests.logits import supervised_losses
 from tests.tiny_parts import picture, runs
 from vlm.assembly.family import get_auto_class, load_family_config, load_family_model
 from vlm.assembly.resolve import resolve_model
@@ -170,10 +171,8 @@ def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, folders: Call
     collate = Collator.of(processor, dummy_image(processor))
 
     def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch.pop("labels")
-        keep = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
         with torch.no_grad():
-            return row_losses(model(**batch, logits_to_keep=keep).logits, labels)[0]
+            return row_losses(supervised_losses(model, batch), batch["labels"])[0]
 
     together = losses(collate(rows))
     alone = torch.cat([losses(collate([row])) for row in rows])

@@ -8,13 +8,13 @@ import torch
 
 from tests.families.test_families import make_images, make_sample
 from tests.families.tiny_families import TINY, save_family
+from tests.logits import supervised_logits
 from vlm.assembly.family import load_family_config, load_family_model
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
 from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import encode
-from vlm.evaluation.loss import supervised_logits
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
 from vlm.models.text_loss import supervised_loss
@@ -36,9 +36,9 @@ def make_rows(processor: Any) -> list[dict[str, Any]]:
 
 def backpropagate(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Logits at supervised positions; the gradients of their summed loss are added to the model's."""
-    outputs, targets = supervised_logits(model, batch)
-    supervised_loss(outputs.logits, targets, 1).backward()
-    return outputs.logits.detach()
+    logits, targets = supervised_logits(model, batch)
+    supervised_loss(logits, targets, 1).backward()
+    return logits.detach()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

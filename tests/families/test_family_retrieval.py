@@ -9,15 +9,17 @@ import torch
 
 from tests.families.test_families import folders, load, make_images, name, processor
 from tests.families.tiny_families import TINY
+from tests.logits import supervised_losses
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import encode_sample, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.evaluation.loss import replace_reply, row_losses, supervised_logits
+from vlm.evaluation.loss import replace_reply, row_losses
 from vlm.evaluation.records import InferenceLosses
 from vlm.evaluation.retrieval import CandidateDataset, CandidateLosses, choose_trials, make_candidate_collator
 from vlm.families.processing import FamilyProcessor
 from vlm.inference.generate import VisionLanguageModel
+from vlm.models.text_loss import SupervisedScores
 
 FIXTURES = folders, name, processor
 """Of the other file of this folder; pytest finds them by their names."""
@@ -37,7 +39,7 @@ def test_losses_behind_a_cached_prompt_are_those_of_whole_rows(
     dataset = load_dataset(config, SampleEncoder(processor, 2000, truncate=False), evaluates=True)
     model: Any = load(folders(name))
     trials = choose_trials(dataset, 3, None, "")
-    losses = CandidateLosses(model, 2)
+    losses = CandidateLosses(SupervisedScores(model), 2, lambda rows: rows)
     source = InferenceLosses(VisionLanguageModel(model, processor), 2, 0)
     for trial, batch in zip(
         trials,
@@ -48,8 +50,6 @@ def test_losses_behind_a_cached_prompt_are_those_of_whole_rows(
         for text in trial.texts:
             item = encode_sample(dataset.sources[0], replace_reply(dataset.sample(trial.index), text))
             row: Any = Collator.of(processor)([item])
-            logits = supervised_logits(model, row)[0].logits
-            assert logits is not None
-            sums, counts = row_losses(logits, row["labels"])
+            sums, counts = row_losses(supervised_losses(model, row), row["labels"])
             expected.append(float(sums / counts))
         assert losses(**batch).tolist() == pytest.approx(expected, abs=5e-6), TINY[name].model_type

@@ -14,6 +14,7 @@ from tests.data.vision.test_video import RATE, torn, write_video
 from tests.families.test_families import load
 from tests.families.tiny_families import TINY, save_family
 from tests.fixtures import losses
+from tests.logits import supervised_losses
 from tests.tiny_parts import picture, runs
 from tests.train.test_distributed_runs import WHOLE, launch
 from vlm.config.schema import DatasetConfig
@@ -168,10 +169,8 @@ def test_a_batch_gives_each_row_what_it_would_get_alone(name: str, processor: Fa
 
     def compute_losses(collate: Collator, chosen: list[dict[str, Any]]) -> torch.Tensor:
         batch = collate([dict(row) for row in chosen])
-        labels = batch.pop("labels")
-        keep = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
         with torch.no_grad():
-            return row_losses(model(**batch, logits_to_keep=keep).logits, labels)[0]
+            return row_losses(supervised_losses(model, batch), batch["labels"])[0]
 
     alone = torch.cat([compute_losses(plain, [row]) for row in rows])
     for collate in (plain, Collator.of(processor, dummy_image(processor), video_dummy=apart)):

@@ -9,7 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessor,
+    LlavaProcessor,
+)
 
 from tests.tiny_parts import Parts, picture
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
@@ -106,6 +114,21 @@ def write_original(
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # as older versions saved
     write_shards(folder, weights, form, count)
     return folder
+
+
+def write_transformers(folder: Path, parts: Parts, *, do_pad: bool = True) -> tuple[Any, LlavaProcessor]:
+    """A checkpoint of transformers' LLaVA with tied embeddings; the model and its processor."""
+    model = transformers_llava(parts, language_model="tied_llama")
+    model.save_pretrained(folder)
+    images = LlavaImageProcessor(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, do_pad=do_pad
+    )  # fmt: skip
+    processor = LlavaProcessor(
+        images, tokenizer_with_image(parts.language_model("tied_llama")), patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    processor.save_pretrained(folder)
+    return model, processor
 
 
 def write_base(folder: Path, parts: Parts, model: Any) -> Path:

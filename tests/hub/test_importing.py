@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionModel, LlavaImageProcessor, LlavaProcessor
+from transformers import CLIPVisionModel
 
 import vlm
 from tests.command_line import refusal
@@ -20,6 +20,7 @@ from tests.hub.foreign import (
     write_lora,
     write_original,
     write_projector,
+    write_transformers,
 )
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.checkpoint import open_checkpoint
@@ -92,16 +93,7 @@ def test_a_lora_adapter_is_merged(parts: Parts, tmp_path: Path, options: dict):
 
 @pytest.mark.parametrize("do_pad", [True, False], ids=["pads", "square"])
 def test_transformers_llava(parts: Parts, tmp_path: Path, do_pad: bool):
-    theirs = transformers_llava(parts, language_model="tied_llama")
-    theirs.save_pretrained(tmp_path / "theirs")
-    images = LlavaImageProcessor(
-        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, do_pad=do_pad
-    )  # fmt: skip
-    processor = LlavaProcessor(
-        images, tokenizer_with_image(parts.language_model("tied_llama")), patch_size=8,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    )  # fmt: skip
-    processor.save_pretrained(tmp_path / "theirs")
+    theirs, processor = write_transformers(tmp_path / "theirs", parts, do_pad=do_pad)
     import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
     model, ours = loaded(tmp_path / "ours")
     assert have_same_logits(theirs, model, ours)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.command_line import refusal
@@ -73,6 +75,35 @@ def test_what_ends_a_reply_is_published(run_folder: Path, tmp_path: Path):
     main(["push-to-hub", str(tmp_path / "final"), "--dry-run", "--output", str(tmp_path / "out")])
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     assert ends == sorted({0, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")})
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_are_published_under_the_models_own_names(run_folder: Path, tmp_path: Path, *, sharded: bool):
+    """An earlier version saved others after ZeRO-3."""
+    final, out = tmp_path / "final", tmp_path / "out"
+    shutil.copytree(run_folder / "final", final)
+    own = load_file(final / "model.safetensors")
+    former = {name.replace("visual_encoder.", "visual_encoder.vision_model."): tensor for name, tensor in own.items()}
+    assert former.keys() != own.keys()
+    (final / "model.safetensors").unlink()
+    if sharded:
+        names = sorted(former)
+        parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+        for file, held in parts.items():
+            save_file({name: former[name] for name in held}, final / file, {"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: file for file, held in parts.items() for name in held}}
+        (final / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file(former, final / "model.safetensors", {"format": "pt"})
+    out.mkdir()
+    prepared = prepare_upload(final, out, read_run(run_folder / "final"))
+    files = [name for name in prepared.files if name.endswith(".safetensors")]
+    published = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
+    assert published.keys() == own.keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in published.items())
+    if sharded:
+        assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys() == own.keys()
+    assert {name for name in load_file(next(final.glob("*.safetensors"))) if "vision_model" in name}  # as it was
 
 
 def test_the_code_is_the_installed_packages(dry: Path):

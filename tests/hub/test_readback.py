@@ -22,6 +22,13 @@ def export(folder: Path, form: str) -> list[str]:
     return export_checkpoint(str(folder / "ours"), folder / "theirs", form, vision_tower=TOWER[form])
 
 
+def save_with_seen_transparency(parts: Parts, folder: Path, form: str, name: str, **options: Any) -> None:
+    """Save a checkpoint that sees transparent images as the readers of a format do."""
+    _, processor = saved(parts, folder, "clip", name, layer=-2, **options)
+    processor.alpha_background = "white" if form == "llava" else "drop"
+    processor.save_pretrained(folder)
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     file = folder / "ours" / "model.safetensors"
     save_file(change(load_file(file)), file, {"format": "pt"})
@@ -33,7 +40,7 @@ def as_after_zero3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("form", KEYS)
 def test_names_that_a_former_version_saved_are_exported_rightly(parts: Parts, tmp_path: Path, form: str):
-    saved(parts, tmp_path / "ours", "clip", "llama", layer=-2, template="v1")
+    save_with_seen_transparency(parts, tmp_path / "ours", form, "llama", template="v1")
     assert export(tmp_path, form) == []
     expected = weights(tmp_path / "theirs")
     rewrite(tmp_path, as_after_zero3)
@@ -46,7 +53,7 @@ def test_names_that_a_former_version_saved_are_exported_rightly(parts: Parts, tm
 @pytest.mark.parametrize("form", KEYS)
 def test_a_copy_of_tied_embeddings_is_left_out(parts: Parts, tmp_path: Path, form: str):
     """ZeRO-1 and 2 left one in checkpoints."""
-    saved(parts, tmp_path / "ours", "clip", "qwen2", layer=-2, template="chatml")
+    save_with_seen_transparency(parts, tmp_path / "ours", form, "qwen2", template="chatml")
     embeddings = "language_model.model.embed_tokens.weight"
     rewrite(tmp_path, lambda state: {**state, "language_model.lm_head.weight": state[embeddings].clone()})
     assert export(tmp_path, form) == []
@@ -142,3 +149,25 @@ def test_projectors_of_the_original(kind: str, names: int):
     projector = make_projector({"mm_projector_type": kind, "mm_hidden_size": 4}, 6)
     assert len(projector.state_dict()) == names
     assert projector(torch.ones(1, 4)).shape == (1, 4 if kind == "identity" else 6)
+
+
+def test_infinite_outputs_of_both_are_equal():
+    """Logits of half precision may be too large for it; the comparison is of the others."""
+    ours = torch.tensor([1.0, 2.0, torch.inf, -torch.inf], dtype=torch.float16)
+    assert list(find_differences({"logits": ours}, {"logits": ours.clone()})) == []
+    largest = torch.tensor([1.0, 2.0, 65504, -65504], dtype=torch.float16)
+    assert list(find_differences({"logits": ours}, {"logits": largest})) == []
+    for wrong in (torch.tensor([1.0, 3.0, torch.inf, -torch.inf]), torch.tensor([1.0, 2.0, -torch.inf, torch.inf])):
+        (problem,) = find_differences({"logits": ours}, {"logits": wrong.half()})
+        assert problem.startswith("logits that differ by ")
+    (problem,) = find_differences({"logits": ours * torch.nan}, {"logits": ours * torch.nan})
+    assert problem == "logits that are not numbers (NaN) already in the checkpoint"
+
+
+@pytest.mark.parametrize(("form", "background"), [("llava", "black"), ("llava", "drop"), ("llava-original", "white")])
+def test_transparency_that_a_format_cannot_express_is_said(parts: Parts, tmp_path: Path, form: str, background: str):
+    _, processor = saved(parts, tmp_path / "ours", "clip", "llama", layer=-2, template="v1")
+    processor.alpha_background = background
+    processor.save_pretrained(tmp_path / "ours")
+    (said,) = export(tmp_path, form)
+    assert said.startswith(f"transparent images look different: dataset.alpha_background={background} has no place")

@@ -33,6 +33,7 @@ class PrivateName:
         return self.owner.partition(":")[0]
 
     def __str__(self) -> str:
+        """Return the full name, such as `transformers.Trainer.log`."""
         return f"{self.owner.replace(':', '.')}.{self.name}"
 
 

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the subcommand that the command line names; any other command line is a training run.
 
     Where a subcommand raises `ValueError` or `OSError`, the process ends with the error's message. Training runs and
-    `SELF_REPORTING_COMMANDS` are excepted. A command ends without a message when the reader of its output has gone.
+    `SELF_REPORTING_COMMANDS` are excepted. A command ends without a message when the reader of its output has gone;
+    a training run goes on.
     """
     with end_with_pipes(), rare_collection():
         _run_command(list(sys.argv[1:] if argv is None else argv))

@@ -123,6 +123,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         self._labels_and_groups = labels, groups
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.places)
 
     def sample(self, index: int) -> Sample:
@@ -210,9 +211,11 @@ class BlankImageDataset(Dataset[SampleInputs]):
         self.lengths, self.num_images = dataset.lengths, dataset.num_images
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> SampleInputs:
+        """Return a sample encoded with blank images of the sizes of its own."""
         processor = self.dataset.processor
         number, record = self.dataset.places[index].tolist()
         source = self.dataset.sources[number]

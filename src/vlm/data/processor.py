@@ -66,7 +66,9 @@ class Processor(Protocol):
         ...
 
     @alpha_background.setter
-    def alpha_background(self, name: str) -> None: ...
+    def alpha_background(self, name: str) -> None:
+        """Set what shows through transparent images."""
+        ...
 
     def as_rgb(self, image: Image.Image) -> Image.Image:
         """Return an image upright, in RGB, without transparency: what is seen of it before it is resized."""

@@ -126,6 +126,7 @@ class ImageRef:
     frame: int | None = None
 
     def __str__(self) -> str:
+        """Return the path, and the number of the frame if it is one."""
         name = "in the record itself" if self.path is None else str(self.path)
         return name if self.frame is None else f"{name}, frame {self.frame}"
 

@@ -39,6 +39,7 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
+        """Find the reader that the configuration names, and where the images are."""
         assert self.config.path is not None
         self.path = self.config.path
         place = Path(self.path)
@@ -56,6 +57,7 @@ class Source:
         return open_records(self.path, self.cache, split=self.config.split, subset=self.config.subset)
 
     def __len__(self) -> int:
+        """Return the number of records."""
         return len(self.records)
 
     def sample(self, index: int) -> Sample:

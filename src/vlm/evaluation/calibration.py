@@ -40,6 +40,7 @@ class Calibration:
     threshold: float | list[float] | None = None
 
     def __post_init__(self):
+        """Raise ValueError for a temperature that is no number above 0."""
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature: got {self.temperature}, expected a number above 0")
 

@@ -24,8 +24,9 @@ from vlm.data.encoding.labels import encode
 from vlm.data.records.marks import find_marks
 from vlm.data.sample import PLACEHOLDER, BadSample, Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened
-from vlm.evaluation.loss import row_losses, supervised_logits
+from vlm.evaluation.loss import row_losses
 from vlm.inference.generate import VisionLanguageModel, check_length, on_device
+from vlm.models.text_loss import SupervisedScores, token_losses
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class LmmsModel(lmms):
             str(pretrained), device=device, dtype=dtype, quantization=quantization, base=bases,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        self.compute_scores = SupervisedScores(self.vlm.model, score_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -148,12 +150,10 @@ class LmmsModel(lmms):
         batch = Collator.of(self.vlm.processor)(rows)
         labels = batch["labels"].to(self.device)
         inputs = self.vlm.use_cached_features(on_device(batch, self.vlm.processor, self.device))
-        output, targets = supervised_logits(self.vlm.model, {**inputs, "labels": labels})
-        assert output.logits is not None
-        sums, counts = row_losses(output.logits, labels)
-        right = (output.logits.argmax(dim=-1) == targets).split(counts.long().tolist())
-        all_right = [bool(row.all()) for row in right]
-        return list(zip((sums / counts).tolist(), all_right, strict=True))
+        losses, misses = self.compute_scores({**inputs, "labels": labels})[0].unbind(dim=-1)
+        sums, counts = row_losses(losses, labels)
+        num_misses, _ = row_losses(misses, labels)
+        return list(zip((sums / counts).tolist(), (num_misses == 0).tolist(), strict=True))
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> list[str]:
         """Refuse tasks of several rounds."""
@@ -180,6 +180,12 @@ class LmmsModel(lmms):
             conversations.append([*system, turn])
             media.append(opened)
         return conversations, media
+
+
+def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return each token's loss, and 1 where another token is likelier, else 0: `(S, vocabulary), (S,) -> (S, 2)`."""
+    misses = (logits.argmax(dim=-1) != targets).float()
+    return torch.stack([token_losses(logits, targets), misses], dim=-1)
 
 
 def parse_generation_kwargs(kwargs: dict[str, Any]) -> tuple[InferenceConfig, dict[str, object], list[str]]:

@@ -5,39 +5,29 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
+from torch import Tensor
 
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.sample import Sample, Turn
 from vlm.evaluation.bootstrap import Score
+from vlm.models.text_loss import SupervisedScores
 
 
-def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def row_losses(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed loss and the number of supervised tokens of each row, two `(B,)` tensors.
 
-    `logits`, `(S, vocabulary)`, are those at the supervised positions of all rows; `labels` are `(B, T)`.
+    `losses`, `(S,)`, are those at the supervised positions of all rows; `labels` are `(B, T)`.
     """
-    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    rows, columns = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    pieces = zip(logits.split(1024), targets[rows, columns].split(1024), strict=True)  # bounds the float32 copy
-    losses = torch.cat([F.cross_entropy(piece.float(), target, reduction="none") for piece, target in pieces])
+    rows = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)[0].to(losses.device)
     sums = losses.new_zeros(len(labels)).index_add_(0, rows, losses)
     return sums, torch.bincount(rows, minlength=len(labels)).to(sums.dtype)
 
 
-def supervised_logits(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[CausalLMOutput, Tensor]:
-    """Return the model's output with logits `(S, vocabulary)` at supervised positions, and their targets `(S,)`."""
-    targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
-    keep = targets != IGNORE_INDEX
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    return model(**rest, logits_to_keep=keep, use_cache=False), targets[keep]
-
-
 @torch.no_grad()
 def sample_losses(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    compute_losses: SupervisedScores,
+    batches: Iterable[dict[str, Tensor]],
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss and supervised tokens of every sample: two `(samples,)` tensors on the CPU, in order.
 
@@ -45,9 +35,8 @@ def sample_losses(
     """
     gathered = []
     for inputs in batches:
-        logits = supervised_logits(model, inputs)[0].logits
-        assert logits is not None
-        gathered.append([gather(tensor).cpu() for tensor in row_losses(logits, inputs["labels"])])
+        losses = compute_losses(inputs)[0]
+        gathered.append([gather(tensor).cpu() for tensor in row_losses(losses, inputs["labels"])])
     sums, counts = zip(*gathered, strict=True)
     return torch.cat(sums), torch.cat(counts)
 

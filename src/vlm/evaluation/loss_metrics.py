@@ -24,6 +24,7 @@ from vlm.evaluation.retrieval import (
     make_rows,
     score_own,
 )
+from vlm.models.text_loss import SupervisedScores
 
 NUM_RESAMPLES = 1000
 """Number of resamples of an interval."""
@@ -36,8 +37,8 @@ class LossSource(Protocol):
     """A model and its way through data, on one process or on several ranks that share the items."""
 
     @property
-    def model(self) -> Any:
-        """Return the model, in evaluation mode once `batches` has begun."""
+    def compute_losses(self) -> SupervisedScores:
+        """Return what computes the losses of a batch; its model is in evaluation mode once `batches` has begun."""
         ...
 
     @property
@@ -109,11 +110,11 @@ def prepare_loss(dataset: SampleDataset, settings: LossMetricSettings) -> LossMe
 def compute_loss(dataset: SampleDataset, losses: LossSource) -> LossResult:
     """Return the loss of a data set, exact to the token, and the same on blank images."""
     with_images = torch.as_tensor(dataset.num_images) > 0
-    sums, counts = sample_losses(losses.model, losses.batches(dataset, "loss"), losses.gather)
+    sums, counts = sample_losses(losses.compute_losses, losses.batches(dataset, "loss"), losses.gather)
     blank_sums = None
     if with_images.any():
         blank = losses.batches(dataset.blank(), "loss on blank images")
-        blank_sums, _ = sample_losses(losses.model, blank, losses.gather)
+        blank_sums, _ = sample_losses(losses.compute_losses, blank, losses.gather)
     return LossResult(loss_scores(sums, counts, blank_sums, with_images))
 
 
@@ -126,7 +127,7 @@ def prepare_retrieval(dataset: SampleDataset, settings: LossMetricSettings) -> L
     trials = choose_trials(dataset, settings.retrieval_candidates, settings.max_samples, settings.advice)
 
     def compute(dataset: SampleDataset, losses: LossSource) -> LossResult:
-        compute_losses = CandidateLosses(losses.model, losses.batch_size)
+        compute_losses = CandidateLosses(losses.compute_losses, losses.batch_size, losses.gather)
         collate = make_candidate_collator(dataset.processor)
         batches = losses.batches(CandidateDataset(dataset, trials), "retrieval", collate)
         rows = torch.cat([losses.gather(compute_losses(**batch)[None]).cpu() for batch in batches])

@@ -4,7 +4,7 @@ Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,6 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig, TrainerOptions
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
@@ -24,6 +23,7 @@ from vlm.evaluation.output import write_json, write_rows
 from vlm.evaluation.text_metrics import compute_text_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
+from vlm.models.text_loss import SupervisedScores
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class EvaluationResult:
     scores: dict[str, Score]
 
     def __str__(self) -> str:
+        """Return the metrics and which records they leave out."""
         return "\n".join([format_scores(self.scores), *(f"\n{sentence}" for sentence in self.exclusions)])
 
 
@@ -149,7 +150,7 @@ def load_supervised_dataset(model: VisionLanguageModel, config: SourceConfig, ma
     return load_dataset(data, SampleEncoder(model.processor, model.positions, truncate=False), evaluates=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class InferenceLosses:
     """A `LossSource`: a model ready for inference, on this process alone.
 
@@ -157,16 +158,17 @@ class InferenceLosses:
         ready: the model with its processor; it keeps features of recent images.
         batch_size: number of records in a batch.
         num_workers: number of processes that read and decode images.
+        compute_losses: computes losses of the model.
     """
 
     ready: VisionLanguageModel
     batch_size: int
     num_workers: int
+    compute_losses: SupervisedScores = field(init=False)
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model itself."""
-        return self.ready.model
+    def __post_init__(self):
+        """Make what computes the losses."""
+        self.compute_losses = SupervisedScores(self.ready.model)
 
     def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[dict[str, Any]]:
         """Yield batches on the model's device; see `LossSource`."""
@@ -181,8 +183,9 @@ class InferenceLosses:
 
     def _prepare(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return a batch on the device, with features of images that are known in place of their pixels."""
-        labels = batch["labels"].to(self.model.device)
-        inputs = self.ready.use_cached_features(on_device(batch, self.ready.processor, self.model.device))
+        device = self.ready.model.device
+        labels = batch["labels"].to(device)
+        inputs = self.ready.use_cached_features(on_device(batch, self.ready.processor, device))
         return {**inputs, "labels": labels}
 
     def gather(self, tensor: Tensor) -> Tensor:

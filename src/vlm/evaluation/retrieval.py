@@ -7,6 +7,7 @@ Shapes: N candidates of a prompt, the own text first; T tokens.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,9 +24,13 @@ from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, get_media_token_ids, limit_length
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
-from vlm.evaluation.loss import last_reply_text, replace_reply, row_losses, supervised_logits
+from vlm.data.vision.images import read_media_sizes
+from vlm.evaluation.loss import last_reply_text, replace_reply, row_losses
 from vlm.evaluation.text_metrics import normalize_answer
 from vlm.families.table import FAMILIES
+from vlm.models.text_loss import SupervisedScores
+
+log = logging.getLogger(__name__)
 
 SEED = 0
 """Seeds the drawing of candidates, which are the same in every run, on every number of ranks."""
@@ -73,9 +78,10 @@ class _Reply:
 def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int | None, advice: str) -> list[Trial]:
     """Return the first samples that end with a supervised text about images or videos, each with its candidates.
 
-    Candidates are drawn from the distinct texts of all such samples. None is a text that is correct for the sample's
-    image: its own reply or one of its references, or the reply of another sample with the same image. Texts that
-    differ only in case, white space at their ends or a full stop are the same.
+    Samples whose last reply is cut off whole are left out. Candidates are drawn from the distinct texts of all such
+    samples. None is a text that is correct for the sample's image: its own reply or one of its references, or the reply
+    of another sample with the same image. Texts that differ only in case, white space at their ends or a full stop are
+    the same.
 
     Args:
         dataset: the samples.
@@ -84,7 +90,7 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
         advice: what a user who cannot have this metric should change.
 
     Raises:
-        ValueError: no sample has such a reply, or there are too few different texts.
+        ValueError: no sample has such a reply, all are cut off, or there are too few different texts.
     """
     replies = [reply for index in range(len(dataset)) if (reply := _read_reply(index, dataset.sample(index)))]
     if not replies:
@@ -98,8 +104,14 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
     for reply in replies:
         for medium in reply.media:
             right_by_medium.setdefault(medium, set()).update(reply.right)
-    trials = []
-    for reply in replies[:max_samples]:
+    trials: list[Trial] = []
+    num_cut = 0
+    for reply in replies:
+        if len(trials) == max_samples:
+            break
+        if _is_cut_off(dataset, reply.index):
+            num_cut += 1
+            continue
         right = reply.right.union(*(right_by_medium[medium] for medium in reply.media))
         others = _draw_others(reply.index, pool, right, num_candidates - 1)
         if len(others) < num_candidates - 1:
@@ -109,7 +121,26 @@ def choose_trials(dataset: SampleDataset, num_candidates: int, max_samples: int 
                 f"images of the {len(replies):,} records with images); {advice}"
             )
         trials.append(Trial(reply.index, (reply.text, *others)))
+    if num_cut and not trials:
+        raise ValueError(
+            f"retrieval: the last replies of all {num_cut:,} records with images are cut off whole "
+            f"(dataset.over_length=truncate), so there is no text to compare; raise dataset.max_length, or {advice}"
+        )
+    if num_cut:
+        log.info("retrieval: %d records are left out, whose last reply is cut off whole (dataset.max_length)", num_cut)
     return trials
+
+
+def _is_cut_off(dataset: SampleDataset, index: int) -> bool:
+    """Return whether nothing of a sample's last reply is left of it, since it is too long."""
+    encoder = dataset.encoder_of(index)
+    if not encoder.truncate:
+        return False
+    sample = dataset.sample(index)
+    return (
+        _last_supervised_run(encoder.encode(sample, read_media_sizes(sample, dataset.processor)).labels)
+        >= encoder.longest
+    )
 
 
 def _read_reply(index: int, sample: Sample) -> _Reply | None:
@@ -150,9 +181,11 @@ class CandidateDataset(Dataset[list[SampleInputs] | Skipped]):
         self.dataset, self.trials = dataset, trials
 
     def __len__(self) -> int:
+        """Return the number of trials."""
         return len(self.trials)
 
     def __getitem__(self, number: int) -> list[SampleInputs] | Skipped:
+        """Return the prompt of a trial and its candidates, encoded, or why its record cannot be used."""
         trial = self.trials[number]
         source, record = self.dataset.places[trial.index].tolist()
         try:
@@ -212,17 +245,20 @@ def make_candidate_collator(processor: Processor) -> Callable[[Sequence[Any]], d
 
 
 class CandidateLosses:
-    """Computes losses of candidates: `CandidateLosses(model, rows)(prompt, replies)`, `(N,)`.
+    """Computes losses of candidates: `CandidateLosses(compute_losses, rows, gather)(prompt, replies)`, `(N,)`.
 
     The first call also reads the own text without the cache, to find out whether the model continues from it rightly.
+    All ranks decide that together.
 
     Args:
-        model: the model, in evaluation mode.
+        compute_losses: computes losses of the model, which is in evaluation mode.
         max_rows: the largest number of candidates that the model reads at once.
+        gather: gathers the rows of a tensor from all ranks.
     """
 
-    def __init__(self, model: Any, max_rows: int):
-        self.model, self.max_rows, self.is_checked = model, max_rows, False
+    def __init__(self, compute_losses: SupervisedScores, max_rows: int, gather: Callable[[Tensor], Tensor]):
+        self.compute_losses, self.max_rows, self.gather = compute_losses, max_rows, gather
+        self.model, self.is_checked = compute_losses.model, False
 
     @torch.no_grad()
     def __call__(self, prompt: Batch, replies: Batch) -> Tensor:
@@ -238,6 +274,8 @@ class CandidateLosses:
                 f"retrieval: {self._model_name} returns no cache of keys and values, which candidates are read "
                 "behind; leave this metric out"
             )
+        if self.compute_losses.in_head is None:
+            self.compute_losses.prove(prompt)  # with the cache, it would be changed
         losses = []
         for rows in torch.arange(len(replies["labels"])).split(self.max_rows):
             cache = copy.deepcopy(output.past_key_values)
@@ -246,19 +284,17 @@ class CandidateLosses:
             losses.append(self._continue(cache, output.logits[:, -1], prompt["attention_mask"], part))
         means = torch.cat(losses)
         if not self.is_checked:
-            self._check(prompt, replies, float(means[0]))
+            self._check(prompt, replies, float(means[0]), is_float32=output.logits.dtype == torch.float32)
             self.is_checked = True
         return means
 
     def _continue(self, cache: Any, logits: Tensor, prompt_mask: Tensor, replies: Batch) -> Tensor:
         """Return the mean losses of some candidates, `(N,)`; `logits`, `(1, vocabulary)`, are the prompt's last."""
         labels, mask = replies["labels"], replies["attention_mask"]
-        inputs = {name: value for name, value in replies.items() if name != "labels"}
-        inputs["attention_mask"] = torch.cat([prompt_mask.expand(len(mask), -1), mask], dim=1)
-        keep = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:] != IGNORE_INDEX  # (N, T)
+        inputs = replies | {"attention_mask": torch.cat([prompt_mask.expand(len(mask), -1), mask], dim=1)}
         positions = self._positions(prompt_mask.shape[1], *labels.shape)
-        output = self.model(**inputs, **positions, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        sums, counts = row_losses(output.logits, labels)
+        losses = self.compute_losses({**inputs, **positions, "past_key_values": cache, "use_cache": True})[0]
+        sums, counts = row_losses(losses, labels)
         first = labels[:, 0]
         sums = sums.double() + F.cross_entropy(
             logits.float().expand(len(first), -1), first, reduction="none", ignore_index=IGNORE_INDEX
@@ -274,16 +310,16 @@ class CandidateLosses:
         positions = torch.arange(start, start + length, device=offset.device) + offset
         return {"position_ids": positions.expand(3, rows, length)}
 
-    def _check(self, prompt: Batch, replies: Batch, loss: float) -> None:
-        """Refuse a model that gives a text another loss behind a cached prompt than in one pass."""
+    def _check(self, prompt: Batch, replies: Batch, loss: float, *, is_float32: bool) -> None:
+        """Refuse a model that gives a text of any rank another loss behind a cached prompt than in one pass."""
         own = {name: value[:1] for name, value in replies.items()}
         whole = prompt | {name: torch.cat([prompt[name], value], dim=1) for name, value in own.items()}
-        logits = supervised_logits(self.model, whole)[0].logits
-        assert logits is not None
-        sums, counts = row_losses(logits, whole["labels"])
-        expected = float(sums / counts)
-        tolerance = 1e-2 if logits.dtype == torch.float32 else 5e-2  # TF32 rounds as well
-        if abs(loss - expected) > tolerance * max(expected, 1):
+        sums, counts = row_losses(self.compute_losses(whole)[0], whole["labels"])
+        pairs = self.gather(torch.stack([sums.new_tensor([loss]), sums / counts], dim=1)).tolist()  # one row a rank
+        tolerance = 1e-2 if is_float32 else 5e-2  # TF32 rounds as well
+        wrong = [pair for pair in pairs if not abs(pair[0] - pair[1]) <= tolerance * max(pair[1], 1)]
+        if wrong:
+            loss, expected = wrong[0]
             raise ValueError(
                 f"retrieval: behind a cached prompt {self._model_name} gives a text the loss {loss:.5g}, in one pass "
                 f"{expected:.5g}; another model.attn_implementation may be right, else leave this metric out"

@@ -237,6 +237,7 @@ class FamilyProcessor:
 
     @alpha_background.setter
     def alpha_background(self, name: str) -> None:
+        """Set what shows through transparent images."""
         self.image_processor.alpha_background = name
 
     def as_rgb(self, image: Image.Image) -> Image.Image:

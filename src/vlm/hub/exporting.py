@@ -20,7 +20,7 @@ from vlm.assembly.saving import reply_end_settings
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.hub.folders import JsonObject, create_folder, read_json, resolve_folder, write_json
 from vlm.hub.layouts import FORMER_PREFIXES, PrefixPairs, rename_to_foreign, rename_to_ours
-from vlm.hub.processors import PROBE_WORD, make_transformers_processor
+from vlm.hub.processors import PROBE_WORD, find_transparency_difference, make_transformers_processor
 from vlm.hub.readback import Probe, Readback, find_differences, find_memory_shortage, make_probe
 from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_meta_tensors, read_shard, weight_files
 from vlm.hub.targets import EXPORT_FORMATS
@@ -80,7 +80,8 @@ def export_checkpoint(
         write_json(folder / "generation_config.json", settings | ends)
         theirs.save_pretrained(folder)
         _rename_tokenizer_fields(folder / "tokenizer_config.json")
-        return [*_differences(theirs, processor), *_compare(name, checkpoint, folder, config, target.readback, probe)]
+        differences = [*_differences(theirs, processor), *find_transparency_difference(theirs, processor, format_name)]
+        return [*differences, *_compare(name, checkpoint, folder, config, target.readback, probe)]
 
 
 def _shapes(checkpoint: Path) -> JsonObject:

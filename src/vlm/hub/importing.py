@@ -1,8 +1,9 @@
 """Importing: a foreign checkpoint is written as a complete checkpoint of this framework.
 
-The model itself is never built: weights go from file to file, one at a time.
+Weights go from file to file, one at a time. What was written is then loaded, and compared with the source.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from vlm.assembly.compose import compose, make_generation_config
 from vlm.assembly.saving import reply_end_settings
 from vlm.hub.folders import create_folder, read_json, write_json
+from vlm.hub.import_readback import compare_import
 from vlm.hub.layouts import COMPUTED_BUFFER_SUFFIXES, rename_to_ours
 from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard
 from vlm.hub.sources import ForeignCheckpoint, read_source
@@ -26,6 +28,8 @@ from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
 ENCODER_PREFIX = "visual_encoder."
+
+log = logging.getLogger(__name__)
 
 
 def import_checkpoint(
@@ -52,7 +56,8 @@ def import_checkpoint(
         largest_shard: most bytes of a written file.
 
     Raises:
-        ValueError: the checkpoint cannot be imported; says why and what to do.
+        ValueError: the checkpoint cannot be imported, with why and what to do; or what was written computes something
+            else than the source, as transformers' own classes read it.
     """
     source = read_source(name, base_model, vision_tower)
     with create_folder(out) as folder:
@@ -73,6 +78,8 @@ def import_checkpoint(
         settings = _make_generation_config(source)
         settings.update(**reply_end_settings(settings.eos_token_id, settings.pad_token_id, processor))
         settings.save_pretrained(folder)
+        for reason in compare_import(name, source, folder, processor):
+            log.warning(reason)
     return config, processor
 
 

@@ -1,7 +1,10 @@
 """Exported processors: transformers' own classes, set up to do what ours does."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from PIL import Image
 from transformers import (
     LlavaImageProcessor,
     LlavaNextImageProcessor,
@@ -20,6 +23,7 @@ from vlm.hub.templates import export_template
 from vlm.hub.tiles import make_aspect_ratio, make_grid_pinpoints, native_type
 from vlm.models import VLMConfig, VLMProcessor
 from vlm.models.anyres import AnyRes
+from vlm.models.pixels import as_rgb
 
 PROBE_WORD = "What"
 PIXEL_SETTINGS = ("image_mean", "image_std", "resample", "rescale_factor")
@@ -89,3 +93,24 @@ def needs_space_after_special_token(tokenizer: PreTrainedTokenizerBase, image_to
     texts = [PROBE_WORD, image_token + PROBE_WORD, f"{image_token} {PROBE_WORD}"]
     alone, directly_behind, after_blank = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return alone != directly_behind[1:] and alone == after_blank[1:]
+
+
+def find_transparency_difference(theirs: Any, ours: VLMProcessor, format_name: str) -> Iterator[str]:
+    """Yield a sentence where what reads an export sees transparent images in another way than our processor.
+
+    With `llava`, transformers' processor prepares images; the original's code ignores their transparency.
+    """
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    shown = as_rgb(image, ours.alpha_background)
+    if format_name == "llava":
+        pixels = [theirs.image_processor(view, return_tensors="pt")["pixel_values"] for view in (image, shown)]
+        is_equal = torch.allclose(*pixels, atol=0.05)
+        reader = "transformers 5 shows them on white, version 4 ignores transparency"
+    else:
+        is_equal = shown.tobytes() == image.convert("RGB").tobytes()
+        reader = "the original's code ignores transparency"
+    if not is_equal:
+        yield (
+            f"transparent images look different: dataset.alpha_background={ours.alpha_background} has no place in this "
+            f"format, and {reader}"
+        )

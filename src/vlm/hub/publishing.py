@@ -21,6 +21,7 @@ from vlm.families.table import FAMILIES
 from vlm.hub.card import model_card
 from vlm.hub.cleaning import find_local_paths, without_paths
 from vlm.hub.folders import JsonObject, read_json, write_json
+from vlm.hub.former_names import copy_renamed, find_former_names
 from vlm.hub.run_facts import RunSummary
 
 if TYPE_CHECKING:
@@ -84,9 +85,12 @@ def prepare_upload(
     """
     config = require_complete_checkpoint(checkpoint)
     processor = _require_readable(checkpoint)
+    former_names = find_former_names(checkpoint)
     for name in sorted(file.name for file in checkpoint.iterdir() if is_model_file(file.name)):
         if name in CONFIG_FILES:
             write_json(out / name, without_paths(read_json(checkpoint / name), run.checkpoint))
+        elif former_names and (name.endswith(".safetensors") or name == WEIGHT_INDEX_FILE):
+            copy_renamed(checkpoint / name, out / name, former_names)
         elif name.endswith(".safetensors"):
             _link_or_copy(checkpoint / name, out / name, allow_links=allow_links)
         else:

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from vlm.assembly.numbers import bound_infinite
 from vlm.assembly.round_trip import quiet_loading
 from vlm.hub.folders import JsonObject, read_json
 from vlm.hub.shards import read_shard, weight_files
@@ -91,7 +92,12 @@ def find_differences(expected: State, actual: State) -> Iterator[str]:
         if ours.shape != theirs.shape:
             yield f"{name} of shape {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
             continue
-        difference = float((ours.float() - theirs.float()).norm() / ours.float().norm().clamp(min=1e-12))
+        if ours.isnan().any():
+            yield f"{name} that are not numbers (NaN) already in the checkpoint"
+            continue
+        expected_values, found = (bound_infinite(tensor, ours.dtype) for tensor in (ours, theirs))
+        norm = bound_infinite(ours[ours.isfinite()], ours.dtype).norm().clamp(min=1e-12)
+        difference = float((expected_values - found).norm() / norm)
         if not difference <= LARGEST_DIFFERENCE.get(ours.dtype, 1e-4):
             yield f"{name} that differ by {difference:.2g} of their norm"
 
@@ -172,7 +178,8 @@ class OriginalParts(NamedTuple):
     newline: Tensor | None
 
 
-def _split_original(state: Mapping[str, Tensor]) -> OriginalParts:
+def split_original(state: Mapping[str, Tensor]) -> OriginalParts:
+    """Return the weights of an original LLaVA, by name on disk, divided by the module that reads them."""
     parts = OriginalParts({}, {}, {}, state.get(NEWLINE))
     for name, tensor in state.items():
         if name.startswith(TOWER):
@@ -199,7 +206,7 @@ def make_projector(values: JsonObject, text_dim: int) -> nn.Module:
 
 
 def _find_original_problems(values: JsonObject, config: VLMConfig, state: State) -> list[str]:
-    parts, text = _split_original(state), make_original_text_config(deepcopy(values))
+    parts, text = split_original(state), make_original_text_config(deepcopy(values))
     problems = [*_loading_problems(AutoModelForCausalLM._model_mapping[type(text)], text, parts.text)]
     vision = config.vision_config
     problems += _loading_problems(AutoModel._model_mapping[type(vision)], vision, parts.tower)
@@ -219,7 +226,7 @@ def _find_original_problems(values: JsonObject, config: VLMConfig, state: State)
 def _read_original_outputs(folder: Path, config: VLMConfig, probe: Probe) -> State:
     """Return the logits of the question alone, the image's features before rows are joined, and what joins them."""
     values = read_json(folder / "config.json")
-    parts = _split_original({name: tensor for file in weight_files(folder) for name, tensor in read_shard(file)})
+    parts = split_original({name: tensor for file in weight_files(folder) for name, tensor in read_shard(file)})
     text, vision = make_original_text_config(values), config.vision_config
     dtype = next(iter(parts.text.values())).dtype
     model, _ = load_state(AutoModelForCausalLM._model_mapping[type(text)], text, parts.text, dtype=dtype)

@@ -143,9 +143,11 @@ class PromptDataset(Dataset[ReadRecord]):
         self.source, self.start = source, start
 
     def __len__(self) -> int:
+        """Return the number of prompts."""
         return len(self.source) - self.start
 
     def __getitem__(self, index: int) -> ReadRecord:
+        """Return a record, encoded, or with why it cannot be used."""
         number = self.start + index
         sample, record = None, None
         try:

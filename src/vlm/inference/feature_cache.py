@@ -36,6 +36,7 @@ class ImageFeatureCache:
         self._lock = Lock()
 
     def __len__(self) -> int:
+        """Return the number of images whose features are kept."""
         return len(self._features)
 
     @torch.no_grad()

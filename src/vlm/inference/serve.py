@@ -37,6 +37,7 @@ class PromptProcessor:
         self.vlm, self.tokenizer = model, model.processor.tokenizer
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the tokenizer."""
         return getattr(self.tokenizer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
@@ -67,6 +68,7 @@ class CachingModel:
         self.vlm = model
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the model."""
         return getattr(self.vlm.model, name)
 
     def generate(self, **inputs: Any) -> Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -24,7 +23,7 @@ from .head_tasks import CLASSIFICATION_TASKS, choose_labels, probabilities
 from .heads import HEADS, PredictionHead
 from .modeling_vlm import VLMForConditionalGeneration, WrapperModel, copy_class_file, has_trainable_parameters
 from .poolings import TokenMasks, pool_hidden_states
-from .text_loss import IGNORE_INDEX, supervised_loss
+from .text_loss import SupervisedScores, mean_loss
 
 
 @dataclass
@@ -62,6 +61,7 @@ class VLMForPrediction(WrapperModel):
             config.body_config.name_or_path = config.name_or_path  # where the code of a body lies
         self.body = make_body(config.body_config) if body is None else body
         config.body_config = self.body.config
+        self.reply_losses = SupervisedScores(self.body)
         if type(self).__module__.startswith("transformers_modules."):  # loaded from the checkpoint, as its heads are
             for head in config.settings:
                 if head.type not in HEADS:
@@ -176,10 +176,10 @@ class VLMForPrediction(WrapperModel):
                 output = decode(**arguments, output_hidden_states=layers != {None})
                 last, loss = output.last_hidden_state, None
             else:
-                targets = F.pad(text_labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
-                keep = targets != IGNORE_INDEX
-                output = body(**arguments, logits_to_keep=keep, output_hidden_states=True)
-                last, loss = output.hidden_states[-1], supervised_loss(output.logits, targets[keep], None)
+                losses, _, output = self.reply_losses(
+                    {**arguments, "labels": text_labels, "output_hidden_states": True}
+                )
+                last, loss = output.hidden_states[-1], mean_loss(losses, None)
         return {layer: last if layer is None else output.hidden_states[layer] for layer in layers}, loss
 
     def _weighted_head_loss(

@@ -23,7 +23,7 @@ from .anyres import AnyRes, ImageNewline, first_mismatched_row
 from .configuration_vlm import VLMConfig
 from .connectors import CONNECTORS, connector_class, connector_options
 from .encoders import EncoderEnsemble, combine_encoders, read_features
-from .text_loss import IGNORE_INDEX, Divisor, chunked_loss, supervised_loss
+from .text_loss import IGNORE_INDEX, Divisor, supervised_loss
 
 IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_views", "image_features", "image_index")
 """The inputs of images, see `VLMForConditionalGeneration.forward`."""
@@ -259,8 +259,6 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Divisor = None,
-        num_chunks: int = 1,
-        loss_weights: Tensor | None = None,
         image_sizes: Tensor | None = None,
         image_views: Tensor | None = None,
         image_features: Tensor | None = None,
@@ -279,9 +277,6 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
             labels: `(B, T)`, -100 where not supervised; position t is predicted from t - 1.
             logits_to_keep: without `labels`, as the language model takes it; with them, supervised positions are kept.
             num_items_in_batch: the divisor of the summed loss; defaults to the supervised positions of this batch.
-            num_chunks: with `labels`, the chunks of `chunked_loss`; with several, no logits are returned. Only for
-                language models whose logits are the unchanged output of their head.
-            loss_weights: with `labels`, `(B, T)`: the factor of each label's loss, by default 1.
             image_sizes: with `config.anyres`, `(images, 2)`: height and width of each image in pixels.
             image_views: with `config.anyres`, `(images,)`: number of views of each image, see `AnyRes.num_views`.
             image_features: `(I, P, V)` in place of `pixel_values`: the output of `encode_images`.
@@ -297,17 +292,11 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         text |= kwargs | {"return_dict": True}
         if labels is None:
             return self._run_language_model(text, past_key_values, logits_to_keep)
-        weights = None if loss_weights is None else loss_weights[:, 1:][labels[:, 1:] != IGNORE_INDEX]  # (S,)
         targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T): what each position predicts
         supervised = targets != IGNORE_INDEX
-        targets = targets[supervised]  # (S,)
-        if num_chunks > 1:
-            hidden, head = self.get_decoder()(**text).last_hidden_state[supervised], self.get_output_embeddings()
-            assert head is not None
-            return VLMOutput(chunked_loss(head, hidden, targets, num_items_in_batch, num_chunks, weights))
         outputs = self._run_language_model(text, past_key_values, supervised)
         assert outputs.logits is not None
-        return VLMOutput(supervised_loss(outputs.logits, targets, num_items_in_batch, weights), **outputs)
+        return VLMOutput(supervised_loss(outputs.logits, targets[supervised], num_items_in_batch), **outputs)
 
     def _run_language_model(
         self, inputs: dict[str, Any], past_key_values: object | None, logits_to_keep: int | Tensor

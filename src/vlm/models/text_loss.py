@@ -1,8 +1,11 @@
 """The loss of text: cross-entropy at supervised positions, in chunks where logits are many.
 
-Hub code: imports torch only. Shapes: S supervised positions, D text width.
+Hub code: imports torch only. Shapes: B rows, T tokens, S supervised positions, D text width.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,45 +23,177 @@ MAX_LOGITS = 2**26
 Divisor = Tensor | int | None
 """The divisor of a summed loss; None: the number of supervised positions."""
 
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Computes one or several numbers for each position: `(S, vocabulary), (S,) -> (S, ...)`, float32."""
 
-def supervised_loss(logits: Tensor, targets: Tensor, num_items: Divisor, weights: Tensor | None = None) -> Tensor:
+
+Head = Callable[[Tensor], Tensor]
+"""A vocabulary head: `(S, D) -> (S, vocabulary)`."""
+
+SOFTCAP_KEY = "final_logit_softcapping"
+"""The key of configurations of language models that cap logits (Gemma Team 2024, arXiv:2408.00118, section 2)."""
+
+
+def cap_logits(logits: Tensor, softcap: float) -> Tensor:
+    """Cap logits as Gemma 2 does: `softcap * tanh(logits / softcap)`."""
+    return torch.tanh(logits / softcap) * softcap
+
+
+def is_close(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same shape, and numbers that differ by rounding at most."""
+    return tensor.shape == other.shape and torch.allclose(tensor, other, rtol=1e-6, atol=1e-6)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Compute the cross-entropy of each position in float32: `(S, vocabulary), (S,) -> (S,)`."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def mean_loss(losses: Tensor, num_items: Divisor) -> Tensor:
+    """Divide the sum of losses `(S,)` by `num_items`, by default S; 0 where nothing is supervised."""
+    return losses.sum() / (max(losses.numel(), 1) if num_items is None else num_items)
+
+
+def supervised_loss(logits: Tensor, targets: Tensor, num_items: Divisor) -> Tensor:
     """Compute the cross-entropy in float32 at the supervised positions: `(S, vocabulary), (S,) -> ()`.
 
-    `-sum_s weight_s log softmax(logits_s)[target_s] / num_items`; by default weights are 1, and `num_items` is S. 0
-    where nothing is supervised. Logits in half precision are converted in chunks.
+    `-sum_s log softmax(logits_s)[target_s] / num_items`; `num_items` is S by default. 0 where nothing is supervised.
+    Logits in half precision are converted in chunks.
     """
-    num_chunks = 1 if logits.dtype == torch.float32 else max(-(-logits.numel() // MAX_LOGITS), 1)
-    return chunked_loss(nn.Identity(), logits, targets, num_items, num_chunks, weights)
+    return mean_loss(chunked_scores(nn.Identity(), logits, targets, logits.shape[-1]), num_items)
 
 
-def chunked_loss(
-    head: nn.Module, hidden: Tensor, targets: Tensor, num_items: Divisor, num_chunks: int, weights: Tensor | None = None
-) -> Tensor:
-    """Compute `supervised_loss` of a vocabulary head's logits, in chunks: `(S, D), (S,) -> ()`.
+def chunked_scores(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int, score: Score = token_losses) -> Tensor:
+    """Compute a score of a vocabulary head's logits, in chunks of at most `MAX_LOGITS` logits: `(S, D) -> (S, ...)`.
 
-    The head is called `num_chunks` times whatever S is, and for several chunks as often again for the gradient, since
-    ranks that shard its weights have to make the same calls.
+    The logits of several chunks are computed again for the gradient, one chunk after the other.
 
     Args:
-        head: `(…, D) -> (…, vocabulary)`.
+        head: `(S, D) -> (S, vocabulary)`.
         hidden: `(S, D)`, the hidden states at the supervised positions.
         targets: `(S,)`, the ids that they predict.
-        num_items: the divisor of the sum; None: S.
-        num_chunks: 1 or more.
-        weights: `(S,)`, factors of the losses; None: all are 1.
+        vocabulary: the number of logits of a position.
+        score: what is computed of the logits.
     """
-    inputs = [hidden, *(tensor.to(hidden.device) for tensor in (targets, weights) if tensor is not None)]
+
+    def score_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return score(head(hidden), targets)
+
+    num_chunks = max(-(-targets.numel() // max(MAX_LOGITS // vocabulary, 1)), 1)
+    targets = targets.to(hidden.device)
     with record_function("loss"):  # its name in profiles
         if num_chunks == 1:
-            total = _chunk_loss(head, *inputs)
+            return score_chunk(hidden, targets)
+        chunks = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+        scores: list[Any] = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(scores)
+
+
+class SupervisedScores:
+    """Computes a score of a model's logits at supervised positions, by default the loss, in chunks.
+
+    The scores are computed in the call of the model's vocabulary head, and take the place of the logits in its output.
+    So ZeRO-3 gathers the weights of the head once, and each rank has as many chunks as its own positions need. Where
+    the model caps its logits behind its head (Gemma 2, PaliGemma 2), that is done in the head's call too. A model that
+    does anything else to its logits would do so to the scores: `prove` finds that out, and the logits of such a model
+    at all supervised positions are computed at once, as the model does it.
+
+    Attributes:
+        model: the model, not wrapped by DeepSpeed or DDP. Called with a mask `logits_to_keep`, `(B, T)`, it returns
+            logits at these positions, `(S, vocabulary)`.
+        score: what is computed of the logits.
+        in_head: whether the scores are computed in the head's call; None: the first call finds out.
+        softcap: the largest logit that the model allows; None: it does not cap its logits, or `in_head` is not true.
+    """
+
+    def __init__(self, model: Any, score: Score = token_losses):
+        self.model, self.score = model, score
+        self.in_head: bool | None = None
+        self.softcap: float | None = None
+
+    def with_score(self, score: Score) -> "SupervisedScores":
+        """Return what computes another score of the same model, with what is known of it."""
+        other = SupervisedScores(self.model, score)
+        other.in_head, other.softcap = self.in_head, self.softcap
+        return other
+
+    def __call__(self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None) -> tuple[Tensor, Tensor, Any]:
+        """Return the scores `(S, ...)`, the targets `(S,)` that they are of, and the model's output without logits.
+
+        Args:
+            inputs: those of the model, with labels `(B, T)`.
+            call: the model as it is called, such as DDP around it; None: `model`.
+        """
+        forward: Any = self.model if call is None else call
+        targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
+        keep = targets != IGNORE_INDEX
+        targets = targets[keep]
+        arguments = {"use_cache": False, **inputs, "logits_to_keep": keep}
+        del arguments["labels"]
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if self.in_head is None:
+            self.prove(inputs)
+        if self.in_head:
+            with self._computing_in_head(lambda head, x: chunked_scores(head, x, targets, vocabulary, self.score)):
+                outputs = forward(**arguments)
+            scores = outputs.logits
         else:
-            chunks = zip(*(tensor.tensor_split(num_chunks) for tensor in inputs), strict=True)
-            losses: list[Any] = [checkpoint(_chunk_loss, head, *chunk, use_reentrant=False) for chunk in chunks]
-            total = torch.stack(losses).sum()
-        return total / (max(targets.numel(), 1) if num_items is None else num_items)
+            outputs = forward(**arguments)
+            scores = chunked_scores(nn.Identity(), outputs.logits, targets, vocabulary, self.score)
+        return scores, targets, replace(outputs, logits=None)
 
+    @torch.no_grad()
+    def prove(self, inputs: Mapping[str, Any]) -> bool:
+        """Find out whether a model's logits are all that its head returns, unchanged or capped; set `in_head`.
 
-def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    if weights is None:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-    return (F.cross_entropy(head(hidden).float(), targets, reduction="none") * weights).sum()
+        The head returns known numbers instead. `inputs` are those of the model, without a cache; every rank decides the
+        same, whatever its inputs are.
+        """
+        self.in_head, self.softcap = False, None
+        if self.model.get_output_embeddings() is None:
+            return False
+        softcap = getattr(self.model.config.get_text_config(), SOFTCAP_KEY, None)
+        known, logits = self._replace_logits(inputs)
+        self.in_head = torch.equal(logits, known.float())
+        if not self.in_head and softcap and is_close(logits, cap_logits(known, softcap).float()):
+            self.softcap = softcap
+            known, logits = self._replace_logits(inputs)
+            self.in_head = torch.equal(logits, known.float())
+        return self.in_head
+
+    def _replace_logits(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return numbers that the head returned, `(1, vocabulary)`, and the logits that the model made of them."""
+        known: list[Tensor] = []
+
+        def return_known(head: Head, hidden: Tensor) -> Tensor:
+            logits = head(hidden.new_zeros(1, hidden.shape[-1]))
+            known.append(torch.linspace(-50, 50, logits.numel(), device=logits.device).to(logits.dtype)[None])
+            return known[-1]
+
+        arguments = {name: value for name, value in inputs.items() if name != "labels"}
+        keep = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        with self._computing_in_head(return_known):
+            logits = self.model(**{"use_cache": False, **arguments, "logits_to_keep": keep}).logits
+        numbers = known[0] if len(known) == 1 else logits.new_zeros(0)  # the head was called more than once, or never
+        return numbers, logits.to(numbers.device).float()
+
+    @contextmanager
+    def _computing_in_head(self, compute: Callable[[Head, Tensor], Tensor]) -> Iterator[None]:
+        """Let the model's vocabulary head return `compute(head, hidden)`, where `head` is its own function.
+
+        Its hooks run around that as around its own function. Where the model caps logits, `head` does so in its place.
+        """
+        module, config, softcap = self.model.get_output_embeddings(), self.model.config.get_text_config(), self.softcap
+        own, forward = vars(module).get("forward"), module.forward
+        head = forward if softcap is None else lambda hidden: cap_logits(forward(hidden), softcap)
+        module.forward = lambda hidden: compute(head, hidden)
+        if softcap is not None:
+            setattr(config, SOFTCAP_KEY, None)
+        try:
+            yield
+        finally:
+            del module.forward
+            if own is not None:  # such as that of a hook of accelerate
+                module.forward = own
+            if softcap is not None:
+                setattr(config, SOFTCAP_KEY, softcap)

@@ -6,14 +6,17 @@ from dataclasses import replace
 from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.assembly.language_models import max_positions
+from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
+from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.blank_images import dummy_image, dummy_video
 from vlm.data.dataset import SampleDataset, load_dataset, split_off_eval
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 from vlm.data.stream import SampleStream, open_stream
+from vlm.train.arguments import sampler_seed
 
 
 def load_data(
@@ -81,3 +84,14 @@ def first_samples(dataset: SampleDataset | SampleStream, num_samples: int) -> li
     if isinstance(dataset, SampleStream):
         return dataset.samples(num_samples)
     return [dataset.sample(index) for index in range(min(num_samples, len(dataset)))]
+
+
+def make_grouped_sampler(
+    strategy: str, dataset: SampleDataset, args: TrainingArguments
+) -> ModalityLengthSampler | ModalityBlockSampler:
+    """Return the order of samples of one of `GROUPED_STRATEGIES`, by modality and length."""
+    num_chunks = args.gradient_accumulation_steps * args.world_size
+    samples = dataset.lengths, dataset.num_images, args.train_batch_size * num_chunks
+    if strategy == GROUP_BY_MODALITY_LENGTH:
+        return ModalityLengthSampler(*samples, sampler_seed(args), num_chunks)
+    return ModalityBlockSampler(*samples, sampler_seed(args))

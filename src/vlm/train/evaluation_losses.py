@@ -6,22 +6,23 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
 from vlm.evaluation.loss_metrics import Collate
+from vlm.models.text_loss import SupervisedScores
 from vlm.train.objectives.base import Inputs, ObjectiveTrainer
 
 
 @dataclass(frozen=True)
 class TrainerLosses:
-    """A `LossSource`: the model of a run, with the run's batches and ranks."""
+    """A `LossSource`: the model of a run, with the run's batches and ranks.
+
+    Attributes:
+        trainer: the run's trainer.
+        compute_losses: computes losses of the run's model, not wrapped by DeepSpeed or DDP.
+    """
 
     trainer: ObjectiveTrainer
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model, not wrapped by DeepSpeed or DDP."""
-        return self.trainer.model
+    compute_losses: SupervisedScores
 
     @property
     def batch_size(self) -> int:

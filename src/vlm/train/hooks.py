@@ -64,8 +64,6 @@ PUBLIC_HOOKS = (
     _hook("compute_loss", "the objective's loss", "model", "inputs", "return_outputs", "num_items_in_batch"),
     _hook("get_batch_samples", "batches are timed and counted", "epoch_iterator", "num_batches", "device"),
     _hook("get_train_dataloader", "batches are packed, and streams are shared out to ranks beforehand"),
-    _hook("get_eval_dataloader", "each evaluation has a loader of its own", "eval_dataset"),
-    _hook("get_test_dataloader", "the loader that is not kept (called)", "test_dataset"),
     _hook("evaluate", "the objective's metrics", "eval_dataset", "ignore_keys", "metric_key_prefix"),
     _hook("log", "speed and each part's learning rate", "logs", "start_time"),
     _hook("floating_point_ops", "operations are counted in the speed of a run", "inputs"),

@@ -6,7 +6,7 @@ these groups and nothing of the model. Imports no trainer.
 
 import ast
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -191,3 +191,9 @@ def hidden_matrix_names(model: PreTrainedModel, parts: list[Part]) -> frozenset[
     linear = {f"{prefix}.weight" for prefix, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     matrices = {name for part in parts if part.name != HEAD for name, p in part.parameters.items() if p.ndim == 2}
     return frozenset((linear & matrices) - token_embedding_names(model))
+
+
+def read_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> dict[str, float]:
+    """Return `learning_rate/<part>` of each part, out of the rates of an optimiser's groups."""
+    names = [group["name"].split(".")[0] for group in optimizer.param_groups]
+    return {f"learning_rate/{name}": float(rate) for name, rate in zip(names, rates, strict=True)}

@@ -15,42 +15,36 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 from transformers import DataCollator, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
 from vlm.assembly.adapter_base import make_base
-from vlm.config.choices import BEST_FIT, GROUP_BY_MODALITY_LENGTH, GROUPED_STRATEGIES
+from vlm.config.choices import BEST_FIT, GROUPED_STRATEGIES
 from vlm.data.batching.best_fit import PackSampler
-from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY, Collator
-from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
+from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.checkpoints.best import BestModel
+from vlm.train.data import make_grouped_sampler
 from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.evaluation_batches import iterate_batches
 from vlm.train.guards.trainer import GuardedTrainer
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
-from vlm.train.optimizers import make_optimizer
+from vlm.train.optimizers import make_optimizer, read_learning_rates
 from vlm.train.random_state import separate_random_state, with_own_generator
 from vlm.train.resume.optimizer_settings import apply_settings
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packed_attention import use_packed_attention
-from vlm.train.step.packing import add_grid_positions
-from vlm.train.step.step_packing import (
-    LOSS_WEIGHTS,
-    StepPacking,
-    StepSampler,
-    sample_costs,
-    without_gradient_exchange,
-)
+from vlm.train.step.packing import add_grid_positions, make_step_packing
+from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, StepSampler, without_gradient_exchange
 from vlm.train.stop_on_signal import EvaluateWhenDue, EvaluationInterrupted, StopOnSignal
 from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
@@ -117,16 +111,10 @@ class VLMTrainer(GuardedTrainer):
         self.model_accepts_loss_kwargs = objective.loss_average == "token"
         self.step_packing: StepPacking | None = None
         if self.packing and self.options.packing_strategy != BEST_FIT:
-            self.step_packing = self._make_step_packing(run)
+            flops = broadcast_from_rank0(self.meter.flops)
+            self.step_packing = make_step_packing(run, objective, flops, self.accelerator.gather)
             self.model_accepts_loss_kwargs = False  # `StepPacking` counts supervised tokens in place of `Trainer`
             self.loss_is_scaled_for_ga = True
-
-    def _make_step_packing(self, run: PreparedRun) -> StepPacking:
-        costs = sample_costs(broadcast_from_rank0(self.meter.flops), run.model.config, run.data.train)
-        average, collate = self.objective.loss_average, cast(Collator, run.collate)
-        return StepPacking(
-            collate, costs, self.options.max_tokens_per_batch, average, self.args, self.accelerator.gather
-        )
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -220,9 +208,7 @@ class VLMTrainer(GuardedTrainer):
         if "loss" in logs or "learning_rate" in logs:
             if self.lr_scheduler is not None:
                 logs.pop("learning_rate", None)
-                names = [group["name"].split(".")[0] for group in self.optimizer.param_groups]
-                rates = map(float, self.lr_scheduler.get_last_lr())
-                logs |= {f"learning_rate/{name}": rate for name, rate in zip(names, rates, strict=True)}
+                logs |= read_learning_rates(self.optimizer, self.lr_scheduler.get_last_lr())
             logs |= self.meter.gather_metrics(self.accelerator.gather) | self.objective.training_metrics(self)
         elif "train_runtime" in logs:
             self.meter.finish(self.accelerator.gather, self.state.global_step)
@@ -253,22 +239,11 @@ class VLMTrainer(GuardedTrainer):
             self.sampler = self.step_packing.sampler
         return with_own_generator(ignore_signals_in_workers(loader), sampler_seed(args))
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """As usual, but anew: `Trainer` keeps persistent workers of the first data set for their blank images too."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return ignore_signals_in_workers(self.get_test_dataloader(dataset))
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Return samples grouped by modality and length, or in the objective's order, or else as usual."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        strategy = self.options.train_sampling_strategy
-        if strategy in GROUPED_STRATEGIES:
-            num_chunks = self.args.gradient_accumulation_steps * self.args.world_size
-            samples = dataset.lengths, dataset.num_images, self.args.train_batch_size * num_chunks
-            if strategy == GROUP_BY_MODALITY_LENGTH:
-                self.sampler = ModalityLengthSampler(*samples, sampler_seed(self.args), num_chunks)
-            else:
-                self.sampler = ModalityBlockSampler(*samples, sampler_seed(self.args))
+        if (strategy := self.options.train_sampling_strategy) in GROUPED_STRATEGIES:
+            self.sampler = make_grouped_sampler(strategy, dataset, self.args)
         else:
             self.sampler = self.objective.make_train_sampler(self, dataset)
         return super()._get_train_sampler(dataset) if self.sampler is None else self.sampler
@@ -276,7 +251,7 @@ class VLMTrainer(GuardedTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
     ) -> tuple[list[Inputs], NumItems]:
-        """As usual, timed; what a batch says of itself is taken out of it, and the objective's inputs are put in."""
+        """As usual, timed; what a batch says of itself is taken out of it."""
         self.meter.begin_step()
         batches, number = super().get_batch_samples(self.meter.time_waits(epoch_iterator), num_batches, device)
         if self.stream_positions is not None:
@@ -291,7 +266,6 @@ class VLMTrainer(GuardedTrainer):
             self.on_skipped(batch.pop(SKIPPED_KEY, []), stats.samples)
             if self.packing:
                 batch |= add_grid_positions(self.model, batch)
-            batch |= self.objective.extra_inputs(self, batch)
         self.meter.add(counts)
         self.guard.begin_step(self.state.global_step + 1, refs)
         self.logged_loss.begin_step(self._tr_loss)
@@ -333,30 +307,6 @@ class VLMTrainer(GuardedTrainer):
     def evaluation_batches(
         self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
     ) -> Iterator[Inputs]:
-        """Yield the batches of a data set as the model takes them, with a progress bar; the model is set to evaluate.
-
-        With `collate`, a batch holds what it makes of one item: inputs of the model under several names.
-
-        Raises:
-            ValueError: a record cannot be used.
-        """
+        """Yield the batches of a data set as the model takes them; the model is set to evaluate."""
         self.model.eval()
-        silent = self.args.disable_tqdm or not self.args.should_save
-        if collate is None:
-            loader = self.get_eval_dataloader(dataset)
-        else:
-            size = self.accelerator.num_processes if self.accelerator.split_batches else 1  # one item for each rank
-            options: dict[str, Any] = loader_options(self.args)
-            options["persistent_workers"] = False  # accelerate keeps loaders
-            single = DataLoader(dataset, size, collate_fn=collate, **options)
-            loader = ignore_signals_in_workers(self.accelerator.prepare(single))
-        for batch in tqdm(loader, title, leave=False, disable=silent):
-            self.stop_on_signal.interrupt_evaluation(self.args.device)
-            for name in (BATCH_STATS, SAMPLE_REFS):
-                batch.pop(name, None)
-            for record in batch.pop(SKIPPED_KEY, []):
-                raise record.as_error()
-            if collate is None:
-                yield self._prepare_inputs(batch)
-            else:
-                yield {name: self._prepare_inputs(part) for name, part in batch.items()}
+        yield from iterate_batches(self, dataset, title, collate)

@@ -29,6 +29,7 @@ class OpenRecords:
     sizes: dict[str, int]
 
     def __len__(self) -> int:
+        """Return the number of records of all files."""
         return sum(self.sizes.values())
 
     def html(self, number: int) -> str:

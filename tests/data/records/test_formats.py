@@ -20,6 +20,7 @@ from vlm.data.records.formats import (
     read_messages,
     read_question,
 )
+from vlm.data.records.index import parse_record
 from vlm.data.sample import ROLES, BadSample, ImageRef, OverLong, Sample, Turn, VideoRef
 from vlm.data.tools.forms import FORMS
 
@@ -133,7 +134,7 @@ BAD = {
     "no mapping": (["x"], "a mapping is needed, got list"),
     "no turns": ({"id": "7"}, "`conversations` must be a list of at least one turn"),
     "empty turns": (made(), "`conversations` must be a list of at least one turn"),
-    "no texts": (made(conversations=[*talk("a"), {"from": "gpt", "value": 3}]), "turn 2: `from` and `value`"),
+    "no texts": (made(conversations=[*talk("a"), {"from": "gpt", "value": True}]), "turn 2: `from` and `value`"),
     "no role": (made(conversations=[{"value": "x"}]), "turn 1: `from` and `value` must be strings"),
     "role": (
         made(conversations=[{"from": "robot", "value": "x"}]),
@@ -386,13 +387,36 @@ def test_messages_under_another_key(folder: Path):
     )
 
 
+@pytest.mark.parametrize("written", ["3", "-7", "2.50", "1e-07", "0.1", "12345678901234567890", "1.0"])
+def test_a_number_in_place_of_a_text_is_read_as_it_is_written(written: str):
+    """In turns, messages and their items, pairs and answers; truth values and what is no finite number are not."""
+    forms = {
+        "llava": '{"conversations": [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": %s}]}',
+        "messages": '{"messages": [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": %s}]}',
+        "minicpm": '{"conversations": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": %s}]}',
+        "cauldron": '{"texts": [{"user": "how many?", "assistant": %s}]}',
+        "head": '{"conversations": ["how many?", %s]}',
+        "question": '{"question": "how many?", "answer": %s}',
+    }
+    for name, form in forms.items():
+        for number, accepted in ((written, True), ("true", False), ("NaN", False), ("1e999", False)):
+            record = parse_record((form % number).encode())
+            if accepted:
+                assert FORMATS[name](record, Path()).turns[-1].content == (written,), name
+            else:
+                with pytest.raises(BadSample):
+                    FORMATS[name](record, Path())
+    item = [{"role": "user", "content": [{"type": "text", "text": parse_record(written.encode())}]}]
+    assert FORMATS["messages"]({"messages": item}, Path()).turns[0].content == (written,)
+
+
 BAD_MESSAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "absent": (None, {}, "`messages` must be a list of at least one message"),
     "empty": ([], {}, "`messages` must be a list of at least one message"),
     "no message": (["hi"], {}, "message 1: role='hi'; allowed are system, user, assistant"),
     "role": ([message("tool", "x")], {}, "message 1: role='tool'; allowed are system, user, assistant"),
     "role of no string": ([message(["user"], "x")], {}, "message 1: role=['user']"),  # type: ignore[arg-type]
-    "content": ([message("user", 3)], {}, "message 1: `content` must be a string or a list of items"),
+    "content": ([message("user", True)], {}, "message 1: `content` must be a string or a list of items"),
     "no content": ([message("user", "a"), {"role": "assistant"}], {}, "message 2: `content` must be"),
     "no items": ([message("user", ["a"])], {}, "message 1: `content` must be a string or a list of items"),
     "type": ([message("user", [{"type": "sound"}])], {}, "message 1: type='sound'; allowed are text (with a string)"),

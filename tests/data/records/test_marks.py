@@ -169,3 +169,10 @@ def test_marks_of_other_tools_are_told_from_words(name: str):
     text, alone, beside = OTHERS[name]
     assert (find_other_mark(text, has_media=False) is not None) == alone
     assert (find_other_mark(text, has_media=True) is not None) == beside
+
+
+@pytest.mark.parametrize("text", ["<img>" + "./" * 500_000, "<img>a." * 200_000, "<img>" * 200_000])
+def test_long_texts_take_no_longer_than_their_length(text: str):
+    """Marks that are never closed; in quadratic time each would take hours."""
+    assert find_other_mark(text, has_media=True) is None
+    assert find_other_mark(f"{text}</img> <img>a.png</img>", has_media=True)

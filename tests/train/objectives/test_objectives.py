@@ -199,17 +199,14 @@ class ZLoss(Generation):
         number, self.num_losses = self.num_losses, 0
         return {"losses": number}
 
-    def extra_inputs(self, trainer, batch):
-        """Return nothing: the loss needs all logits at once."""
-        return {}
+    def token_losses(self, logits, targets):
+        """Return the losses of tokens, and what the normalisers add."""
+        return super().token_losses(logits, targets) + WEIGHT * logits.float().logsumexp(dim=-1).square()
 
     def compute_loss(self, trainer, model, inputs, num_items_in_batch):
-        """Return the loss of replies, and what the normalisers add."""
+        """Return the loss of a batch, and count it."""
         self.num_losses += 1
-        loss, outputs = super().compute_loss(trainer, model, inputs, num_items_in_batch)
-        squares = outputs.logits.float().logsumexp(dim=-1).square()
-        added = squares.mean() if num_items_in_batch is None else squares.sum() / num_items_in_batch
-        return loss + WEIGHT * added, outputs
+        return super().compute_loss(trainer, model, inputs, num_items_in_batch)
 
     def evaluate(self, trainer, dataset):
         """Return the metrics of text generation and one more."""

@@ -12,18 +12,19 @@ import pytest
 import torch
 
 from tests.fixtures import check_config, compose_config, losses
+from tests.logits import supervised_losses
 from tests.tiny_parts import LANGUAGE_MODELS, Parts, picture
 from vlm.checks.fields import ConfigError
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
 from vlm.data.blank_images import dummy_image
 from vlm.data.encoding.labels import IGNORE_INDEX
-from vlm.evaluation.loss import row_losses, supervised_logits
+from vlm.evaluation.loss import row_losses
 from vlm.families.table import FAMILIES
-from vlm.models import VLMForConditionalGeneration, text_loss
-from vlm.train.step import chunked_loss as vocabulary
+from vlm.models import text_loss
+from vlm.models.text_loss import SupervisedScores
+from vlm.train.objectives.generation import Generation
 from vlm.train.step import packed_attention as attention
-from vlm.train.step.chunked_loss import num_chunks, supports_chunked_loss
 from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.packing import check_packing, check_packing_support
 
@@ -151,82 +152,6 @@ def test_every_family_packs_or_is_refused():
     check_packing_support("vlm")
 
 
-# The vocabulary
-
-
-@pytest.mark.parametrize("pieces", [2, 5, 400])
-def test_a_loss_in_pieces_is_the_loss(parts: Parts, pieces: int):
-    model, processor = parts.model("clip", "tied_llama")
-    batch = Ready(processor)(items(processor))
-    plain = model(**batch)
-    plain.loss.backward()
-    wanted = gradients(model)
-    outputs = model(**batch, num_chunks=pieces)
-    assert outputs.logits is None
-    outputs.loss.backward()
-    torch.testing.assert_close(outputs.loss, plain.loss, atol=1e-6, rtol=1e-6)
-    for key, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, wanted[key], atol=1e-6, rtol=1e-4, msg=key)
-
-
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_only_heads_without_anything_behind_them_are_asked_in_pieces(parts: Parts, name: str):
-    model, _ = parts.model("clip", name)
-    assert supports_chunked_loss(model) == (name != "gemma2")  # whose logits are capped
-
-
-def test_no_piece_has_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch):
-    labels = torch.full((2, 500), 7)
-    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 1000 * 100)
-    assert num_chunks(labels, 1000, torch.device("cpu")) == 10
-    assert num_chunks(torch.full((2, 500), IGNORE_INDEX), 1000, torch.device("cpu")) == 1
-
-
-def test_no_tensor_of_all_positions_and_the_vocabulary_exists(parts: Parts, monkeypatch: pytest.MonkeyPatch):
-    """The largest tensor that a step makes, counted at every operation, forward and backward."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        logits = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            found = func(*args, **(kwargs or {}))
-            for one in found if isinstance(found, tuple | list) else [found]:
-                if isinstance(one, torch.Tensor) and one.ndim == 2 and one.shape[1] == vocabulary_size:
-                    self.logits = max(self.logits, len(one) if len(one) != width else 0)  # not the weights
-            return found
-
-    model, processor = parts.model("clip", "llama")
-    text = model.config.get_text_config()
-    vocabulary_size, width = text.vocab_size, text.hidden_size
-    batch = Ready(processor)(items(processor))
-    number = int((batch["labels"] != IGNORE_INDEX).sum())
-    assert number != width
-    monkeypatch.setattr(vocabulary, "MAX_LOGITS", vocabulary_size * 8)
-    pieces = num_chunks(batch["labels"], vocabulary_size, torch.device("cpu"))
-    assert pieces == -(-number // 8)
-    with Largest() as counted:
-        model(**batch, num_chunks=pieces).loss.backward()
-    assert 0 < counted.logits <= 8
-    with Largest() as counted:
-        model(**batch).loss.backward()
-    assert counted.logits == number  # the count can tell
-
-
-def test_logits_of_less_precision_are_widened_piece_by_piece(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(text_loss, "MAX_LOGITS", 64)
-    logits = torch.randn(10, 32, dtype=torch.bfloat16, requires_grad=True)
-    targets = torch.arange(10)
-    loss = text_loss.supervised_loss(logits, targets, None)
-    loss.backward()
-    wide = logits.detach().float().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(wide, targets)
-    expected.backward()
-    assert wide.grad is not None
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(logits.grad, wide.grad.bfloat16())
-
-
 # Runs
 
 
@@ -256,17 +181,18 @@ def test_a_resumed_packed_run_goes_on_where_it_was(train: Callable[..., Path], t
 
 def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plain = train("finetune-smol", tmp_path / "plain", *PACKED, "trainer.max_steps=2")
-    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 5000)
+    monkeypatch.setattr(text_loss, "MAX_LOGITS", 5000)
     asked: list[int] = []
-    forward = VLMForConditionalGeneration.forward
+    token_losses = Generation.token_losses
 
-    def watched(self: Any, *args: Any, **inputs: Any) -> Any:
-        asked.append(inputs.get("num_chunks", 1))
-        return forward(self, *args, **inputs)
+    def watched(self: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        asked.append(logits.numel())
+        return token_losses(self, logits, targets)
 
-    monkeypatch.setattr(VLMForConditionalGeneration, "forward", watched)
+    monkeypatch.setattr(Generation, "token_losses", watched)
     found = train("finetune-smol", tmp_path / "pieces", *PACKED, "trainer.max_steps=2")
-    assert max(asked) > 1
+    assert len(asked) > 10
+    assert max(asked) <= 5000
     assert losses(found) == pytest.approx(losses(plain), abs=1e-5)
 
 
@@ -378,15 +304,15 @@ def test_logits_stay_in_half_precision_until_their_piece(
 ):
     """Where the language model gives all of them at once; accelerate would widen all."""
     plain = train("finetune-smol", tmp_path / "plain", *PACKED, *HALF)
-    monkeypatch.setattr(vocabulary, "supports_chunked_loss", lambda model: False)
+    monkeypatch.setattr(SupervisedScores, "prove", lambda self, inputs: False)
     seen = []
+    token_losses = Generation.token_losses
 
-    def watched(logits: torch.Tensor, *args: Any) -> torch.Tensor:
+    def watched(self: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         seen.append(logits.dtype)
-        return supervised_loss(logits, *args)
+        return token_losses(self, logits, targets)
 
-    supervised_loss = text_loss.supervised_loss
-    monkeypatch.setattr(text_loss, "supervised_loss", watched)
+    monkeypatch.setattr(Generation, "token_losses", watched)
     found = train("finetune-smol", tmp_path / "run", *PACKED, *HALF)
     assert set(seen) == {torch.bfloat16}
     assert losses(found) == pytest.approx(losses(plain), abs=2e-2)
@@ -419,6 +345,6 @@ def test_row_losses_are_those_of_all_logits(parts: Parts):
     model, processor = parts.model("clip", "llama")
     batch = Ready(processor)(items(processor))
     with torch.no_grad():
-        sums, counts = row_losses(supervised_logits(model, batch)[0].logits, batch["labels"])
+        sums, counts = row_losses(supervised_losses(model, batch), batch["labels"])
         whole = model(**batch)
     torch.testing.assert_close(sums.sum() / counts.sum(), whole.loss)

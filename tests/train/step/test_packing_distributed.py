@@ -9,7 +9,7 @@ import pytest
 from tests.fixtures import losses
 from tests.train.step.test_step_packing import read_steps
 from tests.train.test_distributed_runs import launch
-from vlm.train.step import chunked_loss as vocabulary
+from vlm.models import text_loss
 
 WORDS = [
     "trainer.learning_rate.language_model_learning_rate=1e-3",
@@ -86,7 +86,7 @@ def test_rows_out_of_all_samples_reach_the_single_process(
     common: list[str], train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
     """Each step has the packs that two accumulated batches of one process have; some are without images."""
-    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 2**26)
+    monkeypatch.setattr(text_loss, "MAX_LOGITS", 2**26)
     best_fit = [
         *WORDS,
         "trainer.packing=true",

@@ -17,6 +17,7 @@ from tests.families.tiny_families import save_family
 from tests.fixtures import check_config, compose_config
 from vlm.checks.fields import ConfigError
 from vlm.checks.packing import packing_problems
+from vlm.data.batching.collator import Collator
 from vlm.data.batching.samplers import ModalityLengthSampler
 from vlm.data.batching.step_layout import MICRO_BATCH, MORE_ROWS
 from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, StepSampler, sample_costs, weigh_losses
@@ -248,11 +249,11 @@ def test_a_packed_stream_is_the_padded_stream(train: Callable[..., Path], tmp_pa
 
 
 def test_a_loss_in_pieces_is_weighed_too(train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from vlm.train.step import chunked_loss
+    from vlm.models import text_loss
 
     words = (*RUN, "trainer.loss_average=micro_batch", "trainer.max_steps=2")
     padded = train("finetune-smol", tmp_path / "padded", *words)
-    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 5000)
+    monkeypatch.setattr(text_loss, "MAX_LOGITS", 5000)
     packed = train("finetune-smol", tmp_path / "packed", *words, "trainer.packing=true")
     assert_equal_runs(packed, padded, 2)
 
@@ -295,3 +296,15 @@ def test_an_objective_that_takes_no_weights_packs_token_averages_only(common: li
     assert not list(packing_problems(config, takes_loss_weights=False))
     with pytest.raises(ConfigError, match="allowed are step, best_fit"):
         check_config(compose_config("finetune-smol", [*common, "trainer.packing_strategy=full"]))
+
+
+def test_ranks_that_would_draw_orders_of_their_own_are_refused():
+    """accelerate keeps the order of other samplers equal as the padded loader begins, which packed steps do not use."""
+    samples: Any = SimpleNamespace(lengths=[5] * 8, num_images=[0] * 8)
+    costs: Any = SimpleNamespace(of=lambda lengths, images: lengths.astype(float))
+    args: Any = SimpleNamespace(world_size=2, gradient_accumulation_steps=1)
+    packing = StepPacking(Collator(0), costs, None, "token", args, lambda tensor: tensor)
+    loader = DataLoader(range(8), 2, shuffle=True)  # type: ignore[arg-type]
+    options = {"num_processes": 2, "process_index": 0}
+    with pytest.raises(ValueError, match="use_seedable_sampler=false: each rank would draw an order of its own"):
+        packing.make_loader(prepare_data_loader(loader, use_seedable_sampler=False, **options), samples)

@@ -127,9 +127,11 @@ class PackSampler(EpochSampler[list[int]]):
         return float(self.lengths.sum()) / (len(self.packs) * self.capacity)
 
     def __len__(self) -> int:
+        """Return the number of packs of this rank."""
         return len(self.packs) // self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Return the packs of the epoch on this rank, each a list of indices of samples."""
         generator = np.random.default_rng([self.seed, self.epoch])
         sample_at = _swap_equal_lengths(self.lengths, generator)
         order = generator.permutation(len(self.packs))

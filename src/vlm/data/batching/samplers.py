@@ -117,9 +117,11 @@ class ModalityLengthSampler(EpochSampler[int]):
         self.batch, self.num_chunks = batch, num_chunks
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        """Return the indices of all samples in the order of the epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         samples = self.lengths, self.num_images, self.batch
         return iter(order_by_modality_and_length(*samples, self.num_chunks, generator))
@@ -164,9 +166,11 @@ class ModalityBlockSampler(EpochSampler[int]):
         self.lengths, self.num_images, self.batch = np.asarray(lengths), np.asarray(num_images), batch
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        """Return the indices of all samples in the order of the epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(order_by_modality_blocks(self.lengths, self.num_images, self.batch, generator))
 
@@ -184,9 +188,11 @@ class GroupSampler(EpochSampler[int]):
         self.groups = list(groups)
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.groups)
 
     def __iter__(self) -> Iterator[int]:
+        """Return the indices of all samples in the order of the epoch, those of a group together."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         members_by_group: dict[int, list[int]] = {}
         for index in torch.randperm(len(self.groups), generator=generator).tolist():

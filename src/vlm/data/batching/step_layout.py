@@ -144,9 +144,11 @@ class RowDataset(Dataset[Samples]):
         self.dataset = dataset
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.dataset)
 
     def __getitem__(self, row: Row) -> Samples:
+        """Return the samples of a row, each with the number of its micro-batch."""
         return [self._read(index, micro_batch) for index, micro_batch in row]
 
     def _read(self, index: int, micro_batch: int) -> SampleInputs | Skipped:

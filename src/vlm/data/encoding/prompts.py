@@ -28,6 +28,7 @@ class PromptEncoder(SampleEncoder):
     answers: bool = False
 
     def __post_init__(self):
+        """Raise ValueError for settings that contradict each other."""
         if self.truncate:
             raise ValueError(
                 "dataset.over_length=truncate: what a head reads stands at the end of a prompt, which is never cut; "

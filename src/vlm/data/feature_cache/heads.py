@@ -82,9 +82,11 @@ class HeadFeatureDataset(Dataset[HeadFeatureItem]):
         self.targets = {head.name: samples.targets(head.name).astype(np.float32) for head in heads}
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.items)
 
     def __getitem__(self, index: int) -> HeadFeatureItem:
+        """Return the features that heads read of a sample, its targets and its group."""
         rows = {name: pack.read(self.items[index])[:, 0] for name, pack in self.packs.items()}
         return {
             "features": {name: states if name in self.token_heads else states[0] for name, states in rows.items()},

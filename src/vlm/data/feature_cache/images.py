@@ -118,6 +118,7 @@ class CachedFeatureDataset(SampleDataset):
         self.packs, self.is_blank = packs, is_blank
 
     def __getitem__(self, index: int) -> SampleInputs | Skipped:
+        """Return an encoded sample with the features of its images, or why it cannot be used."""
         number, record = self.places[index].tolist()
         source = self.sources[number]
         try:

@@ -117,6 +117,7 @@ class Pack:
         return {**self.__dict__, "rows": None, "close": None}
 
     def __len__(self) -> int:
+        """Return the number of items."""
         return len(self.keys)
 
     def touch(self) -> None:

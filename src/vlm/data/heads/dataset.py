@@ -49,6 +49,7 @@ class HeadDataset(Dataset[SampleInputs | Skipped]):
             check_values(head, self._values[head.name], paths)
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> SampleInputs | Skipped:

@@ -39,7 +39,7 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
     """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
     `<image>` in the human's texts stands for the images in order (see `marks`). The only one of a turn is moved to its
-    start. A turn with `weight` 0 or `loss` false is not learned.
+    start. A number in place of a text is read as it is written. A turn with `weight` 0 or `loss` false is not learned.
 
     Raises:
         BadSample: the record has another form, or an image cannot be used.
@@ -49,19 +49,20 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
     if not isinstance(conversation, list) or not conversation:
         raise BadSample(sample_id, "`conversations` must be a list of at least one turn")
     media = MediaPlacer(record, image_folder, sample_id)
-    roles, supervised = [], []
+    roles, texts, supervised = [], [], []
     for number, turn in enumerate(conversation, start=1):
-        if not (isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
+        text = text_from_value(turn.get("value")) if isinstance(turn, dict) else None
+        if text is None or not isinstance(turn.get("from"), str):
             raise BadSample(sample_id, f"turn {number}: `from` and `value` must be strings")
         if turn["from"] not in LLAVA_ROLES:
             raise BadSample(sample_id, f"turn {number}: from={turn['from']!r}; allowed are {', '.join(LLAVA_ROLES)}")
         roles.append(LLAVA_ROLES[turn["from"]])
+        texts.append(text)
         supervised.append(read_supervision(turn, roles[-1], f"turn {number}", sample_id))
-    questions = media.split([turn["value"] for turn, role in zip(conversation, roles, strict=True) if role == "user"])
+    questions = media.split([text for text, role in zip(texts, roles, strict=True) if role == "user"])
     pieces = map(move_image_first, questions)
     contents = [
-        media.fill(next(pieces)) if role == "user" else (turn["value"],)
-        for turn, role in zip(conversation, roles, strict=True)
+        media.fill(next(pieces)) if role == "user" else (text,) for text, role in zip(texts, roles, strict=True)
     ]
     turns = list(map(Turn, roles, contents, supervised))
     check_question_first(turns, sample_id)
@@ -99,6 +100,7 @@ def _read_chat(record: Record, image_folder: Path, key: str = "messages") -> Sam
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
             raise BadSample(sample_id, f"message {number}: role={role!r:.40}; allowed are {', '.join(ROLES)}")
+    messages = [{**message, "content": _as_text(message.get("content"))} for message in messages]
     asked = [message["content"] for message in messages if _is_text_of_user(message)]
     contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     items = [item for content in contents for item in content if isinstance(item, dict)]
@@ -208,11 +210,11 @@ def read_head(record: Record, image_folder: Path) -> Sample:
     """
     sample_id = read_id(record, "source")
     conversation = record.get("conversations")
-    texts = conversation if isinstance(conversation, list) else []
-    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+    texts = list(map(text_from_value, conversation)) if isinstance(conversation, list) else []
+    prompt, answer = texts if len(texts) == 2 else (None, None)
+    if prompt is None or answer is None:
         raise BadSample(sample_id, "`conversations` must be a prompt and an answer, both strings")
     media = MediaPlacer(record, image_folder, sample_id)
-    prompt, answer = texts
     turns = [Turn("user", media.place_or_prepend(prompt)), Turn("assistant", (answer,))]
     sample = make_sample(record, turns, media)
     text = answer.strip().lower()
@@ -299,6 +301,12 @@ def _rename_image(record: Record, image_key: str) -> Record:
     return record if image_key == "image" else {**record, "image": record.get(image_key), "images": None}
 
 
+def _as_text(content: object) -> object:
+    """Return a number as its text, any other content unchanged."""
+    text = text_from_value(content)
+    return content if text is None else text
+
+
 def _is_text_of_user(message: Record) -> bool:
     return message["role"] == "user" and isinstance(message.get("content"), str)
 
@@ -311,8 +319,9 @@ def _parse_message_content(content: object, role: str, media: MediaPlacer, where
         raise BadSample(media.sample_id, f"{where}: `content` must be a string or a list of items")
     parts: list[ContentPart] = []
     for item in content:
-        is_text = item.get("type") == "text" and isinstance(item.get("text"), str)
-        part = item["text"] if is_text else media.read_item(item)
+        text = text_from_value(item.get("text")) if item.get("type") == "text" else None
+        is_text = text is not None
+        part = text if is_text else media.read_item(item)
         if part is None:
             allowed = "text (with a string), image, image_url, video and video_url"
             raise BadSample(media.sample_id, f"{where}: type={item.get('type')!r}; allowed are {allowed}")

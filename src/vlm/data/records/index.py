@@ -20,6 +20,7 @@ from vlm.data.cache import content_hash, create_once
 from vlm.data.records.files import open_bytes, uncompressed_file
 from vlm.data.records.layout import BYTE_ORDER_MARK, decode_members, find_layout
 from vlm.data.records.paths import LINE_SUFFIXES, split_suffix
+from vlm.data.records.text import WrittenFloat
 from vlm.data.sample import BadSample
 
 SCHEMA = pa.schema([("record", pa.large_binary())])
@@ -48,6 +49,7 @@ class IndexedRecords:
         self._column: pa.ChunkedArray = pa.ipc.open_file(pa.memory_map(str(file))).read_all().column("record")
 
     def __len__(self) -> int:
+        """Return the number of records."""
         return len(self._column)
 
     def __getitem__(self, index: int) -> object:  # any value of JSON
@@ -59,6 +61,7 @@ class IndexedRecords:
         return parse_record(self._column[index].as_buffer().to_pybytes())
 
     def __getstate__(self) -> Path:
+        """Return the path of the index, which another process maps itself."""
         return self._file
 
     def __setstate__(self, file: Path) -> None:
@@ -177,6 +180,10 @@ def _iter_lenient_list_items(content: bytes, source: Path) -> Iterator[bytes]:
         raise ValueError(f"{source}: not JSON ({error}); {needed}") from None
 
 
+RECORD_DECODER = json.JSONDecoder(parse_float=WrittenFloat)
+"""Reads records; numbers as texts of turns stay as they are written."""
+
+
 def parse_record(line: bytes, sample_id: str = "?") -> Any:  # any value of JSON
     """Parse a record.
 
@@ -186,7 +193,7 @@ def parse_record(line: bytes, sample_id: str = "?") -> Any:  # any value of JSON
     with suppress(ValueError, RecursionError):  # three times as fast as Python's, and refuses more, such as NaN
         return msgspec.json.decode(line)
     try:
-        return json.loads(line)
+        return RECORD_DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
     except UnicodeDecodeError as error:
         raise BadSample(sample_id, f"not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits and thousands of brackets too

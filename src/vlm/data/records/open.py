@@ -53,9 +53,11 @@ class HubTableRecords:
         self._rows: Any = dataset.with_format("arrow")  # its rows are tables then
 
     def __len__(self) -> int:
+        """Return the number of records."""
         return len(self._rows)
 
     def __getitem__(self, index: int) -> object:
+        """Return a record."""
         return self._rows[index].to_pylist()[0]
 
 

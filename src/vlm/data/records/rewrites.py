@@ -44,11 +44,14 @@ def rewrite_minicpm(record: Record, sample_id: str) -> Record:
     first.
     """
     conversation, image = record.get("conversations"), record.get("image")
-    if not isinstance(conversation, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in conversation
+    turns = [turn for turn in conversation if isinstance(turn, dict)] if isinstance(conversation, list) else []
+    messages = [{**turn, "content": text_from_value(turn.get("content"))} for turn in turns]
+    if (
+        not isinstance(conversation, list)
+        or len(turns) < len(conversation)
+        or not all(isinstance(message["content"], str) for message in messages)
     ):
         raise BadSample(sample_id, "`conversations` must be a list of mappings with `role` and `content`")
-    messages = [dict(turn) for turn in conversation]
     if not isinstance(image, dict) or {"bytes", "path"} & image.keys():
         return _with_media_first(record, messages, ("conversations",))
     image = {name: value for name, value in image.items() if value is not None}  # rows of a table name all images

@@ -80,12 +80,15 @@ class TableRecords:
         self._table: pa.Table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
     def __len__(self) -> int:
+        """Return the number of records."""
         return len(self._table)
 
     def __getitem__(self, index: int) -> Record:
+        """Return a row as a record; raise IndexError where there is none."""
         return self._table.slice(range(len(self))[index], 1).to_pylist()[0]
 
     def __getstate__(self) -> Path:
+        """Return the path of the table, which another process maps itself."""
         return self._file
 
     def __setstate__(self, file: Path) -> None:

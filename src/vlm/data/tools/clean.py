@@ -42,6 +42,7 @@ class CleanSummary:
     first_uniform: str = ""
 
     def __str__(self) -> str:
+        """Return the numbers of records kept and dropped, with an example of each reason."""
         lines = [f"{self.records} records: {self.kept} kept, {sum(self.dropped.values())} dropped"]
         for reason, number in self.dropped.items():
             lines += [f"  {reason:<9} {number:>9}  {REASONS[reason]}", f"    such as {self.examples[reason]}"]

@@ -60,6 +60,7 @@ class Options:
     retry_failed: bool = flag(False, "try again what failed in earlier runs")
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a number out of its bounds."""
         bounds = {
             "workers": (1, MAX_WORKERS), "retries": (0, 20), "timeout": (0.1, 3600), "max_bytes": (1, 2**31),
             "min_size": (0, 2**16), "limit": (1, 2**40),
@@ -79,6 +80,7 @@ class DownloadSummary:
     failed: dict[str, int]
 
     def __str__(self) -> str:
+        """Return the numbers of images that came and failed, and what to do next."""
         missing = sum(self.failed.values())
         lines = [f"{self.got} images got, {missing} failed"]
         lines += [f"{count:>9}  {reason}" for reason, count in Counter(self.failed).most_common()]
@@ -192,9 +194,11 @@ class DownloadLedger:
             self.failed[failure["reason"]] += 1
 
     def __enter__(self) -> Self:
+        """Return the ledger."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the files."""
         self._records.close()
         self._failures.close()
 
@@ -273,6 +277,7 @@ class DownloadWorkers:
         self._threads = [threading.Thread(target=self._run_worker, daemon=True) for _ in range(options.workers)]
 
     def __enter__(self) -> Self:
+        """Start the threads."""
         Image.init()  # before threads would do so at the same time
         shutil.rmtree(self._partial, ignore_errors=True)  # of a killed run
         self._partial.mkdir()
@@ -281,6 +286,7 @@ class DownloadWorkers:
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Stop the threads and remove files that were begun."""
         self._stop.set()
         for _ in self._threads:
             self._tasks.put(None)

@@ -79,10 +79,12 @@ class RecordWriter(ABC):
         return [self.path] if self.path.exists() else []
 
     def __enter__(self) -> Self:
+        """Open the file."""
         self.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Close the file; it gets its name where no error was raised."""
         try:
             self.close(complete=kind is None)
             if kind is None:

@@ -1,8 +1,9 @@
 """`trainer.profile`: a trace of a few steps, and a table of where their time went.
 
 The forward time of a part is that within its modules' calls. A gradient has the sequence number of its operation in
-autograd, and belongs to the part in whose call that ran. Where the vocabulary head runs in chunks with the loss, its
-time is the loss's, else the language model's. Evaluation, saving and logging are in the trace, but in no step's time.
+autograd, and belongs to the part in whose call that ran. The vocabulary head runs with the loss, so its time is the
+loss's; where logits are computed at once, it is the language model's. Evaluation, saving and logging are in the trace,
+but in no step's time.
 """
 
 import logging
@@ -109,9 +110,6 @@ def part_modules(model: TrainableModel) -> dict[str, list[nn.Module]]:
     for prefix, part in get_part_names(model.config).prefixes.items():
         if (module := modules.get(prefix.removesuffix("."))) is not None:
             by_part.setdefault(part, []).extend(module if isinstance(module, nn.ModuleList) else [module])
-    decoder = model.get_decoder()  # it is called by itself where logits are computed in pieces
-    if not any(decoder is module for module in by_part["language_model"]):
-        by_part["language_model"].append(decoder)
     return {part: by_part[part] for part in (*PARTS, HEAD) if part in by_part}
 
 

@@ -205,10 +205,6 @@ class Objective(ABC):
         """Return the order of the training samples; None: as `trainer.train_sampling_strategy` says."""
         return None
 
-    def extra_inputs(self, trainer: ObjectiveTrainer, batch: Inputs) -> Inputs:
-        """Return what `compute_loss` needs besides a batch of the collator; every rank makes the same calls."""
-        return {}
-
     @abstractmethod
     def compute_loss(
         self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs, num_items_in_batch: Tensor | int | None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vlm.data.processor import Processor
     from vlm.evaluation.loss_metrics import LossMetric
     from vlm.models import VLMForConditionalGeneration, VLMProcessor
+    from vlm.models.text_loss import SupervisedScores
 
 
 class Generation(Objective):
@@ -35,12 +36,12 @@ class Generation(Objective):
     Attributes:
         answer_metrics: computes those of `trainer.eval_metrics` that are of a model's answers; None: there are none.
         loss_metrics: those that are of losses.
-        supports_chunked_loss: whether the model's loss can be computed in pieces, from `on_train_begin` on.
     """
 
     takes_loss_weights = True
     answer_metrics: Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]] | None = None
     loss_metrics: Sequence[LossMetric] = ()
+    _scores: SupervisedScores | None = None
 
     def refusals(self) -> Iterator[str]:
         """Yield keys of prediction heads, and what is wrong with evaluation data and cached image features."""
@@ -121,53 +122,59 @@ class Generation(Objective):
         return [SampleGenerationCallback(generate, run.folder / "samples.md")]
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
-        """Prove that the model is causal and reads padded batches; find out whether its loss is computed in pieces."""
-        from vlm.train.step.chunked_loss import supports_chunked_loss
-        from vlm.train.step.proofs import check_causal, check_padding, model_label
+        """Prove that the model is causal and reads padded batches; find out whether its loss is computed in chunks."""
+        from vlm.train.step.proofs import check_causal, check_padding, model_label, prove_scores
 
         label = model_label(self.config)
         check_causal(trainer.model, trainer.processor, label)
         check_padding(trainer.model, trainer.processor, label)
-        self.supports_chunked_loss = supports_chunked_loss(trainer.model)
+        prove_scores(self._get_scores(trainer), trainer.processor, label)
 
-    def extra_inputs(self, trainer: ObjectiveTrainer, batch: Inputs) -> Inputs:
-        """Return in how many pieces the vocabulary logits are computed, where they are several."""
-        from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY, num_chunks
+    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each supervised token, `(S,)` in float32: its cross-entropy.
 
-        if not self.supports_chunked_loss:
-            return {}
-        vocabulary = trainer.model.config.get_text_config().vocab_size
-        chunks = num_chunks(batch["labels"], vocabulary, trainer.args.device)
-        return {NUM_CHUNKS_KEY: chunks} if chunks > 1 else {}
+        Called with chunks of the supervised tokens of a batch, in training alone.
+
+        Args:
+            logits: `(S, vocabulary)`, in the run's precision.
+            targets: `(S,)`, the ids of the tokens.
+        """
+        from vlm.models.text_loss import token_losses
+
+        return token_losses(logits, targets)
+
+    def _get_scores(self, trainer: ObjectiveTrainer) -> SupervisedScores:
+        """Return what computes `token_losses` of the run's model."""
+        from vlm.models.text_loss import SupervisedScores
+
+        if self._scores is None:
+            self._scores = SupervisedScores(trainer.model, self.token_losses)
+        return self._scores
 
     def compute_loss(
         self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, ModelOutput]:
-        """Return the loss of the supervised positions; vocabulary logits are computed there alone."""
-        from vlm.evaluation.loss import supervised_logits
-        from vlm.models.text_loss import IGNORE_INDEX, supervised_loss
-        from vlm.train.step.chunked_loss import NUM_CHUNKS_KEY
+        """Return the loss of the supervised positions; vocabulary logits are computed there alone, in chunks."""
+        from vlm.models.text_loss import IGNORE_INDEX, mean_loss
         from vlm.train.step.step_packing import LOSS_WEIGHTS
 
-        if NUM_CHUNKS_KEY in inputs:
-            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
-            return outputs.loss, outputs
         inputs = dict(inputs)
         weights = inputs.pop(LOSS_WEIGHTS, None)
+        losses, _, outputs = self._get_scores(trainer)(inputs, model)
         if weights is not None:
-            weights = weights[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
-        outputs, targets = supervised_logits(model, inputs)
-        assert outputs.logits is not None
-        return supervised_loss(outputs.logits, targets, num_items_in_batch, weights), outputs
+            losses = losses * weights[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
+        return mean_loss(losses, num_items_in_batch), outputs
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics`."""
         from vlm.evaluation.bootstrap import flatten_scores
         from vlm.evaluation.loss_metrics import compute_loss
+        from vlm.models.text_loss import token_losses
         from vlm.train.evaluation_losses import TrainerLosses
         from vlm.train.step.compile import force_eager
 
-        samples, losses = cast("SampleDataset", dataset), TrainerLosses(trainer)
+        compute_losses = self._get_scores(trainer).with_score(token_losses)
+        samples, losses = cast("SampleDataset", dataset), TrainerLosses(trainer, compute_losses)
         with trainer.compute_loss_context_manager():
             scores = compute_loss(samples, losses).scores
             with force_eager():

@@ -141,7 +141,7 @@ class Prediction(Objective):
         Where its hidden states are cached, the body takes no part in training, and nothing is proved.
         """
         from vlm.assembly.checkpoint import get_body
-        from vlm.train.step.proofs import check_causal, check_padding, model_label
+        from vlm.train.step.proofs import check_causal, check_padding, model_label, prove_scores
 
         if caches_features(self.config):
             return
@@ -149,6 +149,7 @@ class Prediction(Objective):
         check_padding(body, trainer.processor, label)
         if self.model_config.generation_weight:
             check_causal(body, trainer.processor, label)
+            prove_scores(cast("VLMForPrediction", trainer.model).reply_losses, trainer.processor, label)
 
     def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> Sampler[int] | None:
         """Return an order in which samples that a ranking compares stand together, so that batches have pairs."""

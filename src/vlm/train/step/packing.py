@@ -1,6 +1,7 @@
 """Packed rows and the model: the positions that it uses, and the check of it before it trains on them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -8,13 +9,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm.assembly.model_interface import TrainableModel
+from vlm.assembly.numbers import bound_infinite
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
 from vlm.data.dataset import Skipped
 from vlm.data.processor import Processor, SampleInputs
 from vlm.families.table import FAMILIES
-from vlm.train.objectives.base import Inputs
+from vlm.train.monitor.flops import StepFlops
+from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.step.packed_attention import use_packed_attention
+from vlm.train.step.step_packing import StepPacking, sample_costs
 
 
 def check_packing_support(model_type: str) -> None:
@@ -53,6 +57,15 @@ def add_grid_positions(model: Any, batch: Inputs) -> Inputs:
     return batch | {"position_ids": torch.cat([text, positions[:, mask.bool()]])[:, None]}
 
 
+def make_step_packing(
+    run: PreparedRun, objective: Objective, flops: StepFlops | None, gather: Callable[[Tensor], Tensor]
+) -> StepPacking:
+    """Return what lays out the steps of a run; `flops` are the same on all ranks, of which `gather` gathers rows."""
+    costs = sample_costs(flops, run.model.config, run.data.train)
+    average, most = objective.loss_average, objective.config.trainer.max_tokens_per_batch
+    return StepPacking(cast(Collator, run.collate), costs, most, average, run.args, gather)
+
+
 @torch.no_grad()
 def check_packing(model: TrainableModel, processor: Processor) -> None:
     """Check on a few tokens in packed rows that no sample sees another, and that each sees what it sees alone.
@@ -71,12 +84,12 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
         alone = model(input_ids=torch.tensor([last], device=model.device), use_cache=False).logits[0]
     finally:
         model.train(was_training)
-    after_first, after_other = (logits[size:] for logits in packed)
     tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    after_first, after_other, alone = map(bound_infinite, (*(logits[size:] for logits in packed), alone))
     tolerance *= float(alone.abs().max())
-    if float((after_first - after_other).abs().max()) > tolerance * 1e-2:
+    if not float((after_first - after_other).abs().max()) <= tolerance * 1e-2:
         problem = "a sample's logits depend on the sample before it"
-    elif float((after_first - alone).abs().max()) > tolerance:
+    elif not float((after_first - alone).abs().max()) <= tolerance:
         problem = "a sample's logits are not those that it has alone"
     else:
         return

@@ -2,9 +2,12 @@
 
 A token must see earlier tokens only: otherwise a model learns to copy the token that it should predict. And a sample of
 a padded batch must have the logits that it has alone. Both need loaded weights; what a configuration shows,
-`assembly/language_models.py` refuses earlier. Every rank makes the same calls, as ZeRO-3 needs.
+`assembly/language_models.py` refuses earlier. A loss that is computed in chunks, in the call of the vocabulary head,
+must be that of the model's logits; other models compute it from all of them. Every rank makes the same calls, as ZeRO-3
+needs.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,12 +16,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from vlm.assembly.model_interface import TrainableModel
+from vlm.assembly.numbers import bound_infinite
 from vlm.config.schema import RunConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.processor_errors import is_refusal
 from vlm.data.processor import Processor
+from vlm.models.text_loss import SupervisedScores
+
+log = logging.getLogger(__name__)
 
 PREFIX, SUFFIX = 5, 4
 """Number of tokens of a row that stay the same, and of those behind them that change."""
@@ -32,6 +39,8 @@ NOISE_FACTOR = 10
 and rounding differs when the groups change."""
 PADDING_TOLERANCE = 1e-2, 0.15
 """The largest difference of a padded row's logits from those of the row alone, over the norm of these."""
+LOSS_TOLERANCE = 1e-4, 2e-2
+"""The largest difference of losses computed in the head's call from those of whole logits, over the norm of these."""
 
 
 def model_label(config: RunConfig) -> str:
@@ -63,7 +72,7 @@ def check_causal(model: TrainableModel, processor: Processor, label: str) -> Non
     with dropout_off(model):
         before = compute_logits(model, processor, [prefix + suffix, prefix + suffix], label)
         after = compute_logits(model, processor, [prefix + other, prefix + suffix], label)
-    change = (after.float() - before.float()).abs()
+    change = (after - before).abs()
     early, later, unchanged = (float(part.max()) for part in (change[0, :PREFIX], change[0, PREFIX:], change[1]))
     if early <= CAUSAL_TOLERANCE[is_half(model)] * later + NOISE_FACTOR * unchanged:
         return
@@ -86,8 +95,8 @@ def check_padding(model: TrainableModel, processor: Processor, label: str) -> No
     ids = choose_tokens(processor, PREFIX + 2 * SUFFIX)
     short, long = ids[:SUFFIX], ids[SUFFIX:]
     with dropout_off(model):
-        padded = compute_logits(model, processor, [long, short], label)[1, :SUFFIX].float()
-        alone = compute_logits(model, processor, [short], label)[0].float()
+        padded = compute_logits(model, processor, [long, short], label)[1, :SUFFIX]
+        alone = compute_logits(model, processor, [short], label)[0]
     difference = float((padded - alone).norm() / alone.norm())
     if difference <= PADDING_TOLERANCE[is_half(model)]:
         return
@@ -99,6 +108,32 @@ def check_padding(model: TrainableModel, processor: Processor, label: str) -> No
     )
 
 
+@torch.no_grad()
+def prove_scores(scores: SupervisedScores, processor: Processor, label: str) -> None:
+    """Find out whether losses can be computed in chunks, in the head's call; where they cannot, log it.
+
+    Args:
+        scores: computes the losses; `scores.in_head` is set.
+        processor: the run's processor.
+        label: the key and the name of the model, for the message.
+    """
+    model, ids = scores.model, choose_tokens(processor, PREFIX + 2 * SUFFIX)
+    batch = make_batch(model, processor, [ids[:PREFIX], ids[PREFIX:]])
+    supervised = batch["labels"][:, 1:] != IGNORE_INDEX
+    with dropout_off(model):
+        if scores.prove(batch):
+            losses, targets, _ = scores(batch)
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            whole = scores.score(model(**inputs, use_cache=False).logits[:, :-1][supervised], targets)
+            scores.in_head = float((losses - whole).norm()) <= LOSS_TOLERANCE[is_half(model)] * float(whole.norm())
+    if not scores.in_head:
+        log.info(
+            "%s (model_type=%s) changes its logits behind its vocabulary head: those at all supervised positions of a "
+            "batch are in memory at once",
+            *(label, model.config.get_text_config().model_type),
+        )
+
+
 def is_half(model: TrainableModel) -> bool:
     """Return whether matrix products of a model are in half precision, whatever precision its logits are in."""
     autocast = torch.is_autocast_enabled(model.device.type)
@@ -106,23 +141,38 @@ def is_half(model: TrainableModel) -> bool:
 
 
 def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[list[int]], label: str) -> Tensor:
-    """Return the logits of rows without images in a batch as training makes it: `(B, T, vocabulary)`.
+    """Return the logits of rows without images in a batch as training makes it: `(B, T, vocabulary)`, float64.
 
-    All but the first token of a row are supervised, which some processors read.
+    All but the first token of a row are supervised, which some processors read. Infinite logits, such as those that are
+    too large for half precision, are the largest number of their precision, so that they can be compared.
 
     Raises:
-        ValueError: the library's code of the model fails on them, for example because it needs the ids of embeddings.
+        ValueError: the library's code of the model fails on them, for example because it needs the ids of embeddings,
+            or logits are not numbers.
     """
-    items = [model_inputs(processor, Encoded(ids, [IGNORE_INDEX, *ids[1:]]), []) for ids in rows]
-    batch = Collator.of(processor)(items)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = make_batch(model, processor, rows)
+    del inputs["labels"]
     try:
-        return model(**send_to_device(inputs, model.device), use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     except (AttributeError, TypeError, LookupError, ValueError, NotImplementedError) as error:
         if not is_refusal(error):
             raise
         problem = f"its code fails on a batch of a few tokens, {type(error).__name__}: {error}"
         raise ValueError(f"{label}: {problem}. Choose another model, or another model.attn_implementation") from error
+    if logits[inputs["attention_mask"].bool()].isnan().any():
+        precision = str(logits.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{label}: logits of a few tokens are not numbers (NaN) in {precision}: its weights are damaged, or too "
+            "large for this precision. Choose another checkpoint, or a precision with a wider range (trainer.bf16=true "
+            "or float32)"
+        )
+    return bound_infinite(logits)
+
+
+def make_batch(model: TrainableModel, processor: Processor, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Return rows without images as a batch of training; all but the first token of a row are supervised."""
+    items = [model_inputs(processor, Encoded(ids, [IGNORE_INDEX, *ids[1:]]), []) for ids in rows]
+    return dict(send_to_device(Collator.of(processor)(items), model.device))
 
 
 def choose_tokens(processor: Processor, number: int) -> list[int]:

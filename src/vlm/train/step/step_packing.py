@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.data.batching.collator import Collator
@@ -78,15 +78,16 @@ class StepSampler(Sampler[list[Row]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that begins, for the order of samples."""
-        batches: Any = self.batches
-        sampler: Any = (batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches).sampler
+        sampler = get_inner_sampler(self.batches)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
+        """Return the number of accumulation steps of this rank."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Row]]:
+        """Yield the rows of each accumulation step of this rank."""
         shard = self.batches if isinstance(self.batches, BatchSamplerShard) else None
         rank, num_ranks = (shard.process_index, shard.num_processes) if shard else (0, 1)
         turns: Iterator[tuple[list[int], ...]]
@@ -97,6 +98,12 @@ class StepSampler(Sampler[list[Row]]):
                 micro_batches, self.lengths, self.costs, num_ranks=num_ranks, max_tokens=self.max_tokens
             )
             yield from ranks[rank]
+
+
+def get_inner_sampler(batches: BatchSampler | BatchSamplerShard) -> Any:
+    """Return the sampler that orders the samples of batches, of this rank or of all."""
+    own: Any = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+    return own.sampler
 
 
 @dataclass
@@ -167,6 +174,11 @@ class StepPacking:
             raise ValueError(
                 f"trainer.accelerator_config={self.args.accelerator_config}: packed steps need dispatch_batches=false "
                 "and even_batches=true; leave them out, or choose trainer.packing_strategy=best_fit"
+            )
+        if self.args.world_size > 1 and type(get_inner_sampler(batches)) is RandomSampler:
+            raise ValueError(
+                "trainer.accelerator_config.use_seedable_sampler=false: each rank would draw an order of its own for "
+                "packed steps; leave it out, so that all draw the same, or choose trainer.packing_strategy=best_fit"
             )
         costs = self.costs.of(np.asarray(dataset.lengths), np.asarray(dataset.num_images))
         self.sampler = StepSampler(
