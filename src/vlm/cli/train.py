@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from vlm.checks.compose import with_config
 from vlm.checks.lora import QUANTIZABLE_PARTS
-from vlm.cli.collection import collect_as_usual
+from vlm.cli.collection import collect_as_usual, no_collection
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.table import make_objective
 
@@ -26,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank."""
-    with uncompiled_bitsandbytes(config):
+    with uncompiled_bitsandbytes(config), no_collection():
         from vlm.train.run import run  # torch comes with it
 
     collect_as_usual()
