@@ -83,7 +83,7 @@ class _Analysis:
             case _:
                 raise _NotOnlyCopiedError
 
-    def assign(self, target: nodes.Expr, kind: str) -> None:
+    def assign(self, target: nodes.Node, kind: str) -> None:
         """Give a name a kind, beside the one that it has."""
         match target:
             case nodes.Name():
