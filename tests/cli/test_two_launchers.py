@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures import newest_checkpoint
 from tests.forked import CPU_ONLY, find_free_port
 from tests.waiting import HANG, wait_until
-from vlm.train.checkpoints.find import newest_checkpoint
 
 BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.slow

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.data.records.test_tar import address, serve
-from tests.fixtures import losses
+from tests.fixtures import losses, newest_checkpoint
 from vlm.data import dataset as encoded
 from vlm.data import stream
 from vlm.data.records import http
-from vlm.train.checkpoints.find import newest_checkpoint
 
 KINDS: dict[str, list[str]] = {
     "plain": ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2"],

@@ -21,6 +21,18 @@ def rare_collection() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Collect no garbage within: around imports, whose objects stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def collect_as_usual() -> None:
     """Collect garbage as often as Python does, since training steps leave garbage that holds tensors.
 

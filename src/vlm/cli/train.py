@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from vlm.checks.compose import with_config
 from vlm.checks.lora import QUANTIZABLE_PARTS
-from vlm.cli.collection import collect_as_usual
+from vlm.cli.collection import collect_as_usual, no_collection
 from vlm.cli.pipes import outlive_pipes
 from vlm.clusters.world import take_world_from_scheduler
 from vlm.config.schema import RunConfig
@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
     outlive_pipes()
-    with uncompiled_bitsandbytes(config):
+    with uncompiled_bitsandbytes(config), no_collection():
         from vlm.train.distributed import close_process_group
         from vlm.train.run import run  # torch comes with it
 

@@ -184,3 +184,24 @@ def test_parsing_names_the_record():
     with pytest.raises(BadSample, match="record 'b': not JSON"):
         parse_record(b"{", "b")
     assert parse_record(MARK + b'{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"a": NaN, "b": Infinity}', b'{"a": 1, "a": 2}', b"1e999", b"-0", b"-0.0", b"5e-324", b" [1 ,\r\n2] ",
+        b"123456789012345678901234567890", b"18446744073709551616", b'"\\ud800"', b'"\\ud83d\\ude00 \\/"', MARK + b"[]",
+        '"\u732b"'.encode("utf-16"), '"\U0001f431\x7f\u2028"'.encode(),
+    ],
+)  # fmt: skip
+def test_values_are_those_of_pythons_parser(line: bytes):
+    assert repr(parse_record(line)) == repr(json.loads(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[1,]", b"01", b'"\x01"', b'"\xff"', b"{'a': 1}", b"1" * 5000, b"[" * 9999, b"{} {}", b"\x0c1", b""],
+)
+def test_what_pythons_parser_refuses_is_refused(line: bytes):
+    with pytest.raises(BadSample, match=r"not (JSON|UTF-8)"):
+        parse_record(line)

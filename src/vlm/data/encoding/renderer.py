@@ -26,7 +26,7 @@ MAX_STRUCTURES = 4096
 """The most structures whose rendering is kept."""
 
 Structure = tuple[object, ...]
-"""The template, and of each turn the role, whether it is learned, and its parts: blanks around texts, None for images."""
+"""The template; of each turn, the role, whether it is learned, and its parts: blanks around texts, None for images."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Skeleton:
     Attributes:
         literals: what the template writes before, between and behind the texts.
         order: the numbers of the texts, as they follow one another; one may be left out.
-        replies: of each reply that is learned, the number of its text and the blanks before and behind that belong to it.
+        replies: of each reply that is learned, the number of its text, and how many blanks before and behind it has.
         is_confirmed: whether it gave the same as a full rendering of a second conversation.
     """
 

@@ -32,9 +32,7 @@ class _NotOnlyCopiedError(Exception):
 @lru_cache(256)
 def copied_unless(template: str) -> frozenset[str] | None:
     """Return the strings that texts must not contain for a template only to copy them; None where it does more."""
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     try:
         return _Analysis(environment.parse(template)).conditions
     except (_NotOnlyCopiedError, jinja2.TemplateSyntaxError, RecursionError):
@@ -85,7 +83,7 @@ class _Analysis:
             case _:
                 raise _NotOnlyCopiedError
 
-    def assign(self, target: nodes.Expr, kind: str) -> None:
+    def assign(self, target: nodes.Node, kind: str) -> None:
         """Give a name a kind, beside the one that it has."""
         match target:
             case nodes.Name():

@@ -259,7 +259,7 @@ class MediaPlacer:
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) < len(parts):
             for text in texts:
-                if (match := BOX_MARKS.search(text)):
+                if match := BOX_MARKS.search(text):
                     raise BadSample(
                         self.sample_id, f"its text has {match[0]}, for which no box is read; write boxes as text"
                     )

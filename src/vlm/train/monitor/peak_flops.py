@@ -41,7 +41,7 @@ is two devices, and this is the figure of one. The longest name that matches is 
 REDUCED_DEVICE_WORDS = {"LAPTOP", "MIG"}
 """Words in the name of a device that does less than its data sheet says: part of a GPU, or one with less power."""
 
-MEASURE_SECONDS = 0.3
+MEASURE_SECONDS = 0.1
 """How long a device that is not in the table is measured, in seconds."""
 
 
