@@ -14,6 +14,7 @@ from vlm.checks.fields import ConfigError, check_fields, format_value
 from vlm.checks.lora import lora_problems, quantization_problems
 from vlm.checks.model import anyres_problems, connector_problems, encoder_problems
 from vlm.checks.packing import packing_problems
+from vlm.checks.sharding import sharding_problems
 from vlm.checks.step import optimizer_problems, step_problems
 from vlm.config.derived import embedding_row_keys, get_value, training_keys
 from vlm.config.packaged import packaged_names
@@ -59,6 +60,7 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         packing_problems(config, takes_loss_weights=objective.takes_loss_weights),
         step_problems(config),
         optimizer_problems(config),
+        sharding_problems(config),
     ):
         raise ConfigError(problem)
 
@@ -117,7 +119,11 @@ def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterato
 
 
 UNSUPPORTED = {
-    "fsdp": "training is sharded with DeepSpeed here; choose trainer.deepspeed=zero3",
+    "fsdp": "FSDP2 is trainer.sharding=fsdp2 here",
+    "fsdp_config": "trainer.sharding=fsdp2 chooses its units and its precision itself",
+    "parallelism_config": "ranks share out samples, never the tokens of one: DeepSpeed's Ulysses would split pixels by "
+    "their channels, and put the attention of visual encoders in its place too; lower dataset.max_length, or choose "
+    "trainer.sharding=fsdp2 with trainer.activation_checkpointing=true",
     "push_to_hub": "publish the run's folder final once it is trained",
     "auto_find_batch_size": "it restarts the loop with another batch, which the recipes' step counts do not survive",
     "use_liger_kernel": "it does not know composed models; logits are computed at supervised positions only anyway",

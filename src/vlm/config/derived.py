@@ -36,6 +36,11 @@ def zero_stage(deepspeed: str | Mapping[str, Any] | None) -> int:
     return (settings or {}).get("zero_optimization", {}).get("stage", 0)
 
 
+def shards_weights(trainer: TrainerOptions) -> bool:
+    """Return whether a rank holds a share of the weights alone, by ZeRO-3 or FSDP2."""
+    return zero_stage(trainer.deepspeed) == 3 or trainer.sharding is not None
+
+
 def get_value(config: RunConfig, key: str) -> Any:
     """Return the value at a dotted key."""
     return attrgetter(key)(config)
@@ -65,7 +70,7 @@ def embedding_row_keys(config: RunConfig) -> dict[str, str]:
 def caches_features(config: RunConfig) -> bool:
     """Return whether the hidden states that heads read are computed once: the body stays, and the run allows it."""
     is_frozen = not any(find_body_changes(config))
-    return is_frozen and config.dataset.cache_features is not False and zero_stage(config.trainer.deepspeed) < 3
+    return is_frozen and config.dataset.cache_features is not False and not shards_weights(config.trainer)
 
 
 def find_body_changes(config: RunConfig) -> Iterator[str]:

@@ -31,7 +31,12 @@ PRIVATE_HOOKS = (
         "DeepSpeed resumes from checkpoints without frozen parameters",
         *("max_steps", "train_dataloader", "resume_from_checkpoint"),
     ),
-    _hook("_load_optimizer_and_scheduler", "DeepSpeed resumes the scheduler (called, not overridden)", "checkpoint"),
+    _hook("_defer_fsdp_gradient_reduction", "FSDP2 reduces gradients after each micro-batch"),
+    PrivateName(
+        f"{TRAINER}._prepare_for_training",
+        "is_distributed_loading_by_transformers",
+        "a model that FSDP2 shards is not wrapped (set)",
+    ),
 )
 """The private methods, and an attribute. Whoever can do without one should."""
 

@@ -15,6 +15,7 @@ from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.find import checkpoint_to_resume
+from vlm.train.checkpoints.world import World, check_world
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.objectives.base import PreparedRun
@@ -49,6 +50,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
 
     data = objective.load_data(model_config, processor, args)
     checkpoint = checkpoint_to_resume(config, folder)
+    check_world(checkpoint, World.of(config, args.world_size, objective.loss_average))
     if is_writer:
         write_data_summary(folder, data.records, resumed=checkpoint is not None)
     if isinstance(data.records["train"], SampleDataset):

@@ -31,6 +31,7 @@ from vlm.data.dataset import Skipped
 from vlm.data.stream import SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.checkpoints.trainer import CheckpointTrainer
+from vlm.train.checkpoints.world import World
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
@@ -92,6 +93,9 @@ class VLMTrainer(CheckpointTrainer):
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
         self.saved_with_checkpoint = []
         self.options = objective.config.trainer
+        self.world = World.of(objective.config, run.args.world_size, objective.loss_average)
+        # transformers leaves a model that is sharded as it is; FSDP2 shards it once everything else is prepared.
+        self.is_distributed_loading_by_transformers = self.is_sharded = self.options.sharding is not None
         self.packing = self.options.packing
         self.on_first_batch, self.on_skipped = on_first_batch, on_skipped
         self.sampler: Sampler[int] | PackSampler | StepSampler | None = None
@@ -136,7 +140,14 @@ class VLMTrainer(CheckpointTrainer):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             self.optimizer = make_optimizer(self.args, self.model, self.parts, decayed)
+            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            groups = [group["params"] for group in self.optimizer.param_groups]
+            self.optimized_names = [names[id(parameter)] for parameter in chain.from_iterable(groups)]
         return self.optimizer
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[object]:
+        """Reduce gradients after each micro-batch: whole ones would take the memory that FSDP2 frees."""
+        return nullcontext()
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: NumItems = None) -> Tensor:
         """As usual, row by row where they are several; the first batch is shown to `on_first_batch`."""
