@@ -32,7 +32,15 @@ def shard_model(model: PreTrainedModel, parts: Sequence[Part], args: TrainingArg
 
     Parameters are gathered in the run's precision, those of prediction heads in float32; gradients are reduced in
     float32.
+
+    Raises:
+        ValueError: a parameter is a single number, which has no rows to share.
     """
+    if scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        raise ValueError(
+            f"trainer.sharding=fsdp2: {scalars[0]} is a single number, which it cannot share; choose "
+            "trainer.deepspeed=zero3"
+        )
     mesh = init_device_mesh(args.device.type, (dist.get_world_size(),))
     dtype = compute_dtype(args)
     # Autocast decides the precision of each operation, so that inputs such as the weights of losses keep theirs.

@@ -27,10 +27,13 @@ WAYS = ("zero0", "zero1", "zero2", "zero3", "fsdp2", "alone")
 
 
 def make_model() -> nn.Sequential:
-    """Layers of odd sizes, one of them frozen, and a buffer; gradients are the same on both ranks."""
+    """Layers of odd sizes, two of them frozen, and buffers of both kinds; gradients are the same on all ranks."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 1))
+    model = nn.Sequential(
+        nn.Linear(3, 5), nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 1), nn.BatchNorm1d(1)
+    )  # fmt: skip
     model[1].requires_grad_(False)
+    model[4].requires_grad_(False)
     model.eval()
     return model
 
@@ -96,7 +99,7 @@ class Shared:
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        saved = open_parameters(folder, self.names)
+        saved = open_parameters(folder, self.names, self.tensors())
         assert saved.keys() == self.tensors().keys()
         if self.way in ("zero1", "zero2", "zero3"):
             put_into_engine(self.engine, saved, folder)

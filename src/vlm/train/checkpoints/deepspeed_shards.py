@@ -8,7 +8,7 @@ saved.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,23 +28,25 @@ WEIGHT = "weight"
 # Reading
 
 
-def open_deepspeed(checkpoint: Path, names: Sequence[str]) -> SavedParameters:
+def open_deepspeed(checkpoint: Path, names: Sequence[str], trained: Collection[str]) -> SavedParameters:
     """Return what a checkpoint has of each parameter and buffer that trains, whatever the stage of ZeRO.
 
     Args:
         checkpoint: the folder of the checkpoint.
         names: full names of the optimiser's parameters in its order; without ZeRO, its states are numbered.
+        trained: full names of what trains in this run; other buffers are left out.
     """
     folder = checkpoint / checkpoint.joinpath("latest").read_text(encoding="utf-8").strip()
     model_file, *_ = _in_order_of_ranks(folder, "*_model_states.pt")
     model_state: dict[str, Any] = torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)
-    buffers = {name: SavedParameter(model_state["module"][name], {}) for name in _saved_buffers(model_state)}
+    module = model_state["module"]
+    saved_buffers = module.keys() & set(model_state["buffer_names"]) & set(trained)
+    buffers = {name: SavedParameter(module[name], {}) for name in saved_buffers}
     optimizer_files = _in_order_of_ranks(folder, "*_optim_states.pt")
     if not optimizer_files:
         states = model_state["optimizer"]["state"]
         whole = {
-            name: SavedParameter(model_state["module"][name], _tensors(states.get(index, {})))
-            for index, name in enumerate(names)
+            name: SavedParameter(module[name], _tensors(states.get(index, {}))) for index, name in enumerate(names)
         }
         return SavedParameters(whole | buffers, (whole | buffers).__getitem__)
     ranks = [
@@ -64,10 +66,6 @@ def _in_order_of_ranks(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
 
 
-def _saved_buffers(model_state: Mapping[str, Any]) -> list[str]:
-    return [name for name in model_state["buffer_names"] if name in model_state["module"]]
-
-
 @dataclass
 class _Place:
     """Where a parameter is: slices `(flats, start, number)` of flat tensors that follow one another."""
@@ -78,11 +76,9 @@ class _Place:
     def read(self) -> SavedParameter:
         """Put the parameter together."""
         numel = self.shape.numel()
-        first = self.slices[0][0][0]
-        length = first[WEIGHT].numel()
         values = {}
-        for key, value in first.items():
-            if key != WEIGHT and value.numel() < length:  # a scalar
+        for key, value in self.slices[0][0][0].items():
+            if value.ndim != 1:  # a scalar
                 values[key] = value
             else:
                 values[key] = torch.cat([_cut([flat[key] for flat in flats], *cut) for flats, *cut in self.slices])
@@ -151,8 +147,17 @@ def _tensors(state: Mapping[str, object]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_into_engine(engine: Any, saved: Mapping[str, SavedParameter], checkpoint: Path) -> None:
-    """Put what trained into an engine that has not stepped yet, whatever its stage of ZeRO from 1 on."""
+    """Put what trained into an engine that has not stepped yet, whatever its stage of ZeRO from 1 on.
+
+    Raises:
+        ValueError: the engine keeps optimiser states on disks.
+    """
     zero = engine.optimizer
+    if getattr(zero, "swap_optimizer", False):
+        raise ValueError(
+            f"{checkpoint}: it is read parameter by parameter, which does not reach optimiser states on disks "
+            "(trainer.deepspeed.zero_optimization.offload_optimizer.device=nvme). Resume in the world that wrote it"
+        )
     names = engine.param_names
     on_device = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
     for flat, fragments in _fragments(zero):

@@ -5,7 +5,7 @@ checkpoint under FSDP2. Weights, optimiser states and the schedule are carried o
 to ranks, and are those of the seed where their number changes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,18 +21,19 @@ from vlm.train.sharding import shard_like
 TRAINED_WEIGHTS = "trained.safetensors"
 
 
-def open_parameters(checkpoint: Path, names: Sequence[str]) -> SavedParameters:
+def open_parameters(checkpoint: Path, names: Sequence[str], trained: Collection[str]) -> SavedParameters:
     """Return what a checkpoint has of each parameter that trains, whichever world wrote it.
 
     Args:
         checkpoint: the folder of the checkpoint.
         names: full names of the optimiser's parameters in its order, by which some checkpoints number them.
+        trained: full names of what trains in this run.
     """
     if (checkpoint / FOLDER).is_dir():
         return open_sharded(checkpoint)
     if (checkpoint / TRAINED_WEIGHTS).is_file():
         return _open_plain(checkpoint, names)
-    return open_deepspeed(checkpoint, names)
+    return open_deepspeed(checkpoint, names, trained)
 
 
 def _open_plain(checkpoint: Path, names: Sequence[str]) -> SavedParameters:

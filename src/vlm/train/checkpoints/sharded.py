@@ -12,7 +12,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vlm.train.checkpoints.by_name import SavedParameter, SavedParameters, set_states
@@ -84,12 +83,12 @@ def saved_names(checkpoint: Path) -> set[str]:
     return set(open_sharded(checkpoint))
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a rank holds a slice of a tensor alone."""
-    return isinstance(tensor, DTensor)
-
-
 def _read_metadata(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    if not (checkpoint / FOLDER).is_dir():
+        raise ValueError(
+            f"{checkpoint}: no folder {FOLDER} in it, which a run with trainer.sharding=fsdp2 would have written; "
+            "resume with the trainer.deepspeed or trainer.sharding that it was made with"
+        )
     return dcp.FileSystemReader(checkpoint / FOLDER).read_metadata().state_dict_metadata  # pyright: ignore[reportReturnType]
 
 

@@ -169,12 +169,13 @@ class CheckpointTrainer(Trainer):
 
     def _load_other_layout(self, checkpoint: Path) -> None:
         """Put what trained in another world into the prepared model and its optimiser."""
-        saved = open_parameters(checkpoint, self.optimized_names)
+        trained = trained_tensors(self.model, self.parts)
+        saved = open_parameters(checkpoint, self.optimized_names, trained)
         self._check_trains_the_same(checkpoint, saved.keys())
         if self.world.sharding in ("zero1", "zero2", "zero3"):
             put_into_engine(self.model_wrapped, saved, checkpoint)
         else:
-            put_parameters(trained_tensors(self.model, self.parts), self._plain_optimizer, saved)
+            put_parameters(trained, self._plain_optimizer, saved)
 
     def _load_schedule(self, checkpoint: Path) -> None:
         """Go on with a checkpoint's learning rates."""
