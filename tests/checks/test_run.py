@@ -204,7 +204,7 @@ REFUSALS = {
     "sharded rows": (
         [
             "trainer.sharding=fsdp2",
-            "model.language_model.new_tokens=[<x>]",
+            "model.language_model.new_tokens=['<x>']",
             "trainer.learning_rate.language_model_learning_rate=1e-4",
         ],
         "model.language_model.new_tokens=['<x>'] and trainer.sharding=fsdp2: rows of embeddings cannot train",
@@ -324,7 +324,7 @@ def test_evaluation_records_and_a_share_contradict(records: Path):
         ["trainer/sharding=fsdp2"],
         ["trainer.sharding=fsdp2", "trainer.optim=my_package.my_module:Optimizer"],
         ["trainer.sharding=fsdp2", "trainer/unfreeze=all", "trainer/learning_rate=smol-finetune",
-         "model.language_model.new_tokens=[<x>]", "trainer.learning_rate.visual_encoder_learning_rate=1e-6"],
+         "model.language_model.new_tokens=['<x>']", "trainer.learning_rate.visual_encoder_learning_rate=1e-6"],
         ["trainer.optim=muon"],
         ["trainer.optim=my_package.my_module:Optimizer", "trainer.deepspeed=zero2"],
         ["trainer/deepspeed=zero2", "trainer/unfreeze=all", "trainer/learning_rate=smol-finetune",

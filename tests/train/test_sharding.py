@@ -20,22 +20,23 @@ RESUME = "trainer.resume_from_checkpoint=true"
 FINETUNE = [
     "trainer.learning_rate.language_model_learning_rate=1e-3", "trainer.learning_rate.connector_learning_rate=1e-2",
     "trainer.weight_decay.language_model_weight_decay=0.1", "trainer.max_steps=4", "trainer.save_strategy=steps",
-    "trainer.save_steps=2", "trainer.save_total_limit=5", "trainer.eval_strategy=epoch", "dataset.eval_split=0.2",
+    "trainer.save_steps=2", "trainer.save_total_limit=5", "trainer.eval_strategy=epoch",
 ]  # fmt: skip
 DEMANDING = [
-    "model.visual_encoder.feature_layer=-2", "trainer.bf16=true", "trainer.activation_checkpointing=true", "trainer.packing=true",
-    "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=2",
+    "model.visual_encoder.feature_layer=-2", "trainer.bf16=true", "trainer.activation_checkpointing=true",
+    "trainer.packing=true", "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=2",
     "trainer.loss_average=micro_batch",
 ]  # fmt: skip
 
 
 def test_two_ranks_reach_the_single_process_and_go_on_in_it(
-    common: list[str], train: Callable[..., Path], tmp_path: Path
+    common: list[str], train: Callable[..., Path], world: Path, tmp_path: Path
 ):
     """Losses, evaluation and answers between, the names of `final`; the second half on two ranks, and on one."""
-    single = train("finetune-smol", tmp_path / "single", *FINETUNE)
+    finetune = [*FINETUNE, f"dataset.eval_path={world / 'records.json'}"]
+    single = train("finetune-smol", tmp_path / "single", *finetune)
     two = tmp_path / "two"
-    words = ["-cn", "finetune-smol", *common, *FINETUNE, *FSDP2, f"trainer.output_dir={two}"]
+    words = ["-cn", "finetune-smol", *common, *finetune, *FSDP2, f"trainer.output_dir={two}"]
     launch(words)
     assert losses(two) == pytest.approx(losses(single), abs=1e-4)
     assert describe_final(two) == describe_final(single)
@@ -47,7 +48,7 @@ def test_two_ranks_reach_the_single_process_and_go_on_in_it(
     for name, again in load_file(two / "final" / "model.safetensors").items():
         assert torch.equal(again, weights[name]), name
     forget_after(two, 2)
-    train("finetune-smol", two, *FINETUNE, RESUME, "trainer.gradient_accumulation_steps=2",
+    train("finetune-smol", two, *finetune, RESUME, "trainer.gradient_accumulation_steps=2",
           "trainer.per_device_train_batch_size=4")  # fmt: skip
     assert losses(two) == pytest.approx(losses(single), abs=1e-4)
 
@@ -57,7 +58,7 @@ def test_two_ranks_reach_the_single_process_and_go_on_in_it(
 def test_losses_are_those_of_zero3(common: list[str], tmp_path: Path, options: list[str]):
     """In bfloat16 ZeRO-3 rounds weights that FSDP2 keeps in float32 between steps."""
     for name, sharding in (("fsdp2", "trainer/sharding=fsdp2"), ("zero3", "trainer.deepspeed=zero3")):
-        words = ["-cn", "finetune-smol", *common, *FINETUNE, FSDP2[1], *options, sharding]
+        words = ["-cn", "finetune-smol", *common, *FINETUNE, "dataset.eval_split=0.2", FSDP2[1], *options, sharding]
         launch([*words, f"trainer.output_dir={tmp_path / name}"])
     tolerance = 2e-2 if options else 1e-4
     assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "zero3"), abs=tolerance)
@@ -67,7 +68,7 @@ def test_losses_are_those_of_zero3(common: list[str], tmp_path: Path, options: l
 def test_demanding_runs_reach_unsharded_ones(common: list[str], tmp_path: Path):
     """Packed, checkpointed, accumulated, in bfloat16: as DistributedDataParallel computes it."""
     for name, sharding in (("fsdp2", "trainer/sharding=fsdp2"), ("ddp", "trainer/sharding=none")):
-        words = ["-cn", "finetune-smol", *common, *FINETUNE, *DEMANDING, sharding]
+        words = ["-cn", "finetune-smol", *common, *FINETUNE, "dataset.eval_split=0.2", *DEMANDING, sharding]
         launch([*words, f"trainer.output_dir={tmp_path / name}"])
     assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "ddp"), abs=2e-2)
 
@@ -110,7 +111,7 @@ def test_heads_reach_the_single_process(
 
 
 def test_one_process_has_nobody_to_share_with(common: list[str], train: Callable[..., Path], tmp_path: Path):
-    with pytest.raises(ValueError, match=r"trainer.sharding=fsdp2: one process .* torchrun --nproc-per-node N"):
+    with pytest.raises(ValueError, match=r"trainer.sharding=fsdp2: one process .*torchrun --nproc-per-node N"):
         train("pretrain-smol", tmp_path / "run", "trainer.sharding=fsdp2")
 
 

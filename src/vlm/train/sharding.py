@@ -11,6 +11,7 @@ own FSDP2 is left out: it knows no CPU, and its units are classes of layers that
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def reshard(model: nn.Module) -> None:
 def gather_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole state of a sharded model by its names, on the CPU of rank 0; empty on other ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    return get_model_state_dict(model, options=options)  # pyright: ignore[reportReturnType] - tensors alone
 
 
 def shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
@@ -91,9 +92,9 @@ def shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
 @contextmanager
 def original_class(model: nn.Module) -> Iterator[None]:
     """Within, a model has the class that it had before it was sharded, under which it is saved."""
-    sharded = type(model)
+    sharded: Any = type(model)
     if isinstance(model, FSDPModule):
-        model.__class__ = sharded.__mro__[2]  # after the class that `fully_shard` made, and `FSDPModule`
+        model.__class__ = sharded.__mro__[2]  # behind the class that `fully_shard` made, and `FSDPModule`
     try:
         yield
     finally:

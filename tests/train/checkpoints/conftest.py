@@ -13,9 +13,13 @@ Differences = dict[tuple[str, str], float]
 
 @pytest.fixture(scope="session")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> Differences:
-    """What `rank_programs` found, compared with runs that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("worlds")
-    for ranks in (2, 1, 3):
+    """What `rank_programs` found on one rank and two, compared with runs that nothing disturbed."""
+    return find_differences(tmp_path_factory.mktemp("worlds"), 1, 2, 1)
+
+
+def find_differences(folder: Path, *numbers_of_ranks: int) -> Differences:
+    """Run `rank_programs` on so many ranks, one after the other; each goes on from what those before have saved."""
+    for ranks in numbers_of_ranks:
         for done in run_ranks("tests.train.checkpoints.rank_programs", [str(folder)], ranks):
             assert done.returncode == 0, done.stderr[-3000:]
     found: Differences = {}

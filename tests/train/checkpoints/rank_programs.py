@@ -1,7 +1,7 @@
 """A small model that ranks share in every way there is, and hand from one way to the other.
 
 `python -m tests.train.checkpoints.rank_programs FOLDER`, on any number of ranks. Each way trains two steps, saves, and
-trains two more; from each checkpoint in the folder each way goes on for two steps, and has to come to the same weights.
+trains two more; from each checkpoint in the folder, those of other numbers of ranks too, each way goes on for two steps, and has to come to the same weights.
 """
 
 import json
@@ -82,7 +82,7 @@ class Shared:
     def tensors(self) -> dict[str, Tensor]:
         reshard(self.model)
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return {**trained, "2.running_mean": self.model[2].running_mean}
+        return {**trained, **{f"2.{name}": buffer for name, buffer in self.model[2].named_buffers()}}
 
     def save(self, folder: Path) -> None:
         if dist.get_rank() == 0:
@@ -127,9 +127,10 @@ def main(folder: Path) -> None:
     for way in ways:
         run = Shared(way)
         run.step(0)
-        run.model[2].running_mean.fill_(0.5)  # as a part that trains may leave a buffer
+        dict(run.model[2].named_buffers())["running_mean"].fill_(0.5)  # as a part that trains may leave a buffer
         run.step(1)
-        run.save(folder / f"{ranks}-{way}")
+        if not (folder / f"{ranks}-{way}").exists():
+            run.save(folder / f"{ranks}-{way}")
         run.step(2)
         run.step(3)
         expected = run.weights() or expected

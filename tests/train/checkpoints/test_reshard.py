@@ -26,7 +26,7 @@ def batch(size: int, accumulation: int = 1) -> list[str]:
 
 def test_an_unsharded_run_goes_on_in_every_world(differences: Differences):
     pairs = {pair: value for pair, value in differences.items() if pair[0].endswith("alone")}
-    assert {("1-alone", "2-zero2"), ("1-alone", "3-zero3"), ("2-alone", "2-fsdp2")} <= pairs.keys()
+    assert {("1-alone", "2-zero2"), ("2-alone", "1-zero3"), ("1-alone", "2-fsdp2")} <= pairs.keys()
     assert {pair: value for pair, value in pairs.items() if value > 1e-6} == {}
 
 

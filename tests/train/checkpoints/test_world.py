@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from vlm.train.checkpoints.world import World, check_world, find_world_problem, 
 SAVED = World(ranks=2, sharding="zero3", batch_size=4, accumulation=1, loss_average="token", precision="bf16")
 
 
-def problem(folder: Path, saved: World = SAVED, **changes: object) -> str | None:
+def problem(folder: Path, saved: World = SAVED, **changes: Any) -> str | None:
     saved.write(folder)
     assert read_world(folder) == saved
     return find_world_problem(folder, replace(saved, **changes))
@@ -38,7 +39,7 @@ def test_a_run_describes_its_world():
         {"sharding": "fsdp2", "ranks": 4, "batch_size": 2},
     ],
 )
-def test_other_worlds_with_as_many_samples_a_step_go_on(tmp_path: Path, changes: dict[str, object]):
+def test_other_worlds_with_as_many_samples_a_step_go_on(tmp_path: Path, changes: dict[str, Any]):
     assert problem(tmp_path, **changes) is None
 
 
@@ -55,9 +56,7 @@ def test_other_worlds_with_as_many_samples_a_step_go_on(tmp_path: Path, changes:
         ({"packs_best_fit": True}, {"ranks": 1, "accumulation": 2}, "Resume on 2 rank(s)"),
     ],
 )
-def test_what_is_refused_says_what_to_do(
-    tmp_path: Path, saved: dict[str, object], changes: dict[str, object], advice: str
-):
+def test_what_is_refused_says_what_to_do(tmp_path: Path, saved: dict[str, Any], changes: dict[str, Any], advice: str):
     message = problem(tmp_path, replace(SAVED, **saved), **changes)
     assert message is not None
     assert message.startswith(f"{tmp_path}: 2 rank(s) wrote it (sharding: zero3), this run has ")
@@ -77,7 +76,7 @@ def test_checkpoints_of_earlier_versions_say_nothing(tmp_path: Path):
 
 
 def test_layouts_depend_on_ranks_where_shards_do():
-    def layouts(**changes: object) -> int:
+    def layouts(**changes: Any) -> int:
         world = replace(SAVED, **changes)
         return len({world.layout, replace(world, ranks=5).layout})
 

@@ -51,9 +51,10 @@ def load_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Opt
     for name, tensor in tensors.items():
         for key in _state_keys(saved, name):
             entry = saved[f"state:{name}:{key}"]
-            shaped = entry.size == tensor.shape
-            empty = torch.zeros_like if shaped else torch.zeros
-            value = empty(tensor.detach() if shaped else entry.size, dtype=entry.properties.dtype)
+            if entry.size == tensor.shape:
+                value = torch.zeros_like(tensor.detach(), dtype=entry.properties.dtype)  # sharded as its parameter is
+            else:
+                value = torch.zeros(entry.size, dtype=entry.properties.dtype)
             state[f"state:{name}:{key}"] = value
     dcp.load(state, checkpoint_id=checkpoint / FOLDER)
     states = {

@@ -199,7 +199,7 @@ class CheckpointTrainer(Trainer):
 
 def trained_tensors(model: TrainableModel, parts: list[Part]) -> dict[str, Tensor]:
     """Return what training changes: parameters with a gradient, and the saved buffers of parts that train."""
-    reshard(model)
+    reshard(model)  # pyright: ignore[reportArgumentType] - every such model is a module
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names, saved = get_part_names(model.config), model.state_dict().keys()
     training = {part.name for part in parts if part.is_trainable}
