@@ -121,9 +121,9 @@ def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterato
 UNSUPPORTED = {
     "fsdp": "FSDP2 is trainer.sharding=fsdp2 here",
     "fsdp_config": "trainer.sharding=fsdp2 chooses its units and its precision itself",
-    "parallelism_config": "ranks share out samples, never the tokens of one: DeepSpeed's Ulysses would split pixels by "
-    "their channels, and put the attention of visual encoders in its place too; lower dataset.max_length, or choose "
-    "trainer.sharding=fsdp2 with trainer.activation_checkpointing=true",
+    "parallelism_config": "ranks share out samples, never the tokens of one: DeepSpeed's Ulysses would split pixels "
+    "along their channels, and replace the attention of visual encoders too. For long rows choose "
+    "trainer.sharding=fsdp2 and trainer.activation_checkpointing=true",
     "push_to_hub": "publish the run's folder final once it is trained",
     "auto_find_batch_size": "it restarts the loop with another batch, which the recipes' step counts do not survive",
     "use_liger_kernel": "it does not know composed models; logits are computed at supervised positions only anyway",

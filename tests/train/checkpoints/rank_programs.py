@@ -1,7 +1,8 @@
 """A small model that ranks share in every way there is, and hand from one way to the other.
 
-`python -m tests.train.checkpoints.rank_programs FOLDER`, on any number of ranks. Each way trains two steps, saves, and
-trains two more; from each checkpoint in the folder, those of other numbers of ranks too, each way goes on for two steps, and has to come to the same weights.
+`python -m tests.train.checkpoints.rank_programs FOLDER`, on any number of ranks. Each way trains two steps, saves,
+and trains two more. From each checkpoint in the folder, those of other numbers of ranks too, each way goes on for two
+steps, and has to come to the same weights.
 """
 
 import json

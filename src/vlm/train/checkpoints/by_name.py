@@ -23,6 +23,8 @@ class SavedParameter:
 class SavedParameters(Mapping[str, SavedParameter]):
     """Full name -> what a checkpoint has of it, read when it is asked for.
 
+    A state that is neither a scalar nor numbers of the weight's shape raises ValueError, such as those of 8 bits.
+
     Args:
         names: the names.
         read: reads one.
@@ -31,10 +33,20 @@ class SavedParameters(Mapping[str, SavedParameter]):
     def __init__(self, names: Mapping[str, object], read: Callable[[str], SavedParameter]):
         self.names, self.read = names, read
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     def __getitem__(self, name: str) -> SavedParameter:
         if name not in self.names:
             raise KeyError(name)
-        return self.read(name)
+        saved = self.read(name)
+        for key, value in saved.states.items():
+            if value.ndim and (value.shape != saved.weight.shape or not value.is_floating_point()):
+                raise ValueError(
+                    f"trainer.optim: its state {key} of {name} is {tuple(value.shape)} {value.dtype}, which another "
+                    "world cannot share out as it does the weight. Resume in the world that wrote the checkpoint"
+                )
+        return saved
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
