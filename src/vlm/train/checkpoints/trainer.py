@@ -1,7 +1,8 @@
 """Writes the checkpoints of a run, which hold what trains, and the finished model.
 
-A checkpoint has the weights that train (`trained.safetensors`; under DeepSpeed its own files), the states of optimiser,
-scheduler and random numbers, and, once every rank is done with it, the file `complete`.
+A checkpoint has the weights that train (`trained.safetensors`; DeepSpeed's own files under it; the folder `distributed`
+under FSDP2), the states of optimiser, scheduler and random numbers, the world that wrote it (`world.json`), and, once
+every rank is done with it, the file `complete`. Another world reads it parameter by parameter, see `reshard`.
 """
 
 from collections.abc import Collection
